@@ -1,0 +1,413 @@
+"""Every setting of probekit: typed, validated, documented.
+
+The field docs are the help text of the commands, so each says what the setting does and in which unit.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from probekit.errors import ProbekitError
+
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Settings(BaseModel):
+    """Base of all sections: frozen, unknown names refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class PlantedSettings(Settings):
+    """The synthetic corpus with a known plan (`corpus.reader: planted`)."""
+
+    documents: Annotated[int, Field(ge=4)] = 6000
+    """Number of documents to generate."""
+    actions: Annotated[int, Field(ge=2, le=4096)] = 24
+    """Number of planted actions."""
+    types: Positive = 4
+    """Number of hidden document types, each with its own action-to-action transitions."""
+    successors: Positive = 3
+    """Actions that can follow an action within one document type; fewer means a more certain plan."""
+    min_sentences: Annotated[int, Field(ge=2)] = 10
+    """Fewest sentences in a document."""
+    max_sentences: Annotated[int, Field(ge=2)] = 16
+    """Most sentences in a document."""
+    min_words: Positive = 4
+    """Fewest words in a sentence."""
+    max_words: Positive = 8
+    """Most words in a sentence."""
+    vocabulary: Annotated[int, Field(ge=2)] = 240
+    """Number of distinct words."""
+    concentration: Annotated[float, Field(gt=0.0)] = 0.05
+    """Dirichlet concentration of an action's distribution over words; smaller means more telling words."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the generator; apart from the run's seed, so that runs with other seeds share the corpus."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for low, high in (
+            ("min_sentences", "max_sentences"),
+            ("min_words", "max_words"),
+            ("successors", "actions"),
+        ):
+            if getattr(self, low) > getattr(self, high):
+                raise ValueError(f"{low} {getattr(self, low)} exceeds {high} {getattr(self, high)}")
+        return self
+
+
+class CorpusSettings(Settings):
+    """Where text comes from and how documents are split."""
+
+    reader: Literal["planted", "text", "wikitext", "jsonl", "parquet", "huggingface"] = "text"
+    """Format: the planted corpus, text files (a document each), WikiText files (articles split at
+    ` = Title = `), JSON lines or Parquet with a text column, or a Hugging Face dataset."""
+    path: str | None = None
+    """File or folder to read; for `huggingface`, the dataset's hub name or local folder."""
+    text_column: str = "text"
+    """Column that holds the text (jsonl, parquet, huggingface)."""
+    subset: str | None = None
+    """Configuration name of a Hugging Face dataset, such as 20231101.en."""
+    dataset_split: str = "train"
+    """Split of a Hugging Face dataset to read."""
+    encoding: str = "utf-8"
+    """Character encoding of text files."""
+    decode_errors: Literal["strict", "replace"] = "strict"
+    """Bytes that are not valid in the encoding: stop and say where (strict), or replace them."""
+    language: str = "en"
+    """Language code for the sentence splitter."""
+    max_documents: Positive | None = None
+    """Read at most this many documents."""
+    probe_fraction: Share = 0.2
+    """Share of documents kept from all training of LM and planner; probes are fitted on them."""
+    validation_fraction: Share = 0.1
+    """Share of documents on which whatever is chosen is chosen."""
+    test_fraction: Share = 0.1
+    """Share of documents on which every reported number is computed."""
+    planted: PlantedSettings = PlantedSettings()
+
+    @model_validator(mode="after")
+    def _leaves_training_documents(self) -> Self:
+        held_out = self.probe_fraction + self.validation_fraction + self.test_fraction
+        if held_out >= 1.0:
+            raise ValueError(
+                f"probe_fraction + validation_fraction + test_fraction is {held_out:g}; it must be below 1 "
+                "to leave training documents"
+            )
+        return self
+
+
+class ActionSettings(Settings):
+    """How sentences become actions."""
+
+    encoder: str = "tfidf"
+    """Sentence encoder: `tfidf` (TF-IDF + truncated SVD, fitted on the corpus) or the hub name or folder of
+    a sentence-transformers model."""
+    dimensions: Positive = 64
+    """Dimensions of the `tfidf` encoder's embeddings."""
+    k: Annotated[int, Field(ge=8, le=4096)] = 256
+    """Number of clusters of the codebook."""
+    labels: Literal["clusters", "planted"] = "clusters"
+    """What a sentence's action is: its nearest cluster, or (planted corpus only) the action planted there."""
+    fit_sentences: Annotated[int, Field(ge=8)] = 200_000
+    """The encoder and k-means are fitted on at most this many training sentences, drawn at random."""
+    batch_size: Positive = 1024
+    """Sentences embedded at once."""
+
+
+class LanguageModelSettings(Settings):
+    """The base LM: a pre-trained one by name, or a new GPT-2 of the given size."""
+
+    name: str | None = None
+    """Hub name or local folder of a causal LM that TransformerLens can bridge; unset: train a new GPT-2."""
+    revision: str | None = None
+    """Revision (branch, tag or commit) of a hub model."""
+    trust_remote_code: bool = False
+    """Let the model's folder run its own Python code. Only for models whose code you have read."""
+    layers: Positive = 4
+    """Layers of a new LM."""
+    width: Positive = 128
+    """Residual stream width (d_model) of a new LM."""
+    heads: Positive = 4
+    """Attention heads of a new LM."""
+    positions: Annotated[int, Field(ge=2)] = 128
+    """Positions of a new LM: the longest window it can read, in tokens."""
+    vocabulary: Annotated[int, Field(ge=257)] = 4096
+    """Vocabulary size of the byte-level BPE tokenizer trained for a new LM."""
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"heads {self.heads} does not divide width {self.width}")
+        return self
+
+
+class PlannerSettings(Settings):
+    """The planner: reads the sentences so far, scores the next sentence's action."""
+
+    width: Positive = 128
+    """Width of the planner's Transformer."""
+    layers: Positive = 1
+    """Transformer encoder layers."""
+    heads: Positive = 2
+    """Attention heads."""
+    pooling: Literal["mean", "last"] = "last"
+    """How the context's sentence states become one vector: their mean (the paper's) or the last one."""
+    dropout: Share = 0.1
+    """Dropout during planner training."""
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"heads {self.heads} does not divide width {self.width}")
+        return self
+
+
+class ConditioningSettings(Settings):
+    """Where and how the action's embedding enters the LM."""
+
+    location: str = "attn.hook_z"
+    """TransformerLens hook, without the `blocks.L.` before it, where the projected action is added."""
+    skip_layers: Annotated[int, Field(ge=0)] = 2
+    """Layers at the bottom that get no projection."""
+
+
+class StageSettings(Settings):
+    """One stage of training."""
+
+    epochs: Annotated[float, Field(gt=0.0)] = 1.0
+    """Passes over the training documents."""
+    batch_size: Positive = 32
+    """Windows (LM and adapter) or documents (planner) per optimiser step."""
+    learning_rate: Annotated[float, Field(gt=0.0)] = 1e-3
+    """Peak learning rate of AdamW."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """AdamW weight decay, on matrices only."""
+    warmup: Share = 0.05
+    """Share of the steps over which the learning rate rises linearly; it then falls along a cosine to zero."""
+    clip: Annotated[float, Field(gt=0.0)] = 1.0
+    """Largest norm of the gradient."""
+    accumulate: Positive = 1
+    """Micro-batches that make up one optimiser step: less memory, the same gradient."""
+
+
+class PlannerStageSettings(StageSettings):
+    """Planner training, with early stopping on validation cross-entropy."""
+
+    epochs: Annotated[float, Field(gt=0.0)] = 20.0
+    """Most passes over the training documents."""
+    patience: Positive = 3
+    """Stop after this many passes without a better validation cross-entropy; the best state is kept."""
+
+
+class JointSettings(Settings):
+    """What joint training (planner and adapter together) adds to the adapter stage."""
+
+    planner_learning_rate: Annotated[float, Field(ge=0.0)] = 1e-4
+    """Peak learning rate of the planner during joint training; gentler than the adapter's."""
+    planner_loss_weight: Annotated[float, Field(ge=0.0)] = 1.0
+    """Weight of the planner's own cross-entropy, kept beside the next-token loss; 0 drops it."""
+
+
+class TrainingSettings(Settings):
+    """The stages of training, in their order."""
+
+    window: Annotated[int, Field(ge=2)] = 128
+    """Tokens in a training window."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the forward pass; auto is bfloat16 autocast on a GPU that has it, float32 elsewhere."""
+    lm: StageSettings = StageSettings(epochs=4.0)
+    """Base LM (only a new one is trained)."""
+    planner: PlannerStageSettings = PlannerStageSettings()
+    """Planner."""
+    adapter: StageSettings = StageSettings()
+    """Adapter, once for each variant."""
+    joint: JointSettings = JointSettings()
+    """Joint training: the adapter stage's settings hold, and these besides."""
+
+
+class MixingSettings(Settings):
+    """Which ways of choosing the action are trained and compared."""
+
+    variants: tuple[str, ...] = ("fixed", "oracle", "predicted", "soft", "joint")
+    """Variants to train, each with its own adapter: none, fixed, uniform, oracle, predicted,
+    straight-through, gumbel, soft, joint. The base LM alone (none) is always evaluated."""
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    """Temperature of the softmax over scores (soft, joint, straight-through, gumbel)."""
+
+
+class EvaluationSettings(Settings):
+    """How perplexity is measured and resampled."""
+
+    window: Annotated[int, Field(ge=2)] | None = None
+    """Tokens in an evaluation window; unset: the training window."""
+    stride: Positive | None = None
+    """Tokens by which windows advance; each window scores its last `stride` tokens. Unset: half a window."""
+    batch_size: Positive = 32
+    """Windows in one forward pass."""
+    resamples: Annotated[int, Field(ge=100)] = 2000
+    """Bootstrap resamples of documents for every 95 % interval."""
+
+
+class ProbeSettings(Settings):
+    """The probe grid."""
+
+    variants: tuple[str, ...] = ("none",)
+    """Variants whose activations are read; none is the base LM without conditioning."""
+    locations: tuple[str, ...] = ("hook_resid_post",)
+    """TransformerLens hooks, without the `blocks.L.` before them, that are read."""
+    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    """Layers that are read; unset: all."""
+    distances: tuple[Positive, ...] = (1, 2, 3, 4, 6, 8)
+    """Tokens before the target sentence begins at which activations are read; 1 is the token right before."""
+    horizons: tuple[Positive, ...] = (1,)
+    """Sentences ahead: 1 is the sentence that begins at the target token, 2 the one after it."""
+    l2: tuple[Annotated[float, Field(gt=0.0)], ...] = (1e-4, 1e-3, 1e-2)
+    """L2 penalties tried; each probe keeps the best on validation documents. Unit: per example, on
+    standardised activations."""
+    max_iterations: Positive = 200
+    """Most iterations of the solver for each penalty."""
+    tolerance: Annotated[float, Field(gt=0.0)] = 1e-4
+    """The solver stops when the norm of the gradient falls below this share of its norm at zero weights."""
+    max_examples: Positive = 20_000
+    """Fit on at most this many examples, drawn by whole documents."""
+
+
+class Config(Settings):
+    """All settings of a run."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of everything random in the run but the planted corpus, which has its own."""
+    device: str = "auto"
+    """Where to compute: auto (a GPU where there is one), cpu, cuda, cuda:1, mps."""
+    corpus: CorpusSettings = CorpusSettings()
+    actions: ActionSettings = ActionSettings()
+    lm: LanguageModelSettings = LanguageModelSettings()
+    planner: PlannerSettings = PlannerSettings()
+    conditioning: ConditioningSettings = ConditioningSettings()
+    mixing: MixingSettings = MixingSettings()
+    training: TrainingSettings = TrainingSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    probe: ProbeSettings = ProbeSettings()
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Builds a validated config from nested plain values.
+
+        Raises:
+            ProbekitError: One line that names the first setting that is wrong, its value and the remedy.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise ProbekitError(_explain(error, setting_names(cls))) from None
+
+    @classmethod
+    def from_preset(cls, name: str) -> Self:
+        """The config of a shipped preset, by name (see `preset_names`)."""
+        return cls.from_dict(preset_values(name))
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Self:
+        """The config in a YAML file; settings that it leaves out have their defaults."""
+        return cls.from_dict(yaml_values(path))
+
+    def to_yaml(self) -> str:
+        """The complete, resolved config as YAML text that `from_yaml` reads back to an equal config."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    def override(self, values: Mapping[str, Any]) -> Self:
+        """A copy with settings replaced, given by dotted name: `config.override({"lm.layers": 2})`."""
+        return self.from_dict(merge(self.model_dump(), nest(values)))
+
+
+def preset_names() -> list[str]:
+    """Names of the shipped presets, sorted."""
+    folder = resources.files("probekit") / "presets"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def preset_values(name: str) -> dict[str, Any]:
+    """The nested values that a preset sets."""
+    if name not in preset_names():
+        raise ProbekitError(
+            f"unknown preset {name!r}{_nearest(name, preset_names())}; there are {', '.join(preset_names())}"
+        )
+    return yaml.safe_load((resources.files("probekit") / "presets" / f"{name}.yaml").read_text("utf-8"))
+
+
+def yaml_values(path: str | Path) -> dict[str, Any]:
+    """The nested values in a YAML file of settings."""
+    try:
+        values = yaml.safe_load(Path(path).read_text("utf-8"))
+    except OSError as error:
+        raise ProbekitError(f"config file {path}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise ProbekitError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict | None):
+        raise ProbekitError(f"config file {path} holds a {type(values).__name__}; it must hold named settings")
+    return values or {}
+
+
+def nest(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Turns dotted names into nested mappings: `{"a.b": 1}` to `{"a": {"b": 1}}`."""
+    nested: dict[str, Any] = {}
+    for name, value in values.items():
+        section = nested
+        *sections, last = name.split(".")
+        for part in sections:
+            section = section.setdefault(part, {})
+        section[last] = value
+    return nested
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested merge in which `over` wins; neither argument is changed."""
+    merged = dict(base)
+    for key, value in over.items():
+        both_nested = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = merge(merged[key], value) if both_nested else value
+    return merged
+
+
+def settings_of(section: type[BaseModel], prefix: str = "") -> dict[str, Any]:
+    """All settings below a section by dotted name, each with its pydantic `FieldInfo`."""
+    fields: dict[str, Any] = {}
+    for name, field in section.model_fields.items():
+        nested = isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        fields |= settings_of(field.annotation, f"{prefix}{name}.") if nested else {prefix + name: field}
+    return fields
+
+
+def setting_names(section: type[BaseModel] = Config) -> list[str]:
+    """Dotted names of all settings below a section."""
+    return list(settings_of(section))
+
+
+def unknown_setting(name: str, known: list[str]) -> ProbekitError:
+    """The error for a setting that does not exist, with the nearest that does."""
+    return ProbekitError(f"unknown setting {name!r}{_nearest(name, known)}")
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _explain(error: ValidationError, known: list[str]) -> str:
+    first = error.errors(include_url=False)[0]
+    name = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return str(unknown_setting(name, known))
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return f"{name}: {message}" if name else message
+    return f"{name} is {first['input']!r}: {message[0].lower()}{message[1:]}"

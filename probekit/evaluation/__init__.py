@@ -1,0 +1,1 @@
+"""Perplexity, action metrics and the intervals on them."""

@@ -1,0 +1,1 @@
+"""Planner, mixing, conditioning and the language model they condition."""

@@ -1,0 +1,1 @@
+"""Linear probes: activations, solvers, baselines."""
