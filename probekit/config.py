@@ -18,6 +18,9 @@ from probekit.errors import ProbekitError
 
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[int, Field(ge=1)]
+VariantName = Literal[
+    "none", "fixed", "uniform", "oracle", "predicted", "straight-through", "gumbel", "soft", "joint"
+]
 
 
 class Settings(BaseModel):
@@ -50,7 +53,7 @@ class PlantedSettings(Settings):
     concentration: Annotated[float, Field(gt=0.0)] = 0.05
     """Dirichlet concentration of an action's distribution over words; smaller means more telling words."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of the generator; apart from the run's seed, so that runs with other seeds share the corpus."""
+    """Seed of the generator."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -92,6 +95,9 @@ class CorpusSettings(Settings):
     """Share of documents on which whatever is chosen is chosen."""
     test_fraction: Share = 0.1
     """Share of documents on which every reported number is computed."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the splits, the encoder and the codebook; apart from the run's seed, so that runs with other
+    seeds share the corpus."""
     planted: PlantedSettings = PlantedSettings()
 
     @model_validator(mode="after")
@@ -197,15 +203,9 @@ class StageSettings(Settings):
     """Largest norm of the gradient."""
     accumulate: Positive = 1
     """Micro-batches that make up one optimiser step: less memory, the same gradient."""
-
-
-class PlannerStageSettings(StageSettings):
-    """Planner training, with early stopping on validation cross-entropy."""
-
-    epochs: Annotated[float, Field(gt=0.0)] = 20.0
-    """Most passes over the training documents."""
-    patience: Positive = 3
-    """Stop after this many passes without a better validation cross-entropy; the best state is kept."""
+    patience: Positive | None = None
+    """Stop after this many passes without a better validation loss. In any case validation follows every pass
+    and the best state is kept."""
 
 
 class JointSettings(Settings):
@@ -225,21 +225,17 @@ class TrainingSettings(Settings):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the forward pass; auto is bfloat16 autocast on a GPU that has it, float32 elsewhere."""
     lm: StageSettings = StageSettings(epochs=4.0)
-    """Base LM (only a new one is trained)."""
-    planner: PlannerStageSettings = PlannerStageSettings()
-    """Planner."""
+    planner: StageSettings = StageSettings(epochs=20.0, patience=3)
     adapter: StageSettings = StageSettings()
-    """Adapter, once for each variant."""
     joint: JointSettings = JointSettings()
-    """Joint training: the adapter stage's settings hold, and these besides."""
 
 
 class MixingSettings(Settings):
     """Which ways of choosing the action are trained and compared."""
 
-    variants: tuple[str, ...] = ("fixed", "oracle", "predicted", "soft", "joint")
-    """Variants to train, each with its own adapter: none, fixed, uniform, oracle, predicted,
-    straight-through, gumbel, soft, joint. The base LM alone (none) is always evaluated."""
+    variants: tuple[VariantName, ...] = ("fixed", "oracle", "predicted", "soft", "joint")
+    """Variants to train and compare, each with its own adapter; soft keeps the planner frozen, joint is soft
+    mixing with the planner trained too. The base LM alone (none) is always evaluated."""
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
     """Temperature of the softmax over scores (soft, joint, straight-through, gumbel)."""
 
@@ -260,7 +256,7 @@ class EvaluationSettings(Settings):
 class ProbeSettings(Settings):
     """The probe grid."""
 
-    variants: tuple[str, ...] = ("none",)
+    variants: tuple[VariantName, ...] = ("none",)
     """Variants whose activations are read; none is the base LM without conditioning."""
     locations: tuple[str, ...] = ("hook_resid_post",)
     """TransformerLens hooks, without the `blocks.L.` before them, that are read."""
@@ -285,7 +281,7 @@ class Config(Settings):
     """All settings of a run."""
 
     seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of everything random in the run but the planted corpus, which has its own."""
+    """Seed of everything random after the corpus, which has its own."""
     device: str = "auto"
     """Where to compute: auto (a GPU where there is one), cpu, cuda, cuda:1, mps."""
     corpus: CorpusSettings = CorpusSettings()
@@ -332,7 +328,9 @@ class Config(Settings):
 def preset_names() -> list[str]:
     """Names of the shipped presets, sorted."""
     folder = resources.files("probekit") / "presets"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return sorted(
+        entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml")
+    )
 
 
 def preset_values(name: str) -> dict[str, Any]:
@@ -353,7 +351,9 @@ def yaml_values(path: str | Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise ProbekitError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict | None):
-        raise ProbekitError(f"config file {path} holds a {type(values).__name__}; it must hold named settings")
+        raise ProbekitError(
+            f"config file {path} holds a {type(values).__name__}; it must hold named settings"
+        )
     return values or {}
 
 

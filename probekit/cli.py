@@ -1,0 +1,168 @@
+"""The commands: what is typed, parsed and passed on. Everything else is elsewhere, and callable from Python."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from probekit.config import preset_names
+from probekit.errors import ProbekitError
+from probekit.options import (
+    Parser,
+    add_setting_options,
+    add_source_options,
+    chosen_config,
+    given_settings,
+    parse,
+    source_config,
+)
+
+Command = Callable[[list[str]], None]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Returns:
+        The exit code: 0, or 2 for bad input, 130 for an interruption.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    # What these libraries say on standard error is for their developers; ours is for the user.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        _command(words)
+    except ProbekitError as error:
+        if debug:
+            raise
+        sys.stderr.write(f"probekit: error: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        sys.stderr.write("probekit: interrupted; --resume goes on after the last finished stage\n")
+        return 130
+    return 0
+
+
+def _command(words: list[str]) -> None:
+    names = "\n".join(f"  {name:10} {command.__doc__}" for name, command in COMMANDS.items())
+    parser = Parser(
+        prog="probekit",
+        description="Train planner-conditioned language models and probe what they know of their next sentences.",
+        epilog=f"commands:\n{names}\n\npresets: {', '.join(preset_names())}",
+    )
+    parser.add_argument("--version", action="version", version=f"probekit {version('probekit')}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument(
+        "command", choices=COMMANDS, metavar="COMMAND", help="see below; COMMAND --help explains it"
+    )
+    COMMANDS[parser.parse_args(words[:1]).command](words[1:])
+
+
+def _train(words: list[str]) -> None:
+    """train corpus, LM (if new), planner and an adapter for each variant into a run's folder"""
+    parser = _run_parser("train", words)
+    parsed = parse(parser, words)
+    from probekit.reports.tables import print_training
+    from probekit.training.train import train
+
+    print_training(train(chosen_config(parsed), parsed.out, existing=_existing(parsed), quiet=parsed.quiet))
+
+
+def _corpus(words: list[str]) -> None:
+    """build a corpus, or inspect a run's: sizes, sentence lengths, actions, the sentences nearest to each"""
+    parser = _run_parser("corpus", words)
+    parser.add_argument("run", nargs="?", metavar="RUN", help="inspect this run's corpus and build nothing")
+    parser.add_argument(
+        "--nearest", type=int, default=2, metavar="INT", help="sentences shown for an action (2)"
+    )
+    parsed = parse(parser, words)
+    from probekit.corpus.inspect import print_corpus
+    from probekit.run import Run
+    from probekit.training.train import build_run_corpus
+
+    if parsed.run:
+        run = Run.open(parsed.run)
+    else:
+        run = build_run_corpus(
+            chosen_config(parsed), parsed.out, existing=_existing(parsed), quiet=parsed.quiet
+        )
+    print_corpus(run.corpus, parsed.nearest)
+
+
+def _evaluate(words: list[str]) -> None:
+    """perplexity of every variant and the planner's metrics, with intervals and paired differences"""
+    parser = _results_parser("evaluate", words, ["device", "evaluation"])
+    parsed = parse(parser, words)
+    from probekit.evaluation.evaluate import evaluate
+    from probekit.reports.tables import print_evaluation
+
+    print_evaluation(evaluate(parsed.run, given_settings(parsed), quiet=parsed.quiet))
+
+
+def _probe(words: list[str]) -> None:
+    """fit linear probes for the next sentence's action at every location, layer and distance"""
+    parser = _results_parser("probe", words, ["device", "evaluation", "probe"])
+    parsed = parse(parser, words)
+    from probekit.probing.probe import probe
+    from probekit.reports.tables import print_probes
+
+    print_probes(probe(parsed.run, given_settings(parsed), quiet=parsed.quiet))
+
+
+def _demo(words: list[str]) -> None:
+    """train, evaluate and probe on the planted corpus: the whole way in a few minutes on a CPU"""
+    parser = Parser(prog="probekit demo", description=_demo.__doc__)
+    parser.add_argument("--out", default="runs/demo", metavar="FOLDER", help="the run's folder (runs/demo)")
+    parser.add_argument("--overwrite", action="store_true", help="do it again from the beginning")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    parsed = parse(parser, words)
+    from probekit.demo import demo
+
+    demo(parsed.out, overwrite=parsed.overwrite, quiet=parsed.quiet)
+
+
+COMMANDS: dict[str, Command] = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "probe": _probe,
+    "corpus": _corpus,
+    "demo": _demo,
+}
+
+
+def _run_parser(name: str, words: list[str]) -> Parser:
+    parser = Parser(prog=f"probekit {name}", description=COMMANDS[name].__doc__)
+    parser.add_argument("--out", default="runs/run", metavar="FOLDER", help="the run's folder (runs/run)")
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="go on with the run in that folder")
+    existing.add_argument("--overwrite", action="store_true", help="replace the run in that folder")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    add_source_options(parser)
+    add_setting_options(parser, source_config(words))
+    return parser
+
+
+def _results_parser(name: str, words: list[str], sections: list[str]) -> Parser:
+    parser = Parser(prog=f"probekit {name}", description=COMMANDS[name].__doc__)
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    add_setting_options(parser, source_config([]), sections)
+    return parser
+
+
+def _existing(parsed: argparse.Namespace) -> Any:
+    return "resume" if parsed.resume else "overwrite" if parsed.overwrite else "refuse"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,236 @@
+"""Sentence encoders: TF-IDF with truncated SVD, fitted on the corpus, or a sentence-transformers model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import numpy as np
+import torch
+from sklearn.decomposition import TruncatedSVD
+from sklearn.feature_extraction.text import TfidfVectorizer
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+from probekit import hub
+from probekit.config import ActionSettings
+from probekit.errors import ProbekitError
+from probekit.storage import atomic_folder, read_json, read_tensors, write_json, write_tensors
+
+MAX_WORDS = 100_000
+"""The most frequent words of the sample that TF-IDF knows; bounds memory, not quality."""
+
+# Scripts that write no spaces (Thai to Khmer, kana, Han) give a word for each character, all others a word
+# for each run of letters, digits and the marks on them. `\w` has no marks: without them Hindi falls apart.
+_UNSPACED = (
+    r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+_MARKS = r"\u0300-\u036f\u0591-\u05c7\u0610-\u065f\u0900-\u0963\u0966-\u0dff"
+_WORD = rf"[{_UNSPACED}]|(?:(?![{_UNSPACED}])[\w{_MARKS}])+"
+
+
+class SentenceEncoder(Protocol):
+    """Turns sentences into vectors whose nearness is likeness.
+
+    Attributes:
+        dimensions: Width of an embedding.
+    """
+
+    dimensions: int
+
+    def encode(self, sentences: Sequence[str]) -> np.ndarray:
+        """Float32 [sentences, dimensions]; rows have norm 1, or 0 for a sentence with no known word."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Writes what `load_encoder` needs to make the same encoder again."""
+        ...
+
+
+def fit_encoder(
+    settings: ActionSettings, sentences: Sequence[str], seed: int, device: str
+) -> SentenceEncoder:
+    """The encoder that the settings name, fitted if it is one that is fitted.
+
+    Args:
+        settings: Which encoder.
+        sentences: A sample of training sentences.
+        seed: Seed of the fit.
+        device: Where a pre-trained model computes, as torch names it.
+    """
+    if settings.encoder == "tfidf":
+        return TfidfEncoder.fit(sentences, settings.dimensions, settings.batch_size, seed)
+    return PretrainedEncoder(settings.encoder, settings.batch_size, device)
+
+
+def load_encoder(folder: Path, device: str) -> SentenceEncoder:
+    """Reads what an encoder's `save` wrote; embeddings are those of the encoder that was saved."""
+    facts = read_json(folder / "encoder.json")
+    match facts.get("kind"):
+        case "tfidf":
+            return TfidfEncoder.load(folder)
+        case "pretrained":
+            return PretrainedEncoder.load(folder, device)
+    raise ProbekitError(
+        f"{folder / 'encoder.json'} names no kind of encoder; run the step that writes it again"
+    )
+
+
+class TfidfEncoder:
+    """Word counts, dampened and weighted by rarity, projected onto their main directions (LSA).
+
+    Args:
+        words: Known words, in the order of their columns.
+        idf: Float32 [words], weight of each word.
+        components: Float32 [dimensions, words], the directions.
+        batch_size: Sentences embedded at once.
+    """
+
+    def __init__(
+        self, words: Sequence[str], idf: np.ndarray, components: np.ndarray, batch_size: int
+    ) -> None:
+        self.dimensions = len(components)
+        self._words = list(words)
+        self._components = components
+        self._projection = np.ascontiguousarray(components.T)
+        self._vectorizer = _vectorizer(vocabulary=self._words)
+        self._vectorizer.idf_ = idf
+        self._batch_size = batch_size
+
+    @classmethod
+    def fit(cls, sentences: Sequence[str], dimensions: int, batch_size: int, seed: int) -> Self:
+        """Learns words, weights and directions from sentences.
+
+        Raises:
+            ProbekitError: The sentences have too few words, or are too few, for so many dimensions.
+        """
+        vectorizer = _vectorizer(max_features=MAX_WORDS)
+        try:
+            counts = vectorizer.fit_transform(sentences)
+        except ValueError:
+            raise ProbekitError(
+                f"the {len(sentences)} sentences to fit the encoder on hold no word; check corpus.path"
+            ) from None
+        most = min(counts.shape)
+        if dimensions > most:
+            raise ProbekitError(
+                f"actions.dimensions is {dimensions}, but {counts.shape[0]} sentences with {counts.shape[1]} "
+                f"distinct words allow at most {most}; set it to {most} or less, or give more text"
+            )
+        # One thread, so that sums are taken in one order and the same seed gives the same bits.
+        with threadpool_limits(1):
+            svd = TruncatedSVD(dimensions, random_state=seed).fit(counts)
+        components = svd.components_.astype(np.float32)
+        return cls(vectorizer.get_feature_names_out().tolist(), vectorizer.idf_, components, batch_size)
+
+    def encode(self, sentences: Sequence[str]) -> np.ndarray:
+        """Float32 [sentences, dimensions]; each row depends on its own sentence alone, to the bit."""
+        embeddings = np.empty((len(sentences), self.dimensions), np.float32)
+        for start in range(0, len(sentences), self._batch_size):
+            batch = sentences[start : start + self._batch_size]
+            vectors = self._vectorizer.transform(batch) @ self._projection
+            norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+            embeddings[start : start + len(batch)] = vectors / np.where(norms > 0, norms, 1)
+        return embeddings
+
+    def save(self, folder: Path) -> None:
+        """Writes the words as JSON, their weights and the directions as safetensors."""
+        arrays = {"idf": self._vectorizer.idf_, "components": self._components}
+        with atomic_folder(folder) as partial:
+            write_json(partial / "encoder.json", {"kind": "tfidf", "batch_size": self._batch_size})
+            write_json(partial / "words.json", self._words)
+            write_tensors(
+                partial / "encoder.safetensors",
+                {name: torch.from_numpy(array) for name, array in arrays.items()},
+            )
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Reads what `save` wrote."""
+        tensors = read_tensors(folder / "encoder.safetensors")
+        return cls(
+            read_json(folder / "words.json"),
+            tensors["idf"].numpy(),
+            tensors["components"].numpy(),
+            read_json(folder / "encoder.json")["batch_size"],
+        )
+
+
+class PretrainedEncoder:
+    """A sentence-transformers model. Saved by name and revision, not copied.
+
+    Args:
+        name: Hub name or local folder.
+        batch_size: Sentences embedded at once.
+        device: Where it computes, as torch names it.
+        revision: Revision on the hub; the newest if None.
+    """
+
+    def __init__(self, name: str, batch_size: int, device: str, revision: str | None = None) -> None:
+        try:
+            from sentence_transformers import SentenceTransformer
+        except ImportError:
+            raise ProbekitError(
+                f"actions.encoder is {name!r}, which needs sentence-transformers: "
+                "pip install 'probekit[encoders]'"
+            ) from None
+        # The library's own rule: a bare name is one of its own models.
+        full_name = name if "/" in name or Path(name).is_dir() else f"sentence-transformers/{name}"
+        source = hub.find(full_name, setting="actions.encoder", revision=revision)
+        try:
+            self._model = SentenceTransformer(
+                source.name, device=device, trust_remote_code=False, **source.arguments
+            )
+        except (OSError, ValueError) as error:
+            raise ProbekitError(
+                f"actions.encoder is {name!r}, which sentence-transformers cannot load "
+                f"({' '.join(str(error).split())}); name one of its models, or 'tfidf'"
+            ) from None
+        self._name, self._revision, self._batch_size = source.name, source.revision, batch_size
+        self.dimensions = self._embed([""]).shape[1]
+
+    def encode(self, sentences: Sequence[str]) -> np.ndarray:
+        """Float32 [sentences, dimensions]; a row depends on its batch by rounding alone."""
+        return self._embed(sentences).reshape(len(sentences), self.dimensions)
+
+    def save(self, folder: Path) -> None:
+        """Writes where the model is, not its weights."""
+        facts = {
+            "kind": "pretrained",
+            "name": self._name,
+            "revision": self._revision,
+            "dimensions": self.dimensions,
+            "batch_size": self._batch_size,
+        }
+        with atomic_folder(folder) as partial:
+            write_json(partial / "encoder.json", facts)
+
+    @classmethod
+    def load(cls, folder: Path, device: str) -> Self:
+        """Loads the model that `save` named, at the same revision.
+
+        Raises:
+            ProbekitError: It is gone, or another model has taken its folder.
+        """
+        facts: dict[str, Any] = read_json(folder / "encoder.json")
+        encoder = cls(facts["name"], facts["batch_size"], device, facts["revision"])
+        if encoder.dimensions != facts["dimensions"]:
+            raise ProbekitError(
+                f"the sentence encoder {facts['name']!r} has {encoder.dimensions} dimensions, but had "
+                f"{facts['dimensions']} when {folder} was written; put the old model back"
+            )
+        return encoder
+
+    def _embed(self, sentences: Sequence[str]) -> np.ndarray:
+        embeddings = self._model.encode(
+            list(sentences),
+            batch_size=self._batch_size,
+            normalize_embeddings=True,
+            convert_to_numpy=True,
+            show_progress_bar=False,
+        )
+        return embeddings.astype(np.float32, copy=False)
+
+
+def _vectorizer(**arguments: Any) -> TfidfVectorizer:
+    return TfidfVectorizer(token_pattern=_WORD, sublinear_tf=True, dtype=np.float32, **arguments)

@@ -1,0 +1,298 @@
+"""A synthetic corpus with a known plan, and the exact posterior over its next actions.
+
+A document has a hidden type. Its sentences' actions are a Markov chain whose transitions depend on the type,
+and a sentence's words are drawn independently from its action's distribution. Because the plan is known, the
+best possible prediction of a later action is computable: the forward algorithm gives it from the earlier
+actions (`posterior_given_actions`) or from the earlier words alone (`posterior_given_words`). Whatever reads
+no more than that, planner or probe, cannot have a lower expected cross-entropy.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from probekit.config import PlantedSettings
+from probekit.errors import ProbekitError
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+Ids = Sequence[int] | IntArray
+
+# Few letters, so that hardly any word exists in English: a pretrained model must not know them beforehand.
+SYLLABLES = tuple(consonant + vowel for consonant in "bdlmnrstv" for vowel in "aiou")
+# Documents filtered at once: it bounds the memory of the arrays [types, documents, actions].
+BATCH = 256
+
+
+@dataclass(frozen=True, eq=False)
+class PlantedModel:
+    """The distributions that documents are drawn from; redrawn from the settings, hence never saved.
+
+    Attributes:
+        prior: Probability of a document type, [types].
+        initial: Probability of the first sentence's action, [types, actions].
+        transition: Probability of the next action after an action, [types, actions, actions]. Every row has
+            `successors` nonzero entries, drawn from all actions: an action may follow itself.
+        emission: Probability of a word in a sentence of an action, [actions, vocabulary].
+        words: The vocabulary; a word's id is its position.
+    """
+
+    prior: FloatArray
+    initial: FloatArray
+    transition: FloatArray
+    emission: FloatArray
+    words: tuple[str, ...]
+
+    @classmethod
+    def draw(cls, settings: PlantedSettings) -> Self:
+        """The model of these settings; the number and the lengths of documents have no part in it.
+
+        Raises:
+            ProbekitError: The concentration is too large.
+        """
+        rng, _ = _generators(settings.seed)
+        types, actions = settings.types, settings.actions
+        prior = rng.dirichlet(np.full(types, 10.0))  # unequal, but no type is rare
+        initial = rng.dirichlet(np.ones(actions), size=types)
+        every_action = np.broadcast_to(np.arange(actions), (types, actions, actions))
+        successors = rng.permuted(every_action, axis=-1)[..., : settings.successors]
+        transition = np.zeros((types, actions, actions))
+        shares = rng.dirichlet(np.ones(settings.successors), size=(types, actions))
+        np.put_along_axis(transition, successors, shares, axis=-1)
+        emission = _draw_emission(settings, rng)
+        return cls(prior, initial, transition, emission, _draw_words(settings.vocabulary, rng))
+
+    def parse(self, text: str) -> list[IntArray]:
+        """Word ids of each sentence of a planted document.
+
+        Raises:
+            ProbekitError: A word is not in this model's vocabulary.
+        """
+        sentences = [sentence.split() for sentence in text.lower().split(".") if sentence.strip()]
+        try:
+            return [np.array([self._ids[word] for word in sentence]) for sentence in sentences]
+        except KeyError as error:
+            raise ProbekitError(
+                f"the word {error} is not in the planted vocabulary: use the corpus.planted settings that "
+                "generated the text"
+            ) from None
+
+    @cached_property
+    def _ids(self) -> dict[str, int]:
+        return {word: i for i, word in enumerate(self.words)}
+
+
+class PlantedDocument(NamedTuple):
+    """A document's text, the action of each of its sentences, and its hidden type."""
+
+    text: str
+    actions: tuple[int, ...]
+    type: int
+
+
+@dataclass(frozen=True, eq=False)
+class PlantedCorpus:
+    """Generated documents, flat, with offsets.
+
+    Attributes:
+        model: What they were drawn from.
+        types: Hidden type of each document, [documents].
+        actions: Action of each sentence of all documents, [sentences].
+        document_starts: Document d's sentences begin at `document_starts[d]`, [documents + 1].
+        words: Word ids of all sentences, [words].
+        sentence_starts: Sentence s's words begin at `sentence_starts[s]`, [sentences + 1].
+    """
+
+    model: PlantedModel
+    types: IntArray
+    actions: IntArray
+    document_starts: IntArray
+    words: IntArray
+    sentence_starts: IntArray
+
+    def documents(self) -> Iterator[PlantedDocument]:
+        """The documents one by one; their texts are made on the way."""
+        bounds = itertools.pairwise(self.document_starts.tolist())
+        for hidden_type, (first, last) in zip(self.types.tolist(), bounds, strict=True):
+            starts = self.sentence_starts[first : last + 1].tolist()
+            text = " ".join(self._sentence(start, stop) for start, stop in itertools.pairwise(starts))
+            yield PlantedDocument(text, tuple(self.actions[first:last].tolist()), hidden_type)
+
+    def _sentence(self, start: int, stop: int) -> str:
+        words = [self.model.words[word] for word in self.words[start:stop].tolist()]
+        return " ".join(words).capitalize() + "."
+
+
+def generate(settings: PlantedSettings) -> PlantedCorpus:
+    """Draws the model and its documents; the same settings always give the same corpus."""
+    model = PlantedModel.draw(settings)
+    _, rng = _generators(settings.seed)
+    documents = settings.documents
+    lengths = rng.integers(settings.min_sentences, settings.max_sentences, size=documents, endpoint=True)
+    types = rng.choice(settings.types, size=documents, p=model.prior)
+    actions = _draw_actions(model, types, settings.max_sentences, rng)
+    actions = actions[np.arange(settings.max_sentences) < lengths[:, None]]
+    word_counts = rng.integers(settings.min_words, settings.max_words, size=len(actions), endpoint=True)
+    words = _draw(_cumulative(model.emission), np.repeat(actions, word_counts), rng)
+    return PlantedCorpus(model, types, actions, _offsets(lengths), words, _offsets(word_counts))
+
+
+def posterior_given_actions(
+    model: PlantedModel, documents: Sequence[Ids], horizon: int = 1
+) -> list[FloatArray]:
+    """Exact distribution of a later action given the actions of the earlier sentences.
+
+    Args:
+        model: What the documents were drawn from.
+        documents: The sentences' actions, for each document.
+        horizon: Sentences ahead; 1 is the next sentence.
+
+    Returns:
+        An array [sentences, actions] for each document: row j is the distribution of the action of sentence
+        j + horizon - 1 given sentences 0 to j - 1. Row 0 is given nothing.
+
+    Raises:
+        ProbekitError: A document is impossible under the model, or the horizon is below 1.
+    """
+    # A sentence whose action is seen is a sentence of one word that only this action can emit.
+    shown = [[(action,) for action in actions] for actions in documents]
+    return _posterior(model, np.eye(len(model.emission)), shown, horizon)
+
+
+def posterior_given_words(
+    model: PlantedModel, documents: Sequence[Sequence[Ids]], horizon: int = 1
+) -> list[FloatArray]:
+    """Exact distribution of a later action given the words of the earlier sentences.
+
+    Args:
+        model: What the documents were drawn from.
+        documents: The sentences' word ids (`PlantedModel.parse`), for each document. A sentence may hold only
+            those of its words that were read; an empty one tells nothing but that it is there.
+        horizon: Sentences ahead; 1 is the next sentence.
+
+    Returns:
+        Arrays like those of `posterior_given_actions`.
+
+    Raises:
+        ProbekitError: A document is impossible under the model, or the horizon is below 1.
+    """
+    return _posterior(model, model.emission, documents, horizon)
+
+
+def _posterior(
+    model: PlantedModel, emission: FloatArray, documents: Sequence[Sequence[Ids]], horizon: int
+) -> list[FloatArray]:
+    """The forward algorithm over (type, action) for symbols drawn from `emission`, [actions, symbols]."""
+    if horizon < 1:
+        raise ProbekitError(f"horizon is {horizon}: it must be at least 1, the next sentence")
+    ahead = np.linalg.matrix_power(model.transition, horizon - 1)
+    with np.errstate(divide="ignore"):
+        start = np.log(model.prior)[:, None, None] + np.log(model.initial)[:, None, :]
+        # [symbols + 1, actions]; the last row, which padding (-1) picks, tells nothing.
+        evidence = np.log(np.vstack([emission.T, np.ones(len(emission))]))
+    posteriors: list[FloatArray] = []
+    for first in range(0, len(documents), BATCH):
+        batch = documents[first : first + BATCH]
+        symbols = _padded(batch)
+        rows = np.empty((*symbols.shape[:2], len(emission)))
+        # [types, documents, actions]: type and action of sentence j, jointly with all earlier symbols.
+        log_joint = np.repeat(start, len(batch), axis=1)
+        for j in range(symbols.shape[1]):
+            rows[:, j] = _marginal(log_joint, ahead)
+            log_joint = log_joint + evidence[symbols[:, j]].sum(axis=1)
+            impossible = np.isneginf(log_joint.max(axis=(0, 2)))
+            if impossible.any():
+                raise ProbekitError(
+                    f"sentence {j} of document {first + int(impossible.argmax())} is impossible under this "
+                    "planted model: use the corpus.planted settings that generated it"
+                )
+            log_joint = _advance(log_joint, model.transition)
+        posteriors += [rows[i, : len(document)] for i, document in enumerate(batch)]
+    return posteriors
+
+
+def _marginal(log_joint: FloatArray, ahead: FloatArray) -> FloatArray:
+    """[documents, actions]: the action `ahead` of log_joint [types, documents, actions], over all types."""
+    joint = np.exp(log_joint - log_joint.max(axis=(0, 2), keepdims=True))
+    weights = (joint @ ahead).sum(axis=0)
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+def _advance(log_joint: FloatArray, transition: FloatArray) -> FloatArray:
+    """One sentence on: the logarithm of exp(log_joint) @ transition, [types, documents, actions]."""
+    # Scaled by each type's own peak, so that an unlikely type survives for later sentences to confirm.
+    peak = log_joint.max(axis=2, keepdims=True)
+    peak[np.isneginf(peak)] = 0.0
+    with np.errstate(divide="ignore"):
+        return np.log(np.exp(log_joint - peak) @ transition) + peak
+
+
+def _padded(documents: Sequence[Sequence[Ids]]) -> IntArray:
+    """[documents, sentences, symbols], -1 where a shorter sentence or document has no symbol."""
+    most_sentences = max(map(len, documents))
+    most_symbols = max((len(sentence) for document in documents for sentence in document), default=0)
+    padded = np.full((len(documents), most_sentences, most_symbols), -1)
+    for d, document in enumerate(documents):
+        for s, sentence in enumerate(document):
+            padded[d, s, : len(sentence)] = sentence
+    return padded
+
+
+def _generators(seed: int) -> list[np.random.Generator]:
+    """One for the model and one for the documents, so that more documents leave the model as it is."""
+    return np.random.default_rng(seed).spawn(2)
+
+
+def _draw_emission(settings: PlantedSettings, rng: np.random.Generator) -> FloatArray:
+    """[actions, vocabulary], Dirichlet rows."""
+    emission = rng.dirichlet(np.full(settings.vocabulary, settings.concentration), size=settings.actions)
+    if not np.allclose(emission.sum(axis=1), 1.0):
+        raise ProbekitError(
+            f"corpus.planted.concentration is {settings.concentration:g}: too large to draw word "
+            "distributions; lower it (the default is 0.05)"
+        )
+    return emission
+
+
+def _draw_words(vocabulary: int, rng: np.random.Generator) -> tuple[str, ...]:
+    """Distinct words, all of the same number of syllables: two, or as many as it takes."""
+    syllables = next(n for n in itertools.count(2) if len(SYLLABLES) ** n >= vocabulary)
+    codes = rng.choice(len(SYLLABLES) ** syllables, size=vocabulary, replace=False)
+    digits = np.unravel_index(codes, (len(SYLLABLES),) * syllables)
+    return tuple("".join(word) for word in np.array(SYLLABLES)[np.stack(digits, axis=1)])
+
+
+def _draw_actions(model: PlantedModel, types: IntArray, sentences: int, rng: np.random.Generator) -> IntArray:
+    """[documents, sentences]: a chain of actions for each document."""
+    actions = np.empty((len(types), sentences), dtype=np.int64)
+    actions[:, 0] = _draw(_cumulative(model.initial), types, rng)
+    width = len(model.emission)
+    cumulative = _cumulative(model.transition.reshape(-1, width))
+    for j in range(1, sentences):
+        actions[:, j] = _draw(cumulative, types * width + actions[:, j - 1], rng)
+    return actions
+
+
+def _cumulative(probabilities: FloatArray) -> FloatArray:
+    """Cumulative rows, row r from r to r + 1: flattened, they are one sorted array for `_draw` to search."""
+    cumulative = probabilities.cumsum(axis=1)
+    return cumulative / cumulative[:, -1:] + np.arange(len(probabilities))[:, None]
+
+
+def _draw(cumulative: FloatArray, rows: IntArray, rng: np.random.Generator) -> IntArray:
+    """An outcome from `cumulative[row]` for each of `rows`; never one of probability zero."""
+    # Rounding could push a point onto the next row, whence the bound.
+    points = np.minimum(rows + rng.random(rows.shape), np.nextafter(rows + 1.0, 0.0))
+    return np.searchsorted(cumulative.ravel(), points, side="right") - rows * cumulative.shape[1]
+
+
+def _offsets(counts: IntArray) -> IntArray:
+    """Where each run of `counts` begins, and the end."""
+    return np.concatenate([[0], counts.cumsum()])

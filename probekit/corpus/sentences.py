@@ -1,0 +1,136 @@
+"""Sentence spans as character offsets, and which tokens make up each sentence.
+
+A document is tokenised once and whole; its sentences are spans of its characters, and a sentence's tokens
+are found through the tokenizer's offsets. So nothing is lost between sentences, and one splitter serves all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from sentencex import get_sentence_boundaries
+
+from probekit.errors import ProbekitError
+
+# sentencex takes any string: what it does not know, "DE" and "german" too, it splits by English rules.
+_LANGUAGE_CODE = re.compile(r"[a-z]{2,3}(-[a-z0-9]+)*")
+_VISIBLE = re.compile(r"\S")
+# A capital, a space of several bytes and a period ("C\u00a0.") make sentencex panic: it gets plain spaces.
+_WIDE_SPACE = re.compile(r"[^\S\x00-\x7f]")
+# Characters that sentencex sees at once: its time grows with the square of their number.
+_WINDOW = 16_384
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Which tokens belong to which sentence.
+
+    Attributes:
+        spans: [sentences, 2] character offsets, merged so that every sentence owns a token.
+        first_token: [sentences] each sentence's first token, strictly increasing from 0. The tokens of
+            sentence j are `first_token[j]:first_token[j + 1]`; the last sentence's go on to the end.
+    """
+
+    spans: NDArray[np.int64]
+    first_token: NDArray[np.int64]
+
+
+def sentence_spans(text: str, language: str = "en") -> NDArray[np.int64]:
+    """Partitions a text into sentences.
+
+    A line break always ends a sentence. White space between sentences belongs to the one before it, white
+    space at the start of the text to the first one.
+
+    Args:
+        text: Any text.
+        language: Lower-case language code. A language that sentencex has no rules for is split by those of
+            a kindred one, in the end English.
+
+    Returns:
+        [sentences, 2] character offsets: the first sentence starts at 0, each starts where the one before it
+        ends, the last ends at `len(text)`, and each holds a visible character. A blank text has none: [0, 2].
+
+    Raises:
+        ProbekitError: `language` is not a language code.
+    """
+    if not _LANGUAGE_CODE.fullmatch(language):
+        raise ProbekitError(
+            f"corpus.language is {language!r}: it must be a lower-case language code, such as en, de or pt-br"
+        )
+    starts: list[int] = []
+    offset = 0
+    for line in text.splitlines(keepends=True):
+        if not line.isspace():
+            starts += (offset + start for start in _visible_starts(line, language))
+        offset += len(line)
+    return _partition(np.unique(np.array(starts, dtype=np.int64)), len(text))
+
+
+def align(text: str, spans: NDArray[np.int64], token_offsets: ArrayLike) -> Alignment:
+    """Gives every token of a document to one of its sentences.
+
+    A token belongs to the sentence of its first visible character (a byte-level BPE token may begin with the
+    space before its word), or of its first character if it is all white space, but never to an earlier
+    sentence than the token before it. A sentence left without a token is merged into the one before it or,
+    at the start of the text, into the one after it.
+
+    Args:
+        text: The document.
+        spans: What `sentence_spans` gave for it.
+        token_offsets: [tokens, 2] character offsets, from a fast tokenizer's `return_offsets_mapping`.
+            Special tokens, whose offsets are (0, 0), go with the token before them.
+
+    Returns:
+        The alignment; it is empty if there are no sentences or no tokens.
+    """
+    offsets = np.asarray(token_offsets, dtype=np.int64).reshape(-1, 2)
+    if not len(spans) or not len(offsets):
+        return Alignment(spans[:0], np.zeros(0, dtype=np.int64))
+    sentences = np.searchsorted(spans[:, 0], _anchors(text, offsets), side="right") - 1
+    kept, first_token = np.unique(np.maximum.accumulate(sentences), return_index=True)
+    return Alignment(_partition(spans[kept, 0], len(text)), first_token.astype(np.int64, copy=False))
+
+
+def _visible_starts(line: str, language: str) -> Iterator[int]:
+    """Where a line's sentences start, each moved to its first visible character."""
+    for start in _boundaries(_WIDE_SPACE.sub(" ", line), language):
+        if visible := _VISIBLE.search(line, start):
+            yield visible.start()
+
+
+def _boundaries(line: str, language: str) -> Iterator[int]:
+    """Where sentencex starts its segments of a line, seen through a window.
+
+    Only the starts are used: its segments were not lossless in every version.
+    """
+    begin, size = 0, _WINDOW
+    while begin < len(line):
+        found = get_sentence_boundaries(language, line[begin : begin + size])
+        yield from (begin + boundary["start_index"] for boundary in found)
+        if begin + size >= len(line):
+            return
+        # The last segment may go on behind the window: the next one starts with it, or grows if it is all.
+        last = found[-1]["start_index"]
+        begin, size = begin + last, size if last else 2 * size
+
+
+def _partition(starts: NDArray[np.int64], length: int) -> NDArray[np.int64]:
+    """Contiguous spans that begin at sorted `starts`, but the first at 0, and end at `length`."""
+    edges = np.append(starts, length)
+    edges[0] = 0
+    return np.stack([edges[:-1], edges[1:]], axis=1)
+
+
+def _anchors(text: str, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The character of each token that decides which sentence the token belongs to."""
+    starts, ends = offsets.T
+    visible = np.flatnonzero(~np.fromiter(map(str.isspace, text), dtype=bool, count=len(text)))
+    first_visible = np.append(visible, len(text))[np.searchsorted(visible, starts)]
+    # Some tokenizers trim white space from the offsets, so that a token of it has (n, n). It belongs to the
+    # sentence before it, as the character before n does.
+    trimmed = starts == ends
+    return np.where(first_visible < ends, first_visible, np.maximum(starts - trimmed, 0))

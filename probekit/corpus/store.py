@@ -1,0 +1,138 @@
+"""A built corpus on disk: memory-mapped tokens, sentences, embeddings and actions, read by document."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from probekit.corpus.actions import Codebook
+from probekit.corpus.tokenizer import load_tokenizer, separator_id
+from probekit.errors import ProbekitError
+from probekit.storage import read_array, read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SPLITS = ("train", "probe", "validation", "test")
+
+
+class DocumentTexts:
+    """The corpus's texts and names, memory-mapped from an Arrow file."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        except (OSError, pa.ArrowInvalid) as error:
+            raise ProbekitError(f"{path}: cannot be read ({error}); build the corpus again") from None
+        sizes = [self._reader.get_batch(i).num_rows for i in range(self._reader.num_record_batches)]
+        self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def row(self, document: int) -> dict[str, Any]:
+        """All columns of one document."""
+        batch = int(np.searchsorted(self._starts, document, side="right")) - 1
+        columns = self._reader.get_batch(batch).slice(document - int(self._starts[batch]), 1)
+        return columns.to_pylist()[0]
+
+    def batches(self) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+        """The documents in the file's own batches, each with the number of its first document."""
+        for i in range(self._reader.num_record_batches):
+            yield int(self._starts[i]), self._reader.get_batch(i).to_pylist()
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A built corpus.
+
+    Tokens of document i are `tokens[document_tokens[i] : document_tokens[i + 1]]`, the first of them the separator.
+    Sentences of document i are rows `document_sentences[i] : document_sentences[i + 1]` of the sentence arrays.
+    Tokens of sentence j begin at `tokens[first_token[j]]`.
+    """
+
+    folder: Path
+    tokens: np.ndarray
+    document_tokens: np.ndarray
+    document_sentences: np.ndarray
+    first_token: np.ndarray
+    spans: np.ndarray
+    split: np.ndarray
+    embeddings: np.ndarray
+    actions: np.ndarray
+    codebook: Codebook
+    facts: dict[str, Any]
+
+    @classmethod
+    def open(cls, folder: Path) -> Corpus:
+        """Opens a corpus that `build_corpus` wrote; arrays are mapped, not read.
+
+        Raises:
+            ProbekitError: A file is missing or damaged.
+        """
+        names = "tokens document_tokens document_sentences first_token spans split embeddings actions".split()
+        return cls(
+            folder=folder,
+            **{name: read_array(folder / f"{name}.npy") for name in names},
+            codebook=Codebook.load(folder / "codebook.safetensors"),
+            facts=read_json(folder / "facts.json"),
+        )
+
+    @property
+    def k(self) -> int:
+        """Number of actions."""
+        return len(self.codebook.centroids)
+
+    @cached_property
+    def texts(self) -> DocumentTexts:
+        """The documents' texts and names."""
+        return DocumentTexts(self.folder / "documents.arrow")
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that cut the texts."""
+        return load_tokenizer(self.folder / "tokenizer")
+
+    @cached_property
+    def separator(self) -> int:
+        """Id of the token before every document."""
+        return separator_id(self.tokenizer)
+
+    def documents(self, split: str) -> np.ndarray:
+        """Numbers of the documents of a split, in order."""
+        return np.flatnonzero(self.split == SPLITS.index(split))
+
+    def sentences(self, documents: np.ndarray) -> np.ndarray:
+        """Numbers of all sentences of some documents, in order."""
+        return ranges(self.document_sentences[documents], self.document_sentences[documents + 1])
+
+    def document_of(self, sentences: np.ndarray) -> np.ndarray:
+        """The document that holds each sentence."""
+        return np.searchsorted(self.document_sentences, sentences, side="right") - 1
+
+    def previous_actions(self, sentences: np.ndarray) -> np.ndarray:
+        """The action before each sentence `[sentences]`, -1 for a document's first."""
+        first = sentences == self.document_sentences[self.document_of(sentences)]
+        return np.where(first, -1, self.actions[np.maximum(sentences - 1, 0)]).astype(np.int64)
+
+    def sentence_texts(self, sentences: Sequence[int] | np.ndarray) -> list[str]:
+        """The text of sentences, surrounding white space removed."""
+        numbers = np.asarray(sentences)
+        texts = []
+        for sentence, document in zip(numbers, self.document_of(numbers), strict=True):
+            start, end = self.spans[sentence]
+            texts.append(self.texts.row(int(document))["text"][start:end].strip())
+        return texts
+
+
+def ranges(starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+    """`concatenate([arange(a, b) for a, b in zip(starts, stops)])`, vectorised."""
+    lengths = stops - starts
+    offsets = np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return np.arange(lengths.sum(), dtype=np.int64) - offsets + np.repeat(starts, lengths)

@@ -1,0 +1,36 @@
+"""Where and in which arithmetic to compute."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+from probekit.errors import ProbekitError
+
+
+def compute_device(name: str) -> torch.device:
+    """The device that the setting `device` names.
+
+    Raises:
+        ProbekitError: It is not a device, or this machine has none of it.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ProbekitError(
+            f"device is {name!r}: it cannot be used here ({reason}); use auto or cpu"
+        ) from None
+    return device
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[None]:
+    """The forward pass's arithmetic that the setting `training.precision` names."""
+    if precision == "auto":
+        has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        precision = "bfloat16" if has_bfloat16 else "float32"
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")

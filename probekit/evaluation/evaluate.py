@@ -1,0 +1,217 @@
+"""`probekit evaluate`: perplexity of every variant on the same tokens, and how well planners plan."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from probekit.corpus.examples import cut_windows, document_batch
+from probekit.corpus.store import Corpus
+from probekit.errors import ProbekitError
+from probekit.evaluation.action_metrics import fit_bigram, prior_log_probabilities, score_actions
+from probekit.evaluation.ceilings import ceiling_log_probabilities, has_ceiling
+from probekit.evaluation.perplexity import Pass
+from probekit.evaluation.statistics import Interval, Resampling, bootstrap_ratio, paired_difference
+from probekit.models.language_model import longest_window
+from probekit.models.mixing import VARIANTS, Fixed, Mixing, Oracle
+from probekit.models.planner import Planner
+from probekit.progress import Progress
+from probekit.run import Run
+from probekit.storage import write_json
+
+
+METRICS = {"correct": "accuracy", "top5": "top5", "cross_entropy": "cross_entropy"}
+"""Fields of `ActionScores`, and what their means over examples are called."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found; every number has a 95 % interval (`_low`, `_high`) from resampling documents.
+
+    Attributes:
+        perplexity: One row for each variant and source of actions.
+        differences: One row for each pair of them: difference of perplexities, paired over documents.
+        planner: One row for each reader of actions (planners, baselines, ceilings) and metric.
+        settings: How it was measured.
+    """
+
+    perplexity: pd.DataFrame
+    differences: pd.DataFrame
+    planner: pd.DataFrame
+    settings: dict[str, Any]
+
+
+def evaluate(run: Run | str | Path, settings: Mapping[str, Any] | None = None, *, quiet: bool = False) -> Evaluation:
+    """Evaluates a run on its test documents and writes `evaluation.json` into it.
+
+    Args:
+        run: The run or its folder.
+        settings: Settings to replace for this evaluation, by dotted name, such as `evaluation.stride`.
+        quiet: Show no progress.
+
+    Raises:
+        ProbekitError: The run lacks a stage, or a setting does not fit its LM.
+    """
+    run = run if isinstance(run, Run) else Run.open(run)
+    run = Run(run.folder, run.config.override(settings or {}))
+    run.require("planner")
+    progress = Progress(quiet=quiet)
+    window, stride = _window_and_stride(run)
+    documents = run.corpus.documents("test")
+    scoring = Pass(
+        run.corpus,
+        cut_windows(run.corpus, documents, window, stride),
+        run.config.evaluation.batch_size,
+        run.config.training.precision,
+        run.device,
+    )
+    losses: dict[tuple[str, str], np.ndarray] = {}
+    for variant, actions, mixing in _settings(run):
+        with progress.task(f"evaluate {variant} ({actions})", total=len(scoring.windows)) as task:
+            losses[variant, actions] = scoring.document_losses(run.model(variant), mixing, task)
+    with progress.task("evaluate planners"):
+        planner = _planner_table(run)
+    evaluation = Evaluation(
+        *_perplexity_tables(run, losses, scoring.tokens),
+        planner,
+        {"split": "test", "window": window, "stride": stride, "resamples": run.config.evaluation.resamples},
+    )
+    write_json(
+        run.folder / "evaluation.json",
+        {
+            "settings": evaluation.settings,
+            **{
+                name: getattr(evaluation, name).to_dict(orient="records")
+                for name in ("perplexity", "differences", "planner")
+            },
+        },
+    )
+    return evaluation
+
+
+def _settings(run: Run) -> list[tuple[Any, str, Mixing]]:
+    """Every variant with the source of its actions; oracle-trained ones are measured on both sources."""
+    rows: list[tuple[Any, str, Mixing]] = [("none", "none", Fixed())]
+    for variant in run.variants:
+        mixing = VARIANTS[variant].evaluation
+        rows.append((variant, "planner" if mixing.needs_scores else "constant", mixing))
+        if isinstance(VARIANTS[variant].training, Oracle):
+            rows.append((variant, "true", Oracle()))
+    return rows
+
+
+def _window_and_stride(run: Run) -> tuple[int, int]:
+    window = run.config.evaluation.window or run.config.training.window
+    positions = longest_window(run.bridged.original_model)
+    if window > positions:
+        raise ProbekitError(f"evaluation.window is {window}, but the LM reads at most {positions} positions")
+    stride = run.config.evaluation.stride or max(1, window // 2)
+    if stride > window:
+        raise ProbekitError(
+            f"evaluation.stride is {stride}, longer than the window of {window}: tokens would be left out"
+        )
+    return window, stride
+
+
+def _perplexity_tables(
+    run: Run, losses: dict[tuple[str, str], np.ndarray], tokens: np.ndarray
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    options: Resampling = {
+        "resamples": run.config.evaluation.resamples,
+        "seed": run.config.seed,
+        "transform": np.exp,
+    }
+    perplexity = [
+        {"variant": variant, "actions": actions, "tokens": int(tokens.sum())}
+        | _interval("perplexity", bootstrap_ratio(sums, tokens, **options))
+        for (variant, actions), sums in losses.items()
+    ]
+    differences = [
+        {"first": _label(*first), "second": _label(*second)}
+        | _interval("difference", paired_difference(losses[first], losses[second], tokens, **options))
+        for first, second in itertools.combinations(losses, 2)
+    ]
+    return pd.DataFrame(perplexity), pd.DataFrame(differences)
+
+
+def _label(variant: str, actions: str) -> str:
+    return f"{variant} ({actions} actions)" if variant == "oracle" else variant
+
+
+def _interval(name: str, interval: Interval) -> dict[str, Any]:
+    return {
+        name: interval.value,
+        f"{name}_low": interval.low,
+        f"{name}_high": interval.high,
+        "documents": interval.documents,
+    }
+
+
+def _planner_table(run: Run) -> pd.DataFrame:
+    """Accuracy, top-5 and cross-entropy over all test sentences that have one before them."""
+    corpus = run.corpus
+    documents = corpus.documents("test")
+    sentences = corpus.sentences(documents)
+    later = sentences > corpus.document_sentences[corpus.document_of(sentences)]
+    document = np.searchsorted(documents, corpus.document_of(sentences[later]))
+    actions = corpus.actions[sentences[later]]
+    counts = np.bincount(document, minlength=len(documents))
+    options: Resampling = {"resamples": run.config.evaluation.resamples, "seed": run.config.seed}
+    rows = []
+    for reader, log_probabilities in _readers(run, documents).items():
+        scores = score_actions(log_probabilities[later], actions)
+        for metric in ("correct", "top5", "cross_entropy"):
+            sums = np.bincount(document, weights=getattr(scores, metric), minlength=len(documents))
+            interval = bootstrap_ratio(sums, counts, **options)
+            rows.append(
+                {"reader": reader, "metric": METRICS[metric], "sentences": len(actions)} | _interval("value", interval)
+            )
+    return pd.DataFrame(rows)
+
+
+def _readers(run: Run, documents: np.ndarray) -> dict[str, np.ndarray]:
+    """Log-probabilities of every sentence's action `[sentences, actions]`, by who says so."""
+    corpus = run.corpus
+    train, validation = (corpus.sentences(corpus.documents(split)) for split in ("train", "validation"))
+    sentences = corpus.sentences(documents)
+    prior = prior_log_probabilities(corpus.actions[train], corpus.k)
+    bigram = fit_bigram(
+        corpus.previous_actions(train),
+        corpus.actions[train],
+        corpus.k,
+        (corpus.previous_actions(validation), corpus.actions[validation]),
+    )
+    readers = {
+        "prior": np.broadcast_to(prior, (len(sentences), corpus.k)),
+        "bigram": bigram.log_probabilities(corpus.previous_actions(sentences)),
+        "planner": planner_log_probabilities(run.planner(), corpus, documents),
+    }
+    for variant in run.variants:
+        if VARIANTS[variant].joint:
+            planner = run.planner(variant)
+            readers[f"planner after {variant}"] = planner_log_probabilities(planner, corpus, documents)
+    if has_ceiling(run.config):
+        readers |= ceiling_log_probabilities(run.config, corpus, documents)
+    return readers
+
+
+def planner_log_probabilities(
+    planner: Planner, corpus: Corpus, documents: np.ndarray, batch_size: int = 32
+) -> np.ndarray:
+    """The planner's log-probabilities for all sentences of some documents, in order `[sentences, actions]`."""
+    device = planner.start.device
+    parts = []
+    for start in range(0, len(documents), batch_size):
+        batch = documents[start : start + batch_size]
+        embeddings, actions = document_batch(corpus, batch)
+        with torch.no_grad():
+            scores = planner(embeddings.to(device)).cpu()
+        parts.append(scores[actions >= 0].log_softmax(dim=-1).double().numpy())
+    return np.concatenate(parts)

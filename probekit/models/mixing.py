@@ -1,0 +1,131 @@
+"""Mixing: from planner scores to an action embedding. One small class for each way, one table of variants.
+
+The names and their use in training and evaluation follow arXiv 2410.12492, section 3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 - the name all of PyTorch's users know
+
+from probekit.config import VariantName
+
+
+class Mixing(Protocol):
+    """How a sentence's scores become the action embedding that conditions its tokens.
+
+    Attributes:
+        needs_scores: Whether the planner has to run.
+    """
+
+    needs_scores: bool
+
+    def __call__(self, scores: Tensor, actions: Tensor, codebook: Tensor, temperature: float) -> Tensor:
+        """Action embeddings `[sentences, dimensions]`.
+
+        Args:
+            scores: Planner logits `[sentences, actions]` (empty where not needed).
+            actions: True actions `[sentences]`.
+            codebook: Action embeddings `[actions, dimensions]`.
+            temperature: Divides the scores before a softmax.
+        """
+        ...
+
+
+class Fixed:
+    """One constant action for all: extra parameters, no information."""
+
+    needs_scores = False
+
+    def __call__(self, scores: Tensor, actions: Tensor, codebook: Tensor, temperature: float) -> Tensor:
+        return codebook[0].expand(len(actions), -1)
+
+
+class Uniform:
+    """The mean of the codebook: the soft twin of `Fixed`."""
+
+    needs_scores = False
+
+    def __call__(self, scores: Tensor, actions: Tensor, codebook: Tensor, temperature: float) -> Tensor:
+        return codebook.mean(dim=0).expand(len(actions), -1)
+
+
+class Oracle:
+    """The sentence's true action."""
+
+    needs_scores = False
+
+    def __call__(self, scores: Tensor, actions: Tensor, codebook: Tensor, temperature: float) -> Tensor:
+        return codebook[actions]
+
+
+class Predicted:
+    """The planner's most probable action; no gradient reaches the planner."""
+
+    needs_scores = True
+
+    def __call__(self, scores: Tensor, actions: Tensor, codebook: Tensor, temperature: float) -> Tensor:
+        return codebook[scores.argmax(dim=-1)]
+
+
+class Soft:
+    """Soft mixing: the planner's probabilities weight the codebook; differentiable throughout."""
+
+    needs_scores = True
+
+    def __call__(self, scores: Tensor, actions: Tensor, codebook: Tensor, temperature: float) -> Tensor:
+        return F.softmax(scores / temperature, dim=-1) @ codebook
+
+
+class StraightThrough:
+    """The most probable action forward, the gradient of soft mixing backward (Bengio et al. 2013)."""
+
+    needs_scores = True
+
+    def __call__(self, scores: Tensor, actions: Tensor, codebook: Tensor, temperature: float) -> Tensor:
+        soft = F.softmax(scores / temperature, dim=-1)
+        hard = F.one_hot(scores.argmax(dim=-1), scores.shape[-1]).to(soft)
+        # Each part carries one gradient: the codebook's follows the hard choice, the scores' the soft one.
+        return hard @ codebook + (soft - soft.detach()) @ codebook.detach()
+
+
+class GumbelSoftmax:
+    """A relaxed sample of an action (Jang et al. 2017, arXiv 1611.01144)."""
+
+    needs_scores = True
+
+    def __call__(self, scores: Tensor, actions: Tensor, codebook: Tensor, temperature: float) -> Tensor:
+        noise = -torch.empty_like(scores).exponential_().log()
+        return F.softmax((scores + noise) / temperature, dim=-1) @ codebook
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way of choosing the action that is trained and compared.
+
+    Attributes:
+        training: Mixing in training.
+        evaluation: Mixing in evaluation.
+        joint: Whether the planner is trained together with the adapter.
+    """
+
+    training: Mixing
+    evaluation: Mixing
+    joint: bool = False
+
+
+# The base LM alone, "none", has no entry: it conditions on nothing.
+VARIANTS: dict[VariantName, Variant] = {
+    "fixed": Variant(Fixed(), Fixed()),
+    "uniform": Variant(Uniform(), Uniform()),
+    "oracle": Variant(Oracle(), Predicted()),
+    "predicted": Variant(Predicted(), Predicted()),
+    "straight-through": Variant(StraightThrough(), Predicted(), joint=True),
+    "gumbel": Variant(GumbelSoftmax(), Soft(), joint=True),
+    "soft": Variant(Soft(), Soft()),
+    "joint": Variant(Soft(), Soft(), joint=True),
+}

@@ -1,0 +1,249 @@
+"""Softmax probes: many multinomial logistic regressions at once, in batched torch, on a CPU or a GPU.
+
+A probe minimises, over weights W [width, classes] and intercept b [classes],
+
+    mean over examples of -log softmax(z W + b)[y]  +  l2 / 2 * ||W||_F^2        (nats)
+
+where z are the features standardised by the probe's own training mean and deviation. The penalty is on the
+weights of the *standardised* features, the intercept is free: scikit-learn's `C` is 1 / (examples * l2).
+
+The solver is memoryless BFGS (L-BFGS with one pair), preconditioned by the exact Hessian of the model that
+knows only the class prior p, (diag(p) - p p') (x) Z'Z / n + l2 I: the usual probe, of little signal, is a few
+steps away from there. One eigendecomposition of Z'Z inverts that Hessian for every penalty.
+
+A class without a training example would send its intercept to minus infinity. Such probes get one more
+example, at the mean activation, its label spread evenly over the absent classes: together they keep a
+probability of about 1 / (n + 1) there. Probes that have seen every class are untouched by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from probekit.errors import ProbekitError
+
+CHUNK_BYTES = 1 << 30
+"""Working memory, in bytes, by which probes are split into chunks that are solved one after the other."""
+COMPACT = 0.75
+"""Finished probes leave the batch once at most this share of it is unfinished: to rebuild it costs a copy."""
+
+
+class SoftmaxProbes:
+    """A batch of softmax probes; each keeps the penalty that is best on its validation examples.
+
+    Attributes:
+        coef_: Weights on raw activations, with the scaling folded in, [probes, width, classes].
+        intercept_: The same for the intercept, [probes, classes].
+        n_iter_: Iterations that the kept penalty took from its warm start, [probes].
+        converged_: Whether the kept fit met the tolerance, [probes], bool.
+        l2_: The penalty kept, [probes].
+        validation_cross_entropy_: In nats, [probes, penalties], penalties in the order given.
+    """
+
+    def __init__(self, l2: Sequence[float], max_iterations: int = 200, tolerance: float = 1e-4) -> None:
+        """Sets the penalties to try and when the solver stops.
+
+        Args:
+            l2: Penalties, all positive; fitted from strong to weak, each from the last one's result.
+            max_iterations: Most iterations for each penalty; an iteration is one evaluation of the gradient.
+            tolerance: A probe stops when its gradient norm is at most this share of that at zero weights.
+        """
+        if not l2 or min(l2) <= 0:
+            raise ProbekitError(f"l2 is {list(l2)}; it must hold at least one penalty, all above 0")
+        self.l2, self.max_iterations, self.tolerance = tuple(l2), max_iterations, tolerance
+
+    def fit(self, X: Tensor, y: Tensor, classes: int, X_validation: Tensor, y_validation: Tensor) -> Self:
+        """Fits all probes.
+
+        Args:
+            X: Activations, [probes, examples, width]; solved in float64 if they are that, else in float32.
+            y: Classes, [probes, examples], or [examples] where the probes share them; int64.
+            classes: Number of classes.
+            X_validation: Activations on which the penalty is chosen, with examples of their own.
+            y_validation: Their classes.
+
+        Raises:
+            ProbekitError: A shape, a class or an activation is wrong; for an activation it names the probe.
+        """
+        data = (X, _labels(X, y, classes), X_validation, _labels(X_validation, y_validation, classes))
+        _, examples, width = X.shape
+        floats = examples * (3 * width + 2 * classes) + (2 * len(self.l2) + 10) * width * classes
+        size = max(1, CHUNK_BYTES // (floats * (8 if X.dtype == torch.float64 else 4)))
+        chunks = range(0, len(X), size)
+        parts = [self._fit_chunk(at, classes, *(part[at : at + size] for part in data)) for at in chunks]
+        results = [torch.cat(part) for part in zip(*parts, strict=True)]
+        self.coef_, self.intercept_, self.n_iter_, self.converged_ = results[:4]
+        self.l2_, self.validation_cross_entropy_ = results[4:]
+        return self
+
+    def log_probabilities(self, X: Tensor) -> Tensor:
+        """Log-probabilities [probes, examples, classes] in nats of activations [probes, examples, width]."""
+        return _log_softmax(X, self.coef_, self.intercept_)
+
+    def _fit_chunk(
+        self, first: int, classes: int, X: Tensor, y: Tensor, X_validation: Tensor, y_validation: Tensor
+    ) -> tuple[Tensor, ...]:
+        """The results of the probes from `first` on, in the order in which the class lists them."""
+        Z, mean, scale = _standardised(X if X.dtype == torch.float64 else X.float(), first)
+        problem, basis = _rotated(Z, y, classes)
+        weights = torch.cat([basis.new_zeros(len(Z), Z.shape[2], classes), problem.prior.log()], 1)
+        rounding = 8 * torch.finfo(Z.dtype).eps  # all the gradient there is where no feature varies
+        threshold = (self.tolerance * _norm(problem.gradient(weights, 0.0)[1])).clamp(min=rounding)
+        path = sorted(range(len(self.l2)), key=lambda column: -self.l2[column])
+        fits, losses = [], Z.new_empty(len(path), len(Z))
+        for column in path:
+            weights, *status = _minimise(problem, weights, self.l2[column], threshold, self.max_iterations)
+            coef = torch.bmm(basis, weights[:, :-1]) / scale.mT
+            intercept = weights[:, -1] - weights[:, -1].mean(1, keepdim=True) - torch.bmm(mean, coef)[:, 0]
+            log_p = _log_softmax(X_validation, coef, intercept)
+            losses[column] = -log_p.gather(2, y_validation[..., None]).mean((1, 2))
+            fits.append((coef, intercept, *status))
+        if len(broken := (~losses.T.isfinite()).nonzero()):
+            raise ProbekitError(f"probe {first + int(broken[0, 0])}: its validation loss is not finite")
+        best, each = losses[path].argmin(0), torch.arange(len(Z), device=Z.device)
+        l2 = torch.tensor(self.l2, dtype=torch.float64, device=Z.device)[path][best]
+        return *(torch.stack(results)[best, each] for results in zip(*fits, strict=True)), l2, losses.T
+
+
+class _Problem(NamedTuple):
+    """Probes in the eigenbasis of their standardised features; a last feature of 1 carries the intercept."""
+
+    Z: Tensor  # [probes, examples, width + 1]
+    y: Tensor  # [probes, examples, 1]
+    spectrum: Tensor  # [probes, width + 1, 1]: mean square of each feature
+    prior: Tensor  # [probes, 1, classes]: class shares, the added example included
+    absent: Tensor  # [probes, 1, classes]: the added example's label, zeros where no class is absent
+
+    def gradient(self, weights: Tensor, l2: float) -> tuple[Tensor, Tensor]:
+        """The objective [probes, 1, 1] and its gradient [probes, width + 1, classes]."""
+        examples = self.Z.shape[1]
+        log_p = torch.log_softmax(torch.bmm(self.Z, weights), -1)
+        objective = -log_p.gather(2, self.y).mean((1, 2), keepdim=True)
+        objective += 0.5 * l2 * _dot(weights[:, :-1], weights[:, :-1])
+        residual = log_p.exp_().scatter_add_(2, self.y, -torch.ones_like(self.y, dtype=log_p.dtype))
+        gradient = torch.bmm(self.Z.mT, residual).div_(examples)
+        gradient[:, :-1] += l2 * weights[:, :-1]
+        log_p = torch.log_softmax(weights[:, -1:], -1)  # of the added example
+        objective -= _dot(self.absent, log_p) / examples
+        gradient[:, -1:] += (self.absent.sum(2, keepdim=True) * log_p.exp() - self.absent) / examples
+        return objective, gradient
+
+    def precondition(self, gradient: Tensor, l2: float) -> Tensor:
+        """Multiplies by the inverse Hessian at the prior's weights (rank one part: Sherman and Morrison)."""
+        penalty = torch.full_like(self.spectrum, l2)
+        penalty[:, -1] = 0.0
+        diagonal = self.spectrum * self.prior + penalty
+        share = self.prior / diagonal
+        # The intercept's block is singular along equal shifts of all classes, where its gradient has no part.
+        rank_one = torch.where(penalty > 0, self.spectrum / (penalty * share.sum(2, keepdim=True)), 0.0)
+        return gradient / diagonal + rank_one * share * (share * gradient).sum(2, keepdim=True)
+
+
+class _State(NamedTuple):
+    """Where the search stands, a line search for each probe."""
+
+    weights: Tensor  # [probes, width + 1, classes], as are gradient and direction
+    objective: Tensor  # [probes, 1, 1], as is step
+    gradient: Tensor
+    direction: Tensor
+    step: Tensor
+
+
+def _advance(problem: _Problem, at: _State, l2: float) -> _State:
+    """One evaluation for each probe: it moves on if the objective fell enough; if not, its step shrinks."""
+    move = at.step * at.direction
+    objective, gradient = problem.gradient(at.weights + move, l2)
+    eps = torch.finfo(move.dtype).eps
+    # Close to the optimum the decrease drowns in rounding, hence the slack.
+    fell = objective <= at.objective + 1e-4 * _dot(at.gradient, move) + 16 * eps * (1 + at.objective)
+    change = gradient - at.gradient
+    curvature = _dot(move, change)
+    usable = curvature > eps * (_dot(move, move) * _dot(change, change)).sqrt()
+    inverse = torch.where(usable, 1 / curvature, 0.0)
+    scale = torch.where(usable, curvature / _dot(change, problem.precondition(change, l2)), 1.0)
+    along = inverse * _dot(move, gradient)
+    direction = scale * problem.precondition(gradient - along * change, l2)
+    direction = (inverse * _dot(change, direction) - along) * move - direction
+
+    moved = (at.weights + move, objective, gradient, direction, torch.ones_like(at.step))
+    stayed = at._replace(step=0.4 * at.step)
+    return _State(*(torch.where(fell, new, old) for new, old in zip(moved, stayed, strict=True)))
+
+
+def _minimise(
+    problem: _Problem, start: Tensor, l2: float, threshold: Tensor, max_iterations: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs each probe until its gradient norm is at most its threshold: weights, iterations, converged."""
+    # A step of zero from an infinite objective: the first call of _advance evaluates the start.
+    zero, infinite = torch.zeros_like(start), start.new_full((len(start), 1, 1), torch.inf)
+    state = _State(start, infinite, zero, zero, torch.zeros_like(infinite))
+    result, iterations = start.clone(), torch.full_like(threshold, max_iterations, dtype=torch.int64)
+    converged = torch.zeros_like(iterations, dtype=torch.bool)
+    active = torch.arange(len(start), device=start.device)
+    for iteration in range(max_iterations + 1):
+        state = _advance(problem, state, l2)
+        running = ~converged[active]
+        result[active[running]] = state.weights[running]
+        stopped = active[running & (_norm(state.gradient) <= threshold[active])]
+        converged[stopped], iterations[stopped] = True, iteration
+        running = ~converged[active]
+        if not running.any():
+            break
+        if running.sum() <= COMPACT * len(active):
+            active, problem = active[running], _Problem(*(part[running] for part in problem))
+            state = _State(*(part[running] for part in state))
+    return result, iterations, converged
+
+
+def _standardised(X: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Standardised activations, and the means and scales, both [probes, 1, width], that made them so."""
+    mean = X.mean(1, keepdim=True)
+    Z = X - mean
+    scale = Z.square().mean(1, keepdim=True).sqrt()
+    if len(broken := (~scale.isfinite()).nonzero()):
+        raise ProbekitError(f"probe {first + int(broken[0, 0])}: its activations are not all finite")
+    # A constant feature deviates from its mean by rounding, which must not be blown up to a deviation of 1.
+    scale = torch.where(scale <= 16 * torch.finfo(X.dtype).eps * mean.abs(), 1.0, scale)
+    return Z.div_(scale), mean, scale
+
+
+def _rotated(Z: Tensor, y: Tensor, classes: int) -> tuple[_Problem, Tensor]:
+    """The problem in the eigenbasis of the features, and that basis, [probes, width, width]."""
+    probes, examples, _ = Z.shape
+    spectrum, basis = torch.linalg.eigh(torch.bmm(Z.mT, Z) / examples)
+    one = Z.new_ones(probes, 1, 1)
+    spectrum = torch.cat([spectrum.clamp(min=0)[..., None], one], 1)
+    Z = torch.cat([torch.bmm(Z, basis), one.expand(-1, examples, -1)], 2)
+    counts = Z.new_zeros(probes, 1, classes).scatter_add_(2, y[:, None], one.expand(-1, -1, examples))
+    absent = (counts == 0).to(Z.dtype)
+    absent /= absent.sum(2, keepdim=True).clamp(min=1)
+    prior = (counts + absent) / (counts + absent).sum(2, keepdim=True)
+    return _Problem(Z, y[..., None], spectrum, prior, absent), basis
+
+
+def _labels(X: Tensor, y: Tensor, classes: int) -> Tensor:
+    """The labels as [probes, examples], checked."""
+    if X.ndim != 3 or not X.numel() or y.shape not in (X.shape[:2], X.shape[1:2]):
+        raise ProbekitError(
+            f"activations {list(X.shape)} must be [probes, examples, width], none of them 0, "
+            f"and their classes {list(y.shape)} [probes, examples] or [examples]"
+        )
+    if y.min() < 0 or y.max() >= classes:
+        raise ProbekitError(f"classes run from {y.min()} to {y.max()}; they must be 0 to {classes - 1}")
+    return y.expand(X.shape[:2])
+
+
+def _log_softmax(X: Tensor, coef: Tensor, intercept: Tensor) -> Tensor:
+    return torch.log_softmax(torch.baddbmm(intercept[:, None], X.to(coef.dtype), coef), -1)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum((1, 2), keepdim=True)
+
+
+def _norm(a: Tensor) -> Tensor:
+    return a.flatten(1).norm(dim=1)

@@ -1,0 +1,45 @@
+"""Targets: which position is read, and which action it should tell of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from probekit.corpus.store import Corpus
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The examples of one distance and horizon; all arrays `[examples]`.
+
+    Attributes:
+        document: Document of the example.
+        anchor: Sentence that begins at the target token.
+        position: Where the activation is read, in `corpus.tokens`: `distance` tokens before the anchor begins.
+        action: The label: action of the sentence `horizon - 1` after the anchor.
+    """
+
+    document: np.ndarray
+    anchor: np.ndarray
+    position: np.ndarray
+    action: np.ndarray
+
+
+def targets(corpus: Corpus, documents: np.ndarray, distance: int, horizon: int) -> Targets:
+    """Every example of some documents.
+
+    A document's first sentence is no anchor, for nothing comes before it to read. Positions before the document's
+    first token do not exist, nor do labels after its last sentence: such examples are left out.
+    """
+    anchor = corpus.sentences(documents)
+    document = corpus.document_of(anchor)
+    position = corpus.first_token[anchor] - distance
+    labelled = anchor + horizon - 1
+    there = (
+        (anchor > corpus.document_sentences[document])
+        & (position > corpus.document_tokens[document])
+        & (labelled < corpus.document_sentences[document + 1])
+    )
+    action = corpus.actions[labelled[there]].astype(np.int64)
+    return Targets(document[there], anchor[there], position[there], action)

@@ -1,0 +1,106 @@
+"""Progress of long work on standard error: rate and time left on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+T = TypeVar("T")
+
+SECONDS_BETWEEN_LINES = 15.0
+
+
+class Task:
+    """One piece of work that is under way."""
+
+    def __init__(self, name: str, total: int | None, bar: RichProgress | None, console: Console) -> None:
+        self._name, self._total, self._bar, self._console = name, total, bar, console
+        self._done = 0
+        self._note = ""
+        self._begun = self._told = time.monotonic()
+        self._id = bar.add_task(name, total=total, note="") if bar else None
+
+    def advance(self, steps: int = 1, note: str | None = None) -> None:
+        """Tells that `steps` more are done, with a few words on how it goes."""
+        self._done += steps
+        self._note = self._note if note is None else note
+        if self._bar and self._id is not None:
+            self._bar.update(self._id, completed=self._done, note=f"{self._note} {self._rate()}")
+        elif time.monotonic() - self._told > SECONDS_BETWEEN_LINES:
+            self._told = time.monotonic()
+            self._console.print(f"  {self._name}: {self._so_far()}", highlight=False)
+
+    def track(self, items: Iterable[T]) -> Iterator[T]:
+        """Yields the items and counts them."""
+        for item in items:
+            yield item
+            self.advance()
+
+    def close(self, *, failed: bool) -> None:
+        """Ends the task with a line that stays."""
+        if self._bar and self._id is not None:
+            self._bar.remove_task(self._id)
+        seconds = time.monotonic() - self._begun
+        end = "stopped" if failed else "done"
+        counted = f", {self._done:,} {self._rate()}" if self._done else ""
+        self._console.print(
+            f"{self._name}: {end} in {seconds:.1f} s{counted} {self._note}".rstrip(), highlight=False
+        )
+
+    def _rate(self) -> str:
+        seconds = time.monotonic() - self._begun
+        return f"({self._done / seconds:,.0f}/s)" if seconds > 0.1 else ""
+
+    def _so_far(self) -> str:
+        if self._total is None:
+            return f"{self._done:,} {self._rate()} {self._note}"
+        left = (time.monotonic() - self._begun) * (self._total - self._done) / max(self._done, 1)
+        return f"{self._done:,} of {self._total:,} {self._rate()}, {left:.0f} s left {self._note}"
+
+
+class Progress:
+    """Shows tasks as they come; `quiet` shows nothing."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._console = Console(stderr=True, quiet=quiet, soft_wrap=True)
+        self._quiet = quiet
+
+    @contextmanager
+    def task(self, name: str, total: int | None = None) -> Iterator[Task]:
+        """Opens a task; its end, or that it failed, is told when the block is left."""
+        if self._quiet or not self._console.is_terminal:
+            with _closing(Task(name, total, None, self._console)) as task:
+                yield task
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        with (
+            RichProgress(*columns, console=self._console, transient=True) as bar,
+            _closing(Task(name, total, bar, self._console)) as task,
+        ):
+            yield task
+
+    def say(self, line: str) -> None:
+        """Prints one line."""
+        self._console.print(line, highlight=False)
+
+
+@contextmanager
+def _closing(task: Task) -> Iterator[Task]:
+    try:
+        yield task
+    finally:
+        task.close(failed=sys.exc_info()[0] is not None)

@@ -1,0 +1,320 @@
+"""A run's folder: what is in it, how it is begun, read back and marked as it grows.
+
+config.yaml       complete settings          planner/      planner weights
+provenance.json   versions, commit, seeds    adapters/     one file for each variant; joint ones hold their planner
+run.json          format, finished stages    metrics.jsonl losses of every stage
+corpus/           tokens, labels, codebook   evaluation.json, probes/, figures/
+lm/               the base LM, in Hugging Face format, or the name and revision of a pre-trained one
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import subprocess
+import sys
+from datetime import UTC, datetime
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from probekit.config import Config, VariantName
+from probekit.corpus.store import Corpus
+from probekit.devices import compute_device
+from probekit.errors import ProbekitError
+from probekit.models.conditioning import new_adapter
+from probekit.models.language_model import bridge, load_model
+from probekit.models.mixing import VARIANTS
+from probekit.models.planned_lm import PlannedLM
+from probekit.models.planner import Planner
+from probekit.storage import read_json, read_tensors, write_json, write_tensors, write_text
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import PreTrainedModel
+
+FORMAT = 1
+"""Version of the folder's layout; other versions are refused, not guessed at."""
+
+Existing = Literal["refuse", "resume", "overwrite"]
+
+
+class Run:
+    """A run's folder, open for reading and for stages to be added.
+
+    Attributes:
+        folder: Where it is.
+        config: Its complete settings.
+    """
+
+    def __init__(self, folder: Path, config: Config) -> None:
+        self.folder = folder
+        self.config = config
+
+    @classmethod
+    def begin(cls, folder: str | Path, config: Config | None, existing: Existing = "refuse") -> Run:
+        """Begins a run, or goes on with one.
+
+        Args:
+            folder: The run's folder.
+            config: Its settings; None takes those of the run that is resumed.
+            existing: What to do where the folder exists already.
+
+        Raises:
+            ProbekitError: The folder exists and `existing` refuses it, it is no run, or it was begun with other
+                settings.
+        """
+        folder = Path(folder)
+        if existing == "resume" and (folder / "run.json").exists():
+            run = cls.open(folder)
+            if config is not None:
+                _check_same(run.config, config, folder)
+            return run
+        if config is None:
+            raise ProbekitError(f"{folder} holds no run to resume; give --preset or --config to begin one")
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            is_run = (folder / "run.json").exists()
+            if existing == "overwrite" and is_run:
+                shutil.rmtree(folder)
+            elif is_run:
+                raise ProbekitError(
+                    f"{folder} holds a run already; go on with it by --resume, replace it by --overwrite, or choose "
+                    "another --out"
+                )
+            else:
+                raise ProbekitError(f"{folder} exists and holds no run; choose another --out")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ProbekitError(
+                f"--out {folder}: cannot be made ({error.strerror}); choose another"
+            ) from None
+        write_text(folder / "config.yaml", config.to_yaml())
+        write_json(folder / "provenance.json", provenance(config))
+        write_json(folder / "run.json", {"format": FORMAT, "stages": {}})
+        return cls(folder, config)
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Run:
+        """Opens a run's folder.
+
+        Raises:
+            ProbekitError: It is not a run, or one of another version.
+        """
+        folder = Path(folder)
+        if not (folder / "run.json").is_file():
+            what = "does not exist" if not folder.exists() else "holds no run (no run.json)"
+            raise ProbekitError(f"{folder} {what}; make one with `probekit train --out {folder}`")
+        found = read_json(folder / "run.json").get("format")
+        if found != FORMAT:
+            raise ProbekitError(
+                f"{folder} has run format {found}, this probekit reads format {FORMAT}; use the version that its "
+                "provenance.json names, or train it again"
+            )
+        return cls(folder, Config.from_yaml(folder / "config.yaml"))
+
+    # Stages
+
+    def finished(self, stage: str) -> bool:
+        """Whether a stage is complete."""
+        return stage in read_json(self.folder / "run.json")["stages"]
+
+    def mark_finished(self, stage: str, facts: dict[str, Any]) -> None:
+        """Records that a stage is complete, with a few facts about it."""
+        state = read_json(self.folder / "run.json")
+        state["stages"][stage] = facts
+        write_json(self.folder / "run.json", state)
+
+    def require(self, stage: str) -> None:
+        """Refuses to go on without a stage.
+
+        Raises:
+            ProbekitError: Names the stage and the command that adds it.
+        """
+        if not self.finished(stage):
+            raise ProbekitError(
+                f"{self.folder} lacks the stage {stage!r}; finish it with `probekit train --resume --out {self.folder}`"
+            )
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Appends a row to metrics.jsonl."""
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def forget_metrics(self, stage: str) -> None:
+        """Drops a stage's rows from metrics.jsonl, before the stage is begun again."""
+        path = self.folder / "metrics.jsonl"
+        if path.exists():
+            rows = path.read_text("utf-8").splitlines(keepends=True)
+            write_text(path, "".join(row for row in rows if json.loads(row)["stage"] != stage))
+
+    # What stages write and others read
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where to compute."""
+        return compute_device(self.config.device)
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        """The built corpus."""
+        self.require("corpus")
+        return Corpus.open(self.folder / "corpus")
+
+    @property
+    def variants(self) -> list[VariantName]:
+        """The variants whose adapters are trained, in the order of the settings."""
+        return [v for v in self.config.mixing.variants if v in VARIANTS and self.finished(f"adapter/{v}")]
+
+    @cached_property
+    def bridged(self) -> TransformerBridge:
+        """The base LM, frozen and bridged."""
+        self.require("lm")
+        return bridge(self.plain_model().to(self.device), self.corpus.tokenizer, self.folder / "lm")
+
+    def plain_model(self) -> PreTrainedModel:
+        """A fresh copy of the base LM as a plain Hugging Face module."""
+        source = self.folder / "lm" / "source.json"
+        if not source.exists():
+            return load_model(str(self.folder / "lm"))
+        recorded = read_json(source)
+        return load_model(
+            recorded["name"],
+            revision=recorded["revision"],
+            trust_remote_code=self.config.lm.trust_remote_code,
+        )
+
+    def planner(self, variant: VariantName | None = None) -> Planner:
+        """A copy of the planner as its own stage left it, or as a joint variant did."""
+        self.require("planner")
+        planner = Planner(self.config.planner, self._centroids, self.config.seed)
+        planner.load_state_dict(read_tensors(self.folder / "planner" / "model.safetensors"))
+        if variant in VARIANTS and VARIANTS[variant].joint:
+            planner.load_state_dict(self._adapter_tensors(variant, "planner."))
+        return planner.to(self.device).eval().requires_grad_(False)
+
+    def save_planner(self, planner: Planner) -> None:
+        """Writes the planner's weights."""
+        (self.folder / "planner").mkdir(exist_ok=True)
+        write_tensors(self.folder / "planner" / "model.safetensors", planner.state_dict())
+
+    def model(self, variant: VariantName) -> PlannedLM:
+        """The trained, frozen model of a variant; `none` is the base LM alone."""
+        adapter = None
+        if variant != "none":
+            self.require(f"adapter/{variant}")
+            adapter = new_adapter(self.config.conditioning, self._centroids, self.bridged, self.config.seed)
+            adapter.load_state_dict(self._adapter_tensors(variant, "adapter."))
+            adapter.to(self.device).requires_grad_(False)
+        planner = self.planner(variant)
+        return PlannedLM(self.bridged, planner, adapter, self.config.mixing.temperature).eval()
+
+    def save_adapter(self, variant: VariantName, model: PlannedLM) -> None:
+        """Writes a variant's adapter, and its planner where that was trained too."""
+        assert model.adapter is not None  # noqa: S101 - only trained variants are saved
+        tensors = {f"adapter.{name}": value for name, value in model.adapter.state_dict().items()}
+        if VARIANTS[variant].joint:
+            tensors |= {f"planner.{name}": value for name, value in model.planner.state_dict().items()}
+        (self.folder / "adapters").mkdir(exist_ok=True)
+        write_tensors(self.folder / "adapters" / f"{variant}.safetensors", tensors)
+
+    # Results as data frames
+
+    def metrics(self) -> pd.DataFrame:
+        """The rows of metrics.jsonl."""
+        import pandas as pd
+
+        path = self.folder / "metrics.jsonl"
+        if not path.exists():
+            raise ProbekitError(f"{self.folder} has no metrics yet; train it first")
+        return pd.read_json(path, lines=True)
+
+    def evaluation(self) -> dict[str, Any]:
+        """What `probekit evaluate` found."""
+        if not (self.folder / "evaluation.json").exists():
+            raise ProbekitError(f"{self.folder} is not evaluated; run `probekit evaluate {self.folder}`")
+        return read_json(self.folder / "evaluation.json")
+
+    def probes(self) -> pd.DataFrame:
+        """What `probekit probe` found: one row for each reader, variant, location, layer, distance and horizon."""
+        import pandas as pd
+
+        path = self.folder / "probes" / "results.parquet"
+        if not path.exists():
+            raise ProbekitError(f"{self.folder} has no probes; run `probekit probe {self.folder}`")
+        return pd.read_parquet(path)
+
+    @property
+    def _centroids(self) -> torch.Tensor:
+        return torch.from_numpy(self.corpus.codebook.centroids)
+
+    def _adapter_tensors(self, variant: VariantName, prefix: str) -> dict[str, torch.Tensor]:
+        tensors = read_tensors(self.folder / "adapters" / f"{variant}.safetensors")
+        return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def provenance(config: Config) -> dict[str, Any]:
+    """Where a run comes from: versions, commit, seeds and machine."""
+    packages = ("probekit", "torch", "transformers", "transformer-lens", "datasets", "scikit-learn", "numpy")
+    return {
+        "begun": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in packages},
+        "git_commit": _git_commit(),
+        "seeds": {"run": config.seed, "corpus": config.corpus.seed, "planted": config.corpus.planted.seed},
+        "device": str(compute_device(config.device)),
+        "machine": {
+            "processor": platform.machine(),
+            "system": platform.system(),
+            "threads": torch.get_num_threads(),
+        },
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """The commit of the checkout that this file is in; None where probekit is installed as a package."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    git = shutil.which("git")
+    if git is None:
+        return None
+    answer = subprocess.run(  # noqa: S603 - fixed arguments
+        [git, "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return answer.stdout.strip() or None
+
+
+def _check_same(begun: Config, wanted: Config, folder: Path) -> None:
+    """Stages already done hold only for the settings they were done with; what comes after may differ."""
+    free = {"device", "evaluation", "probe"}
+    first, second = (config.model_dump(exclude=free) for config in (begun, wanted))
+    for name in _differences(first, second):
+        raise ProbekitError(
+            f"{folder} was begun with other settings: {name[0]} was {name[1]!r} and is now {name[2]!r}; resume "
+            "without it, or choose another --out"
+        )
+
+
+def _differences(
+    first: dict[str, Any], second: dict[str, Any], prefix: str = ""
+) -> list[tuple[str, Any, Any]]:
+    found = []
+    for key, value in first.items():
+        if isinstance(value, dict):
+            found += _differences(value, second[key], f"{prefix}{key}.")
+        elif value != second[key]:
+            found.append((prefix + key, value, second[key]))
+    return found

@@ -1,0 +1,201 @@
+"""Files that are either whole or not there: atomic writes, and reads that say what is wrong with a file.
+
+A write goes to a hidden temporary name beside its target (`.tmp-<random>-<name>`), is synced to the disk, and
+takes the target's name only when complete. Formats: text, JSON, safetensors, `.npy`; never pickle.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.lib.format import open_memmap, write_array_header_1_0
+from numpy.typing import DTypeLike
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from probekit.errors import ProbekitError
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary path to write one file to; it becomes `path` when the block succeeds.
+
+    The temporary name keeps the suffix of `path`, for writers that choose their format by it. Missing parent
+    folders are made. When the block fails, `path` is as it was.
+    """
+    target = Path(path).resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _sibling(target)
+    try:
+        yield temporary
+        _sync(temporary)
+        temporary.replace(target)
+        _sync(target.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Yields a new temporary folder to fill; it becomes `path` when the block succeeds.
+
+    An older folder of that name is replaced; when the block fails, it is as it was. Replacing takes two
+    renames: should the machine stop between them, the older folder is still whole under its temporary name.
+    """
+    target = Path(path).resolve()
+    temporary, retired = _sibling(target), _sibling(target)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for entry in (*temporary.rglob("*"), temporary):
+            _sync(entry)
+        if target.exists():
+            target.rename(retired)
+        temporary.rename(target)
+        _sync(target.parent)
+    except BaseException:
+        if retired.exists() and not target.exists():
+            retired.rename(target)
+        raise
+    finally:
+        for leftover in (temporary, retired):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes text as UTF-8, line ends as they are."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes a value as indented JSON, keys in their own order."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """The value in a JSON file."""
+    with _reading(path, "JSON file"):
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes named tensors, from any device, as safetensors."""
+    with atomic_path(path) as temporary:
+        # safetensors lets only a file's owner read it; a run may be shared, so the umask decides.
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+            temporary,
+            metadata=dict(metadata) if metadata else None,
+        )
+        temporary.chmod(mode)
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """The named tensors in a safetensors file, on the CPU."""
+    with _reading(path, "safetensors file"):
+        return load_file(path)
+
+
+def write_array(path: str | Path, array: np.ndarray) -> None:
+    """Writes an array in NumPy's `.npy` format."""
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.save(file, array, allow_pickle=False)
+
+
+class ArrayAppender:
+    """Writes an array in `.npy` format a few rows at a time, its length unknown until it is closed.
+
+    For files inside an `atomic_folder`: it is not atomic itself. Use as a context manager.
+
+    Args:
+        path: The file.
+        dtype: Type that rows are converted to.
+        columns: Shape of a row.
+    """
+
+    def __init__(self, path: str | Path, dtype: DTypeLike, columns: tuple[int, ...] = ()) -> None:
+        self._file = Path(path).open("wb")
+        self._dtype = np.dtype(dtype)
+        self._columns = columns
+        self._rows = 0
+        self._write_header()
+
+    def append(self, rows: np.ndarray) -> None:
+        """Adds rows `[rows, *columns]`."""
+        self._file.write(np.ascontiguousarray(rows, dtype=self._dtype).data)
+        self._rows += len(rows)
+
+    def __enter__(self) -> ArrayAppender:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.seek(0)
+        self._write_header()
+        self._file.close()
+
+    def _write_header(self) -> None:
+        # NumPy pads the header for the first axis to grow to any length, so a later one fits in its place.
+        shape = (self._rows, *self._columns)
+        write_array_header_1_0(self._file, {"descr": self._dtype.str, "fortran_order": False, "shape": shape})
+
+
+def read_array(path: str | Path, mmap: bool = True) -> np.ndarray:
+    """The array in a `.npy` file.
+
+    Args:
+        path: The file.
+        mmap: Leave the array on disk and read what is touched (read-only), or load all of it.
+    """
+    with _reading(path, ".npy array"):
+        array = open_memmap(path, mode="r")
+        return array if mmap else np.array(array)
+
+
+def _sibling(target: Path) -> Path:
+    return target.with_name(f".tmp-{uuid.uuid4().hex[:12]}-{target.name}")
+
+
+def _sync(path: Path) -> None:
+    """Has the system put a file's bytes, or a folder's list of names, on the disk now."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _reading(path: str | Path, kind: str) -> Iterator[None]:
+    """Turns whatever a reader raises about a file into one line that names the file and the way out."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise ProbekitError(
+            f"{path} does not exist; run the step that writes it, or check the path"
+        ) from None
+    except OSError as error:
+        raise ProbekitError(
+            f"{path} cannot be opened as a {kind} ({_one_line(error)}); check the path and its permissions"
+        ) from None
+    except (ValueError, SafetensorError, RecursionError) as error:
+        raise ProbekitError(
+            f"{path} is no whole {kind} ({_one_line(error)}); delete it and run the step that writes it again"
+        ) from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,134 @@
+"""The optimisation loop that every stage shares: AdamW, warm-up and cosine, clipping, accumulation, selection."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from probekit.config import StageSettings
+from probekit.errors import ProbekitError
+from probekit.progress import Progress
+
+LOGGED_STEPS = 100
+"""Rows of training loss that a stage leaves in the metrics."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is optimised.
+
+    Attributes:
+        name: Appears in progress and metrics.
+        settings: The optimiser's settings.
+        parameters: Parameters and their peak learning rates.
+        examples: Number of training examples; batches are rows of them.
+        loss: Loss of some rows, divided so that the losses of a step's micro-batches add up to the step's loss:
+            called with the micro-batch's rows and the whole step's.
+        validation_loss: Computes the loss on validation documents.
+    """
+
+    name: str
+    settings: StageSettings
+    parameters: list[tuple[nn.Parameter, float]]
+    examples: int
+    loss: Callable[[np.ndarray, np.ndarray], Tensor]
+    validation_loss: Callable[[], float]
+
+
+def optimise(stage: Stage, seed: int, log: Callable[[dict[str, Any]], None], progress: Progress) -> float:
+    """Trains the stage's parameters in place and leaves them in their best state on validation.
+
+    Args:
+        stage: What to optimise.
+        seed: Seed of the order of examples and of what is random in the forward pass.
+        log: Called with rows of metrics.
+        progress: Shows steps, rate and time left.
+
+    Returns:
+        The best validation loss.
+
+    Raises:
+        ProbekitError: The loss is no longer finite.
+    """
+    torch.manual_seed(seed)
+    steps_per_epoch = math.ceil(stage.examples / stage.settings.batch_size)
+    steps = max(1, round(stage.settings.epochs * steps_per_epoch))
+    optimiser, scheduler = _optimiser(stage, steps)
+    batches = _shuffled(stage.examples, stage.settings.batch_size, seed)
+    best, best_epoch, best_state = math.inf, 0, _state(stage)
+    log_every = max(1, steps // LOGGED_STEPS)
+    with progress.task(f"train {stage.name}", total=steps) as task:
+        for step in range(1, steps + 1):
+            loss = _step(stage, next(batches), optimiser, step)
+            scheduler.step()
+            if step % log_every == 0 or step == steps:
+                log({"stage": stage.name, "step": step, "loss": loss})
+            task.advance(note=f"loss {loss:.3f}")
+            if step % steps_per_epoch and step != steps:
+                continue
+            epoch = math.ceil(step / steps_per_epoch)
+            validation = stage.validation_loss()
+            log({"stage": stage.name, "step": step, "epoch": epoch, "validation_loss": validation})
+            task.advance(0, note=f"loss {loss:.3f}, validation {validation:.3f}")
+            if validation < best:
+                best, best_epoch, best_state = validation, epoch, _state(stage)
+            elif stage.settings.patience and epoch - best_epoch >= stage.settings.patience:
+                break
+    with torch.no_grad():
+        for (parameter, _), value in zip(stage.parameters, best_state, strict=True):
+            parameter.copy_(value)
+    return best
+
+
+def _step(stage: Stage, rows: np.ndarray, optimiser: torch.optim.Optimizer, step: int) -> float:
+    total = 0.0
+    for micro in np.array_split(rows, min(stage.settings.accumulate, len(rows))):
+        loss = stage.loss(micro, rows)
+        loss.backward()
+        total += loss.item()
+    if not math.isfinite(total):
+        raise ProbekitError(
+            f"training of {stage.name}: the loss is {total} at step {step}; lower the stage's learning_rate "
+            f"({stage.settings.learning_rate:g})"
+        )
+    nn.utils.clip_grad_norm_([parameter for parameter, _ in stage.parameters], stage.settings.clip)
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+    return total
+
+
+def _optimiser(stage: Stage, steps: int) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter, rate in stage.parameters:
+        decay = stage.settings.weight_decay if parameter.ndim >= 2 else 0.0
+        groups.setdefault((rate, decay), []).append(parameter)
+    optimiser = torch.optim.AdamW(
+        [{"params": members, "lr": rate, "weight_decay": decay} for (rate, decay), members in groups.items()]
+    )
+    warmup = math.ceil(stage.settings.warmup * steps)
+
+    def share_of_peak(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+    return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, share_of_peak)
+
+
+def _state(stage: Stage) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter, _ in stage.parameters]
+
+
+def _shuffled(count: int, batch_size: int, seed: int) -> Iterator[np.ndarray]:
+    """Rows in batches, without end; every pass is a new order that the seed and the pass's number decide."""
+    epoch = 0
+    while True:
+        order = np.random.default_rng([seed, epoch]).permutation(count)
+        yield from (order[i : i + batch_size] for i in range(0, count, batch_size))
+        epoch += 1

@@ -1,0 +1,111 @@
+"""`probekit train`: from settings to a run, stage by stage; finished stages are not done again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from probekit import hub
+from probekit.config import Config
+from probekit.corpus.build import build_corpus
+from probekit.errors import ProbekitError
+from probekit.models.conditioning import location_width
+from probekit.models.language_model import load_model, longest_window
+from probekit.models.mixing import VARIANTS
+from probekit.progress import Progress
+from probekit.run import Existing, Run
+from probekit.storage import atomic_folder, write_json
+from probekit.training.stages import Trainer
+
+
+def train(
+    config: Config | None = None,
+    out: str | Path = "runs/run",
+    *,
+    existing: Existing = "refuse",
+    quiet: bool = False,
+) -> Run:
+    """Trains everything that the settings describe: corpus, LM (if new), planner, an adapter for each variant.
+
+    Args:
+        config: The settings; None resumes a run with its own.
+        out: The run's folder.
+        existing: What to do where the folder exists: refuse, resume or overwrite.
+        quiet: Show no progress.
+
+    Raises:
+        ProbekitError: The input is bad; what was written before stays whole.
+    """
+    run = Run.begin(out, config, existing)
+    progress = Progress(quiet=quiet)
+    _check_windows(run.config)
+    build(run, progress)
+    _stage(run, "lm", lambda: _language_model(run, progress))
+    location_width(
+        run.bridged, run.config.conditioning
+    )  # refuses a location that is not there before training
+    _stage(run, "planner", lambda: run.save_planner(_trainer(run, progress).train_planner()))
+    for variant in run.config.mixing.variants:
+        if variant in VARIANTS:
+            _stage(run, f"adapter/{variant}", lambda variant=variant: _adapter(run, progress, variant))
+    return run
+
+
+def build(run: Run, progress: Progress) -> None:
+    """Builds the run's corpus if it is not there yet."""
+
+    def corpus() -> dict[str, Any]:
+        return build_corpus(run.config, run.folder / "corpus", progress, str(run.device)).facts
+
+    _stage(run, "corpus", corpus)
+
+
+def _stage(run: Run, name: str, work: Callable[[], dict[str, Any] | None]) -> None:
+    if run.finished(name):
+        return
+    run.forget_metrics(name)
+    begun = time.monotonic()
+    facts = work() or {}
+    run.mark_finished(name, {"seconds": round(time.monotonic() - begun, 1)} | facts)
+
+
+def _trainer(run: Run, progress: Progress) -> Trainer:
+    return Trainer(run.config, run.corpus, run.device, run.log, progress)
+
+
+def _language_model(run: Run, progress: Progress) -> dict[str, Any]:
+    settings = run.config.lm
+    with atomic_folder(run.folder / "lm") as folder:
+        if settings.name is None:
+            model = _trainer(run, progress).train_language_model()
+            model.save_pretrained(folder)
+            run.corpus.tokenizer.save_pretrained(folder)
+        else:
+            source = hub.find(settings.name, setting="lm.name", revision=settings.revision)
+            name = str(Path(source.name).resolve()) if source.revision is None else source.name
+            write_json(folder / "source.json", {"name": name, "revision": source.revision})
+            model = load_model(name, revision=source.revision, trust_remote_code=settings.trust_remote_code)
+            _check_positions(run.config, longest_window(model))
+    return {"parameters": sum(parameter.numel() for parameter in model.parameters())}
+
+
+def _adapter(run: Run, progress: Progress, variant: str) -> dict[str, Any]:
+    model = _trainer(run, progress).train_adapter(variant, run.bridged, run.planner())
+    run.save_adapter(variant, model)
+    return {"parameters": sum(parameter.numel() for parameter in model.adapter.parameters())}
+
+
+def _check_windows(config: Config) -> None:
+    if config.lm.name is None:
+        _check_positions(config, config.lm.positions)
+
+
+def _check_positions(config: Config, positions: int) -> None:
+    for setting, window in (
+        ("training.window", config.training.window),
+        ("evaluation.window", config.evaluation.window),
+    ):
+        if window is not None and window > positions:
+            raise ProbekitError(f"{setting} is {window}, but the LM reads at most {positions} positions")

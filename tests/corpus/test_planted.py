@@ -1,0 +1,269 @@
+"""The planted corpus against its own distributions; its posteriors against a sum over every hidden path."""
+
+import itertools
+
+import numpy as np
+import pytest
+import sentencex
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from probekit.config import PlantedSettings
+from probekit.corpus.planted import (
+    SYLLABLES,
+    PlantedModel,
+    generate,
+    posterior_given_actions,
+    posterior_given_words,
+)
+from probekit.errors import ProbekitError
+
+# Every document has four sentences, so that `enumerate_posterior` can walk all 2 * 3 ** 4 hidden paths.
+SMALL = PlantedSettings(
+    documents=4, types=2, actions=3, successors=2, min_sentences=4, max_sentences=4, min_words=1, max_words=3,
+    vocabulary=5, concentration=0.5,
+)  # fmt: skip
+DEFAULT = PlantedSettings()
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return generate(DEFAULT)
+
+
+@pytest.fixture(scope="module")
+def documents(corpus):
+    return list(corpus.documents())
+
+
+def enumerate_posterior(model, likelihood, horizon):
+    """Rows of the posterior by summing the probability of every path; likelihood: [sentences, actions]."""
+    sentences, actions = likelihood.shape
+    rows = np.zeros((sentences, actions))
+    for j, z in itertools.product(range(sentences), range(len(model.prior))):
+        for path in itertools.product(range(actions), repeat=j + horizon):
+            probability = model.prior[z] * model.initial[z, path[0]]
+            for before, after in itertools.pairwise(path):
+                probability *= model.transition[z, before, after]
+            for sentence, action in enumerate(path[:j]):
+                probability *= likelihood[sentence, action]
+            rows[j, path[-1]] += probability
+    return rows / rows.sum(axis=1, keepdims=True)
+
+
+def cross_entropy(posteriors, documents):
+    """Mean over all sentences, in nats."""
+    rows = np.concatenate(posteriors)
+    actions = np.concatenate([document.actions for document in documents])
+    return -np.log(rows[np.arange(len(rows)), actions]).mean()
+
+
+@settings(max_examples=8, deadline=None)
+@given(seed=st.integers(0, 2**32), horizon=st.integers(1, 3), successors=st.integers(1, 3))
+def test_posteriors_equal_enumeration(seed, horizon, successors):
+    corpus = generate(SMALL.model_copy(update={"seed": seed, "successors": successors}))
+    model, drawn = corpus.model, list(corpus.documents())
+    given_actions = posterior_given_actions(model, [document.actions for document in drawn], horizon)
+    given_words = posterior_given_words(model, [model.parse(document.text) for document in drawn], horizon)
+    for document, from_actions, from_words in zip(drawn, given_actions, given_words, strict=True):
+        seen = np.eye(3)[list(document.actions)]
+        np.testing.assert_allclose(from_actions, enumerate_posterior(model, seen, horizon), atol=1e-12)
+        read = np.array([model.emission[:, words].prod(axis=1) for words in model.parse(document.text)])
+        np.testing.assert_allclose(from_words, enumerate_posterior(model, read, horizon), atol=1e-12)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    horizon=st.integers(1, 5),
+    actions=st.integers(2, 40),
+    concentration=st.floats(1e-6, 100.0),
+)
+@pytest.mark.filterwarnings("error")
+def test_rows_are_distributions_in_the_documents_order(seed, horizon, actions, concentration):
+    drawn_from = PlantedSettings(
+        documents=20, seed=seed, actions=actions, successors=2, concentration=concentration
+    )
+    corpus = generate(drawn_from)
+    drawn = list(corpus.documents())
+    read = [corpus.model.parse(document.text) for document in drawn]
+    for posteriors in (
+        posterior_given_actions(corpus.model, [document.actions for document in drawn], horizon),
+        posterior_given_words(corpus.model, read, horizon),
+    ):
+        assert [rows.shape for rows in posteriors] == [(len(d.actions), actions) for d in drawn]
+        for rows in posteriors:
+            assert (rows >= 0).all()
+            np.testing.assert_allclose(rows.sum(axis=1), 1.0)
+
+
+def test_rows_do_not_depend_on_the_batch(corpus, documents):
+    actions = [document.actions for document in documents[:600]]
+    batched = posterior_given_actions(corpus.model, actions)
+    for d in (0, 255, 256, 599):
+        alone = posterior_given_actions(corpus.model, [actions[d]])[0]
+        np.testing.assert_allclose(batched[d], alone, atol=1e-14)
+
+
+@pytest.mark.parametrize("horizon", [1, 2, 3])
+def test_knowing_nothing_gives_the_marginal(corpus, horizon):
+    model = corpus.model
+    marginal = model.initial
+    for _ in range(horizon - 1):
+        marginal = np.einsum("za,zab->zb", marginal, model.transition)
+    rows = posterior_given_words(model, [[[], []]], horizon)[0]
+    np.testing.assert_allclose(rows[0], model.prior @ marginal)
+    # An empty sentence tells nothing: a row later is a sentence further ahead.
+    np.testing.assert_allclose(rows[1], model.prior @ np.einsum("za,zab->zb", marginal, model.transition))
+
+
+def test_no_documents_no_posteriors(corpus):
+    assert posterior_given_actions(corpus.model, []) == []
+    assert posterior_given_words(corpus.model, [[]])[0].shape == (0, DEFAULT.actions)
+
+
+def test_tables_are_distributions():
+    model = PlantedModel.draw(DEFAULT)
+    for table in (model.prior, model.initial, model.transition, model.emission):
+        np.testing.assert_allclose(table.sum(axis=-1), 1.0)
+    assert (np.count_nonzero(model.transition, axis=-1) == DEFAULT.successors).all()
+    shares = model.transition[model.transition > 0]
+    assert np.unique(shares).size == shares.size
+
+
+def test_frequencies_match_the_model(corpus):
+    model, starts = corpus.model, corpus.document_starts
+    n = len(corpus.types)
+    np.testing.assert_allclose(np.bincount(corpus.types) / n, model.prior, atol=5 * 0.5 / n**0.5)
+    first = np.bincount(corpus.actions[starts[:-1]], minlength=24) / n
+    np.testing.assert_allclose(first, model.prior @ model.initial, atol=5 * 0.5 / n**0.5)
+
+    action_of_word = np.repeat(corpus.actions, np.diff(corpus.sentence_starts))
+    assert_counts_match(action_of_word, corpus.words, model.emission)
+
+    type_of_sentence = np.repeat(corpus.types, np.diff(starts))
+    inside = np.setdiff1d(np.arange(1, len(corpus.actions)), starts)
+    state = type_of_sentence * 24 + corpus.actions
+    assert_counts_match(state[inside - 1], corpus.actions[inside], model.transition.reshape(-1, 24))
+
+
+def assert_counts_match(rows, outcomes, probabilities):
+    """Within five standard deviations of the expected counts, and none where the probability is zero."""
+    counts = np.zeros(probabilities.shape)
+    np.add.at(counts, (rows, outcomes), 1)
+    expected = counts.sum(axis=1, keepdims=True) * probabilities
+    assert (np.abs(counts - expected) <= 5 * np.sqrt(expected + 1)).all()
+    assert not counts[probabilities == 0].any()
+
+
+def test_lengths_are_uniform_over_the_whole_range(corpus):
+    for counts, low, high in (
+        (np.diff(corpus.document_starts), DEFAULT.min_sentences, DEFAULT.max_sentences),
+        (np.diff(corpus.sentence_starts), DEFAULT.min_words, DEFAULT.max_words),
+    ):
+        shares = np.bincount(counts, minlength=high + 1) / len(counts)
+        assert not shares[:low].any()
+        assert len(shares) == high + 1
+        np.testing.assert_allclose(shares[low:], 1 / (high - low + 1), atol=0.025)
+
+
+def test_same_settings_same_corpus_and_more_documents_same_model(documents):
+    assert list(generate(DEFAULT).documents()) == documents
+    more = generate(DEFAULT.model_copy(update={"documents": 7000, "max_words": 9})).model
+    other = generate(DEFAULT.model_copy(update={"seed": 1, "documents": 4})).model
+    model = PlantedModel.draw(DEFAULT)
+    for name in ("prior", "initial", "transition", "emission", "words"):
+        np.testing.assert_array_equal(getattr(more, name), getattr(model, name))
+        assert not np.array_equal(getattr(other, name), getattr(model, name))
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**32), max_words=st.integers(1, 9), vocabulary=st.integers(2, 1500))
+def test_sentence_splitter_finds_the_planted_sentences(seed, max_words, vocabulary):
+    drawn_from = PlantedSettings(
+        documents=10, min_words=1, max_words=max_words, vocabulary=vocabulary, concentration=1.0, seed=seed
+    )
+    for document in generate(drawn_from).documents():
+        spans = sentencex.get_sentence_boundaries("en", document.text)
+        found = [document.text[span["start_index"] : span["end_index"]].strip() for span in spans]
+        assert found == [f"{sentence}." for sentence in document.text.removesuffix(".").split(". ")]
+        assert len(found) == len(document.actions)
+
+
+def test_no_word_is_taken_for_an_abbreviation():
+    for word in map("".join, itertools.product(SYLLABLES, repeat=2)):
+        text = f"Dolu {word}. {word.capitalize()}. {word.capitalize()} ro{word}. Talu."
+        assert len(sentencex.get_sentence_boundaries("en", text)) == 4
+
+
+def test_parse_gives_back_the_words(corpus, documents):
+    for d, document in enumerate(documents[:200]):
+        first, last = corpus.document_starts[d : d + 2]
+        starts = corpus.sentence_starts[first : last + 1]
+        planted = np.split(corpus.words[starts[0] : starts[-1]], starts[1:-1] - starts[0])
+        parsed = corpus.model.parse(document.text)
+        assert [words.tolist() for words in parsed] == [words.tolist() for words in planted]
+
+
+@pytest.mark.parametrize("vocabulary", [2, 36**2, 36**2 + 1, 50_000])
+def test_words_are_distinct_and_long_enough(vocabulary):
+    words = PlantedModel.draw(SMALL.model_copy(update={"vocabulary": vocabulary})).words
+    assert len(set(words)) == vocabulary
+    assert all(len(word) >= 4 and word.isalpha() and word.islower() for word in words)
+
+
+def test_the_ceiling_is_above_what_can_be_fitted(corpus, documents):
+    fitted, held_out = documents[:4000], documents[4000:]
+    model = corpus.model
+    ceiling = cross_entropy(posterior_given_actions(model, [d.actions for d in held_out]), held_out)
+    reading = cross_entropy(posterior_given_words(model, [model.parse(d.text) for d in held_out]), held_out)
+    # The bigram has one more row, for the start of a document.
+    counts = np.full((25, 24), 0.1)
+    for document in fitted:
+        np.add.at(counts, ([-1, *document.actions[:-1]], document.actions), 1)
+    bigram = counts / counts.sum(axis=1, keepdims=True)
+    predicted = [bigram[[-1, *document.actions[:-1]]] for document in held_out]
+    assert ceiling <= reading < cross_entropy(predicted, held_out) - 0.5
+
+
+def test_reading_less_of_the_last_sentence_costs(corpus, documents):
+    model, held_out = corpus.model, documents[:1000]
+    read = [model.parse(document.text) for document in held_out]
+
+    def last_action_cross_entropy(words_read):
+        """Of the last sentence's action, with only the first words of the one before it read."""
+        context = [[*words[:-2], words[-2][:words_read], words[-1]] for words in read]
+        rows = [rows[-1:] for rows in posterior_given_words(model, context)]
+        return cross_entropy(
+            rows, [document._replace(actions=document.actions[-1:]) for document in held_out]
+        )
+
+    losses = [last_action_cross_entropy(words_read) for words_read in (4, 1, 0)]
+    assert losses == sorted(losses)
+    assert losses[-1] > losses[0] + 0.3
+
+
+def test_an_unlikely_type_survives_until_it_is_confirmed():
+    """Type 1 is behind by 600 orders of magnitude, until an action that only it can have appears."""
+    stay = np.eye(3)
+    leave = np.array([[1 - 1e-9, 1e-9, 0], [0, 1, 0], [0, 0, 1]])
+    start = np.array([[1.0, 0, 0], [1e-300, 0, 1 - 1e-300]])
+    rare = PlantedModel(
+        np.array([1 - 1e-300, 1e-300]), start, np.stack([stay, leave]), np.eye(3), ("a", "b", "c")
+    )
+    rows = posterior_given_actions(rare, [[0, 0, 1, 1]])[0]
+    np.testing.assert_allclose(rows[1:], [[1, 0, 0], [1, 0, 0], [0, 1, 0]], atol=1e-8)
+
+
+def test_bad_input_is_told_in_one_line(corpus, documents):
+    model = corpus.model
+    with pytest.raises(ProbekitError, match=r"the word 'house' .* corpus\.planted settings"):
+        model.parse(documents[0].text + " House.")
+    with pytest.raises(ProbekitError, match=r"horizon is 0"):
+        posterior_given_actions(model, [documents[0].actions], horizon=0)
+    action = 0
+    never = int(np.flatnonzero(model.transition[:, action].sum(axis=0) == 0)[0])
+    with pytest.raises(ProbekitError, match="sentence 1 of document 1 is impossible"):
+        posterior_given_actions(model, [documents[0].actions, [action, never]])
+    with pytest.raises(ProbekitError, match=r"corpus\.planted\.concentration is inf"):
+        generate(PlantedSettings(concentration=float("inf")))

@@ -1,0 +1,118 @@
+"""Scores and counting baselines against hand-worked cases and brute force."""
+
+import numpy as np
+import pytest
+import torch
+
+from probekit.errors import ProbekitError
+from probekit.evaluation.action_metrics import (
+    NO_ACTION,
+    fit_bigram,
+    prior_log_probabilities,
+    score_actions,
+    transitions,
+)
+
+
+def test_scores_of_a_case_worked_by_hand():
+    p = np.array([[0.5, 0.3, 0.2, 0.0], [0.1, 0.2, 0.3, 0.4]])
+    with np.errstate(divide="ignore"):
+        scores = score_actions(np.log(p), np.array([0, 2]))
+    assert scores.correct.tolist() == [True, False]
+    assert scores.top5.tolist() == [True, True]
+    assert scores.cross_entropy == pytest.approx([np.log(2), -np.log(0.3)])
+
+
+def test_scores_equal_brute_force_with_ties():
+    generator = np.random.default_rng(0)
+    log_p = np.round(generator.normal(size=(3, 50, 9)), 1)
+    actions = generator.integers(0, 9, size=50)
+    scores = score_actions(torch.from_numpy(log_p), torch.from_numpy(actions))
+    ranking = np.argsort(-log_p, axis=-1, kind="stable")
+    assert np.array_equal(scores.correct, ranking[..., 0] == actions)
+    assert np.array_equal(scores.top5, (ranking[..., :5] == actions[:, None]).any(-1))
+    assert scores.cross_entropy == pytest.approx(-log_p[:, np.arange(50), actions])
+
+
+def test_a_constant_distribution_is_right_about_one_action_only():
+    k = 8
+    scores = score_actions(np.full((k, k), -np.log(k)), np.arange(k))
+    assert scores.correct.tolist() == [True] + [False] * 7
+    assert scores.top5.tolist() == [True] * 5 + [False] * 3
+
+
+def test_nan_is_never_a_hit():
+    scores = score_actions(np.full((2, 8), np.nan), np.array([0, 3]))
+    assert not scores.correct.any()
+    assert not scores.top5.any()
+
+
+def test_prior_adds_half_an_example_to_each_action():
+    log_p = prior_log_probabilities([0, 0, 2], 4)
+    assert np.exp(log_p) == pytest.approx(np.array([2.5, 0.5, 1.5, 0.5]) / 5)
+
+
+@pytest.mark.parametrize(
+    ("horizon", "previous", "target"),
+    [
+        (1, [-1, 3, 1, 4, -1], [3, 1, 4, 1, 5]),
+        (2, [-1, 3, 1], [1, 4, 1]),
+        (4, [-1], [1]),
+        (5, [], []),
+    ],
+)
+def test_transitions_skip_to_the_horizon(horizon, previous, target):
+    found = transitions([[3, 1, 4, 1], [5], []], horizon)
+    assert [part.tolist() for part in found] == [previous, target]
+
+
+def test_bigram_of_a_case_worked_by_hand():
+    previous, target = [NO_ACTION, 0, 0, 1], [0, 1, 1, 0]
+    bigram = fit_bigram(previous, target, 2, validation=([0], [1]), strengths=[2.0])
+    # The prior is even; each row is (counts + 1) / (total + 2).
+    p = np.exp(bigram.log_probabilities([0, 1, NO_ACTION]))
+    assert p == pytest.approx(np.array([[1 / 4, 3 / 4], [2 / 3, 1 / 3], [2 / 3, 1 / 3]]))
+
+
+def test_bigram_equals_brute_force_and_keeps_the_best_strength():
+    generator = np.random.default_rng(1)
+    k, strengths = 5, [0.1, 1.0, 10.0, 100.0]
+    previous, target = generator.integers(-1, k, 60), generator.integers(0, k, 60)
+    held_out = generator.integers(-1, k, 40), generator.integers(0, k, 40)
+    prior = np.exp(prior_log_probabilities(target, k))
+
+    def probability(before: int, after: int, strength: float) -> float:
+        matches = sum(b == before and a == after for b, a in zip(previous, target, strict=True))
+        return (matches + strength * prior[after]) / (sum(previous == before) + strength)
+
+    losses = [
+        -np.mean([np.log(probability(*pair, s)) for pair in zip(*held_out, strict=True)]) for s in strengths
+    ]
+    bigram = fit_bigram(previous, target, k, held_out, strengths)
+    assert bigram.strength == strengths[int(np.argmin(losses))]
+    expected = [[probability(b, a, bigram.strength) for a in range(k)] for b in range(-1, k)]
+    assert np.exp(bigram.log_probabilities(range(-1, k))) == pytest.approx(np.array(expected))
+
+
+def test_bigram_approaches_a_planted_chain():
+    generator = np.random.default_rng(2)
+    chain = generator.dirichlet(np.full(6, 0.3), size=6)
+    documents = []
+    for _ in range(400):
+        actions = [int(generator.integers(6))]
+        while len(actions) < 15:
+            actions.append(int(generator.choice(6, p=chain[actions[-1]])))
+        documents.append(actions)
+    for horizon in (1, 2):
+        fit, held_out = transitions(documents[:300], horizon), transitions(documents[300:], horizon)
+        learnt = np.exp(fit_bigram(*fit, 6, held_out).log_probabilities(np.arange(6)))
+        assert learnt == pytest.approx(np.linalg.matrix_power(chain, horizon), abs=0.07)
+
+
+def test_bad_actions_are_refused():
+    with pytest.raises(ProbekitError, match="run from 0 to 4"):
+        prior_log_probabilities([0, 4], 4)
+    with pytest.raises(ProbekitError, match="from -1 to 3"):
+        fit_bigram([-2], [0], 4, ([0], [0]))
+    with pytest.raises(ProbekitError, match="validation"):
+        fit_bigram([0], [0], 4, ([], []))

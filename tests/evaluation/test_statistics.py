@@ -1,0 +1,137 @@
+"""Intervals against simulation, a slow reference and cases with known answers."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from probekit.errors import ProbekitError
+from probekit.evaluation import statistics
+from probekit.evaluation.statistics import (
+    Interval,
+    bootstrap_ratio,
+    bootstrap_ratios,
+    paired_difference,
+    paired_differences,
+)
+
+RESAMPLES = {"resamples": 400, "seed": 3}
+
+
+def random_effects(simulations: int, documents: int = 80, tokens: int = 15) -> np.ndarray:
+    """Losses [documents, tokens, simulations] of mean 2, with an effect shared by a document's tokens."""
+    generator = np.random.default_rng(0)
+    effects = generator.normal(size=(documents, 1, simulations))
+    return 2 + effects + generator.normal(size=(documents, tokens, simulations))
+
+
+def coverage(sums: np.ndarray, counts: np.ndarray) -> float:
+    intervals = bootstrap_ratios(sums, counts, **RESAMPLES)
+    return float(np.mean((intervals.low <= 2) & (intervals.high >= 2)))
+
+
+def test_covers_the_truth_by_documents_and_not_by_tokens():
+    losses = random_effects(simulations=400)
+    documents, tokens, simulations = losses.shape
+    assert 0.90 <= coverage(losses.sum(1), np.full(documents, tokens)) <= 0.98
+    assert coverage(losses.reshape(-1, simulations), np.ones(documents * tokens)) < 0.6
+
+
+@pytest.mark.parametrize("chunk", [1, 64, 1 << 22])
+def test_equals_a_slow_loop_whatever_the_chunk(chunk, monkeypatch):
+    monkeypatch.setattr(statistics, "CHUNK_DRAWS", chunk)
+    generator = np.random.default_rng(1)
+    sums, counts = generator.gamma(2.0, size=(23, 3)), generator.integers(1, 9, size=(23, 3))
+    intervals = bootstrap_ratios(sums, counts, resamples=200, seed=5, transform=np.exp, level=0.9)
+
+    draws = np.random.default_rng(5).integers(23, size=(200, 23))
+    for cell in range(3):
+        values = [np.exp(sums[draw, cell].sum() / counts[draw, cell].sum()) for draw in draws]
+        assert intervals.value[cell] == pytest.approx(np.exp(sums[:, cell].sum() / counts[:, cell].sum()))
+        assert intervals.low[cell] == pytest.approx(np.quantile(values, 0.05))
+        assert intervals.high[cell] == pytest.approx(np.quantile(values, 0.95))
+
+
+def test_one_cell_is_a_cell_of_many():
+    generator = np.random.default_rng(2)
+    first, second = generator.gamma(2.0, size=(2, 30, 4))
+    counts = generator.integers(1, 9, 30)
+    one = bootstrap_ratio(first[:, 2], counts, **RESAMPLES)
+    assert one.to_dict() == pytest.approx(bootstrap_ratios(first, counts, **RESAMPLES)[2].to_dict())
+    one = paired_difference(first[:, 2], second[:, 2], counts, transform=np.exp, **RESAMPLES)
+    many = paired_differences(first, second, counts, transform=np.exp, **RESAMPLES)
+    assert one.to_dict() == pytest.approx(many[2].to_dict())
+
+
+def test_equal_documents_leave_no_doubt():
+    interval = bootstrap_ratio([6.0] * 5, [3] * 5, **RESAMPLES)
+    assert interval == Interval(2.0, 2.0, 2.0, 5)
+
+
+def test_documents_without_examples_contribute_nothing():
+    interval = bootstrap_ratio([4.0, 4.0, np.nan, 7.0], [2, 2, 0, 0], **RESAMPLES)
+    assert interval == Interval(2.0, 2.0, 2.0, 2)
+
+
+@pytest.mark.parametrize(("counts", "documents"), [([0, 0, 0], 0), ([0, 2, 0], 1)])
+def test_below_two_documents_there_is_no_interval(counts, documents):
+    interval = bootstrap_ratio([0.0, 6.0, 0.0], counts, **RESAMPLES)
+    assert np.isnan([interval.low, interval.high]).all()
+    assert interval.documents == documents
+    assert interval.value == 3.0 if documents else np.isnan(interval.value)
+
+
+def test_a_sparse_cell_does_not_spoil_the_others():
+    counts = np.ones((6, 3))
+    counts[2:, 1], counts[1:, 2] = 0, 0
+    intervals = bootstrap_ratios(np.arange(18.0).reshape(6, 3), counts, **RESAMPLES)
+    assert intervals.documents.tolist() == [6, 2, 1]
+    assert np.isfinite(intervals.low).tolist() == [True, True, False]
+    assert (intervals.low[1], intervals.value[1], intervals.high[1]) == (1.0, 2.5, 4.0)
+
+
+def test_pairing_narrows_the_interval_of_a_difference():
+    generator = np.random.default_rng(4)
+    counts = generator.integers(5, 20, 100)
+    shared = generator.normal(3, 1, 100)
+    first = counts * (shared + generator.normal(0, 0.1, 100))
+    second = counts * (shared - 0.2 + generator.normal(0, 0.1, 100))
+    paired = paired_difference(first, second, counts, transform=np.exp, **RESAMPLES)
+    apart = [bootstrap_ratio(sums, counts, transform=np.exp, **RESAMPLES) for sums in (first, second)]
+    assert paired.value == pytest.approx(apart[0].value - apart[1].value)
+    assert paired.low > 0
+    assert paired.high - paired.low < 0.5 * max(each.high - each.low for each in apart)
+
+
+def test_seed_decides():
+    sums, counts = np.random.default_rng(6).gamma(2.0, size=40), np.ones(40)
+    draws = [bootstrap_ratio(sums, counts, resamples=300, seed=seed) for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**31), st.floats(0.1, 100.0), st.floats(-50.0, 50.0))
+def test_scaling_and_shifting_carry_over(seed, factor, shift):
+    generator = np.random.default_rng(seed)
+    counts = generator.integers(1, 9, 40)
+    sums = counts * generator.normal(size=40)
+    plain = bootstrap_ratio(sums, counts, **RESAMPLES)
+    assert plain.low <= plain.value <= plain.high
+    moved = bootstrap_ratio(factor * sums + shift * counts, counts, **RESAMPLES)
+    for name in ("value", "low", "high"):
+        expected = factor * getattr(plain, name) + shift
+        assert getattr(moved, name) == pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("sums", "counts", "message"),
+    [
+        ([1.0, np.inf], [1, 1], "document 1"),
+        ([1.0, 1.0], [-1, 1], "document 0"),
+        ([1.0, 1.0], [1, 1, 1], "counts"),
+        ([], [], "at least one document"),
+    ],
+)
+def test_bad_sums_are_refused(sums, counts, message):
+    with pytest.raises(ProbekitError, match=message):
+        bootstrap_ratio(sums, counts, **RESAMPLES)

@@ -1,0 +1,218 @@
+"""Softmax probes against scikit-learn, their own optimality conditions and cases with known answers."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+from probekit.errors import ProbekitError
+from probekit.probing import solvers
+from probekit.probing.solvers import SoftmaxProbes
+
+
+def planted(probes=4, examples=600, width=12, classes=5, signal=1.0, seed=0, dtype=torch.float64):
+    """Activations with class means, features of uneven scale and offset, and a training and a validation half."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.arange(1.0, classes + 1).pow(-0.7)
+    y = torch.multinomial(weights, 2 * examples, replacement=True, generator=generator)
+    means = torch.randn(probes, classes, width, generator=generator) * signal
+    noise = torch.randn(probes, 2 * examples, width, generator=generator)
+    mixing = torch.eye(width) + 0.5 * torch.randn(probes, width, width, generator=generator)
+    scale = torch.logspace(-2, 2, width)
+    X = ((means[:, y] + noise @ mixing) * scale + 3 * scale).to(dtype)
+    return X[:, :examples], y[:examples], X[:, examples:], y[examples:]
+
+
+def fit(data, l2=(1e-2,), classes=5, max_iterations=500, tolerance=1e-8):
+    X, y, X_validation, y_validation = data
+    return SoftmaxProbes(l2, max_iterations, tolerance).fit(X, y, classes, X_validation, y_validation)
+
+
+def cross_entropy(log_p, y):
+    return -log_p.gather(2, y.expand(log_p.shape[:2])[..., None]).mean((1, 2))
+
+
+@pytest.mark.parametrize("l2", [1e-1, 1e-3])
+def test_equals_scikit_learn(l2):
+    X, y, X_validation, y_validation = data = planted()
+    found = fit(data, [l2])
+    assert found.converged_.all()
+    log_p = found.log_probabilities(X_validation)
+    for probe in range(len(X)):
+        scaler = StandardScaler().fit(X[probe].numpy())
+        oracle = LogisticRegression(C=1 / (len(y) * l2), tol=1e-10, max_iter=10_000)
+        oracle.fit(scaler.transform(X[probe].numpy()), y.numpy())
+        coef = found.coef_[probe].numpy().T * scaler.scale_
+        assert coef == pytest.approx(oracle.coef_, abs=2e-5)
+        expected = oracle.predict_log_proba(scaler.transform(X_validation[probe].numpy()))
+        assert log_p[probe].numpy() == pytest.approx(expected, abs=2e-4)
+
+
+def test_default_tolerance_in_float32_reaches_the_loss_of_scikit_learn():
+    X, y, X_validation, y_validation = data = planted(signal=0.3, dtype=torch.float32)
+    found = fit(data, [1e-3], max_iterations=200, tolerance=1e-4)
+    assert found.converged_.all()
+    for probe, loss in enumerate(cross_entropy(found.log_probabilities(X_validation), y_validation).tolist()):
+        scaler = StandardScaler().fit(X[probe].double().numpy())
+        oracle = LogisticRegression(C=1 / (len(y) * 1e-3), tol=1e-10, max_iter=10_000)
+        oracle.fit(scaler.transform(X[probe].double().numpy()), y.numpy())
+        log_p = oracle.predict_log_proba(scaler.transform(X_validation[probe].double().numpy()))
+        assert loss == pytest.approx(-log_p[np.arange(len(y_validation)), y_validation].mean(), rel=1e-3)
+
+
+@pytest.mark.parametrize("absent", [False, True])
+def test_autograd_finds_the_objective_stationary(absent):
+    X, y, *_ = data = planted()
+    classes = 7 if absent else 5
+    l2, n = 1e-2, len(y)
+    found = fit(data, [l2], classes=classes)
+    scale = X.std(1, correction=0)[..., None]
+    W = (found.coef_ * scale).requires_grad_()
+    mean = X.mean(1, keepdim=True)
+    b = (found.intercept_ + torch.bmm(mean, found.coef_)[:, 0]).requires_grad_()
+    log_p = torch.log_softmax((X - mean) / scale.mT @ W + b[:, None], -1)
+    objective = cross_entropy(log_p, y).sum() + l2 / 2 * W.square().sum()
+    if absent:  # the added example
+        objective = objective - torch.log_softmax(b, -1)[:, 5:].mean(1).sum() / n
+    objective.backward()
+    assert W.grad.abs().max() < 1e-8
+    assert b.grad.abs().max() < 1e-8
+
+
+@pytest.mark.parametrize("limit", [1, 1 << 30])
+def test_results_do_not_depend_on_the_batch(limit, monkeypatch):
+    X, y, X_validation, y_validation = planted(probes=5, signal=0.5)
+    X = X * torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0])[:, None, None]  # one finishes at once
+    labels = torch.stack([y, y.flip(0), y, y.roll(1), y])
+    together = fit((X, labels, X_validation, y_validation), [1e-1, 1e-3])
+    monkeypatch.setattr(solvers, "CHUNK_BYTES", limit)
+    again = fit((X, labels, X_validation, y_validation), [1e-1, 1e-3])
+    for name in ("coef_", "intercept_", "l2_", "n_iter_", "converged_", "validation_cross_entropy_"):
+        assert torch.allclose(getattr(together, name), getattr(again, name), rtol=1e-9)
+    for probe in range(5):
+        part = slice(probe, probe + 1)
+        alone = fit((X[part], labels[part], X_validation[part], y_validation), [1e-1, 1e-3])
+        assert torch.allclose(alone.coef_[0], together.coef_[probe], rtol=1e-6, atol=1e-9)
+        assert alone.n_iter_[0] == together.n_iter_[probe]
+
+
+def test_fit_is_deterministic():
+    data = planted(dtype=torch.float32)
+    assert torch.equal(fit(data, tolerance=1e-4).coef_, fit(data, tolerance=1e-4).coef_)
+
+
+def test_each_probe_keeps_the_penalty_that_is_best_on_validation():
+    X, y, X_validation, y_validation = planted(probes=6, examples=150, classes=5)
+    for data, share in ((X, 1), (X_validation, 0)):  # ever more noise, on training and validation alike
+        noise = torch.randn(data.shape, generator=torch.Generator().manual_seed(share), dtype=data.dtype)
+        data += noise * data.std(1, keepdim=True) * torch.logspace(-2, 1.5, 6)[:, None, None]
+    l2 = [1e-3, 1.0, 1e-2, 1e-1]
+    found = fit((X, y, X_validation, y_validation), l2)
+    assert found.l2_.tolist() == [l2[column] for column in found.validation_cross_entropy_.argmin(1)]
+    assert len(found.l2_.unique()) > 1
+    for column, penalty in enumerate(l2):
+        alone = fit((X, y, X_validation, y_validation), [penalty])
+        loss = found.validation_cross_entropy_[:, column]
+        assert torch.allclose(alone.validation_cross_entropy_[:, 0], loss, rtol=1e-6)
+    loss = cross_entropy(found.log_probabilities(X_validation), y_validation)
+    assert torch.allclose(loss, found.validation_cross_entropy_.min(1).values)
+
+
+def test_absent_classes_share_one_example():
+    X, y, X_validation, y_validation = planted(examples=400, dtype=torch.float32)
+    y_validation = y_validation.clone()
+    y_validation[0] = 6
+    found = fit((X, y, X_validation, y_validation), [1e-1], classes=8, tolerance=1e-4)
+    assert found.converged_.all()
+    assert found.validation_cross_entropy_.isfinite().all()
+    p = found.log_probabilities(X).exp()[..., 5:]
+    assert (p > 0).all()
+    assert p.sum(2).mean(1) == pytest.approx(np.full(4, 1 / 401), rel=0.5)
+    assert torch.allclose(p[..., :1].expand_as(p), p, rtol=1e-3)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1e4, -1e-6])
+def test_constant_features_give_the_class_prior(value):
+    _, y, _, y_validation = planted()
+    X = torch.full((2, len(y), 3), value)
+    found = fit((X, y, X, y_validation), [1e-4], tolerance=1e-4)
+    assert found.converged_.all()
+    prior = torch.bincount(y).float() / len(y)
+    assert torch.allclose(found.log_probabilities(X).exp(), prior.expand(2, len(y), 5), rtol=1e-4)
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_a_constant_or_a_collinear_feature_is_no_obstacle(copies):
+    X, y, X_validation, y_validation = planted(dtype=torch.float32)
+
+    def widen(X: torch.Tensor) -> torch.Tensor:
+        return torch.cat([*[X + 1e-6 * X.roll(1, 2)] * copies, torch.full_like(X[..., :1], 7.0)], 2)
+
+    found = fit((widen(X), y, widen(X_validation), y_validation), [1e-3 / copies], tolerance=1e-4)
+    assert found.converged_.all()
+    # Two copies of a feature share its weight, so half the penalty on each pays the same.
+    plain = fit((X, y, X_validation, y_validation), [1e-3 / copies**2], tolerance=1e-4)
+    assert torch.allclose(found.validation_cross_entropy_, plain.validation_cross_entropy_, rtol=2e-3)
+
+
+def test_width_above_the_number_of_examples():
+    X, y, X_validation, y_validation = planted(examples=60, width=200, dtype=torch.float32)
+    found = fit((X, y, X_validation, y_validation), [1e-1, 1e-4], max_iterations=200, tolerance=1e-4)
+    assert found.converged_.all()
+    assert found.log_probabilities(X_validation).isfinite().all()
+
+
+def test_one_iteration_is_flagged_as_not_enough():
+    found = fit(planted(), [1e-3], max_iterations=1)
+    assert not found.converged_.any()
+    assert found.n_iter_.tolist() == [1] * 4
+
+
+def test_noise_labels_give_the_prior_under_a_strong_penalty():
+    X, y, X_validation, _ = planted(signal=0.0)
+    found = fit((X, y, X_validation, y), [1e2])
+    prior = torch.bincount(y).double() / len(y)
+    assert torch.allclose(found.log_probabilities(X_validation).exp(), prior.expand(4, len(y), 5), atol=5e-3)
+
+
+def test_recovers_a_planted_linear_model():
+    generator = torch.Generator().manual_seed(1)
+    X = torch.randn(2, 20_000, 4, generator=generator)
+    truth = torch.randn(2, 4, 3, generator=generator)
+    truth -= truth.mean(2, keepdim=True)
+    p = torch.softmax(X @ truth, -1)
+    y = torch.multinomial(p.flatten(0, 1), 1, generator=generator).view(2, -1)
+    found = fit((X, y, X, y), [1e-6], classes=3, tolerance=1e-4)
+    assert torch.allclose(found.coef_, truth, atol=0.08)
+    assert found.intercept_.abs().max() < 0.08
+
+
+def test_half_precision_activations_are_solved_in_float32():
+    X, y, X_validation, y_validation = planted(dtype=torch.float32)
+    full = fit((X.bfloat16().float(), y, X_validation.bfloat16().float(), y_validation), tolerance=1e-4)
+    half = fit((X.bfloat16(), y, X_validation.bfloat16(), y_validation), tolerance=1e-4)
+    assert torch.equal(full.coef_, half.coef_)
+    assert torch.equal(full.log_probabilities(X.bfloat16().float()), half.log_probabilities(X.bfloat16()))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_bad_activations_name_the_probe(bad, monkeypatch):
+    monkeypatch.setattr(solvers, "CHUNK_BYTES", 1)  # the index counts over chunks
+    for part in (0, 2):
+        data = planted()
+        data[part][2, 5, 3] = bad
+        with pytest.raises(ProbekitError, match="probe 2"):
+            fit(data)
+
+
+def test_bad_shapes_classes_and_penalties_are_refused():
+    X, y, X_validation, y_validation = planted()
+    with pytest.raises(ProbekitError, match="run from 0 to 4"):
+        fit((X, y, X_validation, y_validation), classes=4)
+    with pytest.raises(ProbekitError, match=r"classes \[599\]"):
+        fit((X, y[1:], X_validation, y_validation))
+    with pytest.raises(ProbekitError, match="none of them 0"):
+        fit((X, y, X_validation[:, :0], y_validation[:0]))
+    with pytest.raises(ProbekitError, match="above 0"):
+        SoftmaxProbes([0.1, 0.0])
