@@ -1,1 +1,47 @@
-"""probekit."""
+"""probekit: planner-conditioned language models, and probes for what any language model plans.
+
+import probekit
+
+run = probekit.train(probekit.Config.from_preset("demo"), "runs/demo")
+probekit.evaluate(run).perplexity
+probekit.probe(run).table
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from probekit.config import Config
+    from probekit.errors import ProbekitError
+    from probekit.evaluation.evaluate import Evaluation, evaluate
+    from probekit.probing.probe import ProbeResults, probe
+    from probekit.run import Run
+    from probekit.training.train import build_corpus, train
+    from probekit.walkthrough import demo
+
+    load_run = Run.open
+
+_HOME = {
+    "Config": "probekit.config",
+    "Evaluation": "probekit.evaluation.evaluate",
+    "ProbeResults": "probekit.probing.probe",
+    "ProbekitError": "probekit.errors",
+    "Run": "probekit.run",
+    "build_corpus": "probekit.training.train",
+    "demo": "probekit.walkthrough",
+    "evaluate": "probekit.evaluation.evaluate",
+    "probe": "probekit.probing.probe",
+    "train": "probekit.training.train",
+}
+__all__ = [*_HOME, "load_run"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a name's module when it is first used, so that `probekit --help` need not load PyTorch."""
+    if name == "load_run":
+        return import_module("probekit.run").Run.open
+    if name not in _HOME:
+        raise AttributeError(f"module 'probekit' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

@@ -69,7 +69,7 @@ def _command(words: list[str]) -> None:
 
 
 def _train(words: list[str]) -> None:
-    """train corpus, LM (if new), planner and an adapter for each variant into a run's folder"""
+    """Train corpus, LM (if new), planner and an adapter for each variant into a run's folder"""
     parser = _run_parser("train", words)
     parsed = parse(parser, words)
     from probekit.reports.tables import print_training
@@ -79,28 +79,26 @@ def _train(words: list[str]) -> None:
 
 
 def _corpus(words: list[str]) -> None:
-    """build a corpus, or inspect a run's: sizes, sentence lengths, actions, the sentences nearest to each"""
+    """Build a corpus, or inspect a run's: sizes, sentence lengths, actions, the sentences nearest to each"""
     parser = _run_parser("corpus", words)
     parser.add_argument("run", nargs="?", metavar="RUN", help="inspect this run's corpus and build nothing")
     parser.add_argument(
         "--nearest", type=int, default=2, metavar="INT", help="sentences shown for an action (2)"
     )
     parsed = parse(parser, words)
-    from probekit.corpus.inspect import print_corpus
+    from probekit.reports.tables import print_corpus
     from probekit.run import Run
-    from probekit.training.train import build_run_corpus
+    from probekit.training.train import build_corpus
 
     if parsed.run:
         run = Run.open(parsed.run)
     else:
-        run = build_run_corpus(
-            chosen_config(parsed), parsed.out, existing=_existing(parsed), quiet=parsed.quiet
-        )
+        run = build_corpus(chosen_config(parsed), parsed.out, existing=_existing(parsed), quiet=parsed.quiet)
     print_corpus(run.corpus, parsed.nearest)
 
 
 def _evaluate(words: list[str]) -> None:
-    """perplexity of every variant and the planner's metrics, with intervals and paired differences"""
+    """Perplexity of every variant and the planner's metrics, with intervals and paired differences"""
     parser = _results_parser("evaluate", words, ["device", "evaluation"])
     parsed = parse(parser, words)
     from probekit.evaluation.evaluate import evaluate
@@ -110,13 +108,16 @@ def _evaluate(words: list[str]) -> None:
 
 
 def _probe(words: list[str]) -> None:
-    """fit linear probes for the next sentence's action at every location, layer and distance"""
+    """Fit linear probes for the next sentence's action at every location, layer and distance"""
     parser = _results_parser("probe", words, ["device", "evaluation", "probe"])
     parsed = parse(parser, words)
     from probekit.probing.probe import probe
+    from probekit.reports.figures import save_probe_figures
     from probekit.reports.tables import print_probes
 
-    print_probes(probe(parsed.run, given_settings(parsed), quiet=parsed.quiet))
+    results = probe(parsed.run, given_settings(parsed), quiet=parsed.quiet)
+    save_probe_figures(results.table, results.folder)
+    print_probes(results)
 
 
 def _demo(words: list[str]) -> None:
@@ -126,7 +127,7 @@ def _demo(words: list[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="do it again from the beginning")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     parsed = parse(parser, words)
-    from probekit.demo import demo
+    from probekit.walkthrough import demo
 
     demo(parsed.out, overwrite=parsed.overwrite, quiet=parsed.quiet)
 

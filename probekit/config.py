@@ -18,6 +18,7 @@ from probekit.errors import ProbekitError
 
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 VariantName = Literal[
     "none", "fixed", "uniform", "oracle", "predicted", "straight-through", "gumbel", "soft", "joint"
 ]
@@ -52,7 +53,7 @@ class PlantedSettings(Settings):
     """Number of distinct words."""
     concentration: Annotated[float, Field(gt=0.0)] = 0.05
     """Dirichlet concentration of an action's distribution over words; smaller means more telling words."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """Seed of the generator."""
 
     @model_validator(mode="after")
@@ -95,7 +96,7 @@ class CorpusSettings(Settings):
     """Share of documents on which whatever is chosen is chosen."""
     test_fraction: Share = 0.1
     """Share of documents on which every reported number is computed."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """Seed of the splits, the encoder and the codebook; apart from the run's seed, so that runs with other
     seeds share the corpus."""
     planted: PlantedSettings = PlantedSettings()
@@ -280,7 +281,7 @@ class ProbeSettings(Settings):
 class Config(Settings):
     """All settings of a run."""
 
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """Seed of everything random after the corpus, which has its own."""
     device: str = "auto"
     """Where to compute: auto (a GPU where there is one), cpu, cuda, cuda:1, mps."""

@@ -49,7 +49,7 @@ def find(
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ProbekitError(f"{setting} is {name!r}: no such folder")
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     api = HfApi()
     ask = api.model_info if kind == "model" else api.dataset_info
@@ -69,7 +69,7 @@ def find(
                 f"hub answers {status}; check the spelling, or log in with `hf auth login` if it is private"
             ) from None
         return _cached(name, setting, revision, kind)
-    except Exception as error:  # noqa: BLE001 - the client's transport errors have changed class between versions
+    except Exception as error:
         if isinstance(error, MemoryError):
             raise
         return _cached(name, setting, revision, kind)

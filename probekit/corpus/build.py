@@ -17,7 +17,7 @@ import pyarrow as pa
 from probekit.config import Config, CorpusSettings
 from probekit.corpus.actions import fit_codebook, label_centroids
 from probekit.corpus.embeddings import fit_encoder
-from probekit.corpus.readers import Document, read_documents
+from probekit.corpus.readers import read_documents
 from probekit.corpus.sentences import align, sentence_spans
 from probekit.corpus.store import SPLITS, Corpus, DocumentTexts, ranges
 from probekit.corpus.tokenizer import pretrained_tokenizer, separator_id, train_tokenizer
@@ -42,7 +42,7 @@ _SCHEMA = pa.schema(
 )
 
 
-def build_corpus(config: Config, folder: Path, progress: Progress, device: str = "cpu") -> Corpus:
+def write_corpus(config: Config, folder: Path, progress: Progress, device: str = "cpu") -> Corpus:
     """Builds the corpus that the settings describe and opens it.
 
     Args:

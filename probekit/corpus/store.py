@@ -71,12 +71,12 @@ class Corpus:
 
     @classmethod
     def open(cls, folder: Path) -> Corpus:
-        """Opens a corpus that `build_corpus` wrote; arrays are mapped, not read.
+        """Opens a corpus that `write_corpus` wrote; arrays are mapped, not read.
 
         Raises:
             ProbekitError: A file is missing or damaged.
         """
-        names = "tokens document_tokens document_sentences first_token spans split embeddings actions".split()
+        names = ["tokens", "document_tokens", "document_sentences", "first_token", "spans", "split", "embeddings", "actions"]
         return cls(
             folder=folder,
             **{name: read_array(folder / f"{name}.npy") for name in names},

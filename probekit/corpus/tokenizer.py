@@ -85,7 +85,7 @@ def _load(source: hub.Source, trust_remote_code: bool) -> PreTrainedTokenizerBas
         tokenizer = AutoTokenizer.from_pretrained(
             source.name, trust_remote_code=trust_remote_code, **source.arguments
         )
-    except Exception as error:  # noqa: BLE001 - transformers raises OSError, ValueError, KeyError, TypeError here
+    except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise ProbekitError(
             f"lm.name {source.name!r}: no tokenizer could be loaded from it; it needs a tokenizer.json and a "

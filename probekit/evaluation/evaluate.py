@@ -26,7 +26,6 @@ from probekit.progress import Progress
 from probekit.run import Run
 from probekit.storage import write_json
 
-
 METRICS = {"correct": "accuracy", "top5": "top5", "cross_entropy": "cross_entropy"}
 """Fields of `ActionScores`, and what their means over examples are called."""
 
@@ -48,7 +47,9 @@ class Evaluation:
     settings: dict[str, Any]
 
 
-def evaluate(run: Run | str | Path, settings: Mapping[str, Any] | None = None, *, quiet: bool = False) -> Evaluation:
+def evaluate(
+    run: Run | str | Path, settings: Mapping[str, Any] | None = None, *, quiet: bool = False
+) -> Evaluation:
     """Evaluates a run on its test documents and writes `evaluation.json` into it.
 
     Args:
@@ -63,7 +64,7 @@ def evaluate(run: Run | str | Path, settings: Mapping[str, Any] | None = None, *
     run = Run(run.folder, run.config.override(settings or {}))
     run.require("planner")
     progress = Progress(quiet=quiet)
-    window, stride = _window_and_stride(run)
+    window, stride = window_and_stride(run)
     documents = run.corpus.documents("test")
     scoring = Pass(
         run.corpus,
@@ -83,16 +84,12 @@ def evaluate(run: Run | str | Path, settings: Mapping[str, Any] | None = None, *
         planner,
         {"split": "test", "window": window, "stride": stride, "resamples": run.config.evaluation.resamples},
     )
-    write_json(
-        run.folder / "evaluation.json",
-        {
-            "settings": evaluation.settings,
-            **{
-                name: getattr(evaluation, name).to_dict(orient="records")
-                for name in ("perplexity", "differences", "planner")
-            },
-        },
-    )
+    tables = {
+        # An interval that does not exist is null: JSON knows no NaN.
+        name: getattr(evaluation, name).replace({np.nan: None}).to_dict(orient="records")
+        for name in ("perplexity", "differences", "planner")
+    }
+    write_json(run.folder / "evaluation.json", {"settings": evaluation.settings} | tables)
     return evaluation
 
 
@@ -107,7 +104,8 @@ def _settings(run: Run) -> list[tuple[Any, str, Mixing]]:
     return rows
 
 
-def _window_and_stride(run: Run) -> tuple[int, int]:
+def window_and_stride(run: Run) -> tuple[int, int]:
+    """Length and stride of evaluation windows, in tokens, checked against the LM."""
     window = run.config.evaluation.window or run.config.training.window
     positions = longest_window(run.bridged.original_model)
     if window > positions:
@@ -171,7 +169,8 @@ def _planner_table(run: Run) -> pd.DataFrame:
             sums = np.bincount(document, weights=getattr(scores, metric), minlength=len(documents))
             interval = bootstrap_ratio(sums, counts, **options)
             rows.append(
-                {"reader": reader, "metric": METRICS[metric], "sentences": len(actions)} | _interval("value", interval)
+                {"reader": reader, "metric": METRICS[metric], "sentences": len(actions)}
+                | _interval("value", interval)
             )
     return pd.DataFrame(rows)
 
@@ -189,7 +188,7 @@ def _readers(run: Run, documents: np.ndarray) -> dict[str, np.ndarray]:
         (corpus.previous_actions(validation), corpus.actions[validation]),
     )
     readers = {
-        "prior": np.broadcast_to(prior, (len(sentences), corpus.k)),
+        "prior": np.tile(prior, (len(sentences), 1)),
         "bigram": bigram.log_probabilities(corpus.previous_actions(sentences)),
         "planner": planner_log_probabilities(run.planner(), corpus, documents),
     }

@@ -59,7 +59,7 @@ def load_model(name: str, *, revision: str | None = None, trust_remote_code: boo
         return AutoModelForCausalLM.from_pretrained(
             source.name, dtype=torch.float32, trust_remote_code=trust_remote_code, **source.arguments
         )
-    except Exception as error:  # noqa: BLE001 - transformers raises OSError, ValueError, KeyError, RuntimeError here
+    except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise ProbekitError(
             f"lm.name {name!r}: no causal LM could be loaded from it; it needs a config.json and model.safetensors "

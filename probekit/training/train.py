@@ -9,7 +9,7 @@ from typing import Any
 
 from probekit import hub
 from probekit.config import Config
-from probekit.corpus.build import build_corpus
+from probekit.corpus.build import write_corpus
 from probekit.errors import ProbekitError
 from probekit.models.conditioning import location_width
 from probekit.models.language_model import load_model, longest_window
@@ -38,10 +38,8 @@ def train(
     Raises:
         ProbekitError: The input is bad; what was written before stays whole.
     """
-    run = Run.begin(out, config, existing)
+    run = build_corpus(config, out, existing=existing, quiet=quiet)
     progress = Progress(quiet=quiet)
-    _check_windows(run.config)
-    build(run, progress)
     _stage(run, "lm", lambda: _language_model(run, progress))
     location_width(
         run.bridged, run.config.conditioning
@@ -53,13 +51,20 @@ def train(
     return run
 
 
-def build(run: Run, progress: Progress) -> None:
-    """Builds the run's corpus if it is not there yet."""
-
-    def corpus() -> dict[str, Any]:
-        return build_corpus(run.config, run.folder / "corpus", progress, str(run.device)).facts
-
-    _stage(run, "corpus", corpus)
+def build_corpus(
+    config: Config | None = None,
+    out: str | Path = "runs/run",
+    *,
+    existing: Existing = "refuse",
+    quiet: bool = False,
+) -> Run:
+    """Begins a run and builds its corpus, which is the first stage of training; the arguments are `train`'s."""
+    run = Run.begin(out, config, existing)
+    _check_windows(run.config)
+    progress = Progress(quiet=quiet)
+    folder = run.folder / "corpus"
+    _stage(run, "corpus", lambda: write_corpus(run.config, folder, progress, str(run.device)).facts)
+    return run
 
 
 def _stage(run: Run, name: str, work: Callable[[], dict[str, Any] | None]) -> None:

@@ -1,0 +1,57 @@
+"""What many tests share: a tiny planted run, trained, evaluated and probed once a session."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from probekit.config import Config
+from probekit.run import Run
+from probekit.training.train import train
+
+SHARED_TEXT = Path(__file__).parents[2] / "shared" / "data" / "wikitext-2" / "valid.txt"
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> Config:
+    """A planted run that trains in seconds: every stage is there, none learns much."""
+    return Config.from_preset("demo").override(
+        {
+            "device": "cpu",
+            "corpus.planted.documents": 160,
+            "corpus.planted.actions": 8,
+            "corpus.planted.vocabulary": 60,
+            "actions.k": 8,
+            "actions.dimensions": 16,
+            "lm.layers": 3,
+            "lm.width": 32,
+            "lm.heads": 2,
+            "lm.positions": 48,
+            "lm.vocabulary": 400,
+            "planner.width": 32,
+            "training.window": 48,
+            "training.lm.epochs": 1,
+            "training.planner.epochs": 2,
+            "training.adapter.epochs": 1,
+            "evaluation.resamples": 200,
+            "probe.distances": [1, 2, 4],
+            "mixing.variants": ["fixed", "oracle", "predicted", "soft", "joint"],
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The trained tiny run; tests must not write into it."""
+    return train(tiny_config, tmp_path_factory.mktemp("runs") / "tiny", quiet=True)
+
+
+@pytest.fixture(scope="session")
+def wikitext() -> Path:
+    """Sixty real Wikipedia articles."""
+    if not SHARED_TEXT.exists():
+        pytest.skip(f"the WikiText-2 validation file is not at {SHARED_TEXT}")
+    return SHARED_TEXT
