@@ -76,6 +76,9 @@ class CorpusSettings(Settings):
     ` = Title = `), JSON lines or Parquet with a text column, or a Hugging Face dataset."""
     path: str | None = None
     """File or folder to read; for `huggingface`, the dataset's hub name or local folder."""
+    separator: str | None = None
+    """Line that separates documents in text files, such as <|endoftext|>, or an empty text for blank lines; unset: a
+    file is one document."""
     text_column: str = "text"
     """Column that holds the text (jsonl, parquet, huggingface)."""
     subset: str | None = None

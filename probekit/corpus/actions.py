@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from scipy.sparse import csr_array
 from sklearn.cluster import KMeans, MiniBatchKMeans
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+from threadpoolctl import threadpool_limits
 
 from probekit.errors import ProbekitError
 from probekit.storage import read_tensors, write_tensors

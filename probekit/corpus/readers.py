@@ -156,8 +156,22 @@ def _files(root: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[Path, str]]:
 
 
 def _read_text(path: Path, name: str, settings: CorpusSettings) -> Iterator[Document]:
+    """A file as one document, or the documents that separator lines cut it into."""
     with _opened(path, settings) as file:
-        yield Document(file.read(), name)
+        if settings.separator is None:
+            yield Document(file.read(), name)
+            return
+        separator, first = settings.separator.strip(), 1
+        lines: list[str] = []
+        for number, line in enumerate(file, 1):
+            if line.strip() != separator:
+                lines.append(line)
+                continue
+            if lines:
+                yield Document("".join(lines), f"{name}:{first}")
+            lines, first = [], number + 1
+        if lines:
+            yield Document("".join(lines), f"{name}:{first}")
 
 
 def _read_wikitext(path: Path, name: str, settings: CorpusSettings) -> Iterator[Document]:

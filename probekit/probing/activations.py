@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,31 @@ Place = tuple[str, int]
 """A location and a layer."""
 
 
+@dataclass(frozen=True)
+class Activations:
+    """What was read.
+
+    Attributes:
+        positions: Where, in `corpus.tokens`, sorted and distinct `[positions]`.
+        values: For each place float32 activations `[positions, features]`, on the CPU.
+    """
+
+    positions: np.ndarray
+    values: dict[Place, Tensor]
+
+    def at(self, places: list[Place], positions: np.ndarray) -> Tensor:
+        """Activations `[places, positions, features]` of places of one width, at some of the positions read."""
+        rows = np.searchsorted(self.positions, positions)
+        return torch.stack([self.values[place][rows] for place in places])
+
+    def by_width(self) -> list[list[Place]]:
+        """The places, those of one width together."""
+        groups: dict[int, list[Place]] = {}
+        for place, values in self.values.items():
+            groups.setdefault(values.shape[1], []).append(place)
+        return list(groups.values())
+
+
 def read_activations(
     model: PlannedLM,
     mixing: Mixing,
@@ -33,7 +59,7 @@ def read_activations(
     batch_size: int,
     precision: str,
     task: Task,
-) -> dict[Place, Tensor]:
+) -> Activations:
     """Reads activations, each in the window that scores the token after it.
 
     Args:
@@ -46,9 +72,6 @@ def read_activations(
         batch_size: Windows in one forward pass.
         precision: The setting `training.precision`.
         task: Told of every window.
-
-    Returns:
-        For each place float32 activations `[positions, features]`, on the CPU.
 
     Raises:
         ProbekitError: An activation is not finite.
@@ -80,7 +103,7 @@ def read_activations(
     for (location, layer), values in activations.items():
         if not values.isfinite().all():
             raise ProbekitError(f"the activations at {location}, layer {layer}, are not all finite")
-    return activations
+    return Activations(positions, activations)
 
 
 def _reader(into: list[Tensor], row: Tensor, column: Tensor) -> Callable[..., None]:

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from probekit.errors import ProbekitError
 
-CHUNK_BYTES = 1 << 30
-"""Working memory, in bytes, by which probes are split into chunks that are solved one after the other."""
+CHUNK_BYTES = {"cpu": 1 << 25, "cuda": 1 << 30, "mps": 1 << 30}
+"""Working memory by which probes are split into chunks, solved in turn; on a CPU, so as to stay in its cache."""
 COMPACT = 0.75
 """Finished probes leave the batch once at most this share of it is unfinished: to rebuild it costs a copy."""
 
@@ -70,9 +70,9 @@ class SoftmaxProbes:
             ProbekitError: A shape, a class or an activation is wrong; for an activation it names the probe.
         """
         data = (X, _labels(X, y, classes), X_validation, _labels(X_validation, y_validation, classes))
-        _, examples, width = X.shape
+        examples, width = max(X.shape[1], X_validation.shape[1]), X.shape[2]
         floats = examples * (3 * width + 2 * classes) + (2 * len(self.l2) + 10) * width * classes
-        size = max(1, CHUNK_BYTES // (floats * (8 if X.dtype == torch.float64 else 4)))
+        size = max(1, CHUNK_BYTES[X.device.type] // (floats * (8 if X.dtype == torch.float64 else 4)))
         chunks = range(0, len(X), size)
         parts = [self._fit_chunk(at, classes, *(part[at : at + size] for part in data)) for at in chunks]
         results = [torch.cat(part) for part in zip(*parts, strict=True)]

@@ -25,6 +25,9 @@ class Targets:
     position: np.ndarray
     action: np.ndarray
 
+    def __len__(self) -> int:
+        return len(self.action)
+
 
 def targets(corpus: Corpus, documents: np.ndarray, distance: int, horizon: int) -> Targets:
     """Every example of some documents.

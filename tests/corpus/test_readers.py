@@ -295,3 +295,13 @@ def test_what_is_not_asked_for_is_not_read(tmp_path):
         path = write(tmp_path / reader, f"{first}\n".encode() + b"ab\n" * 100_000 + b"\xff")
         assert len(contents(path, reader, max_documents=1)) == 1
         assert refusal(path, reader)
+
+
+@pytest.mark.parametrize("separator", ["<|endoftext|>", ""])
+def test_text_file_is_cut_at_separator_lines(tmp_path: Path, separator: str):
+    parts = ["one\r\ntwo\r\n", "three <|endoftext|> \n", "four"]
+    (tmp_path / "all.txt").write_text(f"{separator}\n".join(parts), newline="")
+    settings = CorpusSettings(reader="text", path=str(tmp_path / "all.txt"), separator=separator)
+    documents = list(read_documents(settings))
+    assert [document.text for document in documents] == parts
+    assert [document.name for document in documents] == ["all.txt:1", "all.txt:4", "all.txt:6"]

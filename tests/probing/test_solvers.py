@@ -86,7 +86,7 @@ def test_results_do_not_depend_on_the_batch(limit, monkeypatch):
     X = X * torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0])[:, None, None]  # one finishes at once
     labels = torch.stack([y, y.flip(0), y, y.roll(1), y])
     together = fit((X, labels, X_validation, y_validation), [1e-1, 1e-3])
-    monkeypatch.setattr(solvers, "CHUNK_BYTES", limit)
+    monkeypatch.setitem(solvers.CHUNK_BYTES, "cpu", limit)
     again = fit((X, labels, X_validation, y_validation), [1e-1, 1e-3])
     for name in ("coef_", "intercept_", "l2_", "n_iter_", "converged_", "validation_cross_entropy_"):
         assert torch.allclose(getattr(together, name), getattr(again, name), rtol=1e-9)
@@ -198,7 +198,7 @@ def test_half_precision_activations_are_solved_in_float32():
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_bad_activations_name_the_probe(bad, monkeypatch):
-    monkeypatch.setattr(solvers, "CHUNK_BYTES", 1)  # the index counts over chunks
+    monkeypatch.setitem(solvers.CHUNK_BYTES, "cpu", 1)  # the index counts over chunks
     for part in (0, 2):
         data = planted()
         data[part][2, 5, 3] = bad

@@ -1,0 +1,101 @@
+"""The README's commands and code are run as they stand, on less data."""
+
+import random
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import probekit
+from probekit.cli import main
+from probekit.config import Config
+from probekit.errors import ProbekitError
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+COMMANDS = [
+    line.split("  #")[0].strip()
+    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if line.startswith("probekit ")
+]
+LESS = (
+    "--device cpu --actions.k 8 --actions.dimensions 16 --lm.layers 3 --lm.width 16 --lm.heads 2 --lm.vocabulary 400 "
+    "--lm.positions 48 --planner.width 16 --training.window 48 --training.lm.epochs 1 --training.planner.epochs 1 "
+    "--training.adapter.epochs 1 --mixing.variants fixed soft --evaluation.resamples 100"
+).split()
+PLANTED = "--corpus.planted.documents 80 --corpus.planted.actions 8".split()
+
+
+def articles(count: int) -> str:
+    """Made-up articles in WikiText format."""
+    rng = random.Random(0)
+    words = "the a red blue river town grew fell was is of in near old new king ship".split()
+
+    def sentence() -> str:
+        return " ".join(rng.choices(words, k=8)).capitalize() + " . "
+
+    return "".join(
+        f" = Article {n} = \n \n {''.join(sentence() for _ in range(10))}\n = = More = = \n {sentence() * 2}\n"
+        for n in range(count)
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder with what the README's commands read."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "articles.txt").write_text(articles(40), encoding="utf-8")
+    (folder / "mine.yaml").write_text("planner: {layers: 1}\n", encoding="utf-8")
+    return folder
+
+
+def test_the_readme_has_the_commands_that_are_tested():
+    assert {command.split()[1] for command in COMMANDS} == {"train", "evaluate", "probe", "corpus", "demo"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_of_the_readme(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(folder)
+    words = shlex.split(command)[1:]
+    if "--help" in words:
+        with pytest.raises(SystemExit, match="0"):
+            main(words)
+    elif "runs/gpt2" in words or "cuda" in words:
+        # No such model or machine here: all but the loading is checked.
+        assert_settings_are_understood(words, folder)
+    else:
+        if words[0] == "train" and "--resume" not in words:
+            words += [*LESS, *(PLANTED if "demo" in words else [])]
+        assert main([*words, "--quiet"] if words[0] != "corpus" else words) == 0
+
+
+def assert_settings_are_understood(words: list[str], folder: Path) -> None:
+    """The command fails for want of a GPU or of the run, not for what it asks."""
+    with pytest.raises(ProbekitError, match=r"device is 'cuda'|runs/gpt2 does not exist"):
+        main([*words, "--debug"])
+
+
+def test_python_of_the_readme(
+    folder: Path, tiny_config: Config, tiny_run: probekit.Run, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(folder)
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    monkeypatch.setattr(Config, "from_preset", lambda name: tiny_config)
+    runs = {"runs/demo": tiny_run.folder}
+    monkeypatch.setattr(probekit.Run, "open", lambda path: probekit.Run(runs.get(path, Path(path)), tiny_config))
+    probekit.probe(tiny_run, {"probe.layers": [0]}, quiet=True)
+    exec(code, {})  # noqa: S102 - our own README
+    assert (folder / "runs" / "seed1" / "probes" / "results.parquet").exists()
+
+
+def test_make_targets_of_the_readme_exist():
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    for target in set(re.findall(r"\bmake ([a-z]+)\b", README)) - {"sure"}:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_files_that_the_readme_names_exist():
+    for path in re.findall(r"`((?:probekit|analyses|figures)/[\w./]*)`|\]\(((?:figures/)?[\w]+\.\w+)\)", README):
+        assert (ROOT / (path[0] or path[1])).exists(), path
