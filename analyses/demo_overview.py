@@ -22,7 +22,10 @@ from probekit.reports.manifest import save_figure
 def draw_perplexity(axes: Axes, table: pd.DataFrame) -> None:
     """A dot with its interval for every variant, worst on top."""
     table = table.sort_values("perplexity").reset_index(drop=True)
-    names = [f"{row.variant}\n({row.actions} actions)" if row.variant == "oracle" else row.variant for row in table.itertuples()]
+    names = [
+        f"{row.variant}\n({row.actions} actions)" if row.variant == "oracle" else row.variant
+        for row in table.itertuples()
+    ]
     errors = [table.perplexity - table.perplexity_low, table.perplexity_high - table.perplexity]
     axes.errorbar(table.perplexity, table.index, xerr=errors, fmt="o", color="#1f4e79", capsize=3)
     axes.set_yticks(table.index, names)
@@ -33,7 +36,9 @@ def draw_perplexity(axes: Axes, table: pd.DataFrame) -> None:
 
 def main() -> None:
     """Reads the run, draws, saves."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", help="an evaluated and probed run")
     parser.add_argument("--variant", default="none", help="whose activations the heat map shows (none)")
     parser.add_argument("--out", default="figures/demo_overview.png", type=Path)

@@ -1,10 +1,10 @@
-"""Do the paper's orderings come out on the planted corpus? Trains the demo with several seeds and compares variants.
+"""Do the paper's orderings come out on the planted corpus? Trains the demo with several seeds and compares.
 
     python analyses/planted_orderings.py --seeds 0 1 2 --runs runs/planted
 
-Runs that are there already are used as they are. For every pair of variants and seed: the difference of perplexities
-with its interval, paired over documents; and over all seeds, the mean difference of the mean token loss, where a
-document's losses are first averaged over seeds and then documents are resampled.
+Runs that are there already are used as they are. For every claim and seed: the difference of perplexities
+with its interval, paired over documents. And for all seeds together the same, where a document's losses are
+averaged over the seeds before documents are resampled.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 import probekit
-from probekit.evaluation.statistics import paired_difference
+from probekit.evaluation.statistics import Resampling, paired_difference
 from probekit.reports.manifest import save_figure
 
-# (first, second): the claim is that the first has the lower perplexity. `oracle` is measured on the planner's actions.
+# (first, second): the first is claimed to have the lower perplexity. `oracle` is on the planner's actions.
 CLAIMS = [
     ("soft", "predicted"),
     ("predicted", "fixed"),
@@ -42,22 +42,24 @@ def train_and_evaluate(preset: str, seeds: list[int], runs: Path) -> list[probek
 
 
 def losses(run: probekit.Run) -> pd.DataFrame:
-    """Test losses in nats, a row for each document and a column for each variant, on the actions it has in use."""
-    table = run.document_losses()
-    return table[table.actions != "true"].pivot(index="document", columns="variant", values="loss")
+    """Test losses in nats, a row for each document, a column for each variant on the actions it uses."""
+    table = run.losses()
+    return table[table.actions != "true"].pivot_table(index="document", columns="variant", values="loss")
 
 
 def compare(runs: list[probekit.Run]) -> pd.DataFrame:
     """One row for each claim and seed, and one for all seeds together."""
     tables = [losses(run) for run in runs]
-    tokens = runs[0].document_losses().drop_duplicates("document").set_index("document").tokens.loc[tables[0].index]
-    together = sum(tables) / len(tables)
-    rows = []
-    for first, second in CLAIMS:
-        for name, table in [*((str(run.config.seed), t) for run, t in zip(runs, tables, strict=True)), ("all", together)]:
-            interval = paired_difference(table[first], table[second], tokens, resamples=5000, seed=0, transform=np.exp)
-            rows.append({"first": first, "second": second, "seed": name} | interval.to_dict())
-    return pd.DataFrame(rows)
+    tokens = runs[0].losses().drop_duplicates("document").set_index("document").tokens.loc[tables[0].index]
+    options: Resampling = {"resamples": 5000, "seed": 0, "transform": np.exp}
+    by_seed = {str(run.config.seed): table for run, table in zip(runs, tables, strict=True)}
+    by_seed["all"] = sum(tables[1:], tables[0]) / len(tables)
+    return pd.DataFrame(
+        {"first": first, "second": second, "seed": seed}
+        | paired_difference(table[first], table[second], tokens, **options).to_dict()
+        for first, second in CLAIMS
+        for seed, table in by_seed.items()
+    )
 
 
 def draw(table: pd.DataFrame) -> Figure:
@@ -78,10 +80,12 @@ def draw(table: pd.DataFrame) -> Figure:
 
 def main() -> None:
     """Trains what is missing, compares, saves."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--preset", default="demo", help="settings of the runs (demo)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (0 1 2)")
-    parser.add_argument("--runs", type=Path, default=Path("runs/planted"), help="where runs are (runs/planted)")
+    parser.add_argument("--runs", type=Path, default=Path("runs/planted"), help="runs' folder (runs/planted)")
     parser.add_argument("--out", type=Path, default=Path("figures/planted_orderings.png"))
     arguments = parser.parse_args()
     runs = train_and_evaluate(arguments.preset, arguments.seeds, arguments.runs)

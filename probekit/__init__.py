@@ -35,7 +35,19 @@ _HOME = {
     "probe": "probekit.probing.probe",
     "train": "probekit.training.train",
 }
-__all__ = [*_HOME, "load_run"]
+__all__ = [
+    "Config",
+    "Evaluation",
+    "ProbeResults",
+    "ProbekitError",
+    "Run",
+    "build_corpus",
+    "demo",
+    "evaluate",
+    "load_run",
+    "probe",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -45,3 +57,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'probekit' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,4 +1,4 @@
-"""The commands: what is typed, parsed and passed on. Everything else is elsewhere, and callable from Python."""
+"""The commands: what is typed, parsed and passed on. All else is elsewhere, and callable from Python."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from probekit.config import preset_names
+from probekit.config import Config, preset_names
 from probekit.errors import ProbekitError
 from probekit.options import (
     Parser,
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         _command(words)
-    except ProbekitError as error:
+    except (ProbekitError, OSError) as error:  # a full disk or a forbidden folder is the user's to put right
         if debug:
             raise
         sys.stderr.write(f"probekit: error: {error}\n")
@@ -57,7 +57,7 @@ def _command(words: list[str]) -> None:
     names = "\n".join(f"  {name:10} {command.__doc__}" for name, command in COMMANDS.items())
     parser = Parser(
         prog="probekit",
-        description="Train planner-conditioned language models and probe what they know of their next sentences.",
+        description="Train planner-conditioned language models; probe what they know of the next sentence.",
         epilog=f"commands:\n{names}\n\npresets: {', '.join(preset_names())}",
     )
     parser.add_argument("--version", action="version", version=f"probekit {version('probekit')}")
@@ -69,23 +69,26 @@ def _command(words: list[str]) -> None:
 
 
 def _train(words: list[str]) -> None:
-    """Train corpus, LM (if new), planner and an adapter for each variant into a run's folder"""
+    """Train corpus, LM (if new), planner and an adapter for each variant into a run's folder."""
     parser = _run_parser("train", words)
     parsed = parse(parser, words)
     from probekit.reports.tables import print_training
     from probekit.training.train import train
 
-    print_training(train(chosen_config(parsed), parsed.out, existing=_existing(parsed), quiet=parsed.quiet))
+    print_training(train(_config(parsed), parsed.out, existing=_existing(parsed), quiet=parsed.quiet))
 
 
 def _corpus(words: list[str]) -> None:
-    """Build a corpus, or inspect a run's: sizes, sentence lengths, actions, the sentences nearest to each"""
+    """Build a corpus, or inspect a run's: sizes, sentence lengths, actions, the sentences nearest to each."""
     parser = _run_parser("corpus", words)
+    parser.usage = f"{parser.usage}\n       probekit corpus RUN [--nearest INT]"
     parser.add_argument("run", nargs="?", metavar="RUN", help="inspect this run's corpus and build nothing")
     parser.add_argument(
         "--nearest", type=int, default=2, metavar="INT", help="sentences shown for an action (2)"
     )
     parsed = parse(parser, words)
+    if parsed.nearest < 0:
+        parser.error(f"argument --nearest: {parsed.nearest} is below 0")
     from probekit.reports.tables import print_corpus
     from probekit.run import Run
     from probekit.training.train import build_corpus
@@ -93,12 +96,12 @@ def _corpus(words: list[str]) -> None:
     if parsed.run:
         run = Run.open(parsed.run)
     else:
-        run = build_corpus(chosen_config(parsed), parsed.out, existing=_existing(parsed), quiet=parsed.quiet)
+        run = build_corpus(_config(parsed), parsed.out, existing=_existing(parsed), quiet=parsed.quiet)
     print_corpus(run.corpus, parsed.nearest)
 
 
 def _evaluate(words: list[str]) -> None:
-    """Perplexity of every variant and the planner's metrics, with intervals and paired differences"""
+    """Perplexity of every variant and the planner's metrics, with intervals and paired differences."""
     parser = _results_parser("evaluate", words, ["device", "evaluation"])
     parsed = parse(parser, words)
     from probekit.evaluation.evaluate import evaluate
@@ -108,7 +111,7 @@ def _evaluate(words: list[str]) -> None:
 
 
 def _probe(words: list[str]) -> None:
-    """Fit linear probes for the next sentence's action at every location, layer and distance"""
+    """Fit linear probes for the next sentence's action at every location, layer and distance."""
     parser = _results_parser("probe", words, ["device", "evaluation", "probe"])
     parsed = parse(parser, words)
     from probekit.probing.probe import probe
@@ -121,7 +124,7 @@ def _probe(words: list[str]) -> None:
 
 
 def _demo(words: list[str]) -> None:
-    """train, evaluate and probe on the planted corpus: the whole way in a few minutes on a CPU"""
+    """Train, evaluate and probe on the planted corpus: the whole way in a few minutes on a CPU."""
     parser = Parser(prog="probekit demo", description=_demo.__doc__)
     parser.add_argument("--out", default="runs/demo", metavar="FOLDER", help="the run's folder (runs/demo)")
     parser.add_argument("--overwrite", action="store_true", help="do it again from the beginning")
@@ -142,23 +145,33 @@ COMMANDS: dict[str, Command] = {
 
 
 def _run_parser(name: str, words: list[str]) -> Parser:
-    parser = Parser(prog=f"probekit {name}", description=COMMANDS[name].__doc__)
+    usage = f"probekit {name} [--out FOLDER] [--preset NAME] [--config FILE] [--SETTING VALUE ...]"
+    parser = Parser(prog=f"probekit {name}", usage=usage, description=COMMANDS[name].__doc__)
     parser.add_argument("--out", default="runs/run", metavar="FOLDER", help="the run's folder (runs/run)")
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="go on with the run in that folder")
     existing.add_argument("--overwrite", action="store_true", help="replace the run in that folder")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     add_source_options(parser)
-    add_setting_options(parser, source_config(words))
+    # Only the help tells defaults; a file that single settings put right is not to be refused for them.
+    add_setting_options(
+        parser, source_config(parser.prog, words) if {"-h", "--help"} & {*words} else Config()
+    )
     return parser
 
 
 def _results_parser(name: str, words: list[str], sections: list[str]) -> Parser:
-    parser = Parser(prog=f"probekit {name}", description=COMMANDS[name].__doc__)
+    usage = f"probekit {name} RUN [--SETTING VALUE ...]"
+    parser = Parser(prog=f"probekit {name}", usage=usage, description=COMMANDS[name].__doc__)
     parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
-    add_setting_options(parser, source_config([]), sections)
+    add_setting_options(parser, Config(), sections)
     return parser
+
+
+def _config(parsed: argparse.Namespace) -> Config | None:
+    begun = Path(parsed.out) / "config.yaml"
+    return chosen_config(parsed, begun if parsed.resume and begun.is_file() else None)
 
 
 def _existing(parsed: argparse.Namespace) -> Any:

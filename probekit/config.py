@@ -9,16 +9,37 @@ import difflib
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from probekit.errors import ProbekitError
 
+T = TypeVar("T")
+
+
+def _distinct(values: tuple[T, ...]) -> tuple[T, ...]:
+    for value in values:
+        if values.count(value) > 1:
+            raise ValueError(f"{value!r} is listed twice")
+    return values
+
+
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+SomeShare = Annotated[float, Field(gt=0.0, lt=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Several = Annotated[tuple[T, ...], Field(min_length=1), AfterValidator(_distinct)]
 VariantName = Literal[
     "none", "fixed", "uniform", "oracle", "predicted", "straight-through", "gumbel", "soft", "joint"
 ]
@@ -27,7 +48,14 @@ VariantName = Literal[
 class Settings(BaseModel):
     """Base of all sections: frozen, unknown names refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_values_are_no_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError(f"{str(value).lower()} is not what this setting takes")
+        return value
 
 
 class PlantedSettings(Settings):
@@ -77,8 +105,8 @@ class CorpusSettings(Settings):
     path: str | None = None
     """File or folder to read; for `huggingface`, the dataset's hub name or local folder."""
     separator: str | None = None
-    """Line that separates documents in text files, such as <|endoftext|>, or an empty text for blank lines; unset: a
-    file is one document."""
+    """Line that separates documents in text files, such as <|endoftext|>, or an empty text for blank lines;
+    unset: a file is one document."""
     text_column: str = "text"
     """Column that holds the text (jsonl, parquet, huggingface)."""
     subset: str | None = None
@@ -95,9 +123,9 @@ class CorpusSettings(Settings):
     """Read at most this many documents."""
     probe_fraction: Share = 0.2
     """Share of documents kept from all training of LM and planner; probes are fitted on them."""
-    validation_fraction: Share = 0.1
+    validation_fraction: SomeShare = 0.1
     """Share of documents on which whatever is chosen is chosen."""
-    test_fraction: Share = 0.1
+    test_fraction: SomeShare = 0.1
     """Share of documents on which every reported number is computed."""
     seed: Seed = 0
     """Seed of the splits, the encoder and the codebook; apart from the run's seed, so that runs with other
@@ -202,7 +230,7 @@ class StageSettings(Settings):
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     """AdamW weight decay, on matrices only."""
     warmup: Share = 0.05
-    """Share of the steps over which the learning rate rises linearly; it then falls along a cosine to zero."""
+    """Share of the steps in which the learning rate rises linearly; then it falls along a cosine to zero."""
     clip: Annotated[float, Field(gt=0.0)] = 1.0
     """Largest norm of the gradient."""
     accumulate: Positive = 1
@@ -237,7 +265,7 @@ class TrainingSettings(Settings):
 class MixingSettings(Settings):
     """Which ways of choosing the action are trained and compared."""
 
-    variants: tuple[VariantName, ...] = ("fixed", "oracle", "predicted", "soft", "joint")
+    variants: Several[VariantName] = ("fixed", "oracle", "predicted", "soft", "joint")
     """Variants to train and compare, each with its own adapter; soft keeps the planner frozen, joint is soft
     mixing with the planner trained too. The base LM alone (none) is always evaluated."""
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
@@ -260,17 +288,17 @@ class EvaluationSettings(Settings):
 class ProbeSettings(Settings):
     """The probe grid."""
 
-    variants: tuple[VariantName, ...] = ("none",)
+    variants: Several[VariantName] = ("none",)
     """Variants whose activations are read; none is the base LM without conditioning."""
-    locations: tuple[str, ...] = ("hook_resid_post",)
+    locations: Several[str] = ("hook_resid_post",)
     """TransformerLens hooks, without the `blocks.L.` before them, that are read."""
-    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    layers: Several[Annotated[int, Field(ge=0)]] | None = None
     """Layers that are read; unset: all."""
-    distances: tuple[Positive, ...] = (1, 2, 3, 4, 6, 8)
+    distances: Several[Positive] = (1, 2, 3, 4, 6, 8)
     """Tokens before the target sentence begins at which activations are read; 1 is the token right before."""
-    horizons: tuple[Positive, ...] = (1,)
+    horizons: Several[Positive] = (1,)
     """Sentences ahead: 1 is the sentence that begins at the target token, 2 the one after it."""
-    l2: tuple[Annotated[float, Field(gt=0.0)], ...] = (1e-4, 1e-3, 1e-2)
+    l2: Several[Annotated[float, Field(gt=0.0)]] = (1e-4, 1e-3, 1e-2)
     """L2 penalties tried; each probe keeps the best on validation documents. Unit: per example, on
     standardised activations."""
     max_iterations: Positive = 200
@@ -306,7 +334,8 @@ class Config(Settings):
             ProbekitError: One line that names the first setting that is wrong, its value and the remedy.
         """
         try:
-            return cls.model_validate(values)
+            # Over the defaults of the whole: a section's own may be others, as the epochs of the LM's stage.
+            return cls.model_validate(merge(cls().model_dump(), values))
         except ValidationError as error:
             raise ProbekitError(_explain(error, setting_names(cls))) from None
 
@@ -321,8 +350,11 @@ class Config(Settings):
         return cls.from_dict(yaml_values(path))
 
     def to_yaml(self) -> str:
-        """The complete, resolved config as YAML text that `from_yaml` reads back to an equal config."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        """The complete, resolved config as YAML text that `from_yaml` reads back to an equal config.
+
+        It ends in YAML's own mark of an end, so that a file that was cut off can be told.
+        """
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, explicit_end=True)
 
     def override(self, values: Mapping[str, Any]) -> Self:
         """A copy with settings replaced, given by dotted name: `config.override({"lm.layers": 2})`."""
@@ -369,6 +401,8 @@ def nest(values: Mapping[str, Any]) -> dict[str, Any]:
         *sections, last = name.split(".")
         for part in sections:
             section = section.setdefault(part, {})
+            if not isinstance(section, dict):
+                raise ProbekitError(f"{name} is given, and {part} as a whole too; give one of them")
         section[last] = value
     return nested
 
@@ -386,8 +420,11 @@ def settings_of(section: type[BaseModel], prefix: str = "") -> dict[str, Any]:
     """All settings below a section by dotted name, each with its pydantic `FieldInfo`."""
     fields: dict[str, Any] = {}
     for name, field in section.model_fields.items():
-        nested = isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-        fields |= settings_of(field.annotation, f"{prefix}{name}.") if nested else {prefix + name: field}
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            fields |= settings_of(kind, f"{prefix}{name}.")
+        else:
+            fields[prefix + name] = field
     return fields
 
 

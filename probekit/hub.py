@@ -46,7 +46,7 @@ def find(
     """
     if Path(name).is_dir():
         return Source(name, None, local_only=True)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ProbekitError(f"{setting} is {name!r}: no such folder")
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
@@ -65,8 +65,9 @@ def find(
         status = error.response.status_code
         if status < 500 and status != 429:
             raise ProbekitError(
-                f"{setting} is {name!r} at revision {revision or 'main'!r}: no folder of that name here, and the "
-                f"hub answers {status}; check the spelling, or log in with `hf auth login` if it is private"
+                f"{setting} is {name!r} at revision {revision or 'main'!r}: no folder of that name here, and "
+                f"the hub answers {status}; check the spelling, or log in with `hf auth login` if it is "
+                "private"
             ) from None
         return _cached(name, setting, revision, kind)
     except Exception as error:
@@ -83,12 +84,19 @@ def _cached(name: str, setting: str, revision: str | None, kind: str) -> Source:
         repositories = scan_cache_dir().repos
     except CacheNotFound:
         repositories = frozenset()
-    for repository in repositories:
-        if repository.repo_id == name and repository.repo_type == kind:
-            for cached in repository.revisions:
-                if (revision or "main") in cached.refs or cached.commit_hash == revision:
-                    return Source(name, cached.commit_hash, local_only=True)
+    held = [
+        cached
+        for repository in repositories
+        if repository.repo_id == name and repository.repo_type == kind
+        for cached in repository.revisions
+    ]
+    for cached in held:
+        if (revision or "main") in cached.refs or cached.commit_hash == revision:
+            return Source(name, cached.commit_hash, local_only=True)
+    commits = " and ".join(sorted(cached.commit_hash for cached in held))
+    holds = f"only revision {commits}" if held else "nothing of it"
     raise ProbekitError(
-        f"{setting} is {name!r}: no folder of that name here, and the Hugging Face hub cannot be reached and holds "
-        f"nothing of it in its cache; download it where there is a network and give the folder's path instead"
+        f"{setting} is {name!r} at revision {revision or 'main'!r}: no folder of that name here, the Hugging "
+        f"Face hub cannot be reached, and its cache holds {holds}; download it where there is a network and "
+        "give the folder's path instead"
     )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import types
 import typing
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from pydantic import BaseModel
@@ -16,7 +16,6 @@ from probekit.config import (
     merge,
     nest,
     preset_values,
-    setting_names,
     settings_of,
     unknown_setting,
     yaml_values,
@@ -85,29 +84,37 @@ def parse(parser: Parser, arguments: list[str]) -> argparse.Namespace:
 
 
 def given_settings(parsed: argparse.Namespace) -> dict[str, Any]:
-    """The settings that were given one by one, by dotted name; `none` unsets one."""
-    known = set(setting_names())
+    """The settings that were given one by one, by dotted name; `none` unsets one that can be unset."""
+    fields = settings_of(Config)
     return {
-        name: None if value in ("none", "null", ["none"], ["null"]) else value
+        name: None
+        if value in ("none", "null", ["none"], ["null"]) and _can_be_unset(fields[name].annotation)
+        else value
         for name, value in vars(parsed).items()
-        if name in known
+        if name in fields
     }
 
 
-def chosen_config(parsed: argparse.Namespace) -> Config | None:
-    """The config that preset, file and single settings make; None where none of them is given."""
+def chosen_config(parsed: argparse.Namespace, begun: Path | None = None) -> Config | None:
+    """The config that preset, file and single settings make; None where none of them is given.
+
+    Args:
+        parsed: What `parse` found.
+        begun: Settings of a run to go on with: single settings change those where no other source is given.
+    """
     given = given_settings(parsed)
     if not (given or parsed.preset or parsed.config):
         return None
     values = preset_values(parsed.preset) if parsed.preset else {}
-    if parsed.config:
-        values = merge(values, yaml_values(parsed.config))
+    file = parsed.config or (None if parsed.preset else begun)
+    if file:
+        values = merge(values, yaml_values(file))
     return Config.from_dict(merge(values, nest(given)))
 
 
-def source_config(arguments: list[str]) -> Config:
-    """The config of `--preset` and `--config` alone, for the defaults that the help tells."""
-    parser = Parser(add_help=False)
+def source_config(command: str, arguments: list[str]) -> Config:
+    """The config of `--preset` and `--config` alone, for the defaults that a command's help tells."""
+    parser = Parser(prog=command, add_help=False)
     add_source_options(parser)
     parsed, _ = parser.parse_known_args(arguments)
     return chosen_config(parsed) or Config()
@@ -132,19 +139,19 @@ def _doc(section: str) -> str | None:
     return model.__doc__
 
 
+def _can_be_unset(annotation: Any) -> bool:
+    return type(None) in typing.get_args(annotation)
+
+
 def _without_none(annotation: Any) -> Any:
-    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
-        return next(choice for choice in typing.get_args(annotation) if choice is not type(None))
-    if typing.get_origin(annotation) is typing.Annotated:
-        return typing.get_args(annotation)[0]
-    return annotation
+    if _can_be_unset(annotation):
+        annotation = next(choice for choice in typing.get_args(annotation) if choice is not type(None))
+    return typing.get_args(annotation)[0] if typing.get_origin(annotation) is typing.Annotated else annotation
 
 
 def _metavar(annotation: Any) -> str:
     kind = _without_none(annotation)
     origin, choices = typing.get_origin(kind), typing.get_args(kind)
-    if origin is typing.Annotated:
-        return _metavar(choices[0])
     if origin is tuple:
         return _metavar(choices[0])
     if origin is typing.Literal:

@@ -1,8 +1,7 @@
-"""Progress of long work on standard error: rate and time left on a terminal, a line now and then elsewhere."""
+"""Progress of long work on standard error: rate and time left on a terminal, else a line now and then."""
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -99,8 +98,24 @@ class Progress:
 
 
 @contextmanager
+def without_bars_of_transformers() -> Iterator[None]:
+    """Keeps the bars of transformers off standard error: ours tell how far the work is."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+@contextmanager
 def _closing(task: Task) -> Iterator[Task]:
     try:
         yield task
-    finally:
-        task.close(failed=sys.exc_info()[0] is not None)
+    except BaseException:
+        task.close(failed=True)
+        raise
+    task.close(failed=False)

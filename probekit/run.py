@@ -1,7 +1,7 @@
 """A run's folder: what is in it, how it is begun, read back and marked as it grows.
 
 config.yaml       complete settings          planner/      planner weights
-provenance.json   versions, commit, seeds    adapters/     one file for each variant; joint ones hold their planner
+provenance.json   versions, commit, seeds    adapters/     one file for each variant, joint ones with planner
 run.json          format, finished stages    metrics.jsonl losses of every stage
 corpus/           tokens, labels, codebook   evaluation.json, probes/, figures/
 lm/               the base LM, in Hugging Face format, or the name and revision of a pre-trained one
@@ -31,6 +31,7 @@ from probekit.models.language_model import bridge, load_model
 from probekit.models.mixing import VARIANTS
 from probekit.models.planned_lm import PlannedLM
 from probekit.models.planner import Planner
+from probekit.progress import without_bars_of_transformers
 from probekit.storage import read_json, read_tensors, write_json, write_tensors, write_text
 
 if TYPE_CHECKING:
@@ -40,6 +41,12 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 """Version of the folder's layout; other versions are refused, not guessed at."""
+
+BEGUN = ("config.yaml", "provenance.json", "run.json")
+"""Files of every run from its beginning; a folder without them is never overwritten."""
+
+END_OF_SETTINGS = b"\n...\n"
+"""How config.yaml ends when it is whole."""
 
 Existing = Literal["refuse", "resume", "overwrite"]
 
@@ -66,37 +73,43 @@ class Run:
             existing: What to do where the folder exists already.
 
         Raises:
-            ProbekitError: The folder exists and `existing` refuses it, it is no run, or it was begun with other
-                settings.
+            ProbekitError: The folder exists and `existing` refuses it, it is no run, or it was begun with
+                other settings.
         """
         folder = Path(folder)
         if existing == "resume" and (folder / "run.json").exists():
-            run = cls.open(folder)
-            if config is not None:
-                _check_same(run.config, config, folder)
-            return run
+            return cls._resume(folder, config)
+        is_run = all((folder / name).is_file() for name in BEGUN)
+        if is_run and existing != "overwrite":
+            raise ProbekitError(
+                f"{folder} holds a run already; go on with it by --resume, replace it by --overwrite, or "
+                "choose another --out"
+            )
         if config is None:
             raise ProbekitError(f"{folder} holds no run to resume; give --preset or --config to begin one")
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            is_run = (folder / "run.json").exists()
-            if existing == "overwrite" and is_run:
-                shutil.rmtree(folder)
-            elif is_run:
-                raise ProbekitError(
-                    f"{folder} holds a run already; go on with it by --resume, replace it by --overwrite, or choose "
-                    "another --out"
-                )
-            else:
-                raise ProbekitError(f"{folder} exists and holds no run; choose another --out")
+        if not is_run and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ProbekitError(f"{folder} exists and holds no run; choose another --out")
+        origin = provenance(config)  # refuses a device that is not there, before anything is touched
+        if is_run:
+            shutil.rmtree(folder.resolve())
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.resolve().mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ProbekitError(
                 f"--out {folder}: cannot be made ({error.strerror}); choose another"
             ) from None
         write_text(folder / "config.yaml", config.to_yaml())
-        write_json(folder / "provenance.json", provenance(config))
+        write_json(folder / "provenance.json", origin)
         write_json(folder / "run.json", {"format": FORMAT, "stages": {}})
+        return cls(folder, config)
+
+    @classmethod
+    def _resume(cls, folder: Path, config: Config | None) -> Run:
+        run = cls.open(folder)
+        if config is None or config == run.config:
+            return run
+        _check_same(run.config, config, folder)
+        write_text(folder / "config.yaml", config.to_yaml())
         return cls(folder, config)
 
     @classmethod
@@ -104,19 +117,26 @@ class Run:
         """Opens a run's folder.
 
         Raises:
-            ProbekitError: It is not a run, or one of another version.
+            ProbekitError: It is not a run, one of another version, or a damaged one.
         """
         folder = Path(folder)
         if not (folder / "run.json").is_file():
             what = "does not exist" if not folder.exists() else "holds no run (no run.json)"
             raise ProbekitError(f"{folder} {what}; make one with `probekit train --out {folder}`")
-        found = read_json(folder / "run.json").get("format")
-        if found != FORMAT:
+        state = read_json(folder / "run.json")
+        if not (isinstance(state, dict) and "format" in state and isinstance(state.get("stages"), dict)):
+            raise ProbekitError(f"{folder / 'run.json'} is no record of a run; train it again")
+        if (found := state["format"]) != FORMAT:
             raise ProbekitError(
-                f"{folder} has run format {found}, this probekit reads format {FORMAT}; use the version that its "
-                "provenance.json names, or train it again"
+                f"{folder} has run format {found}, this probekit reads format {FORMAT}; use the version that "
+                "its provenance.json names, or train it again"
             )
-        return cls(folder, Config.from_yaml(folder / "config.yaml"))
+        settings = folder / "config.yaml"
+        if settings.is_file() and not settings.read_bytes().endswith(END_OF_SETTINGS):
+            raise ProbekitError(
+                f"{settings} is cut off: its last line must be '...'; copy or train the run again"
+            )
+        return cls(folder, Config.from_yaml(settings))
 
     # Stages
 
@@ -138,7 +158,8 @@ class Run:
         """
         if not self.finished(stage):
             raise ProbekitError(
-                f"{self.folder} lacks the stage {stage!r}; finish it with `probekit train --resume --out {self.folder}`"
+                f"{self.folder} lacks the stage {stage!r}; finish it with "
+                f"`probekit train --resume --out {self.folder}`"
             )
 
     def log(self, row: dict[str, Any]) -> None:
@@ -150,8 +171,8 @@ class Run:
         """Drops a stage's rows from metrics.jsonl, before the stage is begun again."""
         path = self.folder / "metrics.jsonl"
         if path.exists():
-            rows = path.read_text("utf-8").splitlines(keepends=True)
-            write_text(path, "".join(row for row in rows if json.loads(row)["stage"] != stage))
+            kept = [row for row in _read_rows(path) if row["stage"] != stage]
+            write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
     # What stages write and others read
 
@@ -179,28 +200,24 @@ class Run:
 
     def plain_model(self) -> PreTrainedModel:
         """A fresh copy of the base LM as a plain Hugging Face module."""
-        source = self.folder / "lm" / "source.json"
-        if not source.exists():
-            return load_model(str(self.folder / "lm"))
-        recorded = read_json(source)
-        return load_model(
-            recorded["name"],
-            revision=recorded["revision"],
-            trust_remote_code=self.config.lm.trust_remote_code,
-        )
+        folder = self.folder / "lm"
+        recorded: dict[str, Any] = {"name": str(folder.resolve()), "revision": None}
+        if (folder / "source.json").exists():
+            recorded = read_json(folder / "source.json")
+        with without_bars_of_transformers():
+            return load_model(**recorded, trust_remote_code=self.config.lm.trust_remote_code)
 
     def planner(self, variant: VariantName | None = None) -> Planner:
         """A copy of the planner as its own stage left it, or as a joint variant did."""
         self.require("planner")
         planner = Planner(self.config.planner, self._centroids, self.config.seed)
-        planner.load_state_dict(read_tensors(self.folder / "planner" / "model.safetensors"))
+        _load(planner, self.folder / "planner" / "model.safetensors")
         if variant in VARIANTS and VARIANTS[variant].joint:
-            planner.load_state_dict(self._adapter_tensors(variant, "planner."))
+            _load(planner, self._adapter_file(variant), "planner.")
         return planner.to(self.device).eval().requires_grad_(False)
 
     def save_planner(self, planner: Planner) -> None:
         """Writes the planner's weights."""
-        (self.folder / "planner").mkdir(exist_ok=True)
         write_tensors(self.folder / "planner" / "model.safetensors", planner.state_dict())
 
     def model(self, variant: VariantName) -> PlannedLM:
@@ -209,7 +226,7 @@ class Run:
         if variant != "none":
             self.require(f"adapter/{variant}")
             adapter = new_adapter(self.config.conditioning, self._centroids, self.bridged, self.config.seed)
-            adapter.load_state_dict(self._adapter_tensors(variant, "adapter."))
+            _load(adapter, self._adapter_file(variant), "adapter.")
             adapter.to(self.device).requires_grad_(False)
         planner = self.planner(variant)
         return PlannedLM(self.bridged, planner, adapter, self.config.mixing.temperature).eval()
@@ -220,8 +237,7 @@ class Run:
         tensors = {f"adapter.{name}": value for name, value in model.adapter.state_dict().items()}
         if VARIANTS[variant].joint:
             tensors |= {f"planner.{name}": value for name, value in model.planner.state_dict().items()}
-        (self.folder / "adapters").mkdir(exist_ok=True)
-        write_tensors(self.folder / "adapters" / f"{variant}.safetensors", tensors)
+        write_tensors(self._adapter_file(variant), tensors)
 
     # Results as data frames
 
@@ -232,7 +248,7 @@ class Run:
         path = self.folder / "metrics.jsonl"
         if not path.exists():
             raise ProbekitError(f"{self.folder} has no metrics yet; train it first")
-        return pd.read_json(path, lines=True)
+        return pd.DataFrame(_read_rows(path))
 
     def evaluation(self) -> dict[str, Any]:
         """What `probekit evaluate` found."""
@@ -240,22 +256,53 @@ class Run:
             raise ProbekitError(f"{self.folder} is not evaluated; run `probekit evaluate {self.folder}`")
         return read_json(self.folder / "evaluation.json")
 
+    def losses(self) -> pd.DataFrame:
+        """Test losses by document, variant and source of actions, as `probekit evaluate` left them."""
+        return self._table("losses.parquet", "evaluate")
+
     def probes(self) -> pd.DataFrame:
-        """What `probekit probe` found: one row for each reader, variant, location, layer, distance and horizon."""
+        """What `probekit probe` found: one row for each reader and cell of the grid."""
+        return self._table("probes/results.parquet", "probe")
+
+    def _table(self, name: str, command: str) -> pd.DataFrame:
         import pandas as pd
 
-        path = self.folder / "probes" / "results.parquet"
+        path, remedy = self.folder / name, f"run `probekit {command} {self.folder}`"
         if not path.exists():
-            raise ProbekitError(f"{self.folder} has no probes; run `probekit probe {self.folder}`")
-        return pd.read_parquet(path)
+            raise ProbekitError(f"{path} does not exist; {remedy}")
+        try:
+            return pd.read_parquet(path)
+        except (OSError, ValueError) as error:
+            raise ProbekitError(f"{path} is damaged ({error}); {remedy}") from None
 
     @property
     def _centroids(self) -> torch.Tensor:
         return torch.from_numpy(self.corpus.codebook.centroids)
 
-    def _adapter_tensors(self, variant: VariantName, prefix: str) -> dict[str, torch.Tensor]:
-        tensors = read_tensors(self.folder / "adapters" / f"{variant}.safetensors")
-        return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    def _adapter_file(self, variant: VariantName) -> Path:
+        return self.folder / "adapters" / f"{variant}.safetensors"
+
+
+def _load(module: torch.nn.Module, path: Path, prefix: str = "") -> None:
+    """Loads a module from the tensors of a file whose names begin with the prefix."""
+    tensors = read_tensors(path)
+    try:
+        module.load_state_dict(
+            {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        )
+    except RuntimeError:
+        raise ProbekitError(
+            f"{path} does not fit the run's settings; delete it and train that stage again"
+        ) from None
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines; a last one that an interruption cut off is left out."""
+    try:
+        *whole, _ = path.read_text("utf-8").split("\n")
+        return [json.loads(line) for line in whole]
+    except ValueError as error:
+        raise ProbekitError(f"{path} is damaged ({error}); delete it") from None
 
 
 def provenance(config: Config) -> dict[str, Any]:
@@ -303,8 +350,8 @@ def _check_same(begun: Config, wanted: Config, folder: Path) -> None:
     first, second = (config.model_dump(exclude=free) for config in (begun, wanted))
     for name in _differences(first, second):
         raise ProbekitError(
-            f"{folder} was begun with other settings: {name[0]} was {name[1]!r} and is now {name[2]!r}; resume "
-            "without it, or choose another --out"
+            f"{folder} was begun with other settings: {name[0]} was {name[1]!r} and is now {name[2]!r}; "
+            "resume without it, or choose another --out"
         )
 
 

@@ -128,7 +128,7 @@ class ArrayAppender:
     """
 
     def __init__(self, path: str | Path, dtype: DTypeLike, columns: tuple[int, ...] = ()) -> None:
-        self._file = Path(path).open("wb")
+        self._file = Path(path).open("wb")  # noqa: SIM115 - closed when the appender is left
         self._dtype = np.dtype(dtype)
         self._columns = columns
         self._rows = 0

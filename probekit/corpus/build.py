@@ -1,6 +1,7 @@
 """Builds a corpus folder from text: documents, tokens, sentences, embeddings, actions.
 
-Every pass streams the documents in batches and appends to arrays on disk, so memory does not grow with the corpus.
+Every pass streams the documents in batches and appends to arrays on disk, so memory does not grow with the
+corpus.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ def write_corpus(config: Config, folder: Path, progress: Progress, device: str =
     """
     if config.actions.labels == "planted" and config.corpus.reader != "planted":
         raise ProbekitError(
-            f"actions.labels is 'planted', but corpus.reader is {config.corpus.reader!r}: only the planted corpus "
-            "knows its actions; use clusters"
+            f"actions.labels is 'planted', but corpus.reader is {config.corpus.reader!r}: only the planted "
+            "corpus knows its actions; use clusters"
         )
     with atomic_folder(folder) as partial:
         facts = _write_documents(config.corpus, partial, progress)
@@ -88,7 +89,8 @@ def _write_documents(settings: CorpusSettings, folder: Path, progress: Progress)
                 ).digest()
                 digests.append(int.from_bytes(digest))
                 fingerprint.update(digest)
-            writer.write_batch(pa.RecordBatch.from_pylist([vars(d) for d in kept], schema=_SCHEMA))
+            if kept:
+                writer.write_batch(pa.RecordBatch.from_pylist([vars(d) for d in kept], schema=_SCHEMA))
     if not digests:
         raise ProbekitError(f"corpus.path {settings.path!r}: all its {blank} documents are blank")
     return {
@@ -100,7 +102,7 @@ def _write_documents(settings: CorpusSettings, folder: Path, progress: Progress)
 
 
 def _write_splits(settings: CorpusSettings, folder: Path, digests: np.ndarray) -> np.ndarray:
-    """Splits by content: documents with the same text never part, and the order of reading does not matter."""
+    """Splits by content: documents with one text never part, and the order of reading does not matter."""
     shares = [settings.probe_fraction, settings.validation_fraction, settings.test_fraction]
     unique, inverse = np.unique(digests, return_inverse=True)
     counts = [round(share * len(unique)) for share in shares]
@@ -108,8 +110,9 @@ def _write_splits(settings: CorpusSettings, folder: Path, digests: np.ndarray) -
     for name, count, share in zip(SPLITS, counts, [1.0, *shares], strict=True):
         if share and count < 1:
             raise ProbekitError(
-                f"the corpus has {len(unique)} distinct documents, which leaves none for the split {name!r}; give "
-                f"more documents, or a larger corpus.{name}_fraction"
+                f"the corpus has {len(unique)} distinct documents, which leaves none for the split {name!r}; "
+                "give more documents, or change corpus.probe_fraction, corpus.validation_fraction and "
+                "corpus.test_fraction"
             )
     order = np.random.default_rng(settings.seed).permutation(len(unique))
     split_of_unique = np.empty(len(unique), dtype=np.uint8)
@@ -183,8 +186,8 @@ def _write_tokens(
 def _matched(row: dict[str, Any], sentences: int) -> np.ndarray:
     if len(row["actions"]) != sentences:
         raise ProbekitError(
-            f"document {row['name']!r} was planted with {len(row['actions'])} sentences, but the splitter finds "
-            f"{sentences}; corpus.language must be 'en' for the planted corpus"
+            f"document {row['name']!r} was planted with {len(row['actions'])} sentences, but the splitter "
+            f"finds {sentences}; corpus.language must be 'en' for the planted corpus"
         )
     return np.array(row["actions"], dtype=np.int32)
 
@@ -203,8 +206,8 @@ def _write_actions(
     candidates = ranges(document_sentences[train], document_sentences[train + 1])
     if len(candidates) < settings.k:
         raise ProbekitError(
-            f"actions.k is {settings.k}, but the training documents have {len(candidates)} sentences; lower actions.k "
-            "or give more text"
+            f"actions.k is {settings.k}, but the training documents have {len(candidates)} sentences; lower "
+            "actions.k or give more text"
         )
     rng = np.random.default_rng(seed)
     sample = np.sort(rng.choice(candidates, size=min(settings.fit_sentences, len(candidates)), replace=False))

@@ -40,10 +40,11 @@ class Windows:
 def cut_windows(corpus: Corpus, documents: np.ndarray, window: int, stride: int) -> Windows:
     """Cuts documents into windows of at most `window` inputs that advance by `stride` tokens.
 
-    A document's first window scores all its targets, each later one its last `stride` (what is left, at the end).
+    A document's first window scores all its targets, each later one its last `stride` (what is left, at the
+    end). A document without tokens has no window.
     """
     targets = corpus.document_tokens[documents + 1] - corpus.document_tokens[documents] - 1
-    windows = 1 + np.ceil(np.maximum(targets - window, 0) / stride).astype(np.int64)
+    windows = (targets > 0) + np.ceil(np.maximum(targets - window, 0) / stride).astype(np.int64)
     document = np.repeat(documents, windows)
     number = ranges(np.zeros_like(windows), windows)
     stop = np.minimum(window + number * stride, np.repeat(targets, windows))
@@ -68,13 +69,13 @@ class Batch:
         tokens: Inputs `[windows, positions]`.
         targets: Next tokens, `IGNORE` at padding and where not scored `[windows, positions]`.
         document: Document of each window `[windows]`, on the CPU.
-        context: Sentence embeddings of the batch's documents, from each document's beginning to the last sentence
-            that a window touches `[documents, sentences, dimensions]`.
-        touched: The sentences that windows touch, as rows of `context` flattened over its first two dimensions
-            `[touched]`.
+        context: Sentence embeddings of the batch's documents, from each document's beginning to the last
+            sentence that a window touches `[documents, sentences, dimensions]`.
+        touched: The sentences that windows touch, as rows of `context` flattened over its first two
+            dimensions `[touched]`.
         actions: True actions of the touched sentences `[touched]`.
-        begun: Whether a touched sentence's first token is scored in the batch: so is every sentence in exactly one
-            window `[touched]`.
+        begun: Whether a touched sentence's first token is scored in the batch, as it is in just one window
+            `[touched]`.
         sentence: For every position, the row of `touched` whose sentence holds the next token
             `[windows, positions]`: position t carries the action of token t + 1.
     """
@@ -132,7 +133,8 @@ def document_batch(corpus: Corpus, documents: np.ndarray) -> tuple[Tensor, Tenso
     """All sentences of some documents, padded at the end, as the planner reads them.
 
     Returns:
-        Embeddings `[documents, sentences, dimensions]` and actions `[documents, sentences]`, `IGNORE` at padding.
+        Embeddings `[documents, sentences, dimensions]` and actions `[documents, sentences]`, `IGNORE` at
+        padding.
     """
     first, last = corpus.document_sentences[documents], corpus.document_sentences[documents + 1]
     filled = np.arange((last - first).max()) < (last - first)[:, None]

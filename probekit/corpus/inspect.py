@@ -1,4 +1,4 @@
-"""What a corpus looks like: sizes, sentence lengths, the actions' histogram, the sentences nearest to each."""
+"""What a corpus looks like: sizes, sentence lengths, the share of each action, its nearest sentences."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def sizes(corpus: Corpus) -> pd.DataFrame:
 
 def sentence_lengths(corpus: Corpus) -> pd.Series:
     """Quantiles of the sentences' lengths in tokens."""
-    lengths = np.diff(corpus.first_token, append=corpus.document_tokens[-1])
-    last = corpus.document_sentences[1:] - 1
-    lengths[last] = corpus.document_tokens[1:] - corpus.first_token[last]
+    document = corpus.document_of(np.arange(len(corpus.first_token)))
+    stop = np.append(corpus.first_token[1:], corpus.document_tokens[-1])
+    lengths = np.minimum(stop, corpus.document_tokens[document + 1]) - corpus.first_token
     quantiles = [0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0]
     return pd.Series(np.quantile(lengths, quantiles), index=quantiles, name="tokens")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,9 +28,10 @@ class DocumentTexts:
     def __init__(self, path: Path) -> None:
         try:
             self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        except (OSError, pa.ArrowInvalid) as error:
-            raise ProbekitError(f"{path}: cannot be read ({error}); build the corpus again") from None
-        sizes = [self._reader.get_batch(i).num_rows for i in range(self._reader.num_record_batches)]
+            sizes = [self._reader.get_batch(i).num_rows for i in range(self._reader.num_record_batches)]
+        except (OSError, pa.ArrowException) as error:
+            reason = " ".join(str(error).split())
+            raise ProbekitError(f"{path}: cannot be read ({reason}); build the corpus again") from None
         self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
 
     def __len__(self) -> int:
@@ -52,9 +53,9 @@ class DocumentTexts:
 class Corpus:
     """A built corpus.
 
-    Tokens of document i are `tokens[document_tokens[i] : document_tokens[i + 1]]`, the first of them the separator.
-    Sentences of document i are rows `document_sentences[i] : document_sentences[i + 1]` of the sentence arrays.
-    Tokens of sentence j begin at `tokens[first_token[j]]`.
+    Tokens of document i are `tokens[document_tokens[i] : document_tokens[i + 1]]`, the first of them the
+    separator. Sentences of document i are rows `document_sentences[i] : document_sentences[i + 1]` of the
+    sentence arrays. Tokens of sentence j begin at `tokens[first_token[j]]`.
     """
 
     folder: Path
@@ -76,10 +77,10 @@ class Corpus:
         Raises:
             ProbekitError: A file is missing or damaged.
         """
-        names = ["tokens", "document_tokens", "document_sentences", "first_token", "spans", "split", "embeddings", "actions"]
+        arrays = [field.name for field in fields(cls) if field.name not in ("folder", "codebook", "facts")]
         return cls(
             folder=folder,
-            **{name: read_array(folder / f"{name}.npy") for name in names},
+            **{name: read_array(folder / f"{name}.npy") for name in arrays},
             codebook=Codebook.load(folder / "codebook.safetensors"),
             facts=read_json(folder / "facts.json"),
         )

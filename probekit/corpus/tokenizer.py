@@ -73,8 +73,8 @@ def separator_id(tokenizer: PreTrainedTokenizerBase) -> int:
         if token_id is not None:
             return int(token_id)
     raise ProbekitError(
-        f"lm.name {tokenizer.name_or_path!r}: its tokenizer has neither a beginning- nor an end-of-sequence token; "
-        "set one of them in its tokenizer_config.json"
+        f"lm.name {tokenizer.name_or_path!r}: its tokenizer has neither a beginning- nor an end-of-sequence "
+        "token; set one of them in its tokenizer_config.json"
     )
 
 
@@ -85,6 +85,9 @@ def _load(source: hub.Source, trust_remote_code: bool) -> PreTrainedTokenizerBas
         tokenizer = AutoTokenizer.from_pretrained(
             source.name, trust_remote_code=trust_remote_code, **source.arguments
         )
+        # Where a model's folder has no tokenizer, transformers makes one up, with no vocabulary.
+        if not tokenizer("a", add_special_tokens=False).input_ids:
+            raise ValueError("it has no vocabulary")
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise ProbekitError(
@@ -93,6 +96,7 @@ def _load(source: hub.Source, trust_remote_code: bool) -> PreTrainedTokenizerBas
         ) from error
     if not tokenizer.is_fast:
         raise ProbekitError(
-            f"lm.name {source.name!r}: its tokenizer gives no character offsets; save it as a fast tokenizer first"
+            f"lm.name {source.name!r}: its tokenizer gives no character offsets; save it as a fast tokenizer "
+            "first"
         )
     return tokenizer

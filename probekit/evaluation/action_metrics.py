@@ -65,20 +65,6 @@ def prior_log_probabilities(actions: ArrayLike, k: int, pseudo_count: float = 0.
     return np.log(counts / counts.sum())
 
 
-def transitions(documents: Sequence[Sequence[int]], horizon: int) -> tuple[Integers, Integers]:
-    """Previous and target actions, both [examples], of the sentences j of documents (sequences of actions).
-
-    The previous action is that of sentence j - 1, `NO_ACTION` for the first sentence; the target is that of
-    sentence j + horizon - 1. A sentence without such a target gives no example.
-    """
-    previous: list[int] = []
-    target: list[int] = []
-    for actions in documents:
-        target.extend(actions[horizon - 1 :])
-        previous.extend([NO_ACTION, *actions][: max(0, len(actions) - horizon + 1)])
-    return np.array(previous, np.int64), np.array(target, np.int64)
-
-
 @dataclass(frozen=True)
 class Bigram:
     """P(target action | previous action), shrunk towards the prior."""

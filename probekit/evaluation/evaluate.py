@@ -24,7 +24,7 @@ from probekit.models.mixing import VARIANTS, Fixed, Mixing, Oracle
 from probekit.models.planner import Planner
 from probekit.progress import Progress
 from probekit.run import Run
-from probekit.storage import write_json
+from probekit.storage import atomic_path, write_json
 
 METRICS = {"correct": "accuracy", "top5": "top5", "cross_entropy": "cross_entropy"}
 """Fields of `ActionScores`, and what their means over examples are called."""
@@ -38,19 +38,22 @@ class Evaluation:
         perplexity: One row for each variant and source of actions.
         differences: One row for each pair of them: difference of perplexities, paired over documents.
         planner: One row for each reader of actions (planners, baselines, ceilings) and metric.
+        losses: One row for each document, variant and source of actions: tokens and summed loss in nats, from
+            which any other comparison can be resampled.
         settings: How it was measured.
     """
 
     perplexity: pd.DataFrame
     differences: pd.DataFrame
     planner: pd.DataFrame
+    losses: pd.DataFrame
     settings: dict[str, Any]
 
 
 def evaluate(
     run: Run | str | Path, settings: Mapping[str, Any] | None = None, *, quiet: bool = False
 ) -> Evaluation:
-    """Evaluates a run on its test documents and writes `evaluation.json` into it.
+    """Evaluates a run on its test documents; writes `evaluation.json`, and `losses.parquet` by document.
 
     Args:
         run: The run or its folder.
@@ -82,6 +85,7 @@ def evaluate(
     evaluation = Evaluation(
         *_perplexity_tables(run, losses, scoring.tokens),
         planner,
+        _losses_table(losses, scoring),
         {"split": "test", "window": window, "stride": stride, "resamples": run.config.evaluation.resamples},
     )
     tables = {
@@ -89,6 +93,8 @@ def evaluate(
         name: getattr(evaluation, name).replace({np.nan: None}).to_dict(orient="records")
         for name in ("perplexity", "differences", "planner")
     }
+    with atomic_path(run.folder / "losses.parquet") as path:
+        evaluation.losses.to_parquet(path, index=False)
     write_json(run.folder / "evaluation.json", {"settings": evaluation.settings} | tables)
     return evaluation
 
@@ -116,6 +122,17 @@ def window_and_stride(run: Run) -> tuple[int, int]:
             f"evaluation.stride is {stride}, longer than the window of {window}: tokens would be left out"
         )
     return window, stride
+
+
+def _losses_table(losses: dict[tuple[str, str], np.ndarray], scoring: Pass) -> pd.DataFrame:
+    parts = [
+        pd.DataFrame(
+            {"document": scoring.documents, "variant": variant, "actions": actions}
+            | {"tokens": scoring.tokens.astype(np.int64), "loss": sums}
+        )
+        for (variant, actions), sums in losses.items()
+    ]
+    return pd.concat(parts, ignore_index=True)
 
 
 def _perplexity_tables(
@@ -204,7 +221,7 @@ def _readers(run: Run, documents: np.ndarray) -> dict[str, np.ndarray]:
 def planner_log_probabilities(
     planner: Planner, corpus: Corpus, documents: np.ndarray, batch_size: int = 32
 ) -> np.ndarray:
-    """The planner's log-probabilities for all sentences of some documents, in order `[sentences, actions]`."""
+    """The planner's log-probabilities for all sentences of documents, in order `[sentences, actions]`."""
     device = planner.start.device
     parts = []
     for start in range(0, len(documents), batch_size):

@@ -1,4 +1,4 @@
-"""Perplexity: next-token losses summed by document, over the same tokens for every setting that is compared."""
+"""Perplexity: next-token losses summed by document, over the same tokens for all that is compared."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from probekit.config import ConditioningSettings
 from probekit.errors import ProbekitError
-from probekit.models.language_model import check_location, hook_name
+from probekit.models.language_model import check_location, hook_name, locations
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -76,11 +76,10 @@ def _add(projected: Tensor, sentence: Tensor) -> Callable[..., Tensor]:
 
 
 def location_width(bridged: TransformerBridge, settings: ConditioningSettings) -> int:
-    """Features per position at the conditioned location, found by running one token.
+    """Features per position at the conditioned location.
 
     Raises:
-        ProbekitError: The architecture lacks the location, no layer is left to condition, or the location does
-            not hold one vector for every position.
+        ProbekitError: No layer is left to condition, or the location holds no vector for each position.
     """
     layers = bridged.cfg.n_layers
     if settings.skip_layers >= layers:
@@ -89,18 +88,4 @@ def location_width(bridged: TransformerBridge, settings: ConditioningSettings) -
             f"it must be at most {layers - 1}"
         )
     check_location(bridged, settings.location, "conditioning.location")
-    shapes: list[torch.Size] = []
-    tokens = torch.zeros(1, 3, dtype=torch.long, device=bridged.original_model.device)
-    with torch.no_grad():
-        bridged.run_with_hooks(
-            tokens,
-            fwd_hooks=[(hook_name(settings.location, layers - 1), lambda x, hook: shapes.append(x.shape))],
-            return_type=None,
-        )
-    if not shapes or shapes[0][:2] != (1, 3) or (len(shapes[0]) == 4 and shapes[0][2] == 3):
-        found = f"its shape is {tuple(shapes[0])}" if shapes else "it never fires"
-        raise ProbekitError(
-            f"conditioning.location is {settings.location!r}, which does not hold one vector per position ({found}); "
-            "attn.hook_z, hook_resid_pre, hook_attn_out and hook_mlp_out do"
-        )
-    return math.prod(shapes[0][2:])
+    return locations(bridged)[settings.location]

@@ -1,11 +1,14 @@
 """The base LM: built new or loaded, and bridged to TransformerLens.
 
-Training a new LM uses the plain Hugging Face module with its fast attention kernel; bridging rewires a module in
-place, so what is saved is always the plain one.
+Training a new LM uses the plain Hugging Face module with its fast attention kernel; bridging rewires a module
+in place, so what is saved is always the plain one.
 """
 
 from __future__ import annotations
 
+import math
+import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,22 +52,36 @@ def load_model(name: str, *, revision: str | None = None, trust_remote_code: boo
     """Loads a causal LM in float32 from a local folder or the hub.
 
     Raises:
-        ProbekitError: There is no such folder or hub name, the hub is out of reach, or the folder has no weights
-            of a causal LM.
+        ProbekitError: There is no such folder or hub name, the hub is out of reach, some or all weights of a
+            causal LM are not there, or what is there is no causal LM.
     """
     from transformers import AutoModelForCausalLM
 
     source = hub.find(name, setting="lm.name", revision=revision)
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            source.name, dtype=torch.float32, trust_remote_code=trust_remote_code, **source.arguments
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source.name,
+            dtype=torch.float32,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **source.arguments,
         )
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
         raise ProbekitError(
-            f"lm.name {name!r}: no causal LM could be loaded from it; it needs a config.json and model.safetensors "
-            f"({reason})"
+            f"lm.name {name!r}: no causal LM could be loaded from it; it needs a config.json and "
+            f"model.safetensors ({_reason(error)})"
         ) from error
+    if missing := sorted(report["missing_keys"]):
+        raise ProbekitError(
+            f"lm.name {name!r}: its weights lack {missing[0]} and {len(missing) - 1} more that "
+            f"{type(model).__name__} needs; give a folder or name with all weights of a causal LM"
+        )
+    if _reads_ahead(model):
+        raise ProbekitError(
+            f"lm.name {name!r}: {type(model).__name__} reads the tokens that it should predict; "
+            "give a causal LM"
+        )
+    return model
 
 
 def bridge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str | Path) -> TransformerBridge:
@@ -87,7 +104,7 @@ def bridge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str
     except (ValueError, NotImplementedError, KeyError, AttributeError) as error:
         architectures = ", ".join(model.config.architectures or [type(model).__name__])
         raise ProbekitError(
-            f"lm.name {str(name)!r}: TransformerLens cannot bridge {architectures} ({error})"
+            f"lm.name {str(name)!r}: TransformerLens cannot bridge {architectures} ({_reason(error)})"
         ) from error
     bridged.eval()
     bridged.original_model.requires_grad_(False)
@@ -95,8 +112,8 @@ def bridge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str
 
 
 def longest_window(model: PreTrainedModel) -> int:
-    """Positions that the LM can read at once, in tokens."""
-    return int(model.config.get_text_config().max_position_embeddings)
+    """Positions that the LM can read at once, in tokens; without bound where it has no table of positions."""
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize))
 
 
 def hook_name(location: str, layer: int) -> str:
@@ -104,19 +121,56 @@ def hook_name(location: str, layer: int) -> str:
     return f"blocks.{layer}.{location}"
 
 
-def locations(bridged: TransformerBridge) -> list[str]:
-    """Every location (hook name without its layer) that this architecture's first block has, sorted."""
-    prefix = hook_name("", 0)
-    return sorted(name.removeprefix(prefix) for name in bridged.hook_dict if name.startswith(prefix))
+def locations(bridged: TransformerBridge) -> dict[str, int]:
+    """Every location of the first block that holds a vector for each position, and the vector's features.
+
+    Some hooks never fire, some hold attention patterns, some have the heads before the positions. Where there
+    is a vector for each position, one more token makes the second axis longer and changes no other.
+    """
+    short, long = (_shapes(bridged, length) for length in (1, 2))
+    return {
+        location: math.prod(shape[2:])
+        for location, shape in sorted(short.items())
+        if (*shape[:2], *long[location]) == (1, 1, 1, 2, *shape[2:])
+    }
 
 
 def check_location(bridged: TransformerBridge, location: str, setting: str) -> None:
-    """Refuses a location that this architecture lacks.
+    """Refuses a location that this architecture lacks, or that does not hold a vector for each position.
 
     Raises:
         ProbekitError: Names the setting, and lists the locations that there are.
     """
-    if bridged.get_hook_point(hook_name(location, 0)) is None:
+    if location not in (known := locations(bridged)):
         raise ProbekitError(
-            f"{setting} is {location!r}, which this architecture lacks; it has {', '.join(locations(bridged))}"
+            f"{setting} is {location!r}, where this architecture holds no vector for each position; it "
+            f"does at {', '.join(known)}"
         )
+
+
+def _shapes(bridged: TransformerBridge, length: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of all that fires in the first block over a text of some tokens."""
+    prefix = hook_name("", 0)
+    tokens = torch.zeros(1, length, dtype=torch.long, device=bridged.original_model.device)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*gated-off hook")
+        _, cache = bridged.run_with_cache(
+            tokens,
+            names_filter=lambda name: name.startswith(prefix),
+            stop_at_layer=1,
+            output_attentions=False,
+        )
+    return {
+        name.removeprefix(prefix): tuple(value.shape) for name, value in cache.items() if value is not None
+    }
+
+
+def _reads_ahead(model: PreTrainedModel) -> bool:
+    """Whether the next token changes a position's logits, as in a BERT, which loads as a causal LM too."""
+    with torch.no_grad():
+        one, other = model(torch.tensor([[0, 0], [0, 1]])).logits[:, 0]
+    return bool((one - other).abs().max() > 1e-4 * one.abs().max())
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

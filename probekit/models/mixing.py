@@ -42,6 +42,7 @@ class Fixed:
     needs_scores = False
 
     def __call__(self, scores: Tensor, actions: Tensor, codebook: Tensor, temperature: float) -> Tensor:
+        """Mixes as `Mixing` has it."""
         return codebook[0].expand(len(actions), -1)
 
 
@@ -51,6 +52,7 @@ class Uniform:
     needs_scores = False
 
     def __call__(self, scores: Tensor, actions: Tensor, codebook: Tensor, temperature: float) -> Tensor:
+        """Mixes as `Mixing` has it."""
         return codebook.mean(dim=0).expand(len(actions), -1)
 
 
@@ -60,6 +62,7 @@ class Oracle:
     needs_scores = False
 
     def __call__(self, scores: Tensor, actions: Tensor, codebook: Tensor, temperature: float) -> Tensor:
+        """Mixes as `Mixing` has it."""
         return codebook[actions]
 
 
@@ -69,6 +72,7 @@ class Predicted:
     needs_scores = True
 
     def __call__(self, scores: Tensor, actions: Tensor, codebook: Tensor, temperature: float) -> Tensor:
+        """Mixes as `Mixing` has it."""
         return codebook[scores.argmax(dim=-1)]
 
 
@@ -78,6 +82,7 @@ class Soft:
     needs_scores = True
 
     def __call__(self, scores: Tensor, actions: Tensor, codebook: Tensor, temperature: float) -> Tensor:
+        """Mixes as `Mixing` has it."""
         return F.softmax(scores / temperature, dim=-1) @ codebook
 
 
@@ -87,10 +92,11 @@ class StraightThrough:
     needs_scores = True
 
     def __call__(self, scores: Tensor, actions: Tensor, codebook: Tensor, temperature: float) -> Tensor:
+        """Mixes as `Mixing` has it."""
         soft = F.softmax(scores / temperature, dim=-1)
         hard = F.one_hot(scores.argmax(dim=-1), scores.shape[-1]).to(soft)
-        # Each part carries one gradient: the codebook's follows the hard choice, the scores' the soft one.
-        return hard @ codebook + (soft - soft.detach()) @ codebook.detach()
+        # The difference is zero, for the scores' gradient; the value and the codebook's gradient are hard.
+        return (hard + (soft - soft.detach())) @ codebook
 
 
 class GumbelSoftmax:
@@ -99,6 +105,7 @@ class GumbelSoftmax:
     needs_scores = True
 
     def __call__(self, scores: Tensor, actions: Tensor, codebook: Tensor, temperature: float) -> Tensor:
+        """Mixes as `Mixing` has it."""
         noise = -torch.empty_like(scores).exponential_().log()
         return F.softmax((scores + noise) / temperature, dim=-1) @ codebook
 

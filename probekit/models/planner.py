@@ -57,8 +57,8 @@ class Planner(nn.Module):
                 after a sentence never changes its scores, so padding needs no mask.
 
         Returns:
-            Scores `[documents, sentences, actions]`; those of sentence j come from sentences 0 to j - 1, those
-            of sentence 0 from a learned vector that stands for the beginning of a document.
+            Scores `[documents, sentences, actions]`; those of sentence j come from sentences 0 to j - 1,
+            those of sentence 0 from a learned vector that stands for the beginning of a document.
         """
         documents, sentences, dimensions = embeddings.shape
         start = self.start.expand(documents, 1, dimensions)

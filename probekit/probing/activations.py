@@ -36,7 +36,7 @@ class Activations:
     values: dict[Place, Tensor]
 
     def at(self, places: list[Place], positions: np.ndarray) -> Tensor:
-        """Activations `[places, positions, features]` of places of one width, at some of the positions read."""
+        """Activations `[places, positions, features]` of places of one width, at positions that were read."""
         rows = np.searchsorted(self.positions, positions)
         return torch.stack([self.values[place][rows] for place in places])
 

@@ -21,8 +21,8 @@ def action_prior(corpus: Corpus) -> np.ndarray:
 def baselines(run: Run, documents: np.ndarray, horizon: int) -> dict[str, np.ndarray]:
     """Log-probabilities of all sentences of some documents, in nats `[sentences, actions]`, by who says so.
 
-    Row j is about the action of sentence j + horizon - 1, given what comes before sentence j. The planner plans
-    only the next sentence, and a ceiling is known only for planted actions.
+    Row j is about the action of sentence j + horizon - 1, given what comes before sentence j. The planner
+    plans only the next sentence, and a ceiling is known only for planted actions.
     """
     sentences = run.corpus.sentences(documents)
     readers = {

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from probekit.errors import ProbekitError
 
-CHUNK_BYTES = {"cpu": 1 << 25, "cuda": 1 << 30, "mps": 1 << 30}
-"""Working memory by which probes are split into chunks, solved in turn; on a CPU, so as to stay in its cache."""
+CHUNK_BYTES = {"cpu": 1 << 25, "cuda": 1 << 30}
+"""Working memory by which probes are split into chunks, solved in turn; on a CPU, to stay in its cache."""
 COMPACT = 0.75
 """Finished probes leave the batch once at most this share of it is unfinished: to rebuild it costs a copy."""
 

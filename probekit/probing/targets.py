@@ -16,7 +16,7 @@ class Targets:
     Attributes:
         document: Document of the example.
         anchor: Sentence that begins at the target token.
-        position: Where the activation is read, in `corpus.tokens`: `distance` tokens before the anchor begins.
+        position: Where the activation is read, in `corpus.tokens`: `distance` tokens before the anchor.
         action: The label: action of the sentence `horizon - 1` after the anchor.
     """
 
@@ -32,8 +32,8 @@ class Targets:
 def targets(corpus: Corpus, documents: np.ndarray, distance: int, horizon: int) -> Targets:
     """Every example of some documents.
 
-    A document's first sentence is no anchor, for nothing comes before it to read. Positions before the document's
-    first token do not exist, nor do labels after its last sentence: such examples are left out.
+    A document's first sentence is no anchor, for nothing comes before it to read. Positions before the
+    document's first token do not exist, nor do labels after its last sentence: such examples are left out.
     """
     anchor = corpus.sentences(documents)
     document = corpus.document_of(anchor)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import matplotlib as mpl
+import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from probekit.storage import atomic_path, write_text
@@ -20,40 +22,36 @@ BASELINE_STYLES = {
 """Colour and line of the readers that need no activation."""
 
 
-def probe_heat_map(table: pd.DataFrame, variant: str, location: str, horizon: int = 1) -> Figure:
+def draw_heat_map(axes: Axes, table: pd.DataFrame, variant: str, location: str, horizon: int = 1) -> None:
     """Accuracy of the probes of one location by layer and distance.
 
     Cells are annotated; those where the target's own action was injected carry a star, empty ones a dash.
     """
     cells = _probes(table, variant, location, horizon)
-    accuracy = cells.pivot_table(index="layer", columns="distance", values="accuracy", dropna=False)
-    marks = cells.assign(
-        text=[
-            "–" if pd.isna(row.accuracy) else f"{row.accuracy:.2f}{'*' if row.injected else ''}"
-            for row in cells.itertuples()
-        ]
-    ).pivot(index="layer", columns="distance", values="text")
-    accuracy, marks = (
-        frame.sort_index(ascending=False).sort_index(axis=1, ascending=False) for frame in (accuracy, marks)
+    stars = cells.injected.map({True: "*", False: ""})
+    cells = cells.assign(text=cells.accuracy.map("{:.2f}".format) + stars)
+    accuracy, text = (
+        cells.pivot_table(
+            index="layer", columns="distance", values=values, aggfunc="first", dropna=False
+        ).iloc[::-1, ::-1]
+        for values in ("accuracy", "text")
     )
-    accuracy.index = accuracy.index.astype(int)
-    figure = Figure(
-        figsize=(1.8 + 0.75 * len(accuracy.columns), 1.6 + 0.45 * len(accuracy)), layout="constrained"
-    )
-    axes = figure.subplots()
-    sns.heatmap(
-        accuracy,
-        annot=marks.reindex_like(accuracy.set_axis(marks.index)).to_numpy(),
-        fmt="",
-        cmap="viridis",
-        vmin=0.0,
-        ax=axes,
-        cbar_kws={"label": "test accuracy"},
-    )
+    bar = {"label": "test accuracy"}
+    sns.heatmap(accuracy, annot=text, fmt="", cmap="viridis", vmin=0.0, ax=axes, cbar_kws=bar)
+    for row, column in np.argwhere(accuracy.isna().to_numpy()):
+        axes.text(column + 0.5, row + 0.5, "–", ha="center", va="center")
     axes.set_xlabel("distance: tokens before the target sentence begins")
     axes.set_ylabel("layer")
     star = "   (* the target's own action is injected here)" if cells.injected.any() else ""
     axes.set_title(f"{variant}: {location}, horizon {horizon}{star}", fontsize=10)
+
+
+def probe_heat_map(table: pd.DataFrame, variant: str, location: str, horizon: int = 1) -> Figure:
+    """`draw_heat_map` on a figure of its own, as large as its cells need."""
+    cells = _probes(table, variant, location, horizon)
+    size = (1.8 + 0.75 * cells.distance.nunique(), 1.6 + 0.45 * cells.layer.nunique())
+    figure = Figure(figsize=size, layout="constrained")
+    draw_heat_map(figure.subplots(), table, variant, location, horizon)
     return figure
 
 
@@ -68,20 +66,15 @@ def probe_lines(table: pd.DataFrame, variant: str, location: str, horizon: int =
         line = cells[cells.layer == layer].sort_values("distance")
         colour = colours(0.9 * i / max(1, len(layers) - 1))
         axes.plot(
-            line.distance,
-            line.accuracy,
-            color=colour,
-            marker="o",
-            markersize=3.5,
-            label=f"layer {int(layer)}",
+            line.distance, line.accuracy, color=colour, marker="o", markersize=3.5, label=f"layer {layer}"
         )
         axes.fill_between(
             line.distance, line.accuracy_low, line.accuracy_high, color=colour, alpha=0.15, linewidth=0
         )
-    for reader, (colour, style) in BASELINE_STYLES.items():
+    for reader, (shade, style) in BASELINE_STYLES.items():
         line = table[(table.reader == reader) & (table.horizon == horizon)].sort_values("distance")
         if len(line):
-            axes.plot(line.distance, line.accuracy, color=colour, linestyle=style, label=reader)
+            axes.plot(line.distance, line.accuracy, color=shade, linestyle=style, label=reader)
     axes.set_xticks(sorted(cells.distance.unique()))
     axes.invert_xaxis()
     axes.set_ylim(bottom=0.0)

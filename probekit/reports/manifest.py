@@ -1,4 +1,4 @@
-"""A figure as it is kept: the picture, the numbers behind it (CSV), and a manifest of how it was made (JSON)."""
+"""A figure as it is kept: the picture, the numbers behind it (CSV), a manifest of how it was made (JSON)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ from probekit.storage import atomic_path, read_json, write_json, write_text
 
 
 def save_figure(
-    figure: Figure, numbers: pd.DataFrame, path: str | Path, *, script: str, settings: dict[str, Any], runs: Sequence[Run]
+    figure: Figure,
+    numbers: pd.DataFrame,
+    path: str | Path,
+    *,
+    script: str,
+    settings: dict[str, Any],
+    runs: Sequence[Run],
 ) -> Path:
     """Writes `path` (a picture), and `.csv` and `.json` of the same name beside it.
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Mapping
+from typing import Any
 
 import pandas as pd
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from probekit.corpus.inspect import action_table, sentence_lengths, sizes
 from probekit.corpus.store import Corpus
@@ -46,8 +47,9 @@ def print_corpus(corpus: Corpus, nearest: int) -> None:
     _print("Sentence lengths in tokens", [f"{q:.0%}" for q in lengths.index], [[f"{v:.0f}" for v in lengths]])
     facts = corpus.facts
     _say(
-        f"{facts['blank_documents_dropped']:,} blank documents dropped; {facts['one_sentence_documents']:,} documents "
-        f"of one sentence, kept out of planner training; vocabulary of {facts['vocabulary']:,} tokens"
+        f"{facts['blank_documents_dropped']:,} blank documents dropped; {facts['one_sentence_documents']:,} "
+        "documents of one sentence, kept out of planner training; "
+        f"vocabulary of {facts['vocabulary']:,} tokens"
     )
     if "adjusted_rand_index" in facts:
         _say(f"Clusters against planted actions: adjusted Rand index {facts['adjusted_rand_index']:.3f}")
@@ -59,10 +61,10 @@ def print_corpus(corpus: Corpus, nearest: int) -> None:
         (
             [
                 str(action),
-                f"{row.sentences:,}",
-                f"{row.share:.1%}",
-                "█" * round(12 * row.share / most),
-                "\n".join(text if len(text) <= 100 else text[:99] + "…" for text in row.nearest),
+                f"{row['sentences']:,}",
+                f"{row['share']:.1%}",
+                "█" * round(12 * row["share"] / most),
+                "\n".join(text if len(text) <= 100 else text[:99] + "…" for text in row["nearest"]),
             ]
             for action, row in actions.head(DISPLAY_ACTIONS).iterrows()
         ),
@@ -72,52 +74,35 @@ def print_corpus(corpus: Corpus, nearest: int) -> None:
 
 
 def print_evaluation(evaluation: Evaluation) -> None:
-    """Perplexities with intervals, differences to the variant before, planner metrics."""
+    """Perplexities with intervals, the difference of every two, planner metrics."""
     table = evaluation.perplexity
     documents, tokens = table.documents.iloc[0], table.tokens.iloc[0]
     _print(
-        f"Perplexity on {documents:,} test documents, {tokens:,} tokens (95 % intervals from resampling documents)",
+        f"Perplexity on {documents:,} test documents, {tokens:,} tokens "
+        "(95 % intervals from resampling documents)",
         ["variant", "actions", "perplexity", "95 % interval"],
         (
-            [
-                row.variant,
-                row.actions,
-                f"{row.perplexity:.3f}",
-                _range(row.perplexity_low, row.perplexity_high, 3),
-            ]
-            for row in table.itertuples()
+            [row["variant"], row["actions"], f"{row['perplexity']:.3f}", _range(row, "perplexity")]
+            for row in table.to_dict("records")
         ),
     )
     _print(
         "Differences of perplexity, paired over documents",
         ["first", "second", "first - second", "95 % interval"],
         (
-            [
-                row.first,
-                row.second,
-                f"{row.difference:+.3f}",
-                _range(row.difference_low, row.difference_high, 3),
-            ]
-            for row in evaluation.differences.itertuples()
+            [row["first"], row["second"], f"{row['difference']:+.3f}", _range(row, "difference")]
+            for row in evaluation.differences.to_dict("records")
         ),
     )
     planner = evaluation.planner
-    wide = planner.pivot_table(
-        index="reader", columns="metric", values=["value", "value_low", "value_high"], sort=False
-    )
     metrics = planner.metric.unique()
     _print(
-        f"Next action on {planner.sentences.iloc[0]:,} test sentences of {planner.documents.iloc[0]:,} documents",
+        f"Next action on {planner.sentences.iloc[0]:,} test sentences of "
+        f"{planner.documents.iloc[0]:,} documents",
         ["reader", *(f"{metric} (nats)" if metric == "cross_entropy" else metric for metric in metrics)],
         (
-            [
-                reader,
-                *(
-                    f"{row['value', m]:.3f} {_range(row['value_low', m], row['value_high', m], 3)}"
-                    for m in metrics
-                ),
-            ]
-            for reader, row in wide.iterrows()
+            [str(reader), *(_with_range(row, "value") for row in rows.to_dict("records"))]
+            for reader, rows in planner.groupby("reader", sort=False)
         ),
     )
 
@@ -126,37 +111,48 @@ def print_probes(results: ProbeResults) -> None:
     """The best cell of every variant and location beside the baselines of the same cell."""
     table = results.table
     rows = []
-    for best in results.best_cells().itertuples():
+    for best in results.best_cells().to_dict("records"):
         beside = table[
-            (table.reader != "probe") & (table.distance == best.distance) & (table.horizon == best.horizon)
+            (table.reader != "probe")
+            & (table.distance == best["distance"])
+            & (table.horizon == best["horizon"])
         ]
-        cell = f"{best.variant}, {best.location}, layer {best.layer:.0f}, distance {best.distance}, horizon {best.horizon}"
-        for row in [best, *beside.itertuples()]:
+        cell = (
+            f"{best['variant']}, {best['location']}, layer {best['layer']}, distance {best['distance']}, "
+            f"horizon {best['horizon']}"
+        )
+        for row in [best, *beside.to_dict("records")]:
             rows.append(
                 [
-                    cell if row.reader == "probe" else "",
-                    row.reader,
-                    f"{row.accuracy:.3f} {_range(row.accuracy_low, row.accuracy_high, 3)}",
-                    f"{row.bits:.3f} {_range(row.bits_low, row.bits_high, 3)}",
-                    f"{row.examples:,} / {row.documents:.0f}",
+                    cell if row is best else "",
+                    row["reader"],
+                    _with_range(row, "accuracy"),
+                    _with_range(row, "bits"),
+                    f"{row['examples']:,} / {row['documents']:,}",
                 ]
             )
     _print(
-        "Best cell of each variant and location (chosen on validation), and the baselines on the same examples",
+        "Best cell of each variant and location (chosen on validation), and baselines on the same examples",
         ["cell", "reader", "accuracy", "bits over the prior", "examples / documents"],
         rows,
     )
     probes = table[table.reader == "probe"]
-    empty, unconverged = int(probes.accuracy.isna().sum()), int((probes.converged == False).sum())  # noqa: E712
+    empty, unconverged = int(probes.accuracy.isna().sum()), int((~probes.converged).sum())
     if empty or unconverged:
         _say(
-            f"Of {len(probes):,} probes {empty:,} are empty (too few examples), {unconverged:,} did not converge"
+            f"Of {len(probes):,} probes {empty:,} are empty (too few examples), "
+            f"{unconverged:,} did not converge"
         )
     _say(f"All {len(table):,} rows: {results.folder / 'results.parquet'}; pictures: {results.folder}")
 
 
-def _range(low: float, high: float, digits: int) -> str:
-    return "(no interval)" if pd.isna(low) else f"[{low:.{digits}f}, {high:.{digits}f}]"
+def _with_range(row: Mapping[Hashable, Any], value: str) -> str:
+    return f"{row[value]:.3f} {_range(row, value)}"
+
+
+def _range(row: Mapping[Hashable, Any], value: str) -> str:
+    low, high = row[f"{value}_low"], row[f"{value}_high"]
+    return "(no interval)" if pd.isna(low) else f"[{low:.3f}, {high:.3f}]"
 
 
 def _print(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
@@ -164,20 +160,20 @@ def _print(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) ->
     for column in columns:
         table.add_column(column)
     for row in rows:
-        table.add_row(*(escape(_printable(cell)) for cell in row))
+        table.add_row(*map(_literal, row))
     _console().print(table)
 
 
 def _say(line: str) -> None:
-    _console().print(escape(line), highlight=False)
+    _console().print(_literal(line))
 
 
 def _console() -> Console:
     """Standard output; wide enough for the tables where it is no terminal that says how wide it is."""
     console = Console(soft_wrap=True)
-    return console if console.is_terminal else Console(soft_wrap=True, width=140)
+    return console if console.is_terminal else Console(soft_wrap=True, width=160)
 
 
-def _printable(text: str) -> str:
-    """Text from a corpus may hold control characters that would steer the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+def _literal(text: str) -> Text:
+    """The text as it is: no markup, no emoji, and no control characters, which would steer the terminal."""
+    return Text("".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text))

@@ -1,4 +1,4 @@
-"""The optimisation loop that every stage shares: AdamW, warm-up and cosine, clipping, accumulation, selection."""
+"""The optimisation loop of every stage: AdamW, warm-up and cosine, clipping, accumulation, selection."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Stage:
         settings: The optimiser's settings.
         parameters: Parameters and their peak learning rates.
         examples: Number of training examples; batches are rows of them.
-        loss: Loss of some rows, divided so that the losses of a step's micro-batches add up to the step's loss:
-            called with the micro-batch's rows and the whole step's.
+        loss: Loss of some rows, divided so that the losses of a step's micro-batches add up to the step's
+            loss: called with the micro-batch's rows and the whole step's.
         validation_loss: Computes the loss on validation documents.
     """
 
@@ -73,7 +73,7 @@ def optimise(stage: Stage, seed: int, log: Callable[[dict[str, Any]], None], pro
             if step % steps_per_epoch and step != steps:
                 continue
             epoch = math.ceil(step / steps_per_epoch)
-            validation = stage.validation_loss()
+            validation = _finite(stage, "validation loss", stage.validation_loss(), step)
             log({"stage": stage.name, "step": step, "epoch": epoch, "validation_loss": validation})
             task.advance(0, note=f"loss {loss:.3f}, validation {validation:.3f}")
             if validation < best:
@@ -92,15 +92,20 @@ def _step(stage: Stage, rows: np.ndarray, optimiser: torch.optim.Optimizer, step
         loss = stage.loss(micro, rows)
         loss.backward()
         total += loss.item()
-    if not math.isfinite(total):
-        raise ProbekitError(
-            f"training of {stage.name}: the loss is {total} at step {step}; lower the stage's learning_rate "
-            f"({stage.settings.learning_rate:g})"
-        )
+    _finite(stage, "loss", total, step)
     nn.utils.clip_grad_norm_([parameter for parameter, _ in stage.parameters], stage.settings.clip)
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
     return total
+
+
+def _finite(stage: Stage, what: str, value: float, step: int) -> float:
+    if not math.isfinite(value):
+        raise ProbekitError(
+            f"training of {stage.name}: the {what} is {value} at step {step}; lower the stage's "
+            f"learning_rate ({stage.settings.learning_rate:g})"
+        )
+    return value
 
 
 def _optimiser(stage: Stage, steps: int) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:

@@ -14,6 +14,7 @@ from probekit.config import Config, VariantName
 from probekit.corpus.examples import IGNORE, Windows, begun_sentences, collate, cut_windows, document_batch
 from probekit.corpus.store import Corpus
 from probekit.devices import autocast
+from probekit.errors import ProbekitError
 from probekit.models.conditioning import new_adapter
 from probekit.models.language_model import new_model
 from probekit.models.mixing import VARIANTS
@@ -77,16 +78,24 @@ class Trainer:
         """Trains the planner on the cross-entropy of every sentence's action.
 
         Documents of one sentence are left out: they have no next sentence to plan.
+
+        Raises:
+            ProbekitError: A split has no other documents.
         """
         settings, corpus = self.config.training.planner, self.corpus
         planner = Planner(
             self.config.planner, torch.from_numpy(corpus.codebook.centroids), self.config.seed
         ).to(self.device)
         lengths = np.diff(corpus.document_sentences)
-        train, validation = (
-            documents[lengths[documents] > 1]
-            for documents in (corpus.documents("train"), corpus.documents("validation"))
-        )
+        longer = {split: corpus.documents(split) for split in ("train", "validation")}
+        longer = {split: documents[lengths[documents] > 1] for split, documents in longer.items()}
+        for split, documents in longer.items():
+            if not len(documents):
+                raise ProbekitError(
+                    f"all documents of the split {split!r} have one sentence: there is no next one to plan; "
+                    "give longer documents"
+                )
+        train, validation = longer.values()
 
         def loss(documents: np.ndarray) -> Tensor:
             embeddings, actions = (tensor.to(self.device) for tensor in document_batch(corpus, documents))

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from probekit import hub
-from probekit.config import Config
+from probekit.config import Config, VariantName
 from probekit.corpus.build import write_corpus
 from probekit.errors import ProbekitError
 from probekit.models.conditioning import location_width
 from probekit.models.language_model import load_model, longest_window
 from probekit.models.mixing import VARIANTS
-from probekit.progress import Progress
+from probekit.progress import Progress, without_bars_of_transformers
 from probekit.run import Existing, Run
 from probekit.storage import atomic_folder, write_json
 from probekit.training.stages import Trainer
@@ -27,7 +28,7 @@ def train(
     existing: Existing = "refuse",
     quiet: bool = False,
 ) -> Run:
-    """Trains everything that the settings describe: corpus, LM (if new), planner, an adapter for each variant.
+    """Trains everything that the settings describe: corpus, LM (if new), planner and adapters.
 
     Args:
         config: The settings; None resumes a run with its own.
@@ -38,16 +39,17 @@ def train(
     Raises:
         ProbekitError: The input is bad; what was written before stays whole.
     """
-    run = build_corpus(config, out, existing=existing, quiet=quiet)
+    run = _begin(config, out, existing)
     progress = Progress(quiet=quiet)
-    _stage(run, "lm", lambda: _language_model(run, progress))
-    location_width(
-        run.bridged, run.config.conditioning
-    )  # refuses a location that is not there before training
+    if run.config.lm.name is not None:  # one that cannot be had is told before a long corpus is built
+        _stage(run, "lm", partial(_language_model, run, progress))
+    _stage(run, "corpus", partial(_corpus, run, progress))
+    _stage(run, "lm", partial(_language_model, run, progress))
+    location_width(run.bridged, run.config.conditioning)  # refuses one that is not there while little is lost
     _stage(run, "planner", lambda: run.save_planner(_trainer(run, progress).train_planner()))
     for variant in run.config.mixing.variants:
         if variant in VARIANTS:
-            _stage(run, f"adapter/{variant}", lambda variant=variant: _adapter(run, progress, variant))
+            _stage(run, f"adapter/{variant}", partial(_adapter, run, progress, variant))
     return run
 
 
@@ -58,13 +60,16 @@ def build_corpus(
     existing: Existing = "refuse",
     quiet: bool = False,
 ) -> Run:
-    """Begins a run and builds its corpus, which is the first stage of training; the arguments are `train`'s."""
-    run = Run.begin(out, config, existing)
-    _check_windows(run.config)
-    progress = Progress(quiet=quiet)
-    folder = run.folder / "corpus"
-    _stage(run, "corpus", lambda: write_corpus(run.config, folder, progress, str(run.device)).facts)
+    """Begins a run and builds its corpus, the first stage of training; the arguments are `train`'s."""
+    run = _begin(config, out, existing)
+    _stage(run, "corpus", partial(_corpus, run, Progress(quiet=quiet)))
     return run
+
+
+def _begin(config: Config | None, out: str | Path, existing: Existing) -> Run:
+    if config is not None and config.lm.name is None:
+        _check_new_model(config)
+    return Run.begin(out, config, existing)
 
 
 def _stage(run: Run, name: str, work: Callable[[], dict[str, Any] | None]) -> None:
@@ -80,12 +85,18 @@ def _trainer(run: Run, progress: Progress) -> Trainer:
     return Trainer(run.config, run.corpus, run.device, run.log, progress)
 
 
+def _corpus(run: Run, progress: Progress) -> dict[str, Any]:
+    return write_corpus(run.config, run.folder / "corpus", progress, str(run.device)).facts
+
+
 def _language_model(run: Run, progress: Progress) -> dict[str, Any]:
     settings = run.config.lm
-    with atomic_folder(run.folder / "lm") as folder:
+    with without_bars_of_transformers(), atomic_folder(run.folder / "lm") as folder:
         if settings.name is None:
             model = _trainer(run, progress).train_language_model()
             model.save_pretrained(folder)
+            # safetensors lets only a file's owner read it; a run may be shared.
+            (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
             run.corpus.tokenizer.save_pretrained(folder)
         else:
             source = hub.find(settings.name, setting="lm.name", revision=settings.revision)
@@ -96,15 +107,21 @@ def _language_model(run: Run, progress: Progress) -> dict[str, Any]:
     return {"parameters": sum(parameter.numel() for parameter in model.parameters())}
 
 
-def _adapter(run: Run, progress: Progress, variant: str) -> dict[str, Any]:
+def _adapter(run: Run, progress: Progress, variant: VariantName) -> dict[str, Any]:
     model = _trainer(run, progress).train_adapter(variant, run.bridged, run.planner())
     run.save_adapter(variant, model)
+    assert model.adapter is not None  # noqa: S101 - only trained variants come here
     return {"parameters": sum(parameter.numel() for parameter in model.adapter.parameters())}
 
 
-def _check_windows(config: Config) -> None:
-    if config.lm.name is None:
-        _check_positions(config, config.lm.positions)
+def _check_new_model(config: Config) -> None:
+    """Refuses what does not fit a new LM, whose size the settings say, before anything is written."""
+    _check_positions(config, config.lm.positions)
+    if config.conditioning.skip_layers >= config.lm.layers:
+        raise ProbekitError(
+            f"conditioning.skip_layers is {config.conditioning.skip_layers}, but lm.layers is "
+            f"{config.lm.layers}: no layer is left to condition"
+        )
 
 
 def _check_positions(config: Config, positions: int) -> None:

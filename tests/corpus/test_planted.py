@@ -59,7 +59,7 @@ def cross_entropy(posteriors, documents):
 
 
 @settings(max_examples=8, deadline=None)
-@given(seed=st.integers(0, 2**32), horizon=st.integers(1, 3), successors=st.integers(1, 3))
+@given(seed=st.integers(0, 2**32 - 1), horizon=st.integers(1, 3), successors=st.integers(1, 3))
 def test_posteriors_equal_enumeration(seed, horizon, successors):
     corpus = generate(SMALL.model_copy(update={"seed": seed, "successors": successors}))
     model, drawn = corpus.model, list(corpus.documents())
@@ -74,7 +74,7 @@ def test_posteriors_equal_enumeration(seed, horizon, successors):
 
 @settings(max_examples=25, deadline=None)
 @given(
-    seed=st.integers(0, 2**32),
+    seed=st.integers(0, 2**32 - 1),
     horizon=st.integers(1, 5),
     actions=st.integers(2, 40),
     concentration=st.floats(1e-6, 100.0),
@@ -178,7 +178,7 @@ def test_same_settings_same_corpus_and_more_documents_same_model(documents):
 
 
 @settings(max_examples=20, deadline=None)
-@given(seed=st.integers(0, 2**32), max_words=st.integers(1, 9), vocabulary=st.integers(2, 1500))
+@given(seed=st.integers(0, 2**32 - 1), max_words=st.integers(1, 9), vocabulary=st.integers(2, 1500))
 def test_sentence_splitter_finds_the_planted_sentences(seed, max_words, vocabulary):
     drawn_from = PlantedSettings(
         documents=10, min_words=1, max_words=max_words, vocabulary=vocabulary, concentration=1.0, seed=seed
@@ -265,5 +265,5 @@ def test_bad_input_is_told_in_one_line(corpus, documents):
     never = int(np.flatnonzero(model.transition[:, action].sum(axis=0) == 0)[0])
     with pytest.raises(ProbekitError, match="sentence 1 of document 1 is impossible"):
         posterior_given_actions(model, [documents[0].actions, [action, never]])
-    with pytest.raises(ProbekitError, match=r"corpus\.planted\.concentration is inf"):
-        generate(PlantedSettings(concentration=float("inf")))
+    with pytest.raises(ProbekitError, match=r"corpus\.planted\.concentration is 1e\+308"):
+        generate(PlantedSettings(concentration=1e308))

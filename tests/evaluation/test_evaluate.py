@@ -1,0 +1,270 @@
+"""`evaluate` against sums over a plain pass, scikit-learn, the planted ceilings and its own file."""
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
+
+from probekit.corpus.examples import cut_windows
+from probekit.corpus.store import SPLITS
+from probekit.errors import ProbekitError
+from probekit.evaluation.action_metrics import STRENGTHS
+from probekit.evaluation.evaluate import Evaluation, evaluate
+from probekit.evaluation.perplexity import Pass
+from probekit.models.mixing import Fixed, Oracle, Predicted, Soft
+from probekit.progress import Progress
+from probekit.run import Run
+
+ROWS = [
+    ("none", "none"),
+    ("fixed", "constant"),
+    ("oracle", "planner"),
+    ("oracle", "true"),
+    ("predicted", "planner"),
+    ("soft", "planner"),
+    ("joint", "planner"),
+]
+
+
+def copied(run: Run, folder: Path) -> Run:
+    return Run.open(shutil.copytree(run.folder, folder / "run"))
+
+
+@pytest.fixture(scope="module")
+def evaluated(tiny_run: Run, tmp_path_factory) -> tuple[Run, Evaluation]:
+    run = copied(tiny_run, tmp_path_factory.mktemp("evaluated"))
+    return run, evaluate(run, quiet=True)
+
+
+def outside_test(run: Run) -> int:
+    """Tokens of the documents that are not for testing."""
+    lengths = np.diff(run.corpus.document_tokens) - 1
+    return int(lengths[run.corpus.split != SPLITS.index("test")].sum())
+
+
+def strict_json(path: Path):
+    def refuse(constant: str):
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+
+
+def test_the_file_holds_what_is_returned(evaluated: tuple[Run, Evaluation]):
+    run, evaluation = evaluated
+    written = strict_json(run.folder / "evaluation.json")
+    assert written == run.evaluation()
+    assert written["settings"] == evaluation.settings
+    assert written["settings"] == {"split": "test", "window": 48, "stride": 24, "resamples": 200}
+    for name in ("perplexity", "differences", "planner"):
+        pd.testing.assert_frame_equal(pd.DataFrame(written[name]), getattr(evaluation, name))
+
+
+def test_every_variant_is_measured_on_the_same_tokens(evaluated: tuple[Run, Evaluation]):
+    run, evaluation = evaluated
+    table, corpus = evaluation.perplexity, run.corpus
+    assert list(zip(table.variant, table.actions, strict=True)) == ROWS
+    documents = corpus.documents("test")
+    lengths = corpus.document_tokens[documents + 1] - corpus.document_tokens[documents] - 1
+    assert set(table.tokens) == {lengths.sum()}
+    assert set(table.documents) == {len(documents)}
+
+
+def test_perplexity_is_exp_of_the_mean_loss(evaluated: tuple[Run, Evaluation]):
+    run, evaluation = evaluated
+    windows = cut_windows(run.corpus, run.corpus.documents("test"), 48, 24)
+    scoring = Pass(run.corpus, windows, 16, "float32", torch.device("cpu"))
+    mixings = [Fixed(), Fixed(), Predicted(), Oracle(), Predicted(), Soft(), Soft()]
+    for row, mixing in zip(evaluation.perplexity.itertuples(), mixings, strict=True):
+        with Progress(quiet=True).task("score") as task:
+            sums = scoring.document_losses(run.model(row.variant), mixing, task)
+        assert row.perplexity == pytest.approx(np.exp(sums.sum() / scoring.tokens.sum()), rel=1e-6)
+        assert row.perplexity_low < row.perplexity < row.perplexity_high
+
+
+def test_losses_by_document(evaluated: tuple[Run, Evaluation]):
+    run, evaluation = evaluated
+    pd.testing.assert_frame_equal(run.losses(), evaluation.losses)
+    documents = run.corpus.documents("test")
+    lengths = np.diff(run.corpus.document_tokens)[documents] - 1
+    for row in evaluation.perplexity.itertuples():
+        own = evaluation.losses.query("variant == @row.variant and actions == @row.actions")
+        assert own.document.tolist() == documents.tolist()
+        assert own.tokens.tolist() == lengths.tolist()
+        assert np.exp(own.loss.sum() / own.tokens.sum()) == pytest.approx(row.perplexity)
+
+
+def test_each_way_of_choosing_gives_its_own_perplexity(evaluated: tuple[Run, Evaluation]):
+    values = np.sort(evaluated[1].perplexity.perplexity.to_numpy())
+    assert (np.diff(values) > 1e-5).all()
+
+
+def test_differences_are_those_of_the_perplexities(evaluated: tuple[Run, Evaluation]):
+    _, evaluation = evaluated
+    labels = [
+        "none",
+        "fixed",
+        "oracle (planner actions)",
+        "oracle (true actions)",
+        "predicted",
+        "soft",
+        "joint",
+    ]
+    value = dict(zip(labels, evaluation.perplexity.perplexity, strict=True))
+    pairs = list(zip(evaluation.differences["first"], evaluation.differences["second"], strict=True))
+    assert pairs == list(itertools.combinations(labels, 2))
+    for row in evaluation.differences.itertuples():
+        assert row.difference == pytest.approx(value[row.first] - value[row.second], abs=1e-9)
+        assert row.difference_low <= row.difference <= row.difference_high
+        # Pairing: documents that are hard are hard for both, which an unpaired difference would not know.
+        assert (
+            row.difference_high - row.difference_low
+            < 0.1 * (evaluation.perplexity.perplexity_high - evaluation.perplexity.perplexity_low).min()
+        )
+
+
+def slow_planner(run: Run, variant: str | None) -> np.ndarray:
+    """Probabilities of the actions of all test sentences but the first of each, one context at a time."""
+    planner, corpus, rows = run.planner(variant), run.corpus, []
+    for document in corpus.documents("test"):
+        embeddings = torch.tensor(corpus.embeddings[corpus.sentences(np.array([document]))])
+        for j in range(1, len(embeddings)):
+            # What is asked about stands last, and is hidden.
+            shown = torch.cat([embeddings[:j], torch.zeros(1, embeddings.shape[1])])
+            rows.append(planner(shown[None])[0, j].double().softmax(dim=0).numpy())
+    return np.stack(rows)
+
+
+def later_sentences(run: Run, split: str = "test") -> np.ndarray:
+    corpus = run.corpus
+    return np.concatenate([corpus.sentences(np.array([n]))[1:] for n in corpus.documents(split)])
+
+
+def metrics(evaluation: Evaluation, reader: str) -> dict[str, float]:
+    rows = evaluation.planner[evaluation.planner.reader == reader]
+    return dict(zip(rows.metric, rows.value, strict=True))
+
+
+def scikit_learn(actions: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:
+    classes = range(probabilities.shape[1])
+    return {
+        "accuracy": accuracy_score(actions, probabilities.argmax(axis=1)),
+        "top5": top_k_accuracy_score(actions, probabilities, k=5, labels=classes),
+        "cross_entropy": log_loss(actions, probabilities, labels=classes),
+    }
+
+
+@pytest.mark.parametrize(("reader", "variant"), [("planner", None), ("planner after joint", "joint")])
+def test_planners_against_scikit_learn(evaluated: tuple[Run, Evaluation], reader: str, variant: str | None):
+    run, evaluation = evaluated
+    actions = run.corpus.actions[later_sentences(run)]
+    expected = scikit_learn(actions, slow_planner(run, variant))
+    assert metrics(evaluation, reader) == pytest.approx(expected, rel=1e-5)
+    assert set(evaluation.planner.sentences) == {len(actions)}
+
+
+def test_prior_and_bigram_count_training_documents(evaluated: tuple[Run, Evaluation]):
+    run, evaluation = evaluated
+    corpus = run.corpus
+    actions = corpus.actions[later_sentences(run)]
+    train = corpus.actions[corpus.sentences(corpus.documents("train"))]
+    prior = (np.bincount(train, minlength=8) + 0.5) / (len(train) + 4)
+    cross_entropy = -np.log(prior[actions]).mean()
+    assert metrics(evaluation, "prior")["cross_entropy"] == pytest.approx(cross_entropy)
+    assert metrics(evaluation, "prior")["accuracy"] == (actions == prior.argmax()).mean()
+
+    counts = np.zeros((8, 8))
+    pairs = later_sentences(run, "train")
+    np.add.at(counts, (corpus.actions[pairs - 1], corpus.actions[pairs]), 1)
+    tables = [(counts + s * prior) / (counts.sum(axis=1, keepdims=True) + s) for s in STRENGTHS]
+    losses = []
+    for split in ("validation", "test"):
+        pairs = later_sentences(run, split)
+        losses.append([-np.log(t[corpus.actions[pairs - 1], corpus.actions[pairs]]).mean() for t in tables])
+    # The strength is that of validation; shares are smoothed towards a prior over slightly other sentences.
+    best = losses[1][int(np.argmin(losses[0]))]
+    assert metrics(evaluation, "bigram")["cross_entropy"] == pytest.approx(best, rel=1e-2)
+    assert metrics(evaluation, "bigram")["cross_entropy"] < cross_entropy
+
+
+def test_nobody_beats_the_ceiling(evaluated: tuple[Run, Evaluation]):
+    table = evaluated[1].planner.set_index(["metric", "reader"])
+    losses = table.loc["cross_entropy"]
+    for ceiling in ("ceiling (actions)", "ceiling (words)"):
+        for reader in ("prior", "bigram", "planner", "planner after joint"):
+            assert losses.value_high[reader] > losses.value_low[ceiling]
+            assert losses.value[reader] > losses.value[ceiling]
+            assert table.value["accuracy", reader] < table.value["accuracy", ceiling]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"evaluation.window": 49}, "evaluation.window is 49, but the LM reads at most 48 positions"),
+        ({"evaluation.stride": 49}, "evaluation.stride is 49, longer than the window of 48"),
+        (
+            {"evaluation.window": 8, "evaluation.stride": 9},
+            "evaluation.stride is 9, longer than the window of 8",
+        ),
+    ],
+)
+def test_windows_that_do_not_fit_are_refused(tiny_run: Run, settings: dict, message: str):
+    before = sorted(path.name for path in tiny_run.folder.iterdir())
+    with pytest.raises(ProbekitError, match=message):
+        evaluate(tiny_run, settings, quiet=True)
+    assert sorted(path.name for path in tiny_run.folder.iterdir()) == before
+
+
+def test_settings_hold_for_one_evaluation(tiny_run: Run, tmp_path: Path):
+    run = copied(tiny_run, tmp_path)
+    evaluation = evaluate(run.folder, {"evaluation.window": 20, "evaluation.stride": 20}, quiet=True)
+    assert evaluation.settings == {"split": "test", "window": 20, "stride": 20, "resamples": 200}
+    assert Run.open(run.folder).config == tiny_run.config
+    assert set(evaluation.perplexity.tokens) == {tiny_run.corpus.facts["tokens"] - outside_test(tiny_run)}
+
+
+def test_one_test_document_has_values_but_no_intervals(tiny_run: Run, tmp_path: Path):
+    run = copied(tiny_run, tmp_path)
+    split = np.load(run.folder / "corpus" / "split.npy")
+    split[np.flatnonzero(split == 3)[1:]] = 0
+    np.save(run.folder / "corpus" / "split.npy", split)
+    evaluation = evaluate(run, quiet=True)
+    written = strict_json(run.folder / "evaluation.json")
+    for name, value in (("perplexity", "perplexity"), ("differences", "difference"), ("planner", "value")):
+        table = getattr(evaluation, name)
+        assert (table.documents == 1).all()
+        assert table[value].notna().all()
+        assert table[[f"{value}_low", f"{value}_high"]].isna().all(axis=None)
+        assert all(row[f"{value}_low"] is None and row[value] is not None for row in written[name])
+
+
+def test_a_run_without_adapters_has_the_base_lm_alone(tiny_run: Run, tmp_path: Path):
+    run = copied(tiny_run, tmp_path)
+    state = json.loads((run.folder / "run.json").read_text())
+    state["stages"] = {name: facts for name, facts in state["stages"].items() if "/" not in name}
+    (run.folder / "run.json").write_text(json.dumps(state))
+    evaluation = evaluate(run.folder, quiet=True)
+    assert evaluation.perplexity.variant.tolist() == ["none"]
+    assert len(evaluation.differences) == 0
+    assert "planner after joint" not in set(evaluation.planner.reader)
+
+
+def test_a_run_without_a_planner_is_refused(tiny_run: Run, tmp_path: Path):
+    run = copied(tiny_run, tmp_path)
+    state = json.loads((run.folder / "run.json").read_text())
+    del state["stages"]["planner"]
+    (run.folder / "run.json").write_text(json.dumps(state))
+    with pytest.raises(ProbekitError, match="lacks the stage 'planner'"):
+        evaluate(run.folder, quiet=True)
+
+
+def test_the_same_run_is_evaluated_the_same(evaluated: tuple[Run, Evaluation], tmp_path: Path):
+    run, evaluation = evaluated
+    again = evaluate(copied(run, tmp_path), {"evaluation.batch_size": 3}, quiet=True)
+    for name in ("perplexity", "differences", "planner"):
+        pd.testing.assert_frame_equal(getattr(again, name), getattr(evaluation, name), rtol=1e-5, atol=1e-3)

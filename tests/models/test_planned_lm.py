@@ -1,0 +1,222 @@
+"""The planned LM as a whole: the base LM where nothing is added, frozen, and left as it was found."""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from probekit.config import ConditioningSettings, PlannerSettings
+from probekit.corpus.examples import IGNORE, Batch, collate, cut_windows
+from probekit.corpus.store import Corpus
+from probekit.models.conditioning import new_adapter
+from probekit.models.language_model import bridge, hook_name, load_model
+from probekit.models.mixing import VARIANTS, Fixed, Oracle, Predicted, Soft, StraightThrough, Uniform
+from probekit.models.planned_lm import PlannedLM, token_losses
+from probekit.models.planner import Planner
+
+DOCUMENTS = [[3, 2, 4, 2], [2, 6], [1, 1, 5, 2, 3, 1]]
+WINDOW = 6
+
+
+@pytest.fixture(scope="module")
+def corpus(make_corpus: Callable[..., Corpus]) -> Corpus:
+    return make_corpus(DOCUMENTS)
+
+
+@pytest.fixture(scope="module")
+def batch(corpus: Corpus) -> Batch:
+    return collate(corpus, cut_windows(corpus, np.arange(3), WINDOW, WINDOW))
+
+
+def planned(lm: object, corpus: Corpus, *, size: float = 10.0) -> PlannedLM:
+    codebook = torch.from_numpy(corpus.codebook.centroids)
+    adapter = new_adapter(ConditioningSettings(skip_layers=1), codebook, lm, seed=0)
+    with torch.no_grad():
+        adapter.projections *= size
+    planner = Planner(PlannerSettings(width=8), codebook, seed=0)
+    return PlannedLM(lm, planner, adapter, temperature=1.0).eval()
+
+
+@pytest.fixture
+def model(bridged: dict, corpus: Corpus) -> PlannedLM:
+    """A planned GPT-2 with an adapter that matters; the LM in it is shared."""
+    return planned(bridged["gpt2"], corpus)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama", "olmo2", "qwen2", "qwen3"])
+def test_with_no_adapter_or_a_zero_one_it_is_the_base_lm(
+    family: str, folders: dict, bridged: dict, corpus: Corpus, batch: Batch
+):
+    lm = bridged[family]
+    zeroed = planned(lm, corpus, size=0.0)
+    bare = PlannedLM(lm, zeroed.planner, None, temperature=1.0)
+    with torch.no_grad():
+        base = lm(batch.tokens)
+        assert torch.equal(bare(batch, Soft()), base)
+        assert torch.equal(zeroed(batch, Soft()), base)
+        plain = AutoModelForCausalLM.from_pretrained(folders[family]).eval()(batch.tokens).logits
+        torch.testing.assert_close(base, plain, atol=1e-5, rtol=0)
+        assert not torch.allclose(planned(lm, corpus)(batch, Soft()), base, atol=0.1)
+
+
+def test_training_moves_adapter_and_planner_and_not_a_bit_of_the_lm(
+    folders: dict, tokenizer: PreTrainedTokenizerBase, corpus: Corpus, batch: Batch
+):
+    lm = bridge(load_model(str(folders["gpt2"])), tokenizer, "gpt2")
+    model = planned(lm, corpus)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimiser = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+    losses = []
+    for _ in range(5):
+        loss = token_losses(model(batch, Soft()), batch.targets).mean()
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        losses.append(loss.item())
+    assert losses == sorted(losses, reverse=True)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    trained = {name for name, _ in model.named_parameters() if not name.startswith("bridged.")}
+    assert changed == trained
+    assert {"adapter.codebook", "adapter.projections", "planner.start"} <= trained
+
+
+def test_scores_are_the_planners_for_each_touched_sentence(model: PlannedLM, corpus: Corpus, batch: Batch):
+    with torch.no_grad():
+        scores = model.scores(batch)
+    document, sentence = np.divmod(batch.touched.numpy(), batch.context.shape[1])
+    assert sorted(zip(document, sentence, strict=True)) == [
+        (d, s) for d, sizes in enumerate(DOCUMENTS) for s in range(len(sizes))
+    ]
+    for row, d, s in zip(scores, document, sentence, strict=True):
+        first = corpus.document_sentences[d]
+        read = torch.from_numpy(corpus.embeddings[first : first + s + 1])
+        with torch.no_grad():
+            torch.testing.assert_close(row, model.planner(read[None])[0, s], atol=1e-5, rtol=1e-5)
+
+
+def test_a_window_is_planned_from_its_documents_beginning(model: PlannedLM, corpus: Corpus):
+    """A later window alone has the scores it has beside the earlier ones."""
+    windows = cut_windows(corpus, np.array([2]), WINDOW, WINDOW)
+    assert len(windows) > 2
+    together = collate(corpus, windows)
+    with torch.no_grad():
+        everything = model(together, Soft())
+        for row in range(len(windows)):
+            alone = collate(corpus, windows[row : row + 1])
+            expected = everything[row : row + 1, : windows.length[row]]
+            torch.testing.assert_close(model(alone, Soft()), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_known_scores_are_used_and_certain_ones_make_predicted_the_oracle(model: PlannedLM, batch: Batch):
+    certain = torch.nn.functional.one_hot(batch.actions, 5).float()
+    with torch.no_grad():
+        oracle = model(batch, Oracle())
+        assert torch.equal(model(batch, Predicted(), certain), oracle)
+        assert not torch.allclose(model(batch, Predicted(), certain.roll(1, dims=1)), oracle, atol=1e-2)
+        assert torch.equal(model(batch, Predicted()), model(batch, Predicted(), model.scores(batch)))
+
+
+def test_the_temperature_is_the_one_given(bridged: dict, corpus: Corpus, batch: Batch):
+    model = planned(bridged["gpt2"], corpus)
+    with torch.no_grad():
+        soft = model(batch, Soft())
+        model.temperature = 1e-5
+        torch.testing.assert_close(model(batch, Soft()), model(batch, Predicted()), atol=1e-4, rtol=1e-4)
+        model.temperature = 1e7
+        torch.testing.assert_close(model(batch, Soft()), model(batch, Uniform()), atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(soft, model(batch, Soft()), atol=1e-2)
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_the_planner_runs_only_where_its_scores_count(
+    variant: str, model: PlannedLM, batch: Batch, monkeypatch: pytest.MonkeyPatch
+):
+    calls = []
+    forward = model.planner.forward
+    monkeypatch.setattr(model.planner, "forward", lambda *given: calls.append(1) or forward(*given))
+    with torch.no_grad():
+        model(batch, VARIANTS[variant].training)
+    assert len(calls) == (variant not in ("fixed", "uniform", "oracle"))
+
+
+def test_every_variant_conditions_in_its_own_way(model: PlannedLM, batch: Batch):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        logits = {type(variant.training): model(batch, variant.training) for variant in VARIANTS.values()}
+    assert torch.equal(logits.pop(StraightThrough), logits[Predicted])
+    for one, other in itertools.combinations(logits, 2):
+        assert not torch.allclose(logits[one], logits[other], atol=1e-3), (one, other)
+
+
+def test_nothing_stays_behind_after_a_forward_pass(model: PlannedLM, batch: Batch):
+    lm = model.bridged
+    with torch.no_grad():
+        base = lm(batch.tokens)
+        model(batch, Soft())
+        assert torch.equal(lm(batch.tokens), base)
+
+
+@pytest.mark.parametrize("where", ["embedding", "middle"])
+def test_nothing_stays_behind_after_an_error(where: str, model: PlannedLM, batch: Batch):
+    lm = model.bridged
+    with torch.no_grad():
+        base = lm(batch.tokens)
+        tokens = batch.tokens.clone()
+        if where == "embedding":
+            tokens[0, 0] = 10**6
+        broken = replace(batch, tokens=tokens)
+
+        def fail(activation: Tensor, hook: object) -> None:
+            if where == "middle":
+                raise IndexError("in the last layer")
+
+        with pytest.raises(IndexError), lm.hooks(fwd_hooks=[(hook_name("hook_mlp_out", 2), fail)]):
+            model(broken, Soft())
+        assert torch.equal(lm(batch.tokens), base)
+
+
+def test_hooks_of_the_caller_are_left_alone(model: PlannedLM, batch: Batch):
+    seen = []
+    with (
+        torch.no_grad(),
+        model.bridged.hooks(
+            fwd_hooks=[(hook_name("attn.hook_z", 2), lambda x, hook: seen.append(x.clone()))]
+        ),
+    ):
+        model(batch, Fixed())
+        model(batch, Oracle())
+        model.bridged(batch.tokens)
+    assert len(seen) == 3
+    assert not torch.equal(seen[0], seen[1])
+
+
+def test_token_losses_are_the_cross_entropy_of_scored_tokens_and_zero_elsewhere():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 4, 6, generator=generator, requires_grad=True)
+    targets = torch.tensor([[1, 5, IGNORE, IGNORE], [IGNORE, 0, 0, 3]])
+    losses = token_losses(logits, targets)
+    for window in range(2):
+        for position in range(4):
+            target, row = int(targets[window, position]), logits[window, position].detach().double()
+            expected = 0.0 if target == IGNORE else (row.exp().sum().log() - row[target]).item()
+            assert losses[window, position].item() == pytest.approx(expected, abs=1e-6)
+    losses.sum().backward()
+    assert torch.equal(logits.grad.any(-1), targets != IGNORE)
+
+
+def test_token_losses_of_bfloat16_logits_are_computed_in_float32():
+    logits = (5 * torch.randn(3, 7, 50, generator=torch.Generator().manual_seed(0))).bfloat16()
+    targets = torch.arange(21).view(3, 7)
+    losses = token_losses(logits, targets)
+    assert losses.dtype == torch.float32
+    expected = -logits.double().log_softmax(-1).gather(2, targets[..., None])[..., 0]
+    torch.testing.assert_close(losses.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_batch_of_ignored_targets_costs_nothing():
+    assert not token_losses(torch.randn(2, 3, 5), torch.full((2, 3), IGNORE)).any()

@@ -1,0 +1,196 @@
+"""The planner against a planner written out by hand, and its causality read off its own gradients."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from probekit.config import PlannerSettings
+from probekit.models.planner import Planner, sinusoidal_positions
+
+ACTIONS, DIMENSIONS = 7, 5
+
+
+def make_planner(seed: int = 0, **chosen: object) -> Planner:
+    codebook = torch.randn(ACTIONS, DIMENSIONS, generator=torch.Generator().manual_seed(99))
+    return Planner(PlannerSettings(**{"width": 8, "heads": 2, **chosen}), codebook, seed).eval()
+
+
+def documents(count: int, sentences: int, seed: int = 0) -> Tensor:
+    return torch.randn(count, sentences, DIMENSIONS, generator=torch.Generator().manual_seed(seed))
+
+
+def closed_form(position: int, column: int, width: int) -> float:
+    angle = position / 10_000 ** (2 * (column // 2) / width)
+    return math.cos(angle) if column % 2 else math.sin(angle)
+
+
+def by_hand(planner: Planner, heads: int, sentences: Tensor) -> Tensor:
+    """Scores after some sentences of one document, which the planner has not seen the end of, in float64.
+
+    Args:
+        planner: Where the weights are.
+        heads: Of its attention.
+        sentences: Embeddings [sentences, dimensions].
+    """
+    weights = {name: tensor.double() for name, tensor in planner.state_dict().items()}
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return x @ weights[f"{name}weight"].T + weights[f"{name}bias"]
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        scaled = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+        return scaled * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+    hidden = linear(torch.cat([weights["start"][None], sentences.double()]), "read.")
+    length, width = hidden.shape
+    hidden = hidden + torch.tensor([[closed_form(p, c, width) for c in range(width)] for p in range(length)])
+    for number in range(len(planner.encoder.layers)):
+        layer = f"encoder.layers.{number}"
+        parts = linear(norm(hidden, f"{layer}.norm1"), f"{layer}.self_attn.in_proj_")
+        queries, keys, values = parts.view(length, 3, heads, width // heads).unbind(1)
+        mixed = torch.zeros(length, heads, width // heads, dtype=torch.float64)
+        for p in range(length):
+            for head in range(heads):
+                logits = keys[: p + 1, head] @ queries[p, head] / math.sqrt(width // heads)
+                mixed[p, head] = logits.softmax(0) @ values[: p + 1, head]
+        hidden = hidden + linear(mixed.flatten(1), f"{layer}.self_attn.out_proj.")
+        inner = linear(norm(hidden, f"{layer}.norm2"), f"{layer}.linear1.").relu()
+        hidden = hidden + linear(inner, f"{layer}.linear2.")
+    hidden = norm(hidden, "encoder.norm")
+    pooled = hidden.mean(0) if planner.pooling == "mean" else hidden[-1]
+    return linear(linear(pooled, "to_dimensions."), "to_scores.")
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+@pytest.mark.parametrize(("width", "heads", "layers"), [(8, 2, 1), (9, 3, 2), (5, 1, 1)])
+def test_scores_are_those_of_each_prefix_encoded_alone(pooling: str, width: int, heads: int, layers: int):
+    planner = make_planner(pooling=pooling, width=width, heads=heads, layers=layers)
+    batch = documents(3, 6)
+    scores = planner(batch)
+    assert scores.shape == (3, 6, ACTIONS)
+    for document in range(3):
+        for j in range(6):
+            expected = by_hand(planner, heads, batch[document, :j])
+            torch.testing.assert_close(scores[document, j].double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_long_document_has_no_end_of_positions():
+    """The first authors' position table ends at 100 sentences (reference.md, section 4, number 12)."""
+    planner, batch = make_planner(), documents(1, 260)
+    scores = planner(batch)[0]
+    for j in (101, 259):
+        torch.testing.assert_close(
+            scores[j].double(), by_hand(planner, 2, batch[0, :j]), atol=1e-4, rtol=1e-4
+        )
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_scores_depend_on_all_earlier_sentences_and_on_no_other(pooling: str, layers: int):
+    planner = make_planner(pooling=pooling, layers=layers)
+    batch = documents(2, 6).requires_grad_()
+    scores = planner(batch)
+    for document in range(2):
+        for j in range(6):
+            weighted = scores[document, j] @ torch.arange(1.0, ACTIONS + 1)
+            (gradient,) = torch.autograd.grad(weighted, batch, retain_graph=True)
+            expected = torch.zeros(2, 6, dtype=torch.bool)
+            expected[document, :j] = True
+            assert torch.equal(gradient.abs().sum(-1) > 0, expected)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sentences=st.integers(2, 12),
+    data=st.data(),
+    pooling=st.sampled_from(["mean", "last"]),
+    seed=st.integers(0, 2**32 - 1),
+    size=st.sampled_from([1.0, 100.0]),
+)
+def test_changing_a_sentence_changes_only_what_follows_it(
+    sentences: int, data: st.DataObject, pooling: str, seed: int, size: float
+):
+    changed = data.draw(st.integers(0, sentences - 2))
+    planner, batch = make_planner(pooling=pooling, seed=seed), documents(1, sentences)
+    other = batch.clone()
+    other[:, changed:] += size * documents(1, sentences - changed, seed=1)
+    with torch.no_grad():
+        before, after = planner(batch), planner(other)
+    torch.testing.assert_close(after[:, : changed + 1], before[:, : changed + 1], atol=1e-6, rtol=1e-6)
+    assert (after[:, changed + 1] - before[:, changed + 1]).abs().max() > 1e-3
+
+
+@settings(max_examples=20, deadline=None)
+@given(sentences=st.integers(1, 10), padding=st.integers(1, 10), filler=st.sampled_from([0.0, 1e6]))
+def test_padding_changes_nothing(sentences: int, padding: int, filler: float):
+    planner, batch = make_planner(pooling="mean"), documents(2, sentences)
+    padded = torch.cat([batch, torch.full((2, padding, DIMENSIONS), filler)], dim=1)
+    with torch.no_grad():
+        torch.testing.assert_close(planner(padded)[:, :sentences], planner(batch), atol=1e-6, rtol=1e-6)
+
+
+def test_a_document_is_scored_the_same_in_any_batch():
+    planner, batch = make_planner(), documents(5, 4)
+    with torch.no_grad():
+        alone = torch.cat([planner(document[None]) for document in batch])
+        torch.testing.assert_close(planner(batch), alone, atol=1e-6, rtol=1e-6)
+
+
+def test_the_fast_path_of_evaluation_gives_the_scores_of_training():
+    planner, batch = make_planner(dropout=0.0, layers=2), documents(2, 9)
+    with torch.no_grad():
+        fast = planner(batch)
+    torch.testing.assert_close(fast, planner.train()(batch), atol=1e-6, rtol=1e-6)
+
+
+def test_the_first_sentence_is_scored_from_the_learned_beginning():
+    planner = make_planner()
+    first = planner(documents(4, 3))[:, 0]
+    assert torch.equal(first, first[:1].expand(4, -1))
+    (gradient,) = torch.autograd.grad(first[0] @ torch.arange(1.0, ACTIONS + 1), planner.start)
+    assert (gradient != 0).any()
+
+
+def test_dropout_is_for_training():
+    planner, batch = make_planner(dropout=0.5), documents(1, 4)
+    assert torch.equal(planner(batch), planner(batch))
+    planner.train()
+    assert not torch.equal(planner(batch), planner(batch))
+
+
+def test_the_seed_decides_the_beginning_and_nothing_else_does():
+    """The first authors' planners ignore the seed (reference.md, section 4, number 5)."""
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    one = make_planner(seed=1).state_dict()
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(3)
+    same, other = make_planner(seed=1).state_dict(), make_planner(seed=2).state_dict()
+    assert all(torch.equal(same[name], tensor) for name, tensor in one.items())
+    drawn = {name for name, tensor in one.items() if tensor.ndim == 2} - {"to_scores.weight"} | {"start"}
+    assert len(drawn) == 1 + 2 + 4
+    assert not any(torch.equal(other[name], one[name]) for name in drawn)
+
+
+def test_the_head_starts_as_a_copy_of_the_codebook():
+    codebook = torch.randn(ACTIONS, DIMENSIONS)
+    planner = Planner(PlannerSettings(width=8), codebook, seed=0)
+    assert torch.equal(planner.to_scores.weight, codebook)
+    assert not planner.to_scores.bias.any()
+    with torch.no_grad():
+        planner.to_scores.weight.zero_()
+    assert codebook.any()
+
+
+@given(length=st.integers(1, 400), width=st.integers(1, 33), data=st.data())
+@settings(deadline=None)
+def test_sinusoidal_positions_are_the_closed_form(length: int, width: int, data: st.DataObject):
+    table = sinusoidal_positions(length, width)
+    assert table.shape == (length, width)
+    for _ in range(5):
+        position, column = data.draw(st.integers(0, length - 1)), data.draw(st.integers(0, width - 1))
+        assert table[position, column].item() == pytest.approx(closed_form(position, column, width), abs=1e-4)

@@ -1,0 +1,398 @@
+"""The commands as they are typed: exit codes, what they print, and one line for whatever is wrong."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+
+from probekit import cli
+from probekit.cli import COMMANDS, main
+from probekit.config import Config, preset_names, setting_names
+from probekit.errors import ProbekitError
+from probekit.run import Run
+from probekit.storage import read_json, write_json
+
+Capture = pytest.CaptureFixture[str]
+STAGES = ["corpus", "lm", "planner", "adapter/fixed", "adapter/oracle", "adapter/predicted", "adapter/soft"]
+
+
+def told(capsys: Capture, *words: str | Path) -> str:
+    """Standard output of a command that succeeds, silently on standard error."""
+    try:
+        code = main([str(word) for word in words])
+    except SystemExit as end:
+        code = end.code
+    captured = capsys.readouterr()
+    assert (code, captured.err) == (0, "")
+    return captured.out
+
+
+def refused(capsys: Capture, *words: str | Path) -> str:
+    """The one line on standard error of a command that ends with code 2."""
+    code = main([str(word) for word in words])
+    captured = capsys.readouterr()
+    assert (code, captured.out) == (2, "")
+    (line,) = captured.err.splitlines()
+    assert line.startswith("probekit: error: ")
+    return line.removeprefix("probekit: error: ")
+
+
+@pytest.fixture
+def copy(tiny_run: Run, tmp_path: Path) -> Path:
+    """The folder of a copy of the trained run, which a test may change."""
+    return shutil.copytree(tiny_run.folder, tmp_path / "copy")
+
+
+# Help
+
+
+def test_help_lists_commands_and_presets(capsys: Capture):
+    text = told(capsys, "--help")
+    for name, command in COMMANDS.items():
+        assert re.search(rf"^  {name} +{re.escape(command.__doc__)}$", text, re.MULTILINE)
+    assert f"presets: {', '.join(preset_names())}" in text
+
+
+def test_version(capsys: Capture):
+    assert told(capsys, "--version") == f"probekit {version('probekit')}\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "sections"),
+    [
+        ("train", None),
+        ("corpus", None),
+        ("evaluate", ("device", "evaluation.")),
+        ("probe", ("device", "evaluation.", "probe.")),
+        ("demo", ()),
+    ],
+)
+def test_help_of_a_command_has_all_its_settings_with_defaults(
+    command: str, sections: tuple[str, ...] | None, capsys: Capture
+):
+    text = told(capsys, command, "--help")
+    wanted = {name for name in setting_names() if sections is None or name.startswith(tuple(sections))}
+    options = set(re.findall(r"^  --([\w.]+)", text, re.MULTILINE))
+    assert options & set(setting_names()) == wanted
+    assert len(re.findall(r"\(default:", text)) == len(wanted)
+    assert text.startswith(f"usage: probekit {command} ")
+
+
+@pytest.mark.parametrize("words", [["--preset", "demo"], ["--preset=demo"]])
+def test_help_after_a_preset_has_its_defaults(words: list[str], capsys: Capture):
+    plain, demo = (" ".join(told(capsys, "train", *more, "--help").split()) for more in ([], words))
+    assert "--lm.width INT Residual stream width (d_model) of a new LM. (default: 128)" in plain
+    assert "--lm.width INT Residual stream width (d_model) of a new LM. (default: 64)" in demo
+
+
+def test_help_needs_no_pytorch():
+    for words in (["--help"], ["train", "--help"], ["probe", "--help"]):
+        ran = subprocess.run(
+            [sys.executable, "-X", "importtime", "-m", "probekit", *words],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert ran.stdout.startswith("usage: probekit")
+        modules = {line.rpartition("|")[2].strip() for line in ran.stderr.splitlines()}
+        assert "probekit.options" in modules
+        assert not modules & {"torch", "transformers", "numpy", "pandas", "transformer_lens"}
+
+
+# Bad command lines
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "the following arguments are required: COMMAND; see `probekit --help`"),
+        (["trian"], "invalid choice: 'trian' (choose from 'train', "),
+        (["train", "--lm.layer", "3"], "unknown setting 'lm.layer'; did you mean 'lm.layers'?"),
+        (
+            ["probe", "run", "--probe.layer", "3"],
+            "unknown setting 'probe.layer'; did you mean 'probe.layers'?",
+        ),
+        (["train", "--preset", "dmo"], "unknown preset 'dmo'; did you mean 'demo'?"),
+        (["train", "--preset", "dmo", "--help"], "unknown preset 'dmo'; did you mean 'demo'?"),
+        (["train", "--preset"], "argument --preset: expected one argument; see `probekit train --help`"),
+        (
+            ["train", "--preset", "--help"],
+            "argument --preset: expected one argument; see `probekit train --help`",
+        ),
+        (["train", "--config", "/no/file.yaml"], "config file /no/file.yaml: No such file"),
+        (["train"], "runs/run holds no run to resume; give --preset or --config to begin one"),
+        (["train", "--resume", "--overwrite"], "not allowed with argument"),
+        (["train", "stray"], "unexpected 'stray'; see `probekit train --help`"),
+        (["evaluate"], "the following arguments are required: RUN; see `probekit evaluate --help`"),
+        (["probe"], "the following arguments are required: RUN; see `probekit probe --help`"),
+        (["evaluate", "nowhere"], "nowhere does not exist; make one with `probekit train --out nowhere`"),
+        (["corpus", "nowhere"], "nowhere does not exist"),
+        (["corpus", "nowhere", "--nearest", "-1"], "argument --nearest: -1 is below 0"),
+        (["corpus", "nowhere", "--nearest", "few"], "argument --nearest: invalid int value: 'few'"),
+        (["evaluate", "x" * 300], "File name too long"),
+        (["train", "--lm.heads", "3"], "lm: heads 3 does not divide width 128"),
+        (["demo", "--preset", "demo"], "unknown setting 'preset'"),
+    ],
+)
+def test_bad_command_lines_are_refused_in_one_line(
+    words: list[str], said: str, capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert said in refused(capsys, *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_invalid_yaml_is_refused_and_named(capsys: Capture, tmp_path: Path):
+    path = tmp_path / "bad.yaml"
+    path.write_text("lm: [")
+    line = refused(capsys, "train", "--config", path, "--out", tmp_path / "run")
+    assert line.startswith(f"config file {path} is not valid YAML")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_single_setting_may_put_a_file_right(capsys: Capture, tmp_path: Path):
+    path = tmp_path / "heads.yaml"
+    path.write_text("lm: {heads: 3}\ncorpus: {path: /no/text}")
+    out = tmp_path / "run"
+    assert "heads 3" in refused(capsys, "train", "--config", path, "--out", out)
+    line = refused(capsys, "train", "--config", path, "--lm.width", "96", "--out", out, "--quiet")
+    assert "/no/text" in line
+
+
+def test_debug_shows_the_traceback(tmp_path: Path):
+    with pytest.raises(ProbekitError, match="unknown preset"):
+        main(["--debug", "train", "--preset", "dmo"])
+    with pytest.raises(ProbekitError, match="does not exist"):
+        main(["evaluate", str(tmp_path / "no"), "--debug"])
+
+
+def test_an_interruption_is_code_130_and_says_how_to_go_on(capsys: Capture, monkeypatch: pytest.MonkeyPatch):
+    def interrupted(words: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "train", interrupted)
+    assert main(["train"]) == 130
+    assert (
+        capsys.readouterr().err == "probekit: interrupted; --resume goes on after the last finished stage\n"
+    )
+    with pytest.raises(KeyboardInterrupt):
+        main(["train", "--debug"])
+
+
+def test_a_full_disk_is_told_in_one_line(capsys: Capture, monkeypatch: pytest.MonkeyPatch):
+    def full(words: list[str]) -> None:
+        raise OSError(28, "No space left on device", "runs/x/corpus")
+
+    monkeypatch.setitem(cli.COMMANDS, "train", full)
+    assert "No space left on device: 'runs/x/corpus'" in refused(capsys, "train")
+
+
+def test_an_error_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch):
+    def wrong(words: list[str]) -> None:
+        raise TypeError("a bug")
+
+    monkeypatch.setitem(cli.COMMANDS, "train", wrong)
+    with pytest.raises(TypeError, match="a bug"):
+        main(["train"])
+
+
+# Runs
+
+
+def test_existing_runs_and_other_folders_are_refused(capsys: Capture, tiny_run: Run, tmp_path: Path):
+    assert "holds a run already" in refused(capsys, "train", "--preset", "demo", "--out", tiny_run.folder)
+    assert "holds a run already" in refused(capsys, "corpus", "--preset", "demo", "--out", tiny_run.folder)
+    (tmp_path / "thesis.tex").touch()
+    line = refused(capsys, "train", "--preset", "demo", "--out", tmp_path, "--overwrite")
+    assert "exists and holds no run" in line
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def test_resuming_by_command_changes_only_what_is_free(capsys: Capture, copy: Path):
+    line = refused(capsys, "train", "--resume", "--out", copy, "--lm.layers", "4")
+    assert "lm.layers was 3 and is now 4" in line
+    out = told(capsys, "train", "--resume", "--out", copy, "--probe.layers", "0", "--quiet")
+    assert "adapter/joint" in out
+    assert Run.open(copy).config.probe.layers == (0,)
+
+
+def test_training_prints_stages_and_what_comes_next(capsys: Capture, tiny_run: Run):
+    out = told(capsys, "train", "--resume", "--out", tiny_run.folder, "--quiet")
+    for stage in STAGES:
+        assert f" {stage} " in out
+    assert f"probekit evaluate {tiny_run.folder}" in " ".join(out.split())
+
+
+def test_corpus_prints_sizes_and_nearest_sentences(capsys: Capture, tiny_run: Run):
+    corpus = tiny_run.corpus
+    out = told(capsys, "corpus", tiny_run.folder, "--nearest", "1")
+    for split in ("train", "probe", "validation", "test"):
+        documents = corpus.documents(split)
+        row = [split, len(documents), len(corpus.sentences(documents))]
+        assert re.search(r" +│ +".join(f"{cell:,}" if isinstance(cell, int) else cell for cell in row), out)
+    assert out.count("█") >= 8
+    assert told(capsys, "corpus", tiny_run.folder, "--nearest", "0") != out
+
+
+def test_building_a_corpus_alone_is_the_first_stage_of_training(
+    capsys: Capture, tmp_path: Path, tiny_config: Config
+):
+    (tmp_path / "tiny.yaml").write_text(tiny_config.to_yaml())
+    out = tmp_path / "run"
+    told(capsys, "corpus", "--config", tmp_path / "tiny.yaml", "--out", out, "--quiet")
+    assert list(read_json(out / "run.json")["stages"]) == ["corpus"]
+    for command in ("evaluate", "probe"):
+        line = refused(capsys, command, out)
+        assert "lacks the stage 'planner'" in line
+        assert f"probekit train --resume --out {out}" in line
+
+
+def test_evaluating_writes_and_prints_the_same_numbers(capsys: Capture, copy: Path):
+    out = told(capsys, "evaluate", copy, "--evaluation.resamples", "150", "--device", "cpu", "--quiet")
+    written = json.loads((copy / "evaluation.json").read_text())
+    assert written["settings"]["resamples"] == 150
+    assert [row["variant"] for row in written["perplexity"]] == [
+        "none", "fixed", "oracle", "oracle", "predicted", "soft", "joint",
+    ]  # fmt: skip
+    for row in written["perplexity"]:
+        assert re.search(rf"{row['variant']} +│ +{row['actions']} +│ +{row['perplexity']:.3f} ", out)
+    assert Run.open(copy).config.evaluation.resamples == 200, "a setting of one evaluation is not the run's"
+
+
+def test_probing_writes_table_and_pictures(capsys: Capture, copy: Path):
+    words = ["--probe.layers", "0", "--probe.distances", "1", "2", "--probe.variants", "none"]
+    out = told(capsys, "probe", copy, *words, "--quiet")
+    table = Run.open(copy).probes()
+    probes = table[table.reader == "probe"]
+    assert set(zip(probes.layer, probes.distance, strict=True)) == {(0, 1), (0, 2)}
+    assert list((copy / "probes").glob("*.png"))
+    assert "results.parquet" in out
+
+
+def test_the_demo_goes_all_the_way_and_does_nothing_twice(
+    capsys: Capture, copy: Path, tiny_config: Config, monkeypatch: pytest.MonkeyPatch
+):
+    config = tiny_config.override(
+        {"probe.variants": ["soft"], "probe.layers": [1], "probe.distances": [1, 2]}
+    )
+    monkeypatch.setattr(Config, "from_preset", lambda name: {"demo": config}[name])
+    weights = copy / "lm" / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    out = told(capsys, "demo", "--out", copy, "--quiet")
+    titles = ["Corpus", "Actions (8", "Training", "Perplexity on", "Next action on", "Best cell of"]
+    places = [out.index(title) for title in titles]
+    assert places == sorted(places)
+    assert weights.stat().st_mtime_ns == before
+    assert (copy / "evaluation.json").exists()
+    assert len(list((copy / "probes").glob("*.png"))) == 2
+
+
+def test_quiet_leaves_standard_error_empty_in_a_fresh_process(copy: Path):
+    state = read_json(copy / "run.json")
+    del state["stages"]["lm"]
+    write_json(copy / "run.json", state)
+    ran = subprocess.run(
+        [sys.executable, "-m", "probekit", "train", "--resume", "--out", str(copy), "--quiet"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ran.stderr == ""
+
+
+# Runs with something missing
+
+
+@pytest.mark.parametrize("stage", ["corpus", "lm", "planner"])
+def test_a_run_that_lacks_a_stage_names_it_and_the_command(capsys: Capture, copy: Path, stage: str):
+    state = read_json(copy / "run.json")
+    del state["stages"][stage]
+    write_json(copy / "run.json", state)
+    for command in ("evaluate", "probe"):
+        line = refused(capsys, command, copy, "--quiet")
+        assert f"lacks the stage {stage!r}" in line
+        assert f"`probekit train --resume --out {copy}`" in line
+
+
+def test_a_variant_that_is_not_trained_is_not_probed(capsys: Capture, copy: Path):
+    line = refused(capsys, "probe", copy, "--probe.variants", "gumbel", "--quiet")
+    assert (
+        "'gumbel', which this run has not trained; it has none, fixed, oracle, predicted, soft, joint" in line
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["evaluate", "--evaluation.window", "49"], "evaluation.window is 49"),
+        (["evaluate", "--evaluation.stride", "49"], "evaluation.stride is 49"),
+        (["probe", "--probe.layers", "3"], "probe.layers has 3"),
+        (["probe", "--probe.locations", "attn.hook_zz"], "probe.locations is 'attn.hook_zz'"),
+        (["evaluate", "--device", "abacus"], "device is 'abacus'"),
+    ],
+)
+def test_settings_that_do_not_fit_the_run_are_refused(
+    words: list[str], said: str, capsys: Capture, tiny_run: Run
+):
+    command, *options = words
+    assert said in refused(capsys, command, tiny_run.folder, *options, "--quiet")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+@pytest.mark.parametrize("command", ["evaluate", "probe"])
+def test_a_gpu_that_is_not_there_is_refused(command: str, capsys: Capture, tiny_run: Run):
+    assert "device is 'cuda'" in refused(capsys, command, tiny_run.folder, "--device", "cuda")
+
+
+# Damage
+
+READ = [
+    "run.json",
+    "config.yaml",
+    *(f"corpus/{name}.npy" for name in ("tokens", "document_tokens", "document_sentences", "first_token")),
+    *(f"corpus/{name}.npy" for name in ("spans", "split", "embeddings", "actions")),
+    "corpus/codebook.safetensors",
+    "corpus/facts.json",
+    "corpus/documents.arrow",
+    "corpus/tokenizer/tokenizer.json",
+    "corpus/tokenizer/tokenizer_config.json",
+    "lm/config.json",
+    "lm/model.safetensors",
+    "planner/model.safetensors",
+    "adapters/fixed.safetensors",
+    "adapters/joint.safetensors",
+]  # fmt: skip
+"""Every file that an evaluation reads."""
+
+
+def names(line: str, file: str) -> bool:
+    """Whether a line names a file; of what transformers reads, the folder."""
+    folder = str(Path(file).parent)
+    return file in line or (folder in ("corpus/tokenizer", "lm") and f"/{folder}'" in line)
+
+
+@pytest.mark.parametrize(
+    ("damage", "file"),
+    [
+        (damage, file)
+        for damage in ("half", "empty", "missing", "noise")
+        for file in READ
+        if (damage, file) != ("missing", "corpus/tokenizer/tokenizer_config.json")  # it can be done without
+    ],
+)
+def test_a_damaged_file_is_named_in_one_line(capsys: Capture, copy: Path, file: str, damage: str):
+    path = copy / file
+    whole = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        noise = bytes(range(128, 256)) * 4
+        path.write_bytes({"half": whole[: len(whole) // 2], "empty": b"", "noise": noise}[damage])
+    line = refused(capsys, "evaluate", copy, "--quiet", "--evaluation.resamples", "100")
+    assert names(line, file) or (damage == "missing" and file == "run.json"), line

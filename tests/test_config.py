@@ -1,0 +1,353 @@
+"""Settings: what is accepted comes back unchanged, what is not is told in one line."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from probekit.config import (
+    Config,
+    merge,
+    nest,
+    preset_names,
+    setting_names,
+    settings_of,
+    yaml_values,
+)
+from probekit.errors import ProbekitError
+
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.dates()
+    | st.binary(max_size=4)
+    | st.sampled_from(["soft", "none", "planted", "1e-3", "0", "-1", ".inf", "auto"])
+)
+SECTIONS = [*Config.model_fields, "planted", "lm", "joint", "layers", "k", "window", "variants", "distances"]
+KEYS = (
+    st.sampled_from(SECTIONS) | st.text(max_size=5) | st.integers() | st.none() | st.booleans() | st.floats()
+)
+GARBAGE = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4),
+    max_leaves=12,
+)
+SETTINGS = st.sampled_from(setting_names())
+
+
+def refusal(values: dict[str, Any]) -> str:
+    """The one line that refuses these settings, given by dotted name."""
+    with pytest.raises(ProbekitError) as caught:
+        Config().override(values)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def values_of(config: Config) -> dict[str, Any]:
+    """Every setting by dotted name."""
+    found = {}
+    for name in setting_names():
+        value: Any = config
+        for part in name.split("."):
+            value = getattr(value, part)
+        found[name] = value
+    return found
+
+
+# Round trips
+
+
+@pytest.mark.parametrize("preset", [None, *preset_names()])
+def test_yaml_comes_back_equal_and_complete(preset: str | None, tmp_path: Path):
+    config = Config.from_preset(preset) if preset else Config()
+    path = tmp_path / "config.yaml"
+    path.write_text(config.to_yaml(), "utf-8")
+    assert Config.from_yaml(path) == config
+    written = yaml_values(path)
+    for name in setting_names():
+        section = written
+        for part in name.split("."):
+            section = section[part]
+
+
+@given(
+    rate=st.floats(1e-300, 1e300),
+    seed=st.integers(0, 2**32 - 1),
+    path=st.text(st.characters(codec="utf-8"), max_size=12),
+    distances=st.lists(st.integers(1, 10**20), min_size=1, max_size=4, unique=True),
+)
+def test_any_value_survives_yaml(
+    tmp_path_factory: pytest.TempPathFactory, rate: float, seed: int, path: str, distances: list[int]
+):
+    config = Config().override(
+        {"training.lm.learning_rate": rate, "seed": seed, "corpus.path": path, "probe.distances": distances}
+    )
+    file = tmp_path_factory.getbasetemp() / "any.yaml"
+    file.write_text(config.to_yaml(), "utf-8")
+    assert Config.from_yaml(file) == config
+    assert config.training.lm.learning_rate == rate
+    assert config.corpus.path == path
+
+
+def test_a_file_leaves_out_what_it_does_not_change(tmp_path: Path):
+    path = tmp_path / "few.yaml"
+    path.write_text("lm: {layers: 7}\nseed: 3\n", "utf-8")
+    assert Config.from_yaml(path) == Config().override({"lm.layers": 7, "seed": 3})
+    path.write_text("# nothing\n", "utf-8")
+    assert Config.from_yaml(path) == Config()
+
+
+@pytest.mark.parametrize("name", setting_names())
+def test_to_set_one_setting_leaves_all_others_at_their_defaults(name: str):
+    value = values_of(Config())[name]
+    assert Config.from_dict(nest({name: value})) == Config()
+
+
+def test_numbers_may_be_written_as_yaml_mistakes_them_for_text(tmp_path: Path):
+    # YAML 1.1 reads 1e-3 as text.
+    path = tmp_path / "rate.yaml"
+    path.write_text("training: {adapter: {learning_rate: 1e-3}}\n", "utf-8")
+    assert Config.from_yaml(path).training.adapter.learning_rate == 1e-3
+
+
+# Overriding
+
+
+def test_override_replaces_by_dotted_name_and_leaves_the_rest():
+    before = Config.from_preset("demo")
+    after = before.override({"training.joint.planner_loss_weight": 0, "probe.layers": [1, 3]})
+    assert after.training.joint.planner_loss_weight == 0.0
+    assert after.probe.layers == (1, 3)
+    changed = {name for name, value in values_of(after).items() if value != values_of(before)[name]}
+    assert changed == {"training.joint.planner_loss_weight", "probe.layers"}
+    assert before == Config.from_preset("demo")
+
+
+def test_merging_changes_neither_side():
+    base, over = {"a": {"b": 1, "c": 2}}, {"a": {"b": 3}}
+    assert merge(base, over) == {"a": {"b": 3, "c": 2}}
+    assert base == {"a": {"b": 1, "c": 2}}
+    assert over == {"a": {"b": 3}}
+
+
+def test_nesting_puts_every_setting_into_its_section():
+    assert nest({"a.b": 1, "a.c.d": 2, "e": 3}) == {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
+
+
+@pytest.mark.parametrize("values", [{"lm": 3, "lm.layers": 2}, {"seed": 1, "seed.x.y": 2}])
+def test_a_section_and_its_setting_are_not_given_together(values: dict[str, Any]):
+    assert list(values)[1] in refusal(values)
+
+
+def test_configs_cannot_be_changed_in_place():
+    with pytest.raises(ValueError, match="frozen"):
+        Config().seed = 1  # type: ignore[misc]
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("wrong", "near"),
+    [
+        ("lm.layer", "lm.layers"),
+        ("corpus.planted.document", "corpus.planted.documents"),
+        ("training.lm.learning-rate", "training.lm.learning_rate"),
+        ("sed", "seed"),
+        ("probe.distance", "probe.distances"),
+    ],
+)
+def test_unknown_setting_gets_the_nearest(wrong: str, near: str):
+    assert refusal({wrong: 1}) == f"unknown setting {wrong!r}; did you mean {near!r}?"
+
+
+def test_unknown_setting_like_no_other_gets_no_suggestion():
+    assert refusal({"zzzzzzzzzzz": 1}) == "unknown setting 'zzzzzzzzzzz'"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("seed", -1),
+        ("seed", 2**32),
+        ("seed", "seven"),
+        ("seed", True),
+        ("lm.layers", 2.5),
+        ("lm.layers", 0),
+        ("lm.layers", None),
+        ("lm.trust_remote_code", "perhaps"),
+        ("lm.vocabulary", 256),
+        ("corpus.path", 7),
+        ("corpus.reader", "pdf"),
+        ("corpus.test_fraction", 0),
+        ("corpus.validation_fraction", 0),
+        ("corpus.probe_fraction", 1.0),
+        ("corpus.planted", 3),
+        ("actions.k", 7),
+        ("actions.k", 4097),
+        ("planner.dropout", 1.0),
+        ("planner.pooling", "max"),
+        ("conditioning.skip_layers", -1),
+        ("mixing.temperature", 0),
+        ("mixing.temperature", math.nan),
+        ("training.lm.epochs", math.inf),
+        ("training.lm.epochs", True),
+        ("training.lm.clip", math.inf),
+        ("training.precision", "float16"),
+        ("training.window", 1),
+        ("evaluation.resamples", 99),
+        ("mixing.variants", "soft"),
+        ("mixing.variants", []),
+        ("probe.distances", []),
+        ("probe.locations", None),
+        ("probe.l2", []),
+    ],
+)
+def test_wrong_value_names_setting_and_value(name: str, value: object):
+    line = refusal({name: value})
+    assert line.startswith(f"{name} is {value!r}: ") or line == f"{name}: true is not what this setting takes"
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"mixing.variants": ["soft", "sof"]}, ["mixing.variants.1", "'sof'", "'soft'"]),
+        ({"probe.distances": [1, 0]}, ["probe.distances.1", "0"]),
+        ({"probe.layers": [1, -1]}, ["probe.layers.1", "-1"]),
+        ({"probe.layers": [2, 0, 2]}, ["probe.layers", "2 is listed twice"]),
+        ({"probe.variants": ["soft", "soft"]}, ["probe.variants", "'soft' is listed twice"]),
+        ({"lm.heads": 3}, ["lm", "heads 3", "width 128"]),
+        ({"planner.width": 9}, ["planner", "heads 2", "width 9"]),
+        ({"corpus.test_fraction": 0.75}, ["corpus", "test_fraction", "1.05"]),
+        ({"corpus.planted.min_sentences": 30}, ["corpus.planted", "min_sentences 30", "max_sentences 16"]),
+        ({"corpus.planted.min_words": 9}, ["corpus.planted", "min_words 9", "max_words 8"]),
+        ({"corpus.planted.successors": 25}, ["corpus.planted", "successors 25", "actions 24"]),
+    ],
+)
+def test_inconsistent_settings_name_what_does_not_fit(values: dict[str, Any], said: list[str]):
+    line = refusal(values)
+    assert all(words in line for words in said), line
+
+
+def test_unknown_preset_lists_those_there_are():
+    with pytest.raises(ProbekitError, match=r"unknown preset 'dem'; did you mean 'demo'\?.*text-small"):
+        Config.from_preset("dem")
+
+
+@pytest.mark.parametrize("name", ["../presets/demo", "demo.yaml", ""])
+def test_a_preset_is_a_name_and_no_path(name: str):
+    with pytest.raises(ProbekitError, match="unknown preset"):
+        Config.from_preset(name)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"lm: [1, 2", "not valid YAML"),
+        (b"\xff\xfe\xff", "not valid YAML"),
+        (b"lm: !!python/object:os.system {}", "not valid YAML"),
+        (b"[" * 5000, "not valid YAML"),
+        (b"- 1\n- 2\n", "holds a list"),
+        (b"just words", "holds a str"),
+        (b"false", "holds a bool"),
+        (b"lm: &a {lm: *a}", "unknown setting 'lm.lm'"),
+        (b"lm: {layers: &a [*a]}", "lm.layers"),
+    ],
+)
+def test_unreadable_files_are_told_in_one_line(tmp_path: Path, content: bytes, said: str):
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ProbekitError) as caught:
+        Config.from_yaml(path)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file_and_folder_are_named(tmp_path: Path):
+    for path in (tmp_path / "missing.yaml", tmp_path):
+        with pytest.raises(ProbekitError, match=f"config file {path}: "):
+            Config.from_yaml(path)
+
+
+# Whatever is given
+
+
+def config_or_line(make: Callable[[], Config]) -> Config | str:
+    """The config that is made, or the one line that refuses it; any other end fails the test."""
+    try:
+        made = make()
+    except ProbekitError as error:
+        line = str(error)
+    else:
+        assert isinstance(made, Config)
+        return made
+    assert line.strip()
+    assert "\n" not in line
+    return line
+
+
+@given(values=st.dictionaries(KEYS, GARBAGE, max_size=4))
+def test_nested_garbage_is_a_config_or_refused(values: dict[Any, Any]):
+    config = config_or_line(lambda: Config.from_dict(values))
+    if isinstance(config, Config):
+        assert Config.from_dict(yaml.safe_load(config.to_yaml())) == config
+
+
+@given(text=st.text() | GARBAGE.map(lambda value: yaml.dump(value)))
+def test_any_text_as_a_file_is_a_config_or_refused(tmp_path_factory: pytest.TempPathFactory, text: str):
+    path = tmp_path_factory.getbasetemp() / "garbage.yaml"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    config_or_line(lambda: Config.from_yaml(path))
+
+
+@given(values=st.dictionaries(SETTINGS, GARBAGE, min_size=1, max_size=3))
+def test_any_value_of_a_setting_is_taken_or_refused(values: dict[str, Any]):
+    config = config_or_line(lambda: Config().override(values))
+    if isinstance(config, Config):
+        assert config.override(values_of(config)) == config
+
+
+# Documentation
+
+
+def test_every_setting_says_what_it_does():
+    for name, field in settings_of(Config).items():
+        assert field.description, name
+        assert field.description.rstrip().endswith((".", ".)")), name
+
+
+def test_every_section_says_what_it_is():
+    for name, field in Config.model_fields.items():
+        if hasattr(field.annotation, "model_fields"):
+            assert field.annotation.__doc__, name
+
+
+def test_settings_are_added_deliberately():
+    # Each is a promise to users: think before this number grows.
+    sections: dict[str, int] = {}
+    for name in setting_names():
+        section = name.rpartition(".")[0]
+        sections[section] = sections.get(section, 0) + 1
+    stages = dict.fromkeys(("training.lm", "training.planner", "training.adapter"), 8)
+    assert sections == stages | {
+        "": 2,
+        "corpus": 14,
+        "corpus.planted": 11,
+        "actions": 6,
+        "lm": 8,
+        "planner": 5,
+        "conditioning": 2,
+        "mixing": 2,
+        "training": 2,
+        "training.joint": 2,
+        "evaluation": 4,
+        "probe": 9,
+    }

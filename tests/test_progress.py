@@ -1,0 +1,113 @@
+"""Progress: what a log or a terminal is told of work under way."""
+
+import pytest
+from transformers.utils import logging
+
+from probekit import progress
+from probekit.progress import Progress, without_bars_of_transformers
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A clock that the test sets: its one element is the time."""
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_the_end_of_a_task_is_told_with_count_time_rate_and_note(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+):
+    with Progress().task("read", total=3000) as task:
+        clock[0] += 2.0
+        task.advance(3000, note="loss 1.5")
+    captured = capsys.readouterr()
+    assert captured.err == "read: done in 2.0 s, 3,000 (1,500/s) loss 1.5\n"
+    assert captured.out == ""
+
+
+def test_a_long_task_tells_now_and_then_how_far_it_is(clock: list[float], capsys: pytest.CaptureFixture[str]):
+    with Progress().task("train", total=40) as task:
+        for _ in range(40):
+            clock[0] += 1.0
+            task.advance()
+        lines = capsys.readouterr().err.splitlines()
+    assert [line.strip() for line in lines] == [
+        "train: 16 of 40 (1/s), 24 s left",
+        "train: 32 of 40 (1/s), 8 s left",
+    ]
+
+
+def test_a_task_of_unknown_length_tells_its_count(clock: list[float], capsys: pytest.CaptureFixture[str]):
+    with Progress().task("read") as task:
+        clock[0] += 20.0
+        task.advance(1000)
+    first, last = capsys.readouterr().err.splitlines()
+    assert first.strip() == "read: 1,000 (50/s)"
+    assert last.startswith("read: done in 20.0 s, 1,000")
+
+
+def test_no_work_has_no_count_or_rate(clock: list[float], capsys: pytest.CaptureFixture[str]):
+    with Progress().task("fit"):
+        clock[0] += 1.0
+    assert capsys.readouterr().err == "fit: done in 1.0 s\n"
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_failed_task_is_told_and_its_error_passes(
+    error: type[BaseException], clock: list[float], capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(error), Progress().task("fit"):
+        raise error
+    assert capsys.readouterr().err == "fit: stopped in 0.0 s\n"
+
+
+def test_a_task_that_succeeds_while_an_error_is_handled_is_done(capsys: pytest.CaptureFixture[str]):
+    try:
+        raise ValueError
+    except ValueError:
+        with Progress().task("fit again"):
+            pass
+    assert capsys.readouterr().err.startswith("fit again: done")
+
+
+def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str]):
+    quiet = Progress(quiet=True)
+    with quiet.task("read", total=2) as task:
+        assert list(task.track("ab")) == ["a", "b"]
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "")
+
+
+def test_tracking_yields_everything_and_counts_it(clock: list[float], capsys: pytest.CaptureFixture[str]):
+    with Progress().task("read") as task:
+        assert list(task.track(range(5))) == [0, 1, 2, 3, 4]
+    assert capsys.readouterr().err == "read: done in 0.0 s, 5\n"
+
+
+def test_a_terminal_gets_a_bar_and_a_line_that_stays(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    with Progress().task("read", total=2) as task:
+        task.advance(2, note="loss 1")
+    shown = capsys.readouterr().err
+    erase = "\r\x1b[2K"
+    first, *_, last = shown.split(erase)
+    assert "0/2" in shown.split(erase)[1]
+    (kept,) = (part for part in shown.split(erase) if part.startswith("read: done in"))
+    assert kept.splitlines()[0].endswith("loss 1")
+    assert not (first + last).replace("\x1b[?25l", "").replace("\x1b[?25h", "").strip()  # no bar stays
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_transformers_shows_no_bars_meanwhile_and_what_it_showed_after(shown: bool):
+    before = logging.is_progress_bar_enabled()
+    try:
+        (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
+        with without_bars_of_transformers():
+            assert not logging.is_progress_bar_enabled()
+        assert logging.is_progress_bar_enabled() == shown
+    finally:
+        (logging.enable_progress_bar if before else logging.disable_progress_bar)()

@@ -1,0 +1,290 @@
+"""The optimisation loop against loops and schedules written out by hand."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from probekit.config import StageSettings
+from probekit.errors import ProbekitError
+from probekit.progress import Progress
+from probekit.training.loop import LOGGED_STEPS, Stage, optimise
+
+QUIET = Progress(quiet=True)
+
+
+class Toy:
+    """Least squares in float64, with a matrix, a vector and a second learning rate."""
+
+    def __init__(self, examples: int = 22, settings: StageSettings | None = None) -> None:
+        draw = torch.Generator().manual_seed(1)
+        self.X = torch.randn(examples, 3, dtype=torch.float64, generator=draw)
+        self.Y = torch.randn(examples, 2, dtype=torch.float64, generator=draw)
+        self.weight = nn.Parameter(torch.randn(3, 2, dtype=torch.float64, generator=draw))
+        self.bias = nn.Parameter(torch.randn(2, dtype=torch.float64, generator=draw))
+        self.settings = settings or StageSettings(batch_size=5, epochs=3, learning_rate=0.1)
+        self.steps: list[np.ndarray] = []
+        self.micros: list[np.ndarray] = []
+        self.log: list[dict[str, Any]] = []
+
+    def loss(self, rows: np.ndarray, step: np.ndarray) -> torch.Tensor:
+        if not self.steps or self.steps[-1] is not step:
+            self.steps.append(step)
+        self.micros.append(rows)
+        return ((self.X[rows] @ self.weight + self.bias - self.Y[rows]) ** 2).sum() / len(step)
+
+    @property
+    def parameters(self) -> list[tuple[nn.Parameter, float]]:
+        return [(self.weight, self.settings.learning_rate), (self.bias, self.settings.learning_rate / 4)]
+
+    def train(
+        self,
+        seed: int = 0,
+        loss: Callable[[np.ndarray, np.ndarray], torch.Tensor] | None = None,
+        validation_loss: Callable[[], float] | None = None,
+    ) -> float:
+        stage = Stage(
+            "toy",
+            self.settings,
+            self.parameters,
+            len(self.X),
+            loss or self.loss,
+            # The last state is kept where every pass is better than the one before.
+            validation_loss or iter(range(0, -1000, -1)).__next__,
+        )
+        return optimise(stage, seed, self.log.append, QUIET)
+
+
+def learning_rates(steps: int, warmup: float) -> Iterator[float]:
+    """Linear warm-up to the peak, then half a cosine to zero."""
+    rising = math.ceil(warmup * steps)
+    for step in range(steps):
+        if step < rising:
+            yield (step + 1) / rising
+        else:
+            yield (1 + math.cos(math.pi * (step - rising) / (steps - rising))) / 2
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        StageSettings(batch_size=5, epochs=3, learning_rate=0.1, warmup=0.0, clip=1e6),
+        StageSettings(batch_size=5, epochs=3, learning_rate=0.1, warmup=0.3, clip=1e6, weight_decay=0.5),
+        StageSettings(batch_size=4, epochs=2.5, learning_rate=0.05, warmup=0.1, clip=0.7, weight_decay=0.1),
+        StageSettings(batch_size=50, epochs=4, learning_rate=0.1, warmup=0.5),
+    ],
+)
+def test_the_loop_is_adamw_with_warmup_cosine_and_clipping(settings: StageSettings):
+    toy, mine = Toy(settings=settings), Toy(settings=settings)
+    toy.train()
+    # Written out: decay on the matrix alone, both clipped together, each with its own rate.
+    optimiser = torch.optim.AdamW(
+        [
+            {"params": [mine.weight], "weight_decay": settings.weight_decay},
+            {"params": [mine.bias], "weight_decay": 0.0},
+        ]
+    )
+    peaks = (settings.learning_rate, settings.learning_rate / 4)
+    total = round(settings.epochs * math.ceil(22 / settings.batch_size))
+    assert len(toy.steps) == total
+    for rows, share in zip(toy.steps, learning_rates(total, settings.warmup), strict=True):
+        for group, peak in zip(optimiser.param_groups, peaks, strict=True):
+            group["lr"] = share * peak
+        optimiser.zero_grad()
+        ((mine.X[rows] @ mine.weight + mine.bias - mine.Y[rows]) ** 2).sum().div(len(rows)).backward()
+        gradients = [mine.weight.grad, mine.bias.grad]
+        norm = torch.sqrt(sum((g**2).sum() for g in gradients)).item()
+        for gradient in gradients:
+            gradient.mul_(min(1.0, settings.clip / (norm + 1e-6)))
+        optimiser.step()
+    torch.testing.assert_close(toy.weight, mine.weight, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(toy.bias, mine.bias, rtol=1e-10, atol=1e-12)
+
+
+def test_clipping_bounds_the_gradient_of_the_first_step():
+    # AdamW's first step hides how large the gradient was: look at what it is given.
+    seen = []
+    toy = Toy(settings=StageSettings(batch_size=22, epochs=1, clip=1e-3, learning_rate=1e-9))
+    step = torch.optim.AdamW.step
+
+    def recording(self: torch.optim.AdamW, *arguments: Any, **named: Any) -> Any:
+        seen.append(math.sqrt(sum((p.grad**2).sum().item() for p in (toy.weight, toy.bias))))
+        return step(self, *arguments, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", recording)
+        toy.train()
+    assert seen == [pytest.approx(1e-3, rel=1e-3)]
+
+
+@pytest.mark.parametrize("accumulate", [2, 3, 5, 50])
+def test_micro_batches_make_the_same_steps(accumulate: int):
+    settings = StageSettings(batch_size=5, epochs=3, learning_rate=0.1)
+    whole, parts = (
+        Toy(settings=settings.model_copy(update={"accumulate": count})) for count in (1, accumulate)
+    )
+    whole.train()
+    parts.train()
+    torch.testing.assert_close(parts.weight, whole.weight, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(parts.bias, whole.bias, rtol=1e-10, atol=1e-12)
+    assert len(parts.steps) == len(whole.steps)
+    assert len(parts.micros) > len(whole.micros)
+    assert max(map(len, parts.micros)) <= math.ceil(5 / min(accumulate, 5))
+    assert [row["loss"] for row in parts.log if "loss" in row] == pytest.approx(
+        [row["loss"] for row in whole.log if "loss" in row], rel=1e-12
+    )
+
+
+# Order
+
+
+@pytest.mark.parametrize(("examples", "batch_size"), [(22, 5), (20, 5), (3, 8), (1, 1)])
+def test_every_pass_has_every_example_once_in_a_new_order(examples: int, batch_size: int):
+    toy = Toy(examples, StageSettings(batch_size=batch_size, epochs=3))
+    toy.train()
+    order = np.concatenate(toy.steps).reshape(3, examples)
+    assert np.array_equal(np.sort(order), np.tile(np.arange(examples), (3, 1)))
+    if examples > 3:
+        assert len(np.unique(order, axis=0)) == 3
+    assert all(len(rows) <= batch_size for rows in toy.steps)
+
+
+def test_the_seed_decides_the_order():
+    def order(seed: int) -> list[int]:
+        toy = Toy()
+        toy.train(seed)
+        return np.concatenate(toy.steps).tolist()
+
+    assert order(3) == order(3)
+    assert order(3) != order(4)
+
+
+def test_the_seed_decides_what_is_random_in_the_forward_pass():
+    def weights(seed: int, before: int) -> torch.Tensor:
+        torch.manual_seed(before)
+        toy = Toy()
+
+        def noisy(rows: np.ndarray, step: np.ndarray) -> torch.Tensor:
+            return toy.loss(rows, step) + (torch.randn(3, 2, dtype=torch.float64) * toy.weight).sum()
+
+        toy.train(seed, loss=noisy)
+        return toy.weight.detach()
+
+    assert torch.equal(weights(0, before=5), weights(0, before=6))
+
+
+# Length
+
+
+@pytest.mark.parametrize(
+    ("epochs", "steps", "validations"), [(0.01, 1, 1), (0.4, 2, 1), (1, 5, 1), (1.4, 7, 2), (3, 15, 3)]
+)
+def test_passes_may_be_fractions_and_each_ends_in_a_validation(epochs: float, steps: int, validations: int):
+    toy = Toy(settings=StageSettings(batch_size=5, epochs=epochs))
+    toy.train()
+    assert len(toy.steps) == steps
+    rows = [row for row in toy.log if "validation_loss" in row]
+    assert [row["epoch"] for row in rows] == list(range(1, validations + 1))
+    assert rows[-1]["step"] == steps
+
+
+# Selection
+
+
+def run_scripted(losses: list[float], patience: int | None = None) -> tuple[Toy, list[torch.Tensor], float]:
+    """Trains with given validation losses; also the weights at each validation, and the loss returned."""
+    toy = Toy(settings=StageSettings(batch_size=5, epochs=len(losses), learning_rate=0.1, patience=patience))
+    script, states = iter(losses), []
+
+    def validation_loss() -> float:
+        states.append(toy.weight.detach().clone())
+        return next(script)
+
+    best = toy.train(validation_loss=validation_loss)
+    return toy, states, best
+
+
+@pytest.mark.parametrize(
+    ("losses", "best"), [([3, 2, 1], 2), ([1, 2, 3], 0), ([3, 1, 2, 5], 1), ([2, 1, 1], 1), ([4, 4], 0)]
+)
+def test_the_best_pass_is_kept_the_first_among_equals(losses: list[float], best: int):
+    toy, states, loss = run_scripted(losses)
+    assert loss == losses[best]
+    assert torch.equal(toy.weight, states[best])
+    assert all(not torch.equal(states[best], state) for i, state in enumerate(states) if i != best)
+
+
+@pytest.mark.parametrize(
+    ("losses", "patience", "passes"),
+    [
+        ([3, 4, 5, 6, 7], 1, 2),
+        ([3, 4, 5, 6, 7], 2, 3),
+        ([3, 4, 2, 5, 6, 7], 2, 5),
+        ([3, 3, 3, 3], 2, 3),
+        ([5, 4, 3, 2], 1, 4),
+        ([3, 4, 5, 6, 7], None, 5),
+    ],
+)
+def test_patience_stops_after_passes_without_a_better_one(
+    losses: list[float], patience: int | None, passes: int
+):
+    toy, states, loss = run_scripted(losses, patience)
+    assert len(states) == passes
+    assert len(toy.steps) == 5 * passes
+    assert loss == min(losses[:passes])
+    assert torch.equal(toy.weight, states[int(np.argmin(losses[:passes]))])
+
+
+# What is logged
+
+
+def test_logged_losses_are_those_of_the_steps():
+    toy = Toy(settings=StageSettings(batch_size=22, epochs=3, learning_rate=0.1))
+    losses = []
+
+    def loss(rows: np.ndarray, step: np.ndarray) -> torch.Tensor:
+        losses.append(toy.loss(rows, step))
+        return losses[-1]
+
+    toy.train(loss=loss, validation_loss=iter([9.0, 8.0, 7.0]).__next__)
+    assert toy.log == [
+        row
+        for i, validation in enumerate([9.0, 8.0, 7.0], 1)
+        for row in (
+            {"stage": "toy", "step": i, "loss": losses[i - 1].item()},
+            {"stage": "toy", "step": i, "epoch": i, "validation_loss": validation},
+        )
+    ]
+
+
+def test_a_long_stage_logs_about_a_hundred_losses_and_the_last():
+    toy = Toy(settings=StageSettings(batch_size=1, epochs=29))
+    toy.train()
+    steps = [row["step"] for row in toy.log if "loss" in row]
+    assert LOGGED_STEPS <= len(steps) <= LOGGED_STEPS * 1.2
+    assert steps[-1] == 22 * 29
+
+
+# Losses that are no numbers
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_no_number_stops_and_names_stage_step_and_rate(wrong: float):
+    toy = Toy(settings=StageSettings(batch_size=5, epochs=2, learning_rate=0.5))
+
+    def loss(rows: np.ndarray, step: np.ndarray) -> torch.Tensor:
+        return toy.loss(rows, step) * (wrong if len(toy.steps) == 7 else 1.0)
+
+    with pytest.raises(ProbekitError, match=rf"toy: the loss is {wrong} at step 7; .*learning_rate \(0.5\)"):
+        toy.train(loss=loss)
+
+
+def test_a_validation_loss_that_is_no_number_stops_too():
+    # A last step that leaves the weights infinite would else pass for no training at all.
+    toy = Toy(settings=StageSettings(batch_size=22, epochs=2))
+    with pytest.raises(ProbekitError, match="toy: the validation loss is nan at step 2"):
+        toy.train(validation_loss=iter([1.0, math.nan]).__next__)
