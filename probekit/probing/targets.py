@@ -32,17 +32,14 @@ class Targets:
 def targets(corpus: Corpus, documents: np.ndarray, distance: int, horizon: int) -> Targets:
     """Every example of some documents.
 
-    A document's first sentence is no anchor, for nothing comes before it to read. Positions before the
-    document's first token do not exist, nor do labels after its last sentence: such examples are left out.
+    Positions before a document's first token do not exist, nor do labels after its last sentence: such
+    examples are left out. So is the first sentence of every document, before which nothing can be read.
     """
     anchor = corpus.sentences(documents)
     document = corpus.document_of(anchor)
     position = corpus.first_token[anchor] - distance
     labelled = anchor + horizon - 1
-    there = (
-        (anchor > corpus.document_sentences[document])
-        & (position > corpus.document_tokens[document])
-        & (labelled < corpus.document_sentences[document + 1])
-    )
+    there = position > corpus.document_tokens[document]
+    there &= labelled < corpus.document_sentences[document + 1]
     action = corpus.actions[labelled[there]].astype(np.int64)
     return Targets(document[there], anchor[there], position[there], action)

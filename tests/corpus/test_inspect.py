@@ -1,6 +1,7 @@
 """What a corpus looks like, against counting by hand."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -39,6 +40,18 @@ def test_sentence_lengths(tiny_run: Run):
     assert quantiles[0.5] == np.median(lengths)
     assert quantiles.tolist() == np.quantile(lengths, quantiles.index).tolist()
     assert np.mean(np.array(lengths) <= quantiles[0.95]) >= 0.95
+
+
+def test_a_sentence_ends_before_the_next_documents_separator(tiny_run: Run):
+    corpus = replace(
+        tiny_run.corpus,
+        document_tokens=np.array([0, 4, 5, 13]),  # sentences of 3 tokens, of none, of 5 and 2
+        document_sentences=np.array([0, 1, 1, 3]),
+        first_token=np.array([1, 6, 11]),
+    )
+    assert (
+        sentence_lengths(corpus).tolist() == np.quantile([3, 5, 2], sentence_lengths(corpus).index).tolist()
+    )
 
 
 def test_action_table(tiny_run: Run):

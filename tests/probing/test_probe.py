@@ -23,6 +23,7 @@ from probekit.probing.probe import ProbeResults, _enough, probe
 from probekit.probing.targets import targets
 from probekit.progress import Progress
 from probekit.run import Run
+from probekit.storage import read_tensors, write_tensors
 
 WIDE = {
     "probe.variants": ["none", "soft", "fixed"],
@@ -46,9 +47,20 @@ def rewritten(run: Run, folder: Path, file: str, change) -> Run:
 
 
 @pytest.fixture(scope="module")
-def wide(tiny_run: Run, tmp_path_factory) -> ProbeResults:
+def loud_run(tiny_run: Run, tmp_path_factory) -> Run:
+    """The tiny run with adapters that cannot be overheard."""
+    run = copied(tiny_run, tmp_path_factory.mktemp("loud"))
+    for path in (run.folder / "adapters").glob("*.safetensors"):
+        tensors = read_tensors(path)
+        tensors["adapter.projections"] *= 300
+        write_tensors(path, tensors)
+    return run
+
+
+@pytest.fixture(scope="module")
+def wide(loud_run: Run, tmp_path_factory) -> ProbeResults:
     """A grid with cells of every kind."""
-    return probe(copied(tiny_run, tmp_path_factory.mktemp("probed")), WIDE, quiet=True)
+    return probe(copied(loud_run, tmp_path_factory.mktemp("probed")), WIDE, quiet=True)
 
 
 def cells(table: pd.DataFrame, **values) -> pd.DataFrame:
@@ -81,8 +93,8 @@ def test_the_parquet_file_holds_the_table(wide: ProbeResults):
     assert written["documents"] == {"probe": 32, "validation": 16, "test": 16}
 
 
-def test_the_same_seed_gives_the_same_table(wide: ProbeResults, tiny_run: Run, tmp_path: Path):
-    again = probe(copied(tiny_run, tmp_path), WIDE, quiet=True)
+def test_the_same_seed_gives_the_same_table(wide: ProbeResults, loud_run: Run, tmp_path: Path):
+    again = probe(copied(loud_run, tmp_path), WIDE, quiet=True)
     pd.testing.assert_frame_equal(again.table, wide.table, check_exact=True)
 
 
@@ -166,16 +178,16 @@ def test_the_bigram_knows_the_action_before_the_target_sentence(wide: ProbeResul
     ("location", "layer", "distance", "horizon"), [("hook_resid_post", 2, 1, 2), ("mlp.hook_post", 1, 40, 1)]
 )
 def test_probes_against_scikit_learn(
-    wide: ProbeResults, tiny_run: Run, location: str, layer: int, distance: int, horizon: int
+    wide: ProbeResults, loud_run: Run, location: str, layer: int, distance: int, horizon: int
 ):
-    corpus = tiny_run.corpus
+    corpus = loud_run.corpus
     X, y = {}, {}
     for split in ("probe", "validation", "test"):
         documents = corpus.documents(split)
         examples = targets(corpus, documents, distance, horizon)
         with Progress(quiet=True).task("read") as task:
             read = read_activations(
-                tiny_run.model("soft"),
+                loud_run.model("soft"),
                 Soft(),
                 corpus,
                 cut_windows(corpus, documents, 48, 24),
@@ -189,7 +201,7 @@ def test_probes_against_scikit_learn(
     assert set(y["probe"]) == set(range(8))
     scaler = StandardScaler().fit(X["probe"])
     losses = {}
-    for l2 in tiny_run.config.probe.l2:
+    for l2 in loud_run.config.probe.l2:
         model = LogisticRegression(C=1 / (len(y["probe"]) * l2), tol=1e-8, max_iter=5000)
         model.fit(scaler.transform(X["probe"]), y["probe"])
         losses[l2] = [
@@ -295,6 +307,10 @@ def test_examples_are_drawn_by_whole_documents(tiny_run: Run, most: int):
         others = np.setdiff1d(documents, chosen)
         longest = np.diff(corpus.document_sentences)[documents].max() - 1
         assert not len(others) or len(targets(corpus, chosen, 1, 1)) > most - longest
+        exactly = tiny_run.config.override(
+            {"probe.max_examples": max(1, len(targets(corpus, chosen, 1, 1))), "seed": seed}
+        )
+        assert _enough(Run(tiny_run.folder, exactly), documents).tolist() == chosen.tolist()
         drawn[seed] = chosen.tolist()
     distinct = len(set(map(tuple, drawn.values())))
     assert distinct == {1: 1, 100: 4, 250: 4, 100_000: 1}.get(most, distinct)
