@@ -10,18 +10,15 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
-from probekit.corpus.examples import cut_windows, document_batch
-from probekit.corpus.store import Corpus
+from probekit.corpus.examples import cut_windows
 from probekit.errors import ProbekitError
-from probekit.evaluation.action_metrics import fit_bigram, prior_log_probabilities, score_actions
-from probekit.evaluation.ceilings import ceiling_log_probabilities, has_ceiling
+from probekit.evaluation.action_metrics import score_actions
+from probekit.evaluation.baselines import baselines
 from probekit.evaluation.perplexity import Pass
 from probekit.evaluation.statistics import Interval, Resampling, bootstrap_ratio, paired_difference
 from probekit.models.language_model import longest_window
 from probekit.models.mixing import VARIANTS, Fixed, Mixing, Oracle
-from probekit.models.planner import Planner
 from probekit.progress import Progress
 from probekit.run import Run
 from probekit.storage import atomic_path, write_json
@@ -180,7 +177,7 @@ def _planner_table(run: Run) -> pd.DataFrame:
     counts = np.bincount(document, minlength=len(documents))
     options: Resampling = {"resamples": run.config.evaluation.resamples, "seed": run.config.seed}
     rows = []
-    for reader, log_probabilities in _readers(run, documents).items():
+    for reader, log_probabilities in baselines(run, documents, horizon=1).items():
         scores = score_actions(log_probabilities[later], actions)
         for metric in ("correct", "top5", "cross_entropy"):
             sums = np.bincount(document, weights=getattr(scores, metric), minlength=len(documents))
@@ -190,44 +187,3 @@ def _planner_table(run: Run) -> pd.DataFrame:
                 | _interval("value", interval)
             )
     return pd.DataFrame(rows)
-
-
-def _readers(run: Run, documents: np.ndarray) -> dict[str, np.ndarray]:
-    """Log-probabilities of every sentence's action `[sentences, actions]`, by who says so."""
-    corpus = run.corpus
-    train, validation = (corpus.sentences(corpus.documents(split)) for split in ("train", "validation"))
-    sentences = corpus.sentences(documents)
-    prior = prior_log_probabilities(corpus.actions[train], corpus.k)
-    bigram = fit_bigram(
-        corpus.previous_actions(train),
-        corpus.actions[train],
-        corpus.k,
-        (corpus.previous_actions(validation), corpus.actions[validation]),
-    )
-    readers = {
-        "prior": np.tile(prior, (len(sentences), 1)),
-        "bigram": bigram.log_probabilities(corpus.previous_actions(sentences)),
-        "planner": planner_log_probabilities(run.planner(), corpus, documents),
-    }
-    for variant in run.variants:
-        if VARIANTS[variant].joint:
-            planner = run.planner(variant)
-            readers[f"planner after {variant}"] = planner_log_probabilities(planner, corpus, documents)
-    if has_ceiling(run.config):
-        readers |= ceiling_log_probabilities(run.config, corpus, documents)
-    return readers
-
-
-def planner_log_probabilities(
-    planner: Planner, corpus: Corpus, documents: np.ndarray, batch_size: int = 32
-) -> np.ndarray:
-    """The planner's log-probabilities for all sentences of documents, in order `[sentences, actions]`."""
-    device = planner.start.device
-    parts = []
-    for start in range(0, len(documents), batch_size):
-        batch = documents[start : start + batch_size]
-        embeddings, actions = document_batch(corpus, batch)
-        with torch.no_grad():
-            scores = planner(embeddings.to(device)).cpu()
-        parts.append(scores[actions >= 0].log_softmax(dim=-1).double().numpy())
-    return np.concatenate(parts)

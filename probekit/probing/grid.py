@@ -15,11 +15,11 @@ from torch import Tensor
 from probekit.config import VariantName
 from probekit.corpus.examples import cut_windows
 from probekit.evaluation.action_metrics import score_actions
+from probekit.evaluation.baselines import action_prior, baselines
 from probekit.evaluation.evaluate import METRICS, window_and_stride
 from probekit.evaluation.statistics import Resampling, bootstrap_ratios
 from probekit.models.mixing import VARIANTS, Fixed
 from probekit.probing.activations import Activations, Place, read_activations
-from probekit.probing.baselines import action_prior, baselines
 from probekit.probing.solvers import SoftmaxProbes
 from probekit.probing.targets import Targets, targets
 from probekit.progress import Progress

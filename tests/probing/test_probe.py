@@ -14,8 +14,8 @@ from sklearn.preprocessing import StandardScaler
 
 from probekit.corpus.examples import cut_windows
 from probekit.errors import ProbekitError
+from probekit.evaluation.baselines import planner_log_probabilities
 from probekit.evaluation.ceilings import ceiling_log_probabilities
-from probekit.evaluation.evaluate import planner_log_probabilities
 from probekit.models.mixing import Soft
 from probekit.models.planned_lm import PlannedLM
 from probekit.probing.activations import read_activations
@@ -256,7 +256,7 @@ def test_shuffled_labels_are_not_read(tiny_run: Run, tmp_path: Path):
     # Shuffled actions are impossible under the planted model, which hence has no ceiling for them.
     settings = {"actions.labels": "clusters", "probe.locations": ["hook_resid_post", "hook_resid_mid"]}
     table = probe(run, settings | {"probe.variants": ["none"]}, quiet=True).table
-    assert set(table.reader) == {"probe", "prior", "bigram", "planner"}
+    assert set(table.reader) == {"probe", "prior", "bigram", "planner", "planner after joint"}
     probes = table[table.reader == "probe"]
     assert len(probes) == 18
     assert (probes.bits_low <= 0).all()
