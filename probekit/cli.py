@@ -111,7 +111,7 @@ def _evaluate(words: list[str]) -> None:
 
 
 def _probe(words: list[str]) -> None:
-    """Fit linear probes for the next sentence's action at every location, layer and distance."""
+    """Fit linear probes for the next sentence's action; replaces what an earlier probe of the run left."""
     parser = _results_parser("probe", words, ["device", "evaluation", "probe"])
     parsed = parse(parser, words)
     from probekit.probing.probe import probe

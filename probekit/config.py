@@ -246,7 +246,8 @@ class JointSettings(Settings):
     planner_learning_rate: Annotated[float, Field(ge=0.0)] = 1e-4
     """Peak learning rate of the planner during joint training; gentler than the adapter's."""
     planner_loss_weight: Annotated[float, Field(ge=0.0)] = 1.0
-    """Weight of the planner's own cross-entropy, kept beside the next-token loss; 0 drops it."""
+    """Weight of the planner's own cross-entropy, kept beside the next-token loss and part of the training
+    loss that is shown; 0 drops it."""
 
 
 class TrainingSettings(Settings):
@@ -298,7 +299,7 @@ class ProbeSettings(Settings):
     """Tokens before the target sentence begins at which activations are read; 1 is the token right before."""
     horizons: Several[Positive] = (1,)
     """Sentences ahead: 1 is the sentence that begins at the target token, 2 the one after it."""
-    l2: Several[Annotated[float, Field(gt=0.0)]] = (1e-4, 1e-3, 1e-2)
+    l2: Several[Annotated[float, Field(gt=0.0)]] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
     """L2 penalties tried; each probe keeps the best on validation documents. Unit: per example, on
     standardised activations."""
     max_iterations: Positive = 200

@@ -108,7 +108,7 @@ class Run:
         run = cls.open(folder)
         if config is None or config == run.config:
             return run
-        _check_same(run.config, config, folder)
+        _check_same(run, config)
         write_text(folder / "config.yaml", config.to_yaml())
         return cls(folder, config)
 
@@ -221,7 +221,14 @@ class Run:
         write_tensors(self.folder / "planner" / "model.safetensors", planner.state_dict())
 
     def model(self, variant: VariantName) -> PlannedLM:
-        """The trained, frozen model of a variant; `none` is the base LM alone."""
+        """The trained, frozen model of a variant; `none` is the base LM alone.
+
+        Raises:
+            ProbekitError: The settings have no such variant, or it is not trained yet.
+        """
+        known = ("none", *self.config.mixing.variants)
+        if variant not in known:
+            raise ProbekitError(f"{self.folder} has no variant {variant!r}; it has {', '.join(known)}")
         adapter = None
         if variant != "none":
             self.require(f"adapter/{variant}")
@@ -344,15 +351,31 @@ def _git_commit() -> str | None:
     return answer.stdout.strip() or None
 
 
-def _check_same(begun: Config, wanted: Config, folder: Path) -> None:
+USED_BY = {
+    "device": None,
+    "evaluation": None,
+    "probe": None,
+    "mixing.variants": None,
+    "mixing": "adapter/",
+    "conditioning": "adapter/",
+    "training.joint": "adapter/",
+    "training.adapter": "adapter/",
+    "training.planner": "planner",
+    "planner": "planner",
+}
+"""Sections that only a late stage uses, more special ones first; all other settings any stage may use."""
+
+
+def _check_same(begun: Run, wanted: Config) -> None:
     """Stages already done hold only for the settings they were done with; what comes after may differ."""
-    free = {"device", "evaluation", "probe"}
-    first, second = (config.model_dump(exclude=free) for config in (begun, wanted))
-    for name in _differences(first, second):
-        raise ProbekitError(
-            f"{folder} was begun with other settings: {name[0]} was {name[1]!r} and is now {name[2]!r}; "
-            "resume without it, or choose another --out"
-        )
+    stages = read_json(begun.folder / "run.json")["stages"]
+    for name, was, now in _differences(begun.config.model_dump(), wanted.model_dump()):
+        user = next((USED_BY[section] for section in USED_BY if f"{name}.".startswith(f"{section}.")), "")
+        if user is not None and any(stage.startswith(user) for stage in stages):
+            raise ProbekitError(
+                f"{begun.folder} was begun with other settings: {name} was {was!r} and is now {now!r}, and a "
+                "stage that uses it is finished; resume without it, or choose another --out"
+            )
 
 
 def _differences(

@@ -111,8 +111,8 @@ def _write_splits(settings: CorpusSettings, folder: Path, digests: np.ndarray) -
         if share and count < 1:
             raise ProbekitError(
                 f"the corpus has {len(unique)} distinct documents, which leaves none for the split {name!r}; "
-                "give more documents, or change corpus.probe_fraction, corpus.validation_fraction and "
-                "corpus.test_fraction"
+                "give more documents, change corpus.probe_fraction, corpus.validation_fraction and "
+                "corpus.test_fraction, or cut text files into documents by corpus.separator"
             )
     order = np.random.default_rng(settings.seed).permutation(len(unique))
     split_of_unique = np.empty(len(unique), dtype=np.uint8)

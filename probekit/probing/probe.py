@@ -17,7 +17,7 @@ from probekit.probing.activations import Place
 from probekit.probing.grid import CHOSEN_ON, FITTED_ON, MINIMUM_EXAMPLES, TESTED_ON, Grid
 from probekit.progress import Progress
 from probekit.run import Run
-from probekit.storage import atomic_path, write_json
+from probekit.storage import atomic_folder, write_json
 
 CELL = ["reader", "variant", "location", "layer", "distance", "horizon"]
 
@@ -63,7 +63,7 @@ class ProbeResults:
 def probe(
     run: Run | str | Path, settings: Mapping[str, Any] | None = None, *, quiet: bool = False
 ) -> ProbeResults:
-    """Fits the probe grid of a run and writes it into `probes/`.
+    """Fits the probe grid of a run and writes it into `probes/`, in place of what was there.
 
     Probes are fitted on the documents of the split "probe", their penalty is chosen on "validation", and they
     are measured on "test"; the LM and the planner were trained on none of these.
@@ -95,13 +95,13 @@ def probe(
     for variant in run.config.probe.variants:
         rows += grid.probe_rows(variant, places, progress)
     results = ProbeResults(_table(rows), run.folder / "probes")
-    with atomic_path(results.folder / "results.parquet") as path:
-        results.table.to_parquet(path, index=False)
-    write_json(
-        results.folder / "settings.json",
-        run.config.model_dump(mode="json", include={"seed", "probe", "evaluation"})
-        | {"documents": {split: len(numbers) for split, numbers in documents.items()}},
-    )
+    with atomic_folder(results.folder) as folder:
+        results.table.to_parquet(folder / "results.parquet", index=False)
+        write_json(
+            folder / "settings.json",
+            run.config.model_dump(mode="json", include={"seed", "probe", "evaluation"})
+            | {"documents": {split: len(numbers) for split, numbers in documents.items()}},
+        )
     return results
 
 

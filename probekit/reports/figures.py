@@ -43,7 +43,7 @@ def draw_heat_map(axes: Axes, table: pd.DataFrame, variant: str, location: str, 
     axes.set_xlabel("distance: tokens before the target sentence begins")
     axes.set_ylabel("layer")
     axes.tick_params(axis="y", rotation=0)
-    star = "   (* the target's own action is injected here)" if cells.injected.any() else ""
+    star = "   (* already conditioned on the target sentence)" if cells.injected.any() else ""
     axes.set_title(f"{variant}: {location}, horizon {horizon}{star}", fontsize=10)
 
 

@@ -17,6 +17,9 @@ from probekit.probing.probe import ProbeResults
 from probekit.run import Run
 from probekit.storage import read_json
 
+FEW_DOCUMENTS = 10
+"""Below so many test documents the terminal warns of the intervals."""
+
 DISPLAY_ACTIONS = 30
 """Actions that the corpus's table shows; the rest is counted."""
 
@@ -76,9 +79,10 @@ def print_corpus(corpus: Corpus, nearest: int) -> None:
 def print_evaluation(evaluation: Evaluation) -> None:
     """Perplexities with intervals, the difference of every two, planner metrics."""
     table = evaluation.perplexity
+    _warn_of_few(table.documents.iloc[0])
     documents, tokens = table.documents.iloc[0], table.tokens.iloc[0]
     _print(
-        f"Perplexity on {documents:,} test documents, {tokens:,} tokens "
+        f"Perplexity per token on {documents:,} test documents, {tokens:,} tokens "
         "(95 % intervals from resampling documents)",
         ["variant", "actions", "perplexity", "95 % interval"],
         (
@@ -136,6 +140,7 @@ def print_probes(results: ProbeResults) -> None:
         ["cell", "reader", "accuracy", "bits over the prior", "examples / documents"],
         rows,
     )
+    _warn_of_few(table.documents.max())
     probes = table[table.reader == "probe"]
     empty, unconverged = int(probes.accuracy.isna().sum()), int((~probes.converged).sum())
     if empty or unconverged:
@@ -144,6 +149,14 @@ def print_probes(results: ProbeResults) -> None:
             f"{unconverged:,} did not converge"
         )
     _say(f"All {len(table):,} rows: {results.folder / 'results.parquet'}; pictures: {results.folder}")
+
+
+def _warn_of_few(documents: int) -> None:
+    if documents < FEW_DOCUMENTS:
+        _say(
+            f"Only {documents} test documents: intervals from resampling so few are too narrow to trust; "
+            "give more documents, or a larger corpus.test_fraction"
+        )
 
 
 def _with_range(row: Mapping[Hashable, Any], value: str) -> str:

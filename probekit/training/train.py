@@ -13,7 +13,7 @@ from probekit.config import Config, VariantName
 from probekit.corpus.build import write_corpus
 from probekit.errors import ProbekitError
 from probekit.models.conditioning import location_width
-from probekit.models.language_model import load_model, longest_window
+from probekit.models.language_model import bridge, load_model, longest_window, new_model
 from probekit.models.mixing import VARIANTS
 from probekit.progress import Progress, without_bars_of_transformers
 from probekit.run import Existing, Run
@@ -45,7 +45,7 @@ def train(
         _stage(run, "lm", partial(_language_model, run, progress))
     _stage(run, "corpus", partial(_corpus, run, progress))
     _stage(run, "lm", partial(_language_model, run, progress))
-    location_width(run.bridged, run.config.conditioning)  # refuses one that is not there while little is lost
+    location_width(run.bridged, run.config.conditioning)
     _stage(run, "planner", lambda: run.save_planner(_trainer(run, progress).train_planner()))
     for variant in run.config.mixing.variants:
         if variant in VARIANTS:
@@ -93,6 +93,9 @@ def _language_model(run: Run, progress: Progress) -> dict[str, Any]:
     settings = run.config.lm
     with without_bars_of_transformers(), atomic_folder(run.folder / "lm") as folder:
         if settings.name is None:
+            untrained = new_model(settings, run.corpus.tokenizer, run.config.seed)
+            # Refuses a location that is not there while little is lost.
+            location_width(bridge(untrained, run.corpus.tokenizer, "a new GPT-2"), run.config.conditioning)
             model = _trainer(run, progress).train_language_model()
             model.save_pretrained(folder)
             # safetensors lets only a file's owner read it; a run may be shared.

@@ -95,7 +95,7 @@ def test_the_heat_map_colours_what_it_says():
 
 def test_titles_name_what_is_shown_and_explain_the_star():
     assert (
-        "soft: a, horizon 1   (* the target's own action"
+        "soft: a, horizon 1   (* already conditioned"
         in probe_heat_map(table(), "soft", "a").axes[0].get_title()
     )
     assert probe_heat_map(table(), "soft", "a", 2).axes[0].get_title() == "soft: a, horizon 2"

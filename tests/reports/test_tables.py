@@ -158,8 +158,8 @@ def test_probes(results: tuple[Evaluation, ProbeResults], capsys):
             f"{cell.variant}, {cell.location}, layer {cell.layer}, distance {cell.distance}, horizon 1"
         )
         beside = probes.table.query("reader != 'probe' and distance == @cell.distance")
-        assert len(beside) == 5
-        for row, shown in zip([cell, *beside.itertuples()], rows[begin : begin + 6], strict=True):
+        assert len(beside) == 6
+        for row, shown in zip([cell, *beside.itertuples()], rows[begin : begin + 7], strict=True):
             assert shown[1:] == [
                 row.reader,
                 f"{row.accuracy:.3f} [{row.accuracy_low:.3f}, {row.accuracy_high:.3f}]",
