@@ -285,7 +285,7 @@ def test_the_demo_goes_all_the_way_and_does_nothing_twice(
     weights = copy / "lm" / "model.safetensors"
     before = weights.stat().st_mtime_ns
     out = told(capsys, "demo", "--out", copy, "--quiet")
-    titles = ["Corpus", "Actions (8", "Training", "Perplexity on", "Next action on", "Best cell of"]
+    titles = ["Corpus", "Actions (8", "Training", "Perplexity per token on", "Next action on", "Best cell of"]
     places = [out.index(title) for title in titles]
     assert places == sorted(places)
     assert weights.stat().st_mtime_ns == before

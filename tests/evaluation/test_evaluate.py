@@ -172,7 +172,7 @@ def test_prior_and_bigram_count_training_documents(evaluated: tuple[Run, Evaluat
     run, evaluation = evaluated
     corpus = run.corpus
     actions = corpus.actions[later_sentences(run)]
-    train = corpus.actions[corpus.sentences(corpus.documents("train"))]
+    train = corpus.actions[later_sentences(run, "train")]
     prior = (np.bincount(train, minlength=8) + 0.5) / (len(train) + 4)
     cross_entropy = -np.log(prior[actions]).mean()
     assert metrics(evaluation, "prior")["cross_entropy"] == pytest.approx(cross_entropy)
@@ -186,7 +186,7 @@ def test_prior_and_bigram_count_training_documents(evaluated: tuple[Run, Evaluat
     for split in ("validation", "test"):
         pairs = later_sentences(run, split)
         losses.append([-np.log(t[corpus.actions[pairs - 1], corpus.actions[pairs]]).mean() for t in tables])
-    # The strength is that of validation; shares are smoothed towards a prior over slightly other sentences.
+    # The strength is that of validation; shares are smoothed towards a prior that knows first sentences too.
     best = losses[1][int(np.argmin(losses[0]))]
     assert metrics(evaluation, "bigram")["cross_entropy"] == pytest.approx(best, rel=1e-2)
     assert metrics(evaluation, "bigram")["cross_entropy"] < cross_entropy

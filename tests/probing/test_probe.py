@@ -139,7 +139,7 @@ def test_baselines_are_scored_on_each_cells_own_examples(
     examples = targets(corpus, documents, distance, horizon)
     sentences = corpus.sentences(documents)
     rows = [int(np.flatnonzero(sentences == anchor)[0]) for anchor in examples.anchor]
-    train = corpus.actions[corpus.sentences(corpus.documents("train"))]
+    train = targets(corpus, corpus.documents("train"), 1, horizon).action
     shares = (np.bincount(train, minlength=8) + 0.5) / (len(train) + 4)
     readers = ceiling_log_probabilities(tiny_run.config, corpus, documents, horizon)
     readers["prior"] = np.tile(np.log(shares), (len(sentences), 1))

@@ -253,10 +253,10 @@ def test_a_corpus_that_cannot_be_built_leaves_a_run_to_overwrite(
     build_corpus(tiny_config, tmp_path / "run", existing="overwrite", quiet=True)
 
 
-def test_a_location_that_the_lm_lacks_is_refused_before_planner_and_adapters(copy: Path, tiny_config: Config):
+def test_a_location_that_the_lm_lacks_is_refused_before_any_training(copy: Path, tiny_config: Config):
     config = tiny_config.override({"conditioning.location": "attn.hook_zz", "training.lm.epochs": 0.1})
     assert "conditioning.location is 'attn.hook_zz'" in refusal(config, copy, existing="overwrite")
-    assert list(read_json(copy / "run.json")["stages"]) == ["corpus", "lm"]
+    assert list(read_json(copy / "run.json")["stages"]) == ["corpus"]
 
 
 # A pre-trained LM
