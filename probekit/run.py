@@ -109,6 +109,8 @@ class Run:
         if config is None or config == run.config:
             return run
         _check_same(run, config)
+        if not read_json(folder / "run.json")["stages"]:  # as good as begun anew, with other seeds perhaps
+            write_json(folder / "provenance.json", provenance(config))
         write_text(folder / "config.yaml", config.to_yaml())
         return cls(folder, config)
 

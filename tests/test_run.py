@@ -390,3 +390,10 @@ def test_a_missing_lm_is_not_looked_for_on_the_hub(copy: Run, monkeypatch: pytes
     monkeypatch.chdir(copy.folder.parent)
     with pytest.raises(ProbekitError, match="no such folder"):
         Run.open("copy").plain_model()
+
+
+def test_provenance_tells_the_seed_of_a_run_resumed_before_any_stage(tmp_path: Path, tiny_config: Config):
+    Run.begin(tmp_path / "run", tiny_config)
+    resumed = Run.begin(tmp_path / "run", tiny_config.override({"seed": 7}), "resume")
+    assert resumed.config.seed == 7
+    assert read_json(tmp_path / "run" / "provenance.json")["seeds"]["run"] == 7

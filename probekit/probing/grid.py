@@ -163,13 +163,15 @@ class Grid:
             "resamples": self.run.config.evaluation.resamples,
             "seed": self.run.config.seed,
         }
+        # All metrics of all readers in one call: they share the resamples, which are drawn once.
+        each = itertools.chain.from_iterable(values.values())
+        sums = [np.bincount(document, weights=value, minlength=len(counts)) for value in each]
+        found = bootstrap_ratios(np.stack(sums, axis=1), counts, **options)
         columns: dict[str, np.ndarray] = {}
-        for name, value in values.items():
-            sums = [np.bincount(document, weights=reader, minlength=len(counts)) for reader in value]
-            interval = bootstrap_ratios(np.stack(sums, axis=1), counts, **options)
-            columns |= {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
-            columns["documents"] = interval.documents
-        return columns
+        for suffix, bounds in (("", found.value), ("_low", found.low), ("_high", found.high)):
+            parts = np.split(bounds, len(values))
+            columns |= {f"{name}{suffix}": part for name, part in zip(values, parts, strict=True)}
+        return columns | {"documents": np.split(found.documents, len(values))[0]}
 
     def _injected(self, variant: VariantName, layer: int, cell: Cell) -> bool:
         """Whether the variant adds its action for the target where the cell reads, in this layer or below."""
