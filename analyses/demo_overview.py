@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import probekit
-from probekit.reports.figures import draw_heat_map
+from probekit.reports.figures import Panel, draw_heat_map
 from probekit.reports.manifest import save_figure
 
 
@@ -45,12 +45,17 @@ def main() -> None:
     arguments = parser.parse_args()
     run = probekit.load_run(arguments.run)
     perplexity = pd.DataFrame(run.evaluation()["perplexity"])
-    probes = run.probes()
+    panel = Panel(arguments.variant, "hook_resid_post")
+    cells = panel.cells(run.probes())
+    if cells.empty:
+        parser.error(f"{arguments.run} has no probes of {panel.title}")
     figure = Figure(figsize=(11, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1, 1.4])
     draw_perplexity(left, perplexity)
-    draw_heat_map(right, probes, arguments.variant, "hook_resid_post")
-    numbers = pd.concat([perplexity.assign(panel="perplexity"), probes.assign(panel="probes")])
+    draw_heat_map(right, cells)
+    star = "\n* the target's own action was added" if cells.injected.any() else ""
+    right.set_title(panel.title + star, fontsize=10)
+    numbers = pd.concat([perplexity.assign(panel="perplexity"), cells.assign(panel="probes")])
     path = save_figure(
         figure,
         numbers,

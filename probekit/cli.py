@@ -19,6 +19,7 @@ from probekit.options import (
     chosen_config,
     given_settings,
     parse,
+    probed_config,
     source_config,
 )
 
@@ -86,9 +87,16 @@ def _corpus(words: list[str]) -> None:
     parser.add_argument(
         "--nearest", type=int, default=2, metavar="INT", help="sentences shown for an action (2)"
     )
+    parser.add_argument(
+        "--export",
+        metavar="FILE",
+        help="write the run's sentences as a table (.csv, .jsonl, .parquet), to which columns of labels for "
+        "probe.labels can be added",
+    )
     parsed = parse(parser, words)
     if parsed.nearest < 0:
         parser.error(f"argument --nearest: {parsed.nearest} is below 0")
+    from probekit.corpus.inspect import export_sentences
     from probekit.reports.tables import print_corpus
     from probekit.run import Run
     from probekit.training.train import build_corpus
@@ -98,6 +106,8 @@ def _corpus(words: list[str]) -> None:
     else:
         run = build_corpus(_config(parsed), parsed.out, existing=_existing(parsed), quiet=parsed.quiet)
     print_corpus(run.corpus, parsed.nearest)
+    if parsed.export:
+        export_sentences(run.corpus, parsed.export)
 
 
 def _evaluate(words: list[str]) -> None:
@@ -111,14 +121,28 @@ def _evaluate(words: list[str]) -> None:
 
 
 def _probe(words: list[str]) -> None:
-    """Fit linear probes for the next sentence's action; replaces what an earlier probe of the run left."""
-    parser = _results_parser("probe", words, ["device", "evaluation", "probe"])
+    """Fit probes of a run, or of any causal LM on any corpus; replaces what an earlier probe left there."""
+    parser = _probe_parser(words)
     parsed = parse(parser, words)
+    if (parsed.run is None) == (parsed.model is None):
+        parser.error("give a run's folder, or --model with --corpus")
     from probekit.probing.probe import probe
     from probekit.reports.figures import save_probe_figures
     from probekit.reports.tables import print_probes
 
-    results = probe(parsed.run, given_settings(parsed), quiet=parsed.quiet)
+    run, settings = parsed.run, given_settings(parsed)
+    if parsed.model is not None:
+        from probekit.training.train import prepare
+
+        config = probed_config(parsed)
+        run = prepare(
+            config,
+            parsed.out,
+            existing=_existing(parsed) if parsed.overwrite else "resume",
+            quiet=parsed.quiet,
+        )
+        settings = {}
+    results = probe(run, settings, store=parsed.store, quiet=parsed.quiet)
     save_probe_figures(results.table, results.folder)
     print_probes(results)
 
@@ -166,6 +190,32 @@ def _results_parser(name: str, words: list[str], sections: list[str]) -> Parser:
     parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     add_setting_options(parser, Config(), sections)
+    return parser
+
+
+def _probe_parser(words: list[str]) -> Parser:
+    usage = (
+        "probekit probe RUN [--SETTING VALUE ...]\n"
+        "       probekit probe --model NAME_OR_FOLDER --corpus FILE_OR_FOLDER [--out FOLDER] [--SETTING ...]"
+    )
+    parser = Parser(prog="probekit probe", usage=usage, description=_probe.__doc__)
+    parser.add_argument("run", nargs="?", metavar="RUN", type=Path, help="a run's folder")
+    parser.add_argument(
+        "--store", action="store_true", help="keep activations in RUN/activations; reuse them"
+    )
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    group = parser.add_argument_group(
+        "any model", "probe a causal LM on a corpus, both kept in a run's folder; settings: preset any-model"
+    )
+    group.add_argument("--model", metavar="NAME", help="hub name or local folder of a causal LM (lm.name)")
+    group.add_argument("--corpus", metavar="FILE", help="file, folder or dataset to read (corpus.path)")
+    group.add_argument(
+        "--out", default="runs/probed", metavar="FOLDER", help="the run's folder (runs/probed)"
+    )
+    group.add_argument("--overwrite", action="store_true", help="replace the run in that folder")
+    add_source_options(parser)
+    any_model = any(word.split("=")[0] == "--model" for word in words)
+    add_setting_options(parser, Config(), None if any_model else ["device", "evaluation", "probe"])
     return parser
 
 

@@ -43,6 +43,8 @@ Several = Annotated[tuple[T, ...], Field(min_length=1), AfterValidator(_distinct
 VariantName = Literal[
     "none", "fixed", "uniform", "oracle", "predicted", "straight-through", "gumbel", "soft", "joint"
 ]
+ProbedName = Literal[VariantName, "random"]
+SolverName = Literal["softmax", "ridge", "lda", "mlp"]
 
 
 class Settings(BaseModel):
@@ -289,25 +291,53 @@ class EvaluationSettings(Settings):
 class ProbeSettings(Settings):
     """The probe grid."""
 
-    variants: Several[VariantName] = ("none",)
-    """Variants whose activations are read; none is the base LM without conditioning."""
+    target: str = "action"
+    """What is read: action (of a sentence), token, sentence-position, document-type (planted corpus only), or
+    a column of the file of labels."""
+    labels: str | None = None
+    """CSV, JSON lines or Parquet file with a row for every sentence of the corpus, in order; `probekit corpus
+    RUN --export FILE` writes the table to fill in."""
+    anchors: Literal["sentence", "token"] = "sentence"
+    """Target tokens: the first one of every sentence, or every token."""
+    variants: Several[ProbedName] = ("none", "random")
+    """Variants whose activations are read; none is the base LM without conditioning, random is the same
+    architecture with random weights."""
     locations: Several[str] = ("hook_resid_post",)
-    """TransformerLens hooks, without the `blocks.L.` before them, that are read."""
+    """TransformerLens hooks, without the `blocks.L.` before them, that are read. With `:before` behind it,
+    the conditioned location as it was before the action was added."""
     layers: Several[Annotated[int, Field(ge=0)]] | None = None
     """Layers that are read; unset: all."""
     distances: Several[Positive] = (1, 2, 3, 4, 6, 8)
-    """Tokens before the target sentence begins at which activations are read; 1 is the token right before."""
+    """Tokens before the target token at which activations are read; 1 is the token right before. All
+    distances share the anchors that the farthest one reaches."""
     horizons: Several[Positive] = (1,)
-    """Sentences ahead: 1 is the sentence that begins at the target token, 2 the one after it."""
+    """Sentences ahead: 1 is the sentence that the target token is in, 2 the one after it."""
+    solvers: Several[SolverName] = ("softmax",)
+    """softmax: softmax regression; ridge, lda: closed form, at the cost of about one forward pass; mlp: one
+    hidden layer, for what is there but not linearly."""
     l2: Several[Annotated[float, Field(gt=0.0)]] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-    """L2 penalties tried; each probe keeps the best on validation documents. Unit: per example, on
-    standardised activations."""
+    """L2 penalties tried (softmax, ridge); each probe keeps the best on validation documents. Unit: per
+    example, on standardised activations."""
+    shrinkage: Several[Annotated[float, Field(ge=0.0, le=1.0)]] = (0.01, 0.1, 0.3, 0.6, 0.9)
+    """Shrinkage of the covariance tried (lda), 0 none, 1 all the way to a multiple of the identity."""
+    hidden: Positive = 64
+    """Hidden units (mlp)."""
     max_iterations: Positive = 200
-    """Most iterations of the solver for each penalty."""
+    """Most iterations of the softmax solver for each penalty."""
     tolerance: Annotated[float, Field(gt=0.0)] = 1e-4
-    """The solver stops when the norm of the gradient falls below this share of its norm at zero weights."""
+    """The softmax solver stops when the norm of the gradient falls below this share of its norm at zero
+    weights."""
     max_examples: Positive = 20_000
-    """Fit on at most this many examples, drawn by whole documents."""
+    """Fit on at most this many examples, and choose on at most as many, drawn by whole documents."""
+    seeds: Several[Seed] | None = None
+    """Seeds of the documents drawn, of random weights, of the control task and of the MLP; every one makes
+    the whole grid anew. Unset: the run's seed."""
+    control: bool = True
+    """Fit every probe on a control task too: random labels tied to tokens (Hewitt and Liang 2019)."""
+    code_length: bool = True
+    """Measure the prequential code length of softmax probes (Voita and Titov 2020)."""
+    memory: Annotated[float, Field(gt=0.0)] = 4.0
+    """Gigabytes that held activations may take; places beyond that are read in further passes."""
 
 
 class Config(Settings):

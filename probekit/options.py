@@ -112,6 +112,15 @@ def chosen_config(parsed: argparse.Namespace, begun: Path | None = None) -> Conf
     return Config.from_dict(merge(values, nest(given)))
 
 
+def probed_config(parsed: argparse.Namespace) -> Config:
+    """The config of `--model` and `--corpus` on the preset `any-model`, another preset, or a file."""
+    if not (parsed.preset or parsed.config):
+        parsed.preset = "any-model"
+    config = chosen_config(parsed) or Config()
+    paths = {"lm.name": parsed.model, "corpus.path": parsed.corpus}
+    return config.override({name: value for name, value in paths.items() if value is not None})
+
+
 def source_config(command: str, arguments: list[str]) -> Config:
     """The config of `--preset` and `--config` alone, for the defaults that a command's help tells."""
     parser = Parser(prog=command, add_help=False)

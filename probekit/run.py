@@ -9,11 +9,13 @@ lm/               the base LM, in Hugging Face format, or the name and revision 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -27,8 +29,9 @@ from probekit.corpus.store import Corpus
 from probekit.devices import compute_device
 from probekit.errors import ProbekitError
 from probekit.models.conditioning import new_adapter
-from probekit.models.language_model import bridge, load_model
+from probekit.models.language_model import bridge, load_model, random_weights
 from probekit.models.mixing import VARIANTS
+from probekit.models.plain import BridgedPass, ForwardPass, PlainPass, forward_pass
 from probekit.models.planned_lm import PlannedLM
 from probekit.models.planner import Planner
 from probekit.progress import without_bars_of_transformers
@@ -140,6 +143,10 @@ class Run:
             )
         return cls(folder, Config.from_yaml(settings))
 
+    def with_settings(self, settings: Mapping[str, Any]) -> Run:
+        """The same run, with settings replaced by dotted name for what is done with it now."""
+        return Run(self.folder, self.config.override(settings))
+
     # Stages
 
     def finished(self, stage: str) -> bool:
@@ -209,6 +216,40 @@ class Run:
         with without_bars_of_transformers():
             return load_model(**recorded, trust_remote_code=self.config.lm.trust_remote_code)
 
+    @cached_property
+    def _plain(self) -> PreTrainedModel:
+        """A copy of the base LM for forward passes alone."""
+        return self.plain_model().to(self.device)
+
+    def forward_pass(self, names: Sequence[str], random_seed: int | None = None) -> ForwardPass:
+        """The fastest way to run the base LM with some hooks.
+
+        Args:
+            names: The hooks' full TransformerLens names.
+            random_seed: Seed of random weights in place of the LM's.
+        """
+        found = forward_pass(self.bridged, self._plain, names)
+        if random_seed is None:
+            return found
+        model = random_weights(self._plain, random_seed).to(self.device)
+        if isinstance(found, PlainPass):
+            return found.with_weights(model)
+        return BridgedPass(bridge(model, self.corpus.tokenizer, "random weights"))
+
+    def weights_digest(self, variant: str) -> str:
+        """A digest of the files that hold a variant's weights, or that name where the LM's are."""
+        files = sorted((self.folder / "lm").glob("*"))
+        if (self.folder / "lm" / "source.json").exists():
+            source = Path(read_json(self.folder / "lm" / "source.json")["name"])
+            files += sorted(source.glob("*.safetensors")) if source.is_dir() else []
+        if variant in VARIANTS:
+            files += [self.folder / "planner" / "model.safetensors", self._adapter_file(variant)]
+        digest = hashlib.sha256()
+        for path in files:
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()[:16]
+
     def planner(self, variant: VariantName | None = None) -> Planner:
         """A copy of the planner as its own stage left it, or as a joint variant did."""
         self.require("planner")
@@ -237,14 +278,14 @@ class Run:
             adapter = new_adapter(self.config.conditioning, self._centroids, self.bridged, self.config.seed)
             _load(adapter, self._adapter_file(variant), "adapter.")
             adapter.to(self.device).requires_grad_(False)
-        planner = self.planner(variant)
+        planner = self.planner(variant) if self.finished("planner") else None
         return PlannedLM(self.bridged, planner, adapter, self.config.mixing.temperature).eval()
 
     def save_adapter(self, variant: VariantName, model: PlannedLM) -> None:
         """Writes a variant's adapter, and its planner where that was trained too."""
         assert model.adapter is not None  # noqa: S101 - only trained variants are saved
         tensors = {f"adapter.{name}": value for name, value in model.adapter.state_dict().items()}
-        if VARIANTS[variant].joint:
+        if VARIANTS[variant].joint and model.planner is not None:
             tensors |= {f"planner.{name}": value for name, value in model.planner.state_dict().items()}
         write_tensors(self._adapter_file(variant), tensors)
 
@@ -288,7 +329,7 @@ class Run:
     def _centroids(self) -> torch.Tensor:
         return torch.from_numpy(self.corpus.codebook.centroids)
 
-    def _adapter_file(self, variant: VariantName) -> Path:
+    def _adapter_file(self, variant: str) -> Path:
         return self.folder / "adapters" / f"{variant}.safetensors"
 
 

@@ -95,11 +95,16 @@ class Batch:
         return replace(self, **{name: t.to(device, non_blocking=True) for name, t in tensors.items()})
 
 
+def input_tokens(corpus: Corpus, windows: Windows) -> Tensor:
+    """The inputs of windows, padded at the end `[windows, positions]`: what a model without a plan reads."""
+    place, _ = _places(windows)
+    return torch.from_numpy(corpus.tokens[place].astype(np.int64))
+
+
 def collate(corpus: Corpus, windows: Windows) -> Batch:
     """Reads windows from the corpus into a batch."""
-    positions = np.arange(windows.length.max())
-    inside = positions < windows.length[:, None]
-    place = np.where(inside, windows.start[:, None] + positions, windows.start[:, None])
+    place, inside = _places(windows)
+    positions = np.arange(place.shape[1])
     scored = inside & (positions >= (windows.length - windows.scored)[:, None])
     next_tokens = corpus.tokens[place + 1].astype(np.int64)
     touched_by = np.searchsorted(corpus.first_token, place + 1, side="right") - 1
@@ -118,6 +123,13 @@ def collate(corpus: Corpus, windows: Windows) -> Batch:
         begun=torch.from_numpy(np.isin(corpus.first_token[touched], place[scored] + 1)),
         sentence=torch.from_numpy(sentence.reshape(place.shape)),
     )
+
+
+def _places(windows: Windows) -> tuple[np.ndarray, np.ndarray]:
+    """Where the inputs are in the corpus's tokens, and which are no padding `[windows, positions]`."""
+    positions = np.arange(windows.length.max())
+    inside = positions < windows.length[:, None]
+    return np.where(inside, windows.start[:, None] + positions, windows.start[:, None]), inside
 
 
 def _context(corpus: Corpus, first: np.ndarray, within: np.ndarray, row: np.ndarray) -> Tensor:

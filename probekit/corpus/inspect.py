@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 
 from probekit.corpus.actions import nearest_sentences
 from probekit.corpus.store import SPLITS, Corpus
+from probekit.errors import ProbekitError
+from probekit.storage import atomic_path
 
 
 def sizes(corpus: Corpus) -> pd.DataFrame:
@@ -55,3 +60,51 @@ def action_table(corpus: Corpus, nearest: int = 2) -> pd.DataFrame:
     )
     table.index.name = "action"
     return table.sort_values("sentences", ascending=False, kind="stable")
+
+
+WRITERS: dict[str, Callable[[pd.DataFrame, Path], None]] = {
+    ".csv": lambda table, path: table.to_csv(path, index=False),
+    ".jsonl": lambda table, path: table.to_json(path, orient="records", lines=True, force_ascii=False),
+    ".parquet": lambda table, path: table.to_parquet(path, index=False),
+}
+"""Formats of the table of sentences, by suffix."""
+
+
+def export_sentences(corpus: Corpus, path: str | Path) -> Path:
+    """Writes a row for every sentence, in the corpus's order: columns of labels to probe for can be added.
+
+    Args:
+        corpus: The corpus.
+        path: Where, ending in .csv, .jsonl or .parquet.
+
+    Raises:
+        ProbekitError: The suffix is another one.
+    """
+    path = Path(path)
+    if path.suffix not in WRITERS:
+        raise ProbekitError(f"--export is {str(path)!r}; it must end in {', '.join(WRITERS)}")
+    sentences = np.arange(len(corpus.first_token))
+    document = corpus.document_of(sentences)
+    table = pd.DataFrame(
+        {
+            "document": document,
+            "split": np.array(SPLITS)[corpus.split[document]],
+            "sentence": sentences - corpus.document_sentences[document],
+            "action": corpus.actions,
+            "text": _texts(corpus),
+        }
+    )
+    with atomic_path(path) as temporary:
+        WRITERS[path.suffix](table, temporary)
+    return path
+
+
+def _texts(corpus: Corpus) -> list[str]:
+    return [
+        row["text"][start:end].strip()
+        for first, rows in corpus.texts.batches()
+        for number, row in enumerate(rows, first)
+        for start, end in corpus.spans[
+            corpus.document_sentences[number] : corpus.document_sentences[number + 1]
+        ]
+    ]

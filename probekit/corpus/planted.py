@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple, Self
 
@@ -163,7 +163,7 @@ def posterior_given_actions(
     """
     # A sentence whose action is seen is a sentence of one word that only this action can emit.
     shown = [[(action,) for action in actions] for actions in documents]
-    return _posterior(model, np.eye(len(model.emission)), shown, horizon)
+    return _posterior(replace(model, emission=np.eye(len(model.emission))), shown, horizon)
 
 
 def posterior_given_words(
@@ -183,39 +183,91 @@ def posterior_given_words(
     Raises:
         ProbekitError: A document is impossible under the model, or the horizon is below 1.
     """
-    return _posterior(model, model.emission, documents, horizon)
+    return _posterior(model, documents, horizon)
 
 
-def _posterior(
-    model: PlantedModel, emission: FloatArray, documents: Sequence[Sequence[Ids]], horizon: int
-) -> list[FloatArray]:
-    """The forward algorithm over (type, action) for symbols drawn from `emission`, [actions, symbols]."""
+def posterior_at(
+    model: PlantedModel,
+    documents: Sequence[Sequence[Ids]],
+    document: IntArray,
+    sentence: IntArray,
+    log_likelihood: FloatArray,
+    ahead: IntArray,
+) -> FloatArray:
+    """Exact distribution of an action given the words of the sentences before one that is partly read.
+
+    Args:
+        model: What the documents were drawn from.
+        documents: The sentences' word ids, for each document.
+        document: Position in `documents`, for each row, [rows].
+        sentence: The sentence that is partly read, counted from 0 in its document, [rows].
+        log_likelihood: Of what was read of that sentence under each action, in nats, [rows, actions].
+        ahead: Sentences from that one to the one whose action is asked for, 0 for its own, [rows].
+
+    Returns:
+        Probabilities, [rows, actions].
+
+    Raises:
+        ProbekitError: A document, or what was read, is impossible under the model.
+    """
+    powers = {n: np.linalg.matrix_power(model.transition, n) for n in np.unique(ahead).tolist()}
+    posterior = np.full((len(document), len(model.emission)), np.nan)
+    for first in range(0, len(documents), BATCH):
+        batch = np.flatnonzero(document // BATCH == first // BATCH)
+        for j, log_joint in enumerate(_filtered(model, documents, first)):
+            here = batch[sentence[batch] == j]
+            for n in np.unique(ahead[here]).tolist():
+                asked = here[ahead[here] == n]
+                for part in np.split(asked, range(BATCH, len(asked), BATCH)):
+                    joint = log_joint[:, document[part] - first] + log_likelihood[part]
+                    _check_possible(joint, j, document[part])
+                    posterior[part] = _marginal(joint, powers[n])
+    return posterior
+
+
+def _posterior(model: PlantedModel, documents: Sequence[Sequence[Ids]], horizon: int) -> list[FloatArray]:
+    """The posterior at the beginning of every sentence."""
     if horizon < 1:
         raise ProbekitError(f"horizon is {horizon}: it must be at least 1, the next sentence")
-    ahead = np.linalg.matrix_power(model.transition, horizon - 1)
+    lengths = np.array([len(document) for document in documents], dtype=np.int64)
+    starts = _offsets(lengths)
+    document = np.repeat(np.arange(len(lengths)), lengths)
+    sentence = np.arange(starts[-1]) - starts[document]
+    nothing = np.broadcast_to(0.0, (len(sentence), len(model.emission)))
+    ahead = np.full(len(sentence), horizon - 1)
+    rows = posterior_at(model, documents, document, sentence, nothing, ahead)
+    return [rows[start:stop] for start, stop in itertools.pairwise(starts.tolist())]
+
+
+def _filtered(model: PlantedModel, documents: Sequence[Sequence[Ids]], first: int) -> Iterator[FloatArray]:
+    """The forward algorithm over (type, action) on a batch of documents from `first` on.
+
+    Yields:
+        For sentence j = 0, 1, ...: [types, documents, actions], the log-probability of a type and sentence
+        j's action, jointly with all words of the sentences before.
+    """
+    batch = documents[first : first + BATCH]
+    symbols = _padded(batch)
     with np.errstate(divide="ignore"):
         start = np.log(model.prior)[:, None, None] + np.log(model.initial)[:, None, :]
-        # [symbols + 1, actions]; the last row, which padding (-1) picks, tells nothing.
-        evidence = np.log(np.vstack([emission.T, np.ones(len(emission))]))
-    posteriors: list[FloatArray] = []
-    for first in range(0, len(documents), BATCH):
-        batch = documents[first : first + BATCH]
-        symbols = _padded(batch)
-        rows = np.empty((*symbols.shape[:2], len(emission)))
-        # [types, documents, actions]: type and action of sentence j, jointly with all earlier symbols.
-        log_joint = np.repeat(start, len(batch), axis=1)
-        for j in range(symbols.shape[1]):
-            rows[:, j] = _marginal(log_joint, ahead)
-            log_joint = log_joint + evidence[symbols[:, j]].sum(axis=1)
-            impossible = np.isneginf(log_joint.max(axis=(0, 2)))
-            if impossible.any():
-                raise ProbekitError(
-                    f"sentence {j} of document {first + int(impossible.argmax())} is impossible under this "
-                    "planted model: use the corpus.planted settings that generated it"
-                )
-            log_joint = _advance(log_joint, model.transition)
-        posteriors += [rows[i, : len(document)] for i, document in enumerate(batch)]
-    return posteriors
+        # [words + 1, actions]; the last row, which padding (-1) picks, tells nothing.
+        evidence = np.log(np.vstack([model.emission.T, np.ones(len(model.emission))]))
+    log_joint = np.repeat(start, len(batch), axis=1)
+    for j in range(symbols.shape[1]):
+        yield log_joint
+        log_joint = log_joint + evidence[symbols[:, j]].sum(axis=1)
+        _check_possible(log_joint, j, first + np.arange(len(batch)))
+        log_joint = _advance(log_joint, model.transition)
+
+
+def _check_possible(log_joint: FloatArray, sentence: int, documents: IntArray) -> None:
+    """Refuses log_joint [types, documents, actions] where a document has no probability left."""
+    impossible = np.isneginf(log_joint.max(axis=(0, 2)))
+    if impossible.any():
+        raise ProbekitError(
+            f"sentence {sentence} of document {documents[impossible.argmax()]} is impossible under this "
+            "planted model: use the corpus.planted settings that generated it"
+        )
 
 
 def _marginal(log_joint: FloatArray, ahead: FloatArray) -> FloatArray:

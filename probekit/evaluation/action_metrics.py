@@ -1,7 +1,8 @@
 """How well a distribution over actions predicts the true ones, and the baselines that need no activations.
 
 The baselines count: the prior knows how often an action occurs, the bigram also which action came before.
-Both give arrays of log-probabilities that are scored exactly like a probe's or a planner's.
+Both give arrays of log-probabilities that are scored exactly like a probe's or a planner's. They count labels
+of any kind; an action is one. Counts are sums, so that a corpus can be counted a few documents at a time.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ Bools = NDArray[np.bool_]
 Integers = NDArray[np.int64]
 
 NO_ACTION = -1
-"""Stands for the previous action where there is none: before the first sentence of a document."""
+"""Stands for an action, or another label, that is not there, such as the one before a document's first."""
 STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 """Strengths of the prior that the bigram tries, in pseudo-counts."""
 
@@ -55,14 +56,38 @@ def score_actions(log_probabilities: Tensor | NDArray, actions: Tensor | NDArray
     return ActionScores(rank == 0, rank < 5, -true_log_p[..., 0].double().cpu().numpy())
 
 
-def prior_log_probabilities(actions: ArrayLike, k: int, pseudo_count: float = 0.5) -> Floats:
-    """Log share of each action in the training examples, [k], in nats.
+def prior_log_probabilities(actions: ArrayLike, k: int) -> Floats:
+    """`log_shares` of actions, or of other labels, 0 to k - 1 `[examples]`; -1, no label, does not count."""
+    checked = _actions(actions, k)
+    return log_shares(np.bincount(checked[checked != NO_ACTION], minlength=k))
 
-    Every action gets `pseudo_count` more examples than it has; one half is the estimator of Krichevsky and
-    Trofimov (1981). An action that never occurred thus costs a lot, but not infinity.
+
+def log_shares(counts: ArrayLike, pseudo_count: float = 0.5) -> Floats:
+    """Log shares of counts `[classes]`, in nats.
+
+    Every class gets `pseudo_count` more examples than it has; one half is the estimator of Krichevsky and
+    Trofimov (1981). A class that never occurred thus costs a lot, but not infinity.
     """
-    counts = np.bincount(_actions(actions, k), minlength=k) + pseudo_count
-    return np.log(counts / counts.sum())
+    smoothed = np.asarray(counts, np.float64) + pseudo_count
+    return np.log(smoothed / smoothed.sum())
+
+
+def pair_counts(previous: ArrayLike, target: ArrayLike, k: int) -> Floats:
+    """How often each action follows each.
+
+    Args:
+        previous: Previous actions, -1 where there is none `[examples]`.
+        target: Target actions; an example without one, -1, does not count `[examples]`.
+        k: Number of actions.
+
+    Returns:
+        Counts `[k + 1, k]`; the last row is that of no previous action. Those of parts of the examples can be
+        added up.
+    """
+    before, after = _actions(previous, k), _actions(target, k)
+    there = after != NO_ACTION
+    cells = np.where(before == NO_ACTION, k, before)[there] * k + after[there]
+    return np.bincount(cells, minlength=(k + 1) * k).reshape(k + 1, k).astype(np.float64)
 
 
 @dataclass(frozen=True)
@@ -74,7 +99,7 @@ class Bigram:
 
     def log_probabilities(self, previous: ArrayLike) -> Floats:
         """Log-probabilities in nats, [examples, k], given previous actions [examples]."""
-        return self.table[_actions(previous, len(self.table) - 1, lowest=NO_ACTION)]
+        return self.table[_actions(previous, self.table.shape[1])]
 
 
 def fit_bigram(
@@ -84,37 +109,36 @@ def fit_bigram(
     validation: tuple[ArrayLike, ArrayLike],
     strengths: Sequence[float] = STRENGTHS,
 ) -> Bigram:
+    """`bigram_of_counts` of examples, and of the validation's previous and target actions."""
+    return bigram_of_counts(pair_counts(previous, target, k), pair_counts(*validation, k), strengths)
+
+
+def bigram_of_counts(counts: Floats, validation: Floats, strengths: Sequence[float] = STRENGTHS) -> Bigram:
     """Fits (count(previous, target) + strength * prior(target)) / (count(previous) + strength).
 
     Args:
-        previous: Previous actions of the training examples, [examples], -1 where there is none.
-        target: Target actions of the training examples, [examples].
-        k: Number of actions.
-        validation: Previous and target actions on which the strength is chosen, by cross-entropy.
+        counts: `pair_counts` of the training examples [k + 1, k].
+        validation: Those of the examples on which the strength is chosen, by cross-entropy.
         strengths: Strengths to try, in pseudo-counts, all positive.
+
+    Raises:
+        ProbekitError: There is no validation example.
     """
-    rows, columns = _actions(previous, k, lowest=NO_ACTION), _actions(target, k)
-    rows_validation, columns_validation = (
-        _actions(validation[0], k, lowest=NO_ACTION),
-        _actions(validation[1], k),
-    )
-    if not len(columns_validation):
+    if not validation.any():
         raise ProbekitError("the bigram's validation examples are empty; its strength is chosen on them")
-    counts = np.zeros((k + 1, k))
-    np.add.at(counts, (rows, columns), 1.0)  # the row of NO_ACTION, -1, is the last one
-    prior = np.exp(prior_log_probabilities(columns, k))
+    prior = np.exp(log_shares(counts.sum(0)))
     fits = []
     for strength in strengths:
         table = np.log((counts + strength * prior) / (counts.sum(1, keepdims=True) + strength))
-        fits.append((-table[rows_validation, columns_validation].mean(), Bigram(table, strength)))
+        fits.append((-(validation * table).sum(), Bigram(table, strength)))
     return min(fits, key=lambda fit: fit[0])[1]
 
 
-def _actions(actions: ArrayLike, k: int, lowest: int = 0) -> Integers:
+def _actions(actions: ArrayLike, k: int) -> Integers:
     """The actions as integers, checked."""
     checked = np.asarray(actions, np.int64)
-    if checked.size and not lowest <= checked.min() <= checked.max() < k:
+    if checked.size and not NO_ACTION <= checked.min() <= checked.max() < k:
         raise ProbekitError(
-            f"actions run from {checked.min()} to {checked.max()}, not from {lowest} to {k - 1}"
+            f"actions run from {checked.min()} to {checked.max()}, not from {NO_ACTION} (none) to {k - 1}"
         )
     return checked

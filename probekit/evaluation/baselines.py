@@ -1,49 +1,123 @@
-"""Readers of the next action that need no activation: prior, bigram, planners, and ceilings where known."""
+"""Readers of the next action that need no activation: prior, bigram, planners, and ceilings where known.
+
+What is counted is counted over memory-mapped arrays a few documents at a time, and planners and ceilings look
+only at the documents whose sentences are asked for, so memory does not grow with the corpus.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from probekit.corpus.examples import document_batch
 from probekit.corpus.store import Corpus
-from probekit.evaluation.action_metrics import fit_bigram, prior_log_probabilities
+from probekit.evaluation.action_metrics import NO_ACTION, Floats, bigram_of_counts, log_shares, pair_counts
 from probekit.evaluation.ceilings import ceiling_log_probabilities, has_ceiling
 from probekit.models.mixing import VARIANTS
 from probekit.models.planner import Planner
 from probekit.run import Run
 
+DOCUMENTS_AT_ONCE = 4096
+"""Documents whose labels are counted at once: it bounds the memory and leaves the counts as they are."""
+
+
+class SentenceBaselines:
+    """The baselines of one horizon, fitted on the training documents once and asked as often as need be."""
+
+    def __init__(self, run: Run, horizon: int) -> None:
+        """Counts the training documents and loads the planners.
+
+        Args:
+            run: The run; it needs a corpus, and may lack a planner.
+            horizon: 1 for the action of the sentence itself, 2 for that of the one after it.
+        """
+        corpus = run.corpus
+        train, validation = (
+            count_labels(corpus, corpus.documents(split), corpus.actions, corpus.k, horizon)
+            for split in ("train", "validation")
+        )
+        self._run, self._horizon = run, horizon
+        self._prior = log_shares(train.later)
+        self._bigram = bigram_of_counts(train.pairs, validation.pairs)
+        self._planners = _planners(run) if horizon == 1 else {}
+
+    def log_probabilities(self, sentences: np.ndarray) -> dict[str, np.ndarray]:
+        """What each reader says of sentences, in nats `[sentences, actions]`, by its name.
+
+        Row j is about the action of the sentence `horizon - 1` after `sentences[j]`, given what comes before
+        that one. Planners plan only the next sentence, and ceilings are known only for planted actions.
+        """
+        corpus = self._run.corpus
+        readers = {
+            "prior": np.tile(self._prior, (len(sentences), 1)),
+            "bigram": self._bigram.log_probabilities(corpus.previous_actions(sentences)),
+        }
+        documents = np.unique(corpus.document_of(sentences))
+        rows = np.searchsorted(corpus.sentences(documents), sentences)
+        for name, planner in self._planners.items():
+            readers[name] = planner_log_probabilities(planner, corpus, documents)[rows]
+        if has_ceiling(self._run.config):
+            ceilings = ceiling_log_probabilities(self._run.config, corpus, documents, self._horizon)
+            readers |= {name: log_probabilities[rows] for name, log_probabilities in ceilings.items()}
+        return readers
+
+
+def sentence_baselines(run: Run, sentences: np.ndarray, horizon: int) -> dict[str, np.ndarray]:
+    """`SentenceBaselines.log_probabilities` of sentences that are asked for only once."""
+    return SentenceBaselines(run, horizon).log_probabilities(sentences)
+
 
 def baselines(run: Run, documents: np.ndarray, horizon: int) -> dict[str, np.ndarray]:
-    """Log-probabilities of all sentences of some documents, in nats `[sentences, actions]`, by who says so.
-
-    Row j is about the action of sentence j + horizon - 1, given what comes before sentence j. Planners plan
-    only the next sentence, and ceilings are known only for planted actions.
-    """
-    corpus = run.corpus
-    sentences = corpus.sentences(documents)
-    readers = {
-        "prior": np.tile(action_prior(corpus, horizon), (len(sentences), 1)),
-        "bigram": _bigram(corpus, sentences, horizon),
-    }
-    if horizon == 1:
-        readers["planner"] = planner_log_probabilities(run.planner(), corpus, documents)
-        for variant in run.variants:
-            if VARIANTS[variant].joint:
-                planner = run.planner(variant)
-                readers[f"planner after {variant}"] = planner_log_probabilities(planner, corpus, documents)
-    if has_ceiling(run.config):
-        readers |= ceiling_log_probabilities(run.config, corpus, documents, horizon)
-    return readers
+    """`sentence_baselines` of all sentences of some documents, in order."""
+    return sentence_baselines(run, run.corpus.sentences(documents), horizon)
 
 
 def action_prior(corpus: Corpus, horizon: int) -> np.ndarray:
-    """Log share of each action among the targets of the training documents, in nats `[actions]`.
+    """Log share of each action among the targets of the training documents, in nats `[actions]`."""
+    counts = count_labels(corpus, corpus.documents("train"), corpus.actions, corpus.k, horizon)
+    return log_shares(counts.later)
 
-    A document's first sentence is nobody's target, and may well be of another kind than the others.
+
+class LabelCounts(NamedTuple):
+    """Counts over sentences.
+
+    Attributes:
+        pairs: As `pair_counts` makes them: the label before a sentence, and the one `horizon` sentences after
+            that `[classes + 1, classes]`.
+        later: The second labels alone, without those of documents' first sentences `[classes]`. A first
+            sentence is nobody's target, and may well be of another kind than the others.
     """
-    previous, target = _pairs(corpus, "train", horizon)
-    return prior_log_probabilities(target[previous >= 0], corpus.k)
+
+    pairs: Floats
+    later: Floats
+
+
+def count_labels(
+    corpus: Corpus, documents: np.ndarray, labels: np.ndarray, classes: int, horizon: int
+) -> LabelCounts:
+    """Counts labels and pairs of them within documents.
+
+    Args:
+        corpus: The corpus.
+        documents: Which documents, in order.
+        labels: A label for each sentence of the corpus, -1 for none `[sentences]`; may be memory-mapped.
+        classes: Number of classes.
+        horizon: Sentences from the first label of a pair to the second.
+    """
+    pairs, later = np.zeros((classes + 1, classes)), np.zeros(classes)
+    for start in range(0, len(documents), DOCUMENTS_AT_ONCE):
+        sentences = corpus.sentences(documents[start : start + DOCUMENTS_AT_ONCE])
+        document = corpus.document_of(sentences)
+        inside = sentences + horizon - 1 < corpus.document_sentences[document + 1]
+        sentences, document = sentences[inside], document[inside]
+        first = sentences == corpus.document_sentences[document]
+        previous = np.where(first, NO_ACTION, labels[np.maximum(sentences - 1, 0)])
+        target = np.asarray(labels[sentences + horizon - 1])
+        pairs += pair_counts(previous, target, classes)
+        later += pair_counts(previous[~first], target[~first], classes).sum(0)
+    return LabelCounts(pairs, later)
 
 
 def planner_log_probabilities(
@@ -61,15 +135,12 @@ def planner_log_probabilities(
     return np.concatenate(parts)
 
 
-def _bigram(corpus: Corpus, sentences: np.ndarray, horizon: int) -> np.ndarray:
-    """The best that the action before alone can tell, fitted on all training documents."""
-    bigram = fit_bigram(*_pairs(corpus, "train", horizon), corpus.k, _pairs(corpus, "validation", horizon))
-    return bigram.log_probabilities(corpus.previous_actions(sentences))
-
-
-def _pairs(corpus: Corpus, split: str, horizon: int) -> tuple[np.ndarray, np.ndarray]:
-    """The action before each sentence of a split, and the one `horizon` sentences later `[pairs]`."""
-    sentences = corpus.sentences(corpus.documents(split))
-    last = corpus.document_sentences[corpus.document_of(sentences) + 1]
-    sentences = sentences[sentences + horizon - 1 < last]
-    return corpus.previous_actions(sentences), corpus.actions[sentences + horizon - 1]
+def _planners(run: Run) -> dict[str, Planner]:
+    """The run's planner and those of joint variants; none where no planner is trained."""
+    if not run.finished("planner"):
+        return {}
+    planners = {"planner": run.planner()}
+    for variant in run.variants:
+        if VARIANTS[variant].joint:
+            planners[f"planner after {variant}"] = run.planner(variant)
+    return planners

@@ -7,6 +7,11 @@ metrics (*cells*) costs one matrix product, [resamples, documents] x [documents,
 
 A difference that is linear in the sums, such as the bits a probe gains over the prior, is itself a ratio.
 `paired_differences` is for what is not linear, such as a difference of perplexities.
+
+The plain bootstrap is too narrow for few documents: its spread is that of the documents at hand about their
+own mean, and its tails are those of the normal distribution. Intervals here are widened as a t interval is
+(Hesterberg 2015, "What Teachers Should Know About the Bootstrap": the expanded percentile interval); from
+a few hundred documents on it makes no difference.
 """
 
 from __future__ import annotations
@@ -17,13 +22,18 @@ from typing import NotRequired, TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import ndtr, stdtrit
 
 from probekit.errors import ProbekitError
 
 Floats = NDArray[np.float64]
 
 CHUNK_DRAWS = 1 << 22
-"""Documents drawn at once, counted over resamples: bounds the memory and leaves the draws as they are."""
+"""Documents drawn at once, counted over resamples, and resampled cells held at once: bounds the memory and
+leaves the draws as they are."""
+
+LEAST_ERROR = 0.3
+"""The standard error of a resample is taken to be at least this share of that of all documents."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +89,45 @@ def bootstrap_ratios(sums: ArrayLike, counts: ArrayLike, **resampling: Unpack[Re
     return _intervals(np.asarray(sums)[None], counts, **resampling)
 
 
+def simultaneous_ratios(
+    sums: ArrayLike, counts: ArrayLike, *, resamples: int, seed: int, level: float = 0.95
+) -> Intervals:
+    """Intervals of `sum of sums / sum of counts` that cover the truth in all cells at once.
+
+    Every interval is its cell's value give or take the same number of standard errors. That number is the
+    quantile, over resamples, of the largest deviation of any cell in standard errors of the resample (the
+    single-step studentised max-|t| bootstrap: Romano and Wolf 2005, Econometrica 73, 1237-1282): cells that
+    vary together, such as the layers of a model, cost little. A cell that does not vary, or has fewer than
+    two documents, has no part in it.
+
+    Args:
+        sums: As for `bootstrap_ratios`, [documents, cells].
+        counts: As for `bootstrap_ratios`, [documents, cells] or [documents].
+        resamples: Number of resamples.
+        seed: Seed of the draws.
+        level: Probability that all intervals are meant to cover together.
+    """
+    settings, numbers = _checked(np.asarray(sums)[None], counts)
+    documents, cells = settings.shape[1:]
+    total = np.broadcast_to(np.where(numbers.any(0), numbers.sum(0), np.nan), cells)
+    value = settings[0].sum(0) / total
+    error, largest = np.empty(cells), np.zeros(resamples)
+    for chunk in _cell_chunks(cells, resamples):
+        number = numbers if numbers.shape[1] == 1 else numbers[:, chunk]
+        residual = np.nan_to_num(settings[0][:, chunk] - value[chunk] * number)
+        found = np.sqrt((residual**2).sum(0)) / total[chunk]
+        # What is left of a cell that does not vary is rounding.
+        error[chunk] = np.where(found > 1e-12 * np.abs(value[chunk]), found, 0.0)
+        deviations = (
+            _deviations(weights, residual, number, error[chunk])
+            for weights in _weights(documents, resamples, seed)
+        )
+        largest = np.maximum(largest, np.concatenate([part.max(1) for part in deviations]))
+    present = np.broadcast_to((numbers > 0).sum(0), value.shape)
+    half = np.where(present >= 2, np.quantile(largest, level) * error, np.nan)
+    return Intervals(value, value - half, value + half, present.astype(np.int64))
+
+
 def paired_differences(
     first: ArrayLike, second: ArrayLike, counts: ArrayLike, **resampling: Unpack[Resampling]
 ) -> Intervals:
@@ -116,24 +165,68 @@ def _intervals(
 ) -> Intervals:
     """Intervals of one setting's ratio, or of the difference of two; sums: [settings, documents, cells]."""
     sums, counts = _checked(sums, counts)
-    documents = sums.shape[1]
+    documents, cells = sums.shape[1:]
 
-    def statistic(weights: Floats) -> Floats:
-        numbers = weights @ counts
-        ratios = weights @ sums / np.where(numbers > 0, numbers, np.nan)
+    def statistic(weights: Floats, chunk: slice) -> Floats:
+        numbers = weights @ (counts if counts.shape[1] == 1 else counts[:, chunk])
+        ratios = weights @ sums[..., chunk] / np.where(numbers > 0, numbers, np.nan)
         ratios = ratios if transform is None else transform(ratios)
         return ratios[0] if len(ratios) == 1 else ratios[0] - ratios[1]
 
-    value = statistic(np.ones((1, documents)))[0]
-    draws = np.concatenate([statistic(weights) for weights in _weights(documents, resamples, seed)])
-    tails = [0.5 - level / 2, 0.5 + level / 2]
-    bounds = np.quantile(draws, tails, axis=0)
-    present = np.broadcast_to((counts > 0).sum(0), value.shape)
-    # Resamples that drew no document of a cell are left out; nanquantile is slow, so only where some did.
-    for cell in np.flatnonzero(np.isnan(bounds[0]) & (present >= 2)):
-        bounds[:, cell] = np.nanquantile(draws[:, cell], tails)
-    bounds[:, present < 2] = np.nan
-    return Intervals(value, bounds[0], bounds[1], present.astype(np.int64))
+    value = statistic(np.ones((1, documents)), slice(None))[0]
+    present = np.broadcast_to((counts > 0).sum(0), value.shape).astype(np.int64)
+    tail = _tail(0.5 - level / 2, present)
+    bounds = np.empty((2, cells))
+    for chunk in _cell_chunks(cells, resamples):
+        draws = [statistic(weights, chunk) for weights in _weights(documents, resamples, seed)]
+        bounds[:, chunk] = _quantiles(np.concatenate(draws), np.stack([tail, 1 - tail])[:, chunk])
+    return Intervals(value, bounds[0], bounds[1], present)
+
+
+def _cell_chunks(cells: int, resamples: int) -> Iterator[slice]:
+    """The cells, a few at a time."""
+    size = max(1, CHUNK_DRAWS // resamples)
+    return (slice(start, start + size) for start in range(0, cells, size))
+
+
+def _deviations(weights: Floats, residuals: Floats, counts: Floats, errors: Floats) -> Floats:
+    """How many of its own standard errors each resample's ratio is off, [resamples, cells].
+
+    Args:
+        weights: How often each resample draws each document, [resamples, documents].
+        residuals: Sums less the ratio of all documents times counts, [documents, cells].
+        counts: [documents, cells or 1].
+        errors: Standard errors of the ratios of all documents, [cells]; at 0 there is no deviation.
+    """
+    numbers = weights @ counts
+    numbers = np.where(numbers > 0, numbers, np.inf)  # without documents there is no deviation
+    off = weights @ residuals / numbers
+    squares = weights @ residuals**2 - 2 * off * (weights @ (residuals * counts))
+    squares += off**2 * (weights @ counts**2)
+    own = np.sqrt(np.maximum(squares, 0.0)) / numbers
+    # Few documents may be drawn that happen to agree, as those of a rare event do: no error is that small.
+    own = np.maximum(own, LEAST_ERROR * errors)
+    return np.where(errors > 0, np.abs(off) / np.where(errors > 0, own, 1.0), 0.0)
+
+
+def _tail(share: float, documents: NDArray[np.int64]) -> Floats:
+    """What share of the resamples is to lie beyond a bound that `share` of the truth lies beyond, [cells].
+
+    In standard deviations of the resamples the bound is the quantile of Student's t, with one degree of
+    freedom less than documents, times sqrt(n / (n - 1)), as those deviations divide by n. NaN below two.
+    """
+    n = np.where(documents >= 2, documents, np.nan)
+    return ndtr(stdtrit(n - 1, share) * np.sqrt(n / (n - 1)))
+
+
+def _quantiles(draws: Floats, levels: Floats) -> Floats:
+    """Quantiles of draws [resamples, cells], at each cell's own levels [levels, cells]; NaN are left out."""
+    ordered = np.sort(draws, axis=0)  # NaN comes last
+    last = np.maximum((~np.isnan(draws)).sum(0) - 1, 0)
+    place = levels * last
+    below = np.where(np.isnan(place), 0.0, place).astype(np.int64)
+    low, high = (np.take_along_axis(ordered, at, 0) for at in (below, np.minimum(below + 1, last)))
+    return low + (place - below) * (high - low)
 
 
 def _weights(documents: int, resamples: int, seed: int) -> Iterator[Floats]:

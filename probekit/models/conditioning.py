@@ -11,12 +11,10 @@ from torch import Tensor, nn
 
 from probekit.config import ConditioningSettings
 from probekit.errors import ProbekitError
-from probekit.models.language_model import check_location, hook_name, locations
+from probekit.models.language_model import OUTSIDE_BLOCKS, Hook, check_location, hook_name, locations
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
-
-Hook = tuple[str, Callable[..., Tensor]]
 
 
 class Adapter(nn.Module):
@@ -90,4 +88,9 @@ def location_width(bridged: TransformerBridge, settings: ConditioningSettings) -
             f"it must be at most {layers - 1}"
         )
     check_location(bridged, settings.location, "conditioning.location")
+    if settings.location in OUTSIDE_BLOCKS:
+        raise ProbekitError(
+            f"conditioning.location is {settings.location!r}, which is in no layer; give a hook of the "
+            "blocks, such as attn.hook_z"
+        )
     return locations(bridged)[settings.location]

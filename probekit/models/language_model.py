@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from probekit import hub
 from probekit.config import LanguageModelSettings
@@ -46,6 +48,15 @@ def new_model(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return GPT2LMHeadModel(config)
+
+
+def random_weights(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """A model of the same architecture with random weights; the same seed gives the same weights."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
 
 
 def load_model(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -116,16 +127,32 @@ def longest_window(model: PreTrainedModel) -> int:
     return int(getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize))
 
 
+Hook = tuple[str, Callable[..., Tensor | None]]
+"""A full TransformerLens hook name, and what is called with the activation there; it may return another."""
+
+OUTSIDE_BLOCKS = ("hook_embed", "ln_final.hook_out")
+"""Locations that a model has once: before its first block, and behind its last."""
+
+
 def hook_name(location: str, layer: int) -> str:
     """The full TransformerLens hook name of a location at a layer."""
-    return f"blocks.{layer}.{location}"
+    return location if location in OUTSIDE_BLOCKS else f"blocks.{layer}.{location}"
+
+
+def layer_of(name: str) -> int | None:
+    """The last layer that has to be run for a hook to fire; None where all of the model has to."""
+    if name == OUTSIDE_BLOCKS[0]:
+        return 0
+    first, _, rest = name.partition(".")
+    return int(rest.partition(".")[0]) if first == "blocks" else None
 
 
 def locations(bridged: TransformerBridge) -> dict[str, int]:
-    """Every location of the first block that holds a vector for each position, and the vector's features.
+    """Every location that holds a vector for each position, and the vector's features.
 
     Some hooks never fire, some hold attention patterns, some have the heads before the positions. Where there
-    is a vector for each position, one more token makes the second axis longer and changes no other.
+    is a vector for each position, one more token makes the second axis longer and changes no other. Blocks
+    are taken to be like the first.
     """
     short, long = (_shapes(bridged, length) for length in (1, 2))
     return {
@@ -149,15 +176,14 @@ def check_location(bridged: TransformerBridge, location: str, setting: str) -> N
 
 
 def _shapes(bridged: TransformerBridge, length: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of all that fires in the first block over a text of some tokens."""
+    """Shapes of all that fires in the first block, and around the blocks, over a text of some tokens."""
     prefix = hook_name("", 0)
     tokens = torch.zeros(1, length, dtype=torch.long, device=bridged.original_model.device)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*gated-off hook")
         _, cache = bridged.run_with_cache(
             tokens,
-            names_filter=lambda name: name.startswith(prefix),
-            stop_at_layer=1,
+            names_filter=lambda name: name.startswith(prefix) or name in OUTSIDE_BLOCKS,
             output_attentions=False,
         )
     return {

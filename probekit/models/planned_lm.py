@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from probekit.corpus.examples import IGNORE, Batch
-from probekit.models.conditioning import Adapter, Hook
+from probekit.models.conditioning import Adapter
+from probekit.models.language_model import Hook
 from probekit.models.mixing import Mixing
 from probekit.models.planner import Planner
 
@@ -20,13 +21,13 @@ class PlannedLM(nn.Module):
 
     Args:
         bridged: The base LM, frozen.
-        planner: Scores actions; trained here only where the variant is joint.
+        planner: Scores actions; trained here only where the variant is joint. None where nothing is planned.
         adapter: Codebook and projections; None leaves the base LM alone.
         temperature: Of the softmax over scores.
     """
 
     def __init__(
-        self, bridged: TransformerBridge, planner: Planner, adapter: Adapter | None, temperature: float
+        self, bridged: TransformerBridge, planner: Planner | None, adapter: Adapter | None, temperature: float
     ) -> None:
         super().__init__()
         self.bridged = bridged
@@ -36,6 +37,7 @@ class PlannedLM(nn.Module):
 
     def scores(self, batch: Batch) -> Tensor:
         """Planner scores of the touched sentences `[touched, actions]`, each computed once for the batch."""
+        assert self.planner is not None  # noqa: S101 - only what needs scores asks for them
         return self.planner(batch.context).flatten(0, 1)[batch.touched]
 
     def hooks(self, batch: Batch, mixing: Mixing, scores: Tensor | None = None) -> list[Hook]:

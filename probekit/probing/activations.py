@@ -1,114 +1,216 @@
-"""Activations: one forward pass over documents reads every location and layer at the positions asked for."""
+"""Activations: one forward pass over documents reads every location, layer and distance, chunk by chunk."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from probekit.corpus.examples import Windows, collate
-from probekit.corpus.store import Corpus
+from probekit.config import ProbedName
+from probekit.corpus.examples import collate, cut_windows, input_tokens
 from probekit.devices import autocast
 from probekit.errors import ProbekitError
-from probekit.models.language_model import hook_name
-from probekit.models.mixing import Mixing
-from probekit.models.planned_lm import PlannedLM
-from probekit.progress import Task
+from probekit.evaluation.evaluate import window_and_stride
+from probekit.models.language_model import Hook, hook_name, locations
+from probekit.models.mixing import VARIANTS, Fixed
+from probekit.probing.locations import BEFORE
+from probekit.probing.targets import Examples
+from probekit.run import Run
 
 Place = tuple[str, int]
 """A location and a layer."""
 
+CHUNK_EXAMPLES = 512
+"""Examples read at once; a longer document is read in parts, whose windows may overlap a little."""
+
 
 @dataclass(frozen=True)
-class Activations:
-    """What was read.
+class Block:
+    """Places of one width, read into one tensor.
 
     Attributes:
-        positions: Where, in `corpus.tokens`, sorted and distinct `[positions]`.
-        values: For each place float32 activations `[positions, features]`, on the CPU.
+        width: Features at each place.
+        places: The places, in the order of the tensor's first axis.
     """
 
-    positions: np.ndarray
-    values: dict[Place, Tensor]
-
-    def at(self, places: list[Place], positions: np.ndarray) -> Tensor:
-        """Activations `[places, positions, features]` of places of one width, at positions that were read."""
-        rows = np.searchsorted(self.positions, positions)
-        return torch.stack([self.values[place][rows] for place in places])
-
-    def by_width(self) -> list[list[Place]]:
-        """The places, those of one width together."""
-        groups: dict[int, list[Place]] = {}
-        for place, values in self.values.items():
-            groups.setdefault(values.shape[1], []).append(place)
-        return list(groups.values())
+    width: int
+    places: tuple[Place, ...]
 
 
-def read_activations(
-    model: PlannedLM,
-    mixing: Mixing,
-    corpus: Corpus,
-    windows: Windows,
-    positions: np.ndarray,
-    places: list[Place],
-    *,
-    batch_size: int,
-    precision: str,
-    task: Task,
-) -> Activations:
-    """Reads activations, each in the window that scores the token after it.
+class Activations(Protocol):
+    """Where activations come from: a model, or a store of what was read before."""
+
+    blocks: list[Block]
+
+    def chunks(self, examples: Examples) -> Iterator[tuple[slice, list[Tensor]]]:
+        """Activations of all examples, in order, a chunk at a time.
+
+        Yields:
+            Which examples, and for every block float32 activations `[places, distances, chunk, width]`.
+        """
+        ...
+
+
+def blocks_of(places: Sequence[Place], widths: dict[str, int]) -> list[Block]:
+    """The places, those of one width together."""
+    groups: dict[int, list[Place]] = {}
+    for place in places:
+        groups.setdefault(widths[place[0].removesuffix(BEFORE)], []).append(place)
+    return [Block(width, tuple(group)) for width, group in groups.items()]
+
+
+class Reader:
+    """Reads activations of one variant of a run's LM.
+
+    Each is read in the window that scores the token after it, as the perplexity is.
 
     Args:
-        model: The LM with its conditioning.
-        mixing: How it chooses actions.
-        corpus: The corpus.
-        windows: Windows over the documents, in order, as `cut_windows` makes them.
-        positions: Where to read, in `corpus.tokens`, sorted and distinct `[positions]`.
-        places: What to read there.
-        batch_size: Windows in one forward pass.
-        precision: The setting `training.precision`.
-        task: Told of every window.
+        run: The run.
+        variant: Whose activations: `none`, a trained variant, or `random` for random weights.
+        places: What to read.
+        distances: Tokens before the anchor, in the order of the second axis.
+        seed: Of random weights.
+    """
+
+    def __init__(
+        self, run: Run, variant: ProbedName, places: Sequence[Place], distances: Sequence[int], seed: int = 0
+    ) -> None:
+        self.blocks = blocks_of(places, locations(run.bridged))
+        self._run, self.distances = run, np.array(distances)
+        self._window, self._stride = window_and_stride(run)
+        self._conditioned = run.model(variant) if variant in VARIANTS else None
+        self._mixing = VARIANTS[variant].evaluation if variant in VARIANTS else Fixed()
+        names = [_name(place) for place in places] + [name for name, _ in self._added()]
+        self._forward = run.forward_pass(names, random_seed=seed if variant == "random" else None)
+
+    def chunks(self, examples: Examples) -> Iterator[tuple[slice, list[Tensor]]]:
+        """Activations of all examples; see `Activations`."""
+        for part in chunk_slices(examples.document):
+            yield part, self.read(examples[part])
+
+    def changed_by_conditioning(self) -> set[Place]:
+        """The places where an action that is added at a position changes what is read at that position."""
+        tokens = torch.zeros(1, 2, dtype=torch.int64, device=self._run.device)
+        at = np.array([0]), np.array([1]), torch.tensor([0], device=self._run.device)
+        without, added = (self._empty(1, 1) for _ in range(2))
+        self._pass(tokens, [], without, *at)
+        self._pass(tokens, self._added(), added, *at)
+        return {
+            place
+            for block, before, after in zip(self.blocks, without, added, strict=True)
+            for place, *values in zip(block.places, before, after, strict=True)
+            if not torch.equal(*values)
+        }
+
+    def read(self, examples: Examples) -> list[Tensor]:
+        """All blocks of some examples, each `[places, distances, examples, width]`.
+
+        Raises:
+            ProbekitError: An activation is not finite; it names the location and layer.
+        """
+        positions = examples.anchor - self.distances[:, None]
+        windows = cut_windows(self._run.corpus, np.unique(examples.document), self._window, self._stride)
+        window = np.searchsorted(windows.start + windows.length, positions.ravel(), side="right")
+        # Windows of like length side by side need little padding.
+        needed = np.unique(window)
+        needed = needed[np.argsort(windows.length[needed], kind="stable")]
+        rank = np.empty(len(windows), dtype=np.int64)
+        rank[needed] = np.arange(len(needed))
+        order = np.argsort(rank[window], kind="stable")
+        into = self._empty(*positions.shape)
+        size = self._run.config.evaluation.batch_size
+        for start in range(0, len(needed), size):
+            rows = windows[needed[start : start + size]]
+            first, end = np.searchsorted(rank[window[order]], [start, start + len(rows)])
+            flat = order[first:end]
+            row = rank[window[flat]] - start
+            column = positions.ravel()[flat] - rows.start[row]
+            index = torch.from_numpy(flat).to(self._run.device)
+            if self._conditioned is None:
+                tokens, hooks = input_tokens(self._run.corpus, rows).to(self._run.device), list[Hook]()
+            else:
+                batch = collate(self._run.corpus, rows).to(self._run.device)
+                with torch.no_grad():
+                    tokens, hooks = batch.tokens, self._conditioned.hooks(batch, self._mixing)
+            self._pass(tokens, hooks, into, row, column, index)
+        for block, values in zip(self.blocks, into, strict=True):
+            check_finite(block, values)
+        return into
+
+    def _pass(
+        self,
+        tokens: Tensor,
+        hooks: list[Hook],
+        into: list[Tensor],
+        row: np.ndarray,
+        column: np.ndarray,
+        index: Tensor,
+    ) -> None:
+        """One forward pass; rows and columns of tokens go to the flat index of each block's inner axes."""
+        at = tuple(torch.from_numpy(axis).to(tokens.device) for axis in (row, column))
+
+        def reader(target: Tensor) -> Callable[[Tensor], None]:
+            def read(activation: Tensor, hook: Any = None) -> None:
+                target.flatten(0, 1)[index] = activation[at].flatten(1).float()
+
+            return read
+
+        reads: dict[bool, list[Hook]] = {True: [], False: []}
+        for block, values in zip(self.blocks, into, strict=True):
+            for place, target in zip(block.places, values, strict=True):
+                reads[place[0].endswith(BEFORE)].append((_name(place), reader(target)))
+        all_hooks = [*reads[True], *hooks, *reads[False]]
+        with torch.no_grad(), autocast(tokens.device, self._run.config.training.precision):
+            self._forward(tokens, all_hooks, len(reads[True]) + len(reads[False]))
+
+    def _added(self) -> list[Hook]:
+        """Hooks that add something at the last of two positions, as an action would be."""
+        if self._conditioned is None or self._conditioned.adapter is None:
+            return []
+        adapter = self._conditioned.adapter
+        embeddings = torch.stack(
+            [torch.zeros_like(adapter.codebook[0]), torch.ones_like(adapter.codebook[0])]
+        )
+        return adapter.hooks(embeddings, torch.tensor([[0, 1]], device=embeddings.device))
+
+    def _empty(self, distances: int, examples: int) -> list[Tensor]:
+        return [
+            torch.empty(len(block.places), distances, examples, block.width, device=self._run.device)
+            for block in self.blocks
+        ]
+
+
+def chunk_slices(document: np.ndarray) -> Iterator[slice]:
+    """Cuts examples `[examples]` into chunks of whole documents, or parts of one that is too long for one."""
+    ends = np.append(np.flatnonzero(np.diff(document)) + 1, len(document))
+    start = 0
+    while start < len(document):
+        last = np.searchsorted(ends, start + CHUNK_EXAMPLES, side="right") - 1
+        whole = int(ends[last]) if last >= 0 else 0
+        stop = whole if whole > start else min(start + CHUNK_EXAMPLES, len(document))
+        yield slice(start, stop)
+        start = stop
+
+
+def check_finite(block: Block, values: Tensor) -> None:
+    """Refuses activations `[places, ...]` of a block that are not all finite.
 
     Raises:
-        ProbekitError: An activation is not finite.
+        ProbekitError: Names the location and layer.
     """
-    device = model.planner.start.device
-    last = windows.start + windows.length
-    window_of = np.searchsorted(last, positions, side="right")
-    layers = len(model.bridged.blocks)
-    stop = max(layer for _, layer in places) + 1
-    read: dict[Place, list[Tensor]] = {place: [] for place in places}
-    for start in range(0, len(windows), batch_size):
-        rows = windows[start : start + batch_size]
-        first, end = np.searchsorted(window_of, [start, start + len(rows)])
-        task.advance(len(rows))
-        if first == end:
-            continue
-        row = torch.from_numpy(window_of[first:end] - start)
-        column = torch.from_numpy(positions[first:end] - rows.start[window_of[first:end] - start])
-        batch = collate(corpus, rows).to(device)
-        with torch.no_grad(), autocast(device, precision):
-            capture = [(hook_name(*place), _reader(read[place], row, column)) for place in places]
-            model.bridged.run_with_hooks(
-                batch.tokens,
-                fwd_hooks=[*model.hooks(batch, mixing), *capture],
-                stop_at_layer=stop if stop < layers else None,
-                return_type=None,
+    for (location, layer), value in zip(block.places, values, strict=True):
+        # A sum is finite if all is, unless it overflows: only then is a closer look needed.
+        if not value.sum().isfinite() and not value.isfinite().all():
+            raise ProbekitError(
+                f"the activations at {location}, layer {layer}, are not all finite; with "
+                "training.precision bfloat16 try float32"
             )
-    # Taken out one by one, so that parts and whole are not both held for all places.
-    activations = {place: torch.cat(read.pop(place)) for place in places}
-    for (location, layer), values in activations.items():
-        if not values.isfinite().all():
-            raise ProbekitError(f"the activations at {location}, layer {layer}, are not all finite")
-    return Activations(positions, activations)
 
 
-def _reader(into: list[Tensor], row: Tensor, column: Tensor) -> Callable[..., None]:
-    def read(activation: Tensor, hook: Any = None) -> None:
-        into.append(activation[row, column].flatten(1).float().cpu())
-
-    return read
+def _name(place: Place) -> str:
+    location, layer = place
+    return hook_name(location.removesuffix(BEFORE), layer)

@@ -1,29 +1,20 @@
-"""The probe grid: probes and baselines of every distance and horizon, measured on the same test documents."""
+"""The probe grid: which documents, anchors, distances and horizons, shared by every reader that is compared.
+
+All cells use the same anchors, those that every distance and horizon can use, so that a difference between
+two cells is never one of their examples. Distances and horizons that too few anchors can use are empty.
+"""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from probekit.config import VariantName
-from probekit.corpus.examples import cut_windows
-from probekit.evaluation.action_metrics import score_actions
-from probekit.evaluation.baselines import action_prior, baselines
-from probekit.evaluation.evaluate import METRICS, window_and_stride
-from probekit.evaluation.statistics import Resampling, bootstrap_ratios
-from probekit.models.mixing import VARIANTS, Fixed
-from probekit.probing.activations import Activations, Place, read_activations
-from probekit.probing.solvers import SoftmaxProbes
-from probekit.probing.targets import Targets, targets
-from probekit.progress import Progress
-from probekit.run import Run
+from probekit.config import ProbeSettings
+from probekit.corpus.store import Corpus
+from probekit.errors import ProbekitError
+from probekit.probing.targets import NO_LABEL, Examples, Target, find_examples, reached
 
 FITTED_ON, CHOSEN_ON, TESTED_ON = "probe", "validation", "test"
 """The splits that probes use; none of them trained the LM or the planner."""
@@ -31,175 +22,164 @@ FITTED_ON, CHOSEN_ON, TESTED_ON = "probe", "validation", "test"
 MINIMUM_EXAMPLES = 20
 """A cell with fewer examples in any of its splits stays empty."""
 
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """The examples of one distance and horizon, by split."""
-
-    distance: int
-    horizon: int
-    examples: dict[str, Targets]
-
-    @property
-    def empty(self) -> bool:
-        """Whether any of its splits has too few examples for a probe."""
-        return min(map(len, self.examples.values())) < MINIMUM_EXAMPLES
+FEW_SHARED = 0.5
+"""Below this share of the anchors that some cell can use, a note says what the farthest distance costs."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The cells that share documents.
+    """What a grid is measured on.
 
     Attributes:
-        run: The run, with the settings of the grid.
-        documents: The documents of each split that probes use.
+        target: What is read.
+        distances: Distances that are not empty.
+        horizons: Horizons that are not empty.
+        examples: For every split its examples, with labels of these horizons.
+        empty: Test examples of every distance and horizon that is empty.
+        notes: Lines to tell the user.
     """
 
-    run: Run
-    documents: dict[str, np.ndarray]
+    target: Target
+    distances: tuple[int, ...]
+    horizons: tuple[int, ...]
+    examples: Mapping[str, Examples]
+    empty: Mapping[tuple[int, int], int]
+    notes: tuple[str, ...]
 
-    @cached_property
-    def cells(self) -> list[Cell]:
-        """Every distance and horizon of the settings."""
-        settings = self.run.config.probe
-        return [
-            Cell(
-                distance,
-                horizon,
-                {
-                    split: targets(self.run.corpus, numbers, distance, horizon)
-                    for split, numbers in self.documents.items()
-                },
-            )
-            for distance in settings.distances
-            for horizon in settings.horizons
-        ]
+    def positions(self, split: str, distance: int) -> np.ndarray:
+        """Where probes read at a distance, in `corpus.tokens` `[examples]`."""
+        return self.examples[split].anchor - distance
 
-    def baseline_rows(self) -> Iterator[Row]:
-        """Rows of the readers that need no activation, on each cell's own test examples."""
-        documents = self.documents[TESTED_ON]
-        sentences = self.run.corpus.sentences(documents)
-        readers = {
-            horizon: baselines(self.run, documents, horizon) for horizon in self.run.config.probe.horizons
-        }
-        for cell in self.cells:
-            examples = np.searchsorted(sentences, cell.examples[TESTED_ON].anchor)
-            for reader, log_probabilities in readers[cell.horizon].items():
-                head = {"reader": reader, "injected": False}
-                yield from self._rows(cell, [head], log_probabilities[None, examples])
+    def labels(self, split: str, horizon: int) -> np.ndarray:
+        """Labels at a horizon `[examples]`."""
+        return self.examples[split].labels[:, self.horizons.index(horizon)]
 
-    def probe_rows(self, variant: VariantName, places: list[Place], progress: Progress) -> Iterator[Row]:
-        """Rows of the probes of one variant at all places."""
-        activations = self._read(variant, places, progress)
-        # Probes of one cell and one width are fitted as one batch.
-        batches = list(itertools.product(self.cells, activations.by_width()))
-        with progress.task(f"fit probes on {variant}", total=len(self.cells) * len(places)) as task:
-            for cell, batch in batches:
-                heads = [
-                    {
-                        "reader": "probe",
-                        "variant": variant,
-                        "location": location,
-                        "layer": layer,
-                        "injected": self._injected(variant, layer, cell),
-                    }
-                    for location, layer in batch
-                ]
-                if cell.empty:
-                    yield from self._rows(cell, heads, None)
-                else:
-                    yield from self._fitted(cell, heads, activations, batch)
-                task.advance(len(batch))
 
-    def _fitted(
-        self, cell: Cell, heads: list[Row], activations: Activations, places: list[Place]
-    ) -> Iterator[Row]:
-        settings, device = self.run.config.probe, self.run.device
-        X = {split: activations.at(places, part.position).to(device) for split, part in cell.examples.items()}
-        y = {split: torch.from_numpy(part.action).to(device) for split, part in cell.examples.items()}
-        probes = SoftmaxProbes(settings.l2, settings.max_iterations, settings.tolerance).fit(
-            X[FITTED_ON], y[FITTED_ON], self.run.corpus.k, X[CHOSEN_ON], y[CHOSEN_ON]
+def make_grid(corpus: Corpus, settings: ProbeSettings, target: Target, seed: int) -> Grid:
+    """Draws the documents, and finds the anchors that all cells share.
+
+    Args:
+        corpus: The corpus.
+        settings: Distances, horizons, anchors and the most examples.
+        target: What is read.
+        seed: Of the draw of documents to fit on and to choose on; all test documents are used.
+
+    Raises:
+        ProbekitError: There are no documents to fit on, or no cell has enough examples.
+    """
+    documents = {
+        FITTED_ON: _drawn(corpus, FITTED_ON, settings, seed),
+        CHOSEN_ON: _drawn(corpus, CHOSEN_ON, settings, seed),
+        TESTED_ON: corpus.documents(TESTED_ON),
+    }
+    every = {
+        split: find_examples(corpus, numbers, target, settings.horizons, settings.anchors)
+        for split, numbers in documents.items()
+    }
+    usable = {split: _usable(corpus, settings, examples) for split, examples in every.items()}
+    cells = [(d, h) for d in range(len(settings.distances)) for h in range(len(settings.horizons))]
+    alive_d, alive_h, shared = _shared(usable, settings)
+    kept = {(d, h) for d in alive_d for h in alive_h}
+    if not kept:
+        raise ProbekitError(
+            f"no distance and horizon has {MINIMUM_EXAMPLES} examples in each of the splits "
+            f"{', '.join(documents)}; lower probe.distances or probe.horizons, raise probe.max_examples, or "
+            "give more documents"
         )
-        facts = [
-            {
-                "l2": float(probes.l2_[i]),
-                "iterations": int(probes.n_iter_[i]),
-                "converged": bool(probes.converged_[i]),
-                "validation_cross_entropy": float(probes.validation_cross_entropy_[i].min()),
-                "fitted_on": len(cell.examples[FITTED_ON]),
-            }
-            for i in range(len(heads))
-        ]
-        heads = [head | fact for head, fact in zip(heads, facts, strict=True)]
-        return self._rows(cell, heads, probes.log_probabilities(X[TESTED_ON]))
+    examples = {split: _selected(every[split], rows, sorted(alive_h)) for split, rows in shared.items()}
+    empty = {
+        (settings.distances[d], settings.horizons[h]): int(usable[TESTED_ON][:, d, h].sum())
+        for d, h in cells
+        if (d, h) not in kept
+    }
+    distances = tuple(settings.distances[d] for d in sorted(alive_d))
+    horizons = tuple(settings.horizons[h] for h in sorted(alive_h))
+    notes = [*_empty_note(empty), *_shared_note(usable, shared, distances), *_rare_note(examples, target)]
+    return Grid(target, distances, horizons, examples, empty, tuple(notes))
 
-    def _rows(
-        self, cell: Cell, heads: list[Row], log_probabilities: Tensor | np.ndarray | None
-    ) -> Iterator[Row]:
-        """Completes the heads of rows with the cell, and with metrics where there are predictions.
 
-        Args:
-            cell: The cell.
-            heads: What is told already of every reader `[readers]`.
-            log_probabilities: Of the test examples `[readers, examples, actions]`; None leaves it empty.
-        """
-        test = cell.examples[TESTED_ON]
-        place = {"distance": cell.distance, "horizon": cell.horizon, "examples": len(test)}
-        columns = {} if log_probabilities is None else self._metrics(cell, log_probabilities)
-        for i, head in enumerate(heads):
-            yield head | place | {name: column[i] for name, column in columns.items()}
+def _drawn(corpus: Corpus, split: str, settings: ProbeSettings, seed: int) -> np.ndarray:
+    """Whole documents of a split in random order, as long as they hold at most `max_examples` anchors."""
+    documents = corpus.documents(split)
+    if not len(documents):
+        raise ProbekitError(
+            f"the corpus keeps no documents in the split {split!r}; build it with a corpus.{split}_fraction "
+            "above 0"
+        )
+    order = np.random.default_rng(seed).permutation(documents)
+    ends = corpus.document_sentences if settings.anchors == "sentence" else corpus.document_tokens
+    anchors = np.cumsum(ends[order + 1] - ends[order] - 1)
+    return order[anchors <= settings.max_examples]
 
-    def _metrics(self, cell: Cell, log_probabilities: Tensor | np.ndarray) -> dict[str, np.ndarray]:
-        """Metrics with their intervals, each `[readers]`."""
-        test = cell.examples[TESTED_ON]
-        scores = score_actions(log_probabilities, test.action)
-        values = {name: getattr(scores, field) for field, name in METRICS.items()}
-        values["bits"] = (-self._priors[cell.horizon][test.action] - values["cross_entropy"]) / np.log(2)
-        document = np.searchsorted(self.documents[TESTED_ON], test.document)
-        counts = np.bincount(document, minlength=len(self.documents[TESTED_ON]))
-        options: Resampling = {
-            "resamples": self.run.config.evaluation.resamples,
-            "seed": self.run.config.seed,
-        }
-        # All metrics of all readers in one call: they share the resamples, which are drawn once.
-        each = itertools.chain.from_iterable(values.values())
-        sums = [np.bincount(document, weights=value, minlength=len(counts)) for value in each]
-        found = bootstrap_ratios(np.stack(sums, axis=1), counts, **options)
-        columns: dict[str, np.ndarray] = {}
-        for suffix, bounds in (("", found.value), ("_low", found.low), ("_high", found.high)):
-            parts = np.split(bounds, len(values))
-            columns |= {f"{name}{suffix}": part for name, part in zip(values, parts, strict=True)}
-        return columns | {"documents": np.split(found.documents, len(values))[0]}
 
-    def _injected(self, variant: VariantName, layer: int, cell: Cell) -> bool:
-        """Whether the variant adds its action for the target where the cell reads, in this layer or below."""
-        if variant not in VARIANTS or not VARIANTS[variant].evaluation.needs_scores:
-            return False
-        conditioned = layer >= self.run.config.conditioning.skip_layers
-        return conditioned and cell.distance == 1 and cell.horizon == 1
+def _usable(corpus: Corpus, settings: ProbeSettings, examples: Examples) -> np.ndarray:
+    """Which anchors each distance and horizon can use `[examples, distances, horizons]`, bool."""
+    near = np.stack([reached(corpus, examples, distance) for distance in settings.distances], axis=1)
+    return near[:, :, None] & (examples.labels != NO_LABEL)[:, None, :]
 
-    @cached_property
-    def _priors(self) -> dict[int, np.ndarray]:
-        """The prior of every horizon."""
-        horizons = self.run.config.probe.horizons
-        return {horizon: action_prior(self.run.corpus, horizon) for horizon in horizons}
 
-    def _read(self, variant: VariantName, places: list[Place], progress: Progress) -> Activations:
-        """Activations at every position that a cell needs."""
-        documents = np.sort(np.concatenate(list(self.documents.values())))
-        windows = cut_windows(self.run.corpus, documents, *window_and_stride(self.run))
-        positions = [part.position for cell in self.cells for part in cell.examples.values()]
-        with progress.task(f"read activations of {variant}", total=len(windows)) as task:
-            return read_activations(
-                self.run.model(variant),
-                VARIANTS[variant].evaluation if variant in VARIANTS else Fixed(),
-                self.run.corpus,
-                windows,
-                np.unique(np.concatenate(positions)),
-                places,
-                batch_size=self.run.config.evaluation.batch_size,
-                precision=self.run.config.training.precision,
-                task=task,
-            )
+def _shared(
+    usable: Mapping[str, np.ndarray], settings: ProbeSettings
+) -> tuple[set[int], set[int], dict[str, np.ndarray]]:
+    """Distances and horizons that are not empty, by number, and the anchors that all of them can use.
+
+    The farthest distance gives way until enough anchors are left, then the farthest horizon.
+    """
+
+    def enough(distances: list[int], horizons: list[int]) -> bool:
+        return bool(distances and horizons) and all(
+            part[:, distances][:, :, horizons].all((1, 2)).sum() >= MINIMUM_EXAMPLES
+            for part in usable.values()
+        )
+
+    distances = sorted(range(len(settings.distances)), key=settings.distances.__getitem__)
+    horizons = sorted(range(len(settings.horizons)), key=settings.horizons.__getitem__)
+    while len(distances) > 1 and not enough(distances, horizons[:1]):
+        distances.pop()
+    while len(horizons) > 1 and not enough(distances, horizons):
+        horizons.pop()
+    if not enough(distances, horizons):
+        return set(), set(), {}
+    rows = {
+        split: np.asarray(part[:, distances][:, :, horizons].all((1, 2))) for split, part in usable.items()
+    }
+    return set(distances), set(horizons), rows
+
+
+def _selected(examples: Examples, rows: np.ndarray, horizons: list[int]) -> Examples:
+    chosen = examples[rows]
+    return Examples(chosen.document, chosen.anchor, chosen.sentence, chosen.labels[:, horizons])
+
+
+def _empty_note(empty: Mapping[tuple[int, int], int]) -> list[str]:
+    return [
+        f"distance {distance}, horizon {horizon} is empty: {count:,} test examples, or fewer than "
+        f"{MINIMUM_EXAMPLES} in some split"
+        for (distance, horizon), count in empty.items()
+    ]
+
+
+def _shared_note(
+    usable: Mapping[str, np.ndarray], shared: Mapping[str, np.ndarray], distances: tuple[int, ...]
+) -> list[str]:
+    most, left = usable[TESTED_ON].any((1, 2)).sum(), shared[TESTED_ON].sum()
+    if left >= FEW_SHARED * most:
+        return []
+    return [
+        f"all cells share the {left:,} of {most:,} test anchors that distance {max(distances)} reaches; "
+        "leave far distances to a run of their own to keep more"
+    ]
+
+
+def _rare_note(examples: Mapping[str, Examples], target: Target) -> list[str]:
+    counts = np.bincount(examples[FITTED_ON].labels[:, 0], minlength=target.classes)
+    rare = np.flatnonzero(counts < 2)
+    tested = np.isin(examples[TESTED_ON].labels[:, 0], rare)
+    if not len(rare) or not tested.any():
+        return []
+    named = ", ".join(target.names[c] if target.names else str(c) for c in rare[:5])
+    return [
+        f"{len(rare):,} of {target.classes:,} classes have fewer than two examples to fit on ({named}"
+        f"{', …' if len(rare) > 5 else ''}): no probe can learn them; they stay classes, and count in the "
+        f"{tested.sum():,} of {len(tested):,} test examples that have them"
+    ]

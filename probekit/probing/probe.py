@@ -1,38 +1,33 @@
-"""`probekit probe`: softmax probes by variant, location, layer, distance and horizon, with baselines."""
+"""`probekit probe`: probes by variant, location, layer, distance and horizon, with baselines and controls."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from probekit.config import ProbedName
 from probekit.errors import ProbekitError
-from probekit.evaluation.evaluate import METRICS
-from probekit.models.language_model import check_location
-from probekit.probing.activations import Place
-from probekit.probing.grid import CHOSEN_ON, FITTED_ON, MINIMUM_EXAMPLES, TESTED_ON, Grid
+from probekit.evaluation.statistics import Resampling
+from probekit.models.language_model import OUTSIDE_BLOCKS, check_location, locations
+from probekit.models.mixing import VARIANTS
+from probekit.probing.activations import Activations, Place, Reader
+from probekit.probing.baselines import baseline_tallies
+from probekit.probing.fitting import CLOSED_FORM, Work, control_question, document_numbers, fit, score
+from probekit.probing.grid import CHOSEN_ON, FITTED_ON, TESTED_ON, Grid, make_grid
+from probekit.probing.locations import BEFORE
+from probekit.probing.results import table_of
+from probekit.probing.store import Store, identity, write_store
+from probekit.probing.tally import Row, Tally
+from probekit.probing.targets import Target, find_target
 from probekit.progress import Progress
 from probekit.run import Run
 from probekit.storage import atomic_folder, write_json
-
-CELL = ["reader", "variant", "location", "layer", "distance", "horizon"]
-
-_COLUMNS = (
-    {"reader": "str", "variant": "str", "location": "str", "layer": "Int64", "distance": "int64"}
-    | {"horizon": "int64", "injected": "bool", "examples": "int64", "documents": "Int64"}
-    | {
-        f"{metric}{bound}": "float64"
-        for metric in (*METRICS.values(), "bits")
-        for bound in ("", "_low", "_high")
-    }
-    | {"l2": "float64", "iterations": "Int64", "converged": "boolean", "validation_cross_entropy": "float64"}
-    | {"fitted_on": "Int64"}
-)
-"""The table's columns and their types; those with a capital, and boolean, can say that nothing applies."""
 
 
 @dataclass(frozen=True)
@@ -40,37 +35,52 @@ class ProbeResults:
     """What probes and baselines read.
 
     Attributes:
-        table: One row for each reader (probe, prior, bigram, planner, ceilings) and cell; accuracy, top5,
-            cross_entropy (nats) and bits (gained over the prior) on test documents, each with `_low` and
-            `_high`. `injected` marks cells that read where a variant adds its action for the target, in a
-            layer that it conditions. Cells with too few examples are empty.
+        table: One row for each reader (probes, baselines, ceilings) and cell, see `results.COLUMNS`. Metrics
+        are
+            on test documents, with `_low` and `_high`: accuracy, top5, cross_entropy (nats), bits (gained
+            over the prior), selectivity (accuracy less that on the control task), gain (bits over the
+            strongest model-free baseline, `gain_over`; its intervals hold for all cells together). `injected`
+            marks cells where the target's own action had been added by the time of the reading. Cells with
+            too few examples are empty.
         folder: Where it was written.
+        notes: Lines to tell the user.
     """
 
     table: pd.DataFrame
     folder: Path
+    notes: list[str] = field(default_factory=list)
 
     def best_cells(self) -> pd.DataFrame:
-        """The best probe of each variant and location, chosen by cross-entropy on validation documents.
+        """The best cell of each variant, location, solver and horizon, a row for each seed.
 
-        Cells where the target's own action was injected, and empty ones, take no part.
+        Chosen by cross-entropy on validation documents, averaged over seeds. Cells where the target's own
+        action was injected, and empty ones, take no part.
         """
         probes = self.table[(self.table.reader == "probe") & ~self.table.injected]
         probes = probes[probes.validation_cross_entropy.notna()]
-        return probes.loc[probes.groupby(["variant", "location"]).validation_cross_entropy.idxmin()]
+        of = ["variant", "location", "solver", "horizon"]
+        cell = [*of, "layer", "distance"]
+        means = probes.groupby(cell, sort=False).validation_cross_entropy.mean().reset_index()
+        best = means.loc[means.groupby(of, sort=False).validation_cross_entropy.idxmin(), cell]
+        return probes.merge(best, on=cell)
 
 
 def probe(
-    run: Run | str | Path, settings: Mapping[str, Any] | None = None, *, quiet: bool = False
+    run: Run | str | Path,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    store: bool = False,
+    quiet: bool = False,
 ) -> ProbeResults:
     """Fits the probe grid of a run and writes it into `probes/`, in place of what was there.
 
-    Probes are fitted on the documents of the split "probe", their penalty is chosen on "validation", and they
-    are measured on "test"; the LM and the planner were trained on none of these.
+    Probes are fitted on the documents of the split "probe", chosen on "validation" and measured on "test";
+    the LM and the planner were trained on none of these.
 
     Args:
-        run: The run or its folder.
+        run: The run or its folder; a corpus and an LM are enough.
         settings: Settings to replace, by dotted name, such as `probe.distances`.
+        store: Keep activations in `activations/`, and read them from there where they are.
         quiet: Show no progress.
 
     Raises:
@@ -78,65 +88,179 @@ def probe(
     """
     run = run if isinstance(run, Run) else Run.open(run)
     run = Run(run.folder, run.config.override(settings or {}))
-    run.require("planner")
+    run.require("lm")
+    config = run.config.probe
     _check_variants(run)
     places = _places(run)
+    target = find_target(run.corpus, config.target, config.labels)
     progress = Progress(quiet=quiet)
-    documents = {split: run.corpus.documents(split) for split in (CHOSEN_ON, TESTED_ON)}
-    documents[FITTED_ON] = _enough(run, run.corpus.documents(FITTED_ON))
-    grid = Grid(run, documents)
-    if all(cell.empty for cell in grid.cells):
+    grids = _grids(run, target)
+    shared = next(iter(grids.values()))
+    with progress.task("score baselines"):
+        tallies = baseline_tallies(run, shared)
+    notes = list(shared.notes)
+    for seed, grid in grids.items():
+        tallies += _token_embedding(run, grid, seed, progress)
+        for variant in config.variants:
+            tallies += _probed(run, grid, variant, places, seed, progress, store=store)
+    results = ProbeResults(
+        table_of(
+            tallies,
+            np.bincount(document_numbers(shared.examples[TESTED_ON].document)),
+            _empty_rows(run, shared, list(grids), places),
+            Resampling(resamples=run.config.evaluation.resamples, seed=run.config.seed),
+        ).assign(target=target.name),
+        run.folder / "probes",
+        [*notes, *_constant_note(tallies)],
+    )
+    _write(run, results, grids)
+    return results
+
+
+def _grids(run: Run, target: Target) -> dict[int, Grid]:
+    """A grid for every seed; they differ in the documents drawn to fit on and to choose on."""
+    config = run.config.probe
+    seeds = config.seeds or (run.config.seed,)
+    grids = {seed: make_grid(run.corpus, config, target, seed) for seed in seeds}
+    if len({(grid.distances, grid.horizons) for grid in grids.values()}) > 1:
         raise ProbekitError(
-            f"no distance and horizon has {MINIMUM_EXAMPLES} examples in each of the splits "
-            f"{', '.join(documents)}; lower probe.distances or probe.horizons, raise probe.max_examples, or "
-            "give more documents"
+            f"probe.max_examples is {config.max_examples}, so few that distances and horizons are empty for "
+            "some of probe.seeds and not for others; raise it, or lower probe.distances and probe.horizons"
         )
-    rows = list(grid.baseline_rows())
-    for variant in run.config.probe.variants:
-        rows += grid.probe_rows(variant, places, progress)
-    results = ProbeResults(_table(rows), run.folder / "probes")
+    return grids
+
+
+def _token_embedding(run: Run, grid: Grid, seed: int, progress: Progress) -> list[Tally]:
+    """The baseline that knows which token is there, and nothing before it: probes on its embedding."""
+    plain = {"probe.control": False, "probe.code_length": False, "probe.solvers": ["softmax"]}
+    alone = run.with_settings(plain)
+    tallies = _probed(alone, grid, "none", [("hook_embed", 0)], seed, progress, name="token embedding")
+    for tally in tallies:
+        tally.heads = [head | {"reader": "token embedding", "variant": None} for head in tally.heads]
+    return tallies
+
+
+def _probed(
+    run: Run,
+    grid: Grid,
+    variant: ProbedName,
+    places: Sequence[Place],
+    seed: int,
+    progress: Progress,
+    *,
+    name: str | None = None,
+    store: bool = False,
+) -> list[Tally]:
+    """Reads, fits and scores all places of a variant, in as few passes as the memory allows."""
+    config, examples = run.config.probe, grid.examples
+    source: Callable[[list[Place]], Activations]
+    source = partial(Reader, run, variant, distances=grid.distances, seed=seed)
+    if store:
+        folder = run.folder / "activations" / f"{variant}-seed{seed}"
+        write_store(source(list(places)), examples, folder, identity(run, variant, seed, grid), progress)
+        source = partial(Store, folder, run.device)
+    control = control_question(run.corpus, grid, seed) if config.control else None
+    head: Row = {"reader": "probe", "variant": variant, "seed": seed}
+    tallies: list[Tally] = []
+    for group in _groups(run, grid, places):
+        activations = source(group)
+        work = Work(grid, config, control, seed, run.device, progress, name or variant)
+        fitted = fit(activations, work)
+        tallies += score(activations, work, fitted, head)
+    _mark_injected(run, grid, variant, places, tallies)
+    return tallies
+
+
+def _groups(run: Run, grid: Grid, places: Sequence[Place]) -> Iterator[list[Place]]:
+    """Cuts places into groups whose held examples stay within `probe.memory`, of one place at least."""
+    config, widths = run.config.probe, locations(run.bridged)
+    examples = 0 if CLOSED_FORM.issuperset(config.solvers) else len(grid.examples[FITTED_ON])
+    examples += len(grid.examples[CHOSEN_ON]) if examples else 0
+    group: list[Place] = []
+    held = 0
+    for place in places:
+        size = 4 * len(grid.distances) * examples * widths[place[0].removesuffix(BEFORE)]
+        if group and held + size > config.memory * 1e9:
+            yield group
+            group, held = [], 0
+        group.append(place)
+        held += size
+    yield group
+
+
+def _mark_injected(
+    run: Run, grid: Grid, variant: ProbedName, places: Sequence[Place], tallies: Sequence[Tally]
+) -> None:
+    """Marks the rows whose readings had already been told of the target's own action."""
+    told = variant in VARIANTS and VARIANTS[variant].evaluation.needs_scores
+    changed = Reader(run, variant, places, grid.distances).changed_by_conditioning() if told else set()
+    test, corpus = grid.examples[TESTED_ON], run.corpus
+    for tally in tallies:
+        for head in tally.heads:
+            asked = test.sentence + (head["horizon"] - 1 if grid.target.of_sentences is not None else 0)
+            carried = test.anchor - head["distance"] >= corpus.first_token[asked] - 1
+            head["injected"] = (head["location"], head["layer"]) in changed and bool(carried.any())
+
+
+def _empty_rows(run: Run, grid: Grid, seeds: list[int], places: Sequence[Place]) -> list[Row]:
+    """Rows of the cells that have too few examples."""
+    return [
+        {"reader": "probe", "solver": solver, "variant": variant, "seed": seed, "location": location}
+        | {"layer": layer, "distance": distance, "horizon": horizon, "examples": count}
+        for (distance, horizon), count in grid.empty.items()
+        for seed in seeds
+        for variant in run.config.probe.variants
+        for solver in run.config.probe.solvers
+        for location, layer in places
+    ]
+
+
+def _constant_note(tallies: Sequence[Tally]) -> list[str]:
+    heads = [head for tally in tallies for head in tally.heads if head.get("constant")]
+    cells = {
+        f"{head['location']}, layer {head['layer']}, distance {head['distance']} "
+        f"({head['variant'] or head['reader']})"
+        for head in heads
+    }
+    return [f"constant activations, which tell nothing: {cell}" for cell in sorted(cells)]
+
+
+def _write(run: Run, results: ProbeResults, grids: Mapping[int, Grid]) -> None:
     with atomic_folder(results.folder) as folder:
         results.table.to_parquet(folder / "results.parquet", index=False)
         write_json(
             folder / "settings.json",
             run.config.model_dump(mode="json", include={"seed", "probe", "evaluation"})
-            | {"documents": {split: len(numbers) for split, numbers in documents.items()}},
+            | {"notes": results.notes}
+            | {
+                "documents": {
+                    seed: {split: len(np.unique(e.document)) for split, e in grid.examples.items()}
+                    for seed, grid in grids.items()
+                }
+            },
         )
-    return results
-
-
-def _table(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    table = pd.DataFrame(rows).reindex(columns=list(_COLUMNS)).astype(_COLUMNS)
-    return table.sort_values(CELL, kind="stable", ignore_index=True)
 
 
 def _check_variants(run: Run) -> None:
+    known = ["none", "random", *run.variants]
     for variant in run.config.probe.variants:
-        if variant != "none" and variant not in run.variants:
+        if variant not in known:
             raise ProbekitError(
-                f"probe.variants has {variant!r}, which this run has not trained; it has "
-                f"{', '.join(['none', *run.variants])}"
+                f"probe.variants has {variant!r}, which this run has not trained; it has {', '.join(known)}"
             )
 
 
 def _places(run: Run) -> list[Place]:
-    """Every location at every layer of the settings."""
+    """Every location at every layer of the settings; one outside the blocks at the layer beside it."""
     settings, layers = run.config.probe, run.bridged.cfg.n_layers
     for location in settings.locations:
-        check_location(run.bridged, location, "probe.locations")
+        check_location(run.bridged, location.removesuffix(BEFORE), "probe.locations")
     for layer in settings.layers or ():
         if layer >= layers:
             raise ProbekitError(f"probe.layers has {layer}, but the LM's layers are 0 to {layers - 1}")
-    return [(name, layer) for name in settings.locations for layer in settings.layers or range(layers)]
-
-
-def _enough(run: Run, documents: np.ndarray) -> np.ndarray:
-    """Whole documents, drawn at random, as long as they hold at most `probe.max_examples` examples."""
-    if not len(documents):
-        raise ProbekitError(
-            "the corpus keeps no documents to fit probes on; build it with a corpus.probe_fraction above 0"
-        )
-    order = np.random.default_rng(run.config.seed).permutation(documents)
-    sentences = run.corpus.document_sentences
-    examples = np.cumsum(sentences[order + 1] - sentences[order] - 1)
-    return np.sort(order[examples <= run.config.probe.max_examples])
+    beside = dict(zip(OUTSIDE_BLOCKS, (0, layers - 1), strict=True))
+    return [
+        (location, layer)
+        for location in settings.locations
+        for layer in ([beside[location]] if location in beside else settings.layers or range(layers))
+    ]

@@ -1,45 +1,254 @@
-"""Targets: which position is read, and which action it should tell of."""
+"""Targets: what a probe is asked to read, and the examples on which it is asked."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from probekit.corpus.store import Corpus
+from probekit.corpus.store import Corpus, ranges
+from probekit.errors import ProbekitError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+NO_LABEL = -1
+"""Label of an example that has none: it takes no part."""
+
+MOST_TOKENS = 1000
+"""The target `token` has as classes this many tokens, the most frequent ones of the training documents."""
+
+LAST_POSITION = 15
+"""The target `sentence-position` counts sentences from 0 to here, where all later ones are too."""
+
+Labels = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
+"""Labels of examples, given their anchor tokens, the sentences that hold these, and the horizon."""
 
 
 @dataclass(frozen=True)
-class Targets:
-    """The examples of one distance and horizon; all arrays `[examples]`.
+class Target:
+    """Something to read.
 
     Attributes:
-        document: Document of the example.
-        anchor: Sentence that begins at the target token.
-        position: Where the activation is read, in `corpus.tokens`: `distance` tokens before the anchor.
-        action: The label: action of the sentence `horizon - 1` after the anchor.
+        name: What it is called.
+        classes: Its number of classes.
+        labels: The labels `[examples]` of anchors `[examples]` and their sentences `[examples]` at a horizon;
+            `NO_LABEL` where there is none.
+        of_sentences: The label of every sentence of the corpus, memory-mapped or small, where it has one.
+        names: What the classes are called; empty where a number says it all.
+    """
+
+    name: str
+    classes: int
+    labels: Labels
+    of_sentences: np.ndarray | None = None
+    names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Examples that all cells of a grid share; documents are in the order in which they were drawn.
+
+    Attributes:
+        document: Document of each `[examples]`.
+        anchor: The target token, in `corpus.tokens`; probes read some tokens before it `[examples]`.
+        sentence: The sentence that holds the anchor `[examples]`.
+        labels: For every horizon its label `[examples, horizons]`.
     """
 
     document: np.ndarray
     anchor: np.ndarray
-    position: np.ndarray
-    action: np.ndarray
+    sentence: np.ndarray
+    labels: np.ndarray
 
     def __len__(self) -> int:
-        return len(self.action)
+        return len(self.anchor)
+
+    def __getitem__(self, rows: slice | np.ndarray) -> Examples:
+        return Examples(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
-def targets(corpus: Corpus, documents: np.ndarray, distance: int, horizon: int) -> Targets:
-    """Every example of some documents.
+def find_examples(
+    corpus: Corpus,
+    documents: np.ndarray,
+    target: Target,
+    horizons: Sequence[int],
+    anchors: Literal["sentence", "token"] = "sentence",
+) -> Examples:
+    """Every anchor of some documents, in their order; labels that do not exist are `NO_LABEL`.
 
-    Positions before a document's first token do not exist, nor do labels after its last sentence: such
-    examples are left out. So is the first sentence of every document, before which nothing can be read.
+    Args:
+        corpus: The corpus.
+        documents: Their numbers `[documents]`.
+        target: What is read.
+        horizons: 1 is the anchor's own sentence (or token), 2 the next one.
+        anchors: The first token of every sentence, or every token of a sentence.
     """
-    anchor = corpus.sentences(documents)
-    document = corpus.document_of(anchor)
-    position = corpus.first_token[anchor] - distance
-    labelled = anchor + horizon - 1
-    there = position > corpus.document_tokens[document]
-    there &= labelled < corpus.document_sentences[document + 1]
-    action = corpus.actions[labelled[there]].astype(np.int64)
-    return Targets(document[there], anchor[there], position[there], action)
+    first, last = corpus.document_sentences[documents], corpus.document_sentences[documents + 1]
+    if anchors == "sentence":
+        sentence = ranges(first, last)
+        anchor = np.asarray(corpus.first_token[sentence])
+        document = np.repeat(documents, last - first)
+    else:
+        has_sentence = last > first
+        documents, first = documents[has_sentence], first[has_sentence]
+        start, stop = corpus.first_token[first], corpus.document_tokens[documents + 1]
+        anchor = ranges(np.asarray(start), stop)
+        document = np.repeat(documents, stop - start)
+        sentence = np.searchsorted(corpus.first_token, anchor, side="right") - 1
+    labels = [target.labels(anchor, sentence, horizon) for horizon in horizons]
+    return Examples(document, anchor, sentence, np.stack(labels, axis=1))
+
+
+def reached(corpus: Corpus, examples: Examples, distance: int) -> np.ndarray:
+    """Whether there is a token of the document at a distance before each anchor `[examples]`, bool.
+
+    The separator in front of a document is none: nothing has been read there.
+    """
+    return examples.anchor - distance > corpus.document_tokens[examples.document]
+
+
+def find_target(corpus: Corpus, name: str, file: str | None = None) -> Target:
+    """The target of a name: one of `TARGETS`, or a column of a file of labels.
+
+    Args:
+        corpus: The corpus.
+        name: The setting `probe.target`.
+        file: The setting `probe.labels`: CSV, JSON lines or Parquet with a row for every sentence, in order.
+
+    Raises:
+        ProbekitError: There is no such target or column, or its labels do not fit the corpus.
+    """
+    if file is not None:
+        return _from_file(corpus, name, Path(file))
+    if name not in TARGETS:
+        raise ProbekitError(
+            f"probe.target is {name!r}; it must be one of {', '.join(TARGETS)}, or a column of the file that "
+            "probe.labels names"
+        )
+    return TARGETS[name](corpus)
+
+
+def _action(corpus: Corpus) -> Target:
+    highest = int(corpus.actions.max(initial=0))
+    if highest >= corpus.k:
+        raise ProbekitError(
+            f"{corpus.folder / 'actions.npy'} holds action {highest}, but the codebook has {corpus.k}; "
+            "build the corpus again"
+        )
+    return _sentence_target(corpus, "action", corpus.k, corpus.actions)
+
+
+def _token(corpus: Corpus) -> Target:
+    counts = np.zeros(len(corpus.tokenizer), dtype=np.int64)
+    documents = corpus.documents("train")
+    for start in range(0, len(documents), 256):
+        part = documents[start : start + 256]
+        tokens = corpus.tokens[ranges(corpus.document_tokens[part] + 1, corpus.document_tokens[part + 1])]
+        counts += np.bincount(tokens, minlength=len(counts))
+    frequent = np.argsort(-counts, kind="stable")[: min(MOST_TOKENS, int((counts > 0).sum()))]
+    class_of = np.full(len(counts), NO_LABEL, dtype=np.int64)
+    class_of[frequent] = np.arange(len(frequent))
+
+    def labels(anchor: np.ndarray, sentence: np.ndarray, horizon: int) -> np.ndarray:
+        end = corpus.document_tokens[corpus.document_of(sentence) + 1]
+        token = anchor + horizon - 1
+        there = token < end
+        return np.where(there, class_of[corpus.tokens[np.where(there, token, 0)]], NO_LABEL)
+
+    names = tuple(corpus.tokenizer.convert_ids_to_tokens(frequent.tolist()))
+    return Target("token", len(frequent), labels, names=names)
+
+
+def _sentence_position(corpus: Corpus) -> Target:
+    def labels(anchor: np.ndarray, sentence: np.ndarray, horizon: int) -> np.ndarray:
+        document = corpus.document_of(sentence)
+        position = sentence + horizon - 1 - corpus.document_sentences[document]
+        there = sentence + horizon - 1 < corpus.document_sentences[document + 1]
+        return np.where(there, np.minimum(position, LAST_POSITION), NO_LABEL)
+
+    return Target("sentence-position", LAST_POSITION + 1, labels)
+
+
+def _document_type(corpus: Corpus) -> Target:
+    kinds = np.concatenate(
+        [
+            [NO_LABEL if row["kind"] is None else row["kind"] for row in rows]
+            for _, rows in corpus.texts.batches()
+        ]
+    ).astype(np.int64)
+    if (kinds == NO_LABEL).all():
+        raise ProbekitError("probe.target is 'document-type', which only the planted corpus knows")
+
+    def labels(anchor: np.ndarray, sentence: np.ndarray, horizon: int) -> np.ndarray:
+        return kinds[corpus.document_of(sentence)]
+
+    return Target("document-type", int(kinds.max()) + 1, labels)
+
+
+TARGETS: dict[str, Callable[[Corpus], Target]] = {
+    "action": _action,
+    "token": _token,
+    "sentence-position": _sentence_position,
+    "document-type": _document_type,
+}
+"""What can be read of any corpus: the action of a sentence, a token (as in Future Lens, arXiv 2311.04897), a
+sentence's number in its document, and the planted corpus's hidden type."""
+
+
+def _from_file(corpus: Corpus, name: str, path: Path) -> Target:
+    import pandas as pd
+
+    table = _read_table(path)
+    if name not in table.columns:
+        raise ProbekitError(
+            f"probe.labels {path} has no column {name!r} (probe.target); it has "
+            f"{', '.join(map(str, table.columns))}"
+        )
+    sentences = len(corpus.first_token)
+    if len(table) != sentences:
+        raise ProbekitError(
+            f"probe.labels {path} has {len(table):,} rows, but the corpus has {sentences:,} sentences; "
+            "write the table to fill in with `probekit corpus RUN --export FILE`"
+        )
+    column = table[name]
+    if pd.api.types.is_float_dtype(column) and (column.dropna() % 1 != 0).any():
+        raise ProbekitError(f"probe.labels {path}: column {name!r} holds fractions; labels are classes")
+    codes, classes = pd.factorize(column, sort=True)
+    if len(classes) < 2:
+        raise ProbekitError(
+            f"probe.labels {path}: column {name!r} holds {len(classes)} class; two are needed"
+        )
+    target = _sentence_target(corpus, name, len(classes), codes.astype(np.int64))
+    return Target(name, target.classes, target.labels, target.of_sentences, tuple(map(str, classes)))
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    import pandas as pd
+
+    readers: dict[str, Callable[[Path], pd.DataFrame]] = {
+        ".csv": pd.read_csv,
+        ".jsonl": lambda file: pd.read_json(file, lines=True),
+        ".parquet": pd.read_parquet,
+    }
+    if path.suffix not in readers:
+        raise ProbekitError(f"probe.labels is {str(path)!r}; it must end in {', '.join(readers)}")
+    try:
+        return readers[path.suffix](path)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ProbekitError(f"probe.labels {path} cannot be read ({reason})") from None
+
+
+def _sentence_target(corpus: Corpus, name: str, classes: int, of_sentences: np.ndarray) -> Target:
+    def labels(anchor: np.ndarray, sentence: np.ndarray, horizon: int) -> np.ndarray:
+        last = corpus.document_sentences[corpus.document_of(sentence) + 1]
+        there = sentence + horizon - 1 < last
+        return np.where(there, of_sentences[np.where(there, sentence + horizon - 1, 0)], NO_LABEL).astype(
+            np.int64
+        )
+
+    return Target(name, classes, labels, of_sentences)

@@ -1,7 +1,14 @@
-"""Figures from results, each a picture with the numbers behind it (CSV) beside it."""
+"""Figures from the probe grid, each a picture with the numbers behind it (CSV) beside it.
+
+Probes of several seeds are drawn as their mean: value and interval are means over seeds. The interval tells
+of other test documents; of other seeds tell the thin lines, one for each.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import matplotlib as mpl
@@ -9,112 +16,272 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.typing import ColorType, LineStyleType
 
+from probekit.probing.locations import label, per_layer
 from probekit.storage import atomic_path, write_text
+
+METRICS = {
+    "accuracy": "test accuracy",
+    "top5": "test top-5 accuracy",
+    "bits": "bits over the prior",
+    "gain": "bits over the strongest\nmodel-free baseline",
+    "selectivity": "selectivity (accuracy\nover the control task)",
+    "compression": "compression",
+}
+"""What can be drawn, all of it the higher the better, and how axes call it."""
+
+SIGNED = ("gain", "selectivity")
+"""Metrics whose sign matters: their colours part at zero."""
 
 BASELINE_STYLES = {
     "prior": ("0.55", ":"),
     "bigram": ("#b35900", "--"),
+    "skip n-gram": ("#b35900", ":"),
+    "token embedding": ("#8c6d31", "-."),
     "planner": ("#7b3294", "-."),
-    "ceiling (words)": ("black", "-"),
+    "planner after joint": ("#7b3294", ":"),
+    "planner after gumbel": ("#af8dc3", "--"),
+    "planner after straight-through": ("#af8dc3", ":"),
+    "ceiling (tokens read)": ("black", "-."),
+    "ceiling (words)": ("black", "--"),
+    "ceiling (actions)": ("black", "-"),
 }
 """Colour and line of the readers that need no activation."""
 
+DISTANCE = "distance: tokens before the target"
 
-def draw_heat_map(axes: Axes, table: pd.DataFrame, variant: str, location: str, horizon: int = 1) -> None:
-    """Accuracy of the probes of one location by layer and distance.
 
-    Cells are annotated; those where the target's own action was injected carry a star, empty ones a dash.
+@dataclass(frozen=True)
+class Panel:
+    """What one picture shows of the grid: all layers and distances of a variant at a location."""
+
+    variant: str
+    location: str
+    horizon: int = 1
+    solver: str = "softmax"
+    target: str = "action"
+
+    def cells(self, table: pd.DataFrame) -> pd.DataFrame:
+        """The probes of the panel."""
+        wanted = [table[field.name] == getattr(self, field.name) for field in fields(self)]
+        return table[np.logical_and.reduce(wanted, axis=0) & (table.reader == "probe")]
+
+    def baselines(self, table: pd.DataFrame) -> pd.DataFrame:
+        """The other readers of the panel's target and horizon."""
+        return table[
+            (table.reader != "probe") & (table.target == self.target) & (table.horizon == self.horizon)
+        ]
+
+    @property
+    def title(self) -> str:
+        """What is shown, in words."""
+        return f"{self.variant}: {label(self.location)}, {self.target}, horizon {self.horizon}, {self.solver}"
+
+    @property
+    def name(self) -> str:
+        """What is shown, as part of a file's name."""
+        words = [self.variant, self.location, self.target, self.solver, f"h{self.horizon}"]
+        return "_".join(re.sub(r"[^\w-]+", "_", word) for word in words)
+
+
+def panels(table: pd.DataFrame) -> list[Panel]:
+    """Every panel of a table that has a cell that is not empty."""
+    probes = table[(table.reader == "probe") & table.accuracy.notna()]
+    return [Panel(*row) for row in probes[[f.name for f in fields(Panel)]].drop_duplicates().to_numpy()]
+
+
+def mean_over_seeds(cells: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """A metric of cells by layer and distance, with its interval.
+
+    Returns:
+        Columns `layer`, `distance`, `value`, `low`, `high` (NaN where the metric has no interval) and
+        `injected`. A cell that is empty for one seed is empty.
     """
-    cells = _probes(table, variant, location, horizon)
-    stars = cells.injected.map({True: "*", False: ""})
-    cells = cells.assign(text=cells.accuracy.map("{:.2f}".format) + stars)
-    accuracy, text = (
-        cells.pivot_table(
-            index="layer", columns="distance", values=values, aggfunc="first", dropna=False
-        ).iloc[::-1, ::-1]
-        for values in ("accuracy", "text")
+    bounds = {"value": metric, "low": f"{metric}_low", "high": f"{metric}_high"}
+    parts = pd.DataFrame(
+        {
+            "layer": cells.layer.astype("Int64"),
+            "distance": cells.distance,
+            **{name: cells.get(column, np.nan) for name, column in bounds.items()},
+            "injected": cells.injected.astype(bool),
+        }
     )
-    bar = {"label": "test accuracy"}
-    sns.heatmap(accuracy, annot=text, fmt="", cmap="viridis", vmin=0.0, ax=axes, cbar_kws=bar)
-    for row, column in np.argwhere(accuracy.isna().to_numpy()):
+    parts["missing"] = parts.value.isna()
+    cell = parts.groupby(["layer", "distance"])
+    means = cell[list(bounds)].mean().join(cell[["injected", "missing"]].any()).reset_index()
+    means.loc[means.pop("missing"), list(bounds)] = np.nan
+    return means
+
+
+def colour_scale(means: Sequence[pd.DataFrame], metric: str) -> Normalize:
+    """A scale of colours for several heat maps.
+
+    It spans the cells that are not injected, if there are any: injected ones read what was put there, and
+    would leave all others one colour.
+    """
+    cells = pd.concat(means)
+    shown = cells.value[~cells.injected & cells.value.notna()]
+    shown = shown if len(shown) else cells.value.dropna()
+    low, high = (min(0.0, shown.min()), max(0.0, shown.max())) if len(shown) else (0.0, 1.0)
+    if metric in SIGNED:
+        low, high = -max(-low, high), max(-low, high)
+    return Normalize(low, high)
+
+
+def draw_heat_map(
+    axes: Axes,
+    cells: pd.DataFrame,
+    metric: str = "accuracy",
+    *,
+    scale: Normalize | None = None,
+    numbers: bool = True,
+) -> None:
+    """A metric of the probes of one panel by layer and distance.
+
+    Cells where the target's own action was injected carry a star, empty ones a dash.
+
+    Args:
+        axes: Where.
+        cells: Probes of one panel, of one seed or several.
+        metric: One of `METRICS`.
+        scale: Shared colours, whose bar the caller draws; None: its own, with a bar.
+        numbers: Whether values are written into cells.
+    """
+    means = mean_over_seeds(cells, metric)
+    stars = means.injected.map({True: "*", False: ""})
+    written = means.value.map("{:.2f}".format) + stars if numbers else stars
+    table = means.assign(text=written)
+    value, text = (
+        table.pivot_table(column, "layer", "distance", aggfunc="first", dropna=False).iloc[::-1, ::-1]
+        for column in ("value", "text")
+    )
+    own = scale or colour_scale([means], metric)
+    sns.heatmap(
+        value.astype(float),
+        annot=text,
+        fmt="",
+        cmap=colours(metric),
+        norm=own,
+        cbar=scale is None,
+        cbar_kws={"label": METRICS[metric], "extend": beyond([means], own)},
+        ax=axes,
+    )
+    for row, column in np.argwhere(value.isna().to_numpy()):
         axes.text(column + 0.5, row + 0.5, "–", ha="center", va="center")
-    axes.set_xlabel("distance: tokens before the target sentence begins")
+    axes.set_xlabel(DISTANCE)
     axes.set_ylabel("layer")
     axes.tick_params(axis="y", rotation=0)
-    star = "   (* already conditioned on the target sentence)" if cells.injected.any() else ""
-    axes.set_title(f"{variant}: {location}, horizon {horizon}{star}", fontsize=10)
 
 
-def probe_heat_map(table: pd.DataFrame, variant: str, location: str, horizon: int = 1) -> Figure:
+def colours(metric: str) -> str:
+    """The colour map of a metric."""
+    return "RdBu_r" if metric in SIGNED else "viridis"
+
+
+def beyond(means: Sequence[pd.DataFrame], scale: Normalize) -> str:
+    """On which ends of a colour scale values lie beyond it, in matplotlib's word."""
+    values = pd.concat(means).value.dropna()
+    below, above = bool((values < scale.vmin).any()), bool((values > scale.vmax).any())
+    return {(0, 0): "neither", (1, 0): "min", (0, 1): "max", (1, 1): "both"}[below, above]
+
+
+def draw_curve(
+    axes: Axes, cells: pd.DataFrame, metric: str, name: str, colour: ColorType, style: LineStyleType = "-"
+) -> None:
+    """A metric of the probes of one layer against distance, with its 95 % interval.
+
+    Points where the target's own action was injected are hollow. With several seeds, each is a thin line.
+    """
+    means = mean_over_seeds(cells, metric).sort_values("distance")
+    seeds = [seed.sort_values("distance") for _, seed in cells.groupby(_replicate(cells))]
+    for seed in seeds if len(seeds) > 1 else ():
+        axes.plot(seed.distance, seed[metric], color=colour, linewidth=0.5, alpha=0.6, label="_seed")
+    axes.plot(means.distance, means.value, color=colour, linestyle=style, linewidth=1.4, label=name)
+    for injected, points in means.groupby("injected"):
+        face = "white" if injected else colour
+        axes.scatter(points.distance, points.value, s=16, facecolors=[face], edgecolors=[colour], zorder=3)
+    if means.low.notna().any():
+        axes.fill_between(means.distance, means.low, means.high, color=colour, alpha=0.15, linewidth=0)
+
+
+def draw_baselines(axes: Axes, baselines: pd.DataFrame, metric: str) -> None:
+    """A line for each reader that needs no activation and has the metric; its mean over runs and seeds."""
+    for reader, (shade, style) in BASELINE_STYLES.items():
+        line = baselines[baselines.reader == reader].groupby("distance")[metric].mean().dropna()
+        if len(line):
+            axes.plot(line.index, line, color=shade, linestyle=style, linewidth=1.2, label=reader)
+
+
+def dress_distance_axis(axes: Axes, distances: Sequence[int], metric: str) -> None:
+    """Distance from far to near, on a log scale; the metric with its zero in sight."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(distances, map(str, distances))
+    axes.set_xticks([], minor=True)
+    axes.invert_xaxis()
+    axes.axhline(0.0, color="0.4", linewidth=0.8, label="_zero")
+    axes.set_xlabel(DISTANCE)
+    axes.set_ylabel(METRICS[metric])
+
+
+def probe_heat_map(table: pd.DataFrame, panel: Panel, metric: str = "accuracy") -> Figure:
     """`draw_heat_map` on a figure of its own, as large as its cells need."""
-    cells = _probes(table, variant, location, horizon)
-    size = (1.8 + 0.75 * cells.distance.nunique(), 1.6 + 0.45 * cells.layer.nunique())
+    cells = panel.cells(table)
+    size = (2.4 + 0.75 * cells.distance.nunique(), 1.6 + 0.45 * cells.layer.nunique())
     figure = Figure(figsize=size, layout="constrained")
-    draw_heat_map(figure.subplots(), table, variant, location, horizon)
+    axes = figure.subplots()
+    draw_heat_map(axes, cells, metric)
+    star = "\n* the target's own action was added" if cells.injected.any() else ""
+    figure.suptitle(panel.title + star, fontsize=10, parse_math=False)
     return figure
 
 
-def probe_lines(table: pd.DataFrame, variant: str, location: str, horizon: int = 1) -> Figure:
-    """Accuracy against distance, a line for each layer with its 95 % interval, between the baselines."""
-    cells = _probes(table, variant, location, horizon)
+def probe_lines(table: pd.DataFrame, panel: Panel, metric: str = "accuracy") -> Figure:
+    """A metric against distance, a line for each layer with its 95 % interval, between the baselines."""
+    cells = panel.cells(table)
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
     axes = figure.subplots()
-    layers = sorted(cells.layer.unique())
-    colours = mpl.colormaps["viridis"]
-    for i, layer in enumerate(layers):
-        line = cells[cells.layer == layer].sort_values("distance")
-        colour = colours(0.9 * i / max(1, len(layers) - 1))
-        axes.plot(
-            line.distance, line.accuracy, color=colour, marker="o", markersize=3.5, label=f"layer {layer}"
-        )
-        axes.fill_between(
-            line.distance, line.accuracy_low, line.accuracy_high, color=colour, alpha=0.15, linewidth=0
-        )
-    for reader, (shade, style) in BASELINE_STYLES.items():
-        line = table[(table.reader == reader) & (table.horizon == horizon)].sort_values("distance")
-        if len(line):
-            axes.plot(line.distance, line.accuracy, color=shade, linestyle=style, label=reader)
-    axes.set_xticks(sorted(cells.distance.unique()))
-    axes.invert_xaxis()
-    axes.set_ylim(bottom=0.0)
-    axes.set_xlabel("distance: tokens before the target sentence begins")
-    axes.set_ylabel("test accuracy")
+    draw_layers(axes, cells, metric)
+    draw_baselines(axes, panel.baselines(table), metric)
+    dress_distance_axis(axes, sorted(cells.distance.unique()), metric)
+    hollow = "; hollow: the target's own action was added" if cells.injected.any() else ""
     axes.set_title(
-        f"{variant}: {location}, horizon {horizon}, {int(cells.documents.max())} test documents", fontsize=10
+        f"{panel.title}\n{int(cells.documents.max())} test documents{hollow}", fontsize=9, parse_math=False
     )
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     return figure
 
 
+def draw_layers(axes: Axes, cells: pd.DataFrame, metric: str) -> None:
+    """`draw_curve` for each layer of one panel."""
+    layers = sorted(cells.layer.unique())
+    for i, layer in enumerate(layers):
+        colour = mpl.colormaps["viridis"](0.9 * i / max(1, len(layers) - 1))
+        location = cells.location.iloc[0]
+        name = f"layer {layer}" if per_layer(location) else label(location)
+        draw_curve(axes, cells[cells.layer == layer], metric, name, colour)
+
+
 def save_probe_figures(table: pd.DataFrame, folder: Path) -> list[Path]:
-    """Draws every variant, location and horizon into a folder, each with its CSV.
+    """Draws every variant, location, horizon, solver and target into a folder, each with its CSV.
 
     Returns:
         The pictures.
     """
-    probes = table[table.reader == "probe"]
     pictures = []
-    for variant, location, horizon in probes[["variant", "location", "horizon"]].drop_duplicates().to_numpy():
-        cells = _probes(table, variant, location, horizon)
-        if cells.accuracy.isna().all():
-            continue
-        name = f"{variant}_{location.replace('.', '_')}_h{horizon}"
+    for panel in panels(table):
         for kind, draw in {"heatmap": probe_heat_map, "lines": probe_lines}.items():
-            path = folder / f"{kind}_{name}.png"
+            path = folder / f"{kind}_{panel.name}.png"
             with atomic_path(path) as temporary:
-                draw(table, variant, location, horizon).savefig(temporary, dpi=150)
+                draw(table, panel).savefig(temporary, dpi=150)
             pictures.append(path)
-        baselines = table[(table.reader != "probe") & (table.horizon == horizon)]
-        write_text(folder / f"{name}.csv", pd.concat([cells, baselines]).to_csv(index=False))
+        numbers = pd.concat([panel.cells(table), panel.baselines(table)])
+        write_text(folder / f"{panel.name}.csv", numbers.to_csv(index=False))
     return pictures
 
 
-def _probes(table: pd.DataFrame, variant: str, location: str, horizon: int) -> pd.DataFrame:
-    return table[
-        (table.reader == "probe")
-        & (table.variant == variant)
-        & (table.location == location)
-        & (table.horizon == horizon)
-    ]
+def _replicate(cells: pd.DataFrame) -> list[str]:
+    """The columns that tell repetitions of a cell apart: the seed, and the run where there are several."""
+    return [column for column in ("run", "seed") if column in cells]

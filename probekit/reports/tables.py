@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
 import pandas as pd
@@ -112,43 +112,65 @@ def print_evaluation(evaluation: Evaluation) -> None:
 
 
 def print_probes(results: ProbeResults) -> None:
-    """The best cell of every variant and location beside the baselines of the same cell."""
-    table = results.table
+    """The best cells beside the baselines on the same examples, and what to know of all cells together."""
+    table, best_cells = results.table, results.best_cells()
+    seeds = table.seed.nunique()
     rows = []
-    for best in results.best_cells().to_dict("records"):
+    for best in best_cells.to_dict("records"):
         beside = table[
             (table.reader != "probe")
             & (table.distance == best["distance"])
             & (table.horizon == best["horizon"])
+            & (table.seed.isna() | (table.seed == best["seed"]))
         ]
         cell = (
-            f"{best['variant']}, {best['location']}, layer {best['layer']}, distance {best['distance']}, "
-            f"horizon {best['horizon']}"
+            f"{best['variant']}, {best['location']}\n{best['solver']}, layer {best['layer']}\n"
+            f"distance {best['distance']}, horizon {best['horizon']}"
+            + (f"\nseed {best['seed']}" if seeds > 1 else "")
+            + (f"\ntarget {best['target']}" if best["target"] != "action" else "")
         )
-        for row in [best, *beside.to_dict("records")]:
-            rows.append(
-                [
-                    cell if row is best else "",
-                    row["reader"],
-                    _with_range(row, "accuracy"),
-                    _with_range(row, "bits"),
-                    f"{row['examples']:,} / {row['documents']:,}",
-                ]
-            )
+        gain = f"{_with_range(best, 'gain')}\nover the {best['gain_over']}"
+        compression = "" if pd.isna(best["compression"]) else f"{best['compression']:.3f}"
+        rows.append([cell, "probe", *_scores(best), gain, _with_range(best, "selectivity"), compression])
+        rows += [["", row["reader"], *_scores(row), "", "", ""] for row in beside.to_dict("records")]
+    documents = best_cells.documents.max()
     _print(
-        "Best cell of each variant and location (chosen on validation), and baselines on the same examples",
-        ["cell", "reader", "accuracy", "bits over the prior", "examples / documents"],
+        f"Best cells, chosen on validation, on {best_cells.examples.max():,} test examples of {documents:,} "
+        "documents, with the baselines on the same examples",
+        ["cell", "reader", "accuracy", "bits over the prior", "gain in bits", "selectivity", "compression"],
         rows,
     )
-    _warn_of_few(table.documents.max())
-    probes = table[table.reader == "probe"]
-    empty, unconverged = int(probes.accuracy.isna().sum()), int((~probes.converged).sum())
-    if empty or unconverged:
-        _say(
-            f"Of {len(probes):,} probes {empty:,} are empty (too few examples), "
-            f"{unconverged:,} did not converge"
-        )
+    _warn_of_few(documents)
+    for line in [*_cell_lines(table[table.reader == "probe"]), *results.notes]:
+        _say(line)
     _say(f"All {len(table):,} rows: {results.folder / 'results.parquet'}; pictures: {results.folder}")
+
+
+def _cell_lines(probes: pd.DataFrame) -> Iterator[str]:
+    """How many cells beat the baselines, and how many have nothing to say, or nothing to rely on."""
+    compared = probes[probes.gain_low.notna() & ~probes.injected]
+    if len(compared):
+        beat = (compared.gain_low > 0.0).groupby(compared.variant).agg(["sum", "count"])
+        each = ", ".join(f"{variant} {won} of {of}" for variant, won, of in beat.itertuples())
+        yield (
+            f"{beat['sum'].sum():,} of {len(compared):,} cells read more than the "
+            f"{' or '.join(sorted(compared.gain_over.unique()))}, 95 % for all together ({each})"
+        )
+    empty = probes[probes.accuracy.isna()]
+    if len(empty):
+        where = [
+            f"distance {', '.join(map(str, sorted(cells.distance.unique())))} of horizon {horizon}"
+            for horizon, cells in empty.groupby("horizon")
+        ]
+        yield f"{len(empty):,} of {len(probes):,} cells are empty (too few examples): {'; '.join(where)}"
+    if constant := int(probes.constant.fillna(value=False).sum()):
+        yield f"{constant:,} of {len(probes):,} cells have the same activation in all examples"
+    if unconverged := int((~probes.converged.fillna(value=True)).sum()):
+        yield f"{unconverged:,} of {len(probes):,} probes did not converge"
+
+
+def _scores(row: Mapping[Hashable, Any]) -> list[str]:
+    return [_with_range(row, "accuracy"), _with_range(row, "bits")]
 
 
 def _warn_of_few(documents: int) -> None:
@@ -160,7 +182,7 @@ def _warn_of_few(documents: int) -> None:
 
 
 def _with_range(row: Mapping[Hashable, Any], value: str) -> str:
-    return f"{row[value]:.3f} {_range(row, value)}"
+    return f"{row[value]:.3f} {_range(row, value)}" if pd.notna(row[value]) else ""
 
 
 def _range(row: Mapping[Hashable, Any], value: str) -> str:

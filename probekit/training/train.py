@@ -66,6 +66,32 @@ def build_corpus(
     return run
 
 
+def prepare(
+    config: Config,
+    out: str | Path = "runs/run",
+    *,
+    existing: Existing = "refuse",
+    quiet: bool = False,
+) -> Run:
+    """Begins a run with a pre-trained LM and a corpus, and trains nothing: what probing any model takes.
+
+    Args:
+        config: The settings; `lm.name` says which LM.
+        out: The run's folder.
+        existing: What to do where the folder exists: refuse, resume or overwrite.
+        quiet: Show no progress.
+
+    Raises:
+        ProbekitError: No LM is named, or the input is bad.
+    """
+    if config.lm.name is None:
+        raise ProbekitError("lm.name is not set; give the hub name or folder of the LM to probe (--model)")
+    run, progress = Run.begin(out, config, existing), Progress(quiet=quiet)
+    _stage(run, "lm", partial(_language_model, run, progress))
+    _stage(run, "corpus", partial(_corpus, run, progress))
+    return run
+
+
 def _begin(config: Config | None, out: str | Path, existing: Existing) -> Run:
     if config is not None and config.lm.name is None:
         _check_new_model(config)

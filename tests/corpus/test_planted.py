@@ -13,6 +13,7 @@ from probekit.corpus.planted import (
     SYLLABLES,
     PlantedModel,
     generate,
+    posterior_at,
     posterior_given_actions,
     posterior_given_words,
 )
@@ -70,6 +71,30 @@ def test_posteriors_equal_enumeration(seed, horizon, successors):
         np.testing.assert_allclose(from_actions, enumerate_posterior(model, seen, horizon), atol=1e-12)
         read = np.array([model.emission[:, words].prod(axis=1) for words in model.parse(document.text)])
         np.testing.assert_allclose(from_words, enumerate_posterior(model, read, horizon), atol=1e-12)
+
+
+@settings(max_examples=8, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_posteriors_within_a_sentence_equal_enumeration(seed):
+    corpus = generate(SMALL.model_copy(update={"seed": seed}))
+    model, drawn = corpus.model, list(corpus.documents())
+    read = [model.parse(document.text) for document in drawn]
+    rows = [(d, i, ahead) for d in range(len(drawn)) for i in range(4) for ahead in range(4 - i)]
+    document, sentence, ahead = np.random.default_rng(seed).permutation(rows).T
+    partial = np.random.default_rng(seed).dirichlet(np.ones(3), size=len(rows))
+    found = posterior_at(model, read, document, sentence, np.log(partial), ahead)
+    for row in range(len(rows)):
+        words = read[document[row]][: sentence[row]]
+        whole = [model.emission[:, ids].prod(axis=1) for ids in words]
+        likelihood = np.array([*whole, partial[row]])
+        if ahead[row]:
+            # Row j of the enumeration is given j sentences: all of those read need one row more.
+            padded = np.vstack([likelihood, np.ones(3)])
+            expected = enumerate_posterior(model, padded, int(ahead[row]))[-1]
+        else:
+            expected = enumerate_posterior(model, likelihood, 1)[-1] * partial[row]
+            expected /= expected.sum()
+        np.testing.assert_allclose(found[row], expected, atol=1e-12)
 
 
 @settings(max_examples=25, deadline=None)
@@ -265,5 +290,8 @@ def test_bad_input_is_told_in_one_line(corpus, documents):
     never = int(np.flatnonzero(model.transition[:, action].sum(axis=0) == 0)[0])
     with pytest.raises(ProbekitError, match="sentence 1 of document 1 is impossible"):
         posterior_given_actions(model, [documents[0].actions, [action, never]])
+    nothing_left = np.full((1, 24), -np.inf)
+    with pytest.raises(ProbekitError, match="sentence 0 of document 0 is impossible"):
+        posterior_at(model, [[[0]]], np.zeros(1, int), np.zeros(1, int), nothing_left, np.zeros(1, int))
     with pytest.raises(ProbekitError, match=r"corpus\.planted\.concentration is 1e\+308"):
         generate(PlantedSettings(concentration=1e308))

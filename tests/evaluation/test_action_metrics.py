@@ -7,7 +7,9 @@ import torch
 from probekit.errors import ProbekitError
 from probekit.evaluation.action_metrics import (
     NO_ACTION,
+    bigram_of_counts,
     fit_bigram,
+    pair_counts,
     prior_log_probabilities,
     score_actions,
 )
@@ -49,6 +51,27 @@ def test_nan_is_never_a_hit():
 def test_prior_adds_half_an_example_to_each_action():
     log_p = prior_log_probabilities([0, 0, 2], 4)
     assert np.exp(log_p) == pytest.approx(np.array([2.5, 0.5, 1.5, 0.5]) / 5)
+
+
+def test_examples_without_a_label_do_not_count():
+    np.testing.assert_array_equal(
+        prior_log_probabilities([0, -1, 0, 2, -1], 4), prior_log_probabilities([0, 0, 2], 4)
+    )
+    counts = pair_counts([-1, 0, 0, 1, 1], [1, 1, -1, 0, 0], 2)
+    assert counts.tolist() == [[0, 1], [2, 0], [0, 1]]
+
+
+def test_counts_of_parts_add_up():
+    generator = np.random.default_rng(3)
+    previous, target = generator.integers(-1, 5, 100), generator.integers(-1, 5, 100)
+    parts = [pair_counts(previous[part], target[part], 5) for part in (slice(0, 37), slice(37, 100))]
+    np.testing.assert_array_equal(sum(parts), pair_counts(previous, target, 5))
+    labelled = target >= 0
+    one = fit_bigram(previous, target, 5, (previous[:50], target[:50]))
+    other = bigram_of_counts(sum(parts), pair_counts(previous[:50], target[:50], 5))
+    np.testing.assert_array_equal(one.table, other.table)
+    without = fit_bigram(previous[labelled], target[labelled], 5, (previous[:50], target[:50]))
+    np.testing.assert_array_equal(one.table, without.table)
 
 
 def test_bigram_of_a_case_worked_by_hand():
@@ -100,7 +123,7 @@ def test_bigram_approaches_a_planted_chain():
 def test_bad_actions_are_refused():
     with pytest.raises(ProbekitError, match="run from 0 to 4"):
         prior_log_probabilities([0, 4], 4)
-    with pytest.raises(ProbekitError, match="from -1 to 3"):
+    with pytest.raises(ProbekitError, match=r"-2 to -2, not from -1 \(none\) to 3"):
         fit_bigram([-2], [0], 4, ([0], [0]))
     with pytest.raises(ProbekitError, match="validation"):
         fit_bigram([0], [0], 4, ([], []))

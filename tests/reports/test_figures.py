@@ -1,193 +1,263 @@
 """Figures: what is drawn is read back from the axes and held against the table."""
 
-import io
 import itertools
-import shutil
 from pathlib import Path
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.image import imread
+from synthetic_probes import BASELINES, DISTANCES, LAYERS, accuracy_of, probe_table
 
-from probekit.probing.probe import probe
-from probekit.reports.figures import BASELINE_STYLES, probe_heat_map, probe_lines, save_probe_figures
-from probekit.run import Run
+from probekit.models.mixing import VARIANTS
+from probekit.probing.results import MODEL_FREE
+from probekit.reports.figures import (
+    BASELINE_STYLES,
+    METRICS,
+    Panel,
+    colour_scale,
+    draw_heat_map,
+    mean_over_seeds,
+    panels,
+    probe_heat_map,
+    probe_lines,
+    save_probe_figures,
+)
 
-LAYERS, DISTANCES = (0, 1, 2), (1, 2, 4, 8)
-
-
-def accuracy_of(layer: int, distance: int, horizon: int = 1) -> float:
-    """Another accuracy for every cell."""
-    return 0.01 * (10 * layer + distance) + 0.4 * (horizon - 1) + 0.1
-
-
-def table() -> pd.DataFrame:
-    """Probes of one variant at two locations, in no order; the cell (1, 4) is empty and (2, 1) injected."""
-    rows = []
-    for location, layer, distance, horizon in itertools.product("ab", LAYERS, DISTANCES, (1, 2)):
-        value = accuracy_of(layer, distance, horizon) + (0.3 if location == "b" else 0.0)
-        value = np.nan if (layer, distance) == (1, 4) else value
-        rows.append(
-            {"reader": "probe", "variant": "soft", "location": location, "layer": layer}
-            | {"distance": distance, "horizon": horizon, "accuracy": value}
-            | {"injected": (layer, distance, horizon) == (2, 1, 1), "documents": 16}
-        )
-    for reader, distance, horizon in itertools.product(
-        (*BASELINE_STYLES, "ceiling (actions)"), DISTANCES, (1, 2)
-    ):
-        if (reader, horizon) == ("planner", 2):
-            continue
-        rows.append(
-            {"reader": reader, "distance": distance, "horizon": horizon, "injected": False}
-            | {"accuracy": 0.05 * len(reader) / distance + 0.01 * horizon}
-        )
-    frame = pd.DataFrame(rows).assign(
-        accuracy_low=lambda t: t.accuracy - 0.02, accuracy_high=lambda t: t.accuracy + 0.03
-    )
-    types = {"layer": "Int64", "documents": "Int64"}
-    return frame.astype(types).sample(frac=1, random_state=0, ignore_index=True)
+EMPTY = (1, 4)
+INJECTED = (2, 1)
 
 
-def drawn_cells(figure: Figure) -> dict[tuple[int, int], str]:
+def table(**choices) -> pd.DataFrame:
+    return probe_table(("none", "soft"), ("hook_resid_post", "attn.hook_z"), **choices)
+
+
+def expected(variant: str, horizon: int = 1, seed: int = 0) -> dict[tuple[int, int], float]:
+    """Accuracy by layer and distance, of cells that are not empty."""
+    values = {
+        (layer, distance): accuracy_of(layer, distance, horizon, variant, seed)
+        for layer, distance in itertools.product(LAYERS, DISTANCES)
+        if (layer, distance) != EMPTY
+    }
+    return values | ({INJECTED: 0.95} if (variant, horizon) == ("soft", 1) else {})
+
+
+def drawn_cells(axes: Axes) -> dict[tuple[int, int], str]:
     """The annotation of every cell, by the layer and distance that the axes' labels give its place."""
-    axes = figure.axes[0]
-    distances = {
-        float(x): int(label.get_text())
-        for x, label in zip(axes.get_xticks(), axes.get_xticklabels(), strict=True)
-    }
-    layers = {
-        float(y): int(label.get_text())
-        for y, label in zip(axes.get_yticks(), axes.get_yticklabels(), strict=True)
-    }
+    axes_labels = [
+        (axes.get_xticks(), axes.get_xticklabels()),
+        (axes.get_yticks(), axes.get_yticklabels()),
+    ]
+    distances, layers = (
+        {float(at): int(label.get_text()) for at, label in zip(*ticks, strict=True)} for ticks in axes_labels
+    )
     return {
         (layers[text.get_position()[1]], distances[text.get_position()[0]]): text.get_text()
         for text in axes.texts
     }
 
 
-@pytest.mark.parametrize("horizon", [1, 2])
-def test_the_heat_map_has_each_cell_in_its_place(horizon: int):
-    figure = probe_heat_map(table(), "soft", "a", horizon)
-    expected = {
-        (layer, distance): f"{accuracy_of(layer, distance, horizon):.2f}"
-        for layer in LAYERS
-        for distance in DISTANCES
+def points(axes: Axes) -> dict[tuple[float, float], bool]:
+    """The points of a line plot, and whether they are hollow."""
+    return {
+        (round(x, 6), round(y, 6)): tuple(dots.get_facecolors()[0]) == to_rgba("white")
+        for dots in axes.collections
+        if isinstance(dots, mpl.collections.PathCollection)
+        for x, y in dots.get_offsets()
+        if np.isfinite(y)
     }
-    expected[1, 4] = "–"
-    if horizon == 1:
-        expected[2, 1] += "*"
-    assert drawn_cells(figure) == expected
+
+
+def lines_of(figure: Figure) -> dict[str, mpl.lines.Line2D]:
+    return {str(line.get_label()): line for line in figure.axes[0].lines}
+
+
+@pytest.mark.parametrize("variant", ["none", "soft"])
+@pytest.mark.parametrize("horizon", [1, 2])
+def test_the_heat_map_has_each_cell_in_its_place(variant: str, horizon: int):
+    figure = probe_heat_map(table(), Panel(variant, "attn.hook_z", horizon))
+    texts = {cell: f"{value:.2f}" for cell, value in expected(variant, horizon).items()}
+    star = variant == "soft" and horizon == 1
+    texts |= {EMPTY: "–"} | ({INJECTED: "0.95*"} if star else {})
+    assert drawn_cells(figure.axes[0]) == texts
+    assert ("* the target's own action" in figure.get_suptitle()) == star
+
+
+def test_cells_without_numbers_keep_their_marks():
+    axes = Figure().subplots()
+    cells = Panel("soft", "attn.hook_z").cells(table())
+    draw_heat_map(axes, cells, numbers=False, scale=colour_scale([mean_over_seeds(cells, "bits")], "bits"))
+    assert {cell: text for cell, text in drawn_cells(axes).items() if text} == {EMPTY: "–", INJECTED: "*"}
+
+
+def test_a_location_that_is_there_once_is_one_row():
+    numbers = probe_table(("none",), ("hook_embed", "ln_final.hook_out"))
+    for location, layer in {"hook_embed": 0, "ln_final.hook_out": 2}.items():
+        figure = probe_heat_map(numbers, Panel("none", location))
+        assert {cell[0] for cell in drawn_cells(figure.axes[0])} == {layer}
+        assert not {"layer 0", "layer 2"} & {*lines_of(probe_lines(numbers, Panel("none", location)))}
 
 
 def test_the_heat_map_colours_what_it_says():
-    axes = probe_heat_map(table(), "soft", "b").axes[0]
+    axes = probe_heat_map(table(), Panel("soft", "attn.hook_z")).axes[0]
     mesh = axes.collections[0]
     values = np.ma.asarray(mesh.get_array()).reshape(len(LAYERS), len(DISTANCES))
     # Layers from the bottom up, distances towards the target on the right.
-    expected = np.array([[accuracy_of(layer, d) + 0.3 for d in DISTANCES[::-1]] for layer in LAYERS[::-1]])
-    assert values.mask.tolist() == [[False] * 4, [False, True, False, False], [False] * 4]
-    np.testing.assert_allclose(values.filled(0), np.where(values.mask, 0, expected))
-    assert mesh.get_clim()[0] == 0.0
+    truth = expected("soft")
+    cells = [[truth.get((layer, d), np.nan) for d in DISTANCES[::-1]] for layer in LAYERS[::-1]]
+    np.testing.assert_allclose(values.filled(np.nan), cells)
     assert axes.yaxis_inverted()  # the first row is on top
+    # The injected cell would leave the others one colour: it is beyond the scale.
+    assert mesh.get_clim() == (0.0, max(value for cell, value in truth.items() if cell != INJECTED))
 
 
-def test_titles_name_what_is_shown_and_explain_the_star():
-    assert (
-        "soft: a, horizon 1   (* already conditioned"
-        in probe_heat_map(table(), "soft", "a").axes[0].get_title()
-    )
-    assert probe_heat_map(table(), "soft", "a", 2).axes[0].get_title() == "soft: a, horizon 2"
-    assert probe_lines(table(), "soft", "b", 2).axes[0].get_title() == "soft: b, horizon 2, 16 test documents"
+def test_signed_metrics_part_their_colours_at_zero():
+    cells = Panel("none", "attn.hook_z").cells(table())
+    for metric in METRICS:
+        scale = colour_scale([mean_over_seeds(cells, metric)], metric)
+        assert (scale.vmin == -scale.vmax) == (metric in ("gain", "selectivity"))
+        assert scale.vmin <= 0.0 < scale.vmax
 
 
-def test_lines_have_values_intervals_and_baselines():
+def test_only_injected_cells_still_have_a_scale():
+    cells = Panel("soft", "attn.hook_z").cells(table())
+    means = mean_over_seeds(cells[cells.injected], "accuracy")
+    assert (colour_scale([means], "accuracy").vmin, colour_scale([means], "accuracy").vmax) == (0.0, 0.95)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_lines_have_values_and_intervals(metric: str):
     numbers = table()
-    axes = probe_lines(numbers, "soft", "a").axes[0]
-    lines = {str(line.get_label()): line for line in axes.lines}
-    assert set(lines) == {"layer 0", "layer 1", "layer 2", *BASELINE_STYLES}
-    bands = dict(zip(LAYERS, axes.collections, strict=True))
-    for layer in LAYERS:
+    figure = probe_lines(numbers, Panel("none", "attn.hook_z"), metric)
+    lines = lines_of(figure)
+    bands = [
+        c for c in figure.axes[0].collections if isinstance(c, mpl.collections.FillBetweenPolyCollection)
+    ]
+    assert len(bands) == (0 if metric == "compression" else len(LAYERS))
+    cells = Panel("none", "attn.hook_z").cells(numbers)
+    for layer, band in itertools.zip_longest(LAYERS, bands):
+        rows = cells[cells.layer == layer].sort_values("distance")
         x, y = lines[f"layer {layer}"].get_data()
-        shown = [d for d in DISTANCES if (layer, d) != (1, 4)]
         assert x.tolist() == list(DISTANCES)
-        assert [a for d, a in zip(x, y, strict=True) if d in shown] == [accuracy_of(layer, d) for d in shown]
-        assert np.isnan(y[2]) == (layer == 1)
-        corners = {
-            (round(px, 6), round(py, 6)) for path in bands[layer].get_paths() for px, py in path.vertices
-        }
-        for distance in shown:
-            for offset in (-0.02, 0.03):
-                assert (distance, round(accuracy_of(layer, distance) + offset, 6)) in corners
-    for reader in BASELINE_STYLES:
-        rows = numbers[(numbers.reader == reader) & (numbers.horizon == 1)].sort_values("distance")
-        assert lines[reader].get_xdata().tolist() == list(DISTANCES)
-        assert lines[reader].get_ydata().tolist() == rows.accuracy.tolist()
+        np.testing.assert_allclose(y, rows[metric])
+        for offset in (-0.02, 0.03) if band else ():
+            corners = {tuple(np.round(corner, 6)) for path in band.get_paths() for corner in path.vertices}
+            for row in rows[rows[metric].notna()].to_dict("records"):
+                assert (row["distance"], round(row[metric] + offset, 6)) in corners
+    axes = figure.axes[0]
     assert axes.xaxis_inverted()
-    assert axes.get_ylim()[0] == 0.0
+    assert axes.get_ylim()[0] <= 0.0
     assert axes.get_xticks().tolist() == list(DISTANCES)
 
 
-def test_a_baseline_that_is_not_there_is_not_drawn():
-    axes = probe_lines(table(), "soft", "a", horizon=2).axes[0]
-    assert "planner" not in {line.get_label() for line in axes.lines}
+def test_baselines_are_drawn_where_they_have_the_metric():
+    numbers = table()
+    lines = lines_of(probe_lines(numbers, Panel("none", "attn.hook_z")))
+    assert {name for name in lines if name[0] != "_"} == {*BASELINES} | {f"layer {n}" for n in LAYERS}
+    for reader in BASELINES:
+        rows = numbers[(numbers.reader == reader) & (numbers.horizon == 1)].sort_values("distance")
+        assert lines[reader].get_xdata().tolist() == list(DISTANCES)
+        assert lines[reader].get_ydata().tolist() == rows.accuracy.tolist()
+    two = lines_of(probe_lines(numbers, Panel("none", "attn.hook_z", horizon=2)))
+    assert {*lines} - {*two} == {"planner", "planner after joint"}
+    assert not {*BASELINES} & {*lines_of(probe_lines(numbers, Panel("none", "attn.hook_z"), "gain"))}
+
+
+def test_every_reader_has_a_style_of_its_own():
+    joint = {f"planner after {name}" for name, variant in VARIANTS.items() if variant.joint}
+    assert {*MODEL_FREE, *BASELINES, *joint} <= {*BASELINE_STYLES}
+    assert len(set(BASELINE_STYLES.values())) == len(BASELINE_STYLES)
+
+
+def test_injected_points_are_hollow():
+    for variant in ("none", "soft"):
+        figure = probe_lines(table(), Panel(variant, "attn.hook_z"))
+        truth = {
+            (distance, round(value, 6)): variant == "soft" and (layer, distance) == INJECTED
+            for (layer, distance), value in expected(variant).items()
+        }
+        assert points(figure.axes[0]) == truth
+        assert ("hollow" in figure.axes[0].get_title()) == (variant == "soft")
+
+
+def test_seeds_are_averaged_and_each_is_a_thin_line():
+    numbers = table(seeds=(3, 5))
+    panel = Panel("none", "attn.hook_z")
+    figure = probe_lines(numbers, panel)
+    axes, cells = figure.axes[0], panel.cells(numbers)
+    mean = {cell: value + 0.01 for cell, value in expected("none", seed=3).items()}
+    assert points(axes) == {(d, round(value, 6)): False for (_, d), value in mean.items()}
+    thin = sorted(line.get_ydata().tolist() for line in axes.lines if line.get_label() == "_seed")
+    rows = cells.sort_values("distance").groupby(["layer", "seed"]).accuracy.agg(list)
+    np.testing.assert_allclose(thin, sorted(rows))
+    found = mean_over_seeds(cells, "accuracy").set_index(["layer", "distance"])
+    for cell, value in mean.items():
+        assert found.loc[cell, ["value", "low", "high"]].tolist() == pytest.approx(
+            [value, value - 0.02, value + 0.03]
+        )
+    assert drawn_cells(probe_heat_map(numbers, panel).axes[0])[0, 1] == f"{mean[0, 1]:.2f}"
+
+
+def test_a_cell_that_is_empty_for_one_seed_is_empty():
+    cells = Panel("none", "attn.hook_z").cells(table(seeds=(0, 1))).copy()
+    cells.loc[(cells.seed == 1) & (cells.layer == 0) & (cells.distance == 2), "accuracy"] = np.nan
+    found = mean_over_seeds(cells, "accuracy").set_index(["layer", "distance"])
+    assert {cell for cell, value in found.value.items() if np.isnan(value)} == {EMPTY, (0, 2)}
+    assert found.low.isna().equals(found.value.isna())
+
+
+def test_panels_are_those_that_have_something():
+    numbers = table()
+    numbers.loc[(numbers.variant == "soft") & (numbers.location == "attn.hook_z"), "accuracy"] = np.nan
+    grid = itertools.product(
+        ("none", "soft"), ("hook_resid_post", "attn.hook_z"), (1, 2), ("softmax", "ridge")
+    )
+    assert {*panels(numbers)} == {Panel(*row) for row in grid if row[:2] != ("soft", "attn.hook_z")}
+    for panel in panels(numbers):
+        cells = panel.cells(numbers)
+        assert len(cells) == len(LAYERS) * len(DISTANCES)
+        assert not cells.duplicated(["layer", "distance"]).any()
 
 
 def test_figures_are_saved_with_their_numbers(tmp_path: Path):
-    numbers = table()
-    only_empty = numbers[numbers.reader == "probe"].assign(location="c", accuracy=np.nan)
-    numbers = pd.concat([numbers, only_empty], ignore_index=True)
+    numbers = probe_table(
+        ("soft",), ("attn.hook_z", "attn.hook_z:before"), horizons=(1, 2), solvers=("ridge",)
+    )
     pictures = save_probe_figures(numbers, tmp_path / "figures")
     names = {
-        f"{kind}_soft_{place}_h{h}.png" for kind in ("heatmap", "lines") for place in "ab" for h in (1, 2)
+        f"soft_{place}_action_ridge_h{h}" for place in ("attn_hook_z", "attn_hook_z_before") for h in (1, 2)
     }
-    assert {picture.name for picture in pictures} == names
+    assert {picture.name for picture in pictures} == {
+        f"{k}_{n}.png" for k in ("heatmap", "lines") for n in names
+    }
     files = {path.name for path in (tmp_path / "figures").iterdir()}
-    assert files == names | {f"soft_{place}_h{h}.csv" for place in "ab" for h in (1, 2)}
+    assert files == {picture.name for picture in pictures} | {f"{name}.csv" for name in names}
     for picture in pictures:
         assert imread(picture).std() > 0.01
-    for place, horizon in itertools.product("ab", (1, 2)):
-        written = pd.read_csv(tmp_path / "figures" / f"soft_{place}_h{horizon}.csv")
+    for panel in panels(numbers):
+        written = pd.read_csv(tmp_path / "figures" / f"{panel.name}.csv")
         probes = written[written.reader == "probe"]
-        expected = numbers.query("reader == 'probe' and location == @place and horizon == @horizon")
-        assert probes.accuracy.tolist() == pytest.approx(expected.accuracy.tolist(), nan_ok=True)
-        assert set(probes.location) == {place}
+        assert probes.accuracy.tolist() == pytest.approx(panel.cells(numbers).accuracy.tolist(), nan_ok=True)
+        assert set(probes.location) == {panel.location}
         baselines = written[written.reader != "probe"]
-        assert set(baselines.horizon) == {horizon}
-        assert len(baselines) == len(numbers.query("reader != 'probe' and horizon == @horizon"))
+        assert set(baselines.horizon) == {panel.horizon}
+        assert len(baselines) == len(numbers.query("reader != 'probe' and horizon == @panel.horizon"))
 
 
 def test_saving_twice_leaves_the_same(tmp_path: Path):
-    numbers = table()
-    first = {path.name: path.read_bytes() for path in map(Path, save_probe_figures(numbers, tmp_path))}
-    tables = {path.name: path.read_bytes() for path in tmp_path.glob("*.csv")}
-    again = save_probe_figures(numbers, tmp_path)
-    assert {path.name: path.read_bytes() for path in again} == first
-    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.csv")} == tables
-    assert len(list(tmp_path.iterdir())) == len(first) + len(tables)
+    numbers = probe_table(("none",), ("hook_resid_post",), horizons=(1,), solvers=("softmax",))
+    save_probe_figures(numbers, tmp_path)
+    first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    save_probe_figures(numbers, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == first
 
 
-def test_a_probed_run_is_drawn_from_its_file(tiny_run: Run, tmp_path: Path):
-    run = Run.open(shutil.copytree(tiny_run.folder, tmp_path / "run"))
-    settings = {
-        "probe.variants": ["soft"],
-        "probe.locations": ["attn.hook_z"],
-        "probe.distances": [1, 2, 500],
-    }
-    probe(run, settings, quiet=True)
-    probes = run.probes()
-    shown = drawn_cells(probe_heat_map(probes, "soft", "attn.hook_z"))
-    assert len(shown) == 9
-    for row in probes[probes.reader == "probe"].itertuples():
-        star = "*" if (row.layer, row.distance) == (2, 1) else ""
-        text = "–" if row.distance == 500 else f"{row.accuracy:.2f}{star}"
-        assert shown[row.layer, row.distance] == text
-    pictures = save_probe_figures(probes, run.folder / "probes")
-    assert [path.name for path in pictures] == [
-        "heatmap_soft_attn_hook_z_h1.png",
-        "lines_soft_attn_hook_z_h1.png",
-    ]
-    rendered = io.BytesIO()
-    probe_lines(probes, "soft", "attn.hook_z").savefig(rendered)
-    assert rendered.getvalue().startswith(b"\x89PNG")
+def test_the_name_of_a_target_is_no_mathematics_and_no_path(tmp_path: Path):
+    numbers = probe_table(("none",), ("hook_resid_post",), horizons=(1,), solvers=("softmax",))
+    pictures = save_probe_figures(numbers.assign(target="../a $\\frac$ b"), tmp_path / "figures")
+    assert len(pictures) == 2
+    assert {picture.parent for picture in pictures} == {tmp_path / "figures"}

@@ -18,16 +18,23 @@ probability of about 1 / (n + 1) there. Probes that have seen every class are un
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from probekit.errors import ProbekitError
+from probekit.probing.solvers.batch import (
+    CHUNK_BYTES,
+    absent_classes,
+    labels,
+    log_softmax,
+    losses,
+    solved_in,
+    standardised,
+)
 
-CHUNK_BYTES = {"cpu": 1 << 25, "cuda": 1 << 30}
-"""Working memory by which probes are split into chunks, solved in turn; on a CPU, to stay in its cache."""
 COMPACT = 0.75
 """Finished probes leave the batch once at most this share of it is unfinished: to rebuild it costs a copy."""
 
@@ -69,44 +76,80 @@ class SoftmaxProbes:
         Raises:
             ProbekitError: A shape, a class or an activation is wrong; for an activation it names the probe.
         """
-        data = (X, _labels(X, y, classes), X_validation, _labels(X_validation, y_validation, classes))
-        examples, width = max(X.shape[1], X_validation.shape[1]), X.shape[2]
-        floats = examples * (3 * width + 2 * classes) + (2 * len(self.l2) + 10) * width * classes
-        size = max(1, CHUNK_BYTES[X.device.type] // (floats * (8 if X.dtype == torch.float64 else 4)))
-        chunks = range(0, len(X), size)
-        parts = [self._fit_chunk(at, classes, *(part[at : at + size] for part in data)) for at in chunks]
-        results = [torch.cat(part) for part in zip(*parts, strict=True)]
-        self.coef_, self.intercept_, self.n_iter_, self.converged_ = results[:4]
-        self.l2_, self.validation_cross_entropy_ = results[4:]
+        y, y_validation = labels(X, y, classes), labels(X_validation, y_validation, classes)
+        order = sorted(range(len(self.l2)), key=lambda column: -self.l2[column])
+        path = torch.tensor([self.l2[column] for column in order], dtype=torch.float64, device=X.device)
+        best, validation = [], []
+        for at in self._chunks(X, classes, X_validation.shape[1]):
+            fits = list(self._solutions(at, X, y, classes, path[:, None].expand(-1, len(X))))
+            found = [losses(X_validation[at], y_validation[at], *fitted[:2]).mean(1) for fitted in fits]
+            validation.append(torch.stack(found, 1))
+            rows = validation[-1].argmin(1), torch.arange(len(found[0]), device=X.device)
+            best.append(_Fitted(*(torch.stack(parts)[rows] for parts in zip(*fits, strict=True))))
+        self._keep(best)
+        along = torch.cat(validation)
+        if len(broken := (~along.isfinite()).nonzero()):
+            raise ProbekitError(f"probe {int(broken[0, 0])}: its validation loss is not finite")
+        self.l2_ = path[along.argmin(1)]
+        self.validation_cross_entropy_ = along[:, torch.tensor(order).argsort()]
+        return self
+
+    def fit_at(self, X: Tensor, y: Tensor, classes: int, l2: Tensor) -> Self:
+        """Fits all probes, each at one penalty that was chosen elsewhere; takes no validation examples.
+
+        Args:
+            X: Activations, [probes, examples, width].
+            y: Classes, [probes, examples] or [examples]; int64.
+            classes: Number of classes.
+            l2: The penalties, [probes].
+
+        Raises:
+            ProbekitError: A shape, a class, a penalty or an activation is wrong.
+        """
+        y = labels(X, y, classes)
+        if l2.shape != X.shape[:1] or not l2.min() > 0:
+            raise ProbekitError(f"l2 {l2.tolist()} must be a penalty above 0 for each of {len(X)} probes")
+        chunks = self._chunks(X, classes, 0)
+        self._keep([next(self._solutions(at, X, y, classes, l2[None])) for at in chunks])
+        self.l2_ = l2
         return self
 
     def log_probabilities(self, X: Tensor) -> Tensor:
         """Log-probabilities [probes, examples, classes] in nats of activations [probes, examples, width]."""
-        return _log_softmax(X, self.coef_, self.intercept_)
+        return log_softmax(X, self.coef_, self.intercept_)
 
-    def _fit_chunk(
-        self, first: int, classes: int, X: Tensor, y: Tensor, X_validation: Tensor, y_validation: Tensor
-    ) -> tuple[Tensor, ...]:
-        """The results of the probes from `first` on, in the order in which the class lists them."""
-        Z, mean, scale = _standardised(X if X.dtype == torch.float64 else X.float(), first)
-        problem, basis = _rotated(Z, y, classes)
+    def _chunks(self, X: Tensor, classes: int, validation: int) -> list[slice]:
+        """Slices of probes whose working memory stays within bounds."""
+        examples, width = max(X.shape[1], validation), X.shape[2]
+        numbers = examples * (3 * width + 2 * classes) + (2 * len(self.l2) + 10) * width * classes
+        size = max(1, CHUNK_BYTES[X.device.type] // (numbers * solved_in(X).itemsize))
+        return [slice(first, first + size) for first in range(0, len(X), size)]
+
+    def _solutions(self, at: slice, X: Tensor, y: Tensor, classes: int, path: Tensor) -> Iterator[_Fitted]:
+        """The fits of a chunk of probes at each penalty of a path [penalties, probes], each from the last."""
+        Z, mean, scale = standardised(X[at].to(solved_in(X)), at.start)
+        problem, basis = _rotated(Z, y[at], classes)
         weights = torch.cat([basis.new_zeros(len(Z), Z.shape[2], classes), problem.prior.log()], 1)
         rounding = 8 * torch.finfo(Z.dtype).eps  # all the gradient there is where no feature varies
-        threshold = (self.tolerance * _norm(problem.gradient(weights, 0.0)[1])).clamp(min=rounding)
-        path = sorted(range(len(self.l2)), key=lambda column: -self.l2[column])
-        fits, losses = [], Z.new_empty(len(path), len(Z))
-        for column in path:
-            weights, *status = _minimise(problem, weights, self.l2[column], threshold, self.max_iterations)
+        threshold = (self.tolerance * _norm(problem.gradient(weights)[1])).clamp(min=rounding)
+        for l2 in path[:, at, None, None].to(Z):
+            weights, *status = _minimise(problem._replace(l2=l2), weights, threshold, self.max_iterations)
             coef = torch.bmm(basis, weights[:, :-1]) / scale.mT
             intercept = weights[:, -1] - weights[:, -1].mean(1, keepdim=True) - torch.bmm(mean, coef)[:, 0]
-            log_p = _log_softmax(X_validation, coef, intercept)
-            losses[column] = -log_p.gather(2, y_validation[..., None]).mean((1, 2))
-            fits.append((coef, intercept, *status))
-        if len(broken := (~losses.T.isfinite()).nonzero()):
-            raise ProbekitError(f"probe {first + int(broken[0, 0])}: its validation loss is not finite")
-        best, each = losses[path].argmin(0), torch.arange(len(Z), device=Z.device)
-        l2 = torch.tensor(self.l2, dtype=torch.float64, device=Z.device)[path][best]
-        return *(torch.stack(results)[best, each] for results in zip(*fits, strict=True)), l2, losses.T
+            yield _Fitted(coef, intercept, *status)
+
+    def _keep(self, chunks: list[_Fitted]) -> None:
+        results = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+        self.coef_, self.intercept_, self.n_iter_, self.converged_ = results
+
+
+class _Fitted(NamedTuple):
+    """Results of a chunk of probes, as `SoftmaxProbes` lists them."""
+
+    coef: Tensor
+    intercept: Tensor
+    n_iter: Tensor
+    converged: Tensor
 
 
 class _Problem(NamedTuple):
@@ -117,24 +160,25 @@ class _Problem(NamedTuple):
     spectrum: Tensor  # [probes, width + 1, 1]: mean square of each feature
     prior: Tensor  # [probes, 1, classes]: class shares, the added example included
     absent: Tensor  # [probes, 1, classes]: the added example's label, zeros where no class is absent
+    l2: Tensor  # [probes, 1, 1]
 
-    def gradient(self, weights: Tensor, l2: float) -> tuple[Tensor, Tensor]:
+    def gradient(self, weights: Tensor) -> tuple[Tensor, Tensor]:
         """The objective [probes, 1, 1] and its gradient [probes, width + 1, classes]."""
         examples = self.Z.shape[1]
         log_p = torch.log_softmax(torch.bmm(self.Z, weights), -1)
         objective = -log_p.gather(2, self.y).mean((1, 2), keepdim=True)
-        objective += 0.5 * l2 * _dot(weights[:, :-1], weights[:, :-1])
+        objective += 0.5 * self.l2 * _dot(weights[:, :-1], weights[:, :-1])
         residual = log_p.exp_().scatter_add_(2, self.y, -torch.ones_like(self.y, dtype=log_p.dtype))
         gradient = torch.bmm(self.Z.mT, residual).div_(examples)
-        gradient[:, :-1] += l2 * weights[:, :-1]
+        gradient[:, :-1] += self.l2 * weights[:, :-1]
         log_p = torch.log_softmax(weights[:, -1:], -1)  # of the added example
         objective -= _dot(self.absent, log_p) / examples
         gradient[:, -1:] += (self.absent.sum(2, keepdim=True) * log_p.exp() - self.absent) / examples
         return objective, gradient
 
-    def precondition(self, gradient: Tensor, l2: float) -> Tensor:
+    def precondition(self, gradient: Tensor) -> Tensor:
         """Multiplies by the inverse Hessian at the prior's weights (rank one part: Sherman and Morrison)."""
-        penalty = torch.full_like(self.spectrum, l2)
+        penalty = self.l2.expand_as(self.spectrum).clone()
         penalty[:, -1] = 0.0
         diagonal = self.spectrum * self.prior + penalty
         share = self.prior / diagonal
@@ -153,10 +197,10 @@ class _State(NamedTuple):
     step: Tensor
 
 
-def _advance(problem: _Problem, at: _State, l2: float) -> _State:
+def _advance(problem: _Problem, at: _State) -> _State:
     """One evaluation for each probe: it moves on if the objective fell enough; if not, its step shrinks."""
     move = at.step * at.direction
-    objective, gradient = problem.gradient(at.weights + move, l2)
+    objective, gradient = problem.gradient(at.weights + move)
     eps = torch.finfo(move.dtype).eps
     # Close to the optimum the decrease drowns in rounding, hence the slack.
     fell = objective <= at.objective + 1e-4 * _dot(at.gradient, move) + 16 * eps * (1 + at.objective)
@@ -164,9 +208,9 @@ def _advance(problem: _Problem, at: _State, l2: float) -> _State:
     curvature = _dot(move, change)
     usable = curvature > eps * (_dot(move, move) * _dot(change, change)).sqrt()
     inverse = torch.where(usable, 1 / curvature, 0.0)
-    scale = torch.where(usable, curvature / _dot(change, problem.precondition(change, l2)), 1.0)
+    scale = torch.where(usable, curvature / _dot(change, problem.precondition(change)), 1.0)
     along = inverse * _dot(move, gradient)
-    direction = scale * problem.precondition(gradient - along * change, l2)
+    direction = scale * problem.precondition(gradient - along * change)
     direction = (inverse * _dot(change, direction) - along) * move - direction
 
     moved = (at.weights + move, objective, gradient, direction, torch.ones_like(at.step))
@@ -175,7 +219,7 @@ def _advance(problem: _Problem, at: _State, l2: float) -> _State:
 
 
 def _minimise(
-    problem: _Problem, start: Tensor, l2: float, threshold: Tensor, max_iterations: int
+    problem: _Problem, start: Tensor, threshold: Tensor, max_iterations: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Runs each probe until its gradient norm is at most its threshold: weights, iterations, converged."""
     # A step of zero from an infinite objective: the first call of _advance evaluates the start.
@@ -185,7 +229,7 @@ def _minimise(
     converged = torch.zeros_like(iterations, dtype=torch.bool)
     active = torch.arange(len(start), device=start.device)
     for iteration in range(max_iterations + 1):
-        state = _advance(problem, state, l2)
+        state = _advance(problem, state)
         running = ~converged[active]
         result[active[running]] = state.weights[running]
         stopped = active[running & (_norm(state.gradient) <= threshold[active])]
@@ -199,18 +243,6 @@ def _minimise(
     return result, iterations, converged
 
 
-def _standardised(X: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Standardised activations, and the means and scales, both [probes, 1, width], that made them so."""
-    mean = X.mean(1, keepdim=True)
-    Z = X - mean
-    scale = Z.square().mean(1, keepdim=True).sqrt()
-    if len(broken := (~scale.isfinite()).nonzero()):
-        raise ProbekitError(f"probe {first + int(broken[0, 0])}: its activations are not all finite")
-    # A constant feature deviates from its mean by rounding, which must not be blown up to a deviation of 1.
-    scale = torch.where(scale <= 16 * torch.finfo(X.dtype).eps * mean.abs(), 1.0, scale)
-    return Z.div_(scale), mean, scale
-
-
 def _rotated(Z: Tensor, y: Tensor, classes: int) -> tuple[_Problem, Tensor]:
     """The problem in the eigenbasis of the features, and that basis, [probes, width, width]."""
     probes, examples, _ = Z.shape
@@ -219,26 +251,9 @@ def _rotated(Z: Tensor, y: Tensor, classes: int) -> tuple[_Problem, Tensor]:
     spectrum = torch.cat([spectrum.clamp(min=0)[..., None], one], 1)
     Z = torch.cat([torch.bmm(Z, basis), one.expand(-1, examples, -1)], 2)
     counts = Z.new_zeros(probes, 1, classes).scatter_add_(2, y[:, None], one.expand(-1, -1, examples))
-    absent = (counts == 0).to(Z.dtype)
-    absent /= absent.sum(2, keepdim=True).clamp(min=1)
+    absent = absent_classes(counts)
     prior = (counts + absent) / (counts + absent).sum(2, keepdim=True)
-    return _Problem(Z, y[..., None], spectrum, prior, absent), basis
-
-
-def _labels(X: Tensor, y: Tensor, classes: int) -> Tensor:
-    """The labels as [probes, examples], checked."""
-    if X.ndim != 3 or not X.numel() or y.shape not in (X.shape[:2], X.shape[1:2]):
-        raise ProbekitError(
-            f"activations {list(X.shape)} must be [probes, examples, width], none of them 0, "
-            f"and their classes {list(y.shape)} [probes, examples] or [examples]"
-        )
-    if y.min() < 0 or y.max() >= classes:
-        raise ProbekitError(f"classes run from {y.min()} to {y.max()}; they must be 0 to {classes - 1}")
-    return y.expand(X.shape[:2])
-
-
-def _log_softmax(X: Tensor, coef: Tensor, intercept: Tensor) -> Tensor:
-    return torch.log_softmax(torch.baddbmm(intercept[:, None], X.to(coef.dtype), coef), -1)
+    return _Problem(Z, y[..., None], spectrum, prior, absent, torch.zeros_like(one)), basis
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

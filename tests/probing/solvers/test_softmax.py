@@ -7,8 +7,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from probekit.errors import ProbekitError
-from probekit.probing import solvers
-from probekit.probing.solvers import SoftmaxProbes
+from probekit.probing.solvers import SoftmaxProbes, batch
 
 
 def planted(probes=4, examples=600, width=12, classes=5, signal=1.0, seed=0, dtype=torch.float64):
@@ -86,7 +85,7 @@ def test_results_do_not_depend_on_the_batch(limit, monkeypatch):
     X = X * torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0])[:, None, None]  # one finishes at once
     labels = torch.stack([y, y.flip(0), y, y.roll(1), y])
     together = fit((X, labels, X_validation, y_validation), [1e-1, 1e-3])
-    monkeypatch.setitem(solvers.CHUNK_BYTES, "cpu", limit)
+    monkeypatch.setitem(batch.CHUNK_BYTES, "cpu", limit)
     again = fit((X, labels, X_validation, y_validation), [1e-1, 1e-3])
     for name in ("coef_", "intercept_", "l2_", "n_iter_", "converged_", "validation_cross_entropy_"):
         assert torch.allclose(getattr(together, name), getattr(again, name), rtol=1e-9)
@@ -198,7 +197,7 @@ def test_half_precision_activations_are_solved_in_float32():
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_bad_activations_name_the_probe(bad, monkeypatch):
-    monkeypatch.setitem(solvers.CHUNK_BYTES, "cpu", 1)  # the index counts over chunks
+    monkeypatch.setitem(batch.CHUNK_BYTES, "cpu", 1)  # the index counts over chunks
     for part in (0, 2):
         data = planted()
         data[part][2, 5, 3] = bad

@@ -1,0 +1,403 @@
+"""Reading activations: probekit against the bare forward pass, and against what a user would do instead.
+
+    python benchmarks/extraction.py [--device cuda] [--quick] [--repeats 3] [--out FOLDER]
+
+A GPT-2 with random weights reads random tokens, every document one window. What is read are residual
+streams of the first layers at a few positions of every window. All readers but the bare forward pass, which
+is the limit, add up what they read; the sums have to agree. A sweep of closed-form probes costs reading and
+adding, which grows with the documents as the bare forward pass does, and solving, which does not. All shares
+of the matrix rate are of the operations of the bare forward pass.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from harness import (
+    REFERENCE,
+    Contestant,
+    Options,
+    Row,
+    best_matrix_rate,
+    compare,
+    keep,
+    parse_options,
+    peak_memory,
+    race,
+)
+from torch import Tensor, nn
+
+from probekit.config import Config, ProbeSettings
+from probekit.corpus.actions import Codebook
+from probekit.corpus.store import Corpus
+from probekit.corpus.tokenizer import train_tokenizer
+from probekit.devices import autocast
+from probekit.models.language_model import bridge
+from probekit.probing.activations import Reader
+from probekit.probing.solvers import Moments, RidgeProbes
+from probekit.probing.targets import Examples
+from probekit.progress import without_bars_of_transformers
+from probekit.run import Run
+
+LOCATION = "hook_resid_post"
+PRECISION = Config().training.precision
+SAME = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
+"""How far sums of activations may differ: attention kernels round differently."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The LM and what is read of it.
+
+    Attributes:
+        layers: Layers of the LM.
+        width: Its width.
+        heads: Its attention heads.
+        vocabulary: Its vocabulary.
+        window: Tokens in a window.
+        documents: Documents to read, of one window each.
+        batch: Windows in one forward pass.
+        read_layers: The first layers, that are read.
+        spacing: Tokens from one anchor to the next.
+        distances: Tokens before an anchor at which is read.
+        classes: Classes of the closed-form probes.
+    """
+
+    layers: int
+    width: int
+    heads: int
+    vocabulary: int
+    window: int
+    documents: int
+    batch: int
+    read_layers: int
+    spacing: int = 16
+    distances: tuple[int, ...] = (1, 2, 4, 8)
+    classes: int = 256
+
+    @property
+    def anchors(self) -> np.ndarray:
+        """Where in a document's tokens the anchors are `[anchors]`."""
+        return np.arange(self.spacing, self.window, self.spacing)
+
+    @property
+    def flops(self) -> float:
+        """Of the bare forward pass: 12 width^2 weights in a layer, and scores and mix over the whole window.
+
+        A product's multiplication and addition count as two. Attention is counted as it is commonly computed,
+        future positions included.
+        """
+        per_token = 24 * self.width**2 + 4 * self.window * self.width
+        return float(self.read_layers * per_token * self.documents * self.window)
+
+
+GPT2 = Shape(
+    layers=12, width=768, heads=12, vocabulary=50_257, window=128, documents=16, batch=8, read_layers=12
+)
+QUICK = Shape(
+    layers=3, width=16, heads=2, vocabulary=300, window=32, documents=6, batch=4, read_layers=3, classes=4
+)
+
+
+def workloads(options: Options) -> dict[str, Shape]:
+    """All layers, and half of them, behind which a reader can stop."""
+    if options.quick:
+        return {"every layer": QUICK, "lower layers": replace(QUICK, read_layers=2)}
+    shape = GPT2 if options.device.type == "cpu" else replace(GPT2, documents=4096, batch=64)
+    return {"every layer": shape, "lower layers": replace(shape, read_layers=shape.layers // 2)}
+
+
+class Scene:
+    """The LM and the documents, as each contestant needs them."""
+
+    def __init__(self, shape: Shape, device: torch.device, folder: Path) -> None:
+        self.shape, self.device = shape, device
+        generator = np.random.default_rng(0)
+        tokens = generator.integers(1, shape.vocabulary, (shape.documents, shape.window + 1))
+        tokens[:, 0] = 0
+        self.corpus = self._corpus(tokens, folder, generator)
+        self.windows = torch.from_numpy(tokens[:, :-1]).to(device)
+        self.columns = torch.from_numpy(shape.anchors - np.array(shape.distances)[:, None]).to(device)
+        self.folder = folder
+
+    @cached_property
+    def model(self) -> Any:
+        """The plain Hugging Face LM, with its fused attention kernel."""
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        shape = self.shape
+        config = GPT2Config(
+            vocab_size=shape.vocabulary,
+            n_positions=shape.window,
+            n_embd=shape.width,
+            n_layer=shape.layers,
+            n_head=shape.heads,
+            bos_token_id=0,
+            eos_token_id=0,
+            attn_implementation="sdpa",
+            architectures=["GPT2LMHeadModel"],
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return GPT2LMHeadModel(config).to(self.device).eval().requires_grad_(False)
+
+    @cached_property
+    def run(self) -> Run:
+        """A run that holds the LM and the documents, and nothing else."""
+        shape = self.shape
+        settings = {
+            "device": str(self.device),
+            "training.window": shape.window,
+            "evaluation.batch_size": shape.batch,
+        }
+        run = Run.begin(self.folder / "run", Config().override(settings))
+        with without_bars_of_transformers():
+            self.model.save_pretrained(run.folder / "lm")
+        run.mark_finished("lm", {})
+        run.__dict__["corpus"] = self.corpus  # in place of the one that the folder would hold
+        return run
+
+    @property
+    def examples(self) -> Examples:
+        """All anchors."""
+        corpus, anchors = self.corpus, len(self.shape.anchors)
+        document = np.repeat(np.arange(self.shape.documents), anchors)
+        labels = corpus.actions[:, None].astype(np.int64)
+        return Examples(document, corpus.first_token, np.arange(len(document)), labels)
+
+    def batches(self) -> Iterator[Tensor]:
+        """Tokens `[windows, positions]`, a batch at a time."""
+        yield from self.windows.split(self.shape.batch)
+
+    def arithmetic(self) -> Any:
+        """The arithmetic of the forward passes."""
+        return autocast(self.device, PRECISION)
+
+    def zeros(self) -> Tensor:
+        """Sums of what is read `[layers, distances, width]`."""
+        shape = self.shape
+        return torch.zeros(
+            shape.read_layers, len(shape.distances), shape.width, dtype=torch.float64, device=self.device
+        )
+
+    def add(self, sums: Tensor, layer: int, activations: Tensor) -> None:
+        """Adds up one layer's activations `[windows, positions, width]` at the positions that are read."""
+        sums[layer] += activations[:, self.columns].float().sum((0, 2), dtype=torch.float64)
+
+    def _corpus(self, tokens: np.ndarray, folder: Path, generator: np.random.Generator) -> Corpus:
+        shape, anchors = self.shape, len(self.shape.anchors)
+        starts = np.arange(shape.documents + 1) * tokens.shape[1]
+        train_tokenizer(["no text is read"], 257, folder / "corpus" / "tokenizer")
+        return Corpus(
+            folder=folder / "corpus",
+            tokens=tokens.ravel().astype(np.uint16),
+            document_tokens=starts,
+            document_sentences=np.arange(shape.documents + 1) * anchors,
+            first_token=(starts[:-1, None] + shape.anchors).ravel(),
+            spans=np.zeros((shape.documents * anchors, 2), dtype=np.int64),
+            split=np.zeros(shape.documents, dtype=np.uint8),
+            embeddings=np.zeros((shape.documents * anchors, 1), dtype=np.float32),
+            actions=generator.integers(shape.classes, size=shape.documents * anchors).astype(np.int32),
+            codebook=Codebook(np.zeros((shape.classes, 1), dtype=np.float32)),
+            facts={},
+        )
+
+
+# Contestants: each is given the scene and returns the work, which returns the sums of what it read.
+
+Work = Callable[[], Tensor | None]
+
+
+def bare_forward(scene: Scene) -> Work:
+    """The plain module up to the last layer that is read: no logits, no hooks, nothing read."""
+    model = _body(scene, scene.shape.read_layers)
+
+    def work() -> None:
+        with torch.inference_mode(), scene.arithmetic():
+            for tokens in scene.batches():
+                model(tokens, use_cache=False)
+
+    return work
+
+
+def hidden_states(scene: Scene) -> Work:
+    """Hugging Face's own way; it runs all layers, whatever is wanted of them."""
+    model = _body(scene, scene.shape.layers)
+
+    def work() -> Tensor:
+        sums = scene.zeros()
+        with torch.inference_mode(), scene.arithmetic():
+            for tokens in scene.batches():
+                states = model(tokens, use_cache=False, output_hidden_states=True).hidden_states
+                for layer in range(scene.shape.read_layers):
+                    scene.add(sums, layer, states[layer + 1])
+        return sums
+
+    return work
+
+
+def transformer_lens(scene: Scene) -> Work:
+    """`run_with_cache`, of the residual streams alone and without attention maps.
+
+    It stops behind the last layer that is read, but computes logits where that is the LM's last.
+    """
+    names = [f"blocks.{layer}.{LOCATION}" for layer in range(scene.shape.read_layers)]
+    bridged = bridge(copy.deepcopy(scene.model), scene.corpus.tokenizer, "gpt2")
+
+    def work() -> Tensor:
+        sums = scene.zeros()
+        with torch.inference_mode(), scene.arithmetic():
+            for tokens in scene.batches():
+                _, cache = bridged.run_with_cache(
+                    tokens,
+                    names_filter=names,
+                    output_attentions=False,
+                    stop_at_layer=scene.shape.read_layers,
+                    return_type=None,
+                )
+                for layer, name in enumerate(names):
+                    scene.add(sums, layer, cache[name])
+        return sums
+
+    return work
+
+
+def probekit_reader(scene: Scene) -> Work:
+    """What `probekit probe` reads with."""
+    reader = _reader(scene)
+
+    def work() -> Tensor:
+        sums = scene.zeros()
+        for _, (block,) in reader.chunks(scene.examples):
+            sums += block.sum(2, dtype=torch.float64)
+        return sums
+
+    return work
+
+
+def closed_form_sums(scene: Scene) -> Work:
+    """What a grid of closed-form probes adds to reading: sums, of which the probes are solved."""
+    reader = _reader(scene)
+
+    def work() -> None:
+        _moments(scene, reader)
+
+    return work
+
+
+def closed_form_solve(scene: Scene) -> Work:
+    """Solving ridge probes with every default penalty: once, however many examples there were."""
+    moments = _moments(scene, _reader(scene))
+
+    def work() -> None:
+        RidgeProbes(ProbeSettings().l2).fit_moments(moments)
+
+    return work
+
+
+SOLVE = "probekit, closed form: solve"
+CONTESTANTS: dict[str, Callable[[Scene], Work]] = {
+    "probekit": probekit_reader,
+    "bare forward": bare_forward,
+    "output_hidden_states": hidden_states,
+    "TransformerLens": transformer_lens,
+    "probekit, closed form: read and add": closed_form_sums,
+    SOLVE: closed_form_solve,
+}
+
+
+def _body(scene: Scene, layers: int) -> Any:
+    """A copy of the plain module's first layers, without its final norm: the residual stream."""
+    model = copy.deepcopy(scene.model.transformer)
+    model.h = nn.ModuleList(model.h[:layers])
+    model.config.num_hidden_layers = layers
+    model.ln_f = nn.Identity()
+    return model
+
+
+def _reader(scene: Scene) -> Reader:
+    places = [(LOCATION, layer) for layer in range(scene.shape.read_layers)]
+    return Reader(scene.run, "none", places, scene.shape.distances)
+
+
+def _moments(scene: Scene, reader: Reader) -> Moments:
+    shape, examples = scene.shape, scene.examples
+    probes = shape.read_layers * len(shape.distances)
+    labels = torch.from_numpy(examples.labels[:, 0]).to(scene.device)
+    moments = Moments.zeros(probes, shape.width, shape.classes, scene.device)
+    for rows, (block,) in reader.chunks(examples):
+        moments.add(block.flatten(0, 1), labels[rows])
+    return moments
+
+
+def measure(name: str, shape: Shape, options: Options) -> list[Row]:
+    """The rows of a workload."""
+    with tempfile.TemporaryDirectory() as folder:
+        scene = Scene(shape, options.device, Path(folder))
+        works = {contestant: make(scene) for contestant, make in CONTESTANTS.items()}
+        outcomes = race(
+            {n: Contestant(work, work) for n, work in works.items()}, options.repeats, options.device
+        )
+        with scene.arithmetic():
+            dtype = torch.get_autocast_dtype(options.device.type)
+            dtype = dtype if torch.is_autocast_enabled(options.device.type) else torch.float32
+    rate = best_matrix_rate(options.device, dtype, (shape.batch * shape.window, shape.width, 4 * shape.width))
+    sums = outcomes[REFERENCE].result
+    rows = []
+    for contestant, outcome in outcomes.items():
+        row = {"workload": name} | asdict(shape)
+        row |= {"dtype": str(dtype).removeprefix("torch."), "contestant": contestant} | outcome.columns()
+        if contestant != SOLVE:
+            row["tokens_per_second"] = shape.documents * shape.window / row["seconds"]
+            row["matrix_rate_share"] = shape.flops / row["seconds"] / rate
+        row["difference"] = None if outcome.result is None else _difference(outcome.result, sums)
+        if shape.read_layers == shape.layers and (contestant == REFERENCE or not options.quick):
+            row |= peak_memory(prepare, options.device, shape=asdict(shape), name=contestant)
+        rows.append(row)
+    compare(rows, SAME[dtype])
+    bare = next(row["seconds"] for row in rows if row["contestant"] == "bare forward")
+    for row in rows:
+        row["ratio_to_bare_forward"] = row["seconds"] / bare
+    return rows
+
+
+def _difference(sums: Tensor, reference: Tensor) -> float:
+    """The largest difference in any layer, as a share of that layer's largest sum."""
+    apart = (sums - reference).abs().amax((1, 2)) / reference.abs().amax((1, 2))
+    return float(apart.max())
+
+
+def prepare(device: str, shape: dict[str, Any], name: str) -> Callable[[], Any]:
+    """Makes a scene ready; the call is one contestant's work."""
+    folder = tempfile.TemporaryDirectory()
+    distances = tuple(shape["distances"])
+    scene = Scene(Shape(**(shape | {"distances": distances})), torch.device(device), Path(folder.name))
+    work = CONTESTANTS[name](scene)
+
+    def call(_: Any = folder) -> None:  # which is removed with the call
+        work()
+
+    return call
+
+
+def main(arguments: Sequence[str] | None = None) -> list[Row]:
+    """Measures all workloads, prints and writes them."""
+    options = parse_options(__doc__, arguments)
+    rows = []
+    for name, shape in workloads(options).items():
+        print(f"{name} ...", flush=True)
+        rows += measure(name, shape, options)
+    keep("extraction", options, {"location": LOCATION, "ratio": f"seconds over those of {REFERENCE}"}, rows)
+    return rows
+
+
+if __name__ == "__main__":
+    main()

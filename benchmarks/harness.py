@@ -1,0 +1,352 @@
+"""What all benchmarks share: options, races, the machine's own limit, peak memory, and how results are kept.
+
+A claim of speed is a ratio between contestants that ran in turns in one run, and a share of the rate at
+which this machine multiplies matrices, measured in the same run. Neither says anything where the results of
+the contestants differ: `compare` refuses such ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.util
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from probekit.config import Config
+from probekit.devices import compute_device
+from probekit.run import provenance
+from probekit.storage import write_json
+
+RESULTS = Path(__file__).parent / "results"
+SAME = 0.01
+"""Contestants whose quality differs by more than this share are not compared."""
+REFERENCE = "probekit"
+"""The contestant whose time is the unit of all ratios."""
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every benchmark takes from its command line."""
+
+    device: torch.device
+    quick: bool
+    repeats: int
+    out: Path | None
+
+
+def parse_options(description: str | None, arguments: Sequence[str] | None = None) -> Options:
+    """Options from a command line; None takes the process's own."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 or auto (cpu)")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny sizes that say nothing about speed, in seconds"
+    )
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each contestant (3)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help=f"folder of results ({RESULTS.parent.name}/{RESULTS.name}; none with --quick)",
+    )
+    given = parser.parse_args(arguments)
+    if given.repeats < 1:
+        parser.error(f"--repeats is {given.repeats}; it must be 1 or more")
+    out = given.out or (None if given.quick else RESULTS)
+    return Options(compute_device(given.device), given.quick, given.repeats, out)
+
+
+# Time
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """Something to be timed.
+
+    Attributes:
+        run: The work.
+        warm_up: Run once before any timing; a smaller piece of the same work where that is long.
+    """
+
+    run: Callable[[], Any]
+    warm_up: Callable[[], Any]
+
+
+@dataclass
+class Outcome:
+    """Seconds of every timed run, and what the last one returned."""
+
+    times: list[float] = field(default_factory=list)
+    result: Any = None
+
+    def columns(self, scale: float = 1.0) -> Row:
+        """The least and the median time in seconds, times `scale`."""
+        return {
+            "seconds": min(self.times) * scale,
+            "median_seconds": statistics.median(self.times) * scale,
+        }
+
+
+def race(contestants: Mapping[str, Contestant], repeats: int, device: torch.device) -> dict[str, Outcome]:
+    """Times contestants in turns, so that a machine that slows down or is disturbed slows all of them.
+
+    Every other round goes through them backwards.
+    """
+    outcomes = {name: Outcome() for name in contestants}
+    for contestant in contestants.values():
+        contestant.warm_up()
+    for turn in range(repeats):
+        for name in list(contestants)[:: -1 if turn % 2 else 1]:
+            outcomes[name].result = None  # two results at once may not fit
+            gc.collect()
+            seconds, outcomes[name].result = timed(contestants[name].run, device)
+            outcomes[name].times.append(seconds)
+    return outcomes
+
+
+def timed(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    """Seconds that a call took, the device's work included, and what it returned."""
+    _synchronise(device)
+    begun = time.perf_counter()
+    result = call()
+    _synchronise(device)
+    return time.perf_counter() - begun, result
+
+
+@cache
+def matrix_rate(
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: tuple[int, int, int],
+    batch: int = 1,
+    repeats: int = 5,
+) -> float:
+    """Floating-point operations a second of [batch, m, k] x [batch, k, n], the largest of several repeats.
+
+    It is measured once in a process.
+
+    Args:
+        device: Where.
+        dtype: Of the factors.
+        shape: m, k and n.
+        batch: Products in one call.
+        repeats: How many times it is measured, each over enough calls to be timed well.
+    """
+    m, k, n = shape
+    a = torch.ones(batch, m, k, device=device, dtype=dtype)
+    b = torch.ones(batch, k, n, device=device, dtype=dtype)
+    out = torch.empty(batch, m, n, device=device, dtype=dtype)
+    calls = 1
+    while timed(partial(_multiply, a, b, out, calls), device)[0] < 0.05:
+        calls *= 2
+    seconds = min(timed(partial(_multiply, a, b, out, calls), device)[0] for _ in range(repeats))
+    return 2.0 * batch * m * k * n * calls / seconds
+
+
+def best_matrix_rate(device: torch.device, dtype: torch.dtype, *shapes: tuple[int, int, int]) -> float:
+    """The largest rate over some shapes and a square one: the limit that shares are given of."""
+    return max(matrix_rate(device, dtype, shape) for shape in [*shapes, (2048, 2048, 2048)])
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor, calls: int) -> None:
+    for _ in range(calls):
+        torch.bmm(a, b, out=out)
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# Memory
+
+# As Linux counts, a process begins with the peak of the one that starts it (ru_maxrss survives exec): a small
+# one starts the one that is measured.
+_STARTER = "import subprocess, sys; sys.exit(subprocess.run(sys.argv[1:]).returncode)"
+
+
+def peak_memory(
+    prepare: Callable[..., Callable[[], Any]], device: torch.device, **arguments: Any
+) -> dict[str, float]:
+    """Peak memory of a call, alone in a fresh process.
+
+    Args:
+        prepare: A function at the top of a benchmark's file; it makes ready what is not measured and returns
+            the call. It is given the device's name and the arguments.
+        device: Where the call computes.
+        arguments: Plain values that can be written as JSON.
+
+    Returns:
+        `peak_megabytes` is the process's resident memory at its peak, `added_megabytes` how far that is above
+        what was resident before the call (off Linux: above the peak before the call); on a GPU
+        `peak_device_megabytes` and `added_device_megabytes` tell the same of what PyTorch allocated there.
+    """
+    job = json.dumps(
+        {
+            "file": prepare.__code__.co_filename,
+            "function": prepare.__name__,
+            "device": str(device),
+            "arguments": arguments,
+        }
+    )
+    command = [sys.executable, "-c", _STARTER, sys.executable, __file__, job]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - ourselves
+    if done.returncode:
+        raise RuntimeError(f"the process whose memory was measured failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _measure(job: Row) -> dict[str, float]:
+    device = torch.device(job["device"])
+    spec = importlib.util.spec_from_file_location("measured", job["file"])
+    if spec is None or spec.loader is None:
+        raise RuntimeError(f"{job['file']} cannot be loaded")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["measured"] = module  # where dataclasses look for the types of their fields
+    spec.loader.exec_module(module)
+    call = getattr(module, job["function"])(device.type, **job["arguments"])
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        held = torch.cuda.memory_allocated(device)
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
+    before = _peak_resident()
+    call()
+    found = {"peak_megabytes": _peak_resident(), "added_megabytes": _peak_resident() - before}
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        found |= {"peak_device_megabytes": peak / 1e6, "added_device_megabytes": (peak - held) / 1e6}
+    return found
+
+
+def _peak_resident() -> float:
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kibibytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+# Results
+
+
+def compare(rows: list[Row], same: float = SAME) -> None:
+    """Adds to the rows of one workload how many times longer each took than the reference.
+
+    Args:
+        rows: One for each contestant, with `contestant`, `seconds` and `difference`, the share by which its
+            result differs from the reference's, None where it has none; changed in place. `ratio` stays None
+            where the difference is larger than `same`.
+        same: The largest difference.
+    """
+    (reference,) = (row for row in rows if row["contestant"] == REFERENCE)
+    for row in rows:
+        comparable = row["difference"] is None or row["difference"] <= same
+        row["ratio"] = row["seconds"] / reference["seconds"] if comparable else None
+
+
+def machine(device: torch.device) -> Row:
+    """What the benchmark runs on, and how busy that is with other things."""
+    origin = provenance(Config.from_dict({"device": str(device)}))
+    found = {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
+        "system": platform.platform(),
+        "versions": origin["versions"],
+        "git_commit": origin["git_commit"],
+    }
+    if device.type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(device)
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def keep(name: str, options: Options, settings: Row, rows: list[Row]) -> Path | None:
+    """Prints the results and writes them to `<out>/<name>-<cpu|cuda>.json`, unless `out` is None."""
+    where = machine(options.device)
+    show(name, where, rows)
+    if options.out is None:
+        return None
+    path = options.out / f"{name}-{options.device.type}.json"
+    write_json(
+        path,
+        {
+            "benchmark": name,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "quick": options.quick,
+            "repeats": options.repeats,
+            "machine": where,
+            "settings": settings,
+            "rows": rows,
+        },
+    )
+    print(path)
+    return path
+
+
+def show(name: str, where: Row, rows: list[Row]) -> None:
+    """Prints a table for each workload; what is the same in all its rows goes into the title."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)
+    console.print(
+        f"[bold]{name}[/bold] on {where.get('gpu', where['processor'])}, {where['cores']} cores, "
+        f"{where['threads']} threads, load {where['load_average']:.1f}",
+        highlight=False,
+    )
+    for workload in dict.fromkeys(row["workload"] for row in rows):
+        part = [row for row in rows if row["workload"] == workload]
+        columns = list(dict.fromkeys(key for row in part for key in row if key != "workload"))
+        shared = [c for c in columns if len(part) > 1 and len({_shown(row.get(c)) for row in part}) == 1]
+        facts = ", ".join(f"{c} {_shown(part[0].get(c))}" for c in shared if _shown(part[0].get(c)))
+        table = Table(title=f"{workload}: {facts}" if facts else workload, title_justify="left")
+        columns = [c for c in columns if c not in shared]
+        for column in columns:
+            table.add_column(column.replace("_", " "), justify="left" if column == "contestant" else "right")
+        for row in part:
+            table.add_row(*(_shown(row.get(column)) for column in columns))
+        console.print(table)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_shown, value))
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return "" if value is None else str(value)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+if __name__ == "__main__":
+    print(json.dumps(_measure(json.loads(sys.argv[1]))))

@@ -1,0 +1,203 @@
+"""Forward passes that hooks can read and change, on the fast road where there is one.
+
+The bridge computes attention maps in every layer so that hooks can see them. Where nobody looks at them, the
+plain Hugging Face module with its fused attention kernel computes the same in less time. A TransformerLens
+hook name is then looked up as a module's input or output; `forward_pass` compares the two roads on a few
+tokens and keeps to the bridge wherever they differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from probekit.models.language_model import Hook, layer_of
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import PreTrainedModel
+
+TOLERANCE = 1e-3
+"""Largest difference between the two roads, as a share of the largest activation."""
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Where a hook is in the plain module.
+
+    Attributes:
+        module: Path of a submodule.
+        enters: Whether the hook sees its input, or else its output.
+    """
+
+    module: str
+    enters: bool
+
+
+class PlainPass:
+    """Runs the plain module; the taps tell where its hooks are."""
+
+    def __init__(self, model: PreTrainedModel, taps: dict[str, Tap]) -> None:
+        self._model = model.eval().requires_grad_(False)
+        self._taps = taps
+
+    def __call__(self, tokens: Tensor, hooks: Sequence[Hook], reads: int) -> None:
+        """Runs hooks in their order, and stops once the given number of them has returned nothing.
+
+        Args:
+            tokens: `[windows, positions]`.
+            hooks: Those that read return nothing, those that change an activation return it.
+            reads: How many hooks read; nothing behind the last of them is computed.
+        """
+        with ExitStack() as stack:
+            count = _Countdown(reads)
+            for name, function in hooks:
+                stack.callback(self._attach(self._taps[name], count.counted(function)).remove)
+            with suppress(_EnoughError):
+                self._model.base_model(input_ids=tokens, use_cache=False)
+
+    def with_weights(self, model: PreTrainedModel) -> PlainPass:
+        """The same for another model of the architecture."""
+        return PlainPass(model, self._taps)
+
+    def _attach(self, tap: Tap, function: Callable[[Tensor], Tensor | None]) -> Any:
+        module = self._model.get_submodule(tap.module)
+
+        def before(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+            if inputs:
+                changed = function(inputs[0])
+                return None if changed is None else ((changed, *inputs[1:]), named)
+            changed = function(named["hidden_states"])
+            return None if changed is None else (inputs, named | {"hidden_states": changed})
+
+        def after(_: nn.Module, inputs: Any, output: Any) -> Any:
+            if not isinstance(output, tuple):
+                return function(output)
+            changed = function(output[0])
+            return None if changed is None else (changed, *output[1:])
+
+        if tap.enters:
+            return module.register_forward_pre_hook(before, with_kwargs=True)
+        return module.register_forward_hook(after)
+
+
+class BridgedPass:
+    """Runs the bridge, which has every hook there is."""
+
+    def __init__(self, bridged: TransformerBridge) -> None:
+        self._bridged = bridged
+
+    def __call__(self, tokens: Tensor, hooks: Sequence[Hook], reads: int) -> None:
+        """Runs hooks as `PlainPass` does; stops behind the last layer that a hook is in."""
+        layers = [layer_of(name) for name, _ in hooks]
+        stop = None if None in layers else max(layer for layer in layers if layer is not None) + 1
+        if stop == self._bridged.cfg.n_layers:
+            stop = None
+        self._bridged.run_with_hooks(
+            tokens,
+            fwd_hooks=[(name, lambda x, hook, function=function: function(x)) for name, function in hooks],
+            stop_at_layer=stop,
+            return_type=None,
+        )
+
+
+ForwardPass = PlainPass | BridgedPass
+
+
+def forward_pass(bridged: TransformerBridge, model: PreTrainedModel, names: Sequence[str]) -> ForwardPass:
+    """The fastest way to run some hooks.
+
+    Args:
+        bridged: The bridged LM.
+        model: The same LM, not bridged.
+        names: The hooks' full TransformerLens names.
+    """
+    found = {name: find_tap(bridged, model, name) for name in names}
+    taps = {name: tap for name, tap in found.items() if tap is not None}
+    slow = BridgedPass(bridged)
+    if len(taps) < len(found):
+        return slow
+    fast = PlainPass(model, taps)
+    device = next(model.parameters()).device
+    tokens = torch.arange(6, device=device).view(2, 3) % model.config.get_text_config().vocab_size
+    with torch.no_grad():
+        (plain, changed), (true, truly_changed) = (_probed(road, tokens, names) for road in (fast, slow))
+    same = all(
+        _close(plain[name], true[name]) and _close(changed[name], truly_changed[name]) for name in names
+    )
+    return fast if same else slow
+
+
+def find_tap(bridged: TransformerBridge, model: PreTrainedModel, name: str) -> Tap | None:
+    """Where a hook of the bridge is in the plain module; None where the plain module has no such place."""
+    *path, hook = name.split(".")
+    component: Any = bridged
+    modules: list[str] = []
+    for part in path:
+        if part.isdigit():
+            component = component[int(part)]
+            modules.append(part)
+            continue
+        wrapped = bridged.adapter.component_mapping.get(part) if component is bridged else None
+        component = getattr(component, part, None)
+        wrapped = wrapped if wrapped is not None else component
+        if component is None or not getattr(wrapped, "name", None):
+            return None
+        modules += wrapped.name.split(".")
+    aliases = (getattr(component, "hook_aliases", None) or {}).get(hook, ())
+    for alias in [aliases] if isinstance(aliases, str) else aliases:
+        if tap := find_tap(bridged, model, ".".join([*path, alias])):
+            return tap
+    sides = {"hook_in": True, "hook_out": False}
+    known = ".".join(modules) in dict(model.named_modules())
+    return Tap(".".join(modules), sides[hook]) if modules and known and hook in sides else None
+
+
+def _probed(
+    road: ForwardPass, tokens: Tensor, names: Sequence[str]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What hooks see, and what they see when every one of them changes what it saw."""
+    seen: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+
+    def look(name: str, activation: Tensor) -> None:
+        seen[0][name] = activation.flatten(2).clone()
+
+    def bend(name: str, activation: Tensor) -> Tensor:
+        seen[1][name] = activation.flatten(2).clone()
+        return 1.1 * activation
+
+    for see in (look, bend):
+        hooks = [(name, lambda x, see=see, name=name: see(name, x)) for name in names]
+        road(tokens, hooks, len(names) + 1)
+    return seen
+
+
+def _close(first: Tensor, second: Tensor) -> bool:
+    return first.shape == second.shape and bool(
+        (first - second).abs().max() <= TOLERANCE * second.abs().max().clamp(min=1e-6)
+    )
+
+
+class _EnoughError(Exception):
+    """All that is read has been read."""
+
+
+class _Countdown:
+    def __init__(self, reads: int) -> None:
+        self._left = reads
+
+    def counted(self, function: Callable[..., Tensor | None]) -> Callable[[Tensor], Tensor | None]:
+        def call(activation: Tensor) -> Tensor | None:
+            changed = function(activation)
+            if changed is None:
+                self._left -= 1
+                if not self._left:
+                    raise _EnoughError
+            return changed
+
+        return call

@@ -1,0 +1,182 @@
+"""Baselines and ceilings on the grid's own examples: what is read without any activation.
+
+The prior, the bigram (given the last sentence's label) and the skip n-gram (given the last tokens up to the
+position read) are fitted on training documents, of which there are more than probes are fitted on, and chosen
+on validation documents. Planners read whole sentences; ceilings are exact where the corpus is planted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import numpy as np
+
+from probekit.config import ProbeSettings
+from probekit.corpus.store import Corpus
+from probekit.evaluation.action_metrics import NO_ACTION, fit_bigram, prior_log_probabilities
+from probekit.evaluation.baselines import planner_log_probabilities
+from probekit.evaluation.ceilings import ceiling_log_probabilities, has_ceiling, position_ceiling
+from probekit.evaluation.skip_ngram import SkipNgram, contexts
+from probekit.models.mixing import VARIANTS
+from probekit.probing.activations import chunk_slices
+from probekit.probing.fitting import document_numbers
+from probekit.probing.grid import CHOSEN_ON, FITTED_ON, TESTED_ON, Grid
+from probekit.probing.tally import Row, Tally, row_slices
+from probekit.probing.targets import NO_LABEL, Examples, Target, find_examples, reached
+from probekit.run import Run
+
+MOST_EXAMPLES = 1_000_000
+"""Baselines are fitted on at most this many training examples, drawn by whole documents."""
+
+ORDER = 3
+"""Most tokens that the skip n-gram looks at."""
+
+Predict = Callable[[slice], np.ndarray]
+"""Log-probabilities `[examples, classes]` of some of the test examples, which are whole documents."""
+
+
+def baseline_tallies(run: Run, grid: Grid) -> list[Tally]:
+    """Scores every baseline on the grid's test examples, in rows for every distance and horizon."""
+    corpus, training = run.corpus, _training(run.corpus, run.config.probe, grid)
+    tallies = []
+    for h, horizon in enumerate(grid.horizons):
+        for reader, (predict, loss) in _by_sentence(run, grid, training, h, horizon).items():
+            heads = [_head(reader, distance, horizon, loss) for distance in grid.distances]
+            tallies.append(_tally(grid, horizon, heads, predict))
+        for distance in grid.distances:
+            predict, loss = _skip_ngram(corpus, grid, training, h, distance)
+            tallies.append(_tally(grid, horizon, [_head("skip n-gram", distance, horizon, loss)], predict))
+            if _has_ceiling(run, grid):
+                predict = _position_ceiling(run, grid, distance, horizon)
+                head = _head("ceiling (tokens read)", distance, horizon, None)
+                tallies.append(_tally(grid, horizon, [head], predict))
+    return tallies
+
+
+def _training(corpus: Corpus, settings: ProbeSettings, grid: Grid) -> Examples:
+    """Examples of training documents, drawn at random, that all distances reach and all horizons label."""
+    documents = corpus.documents("train")
+    order = np.random.default_rng(0).permutation(documents)
+    ends = corpus.document_sentences if settings.anchors == "sentence" else corpus.document_tokens
+    drawn = np.sort(order[np.cumsum(ends[order + 1] - ends[order]) <= MOST_EXAMPLES])
+    examples = find_examples(corpus, drawn, grid.target, grid.horizons, settings.anchors)
+    usable = reached(corpus, examples, max(grid.distances)) & (examples.labels != NO_LABEL).all(axis=1)
+    # Where there is next to nothing to fit on, as in a corpus that keeps all for probes, they share theirs.
+    return examples[usable] if usable.sum() > len(grid.examples[FITTED_ON]) else grid.examples[FITTED_ON]
+
+
+def _by_sentence(
+    run: Run, grid: Grid, training: Examples, h: int, horizon: int
+) -> Mapping[str, tuple[Predict, float | None]]:
+    """Readers that know whole sentences, so that the distance makes no difference to them."""
+    corpus, target, test = run.corpus, grid.target, grid.examples[TESTED_ON]
+    chosen, classes = grid.examples[CHOSEN_ON], grid.target.classes
+    prior = prior_log_probabilities(training.labels[:, h], classes)
+    readers: dict[str, tuple[Predict, float | None]] = {
+        "prior": (
+            lambda rows: np.tile(prior, (len(test[rows]), 1)),
+            float(-prior[chosen.labels[:, h]].mean()),
+        )
+    }
+    if target.of_sentences is not None:
+        before = {
+            name: previous_labels(corpus, target, examples.sentence)
+            for name, examples in (("fit", training), ("choose", chosen), ("test", test))
+        }
+        bigram = fit_bigram(
+            before["fit"], training.labels[:, h], classes, (before["choose"], chosen.labels[:, h])
+        )
+        losses = -bigram.table[before["choose"], chosen.labels[:, h]]
+        readers["bigram"] = lambda rows: bigram.log_probabilities(before["test"][rows]), float(losses.mean())
+    if target.name != "action":
+        return readers
+    for name, read in _planned(run, horizon).items():
+        readers[name] = _of_documents(corpus, test, read), None
+    return readers
+
+
+def _planned(run: Run, horizon: int) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
+    """Planners and ceilings: log-probabilities for all sentences of documents `[sentences, actions]`."""
+    readers: dict[str, Callable[[np.ndarray], np.ndarray]] = {}
+    if horizon == 1 and run.finished("planner"):
+        readers["planner"] = partial(planner_log_probabilities, run.planner(), run.corpus)
+        for variant in run.variants:
+            if VARIANTS[variant].joint:
+                after = partial(planner_log_probabilities, run.planner(variant), run.corpus)
+                readers[f"planner after {variant}"] = after
+    if has_ceiling(run.config) and run.config.probe.anchors == "sentence":
+
+        def ceiling(name: str, documents: np.ndarray) -> np.ndarray:
+            return ceiling_log_probabilities(run.config, run.corpus, documents, horizon)[name]
+
+        for name in ("ceiling (actions)", "ceiling (words)"):
+            readers[name] = partial(ceiling, name)
+    return readers
+
+
+def previous_labels(corpus: Corpus, target: Target, sentences: np.ndarray) -> np.ndarray:
+    """The label of the sentence before each `[sentences]`, `NO_ACTION` where there is none."""
+    assert target.of_sentences is not None  # noqa: S101 - asked of targets that label sentences
+    first = sentences == corpus.document_sentences[corpus.document_of(sentences)]
+    return np.where(first, NO_ACTION, target.of_sentences[np.maximum(sentences - 1, 0)]).astype(np.int64)
+
+
+def _skip_ngram(
+    corpus: Corpus, grid: Grid, training: Examples, h: int, distance: int
+) -> tuple[Predict, float]:
+    chosen, test = grid.examples[CHOSEN_ON], grid.examples[TESTED_ON]
+    fitted = SkipNgram.fit(
+        contexts(corpus, training.anchor - distance, ORDER),
+        training.labels[:, h],
+        grid.target.classes,
+        (contexts(corpus, chosen.anchor - distance, ORDER), chosen.labels[:, h]),
+    )
+    loss = 0.0
+    for part in row_slices(1, len(chosen), grid.target.classes):
+        log_p = fitted.log_probabilities(contexts(corpus, chosen.anchor[part] - distance, ORDER))
+        loss -= np.take_along_axis(log_p, chosen.labels[part, h][:, None], axis=1).sum()
+    return (
+        lambda rows: fitted.log_probabilities(contexts(corpus, test.anchor[rows] - distance, ORDER)),
+        float(loss / len(chosen)),
+    )
+
+
+def _position_ceiling(run: Run, grid: Grid, distance: int, horizon: int) -> Predict:
+    test = grid.examples[TESTED_ON]
+
+    def predict(rows: slice) -> np.ndarray:
+        read, asked = test.anchor[rows] - distance, test.sentence[rows] + horizon - 1
+        return position_ceiling(run.config, run.corpus, read, asked)
+
+    return predict
+
+
+def _of_documents(corpus: Corpus, test: Examples, read: Callable[[np.ndarray], np.ndarray]) -> Predict:
+    """From predictions for all sentences of documents to those for some examples."""
+
+    def predict(rows: slice) -> np.ndarray:
+        documents = np.unique(test.document[rows])
+        return read(documents)[np.searchsorted(corpus.sentences(documents), test.sentence[rows])]
+
+    return predict
+
+
+def _has_ceiling(run: Run, grid: Grid) -> bool:
+    return grid.target.name == "action" and has_ceiling(run.config)
+
+
+def _head(reader: str, distance: int, horizon: int, loss: float | None) -> Row:
+    head: Row = {"reader": reader, "distance": distance, "horizon": horizon}
+    return head if loss is None else head | {"validation_cross_entropy": loss}
+
+
+def _tally(grid: Grid, horizon: int, heads: list[Row], predict: Predict) -> Tally:
+    test = grid.examples[TESTED_ON]
+    number, labels = document_numbers(test.document), grid.labels(TESTED_ON, horizon)
+    one = Tally(heads[:1], int(number.max()) + 1)
+    for rows in chunk_slices(test.document):
+        one.add(number[rows], predict(rows)[None], labels[rows])
+    whole = Tally(heads, int(number.max()) + 1)
+    whole.sums = {score: np.repeat(sums, len(heads), axis=1) for score, sums in one.sums.items()}
+    return whole

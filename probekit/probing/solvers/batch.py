@@ -1,0 +1,89 @@
+"""What all solvers share: a batch of probes, taken in pieces that bound the working memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from probekit.errors import ProbekitError
+
+CHUNK_BYTES = {"cpu": 1 << 25, "cuda": 1 << 30}
+"""Working memory by which a batch is split into pieces, taken in turn; on a CPU, to stay in its cache."""
+
+
+def labels(X: Tensor, y: Tensor, classes: int) -> Tensor:
+    """The classes `y` of activations `X` [probes, examples, width] as [probes, examples], checked."""
+    if X.ndim != 3 or not X.numel() or y.shape not in (X.shape[:2], X.shape[1:2]):
+        raise ProbekitError(
+            f"activations {list(X.shape)} must be [probes, examples, width], none of them 0, "
+            f"and their classes {list(y.shape)} [probes, examples] or [examples]"
+        )
+    if y.min() < 0 or y.max() >= classes:
+        raise ProbekitError(f"classes run from {y.min()} to {y.max()}; they must be 0 to {classes - 1}")
+    return y.expand(X.shape[:2])
+
+
+def solved_in(X: Tensor) -> torch.dtype:
+    """The type in which activations are solved: float64 if they are that, else float32."""
+    return torch.float64 if X.dtype == torch.float64 else torch.float32
+
+
+def pieces(X: Tensor, numbers: int) -> Iterator[tuple[slice, slice]]:
+    """Slices of probes and of examples that cover activations [probes, examples, width].
+
+    Args:
+        X: The activations.
+        numbers: Numbers of working memory that an example of a probe needs.
+    """
+    probes, examples, _ = X.shape
+    size = max(1, CHUNK_BYTES[X.device.type] // (numbers * solved_in(X).itemsize))
+    rows = min(size, examples)
+    for first in range(0, probes, size // rows):
+        for start in range(0, examples, rows):
+            yield slice(first, first + size // rows), slice(start, start + rows)
+
+
+def log_softmax(X: Tensor, coef: Tensor, intercept: Tensor) -> Tensor:
+    """Log-probabilities [probes, examples, classes] of a linear probe, in the type of its weights."""
+    return torch.log_softmax(torch.baddbmm(intercept[:, None], X.to(coef.dtype), coef), -1)
+
+
+def losses(X: Tensor, y: Tensor, coef: Tensor, intercept: Tensor) -> Tensor:
+    """Cross-entropy [probes, examples] in nats of linear probes at classes `y` [probes, examples]."""
+    found = coef.new_empty(y.shape)
+    for at in pieces(X, X.shape[2] + 2 * coef.shape[2]):
+        log_p = log_softmax(X[at], coef[at[0]], intercept[at[0]])
+        found[at] = -log_p.gather(2, y[at][..., None])[..., 0]
+    return found
+
+
+def standardised(X: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Standardised activations, and the means and scales, both [probes, 1, width], that made them so.
+
+    Args:
+        X: Activations, [probes, examples, width].
+        first: Number of the first of these probes, for the error.
+
+    Raises:
+        ProbekitError: An activation is not finite; names the probe.
+    """
+    mean = X.mean(1, keepdim=True)
+    Z = X - mean
+    scale = Z.square().mean(1, keepdim=True).sqrt()
+    if len(broken := (~scale.isfinite()).nonzero()):
+        raise ProbekitError(f"probe {first + int(broken[0, 0])}: its activations are not all finite")
+    # A constant feature deviates from its mean by rounding, which must not be blown up to a deviation of 1.
+    scale = torch.where(scale <= 16 * torch.finfo(X.dtype).eps * mean.abs(), 1.0, scale)
+    return Z.div_(scale), mean, scale
+
+
+def absent_classes(counts: Tensor) -> Tensor:
+    """The label of one more example, spread evenly over the classes without any; zeros where there are none.
+
+    Args:
+        counts: Examples of each class, [..., classes].
+    """
+    absent = (counts == 0).to(counts.dtype)
+    return absent / absent.sum(-1, keepdim=True).clamp(min=1)

@@ -1,0 +1,230 @@
+"""Ridge and LDA probes, solved from moments: one eigendecomposition of a probe serves every penalty.
+
+With z the standardised activations, z_c their mean over class c and p_c the class's share of the examples,
+the score of class c is linear in z, with weights
+
+    ridge   (Z'Z / n + l2 I)^-1 sqrt(p_c) z_c           regression on one-hot labels divided by sqrt(p_c)
+    LDA     ((1 - s) V + s tr(V) / width I)^-1 z_c      V the covariance within classes, s the shrinkage
+
+The ridge penalty means what it means in `SoftmaxProbes`, scikit-learn's `alpha` over n; the shrinkage is that
+of scikit-learn's `LinearDiscriminantAnalysis(solver="lsqr")`. Scores become probabilities by
+
+    log p(c | z) = log p_c + score_c(z) / T + constant
+
+at a temperature T chosen for each probe, with its penalty, on validation examples. An infinite T, the class
+prior, is a candidate. Of several ways to turn a regression's scores into probabilities, this one lost least
+to a softmax probe, and LDA at T = 1 is far too sure of itself (LOG.md). A class without examples has score 0;
+together such classes share one more example in the prior.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from probekit.errors import ProbekitError
+from probekit.probing.solvers.batch import absent_classes, labels, log_softmax, pieces, solved_in
+from probekit.probing.solvers.moments import Moments
+
+TEMPERATURES = (float("inf"), *(2.0 ** (-step / 2) for step in range(-8, 9)))
+"""The candidates. Steps of sqrt(2) cost up to 0.005 nats against finer ones, steps of 2 up to 0.03."""
+
+CONSTANT = 1e-9
+"""A feature that deviates from its mean by at most this share of it is constant but for rounding."""
+
+
+class _Solved(NamedTuple):
+    """Probes whose penalty is not chosen yet, in the eigenbasis of the matrix that their weights invert."""
+
+    mean: Tensor  # [probes, 1, width], of the activations
+    basis: Tensor  # [probes, width, width]: rotates centred activations, their scale folded in
+    targets: Tensor  # [probes, width, classes]
+    inverse: Tensor  # [penalties, probes, width, 1]: inverse spectrum
+    base: Tensor  # [penalties, probes, 1, classes]: scores at the mean activation
+    prior: Tensor  # [probes, 1, classes]: class shares, those of absent classes included
+
+
+class ClosedFormProbes(ABC):
+    """What ridge and LDA probes share.
+
+    `fit` is `fit_moments`, `observe_validation` and `choose` in a row. For examples that are too many to be
+    held, the second can be called for one part of the validation examples after the other.
+
+    Attributes:
+        coef_: Weights on raw activations, scaling and temperature folded in, [probes, width, classes].
+        intercept_: The same for the intercept, [probes, classes].
+        temperature_: By which scores were divided, [probes]; infinite where the class prior was best.
+        penalty_: The penalty kept, [probes].
+        validation_cross_entropy_: In nats, at the best temperature, [probes, penalties].
+        classes_: Number of classes.
+    """
+
+    def __init__(self, penalties: Sequence[float]) -> None:
+        self.penalties = tuple(penalties)
+
+    def fit(self, X: Tensor, y: Tensor, classes: int, X_validation: Tensor, y_validation: Tensor) -> Self:
+        """Fits all probes; the arguments are those of `SoftmaxProbes.fit`."""
+        y = labels(X, y, classes)
+        moments = Moments.zeros(len(X), X.shape[2], classes, X.device, solved_in(X)).add(X, y)
+        return self.fit_moments(moments).observe_validation(X_validation, y_validation).choose()
+
+    def fit_moments(self, moments: Moments) -> Self:
+        """Solves all probes at every penalty.
+
+        Raises:
+            ProbekitError: There is no example, or an activation was not finite; names the probe.
+        """
+        count = moments.count[:, None, None]
+        mean = moments.mean[:, None]
+        scale = (moments.scatter.diagonal(dim1=1, dim2=2)[:, None] / count).clamp(min=0).sqrt()
+        if len(broken := (~scale.isfinite() | (count == 0)).nonzero()):
+            raise ProbekitError(f"probe {int(broken[0, 0])}: its activations are none or not all finite")
+        scale = torch.where(scale <= CONSTANT * mean.abs(), 1.0, scale)
+        counts = moments.class_counts[..., None]
+        means = torch.where(counts > 0, (moments.class_sums / counts.clamp(min=1) - mean) / scale, 0.0)
+        matrix, targets = self._system(moments.scatter / count / (scale * scale.mT), means, counts / count)
+        spectrum, basis = torch.linalg.eigh(matrix)
+        targets = torch.bmm(basis.mT, targets)
+        inverse = self._inverse(spectrum.clamp(min=0))[..., None]
+        base = torch.stack([self._base(targets, each) for each in inverse])
+        weighed = counts.mT + absent_classes(counts.mT)
+        prior = weighed / weighed.sum(2, keepdim=True)
+        solved = mean, basis / scale.mT, targets, inverse, base, prior
+        self._solved = _Solved(*(part.to(moments.dtype) for part in solved))
+        self._losses = spectrum.new_zeros(len(self.penalties), len(TEMPERATURES), len(mean))
+        self._observed, self.classes_ = 0, counts.shape[1]
+        return self
+
+    def observe_validation(self, X: Tensor, y: Tensor) -> Self:
+        """Adds examples to those on which penalty and temperature are chosen; arguments as in `Moments.add`.
+
+        Raises:
+            ProbekitError: A shape or a class is wrong.
+        """
+        solved, y = self._solved, labels(X, y, self.classes_)
+        for at in pieces(X, 2 * X.shape[2] + 3 * self.classes_):
+            mean, basis, targets, _, _, prior = (part[at[0]] if part.ndim == 3 else part for part in solved)
+            rotated = torch.bmm(X[at].to(basis.dtype) - mean, basis)
+            for penalty in range(len(self.penalties)):
+                inverse, base = solved.inverse[penalty, at[0]], solved.base[penalty, at[0]]
+                scores = torch.baddbmm(base, rotated * inverse.mT, targets)
+                self._losses[penalty, :, at[0]] += _losses(scores, y[at][..., None], prior)
+        self._observed += X.shape[1]
+        return self
+
+    def choose(self) -> Self:
+        """Keeps for each probe the penalty and the temperature that are best on the validation examples.
+
+        Raises:
+            ProbekitError: The loss on them is not finite; names the probe.
+        """
+        found = (self._losses / self._observed).permute(2, 0, 1)  # [probes, penalties, temperatures]
+        if len(broken := (~found.isfinite()).nonzero()):
+            raise ProbekitError(f"probe {int(broken[0, 0])}: its validation loss is not finite")
+        best, each = found.flatten(1).argmin(1), torch.arange(len(found), device=found.device)
+        penalty, temperature = best // len(TEMPERATURES), best % len(TEMPERATURES)
+        self.validation_cross_entropy_ = found.amin(2)
+        self.penalty_ = found.new_tensor(self.penalties)[penalty]
+        self.temperature_ = found.new_tensor(TEMPERATURES)[temperature]
+        solved, divisor = self._solved, self.temperature_[:, None, None].to(self._solved.basis)
+        coef = torch.bmm(solved.basis * solved.inverse[penalty, each].mT, solved.targets)
+        self.coef_ = coef / divisor
+        intercept = solved.prior.log() + solved.base[penalty, each] / divisor
+        self.intercept_ = (intercept - torch.bmm(solved.mean, self.coef_))[:, 0]
+        del self._solved, self._losses  # as large as the moments
+        return self
+
+    def log_probabilities(self, X: Tensor) -> Tensor:
+        """Log-probabilities [probes, examples, classes] in nats of activations [probes, examples, width]."""
+        return log_softmax(X, self.coef_, self.intercept_)
+
+    @abstractmethod
+    def _system(self, covariance: Tensor, means: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+        """The symmetric matrix to invert, and what its inverse is multiplied by, [probes, width, classes].
+
+        Args:
+            covariance: Of the standardised activations, [probes, width, width].
+            means: Of each class, standardised, [probes, classes, width].
+            shares: Of each class, [probes, classes, 1].
+        """
+
+    @abstractmethod
+    def _inverse(self, spectrum: Tensor) -> Tensor:
+        """The inverse spectrum at every penalty, [penalties, probes, width]; spectrum: [probes, width]."""
+
+    def _base(self, targets: Tensor, inverse: Tensor) -> Tensor:
+        """The scores at the mean activation, [probes, 1, classes]; both arguments in the eigenbasis."""
+        return torch.zeros_like(targets[:, :1])
+
+
+class RidgeProbes(ClosedFormProbes):
+    """A batch of ridge regressions on one-hot labels; each keeps the penalty that is best on validation."""
+
+    def __init__(self, l2: Sequence[float]) -> None:
+        """Sets the penalties to try, all positive."""
+        if not l2 or min(l2) <= 0:
+            raise ProbekitError(f"l2 is {list(l2)}; it must hold at least one penalty, all above 0")
+        super().__init__(l2)
+
+    @property
+    def l2_(self) -> Tensor:
+        """The penalty kept, [probes]."""
+        return self.penalty_
+
+    def _system(self, covariance: Tensor, means: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+        return covariance, (shares.sqrt() * means).mT
+
+    def _inverse(self, spectrum: Tensor) -> Tensor:
+        return torch.stack([1 / (spectrum + l2) for l2 in self.penalties])
+
+
+class LDAProbes(ClosedFormProbes):
+    """A batch of linear discriminant analyses; each keeps the shrinkage that is best on validation."""
+
+    def __init__(self, shrinkage: Sequence[float]) -> None:
+        """Sets the shrinkages to try, above 0 and at most 1."""
+        if not shrinkage or min(shrinkage) <= 0 or max(shrinkage) > 1:
+            raise ProbekitError(
+                f"shrinkage is {list(shrinkage)}; it must hold at least one, all above 0 and at most 1"
+            )
+        super().__init__(shrinkage)
+
+    @property
+    def shrinkage_(self) -> Tensor:
+        """The shrinkage kept, [probes]."""
+        return self.penalty_
+
+    def _system(self, covariance: Tensor, means: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+        return covariance - torch.bmm(means.mT, shares * means), means.mT
+
+    def _inverse(self, spectrum: Tensor) -> Tensor:
+        even = spectrum.mean(1, keepdim=True)
+        shrunk = torch.stack([(1 - s) * spectrum + s * even for s in self.penalties])
+        # Nothing varies within classes where all features are constant, or tell the class without fail.
+        return 1 / shrunk.clamp(min=torch.finfo(torch.float32).eps)
+
+    def _base(self, targets: Tensor, inverse: Tensor) -> Tensor:
+        return -0.5 * (inverse * targets.square()).sum(1, keepdim=True)
+
+
+def _losses(scores: Tensor, y: Tensor, prior: Tensor) -> Tensor:
+    """Cross-entropies in nats, summed over examples, at every temperature: [temperatures, probes].
+
+    Args:
+        scores: [probes, examples, classes]; overwritten.
+        y: Classes, [probes, examples, 1].
+        prior: Class shares, [probes, 1, classes].
+    """
+    scores -= scores.amax(2, keepdim=True)
+    own, shares = scores.gather(2, y), prior.mT.expand(-1, -1, 1)
+    of_prior = prior.expand(-1, y.shape[1], -1).gather(2, y).log()
+    found = []
+    for temperature in TEMPERATURES:
+        # The best class has a score of 0 and a share that is no less than one example's: the sum is not 0.
+        total = torch.bmm((scores / temperature).exp_(), shares)
+        found.append((total.log() - own / temperature - of_prior).double().sum((1, 2)))
+    return torch.stack(found)

@@ -1,0 +1,186 @@
+"""Ridge and LDA probes against scikit-learn, and cases with known answers."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.linear_model import Ridge
+from sklearn.preprocessing import StandardScaler
+
+from probekit.errors import ProbekitError
+from probekit.probing.solvers import LDAProbes, Moments, RidgeProbes, batch, closed_form
+
+WIDTH, CLASSES = 10, 5
+SOLVERS = [RidgeProbes([1e-2, 1.0]), LDAProbes([0.2, 0.9])]
+
+
+def planted(probes=40, examples=400, signal=0.5, seed=0, dtype=torch.float64):
+    """Activations around class means, of uneven scale and offset, classes of uneven share; two halves."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.arange(1.0, CLASSES + 1).pow(-0.7)
+    y = torch.multinomial(weights, 2 * examples * probes, replacement=True, generator=generator)
+    y = y.view(probes, 2 * examples)
+    means = torch.randn(probes, CLASSES, WIDTH, generator=generator) * signal
+    mixing = torch.eye(WIDTH) + 0.5 * torch.randn(probes, WIDTH, WIDTH, generator=generator)
+    noise = torch.randn(probes, 2 * examples, WIDTH, generator=generator) @ mixing
+    scale = torch.logspace(-2, 2, WIDTH)
+    X = ((means.gather(1, y[..., None].expand(-1, -1, WIDTH)) + noise) * scale + 3 * scale).to(dtype)
+    return X[:, :examples], y[:, :examples], X[:, examples:], y[:, examples:]
+
+
+def in_parts(X: torch.Tensor, y: torch.Tensor) -> Moments:
+    """Moments by way of uneven chunks in three folds."""
+    dtype = batch.solved_in(X)
+    folds = [Moments.zeros(len(X), WIDTH, CLASSES, dtype=dtype) for _ in range(3)]
+    for i, rows in enumerate(torch.arange(X.shape[1]).split([7, 150, 1, 42, 100, 60, 40])):
+        folds[i % 3].add(X[:, rows], y[:, rows])
+    return folds[2].merge(folds[0]).merge(folds[1])
+
+
+def unscaled(probes, probe: int) -> np.ndarray:
+    """The weights of a probe's scores on raw activations, [classes, width]."""
+    return (probes.coef_[probe].double() * float(probes.temperature_[probe])).numpy().T
+
+
+def close(found: np.ndarray, expected: np.ndarray) -> bool:
+    return np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+def cross_entropy(log_p, y):
+    return -log_p.gather(2, y.expand(log_p.shape[:2])[..., None]).mean((1, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("l2", [1.0, 1e-3])
+def test_ridge_equals_scikit_learn(l2, dtype):
+    X, y, X_validation, y_validation = planted(dtype=dtype)
+    found = (
+        RidgeProbes([l2]).fit_moments(in_parts(X, y)).observe_validation(X_validation, y_validation).choose()
+    )
+    for probe, (raw, classes) in enumerate(zip(X.double().numpy(), y.numpy(), strict=True)):
+        scaler = StandardScaler().fit(raw)
+        oracle = Ridge(alpha=l2 * len(classes)).fit(scaler.transform(raw), np.eye(CLASSES)[classes])
+        share = np.bincount(classes) / len(classes)
+        assert close(unscaled(found, probe) * scaler.scale_ * np.sqrt(share)[:, None], oracle.coef_)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shrinkage", [1.0, 0.3, 0.01])
+def test_lda_equals_scikit_learn(shrinkage, dtype, monkeypatch):
+    monkeypatch.setattr(closed_form, "TEMPERATURES", (1.0,))
+    X, y, X_validation, y_validation = planted(dtype=dtype)
+    found = LDAProbes([shrinkage]).fit_moments(in_parts(X, y))
+    log_p = found.observe_validation(X_validation, y_validation).choose().log_probabilities(X_validation)
+    for probe, (raw, classes) in enumerate(zip(X.double().numpy(), y.numpy(), strict=True)):
+        scaler = StandardScaler().fit(raw)
+        oracle = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage)
+        oracle.fit(scaler.transform(raw), classes)
+        # scikit-learn's scores are those about the origin of z, which is where its mean is.
+        assert close(unscaled(found, probe) * scaler.scale_, oracle.coef_)
+        expected = oracle.predict_log_proba(scaler.transform(X_validation[probe].double().numpy()))
+        assert log_p[probe].numpy() == pytest.approx(expected, abs=2e-3)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_penalty_and_temperature_are_those_best_on_validation(solver, monkeypatch):
+    X, y, X_validation, y_validation = planted(probes=8, examples=60)
+    X = X + X.std(1, keepdim=True) * torch.logspace(-2, 1.5, 8)[:, None, None] * torch.randn(60, WIDTH)
+    found = solver.fit(X, y, CLASSES, X_validation, y_validation)
+    loss = cross_entropy(found.log_probabilities(X_validation), y_validation)
+    assert torch.allclose(loss, found.validation_cross_entropy_.amin(1), rtol=1e-6)
+    chosen = [found.penalty_, found.temperature_]
+    assert all(len(part.unique()) > 1 for part in chosen)
+    candidates = {}
+    for penalty in solver.penalties:
+        for temperature in closed_form.TEMPERATURES:
+            with monkeypatch.context() as patch:
+                patch.setattr(closed_form, "TEMPERATURES", (temperature,))
+                alone = type(solver)([penalty]).fit(X, y, CLASSES, X_validation, y_validation)
+            losses = cross_entropy(alone.log_probabilities(X_validation), y_validation)
+            assert torch.allclose(losses, alone.validation_cross_entropy_[:, 0], rtol=1e-6)
+            candidates[penalty, temperature] = losses
+    best = torch.stack(list(candidates.values())).argmin(0)
+    assert [tuple(pair) for pair in zip(*(part.tolist() for part in chosen), strict=True)] == [
+        list(candidates)[i] for i in best
+    ]
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@settings(max_examples=10, deadline=None)
+@given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=5))
+def test_validation_examples_may_come_in_parts(solver, sizes):
+    X, y, X_validation, y_validation = planted(probes=2, examples=sum(sizes))
+    whole = solver.fit(X, y, CLASSES, X_validation, y_validation).validation_cross_entropy_
+    solver.fit_moments(Moments.zeros(2, WIDTH, CLASSES, dtype=torch.float64).add(X, y))
+    for part, labels in zip(X_validation.split(sizes, 1), y_validation.split(sizes, 1), strict=True):
+        solver.observe_validation(part, labels)
+    assert torch.allclose(solver.choose().validation_cross_entropy_, whole, rtol=1e-9)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_results_do_not_depend_on_memory(solver, monkeypatch):
+    data = planted(probes=3)
+    coef = solver.fit(*data[:2], CLASSES, *data[2:]).coef_
+    monkeypatch.setitem(batch.CHUNK_BYTES, "cpu", 1000)
+    assert torch.allclose(solver.fit(*data[:2], CLASSES, *data[2:]).coef_, coef, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_absent_classes_share_one_example(solver):
+    X, y, X_validation, y_validation = planted(probes=4, signal=0.3)
+    y_validation = y_validation.clone()
+    y_validation[:, 0] = CLASSES + 1
+    found = solver.fit(X, y, CLASSES + 3, X_validation, y_validation)
+    assert found.validation_cross_entropy_.isfinite().all()
+    p = found.log_probabilities(X).exp()[..., CLASSES:]
+    assert p.sum(2).mean(1) == pytest.approx(np.full(4, 1 / 401), rel=0.5)
+    assert torch.allclose(p[..., :1].expand_as(p), p)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("value", [0.0, 0.1, 1e4, -1e-6])
+def test_constant_features_give_the_class_prior(solver, value):
+    _, y, _, y_validation = planted(probes=2)
+    X = torch.full((2, y.shape[1], 3), value)
+    found = solver.fit(X, y, CLASSES, X, y_validation).log_probabilities(X).exp()
+    prior = torch.stack([torch.bincount(row, minlength=CLASSES) for row in y]).float() / y.shape[1]
+    assert torch.allclose(found, prior[:, None].expand_as(found), rtol=1e-4)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_noise_is_never_worse_than_the_prior_on_validation(solver):
+    X, y, X_validation, y_validation = planted(signal=0.0, examples=60)
+    found = solver.fit(X, y, CLASSES, X_validation, y_validation)
+    prior = torch.stack([torch.bincount(row, minlength=CLASSES) for row in y]).double() / y.shape[1]
+    loss = -prior.gather(1, y_validation).log().mean(1)
+    assert (found.validation_cross_entropy_.amin(1) <= loss + 1e-9).all()
+    assert found.temperature_.isinf().any()
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_more_features_and_classes_than_examples(solver):
+    X = torch.randn(2, 30, 50, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(30)
+    found = solver.fit(X, y, 1024, X + 0.1, y)
+    assert found.log_probabilities(X).isfinite().all()
+    assert (found.log_probabilities(X).argmax(2) == y).float().mean() > 0.9
+
+
+def test_bad_input_is_refused():
+    X, y, X_validation, y_validation = planted(probes=3)
+    X = X.clone()
+    X[1, 5, 3] = torch.nan
+    for solver in SOLVERS:
+        with pytest.raises(ProbekitError, match="probe 1"):
+            solver.fit(X, y, CLASSES, X_validation, y_validation)
+        with pytest.raises(ProbekitError, match="probe 1"):
+            solver.fit(X_validation, y_validation, CLASSES, X, y)
+        with pytest.raises(ProbekitError, match="probe 0"):
+            solver.fit_moments(Moments.zeros(2, WIDTH, CLASSES))
+    for penalties in ([], [0.1, 0.0]):
+        with pytest.raises(ProbekitError, match="above 0"):
+            RidgeProbes(penalties)
+    with pytest.raises(ProbekitError, match="at most 1"):
+        LDAProbes([0.5, 1.5])

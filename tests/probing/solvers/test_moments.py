@@ -1,0 +1,114 @@
+"""Moments against sums taken over all examples at once, in float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from probekit.errors import ProbekitError
+from probekit.probing.solvers import Moments, batch, leave_one_out
+
+PROBES, WIDTH, CLASSES = 2, 4, 5
+FIELDS = ("class_counts", "class_sums", "mean", "scatter")
+
+
+def examples(n: int, seed: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """Activations of uneven scale, far from 0, and classes of which the last never comes."""
+    generator = torch.Generator().manual_seed(seed)
+    X = (torch.randn(PROBES, n, WIDTH, generator=generator) + 20) * torch.logspace(-2, 2, WIDTH)
+    return X.to(dtype), torch.randint(0, CLASSES - 1, (PROBES, n), generator=generator)
+
+
+def at_once(X: Tensor, y: Tensor) -> Moments:
+    X = X.double()
+    centred = X - X.mean(1, keepdim=True)
+    one_hot = torch.nn.functional.one_hot(y, CLASSES).double()
+    return Moments(one_hot.sum(1), one_hot.mT @ X, X.mean(1), centred.mT @ centred, torch.float64)
+
+
+def empty(dtype: torch.dtype = torch.float64) -> Moments:
+    return Moments.zeros(PROBES, WIDTH, CLASSES, dtype=dtype)
+
+
+def assert_equal(found: Moments, expected: Moments, tolerance: float) -> None:
+    spread = (expected.scatter.diagonal(dim1=1, dim2=2) / expected.count[:, None].clamp(min=1)).sqrt()
+    units = {
+        "class_counts": torch.ones(()),
+        "class_sums": spread[:, None],
+        "mean": spread,
+        "scatter": spread[:, :, None] * spread[:, None] * expected.count[:, None, None],
+    }
+    for name in FIELDS:
+        difference = (getattr(found, name) - getattr(expected, name)).abs()
+        assert (difference <= tolerance * units[name] + 1e-12).all(), name
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=6),
+    dtype=st.sampled_from([torch.bfloat16, torch.float32, torch.float64]),
+    seed=st.integers(0, 1000),
+)
+def test_chunks_add_up(sizes: list[int], dtype: torch.dtype, seed: int):
+    X, y = examples(sum(sizes), seed, dtype)
+    found = empty(torch.float64 if dtype == torch.float64 else torch.float32)
+    for part, labels in zip(X.split(sizes, 1), y.split(sizes, 1), strict=True):
+        found.add(part, labels)
+    assert_equal(found, at_once(X, y), 1e-9 if dtype == torch.float64 else 2e-6)
+
+
+@settings(max_examples=20, deadline=None)
+@given(sizes=st.tuples(*[st.integers(1, 30)] * 3), seed=st.integers(0, 1000))
+def test_merging_is_associative_and_commutative(sizes: tuple[int, int, int], seed: int):
+    X, y = examples(sum(sizes), seed)
+
+    def parts() -> list[Moments]:
+        pairs = zip(X.split(sizes, 1), y.split(sizes, 1), strict=True)
+        return [empty().add(part, labels) for part, labels in pairs]
+
+    (a, b, c), (d, e, f) = parts(), parts()
+    assert_equal(a.merge(b).merge(c), at_once(X, y), 1e-9)
+    assert_equal(f.merge(e.merge(d)), at_once(X, y), 1e-9)
+
+
+def test_nothing_is_neutral():
+    X, y = examples(30, 0)
+    expected = at_once(X, y)
+    assert_equal(empty().merge(empty().add(X, y)), expected, 1e-9)
+    assert_equal(empty().add(X, y).merge(empty()), expected, 1e-9)
+
+
+def test_leave_one_out_leaves_one_out():
+    X, y = examples(60, 1)
+    parts = list(zip(X.split(12, 1), y.split(12, 1), strict=True))
+    folds = [empty().add(*part) for part in parts]
+    for i, (rest, fold) in enumerate(leave_one_out(folds)):
+        others = [part for j, part in enumerate(parts) if j != i]
+        expected = at_once(torch.cat([X for X, _ in others], 1), torch.cat([y for _, y in others], 1))
+        assert_equal(rest, expected, 1e-9)
+        assert fold is folds[i]
+        assert_equal(fold, at_once(*parts[i]), 1e-9)
+
+
+@pytest.mark.parametrize("limit", [1, 1000])
+def test_pieces_in_memory_change_nothing(limit, monkeypatch):
+    X, y = examples(50, 2)
+    monkeypatch.setitem(batch.CHUNK_BYTES, "cpu", limit)
+    assert_equal(empty().add(X, y[0]), at_once(X, y[:1].expand(2, -1)), 1e-9)
+
+
+def test_an_offset_far_above_the_deviation_does_no_harm():
+    X, y = examples(500, 3, torch.float32)
+    X = X + 1e4 * torch.logspace(-2, 2, WIDTH)
+    assert_equal(empty(torch.float32).add(X, y), at_once(X, y), 1e-5)
+
+
+def test_what_does_not_fit_is_refused():
+    X, y = examples(10, 0)
+    with pytest.raises(ProbekitError, match="do not fit moments of 2 probes, width 4"):
+        empty().add(X[:1], y[:1])
+    with pytest.raises(ProbekitError, match="run from 0 to 5"):
+        empty().add(X, torch.full_like(y, 5).fill_diagonal_(0))
+    with pytest.raises(ProbekitError, match="differ"):
+        empty().merge(Moments.zeros(PROBES, WIDTH, CLASSES + 1))

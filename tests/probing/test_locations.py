@@ -1,0 +1,71 @@
+"""The table of locations holds against a real model's hooks, and names what is not in it."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from probekit.models.language_model import OUTSIDE_BLOCKS, hook_name
+from probekit.probing.locations import BEFORE, LOCATIONS, label, per_layer, table_rows
+
+
+@pytest.fixture(scope="module")
+def seen(tiny_run) -> dict[str, torch.Tensor]:
+    """Activations of two tokens at every location of the table, in the last layer of a GPT-2."""
+    last = tiny_run.bridged.cfg.n_layers - 1
+    names = {name: hook_name(name.removesuffix(BEFORE), last) for name in LOCATIONS}
+    with torch.no_grad():
+        _, cache = tiny_run.bridged.run_with_cache(
+            torch.tensor([[3, 4]]), names_filter=list(names.values()), output_attentions=False
+        )
+    return {name: cache[hook][0].flatten(1) for name, hook in names.items()}
+
+
+def test_each_is_a_hook_with_a_vector_for_each_position(seen: dict[str, torch.Tensor]):
+    assert {name: len(values) for name, values in seen.items()} == dict.fromkeys(LOCATIONS, 2)
+
+
+def test_the_texts_say_what_is_there(seen: dict[str, torch.Tensor], tiny_run):
+    """The sums that the drawing shows; what the unembedding reads is all that the logits are made of."""
+    tokens = tiny_run.bridged.original_model.get_input_embeddings().weight[[3, 4]]
+    torch.testing.assert_close(seen["hook_embed"], tokens)
+    middle = seen["hook_resid_pre"] + seen["hook_attn_out"]
+    torch.testing.assert_close(seen["hook_resid_mid"], middle)
+    torch.testing.assert_close(seen["hook_resid_post"], middle + seen["hook_mlp_out"])
+    model = tiny_run.bridged.original_model
+    with torch.no_grad():
+        logits = model(torch.tensor([[3, 4]])).logits[0]
+    torch.testing.assert_close(model.get_output_embeddings()(seen["ln_final.hook_out"]), logits)
+
+
+def test_locations_outside_the_blocks_are_there_once():
+    assert {name for name, location in LOCATIONS.items() if not location.per_layer} == {*OUTSIDE_BLOCKS}
+    assert per_layer("mlp.hook_pre")
+    assert per_layer("attn.hook_z" + BEFORE)
+
+
+def test_names_labels_and_points_are_unlike():
+    for attribute in ("name", "label", "point", "text"):
+        assert len({getattr(location, attribute) for location in LOCATIONS.values()}) == len(LOCATIONS)
+    assert [location.name for location in LOCATIONS.values()] == list(LOCATIONS)
+
+
+@given(st.text())
+def test_a_hook_that_is_not_in_the_table_goes_by_its_name(name: str):
+    known = {location + BEFORE for location in LOCATIONS} | {*LOCATIONS}
+    if name not in known and not name.endswith(BEFORE):
+        assert label(name) == name
+        assert label(name + BEFORE) == f"{name}, before"
+
+
+def test_labels_of_the_conditioned_location_wherever_it_is():
+    assert label("attn.hook_z" + BEFORE) == f"{label('attn.hook_z')}, before"
+    assert label("hook_mlp_out" + BEFORE) == "mlp out, before"
+
+
+def test_rows_are_the_table():
+    rows = table_rows()
+    assert [row["number"] for row in rows] == [str(n) for n in range(1, len(LOCATIONS) + 1)]
+    for row, location in zip(rows, LOCATIONS.values(), strict=True):
+        assert (row["location"], row["label"], row["what"]) == (location.name, location.label, location.text)
+        assert row["where"] == ("once in the model" if row["location"] in OUTSIDE_BLOCKS else "every layer")
