@@ -1,8 +1,9 @@
 # Every target sets up what it needs in .venv first; what is set up already costs nothing.
 PYTHON ?= python3
+DEVICE ?= cpu
 BIN := .venv/bin
 
-.PHONY: help demo test check fix clean
+.PHONY: help demo test check fix bench clean
 help:            ## Show this list
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ -/'
 
@@ -20,6 +21,11 @@ check: .venv/dev ## Lint, check formatting and types
 fix: .venv/dev   ## Format, and mend what the linter can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: .venv/base ## Measure speed and memory; tables and benchmarks/results/ (make bench DEVICE=cuda)
+	$(BIN)/python benchmarks/fit_grid.py --device $(DEVICE)
+	$(BIN)/python benchmarks/extraction.py --device $(DEVICE)
+	$(BIN)/python benchmarks/memory.py --device $(DEVICE)
 
 clean:           ## Remove the environment and caches
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis

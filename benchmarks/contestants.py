@@ -43,9 +43,8 @@ class Fit(NamedTuple):
 
     def first(self, probes: int, device: torch.device) -> Fit:
         """The first probes alone, on a device."""
-        return Fit(
-            *(part[:probes].to(device) for part in (self.coef, self.intercept, self.penalty)), self.flops
-        )
+        coef, intercept, penalty = (part[:probes].to(device) for part in self[:3])
+        return Fit(coef, intercept, penalty, self.flops)
 
 
 FitAll = Callable[[Data, tuple[float, ...], float | None], Fit]
@@ -172,7 +171,7 @@ def ridge(data: Data, penalty: float, tolerance: float | None) -> Fit:
     scaler, Z, y = _standardised(data)
     one_hot = np.eye(data.classes, dtype=Z.dtype)[y]
     model = Ridge(alpha=len(y) * penalty).fit(Z, one_hot)
-    coef = model.coef_.T / np.sqrt(one_hot.mean(0))
+    coef = model.coef_.T * np.sqrt(data.classes / one_hot.mean(0))
     # The Gram matrix, and its product with the solution's right side.
     flops = 2.0 * Z.size * (Z.shape[1] + data.classes)
     return _calibrated(data, _on_raw(scaler, coef, np.zeros(data.classes), penalty, flops))
@@ -199,8 +198,9 @@ def _on_raw(
 ) -> Fit:
     """One probe on raw activations, from weights `[width, classes]` on what a scaler makes of them."""
     coef = coef / scaler.scale_[:, None]
-    numbers = (coef, intercept - scaler.mean_ @ coef, np.array(penalty))
-    return Fit(*(torch.from_numpy(part.astype(np.float32))[None] for part in numbers), flops)
+    intercept = intercept - scaler.mean_ @ coef
+    weights, offset = (torch.from_numpy(part.astype(np.float32))[None] for part in (coef, intercept))
+    return Fit(weights, offset, torch.tensor([penalty]), flops)
 
 
 def _calibrated(data: Data, scores: Fit) -> Fit:

@@ -349,7 +349,9 @@ def measure(name: str, shape: Shape, options: Options) -> list[Row]:
         with scene.arithmetic():
             dtype = torch.get_autocast_dtype(options.device.type)
             dtype = dtype if torch.is_autocast_enabled(options.device.type) else torch.float32
-    rate = best_matrix_rate(options.device, dtype, (shape.batch * shape.window, shape.width, 4 * shape.width))
+    rate = best_matrix_rate(
+        options, options.device, dtype, (shape.batch * shape.window, shape.width, 4 * shape.width)
+    )
     sums = outcomes[REFERENCE].result
     rows = []
     for contestant, outcome in outcomes.items():

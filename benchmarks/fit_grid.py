@@ -138,7 +138,7 @@ def _measure_size(workload: Workload, size: Size, options: Options) -> list[Row]
     contestants = {name: Contestant(partial(fit), partial(fit, first=1)) for name, fit in fits.items()}
     outcomes = race(contestants, options.repeats, options.device)
     rates = {
-        device: best_matrix_rate(device, torch.float32, size.shape)
+        device: best_matrix_rate(options, device, torch.float32, size.shape)
         for device in {options.device, torch.device("cpu")}
     }
     rows = []

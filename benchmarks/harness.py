@@ -8,6 +8,7 @@ the contestants differ: `compare` refuses such ratios.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import importlib.util
 import json
@@ -41,6 +42,9 @@ SAME = 0.01
 """Contestants whose quality differs by more than this share are not compared."""
 REFERENCE = "probekit"
 """The contestant whose time is the unit of all ratios."""
+
+SQUARE = (2048, 2048, 2048)
+"""A product that any machine does well."""
 
 Row = dict[str, Any]
 
@@ -116,10 +120,10 @@ def race(contestants: Mapping[str, Contestant], repeats: int, device: torch.devi
     outcomes = {name: Outcome() for name in contestants}
     for contestant in contestants.values():
         contestant.warm_up()
+    gc.collect()
     for turn in range(repeats):
         for name in list(contestants)[:: -1 if turn % 2 else 1]:
             outcomes[name].result = None  # two results at once may not fit
-            gc.collect()
             seconds, outcomes[name].result = timed(contestants[name].run, device)
             outcomes[name].times.append(seconds)
     return outcomes
@@ -164,9 +168,13 @@ def matrix_rate(
     return 2.0 * batch * m * k * n * calls / seconds
 
 
-def best_matrix_rate(device: torch.device, dtype: torch.dtype, *shapes: tuple[int, int, int]) -> float:
-    """The largest rate over some shapes and a square one: the limit that shares are given of."""
-    return max(matrix_rate(device, dtype, shape) for shape in [*shapes, (2048, 2048, 2048)])
+def best_matrix_rate(
+    options: Options, device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int]
+) -> float:
+    """The larger of the rates at a shape and at a square one: the limit that shares are given of."""
+    if options.quick:
+        return matrix_rate(device, dtype, (64, 64, 64), repeats=1)
+    return max(matrix_rate(device, dtype, each) for each in (shape, SQUARE))
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor, calls: int) -> None:
@@ -225,8 +233,10 @@ def _measure(job: Row) -> dict[str, float]:
     module = importlib.util.module_from_spec(spec)
     sys.modules["measured"] = module  # where dataclasses look for the types of their fields
     spec.loader.exec_module(module)
-    call = getattr(module, job["function"])(device.type, **job["arguments"])
+    call = getattr(module, job["function"])(job["device"], **job["arguments"])
     gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # what is free is resident otherwise, and the call would use it
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         held = torch.cuda.memory_allocated(device)

@@ -2,9 +2,10 @@
 
     python benchmarks/memory.py [--device cuda] [--quick] [--repeats 3] [--out FOLDER]
 
-Two planted corpora, one eight times as large, with a barely trained tiny LM each; each command runs in a process of
-its own. Softmax probes hold the examples they are fitted on, up to `probe.max_examples`, here its default;
-closed-form probes hold none and take all. Importing the libraries alone takes memory too, and is told apart.
+Two planted corpora, one eight times as large, with a barely trained tiny LM each; each command runs in a
+process of its own. Softmax probes hold the examples they are fitted on, up to `probe.max_examples`, here its
+default; closed-form probes hold none and take all. Importing the libraries alone takes memory too, and is
+told apart.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from probekit.evaluation.evaluate import Evaluation, evaluate
     from probekit.probing.probe import ProbeResults, probe
     from probekit.run import Run
-    from probekit.training.train import build_corpus, train
+    from probekit.training.train import build_corpus, prepare, train
     from probekit.walkthrough import demo
 
     load_run = Run.open
@@ -32,6 +32,7 @@ _HOME = {
     "build_corpus": "probekit.training.train",
     "demo": "probekit.walkthrough",
     "evaluate": "probekit.evaluation.evaluate",
+    "prepare": "probekit.training.train",
     "probe": "probekit.probing.probe",
     "train": "probekit.training.train",
 }
@@ -45,6 +46,7 @@ __all__ = [
     "demo",
     "evaluate",
     "load_run",
+    "prepare",
     "probe",
     "train",
 ]

@@ -13,6 +13,7 @@ from typing import Any
 from probekit.config import Config, preset_names
 from probekit.errors import ProbekitError
 from probekit.options import (
+    ANY_MODEL,
     Parser,
     add_setting_options,
     add_source_options,
@@ -126,6 +127,8 @@ def _probe(words: list[str]) -> None:
     parsed = parse(parser, words)
     if (parsed.run is None) == (parsed.model is None):
         parser.error("give a run's folder, or --model with --corpus")
+    if parsed.run is not None and (stray := [name for name in BESIDE_MODEL if getattr(parsed, name)]):
+        parser.error(f"argument --{stray[0]}: goes with --model; {parsed.run} has its own")
     from probekit.probing.probe import probe
     from probekit.reports.figures import save_probe_figures
     from probekit.reports.tables import print_probes
@@ -134,11 +137,10 @@ def _probe(words: list[str]) -> None:
     if parsed.model is not None:
         from probekit.training.train import prepare
 
-        config = probed_config(parsed)
         run = prepare(
-            config,
-            parsed.out,
-            existing=_existing(parsed) if parsed.overwrite else "resume",
+            probed_config(parsed),
+            parsed.out or "runs/probed",
+            existing="overwrite" if parsed.overwrite else "resume",
             quiet=parsed.quiet,
         )
         settings = {}
@@ -158,6 +160,9 @@ def _demo(words: list[str]) -> None:
 
     demo(parsed.out, overwrite=parsed.overwrite, quiet=parsed.quiet)
 
+
+BESIDE_MODEL = ("corpus", "out", "overwrite", "preset", "config")
+"""Options that `probekit probe` takes beside `--model` alone."""
 
 COMMANDS: dict[str, Command] = {
     "train": _train,
@@ -205,17 +210,22 @@ def _probe_parser(words: list[str]) -> Parser:
     )
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     group = parser.add_argument_group(
-        "any model", "probe a causal LM on a corpus, both kept in a run's folder; settings: preset any-model"
+        "any model",
+        f"probe a causal LM on a corpus, both kept in a run's folder; settings: preset {ANY_MODEL}, and\n"
+        "whatever `probekit probe --model NAME --help` lists",
     )
     group.add_argument("--model", metavar="NAME", help="hub name or local folder of a causal LM (lm.name)")
     group.add_argument("--corpus", metavar="FILE", help="file, folder or dataset to read (corpus.path)")
     group.add_argument(
-        "--out", default="runs/probed", metavar="FOLDER", help="the run's folder (runs/probed)"
+        "--out", metavar="FOLDER", help="the run's folder (runs/probed), reused if it is there"
     )
     group.add_argument("--overwrite", action="store_true", help="replace the run in that folder")
     add_source_options(parser)
-    any_model = any(word.split("=")[0] == "--model" for word in words)
-    add_setting_options(parser, Config(), None if any_model else ["device", "evaluation", "probe"])
+    if not any(word.split("=")[0] == "--model" for word in words):
+        add_setting_options(parser, Config(), ["device", "evaluation", "probe"])
+    else:
+        asked = {"-h", "--help"} & {*words}
+        add_setting_options(parser, source_config(parser.prog, words, ANY_MODEL) if asked else Config())
     return parser
 
 

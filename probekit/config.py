@@ -318,11 +318,12 @@ class ProbeSettings(Settings):
     l2: Several[Annotated[float, Field(gt=0.0)]] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
     """L2 penalties tried (softmax, ridge); each probe keeps the best on validation documents. Unit: per
     example, on standardised activations."""
-    shrinkage: Several[Annotated[float, Field(ge=0.0, le=1.0)]] = (0.01, 0.1, 0.3, 0.6, 0.9)
-    """Shrinkage of the covariance tried (lda), 0 none, 1 all the way to a multiple of the identity."""
+    shrinkage: Several[Annotated[float, Field(gt=0.0, le=1.0)]] = (0.01, 0.1, 0.3, 0.6, 0.9)
+    """Shrinkage of the covariance tried (lda), near 0 hardly any, 1 all the way to a multiple of the
+    identity."""
     hidden: Positive = 64
     """Hidden units (mlp)."""
-    max_iterations: Positive = 200
+    max_iterations: Positive = 500
     """Most iterations of the softmax solver for each penalty."""
     tolerance: Annotated[float, Field(gt=0.0)] = 1e-4
     """The softmax solver stops when the norm of the gradient falls below this share of its norm at zero

@@ -22,6 +22,9 @@ from probekit.config import (
 )
 from probekit.errors import ProbekitError
 
+ANY_MODEL = "any-model"
+"""The preset on which `probekit probe --model` builds where no other is given."""
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are ours, so that all bad input is told in one way."""
@@ -115,17 +118,25 @@ def chosen_config(parsed: argparse.Namespace, begun: Path | None = None) -> Conf
 def probed_config(parsed: argparse.Namespace) -> Config:
     """The config of `--model` and `--corpus` on the preset `any-model`, another preset, or a file."""
     if not (parsed.preset or parsed.config):
-        parsed.preset = "any-model"
+        parsed.preset = ANY_MODEL
     config = chosen_config(parsed) or Config()
     paths = {"lm.name": parsed.model, "corpus.path": parsed.corpus}
     return config.override({name: value for name, value in paths.items() if value is not None})
 
 
-def source_config(command: str, arguments: list[str]) -> Config:
-    """The config of `--preset` and `--config` alone, for the defaults that a command's help tells."""
+def source_config(command: str, arguments: list[str], preset: str | None = None) -> Config:
+    """The config of `--preset` and `--config` alone, for the defaults that a command's help tells.
+
+    Args:
+        command: What the command is called.
+        arguments: What was typed behind it.
+        preset: The preset where neither is given.
+    """
     parser = Parser(prog=command, add_help=False)
     add_source_options(parser)
     parsed, _ = parser.parse_known_args(arguments)
+    if not (parsed.preset or parsed.config):
+        parsed.preset = preset
     return chosen_config(parsed) or Config()
 
 

@@ -51,6 +51,9 @@ BEGUN = ("config.yaml", "provenance.json", "run.json")
 END_OF_SETTINGS = b"\n...\n"
 """How config.yaml ends when it is whole."""
 
+LOADED = ("device", "corpus", "bridged", "_plain")
+"""What a run keeps in memory once it was asked for."""
+
 Existing = Literal["refuse", "resume", "overwrite"]
 
 
@@ -144,8 +147,14 @@ class Run:
         return cls(folder, Config.from_yaml(settings))
 
     def with_settings(self, settings: Mapping[str, Any]) -> Run:
-        """The same run, with settings replaced by dotted name for what is done with it now."""
-        return Run(self.folder, self.config.override(settings))
+        """The same run, with settings replaced by dotted name for what is done with it now.
+
+        What is loaded already is shared, unless a setting says where or what to load.
+        """
+        run = Run(self.folder, self.config.override(settings))
+        if (run.config.device, run.config.lm) == (self.config.device, self.config.lm):
+            vars(run).update({name: vars(self)[name] for name in LOADED if name in vars(self)})
+        return run
 
     # Stages
 
@@ -241,7 +250,8 @@ class Run:
         files = sorted((self.folder / "lm").glob("*"))
         if (self.folder / "lm" / "source.json").exists():
             source = Path(read_json(self.folder / "lm" / "source.json")["name"])
-            files += sorted(source.glob("*.safetensors")) if source.is_dir() else []
+            if source.is_dir():
+                files += [source / "config.json", *sorted(source.glob("*.safetensors"))]
         if variant in VARIANTS:
             files += [self.folder / "planner" / "model.safetensors", self._adapter_file(variant)]
         digest = hashlib.sha256()

@@ -50,8 +50,14 @@ def probe_table(
         rows.append(
             {"reader": "probe", "solver": solver, "variant": variant, "seed": seed, "location": location}
             | {"layer": layer, "distance": distance, "horizon": horizon, "injected": injected}
-            | _metrics(accuracy)
-            | {"gain_over": None if np.isnan(accuracy) else "bigram" if distance > 1 else "skip n-gram"}
+            | _metrics(accuracy, compared=not injected)
+            | {
+                "gain_over": None
+                if np.isnan(accuracy) or injected
+                else "bigram"
+                if distance > 1
+                else "skip n-gram"
+            }
             | {"iterations": 20, "fitted_on": 500, "constant": None if np.isnan(accuracy) else False}
             | {"converged": None if solver != "softmax" or np.isnan(accuracy) else True}
         )
@@ -65,14 +71,14 @@ def probe_table(
     return table.astype(TYPES).sample(frac=1, random_state=0, ignore_index=True)
 
 
-def _metrics(accuracy: float) -> dict[str, float]:
+def _metrics(accuracy: float, *, compared: bool = True) -> dict[str, float]:
     """Metrics that follow from one accuracy, with intervals that are not symmetric."""
     values = {
         "accuracy": accuracy,
         "top5": accuracy + 0.3,
         "cross_entropy": 3.0 - accuracy,
         "bits": 2 * accuracy,
-        "gain": 2 * accuracy - 0.5,
+        "gain": 2 * accuracy - 0.5 if compared else np.nan,
         "selectivity": accuracy - 0.1,
     }
     bounds = {f"{name}_low": value - 0.02 for name, value in values.items()}

@@ -8,15 +8,23 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from probekit import cli
 from probekit.cli import COMMANDS, main
 from probekit.config import Config, preset_names, setting_names
+from probekit.corpus.tokenizer import train_tokenizer
 from probekit.errors import ProbekitError
 from probekit.run import Run
 from probekit.storage import read_json, write_json
+
+FAST = ["--probe.layers", "0", "--probe.distances", "1", "--probe.variants", "none", "--probe.l2", "0.1"]
+FAST += ["--probe.code_length", "false", "--evaluation.resamples", "100"]
+"""A grid of one cell."""
 
 Capture = pytest.CaptureFixture[str]
 STAGES = ["corpus", "lm", "planner", "adapter/fixed", "adapter/oracle", "adapter/predicted", "adapter/soft"]
@@ -130,7 +138,15 @@ def test_help_needs_no_pytorch():
         (["train", "--resume", "--overwrite"], "not allowed with argument"),
         (["train", "stray"], "unexpected 'stray'; see `probekit train --help`"),
         (["evaluate"], "the following arguments are required: RUN; see `probekit evaluate --help`"),
-        (["probe"], "the following arguments are required: RUN; see `probekit probe --help`"),
+        (["probe"], "give a run's folder, or --model with --corpus; see `probekit probe --help`"),
+        (["probe", "run", "--model", "gpt2"], "give a run's folder, or --model with --corpus"),
+        (["probe", "run", "--corpus", "text"], "argument --corpus: goes with --model; run has its own"),
+        (["probe", "run", "--out", "there"], "argument --out: goes with --model"),
+        (["probe", "run", "--overwrite"], "argument --overwrite: goes with --model"),
+        (["probe", "run", "--preset", "demo"], "argument --preset: goes with --model"),
+        (["probe", "run", "--config", "a.yaml"], "argument --config: goes with --model"),
+        (["probe", "run", "--lm.layers", "2"], "unknown setting 'lm.layers'; did you mean 'probe.layers'?"),
+        (["probe", "--model", "m", "--probe.layer", "3"], "unknown setting 'probe.layer'; did you mean"),
         (["evaluate", "nowhere"], "nowhere does not exist; make one with `probekit train --out nowhere`"),
         (["corpus", "nowhere"], "nowhere does not exist"),
         (["corpus", "nowhere", "--nearest", "-1"], "argument --nearest: -1 is below 0"),
@@ -247,9 +263,9 @@ def test_building_a_corpus_alone_is_the_first_stage_of_training(
     out = tmp_path / "run"
     told(capsys, "corpus", "--config", tmp_path / "tiny.yaml", "--out", out, "--quiet")
     assert list(read_json(out / "run.json")["stages"]) == ["corpus"]
-    for command in ("evaluate", "probe"):
+    for command, lacking in (("evaluate", "planner"), ("probe", "lm")):
         line = refused(capsys, command, out)
-        assert "lacks the stage 'planner'" in line
+        assert f"lacks the stage {lacking!r}" in line
         assert f"probekit train --resume --out {out}" in line
 
 
@@ -275,6 +291,174 @@ def test_probing_writes_table_and_pictures(capsys: Capture, copy: Path):
     assert "results.parquet" in out
 
 
+def test_a_run_without_a_planner_is_probed(capsys: Capture, copy: Path):
+    state = read_json(copy / "run.json")
+    state["stages"] = {stage: state["stages"][stage] for stage in ("corpus", "lm")}
+    write_json(copy / "run.json", state)
+    told(capsys, "probe", copy, *FAST, "--quiet")
+    assert set(Run.open(copy).probes().reader) == {
+        *("probe", "token embedding", "prior", "bigram", "skip n-gram"),
+        *(f"ceiling ({of})" for of in ("actions", "words", "tokens read")),
+    }
+
+
+def test_a_store_of_activations_is_used_again(capsys: Capture, copy: Path):
+    words = ["probe", copy, *FAST, "--store", "--quiet"]
+    told(capsys, *words)
+    first, shards = Run.open(copy).probes(), sorted((copy / "activations" / "none-seed0").iterdir())
+    assert {path.suffix for path in shards} == {".json", ".safetensors"}
+    times = [path.stat().st_mtime_ns for path in shards]
+    told(capsys, *words)
+    assert [path.stat().st_mtime_ns for path in shards] == times
+    assert Run.open(copy).probes().equals(first)
+    line = refused(capsys, *words, "--probe.distances", "2", "3")
+    assert "none-seed0 stores activations of another distances: [1], and [2, 3]" in line
+    assert "delete it, or run without --store" in line
+
+
+def test_sentences_are_exported_and_a_column_of_labels_is_probed(capsys: Capture, copy: Path, tmp_path: Path):
+    path = tmp_path / "sentences.csv"
+    told(capsys, "corpus", copy, "--nearest", "0", "--export", path)
+    table = pd.read_csv(path)
+    corpus = Run.open(copy).corpus
+    assert len(table) == len(corpus.first_token)
+    assert table.action.tolist() == corpus.actions.tolist()
+    words = ["probe", copy, *FAST, "--quiet", "--probe.labels", path]
+    assert "has no column 'kind'" in refused(capsys, *words, "--probe.target", "kind")
+    table.assign(kind=np.where(table.action < 4, "low", "high")).to_csv(path, index=False)
+    out = told(capsys, *words, "--probe.target", "kind")
+    probes = Run.open(copy).probes()
+    assert set(probes.target) == {"kind"}
+    assert "kind" in out
+    assert "bigram" in set(probes.reader)
+    assert "--export is 'a.txt'; it must end in .csv" in refused_late(
+        capsys, "corpus", copy, "--export", "a.txt"
+    )
+
+
+def refused_late(capsys: Capture, *words: str | Path) -> str:
+    """The one line on standard error of a command that ends with code 2, whatever it printed before."""
+    assert main([str(word) for word in words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+# Any model
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of text files, a document each."""
+    folder = tmp_path_factory.mktemp("texts")
+    generator = np.random.default_rng(0)
+    words = np.array(["the", "plan", "of", "a", "river", "town", "old", "king", "went", "fell"])
+    for number in range(60):
+        sentences = [" ".join(generator.choice(words, size=4)).capitalize() + "." for _ in range(8)]
+        (folder / f"{number}.txt").write_text(" ".join(sentences), "utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lms(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders with a tiny random LM and its tokenizer, as a user would have them."""
+    root = tmp_path_factory.mktemp("lms")
+    lines = (path.read_text("utf-8") for path in sorted(texts.iterdir()))
+    tokenizer = train_tokenizer(lines, 300, root / "tokenizer")
+    common = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 0}
+    gpt2 = GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=32, **common)
+    llama = LlamaConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=24,
+        max_position_embeddings=32,
+        **common,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        models = {"gpt2": GPT2LMHeadModel(gpt2), "llama": LlamaForCausalLM(llama)}
+    for name, model in models.items():
+        model.save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    return {name: root / name for name in models}
+
+
+ANY = ["--actions.k", "8", "--actions.dimensions", "8", "--training.window", "32", "--device", "cpu"]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_any_model_is_probed_on_any_text(
+    capsys: Capture, family: str, lms: dict[str, Path], texts: Path, tmp_path: Path
+):
+    out = tmp_path / "probed"
+    words = ["probe", "--model", lms[family], "--corpus", texts, "--out", out, *ANY, *FAST, "--quiet"]
+    shown = told(capsys, *words)
+    assert "results.parquet" in shown
+    run = Run.open(out)
+    assert list(read_json(out / "run.json")["stages"]) == ["lm", "corpus"]
+    assert run.config.lm.name == str(lms[family])
+    assert run.config.corpus.probe_fraction == 0.5
+    assert not list((out / "lm").glob("*.safetensors")), "a model that is there already is not copied"
+    first = run.probes()
+    assert set(first[first.reader == "probe"].layer) == {0}
+    assert set(first.reader) == {"probe", "token embedding", "prior", "bigram", "skip n-gram"}
+    assert list((out / "probes").glob("*.png"))
+
+    # Again, with another grid: corpus and model stay, what was probed is replaced.
+    tokens = (out / "corpus" / "tokens.npy").stat().st_mtime_ns
+    told(capsys, *words, "--probe.layers", "1", "--probe.variants", "random")
+    assert (out / "corpus" / "tokens.npy").stat().st_mtime_ns == tokens
+    again = Run.open(out).probes()
+    probes = again[again.reader == "probe"]
+    assert set(zip(probes.variant, probes.layer, strict=True)) == {("random", 1)}
+    # As a run like any other, too.
+    told(capsys, "probe", out, "--quiet")
+    same = Run.open(out).probes()
+    assert same.equals(again), "the run keeps the settings that it was last probed with"
+
+    line = refused(capsys, *words, "--actions.k", "9")
+    assert "actions.k was 8 and is now 9" in line
+    told(capsys, *words, "--actions.k", "9", "--overwrite")
+    assert Run.open(out).config.actions.k == 9
+
+
+def test_any_model_needs_a_model_and_a_text(
+    capsys: Capture, lms: dict[str, Path], texts: Path, tmp_path: Path
+):
+    words = ["probe", "--out", tmp_path / "run", "--quiet", *ANY]
+    line = refused(capsys, *words, "--model", tmp_path / "no", "--corpus", texts)
+    assert str(tmp_path / "no") in line
+    line = refused(capsys, *words, "--model", lms["gpt2"], "--overwrite")
+    assert "corpus.path is not set" in line
+    line = refused(capsys, *words, "--model", lms["gpt2"], "--corpus", tmp_path / "no", "--overwrite")
+    assert "corpus.path is" in line
+    line = refused(
+        capsys, *words, "--model", lms["gpt2"], "--corpus", texts, "--training.window", "64", "--overwrite"
+    )
+    assert line == "training.window is 64, but the LM reads at most 32 positions"
+
+
+def test_any_model_does_not_take_over_a_run_of_another_kind(
+    capsys: Capture, copy: Path, lms: dict[str, Path], texts: Path
+):
+    words = ["probe", "--model", lms["gpt2"], "--corpus", texts, "--out", copy, *ANY]
+    before = (copy / "config.yaml").read_text()
+    assert "was begun with other settings" in refused(capsys, *words)
+    assert (copy / "config.yaml").read_text() == before
+
+
+def test_help_tells_how_any_model_is_probed(capsys: Capture):
+    text = told(capsys, "probe", "--help")
+    for part in ("probekit probe RUN", "--model NAME", "--corpus FILE", "--store", "preset any-model"):
+        assert part in text
+    assert "--lm.revision" not in text
+    everything = told(capsys, "probe", "--model", "gpt2", "--help")
+    assert set(re.findall(r"^  --([\w.]+)", everything, re.MULTILINE)) >= set(setting_names())
+    entry = " ".join(everything.split()).partition("--corpus.probe_fraction NUMBER")[2]
+    assert entry[: entry.index(")")].endswith("(default: 0.5"), "those of the preset any-model"
+
+
 def test_the_demo_goes_all_the_way_and_does_nothing_twice(
     capsys: Capture, copy: Path, tiny_config: Config, monkeypatch: pytest.MonkeyPatch
 ):
@@ -285,7 +469,7 @@ def test_the_demo_goes_all_the_way_and_does_nothing_twice(
     weights = copy / "lm" / "model.safetensors"
     before = weights.stat().st_mtime_ns
     out = told(capsys, "demo", "--out", copy, "--quiet")
-    titles = ["Corpus", "Actions (8", "Training", "Perplexity per token on", "Next action on", "Best cell of"]
+    titles = ["Corpus", "Actions (8", "Training", "Perplexity per token on", "Next action on", "Best cells"]
     places = [out.index(title) for title in titles]
     assert places == sorted(places)
     assert weights.stat().st_mtime_ns == before
@@ -314,7 +498,8 @@ def test_a_run_that_lacks_a_stage_names_it_and_the_command(capsys: Capture, copy
     state = read_json(copy / "run.json")
     del state["stages"][stage]
     write_json(copy / "run.json", state)
-    for command in ("evaluate", "probe"):
+    # Probes need no planner: without one they are compared with what needs none.
+    for command in ("evaluate", "probe") if stage != "planner" else ("evaluate",):
         line = refused(capsys, command, copy, "--quiet")
         assert f"lacks the stage {stage!r}" in line
         assert f"`probekit train --resume --out {copy}`" in line
@@ -323,7 +508,8 @@ def test_a_run_that_lacks_a_stage_names_it_and_the_command(capsys: Capture, copy
 def test_a_variant_that_is_not_trained_is_not_probed(capsys: Capture, copy: Path):
     line = refused(capsys, "probe", copy, "--probe.variants", "gumbel", "--quiet")
     assert (
-        "'gumbel', which this run has not trained; it has none, fixed, oracle, predicted, soft, joint" in line
+        "'gumbel', which this run has not trained; it has none, random, fixed, oracle, predicted, soft, joint"
+        in line
     )
 
 

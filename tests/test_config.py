@@ -209,6 +209,12 @@ def test_unknown_setting_like_no_other_gets_no_suggestion():
         ("probe.distances", []),
         ("probe.locations", None),
         ("probe.l2", []),
+        ("probe.solvers", []),
+        ("probe.target", None),
+        ("probe.anchors", "word"),
+        ("probe.memory", 0),
+        ("probe.control", 2),
+        ("probe.hidden", 0),
     ],
 )
 def test_wrong_value_names_setting_and_value(name: str, value: object):
@@ -223,6 +229,11 @@ def test_wrong_value_names_setting_and_value(name: str, value: object):
         ({"probe.distances": [1, 0]}, ["probe.distances.1", "0"]),
         ({"probe.layers": [1, -1]}, ["probe.layers.1", "-1"]),
         ({"probe.layers": [2, 0, 2]}, ["probe.layers", "2 is listed twice"]),
+        ({"probe.shrinkage": [0.5, 0.0]}, ["probe.shrinkage.1", "0.0"]),
+        ({"probe.shrinkage": [1.1]}, ["probe.shrinkage.0", "1.1"]),
+        ({"probe.solvers": ["ridge", "svm"]}, ["probe.solvers.1", "'svm'", "'softmax'"]),
+        ({"probe.seeds": [3, 3]}, ["probe.seeds", "3 is listed twice"]),
+        ({"probe.variants": ["soft", "sof"]}, ["probe.variants.1", "'sof'"]),
         ({"probe.variants": ["soft", "soft"]}, ["probe.variants", "'soft' is listed twice"]),
         ({"lm.heads": 3}, ["lm", "heads 3", "width 128"]),
         ({"planner.width": 9}, ["planner", "heads 2", "width 9"]),
@@ -349,5 +360,5 @@ def test_settings_are_added_deliberately():
         "training": 2,
         "training.joint": 2,
         "evaluation": 4,
-        "probe": 9,
+        "probe": 19,
     }

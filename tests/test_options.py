@@ -17,6 +17,7 @@ from probekit.options import (
     chosen_config,
     given_settings,
     parse,
+    probed_config,
     source_config,
 )
 
@@ -30,6 +31,13 @@ def parser(defaults: Config | None = None, sections: list[str] | None = None) ->
 
 def chosen(*words: str, begun: Path | None = None) -> Config | None:
     return chosen_config(parse(parser(), list(words)), begun)
+
+
+def probed(*words: str, model: str | None = "gpt2", corpus: str | None = "some/text") -> Config:
+    """The config of `probekit probe --model MODEL --corpus CORPUS` and more words."""
+    parsed = parse(parser(), list(words))
+    parsed.model, parsed.corpus = model, corpus
+    return probed_config(parsed)
 
 
 def refusal(*words: str) -> str:
@@ -73,6 +81,13 @@ def test_every_setting_of_a_preset_can_be_typed(preset: str):
         (["--probe.layers", "none"], "probe.layers", None),
         (["--probe.l2", "0.1"], "probe.l2", (0.1,)),
         (["--probe.variants", "none"], "probe.variants", ("none",)),
+        (["--probe.variants", "random", "soft"], "probe.variants", ("random", "soft")),
+        (["--probe.solvers", "lda", "mlp"], "probe.solvers", ("lda", "mlp")),
+        (["--probe.seeds", "0", "7"], "probe.seeds", (0, 7)),
+        (["--probe.seeds", "none"], "probe.seeds", None),
+        (["--probe.labels", "none"], "probe.labels", None),
+        (["--probe.control", "false"], "probe.control", False),
+        (["--probe.locations", "attn.hook_z:before"], "probe.locations", ("attn.hook_z:before",)),
         (["--mixing.variants", "none"], "mixing.variants", ("none",)),
         (["--mixing.variants", "soft", "straight-through"], "mixing.variants", ("soft", "straight-through")),
         (["--training.lm.patience", "none"], "training.lm.patience", None),
@@ -111,6 +126,19 @@ def test_single_settings_alone_change_the_run_that_is_resumed(tmp_path: Path):
     assert chosen(begun=begun) is None
     assert chosen("--preset", "demo", "--seed", "9", begun=begun) == config
     assert chosen("--config", str(begun), "--seed", "8", begun=begun) == config.override({"seed": 8})
+
+
+def test_any_model_is_a_preset_with_a_model_and_a_corpus(tmp_path: Path):
+    paths = {"lm.name": "gpt2", "corpus.path": "some/text"}
+    preset = Config.from_preset("any-model")
+    assert probed() == preset.override(paths)
+    assert probed("--seed", "3") == preset.override(paths | {"seed": 3})
+    assert probed("--lm.name", "other") == preset.override(paths), "--model is what it says"
+    assert probed("--preset", "demo") == Config.from_preset("demo").override(paths)
+    file = tmp_path / "mine.yaml"
+    file.write_text("lm: {name: mine}\ncorpus: {path: text}\n", "utf-8")
+    assert probed("--config", str(file)) == Config().override(paths)
+    assert probed("--config", str(file), corpus=None) == Config().override(paths | {"corpus.path": "text"})
 
 
 def test_only_what_is_given_is_given():
@@ -154,6 +182,8 @@ def test_what_is_not_understood_is_told(words: list[str], said: str):
         (["--mixing.variants", "soft,joint"], ["mixing.variants.0", "'soft,joint'"]),
         (["--probe.layers", "0", "x"], ["probe.layers.1", "'x'"]),
         (["--corpus.reader", "pdf"], ["corpus.reader", "'pdf'"]),
+        (["--probe.solvers", "svm"], ["probe.solvers.0", "'svm'", "'softmax'"]),
+        (["--probe.shrinkage", "0"], ["probe.shrinkage.0", "'0'"]),
         (["--lm.heads", "5"], ["heads 5", "width 128"]),
         (["--preset", "demos"], ["unknown preset 'demos'", "did you mean 'demo'?"]),
         (["--config", "/no/such.yaml"], ["config file /no/such.yaml"]),
@@ -214,7 +244,8 @@ def test_help_tells_every_setting_its_default_and_what_it_does(preset: str | Non
         start = text.index(f"--{name} ")
         entry = text[start : text.index("(default: ", start)]
         told = text[text.index("(default: ", start) + len("(default: ") :].split(")")[0].split()
-        assert entry.count("--") == 1, f"{name} has no default of its own"
+        named = [word.removeprefix("--") for word in entry.split() if word.startswith("--")]
+        assert [word for word in named if word in settings_of(Config)] == [name], "no default of its own"
         # A long word may be broken at a hyphen.
         assert squeezed(str(field.description)) in squeezed(entry), name
         typed = as_words(name, value_of(defaults, name))[1:]
@@ -230,6 +261,12 @@ def same_values(told: list[str], typed: list[str]) -> bool:
         return [float(word) for word in told] == [float(word) for word in typed]
     except ValueError:
         return squeezed("".join(told)) == squeezed("".join(typed))
+
+
+def test_help_without_a_source_may_have_a_preset_of_its_own():
+    assert source_config("probekit test", [], "any-model") == Config.from_preset("any-model")
+    words = ["--preset", "demo"]
+    assert source_config("probekit test", words, "any-model") == Config.from_preset("demo")
 
 
 def test_help_of_some_sections_has_only_those():

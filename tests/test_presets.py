@@ -11,7 +11,7 @@ PAPER = ["gpt2-wikipedia", "olmo-1b-wikipedia"]
 
 
 def test_the_presets_that_are_shipped():
-    assert preset_names() == ["demo", "gpt2-wikipedia", "olmo-1b-wikipedia", "text-small"]
+    assert preset_names() == ["any-model", "demo", "gpt2-wikipedia", "olmo-1b-wikipedia", "text-small"]
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -27,13 +27,21 @@ def test_window_fits_a_new_lm_and_probed_variants_are_trained(name: str):
     if config.lm.name is None:
         assert config.training.window <= config.lm.positions
         assert config.conditioning.skip_layers < config.lm.layers
-    assert set(config.probe.variants) <= {"none", *config.mixing.variants}
+    assert set(config.probe.variants) <= {"none", "random", *config.mixing.variants}
 
 
 def test_the_demo_needs_no_network():
     config = Config.from_preset("demo")
     assert (config.corpus.reader, config.actions.encoder, config.lm.name) == ("planted", "tfidf", None)
     assert config.actions.k == config.corpus.planted.actions
+
+
+def test_any_model_keeps_its_documents_for_probes():
+    settings = Config.from_preset("any-model").corpus
+    kept = settings.probe_fraction + settings.validation_fraction + settings.test_fraction
+    assert kept == pytest.approx(0.8)
+    assert settings.probe_fraction > settings.test_fraction
+    assert set(Config.from_preset("any-model").probe.variants) == {"none", "random"}, "nothing is trained"
 
 
 @pytest.mark.parametrize("name", PAPER)

@@ -27,6 +27,7 @@ LESS = (
     "--training.planner.epochs 1 --training.adapter.epochs 1 --mixing.variants fixed soft "
     "--evaluation.resamples 100"
 )
+FEW = "--probe.layers 0 2 --probe.l2 0.01 0.1 --probe.max_iterations 30 --evaluation.resamples 100"
 PLANTED = "--corpus.planted.documents 80 --corpus.planted.actions 8"
 
 
@@ -45,9 +46,10 @@ def articles(count: int) -> str:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tiny_run: probekit.Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working folder with what the README's commands read."""
     folder = tmp_path_factory.mktemp("readme")
+    shutil.copytree(tiny_run.folder, folder / "runs" / "demo")
     (folder / "articles.txt").write_text(articles(40), encoding="utf-8")
     (folder / "mine.yaml").write_text("planner: {layers: 1}\n", encoding="utf-8")
     return folder
@@ -59,7 +61,9 @@ def test_the_readme_has_the_commands_that_are_tested():
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_command_of_the_readme(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_command_of_the_readme(
+    command: str, folder: Path, tiny_run: probekit.Run, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.chdir(folder)
     words = shlex.split(command)[1:]
     if "--help" in words:
@@ -71,6 +75,11 @@ def test_command_of_the_readme(command: str, folder: Path, monkeypatch: pytest.M
     else:
         if words[0] == "train" and "--resume" not in words:
             words += shlex.split(f"{LESS} {PLANTED if 'demo' in words else ''}")
+        if words[0] == "probe":
+            words += shlex.split(FEW)
+        if "--model" in words:
+            words[words.index("--model") + 1] = str(tiny_run.folder / "lm")
+            words += shlex.split("--actions.k 8 --actions.dimensions 16 --training.window 48")
         assert main([*words, "--quiet"] if words[0] != "corpus" else words) == 0
 
 
@@ -80,13 +89,10 @@ def assert_settings_are_understood(words: list[str], folder: Path) -> None:
         main([*words, "--debug"])
 
 
-def test_python_of_the_readme(
-    folder: Path, tiny_config: Config, tiny_run: probekit.Run, monkeypatch: pytest.MonkeyPatch
-):
+def test_python_of_the_readme(folder: Path, tiny_config: Config, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(folder)
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     monkeypatch.setattr(Config, "from_preset", lambda name: tiny_config)
-    shutil.copytree(tiny_run.folder, folder / "runs" / "demo")
     probekit.probe("runs/demo", {"probe.layers": [0]}, quiet=True)
     exec(code, {})  # noqa: S102 - our own README
     assert (folder / "runs" / "seed1" / "probes" / "results.parquet").exists()
@@ -99,7 +105,7 @@ def test_make_targets_of_the_readme_exist():
 
 
 def test_files_that_the_readme_names_exist():
-    named = re.findall(r"`((?:probekit|analyses|figures)/[\w./]*)`", README)
+    named = re.findall(r"`((?:probekit|analyses|figures|benchmarks)/[\w./]*)`", README)
     linked = re.findall(r"\]\(((?:figures/)?\w+\.\w+)\)", README)
     assert linked
     for path in named + linked:

@@ -10,12 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from probekit.config import Config
+from probekit.corpus.examples import collate, cut_windows
 from probekit.errors import ProbekitError
+from probekit.models.language_model import random_weights
+from probekit.models.mixing import Fixed
+from probekit.models.plain import BridgedPass, ForwardPass, PlainPass
 from probekit.run import FORMAT, Existing, Run
 from probekit.storage import read_json, read_tensors, write_json
+from probekit.training.train import prepare
 
 TINY = Config().override({"device": "cpu", "corpus.reader": "planted"})
 
@@ -368,6 +373,136 @@ def test_a_run_may_be_moved(tiny_run: Run, tmp_path: Path, monkeypatch: pytest.M
             moved.model("joint").adapter.projections, tiny_run.model("joint").adapter.projections
         )
         assert moved.corpus.texts.row(3) == tiny_run.corpus.texts.row(3)
+
+
+# Forward passes
+
+
+TOKENS = torch.arange(24).view(2, 12)
+
+
+def states(road: ForwardPass, names: list[str]) -> list[torch.Tensor]:
+    """What hooks of those names see."""
+    seen: list[torch.Tensor] = []
+    with torch.no_grad():
+        road(TOKENS, [(name, lambda x: seen.append(x.flatten(2).clone())) for name in names], len(names))
+    return seen
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+@pytest.mark.parametrize("beside", [[], ["blocks.1.attn.hook_q"]])
+def test_a_forward_pass_of_the_base_lm_or_of_random_weights(
+    tiny_run: Run, seed: int | None, beside: list[str]
+):
+    """On the plain road, and on the bridge for a hook that no module has."""
+    names = [f"blocks.{layer}.hook_resid_pre" for layer in range(3)] + ["ln_final.hook_out"]
+    road = tiny_run.forward_pass([*names, *beside], random_seed=seed)
+    assert isinstance(road, BridgedPass if beside else PlainPass)
+    plain = tiny_run.plain_model() if seed is None else random_weights(tiny_run.plain_model(), seed)
+    with torch.no_grad():
+        expected = plain.eval()(TOKENS, output_hidden_states=True).hidden_states
+    for found, state in zip(states(road, names), expected, strict=True):
+        torch.testing.assert_close(found, state, rtol=1e-4, atol=1e-4)
+
+
+def test_forward_passes_leave_the_lm_as_it_is(tiny_run: Run):
+    run = Run.open(tiny_run.folder)
+    with torch.no_grad():
+        before = run.bridged(TOKENS, return_type="logits")
+        for seed in (None, 5):
+            for name in ("blocks.1.hook_mlp_out", "blocks.1.attn.hook_q"):
+                states(run.forward_pass([name], random_seed=seed), [name])
+        assert torch.equal(run.bridged(TOKENS, return_type="logits"), before)
+
+
+def test_the_same_run_with_other_settings(tiny_run: Run):
+    window = tiny_run.config.evaluation.window
+    run = tiny_run.with_settings({"evaluation.window": 11, "probe.distances": [3]})
+    assert run.folder == tiny_run.folder
+    assert (run.config.evaluation.window, run.config.probe.distances) == (11, (3,))
+    assert run.config.training == tiny_run.config.training
+    assert tiny_run.config.evaluation.window == window
+    assert Run.open(tiny_run.folder).config == tiny_run.config, "settings for now are not written"
+    with pytest.raises(ProbekitError, match=r"unknown setting 'evaluation\.windows'"):
+        tiny_run.with_settings({"evaluation.windows": 3})
+
+
+def test_other_settings_load_nothing_anew_unless_they_say_what_to_load(tiny_run: Run):
+    run = Run.open(tiny_run.folder)
+    corpus, lm = run.corpus, run.bridged
+    states(run.forward_pass(["hook_embed"]), ["hook_embed"])
+    same = run.with_settings({"evaluation.window": 11})
+    assert same.corpus is corpus
+    assert same.bridged is lm
+    assert vars(same) == vars(run) | {"config": same.config}
+    for settings in ({"lm.trust_remote_code": True}, {"device": "auto"}):
+        assert vars(run.with_settings(settings)).keys() == {"folder", "config"}
+
+
+def flip(path: Path) -> None:
+    """Changes the last byte of a file."""
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+
+def test_a_digest_tells_the_weights_of_a_variant(copy: Run):
+    variants = ["none", "soft", "joint", "fixed"]
+    before = {variant: copy.weights_digest(variant) for variant in variants}
+    assert len({*before.values()}) == len(variants)
+    moved = Run.open(shutil.copytree(copy.folder, copy.folder.parent / "moved"))
+    assert {variant: moved.weights_digest(variant) for variant in variants} == before
+    for file, touched in (
+        ("adapters/soft.safetensors", {"soft"}),
+        ("planner/model.safetensors", {"soft", "joint", "fixed"}),
+        ("lm/model.safetensors", {*variants}),
+        ("lm/config.json", {*variants}),
+    ):
+        path = copy.folder / file
+        content = path.read_bytes()
+        flip(path)
+        changed = {variant for variant in variants if copy.weights_digest(variant) != before[variant]}
+        assert changed == touched, file
+        path.write_bytes(content)
+
+
+@pytest.fixture
+def prepared(tiny_run: Run, tiny_config: Config, tmp_path: Path) -> Run:
+    """A run with a pre-trained LM and a corpus, and nothing trained."""
+    size = {"vocab_size": 400, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    size |= {"num_attention_heads": 2, "max_position_embeddings": 48}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(LlamaConfig(**size)).save_pretrained(tmp_path / "model")
+    tiny_run.corpus.tokenizer.save_pretrained(tmp_path / "model")
+    return prepare(tiny_config.override({"lm.name": str(tmp_path / "model")}), tmp_path / "run", quiet=True)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+def test_a_digest_follows_a_pretrained_lm_in_its_own_folder(prepared: Run, tmp_path: Path, file: str):
+    before = prepared.weights_digest("none")
+    assert before == prepared.weights_digest("none")
+    flip(tmp_path / "model" / file)
+    assert prepared.weights_digest("none") != before
+
+
+def test_the_base_lm_needs_no_planner(prepared: Run):
+    model = prepared.model("none")
+    assert model.planner is None
+    assert model.adapter is None
+    assert not model.training
+    batch = collate(prepared.corpus, cut_windows(prepared.corpus, np.arange(3), 20, 20))
+    with torch.no_grad():
+        expected = prepared.plain_model()(batch.tokens).logits
+        torch.testing.assert_close(model(batch, Fixed()), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ProbekitError, match="lacks the stage 'adapter/soft'"):
+        prepared.model("soft")
+    with pytest.raises(ProbekitError, match="lacks the stage 'planner'"):
+        prepared.planner()
+
+
+def test_a_variant_that_no_setting_names_is_refused(tiny_run: Run):
+    with pytest.raises(ProbekitError, match="has no variant 'gumbel'; it has none, fixed, oracle"):
+        tiny_run.model("gumbel")
 
 
 def test_joint_variants_keep_their_own_planner(tiny_run: Run):

@@ -61,7 +61,7 @@ def evaluate(
         ProbekitError: The run lacks a stage, or a setting does not fit its LM.
     """
     run = run if isinstance(run, Run) else Run.open(run)
-    run = Run(run.folder, run.config.override(settings or {}))
+    run = run.with_settings(settings or {})
     run.require("planner")
     progress = Progress(quiet=quiet)
     window, stride = window_and_stride(run)

@@ -113,10 +113,12 @@ class SkipNgram:
     Attributes:
         prior: Order 0, log-probabilities in nats `[classes]`.
         levels: Orders 1, 2, ..., as many as did validation examples good.
+        validation_cross_entropy: In nats.
     """
 
     prior: Floats
     levels: tuple[Level, ...]
+    validation_cross_entropy: float
 
     @classmethod
     def fit(
@@ -161,7 +163,8 @@ class SkipNgram:
             p = found[best]
             losses.append(loss[best])
             levels.append(tried[best])
-        return cls(prior, tuple(levels[: int(np.argmin(losses))]))
+        order = int(np.argmin(losses))
+        return cls(prior, tuple(levels[:order]), float(losses[order]))
 
     @property
     def order(self) -> int:
@@ -173,12 +176,14 @@ class SkipNgram:
 
         A row does not depend on the others: large arrays can be asked for a few rows at a time.
         """
-        p = np.tile(np.exp(self.prior), (len(tokens_context), 1))
+        # The more often a context recurs, the more labels it has: each is worked out once.
+        distinct, row = np.unique(tokens_context[:, : self.order], axis=0, return_inverse=True)
+        p = np.tile(np.exp(self.prior), (len(distinct), 1))
         number = np.zeros(len(p), np.int64)
         for n, level in enumerate(self.levels):
-            number = level.extend(number, tokens_context[:, n])
+            number = level.extend(number, distinct[:, n])
             level.mix(p, number)
-        return np.log(p)
+        return np.log(p)[row]
 
 
 def _labelled(tokens_context: np.ndarray, labels: np.ndarray) -> tuple[Integers, Integers]:

@@ -124,7 +124,7 @@ def forward_pass(bridged: TransformerBridge, model: PreTrainedModel, names: Sequ
         return slow
     fast = PlainPass(model, taps)
     device = next(model.parameters()).device
-    tokens = torch.arange(6, device=device).view(2, 3) % model.config.get_text_config().vocab_size
+    tokens = torch.arange(6, device=device).view(3, 2) % model.config.get_text_config().vocab_size
     with torch.no_grad():
         (plain, changed), (true, truly_changed) = (_probed(road, tokens, names) for road in (fast, slow))
     same = all(
@@ -165,10 +165,10 @@ def _probed(
     seen: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
 
     def look(name: str, activation: Tensor) -> None:
-        seen[0][name] = activation.flatten(2).clone()
+        seen[0][name] = activation.clone()
 
     def bend(name: str, activation: Tensor) -> Tensor:
-        seen[1][name] = activation.flatten(2).clone()
+        seen[1][name] = activation.clone()
         return 1.1 * activation
 
     for see in (look, bend):
@@ -178,6 +178,10 @@ def _probed(
 
 
 def _close(first: Tensor, second: Tensor) -> bool:
+    """Whether two activations are alike, position by position; heads may be an axis of their own or not."""
+    if first.shape[:2] != second.shape[:2]:
+        return False
+    first, second = (x.reshape(*x.shape[:2], -1) for x in (first, second))
     return first.shape == second.shape and bool(
         (first - second).abs().max() <= TOLERANCE * second.abs().max().clamp(min=1e-6)
     )

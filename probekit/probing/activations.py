@@ -94,7 +94,8 @@ class Reader:
 
     def changed_by_conditioning(self) -> set[Place]:
         """The places where an action that is added at a position changes what is read at that position."""
-        tokens = torch.zeros(1, 2, dtype=torch.int64, device=self._run.device)
+        # Unlike tokens: where all are alike, attention reads the same wherever it looks.
+        tokens = torch.tensor([[0, 1]], device=self._run.device)
         at = np.array([0]), np.array([1]), torch.tensor([0], device=self._run.device)
         without, added = (self._empty(1, 1) for _ in range(2))
         self._pass(tokens, [], without, *at)

@@ -22,7 +22,7 @@ from probekit.models.mixing import VARIANTS
 from probekit.probing.activations import chunk_slices
 from probekit.probing.fitting import document_numbers
 from probekit.probing.grid import CHOSEN_ON, FITTED_ON, TESTED_ON, Grid
-from probekit.probing.tally import Row, Tally, row_slices
+from probekit.probing.tally import Row, Tally
 from probekit.probing.targets import NO_LABEL, Examples, Target, find_examples, reached
 from probekit.run import Run
 
@@ -132,13 +132,9 @@ def _skip_ngram(
         grid.target.classes,
         (contexts(corpus, chosen.anchor - distance, ORDER), chosen.labels[:, h]),
     )
-    loss = 0.0
-    for part in row_slices(1, len(chosen), grid.target.classes):
-        log_p = fitted.log_probabilities(contexts(corpus, chosen.anchor[part] - distance, ORDER))
-        loss -= np.take_along_axis(log_p, chosen.labels[part, h][:, None], axis=1).sum()
     return (
         lambda rows: fitted.log_probabilities(contexts(corpus, test.anchor[rows] - distance, ORDER)),
-        float(loss / len(chosen)),
+        fitted.validation_cross_entropy,
     )
 
 

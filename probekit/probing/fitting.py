@@ -180,7 +180,8 @@ def _fit_batch(
             control.fit(X[FITTED_ON], y_control, classes, X[CHOSEN_ON], y_control_chosen)
     if settings.code_length and isinstance(probes, SoftmaxProbes):
         ends = block_ends(work.grid.examples[FITTED_ON].document)
-        code = prequential_code(X[FITTED_ON], y, classes, probes.l2_, ends).total
+        stop = settings.max_iterations, settings.tolerance
+        code = prequential_code(X[FITTED_ON], y, classes, probes.l2_, ends, *stop).total
     return Fitted(block, solver, question.horizon or 0, probes, control, code, constant)
 
 

@@ -22,6 +22,9 @@ FITTED_ON, CHOSEN_ON, TESTED_ON = "probe", "validation", "test"
 MINIMUM_EXAMPLES = 20
 """A cell with fewer examples in any of its splits stays empty."""
 
+LEAST_SHARED = 0.1
+"""And so does one that would leave less than this share of the nearest cell's anchors to all."""
+
 FEW_SHARED = 0.5
 """Below this share of the anchors that some cell can use, a note says what the farthest distance costs."""
 
@@ -65,12 +68,12 @@ def make_grid(corpus: Corpus, settings: ProbeSettings, target: Target, seed: int
         seed: Of the draw of documents to fit on and to choose on; all test documents are used.
 
     Raises:
-        ProbekitError: There are no documents to fit on, or no cell has enough examples.
+        ProbekitError: A split has no documents, or no cell has enough examples.
     """
     documents = {
         FITTED_ON: _drawn(corpus, FITTED_ON, settings, seed),
         CHOSEN_ON: _drawn(corpus, CHOSEN_ON, settings, seed),
-        TESTED_ON: corpus.documents(TESTED_ON),
+        TESTED_ON: _documents(corpus, TESTED_ON),
     }
     every = {
         split: find_examples(corpus, numbers, target, settings.horizons, settings.anchors)
@@ -100,16 +103,21 @@ def make_grid(corpus: Corpus, settings: ProbeSettings, target: Target, seed: int
 
 def _drawn(corpus: Corpus, split: str, settings: ProbeSettings, seed: int) -> np.ndarray:
     """Whole documents of a split in random order, as long as they hold at most `max_examples` anchors."""
+    order = np.random.default_rng(seed).permutation(_documents(corpus, split))
+    ends = corpus.document_sentences if settings.anchors == "sentence" else corpus.document_tokens
+    # The first sentence is no anchor, as nothing is before it; a document without any has none.
+    anchors = np.cumsum(np.maximum(ends[order + 1] - ends[order] - 1, 0))
+    return order[anchors <= settings.max_examples]
+
+
+def _documents(corpus: Corpus, split: str) -> np.ndarray:
     documents = corpus.documents(split)
     if not len(documents):
         raise ProbekitError(
             f"the corpus keeps no documents in the split {split!r}; build it with a corpus.{split}_fraction "
             "above 0"
         )
-    order = np.random.default_rng(seed).permutation(documents)
-    ends = corpus.document_sentences if settings.anchors == "sentence" else corpus.document_tokens
-    anchors = np.cumsum(ends[order + 1] - ends[order] - 1)
-    return order[anchors <= settings.max_examples]
+    return documents
 
 
 def _usable(corpus: Corpus, settings: ProbeSettings, examples: Examples) -> np.ndarray:
@@ -125,15 +133,20 @@ def _shared(
 
     The farthest distance gives way until enough anchors are left, then the farthest horizon.
     """
-
-    def enough(distances: list[int], horizons: list[int]) -> bool:
-        return bool(distances and horizons) and all(
-            part[:, distances][:, :, horizons].all((1, 2)).sum() >= MINIMUM_EXAMPLES
-            for part in usable.values()
-        )
-
     distances = sorted(range(len(settings.distances)), key=settings.distances.__getitem__)
     horizons = sorted(range(len(settings.horizons)), key=settings.horizons.__getitem__)
+
+    def anchors(part: np.ndarray, distances: list[int], horizons: list[int]) -> int:
+        return int(part[:, distances][:, :, horizons].all((1, 2)).sum())
+
+    wanted = {
+        split: max(MINIMUM_EXAMPLES, LEAST_SHARED * anchors(part, distances[:1], horizons[:1]))
+        for split, part in usable.items()
+    }
+
+    def enough(distances: list[int], horizons: list[int]) -> bool:
+        return all(anchors(part, distances, horizons) >= wanted[split] for split, part in usable.items())
+
     while len(distances) > 1 and not enough(distances, horizons[:1]):
         distances.pop()
     while len(horizons) > 1 and not enough(distances, horizons):
@@ -153,8 +166,8 @@ def _selected(examples: Examples, rows: np.ndarray, horizons: list[int]) -> Exam
 
 def _empty_note(empty: Mapping[tuple[int, int], int]) -> list[str]:
     return [
-        f"distance {distance}, horizon {horizon} is empty: {count:,} test examples, or fewer than "
-        f"{MINIMUM_EXAMPLES} in some split"
+        f"distance {distance}, horizon {horizon} is empty: {count:,} test examples, and in some "
+        f"split fewer than {MINIMUM_EXAMPLES}, or {LEAST_SHARED:.0%} of the nearest cell's"
         for (distance, horizon), count in empty.items()
     ]
 

@@ -36,12 +36,11 @@ class ProbeResults:
 
     Attributes:
         table: One row for each reader (probes, baselines, ceilings) and cell, see `results.COLUMNS`. Metrics
-        are
-            on test documents, with `_low` and `_high`: accuracy, top5, cross_entropy (nats), bits (gained
-            over the prior), selectivity (accuracy less that on the control task), gain (bits over the
-            strongest model-free baseline, `gain_over`; its intervals hold for all cells together). `injected`
-            marks cells where the target's own action had been added by the time of the reading. Cells with
-            too few examples are empty.
+            are on test documents, with `_low` and `_high`: accuracy, top5, cross_entropy (nats), bits (gained
+            over the prior), shortfall (bits below the ceiling, where one is known), selectivity (accuracy
+            less that on the control task), gain (bits over the strongest model-free baseline, `gain_over`;
+            its intervals hold for all cells together). `injected` marks cells where the target's own action
+            had been added by the time of the reading. Cells with too few examples are empty.
         folder: Where it was written.
         notes: Lines to tell the user.
     """
@@ -87,7 +86,7 @@ def probe(
         ProbekitError: The run lacks a stage, a location, layer or variant that is to be probed, or examples.
     """
     run = run if isinstance(run, Run) else Run.open(run)
-    run = Run(run.folder, run.config.override(settings or {}))
+    run = run.with_settings(settings or {})
     run.require("lm")
     config = run.config.probe
     _check_variants(run)

@@ -21,7 +21,10 @@ METRICS = {"correct": "accuracy", "top5": "top5", "cross_entropy": "cross_entrop
 MODEL_FREE = ("prior", "bigram", "skip n-gram")
 """Baselines that no model is needed for: a probe has to read more than the strongest of them."""
 
-_INTERVALS = (*METRICS.values(), "bits", "selectivity", "gain")
+CEILING = "ceiling (tokens read)"
+"""What no reader of a position can beat."""
+
+_INTERVALS = (*METRICS.values(), "bits", "selectivity", "shortfall", "gain")
 
 COLUMNS = (
     {"reader": "str", "solver": "str", "variant": "str", "target": "str", "seed": "Int64"}
@@ -62,20 +65,32 @@ def table_of(
     measured = {METRICS[score]: sums[score] for score in METRICS} | {
         "bits": (nats[:, priors] - nats) / np.log(2),
         "selectivity": sums["correct"] - sums["control_correct"],
+        "shortfall": _shortfall(rows, nats),
     }
     for name, values in measured.items():
         there = np.flatnonzero(np.isfinite(values).all(axis=0))
         _write(rows, name, there, bootstrap_ratios(values[:, there], counts, **resampling))
     rows["control_accuracy"] = sums["control_correct"].sum(0) / counts.sum()
-    rows["examples"], rows["documents"] = int(counts.sum()), int(np.count_nonzero(counts))
-    rows["gain_over"] = np.where(_compared(rows), rows.reader.to_numpy()[strongest], None)
+    rows["examples"] = int(counts.sum())
+    rows["documents"] = int(np.count_nonzero(counts))
+    rows["gain_over"] = rows.reader.iloc[strongest].set_axis(rows.index).where(_compared(rows))
     compared = np.flatnonzero(_compared(rows))
     if len(compared):
         gains = (nats[:, strongest[compared]] - nats[:, compared]) / np.log(2)
-        _write(rows, "gain", compared, simultaneous_ratios(gains, counts, **resampling))
+        draws = {"resamples": resampling["resamples"], "seed": resampling["seed"]}
+        _write(rows, "gain", compared, simultaneous_ratios(gains, counts, **draws))
     table = pd.concat([rows, pd.DataFrame(list(empty))]).reindex(columns=list(COLUMNS))
     table["injected"] = table.injected.fillna(False).astype(bool)
     return table.astype(COLUMNS).sort_values(CELL, kind="stable", ignore_index=True)
+
+
+def _shortfall(rows: pd.DataFrame, nats: np.ndarray) -> np.ndarray:
+    """Bits by which each probe is below the ceiling `[documents, readers]`; NaN where none is known."""
+    ceilings = rows.reader == CEILING
+    if not ceilings.any():
+        return np.full_like(nats, np.nan)
+    gap = (nats - nats[:, _beside(rows, ceilings)]) / np.log(2)
+    return np.where(rows.reader == "probe", gap, np.nan)
 
 
 def _write(rows: pd.DataFrame, name: str, numbers: np.ndarray, found: Intervals) -> None:

@@ -28,6 +28,9 @@ from probekit.storage import read_json, write_json, write_tensors
 FORMAT = 1
 """Version of the layout; other versions are refused."""
 
+PARTS = ("identity", "blocks", "examples", "shards")
+"""What a manifest records, beside its format."""
+
 HEADROOM = 1.02
 """Room wanted on the disk, as a multiple of the activations' size: shards have headers."""
 
@@ -120,7 +123,8 @@ def write_store(
         f"store {size / 1e9:,.2f} GB of activations in {folder}" if missing else f"activations from {folder}"
     )
     if missing:
-        folder.mkdir(parents=True, exist_ok=True)
+        # Before the first shard: a store that is interrupted in it can be told from a foreign folder.
+        write_json(folder / "manifest.json", manifest)
         with progress.task("store activations", total=rows) as task:
             for examples, part, name in missing:
                 blocks = reader.read(examples[part])
@@ -169,14 +173,14 @@ def _begun(
         ProbekitError: They are of something else.
     """
     if not (folder / "manifest.json").exists():
-        if folder.exists() and any(folder.iterdir()):
-            raise ProbekitError(
-                f"{folder} holds files but no manifest.json; delete it to store activations there"
-            )
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ProbekitError(f"{folder} exists and holds no store (no manifest.json); move it away")
         return {}
     manifest = read_json(folder / "manifest.json")
-    if manifest.get("format") != FORMAT:
-        raise ProbekitError(f"{folder} has store format {manifest.get('format')}, not {FORMAT}; delete it")
+    if not (isinstance(manifest, dict) and manifest.keys() >= {"format", *PARTS}):
+        raise ProbekitError(f"{folder} has a manifest.json that records no store; delete it")
+    if manifest["format"] != FORMAT:
+        raise ProbekitError(f"{folder} has store format {manifest['format']}, not {FORMAT}; delete it")
     wanted = dict(identity) | {
         "places": [list(place) for block in reader.blocks for place in block.places],
         "examples": {split: examples_digest(examples) for split, examples in splits.items()},
@@ -200,7 +204,7 @@ def _check_room(folder: Path, size: int) -> None:
     if HEADROOM * size > free:
         raise ProbekitError(
             f"{folder}: the activations take {size / 1e9:,.2f} GB, and the disk has {free / 1e9:,.2f} GB "
-            "free; take fewer locations, layers or distances, lower probe.max_examples, or run without --store"
+            "free; take fewer places or distances, lower probe.max_examples, or run without --store"
         )
 
 

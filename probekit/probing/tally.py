@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -56,8 +55,3 @@ def row_slices(readers: int, examples: int, classes: int) -> list[slice]:
     """Cuts examples so that log-probabilities of all readers stay within `ELEMENTS`."""
     size = max(1, ELEMENTS // (readers * classes))
     return [slice(start, start + size) for start in range(0, examples, size)]
-
-
-def as_labels(labels: np.ndarray, device: torch.device) -> Tensor:
-    """Labels as the solvers take them."""
-    return torch.from_numpy(np.ascontiguousarray(labels)).to(device)

@@ -200,8 +200,6 @@ sentence's number in its document, and the planted corpus's hidden type."""
 
 
 def _from_file(corpus: Corpus, name: str, path: Path) -> Target:
-    import pandas as pd
-
     table = _read_table(path)
     if name not in table.columns:
         raise ProbekitError(
@@ -214,24 +212,37 @@ def _from_file(corpus: Corpus, name: str, path: Path) -> Target:
             f"probe.labels {path} has {len(table):,} rows, but the corpus has {sentences:,} sentences; "
             "write the table to fill in with `probekit corpus RUN --export FILE`"
         )
-    column = table[name]
-    if pd.api.types.is_float_dtype(column) and (column.dropna() % 1 != 0).any():
-        raise ProbekitError(f"probe.labels {path}: column {name!r} holds fractions; labels are classes")
-    codes, classes = pd.factorize(column, sort=True)
-    if len(classes) < 2:
-        raise ProbekitError(
-            f"probe.labels {path}: column {name!r} holds {len(classes)} class; two are needed"
-        )
+    codes, classes = _classes(table[name], f"probe.labels {path}: column {name!r}")
     target = _sentence_target(corpus, name, len(classes), codes.astype(np.int64))
     return Target(name, target.classes, target.labels, target.of_sentences, tuple(map(str, classes)))
+
+
+def _classes(column: pd.Series, called: str) -> tuple[np.ndarray, pd.Index]:
+    """The class of every row, -1 where there is none, and the classes, sorted."""
+    import pandas as pd
+
+    if pd.api.types.is_float_dtype(column):  # whole numbers, some of them missing
+        if (column.dropna() % 1 != 0).any():
+            raise ProbekitError(f"{called} holds fractions; labels are classes")
+        column = column.astype("Int64")
+    try:
+        codes, classes = pd.factorize(column, sort=True)
+    except TypeError:
+        raise ProbekitError(f"{called} holds lists or objects; give words or whole numbers") from None
+    if len(classes) < 2:
+        raise ProbekitError(f"{called} has fewer than two classes: {', '.join(map(str, classes)) or 'none'}")
+    return codes, classes
 
 
 def _read_table(path: Path) -> pd.DataFrame:
     import pandas as pd
 
     readers: dict[str, Callable[[Path], pd.DataFrame]] = {
-        ".csv": pd.read_csv,
-        ".jsonl": lambda file: pd.read_json(file, lines=True),
+        # A class may be called None or NA. All of a column is read before its type is chosen.
+        ".csv": lambda file: pd.read_csv(
+            file, keep_default_na=False, na_values=["", "nan", "NaN"], low_memory=False
+        ),
+        ".jsonl": lambda file: pd.read_json(file, lines=True, dtype=False, convert_dates=False),
         ".parquet": pd.read_parquet,
     }
     if path.suffix not in readers:

@@ -141,7 +141,8 @@ def draw_heat_map(
 ) -> None:
     """A metric of the probes of one panel by layer and distance.
 
-    Cells where the target's own action was injected carry a star, empty ones a dash.
+    Cells where the target's own action was injected carry a star, empty ones a dash. Injected cells have no
+    gain, for they are compared with no baseline: the star is all that is shown.
 
     Args:
         axes: Where.
@@ -153,10 +154,10 @@ def draw_heat_map(
     means = mean_over_seeds(cells, metric)
     stars = means.injected.map({True: "*", False: ""})
     written = means.value.map("{:.2f}".format) + stars if numbers else stars
-    table = means.assign(text=written)
-    value, text = (
+    table = means.assign(text=written, star=stars)
+    value, text, star = (
         table.pivot_table(column, "layer", "distance", aggfunc="first", dropna=False).iloc[::-1, ::-1]
-        for column in ("value", "text")
+        for column in ("value", "text", "star")
     )
     own = scale or colour_scale([means], metric)
     sns.heatmap(
@@ -170,7 +171,8 @@ def draw_heat_map(
         ax=axes,
     )
     for row, column in np.argwhere(value.isna().to_numpy()):
-        axes.text(column + 0.5, row + 0.5, "–", ha="center", va="center")
+        mark = "*" if star.iloc[row, column] == "*" else "–"
+        axes.text(column + 0.5, row + 0.5, mark, ha="center", va="center")
     axes.set_xlabel(DISTANCE)
     axes.set_ylabel("layer")
     axes.tick_params(axis="y", rotation=0)

@@ -112,38 +112,45 @@ def print_evaluation(evaluation: Evaluation) -> None:
 
 
 def print_probes(results: ProbeResults) -> None:
-    """The best cells beside the baselines on the same examples, and what to know of all cells together."""
-    table, best_cells = results.table, results.best_cells()
-    seeds = table.seed.nunique()
-    rows = []
-    for best in best_cells.to_dict("records"):
-        beside = table[
-            (table.reader != "probe")
-            & (table.distance == best["distance"])
-            & (table.horizon == best["horizon"])
-            & (table.seed.isna() | (table.seed == best["seed"]))
-        ]
-        cell = (
-            f"{best['variant']}, {best['location']}\n{best['solver']}, layer {best['layer']}\n"
-            f"distance {best['distance']}, horizon {best['horizon']}"
-            + (f"\nseed {best['seed']}" if seeds > 1 else "")
-            + (f"\ntarget {best['target']}" if best["target"] != "action" else "")
-        )
-        gain = f"{_with_range(best, 'gain')}\nover the {best['gain_over']}"
-        compression = "" if pd.isna(best["compression"]) else f"{best['compression']:.3f}"
-        rows.append([cell, "probe", *_scores(best), gain, _with_range(best, "selectivity"), compression])
-        rows += [["", row["reader"], *_scores(row), "", "", ""] for row in beside.to_dict("records")]
-    documents = best_cells.documents.max()
+    """The best cells, the baselines on the same examples, and what to know of all cells together."""
+    table = results.table
+    best = results.best_cells().sort_values(["horizon", "variant", "location", "solver", "seed"])
+    examples, documents = table.examples[table.accuracy.notna()].max(), table.documents.max()
     _print(
-        f"Best cells, chosen on validation, on {best_cells.examples.max():,} test examples of {documents:,} "
-        "documents, with the baselines on the same examples",
-        ["cell", "reader", "accuracy", "bits over the prior", "gain in bits", "selectivity", "compression"],
-        rows,
+        f"Best cells, chosen on validation, on {examples:,} test examples of {documents:,} documents",
+        ["cell", "accuracy", "bits over the prior", "gain in bits", "selectivity", "compression"],
+        [_cell_row(row) for row in best.to_dict("records")],
+    )
+    beside = table[table.reader != "probe"].merge(best[["distance", "horizon"]].drop_duplicates())
+    beside = beside.sort_values(["horizon", "distance"], kind="stable")
+    _print(
+        "Baselines and ceilings at the distances and horizons of these cells, on the same examples",
+        ["distance", "horizon", "reader", "accuracy", "bits over the prior"],
+        (
+            [str(row["distance"]), str(row["horizon"]), _reader(row), *_scores(row)]
+            for row in beside.to_dict("records")
+        ),
     )
     _warn_of_few(documents)
     for line in [*_cell_lines(table[table.reader == "probe"]), *results.notes]:
         _say(line)
     _say(f"All {len(table):,} rows: {results.folder / 'results.parquet'}; pictures: {results.folder}")
+
+
+def _cell_row(row: Mapping[Hashable, Any]) -> list[str]:
+    target = "" if row["target"] == "action" else f"{row['target']}, "
+    return [
+        f"{target}{row['variant']}, {row['location']}, {row['solver']}\n"
+        f"layer {row['layer']}, distance {row['distance']}, horizon {row['horizon']}, seed {row['seed']}",
+        *_scores(row),
+        f"{_with_range(row, 'gain')}\nover the {row['gain_over']}",
+        _with_range(row, "selectivity"),
+        "" if pd.isna(row["compression"]) else f"{row['compression']:.3f}",
+    ]
+
+
+def _reader(row: Mapping[Hashable, Any]) -> str:
+    return row["reader"] if pd.isna(row["seed"]) else f"{row['reader']}, seed {row['seed']}"
 
 
 def _cell_lines(probes: pd.DataFrame) -> Iterator[str]:

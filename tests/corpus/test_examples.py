@@ -16,6 +16,7 @@ from probekit.corpus.examples import (
     collate,
     cut_windows,
     document_batch,
+    input_tokens,
 )
 from probekit.corpus.store import Corpus
 
@@ -110,6 +111,16 @@ def test_whole_windows_advance_by_the_stride(cut):
         assert len(own) == (1 if targets <= window else 1 + -(-(targets - window) // stride))
 
 
+def test_inputs_by_hand():
+    corpus = corpus_of([[4, 3], [2]])  # document 0 is tokens 0 to 7, document 1 tokens 8 to 10
+    windows = cut_windows(corpus, np.array([1, 0]), window=4, stride=4)
+    found = input_tokens(corpus, windows)
+    assert found.dtype == torch.int64
+    assert windows.length.tolist() == [2, 4, 4]  # the last token of a document is only predicted
+    inside = [row[:length].tolist() for row, length in zip(found, windows.length, strict=True)]
+    assert inside == [[7, 1009], [7, 1001, 1002, 1003], [1003, 1004, 1005, 1006]]
+
+
 def test_windows_by_hand():
     corpus = corpus_of([[4, 3], [2]])  # document 0 is tokens 0 to 7, document 1 tokens 8 to 10
     windows = cut_windows(corpus, np.array([0, 1]), window=4, stride=2)
@@ -130,6 +141,7 @@ def test_a_batch_is_what_a_slow_reading_gives(cut, data):
     windows = windows[rows]
     batch = collate(corpus, windows)
     assert batch.tokens.shape == (len(rows), windows.length.max())
+    assert torch.equal(input_tokens(corpus, windows), batch.tokens)
     assert batch.document is windows.document
 
     touched = set()

@@ -2,13 +2,19 @@
 
 import itertools
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from probekit.corpus.inspect import action_table, sentence_lengths, sizes
-from probekit.corpus.store import SPLITS
+from probekit.config import Config
+from probekit.corpus.inspect import WRITERS, action_table, export_sentences, sentence_lengths, sizes
+from probekit.corpus.store import SPLITS, Corpus
+from probekit.errors import ProbekitError
+from probekit.probing.targets import find_target
 from probekit.run import Run
+from probekit.training.train import build_corpus
 
 
 def lengths_of(run: Run, documents: list[int]) -> list[list[int]]:
@@ -75,3 +81,89 @@ def test_action_table(tiny_run: Run):
     assert sorted(table.index) == list(range(8))
     assert table.sentences.is_monotonic_decreasing
     assert table.share.sum() == pytest.approx(1)
+
+
+# The table of sentences
+
+READERS = {
+    ".csv": pd.read_csv,
+    ".jsonl": lambda path: pd.read_json(path, lines=True),
+    ".parquet": pd.read_parquet,
+}
+
+
+def rows_by_walking(corpus: Corpus) -> list[tuple[int, str, int, int, str]]:
+    """Document, split, number in the document, action and text of every sentence."""
+    return [
+        (document, SPLITS[corpus.split[document]], j, int(corpus.actions[first + j]), text)
+        for document in range(len(corpus.split))
+        for first, last in [corpus.document_sentences[document : document + 2].tolist()]
+        for j, text in enumerate(corpus.sentence_texts(np.arange(first, last)))
+    ]
+
+
+def test_every_suffix_can_be_read_again():
+    assert WRITERS.keys() == READERS.keys()
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_an_export_has_a_row_for_every_sentence_in_order(tiny_run: Run, tmp_path: Path, suffix: str):
+    path = export_sentences(tiny_run.corpus, tmp_path / "new" / f"sentences{suffix}")
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    table = READERS[suffix](path)
+    assert list(table.columns) == ["document", "split", "sentence", "action", "text"]
+    assert list(table.itertuples(index=False, name=None)) == rows_by_walking(tiny_run.corpus)
+
+
+@pytest.fixture(scope="module")
+def difficult(tiny_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """A corpus of texts that formats of tables trip over."""
+    folder = tmp_path_factory.mktemp("difficult")
+    (folder / "texts").mkdir()
+    texts = [
+        'She said "no, never", and left. Then;\tshe came back, "twice".',
+        "One line\rof an old Mac. Another one\r\nof Windows. A third\nof Unix.",
+        "Umlauts: äöü ß. Signs: 漢字 🎉. Separators: \u2028 and \u2029 and \x85.",
+        "NA. None. nan. 3.5. -1. =1+1. 'single'. \\ backslash.",
+        " Leading space. \ufeffA mark in front. \x0bVertical. \x1cFile.",
+    ]
+    for n in range(40):
+        (folder / "texts" / f"{n:02d}.txt").write_bytes(f"{texts[n % 5]} Number {n} ends here.".encode())
+    config = tiny_config.override(
+        {"corpus.reader": "text", "corpus.path": str(folder / "texts"), "actions.labels": "clusters"}
+    )
+    return build_corpus(config, folder / "run", quiet=True).corpus
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_a_column_that_is_added_to_an_export_can_be_probed_for(
+    difficult: Corpus, tmp_path: Path, suffix: str
+):
+    path = export_sentences(difficult, tmp_path / f"sentences{suffix}")
+    table = READERS[suffix](path)
+    expected = rows_by_walking(difficult)
+    assert len(table) == len(expected)
+    kinds = ["even" if number % 2 else "odd" for number in range(len(table))]
+    WRITERS[suffix](table.assign(kind=kinds), path)
+    target = find_target(difficult, "kind", str(path))
+    assert [target.names[code] for code in target.of_sentences] == kinds
+    assert find_target(difficult, "action", str(path)).of_sentences is not None
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_difficult_texts_are_exported_as_they_are(difficult: Corpus, tmp_path: Path, suffix: str):
+    path = export_sentences(difficult, tmp_path / f"sentences{suffix}")
+    assert READERS[suffix](path).text.tolist() == [row[-1] for row in rows_by_walking(difficult)]
+
+
+def test_difficult_texts_in_csv(difficult: Corpus, tmp_path: Path):
+    table = pd.read_csv(export_sentences(difficult, tmp_path / "s.csv"), keep_default_na=False)
+    assert table.text.tolist() == [row[-1] for row in rows_by_walking(difficult)]
+
+
+@pytest.mark.parametrize("name", ["sentences.txt", "sentences", "sentences.CSV"])
+def test_an_export_of_another_suffix_is_refused(tiny_run: Run, tmp_path: Path, name: str):
+    with pytest.raises(ProbekitError, match=r"must end in \.csv, \.jsonl, \.parquet") as caught:
+        export_sentences(tiny_run.corpus, tmp_path / name)
+    assert str(tmp_path / name) in str(caught.value)
+    assert not list(tmp_path.iterdir())

@@ -21,6 +21,7 @@ FAMILIES = {
     "gpt2": ("GPT2", {}),
     "gpt_neox": ("GPTNeoX", {}),
     "llama": ("Llama", {"num_key_value_heads": 1}),
+    "olmo": ("Olmo", {"num_key_value_heads": 2}),
     "olmo2": ("Olmo2", {"num_key_value_heads": 2}),
     "qwen2": ("Qwen2", {"num_key_value_heads": 1}),
     "qwen3": ("Qwen3", {"num_key_value_heads": 1, "head_dim": 6}),

@@ -17,12 +17,12 @@ from probekit.corpus.examples import Batch, collate, cut_windows
 from probekit.corpus.store import Corpus
 from probekit.errors import ProbekitError
 from probekit.models.conditioning import Adapter, location_width, new_adapter
-from probekit.models.language_model import bridge, hook_name
+from probekit.models.language_model import OUTSIDE_BLOCKS, bridge, hook_name, locations
 from probekit.models.mixing import GumbelSoftmax, Mixing, Oracle, Soft, StraightThrough
 from probekit.models.planned_lm import PlannedLM, token_losses
 from probekit.models.planner import Planner
 
-FAMILIES = ["gpt2", "gpt_neox", "llama", "olmo2", "qwen2", "qwen3"]
+FAMILIES = ["gpt2", "gpt_neox", "llama", "olmo", "olmo2", "qwen2", "qwen3"]
 LAYERS = 3
 LOCATIONS = [
     "attn.hook_z", "attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_in", "hook_resid_pre",
@@ -140,6 +140,17 @@ def test_locations_without_a_vector_for_each_position_are_refused(location: str,
     message = str(raised.value)
     assert message.startswith(f"conditioning.location is {location!r}")
     assert "hook_resid_pre" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("location", OUTSIDE_BLOCKS)
+def test_locations_that_are_in_no_layer_are_refused(location: str, bridged: dict):
+    """They can be probed, but no projection of a layer can be added there."""
+    assert location in locations(bridged["gpt2"])
+    with pytest.raises(ProbekitError) as raised:
+        location_width(bridged["gpt2"], ConditioningSettings(location=location))
+    message = str(raised.value)
+    assert message.startswith(f"conditioning.location is {location!r}, which is in no layer")
     assert "\n" not in message
 
 

@@ -14,16 +14,19 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from probekit.config import LanguageModelSettings
 from probekit.errors import ProbekitError
 from probekit.models.language_model import (
+    OUTSIDE_BLOCKS,
     bridge,
     check_location,
     hook_name,
+    layer_of,
     load_model,
     locations,
     longest_window,
     new_model,
+    random_weights,
 )
 
-FAMILIES = ["gpt2", "gpt_neox", "llama", "olmo2", "qwen2", "qwen3"]
+FAMILIES = ["gpt2", "gpt_neox", "llama", "olmo", "olmo2", "qwen2", "qwen3"]
 COMMON = {
     "hook_resid_pre",
     "hook_resid_post",
@@ -31,6 +34,7 @@ COMMON = {
     "hook_mlp_out",
     "attn.hook_z",
     "mlp.hook_post",
+    *OUTSIDE_BLOCKS,
 }
 SMALL = LanguageModelSettings(layers=2, width=16, heads=2, positions=24)
 
@@ -90,6 +94,7 @@ def test_every_location_fires_in_every_layer_with_a_vector_for_each_position(fam
     found = locations(lm)
     assert found.keys() >= COMMON
     assert [found[name] for name in ("hook_resid_pre", "hook_attn_out", "hook_mlp_out")] == [16] * 3
+    assert [found[name] for name in OUTSIDE_BLOCKS] == [16] * 2
     assert found["attn.hook_z"] == (12 if family == "qwen3" else 16)
     assert found["mlp.hook_post"] == (64 if family == "gpt2" else 24)
     seen = {}
@@ -104,6 +109,27 @@ def test_every_location_fires_in_every_layer_with_a_vector_for_each_position(fam
         for layer in range(3):
             assert seen[location, layer][:2] == (1, 5)
             assert seen[location, layer][2:].numel() == features
+
+
+def test_hooks_by_location_and_layer():
+    names = [hook_name(location, 12) for location in ("attn.hook_z", "hook_resid_pre", *OUTSIDE_BLOCKS)]
+    assert names == ["blocks.12.attn.hook_z", "blocks.12.hook_resid_pre", "hook_embed", "ln_final.hook_out"]
+    assert [layer_of(name) for name in names] == [12, 12, 0, None]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_locations_outside_the_blocks_are_the_models_first_and_last_word(
+    family: str, bridged: dict, folders: dict[str, Path]
+):
+    plain = load_model(str(folders[family])).eval()
+    with torch.no_grad():
+        states = plain(tokens(2, 9), output_hidden_states=True).hidden_states
+        _, cache = bridged[family].run_with_cache(
+            tokens(2, 9), names_filter=list(OUTSIDE_BLOCKS), output_attentions=False
+        )
+        embedded = plain.get_input_embeddings()(tokens(2, 9))
+    torch.testing.assert_close(cache["hook_embed"], embedded)
+    torch.testing.assert_close(cache["ln_final.hook_out"], states[-1], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("heads", [1, 2, 3, 4])
@@ -172,6 +198,34 @@ def test_a_new_models_weights_come_from_the_seed_alone(tokenizer: PreTrainedToke
     drawn = [name for name, tensor in one.items() if tensor.std() > 0]
     assert len(drawn) >= 2 + 4 * 2  # the embeddings, and every matrix of the two layers
     assert not any(torch.equal(other[name], one[name]) for name in drawn)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_random_weights_are_of_the_same_shapes_and_come_from_the_seed_alone(
+    family: str, folders: dict[str, Path]
+):
+    model = load_model(str(folders[family]))
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    one = random_weights(model, seed=1).state_dict()
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(7)
+    same, other = (random_weights(model, seed=seed).state_dict() for seed in (1, 2))
+    true = model.state_dict()
+    assert {name: tensor.shape for name, tensor in one.items()} == {n: t.shape for n, t in true.items()}
+    assert all(torch.equal(same[name], tensor) for name, tensor in one.items())
+    drawn = [name for name, tensor in one.items() if tensor.std() > 0]
+    assert len(drawn) >= 1 + 4 * 3  # the embeddings, and every matrix of the three layers
+    for unlike in (other, true):
+        assert not any(torch.equal(unlike[name], one[name]) for name in drawn)
+
+
+def test_random_weights_of_a_model_in_less_precision_are_float32(
+    tmp_path: Path, make_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerBase
+):
+    make_model("GPT2", len(tokenizer)).bfloat16().save_pretrained(tmp_path)
+    made = random_weights(load_model(str(tmp_path)), seed=0)
+    assert {parameter.dtype for parameter in made.parameters()} == {torch.float32}
 
 
 def test_a_folder_without_weights(tmp_path: Path, folders: dict[str, Path]):

@@ -1,21 +1,33 @@
 """Activations against a plain Hugging Face model, run on nothing but the tokens before each position."""
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PreTrainedModel
 
-from probekit.corpus.examples import cut_windows
-from probekit.corpus.store import Corpus
+from probekit.config import Config
 from probekit.errors import ProbekitError
-from probekit.models.mixing import Fixed, Mixing, Oracle, Soft
+from probekit.models.language_model import random_weights
+from probekit.models.plain import BridgedPass, PlainPass
 from probekit.models.planned_lm import PlannedLM
-from probekit.probing.activations import Activations, Place, read_activations
-from probekit.progress import Progress
+from probekit.probing import activations
+from probekit.probing.activations import Block, Place, Reader, blocks_of, check_finite, chunk_slices
+from probekit.probing.targets import Examples
 from probekit.run import Run
+from probekit.training.train import train
 
-LOCATIONS = {
+LAYERS = 3
+WIDTHS = {
+    "hook_embed": 32,
     "hook_resid_pre": 32,
     "hook_resid_mid": 32,
     "hook_resid_post": 32,
@@ -23,209 +35,453 @@ LOCATIONS = {
     "hook_mlp_out": 32,
     "attn.hook_z": 32,
     "mlp.hook_post": 128,
+    "ln_final.hook_out": 32,
 }
 """Locations and the width of each in the tiny LM."""
-PLACES = [(location, layer) for location in LOCATIONS for layer in range(3)]
+OUTSIDE = {"hook_embed": 0, "ln_final.hook_out": LAYERS - 1}
+PLACES: list[Place] = [
+    (location, layer)
+    for location in WIDTHS
+    for layer in ([OUTSIDE[location]] if location in OUTSIDE else range(LAYERS))
+]
+BEFORE: Place = ("attn.hook_z:before", 2)
+DISTANCES = (1, 2, 5, 17)
+DOCUMENTS = np.array([31, 4, 30])
 
 
-def read(
-    model: PlannedLM,
-    corpus: Corpus,
-    documents: np.ndarray,
-    positions: np.ndarray,
-    places: list[Place] = PLACES,
-    *,
-    mixing: Mixing | None = None,
-    window: int = 20,
-    stride: int = 7,
-    batch_size: int = 8,
-    precision: str = "float32",
-) -> Activations:
-    with Progress(quiet=True).task("read") as task:
-        return read_activations(
-            model,
-            mixing or Fixed(),
-            corpus,
-            cut_windows(corpus, documents, window, stride),
-            positions,
-            places,
-            batch_size=batch_size,
-            precision=precision,
-            task=task,
+def at_anchors(run: Run, documents: np.ndarray, count: int = 8, far: int = max(DISTANCES)) -> Examples:
+    """Some anchors of each document, the first that all distances reach and the last token among them."""
+    corpus, rng = run.corpus, np.random.default_rng(0)
+    anchors = []
+    for document in documents:
+        tokens = np.arange(corpus.document_tokens[document] + 1 + far, corpus.document_tokens[document + 1])
+        inner = rng.choice(tokens[1:-1], size=count, replace=False)
+        anchors.append(np.sort(np.concatenate([tokens[[0, -1]], inner])))
+    anchor = np.concatenate(anchors)
+    sentence = np.searchsorted(corpus.first_token, anchor, side="right") - 1
+    return Examples(np.repeat(documents, count + 2), anchor, sentence, np.zeros((len(anchor), 1), np.int64))
+
+
+def read(reader: Reader, examples: Examples) -> dict[Place, Tensor]:
+    """All that a reader reads at each place `[distances, examples, width]`, its chunks put together."""
+    parts: dict[Place, list[Tensor]] = {}
+    end = 0
+    for part, blocks in reader.chunks(examples):
+        assert part.start == end
+        end = part.stop
+        for block, values in zip(reader.blocks, blocks, strict=True):
+            assert values.shape == (
+                len(block.places), len(reader.distances), part.stop - part.start, block.width
+            )  # fmt: skip
+            assert values.dtype == torch.float32
+            for place, value in zip(block.places, values, strict=True):
+                parts.setdefault(place, []).append(value)
+    assert end == len(examples)
+    return {place: torch.cat(values, dim=1) for place, values in parts.items()}
+
+
+def settings(run: Run, window: int = 20, stride: int = 7, **more: Any) -> Run:
+    return run.with_settings({"evaluation.window": window, "evaluation.stride": stride, **more})
+
+
+def loud(run: Run) -> Run:
+    """The run with adapters that cannot be overheard."""
+    trained = run.model
+
+    def model(variant: str) -> PlannedLM:
+        found = trained(variant)
+        found.adapter.projections.data *= 100
+        return found
+
+    run.model = model
+    return run
+
+
+# The slow way
+
+
+class Watched:
+    """A plain GPT-2 whose every place is seen at the last token, with actions added as the paper has it."""
+
+    def __init__(self, run: Run, model: PreTrainedModel, conditioned: PlannedLM | None = None) -> None:
+        self._run, self._model, self._conditioned = run, model.eval(), conditioned
+        self.seen: dict[Place, Tensor] = {}
+        body = model.transformer
+        self._see(body.wte, "hook_embed", 0, enters=False)
+        self._see(body.ln_f, "ln_final.hook_out", LAYERS - 1, enters=False)
+        for layer, block in enumerate(body.h):
+            self._see(block, "hook_resid_pre", layer, enters=True)
+            self._see(block.ln_2, "hook_resid_mid", layer, enters=True)
+            self._see(block, "hook_resid_post", layer, enters=False)
+            self._see(block.attn, "hook_attn_out", layer, enters=False)
+            self._see(block.mlp, "hook_mlp_out", layer, enters=False)
+            self._see(block.mlp.c_proj, "mlp.hook_post", layer, enters=True)
+            if layer == BEFORE[1]:
+                self._see(block.attn.c_proj, BEFORE[0], layer, enters=True)
+                if conditioned:
+                    block.attn.c_proj.register_forward_pre_hook(lambda _, inputs: (inputs[0] + self._added,))
+            self._see(block.attn.c_proj, "attn.hook_z", layer, enters=True)
+
+    def _see(self, module: torch.nn.Module, location: str, layer: int, *, enters: bool) -> None:
+        def before(_: object, inputs: tuple[Tensor, ...]) -> None:
+            self.seen[location, layer] = inputs[0][0, -1].clone()
+
+        def after(_: object, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
+            self.seen[location, layer] = (output[0] if isinstance(output, tuple) else output)[0, -1]
+
+        (module.register_forward_pre_hook(before) if enters else module.register_forward_hook(after))
+
+    @torch.no_grad()
+    def at(self, position: int, window: int, stride: int) -> dict[Place, Tensor]:
+        """All places at a position, in the window that scores its next token, cut off behind the position."""
+        corpus = self._run.corpus
+        document = int(np.searchsorted(corpus.document_tokens, position, side="right")) - 1
+        start, end = corpus.document_tokens[document : document + 2].tolist()
+        stop = window
+        while stop < position + 1 - start:
+            stop += stride
+        begin = start + max(0, min(stop, end - start - 1) - window)
+        tokens = corpus.tokens[begin : position + 1].astype(np.int64)
+        if self._conditioned is not None:
+            self._added = self._actions(document, begin, position)
+        self._model(torch.from_numpy(tokens)[None])
+        return dict(self.seen)
+
+    def _actions(self, document: int, begin: int, position: int) -> Tensor:
+        """What soft mixing adds in the one conditioned layer: a token carries the next one's action."""
+        corpus, model = self._run.corpus, self._conditioned
+        first, last = corpus.document_sentences[document : document + 2].tolist()
+        scores = model.planner(torch.from_numpy(np.array(corpus.embeddings[first:last]))[None])[0]
+        mixed = (scores / model.temperature).softmax(dim=1) @ model.adapter.codebook
+        holders = [
+            max(
+                s
+                for s in range(first, last)
+                if corpus.first_token[s] <= max(token, corpus.first_token[first])
+            )
+            for token in range(begin + 1, position + 2)
+        ]
+        return (mixed @ model.adapter.projections[0])[[s - first for s in holders]]
+
+
+def assert_equal_to_slow(
+    found: dict[Place, Tensor], slow: Watched, examples: Examples, window: int, stride: int
+) -> None:
+    for row, anchor in enumerate(examples.anchor.tolist()):
+        for d, distance in enumerate(DISTANCES):
+            expected = slow.at(anchor - distance, window, stride)
+            for place, values in found.items():
+                torch.testing.assert_close(values[d, row], expected[place], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("window", "stride", "batch"), [(48, 48, 8), (20, 7, 3), (5, 1, 64), (30, 1, 1)])
+def test_every_place_equals_a_pass_over_the_tokens_before(
+    tiny_run: Run, window: int, stride: int, batch: int
+):
+    run = settings(tiny_run, window, stride, **{"evaluation.batch_size": batch})
+    examples = at_anchors(run, DOCUMENTS)
+    found = read(Reader(run, "none", PLACES, DISTANCES), examples)
+    assert sorted(found) == sorted(PLACES)
+    assert_equal_to_slow(found, Watched(run, run.plain_model()), examples, window, stride)
+
+
+@pytest.mark.parametrize(("window", "stride", "batch"), [(40, 40, 2), (13, 5, 3), (40, 1, 100)])
+def test_documents_of_unlike_lengths(tiny_run: Run, window: int, stride: int, batch: int):
+    """Some are shorter than a window: windows of like length go through the LM together."""
+    run = settings(tiny_run, window, stride, **{"evaluation.batch_size": batch})
+    lengths = np.array([60, 22, 35, 20, 90, 41, 23, 42])
+    run.corpus = replace(run.corpus, document_tokens=np.concatenate([[0], np.cumsum(lengths)]))
+    examples = at_anchors(run, np.array([4, 1, 0, 7, 3, 2, 6]), count=0)
+    found = read(Reader(run, "none", PLACES, DISTANCES), examples)
+    assert_equal_to_slow(found, Watched(run, run.plain_model()), examples, window, stride)
+
+
+@pytest.mark.parametrize("variant", ["soft", "joint"])
+@pytest.mark.parametrize(("window", "stride"), [(48, 24), (20, 7)])
+def test_conditioned_variants_equal_adding_each_action_by_hand(
+    tiny_run: Run, window: int, stride: int, variant: str
+):
+    run = loud(settings(tiny_run, window, stride))
+    examples = at_anchors(run, DOCUMENTS, count=4)
+    found = read(Reader(run, variant, [*PLACES, BEFORE], DISTANCES), examples)
+    slow = Watched(run, run.plain_model(), run.model(variant))
+    assert_equal_to_slow(found, slow, examples, window, stride)
+    added = found["attn.hook_z", 2] - found[BEFORE]
+    assert added.abs().amax(dim=2).min() > 1e-2  # else the comparison would have proved little
+
+
+def test_random_weights_are_those_of_the_seed(tiny_run: Run):
+    run = settings(tiny_run)
+    examples = at_anchors(run, DOCUMENTS, count=3)
+    found = read(Reader(run, "random", PLACES, DISTANCES, seed=3), examples)
+    assert_equal_to_slow(found, Watched(run, random_weights(run.plain_model(), 3)), examples, 20, 7)
+    other = read(Reader(run, "random", PLACES, DISTANCES, seed=4), examples)
+    trained = read(Reader(run, "none", PLACES, DISTANCES, seed=3), examples)
+    for place, values in found.items():
+        for unlike in (other, trained):
+            assert (unlike[place] - values).abs().max() > 0.1 * values.abs().max(), place
+
+
+@pytest.mark.parametrize("variant", ["none", "random", "soft"])
+def test_the_bridge_reads_the_same(tiny_run: Run, variant: str, monkeypatch: pytest.MonkeyPatch):
+    """A hook that no plain module has sends all of them over the bridge."""
+    run = loud(settings(tiny_run))
+    examples = at_anchors(run, DOCUMENTS, count=3)
+    places = [*PLACES, BEFORE]
+    taken: list[type] = []
+    for road in (PlainPass, BridgedPass):
+        call = road.__call__
+        monkeypatch.setattr(
+            road, "__call__", lambda self, *given, call=call: (taken.append(type(self)), call(self, *given))
         )
-
-
-def loud(model: PlannedLM) -> PlannedLM:
-    """The model with an adapter that cannot be overheard."""
-    model.adapter.projections.data *= 300
-    return model
-
-
-def some_positions(corpus: Corpus, documents: np.ndarray, count: int = 60) -> np.ndarray:
-    """Positions of documents, the first and the last one with a token after it among them; no separators."""
-    inside = np.concatenate(
-        [np.arange(corpus.document_tokens[n] + 1, corpus.document_tokens[n + 1] - 1) for n in documents]
-    )
-    drawn = np.random.default_rng(0).choice(inside, size=count, replace=False)
-    edges = [corpus.document_tokens[documents] + 1, corpus.document_tokens[documents + 1] - 2]
-    return np.unique(np.concatenate([drawn, *edges]))
-
-
-@torch.no_grad()
-def slow_activations(run: Run, position: int, window: int, stride: int) -> dict[Place, torch.Tensor]:
-    """All places at a position, from the window in which its next token is scored, cut off behind it."""
-    corpus = run.corpus
-    document = int(np.searchsorted(corpus.document_tokens, position, side="right")) - 1
-    start, end = corpus.document_tokens[document : document + 2].tolist()
-    stop = window
-    while stop < position + 1 - start:
-        stop += stride
-    begin = start + max(0, min(stop, end - start - 1) - window)
-
-    seen: dict[Place, torch.Tensor] = {}
-    plain = run.plain_model().eval()
-    for layer, block in enumerate(plain.transformer.h):
-
-        def keep(location: str, layer: int = layer):
-            def before(module, inputs) -> None:
-                seen[location, layer] = inputs[0][0, -1]
-
-            def after(module, inputs, output) -> None:
-                seen[location, layer] = (output[0] if isinstance(output, tuple) else output)[0, -1]
-
-            return before, after
-
-        block.register_forward_pre_hook(keep("hook_resid_pre")[0])
-        block.ln_2.register_forward_pre_hook(keep("hook_resid_mid")[0])
-        block.register_forward_hook(keep("hook_resid_post")[1])
-        block.attn.register_forward_hook(keep("hook_attn_out")[1])
-        block.mlp.register_forward_hook(keep("hook_mlp_out")[1])
-        block.attn.c_proj.register_forward_pre_hook(keep("attn.hook_z")[0])
-        block.mlp.c_proj.register_forward_pre_hook(keep("mlp.hook_post")[0])
-    plain(torch.tensor(corpus.tokens[begin : position + 1].astype(np.int64))[None])
-    return seen
-
-
-@pytest.mark.parametrize(("window", "stride"), [(48, 48), (20, 7), (5, 1)])
-def test_every_place_equals_a_pass_over_the_tokens_before(tiny_run: Run, window: int, stride: int):
-    corpus, documents = tiny_run.corpus, np.array([4, 30, 31])
-    positions = some_positions(corpus, documents)
-    found = read(tiny_run.model("none"), corpus, documents, positions, window=window, stride=stride)
-    assert found.positions.tolist() == positions.tolist()
-    assert sorted(found.values) == sorted(PLACES)
-    for (location, _), values in found.values.items():
-        assert values.shape == (len(positions), LOCATIONS[location]), location
-        assert values.dtype == torch.float32
-    for row, position in enumerate(positions.tolist()):
-        for place, expected in slow_activations(tiny_run, position, window, stride).items():
-            torch.testing.assert_close(found.values[place][row], expected, rtol=1e-4, atol=1e-5)
+    fast = Reader(run, variant, places, DISTANCES, seed=3)
+    slow = Reader(run, variant, [*places, ("attn.hook_q", 1)], DISTANCES, seed=3)
+    taken.clear()
+    found = read(fast, examples)
+    assert {*taken} == {PlainPass}
+    taken.clear()
+    expected = read(slow, examples)
+    assert {*taken} == {BridgedPass}
+    for place, values in found.items():
+        torch.testing.assert_close(values, expected[place], rtol=1e-4, atol=1e-4)
 
 
 def test_first_windows_equal_hidden_states(tiny_run: Run):
-    corpus, documents = tiny_run.corpus, np.array([0, 1, 2])
+    run, corpus = settings(tiny_run, 48, 48), tiny_run.corpus
+    documents = np.array([2, 0, 1])
     starts = corpus.document_tokens[documents]
-    positions = np.concatenate([np.arange(start + 1, start + 48) for start in starts])
-    places = [("hook_resid_post", layer) for layer in range(2)]
-    found = read(tiny_run.model("none"), corpus, documents, positions, places, window=48, stride=48)
+    anchor = np.concatenate([np.arange(start + 2, start + 49) for start in starts])
+    empty = np.zeros(len(anchor), np.int64)
+    examples = Examples(np.repeat(documents, 47), anchor, empty, empty[:, None])
+    found = read(Reader(run, "none", [("hook_resid_post", layer) for layer in range(2)], [1]), examples)
     tokens = torch.tensor(np.stack([corpus.tokens[start : start + 48] for start in starts]).astype(np.int64))
     with torch.no_grad():
-        states = tiny_run.plain_model().eval()(tokens, output_hidden_states=True).hidden_states
+        states = run.plain_model().eval()(tokens, output_hidden_states=True).hidden_states
     for layer in range(2):
         expected = states[layer + 1][:, 1:].flatten(0, 1)
-        torch.testing.assert_close(found.values["hook_resid_post", layer], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found["hook_resid_post", layer][0], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_reading_does_not_depend_on_batches_or_on_what_else_is_read(tiny_run: Run):
-    corpus, documents = tiny_run.corpus, np.arange(10, 14)
-    model, positions = loud(tiny_run.model("soft")), some_positions(tiny_run.corpus, np.arange(10, 14))
-    whole = read(model, corpus, documents, positions, mixing=Soft())
-    for batch_size in (1, 3, 1000):
-        again = read(model, corpus, documents, positions, mixing=Soft(), batch_size=batch_size)
-        for place in PLACES:
-            torch.testing.assert_close(again.values[place], whole.values[place], rtol=1e-4, atol=1e-4)
-    few = positions[::9]
-    for place in (("attn.hook_z", 0), ("mlp.hook_post", 2)):
-        alone = read(model, corpus, documents, few, [place], mixing=Soft())
-        assert list(alone.values) == [place]
-        torch.testing.assert_close(alone.values[place], whole.values[place][::9], rtol=1e-4, atol=1e-4)
+# What does not matter
 
 
-def test_documents_without_positions_are_skipped(tiny_run: Run):
-    corpus, documents = tiny_run.corpus, np.arange(20, 30)
-    positions = some_positions(corpus, np.array([25]), count=20)
-    model = tiny_run.model("none")
-    found = read(model, corpus, documents, positions, batch_size=2)
-    expected = read(model, corpus, np.array([25]), positions, batch_size=2)
-    for place in PLACES:
-        torch.testing.assert_close(found.values[place], expected.values[place], rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize(("chunk", "batch"), [(1, 1), (7, 3), (11, 1000), (20, 2)])
+@pytest.mark.parametrize("variant", ["none", "soft"])
+def test_neither_chunks_nor_batches_matter(
+    tiny_run: Run, chunk: int, batch: int, variant: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Chunks of 7 cut every document, of 11 none: each has ten examples."""
+    run = loud(settings(tiny_run))
+    examples = at_anchors(run, np.array([12, 10, 13]))
+    whole = read(Reader(run, variant, [*PLACES, BEFORE], DISTANCES), examples)
+    monkeypatch.setattr(activations, "CHUNK_EXAMPLES", chunk)
+    run = loud(settings(tiny_run, **{"evaluation.batch_size": batch}))
+    again = read(Reader(run, variant, [*PLACES, BEFORE], DISTANCES), examples)
+    for place, values in whole.items():
+        torch.testing.assert_close(again[place], values, rtol=1e-4, atol=1e-4)
 
 
-def test_conditioning_reaches_its_own_layers_alone(tiny_run: Run):
-    corpus, documents = tiny_run.corpus, np.array([5, 6])
-    positions = some_positions(corpus, documents)
-    model = loud(tiny_run.model("oracle"))
-    plain = read(tiny_run.model("none"), corpus, documents, positions)
-    conditioned = read(model, corpus, documents, positions, mixing=Oracle())
-    for location, layer in PLACES:
-        difference = (conditioned.values[location, layer] - plain.values[location, layer]).abs()
-        if layer < 2 or location == "hook_resid_pre":
-            assert not difference.any(), (location, layer)
-        else:
-            assert difference.amax(dim=1).min() > 1e-3, (location, layer)
-    # Where it is added, the difference is the projected embedding of the next token's sentence.
-    holders = np.searchsorted(corpus.first_token, positions + 1, side="right") - 1
-    added = model.adapter.codebook[corpus.actions[holders].astype(int)] @ model.adapter.projections[0]
-    place = ("attn.hook_z", 2)
-    torch.testing.assert_close(conditioned.values[place] - plain.values[place], added, rtol=1e-3, atol=1e-4)
+def test_what_else_is_read_does_not_matter(tiny_run: Run):
+    run = loud(settings(tiny_run))
+    examples = at_anchors(run, np.arange(10, 14))
+    whole = read(Reader(run, "soft", [*PLACES, BEFORE], DISTANCES), examples)
+    few = np.arange(len(examples))[::-1][::9].copy()
+    for place in (("attn.hook_z", 0), BEFORE, ("mlp.hook_post", 2)):
+        alone = read(Reader(run, "soft", [place], (17, 2)), examples[few])
+        assert list(alone) == [place]
+        torch.testing.assert_close(alone[place], whole[place][[3, 1]][:, few], rtol=1e-4, atol=1e-4)
 
 
-def test_a_sentences_action_is_read_from_the_token_before_it(tiny_run: Run):
-    """Another action of one sentence changes nothing before the position that predicts its first token."""
-    corpus, document = tiny_run.corpus, np.array([12])
-    sentence = int(corpus.document_sentences[12]) + 4
-    actions = np.array(corpus.actions)
-    actions[sentence] = (actions[sentence] + 1) % 8
-    positions = np.arange(corpus.document_tokens[12] + 1, corpus.document_tokens[13] - 1)
-    model = loud(tiny_run.model("oracle"))
-    options = {"mixing": Oracle(), "window": 48, "stride": 24}
-    before = read(model, corpus, document, positions, [("hook_resid_post", 2)], **options)
-    after = read(
-        model, replace(corpus, actions=actions), document, positions, [("hook_resid_post", 2)], **options
-    )
-    changed = (before.values["hook_resid_post", 2] != after.values["hook_resid_post", 2]).any(dim=1).numpy()
-    first, following = corpus.first_token[sentence : sentence + 2]
-    assert not changed[positions < first - 1].any()
-    assert changed[(positions >= first - 1) & (positions < following - 1)].all()
+def test_no_examples_no_chunks(tiny_run: Run):
+    examples = at_anchors(tiny_run, DOCUMENTS)[:0]
+    assert list(Reader(tiny_run, "none", PLACES[:1], [1]).chunks(examples)) == []
+
+
+def test_places_of_one_width_go_together():
+    places = [("a", 0), ("b", 0), ("a:before", 1), ("b", 1)]
+    blocks = blocks_of(places, {"a": 2, "b": 3})
+    assert blocks == [Block(2, (("a", 0), ("a:before", 1))), Block(3, (("b", 0), ("b", 1)))]
 
 
 def test_bfloat16_is_close_and_comes_back_as_float32(tiny_run: Run):
-    corpus, documents = tiny_run.corpus, np.array([4])
-    positions = some_positions(corpus, documents, count=20)
-    exact = read(tiny_run.model("none"), corpus, documents, positions)
-    rough = read(tiny_run.model("none"), corpus, documents, positions, precision="bfloat16")
-    for place in PLACES:
-        assert rough.values[place].dtype == torch.float32
-        scale = exact.values[place].abs().max().item()
-        torch.testing.assert_close(rough.values[place], exact.values[place], rtol=0, atol=0.05 * scale)
-    assert any((rough.values[place] != exact.values[place]).any() for place in PLACES)
+    examples = at_anchors(tiny_run, DOCUMENTS)
+    exact, rough = (
+        read(Reader(settings(tiny_run, **{"training.precision": p}), "none", PLACES, DISTANCES), examples)
+        for p in ("float32", "bfloat16")
+    )
+    for place, values in exact.items():
+        scale = values.abs().max().item()
+        torch.testing.assert_close(rough[place], values, rtol=0, atol=0.05 * scale)
+    assert any((rough[place] != values).any() for place, values in exact.items())
+
+
+# Conditioning
+
+
+def test_conditioning_reaches_its_own_layers_alone(tiny_run: Run):
+    run = loud(settings(tiny_run))
+    examples, places = at_anchors(run, DOCUMENTS), [*PLACES, BEFORE]
+    plain = read(Reader(run, "none", places, DISTANCES), examples)
+    conditioned = read(Reader(run, "soft", places, DISTANCES), examples)
+    changed = Reader(run, "soft", places, DISTANCES).changed_by_conditioning()
+    for place in places:
+        difference = (conditioned[place] - plain[place]).abs()
+        if place in changed:
+            assert difference.amax(dim=2).min() > 1e-3, place
+        else:  # layer 2 is the only one that is conditioned: it reads nothing that was changed
+            torch.testing.assert_close(conditioned[place], plain[place], rtol=1e-4, atol=1e-5)
+
+
+def test_a_sentences_action_is_read_from_the_token_before_it(tiny_run: Run):
+    """Another codebook entry of one sentence changes nothing before the position that predicts its start."""
+    run, corpus = loud(settings(tiny_run, 48, 24)), tiny_run.corpus
+    sentence = int(corpus.document_sentences[12]) + 4
+    anchor = np.arange(corpus.document_tokens[12] + 2, corpus.document_tokens[13])
+    empty = np.zeros(len(anchor), np.int64)
+    examples = Examples(np.full(len(anchor), 12), anchor, empty, empty[:, None])
+    places: list[Place] = [("hook_resid_post", 2), ("attn.hook_z", 2), BEFORE]
+    before = read(Reader(run, "soft", places, [1]), examples)
+    # The planner reads sentences before the one it plans: another one changes the plan of the next.
+    embeddings = np.array(corpus.embeddings)
+    embeddings[sentence - 1] *= -3
+    run.corpus = replace(corpus, embeddings=embeddings)
+    after = read(Reader(run, "soft", places, [1]), examples)
+    position = anchor - 1
+    for place in places:
+        changed = (before[place][0] != after[place][0]).any(dim=1).numpy()
+        assert not changed[position < corpus.first_token[sentence] - 1].any()
+        reached = (position >= corpus.first_token[sentence] - 1) & (
+            position < corpus.first_token[sentence + 1] - 1
+        )
+        assert changed[reached].all() == (place != BEFORE), place
+
+
+CHANGED_IN_GPT2 = {
+    ("attn.hook_z", 2),
+    ("hook_attn_out", 2),
+    ("hook_resid_mid", 2),
+    ("hook_mlp_out", 2),
+    ("mlp.hook_post", 2),
+    ("hook_resid_post", 2),
+    ("ln_final.hook_out", 2),
+}
+
+
+@pytest.mark.parametrize(
+    ("variant", "changed"),
+    [("none", set()), ("random", set()), ("oracle", CHANGED_IN_GPT2), ("joint", CHANGED_IN_GPT2)],
+)
+def test_places_that_an_action_changes(tiny_run: Run, variant: str, changed: set[Place]):
+    """Layers below the conditioned one, its input, and its heads as they were before."""
+    found = Reader(tiny_run, variant, [*PLACES, BEFORE], [1, 2]).changed_by_conditioning()
+    assert found == changed
+
+
+def conditioned_run(
+    config: Config, folder: Path, model: GPTNeoXConfig | LlamaConfig, tokenizer: Any, location: str, skip: int
+) -> Run:
+    """A run whose LM is of another architecture, with an adapter that was hardly trained."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(model).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    few = {"corpus.planted.documents": 60, "training.planner.epochs": 1, "training.adapter.epochs": 0.1}
+    lm = {"lm.name": str(folder / "model"), "mixing.variants": ["soft"]}
+    where = {"conditioning.location": location, "conditioning.skip_layers": skip}
+    return train(config.override({**few, **lm, **where}), folder / "run", quiet=True)
+
+
+SIZE = {
+    "vocab_size": 400, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3,
+    "num_attention_heads": 2, "max_position_embeddings": 48, "initializer_range": 0.2,
+}  # fmt: skip
+
+
+def test_places_that_an_action_changes_in_parallel_blocks(tiny_config: Config, tiny_run: Run, tmp_path: Path):
+    """GPT-NeoX's MLP reads what its attention reads: the first conditioned layer's is told nothing."""
+    run = conditioned_run(
+        tiny_config, tmp_path, GPTNeoXConfig(**SIZE), tiny_run.corpus.tokenizer, "attn.hook_z", skip=1
+    )
+    of_block = ["hook_resid_pre", "attn.hook_z", "hook_attn_out", "hook_mlp_out", "hook_resid_post"]
+    every = [(location, layer) for location in [*of_block, "attn.hook_z:before"] for layer in range(3)]
+    reader = Reader(run, "soft", [*every, ("hook_embed", 0), ("ln_final.hook_out", 2)], [1])
+    untouched = {place for place in every if place[1] == 0}
+    untouched |= {("hook_resid_pre", 1), ("attn.hook_z:before", 1), ("hook_mlp_out", 1)}
+    assert reader.changed_by_conditioning() == {*every, ("ln_final.hook_out", 2)} - untouched
+
+
+def test_places_that_an_action_changes_through_attention_alone(
+    tiny_config: Config, tiny_run: Run, tmp_path: Path
+):
+    """What a query looks for changes what the heads read only where the tokens are unlike."""
+    run = conditioned_run(
+        tiny_config, tmp_path, LlamaConfig(**SIZE), tiny_run.corpus.tokenizer, "attn.hook_q", skip=0
+    )
+    places = [("hook_resid_pre", 0), ("attn.hook_q:before", 0), ("attn.hook_q", 0)]
+    places += [("attn.hook_k", 0), ("attn.hook_z", 0), ("hook_resid_post", 0), ("hook_resid_pre", 1)]
+    changed = Reader(run, "soft", places, [1]).changed_by_conditioning()
+    assert changed == {("attn.hook_q", 0), ("attn.hook_z", 0), ("hook_resid_post", 0), ("hook_resid_pre", 1)}
+
+
+# What is refused
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_activations_that_are_not_finite_are_named(tiny_run: Run, monkeypatch, value: float):
-    model = tiny_run.model("none")
-    hook = ("blocks.1.hook_mlp_out", lambda activation, hook: activation * value)
-    monkeypatch.setattr(model, "hooks", lambda batch, mixing: [hook])
-    positions = some_positions(tiny_run.corpus, np.array([4]), count=5)
-    places = [("hook_resid_post", 0), ("hook_mlp_out", 1)]
+def test_activations_that_are_not_finite_are_named(
+    tiny_run: Run, monkeypatch: pytest.MonkeyPatch, value: float
+):
+    run = settings(tiny_run)
+    places: list[Place] = [("hook_resid_post", 0), ("hook_mlp_out", 1), ("hook_resid_post", 2)]
+    reader, before = Reader(run, "none", places, [1]), Reader(run, "none", places[:1], [1])
+    call = PlainPass.__call__
+
+    def broken(self: PlainPass, tokens: Tensor, hooks: Sequence[Any], reads: int) -> None:
+        breaks = [("blocks.1.hook_mlp_out", lambda x: x * value)] if len(hooks) > 1 else []
+        call(self, tokens, [*breaks, *hooks], reads)
+
+    monkeypatch.setattr(PlainPass, "__call__", broken)
+    examples = at_anchors(run, np.array([4]))
     with pytest.raises(ProbekitError, match=r"activations at hook_mlp_out, layer 1, are not all finite"):
-        read(model, tiny_run.corpus, np.array([4]), positions, places)
-    assert read(model, tiny_run.corpus, np.array([4]), positions, places[:1]).values
+        read(reader, examples)
+    assert read(before, examples)
 
 
-def test_activations_at_some_of_the_positions():
-    positions = np.array([3, 5, 8, 13])
-    values = {("a", 0): torch.arange(8.0).view(4, 2), ("b", 0): torch.ones(4, 3), ("a", 1): -torch.ones(4, 2)}
-    activations = Activations(positions, values)
-    assert activations.by_width() == [[("a", 0), ("a", 1)], [("b", 0)]]
-    found = activations.at([("a", 1), ("a", 0)], np.array([13, 5, 5]))
-    assert found.tolist() == [[[-1, -1]] * 3, [[6, 7], [2, 3], [2, 3]]]
+def test_values_whose_sum_overflows_are_finite():
+    block = Block(2, (("a", 0), ("b", 3)))
+    values = torch.full((2, 1, 2, 2), 3e38)
+    check_finite(block, values)
+    values[1, 0, 1, 0] = float("nan")
+    with pytest.raises(ProbekitError, match="at b, layer 3, are not all finite"):
+        check_finite(block, values)
+
+
+# Chunks
+
+
+@given(st.lists(st.integers(1, 60), max_size=12), st.integers(1, 40), st.integers(0, 10))
+def test_chunks_cover_all_and_cut_long_documents_alone(counts: list[int], most: int, seed: int):
+    numbers = np.random.default_rng(seed).permutation(len(counts))
+    document = np.repeat(numbers, counts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(activations, "CHUNK_EXAMPLES", most)
+        slices = list(chunk_slices(document))
+    assert [row for part in slices for row in range(part.start, part.stop)] == list(range(len(document)))
+    for part in slices:
+        assert 0 < part.stop - part.start <= most
+        if part.stop < len(document) and document[part.stop - 1] == document[part.stop]:
+            assert counts[np.flatnonzero(numbers == document[part.stop])[0]] > most
+    # No chunk could have taken in the next document whole: few chunks, few passes.
+    for part, following in itertools.pairwise(slices):
+        first = document[following.start]
+        whole = (document[following.start :] == first).sum()
+        starts_there = following.start == np.flatnonzero(document == first)[0]
+        assert not (starts_there and part.stop - part.start + whole <= most)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [(3, [3, 6, 9]), (2, [2, 3, 5, 7, 9]), (5, [3, 8, 9]), (6, [3, 9]), (9, [9])]
+)
+def test_chunks_by_hand(size: int, expected: list[int], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(activations, "CHUNK_EXAMPLES", size)
+    document = np.repeat([7, 2, 5], [3, 5, 1])
+    assert [part.stop for part in chunk_slices(document)] == expected

@@ -1,62 +1,379 @@
-"""Targets against walking through every sentence of every document."""
+"""Targets against walking through every token of every document, and files of labels as users have them."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from probekit.probing.targets import targets
+from probekit.corpus.actions import Codebook
+from probekit.corpus.store import Corpus
+from probekit.errors import ProbekitError
+from probekit.probing import targets
+from probekit.probing.targets import NO_LABEL, TARGETS, Examples, Target, find_examples, find_target, reached
 from probekit.run import Run
 
-
-def slow_targets(run: Run, documents: np.ndarray, distance: int, horizon: int) -> list[tuple[int, ...]]:
-    """Document, anchor, position and action of every example, in order."""
-    corpus, found = run.corpus, []
-    for document in documents.tolist():
-        sentences = list(range(*corpus.document_sentences[document : document + 2].tolist()))
-        text = range(int(corpus.document_tokens[document]) + 1, int(corpus.document_tokens[document + 1]))
-        for j, anchor in enumerate(sentences):
-            position = int(corpus.first_token[anchor]) - distance
-            target = j + horizon - 1
-            if j > 0 and position in text and target < len(sentences):
-                found.append((document, anchor, position, int(corpus.actions[sentences[target]])))
-    return found
+DOCUMENTS = np.array([40, 3, 159, 8, 41])
+HORIZONS = [1, 2, 9, 200]
 
 
-@pytest.mark.parametrize("distance", [1, 2, 9, 40, 90, 1000])
-@pytest.mark.parametrize("horizon", [1, 2, 15, 100])
-def test_targets_equal_the_walk(tiny_run: Run, distance: int, horizon: int):
-    documents = np.array([3, 8, 40, 41, 159])
-    found = targets(tiny_run.corpus, documents, distance, horizon)
-    expected = slow_targets(tiny_run, documents, distance, horizon)
-    rows = zip(found.document, found.anchor, found.position, found.action, strict=True)
-    assert [tuple(int(value) for value in row) for row in rows] == expected
+def walk(corpus: Corpus, document: int) -> list[tuple[int, int]]:
+    """Tokens of a document's sentences, each with the number of its sentence in the corpus."""
+    first, last = corpus.document_sentences[document : document + 2].tolist()
+    starts = [*corpus.first_token[first:last].tolist(), int(corpus.document_tokens[document + 1])]
+    return [(t, first + j) for j in range(last - first) for t in range(starts[j], starts[j + 1])]
+
+
+def anchors_by_walking(corpus: Corpus, document: int, anchors: str) -> list[tuple[int, int]]:
+    tokens = walk(corpus, document)
+    if anchors == "token":
+        return tokens
+    return [pair for n, pair in enumerate(tokens) if n == 0 or tokens[n - 1][1] != pair[1]]
+
+
+def slow_label(run: Run, target: str, document: int, anchor: int, sentence: int, horizon: int) -> int:
+    """The label of one example, by the words of the reference alone."""
+    corpus = run.corpus
+    first, last = corpus.document_sentences[document : document + 2].tolist()
+    asked = sentence + horizon - 1
+    if target == "document-type":
+        return corpus.texts.row(document)["kind"]
+    if target == "token":
+        token = anchor + horizon - 1
+        if token >= corpus.document_tokens[document + 1]:
+            return NO_LABEL
+        return frequent_tokens(corpus).get(int(corpus.tokens[token]), NO_LABEL)
+    if asked >= last:
+        return NO_LABEL
+    return int(corpus.actions[asked]) if target == "action" else min(asked - first, 15)
+
+
+def frequent_tokens(corpus: Corpus) -> dict[int, int]:
+    """The rank of each token of the training documents, no separators; of two alike the lower id first."""
+    counts: Counter[int] = Counter()
+    for document in corpus.documents("train"):
+        counts.update(
+            corpus.tokens[corpus.document_tokens[document] + 1 : corpus.document_tokens[document + 1]]
+            .astype(int)
+            .tolist()
+        )
+    ranked = sorted(counts, key=lambda token: (-counts[token], token))
+    return {token: rank for rank, token in enumerate(ranked[: targets.MOST_TOKENS])}
+
+
+def test_the_table_has_the_documented_targets():
+    assert list(TARGETS) == ["action", "token", "sentence-position", "document-type"]
+
+
+@pytest.mark.parametrize("anchors", ["sentence", "token"])
+@pytest.mark.parametrize("name", list(TARGETS))
+def test_examples_equal_the_walk(tiny_run: Run, name: str, anchors: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(targets, "MOST_TOKENS", 40)  # fewer than there are: some tokens have no label
+    corpus = tiny_run.corpus
+    target = find_target(corpus, name)
+    found = find_examples(corpus, DOCUMENTS, target, HORIZONS, anchors)
+    expected = [
+        (document, anchor, sentence)
+        for document in DOCUMENTS.tolist()
+        for anchor, sentence in anchors_by_walking(corpus, document, anchors)
+    ]
+    rows = zip(found.document.tolist(), found.anchor.tolist(), found.sentence.tolist(), strict=True)
+    assert list(rows) == expected
     assert len(found) == len(expected)
-    assert found.action.dtype == np.int64
+    sample = np.random.default_rng(0).choice(len(expected), size=min(200, len(expected)), replace=False)
+    for row in sample:
+        labels = [slow_label(tiny_run, name, *expected[row], horizon) for horizon in HORIZONS]
+        assert found.labels[row].tolist() == labels, expected[row]
+    assert found.labels.dtype == np.int64
+    assert found.labels.max() < target.classes
 
 
 def test_the_walk_meets_every_edge(tiny_run: Run):
-    """The cases above hold examples that each of the rules leaves out, and some that none does."""
-    documents = np.array([3, 8, 40, 41, 159])
-    counts = {
-        (distance, horizon): len(slow_targets(tiny_run, documents, distance, horizon))
-        for distance in (1, 40, 1000)
-        for horizon in (1, 2, 100)
-    }
-    sentences = len(tiny_run.corpus.sentences(documents))
-    assert counts[1, 1] == sentences - len(documents)  # all but the first ones
-    assert counts[1, 2] == sentences - 2 * len(documents)  # and the last ones, which nothing follows
-    assert 0 < counts[40, 1] < counts[1, 1]
-    assert counts[1000, 1] == counts[1, 100] == 0
+    """The cases above hold sentences that nothing follows, and documents that are not long enough."""
+    found = find_examples(tiny_run.corpus, DOCUMENTS, find_target(tiny_run.corpus, "action"), HORIZONS)
+    without = (found.labels == NO_LABEL).sum(axis=0)
+    sentences = len(tiny_run.corpus.sentences(DOCUMENTS))
+    assert without[:2].tolist() == [0, len(DOCUMENTS)]
+    assert len(DOCUMENTS) < without[2] < sentences
+    assert without[3] == sentences == len(found)
 
 
-def test_no_documents_no_targets(tiny_run: Run):
-    found = targets(tiny_run.corpus, np.array([], dtype=np.int64), 1, 1)
-    assert len(found) == len(found.document) == len(found.anchor) == len(found.position) == 0
-
-
-def test_the_first_token_of_a_document_is_read_but_not_its_separator(tiny_run: Run):
+@pytest.mark.parametrize("anchors", ["sentence", "token"])
+@pytest.mark.parametrize("distance", [1, 2, 9, 40, 1000])
+def test_what_a_distance_reaches(tiny_run: Run, distance: int, anchors: str):
     corpus = tiny_run.corpus
-    second = corpus.first_token[corpus.document_sentences[20] + 1]
-    length = int(second - corpus.document_tokens[20] - 1)  # tokens of the first sentence
-    document = np.array([20])
-    assert targets(corpus, document, length, 1).position[0] == corpus.document_tokens[20] + 1
-    assert second - length - 1 not in targets(corpus, document, length + 1, 1).position
+    found = find_examples(corpus, DOCUMENTS, find_target(corpus, "action"), [1], anchors)
+    expected = [
+        anchor - distance in {token for token, _ in walk(corpus, document)}
+        for document in DOCUMENTS.tolist()
+        for anchor, _ in anchors_by_walking(corpus, document, anchors)
+    ]
+    assert reached(corpus, found, distance).tolist() == expected
+
+
+def test_the_first_token_of_a_document_is_reached_but_not_its_separator(tiny_run: Run):
+    corpus = tiny_run.corpus
+    found = find_examples(corpus, np.array([20]), find_target(corpus, "action"), [1])
+    length = int(found.anchor[1] - corpus.document_tokens[20] - 1)  # tokens of the first sentence
+    assert reached(corpus, found, length)[:2].tolist() == [False, True]
+    assert reached(corpus, found, length + 1)[:2].tolist() == [False, False]
+
+
+def bare_corpus(documents: list[list[int]], lead: int = 0) -> Corpus:
+    """A corpus of numbers alone: tokens of each sentence, and tokens before each document's first one."""
+    sizes = [1 + (lead + sum(sentences) if sentences else 0) for sentences in documents]
+    starts = np.cumsum([0, *sizes])
+    first = [
+        start + 1 + lead + sum(sentences[:j])
+        for start, sentences in zip(starts, documents, strict=False)
+        for j in range(len(sentences))
+    ]
+    return Corpus(
+        folder=Path("nowhere"),
+        tokens=np.arange(starts[-1]),
+        document_tokens=starts,
+        document_sentences=np.cumsum([0, *map(len, documents)]),
+        first_token=np.array(first, dtype=np.int64),
+        spans=np.zeros((len(first), 2), dtype=np.int64),
+        split=np.zeros(len(documents), dtype=np.uint8),
+        embeddings=np.zeros((len(first), 1), dtype=np.float32),
+        actions=np.arange(len(first), dtype=np.int32),
+        codebook=Codebook(np.zeros((max(1, len(first)), 1), dtype=np.float32)),
+        facts={},
+    )
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 4), max_size=4), min_size=1, max_size=6),
+    st.integers(0, 2),
+    st.integers(1, 4),
+    st.sampled_from(["sentence", "token"]),
+    st.integers(0, 100),
+)
+def test_documents_of_any_shape(documents, lead: int, horizon: int, anchors: str, seed: int):
+    """Documents without a sentence, and tokens in front of the first one, are no anchors."""
+    corpus = bare_corpus(documents, lead)
+    numbers = np.random.default_rng(seed).permutation(len(documents))
+    found = find_examples(corpus, numbers, find_target(corpus, "action"), [horizon], anchors)
+    expected = []
+    for document in numbers.tolist():
+        last = corpus.document_sentences[document + 1]
+        for anchor, sentence in anchors_by_walking(corpus, document, anchors):
+            asked = sentence + horizon - 1
+            expected.append((document, anchor, sentence, asked if asked < last else NO_LABEL))
+    rows = zip(found.document, found.anchor, found.sentence, found.labels[:, 0], strict=True)
+    assert [tuple(map(int, row)) for row in rows] == expected
+
+
+def test_no_documents_no_examples(tiny_run: Run):
+    found = find_examples(tiny_run.corpus, DOCUMENTS[:0], find_target(tiny_run.corpus, "action"), [1, 2])
+    assert len(found) == len(found.document) == len(found.sentence) == 0
+    assert found.labels.shape == (0, 2)
+
+
+@pytest.mark.parametrize("rows", [slice(2, 4), np.array([3, 0]), np.array([True, False, False, True])])
+def test_rows_of_examples(rows):
+    document, anchor, sentence, labels = (np.arange(4) + 10 * n for n in range(4))
+    chosen = Examples(document, anchor, sentence, labels[:, None])[rows]
+    assert len(chosen) == 2
+    for name, values in (("document", document), ("anchor", anchor), ("sentence", sentence)):
+        assert getattr(chosen, name).tolist() == values[rows].tolist()
+    assert chosen.labels.tolist() == labels[rows][:, None].tolist()
+
+
+# Built-in targets
+
+
+def test_tokens_are_named_and_most_frequent_first(tiny_run: Run):
+    corpus = tiny_run.corpus
+    target = find_target(corpus, "token")
+    ranks = frequent_tokens(corpus)
+    assert target.classes == len(ranks) == len(target.names)
+    assert target.of_sentences is None
+    assert list(target.names) == corpus.tokenizer.convert_ids_to_tokens(list(ranks))
+
+
+def test_what_targets_tell_of_themselves(tiny_run: Run):
+    action = find_target(tiny_run.corpus, "action")
+    assert (action.name, action.classes) == ("action", 8)
+    assert np.array_equal(action.of_sentences, tiny_run.corpus.actions)
+    assert find_target(tiny_run.corpus, "document-type").classes == 4
+    assert find_target(tiny_run.corpus, "sentence-position").classes == 16
+
+
+def test_a_document_type_that_nobody_knows(tiny_run: Run):
+    corpus = replace(tiny_run.corpus)
+    rows = [row | {"kind": None} for _, rows in tiny_run.corpus.texts.batches() for row in rows]
+    vars(corpus)["texts"] = type("Texts", (), {"batches": lambda self: iter([(0, rows)])})()
+    with pytest.raises(ProbekitError, match="'document-type', which only the planted corpus knows"):
+        find_target(corpus, "document-type")
+
+
+def test_an_action_beyond_the_codebook(tiny_run: Run):
+    actions = np.array(tiny_run.corpus.actions)
+    actions[7] = 8
+    with pytest.raises(ProbekitError, match=r"actions\.npy holds action 8, but the codebook has 8") as caught:
+        find_target(replace(tiny_run.corpus, actions=actions), "action")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_target_is_told_with_those_that_there_are(tiny_run: Run):
+    with pytest.raises(ProbekitError, match=r"probe\.target is 'acton'") as caught:
+        find_target(tiny_run.corpus, "acton")
+    assert all(name in str(caught.value) for name in TARGETS)
+
+
+# Files of labels
+
+WRITERS: dict[str, Callable[[pd.DataFrame, Path], None]] = {
+    ".csv": lambda table, path: table.to_csv(path, index=False),
+    ".jsonl": lambda table, path: table.to_json(path, orient="records", lines=True),
+    ".parquet": lambda table, path: table.to_parquet(path, index=False),
+}
+
+SUFFIXES = list(WRITERS)
+
+
+def written(folder: Path, suffix: str, **columns: list) -> str:
+    path = folder / f"labels{suffix}"
+    WRITERS[suffix](pd.DataFrame(columns), path)
+    return str(path)
+
+
+def labels_of(target: Target, corpus: Corpus) -> list[str | None]:
+    """The name of every sentence's class."""
+    return [target.names[code] if code >= 0 else None for code in target.of_sentences]
+
+
+def cycled(values: list, corpus: Corpus) -> list:
+    return [values[n % len(values)] for n in range(len(corpus.first_token))]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize(
+    ("values", "names"),
+    [
+        (["quote", "claim", "claim", "aside"], ["quote", "claim", "claim", "aside"]),
+        (["quote", None, "claim"], ["quote", None, "claim"]),
+        ([5, -2, 5, 300], ["5", "-2", "5", "300"]),
+        ([5, None, 0], ["5", None, "0"]),
+        ([True, False, False], ["True", "False", "False"]),
+        (["None", "NA", None, "null"], ["None", "NA", None, "null"]),
+        (["eins, zwei", 'drei "vier"', "fünf\nsechs"], ["eins, zwei", 'drei "vier"', "fünf\nsechs"]),
+    ],
+)
+def test_labels_come_from_a_file(
+    tiny_run: Run, tmp_path: Path, suffix: str, values: list, names: list[str | None]
+):
+    corpus = tiny_run.corpus
+    path = written(tmp_path, suffix, other=cycled([1], corpus), kind=cycled(values, corpus))
+    target = find_target(corpus, "kind", path)
+    assert target.name == "kind"
+    assert target.classes == len(target.names) == len({*names} - {None})
+    assert labels_of(target, corpus) == cycled(names, corpus)
+    found = find_examples(corpus, DOCUMENTS, target, [1, 2], "token")
+    for sentence, document, labels in zip(found.sentence, found.document, found.labels, strict=True):
+        follows = sentence + 1 < corpus.document_sentences[document + 1]
+        expected = [
+            target.of_sentences[sentence], target.of_sentences[sentence + 1] if follows else NO_LABEL
+        ]  # fmt: skip
+        assert labels.tolist() == expected
+
+
+def test_whole_numbers_are_in_their_own_order(tiny_run: Run, tmp_path: Path):
+    corpus = tiny_run.corpus
+    target = find_target(corpus, "n", written(tmp_path, ".csv", n=cycled([10, 9, None, 2], corpus)))
+    assert target.names == ("2", "9", "10")
+
+
+def test_words_that_look_like_numbers_stay_words_where_the_file_says_so(tiny_run: Run, tmp_path: Path):
+    corpus = tiny_run.corpus
+    for suffix in (".jsonl", ".parquet"):
+        path = written(tmp_path, suffix, code=cycled(["1", "01", "1"], corpus))
+        assert find_target(corpus, "code", path).names == ("01", "1")
+
+
+def test_a_large_csv_is_of_one_type_throughout(tiny_run: Run, tmp_path: Path):
+    """Its reader would guess the type of each part of the file by itself; wide rows make the parts short."""
+    corpus = tiny_run.corpus
+    half = len(corpus.first_token) // 2
+    labels = ["1"] * half + cycled(["1", "x"], corpus)[half:]
+    width = 2000
+    rows = [",".join(["kind", *map(str, range(width))]), *(label + ",7" * width for label in labels)]
+    (tmp_path / "labels.csv").write_text("\n".join(rows) + "\n")
+    assert find_target(corpus, "kind", str(tmp_path / "labels.csv")).names == ("1", "x")
+
+
+def refusal(corpus: Corpus, name: str, path: str | Path) -> str:
+    with pytest.raises(ProbekitError) as caught:
+        find_target(corpus, name, str(path))
+    line = str(caught.value)
+    assert line.startswith("probe.labels ")
+    assert "\n" not in line
+    assert str(path) in line
+    assert len(line) < 500
+    return line
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_missing_column_is_told_with_those_that_there_are(tiny_run: Run, tmp_path: Path, suffix: str):
+    corpus = tiny_run.corpus
+    path = written(tmp_path, suffix, kind=cycled([1, 2], corpus), action=cycled([1, 2], corpus))
+    assert "has no column 'knid' (probe.target); it has kind, action" in refusal(corpus, "knid", path)
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+def test_a_file_of_another_length_is_refused(tiny_run: Run, tmp_path: Path, change: int):
+    corpus = tiny_run.corpus
+    count = len(corpus.first_token)
+    path = written(tmp_path, ".csv", kind=(["a", "b"] * count)[: count + change])
+    line = refusal(corpus, "kind", path)
+    assert f"has {count + change:,} rows, but the corpus has {count:,} sentences" in line
+    assert "--export" in line
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ([1.5, 2.0, 3.0], "holds fractions"),
+        ([0.0, float("inf")], "holds fractions"),
+        (["a"], "fewer than two classes: a"),
+        ([3, None], "fewer than two classes: 3"),
+        ([None], "fewer than two classes: none"),
+        ([["a"], ["b"]], "holds lists or objects"),
+    ],
+)
+def test_what_is_no_label_is_refused(tiny_run: Run, tmp_path: Path, values: list, said: str):
+    corpus = tiny_run.corpus
+    suffix = ".jsonl" if isinstance(values[0], list) else ".parquet"
+    line = refusal(corpus, "kind", written(tmp_path, suffix, kind=cycled(values, corpus)))
+    assert "column 'kind'" in line
+    assert said in line
+
+
+@pytest.mark.parametrize("name", ["labels.tsv", "labels", "labels.csv.gz", ""])
+def test_a_bad_suffix_is_told_with_the_good_ones(tiny_run: Run, tmp_path: Path, name: str):
+    assert "must end in .csv, .jsonl, .parquet" in refusal(tiny_run.corpus, "kind", tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize(
+    "content", [None, b"", b"\xff\xfe\x00\xff", b'{"kind": 1}\n{"kind"', b"kind,b\n1,2\n1,2,3\n"]
+)
+def test_an_unreadable_file_is_named(tiny_run: Run, tmp_path: Path, suffix: str, content: bytes | None):
+    path = tmp_path / f"labels{suffix}"
+    if content is not None:
+        path.write_bytes(content)
+    line = refusal(tiny_run.corpus, "kind", path)
+    assert "cannot be read" in line or "has no column" in line
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_folder_is_no_file_of_labels(tiny_run: Run, tmp_path: Path, suffix: str):
+    (tmp_path / f"labels{suffix}").mkdir()
+    refusal(tiny_run.corpus, "kind", tmp_path / f"labels{suffix}")

@@ -94,6 +94,12 @@ def test_cells_without_numbers_keep_their_marks():
     assert {cell: text for cell, text in drawn_cells(axes).items() if text} == {EMPTY: "–", INJECTED: "*"}
 
 
+def test_injected_cells_have_no_gain_and_still_their_star():
+    cells = drawn_cells(probe_heat_map(table(), Panel("soft", "attn.hook_z"), "gain").axes[0])
+    assert (cells[INJECTED], cells[EMPTY]) == ("*", "–")
+    assert cells[0, 1] == f"{2 * expected('soft')[0, 1] - 0.5:.2f}"
+
+
 def test_a_location_that_is_there_once_is_one_row():
     numbers = probe_table(("none",), ("hook_embed", "ln_final.hook_out"))
     for location, layer in {"hook_embed": 0, "ln_final.hook_out": 2}.items():

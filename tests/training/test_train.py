@@ -16,7 +16,7 @@ from probekit.probing.probe import probe
 from probekit.run import Run
 from probekit.storage import read_json, write_json
 from probekit.training.stages import Trainer
-from probekit.training.train import build_corpus, train
+from probekit.training.train import build_corpus, prepare, train
 
 STAGES = {
     "corpus": "corpus",
@@ -312,6 +312,67 @@ def test_a_pretrained_lm_is_conditioned_evaluated_and_probed(
     shutil.move(model, tmp_path / "moved")
     with pytest.raises(ProbekitError, match=rf"{model}.*no such folder"):
         Run.open(run.folder).plain_model()
+
+
+# A pre-trained LM, and nothing trained
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt-neox"])
+def test_any_lm_is_probed_with_nothing_trained(
+    kind: str, tiny_config: Config, tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for work in ("train_language_model", "train_planner", "train_adapter"):
+        monkeypatch.delattr(Trainer, work)
+    name = str(pretrained(kind, tiny_run, tmp_path / "model"))
+    config = tiny_config.override({"lm.name": name, "training.window": 40})
+    run = prepare(config, tmp_path / "run", quiet=True)
+    stages = read_json(run.folder / "run.json")["stages"]
+    assert list(stages) == ["lm", "corpus"]
+    assert stages["lm"]["parameters"] == sum(p.numel() for p in run.plain_model().parameters())
+    assert sorted(path.name for path in run.folder.iterdir()) == [
+        "config.yaml", "corpus", "lm", "provenance.json", "run.json",
+    ]  # fmt: skip
+    few = {"probe.variants": ["none", "random"], "probe.layers": [1], "probe.distances": [1]}
+    table = probe(run, few, quiet=True).table
+    assert set(table[table.reader == "probe"].variant) == {"none", "random"}
+    assert "planner" not in set(table.reader)
+
+
+def test_what_was_prepared_can_be_trained(tiny_config: Config, tiny_run: Run, tmp_path: Path):
+    name = str(pretrained("llama", tiny_run, tmp_path / "model"))
+    config = tiny_config.override({"lm.name": name, "training.window": 40, "mixing.variants": ["fixed"]})
+    prepared = prepare(config, tmp_path / "run", quiet=True)
+    before = written(prepared.folder)
+    assert prepare(config, tmp_path / "run", existing="resume", quiet=True).finished("lm")
+    assert written(prepared.folder) == before
+    run = train(None, tmp_path / "run", existing="resume", quiet=True)
+    assert run.variants == ["fixed"]
+    after = written(run.folder)
+    assert all(after[name] == when for name, when in before.items() if name != "run.json")
+
+
+def test_without_the_name_of_an_lm_nothing_is_prepared(tiny_config: Config, copy: Path, tmp_path: Path):
+    before = written(copy)
+    for out, existing in ((tmp_path / "run", "refuse"), (copy, "overwrite")):
+        with pytest.raises(ProbekitError, match=r"lm\.name is not set.*--model") as caught:
+            prepare(tiny_config, out, existing=existing, quiet=True)
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+    assert written(copy) == before
+
+
+def test_an_lm_that_cannot_be_had_is_told_before_a_corpus_is_built(
+    tiny_config: Config, tiny_run: Run, tmp_path: Path
+):
+    model = pretrained("llama", tiny_run, tmp_path / "model")
+    for settings, said in (
+        ({"lm.name": str(tmp_path / "no")}, "no such folder"),
+        ({"lm.name": str(model), "training.window": 41}, "training.window is 41"),
+    ):
+        with pytest.raises(ProbekitError, match=said):
+            prepare(tiny_config.override(settings), tmp_path / "run", existing="overwrite", quiet=True)
+        assert read_json(tmp_path / "run" / "run.json")["stages"] == {}
+        assert not (tmp_path / "run" / "corpus").exists()
 
 
 def test_a_window_longer_than_a_pretrained_lm_reads_is_refused(

@@ -1,9 +1,9 @@
 """Ridge and LDA probes, solved from moments: one eigendecomposition of a probe serves every penalty.
 
-With z the standardised activations, z_c their mean over class c and p_c the class's share of the examples,
-the score of class c is linear in z, with weights
+With z the standardised activations, z_c their mean over class c of K and p_c the class's share of the
+examples, the score of class c is linear in z, with weights
 
-    ridge   (Z'Z / n + l2 I)^-1 sqrt(p_c) z_c           regression on one-hot labels divided by sqrt(p_c)
+    ridge   (Z'Z / n + l2 I)^-1 sqrt(K p_c) z_c         regression on one-hot labels times sqrt(K / p_c)
     LDA     ((1 - s) V + s tr(V) / width I)^-1 z_c      V the covariance within classes, s the shrinkage
 
 The ridge penalty means what it means in `SoftmaxProbes`, scikit-learn's `alpha` over n; the shrinkage is that
@@ -13,8 +13,8 @@ of scikit-learn's `LinearDiscriminantAnalysis(solver="lsqr")`. Scores become pro
 
 at a temperature T chosen for each probe, with its penalty, on validation examples. An infinite T, the class
 prior, is a candidate. Of several ways to turn a regression's scores into probabilities, this one lost least
-to a softmax probe, and LDA at T = 1 is far too sure of itself (LOG.md). A class without examples has score 0;
-together such classes share one more example in the prior.
+to a softmax probe, and LDA at T = 1 is far too sure of itself (LOG.md). Classes without examples have no
+score: together they get the probability 1 / (n + 1) at every activation, the others share the rest.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ import torch
 from torch import Tensor
 
 from probekit.errors import ProbekitError
-from probekit.probing.solvers.batch import absent_classes, labels, log_softmax, pieces, solved_in
+from probekit.probing.solvers.batch import CHUNK_BYTES, absent_classes, labels, log_softmax, pieces, solved_in
 from probekit.probing.solvers.moments import Moments
 
-TEMPERATURES = (float("inf"), *(2.0 ** (-step / 2) for step in range(-8, 9)))
+TEMPERATURES = (float("inf"), *(2.0 ** (step / 2) for step in range(12, -7, -1)))
 """The candidates. Steps of sqrt(2) cost up to 0.005 nats against finer ones, steps of 2 up to 0.03."""
 
 CONSTANT = 1e-9
-"""A feature that deviates from its mean by at most this share of it is constant but for rounding."""
+"""A feature that deviates from its mean by at most this share of it is constant and takes no part."""
 
 
 class _Solved(NamedTuple):
@@ -43,9 +43,10 @@ class _Solved(NamedTuple):
     mean: Tensor  # [probes, 1, width], of the activations
     basis: Tensor  # [probes, width, width]: rotates centred activations, their scale folded in
     targets: Tensor  # [probes, width, classes]
-    inverse: Tensor  # [penalties, probes, width, 1]: inverse spectrum
-    base: Tensor  # [penalties, probes, 1, classes]: scores at the mean activation
-    prior: Tensor  # [probes, 1, classes]: class shares, those of absent classes included
+    inverse: Tensor  # [probes, penalties, width]: inverse spectrum
+    base: Tensor  # [probes, penalties, classes]: scores at the mean activation
+    prior: Tensor  # [probes, 1, classes]: class shares, those of classes without examples included
+    absent: Tensor  # [probes, 1, classes]: the part of the prior that classes without examples have
 
 
 class ClosedFormProbes(ABC):
@@ -56,7 +57,8 @@ class ClosedFormProbes(ABC):
 
     Attributes:
         coef_: Weights on raw activations, scaling and temperature folded in, [probes, width, classes].
-        intercept_: The same for the intercept, [probes, classes].
+        intercept_: The same for the intercept, [probes, classes]; minus infinity for an absent class.
+        absent_: Probability of each class without examples, 0 of the others, [probes, classes].
         temperature_: By which scores were divided, [probes]; infinite where the class prior was best.
         penalty_: The penalty kept, [probes].
         validation_cross_entropy_: In nats, at the best temperature, [probes, penalties].
@@ -78,25 +80,13 @@ class ClosedFormProbes(ABC):
         Raises:
             ProbekitError: There is no example, or an activation was not finite; names the probe.
         """
-        count = moments.count[:, None, None]
-        mean = moments.mean[:, None]
-        scale = (moments.scatter.diagonal(dim1=1, dim2=2)[:, None] / count).clamp(min=0).sqrt()
-        if len(broken := (~scale.isfinite() | (count == 0)).nonzero()):
-            raise ProbekitError(f"probe {int(broken[0, 0])}: its activations are none or not all finite")
-        scale = torch.where(scale <= CONSTANT * mean.abs(), 1.0, scale)
-        counts = moments.class_counts[..., None]
-        means = torch.where(counts > 0, (moments.class_sums / counts.clamp(min=1) - mean) / scale, 0.0)
-        matrix, targets = self._system(moments.scatter / count / (scale * scale.mT), means, counts / count)
-        spectrum, basis = torch.linalg.eigh(matrix)
-        targets = torch.bmm(basis.mT, targets)
-        inverse = self._inverse(spectrum.clamp(min=0))[..., None]
-        base = torch.stack([self._base(targets, each) for each in inverse])
-        weighed = counts.mT + absent_classes(counts.mT)
-        prior = weighed / weighed.sum(2, keepdim=True)
-        solved = mean, basis / scale.mT, targets, inverse, base, prior
-        self._solved = _Solved(*(part.to(moments.dtype) for part in solved))
-        self._losses = spectrum.new_zeros(len(self.penalties), len(TEMPERATURES), len(mean))
-        self._observed, self.classes_ = 0, counts.shape[1]
+        probes, classes, width = moments.class_sums.shape
+        numbers = 4 * width * (width + classes)
+        size = max(1, CHUNK_BYTES[moments.mean.device.type] // (numbers * moments.mean.itemsize))
+        parts = [self._solve(moments, slice(first, first + size)) for first in range(0, probes, size)]
+        self._solved = _Solved(*(torch.cat(part) for part in zip(*parts, strict=True)))
+        self._losses = moments.mean.new_zeros(probes, len(self.penalties), len(TEMPERATURES))
+        self._observed, self.classes_ = 0, classes
         return self
 
     def observe_validation(self, X: Tensor, y: Tensor) -> Self:
@@ -107,12 +97,13 @@ class ClosedFormProbes(ABC):
         """
         solved, y = self._solved, labels(X, y, self.classes_)
         for at in pieces(X, 2 * X.shape[2] + 3 * self.classes_):
-            mean, basis, targets, _, _, prior = (part[at[0]] if part.ndim == 3 else part for part in solved)
+            mean, basis, targets = (part[at[0]] for part in solved[:3])
+            prior, absent = solved.prior[at[0]], solved.absent[at[0]]
             rotated = torch.bmm(X[at].to(basis.dtype) - mean, basis)
             for penalty in range(len(self.penalties)):
-                inverse, base = solved.inverse[penalty, at[0]], solved.base[penalty, at[0]]
-                scores = torch.baddbmm(base, rotated * inverse.mT, targets)
-                self._losses[penalty, :, at[0]] += _losses(scores, y[at][..., None], prior)
+                inverse, base = solved.inverse[at[0], penalty, None], solved.base[at[0], penalty, None]
+                scores = torch.baddbmm(base, rotated * inverse, targets)
+                self._losses[at[0], penalty] += _losses(scores, y[at][..., None], prior, absent)
         self._observed += X.shape[1]
         return self
 
@@ -122,7 +113,7 @@ class ClosedFormProbes(ABC):
         Raises:
             ProbekitError: The loss on them is not finite; names the probe.
         """
-        found = (self._losses / self._observed).permute(2, 0, 1)  # [probes, penalties, temperatures]
+        found = self._losses / self._observed  # [probes, penalties, temperatures]
         if len(broken := (~found.isfinite()).nonzero()):
             raise ProbekitError(f"probe {int(broken[0, 0])}: its validation loss is not finite")
         best, each = found.flatten(1).argmin(1), torch.arange(len(found), device=found.device)
@@ -131,16 +122,40 @@ class ClosedFormProbes(ABC):
         self.penalty_ = found.new_tensor(self.penalties)[penalty]
         self.temperature_ = found.new_tensor(TEMPERATURES)[temperature]
         solved, divisor = self._solved, self.temperature_[:, None, None].to(self._solved.basis)
-        coef = torch.bmm(solved.basis * solved.inverse[penalty, each].mT, solved.targets)
-        self.coef_ = coef / divisor
-        intercept = solved.prior.log() + solved.base[penalty, each] / divisor
+        inverse, base = solved.inverse[each, penalty, None], solved.base[each, penalty, None]
+        self.coef_ = torch.bmm(solved.basis * inverse, solved.targets) / divisor
+        intercept = (solved.prior - solved.absent).log() + base / divisor
         self.intercept_ = (intercept - torch.bmm(solved.mean, self.coef_))[:, 0]
+        self.absent_ = solved.absent[:, 0]
         del self._solved, self._losses  # as large as the moments
         return self
 
     def log_probabilities(self, X: Tensor) -> Tensor:
         """Log-probabilities [probes, examples, classes] in nats of activations [probes, examples, width]."""
-        return log_softmax(X, self.coef_, self.intercept_)
+        absent = self.absent_[:, None]
+        present = log_softmax(X, self.coef_, self.intercept_) + torch.log1p(-absent.sum(2, keepdim=True))
+        return torch.where(absent > 0, absent.log(), present)
+
+    def _solve(self, moments: Moments, at: slice) -> _Solved:
+        """Some of the probes, at every penalty."""
+        count, counts = moments.count[at, None, None], moments.class_counts[at, :, None]
+        mean, scatter = moments.mean[at, None], moments.scatter[at]
+        scale = (scatter.diagonal(dim1=1, dim2=2)[:, None] / count).clamp(min=0).sqrt()
+        if len(broken := (~scale.isfinite() | (count == 0)).nonzero()):
+            probe = at.start + int(broken[0, 0])
+            raise ProbekitError(f"probe {probe}: its activations are none or not all finite")
+        scale = torch.where(scale <= CONSTANT * mean.abs(), torch.inf, scale)
+        means = (moments.class_sums[at] / counts.clamp(min=1) - mean) / scale
+        means = torch.where(counts > 0, means, 0.0)
+        matrix, targets = self._system(scatter / count / (scale * scale.mT), means, counts / count)
+        spectrum, basis = torch.linalg.eigh(matrix)
+        targets = torch.bmm(basis.mT, targets)
+        inverse = self._inverse(spectrum.clamp(min=0))
+        weighed = counts.mT + absent_classes(counts.mT)
+        prior = weighed / weighed.sum(2, keepdim=True)
+        absent = torch.where(counts.mT == 0, prior, 0.0)
+        solved = mean, basis / scale.mT, targets, inverse, self._base(targets, inverse), prior, absent
+        return _Solved(*(part.to(moments.dtype) for part in solved))
 
     @abstractmethod
     def _system(self, covariance: Tensor, means: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,11 +169,11 @@ class ClosedFormProbes(ABC):
 
     @abstractmethod
     def _inverse(self, spectrum: Tensor) -> Tensor:
-        """The inverse spectrum at every penalty, [penalties, probes, width]; spectrum: [probes, width]."""
+        """The inverse spectrum at every penalty, [probes, penalties, width]; spectrum: [probes, width]."""
 
+    @abstractmethod
     def _base(self, targets: Tensor, inverse: Tensor) -> Tensor:
-        """The scores at the mean activation, [probes, 1, classes]; both arguments in the eigenbasis."""
-        return torch.zeros_like(targets[:, :1])
+        """The scores at the mean activation, [probes, penalties, classes], from targets in the eigenbasis."""
 
 
 class RidgeProbes(ClosedFormProbes):
@@ -176,10 +191,13 @@ class RidgeProbes(ClosedFormProbes):
         return self.penalty_
 
     def _system(self, covariance: Tensor, means: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
-        return covariance, (shares.sqrt() * means).mT
+        return covariance, ((shares * means.shape[1]).sqrt() * means).mT
 
     def _inverse(self, spectrum: Tensor) -> Tensor:
-        return torch.stack([1 / (spectrum + l2) for l2 in self.penalties])
+        return torch.stack([1 / (spectrum + l2) for l2 in self.penalties], 1)
+
+    def _base(self, targets: Tensor, inverse: Tensor) -> Tensor:
+        return targets.new_zeros(len(targets), inverse.shape[1], targets.shape[2])
 
 
 class LDAProbes(ClosedFormProbes):
@@ -203,28 +221,34 @@ class LDAProbes(ClosedFormProbes):
 
     def _inverse(self, spectrum: Tensor) -> Tensor:
         even = spectrum.mean(1, keepdim=True)
-        shrunk = torch.stack([(1 - s) * spectrum + s * even for s in self.penalties])
+        shrunk = torch.stack([(1 - s) * spectrum + s * even for s in self.penalties], 1)
         # Nothing varies within classes where all features are constant, or tell the class without fail.
         return 1 / shrunk.clamp(min=torch.finfo(torch.float32).eps)
 
     def _base(self, targets: Tensor, inverse: Tensor) -> Tensor:
-        return -0.5 * (inverse * targets.square()).sum(1, keepdim=True)
+        return -0.5 * torch.bmm(inverse, targets.square())
 
 
-def _losses(scores: Tensor, y: Tensor, prior: Tensor) -> Tensor:
-    """Cross-entropies in nats, summed over examples, at every temperature: [temperatures, probes].
+def _losses(scores: Tensor, y: Tensor, prior: Tensor, absent: Tensor) -> Tensor:
+    """Cross-entropies in nats, summed over examples, at every temperature: [probes, temperatures].
 
     Args:
         scores: [probes, examples, classes]; overwritten.
         y: Classes, [probes, examples, 1].
         prior: Class shares, [probes, 1, classes].
+        absent: The part of them that classes without examples have, [probes, 1, classes].
     """
+    # Their scores take no part, but in an infinite temperature they must stay finite.
+    scores.masked_fill_(absent > 0, torch.finfo(scores.dtype).min)
     scores -= scores.amax(2, keepdim=True)
-    own, shares = scores.gather(2, y), prior.mT.expand(-1, -1, 1)
-    of_prior = prior.expand(-1, y.shape[1], -1).gather(2, y).log()
+    own, scored = scores.gather(2, y), absent.expand_as(scores).gather(2, y) == 0
+    of_prior = prior.expand_as(scores).gather(2, y).log()
+    shares = ((prior - absent) / (1 - absent.sum(2, keepdim=True))).mT
     found = []
     for temperature in TEMPERATURES:
-        # The best class has a score of 0 and a share that is no less than one example's: the sum is not 0.
-        total = torch.bmm((scores / temperature).exp_(), shares)
-        found.append((total.log() - own / temperature - of_prior).double().sum((1, 2)))
-    return torch.stack(found)
+        # The best class has score 0 and no less than one example's share: the sum is not 0. Numbers below
+        # the smallest normal one would take several times as long.
+        total = torch.bmm((scores / temperature).clamp_(min=-60).exp_(), shares)
+        above_prior = torch.where(scored, own / temperature - total.log(), 0.0)
+        found.append(-(above_prior + of_prior).double().sum((1, 2)))
+    return torch.stack(found, 1)

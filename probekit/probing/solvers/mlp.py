@@ -124,7 +124,7 @@ class MLPProbes:
             for old, new in zip(kept, layers, strict=True):
                 old[better] = new.detach()[better]
             best, epochs = torch.where(better, found, best), torch.where(better, epoch, epochs)
-            running &= epoch - epochs < self.patience
+            running = epoch - epochs < self.patience
             if not running.any():
                 break
         if len(broken := (~best.isfinite()).nonzero()):

@@ -48,7 +48,8 @@ class SoftmaxProbes:
         n_iter_: Iterations that the kept penalty took from its warm start, [probes].
         converged_: Whether the kept fit met the tolerance, [probes], bool.
         l2_: The penalty kept, [probes].
-        validation_cross_entropy_: In nats, [probes, penalties], penalties in the order given.
+        validation_cross_entropy_: In nats, [probes, penalties], penalties in the order given; of `fit` alone.
+        classes_: Number of classes.
     """
 
     def __init__(self, l2: Sequence[float], max_iterations: int = 200, tolerance: float = 1e-4) -> None:
@@ -90,7 +91,7 @@ class SoftmaxProbes:
         along = torch.cat(validation)
         if len(broken := (~along.isfinite()).nonzero()):
             raise ProbekitError(f"probe {int(broken[0, 0])}: its validation loss is not finite")
-        self.l2_ = path[along.argmin(1)]
+        self.l2_, self.classes_ = path[along.argmin(1)], classes
         self.validation_cross_entropy_ = along[:, torch.tensor(order).argsort()]
         return self
 
@@ -111,7 +112,7 @@ class SoftmaxProbes:
             raise ProbekitError(f"l2 {l2.tolist()} must be a penalty above 0 for each of {len(X)} probes")
         chunks = self._chunks(X, classes, 0)
         self._keep([next(self._solutions(at, X, y, classes, l2[None])) for at in chunks])
-        self.l2_ = l2
+        self.l2_, self.classes_ = l2, classes
         return self
 
     def log_probabilities(self, X: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Ridge and LDA probes against scikit-learn, and cases with known answers."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from probekit.errors import ProbekitError
 from probekit.probing.solvers import LDAProbes, Moments, RidgeProbes, batch, closed_form
 
 WIDTH, CLASSES = 10, 5
-SOLVERS = [RidgeProbes([1e-2, 1.0]), LDAProbes([0.2, 0.9])]
+SOLVERS = [RidgeProbes([1e-2, 1.0]), LDAProbes([0.02, 0.9])]
 
 
 def planted(probes=40, examples=400, signal=0.5, seed=0, dtype=torch.float64):
@@ -63,7 +65,7 @@ def test_ridge_equals_scikit_learn(l2, dtype):
         scaler = StandardScaler().fit(raw)
         oracle = Ridge(alpha=l2 * len(classes)).fit(scaler.transform(raw), np.eye(CLASSES)[classes])
         share = np.bincount(classes) / len(classes)
-        assert close(unscaled(found, probe) * scaler.scale_ * np.sqrt(share)[:, None], oracle.coef_)
+        assert close(unscaled(found, probe) * scaler.scale_ * np.sqrt(share / CLASSES)[:, None], oracle.coef_)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -77,34 +79,31 @@ def test_lda_equals_scikit_learn(shrinkage, dtype, monkeypatch):
         scaler = StandardScaler().fit(raw)
         oracle = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage)
         oracle.fit(scaler.transform(raw), classes)
-        # scikit-learn's scores are those about the origin of z, which is where its mean is.
         assert close(unscaled(found, probe) * scaler.scale_, oracle.coef_)
         expected = oracle.predict_log_proba(scaler.transform(X_validation[probe].double().numpy()))
         assert log_p[probe].numpy() == pytest.approx(expected, abs=2e-3)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", [RidgeProbes, LDAProbes])
 def test_penalty_and_temperature_are_those_best_on_validation(solver, monkeypatch):
-    X, y, X_validation, y_validation = planted(probes=8, examples=60)
-    X = X + X.std(1, keepdim=True) * torch.logspace(-2, 1.5, 8)[:, None, None] * torch.randn(60, WIDTH)
-    found = solver.fit(X, y, CLASSES, X_validation, y_validation)
-    loss = cross_entropy(found.log_probabilities(X_validation), y_validation)
-    assert torch.allclose(loss, found.validation_cross_entropy_.amin(1), rtol=1e-6)
-    chosen = [found.penalty_, found.temperature_]
-    assert all(len(part.unique()) > 1 for part in chosen)
+    halves = [planted(probes=4, examples=40, signal=signal) for signal in (0.2, 2.0)]
+    X, y, X_validation, y_validation = data = [torch.cat(parts) for parts in zip(*halves, strict=True)]
+    penalties = [1e-2, 1e-3, 1e-1]
+    found = solver(penalties).fit(X, y, CLASSES, X_validation, y_validation)
+    chosen = list(zip(found.penalty_.tolist(), found.temperature_.tolist(), strict=True))
+    assert all(len(set(kept)) > 1 for kept in zip(*chosen, strict=True))
     candidates = {}
-    for penalty in solver.penalties:
-        for temperature in closed_form.TEMPERATURES:
-            with monkeypatch.context() as patch:
-                patch.setattr(closed_form, "TEMPERATURES", (temperature,))
-                alone = type(solver)([penalty]).fit(X, y, CLASSES, X_validation, y_validation)
-            losses = cross_entropy(alone.log_probabilities(X_validation), y_validation)
-            assert torch.allclose(losses, alone.validation_cross_entropy_[:, 0], rtol=1e-6)
-            candidates[penalty, temperature] = losses
-    best = torch.stack(list(candidates.values())).argmin(0)
-    assert [tuple(pair) for pair in zip(*(part.tolist() for part in chosen), strict=True)] == [
-        list(candidates)[i] for i in best
-    ]
+    for pair in itertools.product(penalties, closed_form.TEMPERATURES):
+        with monkeypatch.context() as patch:
+            patch.setattr(closed_form, "TEMPERATURES", pair[1:])
+            alone = solver(pair[:1]).fit(*data[:2], CLASSES, *data[2:])
+        candidates[pair] = cross_entropy(alone.log_probabilities(X_validation), y_validation)
+    losses = torch.stack(list(candidates.values()))
+    assert chosen == [list(candidates)[i] for i in losses.argmin(0)]
+    by_penalty = losses.view(len(penalties), -1, len(X)).amin(1).T
+    assert torch.allclose(found.validation_cross_entropy_, by_penalty, rtol=1e-6)
+    kept = cross_entropy(found.log_probabilities(X_validation), y_validation)
+    assert torch.allclose(kept, losses.amin(0), rtol=1e-6)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -128,24 +127,30 @@ def test_results_do_not_depend_on_memory(solver, monkeypatch):
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_absent_classes_share_one_example(solver):
-    X, y, X_validation, y_validation = planted(probes=4, signal=0.3)
+@pytest.mark.parametrize("signal", [0.3, 20.0])
+def test_absent_classes_share_one_example(solver, signal):
+    X, y, X_validation, y_validation = planted(probes=4, signal=signal)
+    X_validation[:, 1] = X.mean(1)  # where every class scores far below 0, the score of none
     y_validation = y_validation.clone()
     y_validation[:, 0] = CLASSES + 1
     found = solver.fit(X, y, CLASSES + 3, X_validation, y_validation)
     assert found.validation_cross_entropy_.isfinite().all()
     p = found.log_probabilities(X).exp()[..., CLASSES:]
-    assert p.sum(2).mean(1) == pytest.approx(np.full(4, 1 / 401), rel=0.5)
-    assert torch.allclose(p[..., :1].expand_as(p), p)
+    assert torch.allclose(p, torch.full_like(p, 1 / 401 / 3))
+    assert torch.allclose(found.log_probabilities(X).exp().sum(2), torch.ones(4, 400, dtype=X.dtype))
+    loss = cross_entropy(found.log_probabilities(X_validation), y_validation)
+    assert torch.allclose(loss, found.validation_cross_entropy_.amin(1), rtol=1e-6)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("value", [0.0, 0.1, 1e4, -1e-6])
-def test_constant_features_give_the_class_prior(solver, value):
+@pytest.mark.parametrize("value", [0.0, 0.1, 1e4 / 3, -1e-6])
+def test_constant_features_give_the_class_prior(solver, value, monkeypatch):
+    monkeypatch.setattr(closed_form, "TEMPERATURES", (1.0,))
     _, y, _, y_validation = planted(probes=2)
-    X = torch.full((2, y.shape[1], 3), value)
+    X = torch.full((2, y.shape[1], 3), value, dtype=torch.float64)
     found = solver.fit(X, y, CLASSES, X, y_validation).log_probabilities(X).exp()
-    prior = torch.stack([torch.bincount(row, minlength=CLASSES) for row in y]).float() / y.shape[1]
+    assert (solver.coef_ == 0).all()  # rounding is not blown up
+    prior = torch.stack([torch.bincount(row, minlength=CLASSES) for row in y]).double() / y.shape[1]
     assert torch.allclose(found, prior[:, None].expand_as(found), rtol=1e-4)
 
 

@@ -8,7 +8,7 @@ from probekit.probing.solvers import MLPProbes, SoftmaxProbes, batch
 
 
 def exclusive_or(probes=3, examples=800, dtype=torch.float32):
-    """Whether just one of two features is above its middle, among others of uneven scale and offset; two halves."""
+    """Whether just one of two features is above its middle, among others of uneven scale; two halves."""
     generator = torch.Generator().manual_seed(0)
     X = torch.randn(probes, 2 * examples, 5, generator=generator)
     y = ((X[..., 0] > 0) ^ (X[..., 3] > 0)).long()

@@ -60,6 +60,34 @@ def test_default_tolerance_in_float32_reaches_the_loss_of_scikit_learn():
         assert loss == pytest.approx(-log_p[np.arange(len(y_validation)), y_validation].mean(), rel=1e-3)
 
 
+def test_a_batch_of_40_probes_reaches_the_test_loss_of_scikit_learn():
+    """Each at the penalty chosen on its validation examples, by the default tolerance in float32."""
+    X, y, X_test, y_test = planted(probes=40, examples=300, width=6, signal=0.3, dtype=torch.float32)
+    found = SoftmaxProbes([1e-1, 1e-2, 1e-3]).fit(X[:, :200], y[:200], 5, X[:, 200:], y[200:])
+    assert len(found.l2_.unique()) > 1
+    for probe, loss in enumerate(cross_entropy(found.log_probabilities(X_test), y_test).tolist()):
+        scaler = StandardScaler().fit(X[probe, :200].double().numpy())
+        oracle = LogisticRegression(C=1 / (200 * float(found.l2_[probe])), tol=1e-8, max_iter=10_000)
+        oracle.fit(scaler.transform(X[probe, :200].double().numpy()), y[:200].numpy())
+        log_p = oracle.predict_log_proba(scaler.transform(X_test[probe].double().numpy()))
+        assert loss == pytest.approx(-log_p[np.arange(len(y_test)), y_test].mean(), rel=1e-2)
+
+
+def test_fit_at_fits_each_probe_at_its_own_penalty(monkeypatch):
+    X, y, X_validation, y_validation = planted(probes=3)
+    l2 = torch.tensor([1e-1, 1e-3, 1e-2], dtype=torch.float64)
+    together = SoftmaxProbes([1.0], 500, 1e-8).fit_at(X, y, 5, l2)
+    monkeypatch.setitem(batch.CHUNK_BYTES, "cpu", 1)
+    for found in (together, SoftmaxProbes([1.0], 500, 1e-8).fit_at(X, y, 5, l2)):
+        assert torch.equal(found.l2_, l2)
+        assert found.converged_.all()
+        for probe in range(3):
+            part = slice(probe, probe + 1)
+            alone = fit((X[part], y, X_validation[part], y_validation), [float(l2[probe])])
+            assert torch.allclose(found.coef_[probe], alone.coef_[0], rtol=1e-5, atol=1e-8)
+            assert torch.allclose(found.intercept_[probe], alone.intercept_[0], rtol=1e-5, atol=1e-8)
+
+
 @pytest.mark.parametrize("absent", [False, True])
 def test_autograd_finds_the_objective_stationary(absent):
     X, y, *_ = data = planted()
@@ -215,3 +243,6 @@ def test_bad_shapes_classes_and_penalties_are_refused():
         fit((X, y, X_validation[:, :0], y_validation[:0]))
     with pytest.raises(ProbekitError, match="above 0"):
         SoftmaxProbes([0.1, 0.0])
+    for l2 in (torch.ones(3), torch.tensor([1.0, 1.0, 0.0, 1.0])):
+        with pytest.raises(ProbekitError, match="above 0 for each of 4 probes"):
+            SoftmaxProbes([0.1]).fit_at(X, y, 5, l2)

@@ -1,0 +1,308 @@
+"""Two roads through a model: the plain module's equals the bridge's, and neither leaves traces."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from probekit.models.language_model import Hook, bridge, hook_name, load_model, locations, random_weights
+from probekit.models.plain import BridgedPass, ForwardPass, PlainPass, find_tap, forward_pass
+from probekit.probing.locations import BEFORE, LOCATIONS
+
+FAMILIES = ["gpt2", "gpt_neox", "llama", "olmo", "olmo2", "qwen2", "qwen3"]
+LAYERS = 3
+TOKENS = torch.randint(200, (4, 11), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def plain(folders: dict[str, Path]) -> dict[str, PreTrainedModel]:
+    """The plain LM of every family; tests must not change them."""
+    return {family: load_model(str(folders[family])) for family in FAMILIES}
+
+
+def table_names(lm: TransformerBridge) -> list[str]:
+    """Full names of the table's locations at all layers, as far as the architecture has them."""
+    there = locations(lm)
+    names = [name.removesuffix(BEFORE) for name in LOCATIONS if name.removesuffix(BEFORE) in there]
+    return sorted({hook_name(name, layer) for name in names for layer in range(LAYERS)})
+
+
+def seen_by(road: ForwardPass, names: Sequence[str], changes: Sequence[Hook] = ()) -> dict[str, Tensor]:
+    """What hooks at some names see, behind hooks that change activations."""
+    seen: dict[str, Tensor] = {}
+
+    def look(name: str) -> Hook:
+        return name, lambda x: seen.update({name: x.flatten(2).clone()})
+
+    with torch.no_grad():
+        road(TOKENS, [*changes, *map(look, names)], len(names))
+    return seen
+
+
+def assert_alike(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        torch.testing.assert_close(found[name], values, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def shift(name: str, seed: int) -> Hook:
+    """A hook that adds another vector at every position, of any shape."""
+
+    def add(activation: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return activation + torch.randn(activation.flatten(2).shape, generator=generator).view_as(activation)
+
+    return name, add
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_location_of_the_table_is_read_alike(family: str, bridged: dict, plain: dict):
+    names = table_names(bridged[family])
+    assert len(names) == 2 + LAYERS * (5 if family == "gpt_neox" else 6)
+    road = forward_pass(bridged[family], plain[family], names)
+    assert isinstance(road, PlainPass)
+    assert_alike(seen_by(road, names), seen_by(BridgedPass(bridged[family]), names))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reads_are_hugging_faces_hidden_states(family: str, bridged: dict, plain: dict):
+    names = [f"blocks.{layer}.hook_resid_pre" for layer in range(LAYERS)] + ["ln_final.hook_out"]
+    seen = seen_by(forward_pass(bridged[family], plain[family], names), names)
+    with torch.no_grad():
+        states = plain[family](TOKENS, output_hidden_states=True).hidden_states
+    assert_alike(seen, dict(zip(names, states, strict=True)))
+
+
+@pytest.mark.parametrize("location", [name for name in LOCATIONS if not name.endswith(BEFORE)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_change_anywhere_reaches_all_that_is_behind_it(
+    family: str, location: str, bridged: dict, plain: dict
+):
+    if location not in locations(bridged[family]):
+        assert (family, location) == ("gpt_neox", "hook_resid_mid")
+        return
+    names = table_names(bridged[family])
+    changes = [shift(name, seed) for seed, name in enumerate({hook_name(location, n): 0 for n in (0, 2)})]
+    road = forward_pass(bridged[family], plain[family], names)
+    found = seen_by(road, names, changes)
+    assert_alike(found, seen_by(BridgedPass(bridged[family]), names, changes))
+    untouched = seen_by(road, names)
+    changed = {name for name in names if not torch.equal(found[name], untouched[name])}
+    assert "ln_final.hook_out" in changed
+    assert {name for name, _ in changes} <= changed
+    if location not in ("hook_embed", "hook_resid_pre"):
+        assert "blocks.0.hook_resid_pre" not in changed
+
+
+def test_hooks_run_in_their_order(bridged: dict, plain: dict):
+    name = "blocks.1.attn.hook_z"
+    seen: list[Tensor] = []
+    hooks: list[Hook] = [
+        (name, lambda x: seen.append(x.flatten(2).clone())),
+        (name, lambda x: 2 * x),
+        (name, lambda x: x + 1),
+        (name, lambda x: seen.append(x.flatten(2).clone())),
+    ]
+    for road in (forward_pass(bridged["gpt2"], plain["gpt2"], [name]), BridgedPass(bridged["gpt2"])):
+        seen.clear()
+        with torch.no_grad():
+            road(TOKENS, hooks, 2)
+        before, after = seen
+        torch.testing.assert_close(after, 2 * before + 1)
+
+
+@pytest.mark.parametrize(
+    ("names", "called"),
+    [
+        (["hook_embed"], []),
+        (["blocks.0.hook_resid_pre"], []),
+        (["blocks.0.hook_resid_post"], ["0.attn", "0.mlp"]),
+        (["blocks.1.attn.hook_z"], ["0.attn", "0.mlp"]),
+        (["blocks.1.hook_attn_out"], ["0.attn", "0.mlp", "1.attn"]),
+        (["blocks.1.hook_attn_out", "blocks.0.hook_mlp_out"], ["0.attn", "0.mlp", "1.attn"]),
+        (["ln_final.hook_out"], ["0.attn", "0.mlp", "1.attn", "1.mlp", "2.attn", "2.mlp"]),
+    ],
+)
+def test_nothing_behind_the_last_read_is_computed(
+    names: list[str], called: list[str], bridged: dict, folders: dict[str, Path]
+):
+    model = load_model(str(folders["gpt2"]))
+    road = forward_pass(bridged["gpt2"], model, names)
+    assert isinstance(road, PlainPass)
+    done: list[str] = []
+    for path, module in model.named_modules():
+        short = path.removeprefix("transformer.h.")
+        if short in {f"{layer}.{part}" for layer in range(LAYERS) for part in ("attn", "mlp")}:
+            module.register_forward_hook(lambda *_, short=short: done.append(short))
+    model.lm_head.register_forward_hook(lambda *_: done.append("head"))
+    seen = seen_by(road, names)
+    assert sorted(seen) == sorted(names)
+    assert done == called
+    with torch.no_grad():  # a pass that was broken off leaves a whole model
+        model(TOKENS)
+    assert done[len(called) :] == [
+        *(f"{n}.{part}" for n in range(LAYERS) for part in ("attn", "mlp")),
+        "head",
+    ]
+
+
+def test_a_change_alone_runs_to_the_end(bridged: dict, plain: dict):
+    """Nothing is read, so nothing ends the pass early."""
+    road = forward_pass(bridged["gpt2"], plain["gpt2"], ["blocks.2.hook_mlp_out"])
+    times: list[int] = []
+
+    def change(activation: Tensor) -> Tensor:
+        times.append(1)
+        return activation
+
+    with torch.no_grad():
+        road(TOKENS, [("blocks.2.hook_mlp_out", change)], 0)
+    assert times == [1]
+
+
+def test_the_bridge_stops_behind_the_last_layer_with_a_hook(folders: dict[str, Path], tokenizer):
+    lm = bridge(load_model(str(folders["gpt2"])), tokenizer, "tiny")
+    done: list[int] = []
+    for layer, block in enumerate(lm.original_model.transformer.h):
+        block.register_forward_hook(lambda *_, layer=layer: done.append(layer))
+    for name, layers in [
+        ("blocks.0.attn.hook_q", [0]),
+        ("blocks.1.hook_resid_mid", [0, 1]),
+        ("blocks.2.hook_resid_pre", [0, 1, 2]),
+        ("ln_final.hook_out", [0, 1, 2]),
+    ]:
+        done.clear()
+        assert list(seen_by(BridgedPass(lm), [name])) == [name]
+        assert done == layers, name
+
+
+@pytest.mark.parametrize(
+    ("family", "location"),
+    [
+        ("gpt2", "attn.hook_q"),
+        ("gpt2", "attn.hook_pattern"),
+        ("gpt2", "ln1.hook_normalized"),
+        ("llama", "attn.hook_rot_q"),
+        ("olmo2", "attn.hook_q_normed"),
+        ("gpt_neox", "attn.hook_v"),
+    ],
+)
+def test_hooks_without_a_module_are_left_to_the_bridge(
+    family: str, location: str, bridged: dict, plain: dict
+):
+    names = ["blocks.1.hook_resid_pre", f"blocks.1.{location}"]
+    assert find_tap(bridged[family], plain[family], names[0]) is not None
+    assert find_tap(bridged[family], plain[family], names[1]) is None
+    road = forward_pass(bridged[family], plain[family], names)
+    assert isinstance(road, BridgedPass)
+    seen = seen_by(road, names)
+    assert seen.keys() == {*names}
+    alone = seen_by(forward_pass(bridged[family], plain[family], names[:1]), names[:1])
+    torch.testing.assert_close(seen[names[0]], alone[names[0]], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("location", ["blocks.0.hook_mlp_out", "blocks.2.hook_resid_post", "hook_embed"])
+def test_two_models_that_differ_are_found_out(location: str, bridged: dict, plain: dict):
+    other = random_weights(plain["gpt2"], seed=5)
+    assert isinstance(forward_pass(bridged["gpt2"], other, [location]), BridgedPass)
+
+
+def test_a_difference_in_what_changes_do_is_found_out(bridged: dict, folders: dict[str, Path]):
+    """Both see the same where they look, but what one changes does not reach its next layer."""
+    model = load_model(str(folders["gpt2"]))
+    block = model.transformer.h[1]
+    names = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_pre"]
+    assert isinstance(forward_pass(bridged["gpt2"], model, names), PlainPass)
+    unchanged: list[Tensor] = []
+
+    def ignore_changes(_: object, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        unchanged.append(inputs[0].clone())
+        return (unchanged[0], *inputs[1:])
+
+    block.register_forward_pre_hook(ignore_changes)
+    assert isinstance(forward_pass(bridged["gpt2"], model, names), BridgedPass)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_weights_take_the_same_taps(
+    family: str, bridged: dict, plain: dict, tokenizer: PreTrainedTokenizerBase
+):
+    names = table_names(bridged[family])
+    road = forward_pass(bridged[family], plain[family], names)
+    assert isinstance(road, PlainPass)
+    weights = [random_weights(plain[family], seed=3) for _ in range(2)]
+    found = seen_by(road.with_weights(weights[0]), names)
+    expected = seen_by(BridgedPass(bridge(weights[1], tokenizer, family)), names)
+    assert_alike(found, expected)
+    assert not torch.allclose(found[names[-1]], seen_by(road, names)[names[-1]], atol=1e-2)
+
+
+def hooked(model: torch.nn.Module) -> list[str]:
+    """Modules with hooks."""
+    return [path for path, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("fast", [False, True])
+def test_no_hook_stays_behind(fast: bool, fails: bool, folders: dict[str, Path], tokenizer):
+    model = load_model(str(folders["llama"]))
+    lm = bridge(load_model(str(folders["llama"])), tokenizer, "tiny")
+    names = table_names(lm)
+    before = hooked(model), hooked(lm)
+    road = forward_pass(lm, model, names) if fast else BridgedPass(lm)
+    assert isinstance(road, PlainPass) == fast
+    assert (hooked(model), hooked(lm)) == before
+
+    def look(activation: Tensor) -> None:
+        if fails:
+            raise RuntimeError("out of memory")
+
+    hooks: list[Hook] = [("blocks.0.attn.hook_z", lambda x: 0 * x), *((name, look) for name in names)]
+    with torch.no_grad():
+        clean = model(TOKENS).logits, lm(TOKENS)
+        if fails:
+            with pytest.raises(RuntimeError, match="out of memory"):
+                road(TOKENS, hooks, len(names))
+        else:
+            road(TOKENS, hooks, len(names))
+        assert (hooked(model), hooked(lm)) == before
+        assert not any(point.fwd_hooks for point in lm.hook_dict.values())
+        assert torch.equal(model(TOKENS).logits, clean[0])
+        assert torch.equal(lm(TOKENS), clean[1])
+
+
+def test_a_plain_pass_is_frozen_and_without_dropout(
+    bridged: dict, make_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerBase
+):
+    model = make_model("GPT2", len(tokenizer), resid_pdrop=0.5).train()
+    road = forward_pass(bridged["gpt2"], model, ["blocks.2.hook_resid_post"])
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    first, second = (seen_by(road, ["blocks.2.hook_resid_post"]) for _ in range(2))
+    assert torch.equal(*first.values(), *second.values())
+
+
+def test_an_lm_of_two_positions(
+    make_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerBase
+):
+    """The comparison of the two roads asks for no more than an LM can read."""
+    size = {"num_hidden_layers": 1, "max_position_embeddings": 2}
+    lm = bridge(make_model("GPT2", len(tokenizer), **size), tokenizer, "tiny")
+    model = make_model("GPT2", len(tokenizer), **size)
+    assert isinstance(forward_pass(lm, model, ["blocks.0.hook_mlp_out"]), PlainPass)
+
+
+def test_a_module_that_sees_another_shape_is_left_to_the_bridge(
+    make_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerBase
+):
+    """OPT folds windows and positions into one axis in front of its MLP; the bridge does not."""
+    size = {"ffn_dim": 24, "pad_token_id": 1}
+    lm = bridge(make_model("OPT", len(tokenizer), **size), tokenizer, "facebook/opt-125m")
+    model = make_model("OPT", len(tokenizer), **size)
+    name = "blocks.1.hook_resid_mid"
+    road = forward_pass(lm, model, [name])
+    assert isinstance(road, BridgedPass)
+    assert seen_by(road, [name])[name].shape == (*TOKENS.shape, 16)

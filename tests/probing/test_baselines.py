@@ -1,0 +1,313 @@
+"""Baselines and ceilings of the grid against walking through the corpus, one sentence after the other."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from probekit.corpus.inspect import export_sentences
+from probekit.evaluation.action_metrics import STRENGTHS
+from probekit.evaluation.baselines import planner_log_probabilities
+from probekit.evaluation.ceilings import ceiling_log_probabilities, position_ceiling
+from probekit.evaluation.skip_ngram import SkipNgram
+from probekit.probing import baselines
+from probekit.probing.baselines import ORDER, baseline_tallies, previous_labels
+from probekit.probing.grid import Grid, make_grid
+from probekit.probing.targets import find_target
+from probekit.run import Run
+
+DISTANCES, HORIZONS = (1, 5), (1, 2)
+SETTINGS = {"probe.distances": list(DISTANCES), "probe.horizons": list(HORIZONS)}
+CELLS = [(distance, horizon) for distance in DISTANCES for horizon in HORIZONS]
+
+Walked = list[tuple[int, int, int]]
+"""Document, anchor token and sentence of every example."""
+
+
+def walk(run: Run, documents: np.ndarray, ahead: int = max(HORIZONS)) -> Walked:
+    """Every sentence that the farthest distance reaches and that so many sentences are there from."""
+    corpus, found = run.corpus, []
+    for document in documents.tolist():
+        first, last = corpus.document_sentences[document : document + 2].tolist()
+        for sentence in range(first, last - ahead + 1):
+            anchor = int(corpus.first_token[sentence])
+            if anchor - max(DISTANCES) > corpus.document_tokens[document]:
+                found.append((document, anchor, sentence))
+    return found
+
+
+@pytest.fixture(scope="module")
+def walked(tiny_run: Run) -> dict[str, Walked]:
+    return {split: walk(tiny_run, tiny_run.corpus.documents(split)) for split in ("train", "test")}
+
+
+@pytest.fixture(scope="module")
+def run(tiny_run: Run) -> Run:
+    return tiny_run.with_settings(SETTINGS)
+
+
+def grid_of(run: Run, seed: int = 0) -> Grid:
+    probe = run.config.probe
+    return make_grid(run.corpus, probe, find_target(run.corpus, probe.target, probe.labels), seed)
+
+
+@pytest.fixture(scope="module")
+def grid(run: Run) -> Grid:
+    return grid_of(run)
+
+
+@pytest.fixture(scope="module")
+def rows(run: Run, grid: Grid) -> dict[tuple[str, int, int], dict[str, Any]]:
+    return rows_of(run, grid)
+
+
+def rows_of(run: Run, grid: Grid) -> dict[tuple[str, int, int], dict[str, Any]]:
+    """Head and sums by document, by reader, distance and horizon."""
+    found: dict[tuple[str, int, int], dict[str, Any]] = {}
+    for tally in baseline_tallies(run, grid):
+        for number, head in enumerate(tally.heads):
+            key = head["reader"], head["distance"], head["horizon"]
+            assert key not in found
+            found[key] = {"head": head} | {name: sums[:, number] for name, sums in tally.sums.items()}
+    return found
+
+
+def check(row: dict[str, Any], log_p: np.ndarray, labels: np.ndarray, document: np.ndarray) -> None:
+    """A row's sums are those of log-probabilities `[examples, classes]` of the examples, by document."""
+    own = np.take_along_axis(log_p, labels[:, None], axis=1)[:, 0]
+    ahead = (log_p > own[:, None]).sum(axis=1)
+    ties = (log_p == own[:, None]) & (np.arange(log_p.shape[1]) < labels[:, None])
+    rank = ahead + ties.sum(axis=1)
+    expected = {"cross_entropy": -own, "correct": rank == 0, "top5": rank < 5}
+    for name, values in expected.items():
+        sums = [values[document == number].sum() for number in dict.fromkeys(document.tolist())]
+        np.testing.assert_allclose(row[name], sums, rtol=1e-9, atol=1e-9)
+
+
+def columns(walked: Walked) -> tuple[np.ndarray, ...]:
+    document, anchor, sentence = np.array(walked).T
+    return document, anchor, sentence
+
+
+def test_the_readers_of_the_planted_corpus(rows: dict):
+    everywhere = {"prior", "bigram", "skip n-gram"}
+    everywhere |= {f"ceiling ({of})" for of in ("actions", "words", "tokens read")}
+    expected = {(reader, *cell) for reader in everywhere for cell in CELLS}
+    # A planner plans the next sentence alone.
+    expected |= {
+        (reader, distance, 1) for reader in ("planner", "planner after joint") for distance in DISTANCES
+    }
+    assert set(rows) == expected
+
+
+def shares(labels: np.ndarray, classes: int = 8) -> np.ndarray:
+    return (np.bincount(labels, minlength=classes) + 0.5) / (len(labels) + classes / 2)
+
+
+@pytest.mark.parametrize(("distance", "horizon"), CELLS)
+def test_prior(rows: dict, walked: dict, run: Run, grid: Grid, distance: int, horizon: int):
+    actions = np.asarray(run.corpus.actions)
+    document, _, sentence = columns(walked["test"])
+    prior = np.log(shares(actions[columns(walked["train"])[2] + horizon - 1]))
+    row = rows["prior", distance, horizon]
+    check(row, np.tile(prior, (len(sentence), 1)), actions[sentence + horizon - 1], document)
+    chosen = grid.labels("validation", horizon)
+    assert row["head"]["validation_cross_entropy"] == pytest.approx(-prior[chosen].mean())
+
+
+@pytest.mark.parametrize(("distance", "horizon"), CELLS)
+def test_bigram(rows: dict, walked: dict, run: Run, grid: Grid, distance: int, horizon: int):
+    """It is given the action of the sentence before the anchor's, whatever the horizon."""
+    actions = np.asarray(run.corpus.actions)
+    document, _, sentence = columns(walked["test"])
+    train = columns(walked["train"])[2]
+    prior = shares(actions[train + horizon - 1])
+    pairs = np.zeros((8, 8))
+    for j in train:
+        pairs[actions[j - 1], actions[j + horizon - 1]] += 1
+    chosen = grid.examples["validation"].sentence
+    losses = {}
+    for strength in STRENGTHS:
+        table = np.log((pairs + strength * prior) / (pairs.sum(axis=1, keepdims=True) + strength))
+        losses[strength] = -table[actions[chosen - 1], actions[chosen + horizon - 1]].mean(), table
+    loss, table = min(losses.values(), key=lambda found: found[0])
+    row = rows["bigram", distance, horizon]
+    check(row, table[actions[sentence - 1]], actions[sentence + horizon - 1], document)
+    assert row["head"]["validation_cross_entropy"] == pytest.approx(loss)
+
+
+@pytest.mark.parametrize(("distance", "horizon"), CELLS)
+def test_skip_ngram(rows: dict, walked: dict, run: Run, grid: Grid, distance: int, horizon: int):
+    """It is given the last tokens up to the one that is read."""
+    corpus = run.corpus
+
+    def contexts(anchors: np.ndarray) -> np.ndarray:
+        found = []
+        for end in (anchors - distance).tolist():
+            begin = corpus.document_tokens[np.searchsorted(corpus.document_tokens, end, side="right") - 1]
+            found.append(
+                [int(corpus.tokens[at]) if at >= begin else -1 for at in range(end, end - ORDER, -1)]
+            )
+        return np.array(found)
+
+    actions = np.asarray(corpus.actions)
+    document, anchor, sentence = columns(walked["test"])
+    _, train, of_train = columns(walked["train"])
+    validation = contexts(grid.examples["validation"].anchor), grid.labels("validation", horizon)
+    labels = actions[of_train + horizon - 1].astype(np.int64)
+    model = SkipNgram.fit(contexts(train), labels, 8, validation)
+    row = rows["skip n-gram", distance, horizon]
+    check(row, model.log_probabilities(contexts(anchor)), actions[sentence + horizon - 1], document)
+    log_p = model.log_probabilities(validation[0])[np.arange(len(validation[1])), validation[1]]
+    assert row["head"]["validation_cross_entropy"] == pytest.approx(-log_p.mean())
+
+
+@pytest.mark.parametrize("variant", [None, "joint"])
+def test_planners(rows: dict, walked: dict, run: Run, variant: str | None):
+    corpus, (document, _, sentence) = run.corpus, columns(walked["test"])
+    documents = corpus.documents("test")
+    every = planner_log_probabilities(run.planner(variant), corpus, documents)
+    at = [int(np.flatnonzero(corpus.sentences(documents) == j)[0]) for j in sentence]
+    name = f"planner after {variant}" if variant else "planner"
+    for distance in DISTANCES:
+        check(rows[name, distance, 1], every[at], np.asarray(corpus.actions)[sentence], document)
+        assert "validation_cross_entropy" not in rows[name, distance, 1]["head"]
+
+
+@pytest.mark.parametrize(("distance", "horizon"), CELLS)
+def test_ceilings(rows: dict, walked: dict, run: Run, distance: int, horizon: int):
+    corpus, (document, anchor, sentence) = run.corpus, columns(walked["test"])
+    documents, labels = corpus.documents("test"), np.asarray(corpus.actions)[sentence + horizon - 1]
+    at = [int(np.flatnonzero(corpus.sentences(documents) == j)[0]) for j in sentence]
+    for name, log_p in ceiling_log_probabilities(run.config, corpus, documents, horizon).items():
+        check(rows[name, distance, horizon], log_p[at], labels, document)
+    read = position_ceiling(run.config, corpus, anchor - distance, sentence + horizon - 1)
+    check(rows["ceiling (tokens read)", distance, horizon], read, labels, document)
+
+
+def test_what_is_predicted_a_chunk_at_a_time_is_the_same(
+    rows: dict, run: Run, grid: Grid, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("probekit.probing.activations.CHUNK_EXAMPLES", 4)
+    for key, row in rows_of(run, grid).items():
+        for name in ("correct", "top5"):
+            assert row[name].tolist() == rows[key][name].tolist()
+        np.testing.assert_allclose(row["cross_entropy"], rows[key]["cross_entropy"], rtol=1e-6)
+
+
+# Other targets
+
+
+def sentence_file(run: Run, folder: Path) -> Path:
+    """The table of sentences with a column of the length of each in words, a few of them missing."""
+    import pandas as pd
+
+    path = export_sentences(run.corpus, folder / "sentences.parquet")
+    table = pd.read_parquet(path)
+    words = table.text.str.split().str.len()
+    table.assign(words=words.where(table.index % 50 != 0)).to_parquet(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("settings", "readers"),
+    [
+        ({"probe.target": "token"}, {"prior", "skip n-gram"}),
+        ({"probe.target": "sentence-position"}, {"prior", "skip n-gram"}),
+        ({"probe.target": "document-type"}, {"prior", "skip n-gram"}),
+        ({"probe.target": "words"}, {"prior", "bigram", "skip n-gram"}),
+    ],
+)
+def test_readers_of_other_targets(tiny_run: Run, tmp_path: Path, settings: dict, readers: set[str]):
+    labels = {"probe.labels": str(sentence_file(tiny_run, tmp_path))} if "words" in settings.values() else {}
+    run = tiny_run.with_settings(SETTINGS | settings | labels)
+    grid = grid_of(run)
+    rows = rows_of(run, grid)
+    assert {reader for reader, _, _ in rows} == readers
+    training = _training_labels(run, grid)
+    for distance, horizon in CELLS:
+        h = HORIZONS.index(horizon)
+        prior = np.log(shares(training[:, h], grid.target.classes))
+        tested = grid.labels("test", horizon)
+        log_p = np.tile(prior, (len(tested), 1))
+        check(rows["prior", distance, horizon], log_p, tested, grid.examples["test"].document)
+
+
+def _training_labels(run: Run, grid: Grid) -> np.ndarray:
+    """Labels of the target for every training sentence that all cells can use."""
+    _, anchor, sentence = columns(walk(run, run.corpus.documents("train"), ahead=1))
+    labels = np.stack([grid.target.labels(anchor, sentence, horizon) for horizon in HORIZONS], axis=1)
+    return labels[(labels >= 0).all(axis=1)]
+
+
+def test_the_bigram_of_a_column_is_given_the_label_before(tiny_run: Run, tmp_path: Path):
+    labels = {"probe.target": "words", "probe.labels": str(sentence_file(tiny_run, tmp_path))}
+    run = tiny_run.with_settings(labels)
+    target = find_target(run.corpus, "words", labels["probe.labels"])
+    sentences = np.arange(len(run.corpus.first_token))
+    found = previous_labels(run.corpus, target, sentences)
+    texts = run.corpus.sentence_texts(sentences)
+    lengths = sorted({len(text.split()) for text in texts})
+    first = set(run.corpus.document_sentences.tolist())
+    for j in sentences.tolist():
+        known = j not in first and (j - 1) % 50 != 0
+        assert found[j] == (lengths.index(len(texts[j - 1].split())) if known else -1)
+
+
+def test_every_token_as_anchor(tiny_run: Run):
+    """Planner and ceiling know of each token's own sentence; others are given what is before it."""
+    run = tiny_run.with_settings({"probe.anchors": "token", "probe.distances": [2], "probe.horizons": [2]})
+    grid = grid_of(run)
+    rows = rows_of(run, grid)
+    assert {key[0] for key in rows} == {"prior", "bigram", "skip n-gram", "ceiling (tokens read)"}
+    corpus, test = run.corpus, grid.examples["test"]
+    assert len(test) > 4 * len(corpus.sentences(corpus.documents("test")))
+    read = position_ceiling(run.config, corpus, test.anchor - 2, test.sentence + 1)
+    check(rows["ceiling (tokens read)", 2, 2], read, test.labels[:, 0], test.document)
+
+
+# What is missing
+
+
+def test_a_run_that_trained_nothing_has_what_counting_gives(tiny_run: Run, monkeypatch: pytest.MonkeyPatch):
+    run = tiny_run.with_settings({"actions.labels": "clusters"})
+    finished: Callable[[str], bool] = run.finished
+    monkeypatch.setattr(run, "finished", lambda stage: stage in ("corpus", "lm") and finished(stage))
+    assert {key[0] for key in rows_of(run, grid_of(run))} == {"prior", "bigram", "skip n-gram"}
+
+
+def test_few_training_documents_are_replaced_by_those_of_the_probes(tiny_run: Run):
+    """A corpus for probing any model keeps next to nothing for training."""
+    run = tiny_run.with_settings({"actions.labels": "clusters"})
+    split = np.array(run.corpus.split)
+    split[np.flatnonzero(split == 0)[3:]] = 3
+    run.corpus = replace(run.corpus, split=split)
+    grid = grid_of(run)
+    prior = np.log(shares(grid.labels("probe", 1)))
+    found = rows_of(run, grid)["prior", 1, 1]
+    check(
+        found,
+        np.tile(prior, (len(grid.examples["test"]), 1)),
+        grid.labels("test", 1),
+        grid.examples["test"].document,
+    )
+
+
+def test_baselines_are_fitted_on_so_many_examples_and_whole_documents(
+    run: Run, grid: Grid, monkeypatch: pytest.MonkeyPatch
+):
+    fitted = {}
+    monkeypatch.setattr(baselines, "MOST_EXAMPLES", 500)
+    monkeypatch.setattr(baselines, "_by_sentence", lambda *given: fitted.setdefault("on", given[2]) and {})
+    monkeypatch.setattr(baselines, "_skip_ngram", lambda *given: (lambda rows: np.zeros((1, 8)), 0.0))
+    monkeypatch.setattr(baselines, "_tally", lambda *given: None)
+    baseline_tallies(run, grid)
+    training = fitted["on"]
+    drawn = np.unique(training.document)
+    assert set(drawn) < set(run.corpus.documents("train"))
+    assert columns(walk(run, drawn))[1].tolist() == training.anchor.tolist()
+    sentences = len(run.corpus.sentences(drawn))
+    assert 500 - 16 < sentences <= 500

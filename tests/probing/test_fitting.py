@@ -1,0 +1,308 @@
+"""Fitting and scoring against each cell done alone, on activations that are not a model's."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from probekit.config import Config
+from probekit.probing.activations import Block
+from probekit.probing.code_length import block_ends, prequential_code
+from probekit.probing.fitting import (
+    CLOSED_FORM,
+    Question,
+    Work,
+    document_numbers,
+    fit,
+    score,
+    target_questions,
+)
+from probekit.probing.grid import CHOSEN_ON, FITTED_ON, TESTED_ON, Grid
+from probekit.probing.solvers import LDAProbes, MLPProbes, RidgeProbes, SoftmaxProbes
+from probekit.probing.tally import Row, Tally
+from probekit.probing.targets import Examples, Target
+from probekit.progress import Progress
+
+CLASSES, DISTANCES, HORIZONS = 4, (1, 3), (1, 2)
+SPLITS = {FITTED_ON: 12, CHOSEN_ON: 6, TESTED_ON: 6}
+"""Documents of every split."""
+BLOCKS = [Block(5, (("a", 0), ("a", 1))), Block(3, (("b", 2),))]
+CELLS = [(b, p, d) for b, block in enumerate(BLOCKS) for p in range(len(block.places)) for d in range(2)]
+
+
+@dataclass
+class Held:
+    """Activations of every split, for every block `[places, distances, examples, width]`."""
+
+    values: dict[str, list[Tensor]]
+    splits: dict[str, Examples]
+    blocks: list[Block]
+    rows: int = 7
+    passes: int = 0
+
+    def chunks(self, examples: Examples) -> Iterator[tuple[slice, list[Tensor]]]:
+        (split,) = (name for name, known in self.splits.items() if known is examples)
+        self.passes += 1
+        for start in range(0, len(examples), self.rows):
+            part = slice(start, min(start + self.rows, len(examples)))
+            yield part, [values[:, :, part] for values in self.values[split]]
+
+
+def make_examples(documents: int, first: int, generator: np.random.Generator) -> Examples:
+    """Documents of 5 to 12 examples, not in the order of their numbers."""
+    numbers = first + generator.permutation(documents)
+    document = np.repeat(numbers, generator.integers(5, 13, size=documents))
+    anchor = np.arange(len(document)) + 1000 * first
+    labels = generator.integers(CLASSES, size=(len(document), len(HORIZONS)))
+    return Examples(document, anchor, anchor // 9, labels)
+
+
+@pytest.fixture(scope="module")
+def grid() -> Grid:
+    generator = np.random.default_rng(0)
+    examples = {
+        split: make_examples(documents, 100 * number, generator)
+        for number, (split, documents) in enumerate(SPLITS.items(), 1)
+    }
+    target = Target("made up", CLASSES, lambda anchor, sentence, horizon: anchor)
+    return Grid(target, DISTANCES, HORIZONS, examples, {}, ())
+
+
+@pytest.fixture(scope="module")
+def control(grid: Grid) -> Question:
+    """Labels of the control task that differ by distance."""
+    generator = np.random.default_rng(5)
+    return Question(
+        None,
+        {split: generator.integers(CLASSES, size=(2, len(e))) for split, e in grid.examples.items()},
+    )
+
+
+@pytest.fixture(scope="module")
+def activations(grid: Grid, control: Question) -> Held:
+    """Noise, in which every cell tells something else: one or the other horizon, or the control task."""
+    generator = torch.Generator().manual_seed(1)
+    values: dict[str, list[Tensor]] = {}
+    for split, examples in grid.examples.items():
+        labels = torch.from_numpy(np.concatenate([examples.labels.T, control.labels[split]]))
+        values[split] = []
+        for b, block in enumerate(BLOCKS):
+            shape = len(block.places), len(DISTANCES), len(examples), block.width
+            X = torch.randn(shape, generator=generator)
+            for number, (_, p, d) in enumerate(cell for cell in CELLS if cell[0] == b):
+                told = labels[number % 2] if b == 0 else labels[2 + d]
+                X[p, d, :, :3] += (2 + number) * torch.nn.functional.one_hot(told, CLASSES)[:, :3]
+            values[split].append(3 * X + 10)
+    return Held(values, grid.examples, BLOCKS)
+
+
+def work(grid: Grid, control: Question | None, **settings: Any) -> Work:
+    probe = Config().override({f"probe.{name}": value for name, value in settings.items()}).probe
+    return Work(grid, probe, control, 3, torch.device("cpu"), Progress(quiet=True), "test")
+
+
+def rows_of(tallies: list[Tally]) -> dict[tuple[Any, ...], tuple[Row, dict[str, np.ndarray]]]:
+    """Head and sums by document of every row, by solver, place, distance and horizon."""
+    found = {}
+    for tally in tallies:
+        for number, head in enumerate(tally.heads):
+            key = (head["solver"], (head["location"], head["layer"]), head["distance"], head["horizon"])
+            assert key not in found
+            found[key] = head, {name: sums[:, number] for name, sums in tally.sums.items()}
+    return found
+
+
+def fitted_rows(activations: Held, work: Work) -> dict[tuple[Any, ...], tuple[Row, dict[str, np.ndarray]]]:
+    return rows_of(score(activations, work, fit(activations, work), {"seed": 3}))
+
+
+def alone(activations: Held, cell: tuple[int, int, int], split: str) -> Tensor:
+    block, place, distance = cell
+    return activations.values[split][block][place, distance][None]
+
+
+def by_document(grid: Grid, values: np.ndarray) -> np.ndarray:
+    """Sums of values of the test examples by document, in the order of first appearance."""
+    document = grid.examples[TESTED_ON].document
+    return np.array([values[document == number].sum() for number in dict.fromkeys(document.tolist())])
+
+
+MAKE = {
+    "softmax": lambda: SoftmaxProbes((0.01, 0.3)),
+    "ridge": lambda: RidgeProbes((0.01, 0.3)),
+    "lda": lambda: LDAProbes((0.1, 0.9)),
+    "mlp": lambda: MLPProbes(6, seed=3),
+}
+SETTINGS = {"l2": [0.01, 0.3], "shrinkage": [0.1, 0.9], "hidden": 6}
+
+
+@pytest.fixture(scope="module")
+def together(activations: Held, grid: Grid, control: Question) -> dict:
+    """Rows of all solvers in one go, with control task and code length."""
+    return fitted_rows(activations, work(grid, control, solvers=list(MAKE), **SETTINGS))
+
+
+@pytest.mark.parametrize("solver", MAKE)
+def test_every_cell_is_as_if_it_were_fitted_alone(
+    solver: str, together: dict, activations: Held, grid: Grid, control: Question
+):
+    for cell in CELLS:
+        X = {split: alone(activations, cell, split) for split in SPLITS}
+        place, distance = BLOCKS[cell[0]].places[cell[1]], DISTANCES[cell[2]]
+        asked = {split: torch.from_numpy(labels[cell[2]]) for split, labels in control.labels.items()}
+        for h, horizon in enumerate(HORIZONS):
+            head, sums = together[solver, place, distance, horizon]
+            y = {split: torch.from_numpy(e.labels[:, h].copy()) for split, e in grid.examples.items()}
+            probe = MAKE[solver]().fit(X[FITTED_ON], y[FITTED_ON], CLASSES, X[CHOSEN_ON], y[CHOSEN_ON])
+            log_p = probe.log_probabilities(X[TESTED_ON])[0]
+            nats = -log_p.gather(1, y[TESTED_ON][:, None])[:, 0].double().numpy()
+            np.testing.assert_allclose(sums["cross_entropy"], by_document(grid, nats), rtol=2e-3)
+            correct = (log_p.argmax(1) == y[TESTED_ON]).numpy()
+            assert np.abs(sums["correct"] - by_document(grid, correct)).sum() <= 1
+            losses = probe.validation_cross_entropy_[0]
+            assert head["validation_cross_entropy"] == pytest.approx(float(losses.min()), rel=1e-3)
+            assert head["fitted_on"] == len(grid.examples[FITTED_ON])
+            assert head["seed"] == 3
+            assert not head["constant"]
+
+            on_control = MAKE[solver]()
+            if isinstance(probe, SoftmaxProbes) and isinstance(on_control, SoftmaxProbes):
+                on_control.fit_at(X[FITTED_ON], asked[FITTED_ON], CLASSES, probe.l2_)
+                assert head["l2"] == pytest.approx(probe.l2_.item())
+                assert head["converged"]
+                assert head["iterations"] > 0
+            else:
+                on_control.fit(X[FITTED_ON], asked[FITTED_ON], CLASSES, X[CHOSEN_ON], asked[CHOSEN_ON])
+            hits = (on_control.log_probabilities(X[TESTED_ON])[0].argmax(1) == asked[TESTED_ON]).numpy()
+            assert np.abs(sums["control_correct"] - by_document(grid, hits)).sum() <= 1
+
+
+def test_each_cell_reads_what_was_written_there(together: dict, grid: Grid):
+    """An index that is off by one would move the signal to another cell."""
+    for number, (b, p, d) in enumerate(CELLS):
+        place, distance = BLOCKS[b].places[p], DISTANCES[d]
+        accuracy = [
+            together["softmax", place, distance, horizon][1]["correct"].sum() / len(grid.examples[TESTED_ON])
+            for horizon in HORIZONS
+        ]
+        on_control = together["softmax", place, distance, 1][1]["control_correct"].sum()
+        if b == 0:
+            told = number % 2
+            assert accuracy[told] > accuracy[1 - told] + 0.15
+            assert on_control < 0.5 * len(grid.examples[TESTED_ON])
+        else:
+            assert max(accuracy) < 0.5
+            assert on_control > 0.5 * len(grid.examples[TESTED_ON])
+
+
+def test_facts_that_a_solver_does_not_know_stay_away(together: dict):
+    known = {
+        "softmax": {"l2", "iterations", "converged", "code_length", "compression"},
+        "ridge": {"l2"},
+        "lda": {"shrinkage"},
+        "mlp": {"iterations", "converged"},
+    }
+    for (solver, *_), (head, _) in together.items():
+        every = {"l2", "shrinkage", "iterations", "converged", "code_length", "compression"}
+        assert every & set(head) == known[solver]
+
+
+def test_code_length_is_that_of_the_documents_in_their_order(together: dict, activations: Held, grid: Grid):
+    examples = grid.examples[FITTED_ON]
+    ends = block_ends(examples.document)
+    for cell in CELLS:
+        for h, horizon in enumerate(HORIZONS):
+            place, distance = BLOCKS[cell[0]].places[cell[1]], DISTANCES[cell[2]]
+            head, _ = together["softmax", place, distance, horizon]
+            y = torch.from_numpy(examples.labels[:, h].copy())
+            X, l2 = alone(activations, cell, FITTED_ON), torch.tensor([head["l2"]], dtype=torch.float64)
+            bits = prequential_code(X, y, CLASSES, l2, ends).total.item()
+            assert head["code_length"] == pytest.approx(bits, rel=1e-3)
+            assert head["compression"] == pytest.approx(2 / bits, rel=1e-3)  # log2 of four classes
+
+
+@pytest.mark.parametrize("solvers", [["ridge"], ["lda"], ["lda", "ridge"]])
+def test_streaming_equals_holding(
+    solvers: list[str], together: dict, activations: Held, grid: Grid, control: Question
+):
+    """Sums over chunks give the probes that all examples at once give, the control task's too."""
+    before = activations.passes
+    streamed = fitted_rows(activations, work(grid, control, solvers=solvers, **SETTINGS))
+    assert activations.passes == before + 3, "a pass for each split feeds every solver and horizon"
+    held = {key: row for key, row in together.items() if key[0] in solvers}
+    assert set(streamed) == set(held)
+    for key, (head, sums) in streamed.items():
+        expected_head, expected = held[key]
+        assert set(head) == set(expected_head)
+        for name in ("l2", "shrinkage"):
+            assert head.get(name) == expected_head.get(name)
+        assert head["validation_cross_entropy"] == pytest.approx(
+            expected_head["validation_cross_entropy"], rel=1e-4
+        )
+        np.testing.assert_allclose(sums["cross_entropy"], expected["cross_entropy"], rtol=1e-4)
+        for name in ("correct", "top5", "control_correct"):
+            assert np.abs(sums[name] - expected[name]).sum() <= 1
+
+
+@pytest.mark.parametrize("solvers", [["softmax"], ["ridge"], ["lda", "softmax"]])
+def test_without_control_there_is_no_control(activations: Held, grid: Grid, solvers: list[str]):
+    settings = {"solvers": solvers, "code_length": False}
+    for head, sums in fitted_rows(activations, work(grid, None, **settings)).values():
+        assert set(sums) == {"correct", "top5", "cross_entropy"}
+        assert "code_length" not in head
+
+
+@pytest.mark.parametrize("solvers", [["softmax"], ["ridge"]])
+def test_constant_activations_are_told(activations: Held, grid: Grid, control: Question, solvers: list[str]):
+    values = {split: [block.clone() for block in blocks] for split, blocks in activations.values.items()}
+    for blocks in values.values():
+        blocks[0][1, 0] = torch.tensor([0.1, -7.3, 1e-4, 1e4, 0.0])
+    constant = Held(values, grid.examples, BLOCKS)
+    rows = fitted_rows(constant, work(grid, control, solvers=solvers, code_length=False))
+    for (_, place, distance, _), (head, _) in rows.items():
+        assert head["constant"] == ((place, distance) == (("a", 1), 1))
+
+
+def test_chunks_make_no_difference(activations: Held, grid: Grid, control: Question):
+    parts = [
+        fitted_rows(
+            Held(activations.values, grid.examples, BLOCKS, rows=rows),
+            work(grid, control, solvers=["ridge", *(["softmax"] if held else [])], code_length=False),
+        )
+        for rows in (1, 1000)
+        for held in (True, False)
+    ]
+    for one, other in ((parts[0], parts[2]), (parts[1], parts[3])):
+        for key, (head, sums) in one.items():
+            assert head["validation_cross_entropy"] == pytest.approx(
+                other[key][0]["validation_cross_entropy"], rel=1e-4
+            )
+            np.testing.assert_allclose(sums["cross_entropy"], other[key][1]["cross_entropy"], rtol=1e-4)
+
+
+def test_questions_have_a_label_for_every_probe(grid: Grid, control: Question):
+    first, second = target_questions(grid)
+    assert (first.horizon, second.horizon) == HORIZONS
+    cpu = torch.device("cpu")
+    shared = second.asked(TESTED_ON, slice(2, 6), 3, cpu)
+    assert shared.tolist() == grid.examples[TESTED_ON].labels[2:6, 1].tolist()
+    own = control.asked(TESTED_ON, slice(2, 6), 3, cpu)
+    assert own.shape == (6, 4)  # three places, two distances
+    for place in range(3):
+        for distance in range(2):
+            expected = control.labels[TESTED_ON][distance, 2:6].tolist()
+            assert own[2 * place + distance].tolist() == expected
+
+
+def test_documents_are_numbered_as_they_appear():
+    assert document_numbers(np.array([7, 7, 2, 9, 9, 9])).tolist() == [0, 0, 1, 2, 2, 2]
+    assert document_numbers(np.array([3])).tolist() == [0]
+
+
+def test_closed_form_solvers_are_those_that_take_sums():
+    for name, make in MAKE.items():
+        assert hasattr(make(), "fit_moments") == (name in CLOSED_FORM)

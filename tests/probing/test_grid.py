@@ -1,0 +1,261 @@
+"""The grid against walking through every anchor: what all cells share, what is empty, what is told."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from probekit.config import ProbeSettings
+from probekit.corpus.actions import Codebook
+from probekit.corpus.store import SPLITS, Corpus
+from probekit.errors import ProbekitError
+from probekit.probing import grid as grid_module
+from probekit.probing.grid import CHOSEN_ON, FITTED_ON, MINIMUM_EXAMPLES, TESTED_ON, Grid, make_grid
+from probekit.probing.targets import NO_LABEL, Target, find_examples, find_target
+from probekit.run import Run
+
+USED = (FITTED_ON, CHOSEN_ON, TESTED_ON)
+
+
+def bare_corpus(documents: list[tuple[str, list[int]]], actions: int = 3) -> Corpus:
+    """A corpus of numbers alone: of each document its split and the tokens of each sentence."""
+    starts = np.cumsum([0, *(1 + sum(sentences) for _, sentences in documents)])
+    first = [
+        start + 1 + sum(sentences[:j])
+        for start, (_, sentences) in zip(starts, documents, strict=False)
+        for j in range(len(sentences))
+    ]
+    return Corpus(
+        folder=Path("nowhere"),
+        tokens=np.arange(starts[-1]),
+        document_tokens=starts,
+        document_sentences=np.cumsum([0, *(len(sentences) for _, sentences in documents)]),
+        first_token=np.array(first, dtype=np.int64),
+        spans=np.zeros((len(first), 2), dtype=np.int64),
+        split=np.array([SPLITS.index(split) for split, _ in documents], dtype=np.uint8),
+        embeddings=np.zeros((len(first), 1), dtype=np.float32),
+        actions=np.random.default_rng(0).integers(actions, size=len(first)).astype(np.int32),
+        codebook=Codebook(np.zeros((actions, 1), dtype=np.float32)),
+        facts={},
+    )
+
+
+def grid_of(corpus: Corpus, seed: int = 0, target: Target | None = None, **settings: Any) -> Grid:
+    return make_grid(corpus, ProbeSettings(**settings), target or find_target(corpus, "action"), seed)
+
+
+def walk(corpus: Corpus, split: str, settings: ProbeSettings) -> dict[int, set[tuple[int, int]]]:
+    """For every anchor of a split the cells that can use it; documents of any size are drawn."""
+    found = {}
+    action = find_target(corpus, "action")
+    for document in np.flatnonzero(corpus.split == SPLITS.index(split)):
+        examples = find_examples(corpus, np.array([document]), action, settings.horizons, settings.anchors)
+        text = range(int(corpus.document_tokens[document]) + 1, int(corpus.document_tokens[document + 1]))
+        for anchor, labels in zip(examples.anchor.tolist(), examples.labels, strict=True):
+            found[anchor] = {
+                (distance, horizon)
+                for distance in settings.distances
+                for horizon, label in zip(settings.horizons, labels, strict=True)
+                if anchor - distance in text and label != NO_LABEL
+            }
+    return found
+
+
+def slow_grid(corpus: Corpus, settings: ProbeSettings, least: int) -> tuple[list[int], list[int], dict]:
+    """Distances, horizons and shared anchors of each split, by the rule in words.
+
+    The farthest distance gives way until enough anchors are left, then the farthest horizon.
+    """
+    usable = {split: walk(corpus, split, settings) for split in USED}
+
+    def shared(distances: list[int], horizons: list[int]) -> dict[str, set[int]]:
+        cells = {(distance, horizon) for distance in distances for horizon in horizons}
+        return {
+            split: {anchor for anchor, can in anchors.items() if cells <= can}
+            for split, anchors in usable.items()
+        }
+
+    near, soon = sorted(settings.distances), sorted(settings.horizons)
+    nearest = shared(near[:1], soon[:1])
+
+    def enough(distances: list[int], horizons: list[int]) -> bool:
+        left = shared(distances, horizons)
+        return all(len(left[split]) >= max(least, len(nearest[split]) / 10) for split in USED)
+
+    kept = [near[:n] for n in range(len(near), 0, -1) if enough(near[:n], soon[:1])]
+    if not kept:
+        return [], [], {}
+    horizons = next(soon[:n] for n in range(len(soon), 0, -1) if enough(kept[0], soon[:n]))
+    return (
+        [d for d in settings.distances if d in kept[0]],
+        [h for h in settings.horizons if h in horizons],
+        shared(kept[0], horizons),
+    )
+
+
+DOCUMENT = st.tuples(st.sampled_from(USED), st.lists(st.integers(1, 5), max_size=6))
+
+
+@hypothesis_settings(max_examples=200, deadline=None)
+@given(
+    st.lists(DOCUMENT, min_size=3, max_size=14),
+    st.lists(st.integers(1, 12), min_size=1, max_size=4, unique=True),
+    st.lists(st.integers(1, 5), min_size=1, max_size=3, unique=True),
+    st.sampled_from(["sentence", "token"]),
+    st.integers(1, 6),
+    st.integers(0, 5),
+)
+def test_the_grid_is_what_walking_gives(documents, distances, horizons, anchors, least: int, seed: int):
+    corpus = bare_corpus([*documents, *((split, [2, 1, 3]) for split in USED)])
+    settings = ProbeSettings(distances=distances, horizons=horizons, anchors=anchors)
+    kept, soon, shared = slow_grid(corpus, settings, least)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grid_module, "MINIMUM_EXAMPLES", least)
+        if not shared:
+            with pytest.raises(ProbekitError, match=f"no distance and horizon has {least} examples"):
+                make_grid(corpus, settings, find_target(corpus, "action"), seed)
+            return
+        grid = make_grid(corpus, settings, find_target(corpus, "action"), seed)
+    assert (list(grid.distances), list(grid.horizons)) == (kept, soon)
+    assert list(grid.examples) == list(USED)
+    for split, examples in grid.examples.items():
+        assert set(examples.anchor.tolist()) == shared[split]
+        assert len(examples) == len(shared[split]) >= least
+        again = find_examples(corpus, np.unique(examples.document), grid.target, soon, anchors)
+        row = {anchor: n for n, anchor in enumerate(again.anchor.tolist())}
+        for name in ("document", "sentence", "labels"):
+            values = getattr(again, name)[[row[anchor] for anchor in examples.anchor.tolist()]]
+            assert np.array_equal(getattr(examples, name), values)
+        assert NO_LABEL not in examples.labels
+        for distance in kept:
+            assert np.array_equal(grid.positions(split, distance), examples.anchor - distance)
+        for n, horizon in enumerate(soon):
+            assert np.array_equal(grid.labels(split, horizon), examples.labels[:, n])
+    cells = [(d, h) for d in distances for h in horizons if d not in kept or h not in soon]
+    tested = walk(corpus, TESTED_ON, settings)
+    assert grid.empty == {cell: sum(cell in can for can in tested.values()) for cell in cells}
+
+
+# Which documents
+
+
+def split_of(corpus: Corpus, documents: np.ndarray) -> set[str]:
+    return {SPLITS[number] for number in corpus.split[documents]}
+
+
+@pytest.mark.parametrize("anchors", ["sentence", "token"])
+def test_a_document_is_in_one_split_and_the_test_has_all_of_its_own(tiny_run: Run, anchors: str):
+    corpus = tiny_run.corpus
+    grid = grid_of(corpus, anchors=anchors)
+    documents = {split: np.unique(examples.document) for split, examples in grid.examples.items()}
+    for split, numbers in documents.items():
+        assert split_of(corpus, numbers) == {split}
+        assert numbers.tolist() == corpus.documents(split).tolist()
+
+
+@pytest.mark.parametrize("anchors", ["sentence", "token"])
+@pytest.mark.parametrize("most", [40, 60, 100])
+def test_at_most_so_many_examples_by_whole_documents(tiny_run: Run, anchors: str, most: int):
+    corpus = tiny_run.corpus
+    most *= 1 if anchors == "sentence" else 12
+    grid = grid_of(corpus, anchors=anchors, max_examples=most, distances=[1])
+    whole = grid_of(corpus, anchors=anchors, distances=[1])
+    for split in (FITTED_ON, CHOSEN_ON):
+        counts = Counter(whole.examples[split].document.tolist())
+        drawn = Counter(grid.examples[split].document.tolist())
+        assert sum(drawn.values()) <= most
+        assert drawn == {document: counts[document] for document in drawn}
+        left = set(counts) - set(drawn)
+        first_tokens = len(drawn) + 1 if anchors == "token" else 0  # drawn, though nothing is before them
+        assert not left or sum(drawn.values()) + max(counts[n] for n in left) + first_tokens > most
+    assert np.array_equal(grid.examples[TESTED_ON].anchor, whole.examples[TESTED_ON].anchor)
+
+
+def test_documents_without_a_sentence_make_no_room_for_others():
+    full = [(split, [2] * 5) for split in USED for _ in range(20)]
+    empty = [(split, []) for split in USED for _ in range(60)]
+    for seed in range(5):
+        grid = grid_of(bare_corpus(full + empty), seed, distances=[1], max_examples=40)
+        assert len(grid.examples[FITTED_ON]) == len(grid.examples[CHOSEN_ON]) == 40
+
+
+def test_seeds_draw_different_documents_and_the_same_seed_the_same(tiny_run: Run):
+    grids = [grid_of(tiny_run.corpus, seed, max_examples=40, distances=[1, 2]) for seed in (0, 0, 1, 2)]
+    for split in (FITTED_ON, CHOSEN_ON):
+        same, again, *others = (grid.examples[split].anchor.tolist() for grid in grids)
+        assert same == again
+        for other in others:
+            assert {*other} != {*same}
+    tested = [grid.examples[TESTED_ON].anchor.tolist() for grid in grids]
+    assert tested == [tested[0]] * 4
+
+
+# What is told
+
+
+def test_empty_cells_are_told(tiny_run: Run):
+    grid = grid_of(tiny_run.corpus, distances=[1, 500, 2], horizons=[90, 1])
+    assert (grid.distances, grid.horizons) == ((1, 2), (1,))
+    assert grid.empty == {(1, 90): 0, (500, 90): 0, (500, 1): 0, (2, 90): 0}
+    told = [note for note in grid.notes if "is empty" in note]
+    assert told == [
+        f"distance {d}, horizon {h} is empty: 0 test examples, and in some split fewer than "
+        f"{MINIMUM_EXAMPLES}, or 10% of the nearest cell's"
+        for d, h in grid.empty
+    ]
+
+
+def test_the_price_of_a_far_distance_is_told():
+    """Documents of five sentences of four tokens: distance 13 reaches back from the last one alone."""
+    corpus = bare_corpus([(split, [4] * 5) for split in USED for _ in range(30)])
+    assert grid_of(corpus, distances=[1, 8]).notes == ()
+    (note,) = grid_of(corpus, distances=[13, 1]).notes
+    assert note.startswith("all cells share the 30 of 120 test anchors that distance 13 reaches")
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_classes_that_nobody_can_learn_are_told(named: bool):
+    corpus = bare_corpus([(split, [3] * 5) for split in USED for _ in range(30)])
+    fitted = np.flatnonzero(corpus.split[corpus.document_of(np.arange(450))] == SPLITS.index(FITTED_ON))
+    codes = np.arange(450) % 2
+    codes[fitted[1]] = 2  # one to fit on
+    codes[-3:] = 3  # none to fit on, three to test
+    codes[-4] = 2
+    names = ("a", "b", "rare", "unseen") if named else ()
+
+    def labels(anchor: np.ndarray, sentence: np.ndarray, horizon: int) -> np.ndarray:
+        return codes[sentence]
+
+    target = Target("kind", 4, labels, codes, names)
+    (note,) = grid_of(corpus, target=target, distances=[1]).notes
+    assert note.startswith("2 of 4 classes have fewer than two examples to fit on")
+    assert ("(rare, unseen)" if named else "(2, 3)") in note
+    assert "the 4 of 120 test examples that have them" in note
+    codes[-4:] = 0  # rare, but nobody is asked
+    assert grid_of(corpus, target=target, distances=[1]).notes == ()
+
+
+# What is refused
+
+
+def test_nothing_left_is_refused_with_what_to_change(tiny_run: Run):
+    for settings in ({"distances": [500]}, {"horizons": [90]}, {"max_examples": 3}):
+        with pytest.raises(ProbekitError, match=f"has {MINIMUM_EXAMPLES} examples in each") as caught:
+            grid_of(tiny_run.corpus, **settings)
+        line = str(caught.value)
+        assert "\n" not in line
+        for name in ("probe.distances", "probe.horizons", "probe.max_examples"):
+            assert name in line
+
+
+@pytest.mark.parametrize("split", USED)
+def test_a_split_without_documents_is_named(split: str):
+    corpus = bare_corpus([(other, [3] * 5) for other in USED if other != split for _ in range(30)])
+    with pytest.raises(ProbekitError, match=f"no documents in the split '{split}'") as caught:
+        grid_of(corpus)
+    assert f"corpus.{split}_fraction" in str(caught.value)

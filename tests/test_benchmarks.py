@@ -1,0 +1,262 @@
+"""The benchmarks run, and refuse what they must; how fast anything is, is no matter for a test."""
+
+import json
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _beside_each_other(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+
+@pytest.fixture
+def harness() -> ModuleType:
+    return import_module("harness")
+
+
+def run_quick(name: str, out: Path) -> tuple[dict, list[dict]]:
+    """The file that a benchmark wrote, and its rows."""
+    import_module(name).main(["--quick", "--repeats", "1", "--out", str(out)])
+    (file,) = out.glob("*.json")
+    assert file.name == f"{name}-cpu.json"
+    results = json.loads(file.read_text("utf-8"))
+    assert (results["benchmark"], results["quick"], results["repeats"]) == (name, True, 1)
+    assert results["machine"]["cores"] >= 1
+    assert results["machine"]["versions"]["torch"] == torch.__version__
+    return results, results["rows"]
+
+
+def by_contestant(rows: list[dict]) -> dict[str, dict]:
+    return {row["contestant"]: row for row in rows}
+
+
+# fit_grid
+
+
+def test_fit_grid(tmp_path: Path):
+    _, rows = run_quick("fit_grid", tmp_path)
+    workloads = {row["workload"] for row in rows}
+    for kind in ("softmax", "ridge", "lda"):
+        assert {
+            f"{kind}, {what}" for what in ("one penalty", "default penalties", "many classes")
+        } < workloads
+    for row in rows:
+        assert row["probes"] == row["layers"] * row["distances"]
+        assert 0 < row["seconds"] <= row["median_seconds"]
+        same = [
+            other
+            for other in rows
+            if all(
+                row[key] == other[key] for key in ("workload", "layers", "distances", "examples", "classes")
+            )
+        ]
+        reference = by_contestant(same)["probekit"]
+        difference = abs(row["cross_entropy"] / reference["cross_entropy"] - 1)
+        assert row["difference"] == pytest.approx(difference, abs=1e-12)
+        assert row["ratio"] == (row["seconds"] / reference["seconds"] if difference <= 0.01 else None)
+        assert row["measured_probes"] == row["probes"] or row["contestant"] != "probekit"
+    for axis in ("examples", "layers", "distances", "classes"):
+        small, large = (
+            row
+            for row in rows
+            if row["workload"] == f"growth with {axis}" and row["contestant"] == "probekit"
+        )
+        assert large[axis] == 2 * small[axis]
+        assert large["growth"] == large["seconds"] / small["seconds"]
+    main = by_contestant([row for row in rows if row["workload"] == "softmax, one penalty"])
+    assert 0 < main["probekit"]["added_megabytes"] < main["probekit"]["peak_megabytes"]
+
+
+@pytest.fixture
+def planted():
+    planted_activations = import_module("planted_activations")
+    size = planted_activations.Size(layers=2, distances=2, examples=400, width=12, classes=5, one_by_one=2)
+    return size, planted_activations.plant(size, CPU)
+
+
+def test_planted_activations_hold_the_signal_in_every_split(planted):
+    size, data = planted
+    assert {split: tuple(part.shape) for split, part in data.X.items()} == {
+        "probe": (4, 400, 12),
+        "validation": (4, 80, 12),
+        "test": (4, 80, 12),
+    }
+    again = import_module("planted_activations").plant(size, CPU)
+    assert all(torch.equal(data.X[split], again.X[split]) for split in data.X)
+    assert set(data.y["probe"].tolist()) == set(range(5))
+    X, y = data.X["probe"][0], data.y["probe"]
+    oracle = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(X.numpy(), y.numpy())
+    found = oracle.score(data.X["test"][0].numpy(), data.y["test"].numpy())
+    assert np.bincount(data.y["test"]).max() / 80 + 0.1 < found < 1
+    spectrum = torch.linalg.svdvals(X - X.mean(0)).square()
+    assert spectrum[:3].sum() > 0.8 * spectrum.sum()
+
+
+@pytest.mark.parametrize("kind", ["softmax", "ridge", "lda"])
+def test_at_their_tightest_all_contestants_agree(kind: str, planted):
+    contestants = import_module("contestants")
+    _, data = planted
+    losses = {
+        name: contestants.cross_entropies(solver.fit(data, (0.01,), solver.tolerances[-1]), data)
+        for name, solver in contestants.SOLVERS[kind].items()
+    }
+    for loss in losses.values():
+        assert loss.tolist() == pytest.approx(losses["probekit"].tolist(), rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "ridge", "lda"])
+def test_one_by_one_keeps_the_penalty_that_validation_prefers(kind: str, planted):
+    contestants = import_module("contestants")
+    _, data = planted
+    penalties = (1e-4, 1e-2, 1.0)
+    solver = contestants.SOLVERS[kind]["scikit-learn"]
+    found = solver.fit(data, penalties, solver.tolerances[-1])
+    alone = [solver.fit(data, (penalty,), solver.tolerances[-1]) for penalty in penalties]
+    losses = torch.stack([contestants.cross_entropies(fit, data, "validation") for fit in alone])
+    assert found.penalty.tolist() == pytest.approx([penalties[i] for i in losses.argmin(0)])
+    assert contestants.cross_entropies(found, data, "validation").tolist() == losses.amin(0).tolist()
+
+
+def test_the_loosest_tolerance_of_equal_quality_is_taken(planted, monkeypatch: pytest.MonkeyPatch):
+    fit_grid = import_module("fit_grid")
+    size, data = planted
+    workload = fit_grid.Workload("test", "softmax", (size,), (1e-3,))
+    chosen = fit_grid._tolerances(workload, data, size)
+    ladder = fit_grid.SOLVERS["softmax"]["scikit-learn"].tolerances
+    part = data.only(slice(2))
+
+    def quality(tolerance: float, name: str = "scikit-learn") -> dict[str, float]:
+        fit = fit_grid.SOLVERS["softmax"][name].fit(part, (1e-3,), tolerance)
+        return fit_grid._quality(workload, fit, part)
+
+    wanted = quality(chosen["probekit"], "probekit")
+    good = [all(abs(quality(t)[key] / wanted[key] - 1) <= 0.005 for key in wanted) for t in ladder]
+    assert good[0] is False  # or the choice is none
+    assert chosen["scikit-learn"] == ladder[good.index(True)]
+
+
+# extraction
+
+
+def test_extraction(tmp_path: Path):
+    _, rows = run_quick("extraction", tmp_path)
+    assert {row["read_layers"] for row in rows} == {2, 3}
+    for layers in (2, 3):
+        found = by_contestant([row for row in rows if row["read_layers"] == layers])
+        reference, bare = found["probekit"], found["bare forward"]
+        for name in ("output_hidden_states", "TransformerLens"):
+            assert found[name]["difference"] < 1e-4
+        for row in found.values():
+            assert row["ratio"] == row["seconds"] / reference["seconds"]
+            assert row["ratio_to_bare_forward"] == row["seconds"] / bare["seconds"]
+    # Of a layer, two operations a multiplication: 4 width^2 weights in attention, 8 in the MLP, and the maps.
+    shape = import_module("extraction").QUICK
+    assert shape.flops == 3 * 6 * 32 * 2 * ((4 + 8) * 16**2 + 2 * 32 * 16)
+
+
+def test_a_reader_that_reads_something_else_is_found_out(tmp_path: Path):
+    extraction = import_module("extraction")
+    scene = extraction.Scene(extraction.QUICK, CPU, tmp_path)
+    true = extraction.probekit_reader(scene)()
+    scene.columns = scene.columns - 1
+    shifted = extraction.hidden_states(scene)()
+    assert extraction._difference(true, true) == 0
+    assert extraction._difference(shifted, true) > extraction.SAME[torch.float32]
+
+
+# memory
+
+
+def test_memory(tmp_path: Path):
+    results, rows = run_quick("memory", tmp_path)
+    imports, small, large = rows
+    assert imports["workload"] == "imports alone"
+    assert large["documents"] == results["settings"]["times"] * small["documents"]
+    assert large["tokens"] > 7 * small["tokens"]
+    for row in (small, large):
+        assert row["peak_megabytes"] > imports["peak_megabytes"] > 0
+        assert row["peak_ratio"] == row["peak_megabytes"] / small["peak_megabytes"]
+
+
+# harness
+
+
+def prepare_megabytes(device: str, megabytes: int):
+    """The call takes some memory that preparing had taken, and more, before."""
+    torch.ones(2 * megabytes * 250_000)
+    return lambda: torch.ones(megabytes * 250_000)
+
+
+def test_peak_memory_is_that_of_the_call_alone(harness: ModuleType):
+    ballast = torch.ones(
+        500 * 250_000
+    )  # a process that is started inherits the peak of the one that starts it
+    found = harness.peak_memory(prepare_megabytes, CPU, megabytes=60)
+    del ballast
+    assert found["added_megabytes"] == pytest.approx(60, abs=10)
+    assert found["peak_megabytes"] > found["added_megabytes"]
+
+
+def test_a_process_that_fails_is_told(harness: ModuleType):
+    with pytest.raises(RuntimeError, match="unexpected keyword argument 'kilobytes'"):
+        harness.peak_memory(prepare_megabytes, CPU, kilobytes=1)
+
+
+def test_ratios_of_unequal_results_are_refused(harness: ModuleType):
+    rows = [
+        {"contestant": "probekit", "seconds": 2.0, "difference": 0.0},
+        {"contestant": "equal", "seconds": 6.0, "difference": 0.009},
+        {"contestant": "unequal", "seconds": 1.0, "difference": 0.011},
+        {"contestant": "not comparable", "seconds": 1.0, "difference": None},
+    ]
+    harness.compare(rows)
+    assert [row["ratio"] for row in rows] == [1.0, 3.0, None, 0.5]
+
+
+def test_a_race_alternates_after_a_warm_up(harness: ModuleType):
+    log = []
+    contestants = {
+        name: harness.Contestant(lambda name=name: log.append(name) or name * 2, lambda: log.append("warm"))
+        for name in "ab"
+    }
+    outcomes = harness.race(contestants, 3, CPU)
+    assert log == ["warm", "warm", "a", "b", "b", "a", "a", "b"]
+    assert {name: outcome.result for name, outcome in outcomes.items()} == {"a": "aa", "b": "bb"}
+    assert [len(outcome.times) for outcome in outcomes.values()] == [3, 3]
+
+
+def test_times_are_told_by_minimum_and_median(harness: ModuleType):
+    columns = harness.Outcome([3.0, 1.0, 8.0]).columns(scale=2.0)
+    assert columns == {"seconds": 2.0, "median_seconds": 6.0}
+
+
+def test_matrix_rate_counts_two_operations_for_each_multiplication(
+    harness: ModuleType, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(harness, "timed", lambda call, device: (0.5, call()))
+    assert harness.matrix_rate(CPU, torch.float32, (3, 5, 7), batch=2) == 2 * 2 * 3 * 5 * 7 / 0.5
+
+
+def test_without_out_quick_runs_write_nothing(harness: ModuleType):
+    assert harness.parse_options("", ["--quick"]).out is None
+    assert harness.parse_options("", []).out == FOLDER / "results"
+
+
+def test_a_script_runs_alone():
+    command = [sys.executable, str(FOLDER / "fit_grid.py"), "--help"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "python benchmarks/fit_grid.py" in ran.stdout
