@@ -83,7 +83,7 @@ def _train(words: list[str]) -> None:
 def _corpus(words: list[str]) -> None:
     """Build a corpus, or inspect a run's: sizes, sentence lengths, actions, the sentences nearest to each."""
     parser = _run_parser("corpus", words)
-    parser.usage = f"{parser.usage}\n       probekit corpus RUN [--nearest INT]"
+    parser.usage = f"{parser.usage}\n       probekit corpus RUN [--nearest INT] [--export FILE]"
     parser.add_argument("run", nargs="?", metavar="RUN", help="inspect this run's corpus and build nothing")
     parser.add_argument(
         "--nearest", type=int, default=2, metavar="INT", help="sentences shown for an action (2)"

@@ -29,7 +29,7 @@ from probekit.corpus.store import Corpus
 from probekit.devices import compute_device
 from probekit.errors import ProbekitError
 from probekit.models.conditioning import new_adapter
-from probekit.models.language_model import bridge, load_model, random_weights
+from probekit.models.language_model import bridge, load_model, locations, random_weights
 from probekit.models.mixing import VARIANTS
 from probekit.models.plain import BridgedPass, ForwardPass, PlainPass, forward_pass
 from probekit.models.planned_lm import PlannedLM
@@ -51,7 +51,7 @@ BEGUN = ("config.yaml", "provenance.json", "run.json")
 END_OF_SETTINGS = b"\n...\n"
 """How config.yaml ends when it is whole."""
 
-LOADED = ("device", "corpus", "bridged", "_plain")
+LOADED = ("device", "corpus", "bridged", "locations", "_plain")
 """What a run keeps in memory once it was asked for."""
 
 Existing = Literal["refuse", "resume", "overwrite"]
@@ -215,6 +215,11 @@ class Run:
         """The base LM, frozen and bridged."""
         self.require("lm")
         return bridge(self.plain_model().to(self.device), self.corpus.tokenizer, self.folder / "lm")
+
+    @cached_property
+    def locations(self) -> dict[str, int]:
+        """Every location of the LM that holds a vector for each position, and the vector's features."""
+        return locations(self.bridged)
 
     def plain_model(self) -> PreTrainedModel:
         """A fresh copy of the base LM as a plain Hugging Face module."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 import numpy as np
 
 from probekit.config import Config
-from probekit.corpus.planted import PlantedModel, posterior_at, posterior_given_actions, posterior_given_words
+from probekit.corpus.planted import PlantedModel
+from probekit.corpus.posteriors import posterior_at, posterior_given_actions, posterior_given_words
 from probekit.corpus.store import Corpus
 from probekit.errors import ProbekitError
 from probekit.evaluation.planted_tokens import Forms, Layout

@@ -87,10 +87,11 @@ def location_width(bridged: TransformerBridge, settings: ConditioningSettings) -
             f"conditioning.skip_layers is {settings.skip_layers}, but the LM has {layers} layers; "
             f"it must be at most {layers - 1}"
         )
-    check_location(bridged, settings.location, "conditioning.location")
+    widths = locations(bridged)
+    check_location(widths, settings.location, "conditioning.location")
     if settings.location in OUTSIDE_BLOCKS:
         raise ProbekitError(
             f"conditioning.location is {settings.location!r}, which is in no layer; give a hook of the "
             "blocks, such as attn.hook_z"
         )
-    return locations(bridged)[settings.location]
+    return widths[settings.location]

@@ -162,13 +162,13 @@ def locations(bridged: TransformerBridge) -> dict[str, int]:
     }
 
 
-def check_location(bridged: TransformerBridge, location: str, setting: str) -> None:
+def check_location(known: dict[str, int], location: str, setting: str) -> None:
     """Refuses a location that this architecture lacks, or that does not hold a vector for each position.
 
     Raises:
         ProbekitError: Names the setting, and lists the locations that there are.
     """
-    if location not in (known := locations(bridged)):
+    if location not in known:
         raise ProbekitError(
             f"{setting} is {location!r}, where this architecture holds no vector for each position; it "
             f"does at {', '.join(known)}"

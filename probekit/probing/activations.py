@@ -15,7 +15,7 @@ from probekit.corpus.examples import collate, cut_windows, input_tokens
 from probekit.devices import autocast
 from probekit.errors import ProbekitError
 from probekit.evaluation.evaluate import window_and_stride
-from probekit.models.language_model import Hook, hook_name, locations
+from probekit.models.language_model import Hook, hook_name
 from probekit.models.mixing import VARIANTS, Fixed
 from probekit.probing.locations import BEFORE
 from probekit.probing.targets import Examples
@@ -79,7 +79,7 @@ class Reader:
     def __init__(
         self, run: Run, variant: ProbedName, places: Sequence[Place], distances: Sequence[int], seed: int = 0
     ) -> None:
-        self.blocks = blocks_of(places, locations(run.bridged))
+        self.blocks = blocks_of(places, run.locations)
         self._run, self.distances = run, np.array(distances)
         self._window, self._stride = window_and_stride(run)
         self._conditioned = run.model(variant) if variant in VARIANTS else None

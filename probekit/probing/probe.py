@@ -14,7 +14,7 @@ import pandas as pd
 from probekit.config import ProbedName
 from probekit.errors import ProbekitError
 from probekit.evaluation.statistics import Resampling
-from probekit.models.language_model import OUTSIDE_BLOCKS, check_location, locations
+from probekit.models.language_model import OUTSIDE_BLOCKS, check_location
 from probekit.models.mixing import VARIANTS
 from probekit.probing.activations import Activations, Place, Reader
 from probekit.probing.baselines import baseline_tallies
@@ -172,7 +172,7 @@ def _probed(
 
 def _groups(run: Run, grid: Grid, places: Sequence[Place]) -> Iterator[list[Place]]:
     """Cuts places into groups whose held examples stay within `probe.memory`, of one place at least."""
-    config, widths = run.config.probe, locations(run.bridged)
+    config, widths = run.config.probe, run.locations
     examples = 0 if CLOSED_FORM.issuperset(config.solvers) else len(grid.examples[FITTED_ON])
     examples += len(grid.examples[CHOSEN_ON]) if examples else 0
     group: list[Place] = []
@@ -253,7 +253,7 @@ def _places(run: Run) -> list[Place]:
     """Every location at every layer of the settings; one outside the blocks at the layer beside it."""
     settings, layers = run.config.probe, run.bridged.cfg.n_layers
     for location in settings.locations:
-        check_location(run.bridged, location.removesuffix(BEFORE), "probe.locations")
+        check_location(run.locations, location.removesuffix(BEFORE), "probe.locations")
     for layer in settings.layers or ():
         if layer >= layers:
             raise ProbekitError(f"probe.layers has {layer}, but the LM's layers are 0 to {layers - 1}")

@@ -13,10 +13,8 @@ from probekit.corpus.planted import (
     SYLLABLES,
     PlantedModel,
     generate,
-    posterior_at,
-    posterior_given_actions,
-    posterior_given_words,
 )
+from probekit.corpus.posteriors import posterior_at, posterior_given_actions, posterior_given_words
 from probekit.errors import ProbekitError
 
 # Every document has four sentences, so that `enumerate_posterior` can walk all 2 * 3 ** 4 hidden paths.

@@ -7,7 +7,8 @@ import pytest
 
 from probekit.config import Config
 from probekit.corpus.build import write_corpus
-from probekit.corpus.planted import PlantedModel, generate, posterior_given_actions, posterior_given_words
+from probekit.corpus.planted import PlantedModel, generate
+from probekit.corpus.posteriors import posterior_given_actions, posterior_given_words
 from probekit.corpus.store import Corpus
 from probekit.errors import ProbekitError
 from probekit.evaluation.action_metrics import score_actions

@@ -166,14 +166,14 @@ def test_locations_of_an_lm_of_one_layer_and_two_positions(
 @pytest.mark.filterwarnings("error")
 def test_unusable_locations_are_refused_and_usable_ones_listed(family: str, location: str, bridged: dict):
     with pytest.raises(ProbekitError) as raised:
-        check_location(bridged[family], location, "probe.locations")
+        check_location(locations(bridged[family]), location, "probe.locations")
     message = str(raised.value)
     assert message.startswith(f"probe.locations is {location!r}")
     assert "\n" not in message
     listed = set(message.split(" at ")[-1].split(", "))
     assert listed == locations(bridged[family]).keys()
     for name in listed:
-        check_location(bridged[family], name, "probe.locations")
+        check_location(locations(bridged[family]), name, "probe.locations")
 
 
 def test_a_new_model_has_the_settings_sizes_and_no_dropout(tokenizer: PreTrainedTokenizerBase):

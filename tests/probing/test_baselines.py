@@ -19,7 +19,7 @@ from probekit.probing.grid import Grid, make_grid
 from probekit.probing.targets import find_target
 from probekit.run import Run
 
-DISTANCES, HORIZONS = (1, 5), (1, 2)
+DISTANCES, HORIZONS = (1, 9), (1, 2)
 SETTINGS = {"probe.distances": list(DISTANCES), "probe.horizons": list(HORIZONS)}
 CELLS = [(distance, horizon) for distance in DISTANCES for horizon in HORIZONS]
 
