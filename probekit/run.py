@@ -54,6 +54,9 @@ END_OF_SETTINGS = b"\n...\n"
 LOADED = ("device", "corpus", "bridged", "locations", "_plain")
 """What a run keeps in memory once it was asked for."""
 
+WEIGHTS = (".json", ".safetensors", ".bin")
+"""Files of a pre-trained LM's folder that say what it computes."""
+
 Existing = Literal["refuse", "resume", "overwrite"]
 
 
@@ -256,7 +259,7 @@ class Run:
         if (self.folder / "lm" / "source.json").exists():
             source = Path(read_json(self.folder / "lm" / "source.json")["name"])
             if source.is_dir():
-                files += [source / "config.json", *sorted(source.glob("*.safetensors"))]
+                files += sorted(path for path in source.iterdir() if path.suffix in WEIGHTS)
         if variant in VARIANTS:
             files += [self.folder / "planner" / "model.safetensors", self._adapter_file(variant)]
         digest = hashlib.sha256()

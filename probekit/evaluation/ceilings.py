@@ -7,14 +7,20 @@ words, and "ceiling (tokens read)" all tokens up to a position, which may lie wi
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-from probekit.config import Config
+from probekit.config import Config, PlantedSettings
 from probekit.corpus.planted import PlantedModel
 from probekit.corpus.posteriors import posterior_at, posterior_given_actions, posterior_given_words
 from probekit.corpus.store import Corpus
 from probekit.errors import ProbekitError
 from probekit.evaluation.planted_tokens import Forms, Layout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def has_ceiling(config: Config) -> bool:
@@ -76,9 +82,8 @@ def position_ceiling(
             settings are not those of the corpus, or the tokenizer does not cut words apart.
     """
     documents, document = np.unique(corpus.document_of(sentences), return_inverse=True)
-    model = PlantedModel.draw(config.corpus.planted)
+    model, forms = _known(config.corpus.planted, corpus.tokenizer)
     words = _words(model, corpus, documents)
-    forms = Forms.of(model, corpus.tokenizer)
     layout = Layout.of(words, documents, forms, corpus)
     beginning = corpus.document_tokens[documents[document]] + 1
     unit = np.searchsorted(layout.start, np.maximum(positions, beginning), side="right") - 1
@@ -95,6 +100,13 @@ def position_ceiling(
     log_likelihood = _log_likelihood(model, forms, layout, unit, read)
     with np.errstate(divide="ignore"):
         return np.log(posterior_at(model, words, document, sentence, log_likelihood, ahead))
+
+
+@lru_cache(maxsize=2)
+def _known(settings: PlantedSettings, tokenizer: PreTrainedTokenizerBase) -> tuple[PlantedModel, Forms]:
+    """The planted model, and its words as tokens; it is asked for anew for every few documents."""
+    model = PlantedModel.draw(settings)
+    return model, Forms.of(model, tokenizer)
 
 
 def _log_likelihood(

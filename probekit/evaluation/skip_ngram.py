@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Self
 
 import numpy as np
@@ -100,8 +101,12 @@ class Level:
 
     def _totals(self, number: Integers) -> Integers:
         """How often each context occurred `[rows]`."""
-        totals = np.add.reduceat(self.counts, self.starts[:-1])
-        return np.where(number == NEVER, 0, totals[number])
+        return np.where(number == NEVER, 0, self._occurred[number])
+
+    @cached_property
+    def _occurred(self) -> Integers:
+        """How often each context occurred, by its number `[contexts]`."""
+        return np.add.reduceat(self.counts, self.starts[:-1])
 
 
 @dataclass(frozen=True)

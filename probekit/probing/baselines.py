@@ -1,13 +1,14 @@
 """Baselines and ceilings on the grid's own examples: what is read without any activation.
 
-The prior, the bigram (given the last sentence's label) and the skip n-gram (given the last tokens up to the
-position read) are fitted on training documents, of which there are more than probes are fitted on, and chosen
-on validation documents. Planners read whole sentences; ceilings are exact where the corpus is planted.
+The prior, the bigram (given the label of the last sentence that is wholly read at the position) and the skip
+n-gram (given the last tokens up to it) are fitted on training documents, of which there are more than probes
+are fitted on, and chosen on validation documents. "bigram (current action)", planners and two of the ceilings
+know all of the sentence before the anchor, however far before it a probe reads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import numpy as np
@@ -19,7 +20,7 @@ from probekit.evaluation.baselines import planner_log_probabilities
 from probekit.evaluation.ceilings import ceiling_log_probabilities, has_ceiling, position_ceiling
 from probekit.evaluation.skip_ngram import SkipNgram, contexts
 from probekit.models.mixing import VARIANTS
-from probekit.probing.activations import chunk_slices
+from probekit.probing.activations import CHUNK_EXAMPLES
 from probekit.probing.fitting import document_numbers
 from probekit.probing.grid import CHOSEN_ON, FITTED_ON, TESTED_ON, Grid
 from probekit.probing.tally import Row, Tally
@@ -33,31 +34,30 @@ ORDER = 3
 """Most tokens that the skip n-gram looks at."""
 
 Predict = Callable[[slice], np.ndarray]
-"""Log-probabilities `[examples, classes]` of some of the test examples, which are whole documents."""
+"""Log-probabilities `[examples, classes]` of some of the test examples, all those of a document together."""
+
+Reading = tuple[Predict, float | None]
+"""What a baseline predicts, and its cross-entropy on validation examples where it may be compared by that."""
 
 
 def baseline_tallies(run: Run, grid: Grid) -> list[Tally]:
     """Scores every baseline on the grid's test examples, in rows for every distance and horizon."""
-    corpus, training = run.corpus, _training(run.corpus, run.config.probe, grid)
+    training = _training(run.corpus, run.config.probe, grid, run.config.seed)
     tallies = []
     for h, horizon in enumerate(grid.horizons):
         for reader, (predict, loss) in _by_sentence(run, grid, training, h, horizon).items():
             heads = [_head(reader, distance, horizon, loss) for distance in grid.distances]
             tallies.append(_tally(grid, horizon, heads, predict))
         for distance in grid.distances:
-            predict, loss = _skip_ngram(corpus, grid, training, h, distance)
-            tallies.append(_tally(grid, horizon, [_head("skip n-gram", distance, horizon, loss)], predict))
-            if _has_ceiling(run, grid):
-                predict = _position_ceiling(run, grid, distance, horizon)
-                head = _head("ceiling (tokens read)", distance, horizon, None)
-                tallies.append(_tally(grid, horizon, [head], predict))
+            for reader, (predict, loss) in _by_position(run, grid, training, h, distance).items():
+                tallies.append(_tally(grid, horizon, [_head(reader, distance, horizon, loss)], predict))
     return tallies
 
 
-def _training(corpus: Corpus, settings: ProbeSettings, grid: Grid) -> Examples:
+def _training(corpus: Corpus, settings: ProbeSettings, grid: Grid, seed: int) -> Examples:
     """Examples of training documents, drawn at random, that all distances reach and all horizons label."""
     documents = corpus.documents("train")
-    order = np.random.default_rng(0).permutation(documents)
+    order = np.random.default_rng(seed).permutation(documents)
     ends = corpus.document_sentences if settings.anchors == "sentence" else corpus.document_tokens
     drawn = np.sort(order[np.cumsum(ends[order + 1] - ends[order]) <= MOST_EXAMPLES])
     examples = find_examples(corpus, drawn, grid.target, grid.horizons, settings.anchors)
@@ -66,29 +66,21 @@ def _training(corpus: Corpus, settings: ProbeSettings, grid: Grid) -> Examples:
     return examples[usable] if usable.sum() > len(grid.examples[FITTED_ON]) else grid.examples[FITTED_ON]
 
 
-def _by_sentence(
-    run: Run, grid: Grid, training: Examples, h: int, horizon: int
-) -> Mapping[str, tuple[Predict, float | None]]:
+def _by_sentence(run: Run, grid: Grid, training: Examples, h: int, horizon: int) -> Mapping[str, Reading]:
     """Readers that know whole sentences, so that the distance makes no difference to them."""
     corpus, target, test = run.corpus, grid.target, grid.examples[TESTED_ON]
     chosen, classes = grid.examples[CHOSEN_ON], grid.target.classes
     prior = prior_log_probabilities(training.labels[:, h], classes)
-    readers: dict[str, tuple[Predict, float | None]] = {
+    readers: dict[str, Reading] = {
         "prior": (
             lambda rows: np.tile(prior, (len(test[rows]), 1)),
             float(-prior[chosen.labels[:, h]].mean()),
         )
     }
     if target.of_sentences is not None:
-        before = {
-            name: previous_labels(corpus, target, examples.sentence)
-            for name, examples in (("fit", training), ("choose", chosen), ("test", test))
-        }
-        bigram = fit_bigram(
-            before["fit"], training.labels[:, h], classes, (before["choose"], chosen.labels[:, h])
-        )
-        losses = -bigram.table[before["choose"], chosen.labels[:, h]]
-        readers["bigram"] = lambda rows: bigram.log_probabilities(before["test"][rows]), float(losses.mean())
+        known = partial(previous_labels, corpus, target)
+        told = [known(examples.sentence) for examples in (training, chosen, test)]
+        readers["bigram (current action)"] = _bigram(grid, training, h, *told)
     if target.name != "action":
         return readers
     for name, read in _planned(run, horizon).items():
@@ -122,9 +114,40 @@ def previous_labels(corpus: Corpus, target: Target, sentences: np.ndarray) -> np
     return np.where(first, NO_ACTION, target.of_sentences[np.maximum(sentences - 1, 0)]).astype(np.int64)
 
 
-def _skip_ngram(
-    corpus: Corpus, grid: Grid, training: Examples, h: int, distance: int
-) -> tuple[Predict, float]:
+def _by_position(run: Run, grid: Grid, training: Examples, h: int, distance: int) -> Mapping[str, Reading]:
+    """Readers that know what is to be read up to the position, and no more."""
+    corpus, target, horizon = run.corpus, grid.target, grid.horizons[h]
+    chosen, test = grid.examples[CHOSEN_ON], grid.examples[TESTED_ON]
+    readers: dict[str, Reading] = {"skip n-gram": _skip_ngram(corpus, grid, training, h, distance)}
+    if target.of_sentences is not None:
+        read = [
+            previous_labels(corpus, target, next_sentences(corpus, examples.anchor - distance))
+            for examples in (training, chosen, test)
+        ]
+        readers["bigram"] = _bigram(grid, training, h, *read)
+    # With anchors at every token, the number of sentences ahead, which the ceiling is told, is news from
+    # distance 2 on: no reader of a position knows it, and probes far below could hide a leak.
+    if _has_ceiling(run, grid) and (run.config.probe.anchors == "sentence" or distance == 1):
+        readers["ceiling (tokens read)"] = _position_ceiling(run, grid, distance, horizon), None
+    return readers
+
+
+def next_sentences(corpus: Corpus, positions: np.ndarray) -> np.ndarray:
+    """The sentence that holds the token after each position: the one before it is wholly read `[rows]`."""
+    return np.searchsorted(corpus.first_token, positions + 1, side="right") - 1
+
+
+def _bigram(
+    grid: Grid, training: Examples, h: int, fit: np.ndarray, choose: np.ndarray, test: np.ndarray
+) -> Reading:
+    """A bigram, given the labels that it knows in training, validation and test examples."""
+    labels = grid.examples[CHOSEN_ON].labels[:, h]
+    bigram = fit_bigram(fit, training.labels[:, h], grid.target.classes, (choose, labels))
+    loss = float(-bigram.table[choose, labels].mean())
+    return lambda rows: bigram.log_probabilities(test[rows]), loss
+
+
+def _skip_ngram(corpus: Corpus, grid: Grid, training: Examples, h: int, distance: int) -> Reading:
     chosen, test = grid.examples[CHOSEN_ON], grid.examples[TESTED_ON]
     fitted = SkipNgram.fit(
         contexts(corpus, training.anchor - distance, ORDER),
@@ -167,11 +190,22 @@ def _head(reader: str, distance: int, horizon: int, loss: float | None) -> Row:
     return head if loss is None else head | {"validation_cross_entropy": loss}
 
 
+def whole_documents(number: np.ndarray) -> Iterator[slice]:
+    """Cuts examples `[examples]`, of documents numbered in their order, into parts of whole documents."""
+    ends = np.append(np.flatnonzero(np.diff(number)) + 1, len(number))
+    start = 0
+    while start < len(number):
+        end = int(np.searchsorted(ends, start + CHUNK_EXAMPLES))
+        stop = int(ends[min(end, len(ends) - 1)])
+        yield slice(start, stop)
+        start = stop
+
+
 def _tally(grid: Grid, horizon: int, heads: list[Row], predict: Predict) -> Tally:
     test = grid.examples[TESTED_ON]
     number, labels = document_numbers(test.document), grid.labels(TESTED_ON, horizon)
     one = Tally(heads[:1], int(number.max()) + 1)
-    for rows in chunk_slices(test.document):
+    for rows in whole_documents(number):
         one.add(number[rows], predict(rows)[None], labels[rows])
     whole = Tally(heads, int(number.max()) + 1)
     whole.sums = {score: np.repeat(sums, len(heads), axis=1) for score, sums in one.sums.items()}

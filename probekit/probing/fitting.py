@@ -190,14 +190,15 @@ def _fit_sums(activations: Activations, work: Work) -> list[Fitted]:
     grid, device = work.grid, work.device
     questions = [*target_questions(grid), *([work.control] if work.control else [])]
     places = [len(block.places) for block in activations.blocks]
-    moments = {
-        (b, q): Moments.zeros(places[b] * len(grid.distances), block.width, grid.target.classes, device)
-        for b, block in enumerate(activations.blocks)
-        for q in range(len(questions))
-    }
+    moments: dict[tuple[int, int], Moments] = {}
+    for b, block in enumerate(activations.blocks):
+        shape = places[b] * len(grid.distances), block.width, grid.target.classes
+        moments[b, 0] = Moments.zeros(*shape, device)
+        moments |= {(b, q): moments[b, 0].relabelled() for q in range(1, len(questions))}
     for rows, blocks in work.read(activations, FITTED_ON):
         for (b, q), sums in moments.items():
-            sums.add(blocks[b].flatten(0, 1), questions[q].asked(FITTED_ON, rows, places[b], device))
+            add = sums.add_labels if q else sums.add
+            add(blocks[b].flatten(0, 1), questions[q].asked(FITTED_ON, rows, places[b], device))
     solved: dict[tuple[SolverName, int, int], ClosedForm] = {
         (solver, *key): _closed_form(solver, work.settings).fit_moments(sums)
         for key, sums in moments.items()

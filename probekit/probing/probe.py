@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from probekit.config import ProbedName
+from probekit.corpus.store import Corpus
 from probekit.errors import ProbekitError
 from probekit.evaluation.statistics import Resampling
 from probekit.models.language_model import OUTSIDE_BLOCKS, check_location
@@ -24,7 +25,7 @@ from probekit.probing.locations import BEFORE
 from probekit.probing.results import table_of
 from probekit.probing.store import Store, identity, write_store
 from probekit.probing.tally import Row, Tally
-from probekit.probing.targets import Target, find_target
+from probekit.probing.targets import Examples, Target, find_target
 from probekit.progress import Progress
 from probekit.run import Run
 from probekit.storage import atomic_folder, write_json
@@ -171,14 +172,18 @@ def _probed(
 
 
 def _groups(run: Run, grid: Grid, places: Sequence[Place]) -> Iterator[list[Place]]:
-    """Cuts places into groups whose held examples stay within `probe.memory`, of one place at least."""
+    """Cuts places into groups whose held examples, or sums, stay within `probe.memory`."""
     config, widths = run.config.probe, run.locations
-    examples = 0 if CLOSED_FORM.issuperset(config.solvers) else len(grid.examples[FITTED_ON])
-    examples += len(grid.examples[CHOSEN_ON]) if examples else 0
+    examples = len(grid.examples[FITTED_ON]) + len(grid.examples[CHOSEN_ON])
+    closed_form = CLOSED_FORM.issuperset(config.solvers)
+    sums = grid.target.classes * (len(grid.horizons) + config.control)
     group: list[Place] = []
     held = 0
     for place in places:
-        size = 4 * len(grid.distances) * examples * widths[place[0].removesuffix(BEFORE)]
+        width = widths[place[0].removesuffix(BEFORE)]
+        # The sums are float64, and held once more by every solver.
+        numbers = 2 * (1 + len(config.solvers)) * (width + sums) if closed_form else examples
+        size = 4 * len(grid.distances) * width * numbers
         if group and held + size > config.memory * 1e9:
             yield group
             group, held = [], 0
@@ -190,15 +195,24 @@ def _groups(run: Run, grid: Grid, places: Sequence[Place]) -> Iterator[list[Plac
 def _mark_injected(
     run: Run, grid: Grid, variant: ProbedName, places: Sequence[Place], tallies: Sequence[Tally]
 ) -> None:
-    """Marks the rows whose readings had already been told of the target's own action."""
+    """Marks the rows whose readings had already been told of the target's own action.
+
+    What is no sentence's own, such as a document's type, every action that was planned tells of.
+    """
     told = variant in VARIANTS and VARIANTS[variant].evaluation.needs_scores
     changed = Reader(run, variant, places, grid.distances).changed_by_conditioning() if told else set()
-    test, corpus = grid.examples[TESTED_ON], run.corpus
+    test = grid.examples[TESTED_ON]
     for tally in tallies:
         for head in tally.heads:
-            asked = test.sentence + (head["horizon"] - 1 if grid.target.of_sentences is not None else 0)
-            carried = test.anchor - head["distance"] >= corpus.first_token[asked] - 1
-            head["injected"] = (head["location"], head["layer"]) in changed and bool(carried.any())
+            head["injected"] = False
+            if (head["location"], head["layer"]) in changed:
+                head["injected"] = grid.target.of_sentences is None or _carried(run.corpus, test, head)
+
+
+def _carried(corpus: Corpus, examples: Examples, head: Row) -> bool:
+    """Whether some example reads where the action of the very sentence that it asks about is added."""
+    asked = examples.sentence + head["horizon"] - 1
+    return bool((examples.anchor - head["distance"] >= corpus.first_token[asked] - 1).any())
 
 
 def _empty_rows(run: Run, grid: Grid, seeds: list[int], places: Sequence[Place]) -> list[Row]:
@@ -229,7 +243,7 @@ def _write(run: Run, results: ProbeResults, grids: Mapping[int, Grid]) -> None:
         results.table.to_parquet(folder / "results.parquet", index=False)
         write_json(
             folder / "settings.json",
-            run.config.model_dump(mode="json", include={"seed", "probe", "evaluation"})
+            run.config.model_dump(mode="json")
             | {"notes": results.notes}
             | {
                 "documents": {

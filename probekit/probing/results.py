@@ -86,11 +86,12 @@ def table_of(
 
 def _shortfall(rows: pd.DataFrame, nats: np.ndarray) -> np.ndarray:
     """Bits by which each probe is below the ceiling `[documents, readers]`; NaN where none is known."""
-    ceilings = rows.reader == CEILING
-    if not ceilings.any():
-        return np.full_like(nats, np.nan)
-    gap = (nats - nats[:, _beside(rows, ceilings)]) / np.log(2)
-    return np.where(rows.reader == "probe", gap, np.nan)
+    cell = pd.MultiIndex.from_frame(rows[["distance", "horizon"]])
+    number = pd.Series(np.arange(len(rows)), cell)[(rows.reader == CEILING).to_numpy()].reindex(cell)
+    known = (number.notna().to_numpy()) & (rows.reader == "probe").to_numpy()
+    gap = np.full_like(nats, np.nan)
+    gap[:, known] = (nats[:, known] - nats[:, number[known].to_numpy(np.int64)]) / np.log(2)
+    return gap
 
 
 def _write(rows: pd.DataFrame, name: str, numbers: np.ndarray, found: Intervals) -> None:

@@ -16,8 +16,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from probekit.config import ProbedName
+from probekit.devices import precision_of
 from probekit.errors import ProbekitError
 from probekit.evaluation.evaluate import window_and_stride
+from probekit.models.mixing import VARIANTS
 from probekit.probing.activations import Block, Place, Reader, chunk_slices
 from probekit.probing.grid import Grid
 from probekit.probing.targets import Examples
@@ -137,14 +139,16 @@ def write_store(
 def identity(run: Run, variant: ProbedName, seed: int, grid: Grid) -> dict[str, Any]:
     """What the activations of a variant depend on, other than places and examples."""
     window, stride = window_and_stride(run)
-    facts = run.corpus.facts
+    facts, config = run.corpus.facts, run.config
+    told = config.model_dump(include={"planner", "conditioning"}) | {"temperature": config.mixing.temperature}
     return {
         "version": version("probekit"),
         "model": run.weights_digest(variant),
         "corpus": f"{facts['fingerprint'][:16]}, {facts['tokens']} tokens",
         "variant": f"random, seed {seed}" if variant == "random" else variant,
         "windows": [window, stride],
-        "precision": run.config.training.precision,
+        "precision": precision_of(run.device, config.training.precision),
+        "conditioning": str(told) if variant in VARIANTS else None,
         "distances": list(grid.distances),
     }
 

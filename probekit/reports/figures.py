@@ -39,6 +39,7 @@ SIGNED = ("gain", "selectivity")
 BASELINE_STYLES = {
     "prior": ("0.55", ":"),
     "bigram": ("#b35900", "--"),
+    "bigram (current action)": ("#e08a2e", "-."),
     "skip n-gram": ("#b35900", ":"),
     "token embedding": ("#8c6d31", "-."),
     "planner": ("#7b3294", "-."),

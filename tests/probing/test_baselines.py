@@ -93,7 +93,7 @@ def columns(walked: Walked) -> tuple[np.ndarray, ...]:
 
 
 def test_the_readers_of_the_planted_corpus(rows: dict):
-    everywhere = {"prior", "bigram", "skip n-gram"}
+    everywhere = {"prior", "bigram", "bigram (current action)", "skip n-gram"}
     everywhere |= {f"ceiling ({of})" for of in ("actions", "words", "tokens read")}
     expected = {(reader, *cell) for reader in everywhere for cell in CELLS}
     # A planner plans the next sentence alone.
@@ -119,23 +119,37 @@ def test_prior(rows: dict, walked: dict, run: Run, grid: Grid, distance: int, ho
 
 
 @pytest.mark.parametrize(("distance", "horizon"), CELLS)
-def test_bigram(rows: dict, walked: dict, run: Run, grid: Grid, distance: int, horizon: int):
-    """It is given the action of the sentence before the anchor's, whatever the horizon."""
-    actions = np.asarray(run.corpus.actions)
-    document, _, sentence = columns(walked["test"])
-    train = columns(walked["train"])[2]
+@pytest.mark.parametrize("reader", ["bigram", "bigram (current action)"])
+def test_bigram(rows: dict, walked: dict, run: Run, grid: Grid, distance: int, horizon: int, reader: str):
+    """One is given the action of the last sentence wholly read at the position, the other the last one's."""
+    corpus, actions = run.corpus, np.append(run.corpus.actions, -1)
+
+    def given(anchors: np.ndarray, sentences: np.ndarray) -> np.ndarray:
+        """Which row of the table; the last one is that of no sentence."""
+        found = []
+        for anchor, sentence in zip(anchors.tolist(), sentences.tolist(), strict=True):
+            last, first = sentence - 1, corpus.document_sentences[corpus.document_of(np.array([sentence]))[0]]
+            while (
+                reader == "bigram" and last >= first and corpus.first_token[last + 1] > anchor - distance + 1
+            ):
+                last -= 1
+            found.append(actions[last] if last >= first else 8)
+        return np.array(found)
+
+    document, anchors, sentence = columns(walked["test"])
+    _, train_anchors, train = columns(walked["train"])
     prior = shares(actions[train + horizon - 1])
-    pairs = np.zeros((8, 8))
-    for j in train:
-        pairs[actions[j - 1], actions[j + horizon - 1]] += 1
-    chosen = grid.examples["validation"].sentence
+    pairs = np.zeros((9, 8))
+    np.add.at(pairs, (given(train_anchors, train), actions[train + horizon - 1]), 1)
+    examples = grid.examples["validation"]
+    chosen, told = examples.sentence, given(examples.anchor, examples.sentence)
     losses = {}
     for strength in STRENGTHS:
         table = np.log((pairs + strength * prior) / (pairs.sum(axis=1, keepdims=True) + strength))
-        losses[strength] = -table[actions[chosen - 1], actions[chosen + horizon - 1]].mean(), table
+        losses[strength] = -table[told, actions[chosen + horizon - 1]].mean(), table
     loss, table = min(losses.values(), key=lambda found: found[0])
-    row = rows["bigram", distance, horizon]
-    check(row, table[actions[sentence - 1]], actions[sentence + horizon - 1], document)
+    row = rows[reader, distance, horizon]
+    check(row, table[given(anchors, sentence)], actions[sentence + horizon - 1], document)
     assert row["head"]["validation_cross_entropy"] == pytest.approx(loss)
 
 
@@ -218,7 +232,7 @@ def sentence_file(run: Run, folder: Path) -> Path:
         ({"probe.target": "token"}, {"prior", "skip n-gram"}),
         ({"probe.target": "sentence-position"}, {"prior", "skip n-gram"}),
         ({"probe.target": "document-type"}, {"prior", "skip n-gram"}),
-        ({"probe.target": "words"}, {"prior", "bigram", "skip n-gram"}),
+        ({"probe.target": "words"}, {"prior", "bigram", "bigram (current action)", "skip n-gram"}),
     ],
 )
 def test_readers_of_other_targets(tiny_run: Run, tmp_path: Path, settings: dict, readers: set[str]):
@@ -259,14 +273,17 @@ def test_the_bigram_of_a_column_is_given_the_label_before(tiny_run: Run, tmp_pat
 
 def test_every_token_as_anchor(tiny_run: Run):
     """Planner and ceiling know of each token's own sentence; others are given what is before it."""
-    run = tiny_run.with_settings({"probe.anchors": "token", "probe.distances": [2], "probe.horizons": [2]})
+    run = tiny_run.with_settings({"probe.anchors": "token", "probe.distances": [1, 2], "probe.horizons": [2]})
     grid = grid_of(run)
     rows = rows_of(run, grid)
-    assert {key[0] for key in rows} == {"prior", "bigram", "skip n-gram", "ceiling (tokens read)"}
+    counted = {"prior", "bigram", "bigram (current action)", "skip n-gram"}
+    assert {key[0] for key in rows if key[1] == 1} == counted | {"ceiling (tokens read)"}
+    # The ceiling is told how many sentences ahead the anchor's is, which two tokens before it is news.
+    assert {key[0] for key in rows if key[1] == 2} == counted
     corpus, test = run.corpus, grid.examples["test"]
     assert len(test) > 4 * len(corpus.sentences(corpus.documents("test")))
-    read = position_ceiling(run.config, corpus, test.anchor - 2, test.sentence + 1)
-    check(rows["ceiling (tokens read)", 2, 2], read, test.labels[:, 0], test.document)
+    read = position_ceiling(run.config, corpus, test.anchor - 1, test.sentence + 1)
+    check(rows["ceiling (tokens read)", 1, 2], read, test.labels[:, 0], test.document)
 
 
 # What is missing
@@ -276,7 +293,8 @@ def test_a_run_that_trained_nothing_has_what_counting_gives(tiny_run: Run, monke
     run = tiny_run.with_settings({"actions.labels": "clusters"})
     finished: Callable[[str], bool] = run.finished
     monkeypatch.setattr(run, "finished", lambda stage: stage in ("corpus", "lm") and finished(stage))
-    assert {key[0] for key in rows_of(run, grid_of(run))} == {"prior", "bigram", "skip n-gram"}
+    counted = {"prior", "bigram", "bigram (current action)", "skip n-gram"}
+    assert {key[0] for key in rows_of(run, grid_of(run))} == counted
 
 
 def test_few_training_documents_are_replaced_by_those_of_the_probes(tiny_run: Run):

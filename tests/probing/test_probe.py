@@ -169,7 +169,7 @@ def test_one_row_for_each_reader_and_cell(wide: ProbeResults):
     assert (
         counts["probe"] == 2 * 4 * 3 * 3 * 3 * 2
     )  # solvers, variants, locations, layers, distances, horizons
-    readers = {"prior", "bigram", "skip n-gram", "token embedding"}
+    readers = {"prior", "bigram", "bigram (current action)", "skip n-gram", "token embedding"}
     readers |= {f"ceiling ({of})" for of in ("actions", "words", "tokens read")}
     for reader in readers:
         assert counts[reader] == 2 * 2  # distances that are not empty, horizons
@@ -581,7 +581,7 @@ def test_an_action_written_into_a_layer_is_found_from_there_on(
             assert row.accuracy < ceiling.accuracy_high
             assert row.bits < ceiling.bits
     # Three tokens before, the sentence's own action is written: as good as the bigram, and no better.
-    bigram = cell(table, reader="bigram", distance=3)
+    bigram = cell(table, reader="bigram (current action)", distance=3)
     best = cell(probes, distance=3, location="attn.hook_z", layer=1)
     assert best.bits == pytest.approx(bigram.bits, abs=0.1)
     before = cell(probes, distance=3, location="attn.hook_z:before", layer=1)
@@ -638,7 +638,8 @@ def test_shuffled_labels_are_not_read(learned_run: Run, tmp_path: Path):
         shuffle = np.random.default_rng(seed).permutation
         run = rewritten(learned_run, tmp_path / str(seed), "actions.npy", shuffle)
         table = probe(run, settings, quiet=True).table
-        assert set(table.reader) == {"probe", "token embedding", "prior", "bigram", "skip n-gram", "planner"}
+        counted = {"prior", "bigram", "bigram (current action)", "skip n-gram"}
+        assert set(table.reader) == counted | {"probe", "token embedding", "planner"}
         probes = table[table.reader == "probe"]
         found.append(probes.assign(chance=cell(table, reader="prior", distance=1, horizon=1).accuracy))
         labels = np.bincount(run.corpus.actions, minlength=8) / len(run.corpus.actions)
@@ -672,7 +673,8 @@ def test_a_column_of_labels_that_the_token_before_tells(learned_run: Run, tmp_pa
     settings |= {"probe.layers": [0], "probe.locations": ["hook_resid_pre", "hook_embed"]}
     found = probe(run, settings | {"probe.l2": [1e-3]}, quiet=True).table
     assert (found.target == "before").all()
-    assert set(found.reader) == {"probe", "token embedding", "prior", "bigram", "skip n-gram"}
+    counted = {"prior", "bigram", "bigram (current action)", "skip n-gram"}
+    assert set(found.reader) == counted | {"probe", "token embedding"}
     assert (cells(found, reader="skip n-gram").accuracy > 0.99).all(), "the tokens before tell it all"
     for reader in ("probe", "token embedding"):
         rows = cells(found, reader=reader, location="hook_embed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from probekit.errors import ProbekitError
 
-CHUNK_BYTES = {"cpu": 1 << 25, "cuda": 1 << 30}
+CHUNK_BYTES = defaultdict(lambda: 1 << 30, cpu=1 << 25)
 """Working memory by which a batch is split into pieces, taken in turn; on a CPU, to stay in its cache."""
 
 
