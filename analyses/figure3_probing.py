@@ -168,7 +168,7 @@ def draw_heat_maps(
             axes.set_axis_off()
             axes.text(0.5, 0.5, "not probed", ha="center", va="center", fontsize=7, transform=axes.transAxes)
         else:
-            draw_heat_map(axes, cells[i][j], metric, scale=scale, numbers=False)
+            draw_heat_map(axes, cells[i][j], metric, scale=scale, numbers=False, bar=False)
         axes.tick_params(labelsize=6.5, length=2, labelbottom=i == len(panels) - 1, labelleft=j == 0)
         axes.set(xlabel="", ylabel="")
         if i == 0:

@@ -100,7 +100,7 @@ class Shape:
 
 
 GPT2 = Shape(
-    layers=12, width=768, heads=12, vocabulary=50_257, window=128, documents=16, batch=8, read_layers=12
+    layers=12, width=768, heads=12, vocabulary=50_257, window=128, documents=96, batch=8, read_layers=12
 )
 QUICK = Shape(
     layers=3, width=16, heads=2, vocabulary=300, window=32, documents=6, batch=4, read_layers=3, classes=4
@@ -395,6 +395,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     options = parse_options(__doc__, arguments)
     rows = []
     for name, shape in workloads(options).items():
+        if options.only not in name:
+            continue
         print(f"{name} ...", flush=True)
         rows += measure(name, shape, options)
     keep("extraction", options, {"location": LOCATION, "ratio": f"seconds over those of {REFERENCE}"}, rows)

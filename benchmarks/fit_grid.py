@@ -96,7 +96,7 @@ def workloads(size: Size, wide: Size, base: Size, doublings: int) -> list[Worklo
 SIZES = {
     "cpu": workloads(
         size=Size(layers=12, distances=4, examples=5_000, width=192, classes=32, one_by_one=48),
-        wide=Size(layers=4, distances=1, examples=5_000, width=768, classes=1_024, one_by_one=1),
+        wide=Size(layers=2, distances=1, examples=4_000, width=768, classes=1_024, one_by_one=1),
         base=Size(layers=3, distances=2, examples=2_000, width=192, classes=32, one_by_one=1),
         doublings=3,
     ),
@@ -247,7 +247,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     """Measures all workloads, prints and writes them."""
     options = parse_options(__doc__, arguments)
     rows = []
-    for workload in QUICK if options.quick else SIZES[options.device.type]:
+    workloads = QUICK if options.quick else SIZES[options.device.type]
+    for workload in (workload for workload in workloads if options.only in workload.name):
         print(f"{workload.name} ...", flush=True)
         rows += measure(workload, options)
     settings = {"dtype": "float32", "same": SAME, "ratio": f"seconds over those of {REFERENCE}"}

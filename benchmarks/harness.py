@@ -57,6 +57,7 @@ class Options:
     quick: bool
     repeats: int
     out: Path | None
+    only: str = ""
 
 
 def parse_options(description: str | None, arguments: Sequence[str] | None = None) -> Options:
@@ -74,11 +75,12 @@ def parse_options(description: str | None, arguments: Sequence[str] | None = Non
         type=Path,
         help=f"folder of results ({RESULTS.parent.name}/{RESULTS.name}; none with --quick)",
     )
+    parser.add_argument("--only", default="", help="workloads whose name holds this; all by default")
     given = parser.parse_args(arguments)
     if given.repeats < 1:
         parser.error(f"--repeats is {given.repeats}; it must be 1 or more")
     out = given.out or (None if given.quick else RESULTS)
-    return Options(compute_device(given.device), given.quick, given.repeats, out)
+    return Options(compute_device(given.device), given.quick, given.repeats, out, given.only)
 
 
 # Time

@@ -108,7 +108,7 @@ def _corpus(words: list[str]) -> None:
         run = build_corpus(_config(parsed), parsed.out, existing=_existing(parsed), quiet=parsed.quiet)
     print_corpus(run.corpus, parsed.nearest)
     if parsed.export:
-        export_sentences(run.corpus, parsed.export)
+        sys.stdout.write(f"All sentences: {export_sentences(run.corpus, parsed.export)}\n")
 
 
 def _evaluate(words: list[str]) -> None:

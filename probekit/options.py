@@ -116,10 +116,15 @@ def chosen_config(parsed: argparse.Namespace, begun: Path | None = None) -> Conf
 
 
 def probed_config(parsed: argparse.Namespace) -> Config:
-    """The config of `--model` and `--corpus` on the preset `any-model`, another preset, or a file."""
-    if not (parsed.preset or parsed.config):
-        parsed.preset = ANY_MODEL
-    config = chosen_config(parsed) or Config()
+    """The config of `--model` and `--corpus` on the run that is in `--out`, or on the preset `any-model`.
+
+    `--preset` and `--config` win over both.
+    """
+    there = Path(parsed.out) / "config.yaml"
+    begun = there if there.is_file() and not parsed.overwrite else None
+    if begun is None:
+        parsed.preset = parsed.preset or (None if parsed.config else ANY_MODEL)
+    config = chosen_config(parsed, begun) or (Config.from_yaml(begun) if begun else Config())
     paths = {"lm.name": parsed.model, "corpus.path": parsed.corpus}
     return config.override({name: value for name, value in paths.items() if value is not None})
 

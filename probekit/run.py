@@ -423,6 +423,9 @@ USED_BY = {
     "training.adapter": "adapter/",
     "training.planner": "planner",
     "planner": "planner",
+    # A new LM needs the corpus, so its stage comes after; a pre-trained one is there before.
+    "corpus": "corpus",
+    "actions": "corpus",
 }
 """Sections that only a late stage uses, more special ones first; all other settings any stage may use."""
 

@@ -297,7 +297,7 @@ def test_a_run_without_a_planner_is_probed(capsys: Capture, copy: Path):
     write_json(copy / "run.json", state)
     told(capsys, "probe", copy, *FAST, "--quiet")
     assert set(Run.open(copy).probes().reader) == {
-        *("probe", "token embedding", "prior", "bigram", "skip n-gram"),
+        *("probe", "token embedding", "prior", "bigram", "bigram (current action)", "skip n-gram"),
         *(f"ceiling ({of})" for of in ("actions", "words", "tokens read")),
     }
 
@@ -402,7 +402,14 @@ def test_any_model_is_probed_on_any_text(
     assert not list((out / "lm").glob("*.safetensors")), "a model that is there already is not copied"
     first = run.probes()
     assert set(first[first.reader == "probe"].layer) == {0}
-    assert set(first.reader) == {"probe", "token embedding", "prior", "bigram", "skip n-gram"}
+    assert set(first.reader) == {
+        "probe",
+        "token embedding",
+        "prior",
+        "bigram",
+        "bigram (current action)",
+        "skip n-gram",
+    }
     assert list((out / "probes").glob("*.png"))
 
     # Again, with another grid: corpus and model stay, what was probed is replaced.

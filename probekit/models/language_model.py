@@ -55,7 +55,8 @@ def random_weights(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        # Not the seed itself: an untrained model of that seed would come out again.
+        torch.manual_seed(seed + 2**40)
         return AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
 
 

@@ -1,8 +1,8 @@
 """Baselines and ceilings on the grid's own examples: what is read without any activation.
 
 The prior, the bigram (given the label of the last sentence that is wholly read at the position) and the skip
-n-gram (given the last tokens up to it) are fitted on training documents, of which there are more than probes
-are fitted on, and chosen on validation documents. "bigram (current action)", planners and two of the ceilings
+n-gram (given the last tokens up to it) are fitted on the training documents and those that probes are fitted
+on, and chosen on validation documents. "bigram (current action)", planners and two of the ceilings
 know all of the sentence before the anchor, however far before it a probe reads.
 """
 
@@ -55,15 +55,17 @@ def baseline_tallies(run: Run, grid: Grid) -> list[Tally]:
 
 
 def _training(corpus: Corpus, settings: ProbeSettings, grid: Grid, seed: int) -> Examples:
-    """Examples of training documents, drawn at random, that all distances reach and all horizons label."""
-    documents = corpus.documents("train")
+    """Examples to count in, that all distances reach and all horizons label.
+
+    Of the training documents and those that probes are fitted on: no probe is to win by having seen more.
+    """
+    documents = np.concatenate([corpus.documents("train"), corpus.documents(FITTED_ON)])
     order = np.random.default_rng(seed).permutation(documents)
     ends = corpus.document_sentences if settings.anchors == "sentence" else corpus.document_tokens
     drawn = np.sort(order[np.cumsum(ends[order + 1] - ends[order]) <= MOST_EXAMPLES])
     examples = find_examples(corpus, drawn, grid.target, grid.horizons, settings.anchors)
     usable = reached(corpus, examples, max(grid.distances)) & (examples.labels != NO_LABEL).all(axis=1)
-    # Where there is next to nothing to fit on, as in a corpus that keeps all for probes, they share theirs.
-    return examples[usable] if usable.sum() > len(grid.examples[FITTED_ON]) else grid.examples[FITTED_ON]
+    return examples[usable]
 
 
 def _by_sentence(run: Run, grid: Grid, training: Examples, h: int, horizon: int) -> Mapping[str, Reading]:

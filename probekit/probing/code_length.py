@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from probekit.errors import ProbekitError
+from probekit.evaluation.action_metrics import prior_log_probabilities
 from probekit.probing.solvers.batch import labels, losses
 from probekit.probing.solvers.softmax import SoftmaxProbes
 
@@ -57,6 +58,20 @@ def block_ends(documents: np.ndarray, shares: Sequence[float] = SHARES) -> list[
         raise ProbekitError(f"{len(np.unique(documents))} documents come in {len(ends)} pieces: sort them")
     wanted = np.ceil(np.round(np.asarray(shares) * len(documents), 6))
     return np.unique(ends[np.searchsorted(ends, wanted)]).tolist()
+
+
+def prior_code(labels: np.ndarray, classes: int, ends: Sequence[int]) -> float:
+    """The same code of a reader without activations, who counts labels, in bits per example.
+
+    Args:
+        labels: Classes in the order in which they are sent, [examples].
+        classes: Number of classes.
+        ends: See `prequential_code`.
+    """
+    bits = ends[0] * math.log2(classes)
+    for end, next_end in pairwise(ends):
+        bits -= prior_log_probabilities(labels[:end], classes)[labels[end:next_end]].sum() / math.log(2)
+    return float(bits / len(labels))
 
 
 def prequential_code(

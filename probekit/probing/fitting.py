@@ -18,7 +18,7 @@ from probekit.config import ProbeSettings, SolverName
 from probekit.corpus.store import Corpus
 from probekit.evaluation.action_metrics import prior_log_probabilities
 from probekit.probing.activations import Activations, Block
-from probekit.probing.code_length import block_ends, prequential_code
+from probekit.probing.code_length import block_ends, prequential_code, prior_code
 from probekit.probing.control import control_labels
 from probekit.probing.grid import CHOSEN_ON, FITTED_ON, TESTED_ON, Grid
 from probekit.probing.solvers import LDAProbes, MLPProbes, Moments, RidgeProbes, SoftmaxProbes
@@ -273,6 +273,8 @@ def _heads(fitted: Fitted, block: Block, grid: Grid, head: Row) -> list[Row]:
     """The beginnings of the rows of a batch of probes, with what is known of the fits."""
     cells = [(place, distance) for place in block.places for distance in grid.distances]
     columns = {name: getattr(fitted.probes, attribute, None) for name, attribute in FACTS.items()}
+    labels, ends = grid.labels(FITTED_ON, fitted.horizon), block_ends(grid.examples[FITTED_ON].document)
+    prior = prior_code(labels, grid.target.classes, ends)
     rows = []
     for i, ((location, layer), distance) in enumerate(cells):
         row = head | {"solver": fitted.solver, "location": location, "layer": layer, "distance": distance}
@@ -282,7 +284,7 @@ def _heads(fitted: Fitted, block: Block, grid: Grid, head: Row) -> list[Row]:
         row |= {"validation_cross_entropy": float(losses.min()), "constant": bool(fitted.constant[i])}
         if fitted.code is not None:
             bits = float(fitted.code[i])
-            row |= {"code_length": bits, "compression": np.log2(grid.target.classes) / bits}
+            row |= {"code_length": bits, "compression": prior / bits}
         rows.append(row)
     return rows
 

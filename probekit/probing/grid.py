@@ -25,6 +25,9 @@ MINIMUM_EXAMPLES = 20
 LEAST_SHARED = 0.1
 """And so does one that would leave less than this share of the nearest cell's anchors to all."""
 
+LEAST_DOCUMENTS = 20
+"""Examples are drawn from no fewer documents than these, if there are so many."""
+
 FEW_SHARED = 0.5
 """Below this share of the anchors that some cell can use, a note says what the farthest distance costs."""
 
@@ -89,6 +92,7 @@ def make_grid(corpus: Corpus, settings: ProbeSettings, target: Target, seed: int
             f"{', '.join(documents)}; lower probe.distances or probe.horizons, raise probe.max_examples, or "
             "give more documents"
         )
+    shared |= {split: _thinned(shared[split], settings.max_examples) for split in (FITTED_ON, CHOSEN_ON)}
     examples = {split: _selected(every[split], rows, sorted(alive_h)) for split, rows in shared.items()}
     empty = {
         (settings.distances[d], settings.horizons[h]): int(usable[TESTED_ON][:, d, h].sum())
@@ -97,17 +101,29 @@ def make_grid(corpus: Corpus, settings: ProbeSettings, target: Target, seed: int
     }
     distances = tuple(settings.distances[d] for d in sorted(alive_d))
     horizons = tuple(settings.horizons[h] for h in sorted(alive_h))
-    notes = [*_empty_note(empty), *_shared_note(usable, shared, distances), *_rare_note(examples, target)]
-    return Grid(target, distances, horizons, examples, empty, tuple(notes))
+    shared_note = _shared_note(usable, shared, distances, horizons)
+    notes = (*_empty_note(empty), *shared_note, *_rare_note(examples, target))
+    return Grid(target, distances, horizons, examples, empty, notes)
 
 
 def _drawn(corpus: Corpus, split: str, settings: ProbeSettings, seed: int) -> np.ndarray:
-    """Whole documents of a split in random order, as long as they hold at most `max_examples` anchors."""
+    """Whole documents of a split in random order, as long as they hold at most `max_examples` anchors.
+
+    But at least `LEAST_DOCUMENTS` or all that there are; their anchors are thinned out later.
+    """
     order = np.random.default_rng(seed).permutation(_documents(corpus, split))
     ends = corpus.document_sentences if settings.anchors == "sentence" else corpus.document_tokens
     # The first sentence is no anchor, as nothing is before it; a document without any has none.
     anchors = np.cumsum(np.maximum(ends[order + 1] - ends[order] - 1, 0))
-    return order[anchors <= settings.max_examples]
+    return order[: max(LEAST_DOCUMENTS, int((anchors <= settings.max_examples).sum()))]
+
+
+def _thinned(rows: np.ndarray, most: int) -> np.ndarray:
+    """Every n-th of the chosen rows `[examples]`, bool, so that at most as many as asked for are left."""
+    chosen = np.flatnonzero(rows)
+    thinned = np.zeros_like(rows)
+    thinned[chosen[:: max(1, -(-len(chosen) // most))]] = True
+    return thinned
 
 
 def _documents(corpus: Corpus, split: str) -> np.ndarray:
@@ -173,14 +189,17 @@ def _empty_note(empty: Mapping[tuple[int, int], int]) -> list[str]:
 
 
 def _shared_note(
-    usable: Mapping[str, np.ndarray], shared: Mapping[str, np.ndarray], distances: tuple[int, ...]
+    usable: Mapping[str, np.ndarray],
+    shared: Mapping[str, np.ndarray],
+    distances: tuple[int, ...],
+    horizons: tuple[int, ...],
 ) -> list[str]:
     most, left = usable[TESTED_ON].any((1, 2)).sum(), shared[TESTED_ON].sum()
     if left >= FEW_SHARED * most:
         return []
     return [
-        f"all cells share the {left:,} of {most:,} test anchors that distance {max(distances)} reaches; "
-        "leave far distances to a run of their own to keep more"
+        f"all cells share the {left:,} of {most:,} test anchors that distance {max(distances)} and horizon "
+        f"{max(horizons)} leave; give far ones a run of their own to keep more"
     ]
 
 

@@ -268,6 +268,12 @@ def _places(run: Run) -> list[Place]:
     settings, layers = run.config.probe, run.bridged.cfg.n_layers
     for location in settings.locations:
         check_location(run.locations, location.removesuffix(BEFORE), "probe.locations")
+        conditioned = run.config.conditioning.location
+        if location.endswith(BEFORE) and location != conditioned + BEFORE:
+            raise ProbekitError(
+                f"probe.locations has {location!r}, but actions are added at {conditioned!r} "
+                f"(conditioning.location); only {conditioned + BEFORE!r} differs from its hook"
+            )
     for layer in settings.layers or ():
         if layer >= layers:
             raise ProbekitError(f"probe.layers has {layer}, but the LM's layers are 0 to {layers - 1}")

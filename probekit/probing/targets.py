@@ -21,6 +21,9 @@ NO_LABEL = -1
 MOST_TOKENS = 1000
 """The target `token` has as classes this many tokens, the most frequent ones of the training documents."""
 
+MOST_CLASSES = 4096
+"""More classes than this are taken for a column that holds no labels, such as texts or numbers of rows."""
+
 LAST_POSITION = 15
 """The target `sentence-position` counts sentences from 0 to here, where all later ones are too."""
 
@@ -212,9 +215,24 @@ def _from_file(corpus: Corpus, name: str, path: Path) -> Target:
             f"probe.labels {path} has {len(table):,} rows, but the corpus has {sentences:,} sentences; "
             "write the table to fill in with `probekit corpus RUN --export FILE`"
         )
+    _check_order(corpus, table, path)
     codes, classes = _classes(table[name], f"probe.labels {path}: column {name!r}")
     target = _sentence_target(corpus, name, len(classes), codes.astype(np.int64))
     return Target(name, target.classes, target.labels, target.of_sentences, tuple(map(str, classes)))
+
+
+def _check_order(corpus: Corpus, table: pd.DataFrame, path: Path) -> None:
+    """Refuses a table whose own columns tell that its rows are not the sentences in their order."""
+    sentence = np.arange(len(corpus.first_token))
+    document = corpus.document_of(sentence)
+    order = {"document": document, "sentence": sentence - corpus.document_sentences[document]}
+    if set(order) <= set(table.columns):
+        wrong = np.logical_or.reduce([table[name].to_numpy() != values for name, values in order.items()])
+        if wrong.any():
+            raise ProbekitError(
+                f"probe.labels {path}: row {int(wrong.argmax()) + 1} is not the corpus's sentence of that "
+                "number, by its columns document and sentence; sort the rows as they were exported"
+            )
 
 
 def _classes(column: pd.Series, called: str) -> tuple[np.ndarray, pd.Index]:
@@ -229,6 +247,8 @@ def _classes(column: pd.Series, called: str) -> tuple[np.ndarray, pd.Index]:
         codes, classes = pd.factorize(column, sort=True)
     except TypeError:
         raise ProbekitError(f"{called} holds lists or objects; give words or whole numbers") from None
+    if len(classes) > MOST_CLASSES:
+        raise ProbekitError(f"{called} has {len(classes):,} classes; at most {MOST_CLASSES:,} can be probed")
     if len(classes) < 2:
         raise ProbekitError(f"{called} has fewer than two classes: {', '.join(map(str, classes)) or 'none'}")
     return codes, classes

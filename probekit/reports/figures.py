@@ -139,6 +139,7 @@ def draw_heat_map(
     *,
     scale: Normalize | None = None,
     numbers: bool = True,
+    bar: bool = True,
 ) -> None:
     """A metric of the probes of one panel by layer and distance.
 
@@ -149,8 +150,9 @@ def draw_heat_map(
         axes: Where.
         cells: Probes of one panel, of one seed or several.
         metric: One of `METRICS`.
-        scale: Shared colours, whose bar the caller draws; None: its own, with a bar.
+        scale: Colours shared with other heat maps; None: its own.
         numbers: Whether values are written into cells.
+        bar: Whether a bar beside it explains the colours.
     """
     means = mean_over_seeds(cells, metric)
     stars = means.injected.map({True: "*", False: ""})
@@ -167,7 +169,7 @@ def draw_heat_map(
         fmt="",
         cmap=colours(metric),
         norm=own,
-        cbar=scale is None,
+        cbar=bar,
         cbar_kws={"label": METRICS[metric], "extend": beyond([means], own)},
         ax=axes,
     )
@@ -230,12 +232,13 @@ def dress_distance_axis(axes: Axes, distances: Sequence[int], metric: str) -> No
 
 
 def probe_heat_map(table: pd.DataFrame, panel: Panel, metric: str = "accuracy") -> Figure:
-    """`draw_heat_map` on a figure of its own, as large as its cells need."""
+    """`draw_heat_map` on a figure of its own; all panels of a table have the same colours."""
     cells = panel.cells(table)
+    scale = colour_scale([mean_over_seeds(each.cells(table), metric) for each in panels(table)], metric)
     size = (2.4 + 0.75 * cells.distance.nunique(), 1.6 + 0.45 * cells.layer.nunique())
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
-    draw_heat_map(axes, cells, metric)
+    draw_heat_map(axes, cells, metric, scale=scale)
     star = "\n* the target's own action was added" if cells.injected.any() else ""
     figure.suptitle(panel.title + star, fontsize=10, parse_math=False)
     return figure

@@ -10,8 +10,12 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
+from probekit.errors import ProbekitError
 from probekit.run import Run
 from probekit.storage import atomic_path, read_json, write_json, write_text
+
+PICTURES = (".png", ".pdf", ".svg")
+"""Formats of pictures."""
 
 
 def save_figure(
@@ -37,6 +41,8 @@ def save_figure(
         The picture's path.
     """
     path = Path(path)
+    if path.suffix not in PICTURES:
+        raise ProbekitError(f"--out is {str(path)!r}; it must end in {', '.join(PICTURES)}")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=150)
     table = numbers.to_csv(index=False)

@@ -1,7 +1,6 @@
 """Baselines and ceilings of the grid against walking through the corpus, one sentence after the other."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,10 @@ def walk(run: Run, documents: np.ndarray, ahead: int = max(HORIZONS)) -> Walked:
 
 @pytest.fixture(scope="module")
 def walked(tiny_run: Run) -> dict[str, Walked]:
-    return {split: walk(tiny_run, tiny_run.corpus.documents(split)) for split in ("train", "test")}
+    return {
+        "counted": walk(tiny_run, counted_in(tiny_run)),
+        "test": walk(tiny_run, tiny_run.corpus.documents("test")),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +89,11 @@ def check(row: dict[str, Any], log_p: np.ndarray, labels: np.ndarray, document: 
         np.testing.assert_allclose(row[name], sums, rtol=1e-9, atol=1e-9)
 
 
+def counted_in(run: Run) -> np.ndarray:
+    """Documents that baselines count in: those of training, and those that probes are fitted on."""
+    return np.sort(np.concatenate([run.corpus.documents("train"), run.corpus.documents("probe")]))
+
+
 def columns(walked: Walked) -> tuple[np.ndarray, ...]:
     document, anchor, sentence = np.array(walked).T
     return document, anchor, sentence
@@ -111,7 +118,7 @@ def shares(labels: np.ndarray, classes: int = 8) -> np.ndarray:
 def test_prior(rows: dict, walked: dict, run: Run, grid: Grid, distance: int, horizon: int):
     actions = np.asarray(run.corpus.actions)
     document, _, sentence = columns(walked["test"])
-    prior = np.log(shares(actions[columns(walked["train"])[2] + horizon - 1]))
+    prior = np.log(shares(actions[columns(walked["counted"])[2] + horizon - 1]))
     row = rows["prior", distance, horizon]
     check(row, np.tile(prior, (len(sentence), 1)), actions[sentence + horizon - 1], document)
     chosen = grid.labels("validation", horizon)
@@ -137,7 +144,7 @@ def test_bigram(rows: dict, walked: dict, run: Run, grid: Grid, distance: int, h
         return np.array(found)
 
     document, anchors, sentence = columns(walked["test"])
-    _, train_anchors, train = columns(walked["train"])
+    _, train_anchors, train = columns(walked["counted"])
     prior = shares(actions[train + horizon - 1])
     pairs = np.zeros((9, 8))
     np.add.at(pairs, (given(train_anchors, train), actions[train + horizon - 1]), 1)
@@ -169,7 +176,7 @@ def test_skip_ngram(rows: dict, walked: dict, run: Run, grid: Grid, distance: in
 
     actions = np.asarray(corpus.actions)
     document, anchor, sentence = columns(walked["test"])
-    _, train, of_train = columns(walked["train"])
+    _, train, of_train = columns(walked["counted"])
     validation = contexts(grid.examples["validation"].anchor), grid.labels("validation", horizon)
     labels = actions[of_train + horizon - 1].astype(np.int64)
     model = SkipNgram.fit(contexts(train), labels, 8, validation)
@@ -252,7 +259,7 @@ def test_readers_of_other_targets(tiny_run: Run, tmp_path: Path, settings: dict,
 
 def _training_labels(run: Run, grid: Grid) -> np.ndarray:
     """Labels of the target for every training sentence that all cells can use."""
-    _, anchor, sentence = columns(walk(run, run.corpus.documents("train"), ahead=1))
+    _, anchor, sentence = columns(walk(run, counted_in(run), ahead=1))
     labels = np.stack([grid.target.labels(anchor, sentence, horizon) for horizon in HORIZONS], axis=1)
     return labels[(labels >= 0).all(axis=1)]
 
@@ -297,23 +304,6 @@ def test_a_run_that_trained_nothing_has_what_counting_gives(tiny_run: Run, monke
     assert {key[0] for key in rows_of(run, grid_of(run))} == counted
 
 
-def test_few_training_documents_are_replaced_by_those_of_the_probes(tiny_run: Run):
-    """A corpus for probing any model keeps next to nothing for training."""
-    run = tiny_run.with_settings({"actions.labels": "clusters"})
-    split = np.array(run.corpus.split)
-    split[np.flatnonzero(split == 0)[3:]] = 3
-    run.corpus = replace(run.corpus, split=split)
-    grid = grid_of(run)
-    prior = np.log(shares(grid.labels("probe", 1)))
-    found = rows_of(run, grid)["prior", 1, 1]
-    check(
-        found,
-        np.tile(prior, (len(grid.examples["test"]), 1)),
-        grid.labels("test", 1),
-        grid.examples["test"].document,
-    )
-
-
 def test_baselines_are_fitted_on_so_many_examples_and_whole_documents(
     run: Run, grid: Grid, monkeypatch: pytest.MonkeyPatch
 ):
@@ -325,7 +315,7 @@ def test_baselines_are_fitted_on_so_many_examples_and_whole_documents(
     baseline_tallies(run, grid)
     training = fitted["on"]
     drawn = np.unique(training.document)
-    assert set(drawn) < set(run.corpus.documents("train"))
+    assert set(drawn) < set(counted_in(run))
     assert columns(walk(run, drawn))[1].tolist() == training.anchor.tolist()
     sentences = len(run.corpus.sentences(drawn))
     assert 500 - 16 < sentences <= 500

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from probekit.config import Config
 from probekit.probing.activations import Block
-from probekit.probing.code_length import block_ends, prequential_code
+from probekit.probing.code_length import block_ends, prequential_code, prior_code
 from probekit.probing.fitting import (
     CLOSED_FORM,
     Question,
@@ -222,7 +222,8 @@ def test_code_length_is_that_of_the_documents_in_their_order(together: dict, act
             X, l2 = alone(activations, cell, FITTED_ON), torch.tensor([head["l2"]], dtype=torch.float64)
             bits = prequential_code(X, y, CLASSES, l2, ends).total.item()
             assert head["code_length"] == pytest.approx(bits, rel=1e-3)
-            assert head["compression"] == pytest.approx(2 / bits, rel=1e-3)  # log2 of four classes
+            prior = prior_code(examples.labels[:, h], CLASSES, ends)
+            assert head["compression"] == pytest.approx(prior / bits, rel=1e-3)
 
 
 @pytest.mark.parametrize("solvers", [["ridge"], ["lda"], ["lda", "ridge"]])

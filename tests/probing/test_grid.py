@@ -160,7 +160,10 @@ def test_a_document_is_in_one_split_and_the_test_has_all_of_its_own(tiny_run: Ru
 
 @pytest.mark.parametrize("anchors", ["sentence", "token"])
 @pytest.mark.parametrize("most", [40, 60, 100])
-def test_at_most_so_many_examples_by_whole_documents(tiny_run: Run, anchors: str, most: int):
+def test_at_most_so_many_examples_by_whole_documents(
+    tiny_run: Run, anchors: str, most: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(grid_module, "LEAST_DOCUMENTS", 1)
     corpus = tiny_run.corpus
     most *= 1 if anchors == "sentence" else 12
     grid = grid_of(corpus, anchors=anchors, max_examples=most, distances=[1])
@@ -174,6 +177,18 @@ def test_at_most_so_many_examples_by_whole_documents(tiny_run: Run, anchors: str
         first_tokens = len(drawn) + 1 if anchors == "token" else 0  # drawn, though nothing is before them
         assert not left or sum(drawn.values()) + max(counts[n] for n in left) + first_tokens > most
     assert np.array_equal(grid.examples[TESTED_ON].anchor, whole.examples[TESTED_ON].anchor)
+
+
+def test_few_long_documents_give_examples_spread_over_all():
+    corpus = bare_corpus([(split, [3] * 100) for split in USED for _ in range(6)])
+    grid = grid_of(corpus, distances=[1], max_examples=50)
+    for split in (FITTED_ON, CHOSEN_ON):
+        examples = grid.examples[split]
+        assert len(examples) <= 50
+        counts = Counter(examples.document.tolist())
+        assert len(counts) == 6
+        assert max(counts.values()) - min(counts.values()) <= 1
+    assert len(grid.examples[TESTED_ON]) == 6 * 99
 
 
 def test_documents_without_a_sentence_make_no_room_for_others():
@@ -215,7 +230,7 @@ def test_the_price_of_a_far_distance_is_told():
     corpus = bare_corpus([(split, [4] * 5) for split in USED for _ in range(30)])
     assert grid_of(corpus, distances=[1, 8]).notes == ()
     (note,) = grid_of(corpus, distances=[13, 1]).notes
-    assert note.startswith("all cells share the 30 of 120 test anchors that distance 13 reaches")
+    assert note.startswith("all cells share the 30 of 120 test anchors that distance 13 and horizon 1 leave")
 
 
 @pytest.mark.parametrize("named", [False, True])
@@ -244,7 +259,7 @@ def test_classes_that_nobody_can_learn_are_told(named: bool):
 
 
 def test_nothing_left_is_refused_with_what_to_change(tiny_run: Run):
-    for settings in ({"distances": [500]}, {"horizons": [90]}, {"max_examples": 3}):
+    for settings in ({"distances": [500]}, {"horizons": [90]}):
         with pytest.raises(ProbekitError, match=f"has {MINIMUM_EXAMPLES} examples in each") as caught:
             grid_of(tiny_run.corpus, **settings)
         line = str(caught.value)

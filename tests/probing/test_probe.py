@@ -23,6 +23,7 @@ from probekit.evaluation.ceilings import ceiling_log_probabilities, position_cei
 from probekit.models.conditioning import new_adapter
 from probekit.models.mixing import VARIANTS, Oracle, Variant
 from probekit.models.planned_lm import PlannedLM
+from probekit.probing import grid as grid_module
 from probekit.probing.activations import Reader
 from probekit.probing.code_length import SHARES
 from probekit.probing.control import control_labels
@@ -423,7 +424,11 @@ def test_code_length_by_hand(wide: ProbeResults, loud_run: Run, grid: Grid):
         p = predict(X[end:following])[np.arange(following - end), y[end:following]]
         bits -= np.log2(p).sum()
     assert row.code_length == pytest.approx(bits / len(y), rel=1e-3)
-    assert row.compression == pytest.approx(3 / row.code_length)
+    counted = ends[0] * np.log2(8)
+    for end, following in itertools.pairwise(ends):
+        shares = (np.bincount(y[:end], minlength=8) + 0.5) / (end + 4)
+        counted -= np.log2(shares[y[end:following]]).sum()
+    assert row.compression == pytest.approx(counted / len(y) / row.code_length)
     assert wide.table[wide.table.solver != "softmax"].code_length.isna().all()
 
 
@@ -781,7 +786,7 @@ def test_layers_of_the_settings_and_locations_without_one(loud_run: Run, tmp_pat
             r"probe\.locations is 'hook_nothing'.*hook_resid_post",
         ),
         ({"probe.distances": [500, 600]}, r"no distance and horizon has 20 examples.*probe\.distances"),
-        ({"probe.max_examples": 12}, r"no distance and horizon has 20 examples.*probe\.max_examples"),
+        ({"probe.max_examples": 12}, r"probe\.max_examples is 12"),
         (
             {"probe.max_examples": 60, "probe.distances": [1, 60], "probe.seeds": [0, 2]},
             r"probe\.max_examples is 60, so few .* empty for some of probe\.seeds",
@@ -790,7 +795,10 @@ def test_layers_of_the_settings_and_locations_without_one(loud_run: Run, tmp_pat
         ({"evaluation.window": 64}, r"evaluation\.window is 64, but the LM reads at most 48"),
     ],
 )
-def test_what_cannot_be_probed_is_refused(tiny_run: Run, settings: dict, message: str):
+def test_what_cannot_be_probed_is_refused(
+    tiny_run: Run, settings: dict, message: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(grid_module, "LEAST_DOCUMENTS", 1)
     with pytest.raises(ProbekitError, match=message):
         probe(tiny_run, settings, quiet=True)
     assert not (tiny_run.folder / "probes").exists()

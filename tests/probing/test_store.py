@@ -358,11 +358,16 @@ def test_everything_that_changes_activations_changes_the_identity(tiny_run: Run,
         of("soft", evaluation_stride=3),
         of("soft", training_precision="bfloat16"),
         of("soft", grid=grid_of(run, distances=(1, 2, 3))),
+        of("soft", mixing_temperature=8.0),
+        of("soft", planner_pooling="mean"),
+        of("soft", conditioning_location="hook_mlp_out"),
     ]
     for one, other in itertools.combinations(facts, 2):
         assert one != other
     same = [of("soft", seed=1), of("soft", evaluation_batch_size=3), of("soft", probe_l2=[3.0])]
     assert all(one == facts[0] for one in same)
+    assert of("none", mixing_temperature=8.0) == of("none")
+    assert of("soft", training_precision="float32") == facts[0]  # what auto comes to on a CPU
     for file in ("lm/model.safetensors", "adapters/soft.safetensors", "planner/model.safetensors"):
         path = run.folder / file
         data = path.read_bytes()

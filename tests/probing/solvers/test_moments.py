@@ -114,3 +114,18 @@ def test_what_does_not_fit_is_refused():
         empty().add(X, torch.full_like(y, 5).fill_diagonal_(0))
     with pytest.raises(ProbekitError, match="differ"):
         empty().merge(Moments.zeros(PROBES, WIDTH, CLASSES + 1))
+
+
+@settings(max_examples=10, deadline=None)
+@given(sizes=st.lists(st.integers(1, 20), min_size=1, max_size=4), seed=st.integers(0, 1000))
+def test_moments_under_other_labels_share_the_scatter(sizes: list[int], seed: int):
+    X, y = examples(sum(sizes), seed)
+    others = torch.randint(0, CLASSES, y.shape, generator=torch.Generator().manual_seed(seed + 1))
+    found = empty()
+    relabelled = found.relabelled()
+    for part, own, other in zip(X.split(sizes, 1), y.split(sizes, 1), others.split(sizes, 1), strict=True):
+        found.add(part, own)
+        relabelled.add_labels(part, other)
+    assert relabelled.scatter is found.scatter
+    assert_equal(found, at_once(X, y), 1e-9)
+    assert_equal(relabelled, at_once(X, others), 1e-9)
