@@ -329,7 +329,7 @@ class ProbeSettings(Settings):
     """The softmax solver stops when the norm of the gradient falls below this share of its norm at zero
     weights."""
     max_examples: Annotated[int, Field(ge=20)] = 20_000
-    """Fit on at most this many examples, and choose on at most as many: all those of some documents, or, where
+    """Fit on at most this many examples, and choose on at most as many: all those of some documents, or, if
     a few documents have more than that, examples spread evenly over these."""
     seeds: Several[Seed] | None = None
     """Seeds of the documents drawn, of random weights, of the control task and of the MLP; every one makes
