@@ -62,9 +62,14 @@ def save_figure(
 def _origin(run: Run) -> dict[str, Any]:
     recorded = read_json(run.folder / "provenance.json")
     kept = ("versions", "git_commit", "seeds", "device", "machine")
+    config = run.config.model_dump(mode="json")
+    for section, name in (("corpus", "path"), ("lm", "name")):
+        place = config[section][name]
+        if place and Path(place).is_absolute():  # where it was is nobody's business but this machine's
+            config[section][name] = Path(place).name
     return {
         "run": run.folder.name,
         "corpus": run.corpus.facts["fingerprint"],
-        "config": run.config.model_dump(mode="json"),
+        "config": config,
         **{key: recorded[key] for key in kept},
     }

@@ -76,7 +76,8 @@ def standardised(X: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
     if len(broken := (~scale.isfinite()).nonzero()):
         raise ProbekitError(f"probe {first + int(broken[0, 0])}: its activations are not all finite")
     # A constant feature deviates from its mean by rounding, which must not be blown up to a deviation of 1.
-    scale = torch.where(scale <= 16 * torch.finfo(X.dtype).eps * mean.abs(), 1.0, scale)
+    # With an infinite scale it is zero exactly, and so are its weights.
+    scale = torch.where(scale <= 16 * torch.finfo(X.dtype).eps * mean.abs(), torch.inf, scale)
     return Z.div_(scale), mean, scale
 
 

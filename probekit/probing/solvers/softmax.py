@@ -247,7 +247,7 @@ def _minimise(
 def _rotated(Z: Tensor, y: Tensor, classes: int) -> tuple[_Problem, Tensor]:
     """The problem in the eigenbasis of the features, and that basis, [probes, width, width]."""
     probes, examples, _ = Z.shape
-    spectrum, basis = torch.linalg.eigh(torch.bmm(Z.mT, Z) / examples)
+    spectrum, basis = _eigen(torch.bmm(Z.mT, Z) / examples)
     one = Z.new_ones(probes, 1, 1)
     spectrum = torch.cat([spectrum.clamp(min=0)[..., None], one], 1)
     Z = torch.cat([torch.bmm(Z, basis), one.expand(-1, examples, -1)], 2)
@@ -255,6 +255,15 @@ def _rotated(Z: Tensor, y: Tensor, classes: int) -> tuple[_Problem, Tensor]:
     absent = absent_classes(counts)
     prior = (counts + absent) / (counts + absent).sum(2, keepdim=True)
     return _Problem(Z, y[..., None], spectrum, prior, absent, torch.zeros_like(one)), basis
+
+
+def _eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors; in float64 where float32 does not come to an end."""
+    try:
+        found = torch.linalg.eigh(gram)
+    except torch.linalg.LinAlgError:
+        found = torch.linalg.eigh(gram.double())
+    return found[0].to(gram.dtype), found[1].to(gram.dtype)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

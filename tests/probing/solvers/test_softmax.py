@@ -246,3 +246,34 @@ def test_bad_shapes_classes_and_penalties_are_refused():
     for l2 in (torch.ones(3), torch.tensor([1.0, 1.0, 0.0, 1.0])):
         with pytest.raises(ProbekitError, match="above 0 for each of 4 probes"):
             SoftmaxProbes([0.1]).fit_at(X, y, 5, l2)
+
+
+@pytest.mark.parametrize("width", [3, 64])
+def test_probes_whose_features_are_all_constant_end_at_the_prior(width):
+    """As the embedding of the full stop before every sentence: what is left of it is rounding."""
+    generator = torch.Generator().manual_seed(0)
+    row = torch.randn(1, 1, width, generator=generator)
+    X = row.expand(2, 4001, width).contiguous()
+    y = torch.randint(0, 3, (4001,), generator=generator)
+    probes = SoftmaxProbes([1e-4, 1.0]).fit(X, y, 3, X[:, :50], y[:50])
+    prior = torch.bincount(y, minlength=3) / len(y)
+    torch.testing.assert_close(probes.log_probabilities(X[:, :1])[0, 0].exp(), prior, rtol=1e-4, atol=1e-5)
+    assert (probes.coef_ == 0).all()
+
+
+def test_an_eigenproblem_that_float32_does_not_end_is_solved_in_float64(monkeypatch):
+    calls, solve = [], torch.linalg.eigh
+
+    def failing(matrix):
+        calls.append(matrix.dtype)
+        if matrix.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("failed to converge")
+        return solve(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", failing)
+    generator = torch.Generator().manual_seed(0)
+    X, y = torch.randn(1, 60, 4, generator=generator), torch.arange(60) % 3
+    probes = SoftmaxProbes([0.1]).fit(X, y, 3, X, y)
+    assert calls == [torch.float32, torch.float64]
+    assert probes.coef_.dtype == torch.float32
+    assert probes.coef_.isfinite().all()
