@@ -3,9 +3,9 @@
     python benchmarks/memory.py [--device cuda] [--quick] [--repeats 3] [--out FOLDER]
 
 Two planted corpora, one eight times as large, with a barely trained tiny LM each; each command runs in a
-process of its own. Softmax probes hold the examples they are fitted on, up to `probe.max_examples`, here its
-default; closed-form probes hold none and take all. Importing the libraries alone takes memory too, and is
-told apart.
+process of its own. Softmax probes hold the examples they are fitted on, up to `probe.max_examples`, here as
+many as the smaller corpus has; closed-form probes hold none and take all. Importing the libraries alone takes
+memory too, and is told apart.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DOCUMENTS = 2000
 QUICK_DOCUMENTS = 60
 
 COMMANDS = {
-    "softmax probes, default settings": ["--probe.variants", "none"],
+    "softmax probes, 4,000 examples": ["--probe.variants", "none", "--probe.max_examples", "4000"],
     "ridge probes, all examples": [
         *("--probe.variants", "none", "--probe.solvers", "ridge"),
         *("--probe.max_examples", "1000000000"),

@@ -33,10 +33,16 @@ def chosen(*words: str, begun: Path | None = None) -> Config | None:
     return chosen_config(parse(parser(), list(words)), begun)
 
 
-def probed(*words: str, model: str | None = "gpt2", corpus: str | None = "some/text") -> Config:
+def probed(
+    *words: str,
+    model: str | None = "gpt2",
+    corpus: str | None = "some/text",
+    out: Path = Path("nowhere"),
+    overwrite: bool = False,
+) -> Config:
     """The config of `probekit probe --model MODEL --corpus CORPUS` and more words."""
     parsed = parse(parser(), list(words))
-    parsed.model, parsed.corpus = model, corpus
+    parsed.model, parsed.corpus, parsed.out, parsed.overwrite = model, corpus, out, overwrite
     return probed_config(parsed)
 
 
@@ -139,6 +145,19 @@ def test_any_model_is_a_preset_with_a_model_and_a_corpus(tmp_path: Path):
     file.write_text("lm: {name: mine}\ncorpus: {path: text}\n", "utf-8")
     assert probed("--config", str(file)) == Config().override(paths)
     assert probed("--config", str(file), corpus=None) == Config().override(paths | {"corpus.path": "text"})
+
+
+def test_a_model_that_was_probed_before_keeps_its_settings(tmp_path: Path):
+    begun = Config.from_preset("any-model").override(
+        {"actions.k": 9, "lm.name": "old", "corpus.path": "text"}
+    )
+    (tmp_path / "config.yaml").write_text(begun.to_yaml(), "utf-8")
+    assert probed(model=None, corpus=None, out=tmp_path) == begun
+    assert probed("--seed", "3", model="old", corpus=None, out=tmp_path) == begun.override({"seed": 3})
+    afresh = Config.from_preset("any-model").override({"lm.name": "gpt2", "corpus.path": "some/text"})
+    assert probed(out=tmp_path, overwrite=True) == afresh
+    demo = probed("--preset", "demo", out=tmp_path)
+    assert demo == Config.from_preset("demo").override({"lm.name": "gpt2", "corpus.path": "some/text"})
 
 
 def test_only_what_is_given_is_given():

@@ -28,7 +28,7 @@ from probekit.errors import ProbekitError
 
 Floats = NDArray[np.float64]
 
-CHUNK_DRAWS = 1 << 22
+CHUNK_DRAWS = 1 << 19
 """Documents drawn at once, counted over resamples, and resampled cells held at once: bounds the memory and
 leaves the draws as they are."""
 
