@@ -119,8 +119,12 @@ class Corpus:
 
     def previous_actions(self, sentences: np.ndarray) -> np.ndarray:
         """The action before each sentence `[sentences]`, -1 for a document's first."""
+        return self.previous_labels(self.actions, sentences)
+
+    def previous_labels(self, labels: np.ndarray, sentences: np.ndarray) -> np.ndarray:
+        """The same of any label that every sentence of the corpus has."""
         first = sentences == self.document_sentences[self.document_of(sentences)]
-        return np.where(first, -1, self.actions[np.maximum(sentences - 1, 0)]).astype(np.int64)
+        return np.where(first, -1, labels[np.maximum(sentences - 1, 0)]).astype(np.int64)
 
     def sentence_texts(self, sentences: Sequence[int] | np.ndarray) -> list[str]:
         """The text of sentences, surrounding white space removed."""

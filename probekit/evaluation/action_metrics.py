@@ -36,6 +36,10 @@ class ActionScores:
     cross_entropy: Floats  # nats
 
 
+METRICS = {"correct": "accuracy", "top5": "top5", "cross_entropy": "cross_entropy"}
+"""Fields of `ActionScores`, and what their means over examples are called."""
+
+
 def score_actions(log_probabilities: Tensor | NDArray, actions: Tensor | NDArray) -> ActionScores:
     """Compares predictions with the true actions.
 

@@ -41,7 +41,7 @@ class SentenceBaselines:
         self._run, self._horizon = run, horizon
         self._prior = log_shares(train.later)
         self._bigram = bigram_of_counts(train.pairs, validation.pairs)
-        self._planners = _planners(run) if horizon == 1 else {}
+        self._planners = planners(run) if horizon == 1 else {}
 
     def log_probabilities(self, sentences: np.ndarray) -> dict[str, np.ndarray]:
         """What each reader says of sentences, in nats `[sentences, actions]`, by its name.
@@ -64,20 +64,9 @@ class SentenceBaselines:
         return readers
 
 
-def sentence_baselines(run: Run, sentences: np.ndarray, horizon: int) -> dict[str, np.ndarray]:
-    """`SentenceBaselines.log_probabilities` of sentences that are asked for only once."""
-    return SentenceBaselines(run, horizon).log_probabilities(sentences)
-
-
 def baselines(run: Run, documents: np.ndarray, horizon: int) -> dict[str, np.ndarray]:
-    """`sentence_baselines` of all sentences of some documents, in order."""
-    return sentence_baselines(run, run.corpus.sentences(documents), horizon)
-
-
-def action_prior(corpus: Corpus, horizon: int) -> np.ndarray:
-    """Log share of each action among the targets of the training documents, in nats `[actions]`."""
-    counts = count_labels(corpus, corpus.documents("train"), corpus.actions, corpus.k, horizon)
-    return log_shares(counts.later)
+    """What each reader says of all sentences of some documents, in order; see `SentenceBaselines`."""
+    return SentenceBaselines(run, horizon).log_probabilities(run.corpus.sentences(documents))
 
 
 class LabelCounts(NamedTuple):
@@ -135,12 +124,9 @@ def planner_log_probabilities(
     return np.concatenate(parts)
 
 
-def _planners(run: Run) -> dict[str, Planner]:
+def planners(run: Run) -> dict[str, Planner]:
     """The run's planner and those of joint variants; none where no planner is trained."""
     if not run.finished("planner"):
         return {}
-    planners = {"planner": run.planner()}
-    for variant in run.variants:
-        if VARIANTS[variant].joint:
-            planners[f"planner after {variant}"] = run.planner(variant)
-    return planners
+    joint = [variant for variant in run.variants if VARIANTS[variant].joint]
+    return {"planner": run.planner()} | {f"planner after {name}": run.planner(name) for name in joint}

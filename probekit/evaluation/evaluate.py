@@ -13,7 +13,7 @@ import pandas as pd
 
 from probekit.corpus.examples import cut_windows
 from probekit.errors import ProbekitError
-from probekit.evaluation.action_metrics import score_actions
+from probekit.evaluation.action_metrics import METRICS, score_actions
 from probekit.evaluation.baselines import baselines
 from probekit.evaluation.perplexity import Pass
 from probekit.evaluation.statistics import Interval, Resampling, bootstrap_ratio, paired_difference
@@ -22,9 +22,6 @@ from probekit.models.mixing import VARIANTS, Fixed, Mixing, Oracle
 from probekit.progress import Progress
 from probekit.run import Run
 from probekit.storage import atomic_path, write_json
-
-METRICS = {"correct": "accuracy", "top5": "top5", "cross_entropy": "cross_entropy"}
-"""Fields of `ActionScores`, and what their means over examples are called."""
 
 
 @dataclass(frozen=True)

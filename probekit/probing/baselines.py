@@ -15,16 +15,15 @@ import numpy as np
 
 from probekit.config import ProbeSettings
 from probekit.corpus.store import Corpus
-from probekit.evaluation.action_metrics import NO_ACTION, fit_bigram, prior_log_probabilities
-from probekit.evaluation.baselines import planner_log_probabilities
+from probekit.evaluation.action_metrics import fit_bigram, prior_log_probabilities
+from probekit.evaluation.baselines import planner_log_probabilities, planners
 from probekit.evaluation.ceilings import ceiling_log_probabilities, has_ceiling, position_ceiling
 from probekit.evaluation.skip_ngram import SkipNgram, contexts
-from probekit.models.mixing import VARIANTS
 from probekit.probing.activations import CHUNK_EXAMPLES
 from probekit.probing.fitting import document_numbers
 from probekit.probing.grid import CHOSEN_ON, FITTED_ON, TESTED_ON, Grid
 from probekit.probing.tally import Row, Tally
-from probekit.probing.targets import NO_LABEL, Examples, Target, find_examples, reached
+from probekit.probing.targets import NO_LABEL, Examples, find_examples, reached
 from probekit.run import Run
 
 MOST_EXAMPLES = 1_000_000
@@ -80,7 +79,7 @@ def _by_sentence(run: Run, grid: Grid, training: Examples, h: int, horizon: int)
         )
     }
     if target.of_sentences is not None:
-        known = partial(previous_labels, corpus, target)
+        known = partial(corpus.previous_labels, target.of_sentences)
         told = [known(examples.sentence) for examples in (training, chosen, test)]
         readers["bigram (current action)"] = _bigram(grid, training, h, *told)
     if target.name != "action":
@@ -93,12 +92,9 @@ def _by_sentence(run: Run, grid: Grid, training: Examples, h: int, horizon: int)
 def _planned(run: Run, horizon: int) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
     """Planners and ceilings: log-probabilities for all sentences of documents `[sentences, actions]`."""
     readers: dict[str, Callable[[np.ndarray], np.ndarray]] = {}
-    if horizon == 1 and run.finished("planner"):
-        readers["planner"] = partial(planner_log_probabilities, run.planner(), run.corpus)
-        for variant in run.variants:
-            if VARIANTS[variant].joint:
-                after = partial(planner_log_probabilities, run.planner(variant), run.corpus)
-                readers[f"planner after {variant}"] = after
+    if horizon == 1:
+        for name, planner in planners(run).items():
+            readers[name] = partial(planner_log_probabilities, planner, run.corpus)
     if has_ceiling(run.config) and run.config.probe.anchors == "sentence":
 
         def ceiling(name: str, documents: np.ndarray) -> np.ndarray:
@@ -109,13 +105,6 @@ def _planned(run: Run, horizon: int) -> dict[str, Callable[[np.ndarray], np.ndar
     return readers
 
 
-def previous_labels(corpus: Corpus, target: Target, sentences: np.ndarray) -> np.ndarray:
-    """The label of the sentence before each `[sentences]`, `NO_ACTION` where there is none."""
-    assert target.of_sentences is not None  # noqa: S101 - asked of targets that label sentences
-    first = sentences == corpus.document_sentences[corpus.document_of(sentences)]
-    return np.where(first, NO_ACTION, target.of_sentences[np.maximum(sentences - 1, 0)]).astype(np.int64)
-
-
 def _by_position(run: Run, grid: Grid, training: Examples, h: int, distance: int) -> Mapping[str, Reading]:
     """Readers that know what is to be read up to the position, and no more."""
     corpus, target, horizon = run.corpus, grid.target, grid.horizons[h]
@@ -123,7 +112,7 @@ def _by_position(run: Run, grid: Grid, training: Examples, h: int, distance: int
     readers: dict[str, Reading] = {"skip n-gram": _skip_ngram(corpus, grid, training, h, distance)}
     if target.of_sentences is not None:
         read = [
-            previous_labels(corpus, target, next_sentences(corpus, examples.anchor - distance))
+            corpus.previous_labels(target.of_sentences, next_sentences(corpus, examples.anchor - distance))
             for examples in (training, chosen, test)
         ]
         readers["bigram"] = _bigram(grid, training, h, *read)

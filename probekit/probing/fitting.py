@@ -273,8 +273,10 @@ def _heads(fitted: Fitted, block: Block, grid: Grid, head: Row) -> list[Row]:
     """The beginnings of the rows of a batch of probes, with what is known of the fits."""
     cells = [(place, distance) for place in block.places for distance in grid.distances]
     columns = {name: getattr(fitted.probes, attribute, None) for name, attribute in FACTS.items()}
-    labels, ends = grid.labels(FITTED_ON, fitted.horizon), block_ends(grid.examples[FITTED_ON].document)
-    prior = prior_code(labels, grid.target.classes, ends)
+    if fitted.code is not None:
+        ends = block_ends(grid.examples[FITTED_ON].document)
+        prior = prior_code(grid.labels(FITTED_ON, fitted.horizon), grid.target.classes, ends)
+        columns |= {"code_length": fitted.code, "compression": prior / fitted.code}
     rows = []
     for i, ((location, layer), distance) in enumerate(cells):
         row = head | {"solver": fitted.solver, "location": location, "layer": layer, "distance": distance}
@@ -282,9 +284,6 @@ def _heads(fitted: Fitted, block: Block, grid: Grid, head: Row) -> list[Row]:
         row |= {name: column[i].item() for name, column in columns.items() if column is not None}
         losses = fitted.probes.validation_cross_entropy_[i]
         row |= {"validation_cross_entropy": float(losses.min()), "constant": bool(fitted.constant[i])}
-        if fitted.code is not None:
-            bits = float(fitted.code[i])
-            row |= {"code_length": bits, "compression": prior / bits}
         rows.append(row)
     return rows
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from probekit.evaluation.action_metrics import METRICS
 from probekit.evaluation.statistics import (
     Intervals,
     Resampling,
@@ -15,14 +16,14 @@ from probekit.evaluation.statistics import (
 )
 from probekit.probing.tally import Row, Tally
 
-METRICS = {"correct": "accuracy", "top5": "top5", "cross_entropy": "cross_entropy"}
-"""Scores, and what their means over examples are called."""
-
 MODEL_FREE = ("prior", "bigram", "skip n-gram")
 """Baselines that no model is needed for: a probe has to read more than the strongest of them."""
 
 CEILING = "ceiling (tokens read)"
 """What no reader of a position can beat."""
+
+NONE = -1
+"""Number of a row that is not there."""
 
 _INTERVALS = (*METRICS.values(), "bits", "selectivity", "shortfall", "gain")
 
@@ -86,12 +87,9 @@ def table_of(
 
 def _shortfall(rows: pd.DataFrame, nats: np.ndarray) -> np.ndarray:
     """Bits by which each probe is below the ceiling `[documents, readers]`; NaN where none is known."""
-    cell = pd.MultiIndex.from_frame(rows[["distance", "horizon"]])
-    number = pd.Series(np.arange(len(rows)), cell)[(rows.reader == CEILING).to_numpy()].reindex(cell)
-    known = (number.notna().to_numpy()) & (rows.reader == "probe").to_numpy()
-    gap = np.full_like(nats, np.nan)
-    gap[:, known] = (nats[:, known] - nats[:, number[known].to_numpy(np.int64)]) / np.log(2)
-    return gap
+    ceilings = _beside(rows, rows.reader == CEILING)
+    known = (ceilings != NONE) & (rows.reader == "probe").to_numpy()
+    return np.where(known, (nats - nats[:, ceilings]) / np.log(2), np.nan)
 
 
 def _write(rows: pd.DataFrame, name: str, numbers: np.ndarray, found: Intervals) -> None:
@@ -119,7 +117,6 @@ def _strongest(rows: pd.DataFrame) -> np.ndarray:
 
 
 def _beside(rows: pd.DataFrame, chosen: pd.Series | np.ndarray) -> np.ndarray:
-    """For each row the number of the chosen row of its distance and horizon."""
-    cell = ["distance", "horizon"]
-    numbers = rows[chosen].reset_index().set_index(cell)["index"]
-    return numbers.loc[list(rows[cell].itertuples(index=False, name=None))].to_numpy()
+    """For each row the number of the chosen row of its distance and horizon, `NONE` where there is none."""
+    cell = pd.MultiIndex.from_frame(rows[["distance", "horizon"]])
+    return pd.Series(np.arange(len(rows)), cell)[np.asarray(chosen)].reindex(cell, fill_value=NONE).to_numpy()

@@ -50,7 +50,6 @@ class Store:
         self._folder, self._device = folder, device
         self._manifest = read_json(folder / "manifest.json")
         stored = [Block(b["width"], tuple(map(_place, b["places"]))) for b in self._manifest["blocks"]]
-        self._stored = stored
         rows_of = [[i for i, place in enumerate(block.places) if place in places] for block in stored]
         self._wanted = {b: rows for b, rows in enumerate(rows_of) if rows}
         self.blocks = [

@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from probekit.evaluation.action_metrics import score_actions
+from probekit.evaluation.action_metrics import METRICS, score_actions
 
 Row = dict[str, Any]
 
-SCORES = ("correct", "top5", "cross_entropy")
+SCORES = tuple(METRICS)
 """Fields of `ActionScores`."""
 
 ELEMENTS = 1 << 25

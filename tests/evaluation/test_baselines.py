@@ -9,7 +9,7 @@ from probekit.config import Config
 from probekit.corpus.build import write_corpus
 from probekit.evaluation import baselines as module
 from probekit.evaluation.action_metrics import bigram_of_counts
-from probekit.evaluation.baselines import SentenceBaselines, action_prior, baselines, count_labels
+from probekit.evaluation.baselines import SentenceBaselines, baselines, count_labels
 from probekit.evaluation.ceilings import ceiling_log_probabilities
 from probekit.progress import Progress
 from probekit.run import Run
@@ -68,7 +68,6 @@ def test_prior_and_bigram_count_the_training_documents(untrained: Run, horizon: 
     sentences = np.random.default_rng(0).permutation(corpus.sentences(corpus.documents("test")))[:50]
     found = SentenceBaselines(untrained, horizon).log_probabilities(sentences)
     np.testing.assert_allclose(np.exp(found["prior"]), np.tile(shares, (50, 1)))
-    np.testing.assert_allclose(np.exp(action_prior(corpus, horizon)), shares)
     bigram = bigram_of_counts(train[0], validation[0])
     for sentence, row in zip(sentences, found["bigram"], strict=True):
         first = sentence in corpus.document_sentences

@@ -13,7 +13,7 @@ from probekit.evaluation.baselines import planner_log_probabilities
 from probekit.evaluation.ceilings import ceiling_log_probabilities, position_ceiling
 from probekit.evaluation.skip_ngram import SkipNgram
 from probekit.probing import baselines
-from probekit.probing.baselines import ORDER, baseline_tallies, previous_labels
+from probekit.probing.baselines import ORDER, baseline_tallies
 from probekit.probing.grid import Grid, make_grid
 from probekit.probing.targets import find_target
 from probekit.run import Run
@@ -269,7 +269,7 @@ def test_the_bigram_of_a_column_is_given_the_label_before(tiny_run: Run, tmp_pat
     run = tiny_run.with_settings(labels)
     target = find_target(run.corpus, "words", labels["probe.labels"])
     sentences = np.arange(len(run.corpus.first_token))
-    found = previous_labels(run.corpus, target, sentences)
+    found = run.corpus.previous_labels(target.of_sentences, sentences)
     texts = run.corpus.sentence_texts(sentences)
     lengths = sorted({len(text.split()) for text in texts})
     first = set(run.corpus.document_sentences.tolist())
