@@ -41,7 +41,16 @@ Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Several = Annotated[tuple[T, ...], Field(min_length=1), AfterValidator(_distinct)]
 VariantName = Literal[
-    "none", "fixed", "uniform", "oracle", "predicted", "straight-through", "gumbel", "soft", "joint"
+    "none",
+    "fixed",
+    "uniform",
+    "oracle",
+    "predicted",
+    "mixed",
+    "straight-through",
+    "gumbel",
+    "soft",
+    "joint",
 ]
 ProbedName = Literal[VariantName, "random"]
 SolverName = Literal["softmax", "ridge", "lda", "mlp"]
@@ -214,10 +223,13 @@ class PlannerSettings(Settings):
 class ConditioningSettings(Settings):
     """Where and how the action's embedding enters the LM."""
 
+    kind: Literal["adapter", "embedding", "token"] = "adapter"
+    """adapter: a projection added in every layer but the first ones; embedding: one projection added to the
+    embedding of every token; token: a planning token before every sentence, whose embedding it is."""
     location: str = "attn.hook_z"
-    """TransformerLens hook, without the `blocks.L.` before it, where the projected action is added."""
+    """TransformerLens hook, without the `blocks.L.` before it, where an adapter adds the projected action."""
     skip_layers: Annotated[int, Field(ge=0)] = 2
-    """Layers at the bottom that get no projection."""
+    """Layers at the bottom that get no projection from an adapter."""
 
 
 class StageSettings(Settings):
@@ -242,14 +254,58 @@ class StageSettings(Settings):
     and the best state is kept."""
 
 
+class PlannerStageSettings(StageSettings):
+    """Training of the planner."""
+
+    targets: Literal["hard", "soft"] = "hard"
+    """What the planner is to predict: the sentence's action, or a softmax over the negative squared distances
+    of its embedding to all centroids."""
+    target_temperature: Annotated[float, Field(gt=0.0)] = 0.1
+    """Temperature of soft targets; lower is nearer to hard ones."""
+    folds: Annotated[int, Field(ge=0)] = 0
+    """Out-of-fold predictions, for small corpora: adapters whose planner stays frozen are trained on scores
+    of planners that have not seen the document, one for each of so many folds; 0: on the planner's own."""
+
+    @field_validator("folds")
+    @classmethod
+    def _one_fold_is_none(cls, value: int) -> int:
+        if value == 1:
+            raise ValueError("one fold leaves no documents to train on; give 0, or 2 and more")
+        return value
+
+
 class JointSettings(Settings):
     """What joint training (planner and adapter together) adds to the adapter stage."""
+
+    planner_frozen: Annotated[float, Field(ge=0.0)] = 0.0
+    """How long the planner stays frozen: up to 1 a share of the steps (0: never, 1: to the end), above 1 a
+    number of steps."""
 
     planner_learning_rate: Annotated[float, Field(ge=0.0)] = 1e-4
     """Peak learning rate of the planner during joint training; gentler than the adapter's."""
     planner_loss_weight: Annotated[float, Field(ge=0.0)] = 1.0
     """Weight of the planner's own cross-entropy, kept beside the next-token loss and part of the training
     loss that is shown; 0 drops it."""
+    encoder: Literal["frozen", "trained"] = "frozen"
+    """Whether the sentence encoder is trained with the planner; actions stay those of the frozen one."""
+    encoder_learning_rate: Annotated[float, Field(ge=0.0)] = 1e-5
+    """Peak learning rate of the sentence encoder, where it is trained."""
+
+
+class BaseSettings(Settings):
+    """What becomes of the base LM while an adapter is trained; every variant then has one of its own."""
+
+    tuning: Literal["frozen", "lora", "full"] = "frozen"
+    """frozen: the adapter alone is trained; lora: low-rank updates of the linear maps too (Hu et al. 2021);
+    full: all weights too."""
+    learning_rate: Annotated[float, Field(gt=0.0)] = 1e-4
+    """Peak learning rate of the base LM (lora, full)."""
+    rank: Positive = 8
+    """Rank of the updates (lora)."""
+    alpha: Annotated[float, Field(gt=0.0)] = 16.0
+    """Updates are scaled by alpha / rank (lora)."""
+    dropout: Share = 0.0
+    """Dropout before the updates (lora)."""
 
 
 class TrainingSettings(Settings):
@@ -260,9 +316,10 @@ class TrainingSettings(Settings):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the forward pass; auto is bfloat16 autocast on a GPU that has it, float32 elsewhere."""
     lm: StageSettings = StageSettings(epochs=4.0)
-    planner: StageSettings = StageSettings(epochs=20.0, patience=3)
+    planner: PlannerStageSettings = PlannerStageSettings(epochs=20.0, patience=3)
     adapter: StageSettings = StageSettings()
     joint: JointSettings = JointSettings()
+    base: BaseSettings = BaseSettings()
 
 
 class MixingSettings(Settings):
@@ -273,6 +330,11 @@ class MixingSettings(Settings):
     mixing with the planner trained too. The base LM alone (none) is always evaluated."""
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
     """Temperature of the softmax over scores (soft, joint, straight-through, gumbel)."""
+    learn_temperature: bool = False
+    """Train the temperature with the adapter, from that value on."""
+    fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
+    """Variant mixed: the share of sentences that carry the planner's action in training, drawn for each
+    sentence; the others carry the true one. 0 is oracle, 1 is predicted."""
 
 
 class EvaluationSettings(Settings):
@@ -286,6 +348,30 @@ class EvaluationSettings(Settings):
     """Windows in one forward pass."""
     resamples: Annotated[int, Field(ge=100)] = 2000
     """Bootstrap resamples of documents for every 95 % interval."""
+
+
+class GenerationSettings(Settings):
+    """How text is generated, and how generated text is measured."""
+
+    prompts: Positive = 200
+    """Test documents whose beginnings are continued, for the metrics; those too short are passed over."""
+    context: Positive = 128
+    """A prompt goes on to the first end of a sentence behind this many tokens of its document."""
+    lengths: Several[Positive] = (128, 256)
+    """Tokens of a continuation at which it is compared with the true one; the longest is how many are
+    generated."""
+    samples: Positive = 500
+    """Texts generated with no prompt, for MAUVE and latent perplexity."""
+    temperature: Annotated[float, Field(ge=0.0)] = 1.0
+    """Divides the LM's logits before a token is drawn; 0 takes the most probable one."""
+    top_k: Positive | None = None
+    """Draw among this many most probable tokens only."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Draw among the fewest most probable tokens whose probabilities add up to this."""
+    batch_size: Positive = 32
+    """Texts generated at once."""
+    seeds: Several[Seed] | None = None
+    """Seeds of what is drawn; metrics are told for each. Unset: the run's seed."""
 
 
 class ProbeSettings(Settings):
@@ -357,6 +443,7 @@ class Config(Settings):
     mixing: MixingSettings = MixingSettings()
     training: TrainingSettings = TrainingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+    generation: GenerationSettings = GenerationSettings()
     probe: ProbeSettings = ProbeSettings()
 
     @classmethod

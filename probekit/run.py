@@ -415,11 +415,13 @@ def _git_commit() -> str | None:
 USED_BY = {
     "device": None,
     "evaluation": None,
+    "generation": None,
     "probe": None,
     "mixing.variants": None,
     "mixing": "adapter/",
     "conditioning": "adapter/",
     "training.joint": "adapter/",
+    "training.base": "adapter/",
     "training.adapter": "adapter/",
     "training.planner": "planner",
     "planner": "planner",
