@@ -295,26 +295,39 @@ def machine(device: torch.device) -> Row:
 
 
 def keep(name: str, options: Options, settings: Row, rows: list[Row]) -> Path | None:
-    """Prints the results and writes them to `<out>/<name>-<cpu|cuda>.json`, unless `out` is None."""
+    """Prints the results and writes them to `<out>/<name>-<cpu|cuda>.json`, unless `out` is None.
+
+    Workloads that `--only` left out keep the rows that an earlier run of that machine and kind wrote.
+    """
     where = machine(options.device)
     show(name, where, rows)
     if options.out is None:
         return None
     path = options.out / f"{name}-{options.device.type}.json"
+    how = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "repeats": options.repeats}
+    how |= {"threads": where["threads"], "load_average": where["load_average"]}
+    measured = [*(_others(path, options, rows) if options.only else []), *(row | how for row in rows)]
     write_json(
         path,
         {
             "benchmark": name,
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "quick": options.quick,
-            "repeats": options.repeats,
             "machine": where,
             "settings": settings,
-            "rows": rows,
+            "rows": measured,
         },
     )
     print(path)
     return path
+
+
+def _others(path: Path, options: Options, rows: list[Row]) -> list[Row]:
+    """The rows of other workloads that are in a file of results."""
+    earlier = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    if earlier.get("quick") != options.quick:
+        return []
+    again = {row["workload"] for row in rows}
+    return [row for row in earlier["rows"] if row["workload"] not in again]
 
 
 def show(name: str, where: Row, rows: list[Row]) -> None:

@@ -7,6 +7,7 @@ takes the target's name only when complete. Formats: text, JSON, safetensors, `.
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import shutil
 import uuid
@@ -153,16 +154,22 @@ class ArrayAppender:
         write_array_header_1_0(self._file, {"descr": self._dtype.str, "fortran_order": False, "shape": shape})
 
 
-def read_array(path: str | Path, mmap: bool = True) -> np.ndarray:
+def read_array(path: str | Path, mapped: bool = True) -> np.ndarray:
     """The array in a `.npy` file.
 
     Args:
         path: The file.
-        mmap: Leave the array on disk and read what is touched (read-only), or load all of it.
+        mapped: Leave the array on disk and read what is touched (read-only), or load all of it.
     """
     with _reading(path, ".npy array"):
         array = open_memmap(path, mode="r")
-        return array if mmap else np.array(array)
+        return array if mapped else np.array(array)
+
+
+def release(array: np.ndarray) -> None:
+    """Lets go the pages of a mapped array that were read; until then they count as the process's memory."""
+    if isinstance(array.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        array.base.madvise(mmap.MADV_DONTNEED)
 
 
 def _sibling(target: Path) -> Path:

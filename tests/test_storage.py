@@ -79,7 +79,7 @@ def test_files_get_the_permissions_that_the_umask_leaves(tmp_path: Path):
 def test_arrays_come_back_mapped_or_loaded(tmp_path: Path, array: np.ndarray):
     storage.write_array(tmp_path / "a.npy", array)
     mapped = storage.read_array(tmp_path / "a.npy")
-    loaded = storage.read_array(tmp_path / "a.npy", mmap=False)
+    loaded = storage.read_array(tmp_path / "a.npy", mapped=False)
     assert isinstance(mapped, np.memmap)
     assert not mapped.flags.writeable
     assert not isinstance(loaded, np.memmap)
@@ -88,15 +88,42 @@ def test_arrays_come_back_mapped_or_loaded(tmp_path: Path, array: np.ndarray):
         assert back.dtype == array.dtype
 
 
+def resident(path: Path) -> int:
+    """Bytes of a mapped file that are in this process's memory."""
+    lines = Path("/proc/self/smaps").read_text("utf-8").splitlines()
+    at = [number for number, line in enumerate(lines) if line.endswith(str(path))]
+    sizes = [next(line for line in lines[number:] if line.startswith("Rss:")) for number in at]
+    return sum(1024 * int(size.split()[1]) for size in sizes)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the system does not tell what is mapped")
+def test_pages_that_were_read_are_let_go_and_read_again(tmp_path: Path):
+    array = np.arange(1_000_000)
+    storage.write_array(tmp_path / "a.npy", array)
+    mapped = storage.read_array(tmp_path / "a.npy")
+    assert mapped.sum() == array.sum()
+    assert resident(tmp_path / "a.npy") > 7_000_000
+    storage.release(mapped)
+    assert resident(tmp_path / "a.npy") == 0
+    np.testing.assert_array_equal(mapped, array)
+
+
+def test_what_is_not_mapped_is_left_alone():
+    array = np.arange(10)
+    storage.release(array)
+    storage.release(array[2:])
+    np.testing.assert_array_equal(array, np.arange(10))
+
+
 def test_an_array_of_objects_is_neither_written_nor_read(tmp_path: Path):
     objects = np.array([{}], dtype=object)
     with pytest.raises(ValueError, match="allow_pickle"):
         storage.write_array(tmp_path / "a.npy", objects)
     assert names(tmp_path) == []
     np.save(tmp_path / "b.npy", objects)
-    for mmap in (True, False):
+    for mapped in (True, False):
         with pytest.raises(ProbekitError, match=r"b\.npy"):
-            storage.read_array(tmp_path / "b.npy", mmap=mmap)
+            storage.read_array(tmp_path / "b.npy", mapped=mapped)
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path):

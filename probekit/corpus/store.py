@@ -14,7 +14,7 @@ import pyarrow as pa
 from probekit.corpus.actions import Codebook
 from probekit.corpus.tokenizer import load_tokenizer, separator_id
 from probekit.errors import ProbekitError
-from probekit.storage import read_array, read_json
+from probekit.storage import read_array, read_json, release
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -104,6 +104,12 @@ class Corpus:
     def separator(self) -> int:
         """Id of the token before every document."""
         return separator_id(self.tokenizer)
+
+    def release(self) -> None:
+        """Lets go what was read so far of the mapped arrays, so that memory does not grow with the corpus."""
+        for field in fields(self):
+            if isinstance(array := getattr(self, field.name), np.ndarray):
+                release(array)
 
     def documents(self, split: str) -> np.ndarray:
         """Numbers of the documents of a split, in order."""

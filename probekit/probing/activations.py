@@ -91,6 +91,7 @@ class Reader:
         """Activations of all examples; see `Activations`."""
         for part in chunk_slices(examples.document):
             yield part, self.read(examples[part])
+            self._run.corpus.release()
 
     def changed_by_conditioning(self) -> set[Place]:
         """The places where an action that is added at a position changes what is read at that position."""

@@ -46,10 +46,11 @@ def baseline_tallies(run: Run, grid: Grid) -> list[Tally]:
     for h, horizon in enumerate(grid.horizons):
         for reader, (predict, loss) in _by_sentence(run, grid, training, h, horizon).items():
             heads = [_head(reader, distance, horizon, loss) for distance in grid.distances]
-            tallies.append(_tally(grid, horizon, heads, predict))
+            tallies.append(_tally(run.corpus, grid, horizon, heads, predict))
         for distance in grid.distances:
             for reader, (predict, loss) in _by_position(run, grid, training, h, distance).items():
-                tallies.append(_tally(grid, horizon, [_head(reader, distance, horizon, loss)], predict))
+                heads = [_head(reader, distance, horizon, loss)]
+                tallies.append(_tally(run.corpus, grid, horizon, heads, predict))
     return tallies
 
 
@@ -192,12 +193,13 @@ def whole_documents(number: np.ndarray) -> Iterator[slice]:
         start = stop
 
 
-def _tally(grid: Grid, horizon: int, heads: list[Row], predict: Predict) -> Tally:
+def _tally(corpus: Corpus, grid: Grid, horizon: int, heads: list[Row], predict: Predict) -> Tally:
     test = grid.examples[TESTED_ON]
     number, labels = document_numbers(test.document), grid.labels(TESTED_ON, horizon)
     one = Tally(heads[:1], int(number.max()) + 1)
     for rows in whole_documents(number):
         one.add(number[rows], predict(rows)[None], labels[rows])
+        corpus.release()
     whole = Tally(heads, int(number.max()) + 1)
     whole.sums = {score: np.repeat(sums, len(heads), axis=1) for score, sums in one.sums.items()}
     return whole

@@ -131,8 +131,13 @@ def _grids(run: Run, target: Target) -> dict[int, Grid]:
 
 
 def _token_embedding(run: Run, grid: Grid, seed: int, progress: Progress) -> list[Tally]:
-    """The baseline that knows which token is there, and nothing before it: probes on its embedding."""
-    plain = {"probe.control": False, "probe.code_length": False, "probe.solvers": ["softmax"]}
+    """The baseline that knows which token is there, and nothing before it: probes on its embedding.
+
+    Softmax probes, unless none of the grid's own holds its examples: then it does not either.
+    """
+    solvers = run.config.probe.solvers
+    solver = solvers[0] if CLOSED_FORM.issuperset(solvers) else "softmax"
+    plain = {"probe.control": False, "probe.code_length": False, "probe.solvers": [solver]}
     alone = run.with_settings(plain)
     tallies = _probed(alone, grid, "none", [("hook_embed", 0)], seed, progress, name="token embedding")
     for tally in tallies:
