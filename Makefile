@@ -26,6 +26,8 @@ bench: .venv/base ## Measure speed and memory; tables and benchmarks/results/ (m
 	$(BIN)/python benchmarks/fit_grid.py --device $(DEVICE)
 	$(BIN)/python benchmarks/extraction.py --device $(DEVICE)
 	$(BIN)/python benchmarks/memory.py --device $(DEVICE)
+	$(BIN)/python benchmarks/generation.py --device $(DEVICE)
+	$(BIN)/python benchmarks/training.py --device $(DEVICE)
 
 clean:           ## Remove the environment and caches
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis

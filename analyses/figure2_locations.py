@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from probekit.probing.locations import LOCATIONS, table_rows
-from probekit.reports.diagram import block_figure
+from probekit.reports.block_diagram import block_figure
 from probekit.reports.manifest import save_figure
 
 

@@ -16,8 +16,12 @@ if TYPE_CHECKING:
     from probekit.config import Config
     from probekit.errors import ProbekitError
     from probekit.evaluation.evaluate import Evaluation, evaluate
+    from probekit.evaluation.generation import Generated, Prompt, generate
+    from probekit.evaluation.generation_metrics import GenerationEvaluation, evaluate_generation
+    from probekit.evaluation.sweep_results import Sweep
     from probekit.probing.probe import ProbeResults, probe
     from probekit.run import Run
+    from probekit.training.sweep import sweep
     from probekit.training.train import build_corpus, prepare, train
     from probekit.walkthrough import demo
 
@@ -26,28 +30,42 @@ if TYPE_CHECKING:
 _HOME = {
     "Config": "probekit.config",
     "Evaluation": "probekit.evaluation.evaluate",
+    "Generated": "probekit.evaluation.generation",
+    "GenerationEvaluation": "probekit.evaluation.generation_metrics",
     "ProbeResults": "probekit.probing.probe",
     "ProbekitError": "probekit.errors",
+    "Prompt": "probekit.evaluation.generation",
     "Run": "probekit.run",
+    "Sweep": "probekit.evaluation.sweep_results",
     "build_corpus": "probekit.training.train",
     "demo": "probekit.walkthrough",
     "evaluate": "probekit.evaluation.evaluate",
+    "evaluate_generation": "probekit.evaluation.generation_metrics",
+    "generate": "probekit.evaluation.generation",
     "prepare": "probekit.training.train",
     "probe": "probekit.probing.probe",
+    "sweep": "probekit.training.sweep",
     "train": "probekit.training.train",
 }
 __all__ = [
     "Config",
     "Evaluation",
+    "Generated",
+    "GenerationEvaluation",
     "ProbeResults",
     "ProbekitError",
+    "Prompt",
     "Run",
+    "Sweep",
     "build_corpus",
     "demo",
     "evaluate",
+    "evaluate_generation",
+    "generate",
     "load_run",
     "prepare",
     "probe",
+    "sweep",
     "train",
 ]
 

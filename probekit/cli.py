@@ -22,7 +22,9 @@ from probekit.options import (
     parse,
     probed_config,
     source_config,
+    swept,
 )
+from probekit.training.members import STUDIES
 
 Command = Callable[[list[str]], None]
 
@@ -50,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if debug:
             raise
-        sys.stderr.write("probekit: interrupted; --resume goes on after the last finished stage\n")
+        again = "the same command" if words[:1] == ["sweep"] else "--resume"
+        sys.stderr.write(f"probekit: interrupted; {again} goes on after the last finished stage\n")
         return 130
     return 0
 
@@ -112,13 +115,23 @@ def _corpus(words: list[str]) -> None:
 
 
 def _evaluate(words: list[str]) -> None:
-    """Perplexity of every variant and the planner's metrics, with intervals and paired differences."""
-    parser = _results_parser("evaluate", words, ["device", "evaluation"])
+    """Perplexity of every variant and the planner's metrics, with intervals; generated text if asked for."""
+    parser = _results_parser("evaluate", words, ["device", "evaluation", "generation"])
+    parser.add_argument(
+        "--generation", action="store_true", help="generate text with every variant and measure that too"
+    )
     parsed = parse(parser, words)
+    settings = given_settings(parsed)
+    if not parsed.generation and (stray := [name for name in settings if name.startswith("generation.")]):
+        parser.error(f"argument --{stray[0]}: goes with --generation")
     from probekit.evaluation.evaluate import evaluate
-    from probekit.reports.tables import print_evaluation
+    from probekit.reports.tables import print_evaluation, print_generation
 
-    print_evaluation(evaluate(parsed.run, given_settings(parsed), quiet=parsed.quiet))
+    print_evaluation(evaluate(parsed.run, settings, quiet=parsed.quiet))
+    if parsed.generation:
+        from probekit.evaluation.generation_metrics import evaluate_generation
+
+        print_generation(evaluate_generation(parsed.run, settings, quiet=parsed.quiet))
 
 
 def _probe(words: list[str]) -> None:
@@ -149,6 +162,41 @@ def _probe(words: list[str]) -> None:
     print_probes(results)
 
 
+def _generate(words: list[str]) -> None:
+    """Write text with a run: go on with prompts or with test documents, or begin from nothing."""
+    parsed = parse(_generate_parser(words), words)
+    from probekit.evaluation.texts import read_prompts, write_texts
+    from probekit.progress import Progress
+    from probekit.reports.tables import print_texts
+    from probekit.run import Run
+
+    written = write_texts(
+        Run.open(parsed.run).with_settings(given_settings(parsed)),
+        read_prompts(parsed.prompts) if parsed.prompts else parsed.prompt,
+        documents=parsed.documents,
+        samples=parsed.samples,
+        variant=parsed.variant,
+        tokens=parsed.tokens,
+        plan=parsed.plan,
+        progress=Progress(quiet=parsed.quiet),
+    )
+    print_texts(written)
+    if parsed.out:
+        written.save(parsed.out)
+        sys.stdout.write(f"All texts: {parsed.out}\n")
+
+
+def _sweep(words: list[str]) -> None:
+    """Train and evaluate with several values of some settings and several seeds; one table of all."""
+    parsed = parse(_sweep_parser(words), words)
+    config, members, seeds = swept(parsed)
+    from probekit.reports.tables import print_sweep
+    from probekit.training.sweep import sweep
+
+    out, quiet = parsed.out, parsed.quiet
+    print_sweep(sweep(config, members, seeds, out, generation=parsed.generation, quiet=quiet))
+
+
 def _demo(words: list[str]) -> None:
     """Train, evaluate and probe on the planted corpus: the whole way in a few minutes on a CPU."""
     parser = Parser(prog="probekit demo", description=_demo.__doc__)
@@ -167,8 +215,10 @@ BESIDE_MODEL = ("corpus", "out", "overwrite", "preset", "config")
 COMMANDS: dict[str, Command] = {
     "train": _train,
     "evaluate": _evaluate,
+    "generate": _generate,
     "probe": _probe,
     "corpus": _corpus,
+    "sweep": _sweep,
     "demo": _demo,
 }
 
@@ -226,6 +276,79 @@ def _probe_parser(words: list[str]) -> Parser:
     else:
         asked = {"-h", "--help"} & {*words}
         add_setting_options(parser, source_config(parser.prog, words, ANY_MODEL) if asked else Config())
+    return parser
+
+
+def _generate_parser(words: list[str]) -> Parser:
+    usage = (
+        "probekit generate RUN [--prompt TEXT ... | --prompts FILE | --documents INT | --samples INT]\n"
+        "                         [--variant NAME] [--tokens INT] [--plan PLAN] [--SETTING VALUE ...]"
+    )
+    parser = Parser(prog="probekit generate", usage=usage, description=COMMANDS["generate"].__doc__)
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder")
+    begun = parser.add_mutually_exclusive_group()
+    begun.add_argument("--prompt", nargs="+", metavar="TEXT", help="texts to go on with")
+    begun.add_argument(
+        "--prompts", metavar="FILE", help="a file of them: one a line, or .jsonl with a text in each line"
+    )
+    begun.add_argument(
+        "--documents", type=int, metavar="INT", help="go on with the beginnings of so many test documents (4)"
+    )
+    begun.add_argument("--samples", type=int, metavar="INT", help="write so many texts from nothing")
+    parser.add_argument("--variant", metavar="NAME", help="which variant writes (soft, if it is trained)")
+    parser.add_argument("--tokens", type=int, default=128, metavar="INT", help="tokens of each text (128)")
+    parser.add_argument(
+        "--plan",
+        metavar="PLAN",
+        help="the action of each sentence to come, such as 12,7,7,40; oracle: the document's true ones",
+    )
+    parser.add_argument("--out", metavar="FILE", help="write the texts as JSON lines, too")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    add_setting_options(parser, Config(), ["seed", "device", "generation"])
+    return parser
+
+
+def _sweep_parser(words: list[str]) -> Parser:
+    usage = (
+        "probekit sweep SETTING --values VALUE ... [--over SETTING VALUE ...] [--seeds N]\n"
+        "                      [--preset NAME] [--config FILE] [--SETTING VALUE ...] [--out FOLDER]\n"
+        f"       probekit sweep {{{','.join(STUDIES)}}} ..."
+    )
+    parser = Parser(prog="probekit sweep", usage=usage, description=COMMANDS["sweep"].__doc__)
+    studies = (
+        f"{name}: {study.setting} with the variant {study.variant} and those in --mixing.variants"
+        for name, study in STUDIES.items()
+    )
+    parser.add_argument(
+        "what", nargs="?", metavar="SETTING", help=f"a setting, or a study ({'; '.join(studies)})"
+    )
+    parser.add_argument(
+        "--values", nargs="+", metavar="VALUE", help="its values; those of one that takes several: a,b"
+    )
+    parser.add_argument(
+        "--over",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar=("SETTING", "VALUE"),
+        help="another setting and its values; a run for every combination",
+    )
+    parser.add_argument(
+        "--seeds",
+        nargs="+",
+        type=int,
+        default=[1],
+        metavar="INT",
+        help="one number: how many seeds, from --seed on (1); several: the seeds",
+    )
+    parser.add_argument("--generation", action="store_true", help="measure generated text, too")
+    parser.add_argument(
+        "--out", default="runs/sweep", metavar="FOLDER", help="the sweep's folder (runs/sweep)"
+    )
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    add_source_options(parser)
+    asked = {"-h", "--help"} & {*words}
+    add_setting_options(parser, source_config(parser.prog, words) if asked else Config())
     return parser
 
 

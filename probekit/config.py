@@ -278,18 +278,43 @@ class JointSettings(Settings):
     """What joint training (planner and adapter together) adds to the adapter stage."""
 
     planner_frozen: Annotated[float, Field(ge=0.0)] = 0.0
-    """How long the planner stays frozen: up to 1 a share of the steps (0: never, 1: to the end), above 1 a
-    number of steps."""
-
+    """How long the planner, and an encoder that is trained with it, stay frozen: up to 1 a share of the steps
+    (0: never, 1: to the end), above 1 a number of steps. Their warm-up begins after that."""
     planner_learning_rate: Annotated[float, Field(ge=0.0)] = 1e-4
     """Peak learning rate of the planner during joint training; gentler than the adapter's."""
     planner_loss_weight: Annotated[float, Field(ge=0.0)] = 1.0
     """Weight of the planner's own cross-entropy, kept beside the next-token loss and part of the training
     loss that is shown; 0 drops it."""
+    end_to_end: bool = True
+    """Whether the next-token loss trains the planner too. Without it the planner has its own cross-entropy
+    alone: what joint training owes to more training of the planner."""
     encoder: Literal["frozen", "trained"] = "frozen"
     """Whether the sentence encoder is trained with the planner; actions stay those of the frozen one."""
     encoder_learning_rate: Annotated[float, Field(ge=0.0)] = 1e-5
     """Peak learning rate of the sentence encoder, where it is trained."""
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Self:
+        if self.planner_frozen > 1 and not self.planner_frozen.is_integer():
+            raise ValueError(
+                f"planner_frozen is {self.planner_frozen:g}; above 1 it is a number of steps, which must be "
+                "whole, and a share of the steps is at most 1"
+            )
+        if not self.end_to_end and self.planner_loss_weight == 0:
+            raise ValueError(
+                "end_to_end is false and planner_loss_weight is 0: nothing is left to train the planner on; "
+                "change one of them, or choose the variant soft"
+            )
+        if self.encoder == "trained" and self.planner_frozen == 1:
+            raise ValueError(
+                "encoder is 'trained', but planner_frozen is 1, to the end: the encoder is trained with the "
+                "planner; lower planner_frozen, or set encoder to frozen"
+            )
+        if self.encoder == "trained" and self.encoder_learning_rate == 0:
+            raise ValueError(
+                "encoder is 'trained', but encoder_learning_rate is 0; raise it, or set encoder to frozen"
+            )
+        return self
 
 
 class BaseSettings(Settings):
@@ -551,6 +576,14 @@ def settings_of(section: type[BaseModel], prefix: str = "") -> dict[str, Any]:
 def setting_names(section: type[BaseModel] = Config) -> list[str]:
     """Dotted names of all settings below a section."""
     return list(settings_of(section))
+
+
+def setting_value(config: BaseModel, name: str) -> Any:
+    """The value of a setting, given by its dotted name."""
+    value: Any = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
 
 
 def unknown_setting(name: str, known: list[str]) -> ProbekitError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,14 +16,20 @@ from probekit.config import (
     merge,
     nest,
     preset_values,
+    setting_names,
+    setting_value,
     settings_of,
     unknown_setting,
     yaml_values,
 )
 from probekit.errors import ProbekitError
+from probekit.training.members import STUDIES, grid
 
 ANY_MODEL = "any-model"
 """The preset on which `probekit probe --model` builds where no other is given."""
+
+UNSET = ("none", "null")
+"""Words that unset a setting that can be unset."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -65,8 +71,10 @@ def add_setting_options(parser: Parser, defaults: Config, sections: Iterable[str
                 dest=name,
                 default=argparse.SUPPRESS,
                 metavar=_metavar(field.annotation),
-                nargs="+" if typing.get_origin(_without_none(field.annotation)) is tuple else None,
-                help=f"{field.description} (default: {_shown(_value(defaults, name))})".replace("%", "%%"),
+                nargs="+" if _takes_several(field) else None,
+                help=f"{field.description} (default: {_shown(setting_value(defaults, name))})".replace(
+                    "%", "%%"
+                ),
             )
 
 
@@ -91,11 +99,57 @@ def given_settings(parsed: argparse.Namespace) -> dict[str, Any]:
     fields = settings_of(Config)
     return {
         name: None
-        if value in ("none", "null", ["none"], ["null"]) and _can_be_unset(fields[name].annotation)
+        if value in (*UNSET, *([word] for word in UNSET)) and _can_be_unset(fields[name])
         else value
         for name, value in vars(parsed).items()
         if name in fields
     }
+
+
+def swept(parsed: argparse.Namespace) -> tuple[Config, dict[str, dict[str, Any]], list[int]]:
+    """The settings, members and seeds of the sweep that was asked for.
+
+    Raises:
+        ProbekitError: Nothing to sweep over is given, or what is given is wrong.
+    """
+    config = chosen_config(parsed)
+    if config is None:
+        raise ProbekitError("the sweep has no settings to change; give --preset or --config")
+    over = [list(words) for words in parsed.over]
+    study = STUDIES.get(parsed.what)
+    if study:
+        beside = [name for name in given_settings(parsed).get("mixing.variants", ()) if name != study.variant]
+        config = config.override({"mixing.variants": [*beside, study.variant]})
+        over.insert(0, [study.setting, *(study.values if parsed.values is None else parsed.values)])
+    elif parsed.what:
+        if parsed.what not in setting_names():
+            raise unknown_setting(parsed.what, [*STUDIES, *setting_names()])
+        over.insert(0, [parsed.what, *(parsed.values or ())])
+    elif parsed.values is not None:
+        raise ProbekitError("--values has no setting; give it first: probekit sweep SETTING --values ...")
+    if not over:
+        raise ProbekitError(f"nothing to sweep over; give a setting with --values, or {', '.join(STUDIES)}")
+    values: dict[str, list[Any]] = {}
+    for name, *words in over:
+        if name in values:
+            raise ProbekitError(f"{name} is swept over twice; give all its values at once")
+        values[name] = [_swept_value(name, word) for word in words]
+    return config, grid(config, values), _seeds(parsed.seeds, config.seed)
+
+
+def _seeds(given: Sequence[int], first: int) -> list[int]:
+    """One number says how many, from the settings' seed on; several are the seeds."""
+    return list(range(first, first + given[0])) if len(given) == 1 else list(given)
+
+
+def _swept_value(name: str, word: Any) -> Any:
+    """One value of a setting; those of a setting that takes several are joined by commas."""
+    field = settings_of(Config).get(name)
+    if field is None or not isinstance(word, str):
+        return word
+    if word in UNSET and _can_be_unset(field):
+        return None
+    return word.split(",") if _takes_several(field) else word
 
 
 def chosen_config(parsed: argparse.Namespace, begun: Path | None = None) -> Config | None:
@@ -164,12 +218,16 @@ def _doc(section: str) -> str | None:
     return model.__doc__
 
 
-def _can_be_unset(annotation: Any) -> bool:
-    return type(None) in typing.get_args(annotation)
+def _can_be_unset(field: FieldInfo) -> bool:
+    return type(None) in typing.get_args(field.annotation)
+
+
+def _takes_several(field: FieldInfo) -> bool:
+    return typing.get_origin(_without_none(field.annotation)) is tuple
 
 
 def _without_none(annotation: Any) -> Any:
-    if _can_be_unset(annotation):
+    if type(None) in typing.get_args(annotation):
         annotation = next(choice for choice in typing.get_args(annotation) if choice is not type(None))
     return typing.get_args(annotation)[0] if typing.get_origin(annotation) is typing.Annotated else annotation
 
@@ -182,13 +240,6 @@ def _metavar(annotation: Any) -> str:
     if origin is typing.Literal:
         return "{" + ",".join(choices) + "}"
     return {int: "INT", float: "NUMBER", bool: "{true,false}"}.get(kind, "TEXT")
-
-
-def _value(config: BaseModel, name: str) -> Any:
-    value: Any = config
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def _shown(value: Any) -> str:

@@ -5,17 +5,20 @@ provenance.json   versions, commit, seeds    adapters/     one file for each var
 run.json          format, finished stages    metrics.jsonl losses of every stage
 corpus/           tokens, labels, codebook   evaluation.json, probes/, figures/
 lm/               the base LM, in Hugging Face format, or the name and revision of a pre-trained one
+adapters/V/       the LM of variant V, if it was tuned: low-rank updates, or all weights
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -24,18 +27,30 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from probekit.config import Config, VariantName
+from probekit.config import Config, ProbedName, VariantName
+from probekit.corpus.embeddings import SentenceEncoder, load_encoder
 from probekit.corpus.store import Corpus
 from probekit.devices import compute_device
 from probekit.errors import ProbekitError
+from probekit.models.base_lm import TUNINGS, BaseLM
 from probekit.models.conditioning import new_adapter
-from probekit.models.language_model import bridge, load_model, locations, random_weights
+from probekit.models.language_model import load_model, locations, random_weights
 from probekit.models.mixing import VARIANTS
-from probekit.models.plain import BridgedPass, ForwardPass, PlainPass, forward_pass
+from probekit.models.plain import ForwardPass
 from probekit.models.planned_lm import PlannedLM
 from probekit.models.planner import Planner
+from probekit.models.sentence_encoder import TrainableEncoder
 from probekit.progress import without_bars_of_transformers
-from probekit.storage import read_json, read_tensors, write_json, write_tensors, write_text
+from probekit.stage_settings import stage_settings
+from probekit.storage import (
+    link_or_copy,
+    read_array,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+    write_text,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,7 +66,7 @@ BEGUN = ("config.yaml", "provenance.json", "run.json")
 END_OF_SETTINGS = b"\n...\n"
 """How config.yaml ends when it is whole."""
 
-LOADED = ("device", "corpus", "bridged", "locations", "_plain")
+LOADED = ("device", "corpus", "locations", "_base")
 """What a run keeps in memory once it was asked for."""
 
 WEIGHTS = (".json", ".safetensors", ".bin")
@@ -183,6 +198,23 @@ class Run:
                 f"`probekit train --resume --out {self.folder}`"
             )
 
+    def take_over(self, stage: str, other: Run) -> None:
+        """Takes a finished stage of another run, trained with equal settings, instead of training it.
+
+        Its files are linked or copied; `run.json` says where they come from.
+        """
+        name = {"planner": "planner/model"}.get(stage, stage.replace("adapter/", "adapters/"))
+        for path in [*other.folder.glob(name), *other.folder.glob(f"{name}.*")]:
+            link_or_copy(path, self.folder / path.relative_to(other.folder))
+        self.forget_metrics(stage)
+        if (other.folder / "metrics.jsonl").exists():
+            for row in _read_rows(other.folder / "metrics.jsonl"):
+                if row["stage"] == stage:
+                    self.log(row)
+        facts = read_json(other.folder / "run.json")["stages"][stage]
+        origin = os.path.relpath(other.folder.resolve(), self.folder.resolve())
+        self.mark_finished(stage, facts | {"taken_from": origin})
+
     def log(self, row: dict[str, Any]) -> None:
         """Appends a row to metrics.jsonl."""
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
@@ -213,11 +245,10 @@ class Run:
         """The variants whose adapters are trained, in the order of the settings."""
         return [v for v in self.config.mixing.variants if v in VARIANTS and self.finished(f"adapter/{v}")]
 
-    @cached_property
+    @property
     def bridged(self) -> TransformerBridge:
         """The base LM, frozen and bridged."""
-        self.require("lm")
-        return bridge(self.plain_model().to(self.device), self.corpus.tokenizer, self.folder / "lm")
+        return self._base.bridged
 
     @cached_property
     def locations(self) -> dict[str, int]:
@@ -234,24 +265,60 @@ class Run:
             return load_model(**recorded, trust_remote_code=self.config.lm.trust_remote_code)
 
     @cached_property
-    def _plain(self) -> PreTrainedModel:
-        """A copy of the base LM for forward passes alone."""
-        return self.plain_model().to(self.device)
+    def _base(self) -> BaseLM:
+        self.require("lm")
+        return BaseLM(lambda: self.plain_model().to(self.device), self.corpus.tokenizer, self.folder / "lm")
 
-    def forward_pass(self, names: Sequence[str], random_seed: int | None = None) -> ForwardPass:
-        """The fastest way to run the base LM with some hooks.
+    def base_lm(self, variant: ProbedName = "none", seed: int = 0) -> BaseLM:
+        """The LM of a variant, without its adapter: plain, bridged, and with hooks.
+
+        Args:
+            variant: `none`, a trained variant, whose LM is its own where that was tuned with the adapter
+                (`training.base`), or `random`.
+            seed: Of random weights.
+        """
+        base = self._base
+        if variant == "random":
+            return BaseLM(
+                lambda: random_weights(base.plain, seed).to(self.device),
+                self.corpus.tokenizer,
+                "random weights",
+                alike=base,
+            )
+        if variant == "none" or self.config.training.base.tuning == "frozen":
+            return base
+        self.require(f"adapter/{variant}")
+        return self._tuned(variant)
+
+    @cached_property
+    def _latest(self) -> dict[VariantName, BaseLM]:
+        """The tuned LM that was asked for last: all of them may not fit into memory."""
+        return {}
+
+    def _tuned(self, variant: VariantName) -> BaseLM:
+        settings, folder = self.config.training.base, self.tuned_folder(variant)
+
+        def load() -> PreTrainedModel:
+            return TUNINGS[settings.tuning].load(folder, self.plain_model(), settings).to(self.device)
+
+        if variant not in self._latest:
+            self._latest.clear()
+            self._latest[variant] = BaseLM(load, self.corpus.tokenizer, folder, alike=self._base)
+        return self._latest[variant]
+
+    def tuned_folder(self, variant: VariantName) -> Path:
+        """Where a variant's own base LM is, if it has one."""
+        return self.folder / "adapters" / variant
+
+    def forward_pass(self, names: Sequence[str], variant: ProbedName = "none", seed: int = 0) -> ForwardPass:
+        """The fastest way to run a variant's LM with some hooks.
 
         Args:
             names: The hooks' full TransformerLens names.
-            random_seed: Seed of random weights in place of the LM's.
+            variant: Whose LM, as `base_lm` has it.
+            seed: Of random weights.
         """
-        found = forward_pass(self.bridged, self._plain, names)
-        if random_seed is None:
-            return found
-        model = random_weights(self._plain, random_seed).to(self.device)
-        if isinstance(found, PlainPass):
-            return found.with_weights(model)
-        return BridgedPass(bridge(model, self.corpus.tokenizer, "random weights"))
+        return self.base_lm(variant, seed).forward_pass(names)
 
     def weights_digest(self, variant: str) -> str:
         """A digest of the files that hold a variant's weights, or that name where the LM's are."""
@@ -262,6 +329,7 @@ class Run:
                 files += sorted(path for path in source.iterdir() if path.suffix in WEIGHTS)
         if variant in VARIANTS:
             files += [self.folder / "planner" / "model.safetensors", self._adapter_file(variant)]
+            files += sorted(self.folder.glob(f"adapters/{variant}/*"))
         digest = hashlib.sha256()
         for path in files:
             with path.open("rb") as file:
@@ -271,15 +339,25 @@ class Run:
     def planner(self, variant: VariantName | None = None) -> Planner:
         """A copy of the planner as its own stage left it, or as a joint variant did."""
         self.require("planner")
-        planner = Planner(self.config.planner, self._centroids, self.config.seed)
-        _load(planner, self.folder / "planner" / "model.safetensors")
+        planner = self._planner("model")
         if variant in VARIANTS and VARIANTS[variant].joint:
             _load(planner, self._adapter_file(variant), "planner.")
+        return planner
+
+    def _planner(self, name: str) -> Planner:
+        planner = Planner(self.config.planner, self._centroids, self.config.seed)
+        _load(planner, self.folder / "planner" / f"{name}.safetensors")
         return planner.to(self.device).eval().requires_grad_(False)
 
-    def save_planner(self, planner: Planner) -> None:
-        """Writes the planner's weights."""
-        write_tensors(self.folder / "planner" / "model.safetensors", planner.state_dict())
+    def fold_planner(self, fold: int) -> Planner:
+        """The planner that has not seen the training documents of a fold."""
+        self.require(f"planner/fold{fold}")
+        return self._planner(f"fold{fold}")
+
+    def save_planner(self, planner: Planner, fold: int | None = None) -> None:
+        """Writes the weights of the planner, or of one that has not seen a fold."""
+        name = "model" if fold is None else f"fold{fold}"
+        write_tensors(self.folder / "planner" / f"{name}.safetensors", planner.state_dict())
 
     def model(self, variant: VariantName) -> PlannedLM:
         """The trained, frozen model of a variant; `none` is the base LM alone.
@@ -290,21 +368,67 @@ class Run:
         known = ("none", *self.config.mixing.variants)
         if variant not in known:
             raise ProbekitError(f"{self.folder} has no variant {variant!r}; it has {', '.join(known)}")
+        bridged = self.base_lm(variant).bridged
         adapter = None
         if variant != "none":
             self.require(f"adapter/{variant}")
-            adapter = new_adapter(self.config.conditioning, self._centroids, self.bridged, self.config.seed)
+            adapter = new_adapter(self.config.conditioning, self._centroids, bridged, self.config.seed)
             _load(adapter, self._adapter_file(variant), "adapter.")
             adapter.to(self.device).requires_grad_(False)
         planner = self.planner(variant) if self.finished("planner") else None
-        return PlannedLM(self.bridged, planner, adapter, self.config.mixing.temperature).eval()
+        return PlannedLM(bridged, planner, adapter, self.temperature(variant)).eval()
+
+    def temperature(self, variant: VariantName) -> float:
+        """Of a variant's mixing: as it was trained, or the setting's."""
+        settings = self.config.mixing
+        if not settings.learn_temperature or variant not in VARIANTS or not VARIANTS[variant].tempered:
+            return settings.temperature
+        learned = read_tensors(path := self._adapter_file(variant)).get("log_temperature")
+        if learned is None:
+            raise ProbekitError(
+                f"{path} holds no temperature, but mixing.learn_temperature is true; delete it and train "
+                "that stage again"
+            )
+        return learned.exp().item()
+
+    def encoder(self, variant: VariantName = "none") -> SentenceEncoder | TrainableEncoder:
+        """What embeds the sentences that a variant's planner reads: the corpus's encoder, or its own."""
+        with without_bars_of_transformers():
+            encoder = load_encoder(self.folder / "corpus" / "encoder", str(self.device))
+        if not self._has_own_encoder(variant):
+            return encoder
+        trained = TrainableEncoder(encoder)
+        _load(trained, self._adapter_file(variant), "encoder.")
+        return trained.to(self.device).eval().requires_grad_(False)
+
+    def corpus_of(self, variant: VariantName) -> Corpus:
+        """The corpus as a variant's planner reads it: with the embeddings of its own encoder, if it has one.
+
+        All else is the same: the actions stay those of the corpus's encoder.
+        """
+        if not self._has_own_encoder(variant):
+            return self.corpus
+        return replace(self.corpus, embeddings=read_array(self.embeddings_file(variant)))
+
+    def embeddings_file(self, variant: VariantName) -> Path:
+        """Where the embeddings of all sentences by a variant's own encoder are."""
+        return self.folder / "adapters" / f"{variant}.embeddings.npy"
+
+    def _has_own_encoder(self, variant: VariantName) -> bool:
+        joint = variant in VARIANTS and VARIANTS[variant].joint
+        return joint and self.config.training.joint.encoder == "trained"
 
     def save_adapter(self, variant: VariantName, model: PlannedLM) -> None:
-        """Writes a variant's adapter, and its planner where that was trained too."""
+        """Writes a variant's adapter, and its planner, temperature and encoder if they were trained too."""
         assert model.adapter is not None  # noqa: S101 - only trained variants are saved
         tensors = {f"adapter.{name}": value for name, value in model.adapter.state_dict().items()}
         if VARIANTS[variant].joint and model.planner is not None:
             tensors |= {f"planner.{name}": value for name, value in model.planner.state_dict().items()}
+        if model.log_temperature is not None:
+            tensors["log_temperature"] = model.log_temperature
+        if model.encoder is not None:
+            # Copied: safetensors refuses weights that some models have twice.
+            tensors |= {f"encoder.{name}": t.clone() for name, t in model.encoder.state_dict().items()}
         write_tensors(self._adapter_file(variant), tensors)
 
     # Results as data frames
@@ -327,6 +451,14 @@ class Run:
     def losses(self) -> pd.DataFrame:
         """Test losses by document, variant and source of actions, as `probekit evaluate` left them."""
         return self._table("losses.parquet", "evaluate")
+
+    def generation_metrics(self) -> dict[str, Any]:
+        """What `probekit evaluate --generation` found."""
+        if not (self.folder / "generation.json").exists():
+            raise ProbekitError(
+                f"{self.folder} has no generation.json; run `probekit evaluate {self.folder} --generation`"
+            )
+        return read_json(self.folder / "generation.json")
 
     def probes(self) -> pd.DataFrame:
         """What `probekit probe` found: one row for each reader and cell of the grid."""
@@ -412,45 +544,14 @@ def _git_commit() -> str | None:
     return answer.stdout.strip() or None
 
 
-USED_BY = {
-    "device": None,
-    "evaluation": None,
-    "generation": None,
-    "probe": None,
-    "mixing.variants": None,
-    "mixing": "adapter/",
-    "conditioning": "adapter/",
-    "training.joint": "adapter/",
-    "training.base": "adapter/",
-    "training.adapter": "adapter/",
-    "training.planner": "planner",
-    "planner": "planner",
-    # A new LM needs the corpus, so its stage comes after; a pre-trained one is there before.
-    "corpus": "corpus",
-    "actions": "corpus",
-}
-"""Sections that only a late stage uses, more special ones first; all other settings any stage may use."""
-
-
 def _check_same(begun: Run, wanted: Config) -> None:
     """Stages already done hold only for the settings they were done with; what comes after may differ."""
-    stages = read_json(begun.folder / "run.json")["stages"]
-    for name, was, now in _differences(begun.config.model_dump(), wanted.model_dump()):
-        user = next((USED_BY[section] for section in USED_BY if f"{name}.".startswith(f"{section}.")), "")
-        if user is not None and any(stage.startswith(user) for stage in stages):
-            raise ProbekitError(
-                f"{begun.folder} was begun with other settings: {name} was {was!r} and is now {now!r}, and a "
-                "stage that uses it is finished; resume without it, or choose another --out"
-            )
-
-
-def _differences(
-    first: dict[str, Any], second: dict[str, Any], prefix: str = ""
-) -> list[tuple[str, Any, Any]]:
-    found = []
-    for key, value in first.items():
-        if isinstance(value, dict):
-            found += _differences(value, second[key], f"{prefix}{key}.")
-        elif value != second[key]:
-            found.append((prefix + key, value, second[key]))
-    return found
+    for stage in read_json(begun.folder / "run.json")["stages"]:
+        was, now = stage_settings(begun.config, stage), stage_settings(wanted, stage)
+        for name in was | now:
+            if was.get(name) != now.get(name):
+                raise ProbekitError(
+                    f"{begun.folder} was begun with other settings: {name} was {was.get(name)!r} and is now "
+                    f"{now.get(name)!r}, and a stage that uses it is finished; resume without it, or choose "
+                    "another --out"
+                )

@@ -72,6 +72,20 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """Gives a file, or a folder with all its files, a second name, as a whole or not at all.
+
+    Files are hard links where the file system has them, else copies. What is linked must never be changed in
+    place, and nothing here does so: writers replace files, and then the other name keeps the old one.
+    """
+    if Path(source).is_dir():
+        with atomic_folder(target) as temporary:
+            shutil.copytree(source, temporary, copy_function=_link_or_copy, dirs_exist_ok=True)
+    else:
+        with atomic_path(target) as temporary:
+            _link_or_copy(source, temporary)
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Writes text as UTF-8, line ends as they are."""
     with atomic_path(path) as temporary:
@@ -170,6 +184,13 @@ def release(array: np.ndarray) -> None:
     """Lets go the pages of a mapped array that were read; until then they count as the process's memory."""
     if isinstance(array.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
         array.base.madvise(mmap.MADV_DONTNEED)
+
+
+def _link_or_copy(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _sibling(target: Path) -> Path:

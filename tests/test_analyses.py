@@ -16,11 +16,12 @@ from matplotlib.figure import Figure
 from synthetic_probes import BASELINES, accuracy_of, probe_table
 
 import probekit
-from probekit.config import Config
+from probekit.config import Config, merge, nest
 from probekit.probing.locations import LOCATIONS
 from probekit.reports import manifest
 from probekit.reports.figures import Panel
 from probekit.run import Run
+from probekit.training.members import grid
 
 ROOT = Path(__file__).parents[1]
 FIGURES = sorted((ROOT / "figures").glob("*.png"))
@@ -209,30 +210,204 @@ def test_runs_of_other_corpora_are_not_compared(tiny_run: Run, tmp_path: Path, f
     assert "names of their own" in capsys.readouterr().err
 
 
-def test_planted_orderings(
-    tiny_config: Config, tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_figure_1_tells_the_structure_of_the_model(
+    tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(Config, "from_preset", lambda name: tiny_config)
-    # Two seeds of which the first is there already: it must be used as it is.
-    shutil.copytree(tiny_run.folder, tmp_path / "runs" / "seed0")
-    written = (tmp_path / "runs" / "seed0" / "run.json").read_bytes()
-    out = tmp_path / "orderings.png"
+    out = tmp_path / "method.png"
+    run_script("figure1_method.py", tiny_run.folder, "--out", out, monkeypatch=monkeypatch)
+    facts = pd.read_csv(out.with_suffix(".csv"), index_col="fact").value
+    model = tiny_run.model("joint")
+    assert int(facts.layers) == model.bridged.cfg.n_layers
+    assert int(facts.actions) == tiny_run.corpus.k
+    assert int(facts.adapter_parameters) == sum(p.numel() for p in model.adapter.parameters())
+    assert facts.conditioned == str(tuple(range(tiny_run.config.conditioning.skip_layers, int(facts.layers))))
+    assert_belongs_together(out)
+
+
+def test_table_1(tiny_config: Config, tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = tiny_config.override({"mixing.variants": ["fixed", "soft", "predicted"]})
+    monkeypatch.setattr(Config, "from_preset", lambda name: config)
+    out, evaluated = tmp_path / "table.png", tmp_path / "evaluated"
+    shutil.copytree(tiny_run.folder, evaluated)
+    probekit.evaluate(evaluated, quiet=True)
+    monkeypatch.setattr(Config, "override", lambda self, values: without_variants(self, values))
     run_script(
-        "planted_orderings.py",
-        *("--seeds", 0, 1, "--runs", tmp_path / "runs", "--out", out),
+        "table1_perplexity.py",
+        *(evaluated, "--preset", "demo", "--seeds", 2, "--runs", tmp_path / "runs", "--out", out),
         monkeypatch=monkeypatch,
     )
-    assert (tmp_path / "runs" / "seed0" / "run.json").read_bytes() == written
-    table = pd.read_csv(out.with_suffix(".csv"), dtype={"seed": str}).set_index(["first", "second", "seed"])
-    assert set(table.index.get_level_values("seed")) == {"0", "1", "mean"}
+    table = pd.read_csv(out.with_suffix(".csv"))
+    assert set(table["base LM"]) == {"demo", "evaluated"}
+    trained = table[table["base LM"] == "demo"]
     for seed in (0, 1):
-        losses = probekit.load_run(tmp_path / "runs" / f"seed{seed}").losses()
-        mean = losses[losses.actions != "true"].groupby("variant")[["loss", "tokens"]].sum()
-        perplexity = np.exp(mean.loss / mean.tokens)
-        found = table.loc[("soft", "predicted", str(seed))]
-        assert found.value == pytest.approx(perplexity["soft"] - perplexity["predicted"])
-        assert found.low <= found.value <= found.high
+        losses = probekit.load_run(tmp_path / "runs" / "demo" / "all" / f"seed{seed}").losses()
+        sums = losses.groupby("variant")[["loss", "tokens"]].sum()
+        perplexity = np.exp(sums.loss / sums.tokens)
+        rows = trained[trained.seed == seed].set_index("name").value
+        assert rows["soft"] == pytest.approx(perplexity["soft"])
+        assert rows["soft − predicted"] == pytest.approx(perplexity["soft"] - perplexity["predicted"])
+    whole = trained[trained.seed.isna()].set_index("name")
+    assert set(whole.index) == {"none", "fixed", "predicted", "soft", "soft − predicted", "predicted − fixed"}
+    assert (whole.seeds == 2).all()
+    assert whole.seed_spread.notna().all()
+    assert (whole.value_low <= whole.value).all()
+    assert (whole.value <= whole.value_high).all()
     assert_belongs_together(out)
+
+
+def without_variants(config: Config, values: dict[str, object]) -> Config:
+    """The settings replaced, but the variants: few are enough here."""
+    values = {name: value for name, value in values.items() if name != "mixing.variants"}
+    return Config.from_dict(merge(config.model_dump(), nest(values)))
+
+
+def test_table_3(tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Config, "from_preset", lambda name: tiny_config)
+    out, runs = tmp_path / "table.png", tmp_path / "runs"
+    only = ("--seeds", 1, "--runs", runs, "--out", out, "--only", "joint", "planner's own loss alone")
+    run_script("table3_joint.py", *only, monkeypatch=monkeypatch)
+    table = pd.read_csv(out.with_suffix(".csv"))
+    whole = table[table.seed.isna()].set_index(["what", "name"])
+    sweep = probekit.Sweep.open(runs)
+    assert len(sweep.runs) == 3
+    perplexity = sweep.table().set_index(["variant", "member", "seed"]).value
+    difference = perplexity["joint", "joint", 0] - perplexity["soft", "soft--planner-frozen", 0]
+    assert whole.value["difference", "joint"] == pytest.approx(difference)
+    readers = pd.DataFrame(
+        sweep.runs[next(p for p in sweep.runs if p.member == "joint")].evaluation()["planner"]
+    )
+    accuracy = readers[(readers.reader == "planner after joint") & (readers.metric == "accuracy")].value
+    assert whole.value["planner accuracy", "joint"] == pytest.approx(accuracy.item())
+    assert_belongs_together(out)
+    with pytest.raises(SystemExit):
+        run_script("table3_joint.py", "--only", "nothing", monkeypatch=monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def fractions(tiny_config: Config, tmp_path_factory: pytest.TempPathFactory) -> probekit.Sweep:
+    """A sweep over the mixing fraction, with generated text."""
+    less = {"corpus.planted.documents": 120, "mixing.variants": ["mixed"]}
+    less |= {"generation.prompts": 4, "generation.samples": 4, "generation.lengths": [8, 16]}
+    config = tiny_config.override(less | {"generation.context": 8})
+    members = grid(config, {"mixing.fraction": [1, 0, 0.5]})
+    out = tmp_path_factory.mktemp("sweeps") / "fractions"
+    done = probekit.sweep(config, members, [0, 1], out, generation=True, quiet=True)
+    for number, run in enumerate(done.runs.values()):  # so few texts have no MAUVE
+        found = run.generation_metrics()
+        mauve = {
+            "metric": "mauve",
+            "variant": "mixed",
+            "actions": "planner",
+            "texts": "samples",
+            "length": 16,
+        }
+        mauve |= {"value": 0.5 + 0.05 * number, "value_low": 0.4, "value_high": 0.9, "documents": 4}
+        found["metrics"].append(mauve)
+        (run.folder / "generation.json").write_text(json.dumps(found))
+    return done
+
+
+def test_figure_4(fractions: probekit.Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    out = tmp_path / "figure4.png"
+    script = "figure4_mixing_fraction.py"
+    run_script(script, "--runs", fractions.folder, "--out", out, monkeypatch=monkeypatch)
+    assert_belongs_together(out)
+    table = pd.read_csv(out.with_suffix(".csv"), dtype={"seed": str})
+    metrics = {"perplexity", "rouge2", "mauve", "levenshtein", "latent_perplexity", "plan_following"}
+    assert set(table.metric) == metrics
+    assert set(zip(table.fraction, table.seed, strict=True)) == {
+        (fraction, seed) for fraction in (0.0, 0.5, 1.0) for seed in ("0", "1", "mean")
+    }
+    assert set(table[table.texts != "test documents"].length) == {16}
+    rows = table.set_index(["metric", "texts", "fraction", "seed"])
+    evaluated = {
+        (place.member.partition("=")[2], str(place.seed)): pd.DataFrame(run.evaluation()["perplexity"])
+        .set_index("variant")
+        .perplexity["mixed"]
+        for place, run in fractions.runs.items()
+    }
+    for seed in ("0", "1"):
+        gain = 100 * (1 - evaluated["1", seed] / evaluated["0", seed])
+        found = rows.loc[("perplexity", "test documents", 1.0, seed)]
+        assert found.improvement == pytest.approx(gain), "less perplexity is up"
+        assert found.low <= found.improvement <= found.high
+        assert rows.loc[("perplexity", "test documents", 0.0, seed)].improvement == 0.0
+    mean = rows.loc[("perplexity", "test documents", 1.0, "mean")]
+    logarithms = [np.log(evaluated["1", s] / evaluated["0", s]) for s in ("0", "1")]
+    assert mean.improvement == pytest.approx(100 * (1 - np.exp(np.mean(logarithms))))
+    assert mean.seeds == 2
+    # Values by the order of runs: seed 0 of 1, 0, 0.5, then seed 1. More of it is better.
+    mauve = rows.loc[("mauve", "samples", 1.0, "0")]
+    assert mauve.improvement == pytest.approx(100 * (0.5 / 0.55 - 1))
+    assert np.isnan(mauve.low)
+    average = rows.loc[("mauve", "samples", 1.0, "mean")]
+    assert average.improvement == pytest.approx(100 * ((0.5 + 0.65) / (0.55 + 0.7) - 1))
+
+
+def test_figure_4_of_generated_text_is_as_computed_by_hand(
+    fractions: probekit.Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    out = tmp_path / "figure4.png"
+    run_script(
+        "figure4_mixing_fraction.py", "--runs", fractions.folder, "--out", out, monkeypatch=monkeypatch
+    )
+    table = pd.read_csv(out.with_suffix(".csv"), dtype={"seed": str})
+    for metric, sign in (("levenshtein", -1), ("latent_perplexity", -1)):
+        ratio = {}
+        for place, run in fractions.runs.items():
+            made = pd.read_parquet(run.folder / "generation.parquet").query(
+                "variant == 'mixed' and actions == 'planner' and texts == 'continuations' and length == 16 "
+                "and metric == @metric"
+            )
+            ratio[place.member.partition("=")[2], place.seed] = made[["sum", "count"]].sum()
+        pooled = {f: sum(ratio[f, seed] for seed in (0, 1)) for f in ("0", "0.5")}
+        value = {f: sums["sum"] / sums["count"] for f, sums in pooled.items()}
+        if metric == "latent_perplexity":
+            value = {f: np.exp(v) for f, v in value.items()}
+        row = table.query(
+            "metric == @metric and texts == 'continuations' and fraction == 0.5 and seed == 'mean'"
+        ).iloc[0]
+        assert row.value == pytest.approx(value["0.5"])
+        assert row.improvement == pytest.approx(100 * sign * (value["0.5"] / value["0"] - 1))
+
+
+def test_figure_4_trains_what_is_missing(
+    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(Config, "from_preset", lambda name: tiny_config)
+    out, runs = tmp_path / "figure4.png", tmp_path / "runs"
+    words = ["--preset", "demo", "--set", "corpus.planted.documents", 120, "--seeds", 3, "--runs", runs]
+    words += ["--values", 0, 1, "--out", out]
+    run_script("figure4_mixing_fraction.py", *words, monkeypatch=monkeypatch)
+    assert [str(place) for place in probekit.Sweep.open(runs).runs] == [
+        "mixing.fraction=0/seed3",
+        "mixing.fraction=1/seed3",
+    ]
+    assert_belongs_together(out)
+    # A sweep that was stopped is drawn as far as it is; without the reference nothing can be.
+    shutil.rmtree(runs / "mixing.fraction=1")
+    words = ["--runs", runs, "--out", out]
+    run_script("figure4_mixing_fraction.py", *words, monkeypatch=monkeypatch)
+    assert set(pd.read_csv(out.with_suffix(".csv")).fraction) == {0.0}
+
+
+def test_figure_4_needs_its_sweep(
+    fractions: probekit.Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    folder = shutil.copytree(fractions.folder, tmp_path / "copy")
+    shutil.rmtree(folder / "mixing.fraction=0")
+
+    def refused(folder: Path) -> str:
+        with pytest.raises(SystemExit):
+            run_script("figure4_mixing_fraction.py", "--runs", folder, monkeypatch=monkeypatch)
+        return capsys.readouterr().err
+
+    assert "has no finished run with mixing.fraction 0" in refused(folder)
+    assert "does not exist; make one with `probekit sweep" in refused(tmp_path / "no")
+    record = json.loads((folder / "sweep.json").read_text())
+    record["members"] = {"a": {"mixing.fraction": 0.5, "lm.layers": 2}}
+    (folder / "sweep.json").write_text(json.dumps(record))
+    assert "sweeps over mixing.fraction, lm.layers, and not over mixing.fraction alone" in refused(folder)
 
 
 @pytest.mark.parametrize("picture", FIGURES, ids=lambda path: path.stem)

@@ -208,6 +208,64 @@ def test_memory(tmp_path: Path):
         assert row["peak_ratio"] == row["peak_megabytes"] / small["peak_megabytes"]
 
 
+# training
+
+
+def test_training(tmp_path: Path):
+    _, rows = run_quick("training", tmp_path)
+    training = import_module("training")
+    found = by_contestant(rows)
+    assert found.keys() == set(training.CONTESTANTS)
+    plain = found["plain fine-tuning"]
+    for row in rows:
+        # Three steps of four windows of sixteen tokens.
+        assert row["tokens_per_second"] == 3 * 4 * 16 / row["seconds"]
+        assert row["speed_of_plain"] == plain["seconds"] / row["seconds"]
+        assert row["ratio"] == row["seconds"] / found["probekit"]["seconds"]
+    assert found["probekit through the bridge"]["difference"] < 1e-4
+    assert found["probekit, joint"]["difference"] is plain["difference"] is None
+
+
+def test_all_train_on_the_same_windows(tmp_path: Path):
+    training = import_module("training")
+    scene = training.Scene(training.QUICK, CPU, tmp_path)
+    works = {name: make(scene) for name, make in training.CONTESTANTS.items()}
+    windows = scene.corpus.tokens[:-6].reshape(6, 33)[:, :-1].reshape(12, 16)
+    seen: list[tuple[int, ...]] = []
+
+    def look(module: torch.nn.Module, given: tuple[torch.Tensor, ...], output: object) -> None:
+        if isinstance(module, torch.nn.Embedding) and module.num_embeddings == 300 and len(given[0]) == 4:
+            seen.extend(map(tuple, given[0].tolist()))
+
+    with torch.nn.modules.module.register_module_forward_hook(look):
+        for name, work in works.items():
+            seen.clear()
+            work()
+            assert sorted(seen) == sorted(map(tuple, windows.tolist())), name
+
+
+# generation
+
+
+def test_generation(tmp_path: Path):
+    _, rows = run_quick("generation", tmp_path)
+    written = [row for row in rows if "batch" in row["workload"]]
+    assert [row["workload"] for row in written] == ["24 tokens, batch 1"] * 2 + ["12 tokens, batch 2"] * 2
+    for row in written:
+        assert row["difference"] == 0
+        assert row["tokens_a_second"] == pytest.approx(24 / row["seconds"])
+    scored = [row for row in rows if row["workload"].startswith("perplexity")]
+    assert len(written) + len(scored) == len(rows) == 8
+    for fast, slow in zip(scored[::2], scored[1::2], strict=True):
+        assert (fast["stride"], slow["stride"]) == (16, 1)
+        assert fast["measured_tokens"] == fast["tokens"] == slow["tokens"]
+        assert slow["measured_tokens"] == slow["sample_tokens"] == fast["sample_tokens"] < fast["tokens"]
+        difference = slow["sample_perplexity"] - fast["sample_perplexity"]
+        assert slow["perplexity_difference"] == difference != 0
+        assert abs(difference) < 0.1 * fast["sample_perplexity"]
+        assert slow["ratio"] == slow["seconds"] / fast["seconds"]
+
+
 # harness
 
 

@@ -19,6 +19,7 @@ from probekit.cli import COMMANDS, main
 from probekit.config import Config, preset_names, setting_names
 from probekit.corpus.tokenizer import train_tokenizer
 from probekit.errors import ProbekitError
+from probekit.evaluation.sweep_results import Sweep
 from probekit.run import Run
 from probekit.storage import read_json, write_json
 
@@ -76,8 +77,10 @@ def test_version(capsys: Capture):
     [
         ("train", None),
         ("corpus", None),
-        ("evaluate", ("device", "evaluation.")),
+        ("evaluate", ("device", "evaluation.", "generation.")),
+        ("generate", ("seed", "device", "generation.")),
         ("probe", ("device", "evaluation.", "probe.")),
+        ("sweep", None),
         ("demo", ()),
     ],
 )
@@ -100,7 +103,7 @@ def test_help_after_a_preset_has_its_defaults(words: list[str], capsys: Capture)
 
 
 def test_help_needs_no_pytorch():
-    for words in (["--help"], ["train", "--help"], ["probe", "--help"]):
+    for words in (["--help"], ["train", "--help"], ["probe", "--help"], ["sweep", "--help"]):
         ran = subprocess.run(
             [sys.executable, "-X", "importtime", "-m", "probekit", *words],
             capture_output=True,
@@ -138,6 +141,7 @@ def test_help_needs_no_pytorch():
         (["train", "--resume", "--overwrite"], "not allowed with argument"),
         (["train", "stray"], "unexpected 'stray'; see `probekit train --help`"),
         (["evaluate"], "the following arguments are required: RUN; see `probekit evaluate --help`"),
+        (["evaluate", "run", "--generation.samples", "9"], "argument --generation.samples: goes with"),
         (["probe"], "give a run's folder, or --model with --corpus; see `probekit probe --help`"),
         (["probe", "run", "--model", "gpt2"], "give a run's folder, or --model with --corpus"),
         (["probe", "run", "--corpus", "text"], "argument --corpus: goes with --model; run has its own"),
@@ -154,6 +158,11 @@ def test_help_needs_no_pytorch():
         (["evaluate", "x" * 300], "File name too long"),
         (["train", "--lm.heads", "3"], "lm: heads 3 does not divide width 128"),
         (["demo", "--preset", "demo"], "unknown setting 'preset'"),
+        (["sweep"], "the sweep has no settings to change; give --preset or --config"),
+        (["sweep", "--preset", "demo", "--over"], "argument --over: expected at least one argument"),
+        (["sweep", "mixing-fraction", "--preset", "demo", "--seeds", "0"], "the sweep has no seeds"),
+        (["sweep", "corpus.seed", "--values", "1", "2", "--preset", "demo"], "that makes other corpora"),
+        (["sweep", "probe.hidden", "--values", "1", "--preset", "demo"], "probe.hidden changes nothing"),
     ],
 )
 def test_bad_command_lines_are_refused_in_one_line(
@@ -341,6 +350,54 @@ def refused_late(capsys: Capture, *words: str | Path) -> str:
     assert main([str(word) for word in words]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     return line
+
+
+# Sweeps
+
+
+def test_sweeping_trains_prints_and_goes_on(capsys: Capture, tmp_path: Path, tiny_config: Config):
+    (tmp_path / "tiny.yaml").write_text(tiny_config.to_yaml())
+    out = tmp_path / "sweep"
+    words = ["sweep", "mixing-fraction", "--config", tmp_path / "tiny.yaml", "--out", out, "--quiet"]
+    words += ["--corpus.planted.documents", "120", "--seeds", "1"]
+    told(capsys, *words, "--values", "0", "1")
+    text = told(capsys, *words, "--values", "0.5")
+    table = Sweep.open(out).table()
+    means = table[table.seed.isna()]
+    assert set(zip(means["mixing.fraction"], means.variant, strict=True)) == {
+        (fraction, variant) for fraction in (0.0, 0.5, 1.0) for variant in ("none", "mixed")
+    }
+    for row in means.itertuples():
+        shown = f"{row.value:.3f} [{row.value_low:.3f}, {row.value_high:.3f}]"
+        assert re.search(rf"{row.member} +│ +{row.variant} +│ +{row.actions} +│ +{re.escape(shown)}", text)
+    assert "Not finished" not in text
+    assert "results.parquet" in text
+    # Every other command works on a member.
+    told(capsys, "evaluate", out / "mixing.fraction=0.5" / "seed0", "--quiet")
+    line = refused(capsys, *words, "--lm.layers", "4", "--values", "0")
+    assert "was begun with other settings: lm.layers was 3 and is now 4" in line
+    assert "holds no sweep" in refused(capsys, *words, "--out", tmp_path)
+
+
+# Generated text
+
+
+def test_generated_text_is_measured_behind_perplexity(capsys: Capture, copy: Path):
+    words = ["evaluate", copy, "--quiet", "--generation", "--generation.prompts", "4"]
+    words += ["--generation.lengths", "8", "16", "--generation.samples", "3", "--evaluation.resamples", "100"]
+    text = told(capsys, *words)
+    titles = ["Perplexity per token on", "Generated continuations of 8", "Generated continuations of 16"]
+    titles += [
+        "Generated samples of 16 tokens",
+        "Sentences that have the action",
+        "No MAUVE: it needs 50 texts",
+    ]
+    places = [text.index(title) for title in titles]
+    assert places == sorted(places)
+    found = read_json(copy / "generation.json")
+    assert found["settings"]["lengths"] == [8, 16]
+    line = refused_late(capsys, *words, "--generation.lengths", "4000")
+    assert "lower generation.lengths or generation.context" in line
 
 
 # Any model

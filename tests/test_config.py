@@ -359,7 +359,7 @@ def test_settings_are_added_deliberately():
         "mixing": 4,
         "training": 2,
         "training.planner": 11,
-        "training.joint": 5,
+        "training.joint": 6,
         "training.base": 5,
         "evaluation": 4,
         "generation": 9,

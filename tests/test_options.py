@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from probekit import cli
 from probekit.config import Config, preset_names, setting_names, settings_of
 from probekit.errors import ProbekitError
 from probekit.options import (
@@ -19,6 +20,7 @@ from probekit.options import (
     parse,
     probed_config,
     source_config,
+    swept,
 )
 
 
@@ -301,3 +303,82 @@ def test_choices_are_listed():
     for name, field in settings_of(Config).items():
         if typing.get_origin(field.annotation) is typing.Literal:
             assert f"--{name} {{{','.join(typing.get_args(field.annotation))}}}" in text
+
+
+# Sweeps
+
+
+def sweep_of(*words: str) -> tuple[Config, dict[str, dict[str, Any]], list[int]]:
+    """What `probekit sweep` with some words sweeps over."""
+    return swept(parse(cli._sweep_parser([]), list(words)))
+
+
+def test_a_study_sweeps_over_its_setting_with_its_variant():
+    config, members, seeds = sweep_of("mixing-fraction", "--preset", "demo", "--seeds", "3", "--seed", "2")
+    assert config == Config.from_preset("demo").override({"mixing.variants": ["mixed"], "seed": 2})
+    assert members == {f"mixing.fraction={f:g}": {"mixing.fraction": f} for f in (0.0, 0.25, 0.5, 0.75, 1.0)}
+    assert seeds == [2, 3, 4]
+    words = ("mixing-fraction", "--preset", "demo", "--values", "0", "1e-1")
+    config, members, seeds = sweep_of(*words, "--mixing.variants", "mixed", "fixed", "--seeds", "7", "5")
+    assert config.mixing.variants == ("fixed", "mixed")
+    assert [*members] == ["mixing.fraction=0", "mixing.fraction=0.1"]
+    assert seeds == [7, 5]
+
+
+def test_settings_are_swept_in_a_grid():
+    config, members, seeds = sweep_of(
+        *("training.adapter.learning_rate", "--values", "1e-3", "0.01", "--preset", "demo"),
+        *("--over", "mixing.variants", "soft,joint", "soft", "--over", "training.adapter.patience", "none"),
+    )
+    assert config == Config.from_preset("demo")
+    assert seeds == [0]
+    assert list(members.values()) == [
+        {
+            "training.adapter.learning_rate": rate,
+            "mixing.variants": variants,
+            "training.adapter.patience": None,
+        }
+        for rate in (1e-3, 1e-2)
+        for variants in (("soft", "joint"), ("soft",))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["mixing-fraction"], "no settings to change; give --preset or --config"),
+        (["--preset", "demo"], "nothing to sweep over; give a setting with --values, or mixing-fraction"),
+        (["--preset", "demo", "--values", "3"], "--values has no setting; give it first"),
+        (
+            ["mixing-fractoin", "--preset", "demo"],
+            "unknown setting 'mixing-fractoin'; did you mean 'mixing-f",
+        ),
+        (["lm.layer", "--preset", "demo", "--values", "3"], "'lm.layer'; did you mean 'lm.layers'?"),
+        (["lm", "--preset", "demo", "--values", "3"], "unknown setting 'lm'"),
+        (["--over", "lm.layer", "3", "--preset", "demo"], "'lm.layer'; did you mean 'lm.layers'?"),
+        (["lm.layers", "--preset", "demo"], "lm.layers has no values to sweep over"),
+        (["--preset", "demo", "--over", "lm.layers"], "lm.layers has no values to sweep over"),
+        (["lm.layers", "--preset", "demo", "--values"], "argument --values: expected at least one argument"),
+        (["lm.layers", "--preset", "demo", "--values", "3", "3"], "lm.layers=3 is given twice"),
+        (["mixing-fraction", "--preset", "demo", "--values", "0", "0.0"], "mixing.fraction=0 is given twice"),
+        (["lm.layers", "--preset", "demo", "--values", "3", "few"], "lm.layers is 'few': input should be a"),
+        (
+            ["mixing-fraction", "--preset", "demo", "--values", "-1"],
+            "mixing.fraction is '-1': input should be",
+        ),
+        (
+            ["mixing-fraction", "--preset", "demo", "--values", "1.1"],
+            "mixing.fraction is '1.1': input should",
+        ),
+        (["mixing-fraction", "--preset", "demo", "--seeds", "few"], "argument --seeds: invalid int value"),
+        (
+            ["lm.layers", "--values", "3", "--over", "lm.layers", "4", "--preset", "demo"],
+            "lm.layers is swept over twice",
+        ),
+    ],
+)
+def test_sweeps_that_are_not_understood_are_refused(words: list[str], said: str):
+    with pytest.raises(ProbekitError) as caught:
+        sweep_of(*words)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)

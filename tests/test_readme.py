@@ -57,7 +57,7 @@ def folder(tiny_run: probekit.Run, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def test_the_readme_has_the_commands_that_are_tested():
     commands = {command.split()[1] for command in COMMANDS}
-    assert commands == {"--help", "train", "evaluate", "probe", "corpus"}
+    assert commands == {"--help", "train", "evaluate", "generate", "probe", "corpus", "sweep"}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -73,8 +73,10 @@ def test_command_of_the_readme(
         # No such model or machine here: all but the loading is checked.
         assert_settings_are_understood(words, folder)
     else:
-        if words[0] == "train" and "--resume" not in words:
+        if words[0] in ("train", "sweep") and "--resume" not in words:
             words += shlex.split(f"{LESS} {PLANTED if 'demo' in words else ''}")
+        if words[0] == "sweep":
+            words += ["--seeds", "1"]
         if words[0] == "probe":
             words += shlex.split(FEW)
         if "--model" in words:

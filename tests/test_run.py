@@ -254,6 +254,7 @@ def test_results_that_are_not_there_are_told_with_their_command(begun: Run):
     for read, command in (
         (begun.metrics, "train it first"),
         (begun.evaluation, "probekit evaluate"),
+        (begun.generation_metrics, "probekit evaluate .* --generation"),
         (begun.probes, "probekit probe"),
     ):
         with pytest.raises(ProbekitError, match=command):
@@ -389,16 +390,15 @@ def states(road: ForwardPass, names: list[str]) -> list[torch.Tensor]:
     return seen
 
 
-@pytest.mark.parametrize("seed", [None, 5])
+@pytest.mark.parametrize("variant", ["none", "soft", "random"])
 @pytest.mark.parametrize("beside", [[], ["blocks.1.attn.hook_q"]])
-def test_a_forward_pass_of_the_base_lm_or_of_random_weights(
-    tiny_run: Run, seed: int | None, beside: list[str]
-):
+def test_a_forward_pass_of_the_base_lm_or_of_random_weights(tiny_run: Run, variant: str, beside: list[str]):
     """On the plain road, and on the bridge for a hook that no module has."""
     names = [f"blocks.{layer}.hook_resid_pre" for layer in range(3)] + ["ln_final.hook_out"]
-    road = tiny_run.forward_pass([*names, *beside], random_seed=seed)
+    road = tiny_run.forward_pass([*names, *beside], variant, seed=5)
     assert isinstance(road, BridgedPass if beside else PlainPass)
-    plain = tiny_run.plain_model() if seed is None else random_weights(tiny_run.plain_model(), seed)
+    plain = tiny_run.plain_model()
+    plain = random_weights(plain, 5) if variant == "random" else plain
     with torch.no_grad():
         expected = plain.eval()(TOKENS, output_hidden_states=True).hidden_states
     for found, state in zip(states(road, names), expected, strict=True):
@@ -409,9 +409,9 @@ def test_forward_passes_leave_the_lm_as_it_is(tiny_run: Run):
     run = Run.open(tiny_run.folder)
     with torch.no_grad():
         before = run.bridged(TOKENS, return_type="logits")
-        for seed in (None, 5):
+        for variant in ("none", "random"):
             for name in ("blocks.1.hook_mlp_out", "blocks.1.attn.hook_q"):
-                states(run.forward_pass([name], random_seed=seed), [name])
+                states(run.forward_pass([name], variant), [name])
         assert torch.equal(run.bridged(TOKENS, return_type="logits"), before)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
+from scipy.sparse import csr_matrix
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 from threadpoolctl import threadpool_limits
@@ -26,7 +28,8 @@ _UNSPACED = (
     r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 )
 _MARKS = r"\u0300-\u036f\u0591-\u05c7\u0610-\u065f\u0900-\u0963\u0966-\u0dff"
-_WORD = rf"[{_UNSPACED}]|(?:(?![{_UNSPACED}])[\w{_MARKS}])+"
+WORD = re.compile(rf"[{_UNSPACED}]|(?:(?![{_UNSPACED}])[\w{_MARKS}])+")
+"""A word, in every script."""
 
 
 class SentenceEncoder(Protocol):
@@ -90,8 +93,8 @@ class TfidfEncoder:
         self, words: Sequence[str], idf: np.ndarray, components: np.ndarray, batch_size: int
     ) -> None:
         self.dimensions = len(components)
+        self.components = components
         self._words = list(words)
-        self._components = components
         self._projection = np.ascontiguousarray(components.T)
         self._vectorizer = _vectorizer(vocabulary=self._words)
         self._vectorizer.idf_ = idf
@@ -128,14 +131,18 @@ class TfidfEncoder:
         embeddings = np.empty((len(sentences), self.dimensions), np.float32)
         for start in range(0, len(sentences), self._batch_size):
             batch = sentences[start : start + self._batch_size]
-            vectors = self._vectorizer.transform(batch) @ self._projection
+            vectors = self.counts(batch) @ self._projection
             norms = np.linalg.norm(vectors, axis=1, keepdims=True)
             embeddings[start : start + len(batch)] = vectors / np.where(norms > 0, norms, 1)
         return embeddings
 
+    def counts(self, sentences: Sequence[str]) -> csr_matrix:
+        """The weighted word counts of sentences, float32 [sentences, words]."""
+        return self._vectorizer.transform(sentences)
+
     def save(self, folder: Path) -> None:
         """Writes the words as JSON, their weights and the directions as safetensors."""
-        arrays = {"idf": self._vectorizer.idf_, "components": self._components}
+        arrays = {"idf": self._vectorizer.idf_, "components": self.components}
         with atomic_folder(folder) as partial:
             write_json(partial / "encoder.json", {"kind": "tfidf", "batch_size": self._batch_size})
             write_json(partial / "words.json", self._words)
@@ -164,6 +171,9 @@ class PretrainedEncoder:
         batch_size: Sentences embedded at once.
         device: Where it computes, as torch names it.
         revision: Revision on the hub; the newest if None.
+
+    Attributes:
+        model: The sentence-transformers module.
     """
 
     def __init__(self, name: str, batch_size: int, device: str, revision: str | None = None) -> None:
@@ -178,7 +188,7 @@ class PretrainedEncoder:
         full_name = name if "/" in name or Path(name).is_dir() else f"sentence-transformers/{name}"
         source = hub.find(full_name, setting="actions.encoder", revision=revision)
         try:
-            self._model = SentenceTransformer(
+            self.model = SentenceTransformer(
                 source.name, device=device, trust_remote_code=False, **source.arguments
             )
         except (OSError, ValueError) as error:
@@ -222,7 +232,7 @@ class PretrainedEncoder:
         return encoder
 
     def _embed(self, sentences: Sequence[str]) -> np.ndarray:
-        embeddings = self._model.encode(
+        embeddings = self.model.encode(
             list(sentences),
             batch_size=self._batch_size,
             normalize_embeddings=True,
@@ -233,4 +243,4 @@ class PretrainedEncoder:
 
 
 def _vectorizer(**arguments: Any) -> TfidfVectorizer:
-    return TfidfVectorizer(token_pattern=_WORD, sublinear_tf=True, dtype=np.float32, **arguments)
+    return TfidfVectorizer(token_pattern=WORD.pattern, sublinear_tf=True, dtype=np.float32, **arguments)

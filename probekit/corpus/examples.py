@@ -89,6 +89,11 @@ class Batch:
     begun: Tensor
     sentence: Tensor
 
+    @property
+    def documents(self) -> np.ndarray:
+        """The document of each row of `context` `[documents]`."""
+        return np.unique(self.document)
+
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "document"}

@@ -23,6 +23,9 @@ _VISIBLE = re.compile(r"\S")
 _WIDE_SPACE = re.compile(r"[^\S\x00-\x7f]")
 # Characters that sentencex sees at once: its time grows with the square of their number.
 _WINDOW = 16_384
+# What is taken to come next before it is there. Not `The`: behind a title, as in `Mr. The`, the splitter
+# would begin a sentence with that.
+_NEXT_WORD = " Word"
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,24 @@ def sentence_spans(text: str, language: str = "en") -> NDArray[np.int64]:
             starts += (offset + start for start in _visible_starts(line, language))
         offset += len(line)
     return _partition(np.unique(np.array(starts, dtype=np.int64)), len(text))
+
+
+def complete_spans(text: str, language: str = "en") -> NDArray[np.int64]:
+    """The sentences of a text that are over as far as it goes; the next token is in the one after them.
+
+    A sentence is over when the splitter, given the text and a capitalised word behind it, begins a sentence
+    at that word; a line break always ends one. What comes then may tell otherwise: `3.` is over until ` 14`
+    follows, `etc.` until a word in small letters does, and a closing quotation mark belongs to the sentence
+    before it. So the sentences of a longer text need not begin with these: ask again for every token.
+
+    Args:
+        text: Any text.
+        language: As in `sentence_spans`.
+
+    Returns:
+        [sentences, 2] character offsets, as `sentence_spans` has them.
+    """
+    return np.minimum(sentence_spans(text + _NEXT_WORD, language)[:-1], len(text))
 
 
 def align(text: str, spans: NDArray[np.int64], token_offsets: ArrayLike) -> Alignment:

@@ -135,10 +135,12 @@ class Corpus:
     def sentence_texts(self, sentences: Sequence[int] | np.ndarray) -> list[str]:
         """The text of sentences, surrounding white space removed."""
         numbers = np.asarray(sentences)
-        texts = []
+        texts, read, text = [], -1, ""
         for sentence, document in zip(numbers, self.document_of(numbers), strict=True):
+            if document != read:
+                read, text = document, self.texts.row(int(document))["text"]
             start, end = self.spans[sentence]
-            texts.append(self.texts.row(int(document))["text"][start:end].strip())
+            texts.append(text[start:end].strip())
         return texts
 
 

@@ -56,8 +56,8 @@ class SentenceBaselines:
         }
         documents = np.unique(corpus.document_of(sentences))
         rows = np.searchsorted(corpus.sentences(documents), sentences)
-        for name, planner in self._planners.items():
-            readers[name] = planner_log_probabilities(planner, corpus, documents)[rows]
+        for name, (planner, read) in self._planners.items():
+            readers[name] = planner_log_probabilities(planner, read, documents)[rows]
         if has_ceiling(self._run.config):
             ceilings = ceiling_log_probabilities(self._run.config, corpus, documents, self._horizon)
             readers |= {name: log_probabilities[rows] for name, log_probabilities in ceilings.items()}
@@ -124,9 +124,11 @@ def planner_log_probabilities(
     return np.concatenate(parts)
 
 
-def planners(run: Run) -> dict[str, Planner]:
-    """The run's planner and those of joint variants; none where no planner is trained."""
+def planners(run: Run) -> dict[str, tuple[Planner, Corpus]]:
+    """The run's planner and those of joint variants, with the corpus as each reads it; none if untrained."""
     if not run.finished("planner"):
         return {}
     joint = [variant for variant in run.variants if VARIANTS[variant].joint]
-    return {"planner": run.planner()} | {f"planner after {name}": run.planner(name) for name in joint}
+    return {"planner": (run.planner(), run.corpus)} | {
+        f"planner after {name}": (run.planner(name), run.corpus_of(name)) for name in joint
+    }

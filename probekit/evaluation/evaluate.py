@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +71,10 @@ def evaluate(
         run.device,
     )
     losses: dict[tuple[str, str], np.ndarray] = {}
-    for variant, actions, mixing in _settings(run):
+    for variant, actions, mixing in variants_and_actions(run):
         with progress.task(f"evaluate {variant} ({actions})", total=len(scoring.windows)) as task:
-            losses[variant, actions] = scoring.document_losses(run.model(variant), mixing, task)
+            read = replace(scoring, corpus=run.corpus_of(variant))
+            losses[variant, actions] = read.document_losses(run.model(variant), mixing, task)
     with progress.task("evaluate planners"):
         planner = _planner_table(run)
     evaluation = Evaluation(
@@ -93,7 +94,7 @@ def evaluate(
     return evaluation
 
 
-def _settings(run: Run) -> list[tuple[Any, str, Mixing]]:
+def variants_and_actions(run: Run) -> list[tuple[Any, str, Mixing]]:
     """Every variant with the source of its actions; oracle-trained ones are measured on both sources."""
     rows: list[tuple[Any, str, Mixing]] = [("none", "none", Fixed())]
     for variant in run.variants:

@@ -16,7 +16,7 @@ a few hundred documents on it makes no difference.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import NotRequired, TypedDict, Unpack
 
@@ -120,7 +120,7 @@ def simultaneous_ratios(
         error[chunk] = np.where(found > 1e-12 * np.abs(value[chunk]), found, 0.0)
         deviations = (
             _deviations(weights, residual, number, error[chunk])
-            for weights in _weights(documents, resamples, seed)
+            for weights in resample_weights(documents, resamples, seed)
         )
         largest = np.maximum(largest, np.concatenate([part.max(1) for part in deviations]))
     present = np.broadcast_to((numbers > 0).sum(0), value.shape)
@@ -129,7 +129,12 @@ def simultaneous_ratios(
 
 
 def paired_differences(
-    first: ArrayLike, second: ArrayLike, counts: ArrayLike, **resampling: Unpack[Resampling]
+    first: ArrayLike,
+    second: ArrayLike,
+    counts: ArrayLike,
+    *,
+    second_counts: ArrayLike | None = None,
+    **resampling: Unpack[Resampling],
 ) -> Intervals:
     """The same of `transform(ratio of first) - transform(ratio of second)`, both over the same documents.
 
@@ -137,9 +142,13 @@ def paired_differences(
         first: Sums of one setting, [documents, cells].
         second: Sums of the other over the same examples, [documents, cells].
         counts: Number of those examples, [documents, cells] or [documents].
+        second_counts: The second's, in the shape of `counts`, where its examples are others.
         **resampling: See `Resampling`.
     """
-    return _intervals(np.stack([first, second]), counts, **resampling)
+    numbers = np.asarray(counts) if second_counts is None else np.stack([counts, second_counts])
+    if second_counts is not None and numbers.ndim == 2:
+        numbers = numbers[..., None]
+    return _intervals(np.stack([first, second]), numbers, **resampling)
 
 
 def bootstrap_ratio(sums: ArrayLike, counts: ArrayLike, **resampling: Unpack[Resampling]) -> Interval:
@@ -168,17 +177,17 @@ def _intervals(
     documents, cells = sums.shape[1:]
 
     def statistic(weights: Floats, chunk: slice) -> Floats:
-        numbers = weights @ (counts if counts.shape[1] == 1 else counts[:, chunk])
+        numbers = weights @ (counts if counts.shape[-1] == 1 else counts[..., chunk])
         ratios = weights @ sums[..., chunk] / np.where(numbers > 0, numbers, np.nan)
         ratios = ratios if transform is None else transform(ratios)
         return ratios[0] if len(ratios) == 1 else ratios[0] - ratios[1]
 
     value = statistic(np.ones((1, documents)), slice(None))[0]
-    present = np.broadcast_to((counts > 0).sum(0), value.shape).astype(np.int64)
+    present = np.broadcast_to((counts > 0).sum(-2), sums.shape[::2]).min(0).astype(np.int64)
     tail = _tail(0.5 - level / 2, present)
     bounds = np.empty((2, cells))
     for chunk in _cell_chunks(cells, resamples):
-        draws = [statistic(weights, chunk) for weights in _weights(documents, resamples, seed)]
+        draws = [statistic(weights, chunk) for weights in resample_weights(documents, resamples, seed)]
         bounds[:, chunk] = _quantiles(np.concatenate(draws), np.stack([tail, 1 - tail])[:, chunk])
     return Intervals(value, bounds[0], bounds[1], present)
 
@@ -229,8 +238,8 @@ def _quantiles(draws: Floats, levels: Floats) -> Floats:
     return low + (place - below) * (high - low)
 
 
-def _weights(documents: int, resamples: int, seed: int) -> Iterator[Floats]:
-    """How often each resample draws each document, [resamples of a chunk, documents]."""
+def resample_weights(documents: int, resamples: int, seed: int | Sequence[int]) -> Iterator[Floats]:
+    """How often each resample draws each document, a chunk of resamples at a time [resamples, documents]."""
     generator = np.random.default_rng(seed)
     size = max(1, CHUNK_DRAWS // documents)
     for start in range(0, resamples, size):
@@ -242,16 +251,22 @@ def _weights(documents: int, resamples: int, seed: int) -> Iterator[Floats]:
 
 
 def _checked(sums: NDArray, counts: ArrayLike) -> tuple[Floats, Floats]:
-    """Sums [settings, documents, cells] and counts [documents, cells or 1]."""
+    """Sums [settings, documents, cells] and counts [documents, cells or 1], or those of every setting."""
     sums, numbers = sums.astype(np.float64), np.asarray(counts, np.float64)
     numbers = numbers[:, None] if numbers.ndim == 1 else numbers
-    if sums.ndim != 3 or not sums.shape[1] or numbers.shape not in (sums.shape[1:], (sums.shape[1], 1)):
+    shapes = {
+        (*settings, sums.shape[1], cells)
+        for settings in ((), sums.shape[:1])
+        for cells in {1, sums.shape[-1]}
+    }
+    if sums.ndim != 3 or not sums.shape[1] or numbers.shape not in shapes:
         raise ProbekitError(
             f"sums {sums.shape[1:]} must be [documents, cells] with at least one document, and "
             f"counts {numbers.shape} the same or [documents]"
         )
     sums = np.where(numbers > 0, sums, 0.0)
-    broken = ~(np.isfinite(sums).all((0, 2)) & (np.isfinite(numbers) & (numbers >= 0)).all(1))
+    whole = (np.isfinite(numbers) & (numbers >= 0)).all(-1)
+    broken = ~(np.isfinite(sums).all((0, 2)) & (whole if whole.ndim == 1 else whole.all(0)))
     if broken.any():
         raise ProbekitError(
             f"document {broken.argmax()}: sums and counts must be finite, counts not negative"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the name all of PyTorch's users know
 
-from probekit.config import VariantName
+from probekit.config import MixingSettings, VariantName
 
 # Rows are taken by F.embedding and not by an index, whose gradient threads sum in no fixed order on a CPU.
 
@@ -26,7 +26,9 @@ class Mixing(Protocol):
 
     needs_scores: bool
 
-    def __call__(self, scores: Tensor, actions: Tensor, codebook: Tensor, temperature: float) -> Tensor:
+    def __call__(
+        self, scores: Tensor, actions: Tensor, codebook: Tensor, temperature: float | Tensor
+    ) -> Tensor:
         """Action embeddings `[sentences, dimensions]`.
 
         Args:
@@ -43,7 +45,9 @@ class Fixed:
 
     needs_scores = False
 
-    def __call__(self, scores: Tensor, actions: Tensor, codebook: Tensor, temperature: float) -> Tensor:
+    def __call__(
+        self, scores: Tensor, actions: Tensor, codebook: Tensor, temperature: float | Tensor
+    ) -> Tensor:
         """Mixes as `Mixing` has it."""
         return codebook[0].expand(len(actions), -1)
 
@@ -53,7 +57,9 @@ class Uniform:
 
     needs_scores = False
 
-    def __call__(self, scores: Tensor, actions: Tensor, codebook: Tensor, temperature: float) -> Tensor:
+    def __call__(
+        self, scores: Tensor, actions: Tensor, codebook: Tensor, temperature: float | Tensor
+    ) -> Tensor:
         """Mixes as `Mixing` has it."""
         return codebook.mean(dim=0).expand(len(actions), -1)
 
@@ -63,7 +69,9 @@ class Oracle:
 
     needs_scores = False
 
-    def __call__(self, scores: Tensor, actions: Tensor, codebook: Tensor, temperature: float) -> Tensor:
+    def __call__(
+        self, scores: Tensor, actions: Tensor, codebook: Tensor, temperature: float | Tensor
+    ) -> Tensor:
         """Mixes as `Mixing` has it."""
         return F.embedding(actions, codebook)
 
@@ -73,7 +81,9 @@ class Predicted:
 
     needs_scores = True
 
-    def __call__(self, scores: Tensor, actions: Tensor, codebook: Tensor, temperature: float) -> Tensor:
+    def __call__(
+        self, scores: Tensor, actions: Tensor, codebook: Tensor, temperature: float | Tensor
+    ) -> Tensor:
         """Mixes as `Mixing` has it."""
         return F.embedding(scores.argmax(dim=-1), codebook)
 
@@ -83,7 +93,9 @@ class Soft:
 
     needs_scores = True
 
-    def __call__(self, scores: Tensor, actions: Tensor, codebook: Tensor, temperature: float) -> Tensor:
+    def __call__(
+        self, scores: Tensor, actions: Tensor, codebook: Tensor, temperature: float | Tensor
+    ) -> Tensor:
         """Mixes as `Mixing` has it."""
         return F.softmax(scores / temperature, dim=-1) @ codebook
 
@@ -93,7 +105,9 @@ class StraightThrough:
 
     needs_scores = True
 
-    def __call__(self, scores: Tensor, actions: Tensor, codebook: Tensor, temperature: float) -> Tensor:
+    def __call__(
+        self, scores: Tensor, actions: Tensor, codebook: Tensor, temperature: float | Tensor
+    ) -> Tensor:
         """Mixes as `Mixing` has it."""
         soft = F.softmax(scores / temperature, dim=-1)
         hard = F.one_hot(scores.argmax(dim=-1), scores.shape[-1]).to(soft)
@@ -106,10 +120,39 @@ class GumbelSoftmax:
 
     needs_scores = True
 
-    def __call__(self, scores: Tensor, actions: Tensor, codebook: Tensor, temperature: float) -> Tensor:
+    def __call__(
+        self, scores: Tensor, actions: Tensor, codebook: Tensor, temperature: float | Tensor
+    ) -> Tensor:
         """Mixes as `Mixing` has it."""
         noise = -torch.empty_like(scores).exponential_().log()
         return F.softmax((scores + noise) / temperature, dim=-1) @ codebook
+
+
+class Mixed:
+    """The planner's most probable action for a share of the sentences, the true one for the others.
+
+    Which ones is drawn anew in every call, by a generator of its own: whatever the share, nothing else that
+    is random in training changes (arXiv 2410.12492, Figure 4; 0 is `Oracle`, 1 is `Predicted`).
+
+    Args:
+        fraction: Probability that a sentence gets the planner's action.
+        seed: Seed of the draws.
+    """
+
+    needs_scores = True
+
+    def __init__(self, fraction: float, seed: int) -> None:
+        self.fraction = fraction
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __call__(
+        self, scores: Tensor, actions: Tensor, codebook: Tensor, temperature: float | Tensor
+    ) -> Tensor:
+        """Mixes as `Mixing` has it."""
+        # Drawn on the CPU, so that every device gets the same draws.
+        planned = torch.rand(len(actions), generator=self._generator) < self.fraction
+        chosen = torch.where(planned.to(actions.device), scores.argmax(dim=-1), actions)
+        return F.embedding(chosen, codebook)
 
 
 @dataclass(frozen=True)
@@ -126,6 +169,16 @@ class Variant:
     evaluation: Mixing
     joint: bool = False
 
+    @property
+    def tempered(self) -> bool:
+        """Whether it is trained with a softmax over scores, which has a temperature."""
+        return isinstance(self.training, Soft | StraightThrough | GumbelSoftmax)
+
+    @property
+    def out_of_fold(self) -> bool:
+        """Whether it is trained on out-of-fold scores where there are any: its planner stays frozen."""
+        return self.training.needs_scores and not self.joint
+
 
 # The base LM alone, "none", has no entry: it conditions on nothing.
 VARIANTS: dict[VariantName, Variant] = {
@@ -133,8 +186,15 @@ VARIANTS: dict[VariantName, Variant] = {
     "uniform": Variant(Uniform(), Uniform()),
     "oracle": Variant(Oracle(), Predicted()),
     "predicted": Variant(Predicted(), Predicted()),
+    "mixed": Variant(Mixed(MixingSettings().fraction, seed=0), Predicted()),
     "straight-through": Variant(StraightThrough(), Predicted(), joint=True),
     "gumbel": Variant(GumbelSoftmax(), Soft(), joint=True),
     "soft": Variant(Soft(), Soft()),
     "joint": Variant(Soft(), Soft(), joint=True),
 }
+
+
+def training_mixing(variant: VariantName, settings: MixingSettings, seed: int) -> Mixing:
+    """The mixing that a variant is trained with under some settings; what it draws is decided by the seed."""
+    mixing = VARIANTS[variant].training
+    return Mixed(settings.fraction, seed) if isinstance(mixing, Mixed) else mixing

@@ -8,8 +8,8 @@ tokens and keeps to the bridge wherever they differ.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -46,20 +46,39 @@ class PlainPass:
         self._model = model.eval().requires_grad_(False)
         self._taps = taps
 
-    def __call__(self, tokens: Tensor, hooks: Sequence[Hook], reads: int) -> None:
+    def __call__(
+        self, tokens: Tensor, hooks: Sequence[Hook], reads: int, positions: Tensor | None = None
+    ) -> None:
         """Runs hooks in their order, and stops once the given number of them has returned nothing.
 
         Args:
             tokens: `[windows, positions]`.
             hooks: Those that read return nothing, those that change an activation return it.
             reads: How many hooks read; nothing behind the last of them is computed.
+            positions: Where the tokens are for the LM, if not one behind the other `[windows, positions]`.
         """
+        count = _Countdown(reads)
+        counted = [(name, count.counted(function)) for name, function in hooks]
+        with self.hooked(counted) as model, suppress(_EnoughError):
+            model.base_model(input_ids=tokens, use_cache=False, **_placed(positions))
+
+    def logits(self, tokens: Tensor, hooks: Sequence[Hook], positions: Tensor | None = None) -> Tensor:
+        """Next-token logits `[windows, positions, vocabulary]`, with hooks that change activations."""
+        with self.hooked(hooks) as model:
+            return model(input_ids=tokens, use_cache=False, **_placed(positions)).logits
+
+    @contextmanager
+    def hooked(self, hooks: Sequence[Hook]) -> Iterator[PreTrainedModel]:
+        """The plain module, with hooks on it until the block is left; those that read return nothing."""
         with ExitStack() as stack:
-            count = _Countdown(reads)
             for name, function in hooks:
-                stack.callback(self._attach(self._taps[name], count.counted(function)).remove)
-            with suppress(_EnoughError):
-                self._model.base_model(input_ids=tokens, use_cache=False)
+                stack.callback(self._attach(self._taps[name], function).remove)
+            yield self._model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the plain module is."""
+        return self._model.device
 
     def with_weights(self, model: PreTrainedModel) -> PlainPass:
         """The same for another model of the architecture."""
@@ -92,7 +111,9 @@ class BridgedPass:
     def __init__(self, bridged: TransformerBridge) -> None:
         self._bridged = bridged
 
-    def __call__(self, tokens: Tensor, hooks: Sequence[Hook], reads: int) -> None:
+    def __call__(
+        self, tokens: Tensor, hooks: Sequence[Hook], reads: int, positions: Tensor | None = None
+    ) -> None:
         """Runs hooks as `PlainPass` does; stops behind the last layer that a hook is in."""
         layers = [layer_of(name) for name, _ in hooks]
         stop = None if None in layers else max(layer for layer in layers if layer is not None) + 1
@@ -103,7 +124,13 @@ class BridgedPass:
             fwd_hooks=[(name, lambda x, hook, function=function: function(x)) for name, function in hooks],
             stop_at_layer=stop,
             return_type=None,
+            **_placed(positions),
         )
+
+    def logits(self, tokens: Tensor, hooks: Sequence[Hook], positions: Tensor | None = None) -> Tensor:
+        """Next-token logits, as `PlainPass` has them."""
+        with self._bridged.hooks(fwd_hooks=list(hooks)):
+            return self._bridged(tokens, return_type="logits", **_placed(positions))
 
 
 ForwardPass = PlainPass | BridgedPass
@@ -156,6 +183,15 @@ def find_tap(bridged: TransformerBridge, model: PreTrainedModel, name: str) -> T
     sides = {"hook_in": True, "hook_out": False}
     known = ".".join(modules) in dict(model.named_modules())
     return Tap(".".join(modules), sides[hook]) if modules and known and hook in sides else None
+
+
+def _placed(positions: Tensor | None) -> dict[str, Tensor]:
+    """What tells the LM where tokens are."""
+    if positions is None:
+        return {}
+    # Without a mask, Transformers takes two tokens of one position for the end of a text and the next one's
+    # beginning, and lets none see across.
+    return {"position_ids": positions, "attention_mask": torch.ones_like(positions)}
 
 
 def _probed(

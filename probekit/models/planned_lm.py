@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from probekit.corpus.examples import IGNORE, Batch
-from probekit.models.conditioning import Adapter
+from probekit.models.conditioning import Adapter, Conditioned
 from probekit.models.language_model import Hook
 from probekit.models.mixing import Mixing
+from probekit.models.plain import BridgedPass, ForwardPass
 from probekit.models.planner import Planner
+from probekit.models.sentence_encoder import TrainableEncoder
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -24,16 +28,37 @@ class PlannedLM(nn.Module):
         planner: Scores actions; trained here only where the variant is joint. None where nothing is planned.
         adapter: Codebook and projections; None leaves the base LM alone.
         temperature: Of the softmax over scores.
+        road: How the forward pass is run; unset: through the bridge, where anybody may add hooks.
+        learn_temperature: Train the temperature, from that value on.
+        encoder: The sentence encoder that is trained with the planner; unset: embeddings are the corpus's.
     """
 
     def __init__(
-        self, bridged: TransformerBridge, planner: Planner | None, adapter: Adapter | None, temperature: float
+        self,
+        bridged: TransformerBridge,
+        planner: Planner | None,
+        adapter: Adapter | None,
+        temperature: float,
+        road: ForwardPass | None = None,
+        *,
+        learn_temperature: bool = False,
+        encoder: TrainableEncoder | None = None,
     ) -> None:
         super().__init__()
         self.bridged = bridged
         self.planner = planner
         self.adapter = adapter
-        self.temperature = temperature
+        self.encoder = encoder
+        self.log_temperature: nn.Parameter | None = None
+        if learn_temperature:
+            self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
+        self._temperature = temperature
+        self._road = road or BridgedPass(bridged)
+
+    @property
+    def temperature(self) -> float | Tensor:
+        """Of the softmax over scores; a tensor with a gradient where it is trained."""
+        return self._temperature if self.log_temperature is None else self.log_temperature.exp()
 
     def scores(self, batch: Batch) -> Tensor:
         """Planner scores of the touched sentences `[touched, actions]`, each computed once for the batch."""
@@ -41,7 +66,11 @@ class PlannedLM(nn.Module):
         return self.planner(batch.context).flatten(0, 1)[batch.touched]
 
     def hooks(self, batch: Batch, mixing: Mixing, scores: Tensor | None = None) -> list[Hook]:
-        """The hooks that condition one forward pass over a batch.
+        """The hooks of `conditioned`; they fit its tokens."""
+        return self.conditioned(batch, mixing, scores).hooks
+
+    def conditioned(self, batch: Batch, mixing: Mixing, scores: Tensor | None = None) -> Conditioned:
+        """What the LM reads in one forward pass over a batch.
 
         Args:
             batch: The batch.
@@ -49,16 +78,17 @@ class PlannedLM(nn.Module):
             scores: The planner's scores if they are known already `[touched, actions]`.
         """
         if self.adapter is None:
-            return []
+            return Conditioned(batch.tokens)
         if scores is None:
             scores = self.scores(batch) if mixing.needs_scores else batch.context.new_empty(0)
         embeddings = mixing(scores, batch.actions, self.adapter.codebook, self.temperature)
-        return self.adapter.hooks(embeddings, batch.sentence)
+        return self.adapter.conditioned(batch.tokens, embeddings, batch.sentence)
 
     def forward(self, batch: Batch, mixing: Mixing, scores: Tensor | None = None) -> Tensor:
         """Next-token logits `[windows, positions, vocabulary]`."""
-        with self.bridged.hooks(fwd_hooks=self.hooks(batch, mixing, scores)):
-            return self.bridged(batch.tokens, return_type="logits")
+        read = self.conditioned(batch, mixing, scores)
+        logits = self._road.logits(read.tokens, read.hooks, read.positions)
+        return logits if read.slots is None else read.slots.predictions(logits)
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:

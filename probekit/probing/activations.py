@@ -15,6 +15,7 @@ from probekit.corpus.examples import collate, cut_windows, input_tokens
 from probekit.devices import autocast
 from probekit.errors import ProbekitError
 from probekit.evaluation.evaluate import window_and_stride
+from probekit.models.conditioning import Conditioned
 from probekit.models.language_model import Hook, hook_name
 from probekit.models.mixing import VARIANTS, Fixed
 from probekit.probing.locations import BEFORE
@@ -83,9 +84,11 @@ class Reader:
         self._run, self.distances = run, np.array(distances)
         self._window, self._stride = window_and_stride(run)
         self._conditioned = run.model(variant) if variant in VARIANTS else None
+        self._corpus = run.corpus_of(variant) if variant in VARIANTS else run.corpus
         self._mixing = VARIANTS[variant].evaluation if variant in VARIANTS else Fixed()
-        names = [_name(place) for place in places] + [name for name, _ in self._added()]
-        self._forward = run.forward_pass(names, random_seed=seed if variant == "random" else None)
+        adapter = None if self._conditioned is None else self._conditioned.adapter
+        names = [_name(place) for place in places] + list(adapter.names if adapter is not None else ())
+        self._forward = run.forward_pass(names, variant, seed)
 
     def chunks(self, examples: Examples) -> Iterator[tuple[slice, list[Tensor]]]:
         """Activations of all examples; see `Activations`."""
@@ -94,13 +97,17 @@ class Reader:
             self._run.corpus.release()
 
     def changed_by_conditioning(self) -> set[Place]:
-        """The places where an action that is added at a position changes what is read at that position."""
+        """The places that an action changes at the first position, if any, that can have been told of it."""
+        if self._conditioned is None or (adapter := self._conditioned.adapter) is None:
+            return set()
         # Unlike tokens: where all are alike, attention reads the same wherever it looks.
         tokens = torch.tensor([[0, 1]], device=self._run.device)
+        told = torch.tensor([[adapter.lag, 1]], device=self._run.device)
         at = np.array([0]), np.array([1]), torch.tensor([0], device=self._run.device)
         without, added = (self._empty(1, 1) for _ in range(2))
-        self._pass(tokens, [], without, *at)
-        self._pass(tokens, self._added(), added, *at)
+        nothing = torch.zeros_like(adapter.codebook[0])
+        for action, into in ((nothing, without), (nothing + 1, added)):
+            self._pass(adapter.conditioned(tokens, torch.stack([nothing, action]), told), into, *at)
         return {
             place
             for block, before, after in zip(self.blocks, without, added, strict=True)
@@ -133,27 +140,28 @@ class Reader:
             column = positions.ravel()[flat] - rows.start[row]
             index = torch.from_numpy(flat).to(self._run.device)
             if self._conditioned is None:
-                tokens, hooks = input_tokens(self._run.corpus, rows).to(self._run.device), list[Hook]()
+                read = Conditioned(input_tokens(self._run.corpus, rows).to(self._run.device))
             else:
-                batch = collate(self._run.corpus, rows).to(self._run.device)
+                batch = collate(self._corpus, rows).to(self._run.device)
                 with torch.no_grad():
-                    tokens, hooks = batch.tokens, self._conditioned.hooks(batch, self._mixing)
-            self._pass(tokens, hooks, into, row, column, index)
+                    read = self._conditioned.conditioned(batch, self._mixing)
+            self._pass(read, into, row, column, index)
         for block, values in zip(self.blocks, into, strict=True):
             check_finite(block, values)
         return into
 
     def _pass(
         self,
-        tokens: Tensor,
-        hooks: list[Hook],
+        given: Conditioned,
         into: list[Tensor],
         row: np.ndarray,
         column: np.ndarray,
         index: Tensor,
     ) -> None:
         """One forward pass; rows and columns of tokens go to the flat index of each block's inner axes."""
-        at = tuple(torch.from_numpy(axis).to(tokens.device) for axis in (row, column))
+        at = tuple(torch.from_numpy(axis).to(given.tokens.device) for axis in (row, column))
+        if given.slots is not None:
+            at = at[0], given.slots.own[at]
 
         def reader(target: Tensor) -> Callable[[Tensor], None]:
             def read(activation: Tensor, hook: Any = None) -> None:
@@ -165,19 +173,9 @@ class Reader:
         for block, values in zip(self.blocks, into, strict=True):
             for place, target in zip(block.places, values, strict=True):
                 reads[place[0].endswith(BEFORE)].append((_name(place), reader(target)))
-        all_hooks = [*reads[True], *hooks, *reads[False]]
-        with torch.no_grad(), autocast(tokens.device, self._run.config.training.precision):
-            self._forward(tokens, all_hooks, len(reads[True]) + len(reads[False]))
-
-    def _added(self) -> list[Hook]:
-        """Hooks that add something at the last of two positions, as an action would be."""
-        if self._conditioned is None or self._conditioned.adapter is None:
-            return []
-        adapter = self._conditioned.adapter
-        embeddings = torch.stack(
-            [torch.zeros_like(adapter.codebook[0]), torch.ones_like(adapter.codebook[0])]
-        )
-        return adapter.hooks(embeddings, torch.tensor([[0, 1]], device=embeddings.device))
+        all_hooks = [*reads[True], *given.hooks, *reads[False]]
+        with torch.no_grad(), autocast(given.tokens.device, self._run.config.training.precision):
+            self._forward(given.tokens, all_hooks, len(reads[True]) + len(reads[False]), given.positions)
 
     def _empty(self, distances: int, examples: int) -> list[Tensor]:
         return [

@@ -94,8 +94,8 @@ def _planned(run: Run, horizon: int) -> dict[str, Callable[[np.ndarray], np.ndar
     """Planners and ceilings: log-probabilities for all sentences of documents `[sentences, actions]`."""
     readers: dict[str, Callable[[np.ndarray], np.ndarray]] = {}
     if horizon == 1:
-        for name, planner in planners(run).items():
-            readers[name] = partial(planner_log_probabilities, planner, run.corpus)
+        for name, (planner, corpus) in planners(run).items():
+            readers[name] = partial(planner_log_probabilities, planner, corpus)
     if has_ceiling(run.config) and run.config.probe.anchors == "sentence":
 
         def ceiling(name: str, documents: np.ndarray) -> np.ndarray:

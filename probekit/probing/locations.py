@@ -1,7 +1,7 @@
 """The standard places of a Transformer that probes read: one table for settings, figures and the README.
 
 A location is a TransformerLens hook name without `blocks.L.`. Any hook that holds a vector for each position
-can be probed; those of the table have a short name, and a place in the drawing (`reports/diagram.py`).
+can be probed; those of the table have a short name, and a place in the drawing (`reports/block_diagram.py`).
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ LOCATIONS: dict[str, Location] = {location.name: location for location in _TABLE
 
 def per_layer(location: str) -> bool:
     """Whether a location, standard or not, is in every layer, or once in the model."""
-    return location not in OUTSIDE_BLOCKS
+    return location.removesuffix(BEFORE) not in OUTSIDE_BLOCKS
 
 
 def label(location: str) -> str:

@@ -11,17 +11,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from probekit.config import ProbedName
+from probekit.config import ConditioningSettings, ProbedName
 from probekit.corpus.store import Corpus
 from probekit.errors import ProbekitError
 from probekit.evaluation.statistics import Resampling
+from probekit.models.conditioning import CONDITIONINGS
 from probekit.models.language_model import OUTSIDE_BLOCKS, check_location
 from probekit.models.mixing import VARIANTS
 from probekit.probing.activations import Activations, Place, Reader
 from probekit.probing.baselines import baseline_tallies
 from probekit.probing.fitting import CLOSED_FORM, Work, control_question, document_numbers, fit, score
 from probekit.probing.grid import CHOSEN_ON, FITTED_ON, TESTED_ON, Grid, make_grid
-from probekit.probing.locations import BEFORE
+from probekit.probing.locations import BEFORE, per_layer
 from probekit.probing.results import table_of
 from probekit.probing.store import Store, identity, write_store
 from probekit.probing.tally import Row, Tally
@@ -206,18 +207,19 @@ def _mark_injected(
     """
     told = variant in VARIANTS and VARIANTS[variant].evaluation.needs_scores
     changed = Reader(run, variant, places, grid.distances).changed_by_conditioning() if told else set()
+    lag = CONDITIONINGS[run.config.conditioning.kind].lag
     test = grid.examples[TESTED_ON]
     for tally in tallies:
         for head in tally.heads:
             head["injected"] = False
             if (head["location"], head["layer"]) in changed:
-                head["injected"] = grid.target.of_sentences is None or _carried(run.corpus, test, head)
+                head["injected"] = grid.target.of_sentences is None or _carried(run.corpus, test, head, lag)
 
 
-def _carried(corpus: Corpus, examples: Examples, head: Row) -> bool:
-    """Whether some example reads where the action of the very sentence that it asks about is added."""
+def _carried(corpus: Corpus, examples: Examples, head: Row, lag: int) -> bool:
+    """Whether some example reads where the LM was told the action of the very sentence that it asks about."""
     asked = examples.sentence + head["horizon"] - 1
-    return bool((examples.anchor - head["distance"] >= corpus.first_token[asked] - 1).any())
+    return bool((examples.anchor - head["distance"] >= corpus.first_token[asked] - 1 + lag).any())
 
 
 def _empty_rows(run: Run, grid: Grid, seeds: list[int], places: Sequence[Place]) -> list[Row]:
@@ -273,12 +275,8 @@ def _places(run: Run) -> list[Place]:
     settings, layers = run.config.probe, run.bridged.cfg.n_layers
     for location in settings.locations:
         check_location(run.locations, location.removesuffix(BEFORE), "probe.locations")
-        conditioned = run.config.conditioning.location
-        if location.endswith(BEFORE) and location != conditioned + BEFORE:
-            raise ProbekitError(
-                f"probe.locations has {location!r}, but actions are added at {conditioned!r} "
-                f"(conditioning.location); only {conditioned + BEFORE!r} differs from its hook"
-            )
+        if location.endswith(BEFORE):
+            _check_before(run.config.conditioning, location)
     for layer in settings.layers or ():
         if layer >= layers:
             raise ProbekitError(f"probe.layers has {layer}, but the LM's layers are 0 to {layers - 1}")
@@ -286,5 +284,23 @@ def _places(run: Run) -> list[Place]:
     return [
         (location, layer)
         for location in settings.locations
-        for layer in ([beside[location]] if location in beside else settings.layers or range(layers))
+        for layer in (
+            settings.layers or range(layers)
+            if per_layer(location)
+            else [beside[location.removesuffix(BEFORE)]]
+        )
     ]
+
+
+def _check_before(settings: ConditioningSettings, location: str) -> None:
+    conditioned = CONDITIONINGS[settings.kind].location(settings)
+    if conditioned is None:
+        raise ProbekitError(
+            f"probe.locations has {location!r}, but with conditioning.kind {settings.kind!r} nothing is "
+            f"added to activations; give it without {BEFORE!r}"
+        )
+    if location != conditioned + BEFORE:
+        raise ProbekitError(
+            f"probe.locations has {location!r}, but actions are added at {conditioned!r} "
+            f"(conditioning); only {conditioned + BEFORE!r} differs from its hook"
+        )

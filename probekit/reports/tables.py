@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from rich.console import Console
@@ -13,9 +13,14 @@ from rich.text import Text
 from probekit.corpus.inspect import action_table, sentence_lengths, sizes
 from probekit.corpus.store import Corpus
 from probekit.evaluation.evaluate import Evaluation
+from probekit.evaluation.sweep_results import Sweep
+from probekit.evaluation.texts import Written
 from probekit.probing.probe import ProbeResults
 from probekit.run import Run
 from probekit.storage import read_json
+
+if TYPE_CHECKING:
+    from probekit.evaluation.generation_metrics import GenerationEvaluation
 
 FEW_DOCUMENTS = 40
 """Below so many test documents the terminal warns: 95 % intervals cover 91 % at 40, 88 % at 9 (simulated)."""
@@ -109,6 +114,80 @@ def print_evaluation(evaluation: Evaluation) -> None:
             for reader, rows in planner.groupby("reader", sort=False)
         ),
     )
+
+
+def print_generation(evaluation: GenerationEvaluation) -> None:
+    """What was found of generated text: a table for each kind and length of texts, and one of plans."""
+    metrics = evaluation.metrics
+    _warn_of_few(evaluation.settings["prompts"])
+    planned = metrics.metric.str.startswith("plan_following")
+    for (texts, length), own in metrics[~planned].groupby(["texts", "length"], sort=False):
+        title = f"Generated {texts} of {length:,} tokens (95 % intervals from resampling documents)"
+        _print_metrics(title, own)
+    if planned.any():
+        _print_metrics("Sentences that have the action they were given", metrics[planned])
+    if empty := int(metrics["empty"][metrics.metric == "levenshtein"].sum()):
+        _say(f"{empty:,} generated continuations are empty; they count, as far from true ones as can be")
+    for line in evaluation.notes:
+        _say(line)
+
+
+def _print_metrics(title: str, metrics: pd.DataFrame) -> None:
+    """A row for each variant and source of actions, a column for each metric."""
+    names = list(metrics.metric.unique())
+    rows = []
+    for (variant, actions), own in metrics.groupby(["variant", "actions"], sort=False):
+        found = {row["metric"]: row for row in own.to_dict("records")}
+        cells = (_metric(found[name]) if name in found else "" for name in names)
+        rows.append([str(variant), str(actions), *cells])
+    _print(title, ["variant", "actions", *(name.replace("_", " ") for name in names)], rows)
+
+
+def _metric(row: Mapping[Hashable, Any]) -> str:
+    spread = row["seed_spread"]
+    return _with_range(row, "value") + ("" if pd.isna(spread) else f"\nspread over seeds {spread:.3f}")
+
+
+def print_sweep(sweep: Sweep) -> None:
+    """The mean over seeds of every metric, with its interval and the seeds' spread."""
+    table = sweep.table()
+    means = table[table.seed.isna()]
+    _warn_of_few(means.documents.min())
+    for (metric, texts, length), own in means.groupby(["metric", "texts", "length"], sort=False):
+        _print(
+            f"{str(metric).replace('_', ' ')} of {texts}{f' of {length:,} tokens' if length else ''}, mean "
+            "over seeds (95 % intervals from resampling documents)",
+            ["member", "variant", "actions", "mean", "spread over seeds", "seeds", "documents"],
+            (
+                [
+                    *(row["member"], row["variant"], row["actions"], _with_range(row, "value")),
+                    "" if pd.isna(row["seed_spread"]) else f"{row['seed_spread']:.3f}",
+                    *(str(row["seeds"]), f"{row['documents']:,}"),
+                ]
+                for row in own.to_dict("records")
+            ),
+        )
+    if sweep.missing:
+        _say(f"Not finished, and not in the table: {', '.join(map(str, sweep.missing))}")
+    _say(f"All rows, of single seeds too: {sweep.folder / 'results.parquet'}; runs: {sweep.folder}/*/seed*")
+
+
+def print_texts(written: Written) -> None:
+    """Prompts and continuations, sentence by sentence with the action given to each."""
+    texts = zip(written.prompts, written.continuations, written.sentences, strict=True)
+    for number, (prompt, more, sentences) in enumerate(texts):
+        where = f", document {prompt.document}" if prompt.document >= 0 else ""
+        begun = [["prompt", "", prompt.text.strip()]] if prompt.text.strip() else []
+        rows = [["", "" if action is None else str(action), text] for text, action in sentences]
+        title = f"Text {number}{where}, {len(more.tokens):,} tokens by {written.variant}"
+        _print(title, ["", "action", "text"], begun + rows)
+    if stopped := sum(more.ended == "plan" for more in written.continuations):
+        _say(f"{stopped:,} of {len(written.continuations):,} texts ended where their plan ends")
+    if written.slid:
+        _say(
+            f"{written.slid:,} texts are longer than the {written.window:,} tokens that the LM reads at "
+            "once: whenever these were full, it went on from the last half of them"
+        )
 
 
 def print_probes(results: ProbeResults) -> None:

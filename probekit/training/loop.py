@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,14 +20,35 @@ LOGGED_STEPS = 100
 
 
 @dataclass(frozen=True)
+class Group:
+    """Parameters that are trained alike; they are clipped together, apart from those of other groups.
+
+    So a planner's large gradient does not shrink the adapter's.
+
+    Attributes:
+        parameters: The parameters.
+        learning_rate: Their peak learning rate.
+        frozen: How long they stay as they are: up to 1 a share of the steps, above 1 a number of steps. Their
+            gradients, state and schedule begin after that: warm-up and cosine fill the steps that are left.
+    """
+
+    parameters: Sequence[nn.Parameter]
+    learning_rate: float
+    frozen: float = 0.0
+
+    def frozen_steps(self, steps: int) -> int:
+        """For how many of a stage's steps they are frozen."""
+        return round(self.frozen * steps if self.frozen <= 1 else self.frozen)
+
+
+@dataclass(frozen=True)
 class Stage:
     """What is optimised.
 
     Attributes:
         name: Appears in progress and metrics.
         settings: The optimiser's settings.
-        parameters: Parameters and their peak learning rates. Those of one rate are clipped together, apart
-            from the others: a planner's large gradient must not shrink the adapter's.
+        groups: The parameters, those that are trained alike together.
         examples: Number of training examples; batches are rows of them.
         loss: Loss of some rows, divided so that the losses of a step's micro-batches add up to the step's
             loss: called with the micro-batch's rows and the whole step's.
@@ -36,10 +57,15 @@ class Stage:
 
     name: str
     settings: StageSettings
-    parameters: list[tuple[nn.Parameter, float]]
+    groups: Sequence[Group]
     examples: int
     loss: Callable[[np.ndarray, np.ndarray], Tensor]
     validation_loss: Callable[[], float]
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All parameters, group by group."""
+        return [parameter for group in self.groups for parameter in group.parameters]
 
 
 def optimise(stage: Stage, seed: int, log: Callable[[dict[str, Any]], None], progress: Progress) -> float:
@@ -66,6 +92,9 @@ def optimise(stage: Stage, seed: int, log: Callable[[dict[str, Any]], None], pro
     log_every = max(1, steps // LOGGED_STEPS)
     with progress.task(f"train {stage.name}", total=steps) as task:
         for step in range(1, steps + 1):
+            for group in stage.groups:
+                for parameter in group.parameters:
+                    parameter.requires_grad_(step > group.frozen_steps(steps))
             loss = _step(stage, next(batches), optimiser, step)
             scheduler.step()
             if step % log_every == 0 or step == steps:
@@ -82,7 +111,7 @@ def optimise(stage: Stage, seed: int, log: Callable[[dict[str, Any]], None], pro
             elif stage.settings.patience and epoch - best_epoch >= stage.settings.patience:
                 break
     with torch.no_grad():
-        for (parameter, _), value in zip(stage.parameters, best_state, strict=True):
+        for parameter, value in zip(stage.parameters, best_state, strict=True):
             parameter.copy_(value)
     return best
 
@@ -94,10 +123,8 @@ def _step(stage: Stage, rows: np.ndarray, optimiser: torch.optim.Optimizer, step
         loss.backward()
         total += loss.item()
     _finite(stage, "loss", total, step)
-    for rate in {rate for _, rate in stage.parameters}:
-        nn.utils.clip_grad_norm_(
-            [p for p, its_rate in stage.parameters if its_rate == rate], stage.settings.clip
-        )
+    for group in stage.groups:
+        nn.utils.clip_grad_norm_(group.parameters, stage.settings.clip)
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
     return total
@@ -113,25 +140,36 @@ def _finite(stage: Stage, what: str, value: float, step: int) -> float:
 
 
 def _optimiser(stage: Stage, steps: int) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for parameter, rate in stage.parameters:
-        decay = stage.settings.weight_decay if parameter.ndim >= 2 else 0.0
-        groups.setdefault((rate, decay), []).append(parameter)
-    optimiser = torch.optim.AdamW(
-        [{"params": members, "lr": rate, "weight_decay": decay} for (rate, decay), members in groups.items()]
-    )
-    warmup = math.ceil(stage.settings.warmup * steps)
+    parts: list[dict[str, Any]] = []
+    schedules = []
+    for group in stage.groups:
+        matrices = [parameter for parameter in group.parameters if parameter.ndim >= 2]
+        others = [parameter for parameter in group.parameters if parameter.ndim < 2]
+        for members, decay in ((matrices, stage.settings.weight_decay), (others, 0.0)):
+            if members:
+                parts.append({"params": members, "lr": group.learning_rate, "weight_decay": decay})
+                schedules.append(_schedule(group.frozen_steps(steps), steps, stage.settings.warmup))
+    optimiser = torch.optim.AdamW(parts)
+    return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, schedules)
+
+
+def _schedule(begin: int, end: int, warmup: float) -> Callable[[int], float]:
+    """Share of the peak rate by step: linear warm-up from `begin` on, then half a cosine to zero at `end`."""
+    rising = math.ceil(warmup * (end - begin))
 
     def share_of_peak(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+        step -= begin
+        if step < 0:
+            return 0.0
+        if step < rising:
+            return (step + 1) / rising
+        return 0.5 * (1.0 + math.cos(math.pi * (step - rising) / max(1, end - begin - rising)))
 
-    return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, share_of_peak)
+    return share_of_peak
 
 
 def _state(stage: Stage) -> list[Tensor]:
-    return [parameter.detach().clone() for parameter, _ in stage.parameters]
+    return [parameter.detach().clone() for parameter in stage.parameters]
 
 
 def _shuffled(count: int, batch_size: int, seed: int) -> Iterator[np.ndarray]:

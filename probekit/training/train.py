@@ -8,17 +8,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from probekit import hub
 from probekit.config import Config, VariantName
 from probekit.corpus.build import write_corpus
 from probekit.errors import ProbekitError
-from probekit.models.conditioning import location_width
+from probekit.models.base_lm import TUNINGS
+from probekit.models.conditioning import location_width, new_adapter
 from probekit.models.language_model import bridge, load_model, longest_window, new_model
 from probekit.models.mixing import VARIANTS
+from probekit.models.sentence_encoder import write_embeddings
 from probekit.progress import Progress, without_bars_of_transformers
 from probekit.run import Existing, Run
+from probekit.stage_settings import folds_of
 from probekit.storage import atomic_folder, write_json
-from probekit.training.stages import Trainer
+from probekit.training.adapter import check_tunable, train_adapter
+from probekit.training.language_model import train_language_model
+from probekit.training.planner import train_planner
+from probekit.training.trainer import Trainer
 
 
 def train(
@@ -45,8 +53,10 @@ def train(
         _stage(run, "lm", partial(_language_model, run, progress))
     _stage(run, "corpus", partial(_corpus, run, progress))
     _stage(run, "lm", partial(_language_model, run, progress))
-    location_width(run.bridged, run.config.conditioning)
-    _stage(run, "planner", lambda: run.save_planner(_trainer(run, progress).train_planner()))
+    _check_adapters(run)
+    _stage(run, "planner", lambda: run.save_planner(train_planner(_trainer(run, progress))))
+    for fold in range(folds_of(run.config)):
+        _stage(run, f"planner/fold{fold}", partial(_fold_planner, run, progress, fold))
     for variant in run.config.mixing.variants:
         if variant in VARIANTS:
             _stage(run, f"adapter/{variant}", partial(_adapter, run, progress, variant))
@@ -94,7 +104,7 @@ def prepare(
 
 def _begin(config: Config | None, out: str | Path, existing: Existing) -> Run:
     if config is not None and config.lm.name is None:
-        _check_new_model(config)
+        check_new_model(config)
     return Run.begin(out, config, existing)
 
 
@@ -122,7 +132,7 @@ def _language_model(run: Run, progress: Progress) -> dict[str, Any]:
             untrained = new_model(settings, run.corpus.tokenizer, run.config.seed)
             # Refuses a location that is not there while little is lost.
             location_width(bridge(untrained, run.corpus.tokenizer, "a new GPT-2"), run.config.conditioning)
-            model = _trainer(run, progress).train_language_model()
+            model = train_language_model(_trainer(run, progress))
             model.save_pretrained(folder)
             # safetensors lets only a file's owner read it; a run may be shared.
             (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
@@ -136,21 +146,46 @@ def _language_model(run: Run, progress: Progress) -> dict[str, Any]:
     return {"parameters": sum(parameter.numel() for parameter in model.parameters())}
 
 
+def _fold_planner(run: Run, progress: Progress, fold: int) -> None:
+    run.save_planner(train_planner(_trainer(run, progress), fold), fold)
+
+
 def _adapter(run: Run, progress: Progress, variant: VariantName) -> dict[str, Any]:
-    model = _trainer(run, progress).train_adapter(variant, run.bridged, run.planner())
+    settings = run.config.training.base
+    base = TUNINGS[settings.tuning](run.plain_model().to(run.device), settings, run.config.seed)
+    folds = range(folds_of(run.config) if VARIANTS[variant].out_of_fold else 0)
+    fold_planners = [run.fold_planner(fold) for fold in folds]
+    trainer = _trainer(run, progress)
+    model = train_adapter(trainer, variant, run.bridged, run.planner(), base, fold_planners)
     run.save_adapter(variant, model)
+    if model.encoder is not None:
+        write_embeddings(run.embeddings_file(variant), model.encoder, run.corpus, progress)
+    base.save(run.tuned_folder(variant))
     assert model.adapter is not None  # noqa: S101 - only trained variants come here
-    return {"parameters": sum(parameter.numel() for parameter in model.adapter.parameters())}
+    facts: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in model.adapter.parameters())}
+    if base.parameters:
+        facts["tuned_parameters"] = sum(parameter.numel() for parameter in base.parameters)
+    if model.log_temperature is not None:
+        facts["temperature"] = model.log_temperature.exp().item()
+    return facts
 
 
-def _check_new_model(config: Config) -> None:
+def check_new_model(config: Config) -> None:
     """Refuses what does not fit a new LM, whose size the settings say, before anything is written."""
     _check_positions(config, config.lm.positions)
-    if config.conditioning.skip_layers >= config.lm.layers:
+    if config.conditioning.kind == "adapter" and config.conditioning.skip_layers >= config.lm.layers:
         raise ProbekitError(
             f"conditioning.skip_layers is {config.conditioning.skip_layers}, but lm.layers is "
             f"{config.lm.layers}: no layer is left to condition"
         )
+
+
+def _check_adapters(run: Run) -> None:
+    """Refuses adapters that do not fit the LM while the planner is not trained yet."""
+    codebook = torch.from_numpy(run.corpus.codebook.centroids)
+    adapter = new_adapter(run.config.conditioning, codebook, run.bridged, run.config.seed)
+    if run.config.training.base.tuning != "frozen":
+        check_tunable(run.base_lm().forward_pass(adapter.names), adapter)
 
 
 def _check_positions(config: Config, positions: int) -> None:

@@ -56,7 +56,7 @@ def test_rows_are_unit_or_zero_and_do_not_depend_on_their_batch(
     assert embeddings.shape == (len(sentences), encoder.dimensions)
     known = [bool(set(sentence.split()) - {"unknown", "!"}) for sentence in sentences]
     np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), known, atol=1e-5)
-    other = TfidfEncoder(encoder._words, encoder._vectorizer.idf_, encoder._components, batch_size)
+    other = TfidfEncoder(encoder._words, encoder._vectorizer.idf_, encoder.components, batch_size)
     assert other.encode(sentences).tobytes() == embeddings.tobytes()
     for sentence, row in zip(sentences, embeddings, strict=True):
         assert encoder.encode([sentence])[0].tobytes() == row.tobytes()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from probekit.corpus.sentences import align, sentence_spans
+from probekit.corpus.sentences import align, complete_spans, sentence_spans
 from probekit.errors import ProbekitError
 
 HARD = {
@@ -221,3 +221,25 @@ def test_a_long_document_is_aligned_quickly():
     assert time.perf_counter() - begin < 1
     assert len(ends) == 87_500
     np.testing.assert_array_equal(aligned.first_token, np.arange(12_500) * 7)
+
+
+@pytest.mark.parametrize(
+    ("text", "complete"),
+    [
+        ("", []),
+        ("\n \n", []),
+        ("It goes", []),
+        ("It goes.", ["It goes."]),
+        ("It goes. ", ["It goes. "]),
+        ("It goes. On", ["It goes. "]),
+        ("They saw Mr.", []),
+        ("No stop\n", ["No stop\n"]),
+        ("One. Two!\n\n", ["One. ", "Two!\n\n"]),
+        ("It cost 3.", ["It cost 3."]),
+        ("It cost 3.14", []),
+    ],
+)
+def test_sentences_that_are_over(text: str, complete: list[str]):
+    found = [text[a:b] for a, b in complete_spans(text)]
+    assert [part.strip() for part in found] == [part.strip() for part in complete]
+    assert "".join(found) == "".join(complete)

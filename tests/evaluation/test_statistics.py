@@ -100,6 +100,32 @@ def test_a_sparse_cell_does_not_spoil_the_others():
     assert (intervals.low[1], intervals.value[1], intervals.high[1]) == (1.0, 2.5, 4.0)
 
 
+def test_differences_of_ratios_over_other_examples_are_those_of_a_slow_loop():
+    generator = np.random.default_rng(8)
+    sums = generator.gamma(2.0, size=(2, 40, 3))
+    counts = generator.integers(1, 9, size=(2, 40))
+    counts[0, 3] = 0
+    sums[0, 3] = 0.0
+    found = paired_differences(
+        *sums, counts[0], second_counts=counts[1], transform=np.log, resamples=200, seed=6, level=0.9
+    )
+    each = [np.log(part.sum(0) / n.sum()) for part, n in zip(sums, counts, strict=True)]
+    assert found.value == pytest.approx(each[0] - each[1])
+    assert found.documents.tolist() == [39] * 3
+    draws = np.random.default_rng(6).integers(40, size=(200, 40))
+    ratios = np.array(
+        [[np.log(s[d].sum(0) / n[d].sum()) for s, n in zip(sums, counts, strict=True)] for d in draws]
+    )
+    spread = (ratios[:, 0] - ratios[:, 1]).std(0)
+    assert found.high - found.low == pytest.approx(2 * 1.645 * spread, rel=0.2)
+    same = paired_differences(*sums, counts[1], second_counts=counts[1], transform=np.log, **RESAMPLES)
+    short = paired_differences(*sums, counts[1], transform=np.log, **RESAMPLES)
+    assert same.low.tolist() == short.low.tolist()
+    wrong = np.where(np.arange(40) == 5, -1, counts[1])
+    with pytest.raises(ProbekitError, match="document 5"):
+        paired_differences(*sums, counts[0], second_counts=wrong, **RESAMPLES)
+
+
 def test_pairing_narrows_the_interval_of_a_difference():
     generator = np.random.default_rng(4)
     counts = generator.integers(5, 20, 100)

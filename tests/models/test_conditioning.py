@@ -16,7 +16,7 @@ from probekit.config import ConditioningSettings, PlannerSettings
 from probekit.corpus.examples import Batch, collate, cut_windows
 from probekit.corpus.store import Corpus
 from probekit.errors import ProbekitError
-from probekit.models.conditioning import Adapter, location_width, new_adapter
+from probekit.models.conditioning import LayerAdapter, location_width, new_adapter
 from probekit.models.language_model import OUTSIDE_BLOCKS, bridge, hook_name, locations
 from probekit.models.mixing import GumbelSoftmax, Mixing, Oracle, Soft, StraightThrough
 from probekit.models.planned_lm import PlannedLM, token_losses
@@ -38,7 +38,9 @@ def batch_of(corpus: Corpus, window: int = 32) -> Batch:
     return collate(corpus, cut_windows(corpus, np.arange(len(corpus.split)), window, window))
 
 
-def adapter_for(lm: object, corpus: Corpus, *, seed: int = 0, size: float = 1.0, **chosen: object) -> Adapter:
+def adapter_for(
+    lm: object, corpus: Corpus, *, seed: int = 0, size: float = 1.0, **chosen: object
+) -> LayerAdapter:
     """An adapter whose projections are large enough to matter beside the LM's activations."""
     settings = ConditioningSettings(**{"skip_layers": 1, **chosen})
     adapter = new_adapter(settings, torch.from_numpy(corpus.codebook.centroids), lm, seed)
@@ -180,7 +182,7 @@ def test_every_layer_starts_different_and_the_seed_decides_how(bridged: dict, ma
 
 def test_an_adapter_trains_its_own_codebook():
     codebook = torch.randn(5, 3)
-    adapter = Adapter(ConditioningSettings(), codebook, layers=3, width=4, seed=0)
+    adapter = LayerAdapter(ConditioningSettings(), codebook, layers=3, width=4, seed=0)
     assert torch.equal(adapter.codebook, codebook)
     assert {name for name, _ in adapter.named_parameters()} == {"codebook", "projections"}
     with torch.no_grad():
@@ -251,32 +253,3 @@ def test_a_position_carries_the_action_of_the_next_tokens_sentence(window: int, 
     ]
     # separator a a | a b | b c c c, each under the sentence of the token that comes next; the last c has none
     assert scored == [0, 0, 0, 1, 1, 2, 2, 2, 2]
-
-
-@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama"])
-@pytest.mark.parametrize("window", [32, 5])
-def test_an_action_reaches_no_token_before_its_sentence(
-    family: str, window: int, bridged: dict, make_corpus: MakeCorpus
-):
-    """By gradient: logits at t see the action of a sentence from one position before its first token on."""
-    lm, corpus = bridged[family], make_corpus(DOCUMENTS)
-    windows = cut_windows(corpus, np.arange(2), window, window)
-    batch, adapter = collate(corpus, windows), adapter_for(lm, corpus)
-    embeddings = torch.randn(len(batch.touched), 3, requires_grad=True)
-    conditioned = logits(lm, batch, adapter.hooks(embeddings, batch.sentence))
-    weights = torch.randn(conditioned.shape[-1], generator=torch.Generator().manual_seed(2))
-    # `touched` counts rows of the padded context; these are the documents and the numbers in the corpus.
-    document, within = np.divmod(batch.touched.numpy(), batch.context.shape[1])
-    numbers = corpus.document_sentences[document] + within
-    sizes = [size for document in DOCUMENTS for size in document]
-    for row in range(len(windows)):
-        start, length = windows.start[row], windows.length[row]
-        for position in range(length):
-            (gradient,) = torch.autograd.grad(
-                conditioned[row, position] @ weights, embeddings, retain_graph=True
-            )
-            for i, sees in enumerate(gradient.any(-1)):
-                begins = corpus.first_token[numbers[i]]
-                last = begins + sizes[numbers[i]] - 1
-                carried = begins - 1 <= start + position and last - 1 >= start
-                assert sees == (carried and document[i] == windows.document[row]), (row, position, numbers[i])

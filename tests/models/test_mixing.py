@@ -11,11 +11,12 @@ from scipy.stats import chi2
 from torch import Tensor
 from torch.autograd import grad, gradcheck
 
-from probekit.config import VariantName
+from probekit.config import MixingSettings, VariantName
 from probekit.models.mixing import (
     VARIANTS,
     Fixed,
     GumbelSoftmax,
+    Mixed,
     Mixing,
     Oracle,
     Predicted,
@@ -23,6 +24,7 @@ from probekit.models.mixing import (
     StraightThrough,
     Uniform,
     Variant,
+    training_mixing,
 )
 
 ALL = [Fixed, Uniform, Oracle, Predicted, Soft, StraightThrough, GumbelSoftmax]
@@ -33,6 +35,7 @@ TABLE = {
     "uniform": (Uniform, Uniform, False),
     "oracle": (Oracle, Predicted, False),
     "predicted": (Predicted, Predicted, False),
+    "mixed": (Mixed, Predicted, False),
     "straight-through": (StraightThrough, Predicted, True),
     "gumbel": (GumbelSoftmax, Soft, True),
     "soft": (Soft, Soft, False),
@@ -199,7 +202,7 @@ def test_the_table_of_variants():
 
     assert {name: kinds(variant) for name, variant in VARIANTS.items()} == TABLE
     assert list(VARIANTS) == [name for name in get_args(VariantName) if name != "none"]
-    assert {kind for row in TABLE.values() for kind in row[:2]} == set(ALL)
+    assert {kind for row in TABLE.values() for kind in row[:2]} == {*ALL, Mixed}
 
 
 def test_a_planner_is_trained_along_exactly_where_a_gradient_reaches_it_or_it_is_kept_frozen():
@@ -211,3 +214,52 @@ def test_a_planner_is_trained_along_exactly_where_a_gradient_reaches_it_or_it_is
         is not None
     }
     assert reached == {name for name, variant in VARIANTS.items() if variant.joint} | {"soft"}
+
+
+# A share of the planner's actions
+
+
+@pytest.mark.parametrize(("fraction", "kind"), [(0.0, Oracle), (1.0, Predicted)])
+def test_all_or_none_of_the_planners_actions(fraction: float, kind: type):
+    scores, actions, codebook = inputs(sentences=500)
+    upstream = torch.randn(500, 3, dtype=torch.float64)
+    mixed, same = (mixing(scores, actions, codebook, 1.0) for mixing in (Mixed(fraction, seed=3), kind()))
+    assert torch.equal(mixed, same)
+    assert torch.equal(*(grad(embeddings, codebook, upstream)[0] for embeddings in (mixed, same)))
+    assert grad(mixed.sum(), scores, allow_unused=True) == (None,)
+
+
+def test_a_share_of_the_sentences_has_the_planners_action():
+    count = 20_000
+    scores, actions = torch.eye(2)[torch.ones(count, dtype=torch.long)], torch.zeros(count, dtype=torch.long)
+    mixing = Mixed(0.3, seed=0)
+    draws = [mixing(scores, actions, torch.tensor([[0.0], [1.0]]), 1.0).squeeze() for _ in range(2)]
+    for draw in draws:  # within four standard errors of a binomial share
+        assert abs(draw.mean().item() - 0.3) < 4 * np.sqrt(0.3 * 0.7 / count)
+    both = (draws[0] * draws[1]).mean().item()
+    assert abs(both - 0.09) < 4 * np.sqrt(0.09 * 0.91 / count), "drawn anew in every call"
+
+
+def test_the_seed_decides_who_gets_the_planners_action_and_nothing_else_is_drawn():
+    scores, actions, codebook = inputs(sentences=50)
+
+    def mixed(seed: int) -> Tensor:
+        return training_mixing("mixed", MixingSettings(fraction=0.5), seed)(scores, actions, codebook, 1.0)
+
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    first = mixed(1)
+    torch.manual_seed(5)
+    assert torch.equal(mixed(1), first)
+    assert not torch.equal(mixed(2), first)
+    torch.manual_seed(0)
+    mixed(1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_settings_reach_the_variant_that_uses_them():
+    settings = MixingSettings(fraction=0.125)
+    mixing = training_mixing("mixed", settings, seed=0)
+    assert isinstance(mixing, Mixed)
+    assert mixing.fraction == 0.125
+    assert all(training_mixing(v, settings, 0) is VARIANTS[v].training for v in VARIANTS if v != "mixed")

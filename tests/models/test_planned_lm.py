@@ -122,14 +122,20 @@ def test_known_scores_are_used_and_certain_ones_make_predicted_the_oracle(model:
 
 
 def test_the_temperature_is_the_one_given(bridged: dict, corpus: Corpus, batch: Batch):
-    model = planned(bridged["gpt2"], corpus)
+    def model(temperature: float, learned: bool) -> PlannedLM:
+        like = planned(bridged["gpt2"], corpus)
+        return PlannedLM(
+            like.bridged, like.planner, like.adapter, temperature, learn_temperature=learned
+        ).eval()
+
     with torch.no_grad():
-        soft = model(batch, Soft())
-        model.temperature = 1e-5
-        torch.testing.assert_close(model(batch, Soft()), model(batch, Predicted()), atol=1e-4, rtol=1e-4)
-        model.temperature = 1e7
-        torch.testing.assert_close(model(batch, Soft()), model(batch, Uniform()), atol=1e-4, rtol=1e-4)
-        assert not torch.allclose(soft, model(batch, Soft()), atol=1e-2)
+        soft = planned(bridged["gpt2"], corpus)(batch, Soft())
+        for learned in (False, True):
+            cold, hot = model(1e-5, learned), model(1e7, learned)
+            torch.testing.assert_close(cold(batch, Soft()), cold(batch, Predicted()), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(hot(batch, Soft()), hot(batch, Uniform()), atol=1e-4, rtol=1e-4)
+            assert not torch.allclose(soft, hot(batch, Soft()), atol=1e-2)
+            assert ("log_temperature" in cold.state_dict()) == learned
 
 
 @pytest.mark.parametrize("variant", list(VARIANTS))

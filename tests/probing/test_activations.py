@@ -435,9 +435,9 @@ def test_activations_that_are_not_finite_are_named(
     reader, before = Reader(run, "none", places, [1]), Reader(run, "none", places[:1], [1])
     call = PlainPass.__call__
 
-    def broken(self: PlainPass, tokens: Tensor, hooks: Sequence[Any], reads: int) -> None:
+    def broken(self: PlainPass, tokens: Tensor, hooks: Sequence[Any], *more: Any) -> None:
         breaks = [("blocks.1.hook_mlp_out", lambda x: x * value)] if len(hooks) > 1 else []
-        call(self, tokens, [*breaks, *hooks], reads)
+        call(self, tokens, [*breaks, *hooks], *more)
 
     monkeypatch.setattr(PlainPass, "__call__", broken)
     examples = at_anchors(run, np.array([4]))

@@ -1,5 +1,6 @@
 """The optimisation loop against loops and schedules written out by hand."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 from probekit.config import StageSettings
 from probekit.errors import ProbekitError
 from probekit.progress import Progress
-from probekit.training.loop import LOGGED_STEPS, Stage, optimise
+from probekit.training.loop import LOGGED_STEPS, Group, Stage, optimise
 
 QUIET = Progress(quiet=True)
 
@@ -20,13 +21,16 @@ QUIET = Progress(quiet=True)
 class Toy:
     """Least squares in float64, with a matrix, a vector and a second learning rate."""
 
-    def __init__(self, examples: int = 22, settings: StageSettings | None = None) -> None:
+    def __init__(
+        self, examples: int = 22, settings: StageSettings | None = None, frozen: float = 0.0
+    ) -> None:
         draw = torch.Generator().manual_seed(1)
         self.X = torch.randn(examples, 3, dtype=torch.float64, generator=draw)
         self.Y = torch.randn(examples, 2, dtype=torch.float64, generator=draw)
         self.weight = nn.Parameter(torch.randn(3, 2, dtype=torch.float64, generator=draw))
         self.bias = nn.Parameter(torch.randn(2, dtype=torch.float64, generator=draw))
         self.settings = settings or StageSettings(batch_size=5, epochs=3, learning_rate=0.1)
+        self.frozen = frozen
         self.steps: list[np.ndarray] = []
         self.micros: list[np.ndarray] = []
         self.log: list[dict[str, Any]] = []
@@ -38,8 +42,9 @@ class Toy:
         return ((self.X[rows] @ self.weight + self.bias - self.Y[rows]) ** 2).sum() / len(step)
 
     @property
-    def parameters(self) -> list[tuple[nn.Parameter, float]]:
-        return [(self.weight, self.settings.learning_rate), (self.bias, self.settings.learning_rate / 4)]
+    def groups(self) -> list[Group]:
+        rate = self.settings.learning_rate
+        return [Group([self.weight], rate), Group([self.bias], rate / 4, self.frozen)]
 
     def train(
         self,
@@ -50,7 +55,7 @@ class Toy:
         stage = Stage(
             "toy",
             self.settings,
-            self.parameters,
+            self.groups,
             len(self.X),
             loss or self.loss,
             # The last state is kept where every pass is better than the one before.
@@ -69,6 +74,7 @@ def learning_rates(steps: int, warmup: float) -> Iterator[float]:
             yield (1 + math.cos(math.pi * (step - rising) / (steps - rising))) / 2
 
 
+@pytest.mark.parametrize("frozen", [0, 2, 0.5, 1])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -78,8 +84,9 @@ def learning_rates(steps: int, warmup: float) -> Iterator[float]:
         StageSettings(batch_size=50, epochs=4, learning_rate=0.1, warmup=0.5),
     ],
 )
-def test_the_loop_is_adamw_with_warmup_cosine_and_clipping(settings: StageSettings):
-    toy, mine = Toy(settings=settings), Toy(settings=settings)
+def test_the_loop_is_adamw_with_warmup_cosine_and_clipping(settings: StageSettings, frozen: float):
+    """The second group is frozen for some steps, and then has a schedule of its own to the end."""
+    toy, mine = Toy(settings=settings, frozen=frozen), Toy(settings=settings)
     toy.train()
     # Written out: decay on the matrix alone, each clipped by itself and with its own rate.
     optimiser = torch.optim.AdamW(
@@ -91,14 +98,22 @@ def test_the_loop_is_adamw_with_warmup_cosine_and_clipping(settings: StageSettin
     peaks = (settings.learning_rate, settings.learning_rate / 4)
     total = round(settings.epochs * math.ceil(22 / settings.batch_size))
     assert len(toy.steps) == total
-    for rows, share in zip(toy.steps, learning_rates(total, settings.warmup), strict=True):
-        for group, peak in zip(optimiser.param_groups, peaks, strict=True):
-            group["lr"] = share * peak
+    late = {0: 0, 2: 2, 0.5: round(total / 2), 1: total}[frozen]
+    first = learning_rates(total, settings.warmup)
+    second = itertools.chain([None] * late, learning_rates(total - late, settings.warmup))
+    for rows, *shares in zip(toy.steps, first, second, strict=True):
         optimiser.zero_grad()
         ((mine.X[rows] @ mine.weight + mine.bias - mine.Y[rows]) ** 2).sum().div(len(rows)).backward()
-        for gradient in (mine.weight.grad, mine.bias.grad):
-            gradient.mul_(min(1.0, settings.clip / (gradient.norm().item() + 1e-6)))
+        if shares[1] is None:
+            mine.bias.grad = None
+        for group, peak, share in zip(optimiser.param_groups, peaks, shares, strict=True):
+            group["lr"] = (share or 0) * peak
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(min(1.0, settings.clip / (parameter.grad.norm().item() + 1e-6)))
         optimiser.step()
+    if late == total:
+        assert torch.equal(toy.bias, Toy().bias)
     torch.testing.assert_close(toy.weight, mine.weight, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(toy.bias, mine.bias, rtol=1e-10, atol=1e-12)
 
@@ -135,6 +150,33 @@ def test_micro_batches_make_the_same_steps(accumulate: int):
     assert [row["loss"] for row in parts.log if "loss" in row] == pytest.approx(
         [row["loss"] for row in whole.log if "loss" in row], rel=1e-12
     )
+
+
+# Frozen for a while
+
+
+@pytest.mark.parametrize(
+    ("frozen", "steps"), [(0.0, 0), (0.34, 3), (0.5, 5), (1.0, 10), (2.0, 2), (30.0, 30)]
+)
+def test_up_to_one_it_is_a_share_of_the_steps(frozen: float, steps: int):
+    assert Group([], 1.0, frozen).frozen_steps(10) == steps
+
+
+def test_what_is_frozen_stays_to_the_bit_and_has_no_state(monkeypatch: pytest.MonkeyPatch):
+    settings = StageSettings(batch_size=5, epochs=2, learning_rate=0.1, weight_decay=0.5, warmup=0.0)
+    toy = Toy(settings=settings, frozen=4)
+    toy.bias.data = toy.bias.data[None]  # a matrix, which decays
+    begun, seen = toy.bias.detach().clone(), []
+    step = torch.optim.AdamW.step
+
+    def recording(self: torch.optim.AdamW, *arguments: Any, **named: Any) -> Any:
+        result = step(self, *arguments, **named)
+        seen.append((torch.equal(toy.bias, begun), toy.bias in self.state, toy.weight in self.state))
+        return result
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", recording)
+    toy.train()
+    assert seen == [(True, False, True)] * 4 + [(False, True, True)] * 6
 
 
 # Order

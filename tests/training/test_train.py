@@ -15,8 +15,8 @@ from probekit.evaluation.evaluate import evaluate
 from probekit.probing.probe import probe
 from probekit.run import Run
 from probekit.storage import read_json, write_json
-from probekit.training.stages import Trainer
 from probekit.training.train import build_corpus, prepare, train
+from probekit.training.trainer import Trainer
 
 STAGES = {
     "corpus": "corpus",
@@ -132,7 +132,7 @@ def test_a_stage_that_is_not_marked_is_made_again_and_no_other(tiny_run: Run, co
 
 def test_a_finished_run_is_left_as_it_is(copy: Path, monkeypatch: pytest.MonkeyPatch):
     for work in ("train_language_model", "train_planner", "train_adapter"):
-        monkeypatch.delattr(Trainer, work)
+        monkeypatch.delattr(f"probekit.training.train.{work}")
     before = written(copy)
     run = train(None, copy, existing="resume", quiet=True)
     assert written(copy) == before
@@ -167,10 +167,10 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(
 def test_a_failed_stage_leaves_nothing_half_written(
     tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    def fails(self: Trainer) -> None:
+    def fails(trainer: Trainer) -> None:
         raise RuntimeError("power cut")
 
-    monkeypatch.setattr(Trainer, "train_language_model", fails)
+    monkeypatch.setattr("probekit.training.train.train_language_model", fails)
     with pytest.raises(RuntimeError, match="power cut"):
         train(tiny_config, tmp_path / "run", quiet=True)
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
@@ -322,7 +322,7 @@ def test_any_lm_is_probed_with_nothing_trained(
     kind: str, tiny_config: Config, tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     for work in ("train_language_model", "train_planner", "train_adapter"):
-        monkeypatch.delattr(Trainer, work)
+        monkeypatch.delattr(f"probekit.training.train.{work}")
     name = str(pretrained(kind, tiny_run, tmp_path / "model"))
     config = tiny_config.override({"lm.name": name, "training.window": 40})
     run = prepare(config, tmp_path / "run", quiet=True)

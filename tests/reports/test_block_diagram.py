@@ -11,7 +11,7 @@ from matplotlib.text import Annotation, Text
 from matplotlib.transforms import Bbox
 
 from probekit.probing.locations import LOCATIONS
-from probekit.reports.diagram import block_figure
+from probekit.reports.block_diagram import block_figure
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["sequential", "parallel"])

@@ -6,81 +6,19 @@ Blocks are drawn with their norms first, and conditioned at `attn.hook_z`, where
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
-
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Circle, FancyBboxPatch
+from matplotlib.patches import Circle
 
-from probekit.probing.locations import LOCATIONS, Location, Point
+from probekit.probing.locations import LOCATIONS, Location
+from probekit.reports.drawing import SUM, Box, Drawing, Spot, Wire, draw, empty_figure, frame
 
-XY = tuple[float, float]
-Kind = Literal["model", "adapter", "optional"]
-
-INCHES = 0.56
-"""Size of a unit of the drawing."""
 STREAM, BRANCH, MLP_BESIDE, ADAPTER = 0.0, 2.4, -2.9, 6.35
 """Columns of the drawing: x of the residual stream, of the two branches, of the adapter."""
 JOINED = 10.6
 """Height at which attention joins the stream again."""
-SUM = 0.2
-"""Radius of the circles that add."""
 
-_STYLES: dict[Kind, tuple[str, str, str]] = {
-    "model": ("white", "0.25", "-"),
-    "adapter": ("#fde3c8", "#b35900", "-"),
-    "optional": ("white", "0.45", "--"),
-}
-"""Face of the boxes, colour of edges and wires, line of the edges."""
-_DOT, _FRAME = "#1f4e79", "#eef2f6"
-
-
-@dataclass(frozen=True)
-class Box:
-    """A part of the model: its centre, words and width."""
-
-    at: XY
-    text: str
-    width: float = 2.5
-    kind: Kind = "model"
-    height: float = 0.72
-
-
-@dataclass(frozen=True)
-class Wire:
-    """A line through some corners, with an arrow at its end."""
-
-    corners: tuple[XY, ...]
-    kind: Kind = "model"
-
-
-@dataclass(frozen=True)
-class Spot:
-    """Where a point of the model is, and on which side of it its name stands."""
-
-    at: XY
-    side: Literal["left", "right"]
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """Parts of a drawing; `+` lays one over another."""
-
-    boxes: tuple[Box, ...] = ()
-    wires: tuple[Wire, ...] = ()
-    sums: tuple[XY, ...] = ()
-    notes: tuple[tuple[XY, str], ...] = ()
-    spots: dict[Point, Spot] = field(default_factory=dict)
-
-    def __add__(self, other: Drawing) -> Drawing:
-        return Drawing(
-            self.boxes + other.boxes,
-            self.wires + other.wires,
-            self.sums + other.sums,
-            self.notes + other.notes,
-            self.spots | other.spots,
-        )
+_DOT = "#1f4e79"
 
 
 def block_figure(*, parallel: bool = False) -> Figure:
@@ -92,26 +30,13 @@ def block_figure(*, parallel: bool = False) -> Figure:
     end = JOINED + (1.15 if parallel else 5.35)
     drawing = _below() + _attention() + (_mlp_beside() if parallel else _mlp_above()) + _above(end)
     left, right, bottom, top = (-5.6 if parallel else -3.3), ADAPTER + 1.8, -0.8, end + 4.0
-    figure = Figure(figsize=(INCHES * (right - left), INCHES * (top - bottom)))
-    axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
-    axes.set(xlim=(left, right), ylim=(bottom, top), aspect="equal")
-    axes.set_axis_off()
-    axes.add_patch(
-        FancyBboxPatch(
-            (left + 0.15, 2.75),
-            right - left - 0.3,
-            end - 2.75,
-            boxstyle="round,pad=0,rounding_size=0.25",
-            facecolor=_FRAME,
-            edgecolor="0.7",
-            zorder=0,
-        )
-    )
+    figure, axes = empty_figure(left, right, bottom, top)
+    frame(axes, (left + 0.15, 2.75), right - left - 0.3, end - 2.75)
     axes.text(right - 0.4, end - 0.45, "every layer", ha="right", va="center", fontsize=13, style="italic")
     axes.text(
         -0.3, 7.3, "residual stream", ha="center", va="center", fontsize=12.5, style="italic", rotation=90
     )
-    _draw(axes, drawing)
+    draw(axes, drawing)
     for number, location in enumerate(LOCATIONS.values(), start=1):
         if location.parallel or not parallel:
             _mark(axes, number, location, drawing.spots[location.point])
@@ -212,38 +137,6 @@ def _above(end: float) -> Drawing:
             "final norm": Spot((STREAM, end + 1.62), "right"),
         },
     )
-
-
-def _draw(axes: Axes, drawing: Drawing) -> None:
-    arrow = {"arrowstyle": "-|>", "shrinkA": 0.0, "shrinkB": 0.0, "mutation_scale": 13}
-    for wire in drawing.wires:
-        _, colour, _ = _STYLES[wire.kind]
-        *begin, end = wire.corners
-        axes.plot(*zip(*begin, strict=True), color=colour, linewidth=1.6, zorder=1)
-        line = {"color": colour, "linewidth": 1.6, "joinstyle": "miter"}
-        axes.annotate("", end, begin[-1], arrowprops=arrow | line, zorder=1)
-    for x, y in drawing.sums:
-        axes.add_patch(Circle((x, y), SUM, facecolor="white", edgecolor="0.25", linewidth=1.4, zorder=3))
-        for dx, dy in ((0.6 * SUM, 0.0), (0.0, 0.6 * SUM)):
-            axes.plot([x - dx, x + dx], [y - dy, y + dy], color="0.25", linewidth=1.4, zorder=4)
-    for box in drawing.boxes:
-        face, edge, dashes = _STYLES[box.kind]
-        axes.add_patch(
-            FancyBboxPatch(
-                (box.at[0] - box.width / 2, box.at[1] - box.height / 2),
-                box.width,
-                box.height,
-                boxstyle="round,pad=0,rounding_size=0.12",
-                facecolor=face,
-                edgecolor=edge,
-                linestyle=dashes,
-                linewidth=1.3,
-                zorder=2,
-            )
-        )
-        axes.text(*box.at, box.text, ha="center", va="center", fontsize=13, zorder=3)
-    for (x, y), text in drawing.notes:
-        axes.text(x, y, text, ha="center", va="center", fontsize=12.5, style="italic")
 
 
 def _mark(axes: Axes, number: int, location: Location, spot: Spot) -> None:

@@ -1,0 +1,216 @@
+"""Figure 4 of arXiv 2410.12492: training with a share f of the planner's actions, the others being true ones.
+
+    python analyses/figure4_mixing_fraction.py --preset demo --seeds 0 1 2 --generation --runs runs/fractions
+    python analyses/figure4_mixing_fraction.py --runs runs/fractions
+
+With a preset, what is missing in the folder is trained and measured; without, what is there is drawn, of a
+sweep that was stopped too. For every metric: how much better it is than after training on true actions alone
+(f = 0), in percent of its value there; the sign is turned where less is better, so that up is always better.
+In evaluation all actions are the planner's. The line is of the mean over seeds of a document's losses, with
+its interval from resampling documents (MAUVE, of all texts at once, has none); the band goes from the worst
+seed to the best. Of generated text, the longest is drawn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+import probekit
+from probekit.evaluation.generation_metrics import TRANSFORMS
+from probekit.evaluation.statistics import paired_differences
+from probekit.reports.manifest import save_figure
+from probekit.training.members import STUDIES, grid
+
+STUDY = STUDIES["mixing-fraction"]
+
+# What is drawn where it was measured, and whether more of it is better.
+METRICS = {
+    "perplexity": False,
+    "rouge2": True,
+    "mauve": True,
+    "levenshtein": False,
+    "latent_perplexity": False,
+    "plan_following": True,
+}
+LOGARITHMS = {"perplexity", *TRANSFORMS}
+"""Metrics that are the exponential of a ratio of sums; the others are the ratio itself."""
+
+KEYS = ["metric", "texts", "length"]
+RESAMPLES = 5000
+PANELS_IN_A_ROW = 3
+
+
+def swept(arguments: argparse.Namespace) -> probekit.Sweep:
+    """The sweep in the folder; what is missing is trained first where a preset says how."""
+    if arguments.preset is None:
+        return probekit.Sweep.open(arguments.runs)
+    config = probekit.Config.from_preset(arguments.preset)
+    config = config.override({"mixing.variants": [STUDY.variant], **dict(arguments.set)})
+    members = grid(config, {STUDY.setting: arguments.values})
+    seeds, generation = arguments.seeds, arguments.generation
+    return probekit.sweep(config, members, seeds, arguments.runs, generation=generation)
+
+
+def improvements(sweep: probekit.Sweep) -> pd.DataFrame:
+    """One row for each metric, share and seed, and one for the mean over seeds.
+
+    Raises:
+        ProbekitError: The sweep is over something else, or f = 0 is not there.
+    """
+    if sweep.settings != [STUDY.setting]:
+        over = ", ".join(sweep.settings) or "nothing"
+        raise probekit.ProbekitError(f"{sweep.folder} sweeps over {over}, and not over {STUDY.setting} alone")
+    shares = {member: settings[STUDY.setting] for member, settings in sweep.members.items()}
+    drawn = f"variant == '{STUDY.variant}' and actions == 'planner' and metric in {[*METRICS]}"
+    values, table = (
+        part.assign(fraction=part.member.map(shares)).query(drawn) for part in (sweep.values(), sweep.table())
+    )
+    seeds = {*table[table.fraction == 0.0].seed.dropna()}
+    if not seeds:
+        raise probekit.ProbekitError(
+            f"{sweep.folder} has no finished run with {STUDY.setting} 0, with which the others are compared"
+        )
+    rows = []
+    longest = table.length == table.groupby(["metric", "texts"]).length.transform("max")
+    for (metric, texts, length), own in table[longest & table.seed.isin(seeds)].groupby(KEYS, sort=False):
+        sums = values.query("metric == @metric and texts == @texts and length == @length")
+        for fraction, each in own.groupby("fraction"):
+            for seed, of in [*((str(one), [one]) for one in each.seed), ("mean", [*each.seed])]:
+                row = {"metric": metric, "texts": texts, "length": length, "fraction": fraction, "seed": seed}
+                measured, reference = (
+                    part[(part.fraction == share) & part.seed.isin(of)]
+                    for share in (fraction, 0.0)
+                    for part in [sums if len(sums) else own]
+                )
+                compare = _of_documents if len(sums) else _of_wholes
+                rows.append(row | {"seeds": len(of)} | compare(str(metric), measured, reference))
+    return pd.DataFrame(rows)
+
+
+def _of_documents(metric: str, measured: pd.DataFrame, reference: pd.DataFrame) -> dict[str, Any]:
+    """Improvement of a metric that is made of sums over documents, with its interval."""
+    tables = [part.groupby("document")[["sum", "count"]].sum() for part in (measured, reference)]
+    documents = tables[0].index.union(tables[1].index)
+    first, second = (part.reindex(documents, fill_value=0) for part in tables)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        of_logarithms = paired_differences(
+            first[["sum"]],
+            second[["sum"]],
+            first[["count"]],
+            second_counts=second[["count"]],
+            resamples=RESAMPLES,
+            seed=0,
+            transform=None if metric in LOGARITHMS else np.log,
+        )[0]
+        ratio = first["sum"].sum() / first["count"].sum()
+    bounds = [_percent(metric, np.exp(end)) for end in (of_logarithms.low, of_logarithms.high)]
+    return {
+        "value": np.exp(ratio) if metric in LOGARITHMS else ratio,
+        "improvement": _percent(metric, np.exp(of_logarithms.value)),
+        "low": min(bounds),
+        "high": max(bounds),
+        "documents": of_logarithms.documents,
+    }
+
+
+def _of_wholes(metric: str, measured: pd.DataFrame, reference: pd.DataFrame) -> dict[str, Any]:
+    """Improvement of a metric that is of all texts at once."""
+    value = measured.value.mean()
+    return {
+        "value": value,
+        "improvement": _percent(metric, value / reference.value.mean()),
+        "low": np.nan,
+        "high": np.nan,
+        "documents": measured.documents.max(),
+    }
+
+
+def _percent(metric: str, ratio: float) -> float:
+    """What a ratio to the reference means in percent, up being better."""
+    return 100.0 * (ratio - 1.0 if METRICS[metric] else 1.0 - ratio)
+
+
+def draw(table: pd.DataFrame) -> Figure:
+    """A panel for each metric."""
+    panels = [*table.groupby(KEYS, sort=False)]
+    columns = min(PANELS_IN_A_ROW, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(max(6.0, 4.2 * columns), max(3.6, 3.2 * rows)), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for panel, ((metric, texts, length), own) in zip(axes, panels, strict=False):
+        _draw_panel(panel, own)
+        of = f"{texts}, {length:,} tokens" if length else texts
+        panel.set_title(f"{metric.replace('_', ' ')} ({of})", fontsize=9)
+    for panel in axes[len(panels) :]:
+        panel.remove()
+    axes[0].legend(fontsize=7)
+    figure.supxlabel("share f of the planner's actions in training (0: oracle, 1: predicted)", fontsize=9)
+    figure.supylabel("improvement over f = 0 in % (up is better)", fontsize=9)
+    return figure
+
+
+def _draw_panel(axes: Axes, table: pd.DataFrame) -> None:
+    mean, single = table[table.seed == "mean"], table[table.seed != "mean"]
+    spread = single.groupby("fraction").improvement.agg(["min", "max"])
+    if mean.seeds.max() > 1:
+        axes.fill_between(
+            spread.index,
+            spread["min"],
+            spread["max"],
+            color="#1f4e79",
+            alpha=0.18,
+            lw=0,
+            label="worst to best seed",
+        )
+    errors = np.nan_to_num([mean.improvement - mean.low, mean.high - mean.improvement])
+    label = f"mean of {mean.seeds.max()} seeds, 95 % over documents"
+    axes.errorbar(
+        mean.fraction, mean.improvement, yerr=errors, fmt="o-", color="#1f4e79", capsize=3, ms=4, label=label
+    )
+    axes.axhline(0.0, color="0.4", linewidth=0.8)
+
+
+def main() -> None:
+    """Trains what is missing, compares, saves."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--runs", type=Path, default=Path("runs/fractions"), help="the sweep's folder")
+    parser.add_argument("--preset", help="train and measure what is missing, with these settings")
+    parser.add_argument(
+        "--set", nargs=2, action="append", default=[], metavar=("SETTING", "VALUE"), help="over the preset"
+    )
+    parser.add_argument("--values", type=float, nargs="+", default=STUDY.values, help="shares, with 0")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (0 1 2)")
+    parser.add_argument("--generation", action="store_true", help="measure generated text, too")
+    parser.add_argument("--out", type=Path, default=Path("figures/figure4_mixing_fraction.png"))
+    arguments = parser.parse_args()
+    try:
+        sweep = swept(arguments)
+        table = improvements(sweep)
+    except probekit.ProbekitError as error:
+        parser.error(str(error))
+    path = save_figure(
+        draw(table),
+        table,
+        arguments.out,
+        script="analyses/figure4_mixing_fraction.py",
+        settings={"values": sorted({*table.fraction}), "seeds": list(sweep.seeds)},
+        runs=[*sweep.runs.values()],
+    )
+    print(table[table.seed == "mean"].to_string(index=False))  # noqa: T201 - a script tells what it found
+    if sweep.missing:
+        print(f"not finished, and not drawn: {', '.join(map(str, sweep.missing))}")  # noqa: T201
+    print(path)  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

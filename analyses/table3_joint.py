@@ -1,0 +1,166 @@
+"""Table 3: which ingredients make joint training win? One is changed at a time, all against soft mixing.
+
+    python analyses/table3_joint.py --preset demo --seeds 5 --runs runs/table3
+    python analyses/table3_joint.py --runs runs/table3 --only joint "no planner loss"
+
+Every row is an adapter (and, where it is joint, a planner) trained on the same base LM and from the same
+planner; the sweep in RUNS shares these. Left: test perplexity less that of soft mixing with a frozen planner,
+paired over documents. Right: the planner's accuracy afterwards. Points are means over seeds with 95 %
+intervals from resampling documents, thin marks are single seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+import probekit
+from probekit.config import Config, VariantName
+from probekit.evaluation.over_seeds import differences_over_seeds
+from probekit.reports.intervals import draw_intervals
+from probekit.reports.manifest import save_figure
+
+RESAMPLES = 5000
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table.
+
+    Attributes:
+        variant: What is trained.
+        settings: What is changed, by dotted name.
+    """
+
+    variant: VariantName = "joint"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+REFERENCE = "soft, planner frozen"
+
+
+def rows(config: Config) -> dict[str, Row]:
+    """The rows by name; rates are multiples of the preset's own."""
+    rate = config.training.joint.planner_learning_rate
+    adapter_rate = config.training.adapter.learning_rate
+
+    def joint(**settings: Any) -> Row:
+        return Row(settings={f"training.joint.{name}": value for name, value in settings.items()})
+
+    return {
+        REFERENCE: Row("soft"),
+        "soft, temperature learned": Row("soft", {"mixing.learn_temperature": True}),
+        "joint": Row(),
+        "planner's own loss alone": joint(end_to_end=False),
+        "next-token loss alone": joint(planner_loss_weight=0.0),
+        "planner loss × 0.1": joint(planner_loss_weight=0.1),
+        "planner rate × 0.1": joint(planner_learning_rate=0.1 * rate),
+        "planner rate × 3": joint(planner_learning_rate=3 * rate),
+        "planner rate = adapter's": joint(planner_learning_rate=adapter_rate),
+        "unfrozen after a half": joint(planner_frozen=0.5),
+        "temperature learned": Row(settings={"mixing.learn_temperature": True}),
+        "encoder trained": joint(encoder="trained", encoder_learning_rate=rate),
+        "straight-through": Row("straight-through"),
+        "gumbel": Row("gumbel"),
+    }
+
+
+def members(table: Mapping[str, Row]) -> dict[str, dict[str, Any]]:
+    """The sweep's members; folders have names without blanks."""
+    return {_folder(name): {"mixing.variants": [row.variant], **row.settings} for name, row in table.items()}
+
+
+def _folder(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name.replace("×", "x"))
+
+
+def compare(sweep: probekit.Sweep, table: Mapping[str, Row]) -> pd.DataFrame:
+    """Differences from soft mixing, and planners' accuracies; the column `what` tells them apart."""
+    names = {_folder(name): name for name in table}
+    losses = sweep.losses()
+    losses = losses[(losses.variant != "none") & (losses.actions != "true")]
+    losses = losses.assign(name=losses.member.map(names)).dropna(subset=["name"])
+    pairs = [(name, REFERENCE) for name in table if name != REFERENCE]
+    differences = differences_over_seeds(losses, pairs, resamples=RESAMPLES, seed=0)
+    differences = differences.assign(what="difference", name=differences["first"])
+    accuracies = pd.DataFrame(
+        {"name": names[place.member], "seed": place.seed, "what": "planner accuracy"}
+        | {f"value{end}": reader[f"value{end}"] for end in ("", "_low", "_high")}
+        | {"seeds": 1, "documents": reader["documents"]}
+        for place, run in sweep.runs.items()
+        if place.member in names
+        for reader in run.evaluation()["planner"]
+        if reader["metric"] == "accuracy" and reader["reader"] == _planner(table[names[place.member]])
+    )
+    return pd.concat([differences, accuracies, _means(accuracies)], ignore_index=True)
+
+
+def _planner(row: Row) -> str:
+    """What the row's planner is called in an evaluation."""
+    return "planner" if row.variant == "soft" else f"planner after {row.variant}"
+
+
+def _means(accuracies: pd.DataFrame) -> pd.DataFrame:
+    """Means over seeds of accuracies and of the ends of their intervals."""
+    by_name = accuracies.groupby("name", sort=False)
+    ends = ["value", "value_low", "value_high"]
+    means = (
+        by_name[ends]
+        .mean()
+        .assign(seed_spread=by_name.value.std(), seeds=by_name.size(), documents=by_name.documents.first())
+    )
+    return means.reset_index().assign(what="planner accuracy")
+
+
+def draw(table: pd.DataFrame, names: Sequence[str]) -> Figure:
+    """Differences beside accuracies, a line for each row."""
+    figure = Figure(figsize=(13, 0.34 * len(names) + 1.2), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    draw_intervals(right, table[table.what == "planner accuracy"], names)
+    draw_intervals(left, table[table.what == "difference"], names)
+    left.axvline(0.0, color="0.4", linewidth=0.8)
+    left.set_xlabel("test perplexity less that of soft mixing (left of 0: better)")
+    right.set_xlabel("accuracy of the planner afterwards")
+    return figure
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Trains what is missing, compares, saves."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--preset", default="demo", help="settings of the runs (demo)")
+    parser.add_argument("--seeds", type=int, default=5, help="how many seeds (5)")
+    parser.add_argument("--runs", type=Path, default=Path("runs/table3"), help="the sweep (runs/table3)")
+    parser.add_argument("--only", nargs="+", help="names of rows, beside the reference; all by default")
+    parser.add_argument("--out", type=Path, default=Path("figures/table3_joint.png"))
+    given = parser.parse_args(arguments)
+    config = Config.from_preset(given.preset)
+    table = rows(config)
+    if given.only:
+        if unknown := {*given.only} - {*table}:
+            parser.error(f"--only: no row {unknown.pop()!r}; there are {', '.join(table)}")
+        table = {name: row for name, row in table.items() if name in (REFERENCE, *given.only)}
+    seeds = range(config.seed, config.seed + given.seeds)
+    sweep = probekit.sweep(config, members(table), seeds, given.runs)
+    found = compare(sweep, table)
+    path = save_figure(
+        draw(found, list(table)),
+        found,
+        given.out,
+        script="analyses/table3_joint.py",
+        settings={"preset": given.preset, "resamples": RESAMPLES},
+        runs=[run for place, run in sweep.runs.items() if place.member in members(table)],
+    )
+    print(found[found.seed.isna()].drop(columns=["seed", "first", "second"]).to_string(index=False))  # noqa: T201
+    print(path)  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""What `probekit generate` continues, and what comes of it: prompts from files, sentences, JSON lines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from probekit.config import VariantName
+from probekit.corpus.sentences import complete_spans, sentence_spans
+from probekit.errors import ProbekitError
+from probekit.evaluation.generation import (
+    Generated,
+    Plan,
+    Prompt,
+    document_prompts,
+    generate,
+    reading_window,
+    text_prompt,
+)
+from probekit.progress import Progress
+from probekit.run import Run
+from probekit.storage import write_text
+
+DOCUMENTS = 4
+"""Test documents whose beginnings are continued if nothing else is asked for."""
+ORACLE = "oracle"
+"""The plan of what is true of a document."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """Texts that a variant wrote.
+
+    Attributes:
+        variant: Which.
+        prompts: What was continued.
+        continuations: How.
+        sentences: The sentences of each continuation, with the action given to each; None where none was.
+        window: Tokens that the LM reads at once.
+    """
+
+    variant: VariantName
+    prompts: list[Prompt]
+    continuations: list[Generated]
+    sentences: list[list[tuple[str, int | None]]]
+    window: int
+
+    @property
+    def slid(self) -> int:
+        """How many texts grew longer than the LM reads at once."""
+        pairs = zip(self.prompts, self.continuations, strict=True)
+        return sum(len(prompt.tokens) + len(more.tokens) - 1 > self.window for prompt, more in pairs)
+
+    def save(self, path: str | Path) -> None:
+        """Writes a line of JSON for each text."""
+        rows = [
+            {
+                "document": None if prompt.document < 0 else prompt.document,
+                "variant": self.variant,
+                "prompt": prompt.text,
+                "text": more.text,
+                "sentences": [{"text": text, "action": action} for text, action in sentences],
+                "ended": more.ended,
+                "tokens": more.tokens.tolist(),
+            }
+            for prompt, more, sentences in zip(self.prompts, self.continuations, self.sentences, strict=True)
+        ]
+        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_texts(
+    run: Run,
+    texts: Sequence[str] | None = None,
+    *,
+    documents: int | None = None,
+    samples: int | None = None,
+    variant: VariantName | None = None,
+    tokens: int = 128,
+    plan: str | None = None,
+    progress: Progress | None = None,
+) -> Written:
+    """Continues texts, the beginnings of test documents, or nothing at all.
+
+    Args:
+        run: The run; its settings `generation` and its seed count.
+        texts: Prompts, the empty one too.
+        documents: How many test documents are continued, if no texts are; a few by default.
+        samples: How many texts are written with no prompt, in place of both.
+        variant: Which variant writes; by default `soft`, or the last one that is trained.
+        tokens: Tokens written for each.
+        plan: Actions with commas between them, for every text, or `oracle`, a document's own; unset: the
+            planner's.
+        progress: Shows how far it is.
+
+    Raises:
+        ProbekitError: The plan cannot be read or fits nothing here, or no document is long enough.
+    """
+    trained = run.variants
+    variant = variant or ("soft" if "soft" in trained else trained[-1] if trained else "none")
+    if samples is not None:
+        texts = [""] * _counted("samples", samples)
+    if texts is not None:
+        prompts = [text_prompt(run.corpus, text) for text in texts]
+    else:
+        prompts = _beginnings(run, _counted("documents", DOCUMENTS if documents is None else documents))
+    source: Plan = "planner" if plan is None else "given"
+    if plan == ORACLE and texts is not None:
+        raise ProbekitError("--plan oracle is the plan of a document: it goes with --documents")
+    if plan is not None and plan != ORACLE:
+        prompts = [replace(prompt, plan=_actions(plan)) for prompt in prompts]
+    continuations = generate(
+        run, prompts, variant=variant, tokens=tokens, plan=source, seed=run.config.seed, progress=progress
+    )
+    language = run.config.corpus.language
+    sentences = [
+        sentences_of(prompt, more, language) for prompt, more in zip(prompts, continuations, strict=True)
+    ]
+    return Written(variant, prompts, continuations, sentences, reading_window(run))
+
+
+def sentences_of(prompt: Prompt, generated: Generated, language: str) -> list[tuple[str, int | None]]:
+    """The sentences of a continuation as they are told in the end, each with the action given to it.
+
+    The first may go on with a sentence that the prompt began. The action is None where nothing was planned,
+    and for a sentence that was not told as one when it was written.
+    """
+    text, behind = prompt.text + generated.text, len(prompt.text)
+    first = len(complete_spans(prompt.text, language))
+    found = []
+    for number, (start, end) in enumerate(sentence_spans(text, language)):
+        place = number - first
+        if (shown := text[max(start, behind) : end].strip()) and end > behind:
+            known = 0 <= place < len(generated.plan)
+            found.append((shown, int(generated.plan[place]) if known else None))
+    return found
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The prompts in a file: a line each or, where the name ends in `.jsonl`, the `text` of each line.
+
+    Raises:
+        ProbekitError: The file cannot be read, is empty, or a line holds no text.
+    """
+    try:
+        lines = [line for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ProbekitError(f"--prompts {path}: cannot be read as UTF-8 text ({error})") from None
+    if not lines:
+        raise ProbekitError(f"--prompts {path}: holds no prompt; give one a line")
+    return [_text(path, n, line) for n, line in enumerate(lines, 1)] if _is_json(path) else lines
+
+
+def _is_json(path: str | Path) -> bool:
+    return Path(path).suffix == ".jsonl"
+
+
+def _text(path: str | Path, number: int, line: str) -> str:
+    try:
+        row: Any = json.loads(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        raise ProbekitError(f'--prompts {path}: line {number} is no JSON object with a "text"')
+    return row["text"]
+
+
+def _beginnings(run: Run, count: int) -> list[Prompt]:
+    context, language = run.config.generation.context, run.config.corpus.language
+    prompts: list[Prompt] = []
+    for document in run.corpus.documents("test"):
+        prompts += document_prompts(run.corpus, np.array([document]), context, 1, language)[0]
+        if len(prompts) == count:
+            return prompts
+    if not prompts:
+        raise ProbekitError(
+            f"no test document goes on behind its first {context} tokens; lower generation.context"
+        )
+    return prompts
+
+
+def _counted(name: str, count: int) -> int:
+    if count < 1:
+        raise ProbekitError(f"--{name} is {count}; it must be 1 or more")
+    return count
+
+
+def _actions(plan: str) -> np.ndarray:
+    try:
+        return np.array([int(action) for action in plan.split(",")], dtype=np.int64)
+    except ValueError:
+        raise ProbekitError(
+            f"--plan is {plan!r}; give actions with commas between them, such as 12,7,7,40, or oracle"
+        ) from None

@@ -1,0 +1,217 @@
+"""A base LM in the two forms in which it is used, and what training makes of it (`training.base`).
+
+Training and reading use the plain Hugging Face module where hooks allow; a tuned one is saved, loaded and
+bridged as any other LM is. Tuning through the bridge would train its own copies of some weights, those of a
+fused attention, say, which nobody could save.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import nn
+
+from probekit.config import BaseSettings
+from probekit.errors import ProbekitError
+from probekit.models.language_model import bridge
+from probekit.models.plain import BridgedPass, ForwardPass, PlainPass, forward_pass
+from probekit.storage import atomic_folder, read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+LORA_WEIGHTS = "adapter_model.safetensors"
+"""The file of low-rank updates, as peft calls it."""
+
+
+class BaseLM:
+    """A frozen causal LM, plain and bridged, each loaded when it is first asked for.
+
+    Bridging rewires a module in place, so each has weights of its own.
+
+    Args:
+        load: Makes a fresh plain one on the device.
+        tokenizer: The LM's.
+        name: What it is called in messages.
+        alike: An LM of the same architecture, on which hooks have been looked up already.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], PreTrainedModel],
+        tokenizer: PreTrainedTokenizerBase,
+        name: str | Path,
+        alike: BaseLM | None = None,
+    ) -> None:
+        self._load, self._tokenizer, self._name, self._alike = load, tokenizer, name, alike
+
+    @cached_property
+    def plain(self) -> PreTrainedModel:
+        """The plain Hugging Face module."""
+        return self._load().eval().requires_grad_(False)
+
+    @cached_property
+    def bridged(self) -> TransformerBridge:
+        """The LM as TransformerLens has it."""
+        return bridge(self._load(), self._tokenizer, self._name)
+
+    def forward_pass(self, names: Sequence[str]) -> ForwardPass:
+        """The fastest way to run it with some hooks, given by their full TransformerLens names."""
+        if self._alike is None:
+            return forward_pass(self.bridged, self.plain, names)
+        found = self._alike.forward_pass(names)
+        return found.with_weights(self.plain) if isinstance(found, PlainPass) else BridgedPass(self.bridged)
+
+
+class Tuning(Protocol):
+    """What becomes of the plain LM that an adapter is trained on.
+
+    Attributes:
+        model: The LM, changed in place by training.
+        parameters: What is trained.
+    """
+
+    model: PreTrainedModel
+    parameters: list[nn.Parameter]
+
+    def __init__(self, model: PreTrainedModel, settings: BaseSettings, seed: int) -> None: ...
+
+    def train(self, mode: bool) -> None:
+        """Begins, or ends, what happens in training alone."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Writes what was trained to a folder of its own, if anything was."""
+        ...
+
+    @staticmethod
+    def load(folder: Path, model: PreTrainedModel, settings: BaseSettings) -> PreTrainedModel:
+        """The tuned LM of a folder, from a fresh untuned one.
+
+        Raises:
+            ProbekitError: What is in the folder does not fit the LM.
+        """
+        ...
+
+
+class Frozen:
+    """The LM stays as it is."""
+
+    def __init__(self, model: PreTrainedModel, settings: BaseSettings, seed: int) -> None:
+        self.model = model
+        self.parameters: list[nn.Parameter] = []
+
+    def train(self, mode: bool) -> None:
+        """As `Tuning` has it."""
+
+    def save(self, folder: Path) -> None:
+        """As `Tuning` has it."""
+
+    @staticmethod
+    def load(folder: Path, model: PreTrainedModel, settings: BaseSettings) -> PreTrainedModel:
+        """As `Tuning` has it."""
+        return model
+
+
+class Lora:
+    """Low-rank updates of all linear maps but the unembedding (Hu et al. 2021, arXiv 2106.09685).
+
+    Args:
+        model: Its linear maps are wrapped in place.
+        settings: Rank, scale and dropout.
+        seed: Seed of the updates' first halves; the second ones are zero, so nothing is changed at first.
+    """
+
+    def __init__(self, model: PreTrainedModel, settings: BaseSettings, seed: int) -> None:
+        from peft import LoraConfig, get_peft_model
+        from peft.tuners.lora import LoraLayer
+
+        self._settings = LoraConfig(
+            r=settings.rank,
+            lora_alpha=settings.alpha,
+            lora_dropout=settings.dropout,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            torch.manual_seed(seed)
+            # GPT-2's maps are transposed, as peft finds out by itself, and says.
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+            self._tuned = get_peft_model(model, self._settings)
+        self.model = model
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._dropouts = [layer.lora_dropout for layer in model.modules() if isinstance(layer, LoraLayer)]
+
+    def train(self, mode: bool) -> None:
+        """As `Tuning` has it: dropout before the updates."""
+        for dropout in self._dropouts:
+            dropout.train(mode)
+
+    def save(self, folder: Path) -> None:
+        """As `Tuning` has it: in peft's own format, for `PeftModel.from_pretrained`."""
+        from peft import get_peft_model_state_dict
+
+        with atomic_folder(folder) as temporary:
+            self._settings.save_pretrained(temporary)
+            write_tensors(temporary / LORA_WEIGHTS, get_peft_model_state_dict(self._tuned))
+
+    @staticmethod
+    def load(folder: Path, model: PreTrainedModel, settings: BaseSettings) -> PreTrainedModel:
+        """As `Tuning` has it: the updates are merged into the LM's weights."""
+        from peft import set_peft_model_state_dict
+
+        tuned = Lora(model, settings, seed=0)._tuned
+        with _fitting(folder):
+            report = set_peft_model_state_dict(tuned, read_tensors(folder / LORA_WEIGHTS))
+            if report.unexpected_keys or any("lora_" in name for name in report.missing_keys):
+                raise ValueError("updates of other maps")
+        return tuned.merge_and_unload()
+
+
+class Full:
+    """All weights are trained; the LM's own dropout stays off, as the adapter's training has it."""
+
+    def __init__(self, model: PreTrainedModel, settings: BaseSettings, seed: int) -> None:
+        self.model = model
+        self.parameters = list(model.requires_grad_(True).parameters())
+
+    def train(self, mode: bool) -> None:
+        """As `Tuning` has it."""
+
+    def save(self, folder: Path) -> None:
+        """As `Tuning` has it: in Hugging Face format, for `AutoModelForCausalLM.from_pretrained`."""
+        with atomic_folder(folder) as temporary:
+            self.model.save_pretrained(temporary)
+            # safetensors lets only a file's owner read it; a run may be shared.
+            mode = (temporary / "config.json").stat().st_mode
+            for weights in temporary.glob("*.safetensors"):
+                weights.chmod(mode)
+
+    @staticmethod
+    def load(folder: Path, model: PreTrainedModel, settings: BaseSettings) -> PreTrainedModel:
+        """As `Tuning` has it."""
+        with _fitting(folder):
+            return type(model).from_pretrained(folder, dtype=torch.float32)
+
+
+TUNINGS: dict[str, type[Tuning]] = {"frozen": Frozen, "lora": Lora, "full": Full}
+"""The kinds of `training.base.tuning`."""
+
+
+@contextmanager
+def _fitting(folder: Path) -> Iterator[None]:
+    """Turns what is raised where weights do not fit into one line."""
+    try:
+        yield
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ProbekitError(
+            f"{folder} does not fit the run's LM and settings; delete it and train that variant again"
+        ) from error

@@ -1,0 +1,282 @@
+"""Logits of the next token of texts that grow: conditioned as in training, with keys and values kept.
+
+What the LM reads of a text is decided by the text's length alone: when the window is full, its last half is
+kept and filled up again. So every token is predicted from what it would be evaluated on in windows that
+advance by half their length, and keeping keys and values changes nothing but the time.
+
+The plain Hugging Face module does that where it computes what the bridge does (`probekit.models.plain`).
+Where it does not, the bridge reads the whole window again for every token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from probekit.corpus.examples import IGNORE, Batch
+from probekit.models.conditioning import Adapter
+from probekit.models.growing_text import GrowingWindows, Text, read_windows, window_start
+from probekit.models.language_model import Hook
+from probekit.models.plain import TOLERANCE, ForwardPass, PlainPass
+from probekit.models.planned_lm import PlannedLM
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache
+
+KeysAndValues = list[tuple[Tensor, Tensor]]
+"""Of every layer `[texts, heads, positions, features]`; each text's stand at the end of its row."""
+
+
+class Decoder(Protocol):
+    """Reads texts that grow.
+
+    Attributes:
+        cached: Whether what was read of a text is kept until it has grown.
+    """
+
+    cached: bool
+
+    def __call__(self, texts: Sequence[Text]) -> Tensor:
+        """Logits of the token behind each text `[texts, vocabulary]`.
+
+        Args:
+            texts: At least one. Those that were given in the call before, and have grown by a token since,
+                are told by identity.
+        """
+        ...
+
+
+class WholeDecoder:
+    """Reads the whole window for every token, as the conditioned LM itself does.
+
+    Args:
+        model: The conditioned LM.
+        window: Most tokens that are read at once.
+    """
+
+    cached = False
+
+    def __init__(self, model: PlannedLM, window: int) -> None:
+        self._model = model
+        self._window = window
+        self._device = model.bridged.original_model.device
+
+    def __call__(self, texts: Sequence[Text]) -> Tensor:
+        """As `Decoder` has it."""
+        read = read_windows(texts, self._window, self._device)
+        logits = self._model(_batch(read), _Known(read.embeddings))
+        return logits[torch.arange(len(texts), device=self._device), read.lengths - 1]
+
+
+class _Known:
+    """The mixing of embeddings that are mixed already."""
+
+    needs_scores = False
+
+    def __init__(self, embeddings: Tensor | None) -> None:
+        self._embeddings = embeddings
+
+    def __call__(self, scores: Tensor, actions: Tensor, codebook: Tensor, temperature: Any) -> Tensor:
+        assert self._embeddings is not None  # noqa: S101 - nothing is mixed where nothing is conditioned
+        return self._embeddings
+
+
+def _batch(read: GrowingWindows) -> Batch:
+    sentences = torch.zeros(0 if read.embeddings is None else len(read.embeddings)).to(read.tokens)
+    return Batch(
+        tokens=read.tokens,
+        targets=torch.full_like(read.tokens, IGNORE),
+        document=np.arange(len(read.tokens)),
+        context=torch.zeros(0, device=read.tokens.device),
+        touched=sentences,
+        actions=sentences,
+        begun=sentences.bool(),
+        sentence=read.sentence,
+    )
+
+
+class PlainDecoder:
+    """Reads with the plain module, and, where that is asked for, keeps what it has read.
+
+    Args:
+        road: The plain module.
+        adapter: Conditions it; None leaves the LM alone.
+        window: Most tokens that are read at once.
+        cache: Keep keys and values of the texts of one call for the next.
+    """
+
+    def __init__(self, road: PlainPass, adapter: Adapter | None, window: int, *, cache: bool) -> None:
+        self.cached = cache
+        self._road = road
+        self._adapter = adapter
+        self._window = window
+        self._texts: list[Text] = []
+        self._read: list[int] = []
+        self._cache: DynamicCache | None = None
+        self._carried: list[Tensor] = []
+        self._hooks: list[Hook] = []
+
+    def __call__(self, texts: Sequence[Text]) -> Tensor:
+        """As `Decoder` has it."""
+        if not self.cached:
+            return self._fill(texts, cache=None)
+        held = [text for text in self._texts if text in texts and self._goes_on(text)]
+        fresh = [text for text in texts if text not in held]
+        logits = [self._step(held)] if held else []
+        if fresh:
+            logits.append(self._begin(held, fresh))
+        self._texts = held + fresh
+        self._read = [len(text.tokens) for text in self._texts]
+        order = [self._texts.index(text) for text in texts]
+        return torch.cat(logits)[order]
+
+    def _goes_on(self, text: Text) -> bool:
+        """Whether the text has grown by a token since it was read, and is read from where it was."""
+        read, length = self._read[self._texts.index(text)], len(text.tokens)
+        return length == read + 1 and window_start(length, self._window) == window_start(read, self._window)
+
+    def _length(self, text: Text) -> int:
+        return len(text.tokens) - window_start(len(text.tokens), self._window)
+
+    def _step(self, texts: list[Text]) -> Tensor:
+        """Reads the last token of texts that are held; other texts are no longer held then."""
+        assert self._cache is not None  # noqa: S101 - texts are held in it
+        device = self._road.device
+        if len(texts) < len(self._texts):
+            rows = torch.tensor([self._texts.index(text) for text in texts], device=device)
+            self._cache.batch_select_indices(rows)
+        # Columns of the cache that no text reaches any more are masked, and cut off when texts join.
+        width, lengths = self._cache.get_seq_length() + 1, [self._length(text) for text in texts]
+        read = torch.tensor(lengths, device=device)[:, None]
+        mask = (torch.arange(width, device=device) >= width - read).long()
+        with self._road.hooked(self._last_hooks(texts, device)) as model:
+            return model(
+                input_ids=torch.tensor([[text.tokens[-1]] for text in texts], device=device),
+                position_ids=read - 1,
+                attention_mask=mask if min(lengths) < width else None,
+                past_key_values=self._cache,
+                use_cache=True,
+            ).logits[:, -1]
+
+    def _last_hooks(self, texts: list[Text], device: torch.device) -> list[Hook]:
+        """Hooks for the last position of each text; the projections are made anew when a sentence begins."""
+        if self._adapter is None:
+            return []
+        carried = [text.embeddings[text.carried[-1]] for text in texts]
+        same = len(carried) == len(self._carried)
+        if not (same and all(new is old for new, old in zip(carried, self._carried, strict=True))):
+            rows = torch.arange(len(texts), device=device)[:, None]
+            self._hooks = self._adapter.hooks(torch.stack(carried), rows)
+            self._carried = carried
+        return self._hooks
+
+    def _begin(self, held: list[Text], fresh: list[Text]) -> Tensor:
+        """Reads whole windows, and holds them behind what is held."""
+        from transformers import DynamicCache
+
+        # Without the model's config no layer drops what its own sliding window leaves behind: masks hide it.
+        cache = DynamicCache()
+        logits = self._fill(fresh, cache)
+        width = max(map(self._length, [*held, *fresh]))
+        layers = _to_the_end(_layers(cache), [self._length(text) for text in fresh], width)
+        if held and self._cache is not None:
+            beside = [(_cut(keys, width), _cut(values, width)) for keys, values in _layers(self._cache)]
+            layers = [
+                (torch.cat([keys, new_keys]), torch.cat([values, new_values]))
+                for (keys, values), (new_keys, new_values) in zip(beside, layers, strict=True)
+            ]
+        self._cache = DynamicCache(layers)
+        return logits
+
+    def _fill(self, texts: Sequence[Text], cache: DynamicCache | None) -> Tensor:
+        """Reads whole windows; a cache that is given holds their keys and values then."""
+        read = read_windows(texts, self._window, self._road.device)
+        hooks: list[Hook] = []
+        if self._adapter is not None and read.embeddings is not None:
+            hooks = self._adapter.hooks(read.embeddings, read.sentence)
+        rows = torch.arange(len(texts), device=self._road.device)
+
+        def only_last(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (inputs[0][rows, read.lengths - 1][:, None], *inputs[1:])
+
+        with self._road.hooked(hooks) as model:
+            # Logits of whole windows may not fit, and nobody reads them.
+            handle = model.get_output_embeddings().register_forward_pre_hook(only_last)
+            try:
+                found = model(input_ids=read.tokens, past_key_values=cache, use_cache=cache is not None)
+            finally:
+                handle.remove()
+        return found.logits[:, -1]
+
+
+def _layers(cache: DynamicCache) -> KeysAndValues:
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def _to_the_end(layers: KeysAndValues, lengths: list[int], width: int) -> KeysAndValues:
+    """Moves what stands at the beginning of rows to their end, and makes rows `width` long."""
+    if min(lengths) == max(lengths) == width:
+        return layers
+    place = torch.arange(width)[None] - (width - torch.tensor(lengths)[:, None])
+    place = place.clamp(min=0).to(layers[0][0].device)[:, None, :, None]
+
+    def moved(states: Tensor) -> Tensor:
+        return states.gather(2, place.expand(-1, states.shape[1], -1, states.shape[3]))
+
+    return [(moved(keys), moved(values)) for keys, values in layers]
+
+
+def _cut(states: Tensor, width: int) -> Tensor:
+    """The last `width` positions, with zeros before them where there are fewer."""
+    return nn.functional.pad(states[:, :, -width:], (0, 0, max(0, width - states.shape[2]), 0))
+
+
+def new_decoder(model: PlannedLM, road: ForwardPass, window: int, *, cache: bool = True) -> Decoder:
+    """The fastest way to read growing texts.
+
+    The plain module is compared with the conditioned LM itself on a few tokens, the cache too.
+
+    Args:
+        model: The conditioned LM.
+        road: How the LM runs the adapter's hooks (`Run.forward_pass`).
+        window: Most tokens that are read at once, at least two.
+        cache: Whether to keep what was read; it is not kept where the plain module cannot.
+    """
+    whole = WholeDecoder(model, window)
+    inserts = model.adapter is not None and model.adapter.inserts
+    if inserts or not isinstance(road, PlainPass):
+        return whole
+    for kept in (True, False) if cache else (False,):
+        plain = PlainDecoder(road, model.adapter, window, cache=kept)
+        if _same(plain, whole, model, window):
+            return PlainDecoder(road, model.adapter, window, cache=kept)
+    return whole
+
+
+def _same(plain: Decoder, whole: Decoder, model: PlannedLM, window: int) -> bool:
+    """Whether two decoders say the same of two texts of different lengths, and when these have grown."""
+    vocabulary = model.bridged.original_model.config.get_text_config().vocab_size
+    embeddings = [] if model.adapter is None else list(model.adapter.codebook.detach()[:2])
+    longer = min(window - 1, 3)
+    texts = [
+        Text([i % vocabulary for i in range(length)], [i % 2 for i in range(length)], embeddings)
+        for length in (longer, max(1, longer - 1))
+    ]
+    with torch.no_grad():
+        for _ in range(2):
+            try:
+                found = plain(texts)
+            except (TypeError, ValueError, AttributeError, IndexError, KeyError, RuntimeError):
+                return False  # a module that takes no positions, or keeps something else than keys and values
+            expected = whole(texts)
+            scale = expected.abs().max().clamp(min=1e-6)
+            if found.shape != expected.shape or (found - expected).abs().max() > TOLERANCE * scale:
+                return False
+            for text in texts:
+                text.tokens.append(len(text.tokens) % vocabulary)
+                text.carried.append(0)
+    return True

@@ -1,0 +1,93 @@
+"""Which settings decide what a stage of training leaves.
+
+Stages with equal `stage_settings` leave equal files: a resumed run keeps a stage only while they are equal,
+and the runs of a sweep share it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from probekit.config import Config, setting_names, setting_value
+from probekit.models.mixing import VARIANTS
+
+ADAPTERS = tuple(f"adapter/{variant}" for variant in VARIANTS)
+JOINT = tuple(f"adapter/{name}" for name, variant in VARIANTS.items() if variant.joint)
+TEMPERED = tuple(f"adapter/{name}" for name, variant in VARIANTS.items() if variant.tempered)
+OUT_OF_FOLD = tuple(f"adapter/{name}" for name, variant in VARIANTS.items() if variant.out_of_fold)
+
+USED_BY: dict[str, tuple[str, ...]] = {
+    "device": (),
+    "evaluation": (),
+    "generation": (),
+    "probe": (),
+    "seed": ("lm", "planner", *ADAPTERS),
+    "corpus": ("corpus",),
+    "actions": ("corpus",),
+    # The corpus is in tokens of the LM.
+    "lm.name": ("corpus", "lm"),
+    "lm.revision": ("corpus", "lm"),
+    "lm.trust_remote_code": ("corpus", "lm"),
+    "lm.vocabulary": ("corpus", "lm"),
+    "lm": ("lm",),
+    "planner": ("planner",),
+    "conditioning": ADAPTERS,
+    "mixing.variants": (),
+    "mixing.fraction": ("adapter/mixed",),
+    "mixing.temperature": TEMPERED,
+    "mixing.learn_temperature": TEMPERED,
+    "training.window": ("lm", *ADAPTERS),
+    "training.precision": ("lm", "planner", *ADAPTERS),
+    "training.lm": ("lm",),
+    "training.planner": ("planner",),
+    "training.planner.folds": ("planner/fold", *OUT_OF_FOLD),
+    "training.adapter": ADAPTERS,
+    "training.joint": JOINT,
+    "training.base": ADAPTERS,
+}
+"""The stages that use a setting, or all settings of a section; more special names win over their sections."""
+
+
+def stage_settings(config: Config, stage: str) -> dict[str, Any]:
+    """The settings that a stage, or one that it builds on, uses: values by dotted name."""
+    stages = {stage, *_built_on(config, stage)}
+    return {
+        name: setting_value(config, name)
+        for name in setting_names()
+        if not stages.isdisjoint(stages_that_use(name))
+    }
+
+
+def stages_of(config: Config) -> list[str]:
+    """All stages of a training."""
+    return [
+        "corpus",
+        "lm",
+        "planner",
+        *(f"planner/fold{number}" for number in range(folds_of(config))),
+        *(f"adapter/{name}" for name in config.mixing.variants if name in VARIANTS),
+    ]
+
+
+def folds_of(config: Config) -> int:
+    """How many planners are trained for out-of-fold scores: none where no variant needs them."""
+    needed = any(name in VARIANTS and VARIANTS[name].out_of_fold for name in config.mixing.variants)
+    return config.training.planner.folds if needed else 0
+
+
+def stages_that_use(setting: str) -> tuple[str, ...]:
+    """The stages that use a setting, given by its dotted name."""
+    sections = [*itertools.accumulate(setting.split("."), "{}.{}".format)]  # a, a.b, a.b.c
+    return next(USED_BY[section] for section in reversed(sections) if section in USED_BY)
+
+
+def _built_on(config: Config, stage: str) -> tuple[str, ...]:
+    """All stages whose files a stage reads, or whose files those were made from."""
+    if stage == "lm":
+        return () if config.lm.name else ("corpus",)  # a pre-trained one is there before any corpus
+    if stage in ("adapter/fixed", "adapter/uniform"):  # they plan nothing
+        return ("corpus", "lm")
+    if stage.startswith("planner/fold"):
+        return ("corpus", "planner", "planner/fold")
+    return {"corpus": (), "planner": ("corpus",)}.get(stage, ("corpus", "lm", "planner"))

@@ -1,0 +1,222 @@
+"""The adapter's stage: one adapter for each variant, and whatever is trained with it, on next-token loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from probekit.config import VariantName
+from probekit.corpus.embeddings import load_encoder
+from probekit.corpus.examples import Batch, Windows, begun_sentences, collate
+from probekit.errors import ProbekitError
+from probekit.models.base_lm import Tuning
+from probekit.models.conditioning import Adapter, new_adapter
+from probekit.models.language_model import OUTSIDE_BLOCKS
+from probekit.models.mixing import VARIANTS, training_mixing
+from probekit.models.plain import ForwardPass, PlainPass, forward_pass
+from probekit.models.planned_lm import PlannedLM, token_losses
+from probekit.models.planner import Planner
+from probekit.models.sentence_encoder import TrainableEncoder, embedded_context
+from probekit.progress import without_bars_of_transformers
+from probekit.training.folds import OutOfFold, fold_of_documents
+from probekit.training.loop import Group, Stage
+from probekit.training.planner import PlannerLoss
+from probekit.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+
+def train_adapter(
+    trainer: Trainer,
+    variant: VariantName,
+    bridged: TransformerBridge,
+    planner: Planner,
+    base: Tuning | None = None,
+    fold_planners: Sequence[Planner] = (),
+) -> PlannedLM:
+    """Trains an adapter, and in a joint variant the planner with it, on next-token loss.
+
+    Args:
+        trainer: What every stage needs.
+        variant: Which way of choosing the action.
+        bridged: The frozen base LM.
+        planner: Trained in place where the variant is joint.
+        base: The same LM, not bridged, and what is to be trained of it; without it, training runs through
+            the bridge.
+        fold_planners: For every fold a planner that has not seen its documents; scores them in training,
+            unless the variant is joint.
+
+    Raises:
+        ProbekitError: The base LM is to be tuned, but actions enter where only the bridge has a hook.
+    """
+    return AdapterTraining(trainer, variant, bridged, planner, base, fold_planners).run()
+
+
+class AdapterTraining:
+    """The training of one variant: what is trained and how, and the loss.
+
+    Attributes:
+        model: What is trained, all of it in one module.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        variant: VariantName,
+        bridged: TransformerBridge,
+        planner: Planner,
+        base: Tuning | None = None,
+        fold_planners: Sequence[Planner] = (),
+    ) -> None:
+        config, corpus = trainer.config, trainer.corpus
+        chosen = VARIANTS[variant]
+        codebook = torch.from_numpy(corpus.codebook.centroids)
+        adapter = new_adapter(config.conditioning, codebook, bridged, config.seed).to(trainer.device)
+        road = _road(bridged, base, adapter)
+        trains_encoder = chosen.joint and config.training.joint.encoder == "trained"
+        self.model = PlannedLM(
+            bridged,
+            planner,
+            adapter,
+            config.mixing.temperature,
+            road,
+            learn_temperature=config.mixing.learn_temperature and chosen.tempered,
+            encoder=_encoder(trainer) if trains_encoder else None,
+        )
+        self.model.to(trainer.device)
+        self._trainer, self._variant = trainer, variant
+        self._adapter, self._planner, self._base = adapter, planner, base
+        self._mixing = training_mixing(variant, config.mixing, config.seed)
+        self._joint = chosen.joint
+        self._out_of_fold = None
+        if fold_planners and chosen.out_of_fold:
+            fold = fold_of_documents(corpus, len(fold_planners), config.seed)
+            self._out_of_fold = OutOfFold(fold_planners, fold)
+        self._planner_loss = PlannerLoss(config.training.planner, codebook.to(trainer.device))
+        self._train, self._validation = trainer.windows("train"), trainer.windows("validation")
+        self._begun = begun_sentences(corpus, self._train)
+
+    def run(self) -> PlannedLM:
+        """Trains the model and leaves it frozen but for the adapter, in evaluation mode."""
+        settings = self._trainer.config.training.adapter
+        self._planner.requires_grad_(False).eval()
+        self._trainer.optimise(
+            Stage(
+                f"adapter/{self._variant}",
+                settings,
+                self.groups(),
+                len(self._train),
+                self.loss,
+                lambda: self._trainer.mean_loss(
+                    self._validation, settings.batch_size, self.validation_losses
+                ),
+            )
+        )
+        for module in (self._planner, self.model.encoder):
+            if module is not None:
+                module.requires_grad_(False)
+        return self.model.eval()
+
+    def groups(self) -> list[Group]:
+        """All that is trained: the adapter first, then what the settings and the variant add."""
+        training = self._trainer.config.training
+        adapter = list(self._adapter.parameters())
+        if self.model.log_temperature is not None:
+            adapter.append(self.model.log_temperature)
+        groups = [Group(adapter, training.adapter.learning_rate)]
+        joint = training.joint
+        for module, rate in (
+            (self._planner if self._joint else None, joint.planner_learning_rate),
+            (self.model.encoder, joint.encoder_learning_rate),
+        ):
+            if module is not None:
+                groups.append(Group(list(module.parameters()), rate, joint.planner_frozen))
+        if self._base is not None and self._base.parameters:
+            groups.append(Group(self._base.parameters, training.base.learning_rate))
+        return groups
+
+    def loss(self, rows: np.ndarray, step: np.ndarray) -> Tensor:
+        """Next-token loss of some windows, and what is added to it, as `Stage.loss` has it."""
+        batch = collate(self._trainer.corpus, self._train[rows]).to(self._trainer.device)
+        self._tune(True)
+        with self._trainer.autocast():
+            scores = self._scores(batch) if self._mixing.needs_scores else None
+            logits = self.model(batch, self._mixing, self._mixed(scores))
+        total = token_losses(logits, batch.targets).sum() / int(self._train.scored[step].sum())
+        return total + self._own_loss(batch, scores) / max(1, int(self._begun[step].sum()))
+
+    def validation_losses(self, windows: Windows) -> Tensor:
+        """Next-token losses of windows `[windows, positions]`, actions chosen as in evaluation."""
+        batch = collate(self._trainer.corpus, windows).to(self._trainer.device)
+        self._tune(False)
+        with self._trainer.autocast():
+            logits = self.model(self._read(batch), VARIANTS[self._variant].evaluation)
+        return token_losses(logits, batch.targets)
+
+    def _tune(self, mode: bool) -> None:
+        if self._base is not None:
+            self._base.train(mode)
+
+    def _mixed(self, scores: Tensor | None) -> Tensor | None:
+        """The scores as they are mixed: without a gradient where the next-token loss is not to train them."""
+        if scores is None or self._trainer.config.training.joint.end_to_end:
+            return scores
+        return scores.detach()
+
+    def _scores(self, batch: Batch) -> Tensor:
+        """Scores of the touched sentences, as they are in training `[touched, actions]`."""
+        if self._out_of_fold is not None:
+            return self._out_of_fold.scores(batch)
+        return self.model.scores(self._read(batch))
+
+    def _read(self, batch: Batch) -> Batch:
+        """The batch as the sentence encoder has it now; as it is while that is frozen."""
+        encoder = self.model.encoder
+        if encoder is None or not next(encoder.parameters()).requires_grad:
+            return batch
+        return replace(batch, context=embedded_context(encoder, self._trainer.corpus, batch))
+
+    def _own_loss(self, batch: Batch, scores: Tensor | None) -> Tensor | float:
+        """The planner's weighted own loss over sentences that begin in a batch; none while it is frozen."""
+        weight = self._trainer.config.training.joint.planner_loss_weight
+        if scores is None or not scores.requires_grad or not weight or not batch.begun.any():
+            return 0.0
+        embeddings = batch.context.flatten(0, 1)[batch.touched[batch.begun]]
+        return weight * self._planner_loss(scores[batch.begun], batch.actions[batch.begun], embeddings)
+
+
+def _encoder(trainer: Trainer) -> TrainableEncoder:
+    """The corpus's sentence encoder, to be trained."""
+    with without_bars_of_transformers():
+        return TrainableEncoder(load_encoder(trainer.corpus.folder / "encoder", str(trainer.device)))
+
+
+def _road(bridged: TransformerBridge, base: Tuning | None, adapter: Adapter) -> ForwardPass | None:
+    """How the LM is run in training: the plain one where it has the adapter's hooks, or else the bridge."""
+    if base is None:
+        return None
+    # The last hook tells that the two agree in all that lies behind the adapter's.
+    road = forward_pass(bridged, base.model, [*adapter.names, OUTSIDE_BLOCKS[1]])
+    if base.parameters:
+        check_tunable(road, adapter)
+    return road
+
+
+def check_tunable(road: ForwardPass, adapter: Adapter) -> None:
+    """Refuses to tune a base LM with an adapter whose hooks only the bridge has.
+
+    Raises:
+        ProbekitError: It says where actions enter.
+    """
+    if not isinstance(road, PlainPass):
+        raise ProbekitError(
+            f"actions enter at {adapter.names[0]}, which only TransformerLens has, and no base LM can be "
+            "tuned there; choose another conditioning.location, such as attn.hook_z, or give "
+            "training.base.tuning frozen"
+        )

@@ -1,0 +1,43 @@
+"""The LM's stage: a new one, trained on next-token loss."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from probekit.corpus.examples import Windows, collate
+from probekit.models.language_model import new_model
+from probekit.models.planned_lm import token_losses
+from probekit.training.loop import Group, Stage
+from probekit.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def train_language_model(trainer: Trainer) -> PreTrainedModel:
+    """Trains a new LM on next-token loss, as the plain Hugging Face module."""
+    config, corpus = trainer.config, trainer.corpus
+    settings = config.training.lm
+    model = new_model(config.lm, corpus.tokenizer, config.seed).to(trainer.device)
+    train, validation = trainer.windows("train"), trainer.windows("validation")
+
+    def losses(windows: Windows) -> Tensor:
+        batch = collate(corpus, windows).to(trainer.device)
+        with trainer.autocast():
+            logits = model(batch.tokens, use_cache=False).logits
+        return token_losses(logits, batch.targets)
+
+    model.train()
+    trainer.optimise(
+        Stage(
+            "lm",
+            settings,
+            [Group(list(model.parameters()), settings.learning_rate)],
+            len(train),
+            lambda rows, step: losses(train[rows]).sum() / int(train.scored[step].sum()),
+            lambda: trainer.mean_loss(validation, settings.batch_size, losses),
+        )
+    )
+    return model.eval()

@@ -1,0 +1,60 @@
+"""What every stage of training needs, and what is done alike in all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from probekit.config import Config
+from probekit.corpus.examples import Windows, cut_windows
+from probekit.corpus.store import Corpus
+from probekit.devices import autocast
+from probekit.progress import Progress
+from probekit.training.loop import Stage, optimise
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """What every stage needs.
+
+    Attributes:
+        config: All settings.
+        corpus: The built corpus.
+        device: Where to compute.
+        log: Takes rows of metrics.
+        progress: Shows the work.
+    """
+
+    config: Config
+    corpus: Corpus
+    device: torch.device
+    log: Callable[[dict[str, Any]], None]
+    progress: Progress
+
+    def optimise(self, stage: Stage) -> float:
+        """Runs a stage; see `loop.optimise`."""
+        return optimise(stage, self.config.seed, self.log, self.progress)
+
+    def windows(self, split: str) -> Windows:
+        """The training windows of a split; they do not overlap."""
+        window = self.config.training.window
+        return cut_windows(self.corpus, self.corpus.documents(split), window, window)
+
+    def mean_loss(self, windows: Windows, batch_size: int, losses: Callable[[Windows], Tensor]) -> float:
+        """Mean loss of the scored tokens of windows, a batch at a time, without gradients."""
+        with torch.no_grad():
+            total = sum(losses(windows[rows]).sum().item() for rows in chunks(len(windows), batch_size))
+        return total / int(windows.scored.sum())
+
+    def autocast(self) -> Any:
+        """The arithmetic of forward passes."""
+        return autocast(self.device, self.config.training.precision)
+
+
+def chunks(count: int, size: int) -> list[slice]:
+    """Slices that cut `count` rows into batches."""
+    return [slice(i, i + size) for i in range(0, count, size)]

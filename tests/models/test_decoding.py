@@ -1,0 +1,189 @@
+"""Growing texts: the same logits with and without keys and values kept, whatever else is read with them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import DynamicCache, PreTrainedTokenizerBase
+
+from probekit.config import ConditioningSettings
+from probekit.corpus.examples import cut_windows
+from probekit.corpus.store import Corpus
+from probekit.models.base_lm import BaseLM
+from probekit.models.conditioning import new_adapter
+from probekit.models.decoding import Decoder, PlainDecoder, WholeDecoder, new_decoder
+from probekit.models.growing_text import Text, window_start
+from probekit.models.language_model import load_model
+from probekit.models.planned_lm import PlannedLM
+
+FAMILIES = ["gpt2", "gpt_neox", "llama", "olmo", "olmo2", "qwen2", "qwen3"]
+WINDOW = 12
+
+
+@pytest.fixture(scope="module")
+def base(folders: dict[str, Path], tokenizer: PreTrainedTokenizerBase) -> Callable[[str], BaseLM]:
+    """The LM of a family, plain and bridged."""
+    found: dict[str, BaseLM] = {}
+
+    def make(family: str) -> BaseLM:
+        if family not in found:
+            found[family] = BaseLM(lambda: load_model(str(folders[family])), tokenizer, family)
+        return found[family]
+
+    return make
+
+
+def conditioned(lm: BaseLM, **settings: object) -> tuple[PlannedLM, Decoder, Decoder]:
+    """A conditioned LM whose actions matter, its fastest decoder, and the one that reads everything again."""
+    adapter = new_adapter(
+        ConditioningSettings(**{"skip_layers": 1, **settings}), codebook(), lm.bridged, seed=0
+    )
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter *= 5
+    model = PlannedLM(lm.bridged, None, adapter, 1.0).eval()
+    return (
+        model,
+        new_decoder(model, lm.forward_pass(adapter.names), WINDOW),
+        WholeDecoder(model, WINDOW),
+    )
+
+
+def codebook() -> torch.Tensor:
+    return torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+
+
+def new_texts(lengths: list[int], seed: int = 0) -> list[Text]:
+    rng = np.random.default_rng(seed)
+    rows = list(codebook())
+    return [Text(rng.integers(1, 200, n).tolist(), rng.integers(5, size=n).tolist(), rows) for n in lengths]
+
+
+def grow(texts: list[Text], rng: np.random.Generator) -> None:
+    for text in texts:
+        text.tokens.append(int(rng.integers(1, 200)))
+        text.carried.append(int(rng.integers(5)))
+
+
+@torch.no_grad()
+def assert_same(fast: Decoder, slow: Decoder, texts: list[Text]) -> None:
+    torch.testing.assert_close(fast(texts), slow(texts), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kept_keys_and_values_change_nothing(family: str, base: Callable[[str], BaseLM]):
+    """Texts of all lengths grow through two slides of the window, some end, others come."""
+    _, fast, slow = conditioned(base(family))
+    assert isinstance(fast, PlainDecoder)
+    assert fast.cached
+    rng = np.random.default_rng(1)
+    texts = new_texts([1, 4, 11, 12, 30])
+    for step in range(2 * WINDOW):
+        assert_same(fast, slow, texts)
+        grow(texts, rng)
+        if step == 3:
+            texts = texts[:1] + texts[2:]
+        if step == 5:
+            texts = new_texts([7, 2], seed=9) + texts
+        if step == 7:
+            texts = texts[::-1]
+        if step == 9:
+            grow(texts[:1], rng)  # two tokens at once
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_nothing_is_conditioned_without_an_adapter(family: str, base: Callable[[str], BaseLM]):
+    lm = base(family)
+    model = PlannedLM(lm.bridged, None, None, 1.0)
+    fast = new_decoder(model, lm.forward_pass(["ln_final.hook_out"]), WINDOW)
+    assert fast.cached
+    texts = [Text(text.tokens, [0] * len(text.tokens), []) for text in new_texts([3, 9])]
+    rng = np.random.default_rng(0)
+    for _ in range(6):
+        assert_same(fast, WholeDecoder(model, WINDOW), texts)
+        with torch.no_grad():
+            expected = lm.plain(torch.tensor([texts[0].tokens])).logits[0, -1]
+            torch.testing.assert_close(fast(texts)[0], expected, rtol=1e-4, atol=1e-4)
+        grow(texts, rng)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "embedding"])
+def test_what_a_position_carries_matters(kind: str, base: Callable[[str], BaseLM]):
+    _, fast, slow = conditioned(base("gpt2"), kind=kind)
+    assert fast.cached
+    for place in range(4):
+        texts = new_texts([4])
+        with torch.no_grad():
+            before = fast(texts)
+            texts[0].carried[place] = (texts[0].carried[place] + 1) % 5
+            texts = [Text(**vars(texts[0]))]
+            assert not torch.allclose(fast(texts), before, atol=1e-3)
+        assert_same(fast, slow, texts)
+
+
+def test_one_token_is_read_where_the_text_goes_on(base: Callable[[str], BaseLM]):
+    lm = base("gpt2")
+    _, fast, _ = conditioned(lm)
+    read: list[tuple[int, ...]] = []
+    handle = lm.plain.transformer.wte.register_forward_hook(
+        lambda _, inputs, __: read.append(inputs[0].shape)
+    )
+    texts, rng = new_texts([5, WINDOW - 1]), np.random.default_rng(0)
+    with torch.no_grad():
+        for _ in range(4):
+            fast(texts)
+            grow(texts, rng)
+    handle.remove()
+    # The longer one fills the window with its second token, and is read again from its last half.
+    assert read == [(2, 11), (2, 1), (1, 1), (1, 7), (2, 1)]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"location": "attn.hook_q"}, {"kind": "token"}], ids=["no module", "planning tokens"]
+)
+def test_where_the_plain_module_cannot_the_bridge_reads(settings: dict, base: Callable[[str], BaseLM]):
+    _, found, _ = conditioned(base("gpt2"), **settings)
+    assert isinstance(found, WholeDecoder)
+    texts = new_texts([3, 8])
+    with torch.no_grad():
+        together = found(texts)
+        alone = torch.cat([found([text]) for text in texts])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_a_cache_that_is_no_use_is_found_out(base: Callable[[str], BaseLM], monkeypatch: pytest.MonkeyPatch):
+    """A module that forgets what it was given is read whole, but not by the bridge."""
+    lm = base("gpt2")
+    forward = lm.plain.forward
+
+    def forgetful(past_key_values: DynamicCache | None = None, **rest: object) -> object:
+        if past_key_values is not None and past_key_values.get_seq_length():
+            past_key_values, rest["attention_mask"] = None, None
+        return forward(past_key_values=past_key_values, **rest)
+
+    monkeypatch.setattr(lm.plain, "forward", forgetful)
+    _, found, slow = conditioned(lm)
+    assert isinstance(found, PlainDecoder)
+    assert not found.cached
+    assert_same(found, slow, new_texts([3, 20]))
+
+
+def test_no_hook_stays_behind(base: Callable[[str], BaseLM]):
+    lm = base("llama")
+    _, fast, _ = conditioned(lm)
+    with torch.no_grad():
+        fast(new_texts([3, 20]))
+    assert not [name for name, m in lm.plain.named_modules() if m._forward_hooks or m._forward_pre_hooks]
+
+
+@pytest.mark.parametrize("window", [2, 3, 4, 7, 12])
+def test_windows_are_those_of_an_evaluation_by_half_a_window(window: int, make_corpus: Callable[..., Corpus]):
+    """A token is predicted from what it is scored on in windows that advance by half their length."""
+    corpus = make_corpus([[40]])
+    windows = cut_windows(corpus, np.array([0]), window, window - window // 2)
+    windows = windows[:-1]  # the last one of a document goes back, to be full
+    for start, length, scored in zip(windows.start, windows.length, windows.scored, strict=True):
+        for read in range(start + length - scored + 1, start + length + 1):
+            assert window_start(int(read), window) == start

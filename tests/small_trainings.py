@@ -1,0 +1,75 @@
+"""Trainings of the tiny run's stages with a few settings changed, and their losses computed another way."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from probekit.corpus.store import Corpus
+from probekit.models.language_model import bridge
+from probekit.models.planner import Planner
+from probekit.progress import Progress
+from probekit.run import Run
+from probekit.training.trainer import Trainer
+
+QUIET = Progress(quiet=True)
+ALL = 10_000
+"""A batch size that holds every example: one step an epoch, whose loss is that of all training data."""
+
+
+def trainer(run: Run, corpus: Corpus | None = None, **settings: Any) -> tuple[Trainer, list[dict[str, Any]]]:
+    """A trainer on the tiny run's corpus (or another) and the rows that it will log."""
+    rows: list[dict[str, Any]] = []
+    config = run.config.override({name.replace("__", "."): value for name, value in settings.items()})
+    return Trainer(config, corpus or run.corpus, torch.device("cpu"), rows.append, QUIET), rows
+
+
+def one_step(stage: str, **settings: Any) -> dict[str, Any]:
+    """Settings for one step over all training data."""
+    fixed = {"epochs": 1, "batch_size": ALL, "learning_rate": 1e-6}
+    return {f"training__{stage}__{name}": value for name, value in fixed.items()} | settings
+
+
+def first_loss(rows: list[dict[str, Any]]) -> float:
+    return next(row["loss"] for row in rows if "loss" in row)
+
+
+def base_lm(run: Run) -> Any:
+    """A bridge of the run's LM that a test has for itself."""
+    return bridge(run.plain_model(), run.corpus.tokenizer, "lm")
+
+
+def flat(module: torch.nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten().clone() for p in module.parameters()])
+
+
+def mean_token_loss(run: Run, model: torch.nn.Module, split: str) -> float:
+    """Mean loss of a split's tokens, window by window; a document's last one reaches back to be as long."""
+    corpus, window = run.corpus, run.config.training.window
+    total, count = 0.0, 0
+    for document in corpus.documents(split):
+        start, stop = corpus.document_tokens[document], corpus.document_tokens[document + 1]
+        for first in range(start, stop - 1, window):
+            last = min(first + window, stop - 1)
+            read = torch.from_numpy(corpus.tokens[max(start, last - window) : last + 1].astype(np.int64))
+            with torch.no_grad():
+                logits = model(read[None, :-1]).logits[0]
+            total += cross_entropy(logits[first - last :], read[first - last :], reduction="sum").item()
+            count += last - first
+    assert count == sum(np.diff(corpus.document_tokens)[corpus.documents(split)] - 1)
+    return total / count
+
+
+def mean_action_loss(corpus: Corpus, planner: Planner, documents: np.ndarray) -> float:
+    """Mean loss of the documents' actions, document by document, first sentences too."""
+    total, count = 0.0, 0
+    for document in documents:
+        rows = slice(corpus.document_sentences[document], corpus.document_sentences[document + 1])
+        with torch.no_grad():
+            scores = planner(torch.from_numpy(np.array(corpus.embeddings[rows]))[None])[0]
+        actions = torch.from_numpy(corpus.actions[rows].astype(np.int64))
+        total += cross_entropy(scores, actions, reduction="sum").item()
+        count += len(actions)
+    return total / count

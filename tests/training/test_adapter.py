@@ -1,0 +1,184 @@
+"""The adapter's stage: what each variant's loss is, what it trains, and what it leaves as it was."""
+
+import copy
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small_trainings import base_lm, first_loss, flat, mean_action_loss, one_step, trainer
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from probekit.corpus.examples import IGNORE, begun_sentences, collate, cut_windows
+from probekit.errors import ProbekitError
+from probekit.models.language_model import bridge
+from probekit.models.mixing import VARIANTS, Oracle, Predicted
+from probekit.run import Run
+from probekit.training.adapter import train_adapter
+from probekit.training.language_model import train_language_model
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_base_is_left_as_it_was_to_the_bit(tiny_run: Run, variant: str):
+    bridged, planner = base_lm(tiny_run), tiny_run.planner()
+    before, planned = flat(bridged.original_model), flat(planner)
+    stage, _ = trainer(tiny_run, training__adapter__epochs=0.3)
+    model = train_adapter(stage, variant, bridged, planner)
+    assert torch.equal(flat(bridged.original_model), before)
+    assert all(parameter.grad is None for parameter in bridged.original_model.parameters())
+    # Every variant moves its adapter, only joint ones the planner, and nothing is left in training.
+    assert torch.equal(flat(planner), planned) != VARIANTS[variant].joint
+    untouched = tiny_run.corpus.codebook.centroids
+    assert not np.array_equal(model.adapter.codebook.detach().numpy(), untouched)
+    assert not planner.training
+    assert not any(p.requires_grad for p in planner.parameters())
+
+
+def test_all_variants_begin_with_the_same_adapter(tiny_run: Run):
+    first = []
+    for variant in ("fixed", "oracle", "joint"):
+        stage, _ = trainer(tiny_run, training__adapter__epochs=0.01, training__adapter__learning_rate=1e-12)
+        model = train_adapter(stage, variant, base_lm(tiny_run), tiny_run.planner())
+        first.append(flat(model.adapter))
+    torch.testing.assert_close(first[0], first[1], rtol=0, atol=1e-9)
+    torch.testing.assert_close(first[0], first[2], rtol=0, atol=1e-9)
+
+
+def test_adapters_are_selected_by_their_loss_as_it_is_evaluated(tiny_run: Run):
+    # Oracle actions are there in training alone: selection must not see them.
+    corpus, window = tiny_run.corpus, tiny_run.config.training.window
+    settings = {"training__adapter__learning_rate": 0.1, "conditioning__skip_layers": 0}
+    stage, rows = trainer(tiny_run, **settings)
+    model = train_adapter(stage, "oracle", base_lm(tiny_run), tiny_run.planner())
+    windows = cut_windows(corpus, corpus.documents("validation"), window, window)
+    losses = {}
+    for name, mixing in (("predicted", Predicted()), ("true", Oracle())):
+        batch = collate(corpus, windows)
+        with torch.no_grad():
+            logits = model(batch, mixing)
+        losses[name] = cross_entropy(
+            logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE
+        ).item()
+    assert rows[-1]["validation_loss"] == pytest.approx(losses["predicted"], rel=1e-5)
+    assert losses["predicted"] != pytest.approx(losses["true"], rel=1e-4)
+
+
+def test_the_planner_drops_nothing_out_while_adapters_are_trained(tiny_run: Run):
+    planner = tiny_run.planner().train()
+    assert planner.encoder.layers[0].dropout.p > 0
+    stage, rows = trainer(tiny_run)
+    train_adapter(stage, "joint", base_lm(tiny_run), planner)
+    logged = [
+        row for row in map(json.loads, (tiny_run.folder / "metrics.jsonl").open()) if "joint" in row["stage"]
+    ]
+    assert rows == logged
+
+
+def joint_loss(run: Run, **settings: Any) -> float:
+    """Loss of all training data at the first step of joint training."""
+    stage, rows = trainer(run, **one_step("adapter", **settings))
+    train_adapter(stage, "joint", base_lm(run), run.planner())
+    return first_loss(rows)
+
+
+@pytest.mark.parametrize("window", [48, 11])
+@pytest.mark.parametrize("accumulate", [1, 5])
+def test_joint_training_adds_the_planners_own_loss_each_sentence_once(
+    tiny_run: Run, window: int, accumulate: int
+):
+    settings = {"training__window": window, "training__adapter__accumulate": accumulate}
+    without, single, double = (
+        joint_loss(tiny_run, training__joint__planner_loss_weight=weight, **settings) for weight in (0, 1, 2)
+    )
+    corpus = tiny_run.corpus
+    own = mean_action_loss(corpus, tiny_run.planner(), corpus.documents("train"))
+    assert single - without == pytest.approx(own, rel=1e-5)
+    assert double - without == pytest.approx(2 * own, rel=1e-5)
+
+
+@pytest.mark.parametrize("window", [48, 11, 2])
+def test_every_sentence_begins_in_exactly_one_window(tiny_run: Run, window: int):
+    corpus = tiny_run.corpus
+    documents = corpus.documents("train")
+    windows = cut_windows(corpus, documents, window, window)
+    begun = begun_sentences(corpus, windows)
+    assert begun.sum() == len(corpus.sentences(documents))
+    for start in range(0, len(windows), 50):
+        rows = slice(start, start + 50)
+        assert int(collate(corpus, windows[rows]).begun.sum()) == begun[rows].sum()
+
+
+def joint_planner(run: Run, **settings: Any) -> Tensor:
+    """The planner's weights after some joint training."""
+    planner = run.planner()
+    stage, _ = trainer(run, **settings)
+    train_adapter(stage, "joint", base_lm(run), planner)
+    return flat(planner)
+
+
+def test_the_planners_learning_rate_and_loss_weight_count(tiny_run: Run):
+    before = flat(tiny_run.planner())
+    still = joint_planner(tiny_run, training__joint__planner_learning_rate=0)
+    alone, kept = (joint_planner(tiny_run, training__joint__planner_loss_weight=w) for w in (0, 1))
+    assert torch.equal(still, before)
+    assert not torch.equal(alone, before)
+    assert not torch.equal(alone, kept)
+
+
+def test_next_token_loss_alone_reaches_the_planner_through_soft_mixing(tiny_run: Run):
+    # With its own loss dropped, what moves the planner can only be the LM's gradient through the mixing.
+    moved = joint_planner(tiny_run, training__joint__planner_loss_weight=0)
+    assert (moved - flat(tiny_run.planner())).abs().max() > 1e-5
+
+
+def test_keeping_its_own_loss_keeps_the_planner_better(tiny_run: Run):
+    corpus, losses = tiny_run.corpus, []
+    for weight in (0, 1):
+        planner = tiny_run.planner()
+        stage, _ = trainer(
+            tiny_run,
+            training__joint__planner_loss_weight=weight,
+            training__joint__planner_learning_rate=1e-2,
+            training__adapter__epochs=3,
+        )
+        train_adapter(stage, "joint", base_lm(tiny_run), planner)
+        losses.append(mean_action_loss(corpus, planner, corpus.documents("validation")))
+    assert losses[1] < losses[0]
+
+
+def test_true_actions_help_where_a_constant_cannot(tiny_run: Run):
+    # On planted text the true action says which words come.
+    stage, _ = trainer(tiny_run, training__lm__epochs=5, training__lm__learning_rate=1e-2)
+    lm = train_language_model(stage)
+    losses = {}
+    for variant in ("fixed", "oracle"):
+        stage, rows = trainer(
+            tiny_run,
+            training__adapter__epochs=6,
+            training__adapter__learning_rate=0.1,
+            conditioning__skip_layers=0,
+        )
+        bridged = bridge(copy.deepcopy(lm), tiny_run.corpus.tokenizer, "lm")
+        train_adapter(stage, variant, bridged, tiny_run.planner())
+        losses[variant] = [row["loss"] for row in rows if "loss" in row][-1]
+    assert losses["oracle"] < losses["fixed"] - 0.1
+
+
+def test_a_loss_that_explodes_names_the_stage(tiny_run: Run):
+    stage, _ = trainer(tiny_run, training__adapter__learning_rate=1e30, training__adapter__epochs=3)
+    with pytest.raises(ProbekitError, match=r"training of adapter/soft: the (validation )?loss is"):
+        train_adapter(stage, "soft", base_lm(tiny_run), tiny_run.planner())
+
+
+def test_bfloat16_trains_too_near_to_float32(tiny_run: Run):
+    # Not every CPU is fast in it, but each can do it: the arithmetic of a GPU's default, with coarse numbers.
+    losses = []
+    for precision in ("float32", "bfloat16"):
+        stage, rows = trainer(tiny_run, training__precision=precision, **one_step("adapter"))
+        model = train_adapter(stage, "joint", base_lm(tiny_run), tiny_run.planner())
+        assert model.adapter.projections.dtype == torch.float32
+        losses.append(first_loss(rows))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+    assert losses[1] != losses[0]
