@@ -261,6 +261,30 @@ def without_variants(config: Config, values: dict[str, object]) -> Config:
     return Config.from_dict(merge(config.model_dump(), nest(values)))
 
 
+def test_table_2(tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    out, folder = tmp_path / "table.png", tmp_path / "run"
+    small = {"generation.prompts": 8, "generation.samples": 4, "generation.lengths": [6, 10]}
+    shutil.copytree(tiny_run.folder, folder)
+    config = tiny_run.config.override(
+        small | {"generation.context": 8, "mixing.variants": ["soft", "oracle"]}
+    )
+    (folder / "config.yaml").write_text(config.to_yaml())
+    with pytest.raises(SystemExit):
+        run_script("table2_generation.py", tmp_path / "nothing", "--out", out, monkeypatch=monkeypatch)
+    probekit.evaluate(folder, quiet=True)
+    run_script("table2_generation.py", folder, "--out", out, monkeypatch=monkeypatch)
+    table = pd.read_csv(out.with_suffix(".csv")).set_index(["metric", "texts", "length", "name"]).value
+    measured = probekit.load_run(folder).generation_metrics()["metrics"]
+    assert len(measured) > 20
+    for row in measured:
+        name = "oracle (true actions)" if row["actions"] == "true" and row["variant"] == "oracle" else None
+        key = row["metric"], row["texts"], row["length"], name or row["variant"]
+        assert table[key] == pytest.approx(row["value"], nan_ok=True)
+    assert "oracle (true actions)" in table.index.get_level_values("name")
+    assert ("perplexity", "test documents", 0, "soft") in table.index
+    assert_belongs_together(out)
+
+
 def test_table_3(tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Config, "from_preset", lambda name: tiny_config)
     out, runs = tmp_path / "table.png", tmp_path / "runs"

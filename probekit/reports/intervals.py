@@ -41,6 +41,6 @@ def draw_intervals(
 
 def _numbers(value: float, low: float, high: float) -> str:
     """A value and its interval, to the digits that the interval's width leaves a meaning."""
-    digits = 3 if high - low < 0.1 else 2 if high - low < 10 else 0
+    digits = 3 if high - low < 0.3 else 2 if high - low < 10 else 0
     shown = (f"{number:.{digits}f}".replace("-", "−") for number in (value, low, high))
     return "{} [{}, {}]".format(*shown)
