@@ -34,7 +34,7 @@ from torch import Tensor
 
 from probekit.config import Config
 from probekit.devices import compute_device
-from probekit.run import provenance
+from probekit.provenance import provenance
 from probekit.storage import write_json
 
 RESULTS = Path(__file__).parent / "results"

@@ -18,7 +18,8 @@ from probekit.errors import ProbekitError
 from probekit.models.language_model import random_weights
 from probekit.models.mixing import Fixed
 from probekit.models.plain import BridgedPass, ForwardPass, PlainPass
-from probekit.run import FORMAT, Existing, Run
+from probekit.run import Run
+from probekit.run_folder import FORMAT, Existing
 from probekit.storage import read_json, read_tensors, write_json
 from probekit.training.train import prepare
 

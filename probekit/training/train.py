@@ -20,7 +20,8 @@ from probekit.models.language_model import bridge, load_model, longest_window, n
 from probekit.models.mixing import VARIANTS
 from probekit.models.sentence_encoder import write_embeddings
 from probekit.progress import Progress, without_bars_of_transformers
-from probekit.run import Existing, Run
+from probekit.run import Run
+from probekit.run_folder import Existing
 from probekit.stage_settings import folds_of
 from probekit.storage import atomic_folder, write_json
 from probekit.training.adapter import check_tunable, train_adapter

@@ -1,0 +1,246 @@
+"""A run's folder: what is in it, how it is begun, read back and marked as it grows.
+
+config.yaml       complete settings          planner/      planner weights
+provenance.json   versions, commit, seeds    adapters/     one file for each variant, joint ones with planner
+run.json          format, finished stages    metrics.jsonl losses of every stage
+corpus/           tokens, labels, codebook   evaluation.json, probes/, figures/
+lm/               the base LM, in Hugging Face format, or the name and revision of a pre-trained one
+adapters/V/       the LM of variant V, if it was tuned: low-rank updates, or all weights
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from probekit.config import Config
+from probekit.errors import ProbekitError
+from probekit.provenance import provenance
+from probekit.stage_settings import stage_settings
+from probekit.storage import link_or_copy, read_json, write_json, write_text
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FORMAT = 1
+"""Version of the folder's layout; other versions are refused, not guessed at."""
+
+BEGUN = ("config.yaml", "provenance.json", "run.json")
+"""Files of every run from its beginning; a folder without them is never overwritten."""
+
+END_OF_SETTINGS = b"\n...\n"
+"""How config.yaml ends when it is whole."""
+
+Existing = Literal["refuse", "resume", "overwrite"]
+
+
+class RunFolder:
+    """A run's folder, open for reading and for stages to be added.
+
+    Attributes:
+        folder: Where it is.
+        config: Its complete settings.
+    """
+
+    def __init__(self, folder: Path, config: Config) -> None:
+        self.folder = folder
+        self.config = config
+
+    @classmethod
+    def begin(cls, folder: str | Path, config: Config | None, existing: Existing = "refuse") -> Self:
+        """Begins a run, or goes on with one.
+
+        Args:
+            folder: The run's folder.
+            config: Its settings; None takes those of the run that is resumed.
+            existing: What to do where the folder exists already.
+
+        Raises:
+            ProbekitError: The folder exists and `existing` refuses it, it is no run, or it was begun with
+                other settings.
+        """
+        folder = Path(folder)
+        if existing == "resume" and (folder / "run.json").exists():
+            return cls._resume(folder, config)
+        is_run = all((folder / name).is_file() for name in BEGUN)
+        if is_run and existing != "overwrite":
+            raise ProbekitError(
+                f"{folder} holds a run already; go on with it by --resume, replace it by --overwrite, or "
+                "choose another --out"
+            )
+        if config is None:
+            raise ProbekitError(f"{folder} holds no run to resume; give --preset or --config to begin one")
+        if not is_run and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ProbekitError(f"{folder} exists and holds no run; choose another --out")
+        origin = provenance(config)  # refuses a device that is not there, before anything is touched
+        if is_run:
+            shutil.rmtree(folder.resolve())
+        try:
+            folder.resolve().mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ProbekitError(
+                f"--out {folder}: cannot be made ({error.strerror}); choose another"
+            ) from None
+        write_text(folder / "config.yaml", config.to_yaml())
+        write_json(folder / "provenance.json", origin)
+        write_json(folder / "run.json", {"format": FORMAT, "stages": {}})
+        return cls(folder, config)
+
+    @classmethod
+    def _resume(cls, folder: Path, config: Config | None) -> Self:
+        run = cls.open(folder)
+        if config is None or config == run.config:
+            return run
+        _check_same(run, config)
+        if not read_json(folder / "run.json")["stages"]:  # as good as begun anew, with other seeds perhaps
+            write_json(folder / "provenance.json", provenance(config))
+        write_text(folder / "config.yaml", config.to_yaml())
+        return cls(folder, config)
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Self:
+        """Opens a run's folder.
+
+        Raises:
+            ProbekitError: It is not a run, one of another version, or a damaged one.
+        """
+        folder = Path(folder)
+        if not (folder / "run.json").is_file():
+            what = "does not exist" if not folder.exists() else "holds no run (no run.json)"
+            raise ProbekitError(f"{folder} {what}; make one with `probekit train --out {folder}`")
+        state = read_json(folder / "run.json")
+        if not (isinstance(state, dict) and "format" in state and isinstance(state.get("stages"), dict)):
+            raise ProbekitError(f"{folder / 'run.json'} is no record of a run; train it again")
+        if (found := state["format"]) != FORMAT:
+            raise ProbekitError(
+                f"{folder} has run format {found}, this probekit reads format {FORMAT}; use the version that "
+                "its provenance.json names, or train it again"
+            )
+        settings = folder / "config.yaml"
+        if settings.is_file() and not settings.read_bytes().endswith(END_OF_SETTINGS):
+            raise ProbekitError(
+                f"{settings} is cut off: its last line must be '...'; copy or train the run again"
+            )
+        return cls(folder, Config.from_yaml(settings))
+
+    # Stages
+
+    def finished(self, stage: str) -> bool:
+        """Whether a stage is complete."""
+        return stage in read_json(self.folder / "run.json")["stages"]
+
+    def mark_finished(self, stage: str, facts: dict[str, Any]) -> None:
+        """Records that a stage is complete, with a few facts about it."""
+        state = read_json(self.folder / "run.json")
+        state["stages"][stage] = facts
+        write_json(self.folder / "run.json", state)
+
+    def require(self, stage: str) -> None:
+        """Refuses to go on without a stage.
+
+        Raises:
+            ProbekitError: Names the stage and the command that adds it.
+        """
+        if not self.finished(stage):
+            raise ProbekitError(
+                f"{self.folder} lacks the stage {stage!r}; finish it with "
+                f"`probekit train --resume --out {self.folder}`"
+            )
+
+    def take_over(self, stage: str, other: RunFolder) -> None:
+        """Takes a finished stage of another run, trained with equal settings, instead of training it.
+
+        Its files are linked or copied; `run.json` says where they come from.
+        """
+        name = {"planner": "planner/model"}.get(stage, stage.replace("adapter/", "adapters/"))
+        for path in [*other.folder.glob(name), *other.folder.glob(f"{name}.*")]:
+            link_or_copy(path, self.folder / path.relative_to(other.folder))
+        self.forget_metrics(stage)
+        if (other.folder / "metrics.jsonl").exists():
+            for row in _read_rows(other.folder / "metrics.jsonl"):
+                if row["stage"] == stage:
+                    self.log(row)
+        facts = read_json(other.folder / "run.json")["stages"][stage]
+        origin = os.path.relpath(other.folder.resolve(), self.folder.resolve())
+        self.mark_finished(stage, facts | {"taken_from": origin})
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Appends a row to metrics.jsonl."""
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def forget_metrics(self, stage: str) -> None:
+        """Drops a stage's rows from metrics.jsonl, before the stage is begun again."""
+        path = self.folder / "metrics.jsonl"
+        if path.exists():
+            kept = [row for row in _read_rows(path) if row["stage"] != stage]
+            write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+    # Results as data frames
+
+    def metrics(self) -> pd.DataFrame:
+        """The rows of metrics.jsonl."""
+        import pandas as pd
+
+        path = self.folder / "metrics.jsonl"
+        if not path.exists():
+            raise ProbekitError(f"{self.folder} has no metrics yet; train it first")
+        return pd.DataFrame(_read_rows(path))
+
+    def evaluation(self) -> dict[str, Any]:
+        """What `probekit evaluate` found."""
+        if not (self.folder / "evaluation.json").exists():
+            raise ProbekitError(f"{self.folder} is not evaluated; run `probekit evaluate {self.folder}`")
+        return read_json(self.folder / "evaluation.json")
+
+    def losses(self) -> pd.DataFrame:
+        """Test losses by document, variant and source of actions, as `probekit evaluate` left them."""
+        return self._table("losses.parquet", "evaluate")
+
+    def generation_metrics(self) -> dict[str, Any]:
+        """What `probekit evaluate --generation` found."""
+        if not (self.folder / "generation.json").exists():
+            raise ProbekitError(
+                f"{self.folder} has no generation.json; run `probekit evaluate {self.folder} --generation`"
+            )
+        return read_json(self.folder / "generation.json")
+
+    def probes(self) -> pd.DataFrame:
+        """What `probekit probe` found: one row for each reader and cell of the grid."""
+        return self._table("probes/results.parquet", "probe")
+
+    def _table(self, name: str, command: str) -> pd.DataFrame:
+        import pandas as pd
+
+        path, remedy = self.folder / name, f"run `probekit {command} {self.folder}`"
+        if not path.exists():
+            raise ProbekitError(f"{path} does not exist; {remedy}")
+        try:
+            return pd.read_parquet(path)
+        except (OSError, ValueError) as error:
+            raise ProbekitError(f"{path} is damaged ({error}); {remedy}") from None
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines; a last one that an interruption cut off is left out."""
+    try:
+        *whole, _ = path.read_text("utf-8").split("\n")
+        return [json.loads(line) for line in whole]
+    except ValueError as error:
+        raise ProbekitError(f"{path} is damaged ({error}); delete it") from None
+
+
+def _check_same(begun: RunFolder, wanted: Config) -> None:
+    """Stages already done hold only for the settings they were done with; what comes after may differ."""
+    for stage in read_json(begun.folder / "run.json")["stages"]:
+        was, now = stage_settings(begun.config, stage), stage_settings(wanted, stage)
+        for name in was | now:
+            if was.get(name) != now.get(name):
+                raise ProbekitError(
+                    f"{begun.folder} was begun with other settings: {name} was {was.get(name)!r} and is now "
+                    f"{now.get(name)!r}, and a stage that uses it is finished; resume without it, or choose "
+                    "another --out"
+                )
