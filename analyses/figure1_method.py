@@ -7,45 +7,39 @@ A folder that does not exist is trained from `--preset` first.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
-from typing import get_args
 
 import pandas as pd
 
 import probekit
-from probekit.config import VariantName
 from probekit.reports.manifest import save_figure
 from probekit.reports.method_diagram import Structure, method_figure
+from probekit.reports.scripts import run_script, script_parser
 
 
 def main() -> None:
     """Trains what is missing, draws, saves."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__, "figures/figure1_method.png")
     parser.add_argument("run", nargs="?", type=Path, default=Path("runs/demo"), help="a run (runs/demo)")
     parser.add_argument("--preset", default="demo", help="settings of a run that is not there (demo)")
-    parser.add_argument(
-        "--variant", default="joint", choices=get_args(VariantName), help="whose model (joint)"
-    )
-    parser.add_argument("--out", type=Path, default=Path("figures/figure1_method.png"))
-    arguments = parser.parse_args()
-    if arguments.run.exists():
-        run = probekit.load_run(arguments.run)
+    parser.add_argument("--variant", help="whose model; the last of the run's by default")
+    given = parser.parse_args()
+    if given.run.exists():
+        run = probekit.load_run(given.run)
     else:
-        run = probekit.train(probekit.Config.from_preset(arguments.preset), arguments.run)
-    structure = Structure.of(run, arguments.variant)
+        run = probekit.train(probekit.Config.from_preset(given.preset), given.run)
+    variant = given.variant or (run.variants or ["joint"])[-1]
+    structure = Structure.of(run, variant)
     path = save_figure(
         method_figure(structure),
         pd.DataFrame(structure.rows()),
-        arguments.out,
+        given.out,
         script="analyses/figure1_method.py",
-        settings={"variant": arguments.variant},
+        settings={"variant": variant},
         runs=[run],
     )
     print(path)  # noqa: T201 - a script tells what it wrote
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

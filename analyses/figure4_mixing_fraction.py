@@ -1,6 +1,6 @@
 """Figure 4 of arXiv 2410.12492: training with a share f of the planner's actions, the others being true ones.
 
-    python analyses/figure4_mixing_fraction.py --preset demo --seeds 0 1 2 --generation --runs runs/fractions
+    python analyses/figure4_mixing_fraction.py --preset demo --seeds 3 --generation --runs runs/fractions
     python analyses/figure4_mixing_fraction.py --runs runs/fractions
 
 With a preset, what is missing in the folder is trained and measured; without, what is there is drawn, of a
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,8 @@ import probekit
 from probekit.evaluation.generation_metrics import TRANSFORMS
 from probekit.evaluation.statistics import paired_differences
 from probekit.reports.manifest import save_figure
-from probekit.training.members import STUDIES, grid
+from probekit.reports.scripts import add_training_options, run_script, script_parser, training_config
+from probekit.sweeps.members import STUDIES, grid
 
 STUDY = STUDIES["mixing-fraction"]
 
@@ -48,15 +48,14 @@ RESAMPLES = 5000
 PANELS_IN_A_ROW = 3
 
 
-def swept(arguments: argparse.Namespace) -> probekit.Sweep:
+def swept(given: argparse.Namespace) -> probekit.Sweep:
     """The sweep in the folder; what is missing is trained first where a preset says how."""
-    if arguments.preset is None:
-        return probekit.Sweep.open(arguments.runs)
-    config = probekit.Config.from_preset(arguments.preset)
-    config = config.override({"mixing.variants": [STUDY.variant], **dict(arguments.set)})
-    members = grid(config, {STUDY.setting: arguments.values})
-    seeds, generation = arguments.seeds, arguments.generation
-    return probekit.sweep(config, members, seeds, arguments.runs, generation=generation)
+    if given.preset is None:
+        return probekit.Sweep.open(given.runs)
+    config, seeds = training_config(given)
+    config = config.override({"mixing.variants": [STUDY.variant]})
+    members = grid(config, {STUDY.setting: given.values})
+    return probekit.sweep(config, members, seeds, given.runs, generation=given.generation)
 
 
 def improvements(sweep: probekit.Sweep) -> pd.DataFrame:
@@ -180,28 +179,17 @@ def _draw_panel(axes: Axes, table: pd.DataFrame) -> None:
 
 def main() -> None:
     """Trains what is missing, compares, saves."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--runs", type=Path, default=Path("runs/fractions"), help="the sweep's folder")
-    parser.add_argument("--preset", help="train and measure what is missing, with these settings")
-    parser.add_argument(
-        "--set", nargs=2, action="append", default=[], metavar=("SETTING", "VALUE"), help="over the preset"
-    )
+    parser = script_parser(__doc__, "figures/figure4_mixing_fraction.png")
+    add_training_options(parser, "runs/fractions", preset=None, seeds=3)
     parser.add_argument("--values", type=float, nargs="+", default=STUDY.values, help="shares, with 0")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (0 1 2)")
     parser.add_argument("--generation", action="store_true", help="measure generated text, too")
-    parser.add_argument("--out", type=Path, default=Path("figures/figure4_mixing_fraction.png"))
-    arguments = parser.parse_args()
-    try:
-        sweep = swept(arguments)
-        table = improvements(sweep)
-    except probekit.ProbekitError as error:
-        parser.error(str(error))
+    given = parser.parse_args()
+    sweep = swept(given)
+    table = improvements(sweep)
     path = save_figure(
         draw(table),
         table,
-        arguments.out,
+        given.out,
         script="analyses/figure4_mixing_fraction.py",
         settings={"values": sorted({*table.fraction}), "seeds": list(sweep.seeds)},
         runs=[*sweep.runs.values()],
@@ -213,4 +201,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -3,14 +3,13 @@
     python analyses/table1_perplexity.py runs/table1/planted runs/table1/wikitext
     python analyses/table1_perplexity.py --preset demo --seeds 5 --runs runs/table1
 
-A folder is a sweep, whose seeds are taken together, or a single run; each is a base LM of its own. With
-`--preset` the sweep is trained first, into `RUNS/PRESET`, or gone on with. Points are means over seeds of a
-document's losses with 95 % intervals from resampling documents, thin marks are single seeds.
+A folder is a single run, or a sweep, of which the seeds of each member are taken together. With `--preset`
+the sweep is trained first, into `RUNS/PRESET`, or gone on with. Points are means over seeds of a document's
+losses with 95 % intervals from resampling documents, thin marks are single seeds.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,10 +18,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 import probekit
-from probekit.config import Config
 from probekit.evaluation.over_seeds import differences_over_seeds, over_seeds
 from probekit.reports.intervals import draw_intervals
 from probekit.reports.manifest import save_figure
+from probekit.reports.scripts import add_training_options, run_script, script_parser, training_config
 
 VARIANTS = (
     "none",
@@ -46,29 +45,32 @@ CLAIMS = (
 )
 """The first is claimed to have the lower perplexity; of the last, that it makes no difference."""
 
-RESAMPLES = 5000
+
+def read(folder: Path) -> dict[str, list[probekit.Run]]:
+    """The runs of each base LM in a folder: of a single run, or of every member of a sweep."""
+    if not probekit.Sweep.is_in(folder):
+        return {folder.name: [probekit.load_run(folder)]}
+    members: dict[str, list[probekit.Run]] = {}
+    for place, run in probekit.Sweep.open(folder).runs.items():
+        members.setdefault(place.member, []).append(run)
+    return {
+        folder.name if len(members) == 1 else f"{folder.name}, {member}": runs
+        for member, runs in members.items()
+    }
 
 
-def read(folder: Path) -> tuple[list[probekit.Run], pd.DataFrame]:
-    """The runs of a sweep, or a single one, and their test losses by `name`, a variant's."""
-    if probekit.Sweep.is_in(folder):
-        runs = list(probekit.Sweep.open(folder).runs.values())
-    else:
-        runs = [probekit.load_run(folder)]
+def measured(runs: Sequence[probekit.Run]) -> pd.DataFrame:
+    """Perplexities and differences of one base LM; the column `what` tells them apart."""
     losses = pd.concat([run.losses().assign(seed=run.config.seed) for run in runs], ignore_index=True)
     losses["name"] = losses.variant.where(losses.actions != "true", TRUE)
-    return runs, losses
-
-
-def measured(losses: pd.DataFrame) -> pd.DataFrame:
-    """Perplexities and differences of one base LM; the column `what` tells them apart."""
     names = [name for name in (*VARIANTS, TRUE) if name in set(losses.name)]
     sums = losses.rename(columns={"loss": "sum", "tokens": "count"}).assign(metric="perplexity")
-    values = over_seeds(sums, ["name", "metric"], {"perplexity": np.exp}, resamples=RESAMPLES, seed=0)
+    resampling = {"resamples": runs[0].config.evaluation.resamples, "seed": 0}
+    values = over_seeds(sums, ["name", "metric"], {"perplexity": np.exp}, **resampling)
     pairs = [pair for pair in CLAIMS if {*pair} <= {*names}]
     parts = [values[values.name.isin(names)].assign(what="perplexity")]
     if pairs:
-        found = differences_over_seeds(losses, pairs, resamples=RESAMPLES, seed=0)
+        found = differences_over_seeds(losses, pairs, **resampling)
         parts.append(found.assign(what="difference", name=found["first"] + " − " + found["second"]))
     return pd.concat(parts, ignore_index=True).drop(columns="metric")
 
@@ -92,44 +94,35 @@ def draw(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main() -> None:
     """Trains what is missing, measures, saves."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folders", nargs="*", type=Path, help="sweeps or runs, a base LM each")
-    parser.add_argument("--preset", help="train this preset first")
-    parser.add_argument("--seeds", type=int, default=5, help="how many seeds of it (5)")
-    parser.add_argument("--runs", type=Path, default=Path("runs/table1"), help="where to train (runs/table1)")
-    parser.add_argument("--out", type=Path, default=Path("figures/table1_perplexity.png"))
-    given = parser.parse_args(arguments)
+    parser = script_parser(__doc__, "figures/table1_perplexity.png")
+    parser.add_argument("folders", nargs="*", type=Path, help="sweeps or runs")
+    add_training_options(parser, "runs/table1", preset=None, seeds=5)
+    given = parser.parse_args()
     folders = list(given.folders)
     if given.preset:
-        config = Config.from_preset(given.preset).override({"mixing.variants": VARIANTS[1:]})
+        config, seeds = training_config(given)
         folders.append(given.runs / given.preset)
-        probekit.sweep(config, {"all": {}}, range(config.seed, config.seed + given.seeds), folders[-1])
+        everything = {"all": {"mixing.variants": VARIANTS[1:]}}
+        probekit.sweep(config, everything, seeds, folders[-1])
     if not folders:
         parser.error("give sweeps or runs, or --preset to train one")
-    found = [read(folder) for folder in folders]
-    table = pd.concat(
-        [
-            measured(losses).assign(**{"base LM": folder.name})
-            for folder, (_, losses) in zip(folders, found, strict=True)
-        ],
-        ignore_index=True,
-    )
+    models = {name: runs for folder in folders for name, runs in read(folder).items()}
+    tables = [measured(runs).assign(**{"base LM": name}) for name, runs in models.items()]
+    table = pd.concat(tables, ignore_index=True)
     path = save_figure(
         draw(table),
         table,
         given.out,
         script="analyses/table1_perplexity.py",
-        settings={"preset": given.preset, "resamples": RESAMPLES},
-        runs=[run for runs, _ in found for run in runs],
+        settings={"preset": given.preset},
+        runs=[run for runs in models.values() for run in runs],
     )
-    over_all = table[table.seed.isna()]
-    print(over_all.drop(columns=["seed", "first", "second"]).to_string(index=False))  # noqa: T201 - a script tells
+    shown = table[table.seed.isna()].drop(columns=["seed", "first", "second", "below"], errors="ignore")
+    print(shown.to_string(index=False))  # noqa: T201 - a script tells what it found
     print(path)  # noqa: T201
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

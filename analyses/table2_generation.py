@@ -12,8 +12,6 @@ The picture shows the longest texts, the CSV all lengths. "true" is true text in
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -22,6 +20,7 @@ from matplotlib.figure import Figure
 import probekit
 from probekit.reports.intervals import draw_intervals
 from probekit.reports.manifest import save_figure
+from probekit.reports.scripts import run_script, script_parser
 
 PANELS = {
     ("perplexity", "test documents"): "perplexity ↓",
@@ -69,18 +68,12 @@ def draw(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main() -> None:
     """Measures what is missing, saves."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__, "figures/table2_generation.png")
     parser.add_argument("folder", type=Path, help="a sweep or a run, trained and evaluated")
-    parser.add_argument("--out", type=Path, default=Path("figures/table2_generation.png"))
-    given = parser.parse_args(arguments)
-    try:
-        runs, table = measured(given.folder)
-    except probekit.ProbekitError as error:
-        parser.error(str(error))
+    given = parser.parse_args()
+    runs, table = measured(given.folder)
     path = save_figure(
         draw(table), table, given.out, script="analyses/table2_generation.py", settings={}, runs=runs
     )
@@ -90,4 +83,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -4,17 +4,16 @@
     python analyses/table3_joint.py --runs runs/table3 --only joint "no planner loss"
 
 Every row is an adapter (and, where it is joint, a planner) trained on the same base LM and from the same
-planner; the sweep in RUNS shares these. Left: test perplexity less that of soft mixing with a frozen planner,
-paired over documents. Right: the planner's accuracy afterwards. Points are means over seeds with 95 %
-intervals from resampling documents, thin marks are single seeds.
+planner; the sweep in RUNS shares these. Left: test perplexity less that of soft mixing with a frozen
+planner, paired over documents. Right: the planner's accuracy afterwards. Points are means over seeds, thin
+marks are single seeds; intervals are at 95 %, from resampling documents (of an accuracy, the mean of the
+seeds' intervals).
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -25,8 +24,7 @@ from probekit.config import Config, VariantName
 from probekit.evaluation.over_seeds import differences_over_seeds
 from probekit.reports.intervals import draw_intervals
 from probekit.reports.manifest import save_figure
-
-RESAMPLES = 5000
+from probekit.reports.scripts import add_training_options, run_script, script_parser, training_config
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,8 @@ def compare(sweep: probekit.Sweep, table: Mapping[str, Row]) -> pd.DataFrame:
     losses = losses[(losses.variant != "none") & (losses.actions != "true")]
     losses = losses.assign(name=losses.member.map(names)).dropna(subset=["name"])
     pairs = [(name, REFERENCE) for name in table if name != REFERENCE]
-    differences = differences_over_seeds(losses, pairs, resamples=RESAMPLES, seed=0)
+    resamples = sweep.config.evaluation.resamples
+    differences = differences_over_seeds(losses, pairs, resamples=resamples, seed=0)
     differences = differences.assign(what="difference", name=differences["first"])
     accuracies = pd.DataFrame(
         {"name": names[place.member], "seed": place.seed, "what": "planner accuracy"}
@@ -130,24 +129,18 @@ def draw(table: pd.DataFrame, names: Sequence[str]) -> Figure:
     return figure
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main() -> None:
     """Trains what is missing, compares, saves."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--preset", default="demo", help="settings of the runs (demo)")
-    parser.add_argument("--seeds", type=int, default=5, help="how many seeds (5)")
-    parser.add_argument("--runs", type=Path, default=Path("runs/table3"), help="the sweep (runs/table3)")
+    parser = script_parser(__doc__, "figures/table3_joint.png")
+    add_training_options(parser, "runs/table3", preset="demo", seeds=5)
     parser.add_argument("--only", nargs="+", help="names of rows, beside the reference; all by default")
-    parser.add_argument("--out", type=Path, default=Path("figures/table3_joint.png"))
-    given = parser.parse_args(arguments)
-    config = Config.from_preset(given.preset)
+    given = parser.parse_args()
+    config, seeds = training_config(given)
     table = rows(config)
     if given.only:
         if unknown := {*given.only} - {*table}:
             parser.error(f"--only: no row {unknown.pop()!r}; there are {', '.join(table)}")
         table = {name: row for name, row in table.items() if name in (REFERENCE, *given.only)}
-    seeds = range(config.seed, config.seed + given.seeds)
     sweep = probekit.sweep(config, members(table), seeds, given.runs)
     found = compare(sweep, table)
     path = save_figure(
@@ -155,12 +148,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found,
         given.out,
         script="analyses/table3_joint.py",
-        settings={"preset": given.preset, "resamples": RESAMPLES},
+        settings={"preset": given.preset},
         runs=[run for place, run in sweep.runs.items() if place.member in members(table)],
     )
-    print(found[found.seed.isna()].drop(columns=["seed", "first", "second"]).to_string(index=False))  # noqa: T201
+    shown = found[found.seed.isna()].drop(columns=["seed", "first", "second"])
+    print(shown.to_string(index=False))  # noqa: T201 - a script tells what it found
     print(path)  # noqa: T201
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from probekit.config import Config
     from probekit.errors import ProbekitError
     from probekit.evaluation.evaluate import Evaluation, evaluate
-    from probekit.evaluation.generation import Generated, Prompt, generate
+    from probekit.evaluation.generation import Generated, generate
     from probekit.evaluation.generation_metrics import GenerationEvaluation, evaluate_generation
-    from probekit.evaluation.sweep_results import Sweep
+    from probekit.evaluation.prompts import Prompt
     from probekit.probing.probe import ProbeResults, probe
     from probekit.run import Run
-    from probekit.training.sweep import sweep
+    from probekit.sweeps.results import Sweep
+    from probekit.sweeps.sweep import sweep
     from probekit.training.train import build_corpus, prepare, train
     from probekit.walkthrough import demo
 
@@ -34,9 +35,9 @@ _HOME = {
     "GenerationEvaluation": "probekit.evaluation.generation_metrics",
     "ProbeResults": "probekit.probing.probe",
     "ProbekitError": "probekit.errors",
-    "Prompt": "probekit.evaluation.generation",
+    "Prompt": "probekit.evaluation.prompts",
     "Run": "probekit.run",
-    "Sweep": "probekit.evaluation.sweep_results",
+    "Sweep": "probekit.sweeps.results",
     "build_corpus": "probekit.training.train",
     "demo": "probekit.walkthrough",
     "evaluate": "probekit.evaluation.evaluate",
@@ -44,7 +45,7 @@ _HOME = {
     "generate": "probekit.evaluation.generation",
     "prepare": "probekit.training.train",
     "probe": "probekit.probing.probe",
-    "sweep": "probekit.training.sweep",
+    "sweep": "probekit.sweeps.sweep",
     "train": "probekit.training.train",
 }
 __all__ = [

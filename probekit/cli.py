@@ -24,7 +24,7 @@ from probekit.options import (
     source_config,
     swept,
 )
-from probekit.training.members import STUDIES
+from probekit.sweeps.members import STUDIES
 
 Command = Callable[[list[str]], None]
 
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-        The exit code: 0, or 2 for bad input, 130 for an interruption.
+        The exit code: 0, or 2 for bad input, 130 for an interruption, 141 for output that nobody reads.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
@@ -44,6 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         _command(words)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has read enough, as `head` does
+        if debug:
+            raise
+        # The flush at exit is not to fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ProbekitError, OSError) as error:  # a full disk or a forbidden folder is the user's to put right
         if debug:
             raise
@@ -78,9 +85,14 @@ def _train(words: list[str]) -> None:
     parser = _run_parser("train", words)
     parsed = parse(parser, words)
     from probekit.reports.tables import print_training
+    from probekit.stage_settings import why_idle
     from probekit.training.train import train
 
-    print_training(train(_config(parsed), parsed.out, existing=_existing(parsed), quiet=parsed.quiet))
+    config = _config(parsed)
+    for name in given_settings(parsed):
+        if config and name.split(".")[0] in TRAINED_WITH and (reason := why_idle(config, name)):
+            sys.stderr.write(f"probekit: note: {name} changes nothing here: {reason}\n")
+    print_training(train(config, parsed.out, existing=_existing(parsed), quiet=parsed.quiet))
 
 
 def _corpus(words: list[str]) -> None:
@@ -127,10 +139,12 @@ def _evaluate(words: list[str]) -> None:
     from probekit.evaluation.evaluate import evaluate
     from probekit.reports.tables import print_evaluation, print_generation
 
+    if parsed.generation:
+        from probekit.evaluation.generation_metrics import check_generation, evaluate_generation
+
+        check_generation(parsed.run, settings)
     print_evaluation(evaluate(parsed.run, settings, quiet=parsed.quiet))
     if parsed.generation:
-        from probekit.evaluation.generation_metrics import evaluate_generation
-
         print_generation(evaluate_generation(parsed.run, settings, quiet=parsed.quiet))
 
 
@@ -165,18 +179,21 @@ def _probe(words: list[str]) -> None:
 def _generate(words: list[str]) -> None:
     """Write text with a run: go on with prompts or with test documents, or begin from nothing."""
     parsed = parse(_generate_parser(words), words)
-    from probekit.evaluation.texts import read_prompts, write_texts
+    from probekit.evaluation.generation import TOKENS
+    from probekit.evaluation.texts import check_out, read_prompts, write_texts
     from probekit.progress import Progress
     from probekit.reports.tables import print_texts
     from probekit.run import Run
 
+    if parsed.out:
+        check_out(parsed.out)
     written = write_texts(
         Run.open(parsed.run).with_settings(given_settings(parsed)),
         read_prompts(parsed.prompts) if parsed.prompts else parsed.prompt,
         documents=parsed.documents,
         samples=parsed.samples,
         variant=parsed.variant,
-        tokens=parsed.tokens,
+        tokens=TOKENS if parsed.tokens is None else parsed.tokens,
         plan=parsed.plan,
         progress=Progress(quiet=parsed.quiet),
     )
@@ -191,7 +208,7 @@ def _sweep(words: list[str]) -> None:
     parsed = parse(_sweep_parser(words), words)
     config, members, seeds = swept(parsed)
     from probekit.reports.tables import print_sweep
-    from probekit.training.sweep import sweep
+    from probekit.sweeps.sweep import sweep
 
     out, quiet = parsed.out, parsed.quiet
     print_sweep(sweep(config, members, seeds, out, generation=parsed.generation, quiet=quiet))
@@ -208,6 +225,9 @@ def _demo(words: list[str]) -> None:
 
     demo(parsed.out, overwrite=parsed.overwrite, quiet=parsed.quiet)
 
+
+TRAINED_WITH = ("lm", "planner", "conditioning", "training")
+"""Sections whose settings are for training alone."""
 
 BESIDE_MODEL = ("corpus", "out", "overwrite", "preset", "config")
 """Options that `probekit probe` takes beside `--model` alone."""
@@ -296,7 +316,7 @@ def _generate_parser(words: list[str]) -> Parser:
     )
     begun.add_argument("--samples", type=int, metavar="INT", help="write so many texts from nothing")
     parser.add_argument("--variant", metavar="NAME", help="which variant writes (soft, if it is trained)")
-    parser.add_argument("--tokens", type=int, default=128, metavar="INT", help="tokens of each text (128)")
+    parser.add_argument("--tokens", type=int, metavar="INT", help="tokens of each text (128)")
     parser.add_argument(
         "--plan",
         metavar="PLAN",
@@ -304,7 +324,8 @@ def _generate_parser(words: list[str]) -> Parser:
     )
     parser.add_argument("--out", metavar="FILE", help="write the texts as JSON lines, too")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
-    add_setting_options(parser, Config(), ["seed", "device", "generation"])
+    drawing = ("context", "temperature", "top_k", "top_p", "batch_size")
+    add_setting_options(parser, Config(), ["seed", "device", *(f"generation.{name}" for name in drawing)])
     return parser
 
 

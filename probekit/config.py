@@ -35,6 +35,12 @@ def _distinct(values: tuple[T, ...]) -> tuple[T, ...]:
     return values
 
 
+def _no_overflow(temperature: float) -> float:
+    if 0.0 < temperature < 1e-3:
+        raise ValueError(f"{temperature:g} is too low to divide by; give 0.001 or more, or 0")
+    return temperature
+
+
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 SomeShare = Annotated[float, Field(gt=0.0, lt=1.0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -387,8 +393,8 @@ class GenerationSettings(Settings):
     generated."""
     samples: Positive = 500
     """Texts generated with no prompt, for MAUVE and latent perplexity."""
-    temperature: Annotated[float, Field(ge=0.0)] = 1.0
-    """Divides the LM's logits before a token is drawn; 0 takes the most probable one."""
+    temperature: Annotated[float, Field(ge=0.0), AfterValidator(_no_overflow)] = 1.0
+    """Divides the LM's logits before a token is drawn, at least 0.001; 0 takes the most probable one."""
     top_k: Positive | None = None
     """Draw among this many most probable tokens only."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
@@ -592,8 +598,18 @@ def unknown_setting(name: str, known: list[str]) -> ProbekitError:
 
 
 def _nearest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    """The nearest of the names whose last part is much like a wrong one's: equal sections tell little."""
+    alike = [other for other in known if _likeness(_last_part(name), _last_part(other)) >= 0.6]
+    close = max(alike, key=lambda other: _likeness(name, other), default="")
+    return f"; did you mean {close!r}?" if _likeness(name, close) >= 0.5 else ""
+
+
+def _likeness(name: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, name, other).ratio()
+
+
+def _last_part(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _explain(error: ValidationError, known: list[str]) -> str:

@@ -23,7 +23,7 @@ from probekit.config import (
     yaml_values,
 )
 from probekit.errors import ProbekitError
-from probekit.training.members import STUDIES, grid
+from probekit.sweeps.members import STUDIES, grid
 
 ANY_MODEL = "any-model"
 """The preset on which `probekit probe --model` builds where no other is given."""
@@ -61,7 +61,7 @@ def add_setting_options(parser: Parser, defaults: Config, sections: Iterable[str
     Args:
         parser: Where to add them.
         defaults: Told in the help; what is not given stays away from the parsed arguments.
-        sections: Names of sections, or of settings at the top.
+        sections: Names of sections, or of settings.
     """
     for section, fields in _by_section(sections).items():
         group = parser.add_argument_group(section or "general", _doc(section))
@@ -134,10 +134,10 @@ def swept(parsed: argparse.Namespace) -> tuple[Config, dict[str, dict[str, Any]]
         if name in values:
             raise ProbekitError(f"{name} is swept over twice; give all its values at once")
         values[name] = [_swept_value(name, word) for word in words]
-    return config, grid(config, values), _seeds(parsed.seeds, config.seed)
+    return config, grid(config, values), seed_list(parsed.seeds, config.seed)
 
 
-def _seeds(given: Sequence[int], first: int) -> list[int]:
+def seed_list(given: Sequence[int], first: int) -> list[int]:
     """One number says how many, from the settings' seed on; several are the seeds."""
     return list(range(first, first + given[0])) if len(given) == 1 else list(given)
 
@@ -204,7 +204,7 @@ def _by_section(sections: Iterable[str] | None) -> dict[str, dict[str, FieldInfo
     wanted = None if sections is None else set(sections)
     for name, field in settings_of(Config).items():
         section = name.rpartition(".")[0]
-        if wanted is None or name.split(".")[0] in wanted:
+        if wanted is None or {name, name.split(".")[0]} & wanted:
             found.setdefault(section, {})[name] = field
     return found
 

@@ -1,12 +1,15 @@
-"""Where a run comes from: versions, commit, seeds and machine."""
+"""Where a run comes from: versions, commit, seeds, machine, and what settings come to there."""
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,10 @@ from typing import Any
 import torch
 
 from probekit.config import Config
-from probekit.devices import compute_device
+from probekit.devices import compute_device, precision_of
+
+WEIGHTS = (".json", ".safetensors", ".bin")
+"""Files of a pre-trained LM's folder that say what it computes."""
 
 
 def provenance(config: Config) -> dict[str, Any]:
@@ -33,6 +39,40 @@ def provenance(config: Config) -> dict[str, Any]:
             "threads": torch.get_num_threads(),
         },
     }
+
+
+def come_to(config: Config) -> dict[str, str]:
+    """What settings whose value does not tell all come to, here and now, by dotted name."""
+    found = {
+        "training.precision": precision_of(compute_device(config.device), config.training.precision),
+    }
+    if config.lm.name is not None and (weights := lm_digest(config.lm.name)):
+        found["lm.name"] = weights
+    return found
+
+
+def lm_digest(folder: str | Path) -> str | None:
+    """A digest of a pre-trained LM's files; None where there is no such folder."""
+    if not Path(folder).is_dir():
+        return None
+    files = sorted(path for path in Path(folder).iterdir() if path.suffix in WEIGHTS)
+    stats = ((path.resolve(), path.stat()) for path in files)
+    return _remembered(tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats))
+
+
+def digest_of(files: Iterable[Path]) -> str:
+    """A digest of what files hold, in their order."""
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+@cache
+def _remembered(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """As `digest_of`; files may be large, and the runs of a sweep ask for the same ones."""
+    return digest_of(path for path, _, _ in files)
 
 
 def _version(package: str) -> str | None:

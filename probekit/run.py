@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -25,6 +24,7 @@ from probekit.models.planned_lm import PlannedLM
 from probekit.models.planner import Planner
 from probekit.models.sentence_encoder import TrainableEncoder
 from probekit.progress import without_bars_of_transformers
+from probekit.provenance import WEIGHTS, digest_of
 from probekit.run_folder import RunFolder
 from probekit.storage import read_array, read_json, read_tensors, write_tensors
 
@@ -34,9 +34,6 @@ if TYPE_CHECKING:
 
 LOADED = ("device", "corpus", "locations", "_base")
 """What a run keeps in memory once it was asked for."""
-
-WEIGHTS = (".json", ".safetensors", ".bin")
-"""Files of a pre-trained LM's folder that say what it computes."""
 
 
 class Run(RunFolder):
@@ -158,11 +155,7 @@ class Run(RunFolder):
         if variant in VARIANTS:
             files += [self.folder / "planner" / "model.safetensors", self._adapter_file(variant)]
             files += sorted(self.folder.glob(f"adapters/{variant}/*"))
-        digest = hashlib.sha256()
-        for path in files:
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        return digest.hexdigest()[:16]
+        return digest_of(files)
 
     def planner(self, variant: VariantName | None = None) -> Planner:
         """A copy of the planner as its own stage left it, or as a joint variant did."""

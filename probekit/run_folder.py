@@ -13,14 +13,24 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from probekit.config import Config
 from probekit.errors import ProbekitError
-from probekit.provenance import provenance
+from probekit.provenance import come_to, provenance
 from probekit.stage_settings import stage_settings
-from probekit.storage import link_or_copy, read_json, write_json, write_text
+from probekit.storage import (
+    TEMPORARY,
+    clear_temporaries,
+    held,
+    link_or_copy,
+    read_json,
+    write_json,
+    write_text,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,8 +38,14 @@ if TYPE_CHECKING:
 FORMAT = 1
 """Version of the folder's layout; other versions are refused, not guessed at."""
 
-BEGUN = ("config.yaml", "provenance.json", "run.json")
-"""Files of every run from its beginning; a folder without them is never overwritten."""
+BEGUN = ("provenance.json", "config.yaml", "run.json")
+"""Files of every run from its beginning, as they are written; a folder without them is never overwritten."""
+
+RECORDED = {"training.precision": "precision", "lm.name": "weights"}
+"""Facts of stages that tell what a setting came to, whose value alone does not."""
+
+SWEEP = "sweep.json"
+"""What a sweep's folder has in place of a run's `run.json`."""
 
 END_OF_SETTINGS = b"\n...\n"
 """How config.yaml ends when it is whole."""
@@ -48,6 +64,21 @@ class RunFolder:
     def __init__(self, folder: Path, config: Config) -> None:
         self.folder = folder
         self.config = config
+
+    @classmethod
+    @contextmanager
+    def begun(
+        cls, folder: str | Path, config: Config | None, existing: Existing = "refuse"
+    ) -> Iterator[Self]:
+        """As `begin`; meanwhile no other process can begin the run or go on with it."""
+        with ExitStack() as stack:
+            there = Path(folder).is_dir()
+            if there:
+                stack.enter_context(held(folder))
+            run = cls.begin(folder, config, existing)
+            if not there:
+                stack.enter_context(held(run.folder))
+            yield run
 
     @classmethod
     def begin(cls, folder: str | Path, config: Config | None, existing: Existing = "refuse") -> Self:
@@ -73,28 +104,30 @@ class RunFolder:
             )
         if config is None:
             raise ProbekitError(f"{folder} holds no run to resume; give --preset or --config to begin one")
-        if not is_run and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not is_run and folder.exists() and not (folder.is_dir() and _was_hardly_begun(folder)):
             raise ProbekitError(f"{folder} exists and holds no run; choose another --out")
         origin = provenance(config)  # refuses a device that is not there, before anything is touched
         if is_run:
-            shutil.rmtree(folder.resolve())
+            _empty(folder)
         try:
             folder.resolve().mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ProbekitError(
                 f"--out {folder}: cannot be made ({error.strerror}); choose another"
             ) from None
-        write_text(folder / "config.yaml", config.to_yaml())
+        for name in BEGUN:
+            clear_temporaries(folder, name)
         write_json(folder / "provenance.json", origin)
+        write_text(folder / "config.yaml", config.to_yaml())
         write_json(folder / "run.json", {"format": FORMAT, "stages": {}})
         return cls(folder, config)
 
     @classmethod
     def _resume(cls, folder: Path, config: Config | None) -> Self:
         run = cls.open(folder)
+        _check_same(run, config or run.config)
         if config is None or config == run.config:
             return run
-        _check_same(run, config)
         if not read_json(folder / "run.json")["stages"]:  # as good as begun anew, with other seeds perhaps
             write_json(folder / "provenance.json", provenance(config))
         write_text(folder / "config.yaml", config.to_yaml())
@@ -108,6 +141,10 @@ class RunFolder:
             ProbekitError: It is not a run, one of another version, or a damaged one.
         """
         folder = Path(folder)
+        if (folder / SWEEP).is_file():
+            runs = sorted(str(path.parent) for path in folder.glob("*/seed*/run.json"))
+            shown = ", ".join([*runs[:3], *(["…"] if len(runs) > 3 else [])])
+            raise ProbekitError(f"{folder} is a sweep; its runs are {shown or 'not begun yet'}")
         if not (folder / "run.json").is_file():
             what = "does not exist" if not folder.exists() else "holds no run (no run.json)"
             raise ProbekitError(f"{folder} {what}; make one with `probekit train --out {folder}`")
@@ -150,15 +187,45 @@ class RunFolder:
                 f"`probekit train --resume --out {self.folder}`"
             )
 
-    def take_over(self, stage: str, other: RunFolder) -> None:
+    def difference(self, stage: str, config: Config) -> str | None:
+        """A setting of a finished stage that is another one now, with what it was; None if there is none."""
+        facts = read_json(self.folder / "run.json")["stages"]
+        was, now = stage_settings(self.config, stage), stage_settings(config, stage)
+        for name in was:
+            before, after = was[name], now.get(name, was[name])  # a switch tells what it leaves out
+            recorded = facts.get("lm" if name == "lm.name" else stage, {}).get(RECORDED.get(name))
+            found = come_to(config).get(name) if recorded else None
+            if name == "lm.name" and found and before == after:
+                before, after = f"{before} with weights {recorded}", f"{after} with weights {found}"
+            elif name == "training.precision" and found:
+                before, after = recorded, found
+            if before != after:
+                return f"{name} was {before!r} and is now {after!r}"
+        return None
+
+    def begin_stage(self, stage: str) -> None:
+        """Removes what a stage that was stopped has left."""
+        self.forget_metrics(stage)
+        files = self.folder / _files_of(stage)
+        clear_temporaries(files.parent, files.name)
+        for name in (*BEGUN, "metrics.jsonl"):
+            clear_temporaries(self.folder, name)
+
+    def take_over(self, stage: str, other: RunFolder) -> bool:
         """Takes a finished stage of another run, trained with equal settings, instead of training it.
 
         Its files are linked or copied; `run.json` says where they come from.
+
+        Returns:
+            Whether the other run has them still.
         """
-        name = {"planner": "planner/model"}.get(stage, stage.replace("adapter/", "adapters/"))
-        for path in [*other.folder.glob(name), *other.folder.glob(f"{name}.*")]:
+        name = _files_of(stage)
+        files = [*other.folder.glob(name), *other.folder.glob(f"{name}.*")]
+        if not files:
+            return False
+        self.begin_stage(stage)
+        for path in files:
             link_or_copy(path, self.folder / path.relative_to(other.folder))
-        self.forget_metrics(stage)
         if (other.folder / "metrics.jsonl").exists():
             for row in _read_rows(other.folder / "metrics.jsonl"):
                 if row["stage"] == stage:
@@ -166,6 +233,7 @@ class RunFolder:
         facts = read_json(other.folder / "run.json")["stages"][stage]
         origin = os.path.relpath(other.folder.resolve(), self.folder.resolve())
         self.mark_finished(stage, facts | {"taken_from": origin})
+        return True
 
     def log(self, row: dict[str, Any]) -> None:
         """Appends a row to metrics.jsonl."""
@@ -236,11 +304,29 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
 def _check_same(begun: RunFolder, wanted: Config) -> None:
     """Stages already done hold only for the settings they were done with; what comes after may differ."""
     for stage in read_json(begun.folder / "run.json")["stages"]:
-        was, now = stage_settings(begun.config, stage), stage_settings(wanted, stage)
-        for name in was | now:
-            if was.get(name) != now.get(name):
-                raise ProbekitError(
-                    f"{begun.folder} was begun with other settings: {name} was {was.get(name)!r} and is now "
-                    f"{now.get(name)!r}, and a stage that uses it is finished; resume without it, or choose "
-                    "another --out"
-                )
+        if difference := begun.difference(stage, wanted):
+            raise ProbekitError(
+                f"{begun.folder} was begun with other settings: {difference}, and a stage that uses it is "
+                "finished; resume with what it was, or choose another --out"
+            )
+
+
+def _files_of(stage: str) -> str:
+    """Where a stage's files are in a run's folder: one of this name, others with suffixes behind it."""
+    return {"planner": "planner/model"}.get(stage, stage.replace("adapter/", "adapters/"))
+
+
+def _was_hardly_begun(folder: Path) -> bool:
+    """Whether a folder is empty but for what a run leaves that is killed before its last file is there."""
+    targets = {path.name: TEMPORARY.fullmatch(path.name) for path in folder.iterdir()}
+    whole = {name for name, target in targets.items() if not target}
+    leftovers = {target[1] for target in targets.values() if target}
+    return whole in ({*BEGUN[:n]} for n in range(len(BEGUN))) and leftovers <= {*BEGUN}
+
+
+def _empty(folder: Path) -> None:
+    """Removes all that a run holds but its beginning; killed meanwhile, it is a run without stages."""
+    write_json(folder / "run.json", {"format": FORMAT, "stages": {}})
+    for path in folder.iterdir():
+        if path.name not in BEGUN:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

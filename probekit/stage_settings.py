@@ -22,31 +22,45 @@ USED_BY: dict[str, tuple[str, ...]] = {
     "evaluation": (),
     "generation": (),
     "probe": (),
-    "seed": ("lm", "planner", *ADAPTERS),
+    "seed": ("lm/new", "planner", *ADAPTERS),
     "corpus": ("corpus",),
     "actions": ("corpus",),
     # The corpus is in tokens of the LM.
     "lm.name": ("corpus", "lm"),
     "lm.revision": ("corpus", "lm"),
     "lm.trust_remote_code": ("corpus", "lm"),
-    "lm.vocabulary": ("corpus", "lm"),
-    "lm": ("lm",),
+    "lm.vocabulary": ("corpus", "lm/new"),
+    "lm": ("lm/new",),
     "planner": ("planner",),
     "conditioning": ADAPTERS,
     "mixing.variants": (),
     "mixing.fraction": ("adapter/mixed",),
     "mixing.temperature": TEMPERED,
     "mixing.learn_temperature": TEMPERED,
-    "training.window": ("lm", *ADAPTERS),
-    "training.precision": ("lm", "planner", *ADAPTERS),
-    "training.lm": ("lm",),
+    "training.window": ("lm/new", *ADAPTERS),
+    "training.precision": ("lm/new", "planner", *ADAPTERS),
+    "training.lm": ("lm/new",),
     "training.planner": ("planner",),
     "training.planner.folds": ("planner/fold", *OUT_OF_FOLD),
     "training.adapter": ADAPTERS,
     "training.joint": JOINT,
     "training.base": ADAPTERS,
 }
-"""The stages that use a setting, or all settings of a section; more special names win over their sections."""
+"""The stages that use a setting, or all settings of a section; more special names win over their sections.
+`lm/new` is the stage `lm` of a LM that is trained, not pre-trained."""
+
+ONLY_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "lm.vocabulary": ("lm.name", (None,)),
+    "conditioning.location": ("conditioning.kind", ("adapter",)),
+    "conditioning.skip_layers": ("conditioning.kind", ("adapter",)),
+    "training.planner.target_temperature": ("training.planner.targets", ("soft",)),
+    "training.joint.encoder_learning_rate": ("training.joint.encoder", ("trained",)),
+    "training.base.learning_rate": ("training.base.tuning", ("lora", "full")),
+    "training.base.rank": ("training.base.tuning", ("lora",)),
+    "training.base.alpha": ("training.base.tuning", ("lora",)),
+    "training.base.dropout": ("training.base.tuning", ("lora",)),
+}
+"""Settings that do nothing unless another one has one of some values."""
 
 
 def stage_settings(config: Config, stage: str) -> dict[str, Any]:
@@ -55,8 +69,23 @@ def stage_settings(config: Config, stage: str) -> dict[str, Any]:
     return {
         name: setting_value(config, name)
         for name in setting_names()
-        if not stages.isdisjoint(stages_that_use(name))
+        if _switched_on(config, name) and not stages.isdisjoint(stages_that_use(name))
     }
+
+
+def why_idle(config: Config, name: str) -> str | None:
+    """Why a setting changes nothing that is trained; None where it does."""
+    if any(name in stage_settings(config, stage) for stage in stages_of(config)):
+        return None
+    if not _switched_on(config, name):
+        switch, values = ONLY_WITH[name]
+        wanted = " or ".join("unset" if value is None else str(value) for value in values)
+        return f"it goes with {switch} {wanted}, which is {setting_value(config, switch)}"
+    if users := stages_that_use(name):
+        if "lm/new" in users and config.lm.name is not None:
+            return f"lm.name is {config.lm.name}, and that LM is not trained"
+        return f"only {', '.join(users)} would use it, and mixing.variants has no such"
+    return "no stage of training uses it"
 
 
 def stages_of(config: Config) -> list[str]:
@@ -82,12 +111,21 @@ def stages_that_use(setting: str) -> tuple[str, ...]:
     return next(USED_BY[section] for section in reversed(sections) if section in USED_BY)
 
 
+def _switched_on(config: Config, name: str) -> bool:
+    """Whether the other settings let a setting do anything."""
+    if name not in ONLY_WITH:
+        return True
+    switch, values = ONLY_WITH[name]
+    return setting_value(config, switch) in values
+
+
 def _built_on(config: Config, stage: str) -> tuple[str, ...]:
     """All stages whose files a stage reads, or whose files those were made from."""
+    lm = ("lm",) if config.lm.name else ("lm", "lm/new")
     if stage == "lm":
-        return () if config.lm.name else ("corpus",)  # a pre-trained one is there before any corpus
+        return lm if config.lm.name else ("corpus", *lm)  # a pre-trained one is there before any corpus
     if stage in ("adapter/fixed", "adapter/uniform"):  # they plan nothing
-        return ("corpus", "lm")
+        return ("corpus", *lm)
     if stage.startswith("planner/fold"):
         return ("corpus", "planner", "planner/fold")
-    return {"corpus": (), "planner": ("corpus",)}.get(stage, ("corpus", "lm", "planner"))
+    return {"corpus": (), "planner": ("corpus",)}.get(stage, ("corpus", *lm, "planner"))

@@ -6,9 +6,11 @@ takes the target's name only when complete. Formats: text, JSON, safetensors, `.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import mmap
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
@@ -24,6 +26,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from probekit.errors import ProbekitError
+
+TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{12}-(.+)")
+"""Names that files and folders have until they are whole, and their names then."""
 
 
 @contextmanager
@@ -84,6 +89,39 @@ def link_or_copy(source: str | Path, target: str | Path) -> None:
     else:
         with atomic_path(target) as temporary:
             _link_or_copy(source, temporary)
+
+
+def clear_temporaries(folder: str | Path, name: str) -> None:
+    """Removes what writes that were killed have left of a file or folder, or of one with more suffixes."""
+    for path in Path(folder).glob(".tmp-*"):
+        target = TEMPORARY.fullmatch(path.name)
+        if target and (target[1] == name or target[1].startswith(f"{name}.")):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@contextmanager
+def held(folder: str | Path) -> Iterator[None]:
+    """Keeps a folder to this process: another one that would hold it is refused. Leaves nothing in it.
+
+    The system lets go of it when the process ends, however it does.
+
+    Raises:
+        ProbekitError: Another process holds it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ProbekitError(
+            f"another process is at work in {folder}; wait until it is done, or choose another --out"
+        ) from None
+    except OSError:  # some network file systems lock no folders
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: str | Path, text: str) -> None:

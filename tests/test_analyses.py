@@ -16,12 +16,13 @@ from matplotlib.figure import Figure
 from synthetic_probes import BASELINES, accuracy_of, probe_table
 
 import probekit
-from probekit.config import Config, merge, nest
+from probekit.config import Config
+from probekit.models.mixing import VARIANTS
 from probekit.probing.locations import LOCATIONS
 from probekit.reports import manifest
 from probekit.reports.figures import Panel
 from probekit.run import Run
-from probekit.training.members import grid
+from probekit.sweeps.members import grid
 
 ROOT = Path(__file__).parents[1]
 FIGURES = sorted((ROOT / "figures").glob("*.png"))
@@ -225,15 +226,14 @@ def test_figure_1_tells_the_structure_of_the_model(
 
 
 def test_table_1(tiny_config: Config, tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    config = tiny_config.override({"mixing.variants": ["fixed", "soft", "predicted"]})
-    monkeypatch.setattr(Config, "from_preset", lambda name: config)
+    monkeypatch.setattr(Config, "from_preset", lambda name: tiny_config)
     out, evaluated = tmp_path / "table.png", tmp_path / "evaluated"
     shutil.copytree(tiny_run.folder, evaluated)
     probekit.evaluate(evaluated, quiet=True)
-    monkeypatch.setattr(Config, "override", lambda self, values: without_variants(self, values))
     run_script(
         "table1_perplexity.py",
         *(evaluated, "--preset", "demo", "--seeds", 2, "--runs", tmp_path / "runs", "--out", out),
+        *("--set", "evaluation.batch_size", 16),
         monkeypatch=monkeypatch,
     )
     table = pd.read_csv(out.with_suffix(".csv"))
@@ -241,13 +241,13 @@ def test_table_1(tiny_config: Config, tiny_run: Run, tmp_path: Path, monkeypatch
     trained = table[table["base LM"] == "demo"]
     for seed in (0, 1):
         losses = probekit.load_run(tmp_path / "runs" / "demo" / "all" / f"seed{seed}").losses()
-        sums = losses.groupby("variant")[["loss", "tokens"]].sum()
+        sums = losses[losses.actions != "true"].groupby("variant")[["loss", "tokens"]].sum()
         perplexity = np.exp(sums.loss / sums.tokens)
         rows = trained[trained.seed == seed].set_index("name").value
         assert rows["soft"] == pytest.approx(perplexity["soft"])
         assert rows["soft − predicted"] == pytest.approx(perplexity["soft"] - perplexity["predicted"])
     whole = trained[trained.seed.isna()].set_index("name")
-    assert set(whole.index) == {"none", "fixed", "predicted", "soft", "soft − predicted", "predicted − fixed"}
+    assert {*whole.index} >= {*VARIANTS} - {"mixed"} | {"none", "oracle (true actions)", "joint − soft"}
     assert (whole.seeds == 2).all()
     assert whole.seed_spread.notna().all()
     assert (whole.value_low <= whole.value).all()
@@ -255,10 +255,18 @@ def test_table_1(tiny_config: Config, tiny_run: Run, tmp_path: Path, monkeypatch
     assert_belongs_together(out)
 
 
-def without_variants(config: Config, values: dict[str, object]) -> Config:
-    """The settings replaced, but the variants: few are enough here."""
-    values = {name: value for name, value in values.items() if name != "mixing.variants"}
-    return Config.from_dict(merge(config.model_dump(), nest(values)))
+def test_bad_input_of_a_script_is_told_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    for words, message in (
+        ([tmp_path / "nothing"], "nothing does not exist"),
+        (["--preset", "demo", "--set", "lm.layer", 3], "did you mean 'lm.layers'?"),
+        ([tmp_path, "--out", tmp_path / "table.txt"], "must end in .png, .pdf, .svg"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            run_script("table1_perplexity.py", *words, monkeypatch=monkeypatch)
+        assert end.value.code == 2
+        assert message in capsys.readouterr().err
 
 
 def test_table_2(tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -19,9 +19,9 @@ from probekit.cli import COMMANDS, main
 from probekit.config import Config, preset_names, setting_names
 from probekit.corpus.tokenizer import train_tokenizer
 from probekit.errors import ProbekitError
-from probekit.evaluation.sweep_results import Sweep
 from probekit.run import Run
 from probekit.storage import read_json, write_json
+from probekit.sweeps.results import Sweep
 
 FAST = ["--probe.layers", "0", "--probe.distances", "1", "--probe.variants", "none", "--probe.l2", "0.1"]
 FAST += ["--probe.code_length", "false", "--evaluation.resamples", "100"]
@@ -78,7 +78,10 @@ def test_version(capsys: Capture):
         ("train", None),
         ("corpus", None),
         ("evaluate", ("device", "evaluation.", "generation.")),
-        ("generate", ("seed", "device", "generation.")),
+        (
+            "generate",
+            ("seed", "device", *(f"generation.{name}" for name in ("context", "temp", "top_", "batch"))),
+        ),
         ("probe", ("device", "evaluation.", "probe.")),
         ("sweep", None),
         ("demo", ()),
@@ -352,6 +355,21 @@ def refused_late(capsys: Capture, *words: str | Path) -> str:
     return line
 
 
+def test_settings_that_change_nothing_are_told(capsys: Capture, copy: Path):
+    words = ["train", "--resume", "--out", str(copy), "--quiet", "--training.base.rank", "4"]
+    assert main([*words, "--evaluation.stride", "7", "--seed", "0"]) == 0
+    assert capsys.readouterr().err == (
+        "probekit: note: training.base.rank changes nothing here: it goes with training.base.tuning lora, "
+        "which is frozen\n"
+    )
+
+
+def test_output_that_nobody_reads_ends_quietly(tiny_run: Run):
+    command = f"{sys.executable} -m probekit corpus {tiny_run.folder} | true; exit ${{PIPESTATUS[0]}}"
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (141, "")
+
+
 # Sweeps
 
 
@@ -396,7 +414,7 @@ def test_generated_text_is_measured_behind_perplexity(capsys: Capture, copy: Pat
     assert places == sorted(places)
     found = read_json(copy / "generation.json")
     assert found["settings"]["lengths"] == [8, 16]
-    line = refused_late(capsys, *words, "--generation.lengths", "4000")
+    line = refused(capsys, *words, "--generation.lengths", "4000")  # before perplexity, which prints
     assert "lower generation.lengths or generation.context" in line
 
 

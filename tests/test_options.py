@@ -343,6 +343,12 @@ def test_settings_are_swept_in_a_grid():
     ]
 
 
+def test_nothing_is_suggested_where_only_the_section_is_alike():
+    with pytest.raises(ProbekitError) as caught:
+        sweep_of("training.adapter.lr", "--preset", "demo", "--values", "3")
+    assert str(caught.value) == "unknown setting 'training.adapter.lr'"
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -355,6 +361,8 @@ def test_settings_are_swept_in_a_grid():
         ),
         (["lm.layer", "--preset", "demo", "--values", "3"], "'lm.layer'; did you mean 'lm.layers'?"),
         (["lm", "--preset", "demo", "--values", "3"], "unknown setting 'lm'"),
+        (["layers", "--preset", "demo", "--values", "3"], "'layers'; did you mean 'lm.layers'?"),
+        (["training.epoch", "--preset", "demo", "--values", "3"], "did you mean 'training.lm.epochs'?"),
         (["--over", "lm.layer", "3", "--preset", "demo"], "'lm.layer'; did you mean 'lm.layers'?"),
         (["lm.layers", "--preset", "demo"], "lm.layers has no values to sweep over"),
         (["--preset", "demo", "--over", "lm.layers"], "lm.layers has no values to sweep over"),

@@ -28,6 +28,7 @@ LESS = (
     "--evaluation.resamples 100"
 )
 FEW = "--probe.layers 0 2 --probe.l2 0.01 0.1 --probe.max_iterations 30 --evaluation.resamples 100"
+LITTLE = "--generation.prompts 4 --generation.samples 4 --generation.lengths 6 12 --evaluation.resamples 100"
 PLANTED = "--corpus.planted.documents 80 --corpus.planted.actions 8"
 
 
@@ -79,6 +80,10 @@ def test_command_of_the_readme(
             words += ["--seeds", "1"]
         if words[0] == "probe":
             words += shlex.split(FEW)
+        if "--generation" in words:
+            words += shlex.split(LITTLE)
+        if words[0] == "generate":
+            words += ["--tokens", "12"]
         if "--model" in words:
             words[words.index("--model") + 1] = str(tiny_run.folder / "lm")
             words += shlex.split("--actions.k 8 --actions.dimensions 16 --training.window 48")
@@ -96,6 +101,9 @@ def test_python_of_the_readme(folder: Path, tiny_config: Config, monkeypatch: py
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     monkeypatch.setattr(Config, "from_preset", lambda name: tiny_config)
     probekit.probe("runs/demo", {"probe.layers": [0]}, quiet=True)
+    few = {"generation.prompts": 4, "generation.lengths": [6, 12], "generation.samples": 4}
+    measure = probekit.evaluate_generation
+    monkeypatch.setattr(probekit, "evaluate_generation", lambda run, given: measure(run, given | few))
     exec(code, {})  # noqa: S102 - our own README
     assert (folder / "runs" / "seed1" / "probes" / "results.parquet").exists()
 

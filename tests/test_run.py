@@ -3,6 +3,7 @@
 import json
 import shutil
 import string
+import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -19,9 +20,9 @@ from probekit.models.language_model import random_weights
 from probekit.models.mixing import Fixed
 from probekit.models.plain import BridgedPass, ForwardPass, PlainPass
 from probekit.run import Run
-from probekit.run_folder import FORMAT, Existing
+from probekit.run_folder import BEGUN, FORMAT, Existing
 from probekit.storage import read_json, read_tensors, write_json
-from probekit.training.train import prepare
+from probekit.training.train import prepare, train
 
 TINY = Config().override({"device": "cpu", "corpus.reader": "planted"})
 
@@ -127,6 +128,93 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_touched(begun:
     assert "device is 'cuda'" in refusal(begun.folder, wrong, "overwrite")
     assert "device is 'cuda'" in refusal(tmp_path / "new", wrong)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("existing", ["refuse", "resume", "overwrite"])
+@pytest.mark.parametrize("written", [0, 1, 2])
+def test_a_run_that_was_killed_while_it_was_begun_is_begun_again(
+    begun: Run, written: int, existing: Existing
+):
+    for name in BEGUN[written:]:
+        (begun.folder / name).unlink()
+    stale = begun.folder / f".tmp-0123456789ab-{BEGUN[written]}"
+    stale.write_text("half")
+    assert Run.begin(begun.folder, TINY, existing).config == TINY
+    assert sorted(contents(begun.folder)) == sorted(BEGUN)
+
+
+def test_settings_that_somebody_wrote_are_not_replaced(tmp_path: Path):
+    (tmp_path / "config.yaml").write_text("seed: 3  # the lucky one")
+    assert "exists and holds no run" in refusal(tmp_path, TINY)
+
+
+def test_two_processes_do_not_train_into_one_folder(copy: Run, tmp_path: Path):
+    before = contents(copy.folder)
+    held_elsewhere = (
+        "import sys, time; from probekit.storage import held\n"
+        "with held(sys.argv[1]): print('held', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", held_elsewhere, copy.folder], stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        try:
+            for existing in ("resume", "overwrite"):
+                with pytest.raises(ProbekitError, match=f"another process is at work in {copy.folder}"):
+                    train(copy.config, copy.folder, existing=existing, quiet=True)
+            assert contents(copy.folder) == before
+        finally:
+            other.kill()
+    train(copy.config, copy.folder, existing="resume", quiet=True)
+    assert contents(copy.folder) == before, "nothing is left of one that was killed"
+
+
+def test_a_stage_clears_what_killed_ones_left_of_its_own(begun: Run):
+    for path in ("planner", "adapters", "mine"):
+        (begun.folder / path).mkdir()
+    mine = ["adapters/.tmp-0123456789ab-soft.safetensors", ".tmp-0123456789ab-run.json"]
+    others = [
+        "adapters/.tmp-0123456789ab-joint.safetensors",
+        "planner/.tmp-0123456789ab-model.safetensors",
+        "adapters/.tmp-notes-soft.safetensors",
+        "mine/.tmp-0123456789ab-soft.safetensors",
+        ".tmp-0123456789ab-evaluation.json",
+        "adapters/soft.safetensors",
+    ]
+    for path in [*mine, *others]:
+        (begun.folder / path).write_text("half")
+    (begun.folder / "adapters" / ".tmp-0123456789ab-soft").mkdir()
+    begun.begin_stage("adapter/soft")
+    assert contents(begun.folder).keys() == {*BEGUN, *others}
+    assert not (begun.folder / "adapters" / ".tmp-0123456789ab-soft").exists()
+
+
+def test_stages_record_the_precision_that_auto_came_to_and_go_on_with_no_other(copy: Run):
+    path = copy.folder / "run.json"
+    state = read_json(path)
+    assert {name for name, facts in state["stages"].items() if "precision" in facts} == {
+        stage for stage in state["stages"] if stage != "corpus"
+    }
+    assert state["stages"]["lm"]["precision"] == "float32"
+    explicit = copy.config.override({"training.precision": "float32"})
+    assert Run.begin(copy.folder, explicit, "resume").config == explicit, "the same arithmetic"
+    for facts in state["stages"].values():
+        facts.update({"precision": "bfloat16"} if "precision" in facts else {})
+    write_json(path, state)
+    line = "training.precision was 'bfloat16' and is now 'float32'"
+    assert line in refusal(copy.folder, None, "resume")
+    assert line in refusal(copy.folder, copy.config, "resume")
+
+
+def test_a_sweep_is_told_with_its_runs(tmp_path: Path):
+    (tmp_path / "sweep.json").write_text("{}")
+    for seed in range(5):
+        Run.begin(tmp_path / "a" / f"seed{seed}", TINY)
+    with pytest.raises(ProbekitError) as caught:
+        Run.open(tmp_path)
+    runs = ", ".join(f"{tmp_path}/a/seed{seed}" for seed in range(3))
+    assert str(caught.value) == f"{tmp_path} is a sweep; its runs are {runs}, …"
 
 
 # Overwriting
@@ -484,6 +572,15 @@ def test_a_digest_follows_a_pretrained_lm_in_its_own_folder(prepared: Run, tmp_p
     assert before == prepared.weights_digest("none")
     flip(tmp_path / "model" / file)
     assert prepared.weights_digest("none") != before
+
+
+def test_a_run_does_not_go_on_with_other_weights_of_its_lm(prepared: Run, tmp_path: Path):
+    assert prepare(prepared.config, prepared.folder, existing="resume", quiet=True)
+    was = read_json(prepared.folder / "run.json")["stages"]["lm"]["weights"]
+    flip(tmp_path / "model" / "model.safetensors")
+    line = refusal(prepared.folder, prepared.config, "resume")
+    model = tmp_path / "model"
+    assert f"lm.name was '{model} with weights {was}' and is now '{model} with weights " in line
 
 
 def test_the_base_lm_needs_no_planner(prepared: Run):

@@ -5,10 +5,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from probekit.config import Config, setting_names
-from probekit.models.mixing import VARIANTS
+from probekit.config import Config, MixingSettings, setting_names
+from probekit.models.mixing import VARIANTS, training_mixing
 from probekit.run import Run
-from probekit.stage_settings import JOINT, TEMPERED, USED_BY, stage_settings, stages_of, stages_that_use
+from probekit.stage_settings import (
+    JOINT,
+    ONLY_WITH,
+    TEMPERED,
+    USED_BY,
+    stage_settings,
+    stages_of,
+    stages_that_use,
+    why_idle,
+)
 from probekit.training.train import train
 
 NOT_TRAINED_WITH = ("device", "evaluation", "generation", "probe", "mixing.variants")
@@ -19,13 +28,16 @@ def changed(config: Config, stage: str, settings: dict[str, object]) -> bool:
 
 
 def test_every_setting_has_its_users_and_every_row_its_settings():
-    stages = {"corpus", "lm", "planner", "planner/fold", *(f"adapter/{variant}" for variant in VARIANTS)}
+    stages = {"corpus", "lm", "lm/new", "planner", "planner/fold", *(f"adapter/{name}" for name in VARIANTS)}
     for name in setting_names():
         users = stages_that_use(name)
         assert {*users} <= stages
         assert bool(users) != name.startswith(NOT_TRAINED_WITH), name
     for section in USED_BY:
         assert any(f"{name}.".startswith(f"{section}.") for name in setting_names()), section
+    for name, (switch, _) in ONLY_WITH.items():
+        users = {user.removesuffix("/new") for user in stages_that_use(name)}
+        assert users <= {*stages_that_use(switch)}, "where names differ, a value that both have differs too"
 
 
 @pytest.mark.parametrize(
@@ -50,6 +62,53 @@ def test_a_stage_depends_on_its_settings_and_on_those_of_what_it_builds_on(
     assert {stage for stage in stages_of(config) if changed(config, stage, settings)} == users
 
 
+@pytest.mark.parametrize(
+    ("switch", "settings"),
+    [
+        ({"training.base.tuning": "lora"}, {"training.base.rank": 4}),
+        ({"training.base.tuning": "lora"}, {"training.base.alpha": 4}),
+        ({"training.base.tuning": "lora"}, {"training.base.dropout": 0.4}),
+        ({"training.base.tuning": "full"}, {"training.base.learning_rate": 4}),
+        ({"training.planner.targets": "soft"}, {"training.planner.target_temperature": 4}),
+        ({"training.joint.encoder": "trained"}, {"training.joint.encoder_learning_rate": 4}),
+        ({}, {"conditioning.location": "hook_mlp_out"}),
+        ({}, {"conditioning.skip_layers": 0}),
+        ({}, {"lm.layers": 6}),
+        ({}, {"lm.vocabulary": 600}),
+        ({}, {"training.lm.epochs": 7}),
+    ],
+)
+def test_what_is_switched_off_decides_nothing(switch: dict[str, object], settings: dict[str, object]):
+    config = Config.from_preset("demo").override({"mixing.variants": ["fixed", "soft", "joint"]})
+    on = config.override(switch)
+    off = config if switch else config.override({"lm.name": "gpt2", "conditioning.kind": "token"})
+    (name,) = settings
+    assert any(changed(on, stage, settings) for stage in stages_of(on))
+    assert not any(changed(off, stage, settings) for stage in stages_of(off))
+    assert why_idle(on, name) is None
+    assert why_idle(off, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("training.base.rank", "it goes with training.base.tuning lora, which is frozen"),
+        ("training.joint.encoder", "only adapter/straight-through, adapter/gumbel, adapter/joint would use"),
+        ("probe.hidden", "no stage of training uses it"),
+    ],
+)
+def test_why_a_setting_is_idle(name: str, why: str):
+    config = Config.from_preset("demo").override({"mixing.variants": ["soft"]})
+    assert str(why_idle(config, name)).startswith(why)
+
+
+def test_a_pretrained_lm_is_not_trained():
+    config = Config.from_preset("gpt2-wikipedia")
+    for settings in ({"seed": 7}, {"training.window": 7}, {"training.precision": "bfloat16"}):
+        assert not changed(config, "lm", settings)
+    assert not any(changed(config, stage, {"training.lm.epochs": 7}) for stage in stages_of(config))
+
+
 def test_a_pretrained_lm_depends_on_no_corpus():
     config = Config.from_preset("gpt2-wikipedia")
     assert not changed(config, "lm", {"corpus.seed": 7})
@@ -62,8 +121,8 @@ def test_variants_that_the_table_names_are_those_whose_mixing_it_is():
 
     def mixed(variant: str, temperature: float) -> torch.Tensor:
         torch.manual_seed(0)
-        chosen = VARIANTS[variant]
-        trained = chosen.training(scores.requires_grad_(), actions, codebook.requires_grad_(), temperature)
+        chosen = training_mixing(variant, MixingSettings(), seed=0)
+        trained = chosen(scores.requires_grad_(), actions, codebook.requires_grad_(), temperature)
         (gradient,) = torch.autograd.grad(trained.square().sum(), scores, allow_unused=True)
         return torch.zeros(3, 4) if gradient is None else gradient
 
@@ -84,6 +143,11 @@ def test_what_a_stage_does_not_use_leaves_its_bits(tiny_config: Config, tiny_run
             "training.planner.learning_rate": 1e-4,
             "training.planner.folds": 2,
             "training.joint.planner_loss_weight": 0.3,
+            "training.joint.encoder_learning_rate": 0.3,
+            "training.base.learning_rate": 0.3,
+            "training.base.rank": 3,
+            "training.base.alpha": 3,
+            "training.base.dropout": 0.3,
             "evaluation.stride": 7,
             "generation.prompts": 7,
             "probe.distances": [3],

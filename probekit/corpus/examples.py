@@ -40,17 +40,18 @@ class Windows:
 def cut_windows(corpus: Corpus, documents: np.ndarray, window: int, stride: int) -> Windows:
     """Cuts documents into windows of at most `window` inputs that advance by `stride` tokens.
 
-    A document's first window scores all its targets, each later one its last `stride` (what is left, at the
-    end). A document without tokens has no window.
+    A document's first window scores all its targets, each later one its last `stride`. The last one is
+    shorter: were it drawn back to be whole, its last position would always be a document's end, and an LM
+    would learn so. A document without tokens has no window.
     """
     targets = corpus.document_tokens[documents + 1] - corpus.document_tokens[documents] - 1
     windows = (targets > 0) + np.ceil(np.maximum(targets - window, 0) / stride).astype(np.int64)
     document = np.repeat(documents, windows)
     number = ranges(np.zeros_like(windows), windows)
-    stop = np.minimum(window + number * stride, np.repeat(targets, windows))
-    scored = np.where(number == 0, stop, stop - np.minimum(window + (number - 1) * stride, stop))
-    length = np.minimum(stop, window)
-    return Windows(document, corpus.document_tokens[document] + stop - length, length, scored)
+    start = number * stride
+    length = np.minimum(window, np.repeat(targets, windows) - start)
+    scored = np.where(number == 0, length, length - (window - stride))
+    return Windows(document, corpus.document_tokens[document] + start, length, scored)
 
 
 def begun_sentences(corpus: Corpus, windows: Windows) -> np.ndarray:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from probekit.config import Config
 from probekit.corpus.examples import cut_windows
 from probekit.errors import ProbekitError
 from probekit.evaluation.action_metrics import METRICS, score_actions
@@ -81,7 +82,7 @@ def evaluate(
         *_perplexity_tables(run, losses, scoring.tokens),
         planner,
         _losses_table(losses, scoring),
-        {"split": "test", "window": window, "stride": stride, "resamples": run.config.evaluation.resamples},
+        record_of(run.config),
     )
     tables = {
         # An interval that does not exist is null: JSON knows no NaN.
@@ -105,13 +106,20 @@ def variants_and_actions(run: Run) -> list[tuple[Any, str, Mixing]]:
     return rows
 
 
+def record_of(config: Config) -> dict[str, Any]:
+    """How an evaluation with some settings measures, as it is recorded; windows and strides in tokens."""
+    window = config.evaluation.window or config.training.window
+    stride = config.evaluation.stride or max(1, window // 2)
+    resamples = config.evaluation.resamples
+    return {"split": "test", "window": window, "stride": stride, "resamples": resamples}
+
+
 def window_and_stride(run: Run) -> tuple[int, int]:
     """Length and stride of evaluation windows, in tokens, checked against the LM."""
-    window = run.config.evaluation.window or run.config.training.window
+    window, stride = (record_of(run.config)[name] for name in ("window", "stride"))
     positions = longest_window(run.bridged.original_model)
     if window > positions:
         raise ProbekitError(f"evaluation.window is {window}, but the LM reads at most {positions} positions")
-    stride = run.config.evaluation.stride or max(1, window // 2)
     if stride > window:
         raise ProbekitError(
             f"evaluation.stride is {stride}, longer than the window of {window}: tokens would be left out"

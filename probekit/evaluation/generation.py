@@ -8,21 +8,20 @@ and the planner scores the next one's action from all sentences so far, those of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from probekit.config import GenerationSettings, VariantName
-from probekit.corpus.sentences import complete_spans, sentence_spans
-from probekit.corpus.store import Corpus
 from probekit.devices import autocast
 from probekit.errors import ProbekitError
-from probekit.evaluation.drafts import Conditioner, Constant, Draft, Given, Planned, decoded
+from probekit.evaluation.drafts import Conditioner, Constant, Draft, Given, Planned
+from probekit.evaluation.prompts import Plan, Prompt, planned_prompts
 from probekit.evaluation.sampling import draw
 from probekit.models.decoding import Decoder, new_decoder
 from probekit.models.language_model import longest_window
@@ -31,27 +30,11 @@ from probekit.models.planned_lm import PlannedLM
 from probekit.progress import Progress, Task
 from probekit.run import Run
 
-Plan = Literal["planner", "given"]
+TOKENS = 128
+"""Tokens that are written for a prompt if nothing else is asked for."""
 
 LAST = "ln_final.hook_out"
 """A hook that any LM has, to run one that nothing conditions."""
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What is continued.
-
-    Attributes:
-        tokens: Ids, the separator first; just the separator where text is to begin from nothing.
-        text: The same as text, without the separator.
-        plan: Actions of the sentences to come, first that of the sentence that the next token is in.
-        document: The document of the corpus that it begins, -1 for none.
-    """
-
-    tokens: np.ndarray
-    text: str
-    plan: np.ndarray | None = None
-    document: int = -1
 
 
 @dataclass(frozen=True)
@@ -72,51 +55,6 @@ class Generated:
     ended: str
 
 
-def text_prompt(corpus: Corpus, text: str, plan: Sequence[int] | np.ndarray | None = None) -> Prompt:
-    """A prompt of any text, the empty one too, and any plan."""
-    ids = corpus.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-    actions = None if plan is None else np.array(plan, dtype=np.int64)
-    return Prompt(np.array([corpus.separator, *ids], dtype=np.int64), decoded(corpus.tokenizer, ids), actions)
-
-
-def document_prompts(
-    corpus: Corpus, documents: np.ndarray, context: int, tokens: int, language: str = "en"
-) -> tuple[list[Prompt], list[np.ndarray]]:
-    """Beginnings of documents, and how they truly go on.
-
-    Args:
-        corpus: The corpus.
-        documents: Numbers of documents; those too short are passed over.
-        context: A prompt goes on to the first end of a sentence behind this many tokens, one that is told
-            as such by what stands before it.
-        tokens: Tokens of the true continuation, which has to have as many.
-        language: The setting `corpus.language`.
-
-    Returns:
-        The prompts, with the true actions from there on as their plans, and the continuations `[tokens]`.
-    """
-    prompts, continuations = [], []
-    for document in documents:
-        begin, end = corpus.document_tokens[document : document + 2]
-        first, last = corpus.document_sentences[document : document + 2]
-        for sentence in range(first + 1, last):
-            cut = int(corpus.first_token[sentence])
-            if cut + tokens > end:
-                break
-            text = decoded(corpus.tokenizer, corpus.tokens[begin + 1 : cut])
-            if cut - begin - 1 >= context and _is_over(text, language):
-                plan = corpus.actions[sentence:last].astype(np.int64)
-                prompts.append(Prompt(corpus.tokens[begin:cut].astype(np.int64), text, plan, int(document)))
-                continuations.append(corpus.tokens[cut : cut + tokens].astype(np.int64))
-                break
-    return prompts, continuations
-
-
-def _is_over(text: str, language: str) -> bool:
-    """Whether the last sentence of a text is complete."""
-    return len(complete_spans(text, language)) == len(sentence_spans(text, language))
-
-
 def reading_window(run: Run) -> int:
     """Tokens that the LM reads at once when it writes: all its positions, if these are trained.
 
@@ -126,17 +64,24 @@ def reading_window(run: Run) -> int:
     return positions if run.config.lm.name else min(positions, run.config.training.window)
 
 
+def usual_variant(run: Run) -> VariantName:
+    """The variant that writes if none is named: `soft`, or the last one that is trained."""
+    trained = run.variants
+    return "soft" if "soft" in trained else trained[-1] if trained else "none"
+
+
 def generate(
     run: Run | str | Path,
-    prompts: Sequence[Prompt | str],
+    prompts: str | Prompt | Iterable[str | Prompt],
     *,
-    variant: VariantName,
-    settings: GenerationSettings | None = None,
-    tokens: int,
+    variant: VariantName | None = None,
+    settings: GenerationSettings | Mapping[str, Any] | None = None,
+    tokens: int = TOKENS,
     plan: Plan = "planner",
     seed: int = 0,
     cache: bool = True,
     progress: Progress | None = None,
+    title: str | None = None,
 ) -> list[Generated]:
     """Continues prompts.
 
@@ -144,42 +89,52 @@ def generate(
 
     Args:
         run: The run or its folder.
-        prompts: What is continued.
-        variant: Which variant writes; the scores become embeddings as when it is evaluated.
-        settings: Temperature, `top_k`, `top_p` and the batch size; unset: the run's own.
+        prompts: What is continued: texts or prompts, or a single one.
+        variant: Which variant writes; the scores become embeddings as when it is evaluated. Unset:
+            `usual_variant`.
+        settings: Temperature, `top_k`, `top_p` and the batch size, or settings to replace by dotted name,
+            such as `generation.top_k`; unset: the run's own.
         tokens: How many are written for each prompt.
-        plan: `planner`, or `given`: each prompt has a plan, which is obeyed. The sentences of a prompt then
-            carry their own action, the centroid nearest to each.
+        plan: `planner`; `given`: each prompt has a plan, which is obeyed; or actions, the plan of every
+            prompt. With a plan, the sentences of a prompt carry their own action, the nearest centroid.
         seed: Seed of what is drawn. For a text it depends on this and on its number among the prompts, not on
             what else is written.
-        cache: Keep the LM's keys and values from token to token. Without, the same is written, slower.
+        cache: Keep the LM's keys and values from token to token. Without, writing takes longer. Neither
+            this nor the batch changes what is written but by rounding: hardly ever in float32, where two
+            tokens are as good as equal; now and then in bfloat16 (`training.precision`).
         progress: Shows how far it is.
+        title: What progress calls it.
 
     Returns:
         A continuation of each prompt, in their order.
 
     Raises:
-        ProbekitError: The variant is not trained, no token is to be written, or a plan is missing, empty, or
-            has unknown actions.
+        ProbekitError: The variant is not trained or obeys no plan, something is no prompt, no token is to be
+            written, or a plan is missing, empty, or has unknown actions.
     """
     run = run if isinstance(run, Run) else Run.open(run)
+    if isinstance(settings, Mapping):
+        run, settings = run.with_settings(settings), None
     settings = settings or run.config.generation
     progress = progress or Progress(quiet=True)
-    known = [text_prompt(run.corpus, p) if isinstance(p, str) else p for p in prompts]
-    if tokens < 1:
-        raise ProbekitError(f"tokens is {tokens}; it must be 1 or more")
-    if plan == "given":
-        _check_plans(run.corpus, known, variant)
+    _check_tokens(tokens)
+    known = planned_prompts(run.corpus, prompts, plan)
+    variant = variant or usual_variant(run)
     model = run.model(variant)
+    given = not (isinstance(plan, str) and plan == "planner")
+    conditioner = _conditioner(run, model, variant, given=given)
     road = run.forward_pass([LAST] if model.adapter is None else model.adapter.names, variant)
     decoder = new_decoder(model, road, reading_window(run), cache=cache)
     if cache and not decoder.cached:
-        progress.say("this LM keeps no keys and values here: the whole window is read again for every token")
-    scribe = _Scribe(run, decoder, _conditioner(run, model, variant, plan), settings, tokens)
+        inserts = model.adapter is not None and model.adapter.inserts
+        why = "there are planning tokens between a text's own" if inserts else "this LM gives none"
+        progress.say(f"no keys and values are kept ({why}): each token reads the whole window again")
+    scribe = _Scribe(run, decoder, conditioner, settings, tokens)
     # Texts of a length go together, so that little is padded.
     order = np.argsort([len(prompt.tokens) for prompt in known], kind="stable")
     results: dict[int, Generated] = {}
-    with progress.task(f"generate ({variant})", total=tokens * len(known)) as task, torch.no_grad():
+    title = title or f"generate ({variant})"
+    with progress.task(title, total=tokens * len(known)) as task, torch.no_grad():
         for start in range(0, len(order), settings.batch_size):
             numbers = order[start : start + settings.batch_size].tolist()
             drafts = [
@@ -191,6 +146,12 @@ def generate(
             scribe.write(drafts, [np.random.default_rng([seed, n]) for n in numbers], task)
             results |= {n: _result(draft) for n, draft in zip(numbers, drafts, strict=True)}
     return [results[n] for n in range(len(known))]
+
+
+def _check_tokens(tokens: object) -> None:
+    whole = isinstance(tokens, int | np.integer) and not isinstance(tokens, bool)
+    if not (whole and tokens >= 1):  # type: ignore[operator]
+        raise ProbekitError(f"tokens is {tokens!r}; it must be a whole number, 1 or more")
 
 
 class _Scribe:
@@ -235,15 +196,20 @@ class _Scribe:
         return draw(logits, uniforms, self._settings).tolist()
 
 
-def _conditioner(run: Run, model: PlannedLM, variant: VariantName, plan: Plan) -> Conditioner:
+def _conditioner(run: Run, model: PlannedLM, variant: VariantName, *, given: bool) -> Conditioner:
     """How a variant conditions drafts: on given plans, on the planner's, or the same everywhere."""
-    if model.adapter is None:
+    mixing = None if model.adapter is None else VARIANTS[variant].evaluation
+    if given and (mixing is None or not mixing.needs_scores):
+        raise ProbekitError(
+            f"variant {variant!r} follows no plan, so none can be given; choose one that is conditioned on "
+            "actions"
+        )
+    if model.adapter is None or mixing is None:
         return Constant(None)
-    mixing = VARIANTS[variant].evaluation
-    if plan == "planner" and not mixing.needs_scores:
+    if not mixing.needs_scores:
         none = torch.zeros(1, dtype=torch.long, device=run.device)
         return Constant(mixing(none, none, model.adapter.codebook, model.temperature)[0])
-    if plan == "given":
+    if given:
         return Given(model.adapter, run.encoder(), run.device, run.corpus.codebook)
     assert model.planner is not None  # noqa: S101 - an adapter is trained behind its planner
     precision = run.config.training.precision
@@ -258,19 +224,3 @@ def _result(draft: Draft) -> Generated:
         np.array(draft.plan, dtype=np.int64),
         draft.ended or "length",
     )
-
-
-def _check_plans(corpus: Corpus, prompts: Sequence[Prompt], variant: VariantName) -> None:
-    if variant == "none":
-        raise ProbekitError(
-            "variant 'none' is conditioned on no action, so no plan can be given; choose another"
-        )
-    for number, prompt in enumerate(prompts):
-        if prompt.plan is None or not len(prompt.plan):
-            raise ProbekitError(f"prompt {number} has no plan; give it the action of a sentence or more")
-        unknown = prompt.plan[(prompt.plan < 0) | (prompt.plan >= corpus.k)]
-        if len(unknown):
-            raise ProbekitError(
-                f"the plan of prompt {number} has the action {unknown[0]}, which the codebook lacks; its "
-                f"actions go from 0 to {corpus.k - 1}"
-            )

@@ -18,17 +18,26 @@ import numpy as np
 import pandas as pd
 
 from probekit.evaluation.evaluate import variants_and_actions, window_and_stride
-from probekit.evaluation.generation import Generated, Plan, Prompt, generate
+from probekit.evaluation.generation import Generated, generate
 from probekit.evaluation.over_seeds import over_seeds
+from probekit.evaluation.prompts import Plan, Prompt
 from probekit.evaluation.text_features import FEATURES, text_features
-from probekit.evaluation.text_metrics import LEAST_TEXTS, cluster_texts, mauve_interval
-from probekit.evaluation.true_texts import Tokens, TrueTexts, beginnings
+from probekit.evaluation.text_metrics import FEW_TEXTS, LEAST_TEXTS, cluster_texts, mauve_interval
+from probekit.evaluation.true_texts import Tokens, TrueTexts, beginnings, continued_documents
 from probekit.progress import Progress
 from probekit.run import Run
 from probekit.storage import atomic_path, write_json
 
 TRANSFORMS = {"latent_perplexity": np.exp}
 """What makes a metric of its mean, where it is not the mean itself."""
+
+ACTIONS = {
+    "none": "no actions",
+    "constant": "no actions",
+    "planner": "the planner's actions",
+    "true": "true actions",
+}
+"""Whose actions a text is conditioned on, as progress tells it."""
 
 KEYS = ["variant", "actions", "texts", "length", "metric"]
 """What tells a row of the results from the others."""
@@ -93,6 +102,16 @@ def evaluate_generation(
     return evaluation
 
 
+def check_generation(run: Run | str | Path, settings: Mapping[str, Any] | None = None) -> None:
+    """Refuses what `evaluate_generation` would refuse for want of long documents, before work begins.
+
+    Raises:
+        ProbekitError: Fewer than two test documents are long enough.
+    """
+    run = run if isinstance(run, Run) else Run.open(run)
+    continued_documents(run.with_settings(settings or {}))
+
+
 def _measured(
     run: Run, variant: Any, actions: str, true: TrueTexts, progress: Progress
 ) -> tuple[list[pd.DataFrame], list[Tokens]]:
@@ -102,18 +121,25 @@ def _measured(
     samples: list[Tokens] = []
     for seed in _seeds(run):
 
-        def texts(prompts: Sequence[Prompt], seed: int = seed) -> list[Generated]:
+        def texts(what: str, prompts: Sequence[Prompt], seed: int = seed) -> list[Generated]:
             plan: Plan = "given" if actions == "true" else "planner"
             return generate(
-                run, prompts, variant=variant, tokens=true.longest, plan=plan, seed=seed, progress=progress
+                run,
+                prompts,
+                variant=variant,
+                tokens=true.longest,
+                plan=plan,
+                seed=seed,
+                progress=progress,
+                title=f"{what} ({variant}, {ACTIONS[actions]})",
             )
 
         row = {"variant": variant, "actions": actions, "seed": seed}
-        continued = texts(true.prompts)
+        continued = texts("continuations", true.prompts)
         tokens, plans = [text.tokens for text in continued], [text.plan for text in continued]
         values.append(true.continuation_values(tokens, plans).assign(**row))
         if actions != "true":  # what begins with nothing has no true plan
-            samples.append([text.tokens for text in texts(nothing)])
+            samples.append([text.tokens for text in texts("samples", nothing)])
             values.append(true.sample_values(samples[-1]).assign(**row))
     return values, samples
 
@@ -137,6 +163,11 @@ class _Mauve:
                 f"{run.config.generation.samples:,}; lower generation.lengths, or raise what is too low"
             )
             return
+        if self._size < FEW_TEXTS:
+            self.notes.append(
+                f"MAUVE of {self._size:,} texts on either side does not tell variants apart; it takes "
+                f"{FEW_TEXTS}: generation.samples, and as many test documents that are long enough"
+            )
         self._true = self._features("test documents", true)
 
     def row(self, variant: str, actions: str, samples: Sequence[Tokens]) -> list[dict[str, Any]]:
@@ -163,7 +194,7 @@ class _Mauve:
 
     def reference(self) -> list[dict[str, Any]]:
         """The row of other true texts, from the split `probe`, which no training has seen either."""
-        other = beginnings(self._run, "probe")
+        _, other = beginnings(self._run, "probe")
         if self._size >= LEAST_TEXTS and len(other) < self._size:
             self.notes.append(
                 f"No MAUVE of true text: it needs {self._size:,} documents of {self._length:,} tokens in the "

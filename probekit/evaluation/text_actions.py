@@ -36,7 +36,7 @@ class Cut:
         texts: The text of the first tokens, one of each.
         actions: Actions of the sentences that lie wholly within them `[sentences]`, one array of each. A
             text's last sentence is left out where the text was cut, for nothing tells whether it is whole. Of
-            a text with no whole sentence the first one counts, as far as it goes.
+            a text with no whole sentence the first one counts, with all its text, behind the cut too.
         merged: How many of the first ones turned out to be one sentence with the end of the context, which
             had none of its own planned: 1, or mostly 0 `[texts]`.
     """
@@ -66,7 +66,8 @@ class Labeller:
     ) -> dict[int, Cut]:
         """Cuts texts at each length and labels what is left.
 
-        A sentence is embedded once, from all its text, and counts at every length that holds all of it.
+        A sentence is embedded once, from all its text within the longest length, and counts at every length
+        that holds all of it; a first sentence counts at any length.
 
         Args:
             tokens: Each text's tokens; one that is as long as the longest length or longer was cut.

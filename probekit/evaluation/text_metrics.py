@@ -43,6 +43,8 @@ CLUSTERINGS = 5
 LEAST_TEXTS = 50
 """Fewest texts of a sample: five clusters. Two distributions that 500 texts put at 0.63 (standard deviation
 0.04), 50 put at 0.85 (0.09), and equal ones at 0.97 (0.03): fewer tell hardly anything (simulated)."""
+FEW_TEXTS = 500
+"""Below so many texts of a sample, differences of MAUVE are not to be read."""
 
 
 class _Words:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,9 @@ import numpy as np
 from probekit.config import VariantName
 from probekit.corpus.sentences import complete_spans, sentence_spans
 from probekit.errors import ProbekitError
-from probekit.evaluation.generation import (
-    Generated,
-    Plan,
-    Prompt,
-    document_prompts,
-    generate,
-    reading_window,
-    text_prompt,
-)
+from probekit.evaluation.generation import TOKENS, Generated, generate, reading_window, usual_variant
+from probekit.evaluation.prompts import Plan, Prompt, document_prompts, text_prompt
+from probekit.models.mixing import VARIANTS, Soft
 from probekit.progress import Progress
 from probekit.run import Run
 from probekit.storage import write_text
@@ -42,6 +36,8 @@ class Written:
         continuations: How.
         sentences: The sentences of each continuation, with the action given to each; None where none was.
         window: Tokens that the LM reads at once.
+        mixed: Whether all actions were mixed, and the one given to a sentence is the most probable one.
+        lacking: How many texts were asked for that no test document could begin.
     """
 
     variant: VariantName
@@ -49,6 +45,8 @@ class Written:
     continuations: list[Generated]
     sentences: list[list[tuple[str, int | None]]]
     window: int
+    mixed: bool = False
+    lacking: int = 0
 
     @property
     def slid(self) -> int:
@@ -57,7 +55,11 @@ class Written:
         return sum(len(prompt.tokens) + len(more.tokens) - 1 > self.window for prompt, more in pairs)
 
     def save(self, path: str | Path) -> None:
-        """Writes a line of JSON for each text."""
+        """Writes a line of JSON for each text.
+
+        Raises:
+            ProbekitError: The file cannot be written.
+        """
         rows = [
             {
                 "document": None if prompt.document < 0 else prompt.document,
@@ -70,7 +72,24 @@ class Written:
             }
             for prompt, more, sentences in zip(self.prompts, self.continuations, self.sentences, strict=True)
         ]
-        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        try:
+            write_text(path, lines)
+        except OSError as error:  # which names a temporary file
+            raise ProbekitError(f"--out {path}: cannot be written ({error.strerror})") from None
+
+
+def check_out(path: str | Path) -> None:
+    """Refuses a place where no file can be written.
+
+    Raises:
+        ProbekitError: Its folder does not exist, or it is a folder itself.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ProbekitError(f"--out {path}: is a folder; give the name of a file")
+    if not path.parent.is_dir():
+        raise ProbekitError(f"--out {path}: there is no folder {path.parent}")
 
 
 def write_texts(
@@ -80,7 +99,7 @@ def write_texts(
     documents: int | None = None,
     samples: int | None = None,
     variant: VariantName | None = None,
-    tokens: int = 128,
+    tokens: int = TOKENS,
     plan: str | None = None,
     progress: Progress | None = None,
 ) -> Written:
@@ -91,7 +110,7 @@ def write_texts(
         texts: Prompts, the empty one too.
         documents: How many test documents are continued, if no texts are; a few by default.
         samples: How many texts are written with no prompt, in place of both.
-        variant: Which variant writes; by default `soft`, or the last one that is trained.
+        variant: Which variant writes; by default `usual_variant`.
         tokens: Tokens written for each.
         plan: Actions with commas between them, for every text, or `oracle`, a document's own; unset: the
             planner's.
@@ -100,19 +119,17 @@ def write_texts(
     Raises:
         ProbekitError: The plan cannot be read or fits nothing here, or no document is long enough.
     """
-    trained = run.variants
-    variant = variant or ("soft" if "soft" in trained else trained[-1] if trained else "none")
+    variant = variant or usual_variant(run)
     if samples is not None:
         texts = [""] * _counted("samples", samples)
-    if texts is not None:
-        prompts = [text_prompt(run.corpus, text) for text in texts]
-    else:
-        prompts = _beginnings(run, _counted("documents", DOCUMENTS if documents is None else documents))
-    source: Plan = "planner" if plan is None else "given"
     if plan == ORACLE and texts is not None:
         raise ProbekitError("--plan oracle is the plan of a document: it goes with --documents")
-    if plan is not None and plan != ORACLE:
-        prompts = [replace(prompt, plan=_actions(plan)) for prompt in prompts]
+    source: Plan = "planner" if plan is None else "given" if plan == ORACLE else _actions(plan)
+    if texts is None:
+        wanted = _counted("documents", DOCUMENTS if documents is None else documents)
+        prompts = _beginnings(run, wanted)
+    else:
+        wanted, prompts = len(texts), [text_prompt(run.corpus, text) for text in texts]
     continuations = generate(
         run, prompts, variant=variant, tokens=tokens, plan=source, seed=run.config.seed, progress=progress
     )
@@ -120,7 +137,9 @@ def write_texts(
     sentences = [
         sentences_of(prompt, more, language) for prompt, more in zip(prompts, continuations, strict=True)
     ]
-    return Written(variant, prompts, continuations, sentences, reading_window(run))
+    mixed = plan is None and variant in VARIANTS and isinstance(VARIANTS[variant].evaluation, Soft)
+    window, lacking = reading_window(run), wanted - len(prompts)
+    return Written(variant, prompts, continuations, sentences, window, mixed=mixed, lacking=lacking)
 
 
 def sentences_of(prompt: Prompt, generated: Generated, language: str) -> list[tuple[str, int | None]]:
@@ -189,9 +208,9 @@ def _counted(name: str, count: int) -> int:
     return count
 
 
-def _actions(plan: str) -> np.ndarray:
+def _actions(plan: str) -> list[int]:
     try:
-        return np.array([int(action) for action in plan.split(",")], dtype=np.int64)
+        return [int(action) for action in plan.split(",")]
     except ValueError:
         raise ProbekitError(
             f"--plan is {plan!r}; give actions with commas between them, such as 12,7,7,40, or oracle"

@@ -19,7 +19,7 @@ from probekit.evaluation.action_sequences import (
     plans_followed,
     plans_followed_by_chance,
 )
-from probekit.evaluation.generation import Prompt, document_prompts
+from probekit.evaluation.prompts import Prompt, document_prompts
 from probekit.evaluation.text_actions import Cut, Labeller, TrueActions
 from probekit.evaluation.text_metrics import rouge2
 from probekit.run import Run
@@ -41,6 +41,7 @@ class TrueTexts:
         cuts: The same by length, labelled.
         previous: The action of each prompt's last sentence.
         samples: Beginnings of test documents, cut at the longest length.
+        sampled: Of which documents they are.
     """
 
     labeller: Labeller
@@ -51,6 +52,7 @@ class TrueTexts:
     cuts: dict[int, Cut]
     previous: Integers
     samples: list[np.ndarray]
+    sampled: np.ndarray
 
     @classmethod
     def of(cls, run: Run) -> TrueTexts:
@@ -60,9 +62,10 @@ class TrueTexts:
             ProbekitError: Fewer than two test documents are long enough.
         """
         settings = run.config.generation
-        prompts, tokens = _prompts(run)
+        prompts, tokens = continued_documents(run)
         contexts = [prompt.tokens[1:] for prompt in prompts]
         labeller = Labeller(run)
+        sampled, samples = beginnings(run, "test")
         return cls(
             labeller,
             TrueActions.count(run.corpus, run.config),
@@ -71,7 +74,8 @@ class TrueTexts:
             tokens,
             labeller.cut(tokens, settings.lengths, contexts),
             labeller.last_actions([prompt.text for prompt in prompts]),
-            beginnings(run, "test"),
+            samples,
+            sampled,
         )
 
     @property
@@ -94,13 +98,14 @@ class TrueTexts:
             )
         return pd.concat(rows, ignore_index=True)
 
-    def sample_values(self, tokens: Tokens) -> pd.DataFrame:
-        """The metrics of texts that begin with nothing; their number stands for the document."""
+    def sample_values(self, tokens: Tokens, documents: np.ndarray | None = None) -> pd.DataFrame:
+        """The metrics of texts that begin with nothing; without documents, their numbers stand for these."""
         length = self.longest
         cut = self.labeller.cut(tokens, [length])[length]
         none = np.full(len(tokens), NO_ACTION)
         losses = latent_losses(self.counted.bigram, cut.actions, none)
-        return _values("samples", length, np.arange(len(tokens)), cut, [("latent_perplexity", losses)])
+        documents = np.arange(len(tokens)) if documents is None else documents
+        return _values("samples", length, documents, cut, [("latent_perplexity", losses)])
 
     def references(self) -> Iterator[tuple[str, pd.DataFrame]]:
         """What true text gets in generated text's place: a variant's name, and its values.
@@ -111,7 +116,8 @@ class TrueTexts:
         plans = [prompt.plan for prompt in self.prompts if prompt.plan is not None]
         true = self.continuation_values(self.tokens, plans)
         alone = ["latent_perplexity", "plan_following", "plan_following_by_chance"]
-        yield "true", pd.concat([true[true.metric.isin(alone)], self.sample_values(self.samples)])
+        samples = self.sample_values(self.samples, self.sampled)
+        yield "true", pd.concat([true[true.metric.isin(alone)], samples])
         other = self.continuation_values([*self.tokens[1:], self.tokens[0]])
         yield "other document", other[other.metric != "latent_perplexity"]
 
@@ -129,19 +135,24 @@ class TrueTexts:
         yield "plan_following_by_chance", plans_followed_by_chance(plans, actions, self.counted.prior)
 
 
-def beginnings(run: Run, split: str) -> list[np.ndarray]:
-    """Tokens of the first sentences of documents of a split, cut at the longest of `generation.lengths`.
+def beginnings(run: Run, split: str) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Documents of a split and their first tokens, as many as the longest of `generation.lengths`.
 
     At most `generation.samples` documents, drawn at random; shorter ones are passed over.
     """
     corpus, settings = run.corpus, run.config.generation
     length = max(settings.lengths)
-    starts = corpus.document_tokens[_shuffled(run, split, length)[: settings.samples]] + 1
-    return [corpus.tokens[start : start + length] for start in starts]
+    documents = _shuffled(run, split, length)[: settings.samples]
+    starts = corpus.document_tokens[documents] + 1
+    return documents, [corpus.tokens[start : start + length] for start in starts]
 
 
-def _prompts(run: Run) -> tuple[list[Prompt], list[np.ndarray]]:
-    """Beginnings of test documents, drawn at random, and how the documents go on."""
+def continued_documents(run: Run) -> tuple[list[Prompt], list[np.ndarray]]:
+    """Beginnings of test documents, drawn at random, and how the documents go on.
+
+    Raises:
+        ProbekitError: Fewer than two are long enough.
+    """
     corpus, settings = run.corpus, run.config.generation
     longest, wanted = max(settings.lengths), settings.prompts
     candidates = _shuffled(run, "test", settings.context + longest)
@@ -170,10 +181,10 @@ def _prompts(run: Run) -> tuple[list[Prompt], list[np.ndarray]]:
 
 
 def _shuffled(run: Run, split: str, least: int) -> np.ndarray:
-    """Documents of a split with at least so many tokens, in random order."""
+    """Documents of a split with at least so many tokens, in random order, one for all runs on a corpus."""
     documents = run.corpus.documents(split)
     long = documents[_sizes(run.corpus, documents) >= least]
-    return np.random.default_rng(run.config.seed).permutation(long)
+    return np.random.default_rng(run.config.corpus.seed).permutation(long)
 
 
 def _sizes(corpus: Corpus, documents: np.ndarray) -> np.ndarray:

@@ -21,6 +21,7 @@ from probekit.config import BaseSettings
 from probekit.errors import ProbekitError
 from probekit.models.language_model import bridge
 from probekit.models.plain import BridgedPass, ForwardPass, PlainPass, forward_pass
+from probekit.progress import without_bars_of_transformers
 from probekit.storage import atomic_folder, read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -189,7 +190,8 @@ class Full:
     def save(self, folder: Path) -> None:
         """As `Tuning` has it: in Hugging Face format, for `AutoModelForCausalLM.from_pretrained`."""
         with atomic_folder(folder) as temporary:
-            self.model.save_pretrained(temporary)
+            with without_bars_of_transformers():
+                self.model.save_pretrained(temporary)
             # safetensors lets only a file's owner read it; a run may be shared.
             mode = (temporary / "config.json").stat().st_mode
             for weights in temporary.glob("*.safetensors"):
@@ -198,7 +200,7 @@ class Full:
     @staticmethod
     def load(folder: Path, model: PreTrainedModel, settings: BaseSettings) -> PreTrainedModel:
         """As `Tuning` has it."""
-        with _fitting(folder):
+        with _fitting(folder), without_bars_of_transformers():
             return type(model).from_pretrained(folder, dtype=torch.float32)
 
 

@@ -2,10 +2,11 @@
 
 What the LM reads of a text is decided by the text's length alone: when the window is full, its last half is
 kept and filled up again. So every token is predicted from what it would be evaluated on in windows that
-advance by half their length, and keeping keys and values changes nothing but the time.
+advance by half their length, and keeping keys and values changes nothing but the time, and the rounding.
 
 The plain Hugging Face module does that where it computes what the bridge does (`probekit.models.plain`).
-Where it does not, the bridge reads the whole window again for every token.
+Where it does not, the bridge reads the whole window again for every token. With planning tokens, which stand
+between a text's own, nothing is kept either: a text then grows by one token or by two.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from probekit.corpus.examples import IGNORE, Batch
-from probekit.models.conditioning import Adapter
+from probekit.models.conditioning import Adapter, Conditioned
 from probekit.models.growing_text import GrowingWindows, Text, read_windows, window_start
 from probekit.models.language_model import Hook
-from probekit.models.plain import TOLERANCE, ForwardPass, PlainPass
+from probekit.models.plain import TOLERANCE, ForwardPass, PlainPass, placed
 from probekit.models.planned_lm import PlannedLM
 
 if TYPE_CHECKING:
@@ -195,19 +196,26 @@ class PlainDecoder:
     def _fill(self, texts: Sequence[Text], cache: DynamicCache | None) -> Tensor:
         """Reads whole windows; a cache that is given holds their keys and values then."""
         read = read_windows(texts, self._window, self._road.device)
-        hooks: list[Hook] = []
+        shown = Conditioned(read.tokens)
         if self._adapter is not None and read.embeddings is not None:
-            hooks = self._adapter.hooks(read.embeddings, read.sentence)
-        rows = torch.arange(len(texts), device=self._road.device)
+            shown = self._adapter.conditioned(read.tokens, read.embeddings, read.sentence)
+        rows, last = torch.arange(len(texts), device=self._road.device), read.lengths - 1
+        if shown.slots is not None:
+            last = shown.slots.predicting[rows, last]
 
         def only_last(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (inputs[0][rows, read.lengths - 1][:, None], *inputs[1:])
+            return (inputs[0][rows, last][:, None], *inputs[1:])
 
-        with self._road.hooked(hooks) as model:
+        with self._road.hooked(shown.hooks) as model:
             # Logits of whole windows may not fit, and nobody reads them.
             handle = model.get_output_embeddings().register_forward_pre_hook(only_last)
             try:
-                found = model(input_ids=read.tokens, past_key_values=cache, use_cache=cache is not None)
+                found = model(
+                    input_ids=shown.tokens,
+                    past_key_values=cache,
+                    use_cache=cache is not None,
+                    **placed(shown.positions),
+                )
             finally:
                 handle.remove()
         return found.logits[:, -1]
@@ -244,13 +252,14 @@ def new_decoder(model: PlannedLM, road: ForwardPass, window: int, *, cache: bool
         model: The conditioned LM.
         road: How the LM runs the adapter's hooks (`Run.forward_pass`).
         window: Most tokens that are read at once, at least two.
-        cache: Whether to keep what was read; it is not kept where the plain module cannot.
+        cache: Whether to keep what was read; it is not kept where the plain module cannot, nor between
+            planning tokens.
     """
     whole = WholeDecoder(model, window)
-    inserts = model.adapter is not None and model.adapter.inserts
-    if inserts or not isinstance(road, PlainPass):
+    if not isinstance(road, PlainPass):
         return whole
-    for kept in (True, False) if cache else (False,):
+    inserts = model.adapter is not None and model.adapter.inserts
+    for kept in (True, False) if cache and not inserts else (False,):
         plain = PlainDecoder(road, model.adapter, window, cache=kept)
         if _same(plain, whole, model, window):
             return PlainDecoder(road, model.adapter, window, cache=kept)

@@ -136,19 +136,21 @@ class Mixed:
 
     Args:
         fraction: Probability that a sentence gets the planner's action.
-        seed: Seed of the draws.
+        seed: Seed of the draws; None, as in `VARIANTS`: of this kind, but not to be used.
     """
 
     needs_scores = True
 
-    def __init__(self, fraction: float, seed: int) -> None:
+    def __init__(self, fraction: float, seed: int | None) -> None:
         self.fraction = fraction
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = None if seed is None else torch.Generator().manual_seed(seed)
 
     def __call__(
         self, scores: Tensor, actions: Tensor, codebook: Tensor, temperature: float | Tensor
     ) -> Tensor:
         """Mixes as `Mixing` has it."""
+        if self._generator is None:
+            raise TypeError("this mixing has no seed; training_mixing makes one that has")
         # Drawn on the CPU, so that every device gets the same draws.
         planned = torch.rand(len(actions), generator=self._generator) < self.fraction
         chosen = torch.where(planned.to(actions.device), scores.argmax(dim=-1), actions)
@@ -186,7 +188,7 @@ VARIANTS: dict[VariantName, Variant] = {
     "uniform": Variant(Uniform(), Uniform()),
     "oracle": Variant(Oracle(), Predicted()),
     "predicted": Variant(Predicted(), Predicted()),
-    "mixed": Variant(Mixed(MixingSettings().fraction, seed=0), Predicted()),
+    "mixed": Variant(Mixed(MixingSettings().fraction, seed=None), Predicted()),
     "straight-through": Variant(StraightThrough(), Predicted(), joint=True),
     "gumbel": Variant(GumbelSoftmax(), Soft(), joint=True),
     "soft": Variant(Soft(), Soft()),

@@ -60,12 +60,12 @@ class PlainPass:
         count = _Countdown(reads)
         counted = [(name, count.counted(function)) for name, function in hooks]
         with self.hooked(counted) as model, suppress(_EnoughError):
-            model.base_model(input_ids=tokens, use_cache=False, **_placed(positions))
+            model.base_model(input_ids=tokens, use_cache=False, **placed(positions))
 
     def logits(self, tokens: Tensor, hooks: Sequence[Hook], positions: Tensor | None = None) -> Tensor:
         """Next-token logits `[windows, positions, vocabulary]`, with hooks that change activations."""
         with self.hooked(hooks) as model:
-            return model(input_ids=tokens, use_cache=False, **_placed(positions)).logits
+            return model(input_ids=tokens, use_cache=False, **placed(positions)).logits
 
     @contextmanager
     def hooked(self, hooks: Sequence[Hook]) -> Iterator[PreTrainedModel]:
@@ -124,13 +124,13 @@ class BridgedPass:
             fwd_hooks=[(name, lambda x, hook, function=function: function(x)) for name, function in hooks],
             stop_at_layer=stop,
             return_type=None,
-            **_placed(positions),
+            **placed(positions),
         )
 
     def logits(self, tokens: Tensor, hooks: Sequence[Hook], positions: Tensor | None = None) -> Tensor:
         """Next-token logits, as `PlainPass` has them."""
         with self._bridged.hooks(fwd_hooks=list(hooks)):
-            return self._bridged(tokens, return_type="logits", **_placed(positions))
+            return self._bridged(tokens, return_type="logits", **placed(positions))
 
 
 ForwardPass = PlainPass | BridgedPass
@@ -185,8 +185,8 @@ def find_tap(bridged: TransformerBridge, model: PreTrainedModel, name: str) -> T
     return Tap(".".join(modules), sides[hook]) if modules and known and hook in sides else None
 
 
-def _placed(positions: Tensor | None) -> dict[str, Tensor]:
-    """What tells the LM where tokens are."""
+def placed(positions: Tensor | None) -> dict[str, Tensor]:
+    """What tells the LM where tokens are, for a call of its module."""
     if positions is None:
         return {}
     # Without a mask, Transformers takes two tokens of one position for the end of a text and the next one's

@@ -59,7 +59,7 @@ class Structure:
         lm_parameters: Parameters of the LM.
         tuning: What became of these, see `TUNING`.
         conditioned: Layers at which the action enters; none where it enters with the tokens.
-        location: The hook at which it does.
+        enters: How it does.
         adapter_parameters: Parameters of codebook and projections.
     """
 
@@ -77,7 +77,7 @@ class Structure:
     lm_parameters: int
     tuning: str
     conditioned: tuple[int, ...]
-    location: str
+    enters: str
     adapter_parameters: int
 
     @classmethod
@@ -94,6 +94,7 @@ class Structure:
         inside = tuple(
             layer for name in names if name.startswith("blocks.") and (layer := layer_of(name)) is not None
         )
+        location = names[0].split(".", 2)[-1] if inside else names[0]
         return cls(
             variant=variant,
             mixing=MIXING[type(VARIANTS[variant].training).__name__],
@@ -109,7 +110,7 @@ class Structure:
             lm_parameters=sum(p.numel() for p in model.bridged.original_model.parameters()),
             tuning=run.config.training.base.tuning,
             conditioned=inside,
-            location=names[0].split(".", 2)[-1] if inside else names[0],
+            enters="planning token\nbefore a sentence" if model.adapter.inserts else f"added at\n{location}",
             adapter_parameters=sum(p.numel() for p in model.adapter.parameters()),
         )
 
@@ -204,7 +205,7 @@ def _language_model(s: Structure, end: float) -> Drawing:
             ((STACK, end + 1.4), "logits of token t + 1"),
             ((STACK, -0.5), "t + 1 is in sentence j"),
             ((STACK + 3.55, end), f"LM, {TUNING[s.tuning]}\n{_short(s.lm_parameters)} parameters"),
-            ((STACK + 3.55, sum(entries) / len(entries)), f"added at\n{s.location}"),
+            ((STACK + 3.55, sum(entries) / len(entries)), s.enters),
         ),
     )
 

@@ -11,19 +11,16 @@ from rich.table import Table
 from rich.text import Text
 
 from probekit.corpus.inspect import action_table, sentence_lengths, sizes
-from probekit.corpus.store import Corpus
+from probekit.corpus.store import Corpus, too_few
 from probekit.evaluation.evaluate import Evaluation
-from probekit.evaluation.sweep_results import Sweep
 from probekit.evaluation.texts import Written
 from probekit.probing.probe import ProbeResults
 from probekit.run import Run
 from probekit.storage import read_json
+from probekit.sweeps.results import Sweep
 
 if TYPE_CHECKING:
     from probekit.evaluation.generation_metrics import GenerationEvaluation
-
-FEW_DOCUMENTS = 40
-"""Below so many test documents the terminal warns: 95 % intervals cover 91 % at 40, 88 % at 9 (simulated)."""
 
 DISPLAY_ACTIONS = 30
 """Actions that the corpus's table shows; the rest is counted."""
@@ -124,10 +121,12 @@ def print_generation(evaluation: GenerationEvaluation) -> None:
     for (texts, length), own in metrics[~planned].groupby(["texts", "length"], sort=False):
         title = f"Generated {texts} of {length:,} tokens (95 % intervals from resampling documents)"
         _print_metrics(title, own)
+        if blank := int(own.groupby(["variant", "actions"])["empty"].max().sum()):
+            _say(
+                f"Blank among these: {blank:,}; as far from true ones as can be, and not in latent perplexity"
+            )
     if planned.any():
         _print_metrics("Sentences that have the action they were given", metrics[planned])
-    if empty := int(metrics["empty"][metrics.metric == "levenshtein"].sum()):
-        _say(f"{empty:,} generated continuations are empty; they count, as far from true ones as can be")
     for line in evaluation.notes:
         _say(line)
 
@@ -174,19 +173,25 @@ def print_sweep(sweep: Sweep) -> None:
 
 def print_texts(written: Written) -> None:
     """Prompts and continuations, sentence by sentence with the action given to each."""
-    texts = zip(written.prompts, written.continuations, written.sentences, strict=True)
-    for number, (prompt, more, sentences) in enumerate(texts):
+    parts = zip(written.prompts, written.continuations, written.sentences, strict=True)
+    for number, (prompt, more, sentences) in enumerate(parts):
         where = f", document {prompt.document}" if prompt.document >= 0 else ""
         begun = [["prompt", "", prompt.text.strip()]] if prompt.text.strip() else []
         rows = [["", "" if action is None else str(action), text] for text, action in sentences]
         title = f"Text {number}{where}, {len(more.tokens):,} tokens by {written.variant}"
-        _print(title, ["", "action", "text"], begun + rows)
+        _print(title, ["", "most probable action" if written.mixed else "action", "text"], begun + rows)
+    texts = len(written.continuations)
+    if written.lacking:
+        _say(
+            f"Texts asked for: {texts + written.lacking:,}, written: {texts:,}; no more test documents go on "
+            "behind their first generation.context tokens"
+        )
     if stopped := sum(more.ended == "plan" for more in written.continuations):
-        _say(f"{stopped:,} of {len(written.continuations):,} texts ended where their plan ends")
+        _say(f"Ended where the plan ends: {stopped:,} of {texts:,}")
     if written.slid:
         _say(
-            f"{written.slid:,} texts are longer than the {written.window:,} tokens that the LM reads at "
-            "once: whenever these were full, it went on from the last half of them"
+            f"Longer than the {written.window:,} tokens that the LM reads at once: {written.slid:,} of "
+            f"{texts:,}; whenever these were full, it went on from the last half of them"
         )
 
 
@@ -260,11 +265,8 @@ def _scores(row: Mapping[Hashable, Any]) -> list[str]:
 
 
 def _warn_of_few(documents: int) -> None:
-    if documents < FEW_DOCUMENTS:
-        _say(
-            f"Only {documents} test documents: intervals from resampling so few are too narrow to trust; "
-            "give more documents, or a larger corpus.test_fraction"
-        )
+    if warning := too_few(documents):
+        _say(warning)
 
 
 def _with_range(row: Mapping[Hashable, Any], value: str) -> str:
@@ -289,10 +291,17 @@ def _say(line: str) -> None:
     _console().print(_literal(line))
 
 
+class _Output(Console):
+    """Standard output that leaves it to the command what happens when nobody reads on."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def _console() -> Console:
     """Standard output; wide enough for the tables where it is no terminal that says how wide it is."""
-    console = Console(soft_wrap=True)
-    return console if console.is_terminal else Console(soft_wrap=True, width=160)
+    console = _Output(soft_wrap=True)
+    return console if console.is_terminal else _Output(soft_wrap=True, width=160)
 
 
 def _literal(text: str) -> Text:

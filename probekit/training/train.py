@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from functools import partial
@@ -13,6 +14,8 @@ import torch
 from probekit import hub
 from probekit.config import Config, VariantName
 from probekit.corpus.build import write_corpus
+from probekit.corpus.store import too_few
+from probekit.devices import precision_of
 from probekit.errors import ProbekitError
 from probekit.models.base_lm import TUNINGS
 from probekit.models.conditioning import location_width, new_adapter
@@ -20,9 +23,10 @@ from probekit.models.language_model import bridge, load_model, longest_window, n
 from probekit.models.mixing import VARIANTS
 from probekit.models.sentence_encoder import write_embeddings
 from probekit.progress import Progress, without_bars_of_transformers
+from probekit.provenance import lm_digest
 from probekit.run import Run
 from probekit.run_folder import Existing
-from probekit.stage_settings import folds_of
+from probekit.stage_settings import folds_of, stage_settings
 from probekit.storage import atomic_folder, write_json
 from probekit.training.adapter import check_tunable, train_adapter
 from probekit.training.language_model import train_language_model
@@ -48,8 +52,12 @@ def train(
     Raises:
         ProbekitError: The input is bad; what was written before stays whole.
     """
-    run = _begin(config, out, existing)
-    progress = Progress(quiet=quiet)
+    with _begun(config, out, existing) as run:
+        _train(run, Progress(quiet=quiet))
+    return run
+
+
+def _train(run: Run, progress: Progress) -> None:
     if run.config.lm.name is not None:  # one that cannot be had is told before a long corpus is built
         _stage(run, "lm", partial(_language_model, run, progress))
     _stage(run, "corpus", partial(_corpus, run, progress))
@@ -61,7 +69,6 @@ def train(
     for variant in run.config.mixing.variants:
         if variant in VARIANTS:
             _stage(run, f"adapter/{variant}", partial(_adapter, run, progress, variant))
-    return run
 
 
 def build_corpus(
@@ -72,8 +79,8 @@ def build_corpus(
     quiet: bool = False,
 ) -> Run:
     """Begins a run and builds its corpus, the first stage of training; the arguments are `train`'s."""
-    run = _begin(config, out, existing)
-    _stage(run, "corpus", partial(_corpus, run, Progress(quiet=quiet)))
+    with _begun(config, out, existing) as run:
+        _stage(run, "corpus", partial(_corpus, run, Progress(quiet=quiet)))
     return run
 
 
@@ -97,24 +104,29 @@ def prepare(
     """
     if config.lm.name is None:
         raise ProbekitError("lm.name is not set; give the hub name or folder of the LM to probe (--model)")
-    run, progress = Run.begin(out, config, existing), Progress(quiet=quiet)
-    _stage(run, "lm", partial(_language_model, run, progress))
-    _stage(run, "corpus", partial(_corpus, run, progress))
+    progress = Progress(quiet=quiet)
+    with Run.begun(out, config, existing) as run:
+        _stage(run, "lm", partial(_language_model, run, progress))
+        _stage(run, "corpus", partial(_corpus, run, progress))
     return run
 
 
-def _begin(config: Config | None, out: str | Path, existing: Existing) -> Run:
+def _begun(
+    config: Config | None, out: str | Path, existing: Existing
+) -> contextlib.AbstractContextManager[Run]:
     if config is not None and config.lm.name is None:
         check_new_model(config)
-    return Run.begin(out, config, existing)
+    return Run.begun(out, config, existing)
 
 
 def _stage(run: Run, name: str, work: Callable[[], dict[str, Any] | None]) -> None:
     if run.finished(name):
         return
-    run.forget_metrics(name)
+    run.begin_stage(name)
     begun = time.monotonic()
     facts = work() or {}
+    if "training.precision" in stage_settings(run.config, name):
+        facts["precision"] = precision_of(run.device, run.config.training.precision)
     run.mark_finished(name, {"seconds": round(time.monotonic() - begun, 1)} | facts)
 
 
@@ -123,7 +135,10 @@ def _trainer(run: Run, progress: Progress) -> Trainer:
 
 
 def _corpus(run: Run, progress: Progress) -> dict[str, Any]:
-    return write_corpus(run.config, run.folder / "corpus", progress, str(run.device)).facts
+    corpus = write_corpus(run.config, run.folder / "corpus", progress, str(run.device))
+    if warning := too_few(len(corpus.documents("test"))):
+        progress.say(warning)
+    return corpus.facts
 
 
 def _language_model(run: Run, progress: Progress) -> dict[str, Any]:
@@ -144,7 +159,10 @@ def _language_model(run: Run, progress: Progress) -> dict[str, Any]:
             write_json(folder / "source.json", {"name": name, "revision": source.revision})
             model = load_model(name, revision=source.revision, trust_remote_code=settings.trust_remote_code)
             _check_positions(run.config, longest_window(model))
-    return {"parameters": sum(parameter.numel() for parameter in model.parameters())}
+    facts: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
+    if settings.name is not None and (weights := lm_digest(settings.name)):
+        facts["weights"] = weights
+    return facts
 
 
 def _fold_planner(run: Run, progress: Progress, fold: int) -> None:

@@ -106,7 +106,9 @@ def test_whole_windows_advance_by_the_stride(cut):
         targets = corpus.document_tokens[document + 1] - corpus.document_tokens[document] - 1
         assert own.scored[0] == min(window, targets)
         assert (own.scored[1:-1] == stride).all()
-        assert (own.length[1:] == window).all()
+        assert (own.length[:-1] == window).all()
+        starts = corpus.document_tokens[document] + stride * np.arange(len(own))
+        assert own.start.tolist() == starts.tolist(), "no position of a window tells where the document ends"
         # One window more would have nothing left to score.
         assert len(own) == (1 if targets <= window else 1 + -(-(targets - window) // stride))
 
@@ -116,17 +118,17 @@ def test_inputs_by_hand():
     windows = cut_windows(corpus, np.array([1, 0]), window=4, stride=4)
     found = input_tokens(corpus, windows)
     assert found.dtype == torch.int64
-    assert windows.length.tolist() == [2, 4, 4]  # the last token of a document is only predicted
+    assert windows.length.tolist() == [2, 4, 3]  # the last token of a document is only predicted
     inside = [row[:length].tolist() for row, length in zip(found, windows.length, strict=True)]
-    assert inside == [[7, 1009], [7, 1001, 1002, 1003], [1003, 1004, 1005, 1006]]
+    assert inside == [[7, 1009], [7, 1001, 1002, 1003], [1004, 1005, 1006]]
 
 
 def test_windows_by_hand():
     corpus = corpus_of([[4, 3], [2]])  # document 0 is tokens 0 to 7, document 1 tokens 8 to 10
     windows = cut_windows(corpus, np.array([0, 1]), window=4, stride=2)
     assert windows.document.tolist() == [0, 0, 0, 1]
-    assert windows.start.tolist() == [0, 2, 3, 8]
-    assert windows.length.tolist() == [4, 4, 4, 2]
+    assert windows.start.tolist() == [0, 2, 4, 8]
+    assert windows.length.tolist() == [4, 4, 3, 2]
     assert windows.scored.tolist() == [4, 2, 1, 2]
     assert begun_sentences(corpus, windows).tolist() == [1, 1, 0, 1]
 

@@ -2,28 +2,25 @@
 
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from probekit.config import GenerationSettings
+from probekit.config import Config, GenerationSettings
 from probekit.corpus.examples import collate, cut_windows
 from probekit.corpus.sentences import align, complete_spans, sentence_spans
 from probekit.corpus.store import Corpus
 from probekit.errors import ProbekitError
-from probekit.evaluation.generation import (
-    Generated,
-    Prompt,
-    document_prompts,
-    generate,
-    reading_window,
-    text_prompt,
-)
+from probekit.evaluation.generation import Generated, generate, reading_window
+from probekit.evaluation.prompts import Prompt, document_prompts, text_prompt
 from probekit.evaluation.sampling import draw
 from probekit.models.mixing import VARIANTS, Fixed, Oracle
+from probekit.progress import Progress
 from probekit.run import Run
 from probekit.storage import read_tensors, write_tensors
+from probekit.training.train import train
 
 GREEDY = GenerationSettings(temperature=0.0)
 WINDOW = 48
@@ -145,7 +142,7 @@ def test_text_is_what_the_conditioned_lm_says(
     variant: str, given: bool, settings: GenerationSettings, run: Run, prompts: list[Prompt]
 ):
     """The finished text is put into windows as a corpus's documents are, and predicted by the model."""
-    if given and variant == "none":
+    if given and variant in ("none", "fixed"):
         return
     plan = np.array([1, 6, 3, 2, 5, 0, 4, 7] * 10)
     asked = [replace(prompt, plan=plan) for prompt in prompts]
@@ -215,18 +212,83 @@ def test_nothing_is_planned_where_nothing_depends_on_it(variant: str, run: Run):
 @pytest.mark.parametrize(
     ("variant", "plan", "said"),
     [
-        ("soft", None, "prompt 0 has no plan; give it the action of a sentence or more"),
-        ("soft", [], "prompt 0 has no plan"),
+        ("soft", None, "the plan of prompt 0 is None; give the action of a sentence or more"),
+        ("soft", [], "the plan of prompt 0 is"),
         ("soft", [1, 8], "the plan of prompt 0 has the action 8, which the codebook lacks; .* from 0 to 7"),
         ("soft", [-1], "the plan of prompt 0 has the action -1"),
-        ("none", [1], "variant 'none' is conditioned on no action"),
+        ("none", [1], "variant 'none' follows no plan"),
+        ("fixed", [1], "variant 'fixed' follows no plan"),
         ("uniform", [1], "has no variant 'uniform'"),
     ],
 )
 def test_plans_that_cannot_be_obeyed_are_refused(variant: str, plan: list[int] | None, said: str, run: Run):
-    prompt = text_prompt(run.corpus, "A.", plan)
+    actions = None if plan is None else np.array(plan, dtype=np.int64)
+    prompt = replace(text_prompt(run.corpus, "A."), plan=actions)
     with pytest.raises(ProbekitError, match=said):
         generate(run, [prompt], variant=variant, tokens=5, plan="given")
+
+
+@pytest.mark.parametrize("plan", [[3, 1], (3, 1), np.array([3, 1])])
+def test_actions_are_the_plan_of_every_prompt(plan: object, run: Run, prompts: list[Prompt]):
+    asked = [replace(prompt, plan=np.array([3, 1])) for prompt in prompts]
+    expected = generate(run, asked, variant="soft", tokens=30, plan="given")
+    assert same(generate(run, prompts, variant="soft", tokens=30, plan=plan), expected)
+    assert not same(generate(run, prompts, variant="soft", tokens=30), expected)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"plan": "plnner"}, "plan is 'plnner'; give planner, given, or actions"),
+        ({"plan": None}, "the plan is None; give the action of a sentence or more"),
+        ({"plan": [1.5]}, r"the plan is \[1\.5\]; give the action"),
+        ({"plan": [10**30]}, "the plan has the action 10{30}, which the codebook lacks"),
+        ({"tokens": 2.5}, "tokens is 2.5; it must be a whole number, 1 or more"),
+        ({"tokens": 0}, "tokens is 0; it must be"),
+        ({"tokens": True}, "tokens is True; it must be"),
+        ({"prompts": ["A.", 7]}, "prompt 1 is a int; give a text or a Prompt"),
+        ({"prompts": None}, "prompt 0 is a NoneType"),
+        ({"settings": {"generation.topk": 3}}, "unknown setting 'generation.topk'"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_in_one_line(asked: dict, said: str, run: Run):
+    with pytest.raises(ProbekitError, match=said) as refused:
+        generate(run, **{"prompts": ["A."], "tokens": 3} | asked)
+    assert "\n" not in str(refused.value)
+
+
+def test_one_text_is_one_prompt_and_soft_writes_by_default(run: Run):
+    expected = generate(run, ["Word."], variant="soft", tokens=128)
+    assert len(expected[0].tokens) == 128
+    assert same(generate(run, "Word."), expected)
+    assert same(generate(run, text_prompt(run.corpus, "Word.")), expected)
+
+
+def test_settings_are_given_by_name_too(run: Run):
+    settings = run.config.generation.model_copy(update={"top_k": 2})
+    expected = generate(run, ["Word."], settings=settings, tokens=30)
+    assert same(generate(run, ["Word."], settings={"generation.top_k": 2}, tokens=30), expected)
+    assert not same(generate(run, ["Word."], tokens=30), expected)
+
+
+def test_a_special_token_in_a_prompt_is_text(run: Run):
+    separator = run.corpus.tokenizer.convert_ids_to_tokens(run.corpus.separator)
+    prompt = text_prompt(run.corpus, f"A{separator}b")
+    assert (prompt.tokens == run.corpus.separator).sum() == 1
+    assert prompt.text == f"A{separator}b"
+
+
+def test_planning_tokens_are_why_nothing_is_kept(tiny_config: Config, tmp_path: Path):
+    said: list[str] = []
+    progress = Progress(quiet=True)
+    progress.say = said.append
+    config = tiny_config.override({"conditioning.kind": "token", "mixing.variants": ["soft"]})
+    run = train(config, tmp_path / "run", quiet=True)
+    generate(run, ["Word."], tokens=3, progress=progress)
+    (line,) = said
+    assert "there are planning tokens between a text's own" in line
+    generate(run, ["Word."], variant="none", tokens=3, progress=progress)
+    assert said == [line]
 
 
 # What is drawn, and what it is drawn for

@@ -34,12 +34,12 @@ def loud(model: PlannedLM) -> PlannedLM:
     return model
 
 
-def context_of(token: int, tokens: int, window: int, stride: int) -> int:
+def context_of(token: int, window: int, stride: int) -> int:
     """Where the inputs begin from which a document's token, counted from 1, is predicted."""
     stop = window
     while stop < token:
         stop += stride
-    return max(0, min(stop, tokens) - window)
+    return stop - window
 
 
 def action_embeddings(run: Run, model: PlannedLM, document: int, choice: str) -> torch.Tensor:
@@ -82,7 +82,7 @@ def slow_losses(
             embeddings = action_embeddings(run, model, document, choice)
         total = 0.0
         for token in range(1, stop - start):
-            begin = start + context_of(token, stop - start - 1, window, stride)
+            begin = start + context_of(token, window, stride)
             inputs = torch.tensor(corpus.tokens[begin : start + token].astype(np.int64))
             if choice is not None:
                 # A position carries the action of the sentence that holds the next token.

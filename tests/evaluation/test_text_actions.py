@@ -47,6 +47,17 @@ def test_a_sentence_counts_where_all_its_tokens_are(tiny_run: Run, labeller: Lab
             assert cuts[length].texts == [corpus.tokenizer.decode(tokens[:length].tolist())]
 
 
+def test_a_first_sentence_beyond_the_cut_counts_with_all_its_text(tiny_run: Run, labeller: Labeller):
+    corpus = tiny_run.corpus
+    documents = corpus.documents("test")
+    texts = [document_tokens(corpus, d)[:60] for d in documents]
+    short = labeller.cut(texts, [2, 60])[2]
+    alone = labeller.cut(texts, [2])[2]
+    first = [actions.tolist() for actions in short.actions]
+    assert first == [nearest(corpus, corpus.sentences(np.array([d]))[:1]) for d in documents]
+    assert first != [actions.tolist() for actions in alone.actions]
+
+
 def test_what_a_context_ends_with_is_not_the_texts(tiny_run: Run, labeller: Labeller):
     corpus, document = tiny_run.corpus, tiny_run.corpus.documents("test")[1]
     sentences, tokens = corpus.sentences(np.array([document])), document_tokens(corpus, document)

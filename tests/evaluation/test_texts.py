@@ -1,6 +1,7 @@
 """`probekit generate`: what it continues, what it prints and writes, and one line for whatever is wrong."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,10 @@ import pytest
 
 from probekit.cli import main
 from probekit.corpus.sentences import complete_spans
-from probekit.evaluation.generation import Generated, Prompt, generate
+from probekit.errors import ProbekitError
+from probekit.evaluation import texts
+from probekit.evaluation.generation import Generated, generate
+from probekit.evaluation.prompts import Prompt
 from probekit.evaluation.texts import read_prompts, sentences_of, write_texts
 from probekit.run import Run
 
@@ -36,7 +40,7 @@ def written(path: Path) -> list[dict]:
 
 
 def test_by_default_some_documents_are_continued(tiny_run: Run, capsys: Capture, tmp_path: Path):
-    out = tmp_path / "new" / "texts.jsonl"
+    out = tmp_path / "texts.jsonl"
     shown = told(capsys, tiny_run.folder, "--tokens", "30", "--out", out)
     rows = written(out)
     assert len(rows) == 4
@@ -66,6 +70,53 @@ def test_it_is_what_generate_writes(tiny_run: Run, capsys: Capture, tmp_path: Pa
     assert [row["text"] for row in written(out)] == [more.text for more in expected]
 
 
+def test_an_out_that_cannot_be_is_refused_before_anything_is_written(
+    tiny_run: Run, capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(texts, "generate", pytest.fail)
+    line = refused(capsys, tiny_run.folder, "--out", tmp_path / "no" / "texts.jsonl")
+    assert line == f"--out {tmp_path}/no/texts.jsonl: there is no folder {tmp_path}/no"
+    line = refused(capsys, tiny_run.folder, "--out", tmp_path)
+    assert line == f"--out {tmp_path}: is a folder; give the name of a file"
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_file_that_cannot_be_written_is_named(
+    tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def full(path: Path, text: str) -> None:
+        raise OSError(28, "No space left on device", f"{path}.tmp123")
+
+    written = write_texts(tiny_run, [""], tokens=1)
+    monkeypatch.setattr(texts, "write_text", full)
+    with pytest.raises(
+        ProbekitError, match=r"^--out .*/a\.jsonl: cannot be written \(No space left on device\)$"
+    ):
+        written.save(tmp_path / "a.jsonl")
+
+
+def test_fewer_documents_than_asked_for_are_told(tiny_run: Run, capsys: Capture):
+    shown = told(capsys, tiny_run.folder, "--documents", "100000", "--tokens", "1")
+    found = len(re.findall("^Text ", shown, re.MULTILINE))
+    assert 4 < found <= len(tiny_run.corpus.documents("test"))
+    assert f"Texts asked for: 100,000, written: {found}; no more test documents" in shown
+    assert "asked for" not in told(capsys, tiny_run.folder, "--documents", "2", "--tokens", "1")
+
+
+@pytest.mark.parametrize(
+    ("words", "head"),
+    [
+        (["--variant", "soft"], "most probable action"),
+        (["--variant", "joint"], "most probable action"),
+        (["--variant", "predicted"], "action"),
+        (["--variant", "soft", "--plan", "1"], "action"),
+    ],
+)
+def test_the_head_tells_what_the_action_is(words: list[str], head: str, tiny_run: Run, capsys: Capture):
+    shown = told(capsys, tiny_run.folder, "--samples", "1", "--tokens", "9", *words)
+    assert [cell.strip() for cell in re.split("[┃|]", shown.splitlines()[2])][2] == head
+
+
 def test_prompts_come_from_files(tiny_run: Run, tmp_path: Path, capsys: Capture):
     plain, lines = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
     plain.write_text("One.\n\nTwo. And three\n", "utf-8")
@@ -88,8 +139,9 @@ def test_a_plan_is_obeyed_and_its_end_told(tiny_run: Run, capsys: Capture, tmp_p
     rows = written(out)
     stopped = [row for row in rows if row["ended"] == "plan"]
     assert stopped
-    assert f"{len(stopped)} of 6 texts ended where their plan ends" in shown
-    assert "longer than the 48 tokens that the LM reads at once" in shown
+    assert f"Ended where the plan ends: {len(stopped)} of 6" in shown
+    assert re.search("Longer than the 48 tokens that the LM reads at once: [1-6] of 6; whenever", shown)
+    assert "probable" not in shown
     for row in rows:
         assert row["document"] is None
         assert [sentence["action"] for sentence in row["sentences"]] == [3, 1][: len(row["sentences"])]
@@ -127,7 +179,7 @@ def test_sentences_are_told_by_hindsight():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--tokens", "0"], "tokens is 0; it must be 1 or more"),
+        (["--tokens", "0"], "tokens is 0; it must be a whole number, 1 or more"),
         (["--samples", "0"], "--samples is 0; it must be 1 or more"),
         (["--documents", "-1"], "--documents is -1; it must be 1 or more"),
         (
@@ -136,14 +188,18 @@ def test_sentences_are_told_by_hindsight():
         ),
         (["--variant", "sofd"], "has no variant 'sofd'; it has none, fixed, oracle, predicted, soft, joint"),
         (["--plan", "1,x"], "--plan is '1,x'; give actions with commas between them"),
-        (["--plan", "1,8"], "the plan of prompt 0 has the action 8, which the codebook lacks"),
-        (["--plan=-1"], "the plan of prompt 0 has the action -1"),
+        (["--plan", "1,8"], "the plan has the action 8, which the codebook lacks"),
+        (["--plan=-1"], "the plan has the action -1"),
+        (["--plan", "9" * 30], f"the plan has the action {'9' * 30}, which the codebook lacks"),
+        (["--plan", "1", "--variant", "fixed"], "variant 'fixed' follows no plan"),
         (["--plan", "oracle", "--samples", "2"], "--plan oracle is the plan of a document"),
-        (["--plan", "1", "--variant", "none"], "variant 'none' is conditioned on no action"),
+        (["--plan", "1", "--variant", "none"], "variant 'none' follows no plan"),
         (["--prompts", "/no/file"], "--prompts /no/file: cannot be read as UTF-8 text"),
         (["--prompt", "a", "--samples", "1"], "not allowed with argument"),
         (["--generation.context", "9999"], "no test document goes on behind its first 9999 tokens; lower"),
         (["--generation.temperature", "-1"], "generation.temperature is '-1'"),
+        (["--generation.temperature", "1e-309"], "1e-309 is too low to divide by; give 0.001 or more, or 0"),
+        (["--generation.samples", "3"], "unknown setting 'generation.samples'"),
         (
             ["--generation.top_kk", "1"],
             "unknown setting 'generation.top_kk'; did you mean 'generation.top_k'",

@@ -49,17 +49,29 @@ def test_prompts_are_beginnings_of_test_documents_and_continuations_go_on(run: R
 
 @pytest.mark.parametrize("split", ["test", "probe"])
 def test_beginnings(run: Run, split: str):
-    corpus, found = run.corpus, beginnings(run, split)
-    starts = corpus.document_tokens[corpus.documents(split)] + 1
-    every = {tuple(corpus.tokens[start : start + 40].tolist()) for start in starts}
-    assert len(found) == 9
-    assert {tuple(tokens.tolist()) for tokens in found} <= every
+    corpus, (documents, found) = run.corpus, beginnings(run, split)
+    assert len(found) == len({*documents}) == 9
+    assert {*documents} <= {*corpus.documents(split)}
+    for document, tokens in zip(documents, found, strict=True):
+        start = corpus.document_tokens[document] + 1
+        assert tokens.tolist() == corpus.tokens[start : start + 40].tolist()
 
 
-def test_the_same_seed_draws_the_same_documents(run: Run, true: TrueTexts):
-    assert [p.document for p in TrueTexts.of(run).prompts] == [p.document for p in true.prompts]
+def test_all_runs_on_a_corpus_have_the_same_documents(run: Run, true: TrueTexts):
+    """Whatever their own seed; the corpus's decides."""
     other = TrueTexts.of(run.with_settings({"seed": 1}))
+    assert [p.document for p in other.prompts] == [p.document for p in true.prompts]
+    assert other.sampled.tolist() == true.sampled.tolist()
+    assert other.sampled.tolist() != sorted(other.sampled)
+    other = TrueTexts.of(run.with_settings({"corpus.seed": 1}))
     assert [p.document for p in other.prompts] != [p.document for p in true.prompts]
+
+
+def test_true_samples_have_their_documents(true: TrueTexts):
+    values = dict(true.references())["true"]
+    samples = values[values.texts == "samples"]
+    assert samples.document.tolist() == true.sampled.tolist()
+    assert samples["count"].tolist() == [len(a) for a in true.labeller.cut(true.samples, [40])[40].actions]
 
 
 def test_true_text_is_perfect_and_labelled_as_planted_but_for_the_labeller(run: Run, true: TrueTexts):

@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from probekit.config import BaseSettings, ConditioningSettings
 from probekit.corpus.examples import Batch, collate, cut_windows
@@ -229,3 +230,15 @@ def test_what_does_not_fit_is_refused(harm: Callable, fresh: Callable, tmp_path:
     with pytest.raises(ProbekitError, match=r"tuned does not fit the run's LM and settings") as raised:
         TUNINGS[tuning].load(tmp_path / "tuned", copy.deepcopy(base.plain), chosen)
     assert "\n" not in str(raised.value)
+
+
+def test_saving_and_loading_show_no_bars(fresh: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    logging.enable_progress_bar()
+    base = fresh("gpt2")
+    model = copy.deepcopy(base.plain)
+    capsys.readouterr()
+    TUNINGS["full"](model, settings("full"), 0).save(tmp_path / "tuned")
+    TUNINGS["full"].load(tmp_path / "tuned", model, settings("full"))
+    assert not capsys.readouterr().err
+    type(model).from_pretrained(tmp_path / "tuned")
+    assert "%|" in capsys.readouterr().err, "or there is nothing to hide"

@@ -140,11 +140,27 @@ def test_one_token_is_read_where_the_text_goes_on(base: Callable[[str], BaseLM])
     assert read == [(2, 11), (2, 1), (1, 1), (1, 7), (2, 1)]
 
 
-@pytest.mark.parametrize(
-    "settings", [{"location": "attn.hook_q"}, {"kind": "token"}], ids=["no module", "planning tokens"]
-)
-def test_where_the_plain_module_cannot_the_bridge_reads(settings: dict, base: Callable[[str], BaseLM]):
-    _, found, _ = conditioned(base("gpt2"), **settings)
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_planning_tokens_are_read_by_the_plain_module(family: str, base: Callable[[str], BaseLM]):
+    """With logits for the last slot alone; nothing is kept."""
+    lm = base(family)
+    _, fast, slow = conditioned(lm, kind="token")
+    assert isinstance(fast, PlainDecoder)
+    assert not fast.cached
+    rows: list[tuple[int, ...]] = []
+    handle = lm.plain.get_output_embeddings().register_forward_hook(
+        lambda _, inputs, __: rows.append(inputs[0].shape[:2])
+    )
+    rng, texts = np.random.default_rng(1), new_texts([1, 4, 11, 12, 30])
+    for _ in range(WINDOW):
+        assert_same(fast, slow, texts)
+        grow(texts, rng)
+    handle.remove()
+    assert {*rows} == {(5, 1)}
+
+
+def test_where_the_plain_module_cannot_the_bridge_reads(base: Callable[[str], BaseLM]):
+    _, found, _ = conditioned(base("gpt2"), location="attn.hook_q")
     assert isinstance(found, WholeDecoder)
     texts = new_texts([3, 8])
     with torch.no_grad():

@@ -207,16 +207,21 @@ def test_the_table_of_variants():
 
 def test_a_planner_is_trained_along_exactly_where_a_gradient_reaches_it_or_it_is_kept_frozen():
     scores, actions, codebook = inputs()
+    kinds = {name: training_mixing(name, MixingSettings(), seed=0) for name in VARIANTS}
     reached = {
         name
-        for name, variant in VARIANTS.items()
-        if grad(variant.training(scores, actions, codebook, 1.0).sum(), scores, allow_unused=True)[0]
-        is not None
+        for name, mixing in kinds.items()
+        if grad(mixing(scores, actions, codebook, 1.0).sum(), scores, allow_unused=True)[0] is not None
     }
     assert reached == {name for name, variant in VARIANTS.items() if variant.joint} | {"soft"}
 
 
 # A share of the planner's actions
+
+
+def test_the_draws_of_the_table_are_nobodys():
+    with pytest.raises(TypeError, match="training_mixing makes one that has"):
+        VARIANTS["mixed"].training(*inputs(), 1.0)
 
 
 @pytest.mark.parametrize(("fraction", "kind"), [(0.0, Oracle), (1.0, Predicted)])

@@ -10,12 +10,21 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from probekit.config import ConditioningSettings, PlannerSettings
+from probekit.config import ConditioningSettings, MixingSettings, PlannerSettings
 from probekit.corpus.examples import IGNORE, Batch, collate, cut_windows
 from probekit.corpus.store import Corpus
 from probekit.models.conditioning import new_adapter
 from probekit.models.language_model import bridge, hook_name, load_model
-from probekit.models.mixing import VARIANTS, Fixed, Oracle, Predicted, Soft, StraightThrough, Uniform
+from probekit.models.mixing import (
+    VARIANTS,
+    Fixed,
+    Oracle,
+    Predicted,
+    Soft,
+    StraightThrough,
+    Uniform,
+    training_mixing,
+)
 from probekit.models.planned_lm import PlannedLM, token_losses
 from probekit.models.planner import Planner
 
@@ -146,14 +155,15 @@ def test_the_planner_runs_only_where_its_scores_count(
     forward = model.planner.forward
     monkeypatch.setattr(model.planner, "forward", lambda *given: calls.append(1) or forward(*given))
     with torch.no_grad():
-        model(batch, VARIANTS[variant].training)
+        model(batch, training_mixing(variant, MixingSettings(), seed=0))
     assert len(calls) == (variant not in ("fixed", "uniform", "oracle"))
 
 
 def test_every_variant_conditions_in_its_own_way(model: PlannedLM, batch: Batch):
     torch.manual_seed(0)
     with torch.no_grad():
-        logits = {type(variant.training): model(batch, variant.training) for variant in VARIANTS.values()}
+        kinds = [training_mixing(variant, MixingSettings(), seed=0) for variant in VARIANTS]
+        logits = {type(kind): model(batch, kind) for kind in kinds}
     assert torch.equal(logits.pop(StraightThrough), logits[Predicted])
     for one, other in itertools.combinations(logits, 2):
         assert not torch.allclose(logits[one], logits[other], atol=1e-3), (one, other)

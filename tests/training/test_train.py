@@ -389,3 +389,12 @@ def test_a_pretrained_lm_that_is_not_there_is_refused(tiny_config: Config, tmp_p
     config = tiny_config.override({"lm.name": str(tmp_path / "no")})
     assert f"lm.name is '{tmp_path}/no': no such folder" in refusal(config, tmp_path / "run")
     assert read_json(tmp_path / "run" / "run.json")["stages"] == {}, "a corpus was built for nothing"
+
+
+@pytest.mark.parametrize(("documents", "warned"), [(160, True), (600, False)])
+def test_few_test_documents_are_told_when_the_corpus_is_built(
+    documents: int, warned: bool, tiny_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    build_corpus(tiny_config.override({"corpus.planted.documents": documents}), tmp_path / "run")
+    said = "Only 16 test documents: intervals from resampling so few are too narrow to trust"
+    assert (said in capsys.readouterr().err) == warned

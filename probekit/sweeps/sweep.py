@@ -15,12 +15,13 @@ from pathlib import Path
 from probekit.config import Config, setting_names, setting_value
 from probekit.errors import ProbekitError
 from probekit.evaluation.evaluate import evaluate
-from probekit.evaluation.sweep_results import Place, Sweep
 from probekit.progress import Progress
 from probekit.run import Run
-from probekit.stage_settings import stage_settings, stages_of, stages_that_use
-from probekit.storage import atomic_path
-from probekit.training.members import Members
+from probekit.stage_settings import stage_settings, stages_of, why_idle
+from probekit.storage import atomic_path, held
+from probekit.sweeps.members import Members
+from probekit.sweeps.results import Place, Sweep
+from probekit.sweeps.time_left import TimeLeft
 from probekit.training.train import check_new_model, train
 
 MEMBER = re.compile(r"\w[\w.=,+-]*")
@@ -55,22 +56,12 @@ def sweep(
             run failed.
     """
     begun = _begin(Path(out), config, members, seeds, generation=generation)
-    progress = Progress(quiet=quiet)
-    failed: dict[Place, ProbekitError] = {}
-    since, places = time.monotonic(), begun.places
-    for number, place in enumerate(places):
-        seconds = (time.monotonic() - since) / max(number, 1) * (len(places) - number)
-        left = f"; about {seconds:.0f} s left" if number else ""
-        progress.say(f"run {number + 1} of {len(places)}: {place}{left}")
-        try:
-            _run(begun, place, progress, generation=generation, quiet=quiet)
-        except ProbekitError as error:
-            progress.say(f"{place} failed: {error}")
-            failed[place] = error
-    done = Sweep.open(begun.folder)
-    if done.runs:
-        with atomic_path(done.folder / "results.parquet") as path:
-            done.table().to_parquet(path, index=False)
+    with held(begun.folder):
+        failed = _all_runs(begun, Progress(quiet=quiet), generation=generation, quiet=quiet)
+        done, places = Sweep.open(begun.folder), begun.places
+        if done.runs:
+            with atomic_path(done.folder / "results.parquet") as path:
+                done.table().to_parquet(path, index=False)
     for place, reason in failed.items():
         raise ProbekitError(
             f"{place}: {reason} ({len(failed)} of {len(places)} runs in {done.folder} failed, the others are "
@@ -79,22 +70,64 @@ def sweep(
     return done
 
 
-def _run(begun: Sweep, place: Place, progress: Progress, *, generation: bool, quiet: bool) -> None:
-    """Trains and evaluates one run, but for what is done already or another run of the sweep has."""
+def _all_runs(
+    begun: Sweep, progress: Progress, *, generation: bool, quiet: bool
+) -> dict[Place, ProbekitError]:
+    """Trains and evaluates all runs; those that failed, with the reason."""
+    failed: dict[Place, ProbekitError] = {}
+    places = begun.places
+    finished = [place for place in places if _is_done(begun, place, generation=generation)]
+    ahead = [begun.config_of(place) for place in places if place not in finished]
+    time_left = TimeLeft((begun.config_of(place) for place in begun.runs), ahead)
+    for number, place in enumerate(places):
+        if place in finished:
+            continue
+        left = "" if time_left.seconds is None else f"; about {time_left.seconds:.0f} s left"
+        progress.say(f"run {number + 1} of {len(places)}: {place}{left}")
+        since = time.monotonic()
+        run, trained = None, list[str]()
+        try:
+            run, trained = _run(begun, place, progress, generation=generation, quiet=quiet)
+        except ProbekitError as error:
+            progress.say(f"{place} failed: {error}")
+            failed[place] = error
+        time_left.done(run, trained, time.monotonic() - since)
+    return failed
+
+
+def _is_done(begun: Sweep, place: Place, *, generation: bool) -> bool:
+    measured = not generation or (begun.folder / str(place) / "generation.json").is_file()
+    return place in begun.runs and measured
+
+
+def _run(
+    begun: Sweep, place: Place, progress: Progress, *, generation: bool, quiet: bool
+) -> tuple[Run, list[str]]:
+    """Trains and evaluates one run, but for what is done already or another run of the sweep has.
+
+    Returns:
+        The run, and the stages that were trained.
+    """
     folder, config = begun.folder / str(place), begun.config_of(place)
-    run = Run.begin(folder, config, "resume")
-    unfinished = [stage for stage in stages_of(config) if not run.finished(stage)]
-    if unfinished:
-        shared = _take_over(run, unfinished, begun.folder)
+    trained: list[str] = []
+    if place in begun.runs:
+        run = begun.runs[place]
+    else:
+        with Run.begun(folder, config, "resume") as run:
+            unfinished = [stage for stage in stages_of(config) if not run.finished(stage)]
+            shared = _take_over(run, unfinished, begun.folder)
         if shared:
             progress.say(f"shared with other runs: {', '.join(shared)}")
-        run = train(config, folder, existing="resume", quiet=quiet)
+        trained = [stage for stage in unfinished if stage not in shared]
+        if trained:
+            run = train(config, folder, existing="resume", quiet=quiet)
     if not (folder / "evaluation.json").is_file():
         evaluate(run, quiet=quiet)
     if generation and not (folder / "generation.json").is_file():
         from probekit.evaluation.generation_metrics import evaluate_generation
 
         evaluate_generation(run, quiet=quiet)
+    return run, trained
 
 
 def _take_over(run: Run, stages: Sequence[str], folder: Path) -> list[str]:
@@ -104,8 +137,13 @@ def _take_over(run: Run, stages: Sequence[str], folder: Path) -> list[str]:
     for stage in stages:
         wanted = stage_settings(run.config, stage)
         for other in others:
-            if other.finished(stage) and stage_settings(other.config, stage) == wanted:
-                run.take_over(stage, other)
+            if not (other.finished(stage) and stage_settings(other.config, stage) == wanted):
+                continue
+            if difference := other.difference(stage, run.config):
+                raise ProbekitError(
+                    f"{other.folder} has the stage {stage}, but {difference}; go on as it was trained"
+                )
+            if run.take_over(stage, other):
                 taken.append(stage)
                 break
     return taken
@@ -123,9 +161,13 @@ def _begin(
         wanted = Sweep.of(
             folder, config, found.members | wanted.members, dict.fromkeys([*found.seeds, *seeds])
         )
+        _check_one_corpus(wanted)
+        _ = wanted.runs  # told before anything is trained: a run that is not what the sweep asks for
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ProbekitError(f"{folder} exists and holds no sweep; choose another --out")
-    wanted.write()
+    folder.mkdir(parents=True, exist_ok=True)
+    with held(folder):
+        wanted.write()
     return wanted
 
 
@@ -136,7 +178,7 @@ def _check(wanted: Sweep, *, generation: bool) -> None:
         raise ProbekitError("the sweep has no seeds; --seeds takes how many, 1 or more, or several seeds")
     for seed in wanted.seeds:
         if wanted.seeds.count(seed) > 1:
-            raise ProbekitError(f"--seeds has {seed} twice; leave one out")
+            raise ProbekitError(f"the seed {seed} is given twice; leave one out")
         wanted.config.override({"seed": seed})
     for member, settings in wanted.members.items():
         if not MEMBER.fullmatch(member):
@@ -174,10 +216,8 @@ def _check_changes_something(config: Config, name: str, *, generation: bool) -> 
     measured = ("evaluation", "generation") if generation else ("evaluation",)
     if name == "mixing.variants" or name.split(".")[0] in measured:
         return
-    users = stages_that_use(name)
-    if not {*users} & {*stages_of(config)}:
-        only = f": only {', '.join(users)} would use it, and mixing.variants has no such" if users else ""
-        raise ProbekitError(f"{name} changes nothing that the sweep trains or measures{only}")
+    if reason := why_idle(config, name):
+        raise ProbekitError(f"{name} changes nothing that the sweep trains or measures: {reason}")
 
 
 def _check_same(found: Sweep, wanted: Sweep) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,10 +17,10 @@ from probekit.errors import ProbekitError
 from probekit.evaluation.generation_metrics import TRANSFORMS
 from probekit.evaluation.over_seeds import over_seeds
 from probekit.run import Run
+from probekit.run_folder import SWEEP
 from probekit.storage import read_json, write_json
-from probekit.training.members import Members
-
-RECORD = "sweep.json"
+from probekit.sweeps.alike import come_to_in, strays
+from probekit.sweeps.members import Members
 
 FORMAT = 1
 """Version of the record; others are refused."""
@@ -73,7 +74,7 @@ class Sweep:
     @staticmethod
     def is_in(folder: Path) -> bool:
         """Whether a folder holds a sweep."""
-        return (folder / RECORD).is_file()
+        return (folder / SWEEP).is_file()
 
     @classmethod
     def open(cls, folder: str | Path) -> Sweep:
@@ -84,17 +85,17 @@ class Sweep:
         """
         folder = Path(folder)
         if not cls.is_in(folder):
-            what = "does not exist" if not folder.exists() else f"holds no sweep (no {RECORD})"
+            what = "does not exist" if not folder.exists() else f"holds no sweep (no {SWEEP})"
             raise ProbekitError(f"{folder} {what}; make one with `probekit sweep ... --out {folder}`")
-        record = read_json(folder / RECORD)
+        record = read_json(folder / SWEEP)
         if not isinstance(record, dict) or record.get("format") != FORMAT:
-            raise ProbekitError(f"{folder / RECORD} is no record of a sweep in format {FORMAT}; sweep again")
+            raise ProbekitError(f"{folder / SWEEP} is no record of a sweep in format {FORMAT}; sweep again")
         return cls.of(folder, Config.from_dict(record["config"]), record["members"], record["seeds"])
 
     def write(self) -> None:
         """Writes the record."""
         record = {"format": FORMAT, "config": self.config.model_dump(mode="json")}
-        write_json(self.folder / RECORD, record | {"members": self.members, "seeds": self.seeds})
+        write_json(self.folder / SWEEP, record | {"members": self.members, "seeds": self.seeds})
 
     @property
     def places(self) -> list[Place]:
@@ -103,13 +104,34 @@ class Sweep:
 
     @cached_property
     def runs(self) -> dict[Place, Run]:
-        """The runs that are trained and evaluated."""
+        """The runs that are trained and evaluated.
+
+        Raises:
+            ProbekitError: One has other settings than the sweep gives it, or was made in another way than
+                another run.
+        """
         folders = {place: self.folder / str(place) for place in self.places}
-        return {
+        runs = {
             place: Run.open(folder)
             for place, folder in folders.items()
             if (folder / "evaluation.json").is_file()
         }
+        seen: dict[tuple[str, Any], tuple[Place, str]] = {}
+        for place, run in runs.items():
+            for stray in strays(run, self.config_of(place)):
+                raise ProbekitError(
+                    f"{self.folder}: {place} {stray}, and go on with the command that began the sweep"
+                )
+            for setting, value in come_to_in(run).items():
+                other, its_value = seen.setdefault(setting, (place, value))
+                if its_value != value:
+                    name = f"{setting[0]} {setting[1]!r}"
+                    raise ProbekitError(
+                        f"{self.folder}: {name} came to {its_value} in {other} and to {value} in {place}: "
+                        "they cannot be compared; delete the folder of one, and go on where the other was "
+                        "trained"
+                    )
+        return runs
 
     @property
     def missing(self) -> list[Place]:
@@ -170,12 +192,31 @@ class Sweep:
         """What metrics are made of: `sum` and `count` by `KEYS`, `seed` and `document` (or generated sample).
 
         Raises:
-            ProbekitError: As for `losses`.
+            ProbekitError: As for `losses`; or generated texts were not measured against the same documents.
         """
         losses = self.losses().rename(columns={"loss": "sum", "tokens": "count"})
         losses = losses.assign(metric="perplexity", texts="test documents", length=0)
         columns = [*KEYS, "seed", "document", "sum", "count"]
-        return pd.concat([losses, self._of_all_runs(_generated)], ignore_index=True)[columns]
+        generated = self._of_all_runs(_generated)
+        if len(generated):
+            self._check_documents(generated[generated.variant == "true"])
+        return pd.concat([losses, generated], ignore_index=True)[columns]
+
+    def _check_documents(self, true: pd.DataFrame) -> None:
+        """Refuses values of true texts that are of other documents in one run than in others."""
+        found = {
+            place: frozenset(zip(rows.texts, rows.document, strict=True))
+            for place in self.runs
+            if len(rows := true[(true.member == place.member) & (true.seed == place.seed)])
+        }
+        (usual, runs), *_ = Counter(found.values()).most_common(1)
+        if runs < len(found):
+            wrong = next(place for place, documents in found.items() if documents != usual)
+            raise ProbekitError(
+                f"{self.folder}: generated text of {wrong} was not measured against the same documents as "
+                "that of others; delete its generation.json and generation.parquet, and go on with the "
+                "command that began the sweep"
+            )
 
     def _of_all_runs(self, read: Callable[[Run], pd.DataFrame]) -> pd.DataFrame:
         """A table of every run, one behind the other, in the order of the members."""

@@ -13,12 +13,14 @@ import pytest
 
 from probekit.config import Config
 from probekit.errors import ProbekitError
-from probekit.evaluation.sweep_results import Place, Sweep
+from probekit.evaluation.evaluate import evaluate
 from probekit.run import Run
-from probekit.storage import read_json, write_json
+from probekit.storage import held, read_json, write_json
+from probekit.sweeps.members import STUDIES, grid
+from probekit.sweeps.results import Place, Sweep
+from probekit.sweeps.sweep import sweep
+from probekit.sweeps.time_left import TimeLeft
 from probekit.training import train as training
-from probekit.training.members import STUDIES, grid
-from probekit.training.sweep import sweep
 from probekit.training.train import train
 
 FRACTIONS = {"mixing.fraction": [0, 0.5, 1]}
@@ -281,6 +283,19 @@ def test_runs_on_other_tokens_are_not_averaged(copy: Path):
         Sweep.open(copy).table()
 
 
+def test_generated_texts_on_other_documents_are_not_averaged(copy: Path):
+    done = Sweep.open(copy)
+    rows = {"variant": "true", "actions": "true", "texts": "continuations", "length": 8, "metric": "rouge2"}
+    table = pd.DataFrame(rows | {"document": [3, 5, 9], "sum": 1.0, "count": 1})
+    for run in done.runs.values():
+        table.to_parquet(run.folder / "generation.parquet")
+    assert {*done.values().texts} == {"test documents", "continuations"}
+    odd = copy / "mixing.fraction=1" / "seed1" / "generation.parquet"
+    table.assign(document=[3, 5, 8]).to_parquet(odd)
+    with pytest.raises(ProbekitError, match=r"generated text of mixing.fraction=1/seed1 was not measured"):
+        done.values()
+
+
 def test_named_members_with_settings_of_their_own(config: Config, tmp_path: Path):
     members = {
         "paper": {},
@@ -334,7 +349,7 @@ ONE: dict[str, Any] = {"a": {}}
     [
         ({}, [0], "the sweep has no members"),
         (ONE, [], "the sweep has no seeds"),
-        (ONE, [1, 1], "--seeds has 1 twice"),
+        (ONE, [1, 1], "the seed 1 is given twice"),
         (ONE, [-1], "seed is -1: input should be greater than or equal to 0"),
         ({"../a": {}}, [0], "'../a' is no name of a member"),
         ({"": {}}, [0], "'' is no name of a member"),
@@ -351,6 +366,7 @@ ONE: dict[str, Any] = {"a": {}}
         ),
         ({"a": {"conditioning.skip_layers": 3}}, [0], "conditioning.skip_layers is 3, but lm.layers is 3"),
         (ONE | {"b": {"corpus.seed": 3}}, [0], "corpus.seed is 0 in a and 3 in b: that makes other corpora"),
+        ({"a": {"training.base.rank": 4}}, [0], "it goes with training.base.tuning lora, which is frozen"),
         (ONE | {"b": {"lm.vocabulary": 300}}, [0], "lm.vocabulary is 400 in a and 300 in b"),
     ],
 )
@@ -427,6 +443,144 @@ def test_progress_says_which_run_of_how_many(copy: Path, config: Config, capsys:
     shutil.rmtree(copy / "mixing.fraction=1" / "seed0")
     sweep(config, grid(config, FRACTIONS), [0, 1], copy)
     said = capsys.readouterr().err
-    assert "run 1 of 6: mixing.fraction=0/seed0" in said
-    assert "run 3 of 6: mixing.fraction=1/seed0; about " in said
+    assert "run 3 of 6: mixing.fraction=1/seed0\n" in said, "nothing tells yet how long it takes"
+    assert said.count("run ") == 1, "finished ones are passed over"
     assert "shared with other runs: corpus, lm, planner, adapter/oracle, adapter/predicted" in said
+
+
+# What lies in the folders of members is not what the sweep asks for
+
+
+def read_again(folder: Path) -> str:
+    """The one line of a sweep that is refused, both when it is read and when it is gone on with."""
+    with pytest.raises(ProbekitError) as caught:
+        Sweep.open(folder).table()
+    config = Sweep.open(folder).config
+    assert refusal(config, grid(config, FRACTIONS), [0, 1], folder) == str(caught.value)
+    return str(caught.value)
+
+
+def test_a_member_that_was_evaluated_in_another_way_is_told(copy: Path):
+    evaluate(copy / "mixing.fraction=1" / "seed1", {"evaluation.stride": 7}, quiet=True)
+    assert read_again(copy) == (
+        f"{copy}: mixing.fraction=1/seed1 was evaluated with evaluation.stride 7, and the sweep has 24; "
+        "delete its evaluation.json, and go on with the command that began the sweep"
+    )
+
+
+def test_a_member_that_was_trained_in_another_way_is_told(copy: Path, config: Config):
+    place = Place("mixing.fraction=0.5", 1)
+    other = Sweep.open(copy).config_of(place).override({"training.adapter.epochs": 2})
+    evaluate(train(other, copy / str(place), existing="overwrite", quiet=True), quiet=True)
+    assert (
+        "mixing.fraction=0.5/seed1 was trained with training.adapter.epochs 2.0, and the sweep has 1.0; "
+        "delete its folder"
+    ) in read_again(copy)
+
+
+def test_generated_text_of_other_settings_is_told(copy: Path):
+    config = Sweep.open(copy).config
+    settings = config.generation.model_dump(mode="json") | {"seeds": [0], "temperature": 0.5}
+    write_json(
+        copy / "mixing.fraction=1" / "seed0" / "generation.json", {"settings": settings, "metrics": []}
+    )
+    line = read_again(copy)
+    assert (
+        "mixing.fraction=1/seed0 generated text with generation.temperature 0.5, and the sweep has 1.0"
+        in line
+    )
+    assert "delete its generation.json" in line
+
+
+def test_what_nothing_uses_may_be_other(copy: Path, swept: tuple[Sweep, Counter[str]]):
+    place = Place("mixing.fraction=1", 1)
+    run = Run.open(copy / str(place))
+    settings = {"probe.hidden": 7, "training.base.rank": 3, "generation.prompts": 3, "planner.layers": 1}
+    Run.begin(run.folder, run.config.override(settings), "resume")
+    pd.testing.assert_frame_equal(Sweep.open(copy).table(), swept[0].table())
+
+
+@pytest.mark.parametrize(
+    ("fact", "said"),
+    [
+        ("precision", "training.precision 'auto' came to float32 in mixing.fraction=0/seed0 and to other in"),
+        ("weights", "lm.name None came to"),
+    ],
+)
+def test_runs_that_were_made_in_other_ways_are_not_compared(fact: str, said: str, copy: Path):
+    for number, member in enumerate(("mixing.fraction=0", "mixing.fraction=1")):
+        path = copy / member / "seed0" / "run.json"
+        state = read_json(path)
+        if number or fact == "weights":
+            state["stages"]["lm"][fact] = f"other{number or ''}" if fact == "weights" else "other"
+            for facts in state["stages"].values():
+                if fact in facts:
+                    facts[fact] = state["stages"]["lm"][fact]
+        write_json(path, state)
+    with pytest.raises(ProbekitError) as caught:
+        Sweep.open(copy).table()
+    assert said in str(caught.value)
+
+
+def test_members_of_other_corpora_are_not_added(copy: Path, config: Config):
+    before = (copy / "sweep.json").read_bytes()
+    line = refusal(config, {"other": {"corpus.seed": 3}}, [0], copy)
+    assert "corpus.seed is 0 in mixing.fraction=0 and 3 in other" in line
+    assert (copy / "sweep.json").read_bytes() == before
+
+
+def test_a_stage_whose_files_are_gone_is_trained_not_shared(
+    copy: Path, config: Config, trained: Counter[str]
+):
+    shutil.rmtree(copy / "mixing.fraction=1" / "seed0")
+    for path in copy.glob("*/seed0/adapters/oracle.safetensors"):
+        path.unlink()
+    sweep(config, grid(config, FRACTIONS), [0, 1], copy, quiet=True)
+    assert +trained == {"adapter/oracle": 1, "adapter/mixed": 1}
+    assert (copy / "mixing.fraction=1" / "seed0" / "adapters" / "oracle.safetensors").exists()
+
+
+def test_a_stage_of_another_precision_is_not_shared(copy: Path, config: Config):
+    shutil.rmtree(copy / "mixing.fraction=1" / "seed0")
+    for path in copy.glob("*/*/run.json"):
+        state = read_json(path)
+        for facts in state["stages"].values():
+            facts.update({"precision": "bfloat16"} if "precision" in facts else {})
+        write_json(path, state)
+    line = refusal(config, grid(config, FRACTIONS), [0, 1], copy)
+    assert "training.precision was 'bfloat16' and is now 'float32'" in line
+
+
+def test_two_processes_do_not_sweep_into_one_folder(copy: Path, config: Config):
+    with held(copy):
+        assert f"another process is at work in {copy}" in refusal(config, grid(config, FRACTIONS), [0], copy)
+
+
+# Time left
+
+
+def test_time_left_is_that_of_the_stages_still_to_be_trained(swept: tuple[Sweep, Counter[str]]):
+    done = swept[0]
+    ahead = [done.config_of(place) for place in done.places]
+    runs = [done.runs[place] for place in done.places]
+    left = TimeLeft([], ahead)
+    assert left.seconds is None, "nothing was trained yet"
+    stages = read_json(runs[0].folder / "run.json")["stages"]
+    own = {stage: stages[stage]["seconds"] for stage in stages}
+    left.done(runs[0], [*stages], sum(own.values()) + 10)
+    of_a_seed = sum(seconds for stage, seconds in own.items() if stage != "corpus")
+    # Two of this seed, and of the next one everything but the corpus once and its adapter twice more.
+    expected = 5 * 10 + 4 * own["adapter/mixed"] + of_a_seed
+    assert left.seconds == pytest.approx(expected)
+    resumed = TimeLeft(ahead[:3], ahead[3:])
+    resumed.done(runs[3], ["lm", "planner", "adapter/oracle", "adapter/predicted", "adapter/mixed"], 100.0)
+    mixed = read_json(runs[3].folder / "run.json")["stages"]["adapter/mixed"]["seconds"]
+    assert resumed.seconds is not None
+    assert resumed.seconds > 2 * mixed
+    assert resumed.seconds < 200
+
+
+def test_a_failed_run_tells_no_time(config: Config):
+    left = TimeLeft([], [config, config])
+    left.done(None, [], 3.0)
+    assert left.seconds is None

@@ -1,0 +1,1 @@
+"""Sweeps: many runs, each stage of which is trained once, and one table of all."""
