@@ -46,17 +46,17 @@ def flat(module: torch.nn.Module) -> Tensor:
 
 
 def mean_token_loss(run: Run, model: torch.nn.Module, split: str) -> float:
-    """Mean loss of a split's tokens, window by window; a document's last one reaches back to be as long."""
+    """Mean loss of a split's tokens, window by window; a document's last one may be shorter."""
     corpus, window = run.corpus, run.config.training.window
     total, count = 0.0, 0
     for document in corpus.documents(split):
         start, stop = corpus.document_tokens[document], corpus.document_tokens[document + 1]
         for first in range(start, stop - 1, window):
             last = min(first + window, stop - 1)
-            read = torch.from_numpy(corpus.tokens[max(start, last - window) : last + 1].astype(np.int64))
+            read = torch.from_numpy(corpus.tokens[first : last + 1].astype(np.int64))
             with torch.no_grad():
                 logits = model(read[None, :-1]).logits[0]
-            total += cross_entropy(logits[first - last :], read[first - last :], reduction="sum").item()
+            total += cross_entropy(logits, read[1:], reduction="sum").item()
             count += last - first
     assert count == sum(np.diff(corpus.document_tokens)[corpus.documents(split)] - 1)
     return total / count

@@ -136,11 +136,11 @@ class Watched:
         """All places at a position, in the window that scores its next token, cut off behind the position."""
         corpus = self._run.corpus
         document = int(np.searchsorted(corpus.document_tokens, position, side="right")) - 1
-        start, end = corpus.document_tokens[document : document + 2].tolist()
+        start = int(corpus.document_tokens[document])
         stop = window
         while stop < position + 1 - start:
             stop += stride
-        begin = start + max(0, min(stop, end - start - 1) - window)
+        begin = start + stop - window
         tokens = corpus.tokens[begin : position + 1].astype(np.int64)
         if self._conditioned is not None:
             self._added = self._actions(document, begin, position)
