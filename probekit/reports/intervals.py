@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
@@ -40,7 +41,9 @@ def draw_intervals(
 
 
 def _numbers(value: float, low: float, high: float) -> str:
-    """A value and its interval, to the digits that the interval's width leaves a meaning."""
+    """A value and its interval, if it has one, to the digits that the interval's width leaves a meaning."""
+    if math.isnan(low):
+        return f"{value:.3g}".replace("-", "−")
     digits = 3 if high - low < 0.3 else 2 if high - low < 10 else 0
     shown = (f"{number:.{digits}f}".replace("-", "−") for number in (value, low, high))
     return "{} [{}, {}]".format(*shown)
