@@ -11,8 +11,8 @@ from itertools import pairwise
 from matplotlib.figure import Figure
 
 from probekit.config import VariantName
+from probekit.models import mixing
 from probekit.models.language_model import layer_of
-from probekit.models.mixing import VARIANTS
 from probekit.reports.drawing import Box, Drawing, Wire, draw, empty_figure, frame
 from probekit.run import Run
 
@@ -23,17 +23,17 @@ EMBEDDING, FIRST_LAYER = 1.75, 2.9
 STEP = 1.0
 """Height from a layer to the next."""
 
-MIXING = {
-    "Fixed": "one constant action",
-    "Uniform": "mean of the codebook",
-    "Oracle": "the true action",
-    "Predicted": "argmax of the scores",
-    "Fraction": "planner's action or the true one",
-    "Soft": "softmax(scores / T) · codebook",
-    "StraightThrough": "argmax, gradient of softmax",
-    "GumbelSoftmax": "softmax((scores + noise) / T) · codebook",
+MIXING: dict[type, str] = {
+    mixing.Fixed: "one constant action",
+    mixing.Uniform: "mean of the codebook",
+    mixing.Oracle: "the true action",
+    mixing.Predicted: "argmax of the scores",
+    mixing.Mixed: "planner's action or the true one",
+    mixing.Soft: "softmax(scores / T) · codebook",
+    mixing.StraightThrough: "argmax, gradient of softmax",
+    mixing.GumbelSoftmax: "softmax((scores + noise) / T) · codebook",
 }
-"""What each way of mixing does, by the name of its class."""
+"""What each way of mixing does."""
 
 
 TUNING = {"frozen": "frozen", "lora": "with LoRA", "full": "tuned"}
@@ -47,6 +47,7 @@ class Structure:
     Attributes:
         variant: Its way of choosing the action.
         mixing: What that does in training.
+        planned: Whether that takes the planner's scores.
         joint: Whether the planner is trained on the next-token loss.
         actions: Actions of the codebook.
         dimensions: Of an action's or a sentence's embedding.
@@ -65,6 +66,7 @@ class Structure:
 
     variant: str
     mixing: str
+    planned: bool
     joint: bool
     actions: int
     dimensions: int
@@ -94,11 +96,13 @@ class Structure:
         inside = tuple(
             layer for name in names if name.startswith("blocks.") and (layer := layer_of(name)) is not None
         )
+        chosen = mixing.VARIANTS[variant]
         location = names[0].split(".", 2)[-1] if inside else names[0]
         return cls(
             variant=variant,
-            mixing=MIXING[type(VARIANTS[variant].training).__name__],
-            joint=VARIANTS[variant].joint,
+            mixing=MIXING[type(chosen.training)],
+            planned=chosen.training.needs_scores,
+            joint=chosen.joint and run.config.training.joint.end_to_end,
             actions=actions,
             dimensions=dimensions,
             planner_layers=run.config.planner.layers,
@@ -151,7 +155,6 @@ def _mixing(s: Structure) -> Drawing:
     turns = tuple(
         Wire(((PLAN + 2.5, 9.4), (BUS, 9.4), (BUS, y), (STACK - 1.6, y)), "adapter") for y in entries
     )
-    asks = "scores" in s.mixing or "planner" in s.mixing
     gradient = (Wire(((PLAN - 2.1, 7.39 - 0.36), (PLAN - 2.1, 5.36)), "gradient"),) if s.joint else ()
     notes: tuple[tuple[tuple[float, float], str], ...] = (
         ((BUS + 0.3, 10.2), f"adapter: codebook and projections\n{_short(s.adapter_parameters)} parameters"),
@@ -165,7 +168,7 @@ def _mixing(s: Structure) -> Drawing:
             Box((PLAN, 9.4), f"action embedding, {s.dimensions} dim.", 5.0, "adapter"),
         ),
         wires=(
-            *((Wire(((PLAN + 1.2, 5.36), (PLAN + 1.2, 6.79))),) if asks else ()),
+            *((Wire(((PLAN + 1.2, 5.36), (PLAN + 1.2, 6.79))),) if s.planned else ()),
             Wire(((PLAN, 7.99), (PLAN, 9.04)), "adapter"),
             *turns,
             *gradient,
