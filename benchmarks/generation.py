@@ -28,7 +28,7 @@ from probekit.corpus.examples import cut_windows
 from probekit.corpus.readers import read_documents
 from probekit.corpus.tokenizer import train_tokenizer
 from probekit.evaluation.generation import Generated, generate
-from probekit.evaluation.perplexity import Pass
+from probekit.evaluation.perplexity import Pass, own_losses
 from probekit.models.mixing import VARIANTS
 from probekit.progress import Progress, without_bars_of_transformers
 from probekit.run import Run
@@ -230,7 +230,7 @@ def perplexities(name: str, run: Run, shape: Shape, options: Options) -> list[Ro
     def work(scored: Pass) -> Callable[[], float]:
         def call() -> float:
             with Progress(quiet=True).task("score") as task:
-                losses = scored.document_losses(model, SOFT, task)
+                (losses,) = scored.document_losses(own_losses(model), SOFT, task)
             return float(np.exp(losses.sum() / scored.tokens.sum()))
 
         return call

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from probekit.config import Config
     from probekit.errors import ProbekitError
-    from probekit.evaluation.evaluate import Evaluation, evaluate
+    from probekit.evaluation.evaluate import evaluate
     from probekit.evaluation.generation import Generated, generate
     from probekit.evaluation.generation_metrics import GenerationEvaluation, evaluate_generation
+    from probekit.evaluation.perplexity import Evaluation
     from probekit.evaluation.prompts import Prompt
     from probekit.probing.probe import ProbeResults, probe
     from probekit.run import Run
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Config": "probekit.config",
-    "Evaluation": "probekit.evaluation.evaluate",
+    "Evaluation": "probekit.evaluation.perplexity",
     "Generated": "probekit.evaluation.generation",
     "GenerationEvaluation": "probekit.evaluation.generation_metrics",
     "ProbeResults": "probekit.probing.probe",

@@ -81,7 +81,7 @@ def _command(words: list[str]) -> None:
 
 
 def _train(words: list[str]) -> None:
-    """Train corpus, LM (if new), planner and an adapter for each variant into a run's folder."""
+    """Train corpus, LM (if new), planner and an adapter for each variant, or depth ensembles (--method)."""
     parser = _run_parser("train", words)
     parsed = parse(parser, words)
     from probekit.reports.tables import print_training
@@ -127,7 +127,7 @@ def _corpus(words: list[str]) -> None:
 
 
 def _evaluate(words: list[str]) -> None:
-    """Perplexity of every variant and the planner's metrics, with intervals; generated text if asked for."""
+    """Perplexity of every model, planners' metrics or multiple choice; generated text if asked for."""
     parser = _results_parser("evaluate", words, ["device", "evaluation", "generation"])
     parser.add_argument(
         "--generation", action="store_true", help="generate text with every variant and measure that too"
@@ -226,7 +226,7 @@ def _demo(words: list[str]) -> None:
     demo(parsed.out, overwrite=parsed.overwrite, quiet=parsed.quiet)
 
 
-TRAINED_WITH = ("lm", "planner", "conditioning", "training")
+TRAINED_WITH = ("lm", "planner", "conditioning", "depth", "training")
 """Sections whose settings are for training alone."""
 
 BESIDE_MODEL = ("corpus", "out", "overwrite", "preset", "config")
@@ -315,7 +315,11 @@ def _generate_parser(words: list[str]) -> Parser:
         "--documents", type=int, metavar="INT", help="go on with the beginnings of so many test documents (4)"
     )
     begun.add_argument("--samples", type=int, metavar="INT", help="write so many texts from nothing")
-    parser.add_argument("--variant", metavar="NAME", help="which variant writes (soft, if it is trained)")
+    parser.add_argument(
+        "--variant",
+        metavar="NAME",
+        help="which variant, or member of a depth ensemble, writes (soft, if it is trained)",
+    )
     parser.add_argument("--tokens", type=int, metavar="INT", help="tokens of each text (128)")
     parser.add_argument(
         "--plan",

@@ -60,6 +60,8 @@ VariantName = Literal[
 ]
 ProbedName = Literal[VariantName, "random"]
 SolverName = Literal["softmax", "ridge", "lda", "mlp"]
+MemberName = Literal["plain", "repeated", "ensemble", "distilled"]
+ModelName = VariantName | MemberName
 
 
 class Settings(BaseModel):
@@ -324,7 +326,7 @@ class JointSettings(Settings):
 
 
 class BaseSettings(Settings):
-    """What becomes of the base LM while an adapter is trained; every variant then has one of its own."""
+    """What becomes of the base LM while an adapter or depth ensemble is trained; each then has its own."""
 
     tuning: Literal["frozen", "lora", "full"] = "frozen"
     """frozen: the adapter alone is trained; lora: low-rank updates of the linear maps too (Hu et al. 2021);
@@ -337,6 +339,8 @@ class BaseSettings(Settings):
     """Updates are scaled by alpha / rank (lora)."""
     dropout: Share = 0.0
     """Dropout before the updates (lora)."""
+    last_layers: Positive | None = None
+    """Updates in this many of the last layers only (lora); unset: in all."""
 
 
 class TrainingSettings(Settings):
@@ -350,6 +354,7 @@ class TrainingSettings(Settings):
     planner: PlannerStageSettings = PlannerStageSettings(epochs=20.0, patience=3)
     adapter: StageSettings = StageSettings()
     joint: JointSettings = JointSettings()
+    depth: StageSettings = StageSettings()
     base: BaseSettings = BaseSettings()
 
 
@@ -368,6 +373,46 @@ class MixingSettings(Settings):
     sentence; the others carry the true one. 0 is oracle, 1 is predicted."""
 
 
+class DistillationSettings(Settings):
+    """How late layers learn from the last one (member distilled)."""
+
+    weight: Annotated[float, Field(ge=0.0)] = 0.1
+    """Weight of the divergences, summed over layers, beside the ensemble's cross-entropy."""
+    direction: Literal["layer-from-last", "last-from-layer"] = "layer-from-last"
+    """KL(layer || last), which the paper has, or KL(last || layer), usual in distillation."""
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    """Divides the logits before both softmaxes."""
+    detach_teacher: bool = True
+    """Whether the last layer only teaches; or else it is drawn to the others, too."""
+
+
+class DepthSettings(Settings):
+    """Depth ensemble: late layers' logits, weighted by a router (`method: depth-ensemble`)."""
+
+    members: Several[MemberName] = ("plain", "repeated", "ensemble", "distilled")
+    """What is trained and compared: plain, the last layer alone, which is the tuned LM as it is; repeated,
+    the last layer as often as there are layers in an ensemble, each time with a norm of its own: as many
+    parameters, no depth; ensemble; distilled, the ensemble whose layers learn from the last one."""
+    layers: Positive = 3
+    """How many of the last layers are in an ensemble."""
+    top_k: Positive | None = None
+    """How many of a token's router weights are kept and renormalised; unset: all."""
+    last_weight: SomeShare = 0.5
+    """Weight that the last layer has before training; the others share the rest."""
+    layer_loss: Annotated[float, Field(ge=0.0)] = 0.0
+    """Weight of the cross-entropy of every single layer, beside the ensemble's."""
+    distillation: DistillationSettings = DistillationSettings()
+    variant: VariantName = "none"
+    """Which LM it is made on: none, the base LM, or one that is conditioned by that variant's adapter, which
+    is trained first and stays as it is."""
+
+    @model_validator(mode="after")
+    def _no_more_weights_than_layers(self) -> Self:
+        if self.top_k is not None and self.top_k > self.layers:
+            raise ValueError(f"top_k {self.top_k} exceeds layers {self.layers}, and only these have weights")
+        return self
+
+
 class EvaluationSettings(Settings):
     """How perplexity is measured and resampled."""
 
@@ -379,6 +424,11 @@ class EvaluationSettings(Settings):
     """Windows in one forward pass."""
     resamples: Annotated[int, Field(ge=100)] = 2000
     """Bootstrap resamples of documents for every 95 % interval."""
+    questions: Positive = 400
+    """Multiple-choice questions (`method: depth-ensemble`): which of four sentences of a test document comes
+    next."""
+    questions_file: str | None = None
+    """JSON lines of `question`, `choices` and `answer`, asked in place of those."""
 
 
 class GenerationSettings(Settings):
@@ -462,6 +512,9 @@ class ProbeSettings(Settings):
 class Config(Settings):
     """All settings of a run."""
 
+    method: Literal["planner", "depth-ensemble"] = "planner"
+    """What is trained: a planner and an adapter for each variant (arXiv 2410.12492), or the members of a
+    depth ensemble (arXiv 2410.13077)."""
     seed: Seed = 0
     """Seed of everything random after the corpus, which has its own."""
     device: str = "auto"
@@ -472,10 +525,20 @@ class Config(Settings):
     planner: PlannerSettings = PlannerSettings()
     conditioning: ConditioningSettings = ConditioningSettings()
     mixing: MixingSettings = MixingSettings()
+    depth: DepthSettings = DepthSettings()
     training: TrainingSettings = TrainingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     generation: GenerationSettings = GenerationSettings()
     probe: ProbeSettings = ProbeSettings()
+
+    @model_validator(mode="after")
+    def _knows_the_variant(self) -> Self:
+        if self.depth.variant not in ("none", *self.mixing.variants):
+            raise ValueError(
+                f"depth.variant is {self.depth.variant!r}, which mixing.variants has not; it has "
+                f"{', '.join(self.mixing.variants)}"
+            )
+        return self
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

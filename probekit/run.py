@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from probekit.config import ProbedName, VariantName
+from probekit.config import MemberName, ModelName, ProbedName, VariantName
 from probekit.corpus.embeddings import SentenceEncoder, load_encoder
 from probekit.corpus.store import Corpus
 from probekit.devices import compute_device
 from probekit.errors import ProbekitError
 from probekit.models.base_lm import TUNINGS, BaseLM
 from probekit.models.conditioning import new_adapter
+from probekit.models.depth_ensemble import MEMBERS, NORM_OUT, DepthEnsemble, new_ensemble
 from probekit.models.language_model import load_model, locations, random_weights
 from probekit.models.mixing import VARIANTS
 from probekit.models.plain import ForwardPass
@@ -71,6 +72,15 @@ class Run(RunFolder):
         return [v for v in self.config.mixing.variants if v in VARIANTS and self.finished(f"adapter/{v}")]
 
     @property
+    def members(self) -> list[MemberName]:
+        """The members of the depth ensemble that are trained, in the order of the settings."""
+        return [member for member in self.config.depth.members if self.finished(f"depth/{member}")]
+
+    def variant_of(self, name: ModelName) -> VariantName:
+        """The variant that conditions a model: of a depth ensemble's member, that of the LM beneath it."""
+        return self.config.depth.variant if name in MEMBERS else name  # type: ignore[return-value]
+
+    @property
     def bridged(self) -> TransformerBridge:
         """The base LM, frozen and bridged."""
         return self._base.bridged
@@ -80,8 +90,15 @@ class Run(RunFolder):
         """Every location of the LM that holds a vector for each position, and the vector's features."""
         return locations(self.bridged)
 
-    def plain_model(self) -> PreTrainedModel:
-        """A fresh copy of the base LM as a plain Hugging Face module."""
+    def plain_model(self, name: ModelName = "none") -> PreTrainedModel:
+        """A fresh copy of a model's LM as a plain Hugging Face module: the base LM, or as it was tuned."""
+        settings, stage = self.config.training.base, _stage_of(name)
+        if stage is not None and settings.tuning != "frozen":
+            self.require(stage)
+            beneath = self.plain_model(self.variant_of(name) if name in MEMBERS else "none")
+            return TUNINGS[settings.tuning].load(self.tuned_folder(name), beneath, settings)
+        if name in MEMBERS:
+            return self.plain_model(self.variant_of(name))
         folder = self.folder / "lm"
         recorded: dict[str, Any] = {"name": str(folder.resolve()), "revision": None}
         if (folder / "source.json").exists():
@@ -94,56 +111,55 @@ class Run(RunFolder):
         self.require("lm")
         return BaseLM(lambda: self.plain_model().to(self.device), self.corpus.tokenizer, self.folder / "lm")
 
-    def base_lm(self, variant: ProbedName = "none", seed: int = 0) -> BaseLM:
-        """The LM of a variant, without its adapter: plain, bridged, and with hooks.
+    def base_lm(self, name: ProbedName | MemberName = "none", seed: int = 0) -> BaseLM:
+        """The LM of a model, without adapter and ensemble: plain, bridged, and with hooks.
 
         Args:
-            variant: `none`, a trained variant, whose LM is its own where that was tuned with the adapter
-                (`training.base`), or `random`.
+            name: `none`, a trained variant or member of a depth ensemble, whose LM is its own where that was
+                tuned with it (`training.base`), or `random`.
             seed: Of random weights.
         """
         base = self._base
-        if variant == "random":
+        if name == "random":
             return BaseLM(
                 lambda: random_weights(base.plain, seed).to(self.device),
                 self.corpus.tokenizer,
                 "random weights",
                 alike=base,
             )
-        if variant == "none" or self.config.training.base.tuning == "frozen":
+        if (stage := _stage_of(name)) is None or self.config.training.base.tuning == "frozen":
             return base
-        self.require(f"adapter/{variant}")
-        return self._tuned(variant)
+        self.require(stage)
+        if name not in self._latest:
+            self._latest.clear()
+            self._latest[name] = BaseLM(
+                lambda: self.plain_model(name).to(self.device),
+                self.corpus.tokenizer,
+                self.tuned_folder(name),
+                alike=base,
+            )
+        return self._latest[name]
 
     @cached_property
-    def _latest(self) -> dict[VariantName, BaseLM]:
+    def _latest(self) -> dict[str, BaseLM]:
         """The tuned LM that was asked for last: all of them may not fit into memory."""
         return {}
 
-    def _tuned(self, variant: VariantName) -> BaseLM:
-        settings, folder = self.config.training.base, self.tuned_folder(variant)
+    def tuned_folder(self, name: ModelName) -> Path:
+        """Where a model's own base LM is, if it has one."""
+        return self.folder / ("depth" if name in MEMBERS else "adapters") / name
 
-        def load() -> PreTrainedModel:
-            return TUNINGS[settings.tuning].load(folder, self.plain_model(), settings).to(self.device)
-
-        if variant not in self._latest:
-            self._latest.clear()
-            self._latest[variant] = BaseLM(load, self.corpus.tokenizer, folder, alike=self._base)
-        return self._latest[variant]
-
-    def tuned_folder(self, variant: VariantName) -> Path:
-        """Where a variant's own base LM is, if it has one."""
-        return self.folder / "adapters" / variant
-
-    def forward_pass(self, names: Sequence[str], variant: ProbedName = "none", seed: int = 0) -> ForwardPass:
-        """The fastest way to run a variant's LM with some hooks.
+    def forward_pass(
+        self, names: Sequence[str], name: ProbedName | MemberName = "none", seed: int = 0
+    ) -> ForwardPass:
+        """The fastest way to run a model's LM with some hooks.
 
         Args:
             names: The hooks' full TransformerLens names.
-            variant: Whose LM, as `base_lm` has it.
+            name: Whose LM, as `base_lm` has it.
             seed: Of random weights.
         """
-        return self.base_lm(variant, seed).forward_pass(names)
+        return self.base_lm(name, seed).forward_pass(names)
 
     def weights_digest(self, variant: str) -> str:
         """A digest of the files that hold a variant's weights, or that name where the LM's are."""
@@ -152,6 +168,9 @@ class Run(RunFolder):
             source = Path(read_json(self.folder / "lm" / "source.json")["name"])
             if source.is_dir():
                 files += sorted(path for path in source.iterdir() if path.suffix in WEIGHTS)
+        if variant in MEMBERS:
+            files += [self._ensemble_file(variant), *sorted(self.folder.glob(f"depth/{variant}/*"))]
+            variant = self.config.depth.variant
         if variant in VARIANTS:
             files += [self.folder / "planner" / "model.safetensors", self._adapter_file(variant)]
             files += sorted(self.folder.glob(f"adapters/{variant}/*"))
@@ -180,24 +199,46 @@ class Run(RunFolder):
         name = "model" if fold is None else f"fold{fold}"
         write_tensors(self.folder / "planner" / f"{name}.safetensors", planner.state_dict())
 
-    def model(self, variant: VariantName) -> PlannedLM:
-        """The trained, frozen model of a variant; `none` is the base LM alone.
+    def model(self, name: ModelName, *, fast: bool = False) -> PlannedLM:
+        """The trained, frozen model of a variant, or of a member of a depth ensemble; `none` is the base LM.
+
+        Args:
+            name: Which one.
+            fast: Run it without the bridge where that can be, so that nobody else's hooks are seen.
 
         Raises:
-            ProbekitError: The settings have no such variant, or it is not trained yet.
+            ProbekitError: The settings have no such variant or member, or it is not trained yet.
         """
         known = ("none", *self.config.mixing.variants)
-        if variant not in known:
-            raise ProbekitError(f"{self.folder} has no variant {variant!r}; it has {', '.join(known)}")
-        bridged = self.base_lm(variant).bridged
-        adapter = None
+        if name not in known and name not in MEMBERS:
+            raise ProbekitError(
+                f"{self.folder} has no variant {name!r}; it has {', '.join([*known, *self.members])}"
+            )
+        bridged = self.base_lm(name).bridged
+        variant, adapter, depth = self.variant_of(name), None, None
         if variant != "none":
             self.require(f"adapter/{variant}")
             adapter = new_adapter(self.config.conditioning, self._centroids, bridged, self.config.seed)
             _load(adapter, self._adapter_file(variant), "adapter.")
             adapter.to(self.device).requires_grad_(False)
+        if name in MEMBERS:
+            depth = self._ensemble(name)
         planner = self.planner(variant) if self.finished("planner") else None
-        return PlannedLM(bridged, planner, adapter, self.temperature(variant)).eval()
+        model = PlannedLM(bridged, planner, adapter, self.temperature(variant), depth=depth)
+        if fast:
+            model.run_by(self.forward_pass(model.names or (NORM_OUT,), name))
+        return model.eval()
+
+    def _ensemble(self, member: MemberName) -> DepthEnsemble:
+        self.require(f"depth/{member}")
+        base = self.base_lm(member)
+        ensemble = new_ensemble(member, self.config.depth, base.bridged, base.plain, self.config.seed)
+        _load(ensemble, self._ensemble_file(member))
+        return ensemble.to(self.device).requires_grad_(False)
+
+    def save_ensemble(self, member: MemberName, ensemble: DepthEnsemble) -> None:
+        """Writes the norms and the router of a member of the depth ensemble."""
+        write_tensors(self._ensemble_file(member), ensemble.state_dict())
 
     def temperature(self, variant: VariantName) -> float:
         """Of a variant's mixing: as it was trained, or the setting's."""
@@ -258,6 +299,16 @@ class Run(RunFolder):
 
     def _adapter_file(self, variant: str) -> Path:
         return self.folder / "adapters" / f"{variant}.safetensors"
+
+    def _ensemble_file(self, member: str) -> Path:
+        return self.folder / "depth" / f"{member}.safetensors"
+
+
+def _stage_of(name: str) -> str | None:
+    """The stage in which a model's LM may have been tuned."""
+    if name in MEMBERS:
+        return f"depth/{name}"
+    return f"adapter/{name}" if name in VARIANTS else None
 
 
 def _load(module: torch.nn.Module, path: Path, prefix: str = "") -> None:

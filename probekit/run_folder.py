@@ -6,6 +6,7 @@ run.json          format, finished stages    metrics.jsonl losses of every stage
 corpus/           tokens, labels, codebook   evaluation.json, probes/, figures/
 lm/               the base LM, in Hugging Face format, or the name and revision of a pre-trained one
 adapters/V/       the LM of variant V, if it was tuned: low-rank updates, or all weights
+depth/            one file for each member of a depth ensemble; depth/M/ its LM, if it was tuned
 """
 
 from __future__ import annotations
@@ -275,6 +276,10 @@ class RunFolder:
                 f"{self.folder} has no generation.json; run `probekit evaluate {self.folder} --generation`"
             )
         return read_json(self.folder / "generation.json")
+
+    def choices(self) -> pd.DataFrame:
+        """Who solves which multiple-choice question, as `probekit evaluate` left it (depth ensemble)."""
+        return self._table("choices.parquet", "evaluate")
 
     def probes(self) -> pd.DataFrame:
         """What `probekit probe` found: one row for each reader and cell of the grid."""

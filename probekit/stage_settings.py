@@ -9,20 +9,25 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from probekit.config import Config, setting_names, setting_value
+from probekit.config import Config, VariantName, setting_names, setting_value
+from probekit.models.depth_ensemble import MEMBERS
 from probekit.models.mixing import VARIANTS
 
 ADAPTERS = tuple(f"adapter/{variant}" for variant in VARIANTS)
 JOINT = tuple(f"adapter/{name}" for name, variant in VARIANTS.items() if variant.joint)
 TEMPERED = tuple(f"adapter/{name}" for name, variant in VARIANTS.items() if variant.tempered)
+DEPTH = tuple(f"depth/{member}" for member in MEMBERS)
+ROUTED = tuple(f"depth/{name}" for name, member in MEMBERS.items() if member.reads != "last")
+DISTILLED = tuple(f"depth/{name}" for name, member in MEMBERS.items() if member.distilled)
 OUT_OF_FOLD = tuple(f"adapter/{name}" for name, variant in VARIANTS.items() if variant.out_of_fold)
 
 USED_BY: dict[str, tuple[str, ...]] = {
+    "method": (),
     "device": (),
     "evaluation": (),
     "generation": (),
     "probe": (),
-    "seed": ("lm/new", "planner", *ADAPTERS),
+    "seed": ("lm/new", "planner", *ADAPTERS, *DEPTH),
     "corpus": ("corpus",),
     "actions": ("corpus",),
     # The corpus is in tokens of the LM.
@@ -37,17 +42,26 @@ USED_BY: dict[str, tuple[str, ...]] = {
     "mixing.fraction": ("adapter/mixed",),
     "mixing.temperature": TEMPERED,
     "mixing.learn_temperature": TEMPERED,
-    "training.window": ("lm/new", *ADAPTERS),
-    "training.precision": ("lm/new", "planner", *ADAPTERS),
+    "depth": ROUTED,
+    "depth.members": (),
+    "depth.variant": DEPTH,
+    "depth.layer_loss": DEPTH,
+    "depth.distillation": DISTILLED,
+    "training.window": ("lm/new", *ADAPTERS, *DEPTH),
+    "training.precision": ("lm/new", "planner", *ADAPTERS, *DEPTH),
     "training.lm": ("lm/new",),
     "training.planner": ("planner",),
     "training.planner.folds": ("planner/fold", *OUT_OF_FOLD),
     "training.adapter": ADAPTERS,
     "training.joint": JOINT,
-    "training.base": ADAPTERS,
+    "training.depth": DEPTH,
+    "training.base": (*ADAPTERS, *DEPTH),
 }
 """The stages that use a setting, or all settings of a section; more special names win over their sections.
 `lm/new` is the stage `lm` of a LM that is trained, not pre-trained."""
+
+CHOOSE_STAGES = ("method", "mixing.variants", "depth.members")
+"""Settings that no stage uses, but that say which stages there are."""
 
 ONLY_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
     "lm.vocabulary": ("lm.name", (None,)),
@@ -59,6 +73,7 @@ ONLY_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
     "training.base.rank": ("training.base.tuning", ("lora",)),
     "training.base.alpha": ("training.base.tuning", ("lora",)),
     "training.base.dropout": ("training.base.tuning", ("lora",)),
+    "training.base.last_layers": ("training.base.tuning", ("lora",)),
 }
 """Settings that do nothing unless another one has one of some values."""
 
@@ -75,7 +90,7 @@ def stage_settings(config: Config, stage: str) -> dict[str, Any]:
 
 def why_idle(config: Config, name: str) -> str | None:
     """Why a setting changes nothing that is trained; None where it does."""
-    if any(name in stage_settings(config, stage) for stage in stages_of(config)):
+    if name in CHOOSE_STAGES or any(name in stage_settings(config, s) for s in stages_of(config)):
         return None
     if not _switched_on(config, name):
         switch, values = ONLY_WITH[name]
@@ -84,24 +99,32 @@ def why_idle(config: Config, name: str) -> str | None:
     if users := stages_that_use(name):
         if "lm/new" in users and config.lm.name is not None:
             return f"lm.name is {config.lm.name}, and that LM is not trained"
-        return f"only {', '.join(users)} would use it, and mixing.variants has no such"
+        return f"only {', '.join(users)} would use it, and none of these is trained"
     return "no stage of training uses it"
 
 
 def stages_of(config: Config) -> list[str]:
     """All stages of a training."""
+    variants, ensembles = variants_of(config), config.method == "depth-ensemble"
     return [
         "corpus",
         "lm",
-        "planner",
+        *(["planner"] if variants or not ensembles else []),
         *(f"planner/fold{number}" for number in range(folds_of(config))),
-        *(f"adapter/{name}" for name in config.mixing.variants if name in VARIANTS),
+        *(f"adapter/{name}" for name in variants),
+        *(f"depth/{name}" for name in (config.depth.members if ensembles else ())),
     ]
+
+
+def variants_of(config: Config) -> list[VariantName]:
+    """The variants whose adapters are trained."""
+    wanted = (config.depth.variant,) if config.method == "depth-ensemble" else config.mixing.variants
+    return [name for name in wanted if name in VARIANTS]
 
 
 def folds_of(config: Config) -> int:
     """How many planners are trained for out-of-fold scores: none where no variant needs them."""
-    needed = any(name in VARIANTS and VARIANTS[name].out_of_fold for name in config.mixing.variants)
+    needed = any(VARIANTS[name].out_of_fold for name in variants_of(config))
     return config.training.planner.folds if needed else 0
 
 
@@ -128,4 +151,7 @@ def _built_on(config: Config, stage: str) -> tuple[str, ...]:
         return ("corpus", *lm)
     if stage.startswith("planner/fold"):
         return ("corpus", "planner", "planner/fold")
+    if stage in DEPTH:
+        conditioned = f"adapter/{config.depth.variant}"
+        return (conditioned, *_built_on(config, conditioned)) if conditioned in ADAPTERS else ("corpus", *lm)
     return {"corpus": (), "planner": ("corpus",)}.get(stage, ("corpus", *lm, "planner"))

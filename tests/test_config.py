@@ -347,9 +347,9 @@ def test_settings_are_added_deliberately():
     for name in setting_names():
         section = name.rpartition(".")[0]
         sections[section] = sections.get(section, 0) + 1
-    stages = dict.fromkeys(("training.lm", "training.adapter"), 8)
+    stages = dict.fromkeys(("training.lm", "training.adapter", "training.depth"), 8)
     assert sections == stages | {
-        "": 2,
+        "": 3,
         "corpus": 14,
         "corpus.planted": 11,
         "actions": 6,
@@ -360,8 +360,10 @@ def test_settings_are_added_deliberately():
         "training": 2,
         "training.planner": 11,
         "training.joint": 6,
-        "training.base": 5,
-        "evaluation": 4,
+        "training.base": 6,
+        "depth": 6,
+        "depth.distillation": 4,
+        "evaluation": 6,
         "generation": 9,
         "probe": 19,
     }

@@ -9,6 +9,8 @@ from probekit.config import Config, MixingSettings, setting_names
 from probekit.models.mixing import VARIANTS, training_mixing
 from probekit.run import Run
 from probekit.stage_settings import (
+    CHOOSE_STAGES,
+    DEPTH,
     JOINT,
     ONLY_WITH,
     TEMPERED,
@@ -20,7 +22,7 @@ from probekit.stage_settings import (
 )
 from probekit.training.train import train
 
-NOT_TRAINED_WITH = ("device", "evaluation", "generation", "probe", "mixing.variants")
+NOT_TRAINED_WITH = ("device", "evaluation", "generation", "probe", *CHOOSE_STAGES)
 
 
 def changed(config: Config, stage: str, settings: dict[str, object]) -> bool:
@@ -28,7 +30,8 @@ def changed(config: Config, stage: str, settings: dict[str, object]) -> bool:
 
 
 def test_every_setting_has_its_users_and_every_row_its_settings():
-    stages = {"corpus", "lm", "lm/new", "planner", "planner/fold", *(f"adapter/{name}" for name in VARIANTS)}
+    stages = {"corpus", "lm", "lm/new", "planner", "planner/fold", *DEPTH}
+    stages |= {f"adapter/{name}" for name in VARIANTS}
     for name in setting_names():
         users = stages_that_use(name)
         assert {*users} <= stages
@@ -60,6 +63,38 @@ def test_a_stage_depends_on_its_settings_and_on_those_of_what_it_builds_on(
 ):
     config = Config.from_preset("demo").override({"mixing.variants": ["fixed", "mixed", "soft", "joint"]})
     assert {stage for stage in stages_of(config) if changed(config, stage, settings)} == users
+
+
+@pytest.mark.parametrize(
+    ("settings", "users"),
+    [
+        ({"seed": 7}, {"lm", "planner", "adapter/soft", "depth/plain", "depth/repeated", "depth/distilled"}),
+        ({"planner.layers": 7}, {"planner", "adapter/soft", "depth/plain", "depth/repeated",
+                                 "depth/distilled"}),
+        ({"depth.layers": 2}, {"depth/repeated", "depth/distilled"}),
+        ({"depth.top_k": 2}, {"depth/repeated", "depth/distilled"}),
+        ({"depth.distillation.weight": 7}, {"depth/distilled"}),
+        ({"depth.layer_loss": 7}, {"depth/plain", "depth/repeated", "depth/distilled"}),
+        ({"training.depth.epochs": 7}, {"depth/plain", "depth/repeated", "depth/distilled"}),
+        ({"training.base.tuning": "lora"}, {"adapter/soft", "depth/plain", "depth/repeated",
+                                            "depth/distilled"}),
+        ({"training.base.last_layers": 1, "mixing.fraction": 0.1, "depth.members": ["plain"],
+          "evaluation.questions": 7}, set()),
+    ],
+)  # fmt: skip
+def test_stages_of_a_depth_ensemble(settings: dict[str, object], users: set[str]):
+    config = Config.from_preset("demo").override(
+        {
+            "method": "depth-ensemble",
+            "depth.members": ["plain", "repeated", "distilled"],
+            "depth.variant": "soft",
+        }
+    )
+    stages = stages_of(config)
+    assert stages[:4] == ["corpus", "lm", "planner", "adapter/soft"]
+    assert {stage for stage in stages if changed(config, stage, settings)} == users
+    alone = stages_of(config.override({"depth.variant": "none"}))
+    assert alone == ["corpus", "lm", *stages[4:]], "the base LM needs no planner"
 
 
 @pytest.mark.parametrize(

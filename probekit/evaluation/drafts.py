@@ -25,9 +25,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+# Tokens that are decoded to tell what a next one adds.
+_NEAR = 64
+
+
 def decoded(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int] | np.ndarray) -> str:
     """The text that tokens stand for, whatever they are."""
     return str(tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
+
+
+def _ends(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> list[int]:
+    """How many characters the tokens up to each one stand for.
+
+    Only the last ones are decoded again for each: how many characters come with a token is decided by what is
+    near, such as the other bytes of its character. So the time does not grow with the square of the length.
+    """
+    ends = [0]
+    for i in range(0, len(tokens), _NEAR):
+        near = tokens[max(0, i - _NEAR) : i + _NEAR]
+        before = min(i, _NEAR)
+        known = ends[i] - len(decoded(tokenizer, near[:before]))
+        ends += [known + len(decoded(tokenizer, near[: n + 1])) for n in range(before, len(near))]
+    return ends[1:]
 
 
 class Draft:
@@ -121,6 +140,11 @@ class Draft:
         self.actions += actions
         self.text.embeddings += embeddings
 
+    def alternate(self, embeddings: list[Tensor]) -> None:
+        """Gives the sentences two embeddings in turn."""
+        self.text.embeddings = embeddings
+        self._rows = [sentence % 2 for sentence in range(len(self.sentences) + 1)]
+
     def carry(self) -> None:
         """Has every position up to the last one carry the action of the next token's sentence."""
         if not self.text.carried:
@@ -130,7 +154,7 @@ class Draft:
     def _sentences_of_prompt(self) -> list[int]:
         """The sentence of every token of the prompt but the separator, known from all of the prompt."""
         ids, text = self.text.tokens[1:], self.prompt
-        ends = [len(decoded(self._tokenizer, ids[: i + 1])) for i in range(len(ids))]
+        ends = _ends(self._tokenizer, ids)
         spans = sentence_spans(text, self._language)
         aligned = align(text, spans, np.stack([[0, *ends[:-1]], ends], axis=1) if ids else [])
         owner = np.searchsorted(spans[:, 0], aligned.spans[:, 0], side="right") - 1
@@ -165,6 +189,24 @@ class Constant:
             text = draft.text
             text.embeddings = self._embeddings
             text.carried += [0] * (len(text.tokens) - len(text.carried))
+
+
+class ConstantBySentence:
+    """The same for every sentence, each told from the one before it, as planning tokens need it.
+
+    Args:
+        embedding: `[dimensions]`.
+    """
+
+    def __init__(self, embedding: Tensor) -> None:
+        self._embedding = embedding
+
+    def __call__(self, drafts: Sequence[Draft]) -> None:
+        """As `Conditioner` has it."""
+        for draft in drafts:
+            draft.read()
+            draft.alternate([self._embedding, self._embedding])
+            draft.carry()
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from probekit.config import GenerationSettings, VariantName
+from probekit.config import GenerationSettings, ModelName, VariantName
 from probekit.devices import autocast
 from probekit.errors import ProbekitError
-from probekit.evaluation.drafts import Conditioner, Constant, Draft, Given, Planned
+from probekit.evaluation.drafts import Conditioner, Constant, ConstantBySentence, Draft, Given, Planned
 from probekit.evaluation.prompts import Plan, Prompt, planned_prompts
 from probekit.evaluation.sampling import draw
 from probekit.models.decoding import Decoder, new_decoder
@@ -64,8 +64,10 @@ def reading_window(run: Run) -> int:
     return positions if run.config.lm.name else min(positions, run.config.training.window)
 
 
-def usual_variant(run: Run) -> VariantName:
-    """The variant that writes if none is named: `soft`, or the last one that is trained."""
+def usual_variant(run: Run) -> ModelName:
+    """What writes if nothing is named: `soft` or the last variant that is trained, or the last ensemble."""
+    if run.config.method == "depth-ensemble" and (members := run.members):
+        return members[-1]
     trained = run.variants
     return "soft" if "soft" in trained else trained[-1] if trained else "none"
 
@@ -74,7 +76,7 @@ def generate(
     run: Run | str | Path,
     prompts: str | Prompt | Iterable[str | Prompt],
     *,
-    variant: VariantName | None = None,
+    variant: ModelName | None = None,
     settings: GenerationSettings | Mapping[str, Any] | None = None,
     tokens: int = TOKENS,
     plan: Plan = "planner",
@@ -90,8 +92,8 @@ def generate(
     Args:
         run: The run or its folder.
         prompts: What is continued: texts or prompts, or a single one.
-        variant: Which variant writes; the scores become embeddings as when it is evaluated. Unset:
-            `usual_variant`.
+        variant: Which variant, or member of a depth ensemble, writes; the scores become embeddings as when
+            it is evaluated. Unset: `usual_variant`.
         settings: Temperature, `top_k`, `top_p` and the batch size, or settings to replace by dotted name,
             such as `generation.top_k`; unset: the run's own.
         tokens: How many are written for each prompt.
@@ -122,14 +124,14 @@ def generate(
     variant = variant or usual_variant(run)
     model = run.model(variant)
     given = not (isinstance(plan, str) and plan == "planner")
-    conditioner = _conditioner(run, model, variant, given=given)
-    road = run.forward_pass([LAST] if model.adapter is None else model.adapter.names, variant)
+    conditioned = conditioner(run, model, run.variant_of(variant), given=given)
+    road = run.forward_pass(model.names or [LAST], variant)
     decoder = new_decoder(model, road, reading_window(run), cache=cache)
     if cache and not decoder.cached:
         inserts = model.adapter is not None and model.adapter.inserts
         why = "there are planning tokens between a text's own" if inserts else "this LM gives none"
         progress.say(f"no keys and values are kept ({why}): each token reads the whole window again")
-    scribe = _Scribe(run, decoder, conditioner, settings, tokens)
+    scribe = _Scribe(run, decoder, conditioned, settings, tokens)
     # Texts of a length go together, so that little is padded.
     order = np.argsort([len(prompt.tokens) for prompt in known], kind="stable")
     results: dict[int, Generated] = {}
@@ -196,8 +198,12 @@ class _Scribe:
         return draw(logits, uniforms, self._settings).tolist()
 
 
-def _conditioner(run: Run, model: PlannedLM, variant: VariantName, *, given: bool) -> Conditioner:
-    """How a variant conditions drafts: on given plans, on the planner's, or the same everywhere."""
+def conditioner(run: Run, model: PlannedLM, variant: VariantName, *, given: bool = False) -> Conditioner:
+    """How a variant conditions drafts: on given plans, on the planner's, or the same everywhere.
+
+    Raises:
+        ProbekitError: A plan is given, but the variant obeys none.
+    """
     mixing = None if model.adapter is None else VARIANTS[variant].evaluation
     if given and (mixing is None or not mixing.needs_scores):
         raise ProbekitError(
@@ -208,7 +214,8 @@ def _conditioner(run: Run, model: PlannedLM, variant: VariantName, *, given: boo
         return Constant(None)
     if not mixing.needs_scores:
         none = torch.zeros(1, dtype=torch.long, device=run.device)
-        return Constant(mixing(none, none, model.adapter.codebook, model.temperature)[0])
+        embedding = mixing(none, none, model.adapter.codebook, model.temperature)[0]
+        return ConstantBySentence(embedding) if model.adapter.inserts else Constant(embedding)
     if given:
         return Given(model.adapter, run.encoder(), run.device, run.corpus.codebook)
     assert model.planner is not None  # noqa: S101 - an adapter is trained behind its planner

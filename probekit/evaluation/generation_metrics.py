@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from probekit.evaluation.evaluate import variants_and_actions, window_and_stride
+from probekit.evaluation.evaluate import variants_and_actions
 from probekit.evaluation.generation import Generated, generate
 from probekit.evaluation.over_seeds import over_seeds
+from probekit.evaluation.perplexity import window_and_stride
 from probekit.evaluation.prompts import Plan, Prompt
 from probekit.evaluation.text_features import FEATURES, text_features
 from probekit.evaluation.text_metrics import FEW_TEXTS, LEAST_TEXTS, cluster_texts, mauve_interval

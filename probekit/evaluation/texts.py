@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from probekit.config import VariantName
+from probekit.config import ModelName
 from probekit.corpus.sentences import complete_spans, sentence_spans
 from probekit.errors import ProbekitError
 from probekit.evaluation.generation import TOKENS, Generated, generate, reading_window, usual_variant
@@ -40,7 +40,7 @@ class Written:
         lacking: How many texts were asked for that no test document could begin.
     """
 
-    variant: VariantName
+    variant: ModelName
     prompts: list[Prompt]
     continuations: list[Generated]
     sentences: list[list[tuple[str, int | None]]]
@@ -98,7 +98,7 @@ def write_texts(
     *,
     documents: int | None = None,
     samples: int | None = None,
-    variant: VariantName | None = None,
+    variant: ModelName | None = None,
     tokens: int = TOKENS,
     plan: str | None = None,
     progress: Progress | None = None,
@@ -137,7 +137,8 @@ def write_texts(
     sentences = [
         sentences_of(prompt, more, language) for prompt, more in zip(prompts, continuations, strict=True)
     ]
-    mixed = plan is None and variant in VARIANTS and isinstance(VARIANTS[variant].evaluation, Soft)
+    planned = run.variant_of(variant)
+    mixed = plan is None and planned in VARIANTS and isinstance(VARIANTS[planned].evaluation, Soft)
     window, lacking = reading_window(run), wanted - len(prompts)
     return Written(variant, prompts, continuations, sentences, window, mixed=mixed, lacking=lacking)
 

@@ -122,7 +122,7 @@ class Frozen:
 
 
 class Lora:
-    """Low-rank updates of all linear maps but the unembedding (Hu et al. 2021, arXiv 2106.09685).
+    """Low-rank updates of linear maps, never of the unembedding (Hu et al. 2021, arXiv 2106.09685).
 
     Args:
         model: Its linear maps are wrapped in place.
@@ -138,7 +138,7 @@ class Lora:
             r=settings.rank,
             lora_alpha=settings.alpha,
             lora_dropout=settings.dropout,
-            target_modules="all-linear",
+            target_modules=_maps(model, settings.last_layers),
             task_type="CAUSAL_LM",
         )
         with torch.random.fork_rng(), warnings.catch_warnings():
@@ -206,6 +206,28 @@ class Full:
 
 TUNINGS: dict[str, type[Tuning]] = {"frozen": Frozen, "lora": Lora, "full": Full}
 """The kinds of `training.base.tuning`."""
+
+
+def _maps(model: PreTrainedModel, last_layers: int | None) -> str | list[str]:
+    """Which maps get updates, as peft takes it: all, or those of the last layers by their full names."""
+    if last_layers is None:
+        return "all-linear"
+    from transformers.pytorch_utils import Conv1D
+
+    depth = model.config.get_text_config().num_hidden_layers
+    path, blocks = next(
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth
+    )
+    if last_layers > depth:
+        raise ProbekitError(f"training.base.last_layers is {last_layers}, but the LM has {depth} layers")
+    return [
+        f"{path}.{number}.{name}"
+        for number in range(depth - last_layers, depth)
+        for name, module in blocks[number].named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    ]
 
 
 @contextmanager

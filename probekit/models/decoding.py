@@ -14,13 +14,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from probekit.corpus.examples import IGNORE, Batch
-from probekit.models.conditioning import Adapter, Conditioned
-from probekit.models.growing_text import GrowingWindows, Text, read_windows, window_start
+from probekit.models.conditioning import Conditioned
+from probekit.models.growing_text import Known, Text, read_windows, window_start
 from probekit.models.language_model import Hook
 from probekit.models.plain import TOLERANCE, ForwardPass, PlainPass, placed
 from probekit.models.planned_lm import PlannedLM
@@ -69,35 +67,8 @@ class WholeDecoder:
     def __call__(self, texts: Sequence[Text]) -> Tensor:
         """As `Decoder` has it."""
         read = read_windows(texts, self._window, self._device)
-        logits = self._model(_batch(read), _Known(read.embeddings))
+        logits = self._model(read.batch(), Known(read.embeddings))
         return logits[torch.arange(len(texts), device=self._device), read.lengths - 1]
-
-
-class _Known:
-    """The mixing of embeddings that are mixed already."""
-
-    needs_scores = False
-
-    def __init__(self, embeddings: Tensor | None) -> None:
-        self._embeddings = embeddings
-
-    def __call__(self, scores: Tensor, actions: Tensor, codebook: Tensor, temperature: Any) -> Tensor:
-        assert self._embeddings is not None  # noqa: S101 - nothing is mixed where nothing is conditioned
-        return self._embeddings
-
-
-def _batch(read: GrowingWindows) -> Batch:
-    sentences = torch.zeros(0 if read.embeddings is None else len(read.embeddings)).to(read.tokens)
-    return Batch(
-        tokens=read.tokens,
-        targets=torch.full_like(read.tokens, IGNORE),
-        document=np.arange(len(read.tokens)),
-        context=torch.zeros(0, device=read.tokens.device),
-        touched=sentences,
-        actions=sentences,
-        begun=sentences.bool(),
-        sentence=read.sentence,
-    )
 
 
 class PlainDecoder:
@@ -105,15 +76,16 @@ class PlainDecoder:
 
     Args:
         road: The plain module.
-        adapter: Conditions it; None leaves the LM alone.
+        model: Whose adapter conditions it, and whose depth ensemble makes the logits, if there are such.
         window: Most tokens that are read at once.
         cache: Keep keys and values of the texts of one call for the next.
     """
 
-    def __init__(self, road: PlainPass, adapter: Adapter | None, window: int, *, cache: bool) -> None:
+    def __init__(self, road: PlainPass, model: PlannedLM, window: int, *, cache: bool) -> None:
         self.cached = cache
         self._road = road
-        self._adapter = adapter
+        self._adapter = model.adapter
+        self._late = [] if model.depth is None else model.depth.hooks()
         self._window = window
         self._texts: list[Text] = []
         self._read: list[int] = []
@@ -154,7 +126,7 @@ class PlainDecoder:
         width, lengths = self._cache.get_seq_length() + 1, [self._length(text) for text in texts]
         read = torch.tensor(lengths, device=device)[:, None]
         mask = (torch.arange(width, device=device) >= width - read).long()
-        with self._road.hooked(self._last_hooks(texts, device)) as model:
+        with self._road.hooked([*self._last_hooks(texts, device), *self._late]) as model:
             return model(
                 input_ids=torch.tensor([[text.tokens[-1]] for text in texts], device=device),
                 position_ids=read - 1,
@@ -206,7 +178,7 @@ class PlainDecoder:
         def only_last(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             return (inputs[0][rows, last][:, None], *inputs[1:])
 
-        with self._road.hooked(shown.hooks) as model:
+        with self._road.hooked([*shown.hooks, *self._late]) as model:
             # Logits of whole windows may not fit, and nobody reads them.
             handle = model.get_output_embeddings().register_forward_pre_hook(only_last)
             try:
@@ -250,7 +222,7 @@ def new_decoder(model: PlannedLM, road: ForwardPass, window: int, *, cache: bool
 
     Args:
         model: The conditioned LM.
-        road: How the LM runs the adapter's hooks (`Run.forward_pass`).
+        road: How the LM runs the model's hooks (`Run.forward_pass`).
         window: Most tokens that are read at once, at least two.
         cache: Whether to keep what was read; it is not kept where the plain module cannot, nor between
             planning tokens.
@@ -260,9 +232,9 @@ def new_decoder(model: PlannedLM, road: ForwardPass, window: int, *, cache: bool
         return whole
     inserts = model.adapter is not None and model.adapter.inserts
     for kept in (True, False) if cache and not inserts else (False,):
-        plain = PlainDecoder(road, model.adapter, window, cache=kept)
+        plain = PlainDecoder(road, model, window, cache=kept)
         if _same(plain, whole, model, window):
-            return PlainDecoder(road, model.adapter, window, cache=kept)
+            return PlainDecoder(road, model, window, cache=kept)
     return whole
 
 

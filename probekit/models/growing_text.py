@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from probekit.corpus.examples import IGNORE, Batch
 
 
 @dataclass(eq=False)
@@ -52,6 +55,42 @@ class GrowingWindows:
     sentence: Tensor
     embeddings: Tensor | None
     lengths: Tensor
+
+    def batch(self, targets: Tensor | None = None) -> Batch:
+        """The same as a batch, which is to be mixed by `Known(embeddings)`.
+
+        Args:
+            targets: Next tokens, `IGNORE` where not scored `[texts, positions]`; unset: nothing is scored.
+        """
+        sentences = torch.zeros(0 if self.embeddings is None else len(self.embeddings)).to(self.tokens)
+        return Batch(
+            tokens=self.tokens,
+            targets=torch.full_like(self.tokens, IGNORE) if targets is None else targets,
+            document=np.arange(len(self.tokens)),
+            context=torch.zeros(0, device=self.tokens.device),
+            touched=sentences,
+            actions=sentences,
+            begun=sentences.bool(),
+            sentence=self.sentence,
+        )
+
+
+class Known:
+    """The mixing of embeddings that are mixed already.
+
+    Args:
+        embeddings: `[sentences, dimensions]`; None where nothing is conditioned, and so nothing mixed.
+    """
+
+    needs_scores = False
+
+    def __init__(self, embeddings: Tensor | None) -> None:
+        self._embeddings = embeddings
+
+    def __call__(self, scores: Tensor, actions: Tensor, codebook: Tensor, temperature: Any) -> Tensor:
+        """Mixes as `Mixing` has it."""
+        assert self._embeddings is not None  # noqa: S101 - nothing is mixed where nothing is conditioned
+        return self._embeddings
 
 
 def read_windows(texts: Sequence[Text], window: int, device: torch.device) -> GrowingWindows:

@@ -1,8 +1,9 @@
-"""The planner-conditioned LM: planner, mixing, adapter and bridged base LM as one module."""
+"""The planner-conditioned LM: planner, mixing, adapter, bridged base LM and depth ensemble as one module."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from probekit.corpus.examples import IGNORE, Batch
 from probekit.models.conditioning import Adapter, Conditioned
+from probekit.models.depth_ensemble import DepthEnsemble
 from probekit.models.language_model import Hook
 from probekit.models.mixing import Mixing
 from probekit.models.plain import BridgedPass, ForwardPass
@@ -31,6 +33,7 @@ class PlannedLM(nn.Module):
         road: How the forward pass is run; unset: through the bridge, where anybody may add hooks.
         learn_temperature: Train the temperature, from that value on.
         encoder: The sentence encoder that is trained with the planner; unset: embeddings are the corpus's.
+        depth: Makes the logits of several layers; None: they are the last layer's.
     """
 
     def __init__(
@@ -43,17 +46,29 @@ class PlannedLM(nn.Module):
         *,
         learn_temperature: bool = False,
         encoder: TrainableEncoder | None = None,
+        depth: DepthEnsemble | None = None,
     ) -> None:
         super().__init__()
         self.bridged = bridged
         self.planner = planner
         self.adapter = adapter
         self.encoder = encoder
+        self.depth = depth
         self.log_temperature: nn.Parameter | None = None
         if learn_temperature:
             self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
         self._temperature = temperature
         self._road = road or BridgedPass(bridged)
+
+    def run_by(self, road: ForwardPass) -> None:
+        """Has forward passes run in another way."""
+        self._road = road
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Full TransformerLens names of all hooks that are used."""
+        parts = (self.adapter, self.depth)
+        return tuple(name for part in parts if part is not None for name in part.names)
 
     @property
     def temperature(self) -> float | Tensor:
@@ -77,6 +92,25 @@ class PlannedLM(nn.Module):
             mixing: How scores become embeddings.
             scores: The planner's scores if they are known already `[touched, actions]`.
         """
+        read = self._planned(batch, mixing, scores)
+        return read if self.depth is None else replace(read, hooks=[*read.hooks, *self.depth.hooks()])
+
+    def late_hidden(self, batch: Batch, mixing: Mixing) -> dict[str, Tensor]:
+        """What the depth ensemble reads at every position, by hook `[windows, positions, width]`.
+
+        No logits are made.
+        """
+        assert self.depth is not None  # noqa: S101 - only ensembles are asked
+        read = self._planned(batch, mixing, None)
+        hidden: dict[str, Tensor] = {}
+        readers = self.depth.readers(hidden)
+        self._road(read.tokens, [*read.hooks, *readers], len(readers), read.positions)
+        if read.slots is None:
+            return hidden
+        return {name: read.slots.predictions(activation) for name, activation in hidden.items()}
+
+    def _planned(self, batch: Batch, mixing: Mixing, scores: Tensor | None) -> Conditioned:
+        """What the LM reads, conditioned on actions alone."""
         if self.adapter is None:
             return Conditioned(batch.tokens)
         if scores is None:

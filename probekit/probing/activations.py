@@ -14,7 +14,7 @@ from probekit.config import ProbedName
 from probekit.corpus.examples import collate, cut_windows, input_tokens
 from probekit.devices import autocast
 from probekit.errors import ProbekitError
-from probekit.evaluation.evaluate import window_and_stride
+from probekit.evaluation.perplexity import window_and_stride
 from probekit.models.conditioning import Conditioned
 from probekit.models.language_model import Hook, hook_name
 from probekit.models.mixing import VARIANTS, Fixed

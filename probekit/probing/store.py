@@ -18,7 +18,7 @@ from torch import Tensor
 from probekit.config import ProbedName
 from probekit.devices import precision_of
 from probekit.errors import ProbekitError
-from probekit.evaluation.evaluate import window_and_stride
+from probekit.evaluation.perplexity import window_and_stride
 from probekit.models.mixing import VARIANTS
 from probekit.probing.activations import Block, Place, Reader, chunk_slices
 from probekit.probing.grid import Grid

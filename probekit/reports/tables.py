@@ -12,7 +12,9 @@ from rich.text import Text
 
 from probekit.corpus.inspect import action_table, sentence_lengths, sizes
 from probekit.corpus.store import Corpus, too_few
-from probekit.evaluation.evaluate import Evaluation
+from probekit.evaluation.ensembles import EnsembleEvaluation
+from probekit.evaluation.evaluate import PlannerEvaluation
+from probekit.evaluation.perplexity import Evaluation
 from probekit.evaluation.texts import Written
 from probekit.probing.probe import ProbeResults
 from probekit.run import Run
@@ -79,7 +81,7 @@ def print_corpus(corpus: Corpus, nearest: int) -> None:
 
 
 def print_evaluation(evaluation: Evaluation) -> None:
-    """Perplexities with intervals, the difference of every two, planner metrics."""
+    """Perplexities with intervals, the difference of every two, planner metrics or multiple choice."""
     table = evaluation.perplexity
     _warn_of_few(table.documents.iloc[0])
     documents, tokens = table.documents.iloc[0], table.tokens.iloc[0]
@@ -100,7 +102,13 @@ def print_evaluation(evaluation: Evaluation) -> None:
             for row in evaluation.differences.to_dict("records")
         ),
     )
-    planner = evaluation.planner
+    if isinstance(evaluation, PlannerEvaluation):
+        _print_planners(evaluation.planner)
+    if isinstance(evaluation, EnsembleEvaluation):
+        _print_choices(evaluation)
+
+
+def _print_planners(planner: pd.DataFrame) -> None:
     metrics = planner.metric.unique()
     _print(
         f"Next action on {planner.sentences.iloc[0]:,} test sentences of "
@@ -109,6 +117,27 @@ def print_evaluation(evaluation: Evaluation) -> None:
         (
             [str(reader), *(_with_range(row, "value") for row in rows.to_dict("records"))]
             for reader, rows in planner.groupby("reader", sort=False)
+        ),
+    )
+
+
+def _print_choices(evaluation: EnsembleEvaluation) -> None:
+    accuracy = evaluation.accuracy
+    questions, documents = accuracy.questions.iloc[0], accuracy.documents.iloc[0]
+    _print(
+        f"Multiple choice: {questions:,} questions of {documents:,} documents",
+        ["variant", "accuracy", "95 % interval"],
+        (
+            [row["variant"], f"{row['accuracy']:.3f}", _range(row, "accuracy")]
+            for row in accuracy.to_dict("records")
+        ),
+    )
+    _print(
+        "Differences of accuracy, paired over documents",
+        ["first", "second", "first - second", "95 % interval"],
+        (
+            [row["first"], row["second"], f"{row['difference']:+.3f}", _range(row, "difference")]
+            for row in evaluation.accuracy_differences.to_dict("records")
         ),
     )
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from probekit.config import Config, setting_value
-from probekit.evaluation.evaluate import record_of
+from probekit.evaluation.perplexity import record_of
 from probekit.run import Run
 from probekit.run_folder import RECORDED
 from probekit.stage_settings import stage_settings, stages_of

@@ -200,7 +200,7 @@ class Sweep:
         generated = self._of_all_runs(_generated)
         if len(generated):
             self._check_documents(generated[generated.variant == "true"])
-        return pd.concat([losses, generated], ignore_index=True)[columns]
+        return pd.concat([losses, self._of_all_runs(_solved), generated], ignore_index=True)[columns]
 
     def _check_documents(self, true: pd.DataFrame) -> None:
         """Refuses values of true texts that are of other documents in one run than in others."""
@@ -235,6 +235,16 @@ def _generated(run: Run) -> pd.DataFrame:
     """Sums and counts of generated text, where it was measured; over all seeds of generation."""
     path = run.folder / "generation.parquet"
     return pd.read_parquet(path) if path.is_file() else pd.DataFrame()
+
+
+def _solved(run: Run) -> pd.DataFrame:
+    """Sums and counts of multiple-choice questions, where these were asked."""
+    path = run.folder / "choices.parquet"
+    if run.config.method != "depth-ensemble" or not path.is_file():
+        return pd.DataFrame()
+    questions = pd.read_parquet(path).groupby(["variant", "actions", "document"], sort=False).solved
+    table = questions.agg(["sum", "count"]).reset_index()
+    return table.assign(metric="accuracy", texts="questions", length=0)
 
 
 def _mauve(run: Run) -> pd.DataFrame:

@@ -214,7 +214,7 @@ def _check_changes_something(config: Config, name: str, *, generation: bool) -> 
     if name == "seed":
         raise ProbekitError("seed is no setting to sweep over; give --seeds")
     measured = ("evaluation", "generation") if generation else ("evaluation",)
-    if name == "mixing.variants" or name.split(".")[0] in measured:
+    if name.split(".")[0] in measured:
         return
     if reason := why_idle(config, name):
         raise ProbekitError(f"{name} changes nothing that the sweep trains or measures: {reason}")

@@ -53,6 +53,7 @@ class Stage:
         loss: Loss of some rows, divided so that the losses of a step's micro-batches add up to the step's
             loss: called with the micro-batch's rows and the whole step's.
         validation_loss: Computes the loss on validation documents.
+        observed: What else is logged with a training loss: called with the step's rows, behind the step.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Stage:
     examples: int
     loss: Callable[[np.ndarray, np.ndarray], Tensor]
     validation_loss: Callable[[], float]
+    observed: Callable[[np.ndarray], dict[str, float]] | None = None
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -95,10 +97,12 @@ def optimise(stage: Stage, seed: int, log: Callable[[dict[str, Any]], None], pro
             for group in stage.groups:
                 for parameter in group.parameters:
                     parameter.requires_grad_(step > group.frozen_steps(steps))
-            loss = _step(stage, next(batches), optimiser, step)
+            rows = next(batches)
+            loss = _step(stage, rows, optimiser, step)
             scheduler.step()
             if step % log_every == 0 or step == steps:
-                log({"stage": stage.name, "step": step, "loss": loss})
+                observed = stage.observed(rows) if stage.observed else {}
+                log({"stage": stage.name, "step": step, "loss": loss} | observed)
             task.advance(note=f"loss {loss:.3f}")
             if step % steps_per_epoch and step != steps:
                 continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ from typing import Any
 import torch
 
 from probekit import hub
-from probekit.config import Config, VariantName
+from probekit.config import Config, MemberName, VariantName
 from probekit.corpus.build import write_corpus
 from probekit.corpus.store import too_few
 from probekit.devices import precision_of
 from probekit.errors import ProbekitError
 from probekit.models.base_lm import TUNINGS
 from probekit.models.conditioning import location_width, new_adapter
+from probekit.models.depth_ensemble import new_ensemble
 from probekit.models.language_model import bridge, load_model, longest_window, new_model
 from probekit.models.mixing import VARIANTS
 from probekit.models.sentence_encoder import write_embeddings
@@ -26,9 +28,10 @@ from probekit.progress import Progress, without_bars_of_transformers
 from probekit.provenance import lm_digest
 from probekit.run import Run
 from probekit.run_folder import Existing
-from probekit.stage_settings import folds_of, stage_settings
+from probekit.stage_settings import folds_of, stage_settings, stages_of, variants_of
 from probekit.storage import atomic_folder, write_json
 from probekit.training.adapter import check_tunable, train_adapter
+from probekit.training.depth_ensemble import train_ensemble
 from probekit.training.language_model import train_language_model
 from probekit.training.planner import train_planner
 from probekit.training.trainer import Trainer
@@ -62,13 +65,20 @@ def _train(run: Run, progress: Progress) -> None:
         _stage(run, "lm", partial(_language_model, run, progress))
     _stage(run, "corpus", partial(_corpus, run, progress))
     _stage(run, "lm", partial(_language_model, run, progress))
-    _check_adapters(run)
-    _stage(run, "planner", lambda: run.save_planner(train_planner(_trainer(run, progress))))
+    stages, variants = stages_of(run.config), variants_of(run.config)
+    if variants:
+        _check_adapters(run)
+    if run.config.method == "depth-ensemble":
+        _check_ensembles(run)
+    if "planner" in stages:
+        _stage(run, "planner", lambda: run.save_planner(train_planner(_trainer(run, progress))))
     for fold in range(folds_of(run.config)):
         _stage(run, f"planner/fold{fold}", partial(_fold_planner, run, progress, fold))
-    for variant in run.config.mixing.variants:
-        if variant in VARIANTS:
-            _stage(run, f"adapter/{variant}", partial(_adapter, run, progress, variant))
+    for variant in variants:
+        _stage(run, f"adapter/{variant}", partial(_adapter, run, progress, variant))
+    for member in run.config.depth.members:
+        if (stage := f"depth/{member}") in stages:
+            _stage(run, stage, partial(_ensemble, run, progress, member))
 
 
 def build_corpus(
@@ -189,9 +199,27 @@ def _adapter(run: Run, progress: Progress, variant: VariantName) -> dict[str, An
     return facts
 
 
+def _ensemble(run: Run, progress: Progress, member: MemberName) -> dict[str, Any]:
+    settings, variant = run.config.training.base, run.config.depth.variant
+    base = TUNINGS[settings.tuning](run.plain_model(variant).to(run.device), settings, run.config.seed)
+    trainer = replace(_trainer(run, progress), corpus=run.corpus_of(variant))
+    ensemble = train_ensemble(trainer, member, run.model(variant), base)
+    run.save_ensemble(member, ensemble)
+    base.save(run.tuned_folder(member))
+    facts: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in ensemble.trained)}
+    if base.parameters:
+        facts["tuned_parameters"] = sum(parameter.numel() for parameter in base.parameters)
+    return facts
+
+
 def check_new_model(config: Config) -> None:
     """Refuses what does not fit a new LM, whose size the settings say, before anything is written."""
     _check_positions(config, config.lm.positions)
+    if config.method == "depth-ensemble" and config.depth.layers > config.lm.layers:
+        raise ProbekitError(
+            f"depth.layers is {config.depth.layers}, but lm.layers is {config.lm.layers}; an ensemble has at "
+            "most all layers of the LM"
+        )
     if config.conditioning.kind == "adapter" and config.conditioning.skip_layers >= config.lm.layers:
         raise ProbekitError(
             f"conditioning.skip_layers is {config.conditioning.skip_layers}, but lm.layers is "
@@ -205,6 +233,13 @@ def _check_adapters(run: Run) -> None:
     adapter = new_adapter(run.config.conditioning, codebook, run.bridged, run.config.seed)
     if run.config.training.base.tuning != "frozen":
         check_tunable(run.base_lm().forward_pass(adapter.names), adapter)
+
+
+def _check_ensembles(run: Run) -> None:
+    """Refuses ensembles that do not fit the LM while nothing is trained on it yet."""
+    base = run.base_lm()
+    for member in run.config.depth.members:
+        new_ensemble(member, run.config.depth, base.bridged, base.plain, run.config.seed)
 
 
 def _check_positions(config: Config, positions: int) -> None:

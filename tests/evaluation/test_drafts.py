@@ -8,7 +8,7 @@ import torch
 
 from probekit.corpus.examples import collate, cut_windows
 from probekit.corpus.sentences import complete_spans, sentence_spans
-from probekit.evaluation.drafts import Constant, Draft, Given, Planned, decoded
+from probekit.evaluation.drafts import Constant, ConstantBySentence, Draft, Given, Planned, _ends, decoded
 from probekit.models.mixing import Predicted
 from probekit.run import Run
 
@@ -151,6 +151,33 @@ def test_constants_are_carried_everywhere():
     Constant(row)([draft])
     assert draft.text.carried == [0] * 4
     assert draft.plan == []
+
+
+def test_constants_by_sentence_change_where_the_corpus_has_a_new_sentence(tiny_run: Run):
+    corpus = tiny_run.corpus
+    for document in corpus.documents("test")[:5]:
+        begin, end = corpus.document_tokens[document : document + 2]
+        first = corpus.first_token[slice(*corpus.document_sentences[document : document + 2])]
+        cut = first[len(first) // 2]  # a prompt of whole sentences; the rest is written token by token
+        draft = Draft(corpus.tokens[begin:cut].tolist(), corpus.tokenizer, "en")
+        for token in [*corpus.tokens[cut : end - 1].tolist(), None]:
+            ConstantBySentence(torch.ones(3))([draft])
+            if token is not None:
+                draft.text.tokens.append(token)
+        carried = np.array(draft.text.carried)
+        changes = 1 + np.flatnonzero(carried[1:] != carried[:-1])
+        # Position t carries the sentence of token t + 1.
+        assert changes.tolist() == (first[1:] - begin - 1).tolist()
+        assert draft.plan == []
+
+
+def test_ends_of_tokens_are_those_of_all_tokens_before_them(tiny_run: Run):
+    """Characters of several tokens, and texts longer than what is decoded at once."""
+    ids = ids_of(tiny_run, TEXT * 6)
+    assert len(ids) > 200
+    tokenizer = tiny_run.corpus.tokenizer
+    assert _ends(tokenizer, ids) == [len(decoded(tokenizer, ids[: i + 1])) for i in range(len(ids))]
+    assert _ends(tokenizer, []) == []
 
 
 @pytest.mark.parametrize("text", ["", " ", "\n\n", "\u00e9"])

@@ -15,8 +15,9 @@ from probekit.corpus.examples import cut_windows
 from probekit.corpus.store import SPLITS
 from probekit.errors import ProbekitError
 from probekit.evaluation.action_metrics import STRENGTHS
-from probekit.evaluation.evaluate import Evaluation, evaluate
-from probekit.evaluation.perplexity import Pass
+from probekit.evaluation.evaluate import PlannerEvaluation as Evaluation
+from probekit.evaluation.evaluate import evaluate
+from probekit.evaluation.perplexity import Pass, own_losses
 from probekit.models.mixing import Fixed, Oracle, Predicted, Soft
 from probekit.progress import Progress
 from probekit.run import Run
@@ -82,7 +83,7 @@ def test_perplexity_is_exp_of_the_mean_loss(evaluated: tuple[Run, Evaluation]):
     mixings = [Fixed(), Fixed(), Predicted(), Oracle(), Predicted(), Soft(), Soft()]
     for row, mixing in zip(evaluation.perplexity.itertuples(), mixings, strict=True):
         with Progress(quiet=True).task("score") as task:
-            sums = scoring.document_losses(run.model(row.variant), mixing, task)
+            (sums,) = scoring.document_losses(own_losses(run.model(row.variant)), mixing, task)
         assert row.perplexity == pytest.approx(np.exp(sums.sum() / scoring.tokens.sum()), rel=1e-6)
         assert row.perplexity_low < row.perplexity < row.perplexity_high
 

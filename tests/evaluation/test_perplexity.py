@@ -7,7 +7,7 @@ from torch.nn.functional import softmax
 
 from probekit.config import VariantName
 from probekit.corpus.examples import cut_windows
-from probekit.evaluation.perplexity import Pass
+from probekit.evaluation.perplexity import Pass, own_losses
 from probekit.models.language_model import bridge, new_model
 from probekit.models.mixing import VARIANTS, Fixed, Mixing, Oracle
 from probekit.models.planned_lm import PlannedLM
@@ -24,7 +24,7 @@ def scoring(run: Run, documents: np.ndarray, window: int, stride: int, batch_siz
 
 def losses(scored: Pass, model: PlannedLM, mixing: Mixing) -> np.ndarray:
     with Progress(quiet=True).task("score") as task:
-        return scored.document_losses(model, mixing, task)
+        return scored.document_losses(own_losses(model), mixing, task)[0]
 
 
 def loud(model: PlannedLM) -> PlannedLM:

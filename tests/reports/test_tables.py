@@ -15,7 +15,8 @@ from synthetic_probes import DISTANCES, probe_table
 from probekit.config import Config
 from probekit.corpus import inspect
 from probekit.corpus.build import write_corpus
-from probekit.evaluation.evaluate import Evaluation, evaluate
+from probekit.evaluation.evaluate import PlannerEvaluation as Evaluation
+from probekit.evaluation.evaluate import evaluate
 from probekit.evaluation.generation_metrics import GenerationEvaluation
 from probekit.probing.probe import ProbeResults
 from probekit.progress import Progress

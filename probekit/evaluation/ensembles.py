@@ -1,0 +1,192 @@
+"""How well the members of a depth ensemble, and each of their layers, predict tokens and next sentences."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from probekit.config import ModelName
+from probekit.corpus.examples import IGNORE, Batch
+from probekit.evaluation.multiple_choice import choice_losses, solved
+from probekit.evaluation.perplexity import (
+    Evaluation,
+    TokenLosses,
+    interval_columns,
+    losses_table,
+    own_losses,
+    perplexity_tables,
+    record_of,
+    scoring_pass,
+)
+from probekit.evaluation.questions import Question, corpus_questions, read_questions
+from probekit.evaluation.statistics import Resampling, bootstrap_ratio, paired_difference
+from probekit.models.depth_ensemble import MEMBERS
+from probekit.models.late_losses import reader_losses
+from probekit.models.mixing import VARIANTS, Fixed, Mixing
+from probekit.models.planned_lm import PlannedLM
+from probekit.progress import Progress
+from probekit.run import Run
+from probekit.storage import atomic_path
+
+
+@dataclass(frozen=True)
+class EnsembleEvaluation(Evaluation):
+    """What was found of a depth ensemble; the LM as it was before stands beside its members.
+
+    In all tables `variant` is the name of what predicts: a member, or one of its layers by that layer's
+    own norm, as `ensemble, layer 2`; columns `member` and `layer` (missing where all layers count) tell its
+    parts.
+
+    Attributes:
+        accuracy: One row for each: the share of multiple-choice questions that it solves.
+        accuracy_differences: One row for each two members: difference of accuracies, paired over documents.
+        choices: One row for each of them and question: whether it is solved.
+    """
+
+    accuracy: pd.DataFrame
+    accuracy_differences: pd.DataFrame
+    choices: pd.DataFrame
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """What predicts: a model, or one of its layers."""
+
+    model: ModelName
+    layer: int | None = None
+
+    def __str__(self) -> str:
+        return self.model if self.layer is None else f"{self.model}, layer {self.layer}"
+
+
+def evaluate_ensembles(run: Run, progress: Progress) -> EnsembleEvaluation:
+    """Evaluates a run's depth ensemble on its test documents; writes what `evaluate` does, and choices.
+
+    Args:
+        run: The run.
+        progress: Shows how far it is.
+
+    Raises:
+        ProbekitError: A member is not trained, or questions cannot be had.
+    """
+    config, variant = run.config, run.config.depth.variant
+    for member in config.depth.members:
+        run.require(f"depth/{member}")
+    scoring = replace(scoring_pass(run), corpus=run.corpus_of(variant))
+    questions = _questions(run)
+    actions = "none" if variant == "none" else "planner" if _mixing(run).needs_scores else "constant"
+    losses: dict[_Reader, np.ndarray] = {}
+    chosen: dict[_Reader, np.ndarray] = {}
+    for name in (variant, *config.depth.members):
+        model = run.model(name, fast=True)
+        readers, token_losses = _readers(run, name, model)
+        with progress.task(f"evaluate {name}", total=len(scoring.windows)) as task:
+            sums = scoring.document_losses(token_losses, _mixing(run), task)
+        with progress.task(f"ask {name}", total=len(questions)) as task:
+            right = solved(choice_losses(run, name, questions, token_losses, task), questions)
+        losses |= dict(zip(readers, sums, strict=True))
+        chosen |= dict(zip(readers, right, strict=True))
+    by_name = {(str(reader), actions): sums for reader, sums in losses.items()}
+    perplexity, _ = perplexity_tables(config, by_name, scoring.tokens)
+    whole = {key: sums for key, sums in by_name.items() if key[0] in (variant, *MEMBERS)}
+    _, differences = perplexity_tables(config, whole, scoring.tokens)
+    documents = np.array([question.document for question in questions])
+    accuracy, accuracy_differences = _accuracies(run, chosen, documents)
+    parts = {str(reader): (reader.model, reader.layer) for reader in losses}
+    choices = pd.DataFrame(
+        [
+            {"question": number, "document": document, "variant": str(reader), "solved": bool(right)}
+            for reader, rights in chosen.items()
+            for number, (document, right) in enumerate(zip(documents, rights, strict=True))
+        ]
+    ).assign(actions=actions)
+    evaluation = EnsembleEvaluation(
+        _with_parts(perplexity, parts),
+        differences,
+        losses_table(by_name, scoring),
+        record_of(config),
+        _with_parts(accuracy, parts),
+        accuracy_differences,
+        _with_parts(choices, parts),
+    )
+    with atomic_path(run.folder / "choices.parquet") as path:
+        evaluation.choices.to_parquet(path, index=False)
+    evaluation.write(run, accuracy=evaluation.accuracy, accuracy_differences=evaluation.accuracy_differences)
+    return evaluation
+
+
+def late_token_losses(model: PlannedLM, head: nn.Module) -> TokenLosses:
+    """Losses of a depth ensemble, and behind it of each of its layers.
+
+    Args:
+        model: With its ensemble.
+        head: The LM's head.
+    """
+
+    def losses(batch: Batch, mixing: Mixing) -> Tensor:
+        assert model.depth is not None  # noqa: S101 - only ensembles come here
+        scored = batch.targets != IGNORE
+        hidden = {name: h[scored] for name, h in model.late_hidden(batch, mixing).items()}
+        found = reader_losses(head, model.depth(hidden), batch.targets[scored])
+        placed = torch.zeros(len(found), *scored.shape, device=found.device)
+        placed[:, scored] = found
+        return placed
+
+    return losses
+
+
+def _readers(run: Run, name: ModelName, model: PlannedLM) -> tuple[list[_Reader], TokenLosses]:
+    """What a model predicts with, and the losses of each."""
+    if name not in MEMBERS or MEMBERS[name].reads != "late" or model.depth is None:
+        return [_Reader(name)], own_losses(model)
+    head = run.base_lm(name).plain.get_output_embeddings()
+    layers = [_Reader(name, layer) for layer in model.depth.layers]
+    return [_Reader(name), *layers], late_token_losses(model, head)
+
+
+def _mixing(run: Run) -> Mixing:
+    variant = run.config.depth.variant
+    return VARIANTS[variant].evaluation if variant in VARIANTS else Fixed()
+
+
+def _questions(run: Run) -> list[Question]:
+    settings = run.config.evaluation
+    if settings.questions_file is not None:
+        return read_questions(settings.questions_file, run.corpus)
+    window, seed = record_of(run.config)["window"], run.config.corpus.seed
+    return corpus_questions(run.corpus, run.corpus.documents("test"), settings.questions, window, seed)
+
+
+def _accuracies(
+    run: Run, chosen: dict[_Reader, np.ndarray], document: np.ndarray
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    options: Resampling = {"resamples": run.config.evaluation.resamples, "seed": run.config.seed}
+    _, row = np.unique(document, return_inverse=True)
+    counts = np.bincount(row)
+    sums = {reader: np.bincount(row, weights=right) for reader, right in chosen.items()}
+    accuracy = [
+        {"variant": str(reader), "questions": len(document)}
+        | interval_columns("accuracy", bootstrap_ratio(one, counts, **options))
+        for reader, one in sums.items()
+    ]
+    differences = [
+        {"first": str(first), "second": str(second)}
+        | interval_columns("difference", paired_difference(sums[first], sums[second], counts, **options))
+        for first, second in _pairs(sums)
+    ]
+    return pd.DataFrame(accuracy), pd.DataFrame(differences)
+
+
+def _pairs(readers: dict[_Reader, np.ndarray]) -> Iterator[tuple[_Reader, _Reader]]:
+    return itertools.combinations([reader for reader in readers if reader.layer is None], 2)
+
+
+def _with_parts(table: pd.DataFrame, parts: dict[str, tuple[ModelName, int | None]]) -> pd.DataFrame:
+    layers = pd.array([parts[name][1] for name in table.variant], dtype="Int64")
+    return table.assign(member=[parts[name][0] for name in table.variant], layer=layers)

@@ -1,0 +1,252 @@
+"""Depth ensemble: the logits of the last layers, weighted by a learned router (arXiv 2410.13077).
+
+Each late layer has a normalisation of its own and shares the LM's head, which is linear, and the router's
+weights add up to 1. So the weighted sum of the layers' logits is the head of the weighted sum of their
+normalised states: an ensemble of any number of layers costs one application of the head, and is no more
+than hooks that read the late layers and change what the final norm gives. All that runs an LM with hooks runs
+it with an ensemble.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from probekit.config import DepthSettings, MemberName
+from probekit.errors import ProbekitError
+from probekit.models.language_model import OUTSIDE_BLOCKS, Hook, hook_name
+from probekit.models.plain import TOLERANCE, find_tap
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import PreTrainedModel
+
+NORM_IN = "ln_final.hook_in"
+"""What the last layer gives, as the final norm gets it."""
+
+NORM_OUT = OUTSIDE_BLOCKS[1]
+"""What the head gets."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A way of tuning that is trained and compared.
+
+    Attributes:
+        reads: Which layers it reads: `last`, the last one alone; `late`, the last k; `repeated`, the last one
+            k times, for as many parameters without any depth.
+        distilled: Whether the layers learn from the last one.
+    """
+
+    reads: str
+    distilled: bool = False
+
+    def layers(self, depth: int, k: int) -> tuple[int, ...]:
+        """The layers it reads of an LM of some depth, the last one last."""
+        last = depth - 1
+        return {"last": (last,), "late": (*range(depth - k, depth),), "repeated": (last,) * k}[self.reads]
+
+
+MEMBERS: dict[MemberName, Member] = {
+    "plain": Member("last"),
+    "repeated": Member("repeated"),
+    "ensemble": Member("late"),
+    "distilled": Member("late", distilled=True),
+}
+"""The members of `depth.members`, by name."""
+
+
+@dataclass(frozen=True)
+class Late:
+    """What an ensemble makes of late layers.
+
+    Attributes:
+        states: Every layer's normalised states, which the head turns into its logits `[layers, ..., width]`.
+        weights: The router's `[..., layers]`; they add up to 1.
+        mixed: The weighted sum of the states, which the head turns into the ensemble's logits `[..., width]`.
+    """
+
+    states: Tensor
+    weights: Tensor
+    mixed: Tensor
+
+
+class DepthEnsemble(nn.Module):
+    """Normalisations of late layers, and the router.
+
+    A layer's normalisation is the LM's own final norm, kept as it was, with a trainable scale and shift
+    behind it: as expressive as one with its own weights, whatever the norm, and at first the LM's.
+
+    Args:
+        norm: The LM's final norm; copied.
+        layers: Which layer each normalisation reads, the last one last; a layer may come several times.
+        depth: Layers of the LM.
+        width: Features of the residual stream.
+        top_k: How many weights of a token are kept; None keeps all.
+        last_weight: About the weight that the last layer has before training, the others sharing the rest.
+        seed: Seed of the router, which starts small.
+
+    Attributes:
+        layers: As given.
+        names: Full TransformerLens names of the hooks it needs.
+    """
+
+    def __init__(
+        self,
+        norm: nn.Module,
+        layers: Sequence[int],
+        *,
+        depth: int,
+        width: int,
+        top_k: int | None = None,
+        last_weight: float = 0.5,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        k = len(layers)
+        self.layers = tuple(layers)
+        self._places = [NORM_IN if i == depth - 1 else hook_name("hook_resid_post", i) for i in layers]
+        self._top_k = None if top_k is None or top_k >= k else top_k
+        self.norm = copy.deepcopy(norm).requires_grad_(False)
+        self.scale = nn.Parameter(torch.ones(k, width))
+        self.shift = nn.Parameter(torch.zeros(k, width))
+        self.router: nn.Linear | None = None
+        if k > 1:
+            self.router = nn.Linear(width, k)
+            with torch.no_grad():
+                generator = torch.Generator().manual_seed(seed)
+                self.router.weight.copy_(0.1 / width * torch.randn(k, width, generator=generator))
+                self.router.bias.fill_(math.log((1.0 - last_weight) / (k - 1)))
+                self.router.bias[-1] = math.log(last_weight)
+
+    @property
+    def read_names(self) -> tuple[str, ...]:
+        """Hooks that are read, each once, in the order in which they fire."""
+        return tuple(dict.fromkeys(self._places))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Hooks that are read, and the one that is changed."""
+        return (*self.read_names, NORM_OUT)
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """What is trained."""
+        router = [] if self.router is None else [*self.router.parameters()]
+        return [self.scale, self.shift, *router]
+
+    def forward(self, hidden: Mapping[str, Tensor]) -> Late:
+        """Normalises, weighs and mixes.
+
+        Args:
+            hidden: What every one of `read_names` holds `[..., width]`.
+        """
+        normed = {name: self.norm(hidden[name]) for name in self.read_names}
+        each = zip(self._places, self.scale, self.shift, strict=True)
+        states = torch.stack([normed[place] * scale + shift for place, scale, shift in each])
+        weights = self._weights(normed[NORM_IN])
+        mixed = torch.einsum("...k,k...d->...d", weights.to(states.dtype), states)
+        return Late(states, weights, mixed)
+
+    def hooks(self) -> list[Hook]:
+        """The hooks with which a forward pass gives the ensemble's logits."""
+        hidden: dict[str, Tensor] = {}
+
+        def mix(activation: Tensor, hook: Any = None) -> Tensor:
+            return self(hidden).mixed.to(activation.dtype)
+
+        return [*self.readers(hidden), (NORM_OUT, mix)]
+
+    def readers(self, hidden: dict[str, Tensor]) -> list[Hook]:
+        """Hooks that put what `forward` needs into a mapping."""
+
+        def reader(name: str) -> Hook:
+            def keep(activation: Tensor, hook: Any = None) -> None:
+                hidden[name] = activation
+
+            return name, keep
+
+        return [reader(name) for name in self.read_names]
+
+    def _weights(self, read: Tensor) -> Tensor:
+        """Weights of the layers for tokens whose last layer, normalised, is given `[..., layers]`."""
+        if self.router is None:
+            return read.new_ones(*read.shape[:-1], 1)
+        scores = self.router(read).float()
+        if self._top_k is not None:
+            kept = scores.topk(self._top_k, dim=-1)
+            # A softmax over the kept scores alone is what keeping the weights and renormalising comes to.
+            scores = torch.full_like(scores, -torch.inf).scatter(-1, kept.indices, kept.values)
+        return scores.softmax(dim=-1)
+
+
+def new_ensemble(
+    member: MemberName,
+    settings: DepthSettings,
+    bridged: TransformerBridge,
+    model: PreTrainedModel,
+    seed: int,
+) -> DepthEnsemble:
+    """An untrained ensemble that fits an LM.
+
+    Args:
+        member: Which layers it reads.
+        settings: Their number, and the router's.
+        bridged: The LM, bridged.
+        model: The same LM, not bridged.
+        seed: Seed of the router.
+
+    Raises:
+        ProbekitError: The LM has too few layers, no final norm, or logits that are more than its head.
+    """
+    depth = bridged.cfg.n_layers
+    if settings.layers > depth:
+        raise ProbekitError(
+            f"depth.layers is {settings.layers}, but the LM has {depth} layers; it must be at most {depth}"
+        )
+    norm = final_norm(bridged, model)
+    return DepthEnsemble(
+        norm,
+        MEMBERS[member].layers(depth, settings.layers),
+        depth=depth,
+        width=model.get_output_embeddings().in_features,
+        top_k=settings.top_k,
+        last_weight=settings.last_weight,
+        seed=seed,
+    )
+
+
+def final_norm(bridged: TransformerBridge, model: PreTrainedModel) -> nn.Module:
+    """The norm before the head of an LM whose logits are the head of that norm.
+
+    Raises:
+        ProbekitError: There is none, or the logits are capped or scaled behind the head.
+    """
+    tap = find_tap(bridged, model, NORM_OUT)
+    if tap is None:
+        raise ProbekitError(
+            f"{type(model).__name__} has no final norm (no {NORM_OUT}), from which a depth ensemble's "
+            "normalisations begin; choose an LM that has one before its head, as GPT-2, Llama, OLMo and Qwen "
+            "have, or give --method planner"
+        )
+    norm = model.get_submodule(tap.module)
+    seen: list[Tensor] = []
+    handle = norm.register_forward_hook(lambda _, __, output: seen.append(output))
+    with torch.no_grad():
+        tokens = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
+        logits = model(tokens, use_cache=False).logits
+    handle.remove()
+    with torch.no_grad():
+        own = model.get_output_embeddings()(seen[-1])
+    if own.shape != logits.shape or (own - logits).abs().max() > TOLERANCE * logits.abs().max():
+        raise ProbekitError(
+            f"{type(model).__name__} does more to its logits than its head does (it caps or scales them), so "
+            "late layers have no logits of their own by that head alone; choose an LM whose head comes last"
+        )
+    return norm

@@ -1,0 +1,140 @@
+"""The depth ensemble's stage: norms, router, and whatever is tuned with them, on next-token loss."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from probekit.config import MemberName
+from probekit.corpus.examples import IGNORE, Batch, Windows, collate
+from probekit.errors import ProbekitError
+from probekit.models.base_lm import Tuning
+from probekit.models.depth_ensemble import MEMBERS, DepthEnsemble, Late, new_ensemble
+from probekit.models.late_losses import LateLoss, reader_losses
+from probekit.models.mixing import VARIANTS, Fixed
+from probekit.models.plain import PlainPass, forward_pass
+from probekit.models.planned_lm import PlannedLM
+from probekit.training.loop import Group, Stage
+from probekit.training.trainer import Trainer
+
+
+def train_ensemble(
+    trainer: Trainer, member: MemberName, conditioned: PlannedLM, base: Tuning
+) -> DepthEnsemble:
+    """Trains a member of a depth ensemble on next-token loss.
+
+    Args:
+        trainer: What every stage needs, with the corpus as the LM's planner reads it.
+        member: Which layers it reads, and whether they learn from the last one.
+        conditioned: The LM, frozen, conditioned by an adapter or not.
+        base: The same LM, not bridged, and what is to be trained of it.
+
+    Raises:
+        ProbekitError: The LM does not bear an ensemble; or it is to be tuned, but only TransformerLens has
+            the places that are read.
+    """
+    return DepthTraining(trainer, member, conditioned, base).run()
+
+
+class DepthTraining:
+    """The training of one member: what is trained and how, and the loss.
+
+    Attributes:
+        model: The LM with its ensemble.
+        ensemble: The ensemble.
+    """
+
+    def __init__(self, trainer: Trainer, member: MemberName, conditioned: PlannedLM, base: Tuning) -> None:
+        config, bridged = trainer.config, conditioned.bridged
+        depth = config.depth
+        self.ensemble = new_ensemble(member, depth, bridged, base.model, config.seed).to(trainer.device)
+        adapter = conditioned.adapter
+        names = [*(() if adapter is None else adapter.names), *self.ensemble.names]
+        road = forward_pass(bridged, base.model, names)
+        if base.parameters and not isinstance(road, PlainPass):
+            raise ProbekitError(
+                f"only TransformerLens has all of {', '.join(names)}, and no base LM can be tuned there; "
+                "give training.base.tuning frozen"
+            )
+        self.model = PlannedLM(
+            bridged, conditioned.planner, adapter, float(conditioned.temperature), road, depth=self.ensemble
+        )
+        self._trainer, self._member, self._base = trainer, member, base
+        self._mixing = VARIANTS[depth.variant].evaluation if depth.variant in VARIANTS else Fixed()
+        self._loss = LateLoss(depth.distillation if MEMBERS[member].distilled else None, depth.layer_loss)
+        self._task_loss = LateLoss()
+        self._train, self._validation = trainer.windows("train"), trainer.windows("validation")
+
+    def run(self) -> DepthEnsemble:
+        """Trains the ensemble and leaves it in evaluation mode."""
+        training = self._trainer.config.training
+        groups = [Group(self.ensemble.trained, training.depth.learning_rate)]
+        if self._base.parameters:
+            groups.append(Group(self._base.parameters, training.base.learning_rate))
+        self._trainer.optimise(
+            Stage(
+                f"depth/{self._member}",
+                training.depth,
+                groups,
+                len(self._train),
+                self.loss,
+                lambda: self._trainer.mean_loss(
+                    self._validation, training.depth.batch_size, self.validation_loss
+                ),
+                self.observed,
+            )
+        )
+        return self.ensemble.eval()
+
+    def loss(self, rows: np.ndarray, step: np.ndarray) -> Tensor:
+        """Loss of some windows, as `Stage.loss` has it."""
+        self._base.train(True)
+        total = self._summed(self._loss, self._batch(self._train[rows]))
+        return total / int(self._train.scored[step].sum())
+
+    def validation_loss(self, windows: Windows) -> Tensor:
+        """The ensemble's next-token loss, summed over windows; nothing else is selected by."""
+        self._base.train(False)
+        return self._summed(self._task_loss, self._batch(windows))
+
+    @torch.no_grad()
+    def observed(self, rows: np.ndarray) -> dict[str, float]:
+        """Losses of the ensemble and of its layers on some windows, and the router's weights.
+
+        `sparsity` is 1 less the entropy of a token's weights as a share of the largest there can be, averaged
+        over tokens: 0 where all layers weigh the same, 1 where one has all weight.
+        """
+        self._base.train(False)
+        batch = self._batch(self._train[rows])
+        with self._trainer.autocast():
+            late, targets = self._scored(batch)
+            losses = reader_losses(self._base.model.get_output_embeddings(), late, targets).mean(dim=1)
+        found: dict[str, Any] = {"ensemble_loss": losses[0].item()}
+        if (count := len(self.ensemble.layers)) > 1:
+            entropy = torch.special.entr(late.weights).sum(dim=-1).mean().item()
+            found["sparsity"] = 1.0 - entropy / float(np.log(count))
+        for place, weight in enumerate(late.weights.mean(dim=0).tolist()):
+            number = place - count  # -1: the last one
+            found |= {f"layer_loss{number}": losses[1 + place].item(), f"weight{number}": weight}
+        return found
+
+    def _summed(self, loss: LateLoss, batch: Batch) -> Tensor:
+        with self._trainer.autocast():
+            late, targets = self._scored(batch)
+            return loss(self._base.model.get_output_embeddings(), late, targets)
+
+    def _scored(self, batch: Batch) -> tuple[Late, Tensor]:
+        """Late layers, and next tokens, at the positions that are scored."""
+        # A frozen LM needs no graph: what is trained lies behind it.
+        frozen = contextlib.nullcontext() if self._base.parameters else torch.no_grad()
+        scored = batch.targets != IGNORE
+        with frozen:
+            hidden = self.model.late_hidden(batch, self._mixing)
+        return self.ensemble({name: h[scored] for name, h in hidden.items()}), batch.targets[scored]
+
+    def _batch(self, windows: Windows) -> Batch:
+        return collate(self._trainer.corpus, windows).to(self._trainer.device)
