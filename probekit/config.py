@@ -397,7 +397,7 @@ class DepthSettings(Settings):
     """How many of the last layers are in an ensemble."""
     top_k: Positive | None = None
     """How many of a token's router weights are kept and renormalised; unset: all."""
-    last_weight: SomeShare = 0.5
+    last_weight: SomeShare = 0.9
     """Weight that the last layer has before training; the others share the rest."""
     layer_loss: Annotated[float, Field(ge=0.0)] = 0.0
     """Weight of the cross-entropy of every single layer, beside the ensemble's."""

@@ -105,7 +105,7 @@ class DepthEnsemble(nn.Module):
         depth: int,
         width: int,
         top_k: int | None = None,
-        last_weight: float = 0.5,
+        last_weight: float = 0.9,
         seed: int = 0,
     ) -> None:
         super().__init__()
