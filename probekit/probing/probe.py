@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from torch import Tensor
 
 from probekit.config import ConditioningSettings, ProbedName
 from probekit.corpus.store import Corpus
@@ -24,12 +25,16 @@ from probekit.probing.fitting import CLOSED_FORM, Work, control_question, docume
 from probekit.probing.grid import CHOSEN_ON, FITTED_ON, TESTED_ON, Grid, make_grid
 from probekit.probing.locations import BEFORE, per_layer
 from probekit.probing.results import table_of
+from probekit.probing.saved import weights_of, write_probes
 from probekit.probing.store import Store, identity, write_store
 from probekit.probing.tally import Row, Tally
 from probekit.probing.targets import Examples, Target, find_target
 from probekit.progress import Progress
 from probekit.run import Run
 from probekit.storage import atomic_folder, write_json
+
+Weights = dict[tuple[ProbedName, int], dict[str, Tensor]]
+"""Weights of linear probes by the names they are kept under, for every variant and seed."""
 
 
 @dataclass(frozen=True)
@@ -100,10 +105,12 @@ def probe(
     with progress.task("score baselines"):
         tallies = baseline_tallies(run, shared)
     notes = list(shared.notes)
+    weights: Weights = {}
     for seed, grid in grids.items():
         tallies += _token_embedding(run, grid, seed, progress)
         for variant in config.variants:
-            tallies += _probed(run, grid, variant, places, seed, progress, store=store)
+            found, weights[variant, seed] = _probed(run, grid, variant, places, seed, progress, store=store)
+            tallies += found
     results = ProbeResults(
         table_of(
             tallies,
@@ -114,7 +121,7 @@ def probe(
         run.folder / "probes",
         [*notes, *_constant_note(tallies)],
     )
-    _write(run, results, grids)
+    _write(run, results, grids, weights)
     return results
 
 
@@ -140,7 +147,7 @@ def _token_embedding(run: Run, grid: Grid, seed: int, progress: Progress) -> lis
     solver = solvers[0] if CLOSED_FORM.issuperset(solvers) else "softmax"
     plain = {"probe.control": False, "probe.code_length": False, "probe.solvers": [solver]}
     alone = run.with_settings(plain)
-    tallies = _probed(alone, grid, "none", [("hook_embed", 0)], seed, progress, name="token embedding")
+    tallies, _ = _probed(alone, grid, "none", [("hook_embed", 0)], seed, progress, name="token embedding")
     for tally in tallies:
         tally.heads = [head | {"reader": "token embedding", "variant": None} for head in tally.heads]
     return tallies
@@ -156,8 +163,12 @@ def _probed(
     *,
     name: str | None = None,
     store: bool = False,
-) -> list[Tally]:
-    """Reads, fits and scores all places of a variant, in as few passes as the memory allows."""
+) -> tuple[list[Tally], dict[str, Tensor]]:
+    """Reads, fits and scores all places of a variant, in as few passes as the memory allows.
+
+    Returns:
+        What the probes got right, and the weights of those that are linear.
+    """
     config, examples = run.config.probe, grid.examples
     source: Callable[[list[Place]], Activations]
     source = partial(Reader, run, variant, distances=grid.distances, seed=seed)
@@ -168,13 +179,15 @@ def _probed(
     control = control_question(run.corpus, grid, seed) if config.control else None
     head: Row = {"reader": "probe", "variant": variant, "seed": seed}
     tallies: list[Tally] = []
+    weights: dict[str, Tensor] = {}
     for group in _groups(run, grid, places):
         activations = source(group)
         work = Work(grid, config, control, seed, run.device, progress, name or variant)
         fitted = fit(activations, work)
         tallies += score(activations, work, fitted, head)
+        weights |= weights_of(fitted, activations.blocks, grid.distances)
     _mark_injected(run, grid, variant, places, tallies)
-    return tallies
+    return tallies, weights
 
 
 def _groups(run: Run, grid: Grid, places: Sequence[Place]) -> Iterator[list[Place]]:
@@ -245,8 +258,11 @@ def _constant_note(tallies: Sequence[Tally]) -> list[str]:
     return [f"constant activations, which tell nothing: {cell}" for cell in sorted(cells)]
 
 
-def _write(run: Run, results: ProbeResults, grids: Mapping[int, Grid]) -> None:
+def _write(run: Run, results: ProbeResults, grids: Mapping[int, Grid], weights: Weights) -> None:
     with atomic_folder(results.folder) as folder:
+        for (variant, seed), tensors in weights.items():
+            if tensors:
+                write_probes(folder, variant, seed, tensors)
         results.table.to_parquet(folder / "results.parquet", index=False)
         write_json(
             folder / "settings.json",
