@@ -1,0 +1,1 @@
+"""Causal tests of what probes find: erase it, steer along it, patch it."""

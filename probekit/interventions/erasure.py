@@ -1,0 +1,99 @@
+"""Erasers: affine maps after which no linear probe can tell the classes, fitted from the sums of probing.
+
+LEACE (Belrose et al. 2023, arXiv 2306.03819) changes activations least, in the mean squared sense, of all
+that leave a linear probe nothing: with S the covariance of the activations and C their covariance with the
+one-hot classes, W = S^(-1/2), and Q the orthogonal projection onto the columns of W C (Theorem 4.3),
+
+    r(x) = x - W^+ Q W (x - mean).
+
+INLP (Ravfogel et al. 2020) projects onto the null space of a probe's weights, and again for a probe that is
+fitted on what is left; it takes more away, and needs rounds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from probekit.probing.solvers import Moments
+
+RANK_TOLERANCE = 1e-8
+"""Singular values below this share of the largest are rounding."""
+
+
+@dataclass(frozen=True)
+class Eraser:
+    """An affine map x - left right (x - mean).
+
+    Attributes:
+        left: `[width, rank]`.
+        right: `[rank, width]`.
+        mean: Of the activations it was fitted on, which it leaves where they are `[width]`.
+    """
+
+    left: Tensor
+    right: Tensor
+    mean: Tensor
+
+    @property
+    def rank(self) -> int:
+        """Dimensions that are taken away."""
+        return self.left.shape[1]
+
+    def __call__(self, activations: Tensor) -> Tensor:
+        """Activations `[..., width]` without what a linear probe can read."""
+        centred = activations.to(self.mean) - self.mean
+        return (activations.to(self.mean) - centred @ self.right.T @ self.left.T).to(activations.dtype)
+
+
+def leace(moments: Moments) -> list[Eraser]:
+    """The LEACE eraser of every probe of a batch.
+
+    Args:
+        moments: Sums over the examples to fit on; classes without examples take no part.
+    """
+    erasers = []
+    for mean, covariance, cross in _covariances(moments):
+        values, vectors = torch.linalg.eigh(covariance)
+        kept = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
+        roots = values.clamp(min=0).sqrt()
+        whiten = vectors * torch.where(kept, 1.0 / roots, 0.0) @ vectors.T
+        colour = vectors * torch.where(kept, roots, 0.0) @ vectors.T
+        basis = _range(whiten @ cross)
+        erasers.append(Eraser((colour @ basis).float(), (basis.T @ whiten).float(), mean.float()))
+    return erasers
+
+
+def inlp(moments: Moments, rounds: int) -> list[Eraser]:
+    """Iterative null-space projection for every probe of a batch, with least-squares probes.
+
+    Args:
+        moments: Sums over the examples to fit on.
+        rounds: How often a probe is fitted on what is left, and its weights are projected out.
+    """
+    erasers = []
+    for mean, covariance, cross in _covariances(moments):
+        removed = covariance.new_zeros(len(covariance), 0)
+        for _ in range(rounds):
+            left = torch.eye(len(covariance)).to(covariance) - removed @ removed.T
+            weights = torch.linalg.pinv(left @ covariance @ left, rtol=1e-7, hermitian=True) @ left @ cross
+            fresh = _range(left @ weights)
+            removed = torch.linalg.qr(torch.cat([removed, fresh], dim=1)).Q
+        erasers.append(Eraser(removed.float(), removed.T.float(), mean.float()))
+    return erasers
+
+
+def _covariances(moments: Moments) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Of every probe the mean, the covariance, and the covariance with one-hot classes, in float64."""
+    count = moments.count[:, None, None]
+    shares = moments.class_counts[..., None]
+    centred = moments.class_sums - shares * moments.mean[:, None]
+    return list(zip(moments.mean, moments.scatter / count, centred.mT / count, strict=True))
+
+
+def _range(matrix: Tensor) -> Tensor:
+    """An orthonormal basis of a matrix's columns `[rows, rank]`."""
+    left, values, _ = torch.linalg.svd(matrix, full_matrices=False)
+    return left[:, values > RANK_TOLERANCE * values.max().clamp(min=1e-300)]
