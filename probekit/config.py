@@ -509,6 +509,35 @@ class ProbeSettings(Settings):
     """Gigabytes that held activations may take; places beyond that are read in further passes."""
 
 
+class InterventionSettings(Settings):
+    """Causal tests of what probes read."""
+
+    variant: VariantName = "none"
+    """Whose activations are changed; its probes have to be there."""
+    locations: Several[str] = ("hook_resid_post",)
+    """TransformerLens hooks, without the `blocks.L.` before them, that are changed."""
+    layers: Several[Annotated[int, Field(ge=0)]] | None = None
+    """Layers that are changed, one at a time; unset: all."""
+    distances: Several[Positive] = (1, 2, 4)
+    """Tokens before the next sentence at which activations are changed."""
+    span: bool = True
+    """Change all of the distances up to the one that is told, at once; or else that one alone."""
+    kinds: Several[Literal["erase", "steer", "patch"]] = ("erase", "steer", "patch")
+    """erase: what a linear probe can read is taken away; steer: the direction of an action is added; patch:
+    another document's activation is put in place."""
+    eraser: Literal["leace", "inlp"] = "leace"
+    """LEACE (Belrose et al. 2023), or iterative null-space projection (Ravfogel et al. 2020)."""
+    rounds: Positive = 2
+    """Rounds of null-space projection (inlp)."""
+    direction: Literal["means", "probe"] = "means"
+    """An action's direction: from the mean of all activations to the action's, or its probe's weights, as
+    long as that way."""
+    strengths: Several[float] = (1.0, 2.0, 4.0)
+    """By how much directions are multiplied."""
+    scenes: Annotated[int, Field(ge=2)] = 300
+    """Test documents in which one sentence boundary each is changed."""
+
+
 class Config(Settings):
     """All settings of a run."""
 
@@ -530,6 +559,7 @@ class Config(Settings):
     evaluation: EvaluationSettings = EvaluationSettings()
     generation: GenerationSettings = GenerationSettings()
     probe: ProbeSettings = ProbeSettings()
+    intervene: InterventionSettings = InterventionSettings()
 
     @model_validator(mode="after")
     def _knows_the_variant(self) -> Self:

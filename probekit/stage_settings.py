@@ -27,6 +27,7 @@ USED_BY: dict[str, tuple[str, ...]] = {
     "evaluation": (),
     "generation": (),
     "probe": (),
+    "intervene": (),
     "seed": ("lm/new", "planner", *ADAPTERS, *DEPTH),
     "corpus": ("corpus",),
     "actions": ("corpus",),
