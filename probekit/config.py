@@ -396,7 +396,8 @@ class DepthSettings(Settings):
     layers: Positive = 3
     """How many of the last layers are in an ensemble."""
     top_k: Positive | None = None
-    """How many of a token's router weights are kept and renormalised; unset: all."""
+    """How many of a token's router weights are kept and renormalised; unset: all. A single one is always 1,
+    so that with 1 the router learns nothing."""
     last_weight: SomeShare = 0.9
     """Weight that the last layer has before training; the others share the rest."""
     layer_loss: Annotated[float, Field(ge=0.0)] = 0.0

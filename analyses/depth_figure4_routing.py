@@ -1,0 +1,108 @@
+"""Figure 4 of arXiv 2410.13077: how sparse the routing gets in training, and what weight each layer has.
+
+    python analyses/depth_figure4_routing.py runs/depth --window 15
+    python analyses/depth_figure4_routing.py --preset demo --seeds 3 --runs runs/depth
+
+A folder is a single run, or a sweep, of which the seeds of each member are taken together. With `--preset`
+the sweep is trained first, into `RUNS/PRESET`, or gone on with: one member for each of `--tunings`. Sparsity
+is 1 less the entropy of a token's weights as a share of the largest there can be, averaged over tokens: 0
+where all layers weigh the same, 1 where one has all weight. Lines are moving averages over logged rows of the
+mean over seeds, thin lines are single seeds.
+"""
+
+from __future__ import annotations
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from probekit.reports.late_layers import (
+    MEMBER_STYLES,
+    Groups,
+    add_run_options,
+    add_window_option,
+    depth_runs,
+    draw_line,
+    layer_name,
+    layer_style,
+    members_of,
+    training_curves,
+)
+from probekit.reports.manifest import save_figure
+from probekit.reports.scripts import run_script, script_parser
+
+COPIES = "repeated"
+"""The member whose layers are all the last one."""
+
+
+def routing(groups: Groups, window: int) -> pd.DataFrame:
+    """Sparsity and weights of the members that have a router; columns `runs` and `member` tell them apart."""
+    parts = []
+    for name, runs in groups.items():
+        needed = "a router, which members repeated, ensemble and distilled have from depth.layers 2 on"
+        each = [members_of(run, reads=["repeated", "late"], needed=needed) for run in runs]
+        for member in each[0]:
+            table = training_curves(runs, member, window)
+            table = table[table.quantity.isin(["sparsity", "weight"])]
+            parts.append(table.assign(runs=name, member=member))
+    return pd.concat(parts, ignore_index=True)
+
+
+def draw(table: pd.DataFrame) -> Figure:
+    """A row for each group: sparsity of all members, then the weights of each."""
+    groups, members = (list(dict.fromkeys(table[column])) for column in ("runs", "member"))
+    size = (3.4 * (1 + len(members)) + 1.6, 3.0 * len(groups) + 0.4)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(len(groups), 1 + len(members), squeeze=False, sharex=True, sharey=True)
+    for (first, *others), group in zip(panels, groups, strict=True):
+        own = table[table.runs == group]
+        for member, rows in own[own.quantity == "sparsity"].groupby("member", sort=False):
+            draw_line(first, rows, str(member), MEMBER_STYLES[str(member)])
+        for axes, member in zip(others, members, strict=True):
+            _draw_weights(axes, own[(own.member == member) & (own.quantity == "weight")], member)
+        first.set_title("sparsity of the routing", fontsize=11)
+        first.set_ylabel(group if len(groups) > 1 else "share", fontsize=11)
+    for axes in panels.flat:
+        axes.set_ylim(-0.03, 1.03)
+        axes.grid(color="0.92")
+        if axes.lines:
+            axes.legend(fontsize=9, frameon=False)
+    for axes in panels[-1]:
+        axes.set_xlabel("step")
+    return figure
+
+
+def _draw_weights(axes: Axes, table: pd.DataFrame, member: str) -> None:
+    for layer, rows in table.groupby("layer"):
+        number = int(str(layer))
+        if member == COPIES:
+            dashes = (0, (2 * -number, 1.5)) if number < -1 else "-"
+            draw_line(axes, rows, f"copy {-number} of the last", layer_style(-1) | {"linestyle": dashes})
+        else:
+            draw_line(axes, rows, layer_name(number), layer_style(number))
+    axes.set_title(f"{member}: mean weight", fontsize=11)
+
+
+def main() -> None:
+    """Trains what is missing, draws, saves."""
+    parser = script_parser(__doc__, "figures/depth_figure4_routing.png")
+    add_run_options(parser)
+    add_window_option(parser)
+    given = parser.parse_args()
+    groups = depth_runs(given, parser)
+    table = routing(groups, given.window)
+    path = save_figure(
+        draw(table),
+        table,
+        given.out,
+        script="analyses/depth_figure4_routing.py",
+        settings={"preset": given.preset, "window": given.window},
+        runs=[run for runs in groups.values() for run in runs],
+    )
+    last = table[table.seed.isna()].groupby(["runs", "member", "quantity", "layer"], sort=False, dropna=False)
+    print(last.tail(1).drop(columns="seed").to_string(index=False))  # noqa: T201 - a script tells what it found
+    print(path)  # noqa: T201
+
+
+if __name__ == "__main__":
+    run_script(main)
