@@ -28,6 +28,7 @@ bench: .venv/base ## Measure speed and memory; tables and benchmarks/results/ (m
 	$(BIN)/python benchmarks/memory.py --device $(DEVICE)
 	$(BIN)/python benchmarks/generation.py --device $(DEVICE)
 	$(BIN)/python benchmarks/training.py --device $(DEVICE)
+	$(BIN)/python benchmarks/depth_ensemble.py --device $(DEVICE)
 
 clean:           ## Remove the environment and caches
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis

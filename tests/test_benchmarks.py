@@ -244,6 +244,61 @@ def test_all_train_on_the_same_windows(tmp_path: Path):
             assert sorted(seen) == sorted(map(tuple, windows.tolist())), name
 
 
+# depth_ensemble
+
+
+def test_depth_ensemble(tmp_path: Path):
+    _, rows = run_quick("depth_ensemble", tmp_path)
+    assert [row["workload"] for row in rows] == ["k = 2"] * 3 + ["k = 2, distilled"] * 3
+    for part in (rows[:3], rows[3:]):
+        found = by_contestant(part)
+        reference, plain = found["probekit"], found["plain LM"]
+        assert found["all logits"]["difference"] < 1e-4
+        assert plain["difference"] is None
+        for row in found.values():
+            assert 0 < row["added_megabytes"] < row["peak_megabytes"]
+            assert row["matrix_rate_share"] > 0
+            assert row["ratio"] == row["seconds"] / reference["seconds"]
+            assert row["time_of_plain"] == row["seconds"] / plain["seconds"]
+            assert row["memory_ratio"] == row["added_megabytes"] / reference["added_megabytes"]
+            assert row["memory_of_plain"] == row["added_megabytes"] / plain["added_megabytes"]
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_losses_have_the_same_gradients_and_others_are_found_out(distilled: bool):
+    bench = import_module("depth_ensemble")
+    scene = bench.Scene(bench.Sizes(40, 90, 16, 3, distilled), CPU)
+    wanted = scene.gradients(bench.probekit)
+    # Of three layers' states, and of their norms' scales and shifts, and of the router's weights and biases.
+    assert [tuple(one.shape) for one in wanted] == [(40, 16)] * 3 + [(3, 16)] * 3 + [(3,)]
+    assert all(one.abs().max() > 0 for one in wanted)
+    assert bench.difference(scene.gradients(bench.all_logits), wanted) < 1e-5
+    other = bench.Scene(bench.Sizes(40, 90, 16, 3, not distilled), CPU)
+    assert bench.difference(other.gradients(bench.all_logits), wanted) > max(bench.SAME.values())
+
+
+def test_an_ensemble_of_one_layer_is_the_plain_lm():
+    bench = import_module("depth_ensemble")
+    sizes = bench.Sizes(40, 90, 16, 1)
+    of_one, plain = bench.Scene(sizes, CPU), bench.Scene(sizes, CPU, last_only=True)
+    assert bench.difference(of_one.gradients(bench.probekit), plain.gradients(bench.plain)) < 1e-5
+    more = bench.Scene(bench.Sizes(40, 90, 16, 4), CPU)
+    assert torch.equal(more.hidden["ln_final.hook_in"], plain.hidden["ln_final.hook_in"])
+
+
+def test_sizes_come_from_the_command_line():
+    bench = import_module("depth_ensemble")
+    options, workloads = bench.parse(["--layers", "1", "3", "--tokens", "64", "--only", "k = 3"])
+    assert options.only == "k = 3"
+    assert [(each.name, each.tokens, each.width) for each in workloads] == [
+        ("k = 1", 64, 768),
+        ("k = 3", 64, 768),
+        ("k = 3, distilled", 64, 768),
+    ]
+    with pytest.raises(SystemExit):
+        bench.parse(["--tokens", "0"])
+
+
 # generation
 
 

@@ -51,7 +51,8 @@ class LateLoss:
         def loss(mixed: Tensor, states: Tensor, targets: Tensor, *weights: Tensor) -> Tensor:
             total = F.cross_entropy(F.linear(mixed, *weights).float(), targets, reduction="sum")
             if by_layer:
-                logits = F.linear(states, *weights).float()  # [tokens, layers, vocabulary]
+                # Flat: of a batch that is not contiguous, the head would be read anew for every token.
+                logits = F.linear(states.flatten(0, 1), *weights).float().unflatten(0, states.shape[:2])
                 if self.layer_loss:
                     each = targets[:, None].expand(-1, logits.shape[1])
                     own = F.cross_entropy(logits.flatten(0, 1), each.flatten(), reduction="sum")
@@ -78,11 +79,9 @@ def reader_losses(head: nn.Module, late: Late, targets: Tensor, *, logits: int =
     at_once = max(1, logits // (_vocabulary(head) * len(readers)))
     for start in range(0, len(targets), at_once):
         part = slice(start, start + at_once)
-        found = head(readers[:, part]).float()
+        found = head(readers[:, part].flatten(0, 1)).float()
         wanted = targets[part].expand(len(readers), -1)
-        losses[:, part] = F.cross_entropy(found.flatten(0, 1), wanted.flatten(), reduction="none").view_as(
-            wanted
-        )
+        losses[:, part] = F.cross_entropy(found, wanted.flatten(), reduction="none").view_as(wanted)
     return losses
 
 
