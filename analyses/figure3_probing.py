@@ -39,6 +39,7 @@ from probekit.reports.figures import (
     DISTANCE,
     METRICS,
     Panel,
+    best_layer,
     beyond,
     colour_scale,
     colours,
@@ -110,17 +111,6 @@ def ordered(values: Iterable[str], known: Iterable[str]) -> list[str]:
     """Values in the order of known ones, others behind them; a run's name before a variant does not count."""
     rank = {name: number for number, name in enumerate(known)}
     return sorted(values, key=lambda value: rank.get(value.rpartition(": ")[2], len(rank)))
-
-
-def best_layer(cells: pd.DataFrame) -> int | None:
-    """The layer with the lowest mean cross-entropy on validation documents; None if all cells are empty.
-
-    The mean is over the distances at which no layer is injected, and over all if there is none.
-    """
-    read = cells[cells.validation_cross_entropy.notna()]
-    injected = read.groupby("distance").injected.transform("any").astype(bool)
-    read = read if injected.all() else read[~injected]
-    return None if read.empty else int(read.groupby("layer").validation_cross_entropy.mean().idxmin())
 
 
 def draw(table: pd.DataFrame, panels: list[list[Panel]], metric: str) -> Figure:

@@ -20,7 +20,11 @@ if TYPE_CHECKING:
     from probekit.evaluation.generation_metrics import GenerationEvaluation, evaluate_generation
     from probekit.evaluation.perplexity import Evaluation
     from probekit.evaluation.prompts import Prompt
+    from probekit.interventions.intervene import InterventionResults, intervene
     from probekit.probing.probe import ProbeResults, probe
+    from probekit.reports.lens import lens
+    from probekit.reports.plots import plot_curve, plot_perplexity, plot_probes, plot_training
+    from probekit.reports.report import report
     from probekit.run import Run
     from probekit.sweeps.results import Sweep
     from probekit.sweeps.sweep import sweep
@@ -34,6 +38,7 @@ _HOME = {
     "Evaluation": "probekit.evaluation.perplexity",
     "Generated": "probekit.evaluation.generation",
     "GenerationEvaluation": "probekit.evaluation.generation_metrics",
+    "InterventionResults": "probekit.interventions.intervene",
     "ProbeResults": "probekit.probing.probe",
     "ProbekitError": "probekit.errors",
     "Prompt": "probekit.evaluation.prompts",
@@ -44,8 +49,15 @@ _HOME = {
     "evaluate": "probekit.evaluation.evaluate",
     "evaluate_generation": "probekit.evaluation.generation_metrics",
     "generate": "probekit.evaluation.generation",
+    "intervene": "probekit.interventions.intervene",
+    "lens": "probekit.reports.lens",
+    "plot_curve": "probekit.reports.plots",
+    "plot_perplexity": "probekit.reports.plots",
+    "plot_probes": "probekit.reports.plots",
+    "plot_training": "probekit.reports.plots",
     "prepare": "probekit.training.train",
     "probe": "probekit.probing.probe",
+    "report": "probekit.reports.report",
     "sweep": "probekit.sweeps.sweep",
     "train": "probekit.training.train",
 }
@@ -54,6 +66,7 @@ __all__ = [
     "Evaluation",
     "Generated",
     "GenerationEvaluation",
+    "InterventionResults",
     "ProbeResults",
     "ProbekitError",
     "Prompt",
@@ -64,9 +77,16 @@ __all__ = [
     "evaluate",
     "evaluate_generation",
     "generate",
+    "intervene",
+    "lens",
     "load_run",
+    "plot_curve",
+    "plot_perplexity",
+    "plot_probes",
+    "plot_training",
     "prepare",
     "probe",
+    "report",
     "sweep",
     "train",
 ]

@@ -203,6 +203,54 @@ def _generate(words: list[str]) -> None:
         sys.stdout.write(f"All texts: {parsed.out}\n")
 
 
+def _intervene(words: list[str]) -> None:
+    """Change what probes read, erase it, steer along it or patch it, and see what the LM makes of that."""
+    sections = ["device", "evaluation", "intervene"]
+    parsed = parse(_results_parser("intervene", words, sections), words)
+    from probekit.interventions.intervene import intervene
+    from probekit.reports.intervention_tables import print_interventions
+
+    print_interventions(intervene(parsed.run, given_settings(parsed), quiet=parsed.quiet))
+
+
+def _lens(words: list[str]) -> None:
+    """Show what probes read of the next sentence at every token of a text: one HTML page."""
+    parsed = parse(_lens_parser(), words)
+    from probekit.reports.lens import lens
+    from probekit.reports.lens_text import LIMIT
+    from probekit.run import Run
+
+    page = lens(
+        Run.open(parsed.run).with_settings(given_settings(parsed)),
+        parsed.text,
+        parsed.out,
+        variant=parsed.variant,
+        locations=parsed.locations,
+        layers=parsed.layers,
+        limit=LIMIT if parsed.limit is None else parsed.limit,
+        quiet=parsed.quiet,
+    )
+    sys.stdout.write(f"The lens: {page}\n")
+
+
+def _report(words: list[str]) -> None:
+    """Write all of a run on one page, what to mind at the top: report.html, and the same as report.md."""
+    usage = "probekit report RUN [-o FILE]"
+    parser = Parser(prog="probekit report", usage=usage, description=_report.__doc__)
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder")
+    parser.add_argument(
+        "-o",
+        "--out",
+        metavar="FILE",
+        help="write this one alone, .html or .md (RUN/report.html and RUN/report.md)",
+    )
+    parsed = parse(parser, words)
+    from probekit.reports.report import report
+
+    for file in report(parsed.run, parsed.out):
+        sys.stdout.write(f"The report: {file}\n")
+
+
 def _sweep(words: list[str]) -> None:
     """Train and evaluate with several values of some settings and several seeds; one table of all."""
     parsed = parse(_sweep_parser(words), words)
@@ -237,6 +285,9 @@ COMMANDS: dict[str, Command] = {
     "evaluate": _evaluate,
     "generate": _generate,
     "probe": _probe,
+    "intervene": _intervene,
+    "lens": _lens,
+    "report": _report,
     "corpus": _corpus,
     "sweep": _sweep,
     "demo": _demo,
@@ -330,6 +381,29 @@ def _generate_parser(words: list[str]) -> Parser:
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     drawing = ("context", "temperature", "top_k", "top_p", "batch_size")
     add_setting_options(parser, Config(), ["seed", "device", *(f"generation.{name}" for name in drawing)])
+    return parser
+
+
+def _lens_parser() -> Parser:
+    usage = (
+        "probekit lens RUN --text FILE_OR_STRING [-o FILE.html] [--variant NAME] [--locations NAME ...]\n"
+        "                     [--layers INT ...]"
+    )
+    parser = Parser(prog="probekit lens", usage=usage, description=COMMANDS["lens"].__doc__)
+    parser.add_argument("run", metavar="RUN", type=Path, help="the folder of a run that was probed")
+    parser.add_argument(
+        "--text",
+        required=True,
+        metavar="FILE_OR_STRING",
+        help="a file, or the text itself; one word that has a slash, or ends in .txt or .md, is a file",
+    )
+    parser.add_argument("-o", "--out", metavar="FILE", help="the page, ending in .html (RUN/lens.html)")
+    parser.add_argument("--variant", metavar="NAME", help="whose activations (the first variant probed)")
+    parser.add_argument("--locations", nargs="+", metavar="NAME", help="show only these (all probed)")
+    parser.add_argument("--layers", nargs="+", type=int, metavar="INT", help="show only these (all probed)")
+    parser.add_argument("--limit", type=int, metavar="INT", help="the most tokens of a text (2,000)")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    add_setting_options(parser, Config(), ["device"])
     return parser
 
 

@@ -522,10 +522,10 @@ class InterventionSettings(Settings):
     distances: Several[Positive] = (1, 2, 4)
     """Tokens before the next sentence at which activations are changed."""
     span: bool = True
-    """Change all of the distances up to the one that is told, at once; or else that one alone."""
-    kinds: Several[Literal["erase", "steer", "patch"]] = ("erase", "steer", "patch")
+    """Change all tokens from that distance on to the next sentence, at once; or else the one alone."""
+    kinds: Several[Literal["erase", "steer", "patch", "codebook"]] = ("erase", "steer", "patch")
     """erase: what a linear probe can read is taken away; steer: the direction of an action is added; patch:
-    another document's activation is put in place."""
+    another document's activation is put in place; codebook: a conditioned variant is given another plan."""
     eraser: Literal["leace", "inlp"] = "leace"
     """LEACE (Belrose et al. 2023), or iterative null-space projection (Ravfogel et al. 2020)."""
     rounds: Positive = 2
@@ -537,6 +537,8 @@ class InterventionSettings(Settings):
     """By how much directions are multiplied."""
     scenes: Annotated[int, Field(ge=2)] = 300
     """Test documents in which one sentence boundary each is changed."""
+    samples: Annotated[int, Field(ge=0)] = 0
+    """Of so many of them the next sentence is written anew, to see which action it has; this takes long."""
 
 
 class Config(Settings):

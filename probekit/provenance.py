@@ -23,13 +23,16 @@ WEIGHTS = (".json", ".safetensors", ".bin")
 """Files of a pre-trained LM's folder that say what it computes."""
 
 
+PACKAGES = ("probekit", "torch", "transformers", "transformer-lens", "datasets", "scikit-learn", "numpy")
+"""What results depend on."""
+
+
 def provenance(config: Config) -> dict[str, Any]:
     """Where a run comes from: versions, commit, seeds and machine."""
-    packages = ("probekit", "torch", "transformers", "transformer-lens", "datasets", "scikit-learn", "numpy")
     return {
         "begun": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in packages},
+        "versions": installed_versions(),
         "git_commit": _git_commit(),
         "seeds": {"run": config.seed, "corpus": config.corpus.seed, "planted": config.corpus.planted.seed},
         "device": str(compute_device(config.device)),
@@ -39,6 +42,11 @@ def provenance(config: Config) -> dict[str, Any]:
             "threads": torch.get_num_threads(),
         },
     }
+
+
+def installed_versions() -> dict[str, str | None]:
+    """The versions of Python and of the packages that results depend on."""
+    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
 
 
 def come_to(config: Config) -> dict[str, str]:

@@ -204,6 +204,11 @@ class RunFolder:
                 return f"{name} was {before!r} and is now {after!r}"
         return None
 
+    def files_of(self, stage: str) -> list[Path]:
+        """The files and folders that a stage has left."""
+        name = _files_of(stage)
+        return [*self.folder.glob(name), *self.folder.glob(f"{name}.*")]
+
     def begin_stage(self, stage: str) -> None:
         """Removes what a stage that was stopped has left."""
         self.forget_metrics(stage)
@@ -220,8 +225,7 @@ class RunFolder:
         Returns:
             Whether the other run has them still.
         """
-        name = _files_of(stage)
-        files = [*other.folder.glob(name), *other.folder.glob(f"{name}.*")]
+        files = other.files_of(stage)
         if not files:
             return False
         self.begin_stage(stage)
@@ -284,6 +288,14 @@ class RunFolder:
     def probes(self) -> pd.DataFrame:
         """What `probekit probe` found: one row for each reader and cell of the grid."""
         return self._table("probes/results.parquet", "probe")
+
+    def interventions(self) -> pd.DataFrame:
+        """What `probekit intervene` found, of all variants: a row for each condition, place and metric."""
+        import pandas as pd
+
+        variants = sorted(path.parent.name for path in self.folder.glob("interventions/*/results.parquet"))
+        names = [f"interventions/{variant}/results.parquet" for variant in variants or ["none"]]
+        return pd.concat([self._table(name, "intervene") for name in names], ignore_index=True)
 
     def _table(self, name: str, command: str) -> pd.DataFrame:
         import pandas as pd

@@ -83,6 +83,8 @@ def test_version(capsys: Capture):
             ("seed", "device", *(f"generation.{name}" for name in ("context", "temp", "top_", "batch"))),
         ),
         ("probe", ("device", "evaluation.", "probe.")),
+        ("lens", ("device",)),
+        ("report", ()),
         ("sweep", None),
         ("demo", ()),
     ],
@@ -664,3 +666,24 @@ def test_a_damaged_file_is_named_in_one_line(capsys: Capture, copy: Path, file: 
         path.write_bytes({"half": whole[: len(whole) // 2], "empty": b"", "noise": noise}[damage])
     line = refused(capsys, "evaluate", copy, "--quiet", "--evaluation.resamples", "100")
     assert names(line, file) or (damage == "missing" and file == "run.json"), line
+
+
+# Report
+
+
+def test_report_writes_both_files(copy: Path, capsys: Capture):
+    printed = told(capsys, "report", copy)
+    assert printed == f"The report: {copy / 'report.html'}\nThe report: {copy / 'report.md'}\n"
+    assert (copy / "report.html").is_file()
+    assert (copy / "report.md").is_file()
+
+
+def test_report_writes_what_is_asked_for(copy: Path, tmp_path: Path, capsys: Capture):
+    file = tmp_path / "mine.html"
+    assert told(capsys, "report", copy, "-o", file) == f"The report: {file}\n"
+    assert not (copy / "report.html").exists()
+
+
+def test_report_refuses_bad_input(copy: Path, tmp_path: Path, capsys: Capture):
+    assert "must end in .html or .md" in refused(capsys, "report", copy, "-o", tmp_path / "x.pdf")
+    assert "holds no run" in refused(capsys, "report", tmp_path)

@@ -366,5 +366,5 @@ def test_settings_are_added_deliberately():
         "evaluation": 6,
         "generation": 9,
         "probe": 19,
-        "intervene": 11,
+        "intervene": 12,
     }

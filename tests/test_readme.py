@@ -58,7 +58,17 @@ def folder(tiny_run: probekit.Run, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def test_the_readme_has_the_commands_that_are_tested():
     commands = {command.split()[1] for command in COMMANDS}
-    assert commands == {"--help", "train", "evaluate", "generate", "probe", "corpus", "sweep"}
+    assert commands == {
+        "--help",
+        "train",
+        "evaluate",
+        "generate",
+        "probe",
+        "lens",
+        "report",
+        "corpus",
+        "sweep",
+    }
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -87,7 +97,7 @@ def test_command_of_the_readme(
         if "--model" in words:
             words[words.index("--model") + 1] = str(tiny_run.folder / "lm")
             words += shlex.split("--actions.k 8 --actions.dimensions 16 --training.window 48")
-        assert main([*words, "--quiet"] if words[0] != "corpus" else words) == 0
+        assert main([*words, "--quiet"] if words[0] not in ("corpus", "report") else words) == 0
 
 
 def assert_settings_are_understood(words: list[str], folder: Path) -> None:

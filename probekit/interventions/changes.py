@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -27,6 +28,8 @@ class Condition:
         target: The action that each scene is moved to `[scenes]`; None where it is moved to none.
         strength: Of steering, in distances of the action's mean from the mean of all.
         scenes: Which scenes take part, bool `[scenes]`; None for all.
+        beside: The conditions, by name, that it is compared with on the same scenes, and what they are
+            called then.
     """
 
     name: str
@@ -34,82 +37,128 @@ class Condition:
     target: np.ndarray | None = None
     strength: float | None = None
     scenes: np.ndarray | None = None
+    beside: Mapping[str, str] = field(default_factory=dict)
 
 
-def erasing(erasers: Mapping[int, Eraser], seed: int) -> list[Condition]:
-    """Erases what a linear probe can read, and, beside it, moves as far in a random direction.
+def erasing(erasers: Mapping[int, Eraser], others: Mapping[int, Eraser], seed: int) -> list[Condition]:
+    """Erases what a linear probe can read.
+
+    Beside it stand a random direction, in which activations are moved as far, and the erasure of as many
+    dimensions that tell nothing in particular.
 
     Args:
         erasers: By distance.
+        others: The same of random dimensions.
         seed: Of the directions.
     """
 
     def erase(activations: Tensor, scenes: np.ndarray, distance: int) -> Tensor:
         return erasers[distance](activations)
 
-    return [Condition("erase", erase), Condition("random", _as_far(erase, seed))]
+    def erase_other(activations: Tensor, scenes: np.ndarray, distance: int) -> Tensor:
+        return others[distance](activations)
+
+    beside = {name: name for name in ("random", "random subspace")}
+    return [
+        Condition("erase", erase, beside=beside),
+        Condition("random", _as_far(erase, seed)),
+        Condition("random subspace", erase_other),
+    ]
 
 
 def patching(donated: Mapping[int, Tensor], scenes: Scenes, seed: int) -> list[Condition]:
     """Puts a donor's activation in place, of a scene whose next sentence has another action.
 
-    Beside it stand a donor whose next sentence has the same action, and a random direction as far as the
-    first donor's.
+    Beside it stand a random direction as far as that, and a donor whose next sentence has the same action.
+    Scenes take part that have both donors.
 
     Args:
         donated: What stands at the place in every scene, by distance `[scenes, width]`.
         scenes: The scenes.
         seed: Of the draw of donors.
     """
-    conditions = []
-    for name, same in (("patch", False), ("same action", True)):
-        donor = draw_donors(scenes.action, same=same, seed=seed)
+    donors = {same: draw_donors(scenes.action, same=same, seed=seed) for same in (False, True)}
+    there = np.logical_and.reduce([donor != NO_DONOR for donor in donors.values()])
 
-        def patch(
-            activations: Tensor, numbers: np.ndarray, distance: int, donor: np.ndarray = donor
-        ) -> Tensor:
-            rows = torch.from_numpy(donor[numbers]).to(activations.device)
-            given = donated[distance][rows.clamp(min=0)].to(activations.dtype)
-            return torch.where((rows == NO_DONOR)[:, None], activations, given)
+    def given_by(donor: np.ndarray) -> Change:
+        def patch(activations: Tensor, numbers: np.ndarray, distance: int) -> Tensor:
+            rows = torch.from_numpy(np.where(there, donor, np.arange(len(donor)))[numbers])
+            return donated[distance][rows.to(activations.device)].to(activations)
 
-        there = donor != NO_DONOR
-        target = np.where(there, scenes.action[donor], scenes.action)
-        conditions.append(Condition(name, patch, target, scenes=there))
-        if not same:
-            conditions.append(Condition("random", _as_far(patch, seed), target, scenes=there))
-    return conditions
+        return patch
+
+    target = np.where(there, scenes.action[donors[False]], scenes.action)
+    patch, same = (given_by(donors[same]) for same in (False, True))
+    beside = {"random": "random", "same action": "same action"}
+    return [
+        Condition("patch", patch, target, scenes=there, beside=beside),
+        Condition("random", _as_far(patch, seed), target, scenes=there),
+        Condition("same action", same, scenes.action, scenes=there),
+    ]
 
 
 def steering(
-    directions: Mapping[int, Tensor], scenes: Scenes, strengths: Sequence[float], seed: int
+    directions: Mapping[int, Tensor],
+    scenes: Scenes,
+    known: np.ndarray,
+    strengths: Sequence[float],
+    seed: int,
 ) -> list[Condition]:
-    """Adds the direction of an action: of a wrong one, of the true one, and a random one of the same length.
+    """Adds the direction of an action, of a wrong one and of the true one; each beside a random one as long.
 
     Args:
         directions: By distance, the vector of every action `[actions, width]`, of strength 1.
         scenes: The scenes.
+        known: The actions that have a direction.
         strengths: By which vectors are multiplied.
         seed: Of wrong actions and of random directions.
     """
-    actions = len(next(iter(directions.values())))
-    shift = np.random.default_rng(seed).integers(1, actions, size=len(scenes))
-    wrong = (scenes.action + shift) % actions
-    conditions = []
-    for strength in strengths:
 
-        def toward(target: np.ndarray, strength: float = strength) -> Change:
-            def steer(activations: Tensor, numbers: np.ndarray, distance: int) -> Tensor:
-                vectors = directions[distance].to(activations)
-                return activations + strength * vectors[torch.from_numpy(target[numbers]).to(vectors.device)]
+    def toward(strength: float, target: np.ndarray) -> Change:
+        def steer(activations: Tensor, numbers: np.ndarray, distance: int) -> Tensor:
+            vectors = directions[distance].to(activations.device)
+            added = vectors[torch.from_numpy(target[numbers]).to(vectors.device)]
+            return (activations.float() + strength * added).to(activations.dtype)
 
-            return steer
+        return steer
 
-        conditions += [
-            Condition("wrong action", toward(wrong), wrong, strength),
-            Condition("true action", toward(scenes.action), scenes.action, strength),
-            Condition("random", _as_far(toward(wrong), seed), wrong, strength),
-        ]
-    return conditions
+    targets = {"wrong": draw_wrong(scenes.action, known, seed), "true": scenes.action}
+    return [
+        condition
+        for strength in strengths
+        for condition in _targeted(targets, partial(toward, strength), strength, seed)
+    ]
+
+
+def replanning(codebook: Tensor, scenes: Scenes, known: np.ndarray, seed: int) -> list[Condition]:
+    """Replaces the plan that a conditioned LM is given for the next sentence by an action's embedding.
+
+    A wrong action's or the true one's; each beside a random direction as far from the plan.
+
+    Args:
+        codebook: The adapter's embeddings `[actions, dimensions]`.
+        scenes: The scenes.
+        known: Actions that sentences have.
+        seed: Of wrong actions and of random directions.
+    """
+
+    def toward(target: np.ndarray) -> Change:
+        def replace(embeddings: Tensor, numbers: np.ndarray, distance: int) -> Tensor:
+            return codebook[torch.from_numpy(target[numbers]).to(codebook.device)].to(embeddings)
+
+        return replace
+
+    targets = {"wrong": draw_wrong(scenes.action, known, seed), "true": scenes.action}
+    return _targeted(targets, toward, None, seed)
+
+
+def draw_wrong(action: np.ndarray, known: np.ndarray, seed: int) -> np.ndarray:
+    """For every scene one of the known actions that is not its own `[scenes]`; its own if there is none."""
+    generator = np.random.default_rng(seed)
+    others = (known[known != own] for own in action)
+    return np.array(
+        [generator.choice(other) if len(other) else own for own, other in zip(action, others, strict=True)]
+    )
 
 
 def draw_donors(action: np.ndarray, *, same: bool, seed: int) -> np.ndarray:
@@ -124,15 +173,31 @@ def draw_donors(action: np.ndarray, *, same: bool, seed: int) -> np.ndarray:
     return donors
 
 
+def _targeted(
+    targets: Mapping[str, np.ndarray],
+    toward: Callable[[np.ndarray], Change],
+    strength: float | None,
+    seed: int,
+) -> list[Condition]:
+    """Each target's condition, and beside it a random direction as far."""
+    conditions = []
+    for name, target in targets.items():
+        change, random = toward(target), f"random ({name})"
+        conditions.append(Condition(f"{name} action", change, target, strength, beside={random: "random"}))
+        conditions.append(Condition(random, _as_far(change, seed), target, strength))
+    return conditions
+
+
 def _as_far(change: Change, seed: int) -> Change:
     """Moves every activation as far as a change does, in a direction drawn for each scene and distance."""
 
     def move(activations: Tensor, scenes: np.ndarray, distance: int) -> Tensor:
-        moved = (change(activations, scenes, distance) - activations).float().norm(dim=-1, keepdim=True)
+        before = activations.float()
+        moved = (change(activations, scenes, distance).float() - before).norm(dim=-1, keepdim=True)
         drawn = np.stack(
-            [np.random.default_rng([seed, n, distance]).normal(size=activations.shape[1]) for n in scenes]
+            [np.random.default_rng([seed, n, distance]).normal(size=before.shape[1]) for n in scenes]
         )
-        direction = torch.from_numpy(drawn).to(moved)
-        return activations + (moved * direction / direction.norm(dim=-1, keepdim=True)).to(activations.dtype)
+        direction = torch.from_numpy(drawn).to(before)
+        return (before + moved * direction / direction.norm(dim=-1, keepdim=True)).to(activations.dtype)
 
     return move

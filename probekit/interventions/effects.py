@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from probekit.config import VariantName
-from probekit.corpus.examples import collate
+from probekit.corpus.examples import Batch, Windows, collate
 from probekit.devices import autocast
 from probekit.interventions.scenes import Scenes
 from probekit.models.conditioning import Conditioned
 from probekit.models.language_model import Hook, hook_name
-from probekit.models.mixing import VARIANTS, Fixed
+from probekit.models.mixing import VARIANTS, Fixed, Mixing, Uniform
 from probekit.models.planned_lm import token_losses
 from probekit.probing.activations import Place
 from probekit.probing.saved import LinearProbe
@@ -31,12 +32,13 @@ class Edit:
     """An intervention: at one place, at some distances before every boundary.
 
     Attributes:
-        place: The location and layer.
+        place: The location and layer; None: the embedding that is mixed for the next sentence, before the
+            adapter projects it.
         distances: At which positions, in tokens before the next sentence's first one.
         change: What is made of the activations there.
     """
 
-    place: Place
+    place: Place | None
     distances: tuple[int, ...]
     change: Change
 
@@ -51,7 +53,9 @@ class Outcomes:
         other_loss: The same of the tokens behind it `[scenes]`.
         other_tokens: How many these are, none where the sentence is the last `[scenes]`.
         first: Log-probabilities of the next sentence's first token `[scenes, vocabulary]`.
-        readout: Log-probabilities of its action, as a probe reads them in a later layer `[scenes, actions]`.
+        readout: Log-probabilities of its action, as a probe reads them in the last layer `[scenes, actions]`.
+        moved: By how much activations were changed, the norm summed over distances `[scenes]`.
+        norm: The norm that they had, summed in the same way `[scenes]`.
     """
 
     next_loss: np.ndarray
@@ -60,6 +64,29 @@ class Outcomes:
     other_tokens: np.ndarray
     first: np.ndarray
     readout: np.ndarray
+    moved: np.ndarray
+    norm: np.ndarray
+
+
+class Seen:
+    """What is seen of one forward pass over some scenes.
+
+    Attributes:
+        logits: Of the token behind every position `[scenes, positions, vocabulary]`.
+        readout: The activation that the readout's probe reads `[scenes, width]`.
+        moved: As `Outcomes` has it `[scenes]`.
+        norm: The same.
+    """
+
+    def __init__(self, scenes: int) -> None:
+        self.logits = self.readout = torch.zeros(0)
+        self.moved, self.norm = torch.zeros(2, scenes, dtype=torch.double)
+
+    def edited(self, before: Tensor, after: Tensor) -> None:
+        """Takes note of activations `[scenes, width]` before and after they are changed at a distance."""
+        # Squares that overflow in float32 do so in the LM, whose norm layers would hide it.
+        self.moved += (after.float() - before.float()).square().sum(-1).sqrt().cpu()
+        self.norm += before.float().square().sum(-1).sqrt().cpu()
 
 
 class Stage:
@@ -90,9 +117,15 @@ class Stage:
         self._road = run.forward_pass(list(dict.fromkeys([*names, *self._model.names])), variant)
         self._probe = LinearProbe(*(part.to(run.device) for part in (readout[1].coef, readout[1].intercept)))
 
+    @property
+    def codebook(self) -> Tensor | None:
+        """The embeddings of actions that the LM was told in training `[actions, dimensions]`, if any."""
+        adapter = self._model.adapter
+        return None if adapter is None or isinstance(self._mixing, Fixed | Uniform) else adapter.codebook
+
     def play(self, edit: Edit | None = None) -> Outcomes:
         """Runs all scenes, with an edit or without."""
-        parts = [self._batch(rows, edit) for rows in self._batches()]
+        parts = [self._outcomes(rows, edit) for rows in self.batches(np.arange(len(self.scenes)))]
         return Outcomes(
             *(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Outcomes))
         )
@@ -106,54 +139,89 @@ class Stage:
             return activations
 
         parts = []
-        for rows in self._batches():
+        for rows in self.batches(np.arange(len(self.scenes))):
             seen.clear()
-            self._batch(rows, Edit(place, tuple(distances), keep))
+            self.predict(self.read(self.scenes.windows[rows]), rows, Edit(place, tuple(distances), keep))
             parts.append(torch.stack(seen))
         return torch.cat(parts, dim=1)
 
-    def _batches(self) -> list[np.ndarray]:
+    def batches(self, rows: np.ndarray) -> list[np.ndarray]:
+        """Scenes that are run together."""
         size = self._run.config.evaluation.batch_size
-        return [np.arange(i, min(i + size, len(self.scenes))) for i in range(0, len(self.scenes), size)]
+        return [rows[first : first + size] for first in range(0, len(rows), size)]
+
+    def read(self, windows: Windows) -> Batch:
+        """Windows of the corpus as the variant reads them."""
+        return collate(self._corpus, windows).to(self._run.device)
 
     @torch.no_grad()
-    def _batch(self, rows: np.ndarray, edit: Edit | None) -> Outcomes:
-        device = self._run.device
-        batch = collate(self._corpus, self.scenes.windows[rows]).to(device)
-        read = self._model.conditioned(batch, self._mixing)
-        place, _ = self._readout
-        seen: list[Tensor] = []
+    def predict(self, batch: Batch, rows: np.ndarray, edit: Edit | None) -> Seen:
+        """One forward pass.
+
+        Args:
+            batch: Windows that begin as those of the scenes do, and go on at least to the boundary.
+            rows: Which scenes they are.
+            edit: What is changed.
+        """
+        device, seen = self._run.device, Seen(len(rows))
         column = torch.from_numpy(self.scenes.column[rows]).to(device)
         row = torch.arange(len(rows), device=device)
+        mixing: Mixing = self._mixing
+        if edit is not None and edit.place is None:
+            # The scenes are of different documents: no two have this sentence.
+            mixing = _Replanned(mixing, edit, batch.sentence[row, column], rows, seen)
+        read = self._model.conditioned(batch, mixing)
 
         def look(activation: Tensor, hook: object = None) -> None:
-            seen.append(activation.flatten(2)[row, _slot(read, row, column)].float())
+            seen.readout = activation.flatten(2)[row, _slot(read, row, column)].float()
 
         hooks: list[Hook] = [*read.hooks]
-        if edit is not None:
-            hooks.append((hook_name(*edit.place), _editing(edit, read, row, column, rows)))
-        hooks.append((hook_name(*place), look))
+        if edit is not None and edit.place is not None:
+            hooks.append((hook_name(*edit.place), _editing(edit, read, (row, column), rows, seen)))
+        hooks.append((hook_name(*self._readout[0]), look))
         with autocast(device, self._run.config.training.precision):
             logits = self._road.logits(read.tokens, hooks, read.positions)
-        if read.slots is not None:
-            logits = read.slots.predictions(logits)
-        losses = token_losses(logits, batch.targets).double().cpu().numpy()
-        return self._seen(rows, losses, logits[row, column].float(), seen[-1])
+        seen.logits = logits if read.slots is None else read.slots.predictions(logits)
+        return seen
 
-    def _seen(self, rows: np.ndarray, losses: np.ndarray, first: Tensor, read: Tensor) -> Outcomes:
+    def _outcomes(self, rows: np.ndarray, edit: Edit | None) -> Outcomes:
+        batch = self.read(self.scenes.windows[rows])
+        seen = self.predict(batch, rows, edit)
+        losses = token_losses(seen.logits, batch.targets).double().cpu().numpy()
         positions = np.arange(losses.shape[1])
         column, last = (part[rows][:, None] for part in (self.scenes.column, self.scenes.last))
         inside = positions < self.scenes.windows.length[rows][:, None]
         of_next = (positions >= column) & (positions <= last)
         others = (positions > last) & inside
+        first = seen.logits[np.arange(len(rows)), self.scenes.column[rows]].float()
         return Outcomes(
-            (losses * of_next).sum(1),
+            np.where(of_next, losses, 0.0).sum(1),
             of_next.sum(1),
-            (losses * others).sum(1),
+            np.where(others, losses, 0.0).sum(1),
             others.sum(1),
             first.log_softmax(dim=-1).cpu().numpy(),
-            self._probe.log_probabilities(read).cpu().numpy(),
+            self._probe.log_probabilities(seen.readout).cpu().numpy(),
+            seen.moved.numpy(),
+            seen.norm.numpy(),
         )
+
+
+class _Replanned:
+    """A mixing, but with an edit of the next sentences' embeddings."""
+
+    def __init__(self, mixing: Mixing, edit: Edit, at: Tensor, scenes: np.ndarray, seen: Seen) -> None:
+        self.needs_scores = mixing.needs_scores
+        self._mixing, self._edit, self._at = mixing, edit, at
+        self._scenes, self._seen = scenes, seen
+
+    def __call__(self, scores: Tensor, actions: Tensor, codebook: Tensor, temperature: Any) -> Tensor:
+        """Mixes as `Mixing` has it."""
+        embeddings = self._mixing(scores, actions, codebook, temperature).clone()
+        before = embeddings[self._at]
+        (distance,) = self._edit.distances
+        embeddings[self._at] = self._edit.change(before, self._scenes, distance)
+        self._seen.edited(before, embeddings[self._at])
+        return embeddings
 
 
 def _slot(read: Conditioned, row: Tensor, column: Tensor) -> Tensor:
@@ -162,14 +230,17 @@ def _slot(read: Conditioned, row: Tensor, column: Tensor) -> Tensor:
 
 
 def _editing(
-    edit: Edit, read: Conditioned, row: Tensor, column: Tensor, scenes: np.ndarray
+    edit: Edit, read: Conditioned, at: tuple[Tensor, Tensor], scenes: np.ndarray, seen: Seen
 ) -> Callable[..., Tensor]:
+    row, column = at
+
     def change(activation: Tensor, hook: object = None) -> Tensor:
-        changed = activation.clone()
-        flat = changed.flatten(2)
+        flat = activation.clone().flatten(2)
         for distance in edit.distances:
-            at = row, _slot(read, row, column - (distance - 1))
-            flat[at] = edit.change(flat[at], scenes, distance).to(flat.dtype)
+            place = row, _slot(read, row, column - (distance - 1))
+            before = flat[place]
+            flat[place] = edit.change(before, scenes, distance).to(flat.dtype)
+            seen.edited(before, flat[place])
         return flat.view_as(activation)
 
     return change

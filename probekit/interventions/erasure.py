@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,14 +57,26 @@ def leace(moments: Moments) -> list[Eraser]:
     """
     erasers = []
     for mean, covariance, cross in _covariances(moments):
-        values, vectors = torch.linalg.eigh(covariance)
-        kept = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
-        roots = values.clamp(min=0).sqrt()
-        whiten = vectors * torch.where(kept, 1.0 / roots, 0.0) @ vectors.T
-        colour = vectors * torch.where(kept, roots, 0.0) @ vectors.T
+        whiten, colour = _whitening(covariance)
         basis = _range(whiten @ cross)
         erasers.append(Eraser((colour @ basis).float(), (basis.T @ whiten).float(), mean.float()))
     return erasers
+
+
+def random_subspace(moments: Moments, rank: int, seed: int) -> Eraser:
+    """LEACE's map of one probe with a random projection in place of Q: what it costs to lose some dimensions.
+
+    Args:
+        moments: Sums over the examples to fit on, of one probe.
+        rank: How many dimensions are taken away, of those that vary.
+        seed: Of the projection.
+    """
+    ((mean, covariance, _),) = _covariances(moments)
+    whiten, colour = _whitening(covariance)
+    drawn = torch.from_numpy(np.random.default_rng(seed).normal(size=(len(mean), rank))).to(covariance)
+    # Drawn among the dimensions that vary: elsewhere nothing would be taken away.
+    basis = _range(whiten @ colour @ drawn)
+    return Eraser((colour @ basis).float(), (basis.T @ whiten).float(), mean.float())
 
 
 def inlp(moments: Moments, rounds: int) -> list[Eraser]:
@@ -83,6 +96,29 @@ def inlp(moments: Moments, rounds: int) -> list[Eraser]:
             removed = torch.linalg.qr(torch.cat([removed, fresh], dim=1)).Q
         erasers.append(Eraser(removed.float(), removed.T.float(), mean.float()))
     return erasers
+
+
+def erased(moments: Moments, eraser: Eraser) -> Moments:
+    """The sums of one probe over the same examples, their activations erased."""
+    left, right, mean = (part.to(moments.mean) for part in (eraser.left, eraser.right, eraser.mean))
+    kept = torch.eye(len(mean)).to(mean) - left @ right
+    shift = mean - kept @ mean
+    return Moments(
+        moments.class_counts,
+        moments.class_sums @ kept.T + moments.class_counts[..., None] * shift,
+        moments.mean @ kept.T + shift,
+        kept @ moments.scatter @ kept.T,
+        moments.dtype,
+    )
+
+
+def _whitening(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """The square root's pseudo-inverse and the square root; what does not vary is 0 in both."""
+    values, vectors = torch.linalg.eigh(covariance)
+    kept = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
+    roots = values.clamp(min=0).sqrt()
+    whiten = vectors * torch.where(kept, 1.0 / roots, 0.0) @ vectors.T
+    return whiten, vectors * torch.where(kept, roots, 0.0) @ vectors.T
 
 
 def _covariances(moments: Moments) -> list[tuple[Tensor, Tensor, Tensor]]:

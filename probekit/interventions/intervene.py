@@ -2,39 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
-from torch import Tensor
 
 from probekit.config import InterventionSettings
 from probekit.errors import ProbekitError
 from probekit.evaluation.perplexity import window_and_stride
-from probekit.evaluation.statistics import Resampling, bootstrap_ratio
-from probekit.interventions.changes import Condition, erasing, patching, steering
+from probekit.evaluation.statistics import Resampling
+from probekit.interventions.changes import Condition
 from probekit.interventions.effects import Edit, Outcomes, Stage
-from probekit.interventions.erasure import inlp, leace
+from probekit.interventions.kinds import KINDS, PLAN, Site
+from probekit.interventions.measures import Sums, changes, follows, rows
 from probekit.interventions.moments import moments_at
+from probekit.interventions.sampling import Writer
 from probekit.interventions.scenes import draw_scenes
-from probekit.models.language_model import check_location
-from probekit.probing.activations import Place
-from probekit.probing.grid import make_grid
-from probekit.probing.saved import Cell, SavedProbes
-from probekit.probing.solvers import Moments
+from probekit.models.conditioning import CONDITIONINGS
+from probekit.models.language_model import OUTSIDE_BLOCKS, check_location
+from probekit.models.mixing import VARIANTS
+from probekit.probing.activations import Place, Reader
+from probekit.probing.grid import Grid, make_grid
+from probekit.probing.locations import per_layer
+from probekit.probing.saved import Cell, LinearProbe, SavedProbes
 from probekit.probing.targets import find_target
 from probekit.progress import Progress
 from probekit.run import Run
-from probekit.storage import atomic_folder, write_json
+from probekit.storage import atomic_folder, read_json, write_json
 
 READOUT = "hook_resid_post"
 """Where, in the last layer, a probe tells what the LM makes of an intervention."""
 
-Moved = dict[tuple[Place, int], Moments]
+TYPES = {"condition": "str", "strength": "float64", "layer": "Int64"}
+"""Types of columns that may be empty."""
 
 
 @dataclass(frozen=True)
@@ -47,18 +50,31 @@ class InterventionResults:
             left alone: `next_loss` and `other_loss` (nats a token, of the next sentence and of what is behind
             it), `first_kl` and `readout_kl` (nats, from the LM's distribution over the next token, and from a
             probe's over the next action in the last layer), `readout_true` and `readout_target` (that
-            probe's probability of the true action, and of the one that was aimed at).
+            probe's probability of the true action, and of the one that was aimed at). `next_loss_over_random`
+            and the like are differences from a control on the same scenes. `moved` is by what share of their
+            norm activations were moved. `fitted_accuracy`, `refitted_accuracy` and `prior_accuracy` tell what
+            a linear probe reads before and after erasing. `plan_following` is the share of sentences written
+            anew that have the action aimed at, `plan_following_unedited` the same without the edit.
+
+            `readout_direct` marks edits of the very activation that the last layer's probe reads: there the
+            readout tells what was put in, and not what the LM makes of it. `injected` marks edits where the
+            adapter has told the LM of the next sentence's action already.
         folder: Where it was written.
+        notes: What to know of all rows together.
     """
 
     table: pd.DataFrame
     folder: Path
+    notes: list[str] = field(default_factory=list)
 
 
 def intervene(
     run: Run | str | Path, settings: Mapping[str, Any] | None = None, *, quiet: bool = False
 ) -> InterventionResults:
-    """Intervenes in a probed run; writes `interventions/results.parquet`, in place of what was there.
+    """Intervenes in a probed run; writes `interventions/<variant>/`, in place of what was there.
+
+    Erasers and directions are fitted on the split "probe"; the scenes are test documents, one sentence
+    boundary of each, and the same ones for every row.
 
     Args:
         run: The run or its folder; its probes are needed.
@@ -70,138 +86,142 @@ def intervene(
     """
     run = run if isinstance(run, Run) else Run.open(run)
     run = run.with_settings(settings or {})
+    run.require("lm")
     chosen, progress = run.config.intervene, Progress(quiet=quiet)
     places = _places(run, chosen)
     readout = _readout(run, chosen)
-    target = find_target(run.corpus, "action")
-    probing = run.config.probe.model_copy(
-        update={"distances": tuple(sorted(chosen.distances)), "horizons": (1,), "anchors": "sentence"}
-    )
-    grid = make_grid(run.corpus, probing, target, run.config.seed)
     window, _ = window_and_stride(run)
+    reach = max(chosen.distances)
     scenes = draw_scenes(
-        run.corpus, run.corpus.documents("test"), chosen.scenes, window, max(grid.distances), run.config.seed
+        run.corpus, run.corpus.documents("test"), chosen.scenes, window, reach, run.config.seed
     )
-    moments = moments_at(run, chosen.variant, places, grid, progress)
+    grid = _grid(run, chosen)
     stage = Stage(run, chosen.variant, scenes, places, readout)
-    plain = stage.play()
-    rows: list[dict[str, Any]] = []
-    nearer = {far: tuple(d for d in grid.distances if d <= far) for far in grid.distances}
-    reaches = [nearer[far] if chosen.span else (far,) for far in grid.distances]
-    with progress.task("intervene", total=len(places) * len(reaches) * len(chosen.kinds)) as task:
-        for place in places:
-            for far, distances in zip(grid.distances, reaches, strict=True):
-                for kind in chosen.kinds:
-                    conditions = KINDS[kind](run, stage, place, distances, moments)
-                    for condition in conditions:
-                        outcomes = stage.play(Edit(place, distances, condition.change))
-                        head = {"kind": kind, "condition": condition.name, "strength": condition.strength}
-                        head |= {"location": place[0], "layer": place[1], "distance": far}
-                        _check_finite(outcomes, head)
-                        rows += _rows(run, head, condition, plain, outcomes, scenes.action)
+    _check_plan(stage, chosen)
+    writer = Writer(run, stage, chosen.samples, window) if chosen.samples else None
+    trial = _Trial(run, stage, writer, _told_at(run, chosen, places))
+    found: list[dict[str, Any]] = []
+    with progress.task("intervene", total=_passes(chosen, places)) as task:
+        for site in _sites(run, stage, places, grid, progress):
+            for kind in chosen.kinds:
+                if (kind == "codebook") == (site.place is None):
+                    found += trial.rows(kind, site)
                     task.advance()
+    table = pd.DataFrame(found).astype(TYPES).assign(variant=chosen.variant)
     results = InterventionResults(
-        pd.DataFrame(rows).assign(variant=chosen.variant), run.folder / "interventions"
+        table, run.folder / "interventions" / chosen.variant, _notes(run, len(scenes))
     )
     with atomic_folder(results.folder) as folder:
         results.table.to_parquet(folder / "results.parquet", index=False)
-        write_json(folder / "settings.json", run.config.model_dump(mode="json"))
+        write_json(folder / "settings.json", run.config.model_dump(mode="json") | {"notes": results.notes})
     return results
 
 
-def _erase(run: Run, stage: Stage, place: Place, distances: Sequence[int], moments: Moved) -> list[Condition]:
-    chosen = run.config.intervene
-    fit = leace if chosen.eraser == "leace" else lambda sums: inlp(sums, chosen.rounds)
-    return erasing({d: fit(moments[place, d])[0] for d in distances}, run.config.seed)
+class _Trial:
+    """Tries conditions on the scenes, and on the same scenes left alone."""
 
+    def __init__(self, run: Run, stage: Stage, writer: Writer | None, told: set[Place]) -> None:
+        self._run, self._stage, self._writer, self._told = run, stage, writer, told
+        self._resampling: Resampling = {
+            "resamples": run.config.evaluation.resamples,
+            "seed": run.config.seed,
+        }
+        self._plain = stage.play()
+        self._written = None if writer is None else writer.actions()
 
-def _patch(run: Run, stage: Stage, place: Place, distances: Sequence[int], moments: Moved) -> list[Condition]:
-    donated = dict(zip(distances, stage.activations(place, distances), strict=True))
-    return patching(donated, stage.scenes, run.config.seed)
+    def rows(self, kind: str, site: Site) -> list[dict[str, Any]]:
+        """Every metric of every condition of a kind at a site."""
+        measured, true = KINDS[kind](self._run, self._stage, site), self._stage.scenes.action
+        found: list[dict[str, Any]] = []
+        one = np.ones(len(true))
+        known: Sums = {name: (values, one) for name, values in measured.sums.items()}
+        for strength in dict.fromkeys(condition.strength for condition in measured.conditions):
+            conditions = [c for c in measured.conditions if c.strength == strength]
+            outcomes = {c.name: self._played(kind, site, c) for c in conditions}
+            written = self._rewritten(site, conditions)
+            for condition in conditions:
+                sums = known | changes(condition, self._plain, outcomes, true)
+                if self._written is not None and written:
+                    sums |= follows(condition, self._written, written)
+                head = self._head(kind, site, condition)
+                found += rows(head, sums, condition.scenes, self._resampling)
+                known = {}
+        return found
 
+    def _head(self, kind: str, site: Site, condition: Condition) -> dict[str, Any]:
+        location, layer = site.place or (PLAN, None)
+        return {
+            "kind": kind,
+            "condition": condition.name,
+            "strength": condition.strength,
+            "location": location,
+            "layer": layer,
+            "distance": site.distance,
+            "readout_direct": site.place == (READOUT, self._run.bridged.cfg.n_layers - 1)
+            and 1 in site.distances,
+            "injected": site.place is None or (site.place in self._told and 1 in site.distances),
+        }
 
-def _steer(run: Run, stage: Stage, place: Place, distances: Sequence[int], moments: Moved) -> list[Condition]:
-    chosen = run.config.intervene
-    vectors = {d: _means(moments[place, d]) for d in distances}
-    if chosen.direction == "probe":
-        saved = SavedProbes(run.folder / "probes", chosen.variant, run.config.seed)
-        for distance, means in vectors.items():
-            coef = saved[Cell(place[0], place[1], distance)].coef.T.to(means)
-            along = coef - coef.mean(dim=0)
-            # As long as the way between means, so that strengths can be compared.
-            scale = means.norm(dim=1) / along.norm(dim=1).clamp(min=1e-12)
-            vectors[distance] = along * scale[:, None]
-    return steering(vectors, stage.scenes, chosen.strengths, run.config.seed)
-
-
-KINDS: dict[str, Callable[[Run, Stage, Place, Sequence[int], Moved], list[Condition]]] = {
-    "erase": _erase,
-    "steer": _steer,
-    "patch": _patch,
-}
-"""The kinds of `intervene.kinds`."""
-
-
-def _means(moments: Moments) -> Tensor:
-    """From the mean of all activations to that of each class `[classes, width]`; 0 where it has none."""
-    counts = moments.class_counts[0][:, None]
-    means = moments.class_sums[0] / counts.clamp(min=1) - moments.mean[0]
-    return torch.where(counts > 0, means, 0.0).float()
-
-
-def _rows(
-    run: Run,
-    head: dict[str, Any],
-    condition: Condition,
-    plain: Outcomes,
-    changed: Outcomes,
-    true: np.ndarray,
-) -> list[dict[str, Any]]:
-    """Every metric of one condition."""
-    scenes = np.arange(len(true))
-    there = np.ones(len(true), dtype=bool) if condition.scenes is None else condition.scenes
-    one = there.astype(float)
-    read, was = np.exp(changed.readout), np.exp(plain.readout)
-    sums = {
-        "next_loss": (changed.next_loss - plain.next_loss, plain.next_tokens),
-        "other_loss": (changed.other_loss - plain.other_loss, plain.other_tokens),
-        "first_kl": (_kl(plain.first, changed.first), one),
-        "readout_kl": (_kl(plain.readout, changed.readout), one),
-        "readout_true": ((read - was)[scenes, true], one),
-    }
-    if condition.target is not None:
-        sums["readout_target"] = ((read - was)[scenes, condition.target], one)
-    options: Resampling = {"resamples": run.config.evaluation.resamples, "seed": run.config.seed}
-    rows = []
-    for metric, (values, counts) in sums.items():
-        found = bootstrap_ratio(values * there, counts * there, **options)
-        rows.append(
-            head
-            | {"metric": metric, "value": found.value, "value_low": found.low, "value_high": found.high}
-            | {"documents": found.documents}
+    def _played(self, kind: str, site: Site, condition: Condition) -> Outcomes:
+        outcomes = self._stage.play(Edit(site.place, site.distances, condition.change))
+        seen = (outcomes.next_loss, outcomes.other_loss, outcomes.moved)
+        if all(np.isfinite(values).all() for values in seen):
+            return outcomes
+        remedy = ""
+        if condition.strength is not None:
+            remedy = f"; lower intervene.strengths, which has {condition.strength:g}"
+        location, layer = site.place or (PLAN, None)
+        raise ProbekitError(
+            f"{kind} ({condition.name}) at {location}, layer {layer}, moves activations, or makes the loss, "
+            f"beyond what numbers can tell{remedy}"
         )
-    return rows
+
+    def _rewritten(self, site: Site, conditions: Sequence[Condition]) -> dict[str, np.ndarray]:
+        """The actions of sentences written under conditions that aim at one."""
+        if self._writer is None or any(condition.target is None for condition in conditions):
+            return {}
+        return {c.name: self._writer.actions(Edit(site.place, site.distances, c.change)) for c in conditions}
 
 
-def _kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """KL(p || q) of log-probabilities `[scenes, outcomes]`, in nats `[scenes]`."""
-    there = np.isfinite(p) & np.isfinite(q)
-    difference = np.where(there, p, 0.0) - np.where(there, q, 0.0)
-    return (np.exp(np.where(there, p, -np.inf)) * difference).sum(axis=1)
+def _sites(run: Run, stage: Stage, places: Sequence[Place], grid: Grid, progress: Progress) -> Iterator[Site]:
+    """Where something is changed, one site at a time; the plan, which is no place, last."""
+    chosen = run.config.intervene
+    if set(chosen.kinds) != {"codebook"}:
+        moments = moments_at(run, chosen.variant, places, grid, progress)
+        for place in places:
+            seen = dict(zip(grid.distances, stage.activations(place, grid.distances), strict=True))
+            for far in sorted(chosen.distances):
+                reached = tuple(range(1, far + 1)) if chosen.span else (far,)
+                sums = {distance: moments[place, distance] for distance in reached}
+                yield Site(place, reached, sums, {distance: seen[distance] for distance in reached})
+    if "codebook" in chosen.kinds:
+        yield Site(None, (1,), {}, {})
 
 
-def _check_finite(outcomes: Outcomes, head: dict[str, Any]) -> None:
-    if np.isfinite(outcomes.next_loss).all() and np.isfinite(outcomes.other_loss).all():
-        return
-    strength = head["strength"]
-    remedy = "" if strength is None else f"; lower intervene.strengths, which has {strength:g}"
-    raise ProbekitError(
-        f"{head['kind']} ({head['condition']}) at {head['location']}, layer {head['layer']}, makes the loss "
-        f"infinite or no number{remedy}"
+def _passes(chosen: InterventionSettings, places: Sequence[Place]) -> int:
+    """How many kinds are tried at how many sites."""
+    local = [kind for kind in chosen.kinds if kind != "codebook"]
+    return len(places) * len(set(chosen.distances)) * len(local) + (len(local) < len(chosen.kinds))
+
+
+def _grid(run: Run, chosen: InterventionSettings) -> Grid:
+    """The examples that erasers and directions are fitted on, at every distance that is changed."""
+    farthest = max(chosen.distances)
+    distances = tuple(range(1, farthest + 1)) if chosen.span else tuple(sorted(set(chosen.distances)))
+    probing = run.config.probe.model_copy(
+        update={"distances": distances, "horizons": (1,), "anchors": "sentence"}
     )
+    grid = make_grid(run.corpus, probing, find_target(run.corpus, "action"), run.config.seed)
+    if missing := sorted({*distances} - {*grid.distances}):
+        raise ProbekitError(
+            f"intervene.distances goes to {farthest}, but too few sentences begin behind so many tokens "
+            f"that something can be fitted at distance {missing[0]}; give less"
+        )
+    return grid
 
 
 def _places(run: Run, chosen: InterventionSettings) -> list[Place]:
+    """Every location at every layer of the settings; one outside the blocks at the layer beside it."""
     layers = run.bridged.cfg.n_layers
     for location in chosen.locations:
         check_location(run.locations, location, "intervene.locations")
@@ -214,11 +234,50 @@ def _places(run: Run, chosen: InterventionSettings) -> list[Place]:
             f"intervene.variant is {chosen.variant!r}, which this run has not trained; it has "
             f"{', '.join(known)}"
         )
-    return [(location, layer) for location in chosen.locations for layer in chosen.layers or range(layers)]
+    beside = dict(zip(OUTSIDE_BLOCKS, (0, layers - 1), strict=True))
+    return [
+        (location, layer)
+        for location in dict.fromkeys(chosen.locations)
+        for layer in (
+            dict.fromkeys(chosen.layers or range(layers)) if per_layer(location) else [beside[location]]
+        )
+    ]
 
 
-def _readout(run: Run, chosen: InterventionSettings) -> tuple[Place, Any]:
+def _readout(run: Run, chosen: InterventionSettings) -> tuple[Place, LinearProbe]:
     """The probe of the last layer, right before the next sentence."""
     last = run.bridged.cfg.n_layers - 1
-    saved = SavedProbes(run.folder / "probes", chosen.variant, run.config.seed)
+    folder = run.folder / "probes"
+    saved = SavedProbes(folder, chosen.variant, run.config.seed)
+    probed = read_json(folder / "settings.json")["probe"]
+    if (probed["target"], probed["labels"], probed["anchors"]) != ("action", None, "sentence"):
+        raise ProbekitError(
+            f"{folder} holds probes of {probed['target']!r} before every {probed['anchors']}, but "
+            "interventions need those of the next sentence's action; run "
+            f"`probekit probe {run.folder} --probe.variants {chosen.variant}`"
+        )
     return (READOUT, last), saved[Cell(READOUT, last, 1)]
+
+
+def _check_plan(stage: Stage, chosen: InterventionSettings) -> None:
+    if "codebook" in chosen.kinds and stage.codebook is None:
+        raise ProbekitError(
+            f"intervene.kinds has 'codebook', but variant {chosen.variant!r} is told no actions; choose an "
+            "intervene.variant that is conditioned on them, such as soft"
+        )
+
+
+def _told_at(run: Run, chosen: InterventionSettings, places: Sequence[Place]) -> set[Place]:
+    """The places at which the token before the next sentence has been told of its action."""
+    if chosen.variant not in VARIANTS or not VARIANTS[chosen.variant].evaluation.needs_scores:
+        return set()
+    if CONDITIONINGS[run.config.conditioning.kind].lag:
+        return set()
+    return Reader(run, chosen.variant, places, (1,)).changed_by_conditioning()
+
+
+def _notes(run: Run, scenes: int) -> list[str]:
+    asked = run.config.intervene.scenes
+    if scenes == asked:
+        return []
+    return [f"{scenes:,} scenes, for no more test documents have one; intervene.scenes asks for {asked:,}"]

@@ -32,11 +32,6 @@ class Scenes:
     def __len__(self) -> int:
         return len(self.column)
 
-    @property
-    def document(self) -> np.ndarray:
-        """The document of each `[scenes]`."""
-        return self.windows.document
-
 
 def draw_scenes(
     corpus: Corpus, documents: np.ndarray, count: int, window: int, reach: int, seed: int
@@ -55,8 +50,13 @@ def draw_scenes(
         seed: Of both draws.
 
     Raises:
-        ProbekitError: No document has such a boundary.
+        ProbekitError: A window does not reach so far, or no document has such a boundary.
     """
+    if reach > window:
+        raise ProbekitError(
+            f"intervene.distances has {reach}, but the LM reads {window} tokens at once (evaluation.window); "
+            f"give at most {window}"
+        )
     generator = np.random.default_rng(seed)
     rows: list[tuple[int, ...]] = []
     for document in generator.permutation(documents):

@@ -117,6 +117,18 @@ def mean_over_seeds(cells: pd.DataFrame, metric: str) -> pd.DataFrame:
     return means
 
 
+def best_layer(cells: pd.DataFrame) -> int | None:
+    """The layer with the lowest mean cross-entropy on validation documents; None if all cells are empty.
+
+    The mean is over the distances at which no layer is injected, and over all if there is none.
+    """
+    read = cells[cells.validation_cross_entropy.notna()]
+    injected = read.groupby("distance").injected.transform("any").astype(bool)
+    read = read if injected.all() else read[~injected]
+    means = read.groupby("layer").validation_cross_entropy.mean()
+    return None if means.empty else int(means.index[int(means.argmin())])
+
+
 def colour_scale(means: Sequence[pd.DataFrame], metric: str) -> Normalize:
     """A scale of colours for several heat maps.
 

@@ -35,14 +35,14 @@ def print_training(run: Run) -> None:
         (name, f"{facts['seconds']:.1f}", f"{facts['parameters']:,}" if "parameters" in facts else "")
         for name, facts in stages.items()
     ]
-    _print("Training", ["stage", "seconds", "parameters"], rows)
-    _say(f"The run is in {run.folder}. Next: probekit evaluate {run.folder}, probekit probe {run.folder}")
+    print_table("Training", ["stage", "seconds", "parameters"], rows)
+    say(f"The run is in {run.folder}. Next: probekit evaluate {run.folder}, probekit probe {run.folder}")
 
 
 def print_corpus(corpus: Corpus, nearest: int) -> None:
     """Sizes, sentence lengths, the actions' histogram and the sentences nearest to each action."""
     table = sizes(corpus)
-    _print(
+    print_table(
         "Corpus",
         ["split", *table.columns],
         (
@@ -51,18 +51,20 @@ def print_corpus(corpus: Corpus, nearest: int) -> None:
         ),
     )
     lengths = sentence_lengths(corpus)
-    _print("Sentence lengths in tokens", [f"{q:.0%}" for q in lengths.index], [[f"{v:.0f}" for v in lengths]])
+    print_table(
+        "Sentence lengths in tokens", [f"{q:.0%}" for q in lengths.index], [[f"{v:.0f}" for v in lengths]]
+    )
     facts = corpus.facts
-    _say(
+    say(
         f"{facts['blank_documents_dropped']:,} blank documents dropped; {facts['one_sentence_documents']:,} "
         "documents of one sentence, kept out of planner training; "
         f"vocabulary of {facts['vocabulary']:,} tokens"
     )
     if "adjusted_rand_index" in facts:
-        _say(f"Clusters against planted actions: adjusted Rand index {facts['adjusted_rand_index']:.3f}")
+        say(f"Clusters against planted actions: adjusted Rand index {facts['adjusted_rand_index']:.3f}")
     actions = action_table(corpus, nearest)
     most = actions.share.max()
-    _print(
+    print_table(
         f"Actions ({corpus.k}, by training sentences)",
         ["action", "sentences", "share", "", "nearest sentences"],
         (
@@ -77,15 +79,15 @@ def print_corpus(corpus: Corpus, nearest: int) -> None:
         ),
     )
     if len(actions) > DISPLAY_ACTIONS:
-        _say(f"… and {len(actions) - DISPLAY_ACTIONS:,} rarer actions")
+        say(f"… and {len(actions) - DISPLAY_ACTIONS:,} rarer actions")
 
 
 def print_evaluation(evaluation: Evaluation) -> None:
     """Perplexities with intervals, the difference of every two, planner metrics or multiple choice."""
     table = evaluation.perplexity
-    _warn_of_few(table.documents.iloc[0])
+    warn_of_few(table.documents.iloc[0])
     documents, tokens = table.documents.iloc[0], table.tokens.iloc[0]
-    _print(
+    print_table(
         f"Perplexity per token on {documents:,} test documents, {tokens:,} tokens "
         "(95 % intervals from resampling documents)",
         ["variant", "actions", "perplexity", "95 % interval"],
@@ -94,7 +96,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
             for row in table.to_dict("records")
         ),
     )
-    _print(
+    print_table(
         "Differences of perplexity, paired over documents",
         ["first", "second", "first - second", "95 % interval"],
         (
@@ -110,12 +112,12 @@ def print_evaluation(evaluation: Evaluation) -> None:
 
 def _print_planners(planner: pd.DataFrame) -> None:
     metrics = planner.metric.unique()
-    _print(
+    print_table(
         f"Next action on {planner.sentences.iloc[0]:,} test sentences of "
         f"{planner.documents.iloc[0]:,} documents",
         ["reader", *(f"{metric} (nats)" if metric == "cross_entropy" else metric for metric in metrics)],
         (
-            [str(reader), *(_with_range(row, "value") for row in rows.to_dict("records"))]
+            [str(reader), *(with_range(row, "value") for row in rows.to_dict("records"))]
             for reader, rows in planner.groupby("reader", sort=False)
         ),
     )
@@ -124,7 +126,7 @@ def _print_planners(planner: pd.DataFrame) -> None:
 def _print_choices(evaluation: EnsembleEvaluation) -> None:
     accuracy = evaluation.accuracy
     questions, documents = accuracy.questions.iloc[0], accuracy.documents.iloc[0]
-    _print(
+    print_table(
         f"Multiple choice: {questions:,} questions of {documents:,} documents",
         ["variant", "accuracy", "95 % interval"],
         (
@@ -132,7 +134,7 @@ def _print_choices(evaluation: EnsembleEvaluation) -> None:
             for row in accuracy.to_dict("records")
         ),
     )
-    _print(
+    print_table(
         "Differences of accuracy, paired over documents",
         ["first", "second", "first - second", "95 % interval"],
         (
@@ -145,19 +147,19 @@ def _print_choices(evaluation: EnsembleEvaluation) -> None:
 def print_generation(evaluation: GenerationEvaluation) -> None:
     """What was found of generated text: a table for each kind and length of texts, and one of plans."""
     metrics = evaluation.metrics
-    _warn_of_few(evaluation.settings["prompts"])
+    warn_of_few(evaluation.settings["prompts"])
     planned = metrics.metric.str.startswith("plan_following")
     for (texts, length), own in metrics[~planned].groupby(["texts", "length"], sort=False):
         title = f"Generated {texts} of {length:,} tokens (95 % intervals from resampling documents)"
         _print_metrics(title, own)
         if blank := int(own.groupby(["variant", "actions"])["empty"].max().sum()):
-            _say(
+            say(
                 f"Blank among these: {blank:,}; as far from true ones as can be, and not in latent perplexity"
             )
     if planned.any():
         _print_metrics("Sentences that have the action they were given", metrics[planned])
     for line in evaluation.notes:
-        _say(line)
+        say(line)
 
 
 def _print_metrics(title: str, metrics: pd.DataFrame) -> None:
@@ -168,27 +170,27 @@ def _print_metrics(title: str, metrics: pd.DataFrame) -> None:
         found = {row["metric"]: row for row in own.to_dict("records")}
         cells = (_metric(found[name]) if name in found else "" for name in names)
         rows.append([str(variant), str(actions), *cells])
-    _print(title, ["variant", "actions", *(name.replace("_", " ") for name in names)], rows)
+    print_table(title, ["variant", "actions", *(name.replace("_", " ") for name in names)], rows)
 
 
 def _metric(row: Mapping[Hashable, Any]) -> str:
     spread = row["seed_spread"]
-    return _with_range(row, "value") + ("" if pd.isna(spread) else f"\nspread over seeds {spread:.3f}")
+    return with_range(row, "value") + ("" if pd.isna(spread) else f"\nspread over seeds {spread:.3f}")
 
 
 def print_sweep(sweep: Sweep) -> None:
     """The mean over seeds of every metric, with its interval and the seeds' spread."""
     table = sweep.table()
     means = table[table.seed.isna()]
-    _warn_of_few(means.documents.min())
+    warn_of_few(means.documents.min())
     for (metric, texts, length), own in means.groupby(["metric", "texts", "length"], sort=False):
-        _print(
+        print_table(
             f"{str(metric).replace('_', ' ')} of {texts}{f' of {length:,} tokens' if length else ''}, mean "
             "over seeds (95 % intervals from resampling documents)",
             ["member", "variant", "actions", "mean", "spread over seeds", "seeds", "documents"],
             (
                 [
-                    *(row["member"], row["variant"], row["actions"], _with_range(row, "value")),
+                    *(row["member"], row["variant"], row["actions"], with_range(row, "value")),
                     "" if pd.isna(row["seed_spread"]) else f"{row['seed_spread']:.3f}",
                     *(str(row["seeds"]), f"{row['documents']:,}"),
                 ]
@@ -196,8 +198,8 @@ def print_sweep(sweep: Sweep) -> None:
             ),
         )
     if sweep.missing:
-        _say(f"Not finished, and not in the table: {', '.join(map(str, sweep.missing))}")
-    _say(f"All rows, of single seeds too: {sweep.folder / 'results.parquet'}; runs: {sweep.folder}/*/seed*")
+        say(f"Not finished, and not in the table: {', '.join(map(str, sweep.missing))}")
+    say(f"All rows, of single seeds too: {sweep.folder / 'results.parquet'}; runs: {sweep.folder}/*/seed*")
 
 
 def print_texts(written: Written) -> None:
@@ -208,17 +210,17 @@ def print_texts(written: Written) -> None:
         begun = [["prompt", "", prompt.text.strip()]] if prompt.text.strip() else []
         rows = [["", "" if action is None else str(action), text] for text, action in sentences]
         title = f"Text {number}{where}, {len(more.tokens):,} tokens by {written.variant}"
-        _print(title, ["", "most probable action" if written.mixed else "action", "text"], begun + rows)
+        print_table(title, ["", "most probable action" if written.mixed else "action", "text"], begun + rows)
     texts = len(written.continuations)
     if written.lacking:
-        _say(
+        say(
             f"Texts asked for: {texts + written.lacking:,}, written: {texts:,}; no more test documents go on "
             "behind their first generation.context tokens"
         )
     if stopped := sum(more.ended == "plan" for more in written.continuations):
-        _say(f"Ended where the plan ends: {stopped:,} of {texts:,}")
+        say(f"Ended where the plan ends: {stopped:,} of {texts:,}")
     if written.slid:
-        _say(
+        say(
             f"Longer than the {written.window:,} tokens that the LM reads at once: {written.slid:,} of "
             f"{texts:,}; whenever these were full, it went on from the last half of them"
         )
@@ -229,14 +231,14 @@ def print_probes(results: ProbeResults) -> None:
     table = results.table
     best = results.best_cells().sort_values(["horizon", "variant", "location", "solver", "seed"])
     examples, documents = table.examples[table.accuracy.notna()].max(), table.documents.max()
-    _print(
+    print_table(
         f"Best cells, chosen on validation, on {examples:,} test examples of {documents:,} documents",
         ["cell", "accuracy", "bits over the prior", "gain in bits", "selectivity", "compression"],
         [_cell_row(row) for row in best.to_dict("records")],
     )
     beside = table[table.reader != "probe"].merge(best[["distance", "horizon"]].drop_duplicates())
     beside = beside.sort_values(["horizon", "distance"], kind="stable")
-    _print(
+    print_table(
         "Baselines and ceilings at the distances and horizons of these cells, on the same examples",
         ["distance", "horizon", "reader", "accuracy", "bits over the prior"],
         (
@@ -244,10 +246,11 @@ def print_probes(results: ProbeResults) -> None:
             for row in beside.to_dict("records")
         ),
     )
-    _warn_of_few(documents)
-    for line in [*_cell_lines(table[table.reader == "probe"]), *results.notes]:
-        _say(line)
-    _say(f"All {len(table):,} rows: {results.folder / 'results.parquet'}; pictures: {results.folder}")
+    warn_of_few(documents)
+    probes = table[table.reader == "probe"]
+    for line in [*beaten_baselines(probes), *unreliable_cells(probes), *results.notes]:
+        say(line)
+    say(f"All {len(table):,} rows: {results.folder / 'results.parquet'}; pictures: {results.folder}")
 
 
 def _cell_row(row: Mapping[Hashable, Any]) -> list[str]:
@@ -256,8 +259,8 @@ def _cell_row(row: Mapping[Hashable, Any]) -> list[str]:
         f"{target}{row['variant']}, {row['location']}, {row['solver']}\n"
         f"layer {row['layer']}, distance {row['distance']}, horizon {row['horizon']}, seed {row['seed']}",
         *_scores(row),
-        f"{_with_range(row, 'gain')}\nover the {row['gain_over']}",
-        _with_range(row, "selectivity"),
+        f"{with_range(row, 'gain')}\nover the {row['gain_over']}",
+        with_range(row, "selectivity"),
         "" if pd.isna(row["compression"]) else f"{row['compression']:.3f}",
     ]
 
@@ -266,8 +269,8 @@ def _reader(row: Mapping[Hashable, Any]) -> str:
     return row["reader"] if pd.isna(row["seed"]) else f"{row['reader']}, seed {row['seed']}"
 
 
-def _cell_lines(probes: pd.DataFrame) -> Iterator[str]:
-    """How many cells beat the baselines, and how many have nothing to say, or nothing to rely on."""
+def beaten_baselines(probes: pd.DataFrame) -> Iterator[str]:
+    """How many cells read more than the strongest baseline that needs no model."""
     compared = probes[probes.gain_low.notna() & ~probes.injected]
     if len(compared):
         beat = (compared.gain_low > 0.0).groupby(compared.variant).agg(["sum", "count"])
@@ -276,6 +279,10 @@ def _cell_lines(probes: pd.DataFrame) -> Iterator[str]:
             f"{beat['sum'].sum():,} of {len(compared):,} cells read more than the "
             f"{' or '.join(sorted(compared.gain_over.unique()))}, 95 % for all together ({each})"
         )
+
+
+def unreliable_cells(probes: pd.DataFrame) -> Iterator[str]:
+    """How many cells have nothing to say, or nothing to rely on."""
     empty = probes[probes.accuracy.isna()]
     if len(empty):
         where = [
@@ -290,15 +297,17 @@ def _cell_lines(probes: pd.DataFrame) -> Iterator[str]:
 
 
 def _scores(row: Mapping[Hashable, Any]) -> list[str]:
-    return [_with_range(row, "accuracy"), _with_range(row, "bits")]
+    return [with_range(row, "accuracy"), with_range(row, "bits")]
 
 
-def _warn_of_few(documents: int) -> None:
+def warn_of_few(documents: int) -> None:
+    """Says so where test documents are few."""
     if warning := too_few(documents):
-        _say(warning)
+        say(warning)
 
 
-def _with_range(row: Mapping[Hashable, Any], value: str) -> str:
+def with_range(row: Mapping[Hashable, Any], value: str) -> str:
+    """A row's value with its interval, empty where it has none."""
     return f"{row[value]:.3f} {_range(row, value)}" if pd.notna(row[value]) else ""
 
 
@@ -307,7 +316,8 @@ def _range(row: Mapping[Hashable, Any], value: str) -> str:
     return "(no interval)" if pd.isna(low) else f"[{low:.3f}, {high:.3f}]"
 
 
-def _print(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    """Prints a table of texts as they are."""
     table = Table(title=title, title_justify="left", title_style="bold")
     for column in columns:
         table.add_column(column)
@@ -316,7 +326,8 @@ def _print(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) ->
     _console().print(table)
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """Prints a line as it is."""
     _console().print(_literal(line))
 
 

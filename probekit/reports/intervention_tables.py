@@ -1,0 +1,90 @@
+"""Interventions on the terminal: what each kind does at every layer, beside its controls."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import pandas as pd
+
+from probekit.interventions.intervene import InterventionResults
+from probekit.reports.tables import print_table, say, warn_of_few, with_range
+
+EFFECTS = {
+    "next_loss": "next sentence",
+    "next_loss_over_random": "over as large a random change",
+    "other_loss": "tokens behind it",
+    "readout_true": "probe: true action",
+    "readout_target": "probe: target",
+}
+"""Metrics of the table of each kind, and how they are called."""
+
+ACCURACIES = {
+    "fitted_accuracy": "as it was",
+    "refitted_accuracy": "fitted again, erased",
+    "prior_accuracy": "most frequent action",
+}
+
+FOLLOWING = {
+    "plan_following": "have the target action",
+    "plan_following_unedited": "without the edit",
+    "plan_following_over_random": "over as large a random change",
+}
+
+NONE = -1
+"""Stands for no layer where rows are grouped."""
+
+
+def print_interventions(results: InterventionResults) -> None:
+    """Every kind at all layers, at the nearest distance; nothing is chosen on the test documents."""
+    table = results.table
+    near = table[table.distance == table.distance.min()]
+    for kind, own in near.groupby("kind", sort=False):
+        print_table(
+            f"{kind}, distance {own.distance.iloc[0]}: changes in nats a token, and in probabilities that the "
+            "last layer's probe gives (95 % intervals from resampling documents)",
+            ["layer", "condition", *EFFECTS.values()],
+            ([*_place(row), *(with_range(row, metric) for metric in EFFECTS)] for row in _wide(own, EFFECTS)),
+        )
+    for title, metrics in {
+        "Accuracy of a linear probe where actions were erased": ACCURACIES,
+        "Share of sentences written anew that have the action aimed at": FOLLOWING,
+    }.items():
+        if len(there := near[near.metric == next(iter(metrics))]):
+            which = near.merge(there[["kind", "condition"]].drop_duplicates())
+            print_table(
+                f"{title}, distance {near.distance.min()}",
+                ["kind", "layer", "condition", *metrics.values()],
+                (
+                    [row["kind"], *_place(row), *(with_range(row, metric) for metric in metrics)]
+                    for row in _wide(which, metrics)
+                ),
+            )
+    warn_of_few(int(table.documents.max()))
+    if near.readout_direct.any():
+        say("* the probe reads what was changed itself: no effect of it")
+    if near.injected.any():
+        say("+ the adapter had told the LM of the next sentence's action there")
+    for line in results.notes:
+        say(line)
+    say(f"All {len(table):,} rows: {results.folder / 'results.parquet'}")
+
+
+def _wide(table: pd.DataFrame, metrics: Mapping[str, str]) -> list[Mapping[Hashable, Any]]:
+    """A row for each condition, a column for each metric and bound; controls' own rows, too."""
+    head = ["kind", "location", "layer", "strength", "condition", "readout_direct", "injected"]
+    filled = table.assign(layer=table.layer.fillna(NONE), strength=table.strength.fillna(0.0))
+    wide = filled[filled.metric.isin(metrics)].pivot_table(
+        index=head, columns="metric", values=["value", "value_low", "value_high"], sort=False
+    )
+    wide.columns = [metric + bound.removeprefix("value") for bound, metric in wide.columns]
+    missing = [f"{metric}{end}" for metric in metrics for end in ("", "_low", "_high")]
+    return wide.reindex(columns=missing).reset_index().to_dict("records")
+
+
+def _place(row: Mapping[Hashable, Any]) -> list[str]:
+    """Layer with its marks, and condition with its strength."""
+    marks = "*" * bool(row["readout_direct"]) + "+" * bool(row["injected"])
+    layer = "" if row["layer"] == NONE else f"{row['location']} {row['layer']}"
+    strength = f" × {row['strength']:g}" if row["strength"] else ""
+    return [f"{layer}{marks}", f"{row['condition']}{strength}"]

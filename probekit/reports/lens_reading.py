@@ -1,0 +1,290 @@
+"""What the lens shows of a text, as numbers: what probes read at each token, what is true and planned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from probekit.config import VariantName
+from probekit.corpus.actions import Codebook, nearest_sentences
+from probekit.corpus.store import Corpus, too_few
+from probekit.models.conditioning import CONDITIONINGS
+from probekit.models.mixing import VARIANTS
+from probekit.probing.activations import Reader
+from probekit.probing.locations import label
+from probekit.probing.targets import Examples
+from probekit.progress import Progress, Task
+from probekit.reports.lens_probes import KeptProbes, kept_probes
+from probekit.reports.lens_text import LIMIT, Text, TextRun, cut_text
+from probekit.run import Run
+
+PLANNED = 5
+"""How many of the planner's actions are shown."""
+
+EXAMPLES = 3
+"""Sentences that show what an action is; fewer where they are alike."""
+
+NONE = -1
+"""Where there is no action."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What the planner expects of every sentence, from those before it.
+
+    Attributes:
+        top: The most probable actions `[sentences + 1, PLANNED]`.
+        probability: Their probabilities `[sentences + 1, PLANNED]`.
+        true: The probability of the true action `[sentences]`.
+    """
+
+    top: np.ndarray
+    probability: np.ndarray
+    true: np.ndarray
+
+
+@dataclass(frozen=True)
+class Told:
+    """What the LM was told of every sentence, where the variant is conditioned.
+
+    Attributes:
+        action: The one with the most weight in the mix `[sentences + 1]`.
+        weight: Its weight `[sentences + 1]`.
+        carried: The sentence of whose plan the LM has been told last at each token `[tokens]`.
+        planned: Whether a planner chose; else it is the same whatever the text.
+        changed: Whether the reading of a place has been told of it at the token itself `[places]`.
+    """
+
+    action: np.ndarray
+    weight: np.ndarray
+    carried: np.ndarray
+    planned: bool
+    changed: list[bool]
+
+
+@dataclass(frozen=True)
+class LensData:
+    """A text as the lens shows it.
+
+    Cells are numbered place by place and, within a place, distance by distance. Sentence number `sentences`
+    is the one that comes after the text, of which nothing is true yet.
+
+    Attributes:
+        facts: What was read by what, in words.
+        language: Of the text.
+        probes: Those that read.
+        labels: Short name of each place's location.
+        pieces: The text that each token adds `[tokens]`.
+        first_token: Each sentence's first token `[sentences]`.
+        actions: True actions `[sentences]`.
+        over: Whether the last sentence is over.
+        top: The most probable action `[cells, tokens]`.
+        probability: Its probability `[cells, tokens]`.
+        true_probability: That of the next sentence's true action; NaN where no sentence follows
+            `[cells, tokens]`.
+        planner: What the planner expects, or None.
+        told: What the LM was told, or None.
+        examples: The training sentences nearest to each action that occurs.
+    """
+
+    facts: dict[str, str]
+    language: str
+    probes: KeptProbes
+    labels: list[str]
+    pieces: list[str]
+    first_token: np.ndarray
+    actions: np.ndarray
+    over: bool
+    top: np.ndarray
+    probability: np.ndarray
+    true_probability: np.ndarray
+    planner: Forecast | None
+    told: Told | None
+    examples: Mapping[int, list[str]]
+
+
+def read_text(
+    run: Run,
+    text: str,
+    variant: str | None = None,
+    *,
+    locations: Sequence[str] | None = None,
+    layers: Sequence[int] | None = None,
+    limit: int = LIMIT,
+    progress: Progress | None = None,
+) -> LensData:
+    """Reads a text with a run's probes at every token.
+
+    As in probing, each token is read in the window that scores the one behind it.
+
+    Args:
+        run: The run.
+        text: The text.
+        variant: Whose activations; None: those of the first variant that was probed.
+        locations: Read only these.
+        layers: Read only these.
+        limit: The most tokens.
+        progress: Told how far it is.
+
+    Raises:
+        ProbekitError: The run has no such probes, or the text is blank or too long.
+    """
+    probes = kept_probes(run, variant, locations, layers)
+    windows = {f"evaluation.{name}": probes.settings["evaluation"][name] for name in ("window", "stride")}
+    run.require("lm")
+    _ = run.bridged  # loaded here, it stays with the caller's run for the next text
+    run = run.with_settings(windows)
+    progress = progress or Progress(quiet=True)
+    with progress.task("cut the text"):
+        # Random weights are told nothing, as the base LM is not.
+        planned_for: VariantName = "none" if probes.variant == "random" else probes.variant
+        cut = cut_text(run, text, planned_for, limit)
+    alone = TextRun(run, cut)
+    tokens = np.arange(len(cut.pieces))
+    following = np.searchsorted(cut.first_token, tokens, side="right")
+    true = np.append(cut.actions, NONE)[following]
+    reader = Reader(alone, probes.variant, probes.places, [0], probes.seed)
+    with progress.task("read the text", total=len(tokens)) as task:
+        top, probability, true_probability = _read(probes, reader, true, task)
+    scores = _scores(alone, planned_for, cut)
+    planner = None if scores is None else _forecast(scores, cut.actions)
+    told = _told(alone, probes, reader, scores, cut)
+    shown = [cut.actions, top] + ([] if planner is None else [planner.top])
+    shown += [] if told is None else [told.action]
+    with progress.task("find the sentences nearest to the actions"):
+        examples = _examples(run.corpus, np.unique(np.concatenate([np.ravel(part) for part in shown])))
+    return LensData(
+        facts=_facts(run, probes),
+        language=run.config.corpus.language,
+        probes=probes,
+        labels=[label(location) for location, _ in probes.places],
+        pieces=cut.pieces,
+        first_token=cut.first_token,
+        actions=cut.actions,
+        over=cut.over,
+        top=top,
+        probability=probability,
+        true_probability=true_probability,
+        planner=planner,
+        told=told,
+        examples=examples,
+    )
+
+
+def _every_token(tokens: int) -> Examples:
+    """Every token of the text as an anchor that is read at itself; the separator is none."""
+    zeros = np.zeros(tokens, np.int64)
+    return Examples(zeros, 1 + np.arange(tokens), zeros, np.zeros((tokens, 1), np.int64))
+
+
+def _read(
+    probes: KeptProbes, reader: Reader, true: np.ndarray, task: Task
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What every cell reads at every token, given the next sentence's true action there `[tokens]`.
+
+    Returns:
+        The most probable action, its probability, and that of the true action, each `[cells, tokens]`.
+    """
+    parts = []
+    for part, blocks in reader.chunks(_every_token(len(true))):
+        at = {
+            place: values[0]
+            for block, places in zip(reader.blocks, blocks, strict=True)
+            for place, values in zip(block.places, places, strict=True)
+        }
+        parts.append(_read_chunk(probes, at, torch.from_numpy(true[part])))
+        task.advance(part.stop - part.start)
+    top, probability, of_true = (np.concatenate(columns, axis=1) for columns in zip(*parts, strict=True))
+    return top, probability, of_true
+
+
+def _read_chunk(
+    probes: KeptProbes, activations: Mapping[tuple[str, int], Tensor], true: Tensor
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The same of some tokens, given activations `[tokens, width]` of each place."""
+    read = []
+    for place in probes.places:
+        values, probe = activations[place], probes.at(place)
+        probe = type(probe)(probe.coef.to(values.device), probe.intercept.to(values.device))
+        probabilities = probe.log_probabilities(values).exp().cpu()
+        highest = probabilities.max(dim=-1)
+        own = true.clamp(min=0).expand(len(probabilities), -1)[..., None]
+        right = probabilities.gather(-1, own)[..., 0].masked_fill(true == NONE, torch.nan)
+        read.append((highest.indices, highest.values, right))
+    top, probability, of_true = (torch.cat(columns).numpy() for columns in zip(*read, strict=True))
+    return top, probability, of_true
+
+
+def _scores(run: TextRun, variant: VariantName, cut: Text) -> Tensor | None:
+    """The planner's scores of every sentence and of the one behind them `[sentences + 1, actions]`."""
+    if not run.finished("planner"):
+        return None
+    planner = run.planner(variant)
+    embeddings = torch.from_numpy(np.pad(cut.embeddings, ((0, 1), (0, 0)))).to(run.device)
+    with torch.no_grad():
+        return planner(embeddings[None])[0].cpu()
+
+
+def _forecast(scores: Tensor, actions: np.ndarray) -> Forecast:
+    probabilities = scores.softmax(dim=-1)
+    best = probabilities.sort(dim=-1, descending=True, stable=True)
+    return Forecast(
+        best.indices[:, :PLANNED].numpy(),
+        best.values[:, :PLANNED].numpy(),
+        probabilities[np.arange(len(actions)), actions].numpy(),
+    )
+
+
+def _told(run: TextRun, probes: KeptProbes, reader: Reader, scores: Tensor | None, cut: Text) -> Told | None:
+    if (variant := probes.variant) not in VARIANTS:
+        return None
+    mixing = VARIANTS[variant].evaluation
+    sentences = torch.zeros(len(cut.actions) + 1, dtype=torch.long)
+    # Mixing the rows of an identity matrix gives the weights of the actions.
+    weights = mixing(
+        torch.empty(0) if scores is None else scores,
+        sentences,
+        torch.eye(run.corpus.k),
+        run.temperature(variant),
+    )
+    changed = reader.changed_by_conditioning() if mixing.needs_scores else set()
+    lag = CONDITIONINGS[run.config.conditioning.kind].lag
+    predicted = np.arange(len(cut.pieces)) + 1 - lag
+    weight, action = weights.max(dim=-1)
+    return Told(
+        action.numpy(),
+        weight.numpy(),
+        np.searchsorted(run.corpus.first_token - 1, predicted, side="right") - 1,
+        mixing.needs_scores,
+        [place in changed for place in probes.places],
+    )
+
+
+def _examples(corpus: Corpus, actions: np.ndarray) -> dict[int, list[str]]:
+    """The training sentences nearest to each of some actions, no two alike."""
+    train = np.zeros(len(corpus.first_token), bool)
+    train[corpus.sentences(corpus.documents("train"))] = True
+    # What is not of the training split gets an action of its own, so that embeddings need not be copied.
+    labels = np.where(train, corpus.actions, corpus.k)
+    centroids = np.pad(corpus.codebook.centroids, ((0, 1), (0, 0)))
+    nearest = nearest_sentences(corpus.embeddings, labels, Codebook(centroids), 2 * EXAMPLES)
+    texts = {int(action): corpus.sentence_texts(nearest[action][nearest[action] >= 0]) for action in actions}
+    return {action: list(dict.fromkeys(found))[:EXAMPLES] for action, found in texts.items()}
+
+
+def _facts(run: Run, probes: KeptProbes) -> dict[str, str]:
+    lm, corpus = run.config.lm, run.config.corpus
+    documents = probes.documents
+    return {
+        "Run": run.folder.resolve().name,
+        "Variant": probes.variant,
+        "Model": lm.name or f"new GPT-2, {lm.layers} layers of width {lm.width}",
+        "Corpus": corpus.path or f"{corpus.reader} ({run.corpus.facts['documents']:,} documents)",
+        "Probes": f"{probes.solver}, seed {probes.seed}, for one of {run.corpus.k:,} actions; fitted on "
+        f"{documents['probe']:,} documents, chosen on {documents['validation']:,}, tested on "
+        f"{documents['test']:,}",
+    } | ({"Beware": few} if (few := too_few(documents["test"])) else {})

@@ -1,0 +1,259 @@
+"""Pictures of a run in one line each, for notebooks and for the report.
+
+    import probekit
+
+    run = probekit.load_run("runs/demo")
+    probekit.plot_training(run)
+    probekit.plot_perplexity(run)
+    probekit.plot_probes(run, variant=["none", "soft"], metric="gain")
+    probekit.plot_curve(run, location="attn.hook_z")
+
+Each takes a run and returns a matplotlib figure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib as mpl
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.figure import Figure
+
+from probekit.errors import ProbekitError
+from probekit.models.mixing import VARIANTS
+from probekit.probing.locations import label
+from probekit.reports.document import visible
+from probekit.reports.figures import (
+    DISTANCE,
+    METRICS,
+    Panel,
+    best_layer,
+    beyond,
+    colour_scale,
+    colours,
+    draw_baselines,
+    draw_curve,
+    draw_heat_map,
+    dress_distance_axis,
+    mean_over_seeds,
+    panels,
+)
+from probekit.reports.intervals import draw_intervals
+from probekit.run import Run
+
+PREFERRED = {"location": "hook_resid_post", "solver": "softmax"}
+"""What is drawn where nothing is asked for, if it was probed; else the first that was."""
+
+TITLES = {"lm": "LM", "planner": "planner", "adapter": "adapters", "depth": "depth ensemble"}
+"""Kinds of stages that are trained, and what their panels are called."""
+
+WIDEST = 3
+"""Panels beside each other."""
+
+
+def plot_training(run: Run) -> Figure:
+    """Losses by step, a panel for each kind of stage; dots are losses on validation documents.
+
+    Training losses are moving averages over a twentieth of the rows that were logged.
+
+    Raises:
+        ProbekitError: Nothing is trained yet.
+    """
+    metrics = run.metrics()
+    if metrics.empty or "loss" not in metrics:
+        raise ProbekitError(f"{run.folder} has no training losses; nothing in it was trained")
+    metrics = metrics.assign(kind=metrics.stage.str.split("/").str[0])
+    kinds = [kind for kind in TITLES if kind in set(metrics.kind)]
+    columns = min(len(kinds), 2)
+    rows = -(-len(kinds) // columns)
+    figure = Figure(figsize=(4.6 * columns + 1.2, 3.1 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes, kind in zip(grid.flat, kinds, strict=False):
+        _draw_losses(axes, metrics[metrics.kind == kind])
+        axes.set_title(TITLES[kind], fontsize=10)
+    for axes in grid.flat[len(kinds) :]:
+        axes.set_axis_off()
+    return figure
+
+
+def plot_perplexity(run: Run) -> Figure:
+    """Test perplexity of everything that was evaluated, with 95 % intervals.
+
+    Raises:
+        ProbekitError: The run is not evaluated.
+    """
+    table = pd.DataFrame(run.evaluation()["perplexity"])
+    conditioned_on = " (" + table.actions + " actions)"
+    names = table.variant + conditioned_on.where(table.variant == "oracle", "")
+    values = table.rename(columns=lambda name: name.replace("perplexity", "value")).assign(
+        name=names, seed=None
+    )
+    figure = Figure(figsize=(7.6, 0.8 + 0.32 * len(table)), layout="constrained")
+    axes = figure.subplots()
+    draw_intervals(axes, values, list(names))
+    axes.set_xlabel(f"test perplexity, {table.documents.iloc[0]:,} documents (95 % intervals)")
+    return figure
+
+
+def plot_probes(
+    run: Run,
+    variant: str | Sequence[str] = "none",
+    location: str | None = None,
+    metric: str = "accuracy",
+    *,
+    horizon: int | None = None,
+    solver: str | None = None,
+) -> Figure:
+    """Heat maps of what probes read, by layer and distance.
+
+    Args:
+        run: A probed run.
+        variant: Whose activations; several stand side by side, and have the same colours.
+        location: Where; None: the residual stream behind each block, if it was probed.
+        metric: One of accuracy, top5, bits, gain, selectivity, compression.
+        horizon: Which sentence; None: the next.
+        solver: Which probes; None: softmax, if these were fitted.
+
+    Raises:
+        ProbekitError: The run is not probed, or not so.
+    """
+    names = [variant] if isinstance(variant, str) else list(variant)
+    table = run.probes()
+    chosen = _panels(run, table, names, metric, location=location, horizon=horizon, solver=solver)
+    cells = [panel.cells(table) for panel in chosen]
+    scale = colour_scale([mean_over_seeds(one, metric) for one in cells], metric)
+    columns = min(len(chosen), WIDEST)
+    rows = -(-len(chosen) // columns)
+    distances, layers = cells[0].distance.nunique(), cells[0].layer.nunique()
+    wide, high = max(2.4, 0.42 * distances), max(1.1, 0.28 * layers)
+    figure = Figure(figsize=(1.6 + wide * columns, 1.0 + (high + 0.55) * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    with mpl.rc_context({"font.size": 7}):
+        for axes, panel, own in zip(grid.flat, chosen, cells, strict=False):
+            fits = distances <= 12
+            draw_heat_map(axes, own, metric, scale=scale, numbers=fits, bar=False)
+            axes.set(xlabel="", ylabel="")
+            axes.set_title(panel.variant, fontsize=9)
+            axes.tick_params(labelsize=8)
+    for axes in grid.flat[len(chosen) :]:
+        axes.set_axis_off()
+    figure.supxlabel(DISTANCE, fontsize=9)
+    figure.supylabel("layer", fontsize=9)
+    means = [mean_over_seeds(one, metric) for one in cells]
+    bar = figure.colorbar(ScalarMappable(scale, colours(metric)), ax=grid, extend=beyond(means, scale))
+    bar.set_label(METRICS[metric])
+    told = any(one.injected.any() for one in cells)
+    figure.suptitle(
+        _title(chosen[0]) + ("\n* the target's own action was added" if told else ""),
+        fontsize=10,
+        parse_math=False,
+    )
+    return figure
+
+
+def plot_curve(
+    run: Run,
+    variant: str | Sequence[str] | None = None,
+    location: str | None = None,
+    metric: str = "accuracy",
+    *,
+    horizon: int | None = None,
+    solver: str | None = None,
+) -> Figure:
+    """A score against distance, each variant at its best layer, between baselines and ceilings.
+
+    The best layer is that of the lowest cross-entropy on validation documents, over all distances.
+
+    Args:
+        run: A probed run.
+        variant: Whose activations; None: all that were probed.
+        location: As `plot_probes` has it, and so are the others.
+        metric: What is drawn.
+        horizon: Which sentence.
+        solver: Which probes.
+
+    Raises:
+        ProbekitError: The run is not probed, or not so.
+    """
+    table = run.probes()
+    probed = table[(table.reader == "probe") & table.accuracy.notna()]
+    names = [variant] if isinstance(variant, str) else list(variant or probed_variants(table))
+    chosen = _panels(run, table, names, metric, location=location, horizon=horizon, solver=solver)
+    figure = Figure(figsize=(8.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    draw_baselines(axes, chosen[0].baselines(table), metric)
+    told = False
+    for panel, colour in zip(chosen, sns.color_palette("colorblind", len(chosen)), strict=True):
+        cells = panel.cells(table)
+        if (layer := best_layer(cells)) is not None:
+            cells = cells[cells.layer == layer]
+            told = told or bool(cells.injected.any())
+            draw_curve(axes, cells, metric, f"{panel.variant}, layer {layer}", colour)
+    dress_distance_axis(axes, sorted(probed.distance.unique()), metric)
+    hollow = "; hollow: the target's own action was added" if told else ""
+    title = f"{_title(chosen[0])}\n{int(probed.documents.max()):,} test documents{hollow}"
+    axes.set_title(title, fontsize=10, parse_math=False)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    return figure
+
+
+def probed_variants(table: pd.DataFrame) -> list[str]:
+    """The variants that a table has probes of, the LM itself first."""
+    there = {panel.variant for panel in panels(table)}
+    return [name for name in ("none", "random", *VARIANTS) if name in there]
+
+
+def _draw_losses(axes: Axes, metrics: pd.DataFrame) -> None:
+    stages = list(metrics.stage.unique())
+    for stage, colour in zip(stages, sns.color_palette("husl", len(stages)), strict=True):
+        rows = metrics[metrics.stage == stage]
+        losses = rows[rows.loss.notna()]
+        smooth = losses.loss.rolling(max(1, len(losses) // 20), min_periods=1, center=True).mean()
+        name = stage.split("/")[-1]
+        axes.plot(losses.step, smooth, color=colour, linewidth=1.3, label=name)
+        if "validation_loss" in rows:
+            axes.plot(rows.step, rows.validation_loss, "o", color=colour, markersize=3.5, label="_validation")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats)")
+    axes.grid(color="0.92")
+    if len(stages) > 1:
+        axes.legend(fontsize=7, frameon=False, ncols=2)
+
+
+def _panels(
+    run: Run, table: pd.DataFrame, variants: Sequence[str], metric: str, **wanted: Any
+) -> list[Panel]:
+    """The panels of some variants at one location, horizon and solver.
+
+    Raises:
+        ProbekitError: There is no such metric, or no such panel.
+    """
+    if metric not in METRICS:
+        raise ProbekitError(f"metric is {metric!r}; it must be one of {', '.join(METRICS)}")
+    known = panels(table)
+    for name, value in wanted.items():
+        there = list(dict.fromkeys(getattr(panel, name) for panel in known))
+        if value is None:
+            first = min(there) if name == "horizon" else next(iter(there), None)
+            value = PREFERRED[name] if PREFERRED.get(name) in there else first
+        _check(run, name, value, there)
+        known = [panel for panel in known if getattr(panel, name) == value]
+    by_variant = {panel.variant: panel for panel in known}
+    for variant in variants:
+        _check(run, "variant", variant, list(by_variant))
+    return [by_variant[variant] for variant in variants]
+
+
+def _check(run: Run, name: str, value: Any, there: Sequence[Any]) -> None:
+    if value not in there:
+        raise ProbekitError(
+            f"{run.folder} has no probes of {name} {value!r}; it has {', '.join(map(str, there)) or 'none'}"
+        )
+
+
+def _title(panel: Panel) -> str:
+    return visible(f"{label(panel.location)}, {panel.target}, horizon {panel.horizon}, {panel.solver}")

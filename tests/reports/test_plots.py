@@ -1,0 +1,156 @@
+"""One-line plots: what is drawn is held against the run's own numbers."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+from synthetic_probes import BASELINES, DISTANCES, LAYERS, accuracy_of, probe_table
+
+import probekit
+from probekit.errors import ProbekitError
+from probekit.reports.figures import METRICS
+from probekit.run import Run
+from probekit.storage import write_json
+
+
+@pytest.fixture(scope="module")
+def probed(tiny_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run with made-up probes."""
+    run = Run.open(shutil.copytree(tiny_run.folder, tmp_path_factory.mktemp("plots") / "run"))
+    (run.folder / "probes").mkdir()
+    probe_table().to_parquet(run.folder / "probes" / "results.parquet")
+    return run
+
+
+def lines_of(figure: Figure, number: int = 0) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    lines = figure.axes[number].lines
+    return {str(line.get_label()): (np.array(line.get_xdata()), np.array(line.get_ydata())) for line in lines}
+
+
+def test_training_draws_every_stage(tiny_run: Run):
+    figure = probekit.plot_training(tiny_run)
+    panels = {axes.get_title(): number for number, axes in enumerate(figure.axes) if axes.get_title()}
+    assert {*panels} == {"LM", "planner", "adapters"}
+    metrics = tiny_run.metrics()
+    for stage in metrics.stage.unique():
+        name = stage.split("/")[-1]
+        panel = {"lm": "LM", "planner": "planner"}.get(stage, "adapters")
+        lines = lines_of(figure, panels[panel])
+        own = metrics[(metrics.stage == stage) & metrics.loss.notna()]
+        steps, losses = lines[name]
+        assert steps.tolist() == own.step.tolist()
+        width = max(1, len(own) // 20)
+        if width == 1:
+            np.testing.assert_allclose(losses, own.loss)
+        assert own.loss.min() <= losses.min() <= losses.max() <= own.loss.max()
+
+
+def test_training_smooths_over_a_twentieth(tiny_run: Run, tmp_path: Path):
+    run = Run.open(shutil.copytree(tiny_run.folder, tmp_path / "run"))
+    (run.folder / "metrics.jsonl").unlink()
+    for step in range(1, 61):
+        run.log({"stage": "lm", "step": step, "loss": float(step % 3)})
+    _, losses = lines_of(probekit.plot_training(run))["lm"]
+    np.testing.assert_allclose(losses[1:-1], 1.0)
+
+
+def test_perplexity_has_a_line_for_each_model(tiny_run: Run, tmp_path: Path):
+    run = Run.open(shutil.copytree(tiny_run.folder, tmp_path / "run"))
+    rows = [
+        ("none", "none", 30.0),
+        ("oracle", "planner", 34.0),
+        ("oracle", "true", 20.0),
+        ("soft", "planner", 25.0),
+    ]
+    table = [
+        {"variant": variant, "actions": actions, "perplexity": value, "perplexity_low": value - 1}
+        | {"perplexity_high": value + 2, "documents": 16, "tokens": 99}
+        for variant, actions, value in rows
+    ]
+    write_json(run.folder / "evaluation.json", {"settings": {}, "perplexity": table})
+    axes = probekit.plot_perplexity(run).axes[0]
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names == ["none", "oracle (planner actions)", "oracle (true actions)", "soft"]
+    texts = [text.get_text() for text in axes.texts]
+    assert texts == [f"{value:.2f} [{value - 1:.2f}, {value + 2:.2f}]" for _, _, value in rows]
+
+
+def test_probes_of_several_variants_share_their_colours(probed: Run):
+    figure = probekit.plot_probes(probed, ["none", "random"], "attn.hook_z", horizon=2, solver="ridge")
+    maps = [axes for axes in figure.axes if axes.collections and axes.get_title()]
+    assert [axes.get_title() for axes in maps] == ["none", "random"]
+    assert len({axes.collections[0].get_clim() for axes in maps}) == 1
+    for axes in maps:
+        values = np.ma.asarray(axes.collections[0].get_array()).reshape(len(LAYERS), len(DISTANCES))
+        wanted = [
+            [accuracy_of(layer, distance, 2, axes.get_title()) - 0.02 for distance in DISTANCES[::-1]]
+            for layer in LAYERS[::-1]
+        ]
+        empty = [[(layer, d) == (1, 4) for d in DISTANCES[::-1]] for layer in LAYERS[::-1]]
+        assert np.ma.getmaskarray(values).tolist() == empty
+        np.testing.assert_allclose(values.filled(0), np.where(empty, 0, wanted))
+    assert "heads" in figure.get_suptitle()
+
+
+def test_what_is_drawn_where_nothing_is_asked_for(probed: Run):
+    figure = probekit.plot_probes(probed)
+    assert figure.get_suptitle() == "resid post, action, horizon 1, softmax"
+    assert [axes.get_title() for axes in figure.axes if axes.get_title()] == ["none"]
+    assert "the target's own action" in probekit.plot_probes(probed, "soft").get_suptitle()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_every_metric_is_drawn(metric: str, probed: Run):
+    assert METRICS[metric] in [axes.get_ylabel() for axes in probekit.plot_probes(probed, metric=metric).axes]
+    assert probekit.plot_curve(probed, metric=metric).axes[0].get_ylabel() == METRICS[metric]
+
+
+def test_the_curve_has_each_variant_at_its_best_layer_and_all_baselines(probed: Run):
+    figure = probekit.plot_curve(probed)
+    lines = lines_of(figure)
+    assert {f"{variant}, layer 2" for variant in ("none", "random", "soft")} <= {*lines}
+    assert {*BASELINES} <= {*lines}
+    distances, values = lines["none, layer 2"]
+    np.testing.assert_allclose(values, [accuracy_of(2, d) for d in distances])
+    assert sorted(distances) == sorted(DISTANCES)
+    assert "hollow" in figure.axes[0].get_title()
+    alone = probekit.plot_curve(probed, "none")
+    assert not any("random" in name for name in lines_of(alone))
+    assert "hollow" not in alone.axes[0].get_title()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ({"variant": "joint"}, r"no probes of variant 'joint'; it has none, random, soft|variant 'joint'"),
+        ({"location": "hook_embed"}, r"location 'hook_embed'; it has .*hook_resid_post"),
+        ({"horizon": 3}, r"horizon 3; it has"),
+        ({"solver": "mlp"}, r"solver 'mlp'; it has"),
+        ({"metric": "loss"}, r"metric is 'loss'; it must be one of accuracy"),
+    ],
+)
+def test_what_was_not_probed_is_told(arguments: dict, line: str, probed: Run):
+    for plot in (probekit.plot_probes, probekit.plot_curve):
+        with pytest.raises(ProbekitError, match=line):
+            plot(probed, **arguments)
+
+
+def test_runs_without_results_are_told(tiny_run: Run, tmp_path: Path):
+    with pytest.raises(ProbekitError, match="probekit evaluate"):
+        probekit.plot_perplexity(tiny_run)
+    with pytest.raises(ProbekitError, match="probekit probe"):
+        probekit.plot_probes(tiny_run)
+    run = Run.open(shutil.copytree(tiny_run.folder, tmp_path / "run"))
+    (run.folder / "metrics.jsonl").write_text("")
+    with pytest.raises(ProbekitError, match="no training losses"):
+        probekit.plot_training(run)
+
+
+def test_a_target_with_control_characters_is_drawn(probed: Run, tmp_path: Path):
+    run = Run.open(shutil.copytree(probed.folder, tmp_path / "run"))
+    path = run.folder / "probes" / "results.parquet"
+    pd.read_parquet(path).assign(target="a\x07$b").to_parquet(path)
+    assert "a\ufffd$b" in probekit.plot_probes(run).get_suptitle()

@@ -1,0 +1,445 @@
+"""The report: every number that the run has, in both formats alike, and text from a corpus as it is."""
+
+import base64
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from read_reports import Page, read_html, read_markdown
+from synthetic_probes import probe_table
+
+from probekit.config import Config
+from probekit.errors import ProbekitError
+from probekit.evaluation.evaluate import evaluate
+from probekit.evaluation.generation_metrics import evaluate_generation
+from probekit.probing.probe import ProbeResults, probe
+from probekit.reports import report_results, report_sections
+from probekit.reports.document import (
+    CALM,
+    CAUTIONS,
+    Code,
+    Fold,
+    Items,
+    Paragraph,
+    Picture,
+    Report,
+    Section,
+    Table,
+    estimate,
+)
+from probekit.reports.report import PARTS, report
+from probekit.reports.report_html import to_html
+from probekit.reports.report_markdown import to_markdown
+from probekit.run import Run
+from probekit.storage import read_json, write_json
+
+HOSTILE = (
+    "<script>alert(1)</script>",
+    "| a | b |",
+    "`code` and ``more``",
+    "# heading",
+    "- item",
+    "1. first",
+    "---",
+    "===",
+    "> quote",
+    "+ more",
+    "*bold* _em_ **x** __y__ ~~z~~",
+    "[link](http://evil.example) ![pic](http://evil.example/p.png)",
+    "[ref]: http://evil.example",
+    "<http://evil.example>",
+    "&amp; &lt; &#35; \\| \\",
+    "</details></table></section>",
+    "\"quotes\" 'and' <!-- comment -->",
+    "    indented",
+    "$x^2$ {{ y }} {% z %}",
+    "hook_resid_post _a_ snake_case_",
+    "bell\x07 colour\x1b[31m turned\u202eover",
+    "lone \udc80 surrogate",
+    "no-break\u00a0space",
+)
+
+
+def shown(text: str) -> str:
+    """What a reader is to see of a text."""
+    return "".join("\ufffd" if c in "\x07\x1b\u202e\udc80" else c for c in text).strip()
+
+
+@pytest.fixture(scope="module")
+def full(tiny_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run that has everything; tests must not write into it."""
+    run = Run.open(shutil.copytree(tiny_run.folder, tmp_path_factory.mktemp("reported") / "full"))
+    evaluate(run, quiet=True)
+    few = {
+        "generation.prompts": 5,
+        "generation.samples": 4,
+        "generation.lengths": [6],
+        "generation.context": 8,
+    }
+    evaluate_generation(run, few | {"evaluation.resamples": 100}, quiet=True)
+    grid = {"probe.layers": [0, 2], "probe.variants": ["none", "soft"], "probe.l2": [0.01]}
+    quick = {"probe.code_length": False, "probe.max_iterations": 2, "evaluation.resamples": 100}
+    probe(run, grid | quick, quiet=True)
+    return run
+
+
+@pytest.fixture(scope="module")
+def written(full: Run) -> tuple[Page, Page]:
+    """Its report, read from both formats."""
+    html, markdown = report(full)
+    return read_html(html.read_text("utf-8")), read_markdown(markdown.read_text("utf-8"))
+
+
+@pytest.fixture
+def copy(full: Run, tmp_path: Path) -> Run:
+    """A copy that a test may change."""
+    return Run.open(shutil.copytree(full.folder, tmp_path / "copy"))
+
+
+def holds(page: Page, caption: str, words: list[str], values: tuple[float, ...]) -> bool:
+    """Whether a table has a row that begins with some words and has the values, rounded, in one cell."""
+    (table,) = (rows for name, rows in page.tables.items() if name.startswith(caption))
+    for row in table:
+        if row[: len(words)] == words:
+            for cell in row[len(words) :]:
+                found = re.fullmatch(r"(\S+) \[(\S+), (\S+)\]", cell)
+                if found and all(_rounds(*pair) for pair in zip(found.groups(), values, strict=True)):
+                    return True
+    return False
+
+
+def _rounds(text: str, value: float) -> bool:
+    decimals = len(text.partition(".")[2])
+    return abs(float(text.replace(",", "")) - value) <= 0.5000001 * 10**-decimals
+
+
+def bounds(row: pd.Series, name: str) -> tuple[float, float, float]:
+    return row[name], row[f"{name}_low"], row[f"{name}_high"]
+
+
+# What it says
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_every_number_of_the_evaluation(which: int, full: Run, written: tuple[Page, Page]):
+    found = full.evaluation()
+    page = written[which]
+    for row in found["perplexity"]:
+        words = [row["variant"], row["actions"]]
+        assert holds(page, "Perplexity per token", words, bounds(row, "perplexity"))
+    for row in found["differences"]:
+        words = [row["first"], row["second"]]
+        assert holds(page, "Differences of perplexity", words, bounds(row, "difference"))
+    for row in found["planner"]:
+        assert holds(page, "Next action on", [row["reader"]], bounds(row, "value"))
+
+
+def test_every_number_of_generated_text(full: Run, written: tuple[Page, Page]):
+    for row in full.generation_metrics()["metrics"]:
+        planned = row["metric"].startswith("plan_following")
+        caption = "Sentences that have" if planned else f"Generated {row['texts']} of 6 tokens"
+        words = [row["variant"], row["actions"]]
+        if row["value_low"] is not None:
+            assert holds(written[0], caption, words, bounds(row, "value")), row
+
+
+def test_the_best_cells_and_what_they_have_to_beat(full: Run, written: tuple[Page, Page]):
+    table = full.probes()
+    best = ProbeResults(table, full.folder).best_cells()
+    assert len(best) == 2
+    for _, row in best.iterrows():
+        words = [row.variant, row.location, str(row.layer), str(row.distance)]
+        for metric in ("accuracy", "bits", "gain", "selectivity"):
+            assert holds(written[0], "The best cell", words, bounds(row, metric))
+    for _, row in table[(table.reader == "bigram") & table.distance.isin(best.distance)].iterrows():
+        words = ["bigram", str(row.distance), "1"]
+        assert holds(written[0], "Baselines and ceilings", words, bounds(row, "bits"))
+
+
+def test_what_the_run_is(full: Run, written: tuple[Page, Page]):
+    page = written[0]
+    facts = dict(page.tables["The run"][1:])
+    corpus = full.corpus.facts
+    assert facts["fingerprint of the corpus"] == corpus["fingerprint"]
+    assert facts["vocabulary"] == f"{corpus['vocabulary']:,}"
+    whole = page.tables["The corpus by split"][-1]
+    assert whole == ["all", "160", f"{corpus['sentences']:,}", f"{corpus['tokens']:,}"]
+    stages = next(rows for name, rows in page.tables.items() if name.startswith("Finished stages"))
+    assert [row[0] for row in stages[1:]] == [*read_json(full.folder / "run.json")["stages"]]
+    losses = next(rows for name, rows in page.tables.items() if name.startswith("Losses"))
+    metrics = full.metrics()
+    for stage, steps, first, *_, lowest in losses[1:]:
+        own = metrics[metrics.stage == stage]
+        assert steps == f"{own.step.max():,}"
+        assert _rounds(first, own.loss.dropna().iloc[0])
+        assert _rounds(lowest, own.validation_loss.min())
+
+
+def test_how_to_reproduce_it(full: Run, written: tuple[Page, Page]):
+    commands = written[0].code[0].splitlines()
+    origin = read_json(full.folder / "provenance.json")
+    assert commands[-3:] == [
+        "probekit train --config full/config.yaml --out full-again",
+        "probekit evaluate full-again --generation --evaluation.resamples 100 --generation.prompts 5 "
+        "--generation.context 8 --generation.lengths 6 --generation.samples 4",
+        "probekit probe full-again --evaluation.resamples 100 --probe.variants none soft --probe.layers 0 2 "
+        "--probe.l2 0.01 --probe.max_iterations 2 --probe.code_length false",
+    ]
+    where = written[0].tables["Where it was made"]
+    for name, version in origin["versions"].items():
+        assert [name, version] in where
+    assert ["device", "cpu"] in where
+    assert ["seed (corpus)", "0"] in where
+    assert written[0].code[-1] == full.config.to_yaml().strip()
+
+
+# In both formats
+
+
+def test_both_formats_say_the_same(written: tuple[Page, Page]):
+    html, markdown = written
+    assert html.headings == markdown.headings
+    assert html.tables == markdown.tables
+    assert html.items == markdown.items
+    assert html.code == markdown.code
+    assert [alt for alt, _ in html.pictures] == [alt for alt, _ in markdown.pictures]
+
+
+def test_headings_are_in_order_and_every_part_is_there(written: tuple[Page, Page]):
+    levels = [level for level, _ in written[0].headings]
+    assert levels == [1, *[2] * (len(levels) - 1)]
+    titles = [title for _, title in written[0].headings]
+    ensembles = "Multiple choice"
+    assert titles == ["Report on full", CAUTIONS, *(p.title for p in PARTS if p.title != ensembles)]
+
+
+def test_the_page_needs_nothing_from_elsewhere(full: Run, written: tuple[Page, Page]):
+    text = (full.folder / "report.html").read_text("utf-8")
+    assert not re.search(r"https?:|url\(|@import|<script|<link|\son\w+=", text)
+    page = written[0]
+    assert all(link.startswith(("#", "data:image/svg+xml;base64,")) for link in page.links)
+    anchors = re.findall(r'\sid="([^"]+)"', text)
+    assert len(anchors) == len(set(anchors))
+    assert {link[1:] for link in page.links if link.startswith("#")} == set(anchors)
+    assert "prefers-color-scheme: dark" in text
+    assert "@media print" in text
+
+
+def test_pictures_are_the_same_in_both(full: Run, written: tuple[Page, Page]):
+    html, markdown = written
+    assert len(html.pictures) == 4
+    for (alt, source), (_, file) in zip(html.pictures, markdown.pictures, strict=True):
+        assert len(alt) > 20
+        svg = (full.folder / file).read_bytes()
+        assert base64.b64decode(source.partition(",")[2]) == svg
+        assert svg.startswith(b"<?xml")
+
+
+def test_the_same_run_gives_the_same_bytes(full: Run, written: tuple[Page, Page], tmp_path: Path):
+    for name in ("report.html", "report.md"):
+        (again,) = report(full, tmp_path / name)
+        assert again.read_bytes() == (full.folder / name).read_bytes()
+    pictures = sorted((tmp_path / "figures").iterdir())
+    assert len(pictures) == len(written[1].pictures)
+    for path in pictures:
+        assert path.read_bytes() == (full.folder / "figures" / path.name).read_bytes()
+
+
+# Text from elsewhere
+
+
+def test_hostile_text_shows_as_it_is():
+    rows = tuple((text, text, "1") for text in HOSTILE)
+    blocks = (
+        *map(Paragraph, HOSTILE),
+        Items(HOSTILE),
+        Table("|cap` <b>tion</b>", ("<i>name</i>", "a|b", "# c"), rows, words=2),
+        Picture("p", "cap <b>*x*</b>", "alt ] [x](http://evil.example) <b> \" '", b"<svg/>"),
+        Code("```\n</code></pre><script>\n````", "sh"),
+        Fold("<b>fold</b> & more", (Paragraph(HOSTILE[0]),)),
+    )
+    made = Report("<title> `x` | #", HOSTILE, (Section("<b>&</b>", blocks),))
+    calm = read_html(to_html(Report("x", (), ())))
+    pages = read_html(to_html(made)), read_markdown(to_markdown(made, {"p": "figures/p.svg"}))
+    wanted = [shown(text) for text in HOSTILE]
+    for page in pages:
+        assert [title for _, title in page.headings] == ["<title> `x` | #", CAUTIONS, "<b>&</b>"]
+        assert page.items == [*wanted, *wanted]
+        assert page.paragraphs[: len(wanted)] == wanted
+        assert page.tables["|cap` <b>tion</b>"] == [
+            ["<i>name</i>", "a|b", "# c"],
+            *([text, text, "1"] for text in wanted),
+        ]
+        assert page.code == ["```\n</code></pre><script>\n````"]
+        (picture,) = page.pictures
+        assert picture[0] == "alt ] [x](http://evil.example) <b> \" '"
+        assert not any("evil" in link for link in page.links)
+        known = {"ul", "li", "p", "table", "thead", "tbody", "tr", "th", "td", "img", "pre", "code"}
+        known |= {"h1", "h2", "details", "summary", "caption", "figure", "figcaption", "strong", "em", "div"}
+        assert page.tags <= known | calm.tags
+        assert "script" not in page.tags
+
+
+def test_a_label_that_is_markup_shows_as_text(copy: Run):
+    label = "<script>| a |`b`"
+    path = copy.folder / "probes" / "results.parquet"
+    table = probe_table(("none",), ("hook_resid_post",), horizons=(1,), solvers=("softmax",))
+    table.assign(target=label).to_parquet(path)
+    settings = read_json(copy.folder / "probes" / "settings.json")
+    write_json(copy.folder / "probes" / "settings.json", settings | {"notes": [f"# note of {label}"]})
+    html, markdown = report(copy)
+    for page in (read_html(html.read_text("utf-8")), read_markdown(markdown.read_text("utf-8"))):
+        assert f"# note of {label}" in page.items
+        assert any(text.startswith(f"Probes of {label} on 200 test examples") for text in page.paragraphs)
+        assert "script" not in page.tags
+
+
+# Numbers
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ((25.9616, 25.5909, 26.3494), "25.96 [25.59, 26.35]"),
+        ((0.003149, 0.000801, 0.005539), "0.0031 [0.0008, 0.0055]"),
+        ((12345.6, 11000.0, 14000.0), "12,346 [11,000, 14,000]"),
+        ((0.5, 0.5, 0.5), "0.500 [0.500, 0.500]"),
+        ((-0.00001, -0.02, 0.02), "0.000 [-0.020, 0.020]"),
+        ((0.25, None, None), "0.25 (no interval)"),
+        ((0.25, np.nan, np.nan), "0.25 (no interval)"),
+        ((1.0, 0.5, np.inf), "1 (no interval)"),
+        ((None, None, None), ""),
+        ((np.nan, 0.0, 1.0), ""),
+        ((1.0, 1.0 - 1e-12, 1.0 + 1e-12), "1.000000 [1.000000, 1.000000]"),
+    ],
+)
+def test_estimates_have_the_digits_that_their_intervals_allow(values: tuple, text: str):
+    assert estimate(*values) == text
+
+
+def test_differences_have_a_sign():
+    assert estimate(0.5, -0.5, 1.5, signed=True) == "+0.5 [-0.5, +1.5]"
+
+
+# Runs that lack something, or are damaged
+
+
+def test_a_run_that_is_only_trained(tiny_run: Run, tmp_path: Path):
+    (file,) = report(tiny_run, tmp_path / "r.html")
+    titles = [title for _, title in read_html(file.read_text("utf-8")).headings[1:]]
+    assert titles == [
+        CAUTIONS,
+        "What it is",
+        "Corpus",
+        "Stages",
+        "Training",
+        "How to reproduce it",
+        "Settings",
+    ]
+
+
+def test_a_run_that_is_hardly_begun(tiny_config: Config, tmp_path: Path):
+    run = Run.begin(tmp_path / "run", tiny_config)
+    page = read_html(report(run)[0].read_text("utf-8"))
+    assert any("not finished: corpus, lm, planner, adapter/fixed" in line for line in page.items)
+    assert "Perplexity" not in [title for _, title in page.headings]
+
+
+def test_a_calm_run_says_so():
+    for page in (
+        read_html(to_html(Report("x", (), ()))),
+        read_markdown(to_markdown(Report("x", (), ()), {})),
+    ):
+        assert page.paragraphs == [CALM]
+
+
+def test_multiple_choice_of_an_ensemble(copy: Run):
+    row = {"variant": "ensemble, layer 2", "questions": 40, "documents": 20, "accuracy": 0.5}
+    row |= {"accuracy_low": 0.41, "accuracy_high": 0.58}
+    difference = {"first": "none", "second": "ensemble", "documents": 20, "difference": -0.25}
+    difference |= {"difference_low": -0.5, "difference_high": 0.125}
+    found = copy.evaluation()
+    del found["planner"]
+    tables = {"accuracy": [row], "accuracy_differences": [difference]}
+    write_json(copy.folder / "evaluation.json", found | tables)
+    run = Run(copy.folder, copy.config.override({"method": "depth-ensemble"}))
+    (file,) = report(run, copy.folder / "r.html")
+    page = read_html(file.read_text("utf-8"))
+    assert "Planners" not in [title for _, title in page.headings]
+    assert holds(page, "Accuracy on 40", ["ensemble, layer 2"], bounds(row, "accuracy"))
+    assert holds(page, "Differences of accuracy", ["none", "ensemble"], bounds(difference, "difference"))
+    assert "depth ensemble" in page.paragraphs[0]
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def other(path: Path) -> None:
+    if path.suffix == ".parquet":
+        pd.DataFrame({"x": [1]}).to_parquet(path)
+    else:
+        path.write_text('{"x": [1]}\n' if path.suffix == ".jsonl" else "[1, 2]\n")
+
+
+@pytest.mark.parametrize("damage", [cut, other])
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [
+        ("evaluation.json", "Perplexity"),
+        ("generation.json", "Generated text"),
+        ("metrics.jsonl", "Training"),
+        ("probes/results.parquet", "Probes"),
+        ("probes/settings.json", "Probes"),
+        ("provenance.json", "How to reproduce it"),
+        ("corpus/actions.npy", "Corpus"),
+    ],
+)
+def test_a_damaged_file_is_told_and_the_rest_is_there(
+    name: str,
+    title: str,
+    damage: Callable[[Path], None],
+    copy: Run,
+    written: tuple[Page, Page],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    for module in (report_results, report_sections):
+        monkeypatch.setattr(module, "svg_of", lambda figure: b"<svg/>")  # what takes long
+    damage(copy.folder / name)
+    (file,) = report(copy, copy.folder / "r.html")
+    page = read_html(file.read_text("utf-8"))
+    titles = [heading for _, heading in page.headings[1:]]
+    lost = {"Perplexity": {"Perplexity", "Planners"}}.get(title, {title})
+    assert [other for _, other in written[0].headings[1:] if other not in lost] == [
+        heading for heading in titles if heading not in lost
+    ]
+    if name == "metrics.jsonl" and damage is not other:  # a last row that was cut off is no damage
+        return
+    assert title not in titles
+    assert [name in line or name.split("/")[-1] in line for line in page.items].count(True) >= 1
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("out", ["report", "report.pdf", "report.htm", "md"])
+def test_another_suffix_is_refused(out: str, tiny_run: Run, tmp_path: Path):
+    with pytest.raises(ProbekitError, match=r"-o is .* it must end in \.html or \.md"):
+        report(tiny_run, tmp_path / out)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_run_there(tmp_path: Path):
+    with pytest.raises(ProbekitError, match="holds no run"):
+        report(tmp_path)
+
+
+def test_only_the_file_that_is_asked_for(copy: Run, tmp_path: Path):
+    before = sorted(copy.folder.rglob("*"))
+    assert report(copy, tmp_path / "new" / "r.html") == [tmp_path / "new" / "r.html"]
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["r.html"]
+    assert sorted(copy.folder.rglob("*")) == before
