@@ -149,13 +149,13 @@ def draw_map(axes: Axes, cells: pd.DataFrame, most: float | None) -> None:
     close = (cells.value_low <= 0) & (cells.value_high >= 0)
     text = cells.value.map("{:.2f}".format).where(~close, cells.value.map("({:.2f})".format))
     shown = cells.assign(text=text + cells.injected.astype(bool).map({True: "+", False: ""}))
-    value, text = (
+    values, texts = (
         shown.pivot_table(column, "layer", "distance", aggfunc="first").iloc[::-1, ::-1]
         for column in ("value", "text")
     )
     signed: Mapping[str, object] = {"cmap": "RdBu_r", "vmin": -(most or 0), "vmax": most}
     scale = {"cmap": "viridis", "vmin": 0.0} if most is None else signed
-    sns.heatmap(value.astype(float), annot=text, fmt="", annot_kws={"fontsize": 7}, ax=axes, **scale)
+    sns.heatmap(values.astype(float), annot=texts, fmt="", annot_kws={"fontsize": 7}, ax=axes, **scale)
     axes.set_xlabel(DISTANCE, fontsize=8)
     axes.set_ylabel("layer", fontsize=8)
     axes.tick_params(labelsize=7, rotation=0)

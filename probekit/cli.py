@@ -128,7 +128,7 @@ def _corpus(words: list[str]) -> None:
 
 def _evaluate(words: list[str]) -> None:
     """Perplexity of every model, planners' metrics or multiple choice; generated text if asked for."""
-    parser = _results_parser("evaluate", words, ["device", "evaluation", "generation"])
+    parser = _results_parser("evaluate", words, ["method", "device", "evaluation", "generation"])
     parser.add_argument(
         "--generation", action="store_true", help="generate text with every variant and measure that too"
     )

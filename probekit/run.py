@@ -27,6 +27,7 @@ from probekit.models.sentence_encoder import TrainableEncoder
 from probekit.progress import without_bars_of_transformers
 from probekit.provenance import WEIGHTS, digest_of
 from probekit.run_folder import RunFolder
+from probekit.stage_settings import stages_of
 from probekit.storage import read_array, read_json, read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -209,11 +210,9 @@ class Run(RunFolder):
         Raises:
             ProbekitError: The settings have no such variant or member, or it is not trained yet.
         """
-        known = ("none", *self.config.mixing.variants)
-        if name not in known and name not in MEMBERS:
-            raise ProbekitError(
-                f"{self.folder} has no variant {name!r}; it has {', '.join([*known, *self.members])}"
-            )
+        trained = ["none", *self.variants, *self.members]
+        if name not in trained and _stage_of(name) not in stages_of(self.config):
+            raise ProbekitError(f"{self.folder} has no model {name!r}; it has {', '.join(trained)}")
         bridged = self.base_lm(name).bridged
         variant, adapter, depth = self.variant_of(name), None, None
         if variant != "none":

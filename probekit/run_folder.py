@@ -6,6 +6,7 @@ run.json          format, finished stages    metrics.jsonl losses of every stage
 corpus/           tokens, labels, codebook   evaluation.json, probes/, figures/
 lm/               the base LM, in Hugging Face format, or the name and revision of a pre-trained one
 adapters/V/       the LM of variant V, if it was tuned: low-rank updates, or all weights
+interventions/V/  what interventions in variant V found
 depth/            one file for each member of a depth ensemble; depth/M/ its LM, if it was tuned
 """
 

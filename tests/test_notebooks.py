@@ -38,6 +38,11 @@ TINY = {
 }
 SMALL: dict[str, dict[str, Any]] = {
     "04_depth_ensemble.ipynb": {"SETTINGS": TINY, "LAYERS": 3},
+    "05_causal_tests.ipynb": {
+        "SETTINGS": TINY | {"mixing.variants": ["soft"]},
+        "SCENES": 8,
+        "SAMPLES": 3,
+    },
 }
 """What takes the place of the values in the cell tagged `parameters`, by notebook."""
 

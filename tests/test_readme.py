@@ -28,6 +28,10 @@ LESS = (
     "--evaluation.resamples 100"
 )
 FEW = "--probe.layers 0 2 --probe.l2 0.01 0.1 --probe.max_iterations 30 --evaluation.resamples 100"
+LESS_CHANGED = (
+    "--intervene.layers 2 --intervene.distances 1 --intervene.scenes 6 --intervene.strengths 1 "
+    "--intervene.samples 2 --evaluation.resamples 100"
+)
 LITTLE = "--generation.prompts 4 --generation.samples 4 --generation.lengths 6 12 --evaluation.resamples 100"
 PLANTED = "--corpus.planted.documents 80 --corpus.planted.actions 8"
 
@@ -68,6 +72,7 @@ def test_the_readme_has_the_commands_that_are_tested():
         "report",
         "corpus",
         "sweep",
+        "intervene",
     }
 
 
@@ -90,6 +95,8 @@ def test_command_of_the_readme(
             words += ["--seeds", "1"]
         if words[0] == "probe":
             words += shlex.split(FEW)
+        if words[0] == "intervene":
+            words += shlex.split(LESS_CHANGED)
         if "--generation" in words:
             words += shlex.split(LITTLE)
         if words[0] == "generate":
@@ -110,7 +117,7 @@ def test_python_of_the_readme(folder: Path, tiny_config: Config, monkeypatch: py
     monkeypatch.chdir(folder)
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     monkeypatch.setattr(Config, "from_preset", lambda name: tiny_config)
-    probekit.probe("runs/demo", {"probe.layers": [0]}, quiet=True)
+    probekit.probe("runs/demo", {"probe.layers": [0, 2]}, quiet=True)
     few = {"generation.prompts": 4, "generation.lengths": [6, 12], "generation.samples": 4}
     measure = probekit.evaluate_generation
     monkeypatch.setattr(probekit, "evaluate_generation", lambda run, given: measure(run, given | few))

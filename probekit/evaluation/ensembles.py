@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -11,9 +12,9 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from probekit.config import ModelName
+from probekit.config import ModelName, VariantName
 from probekit.corpus.examples import IGNORE, Batch
-from probekit.evaluation.multiple_choice import choice_losses, solved
+from probekit.evaluation.multiple_choice import check_lengths, choice_losses, solved
 from probekit.evaluation.perplexity import (
     Evaluation,
     TokenLosses,
@@ -34,6 +35,9 @@ from probekit.progress import Progress
 from probekit.run import Run
 from probekit.storage import atomic_path
 
+CHOICES = "choices.parquet"
+"""The file of who solves which question."""
+
 
 @dataclass(frozen=True)
 class EnsembleEvaluation(Evaluation):
@@ -44,7 +48,7 @@ class EnsembleEvaluation(Evaluation):
     parts.
 
     Attributes:
-        accuracy: One row for each: the share of multiple-choice questions that it solves.
+        accuracy: One row for each: the share of multiple-choice questions that it solves, and by chance.
         accuracy_differences: One row for each two members: difference of accuracies, paired over documents.
         choices: One row for each of them and question: whether it is solved.
     """
@@ -80,14 +84,15 @@ def evaluate_ensembles(run: Run, progress: Progress) -> EnsembleEvaluation:
         run.require(f"depth/{member}")
     scoring = replace(scoring_pass(run), corpus=run.corpus_of(variant))
     questions = _questions(run)
-    actions = "none" if variant == "none" else "planner" if _mixing(run).needs_scores else "constant"
+    check_lengths(questions, record_of(config)["window"])
+    actions, mixing = source_of_actions(variant)
     losses: dict[_Reader, np.ndarray] = {}
     chosen: dict[_Reader, np.ndarray] = {}
     for name in (variant, *config.depth.members):
         model = run.model(name, fast=True)
         readers, token_losses = _readers(run, name, model)
         with progress.task(f"evaluate {name}", total=len(scoring.windows)) as task:
-            sums = scoring.document_losses(token_losses, _mixing(run), task)
+            sums = scoring.document_losses(token_losses, mixing, task)
         with progress.task(f"ask {name}", total=len(questions)) as task:
             right = solved(choice_losses(run, name, questions, token_losses, task), questions)
         losses |= dict(zip(readers, sums, strict=True))
@@ -97,7 +102,8 @@ def evaluate_ensembles(run: Run, progress: Progress) -> EnsembleEvaluation:
     whole = {key: sums for key, sums in by_name.items() if key[0] in (variant, *MEMBERS)}
     _, differences = perplexity_tables(config, whole, scoring.tokens)
     documents = np.array([question.document for question in questions])
-    accuracy, accuracy_differences = _accuracies(run, chosen, documents)
+    chance = float(np.mean([1 / len(question.choices) for question in questions]))
+    accuracy, accuracy_differences = _accuracies(run, chosen, documents, chance)
     parts = {str(reader): (reader.model, reader.layer) for reader in losses}
     choices = pd.DataFrame(
         [
@@ -110,7 +116,7 @@ def evaluate_ensembles(run: Run, progress: Progress) -> EnsembleEvaluation:
         _with_parts(perplexity, parts),
         differences,
         losses_table(by_name, scoring),
-        record_of(config),
+        record_of(config) | {"asked": _digest(questions)},
         _with_parts(accuracy, parts),
         accuracy_differences,
         _with_parts(choices, parts),
@@ -150,9 +156,12 @@ def _readers(run: Run, name: ModelName, model: PlannedLM) -> tuple[list[_Reader]
     return [_Reader(name), *layers], late_token_losses(model, head)
 
 
-def _mixing(run: Run) -> Mixing:
-    variant = run.config.depth.variant
-    return VARIANTS[variant].evaluation if variant in VARIANTS else Fixed()
+def source_of_actions(variant: VariantName) -> tuple[str, Mixing]:
+    """Where a variant's actions come from when it is evaluated, and how they are mixed."""
+    if variant not in VARIANTS:
+        return "none", Fixed()
+    mixing = VARIANTS[variant].evaluation
+    return "planner" if mixing.needs_scores else "constant", mixing
 
 
 def _questions(run: Run) -> list[Question]:
@@ -163,15 +172,24 @@ def _questions(run: Run) -> list[Question]:
     return corpus_questions(run.corpus, run.corpus.documents("test"), settings.questions, window, seed)
 
 
+def _digest(questions: list[Question]) -> str:
+    """What tells whether two runs were asked the same."""
+    told = hashlib.blake2b(digest_size=16)
+    for question in questions:
+        for part in (question.context, *question.choices, np.array([question.answer])):
+            told.update(np.ascontiguousarray(part, dtype=np.int64).tobytes() + b"|")
+    return told.hexdigest()
+
+
 def _accuracies(
-    run: Run, chosen: dict[_Reader, np.ndarray], document: np.ndarray
+    run: Run, chosen: dict[_Reader, np.ndarray], document: np.ndarray, chance: float
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     options: Resampling = {"resamples": run.config.evaluation.resamples, "seed": run.config.seed}
     _, row = np.unique(document, return_inverse=True)
     counts = np.bincount(row)
     sums = {reader: np.bincount(row, weights=right) for reader, right in chosen.items()}
     accuracy = [
-        {"variant": str(reader), "questions": len(document)}
+        {"variant": str(reader), "questions": len(document), "chance": chance}
         | interval_columns("accuracy", bootstrap_ratio(one, counts, **options))
         for reader, one in sums.items()
     ]

@@ -12,7 +12,7 @@ import pandas as pd
 
 from probekit.evaluation.action_metrics import METRICS, score_actions
 from probekit.evaluation.baselines import baselines
-from probekit.evaluation.ensembles import evaluate_ensembles
+from probekit.evaluation.ensembles import CHOICES, evaluate_ensembles, source_of_actions
 from probekit.evaluation.perplexity import (
     Evaluation,
     interval_columns,
@@ -82,15 +82,22 @@ def _evaluate_planners(run: Run, progress: Progress) -> PlannerEvaluation:
         planner,
     )
     evaluation.write(run, planner=planner)
+    (run.folder / CHOICES).unlink(missing_ok=True)  # of a depth ensemble that was evaluated before
     return evaluation
 
 
 def variants_and_actions(run: Run) -> list[tuple[Any, str, Mixing]]:
-    """Every variant with the source of its actions; oracle-trained ones are measured on both sources."""
+    """Every model with the source of its actions; oracle-trained variants are measured on both sources.
+
+    Of a depth ensemble, these are the LM beneath it and its members.
+    """
+    if run.config.method == "depth-ensemble":
+        beneath = run.config.depth.variant
+        actions, mixing = source_of_actions(beneath)
+        return [(name, actions, mixing) for name in (beneath, *run.members)]
     rows: list[tuple[Any, str, Mixing]] = [("none", "none", Fixed())]
     for variant in run.variants:
-        mixing = VARIANTS[variant].evaluation
-        rows.append((variant, "planner" if mixing.needs_scores else "constant", mixing))
+        rows.append((variant, *source_of_actions(variant)))
         if isinstance(VARIANTS[variant].training, Oracle):
             rows.append((variant, "true", Oracle()))
     return rows

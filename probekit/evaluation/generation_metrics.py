@@ -81,7 +81,8 @@ def evaluate_generation(
     """
     run = run if isinstance(run, Run) else Run.open(run)
     run = run.with_settings(settings or {})
-    run.require("planner")
+    if run.config.method == "planner":
+        run.require("planner")
     progress = Progress(quiet=quiet)
     with progress.task("label true texts"):
         true = TrueTexts.of(run)

@@ -20,8 +20,8 @@ from probekit.corpus.examples import IGNORE
 from probekit.devices import autocast
 from probekit.errors import ProbekitError
 from probekit.evaluation.drafts import Constant, Draft
-from probekit.evaluation.generation import conditioner, reading_window
-from probekit.evaluation.perplexity import TokenLosses
+from probekit.evaluation.generation import conditioner
+from probekit.evaluation.perplexity import TokenLosses, window_and_stride
 from probekit.evaluation.questions import Question
 from probekit.evaluation.statistics import Intervals, Resampling, bootstrap_ratios
 from probekit.models.growing_text import Known, Text, read_windows
@@ -66,8 +66,8 @@ def choice_losses(
     Raises:
         ProbekitError: A choice leaves no room for a context, or the model is not trained.
     """
-    window, size = reading_window(run), run.config.evaluation.batch_size
-    _check_lengths(questions, window)
+    (window, _), size = window_and_stride(run), run.config.evaluation.batch_size
+    check_lengths(questions, window)
     conditioned = conditioner(run, run.model(name), run.variant_of(name))
     losses: dict[tuple[int, int], np.ndarray] = {}
     # Contexts of a length go together, so that little is padded.
@@ -101,7 +101,12 @@ def choice_losses(
     return table
 
 
-def _check_lengths(questions: Sequence[Question], window: int) -> None:
+def check_lengths(questions: Sequence[Question], window: int) -> None:
+    """Refuses questions with a choice that is longer than the window, in tokens.
+
+    Raises:
+        ProbekitError: Names the first one.
+    """
     for question in questions:
         if question.longest > window:
             raise ProbekitError(

@@ -19,6 +19,7 @@ import numpy as np
 
 from probekit.corpus.store import Corpus
 from probekit.errors import ProbekitError
+from probekit.evaluation.drafts import decoded
 from probekit.evaluation.prompts import text_prompt
 
 CHOICES = 4
@@ -95,12 +96,14 @@ class _Sentence:
         ids: Its tokens.
         text: Its text without surrounding white space.
         spaces: The white space before and behind it, whichever sentences' tokens it is in.
+        own: The white space at the beginning and end of its own tokens.
     """
 
     begin: int
     ids: tuple[int, ...]
     text: str
     spaces: tuple[str, str]
+    own: tuple[str, str]
 
     @property
     def end(self) -> int:
@@ -141,7 +144,8 @@ class _Asker:
         found = [true]
         for i in (*rng.permutation(behind), *rng.permutation(before)):
             other = sentences[int(i)]
-            fits = other.spaces == true.spaces and len(other.ids) <= self.window // 2
+            alike = (other.spaces, other.own) == (true.spaces, true.own)
+            fits = alike and len(other.ids) <= self.window // 2
             if fits and other.text not in read and _is_new(other, found):
                 found.append(other)
             if len(found) == CHOICES:
@@ -160,7 +164,9 @@ class _Asker:
             span = text[a:b]
             before, space = space + _leading(span), span[len(span.rstrip()) :]
             ids = tuple(corpus.tokens[first:last].tolist())
-            sentences.append(_Sentence(first - start, ids, span.strip(), (before, space)))
+            held = decoded(corpus.tokenizer, ids)
+            own_spaces = _leading(held), held[len(held.rstrip()) :]
+            sentences.append(_Sentence(first - start, ids, span.strip(), (before, space), own_spaces))
         return sentences
 
 
@@ -191,8 +197,9 @@ def read_questions(path: str | Path, corpus: Corpus) -> list[Question]:
     name = f"evaluation.questions_file {path}"
     try:
         text = Path(path).expanduser().read_text("utf-8-sig")
-    except OSError as error:
-        raise ProbekitError(f"{name}: cannot be read ({error.strerror}); give a file of JSON lines") from None
+    except (OSError, RuntimeError) as error:  # the latter where ~ is nobody's home
+        reason = getattr(error, "strerror", None) or error
+        raise ProbekitError(f"{name}: cannot be read ({reason}); give a file of JSON lines") from None
     except UnicodeDecodeError as error:
         raise ProbekitError(f"{name}: is not UTF-8 from byte {error.start} on; give UTF-8 text") from None
     # Not splitlines: JSON may hold line breaks that only Unicode takes for such.

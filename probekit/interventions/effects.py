@@ -50,6 +50,7 @@ class Outcomes:
     Attributes:
         next_loss: Loss of the next sentence, summed, in nats `[scenes]`.
         next_tokens: Its tokens `[scenes]`.
+        first_loss: Loss of the first of them `[scenes]`.
         other_loss: The same of the tokens behind it `[scenes]`.
         other_tokens: How many these are, none where the sentence is the last `[scenes]`.
         first: Log-probabilities of the next sentence's first token `[scenes, vocabulary]`.
@@ -60,6 +61,7 @@ class Outcomes:
 
     next_loss: np.ndarray
     next_tokens: np.ndarray
+    first_loss: np.ndarray
     other_loss: np.ndarray
     other_tokens: np.ndarray
     first: np.ndarray
@@ -197,6 +199,7 @@ class Stage:
         return Outcomes(
             np.where(of_next, losses, 0.0).sum(1),
             of_next.sum(1),
+            losses[np.arange(len(rows)), self.scenes.column[rows]],
             np.where(others, losses, 0.0).sum(1),
             others.sum(1),
             first.log_softmax(dim=-1).cpu().numpy(),

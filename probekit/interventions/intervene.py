@@ -47,14 +47,16 @@ class InterventionResults:
     Attributes:
         table: One row for each kind, condition, strength, location, layer, distance and metric, with its 95 %
             interval from resampling documents, one scene each. Metrics are changes against the same scenes
-            left alone: `next_loss` and `other_loss` (nats a token, of the next sentence and of what is behind
-            it), `first_kl` and `readout_kl` (nats, from the LM's distribution over the next token, and from a
-            probe's over the next action in the last layer), `readout_true` and `readout_target` (that
-            probe's probability of the true action, and of the one that was aimed at). `next_loss_over_random`
-            and the like are differences from a control on the same scenes. `moved` is by what share of their
-            norm activations were moved. `fitted_accuracy`, `refitted_accuracy` and `prior_accuracy` tell what
-            a linear probe reads before and after erasing. `plan_following` is the share of sentences written
-            anew that have the action aimed at, `plan_following_unedited` the same without the edit.
+            left alone: `next_loss`, `rest_loss` and `other_loss` (nats a token, of the next sentence, of it
+            without its first token, and of what is behind it), `first_kl` and `readout_kl` (nats, from the
+            LM's distribution over the next token, and from a probe's over the next action in the last layer),
+            `readout_true` and `readout_target` (that probe's probability of the true action, and of the one
+            that was aimed at). `next_loss_over_random` and the like are differences from a control on the
+            same scenes. `moved` is by what share of their norm activations were moved. `fitted_accuracy`,
+            `refitted_accuracy` and `prior_accuracy` tell what a linear probe reads before and after erasing,
+            which takes `erased_dimensions` away: with as many actions as the LM is wide, all.
+            `plan_following` is the share of sentences written anew that have the action aimed at,
+            `plan_following_unedited` the same without the edit.
 
             `readout_direct` marks edits of the very activation that the last layer's probe reads: there the
             readout tells what was put in, and not what the LM makes of it. `injected` marks edits where the
@@ -134,6 +136,7 @@ class _Trial:
         measured, true = KINDS[kind](self._run, self._stage, site), self._stage.scenes.action
         found: list[dict[str, Any]] = []
         one = np.ones(len(true))
+        # What is known without running the LM is told once, of the first condition.
         known: Sums = {name: (values, one) for name, values in measured.sums.items()}
         for strength in dict.fromkeys(condition.strength for condition in measured.conditions):
             conditions = [c for c in measured.conditions if c.strength == strength]

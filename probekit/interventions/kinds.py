@@ -64,7 +64,8 @@ def _erase(run: Run, stage: Stage, site: Site) -> Measured:
     }
     far = site.distance
     kept = accuracies(site.moments[far], erasers[far], site.activations[far], stage.scenes.action)
-    return Measured(erasing(erasers, others, run.config.seed), kept)
+    rank = np.full(len(stage.scenes), float(erasers[far].rank))
+    return Measured(erasing(erasers, others, run.config.seed), kept | {"erased_dimensions": rank})
 
 
 def _eraser(run: Run, moments: Moments) -> Eraser:

@@ -27,8 +27,10 @@ def changes(condition: Condition, plain: Outcomes, changed: Mapping[str, Outcome
     now, scenes = changed[condition.name], np.arange(len(true))
     one = np.ones(len(true))
     read = np.exp(now.readout) - np.exp(plain.readout)
+    rest = plain.next_tokens - 1
     sums: Sums = {
         "next_loss": (now.next_loss - plain.next_loss, plain.next_tokens),
+        "rest_loss": (_rest(now) - _rest(plain), rest),
         "other_loss": (now.other_loss - plain.other_loss, plain.other_tokens),
         "first_kl": (_kl(plain.first, now.first), one),
         "readout_kl": (_kl(plain.readout, now.readout), one),
@@ -38,8 +40,9 @@ def changes(condition: Condition, plain: Outcomes, changed: Mapping[str, Outcome
     if condition.target is not None:
         sums["readout_target"] = (read[scenes, condition.target], one)
     for name, called in condition.beside.items():
-        over = now.next_loss - changed[name].next_loss
-        sums[f"next_loss_over_{called.replace(' ', '_')}"] = (over, plain.next_tokens)
+        control, over = changed[name], f"over_{called.replace(' ', '_')}"
+        sums[f"next_loss_{over}"] = (now.next_loss - control.next_loss, plain.next_tokens)
+        sums[f"rest_loss_{over}"] = (_rest(now) - _rest(control), rest)
     return sums
 
 
@@ -90,6 +93,11 @@ def rows(head: Mapping[str, Any], sums: Sums, there: np.ndarray | None, resampli
                 | {"value_low": interval.low, "value_high": interval.high, "documents": interval.documents}
             )
     return found
+
+
+def _rest(outcomes: Outcomes) -> np.ndarray:
+    """Loss of the next sentence without its first token, summed `[scenes]`."""
+    return outcomes.next_loss - outcomes.first_loss
 
 
 def _kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from probekit.config import BaseSettings
@@ -201,7 +202,10 @@ class Full:
     def load(folder: Path, model: PreTrainedModel, settings: BaseSettings) -> PreTrainedModel:
         """As `Tuning` has it."""
         with _fitting(folder), without_bars_of_transformers():
-            return type(model).from_pretrained(folder, dtype=torch.float32)
+            tuned, report = type(model).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+            if report["missing_keys"]:
+                raise ValueError("weights are missing")
+            return tuned
 
 
 TUNINGS: dict[str, type[Tuning]] = {"frozen": Frozen, "lora": Lora, "full": Full}
@@ -215,13 +219,15 @@ def _maps(model: PreTrainedModel, last_layers: int | None) -> str | list[str]:
     from transformers.pytorch_utils import Conv1D
 
     depth = model.config.get_text_config().num_hidden_layers
-    path, blocks = next(
+    found = (
         (path, module)
         for path, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == depth
     )
-    if last_layers > depth:
-        raise ProbekitError(f"training.base.last_layers is {last_layers}, but the LM has {depth} layers")
+    path, blocks = next(found, ("", None))
+    if last_layers > depth or blocks is None:
+        what = f"has {depth} layers" if last_layers > depth else "does not list its layers in one place"
+        raise ProbekitError(f"training.base.last_layers is {last_layers}, but the LM {what}")
     return [
         f"{path}.{number}.{name}"
         for number in range(depth - last_layers, depth)
@@ -235,7 +241,7 @@ def _fitting(folder: Path) -> Iterator[None]:
     """Turns what is raised where weights do not fit into one line."""
     try:
         yield
-    except (RuntimeError, ValueError, OSError) as error:
+    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         raise ProbekitError(
             f"{folder} does not fit the run's LM and settings; delete it and train that variant again"
         ) from error

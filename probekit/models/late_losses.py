@@ -112,9 +112,12 @@ class _ChunkedSum(torch.autograd.Function):
         wanted = ctx.needs_input_grad[3:]
         gradients = [torch.zeros_like(t) if w else None for t, w in zip(tensors, wanted, strict=True)]
         total = tensors[0].new_zeros((), dtype=torch.float32)
+        # Made once: autocast keeps what it casts a leaf to as long as it is on, a copy for each.
+        weights = [t.detach().requires_grad_(w) for t, w in zip(tensors[split:], wanted[split:], strict=True)]
         for start in range(0, len(tensors[0]), size):
-            parts = [t[start : start + size] if i < split else t for i, t in enumerate(tensors)]
-            leaves = [t.detach().requires_grad_(w) for t, w in zip(parts, wanted, strict=True)]
+            parts = zip(tensors[:split], wanted[:split], strict=True)
+            rows = [t[start : start + size].detach().requires_grad_(w) for t, w in parts]
+            leaves = [*rows, *weights]
             with torch.enable_grad():
                 value = function(*leaves)
             asked = [leaf for leaf in leaves if leaf.requires_grad]

@@ -95,13 +95,13 @@ class PlannedLM(nn.Module):
         read = self._planned(batch, mixing, scores)
         return read if self.depth is None else replace(read, hooks=[*read.hooks, *self.depth.hooks()])
 
-    def late_hidden(self, batch: Batch, mixing: Mixing) -> dict[str, Tensor]:
+    def late_hidden(self, batch: Batch, mixing: Mixing, scores: Tensor | None = None) -> dict[str, Tensor]:
         """What the depth ensemble reads at every position, by hook `[windows, positions, width]`.
 
-        No logits are made.
+        No logits are made; the arguments are those of `conditioned`.
         """
         assert self.depth is not None  # noqa: S101 - only ensembles are asked
-        read = self._planned(batch, mixing, None)
+        read = self._planned(batch, mixing, scores)
         hidden: dict[str, Tensor] = {}
         readers = self.depth.readers(hidden)
         self._road(read.tokens, [*read.hooks, *readers], len(readers), read.positions)

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
 from probekit.interventions.intervene import InterventionResults
+from probekit.probing.locations import label
 from probekit.reports.tables import print_table, say, warn_of_few, with_range
 
 EFFECTS = {
     "next_loss": "next sentence",
-    "next_loss_over_random": "over as large a random change",
+    "next_loss_over_random": "over random",
+    "rest_loss_over_random": "rest, over random",
     "other_loss": "tokens behind it",
-    "readout_true": "probe: true action",
-    "readout_target": "probe: target",
+    "readout_true": "probe",
 }
-"""Metrics of the table of each kind, and how they are called."""
+"""Metrics of the table of each kind, and how they are called; *rest* is without the first token."""
 
 ACCURACIES = {
     "fitted_accuracy": "as it was",
@@ -28,7 +29,7 @@ ACCURACIES = {
 FOLLOWING = {
     "plan_following": "have the target action",
     "plan_following_unedited": "without the edit",
-    "plan_following_over_random": "over as large a random change",
+    "plan_following_over_random": "over random",
 }
 
 NONE = -1
@@ -41,8 +42,8 @@ def print_interventions(results: InterventionResults) -> None:
     near = table[table.distance == table.distance.min()]
     for kind, own in near.groupby("kind", sort=False):
         print_table(
-            f"{kind}, distance {own.distance.iloc[0]}: changes in nats a token, and in probabilities that the "
-            "last layer's probe gives (95 % intervals from resampling documents)",
+            f"{kind}, distance {own.distance.iloc[0]}: changes of losses in nats a token, of the true "
+            "action's probability by the last layer's probe (95 % intervals from resampling documents)",
             ["layer", "condition", *EFFECTS.values()],
             ([*_place(row), *(with_range(row, metric) for metric in EFFECTS)] for row in _wide(own, EFFECTS)),
         )
@@ -61,6 +62,7 @@ def print_interventions(results: InterventionResults) -> None:
                 ),
             )
     warn_of_few(int(table.documents.max()))
+    say("over random: less what as large a change in a random direction does; rest: all but its first token")
     if near.readout_direct.any():
         say("* the probe reads what was changed itself: no effect of it")
     if near.injected.any():
@@ -70,14 +72,15 @@ def print_interventions(results: InterventionResults) -> None:
     say(f"All {len(table):,} rows: {results.folder / 'results.parquet'}")
 
 
-def _wide(table: pd.DataFrame, metrics: Mapping[str, str]) -> list[Mapping[Hashable, Any]]:
+def _wide(table: pd.DataFrame, metrics: Mapping[str, str]) -> Sequence[Mapping[Hashable, Any]]:
     """A row for each condition, a column for each metric and bound; controls' own rows, too."""
     head = ["kind", "location", "layer", "strength", "condition", "readout_direct", "injected"]
     filled = table.assign(layer=table.layer.fillna(NONE), strength=table.strength.fillna(0.0))
     wide = filled[filled.metric.isin(metrics)].pivot_table(
         index=head, columns="metric", values=["value", "value_low", "value_high"], sort=False
     )
-    wide.columns = [metric + bound.removeprefix("value") for bound, metric in wide.columns]
+    bounds, names = (wide.columns.get_level_values(level) for level in (0, 1))
+    wide.columns = names + bounds.str.removeprefix("value")
     missing = [f"{metric}{end}" for metric in metrics for end in ("", "_low", "_high")]
     return wide.reindex(columns=missing).reset_index().to_dict("records")
 
@@ -85,6 +88,6 @@ def _wide(table: pd.DataFrame, metrics: Mapping[str, str]) -> list[Mapping[Hasha
 def _place(row: Mapping[Hashable, Any]) -> list[str]:
     """Layer with its marks, and condition with its strength."""
     marks = "*" * bool(row["readout_direct"]) + "+" * bool(row["injected"])
-    layer = "" if row["layer"] == NONE else f"{row['location']} {row['layer']}"
+    layer = "" if row["layer"] == NONE else f"{label(row['location'])} {row['layer']}"
     strength = f" × {row['strength']:g}" if row["strength"] else ""
     return [f"{layer}{marks}", f"{row['condition']}{strength}"]

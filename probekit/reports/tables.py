@@ -28,14 +28,18 @@ DISPLAY_ACTIONS = 30
 """Actions that the corpus's table shows; the rest is counted."""
 
 
+SIZES = ("parameters", "tuned_parameters")
+"""Facts of a stage: what was trained beside the LM (or all of a new one), and of the LM with it."""
+
+
 def print_training(run: Run) -> None:
     """The stages of a run, their times and what they left."""
     stages = read_json(run.folder / "run.json")["stages"]
     rows = [
-        (name, f"{facts['seconds']:.1f}", f"{facts['parameters']:,}" if "parameters" in facts else "")
+        (name, f"{facts['seconds']:.1f}", *(f"{facts[key]:,}" if key in facts else "" for key in SIZES))
         for name, facts in stages.items()
     ]
-    print_table("Training", ["stage", "seconds", "parameters"], rows)
+    print_table("Training", ["stage", "seconds", "parameters", "and of its LM"], rows)
     say(f"The run is in {run.folder}. Next: probekit evaluate {run.folder}, probekit probe {run.folder}")
 
 
@@ -127,7 +131,8 @@ def _print_choices(evaluation: EnsembleEvaluation) -> None:
     accuracy = evaluation.accuracy
     questions, documents = accuracy.questions.iloc[0], accuracy.documents.iloc[0]
     print_table(
-        f"Multiple choice: {questions:,} questions of {documents:,} documents",
+        f"Multiple choice: {questions:,} questions of {documents:,} documents (by chance "
+        f"{accuracy.chance.iloc[0]:.3f})",
         ["variant", "accuracy", "95 % interval"],
         (
             [row["variant"], f"{row['accuracy']:.3f}", _range(row, "accuracy")]

@@ -197,10 +197,23 @@ class Sweep:
         losses = self.losses().rename(columns={"loss": "sum", "tokens": "count"})
         losses = losses.assign(metric="perplexity", texts="test documents", length=0)
         columns = [*KEYS, "seed", "document", "sum", "count"]
+        self._check_questions()
         generated = self._of_all_runs(_generated)
         if len(generated):
             self._check_documents(generated[generated.variant == "true"])
         return pd.concat([losses, self._of_all_runs(_solved), generated], ignore_index=True)[columns]
+
+    def _check_questions(self) -> None:
+        """Refuses multiple choice of other questions in one run than in others."""
+        asked = {place: run.evaluation()["settings"].get("asked") for place, run in self.runs.items()}
+        (usual, _), *others = Counter(asked.values()).most_common()
+        if others:
+            wrong = next(place for place, digest in asked.items() if digest != usual)
+            raise ProbekitError(
+                f"{self.folder}: {wrong} was asked other questions than others (they depend on the window and "
+                "on the file of questions): accuracies cannot be compared; sweep over what leaves them the "
+                "same, or delete its evaluation.json, and go on with the command that began the sweep"
+            )
 
     def _check_documents(self, true: pd.DataFrame) -> None:
         """Refuses values of true texts that are of other documents in one run than in others."""

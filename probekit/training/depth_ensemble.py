@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,18 @@ from probekit.models.late_losses import LateLoss, reader_losses
 from probekit.models.mixing import VARIANTS, Fixed
 from probekit.models.plain import PlainPass, forward_pass
 from probekit.models.planned_lm import PlannedLM
+from probekit.models.planner import Planner
+from probekit.training.folds import OutOfFold, fold_of_documents
 from probekit.training.loop import Group, Stage
 from probekit.training.trainer import Trainer
 
 
 def train_ensemble(
-    trainer: Trainer, member: MemberName, conditioned: PlannedLM, base: Tuning
+    trainer: Trainer,
+    member: MemberName,
+    conditioned: PlannedLM,
+    base: Tuning,
+    fold_planners: Sequence[Planner] = (),
 ) -> DepthEnsemble:
     """Trains a member of a depth ensemble on next-token loss.
 
@@ -32,12 +39,13 @@ def train_ensemble(
         member: Which layers it reads, and whether they learn from the last one.
         conditioned: The LM, frozen, conditioned by an adapter or not.
         base: The same LM, not bridged, and what is to be trained of it.
+        fold_planners: For every fold a planner that has not seen its documents; scores them in training.
 
     Raises:
         ProbekitError: The LM does not bear an ensemble; or it is to be tuned, but only TransformerLens has
             the places that are read.
     """
-    return DepthTraining(trainer, member, conditioned, base).run()
+    return DepthTraining(trainer, member, conditioned, base, fold_planners).run()
 
 
 class DepthTraining:
@@ -48,7 +56,14 @@ class DepthTraining:
         ensemble: The ensemble.
     """
 
-    def __init__(self, trainer: Trainer, member: MemberName, conditioned: PlannedLM, base: Tuning) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        member: MemberName,
+        conditioned: PlannedLM,
+        base: Tuning,
+        fold_planners: Sequence[Planner] = (),
+    ) -> None:
         config, bridged = trainer.config, conditioned.bridged
         depth = config.depth
         self.ensemble = new_ensemble(member, depth, bridged, base.model, config.seed).to(trainer.device)
@@ -68,6 +83,10 @@ class DepthTraining:
         self._loss = LateLoss(depth.distillation if MEMBERS[member].distilled else None, depth.layer_loss)
         self._task_loss = LateLoss()
         self._train, self._validation = trainer.windows("train"), trainer.windows("validation")
+        self._out_of_fold: OutOfFold | None = None
+        if fold_planners:
+            fold = fold_of_documents(trainer.corpus, len(fold_planners), config.seed)
+            self._out_of_fold = OutOfFold(fold_planners, fold)
 
     def run(self) -> DepthEnsemble:
         """Trains the ensemble and leaves it in evaluation mode."""
@@ -93,7 +112,7 @@ class DepthTraining:
     def loss(self, rows: np.ndarray, step: np.ndarray) -> Tensor:
         """Loss of some windows, as `Stage.loss` has it."""
         self._base.train(True)
-        total = self._summed(self._loss, self._batch(self._train[rows]))
+        total = self._summed(self._loss, self._batch(self._train[rows]), training=True)
         return total / int(self._train.scored[step].sum())
 
     def validation_loss(self, windows: Windows) -> Tensor:
@@ -111,7 +130,7 @@ class DepthTraining:
         self._base.train(False)
         batch = self._batch(self._train[rows])
         with self._trainer.autocast():
-            late, targets = self._scored(batch)
+            late, targets = self._scored(batch, training=True)
             losses = reader_losses(self._base.model.get_output_embeddings(), late, targets).mean(dim=1)
         found: dict[str, Any] = {"ensemble_loss": losses[0].item()}
         if (count := len(self.ensemble.layers)) > 1:
@@ -122,18 +141,19 @@ class DepthTraining:
             found |= {f"layer_loss{number}": losses[1 + place].item(), f"weight{number}": weight}
         return found
 
-    def _summed(self, loss: LateLoss, batch: Batch) -> Tensor:
+    def _summed(self, loss: LateLoss, batch: Batch, *, training: bool = False) -> Tensor:
         with self._trainer.autocast():
-            late, targets = self._scored(batch)
+            late, targets = self._scored(batch, training=training)
             return loss(self._base.model.get_output_embeddings(), late, targets)
 
-    def _scored(self, batch: Batch) -> tuple[Late, Tensor]:
+    def _scored(self, batch: Batch, *, training: bool) -> tuple[Late, Tensor]:
         """Late layers, and next tokens, at the positions that are scored."""
+        scores = self._out_of_fold.scores(batch) if training and self._out_of_fold is not None else None
         # A frozen LM needs no graph: what is trained lies behind it.
         frozen = contextlib.nullcontext() if self._base.parameters else torch.no_grad()
         scored = batch.targets != IGNORE
         with frozen:
-            hidden = self.model.late_hidden(batch, self._mixing)
+            hidden = self.model.late_hidden(batch, self._mixing, scores)
         return self.ensemble({name: h[scored] for name, h in hidden.items()}), batch.targets[scored]
 
     def _batch(self, windows: Windows) -> Batch:

@@ -203,7 +203,9 @@ def _ensemble(run: Run, progress: Progress, member: MemberName) -> dict[str, Any
     settings, variant = run.config.training.base, run.config.depth.variant
     base = TUNINGS[settings.tuning](run.plain_model(variant).to(run.device), settings, run.config.seed)
     trainer = replace(_trainer(run, progress), corpus=run.corpus_of(variant))
-    ensemble = train_ensemble(trainer, member, run.model(variant), base)
+    out_of_fold = variant in VARIANTS and VARIANTS[variant].out_of_fold
+    fold_planners = [run.fold_planner(fold) for fold in range(folds_of(run.config) if out_of_fold else 0)]
+    ensemble = train_ensemble(trainer, member, run.model(variant), base, fold_planners)
     run.save_ensemble(member, ensemble)
     base.save(run.tuned_folder(member))
     facts: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in ensemble.trained)}
@@ -219,6 +221,11 @@ def check_new_model(config: Config) -> None:
         raise ProbekitError(
             f"depth.layers is {config.depth.layers}, but lm.layers is {config.lm.layers}; an ensemble has at "
             "most all layers of the LM"
+        )
+    tuned = config.training.base
+    if tuned.tuning == "lora" and tuned.last_layers is not None and tuned.last_layers > config.lm.layers:
+        raise ProbekitError(
+            f"training.base.last_layers is {tuned.last_layers}, but lm.layers is {config.lm.layers}"
         )
     if config.conditioning.kind == "adapter" and config.conditioning.skip_layers >= config.lm.layers:
         raise ProbekitError(

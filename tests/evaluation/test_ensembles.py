@@ -1,6 +1,7 @@
 """A depth ensemble's evaluation against logits made at once, layer by layer."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -183,3 +184,24 @@ def test_a_sweep_over_ensembles_has_perplexity_and_accuracy(tiny_run: Run, tmp_p
     assert "taken_from" in stages["depth/plain"]
     assert "taken_from" not in stages["depth/ensemble"]
     assert probekit.load_run(done.folder / "two" / "seed0").members == ["plain", "ensemble"]
+
+
+def test_a_sweep_that_asked_different_questions_is_refused(tiny_run: Run, tmp_path: Path):
+    config = tiny_run.config.override(
+        {"method": "depth-ensemble", "depth.members": ["plain"], "evaluation.questions": 200}
+    )
+    with pytest.raises(ProbekitError, match="was asked other questions"):
+        sweep(config, {"a": {"training.window": 24}, "b": {}}, [0], tmp_path / "sweep", quiet=True)
+
+
+def test_generated_text_of_members_is_measured(run: Run):
+    settings = {"generation.prompts": 4, "generation.samples": 4, "generation.lengths": [8]}
+    found = probekit.evaluate_generation(run, settings | {"generation.context": 10}, quiet=True)
+    assert {"none", "plain", "ensemble", "distilled"} <= {*found.metrics.variant}
+
+
+def test_choices_go_when_the_run_is_evaluated_for_its_planner(tiny_run: Run, run: Run, tmp_path: Path):
+    folder = shutil.copytree(tiny_run.folder, tmp_path / "run")
+    (folder / "choices.parquet").write_bytes((run.folder / "choices.parquet").read_bytes())
+    evaluate(folder, quiet=True)
+    assert not (folder / "choices.parquet").exists()

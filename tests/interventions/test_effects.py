@@ -17,7 +17,7 @@ from probekit.run import Run
 
 LAST = ("hook_resid_post", 2)
 PLACES = [("hook_resid_post", 0), ("hook_resid_post", 1), LAST]
-FIELDS = ("next_loss", "other_loss", "first", "readout")
+FIELDS = ("next_loss", "first_loss", "other_loss", "first", "readout")
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +78,7 @@ def seen_by_hand(
         # losses[i] is of the token start + i + 1
         own = slice(anchor - start - 1, behind - start - 1)
         found["next_loss"].append(losses[own].sum())
+        found["first_loss"].append(losses[own.start])
         found["other_loss"].append(losses[own.stop :].sum())
         found["first"].append(log_p[anchor - start - 1].numpy())
         state = states[0][0, anchor - start - 1]

@@ -130,6 +130,7 @@ def test_erasing_leaves_the_prior_everywhere(results: InterventionResults):
         "value", ["layer", "distance"], "metric"
     )
     np.testing.assert_allclose(wide.refitted_accuracy, wide.prior_accuracy)
+    assert (wide.erased_dimensions == 7).all()
 
 
 def test_without_a_span_far_edits_of_the_last_layer_do_nothing(run_copy: Run):
@@ -139,6 +140,13 @@ def test_without_a_span_far_edits_of_the_last_layer_do_nothing(run_copy: Run):
     assert silent[silent.distance == 3].value.abs().max() < 1e-5
     assert silent[(silent.distance == 1) & (silent.metric != "other_loss")].value.abs().max() > 1e-3
     assert table[table.distance == 3].readout_direct.sum() == 0
+
+
+def test_the_last_layer_changes_the_first_token_alone(results: InterventionResults):
+    rest = results.table[results.table.metric == "rest_loss"]
+    assert rest.value[rest.layer == 2].abs().max() < 5e-6
+    assert rest.value[rest.layer == 0].abs().max() > 5e-5
+    assert set(rest.documents) <= set(range(1, 13))
 
 
 def test_probe_directions_are_as_long_as_the_way_between_means(run_copy: Run):

@@ -121,3 +121,17 @@ def test_never_more_rows_at_once_than_allowed():
     expected = torch.autograd.grad((rows @ weight).square().sum(), [rows, weight])
     torch.testing.assert_close(rows.grad, expected[0])
     torch.testing.assert_close(weight.grad, expected[1])
+
+
+def test_autocast_keeps_one_copy_of_a_trained_head():
+    """It keeps what it cast a leaf to: there must not be a leaf for every chunk."""
+    seen = set()
+
+    def function(rows: Tensor, weight: Tensor) -> Tensor:
+        seen.add(id(weight))
+        return F.linear(rows, weight).float().square().sum()
+
+    rows, weight = torch.randn(10, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        chunked_sum(function, [rows], [weight], 2).backward()
+    assert len(seen) == 1

@@ -362,7 +362,7 @@ ONE: dict[str, Any] = {"a": {}}
         (
             {"a": {"training.joint.encoder": "trained"}},
             [0],
-            "adapter/joint would use it, and mixing.variants",
+            "adapter/joint would use it, and none of these is trained",
         ),
         ({"a": {"conditioning.skip_layers": 3}}, [0], "conditioning.skip_layers is 3, but lm.layers is 3"),
         (ONE | {"b": {"corpus.seed": 3}}, [0], "corpus.seed is 0 in a and 3 in b: that makes other corpora"),

@@ -221,3 +221,17 @@ def test_evaluation_needs_all_members(make_run: MakeRun, tiny_run: Run):
     run = make_run(depth__members=["plain"])
     with pytest.raises(ProbekitError, match="lacks the stage 'depth/ensemble'"):
         evaluate(run, {"depth.members": ["plain", "ensemble"]}, quiet=True)
+
+
+def test_planners_of_folds_score_training_documents(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch):
+    run = make_run(depth__variant="soft", depth__members=["plain"], training__planner__folds=2)
+    conditioned = run.model("soft")
+    trainer = Trainer(run.config, run.corpus, run.device, lambda row: None, QUIET)
+    base = TUNINGS["frozen"](run.plain_model(), run.config.training.base, 0)
+    folds = [run.fold_planner(fold) for fold in range(2)]
+    trained = DepthTraining(trainer, "plain", conditioned, base, folds)
+    monkeypatch.setattr(
+        conditioned.planner, "forward", lambda *_: pytest.fail("the planner of all documents")
+    )
+    rows = np.arange(8)
+    trained.loss(rows, rows)

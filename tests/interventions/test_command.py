@@ -1,0 +1,87 @@
+"""`probekit intervene` as it is typed: what it prints and writes, and one line for whatever is wrong."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from probekit.cli import main
+from probekit.run import Run
+
+FAST = ["--intervene.layers", "0", "2", "--intervene.distances", "2", "1", "--intervene.scenes", "10"]
+FAST += ["--intervene.strengths", "2", "--evaluation.resamples", "100"]
+
+Capture = pytest.CaptureFixture[str]
+
+
+def typed(capsys: Capture, *words: object) -> tuple[int, str, str]:
+    code = main(["intervene", *map(str, words)])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_it_ends_with_every_layer_at_the_nearest_distance(run_copy: Run, capsys: Capture):
+    code, out, err = typed(capsys, run_copy.folder, *FAST, "--quiet")
+    assert (code, err) == (0, "")
+    table = run_copy.interventions()
+    assert sorted(table.distance.unique()) == [1, 2]
+    for kind in ("erase", "steer", "patch"):
+        assert f"{kind}, distance 1: changes of losses in nats a token" in out
+    for condition in ("erase", "random subspace", "same action", "wrong action × 2", "random (true) × 2"):
+        assert len(re.findall(rf"resid post [02]\*? +│ {re.escape(condition)} ", out)) >= 2, condition
+    rows = table[(table.distance == 1) & (table.condition == "patch") & (table.layer == 2)]
+    values = rows.set_index("metric")
+    for metric in ("next_loss", "next_loss_over_random", "other_loss", "readout_true"):
+        row = values.loc[metric]
+        assert f"{row.value:.3f} [{row.value_low:.3f}, {row.value_high:.3f}]" in out
+    assert "resid post 2*" in out
+    assert "* the probe reads what was changed itself: no effect of it" in out
+    assert "Accuracy of a linear probe where actions were erased" in out
+    assert "Only 10 test documents" in out
+    assert f"All {len(table):,} rows: " in out
+    assert "written anew" not in out
+
+
+def test_plans_of_a_conditioned_variant(run_copy: Run, capsys: Capture):
+    words = ["--intervene.kinds", "codebook", "--intervene.variant", "soft", "--intervene.samples", "4"]
+    code, out, err = typed(capsys, run_copy.folder, *FAST, *words)
+    assert code == 0
+    assert "intervene: done" in err
+    assert "codebook, distance 1" in out
+    assert "Share of sentences written anew that have the action aimed at" in out
+    assert "+ the adapter had told the LM" in out
+    assert set(run_copy.interventions().location) == {"plan"}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--intervene.variant", "joint"], "probekit probe"),
+        (["--intervene.variant", "sft"], "intervene.variant"),
+        (["--intervene.layers", "7"], "intervene.layers has 7, but the LM's layers are 0 to 2"),
+        (["--intervene.locations", "nowhere"], "intervene.locations is 'nowhere'"),
+        (["--intervene.distances", "49"], "intervene.distances has 49, but the LM reads 48 tokens"),
+        (["--intervene.distances", "0"], "intervene.distances"),
+        (["--intervene.strengths", "1e30"], "lower intervene.strengths, which has 1e+30"),
+        (["--intervene.strengths", "nan"], "intervene.strengths"),
+        (["--intervene.kinds", "erase", "codebook"], "told no actions"),
+        (["--intervene.sample", "3"], "unknown setting 'intervene.sample'; did you mean 'intervene.samples'"),
+        (["--probe.layers", "1"], "unknown setting 'probe.layers'"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(words: list[str], said: str, run_copy: Run, capsys: Capture):
+    code, out, err = typed(capsys, run_copy.folder, *FAST, "--quiet", *words)
+    assert (code, out) == (2, "")
+    assert err.startswith("probekit: error: ")
+    assert err.count("\n") == 1
+    assert said in err
+    assert not (run_copy.folder / "interventions").exists()
+
+
+def test_a_run_without_probes_is_told_the_command(tiny_run: Run, capsys: Capture, tmp_path: Path):
+    code, _, err = typed(capsys, tiny_run.folder)
+    assert code == 2
+    assert f"run `probekit probe {tiny_run.folder} --probe.variants none`" in err
+    code, _, err = typed(capsys, tmp_path / "nowhere")
+    assert code == 2
+    assert "does not exist; make one with `probekit train" in err
