@@ -212,7 +212,7 @@ class Run(RunFolder):
         """
         trained = ["none", *self.variants, *self.members]
         if name not in trained and _stage_of(name) not in stages_of(self.config):
-            raise ProbekitError(f"{self.folder} has no model {name!r}; it has {', '.join(trained)}")
+            raise ProbekitError(f"{self.folder} has no variant {name!r}; it has {', '.join(trained)}")
         bridged = self.base_lm(name).bridged
         variant, adapter, depth = self.variant_of(name), None, None
         if variant != "none":

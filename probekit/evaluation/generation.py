@@ -207,8 +207,8 @@ def conditioner(run: Run, model: PlannedLM, variant: VariantName, *, given: bool
     mixing = None if model.adapter is None else VARIANTS[variant].evaluation
     if given and (mixing is None or not mixing.needs_scores):
         raise ProbekitError(
-            f"what variant {variant!r} conditions follows no plan, so none can be given; choose one that is "
-            "conditioned on actions"
+            f"variant {variant!r} follows no plan, so none can be given; choose one that is conditioned on "
+            "actions"
         )
     if model.adapter is None or mixing is None:
         return Constant(None)

@@ -210,9 +210,9 @@ class Sweep:
         if others:
             wrong = next(place for place, digest in asked.items() if digest != usual)
             raise ProbekitError(
-                f"{self.folder}: {wrong} was asked other questions than others (they depend on the window and "
-                "on the file of questions): accuracies cannot be compared; sweep over what leaves them the "
-                "same, or delete its evaluation.json, and go on with the command that began the sweep"
+                f"{self.folder}: {wrong} was asked other questions than others (they depend on the window "
+                "and on the file of questions): accuracies cannot be compared; sweep over what leaves them "
+                "the same, or delete its evaluation.json, and go on with the command that began the sweep"
             )
 
     def _check_documents(self, true: pd.DataFrame) -> None:
