@@ -106,7 +106,7 @@ def draw(table: pd.DataFrame) -> Figure:
 
 def _with_parameters(row: pd.Series) -> str:
     return (
-        f"{row.name}\n{int(row.parameters):,} trained ({100 * row.share:#.3g} %)"
+        f"{row.name}\n{int(row.parameters):,} trained ({100 * row.share:.3g} %)"
         if row.parameters
         else str(row.name)
     )
