@@ -3,7 +3,7 @@ PYTHON ?= python3
 DEVICE ?= cpu
 BIN := .venv/bin
 
-.PHONY: help demo test check fix bench clean
+.PHONY: help demo test check fix bench figures clean
 help:            ## Show this list
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ -/'
 
@@ -29,6 +29,44 @@ bench: .venv/base ## Measure speed and memory; tables and benchmarks/results/ (m
 	$(BIN)/python benchmarks/generation.py --device $(DEVICE)
 	$(BIN)/python benchmarks/training.py --device $(DEVICE)
 	$(BIN)/python benchmarks/depth_ensemble.py --device $(DEVICE)
+
+# What the figures are drawn from; WIKITEXT is a file of articles in WikiText format.
+RUNS ?= runs/figures
+WIKITEXT ?=
+DRAW := $(BIN)/python analyses
+TUNED := --set training.base.tuning full --set training.base.learning_rate 1e-3
+
+figures: .venv/base ## Make all of figures/ from nothing (WIKITEXT=FILE for those of real text)
+	$(DRAW)/figure2_locations.py
+	$(DRAW)/figure2_locations.py --parallel
+	$(DRAW)/table1_perplexity.py --preset demo --seeds 5 --runs $(RUNS)/table1
+	$(DRAW)/table2_generation.py $(RUNS)/table1/demo
+	$(DRAW)/table3_joint.py --preset demo --seeds 5 --runs $(RUNS)/table3
+	$(DRAW)/figure4_mixing_fraction.py --preset demo --seeds 3 --generation --runs $(RUNS)/fractions
+	$(DRAW)/depth_table1_parameters.py --preset demo --seeds 3 --runs $(RUNS)/depth --set training.base.learning_rate 1e-3
+	$(DRAW)/depth_figure1_losses.py $(RUNS)/depth/demo
+	$(DRAW)/depth_figure2_solved.py $(RUNS)/depth/demo
+	$(DRAW)/depth_figure4_routing.py $(RUNS)/depth/demo
+	$(DRAW)/depth_figure5_grid.py --preset demo --seeds 3 --runs $(RUNS)/depth-grid $(TUNED)
+	$(BIN)/probekit demo --out $(RUNS)/demo
+	$(DRAW)/demo_overview.py $(RUNS)/demo
+	$(DRAW)/figure1_method.py $(RUNS)/demo
+	$(BIN)/probekit probe $(RUNS)/demo --probe.variants none random fixed oracle predicted soft joint \
+		--probe.locations hook_resid_post attn.hook_z:before attn.hook_z
+	$(DRAW)/figure3_probing.py $(RUNS)/demo
+	$(BIN)/probekit intervene $(RUNS)/demo
+	$(DRAW)/figure5_causal.py $(RUNS)/demo
+ifneq ($(WIKITEXT),)
+	$(DRAW)/figure4_mixing_fraction.py --preset text-small --set corpus.path $(WIKITEXT) --seeds 3 \
+		--runs $(RUNS)/wikitext-fractions --out figures/figure4_wikitext.png
+	$(DRAW)/table1_perplexity.py --preset text-small --set corpus.path $(WIKITEXT) --seeds 3 \
+		--runs $(RUNS)/wikitext --out figures/table1_wikitext.png
+	$(BIN)/probekit probe $(RUNS)/wikitext/text-small/all/seed0
+	$(DRAW)/figure3_probing.py $(RUNS)/wikitext/text-small/all/seed0 --out figures/figure3_wikitext.png
+	$(DRAW)/depth_table1_parameters.py --preset text-small --set corpus.path $(WIKITEXT) --seeds 3 --tunings frozen lora \
+		--set training.base.learning_rate 1e-3 --set training.depth.epochs 2 --runs $(RUNS)/wikitext-depth \
+		--out figures/depth_wikitext.png
+endif
 
 clean:           ## Remove the environment and caches
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
