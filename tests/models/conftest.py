@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from probekit.corpus.actions import Codebook
 from probekit.corpus.store import Corpus
 from probekit.corpus.tokenizer import train_tokenizer
+from probekit.models.base_lm import BaseLM
 from probekit.models.language_model import bridge, load_model
 
 transformers.logging.disable_progress_bar()
@@ -78,6 +79,19 @@ def folders(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedToken
 def bridged(folders: dict[str, Path], tokenizer: PreTrainedTokenizerBase) -> dict:
     """The bridged LM of every family; tests must not change them."""
     return {family: bridge(load_model(str(folder)), tokenizer, folder) for family, folder in folders.items()}
+
+
+@pytest.fixture(scope="session")
+def base(folders: dict[str, Path], tokenizer: PreTrainedTokenizerBase) -> Callable[[str], BaseLM]:
+    """The LM of a family, plain and bridged."""
+    found: dict[str, BaseLM] = {}
+
+    def make(family: str) -> BaseLM:
+        if family not in found:
+            found[family] = BaseLM(lambda: load_model(str(folders[family])), tokenizer, family)
+        return found[family]
+
+    return make
 
 
 @pytest.fixture(scope="session")

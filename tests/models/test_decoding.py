@@ -1,12 +1,11 @@
 """Growing texts: the same logits with and without keys and values kept, whatever else is read with them."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers import DynamicCache
 
 from probekit.config import ConditioningSettings
 from probekit.corpus.examples import cut_windows
@@ -15,24 +14,10 @@ from probekit.models.base_lm import BaseLM
 from probekit.models.conditioning import new_adapter
 from probekit.models.decoding import Decoder, PlainDecoder, WholeDecoder, new_decoder
 from probekit.models.growing_text import Text, window_start
-from probekit.models.language_model import load_model
 from probekit.models.planned_lm import PlannedLM
 
 FAMILIES = ["gpt2", "gpt_neox", "llama", "olmo", "olmo2", "qwen2", "qwen3"]
 WINDOW = 12
-
-
-@pytest.fixture(scope="module")
-def base(folders: dict[str, Path], tokenizer: PreTrainedTokenizerBase) -> Callable[[str], BaseLM]:
-    """The LM of a family, plain and bridged."""
-    found: dict[str, BaseLM] = {}
-
-    def make(family: str) -> BaseLM:
-        if family not in found:
-            found[family] = BaseLM(lambda: load_model(str(folders[family])), tokenizer, family)
-        return found[family]
-
-    return make
 
 
 def conditioned(lm: BaseLM, **settings: object) -> tuple[PlannedLM, Decoder, Decoder]:

@@ -1,8 +1,5 @@
 """The depth ensemble against sums of logits written out, for every family."""
 
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -15,25 +12,12 @@ from probekit.models.base_lm import BaseLM
 from probekit.models.decoding import PlainDecoder, WholeDecoder, new_decoder
 from probekit.models.depth_ensemble import DepthEnsemble, final_norm, new_ensemble
 from probekit.models.growing_text import Text
-from probekit.models.language_model import bridge, load_model
+from probekit.models.language_model import bridge
 from probekit.models.mixing import Fixed
 from probekit.models.planned_lm import PlannedLM
 
 FAMILIES = ["gpt2", "gpt_neox", "llama", "olmo", "olmo2", "qwen2", "qwen3"]
 DEPTH = 3
-
-
-@pytest.fixture(scope="module")
-def base(folders: dict[str, Path], tokenizer: PreTrainedTokenizerBase) -> Callable[[str], BaseLM]:
-    """The LM of a family, plain and bridged."""
-    found: dict[str, BaseLM] = {}
-
-    def make(family: str) -> BaseLM:
-        if family not in found:
-            found[family] = BaseLM(lambda: load_model(str(folders[family])), tokenizer, family)
-        return found[family]
-
-    return make
 
 
 @pytest.fixture(scope="module")
