@@ -77,7 +77,7 @@ def test_version(capsys: Capture):
     [
         ("train", None),
         ("corpus", None),
-        ("evaluate", ("device", "evaluation.", "generation.")),
+        ("evaluate", ("method", "device", "evaluation.", "generation.")),
         (
             "generate",
             ("seed", "device", *(f"generation.{name}" for name in ("context", "temp", "top_", "batch"))),
