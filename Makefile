@@ -63,8 +63,8 @@ ifneq ($(WIKITEXT),)
 		--runs $(RUNS)/wikitext --out figures/table1_wikitext.png
 	$(BIN)/probekit probe $(RUNS)/wikitext/text-small/all/seed0
 	$(DRAW)/figure3_probing.py $(RUNS)/wikitext/text-small/all/seed0 --out figures/figure3_wikitext.png
-	$(DRAW)/depth_table1_parameters.py --preset text-small --set corpus.path $(WIKITEXT) --seeds 3 --tunings frozen lora \
-		--set training.base.learning_rate 1e-3 --set training.depth.epochs 2 --runs $(RUNS)/wikitext-depth \
+	$(DRAW)/depth_table1_parameters.py --preset text-small --set corpus.path $(WIKITEXT) --seeds 3 --tunings frozen \
+		--set depth.members plain ensemble distilled --set training.depth.epochs 1 --runs $(RUNS)/wikitext-depth \
 		--out figures/depth_wikitext.png
 endif
 
