@@ -14,22 +14,23 @@ from torch import Tensor, nn
 
 from probekit.config import ModelName, VariantName
 from probekit.corpus.examples import IGNORE, Batch
-from probekit.evaluation.multiple_choice import check_lengths, choice_losses, solved
+from probekit.evaluation.multiple_choice import accuracy, by_document, check_lengths, choice_losses, solved
 from probekit.evaluation.perplexity import (
     Evaluation,
     TokenLosses,
+    differences_table,
     interval_columns,
     losses_table,
     own_losses,
-    perplexity_tables,
+    perplexity_table,
     record_of,
     scoring_pass,
 )
 from probekit.evaluation.questions import Question, corpus_questions, read_questions
-from probekit.evaluation.statistics import Resampling, bootstrap_ratio, paired_difference
+from probekit.evaluation.statistics import Resampling, paired_difference
 from probekit.models.depth_ensemble import MEMBERS
 from probekit.models.late_losses import reader_losses
-from probekit.models.mixing import VARIANTS, Fixed, Mixing
+from probekit.models.mixing import VARIANTS, Mixing, evaluation_mixing
 from probekit.models.planned_lm import PlannedLM
 from probekit.progress import Progress
 from probekit.run import Run
@@ -98,32 +99,28 @@ def evaluate_ensembles(run: Run, progress: Progress) -> EnsembleEvaluation:
         losses |= dict(zip(readers, sums, strict=True))
         chosen |= dict(zip(readers, right, strict=True))
     by_name = {(str(reader), actions): sums for reader, sums in losses.items()}
-    perplexity, _ = perplexity_tables(config, by_name, scoring.tokens)
     whole = {key: sums for key, sums in by_name.items() if key[0] in (variant, *MEMBERS)}
-    _, differences = perplexity_tables(config, whole, scoring.tokens)
-    documents = np.array([question.document for question in questions])
-    chance = float(np.mean([1 / len(question.choices) for question in questions]))
-    accuracy, accuracy_differences = _accuracies(run, chosen, documents, chance)
+    accuracies, accuracy_differences = _accuracies(run, chosen, questions)
     parts = {str(reader): (reader.model, reader.layer) for reader in losses}
     choices = pd.DataFrame(
         [
-            {"question": number, "document": document, "variant": str(reader), "solved": bool(right)}
+            {"question": number, "document": question.document, "variant": str(reader), "solved": bool(right)}
             for reader, rights in chosen.items()
-            for number, (document, right) in enumerate(zip(documents, rights, strict=True))
+            for number, (question, right) in enumerate(zip(questions, rights, strict=True))
         ]
     ).assign(actions=actions)
     evaluation = EnsembleEvaluation(
-        _with_parts(perplexity, parts),
-        differences,
+        _with_parts(perplexity_table(config, by_name, scoring.tokens), parts),
+        differences_table(config, whole, scoring.tokens),
         losses_table(by_name, scoring),
         record_of(config) | {"asked": _digest(questions)},
-        _with_parts(accuracy, parts),
+        _with_parts(accuracies, parts),
         accuracy_differences,
         _with_parts(choices, parts),
     )
-    with atomic_path(run.folder / "choices.parquet") as path:
-        evaluation.choices.to_parquet(path, index=False)
     evaluation.write(run, accuracy=evaluation.accuracy, accuracy_differences=evaluation.accuracy_differences)
+    with atomic_path(run.folder / CHOICES) as path:
+        evaluation.choices.to_parquet(path, index=False)
     return evaluation
 
 
@@ -158,9 +155,9 @@ def _readers(run: Run, name: ModelName, model: PlannedLM) -> tuple[list[_Reader]
 
 def source_of_actions(variant: VariantName) -> tuple[str, Mixing]:
     """Where a variant's actions come from when it is evaluated, and how they are mixed."""
+    mixing = evaluation_mixing(variant)
     if variant not in VARIANTS:
-        return "none", Fixed()
-    mixing = VARIANTS[variant].evaluation
+        return "none", mixing
     return "planner" if mixing.needs_scores else "constant", mixing
 
 
@@ -182,23 +179,25 @@ def _digest(questions: list[Question]) -> str:
 
 
 def _accuracies(
-    run: Run, chosen: dict[_Reader, np.ndarray], document: np.ndarray, chance: float
+    run: Run, chosen: dict[_Reader, np.ndarray], questions: list[Question]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     options: Resampling = {"resamples": run.config.evaluation.resamples, "seed": run.config.seed}
-    _, row = np.unique(document, return_inverse=True)
-    counts = np.bincount(row)
-    sums = {reader: np.bincount(row, weights=right) for reader, right in chosen.items()}
-    accuracy = [
-        {"variant": str(reader), "questions": len(document), "chance": chance}
-        | interval_columns("accuracy", bootstrap_ratio(one, counts, **options))
-        for reader, one in sums.items()
+    right = np.stack(list(chosen.values()))
+    chance = float(np.mean([1 / len(question.choices) for question in questions]))
+    found = accuracy(right, questions, **options)
+    table = [
+        {"variant": str(reader), "questions": len(questions), "chance": chance}
+        | interval_columns("accuracy", found[number])
+        for number, reader in enumerate(chosen)
     ]
+    by_reader, counts = by_document(right, questions)
+    sums = dict(zip(chosen, by_reader.T, strict=True))
     differences = [
         {"first": str(first), "second": str(second)}
         | interval_columns("difference", paired_difference(sums[first], sums[second], counts, **options))
         for first, second in _pairs(sums)
     ]
-    return pd.DataFrame(accuracy), pd.DataFrame(differences)
+    return pd.DataFrame(table), pd.DataFrame(differences)
 
 
 def _pairs(readers: dict[_Reader, np.ndarray]) -> Iterator[tuple[_Reader, _Reader]]:

@@ -15,10 +15,11 @@ from probekit.evaluation.baselines import baselines
 from probekit.evaluation.ensembles import CHOICES, evaluate_ensembles, source_of_actions
 from probekit.evaluation.perplexity import (
     Evaluation,
+    differences_table,
     interval_columns,
     losses_table,
     own_losses,
-    perplexity_tables,
+    perplexity_table,
     record_of,
     scoring_pass,
 )
@@ -76,7 +77,8 @@ def _evaluate_planners(run: Run, progress: Progress) -> PlannerEvaluation:
     with progress.task("evaluate planners"):
         planner = _planner_table(run)
     evaluation = PlannerEvaluation(
-        *perplexity_tables(run.config, losses, scoring.tokens),
+        perplexity_table(run.config, losses, scoring.tokens),
+        differences_table(run.config, losses, scoring.tokens),
         losses_table(losses, scoring),
         record_of(run.config),
         planner,

@@ -159,32 +159,38 @@ def losses_table(losses: dict[tuple[str, str], np.ndarray], scoring: Pass) -> pd
     return pd.concat(parts, ignore_index=True)
 
 
-def perplexity_tables(
+def perplexity_table(
     config: Config, losses: dict[tuple[str, str], np.ndarray], tokens: np.ndarray
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Perplexities, and the differences of every two.
+) -> pd.DataFrame:
+    """Perplexities.
 
     Args:
         config: How to resample.
         losses: Sums of losses `[documents]` by model and source of actions.
         tokens: How many tokens they are of `[documents]`.
     """
-    options: Resampling = {
-        "resamples": config.evaluation.resamples,
-        "seed": config.seed,
-        "transform": np.exp,
-    }
-    perplexity = [
+    options = _resampling(config)
+    return pd.DataFrame(
         {"variant": variant, "actions": actions, "tokens": int(tokens.sum())}
         | interval_columns("perplexity", bootstrap_ratio(sums, tokens, **options))
         for (variant, actions), sums in losses.items()
-    ]
-    differences = [
+    )
+
+
+def differences_table(
+    config: Config, losses: dict[tuple[str, str], np.ndarray], tokens: np.ndarray
+) -> pd.DataFrame:
+    """Differences of the perplexities of every two; the arguments are those of `perplexity_table`."""
+    options = _resampling(config)
+    return pd.DataFrame(
         {"first": _label(*first), "second": _label(*second)}
         | interval_columns("difference", paired_difference(losses[first], losses[second], tokens, **options))
         for first, second in itertools.combinations(losses, 2)
-    ]
-    return pd.DataFrame(perplexity), pd.DataFrame(differences)
+    )
+
+
+def _resampling(config: Config) -> Resampling:
+    return {"resamples": config.evaluation.resamples, "seed": config.seed, "transform": np.exp}
 
 
 def _label(variant: str, actions: str) -> str:

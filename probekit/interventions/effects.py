@@ -16,7 +16,7 @@ from probekit.devices import autocast
 from probekit.interventions.scenes import Scenes
 from probekit.models.conditioning import Conditioned
 from probekit.models.language_model import Hook, hook_name
-from probekit.models.mixing import VARIANTS, Fixed, Mixing, Uniform
+from probekit.models.mixing import Fixed, Mixing, Uniform, evaluation_mixing
 from probekit.models.planned_lm import token_losses
 from probekit.probing.activations import Place
 from probekit.probing.saved import LinearProbe
@@ -112,7 +112,7 @@ class Stage:
     ) -> None:
         self._run, self.scenes = run, scenes
         self._model = run.model(variant)
-        self._mixing = VARIANTS[variant].evaluation if variant in VARIANTS else Fixed()
+        self._mixing = evaluation_mixing(variant)
         self._corpus = run.corpus_of(variant)
         self._readout = readout
         names = [hook_name(*place) for place in (*places, readout[0])]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the name all of PyTorch's users know
 
-from probekit.config import MixingSettings, VariantName
+from probekit.config import MixingSettings, ProbedName, VariantName
 
 # Rows are taken by F.embedding and not by an index, whose gradient threads sum in no fixed order on a CPU.
 
@@ -194,6 +194,11 @@ VARIANTS: dict[VariantName, Variant] = {
     "soft": Variant(Soft(), Soft()),
     "joint": Variant(Soft(), Soft(), joint=True),
 }
+
+
+def evaluation_mixing(variant: VariantName | ProbedName) -> Mixing:
+    """How a variant is evaluated; what no variant conditions is mixed like a constant, which nobody reads."""
+    return VARIANTS[variant].evaluation if variant in VARIANTS else Fixed()
 
 
 def training_mixing(variant: VariantName, settings: MixingSettings, seed: int) -> Mixing:

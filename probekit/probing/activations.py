@@ -17,7 +17,7 @@ from probekit.errors import ProbekitError
 from probekit.evaluation.perplexity import window_and_stride
 from probekit.models.conditioning import Conditioned
 from probekit.models.language_model import Hook, hook_name
-from probekit.models.mixing import VARIANTS, Fixed
+from probekit.models.mixing import VARIANTS, evaluation_mixing
 from probekit.probing.locations import BEFORE
 from probekit.probing.targets import Examples
 from probekit.run import Run
@@ -85,7 +85,7 @@ class Reader:
         self._window, self._stride = window_and_stride(run)
         self._conditioned = run.model(variant) if variant in VARIANTS else None
         self._corpus = run.corpus_of(variant) if variant in VARIANTS else run.corpus
-        self._mixing = VARIANTS[variant].evaluation if variant in VARIANTS else Fixed()
+        self._mixing = evaluation_mixing(variant)
         adapter = None if self._conditioned is None else self._conditioned.adapter
         names = [_name(place) for place in places] + list(adapter.names if adapter is not None else ())
         self._forward = run.forward_pass(names, variant, seed)

@@ -16,7 +16,7 @@ from probekit.errors import ProbekitError
 from probekit.models.base_lm import Tuning
 from probekit.models.depth_ensemble import MEMBERS, DepthEnsemble, Late, new_ensemble
 from probekit.models.late_losses import LateLoss, reader_losses
-from probekit.models.mixing import VARIANTS, Fixed
+from probekit.models.mixing import evaluation_mixing
 from probekit.models.plain import PlainPass, forward_pass
 from probekit.models.planned_lm import PlannedLM
 from probekit.models.planner import Planner
@@ -79,7 +79,7 @@ class DepthTraining:
             bridged, conditioned.planner, adapter, float(conditioned.temperature), road, depth=self.ensemble
         )
         self._trainer, self._member, self._base = trainer, member, base
-        self._mixing = VARIANTS[depth.variant].evaluation if depth.variant in VARIANTS else Fixed()
+        self._mixing = evaluation_mixing(depth.variant)
         self._loss = LateLoss(depth.distillation if MEMBERS[member].distilled else None, depth.layer_loss)
         self._task_loss = LateLoss()
         self._train, self._validation = trainer.windows("train"), trainer.windows("validation")
