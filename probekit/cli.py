@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -24,6 +25,7 @@ from probekit.options import (
     source_config,
     swept,
 )
+from probekit.stopping import Stopped, terminable
 from probekit.sweeps.members import STUDIES
 
 Command = Callable[[list[str]], None]
@@ -33,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-        The exit code: 0, or 2 for bad input, 130 for an interruption, 141 for output that nobody reads.
+        The exit code: 0; 2 for bad input, 130 for Ctrl-C, 143 for SIGTERM, 141 where nobody reads the output.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
@@ -43,8 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        _command(words)
-        sys.stdout.flush()
+        with terminable():
+            _command(words)
+            sys.stdout.flush()
     except BrokenPipeError:  # whoever read the output has read enough, as `head` does
         if debug:
             raise
@@ -56,12 +59,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         sys.stderr.write(f"probekit: error: {error}\n")
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         if debug:
             raise
-        again = "the same command" if words[:1] == ["sweep"] else "--resume"
-        sys.stderr.write(f"probekit: interrupted; {again} goes on after the last finished stage\n")
-        return 130
+        number = stop.signal if isinstance(stop, Stopped) else signal.SIGINT
+        said = "terminated" if number == signal.SIGTERM else "interrupted"
+        sys.stderr.write(f"probekit: {said}; {GO_ON.get(words[0], 'the same command')} goes on from there\n")
+        return 128 + number
     return 0
 
 
@@ -213,6 +217,16 @@ def _intervene(words: list[str]) -> None:
     print_interventions(intervene(parsed.run, given_settings(parsed), quiet=parsed.quiet))
 
 
+def _subnetwork(words: list[str]) -> None:
+    """Find the heads and parts of the adapter without which nothing is read of the next sentence's action."""
+    sections = ["device", "evaluation", "subnetwork"]
+    parsed = parse(_results_parser("subnetwork", words, sections), words)
+    from probekit.reports.subnetwork_tables import print_subnetwork
+    from probekit.subnetworks.subnetwork import subnetwork
+
+    print_subnetwork(subnetwork(parsed.run, given_settings(parsed), quiet=parsed.quiet))
+
+
 def _lens(words: list[str]) -> None:
     """Show what probes read of the next sentence at every token of a text: one HTML page."""
     parsed = parse(_lens_parser(), words)
@@ -277,6 +291,9 @@ def _demo(words: list[str]) -> None:
 TRAINED_WITH = ("lm", "planner", "conditioning", "depth", "training")
 """Sections whose settings are for training alone."""
 
+GO_ON = {"train": "--resume", "corpus": "--resume"}
+"""What is to be typed after an interruption, where it is not the same command."""
+
 BESIDE_MODEL = ("corpus", "out", "overwrite", "preset", "config")
 """Options that `probekit probe` takes beside `--model` alone."""
 
@@ -286,6 +303,7 @@ COMMANDS: dict[str, Command] = {
     "generate": _generate,
     "probe": _probe,
     "intervene": _intervene,
+    "subnetwork": _subnetwork,
     "lens": _lens,
     "report": _report,
     "corpus": _corpus,

@@ -260,6 +260,16 @@ class StageSettings(Settings):
     patience: Positive | None = None
     """Stop after this many passes without a better validation loss. In any case validation follows every pass
     and the best state is kept."""
+    checkpoints: Annotated[int, Field(ge=0)] = 0
+    """How many checkpoints are kept on the way, from before the first step to the last, evenly in the
+    logarithm of the step: each a run of its own, which `probekit probe --checkpoints` probes."""
+
+    @field_validator("checkpoints")
+    @classmethod
+    def _first_and_last(cls, value: int) -> int:
+        if value == 1:
+            raise ValueError("one checkpoint would be that of no step; give 0, or 2 and more")
+        return value
 
 
 class PlannerStageSettings(StageSettings):
@@ -350,6 +360,8 @@ class TrainingSettings(Settings):
     """Tokens in a training window."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the forward pass; auto is bfloat16 autocast on a GPU that has it, float32 elsewhere."""
+    save_minutes: Annotated[float, Field(ge=0.0)] = 5.0
+    """Minutes of a stage between the states that --resume goes on from, which a kill at most costs."""
     lm: StageSettings = StageSettings(epochs=4.0)
     planner: PlannerStageSettings = PlannerStageSettings(epochs=20.0, patience=3)
     adapter: StageSettings = StageSettings()
@@ -530,15 +542,41 @@ class InterventionSettings(Settings):
     """LEACE (Belrose et al. 2023), or iterative null-space projection (Ravfogel et al. 2020)."""
     rounds: Positive = 2
     """Rounds of null-space projection (inlp)."""
-    direction: Literal["means", "probe"] = "means"
-    """An action's direction: from the mean of all activations to the action's, or its probe's weights, as
-    long as that way."""
+    direction: Literal["means", "probe", "gradient"] = "means"
+    """An action's direction: from the mean of all activations to the action's; its probe's weights, as long
+    as that way; or in steps along the gradient of the probe's log-probability, as long in all (Dathathri et
+    al. 2020)."""
+    steps: Positive = 3
+    """Steps along the gradient (gradient)."""
     strengths: Several[float] = (1.0, 2.0, 4.0)
     """By how much directions are multiplied."""
     scenes: Annotated[int, Field(ge=2)] = 300
     """Test documents in which one sentence boundary each is changed."""
     samples: Annotated[int, Field(ge=0)] = 0
     """Of so many of them the next sentence is written anew, to see which action it has; this takes long."""
+
+
+class SubnetworkSettings(Settings):
+    """Which components (attention heads, parts of the adapter) the next action's information needs."""
+
+    variant: VariantName = "none"
+    """Whose components are removed; its probes have to be there."""
+    keep: Annotated[float, Field(ge=0.0)] = 1.0
+    """Weight of what is to stay, the divergence from the whole LM's next tokens but for sentences' first
+    ones, beside what a probe makes of the last layer; both in nats."""
+    penalties: Several[Annotated[float, Field(ge=0.0)]] = (0.003, 0.01, 0.03)
+    """Penalties tried on every removed component, in nats; a mask is learned with each, and validation
+    documents choose."""
+    steps: Positive = 100
+    """Steps of learning each mask."""
+    batch_size: Positive = 16
+    """Windows in each step."""
+    learning_rate: Annotated[float, Field(gt=0.0)] = 0.1
+    """Learning rate of Adam on the gates."""
+    draws: Positive = 5
+    """Random masks that the learned one is compared with."""
+    documents: Annotated[int, Field(ge=2)] = 300
+    """At most so many documents of each split, to learn on, to choose on and to measure on."""
 
 
 class Config(Settings):
@@ -563,6 +601,7 @@ class Config(Settings):
     generation: GenerationSettings = GenerationSettings()
     probe: ProbeSettings = ProbeSettings()
     intervene: InterventionSettings = InterventionSettings()
+    subnetwork: SubnetworkSettings = SubnetworkSettings()
 
     @model_validator(mode="after")
     def _knows_the_variant(self) -> Self:

@@ -19,12 +19,14 @@ SECONDS_BETWEEN_LINES = 15.0
 class Task:
     """One piece of work that is under way."""
 
-    def __init__(self, name: str, total: int | None, bar: RichProgress | None, console: Console) -> None:
+    def __init__(
+        self, name: str, total: int | None, done: int, bar: RichProgress | None, console: Console
+    ) -> None:
         self._name, self._total, self._bar, self._console = name, total, bar, console
-        self._done = 0
+        self._before = self._done = done
         self._note = ""
         self._begun = self._told = time.monotonic()
-        self._id = bar.add_task(name, total=total, note="") if bar else None
+        self._id = bar.add_task(name, total=total, completed=done, note="") if bar else None
 
     def advance(self, steps: int = 1, note: str | None = None) -> None:
         """Tells that `steps` more are done, with a few words on how it goes."""
@@ -55,12 +57,13 @@ class Task:
 
     def _rate(self) -> str:
         seconds = time.monotonic() - self._begun
-        return f"({self._done / seconds:,.0f}/s)" if seconds > 0.1 else ""
+        return f"({(self._done - self._before) / seconds:,.0f}/s)" if seconds > 0.1 else ""
 
     def _so_far(self) -> str:
         if self._total is None:
             return f"{self._done:,} {self._rate()} {self._note}"
-        left = (time.monotonic() - self._begun) * (self._total - self._done) / max(self._done, 1)
+        here = max(self._done - self._before, 1)
+        left = (time.monotonic() - self._begun) * (self._total - self._done) / here
         return f"{self._done:,} of {self._total:,} {self._rate()}, {left:.0f} s left {self._note}"
 
 
@@ -72,10 +75,16 @@ class Progress:
         self._quiet = quiet
 
     @contextmanager
-    def task(self, name: str, total: int | None = None) -> Iterator[Task]:
-        """Opens a task; its end, or that it failed, is told when the block is left."""
+    def task(self, name: str, total: int | None = None, done: int = 0) -> Iterator[Task]:
+        """Opens a task; its end, or that it failed, is told when the block is left.
+
+        Args:
+            name: What is done.
+            total: How many steps it takes.
+            done: How many of them were done before, by a process that was stopped.
+        """
         if self._quiet or not self._console.is_terminal:
-            with _closing(Task(name, total, None, self._console)) as task:
+            with _closing(Task(name, total, done, None, self._console)) as task:
                 yield task
             return
         columns = (
@@ -88,7 +97,7 @@ class Progress:
         )
         with (
             RichProgress(*columns, console=self._console, transient=True) as bar,
-            _closing(Task(name, total, bar, self._console)) as task,
+            _closing(Task(name, total, done, bar, self._console)) as task,
         ):
             yield task
 

@@ -7,7 +7,9 @@ corpus/           tokens, labels, codebook   evaluation.json, probes/, figures/
 lm/               the base LM, in Hugging Face format, or the name and revision of a pre-trained one
 adapters/V/       the LM of variant V, if it was tuned: low-rank updates, or all weights
 interventions/V/  what interventions in variant V found
+subnetworks/V/    which components of variant V the next action's information needs
 depth/            one file for each member of a depth ensemble; depth/M/ its LM, if it was tuned
+checkpoints/S/    of stage S: what goes on from where it was stopped, and runs as they were behind a step
 """
 
 from __future__ import annotations
@@ -23,9 +25,10 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from probekit.config import Config
 from probekit.errors import ProbekitError
 from probekit.provenance import come_to, provenance
-from probekit.stage_settings import stage_settings
+from probekit.stage_settings import stage_settings, stages_before
 from probekit.storage import (
     TEMPORARY,
+    atomic_folder,
     clear_temporaries,
     held,
     link_or_copy,
@@ -208,15 +211,49 @@ class RunFolder:
     def files_of(self, stage: str) -> list[Path]:
         """The files and folders that a stage has left."""
         name = _files_of(stage)
-        return [*self.folder.glob(name), *self.folder.glob(f"{name}.*")]
+        kept = self.checkpoints_of(stage).glob("step*")
+        return [*self.folder.glob(name), *self.folder.glob(f"{name}.*"), *kept]
 
-    def begin_stage(self, stage: str) -> None:
-        """Removes what a stage that was stopped has left."""
-        self.forget_metrics(stage)
+    def begin_stage(self, stage: str, after: int = 0) -> None:
+        """Removes what a stage that was stopped has left, but what it goes on from.
+
+        Args:
+            stage: Which one.
+            after: The step that it goes on behind; 0: it begins anew.
+        """
+        self.forget_metrics(stage, after)
+        if not after:
+            shutil.rmtree(self.checkpoints_of(stage), ignore_errors=True)
         files = self.folder / _files_of(stage)
         clear_temporaries(files.parent, files.name)
         for name in (*BEGUN, "metrics.jsonl"):
             clear_temporaries(self.folder, name)
+
+    def checkpoints_of(self, stage: str) -> Path:
+        """The folder of a stage's checkpoints."""
+        return self.folder / "checkpoints" / stage
+
+    @contextmanager
+    def checkpoint(self, stage: str, step: int) -> Iterator[Self]:
+        """A run as this one is behind a step of a stage; the block puts the stage's files into it.
+
+        Stages before it are linked, so that it is a whole run, and takes the place of its own files alone.
+        """
+        with atomic_folder(self.checkpoints_of(stage) / f"step{step:07d}") as folder:
+            for name in BEGUN[:2]:
+                link_or_copy(self.folder / name, folder / name)
+            write_json(folder / "run.json", {"format": FORMAT, "stages": {}})
+            run = type(self)(folder, self.config)
+            for before in stages_before(self.config, stage):
+                if self.finished(before):
+                    run.take_over(before, self)
+            yield run
+            run.mark_finished(stage, {"step": step})
+
+    def checkpoints(self, stage: str) -> dict[int, Path]:
+        """The runs that were kept on the way, by the stage's step behind which they were."""
+        kept = sorted(self.checkpoints_of(stage).glob("step*/run.json"))
+        return {int(path.parent.name.removeprefix("step")): path.parent for path in kept}
 
     def take_over(self, stage: str, other: RunFolder) -> bool:
         """Takes a finished stage of another run, trained with equal settings, instead of training it.
@@ -246,11 +283,11 @@ class RunFolder:
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
-    def forget_metrics(self, stage: str) -> None:
-        """Drops a stage's rows from metrics.jsonl, before the stage is begun again."""
+    def forget_metrics(self, stage: str, after: int = 0) -> None:
+        """Drops a stage's rows behind a step from metrics.jsonl, before the stage goes on from there."""
         path = self.folder / "metrics.jsonl"
         if path.exists():
-            kept = [row for row in _read_rows(path) if row["stage"] != stage]
+            kept = [row for row in _read_rows(path) if row["stage"] != stage or row["step"] <= after]
             write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
     # Results as data frames
@@ -292,11 +329,22 @@ class RunFolder:
 
     def interventions(self) -> pd.DataFrame:
         """What `probekit intervene` found, of all variants: a row for each condition, place and metric."""
+        return self._of_variants("interventions", "results.parquet", "intervene")
+
+    def subnetworks(self) -> pd.DataFrame:
+        """What `probekit subnetwork` found, of all variants: a row for each condition, draw and metric."""
+        return self._of_variants("subnetworks", "results.parquet", "subnetwork")
+
+    def subnetwork_masks(self) -> pd.DataFrame:
+        """The subnetworks themselves, of all variants: a row for each component."""
+        return self._of_variants("subnetworks", "mask.parquet", "subnetwork")
+
+    def _of_variants(self, folder: str, name: str, command: str) -> pd.DataFrame:
         import pandas as pd
 
-        variants = sorted(path.parent.name for path in self.folder.glob("interventions/*/results.parquet"))
-        names = [f"interventions/{variant}/results.parquet" for variant in variants or ["none"]]
-        return pd.concat([self._table(name, "intervene") for name in names], ignore_index=True)
+        variants = sorted(path.parent.name for path in self.folder.glob(f"{folder}/*/{name}"))
+        tables = [self._table(f"{folder}/{variant}/{name}", command) for variant in variants or ["none"]]
+        return pd.concat(tables, ignore_index=True)
 
     def _table(self, name: str, command: str) -> pd.DataFrame:
         import pandas as pd

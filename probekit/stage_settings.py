@@ -28,6 +28,7 @@ USED_BY: dict[str, tuple[str, ...]] = {
     "generation": (),
     "probe": (),
     "intervene": (),
+    "subnetwork": (),
     "seed": ("lm/new", "planner", *ADAPTERS, *DEPTH),
     "corpus": ("corpus",),
     "actions": ("corpus",),
@@ -50,6 +51,7 @@ USED_BY: dict[str, tuple[str, ...]] = {
     "depth.distillation": DISTILLED,
     "training.window": ("lm/new", *ADAPTERS, *DEPTH),
     "training.precision": ("lm/new", "planner", *ADAPTERS, *DEPTH),
+    "training.save_minutes": (),
     "training.lm": ("lm/new",),
     "training.planner": ("planner",),
     "training.planner.folds": ("planner/fold", *OUT_OF_FOLD),
@@ -115,6 +117,11 @@ def stages_of(config: Config) -> list[str]:
         *(f"adapter/{name}" for name in variants),
         *(f"depth/{name}" for name in (config.depth.members if ensembles else ())),
     ]
+
+
+def stages_before(config: Config, stage: str) -> list[str]:
+    """The stages that a stage builds on."""
+    return [name for name in stages_of(config) if name != stage and name in _built_on(config, stage)]
 
 
 def variants_of(config: Config) -> list[VariantName]:

@@ -7,6 +7,7 @@ takes the target's name only when complete. Formats: text, JSON, safetensors, `.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import mmap
 import os
@@ -19,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.lib.format import open_memmap, write_array_header_1_0
 from numpy.typing import DTypeLike
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -29,6 +31,9 @@ from probekit.errors import ProbekitError
 
 TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{12}-(.+)")
 """Names that files and folders have until they are whole, and their names then."""
+
+CHECKSUM = "sha256"
+"""Under which the checksum of its tensors is in a safetensors file."""
 
 
 @contextmanager
@@ -144,23 +149,29 @@ def read_json(path: str | Path) -> Any:
 def write_tensors(
     path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes named tensors, from any device, as safetensors."""
+    """Writes named tensors, from any device, as safetensors, with a checksum that `read_tensors` looks at."""
+    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
         # safetensors lets only a file's owner read it; a run may be shared, so the umask decides.
         temporary.touch()
         mode = temporary.stat().st_mode
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-            temporary,
-            metadata=dict(metadata) if metadata else None,
-        )
+        save_file(held, temporary, metadata={**(metadata or {}), CHECKSUM: _checksum(held)})
         temporary.chmod(mode)
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """The named tensors in a safetensors file, on the CPU."""
     with _reading(path, "safetensors file"):
-        return load_file(path)
+        tensors = load_file(path)
+        if read_metadata(path).get(CHECKSUM, found := _checksum(tensors)) != found:
+            raise ValueError("its checksum is another one than when it was written")
+    return tensors
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """What was written into a safetensors file beside its tensors."""
+    with _reading(path, "safetensors file"), safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
 
 
 def write_array(path: str | Path, array: np.ndarray) -> None:
@@ -222,6 +233,14 @@ def release(array: np.ndarray) -> None:
     """Lets go the pages of a mapped array that were read; until then they count as the process's memory."""
     if isinstance(array.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
         array.base.madvise(mmap.MADV_DONTNEED)
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _link_or_copy(source: str | Path, target: str | Path) -> None:

@@ -1,10 +1,13 @@
 """The commands as they are typed: exit codes, what they print, and one line for whatever is wrong."""
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,7 +23,7 @@ from probekit.config import Config, preset_names, setting_names
 from probekit.corpus.tokenizer import train_tokenizer
 from probekit.errors import ProbekitError
 from probekit.run import Run
-from probekit.storage import read_json, write_json
+from probekit.storage import atomic_path, read_json, write_json
 from probekit.sweeps.results import Sweep
 
 FAST = ["--probe.layers", "0", "--probe.distances", "1", "--probe.variants", "none", "--probe.l2", "0.1"]
@@ -208,11 +211,26 @@ def test_an_interruption_is_code_130_and_says_how_to_go_on(capsys: Capture, monk
 
     monkeypatch.setitem(cli.COMMANDS, "train", interrupted)
     assert main(["train"]) == 130
-    assert (
-        capsys.readouterr().err == "probekit: interrupted; --resume goes on after the last finished stage\n"
-    )
+    assert capsys.readouterr().err == "probekit: interrupted; --resume goes on from there\n"
     with pytest.raises(KeyboardInterrupt):
         main(["train", "--debug"])
+
+
+def test_sigterm_is_code_143_and_what_is_half_done_is_cleared(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    def terminated(words: list[str]) -> None:
+        with atomic_path(tmp_path / "file") as path:
+            path.write_text("half")
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setitem(cli.COMMANDS, "sweep", terminated)
+    assert main(["sweep"]) == 143
+    assert capsys.readouterr().err == "probekit: terminated; the same command goes on from there\n"
+    assert not [*tmp_path.iterdir()]
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_full_disk_is_told_in_one_line(capsys: Capture, monkeypatch: pytest.MonkeyPatch):

@@ -347,7 +347,7 @@ def test_settings_are_added_deliberately():
     for name in setting_names():
         section = name.rpartition(".")[0]
         sections[section] = sections.get(section, 0) + 1
-    stages = dict.fromkeys(("training.lm", "training.adapter", "training.depth"), 8)
+    stages = dict.fromkeys(("training.lm", "training.adapter", "training.depth"), 9)
     assert sections == stages | {
         "": 3,
         "corpus": 14,
@@ -357,8 +357,8 @@ def test_settings_are_added_deliberately():
         "planner": 5,
         "conditioning": 3,
         "mixing": 4,
-        "training": 2,
-        "training.planner": 11,
+        "training": 3,
+        "training.planner": 12,
         "training.joint": 6,
         "training.base": 6,
         "depth": 6,
@@ -366,5 +366,6 @@ def test_settings_are_added_deliberately():
         "evaluation": 6,
         "generation": 9,
         "probe": 19,
-        "intervene": 12,
+        "intervene": 13,
+        "subnetwork": 8,
     }

@@ -22,7 +22,10 @@ from probekit.stage_settings import (
 )
 from probekit.training.train import train
 
-NOT_TRAINED_WITH = ("device", "evaluation", "generation", "probe", "intervene", *CHOOSE_STAGES)
+NOT_TRAINED_WITH = (
+    "device", "evaluation", "generation", "probe", "intervene", "subnetwork", "training.save_minutes",
+    *CHOOSE_STAGES,
+)  # fmt: skip
 
 
 def changed(config: Config, stage: str, settings: dict[str, object]) -> bool:

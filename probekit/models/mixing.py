@@ -145,6 +145,11 @@ class Mixed:
         self.fraction = fraction
         self._generator = None if seed is None else torch.Generator().manual_seed(seed)
 
+    @property
+    def generators(self) -> tuple[torch.Generator, ...]:
+        """What it draws from, whose state is kept with a training's."""
+        return () if self._generator is None else (self._generator,)
+
     def __call__(
         self, scores: Tensor, actions: Tensor, codebook: Tensor, temperature: float | Tensor
     ) -> Tensor:

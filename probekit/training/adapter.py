@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +18,7 @@ from probekit.errors import ProbekitError
 from probekit.models.base_lm import Tuning
 from probekit.models.conditioning import Adapter, new_adapter
 from probekit.models.language_model import OUTSIDE_BLOCKS
-from probekit.models.mixing import VARIANTS, training_mixing
+from probekit.models.mixing import VARIANTS, Mixed, training_mixing
 from probekit.models.plain import ForwardPass, PlainPass, forward_pass
 from probekit.models.planned_lm import PlannedLM, token_losses
 from probekit.models.planner import Planner
@@ -39,6 +40,7 @@ def train_adapter(
     planner: Planner,
     base: Tuning | None = None,
     fold_planners: Sequence[Planner] = (),
+    keep: Callable[[PlannedLM, int], None] | None = None,
 ) -> PlannedLM:
     """Trains an adapter, and in a joint variant the planner with it, on next-token loss.
 
@@ -51,11 +53,12 @@ def train_adapter(
             the bridge.
         fold_planners: For every fold a planner that has not seen its documents; scores them in training,
             unless the variant is joint.
+        keep: Keeps the model as it is behind a step.
 
     Raises:
         ProbekitError: The base LM is to be tuned, but actions enter where only the bridge has a hook.
     """
-    return AdapterTraining(trainer, variant, bridged, planner, base, fold_planners).run()
+    return AdapterTraining(trainer, variant, bridged, planner, base, fold_planners).run(keep)
 
 
 class AdapterTraining:
@@ -102,7 +105,7 @@ class AdapterTraining:
         self._train, self._validation = trainer.windows("train"), trainer.windows("validation")
         self._begun = begun_sentences(corpus, self._train)
 
-    def run(self) -> PlannedLM:
+    def run(self, keep: Callable[[PlannedLM, int], None] | None = None) -> PlannedLM:
         """Trains the model and leaves it frozen but for the adapter, in evaluation mode."""
         settings = self._trainer.config.training.adapter
         self._planner.requires_grad_(False).eval()
@@ -116,6 +119,9 @@ class AdapterTraining:
                 lambda: self._trainer.mean_loss(
                     self._validation, settings.batch_size, self.validation_losses
                 ),
+                keep=keep and partial(keep, self.model),
+                documents=self._train.document,
+                generators=self._mixing.generators if isinstance(self._mixing, Mixed) else (),
             )
         )
         for module in (self._planner, self.model.encoder):

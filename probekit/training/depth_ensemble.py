@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ def train_ensemble(
     conditioned: PlannedLM,
     base: Tuning,
     fold_planners: Sequence[Planner] = (),
+    keep: Callable[[DepthEnsemble, int], None] | None = None,
 ) -> DepthEnsemble:
     """Trains a member of a depth ensemble on next-token loss.
 
@@ -40,12 +42,13 @@ def train_ensemble(
         conditioned: The LM, frozen, conditioned by an adapter or not.
         base: The same LM, not bridged, and what is to be trained of it.
         fold_planners: For every fold a planner that has not seen its documents; scores them in training.
+        keep: Keeps the ensemble as it is behind a step.
 
     Raises:
         ProbekitError: The LM does not bear an ensemble; or it is to be tuned, but only TransformerLens has
             the places that are read.
     """
-    return DepthTraining(trainer, member, conditioned, base, fold_planners).run()
+    return DepthTraining(trainer, member, conditioned, base, fold_planners).run(keep)
 
 
 class DepthTraining:
@@ -88,7 +91,7 @@ class DepthTraining:
             fold = fold_of_documents(trainer.corpus, len(fold_planners), config.seed)
             self._out_of_fold = OutOfFold(fold_planners, fold)
 
-    def run(self) -> DepthEnsemble:
+    def run(self, keep: Callable[[DepthEnsemble, int], None] | None = None) -> DepthEnsemble:
         """Trains the ensemble and leaves it in evaluation mode."""
         training = self._trainer.config.training
         groups = [Group(self.ensemble.trained, training.depth.learning_rate)]
@@ -105,6 +108,8 @@ class DepthTraining:
                     self._validation, training.depth.batch_size, self.validation_loss
                 ),
                 self.observed,
+                keep and partial(keep, self.ensemble),
+                self._train.document,
             )
         )
         return self.ensemble.eval()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -16,8 +18,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def train_language_model(trainer: Trainer) -> PreTrainedModel:
-    """Trains a new LM on next-token loss, as the plain Hugging Face module."""
+def train_language_model(
+    trainer: Trainer, keep: Callable[[PreTrainedModel, int], None] | None = None
+) -> PreTrainedModel:
+    """Trains a new LM on next-token loss, as the plain Hugging Face module.
+
+    Args:
+        trainer: What every stage needs.
+        keep: Keeps the LM as it is behind a step.
+    """
     config, corpus = trainer.config, trainer.corpus
     settings = config.training.lm
     model = new_model(config.lm, corpus.tokenizer, config.seed).to(trainer.device)
@@ -38,6 +47,8 @@ def train_language_model(trainer: Trainer) -> PreTrainedModel:
             len(train),
             lambda rows, step: losses(train[rows]).sum() / int(train.scored[step].sum()),
             lambda: trainer.mean_loss(validation, settings.batch_size, losses),
+            keep=keep and partial(keep, model),
+            documents=train.document,
         )
     )
     return model.eval()

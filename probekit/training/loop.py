@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -13,10 +13,22 @@ from torch import Tensor, nn
 
 from probekit.config import StageSettings
 from probekit.errors import ProbekitError
-from probekit.progress import Progress
+from probekit.progress import Progress, Task
+from probekit.stopping import Holding
+from probekit.training.state import (
+    Standing,
+    StateFile,
+    optimiser_state,
+    random_state,
+    set_optimiser_state,
+    set_random_state,
+)
 
 LOGGED_STEPS = 100
 """Rows of training loss that a stage leaves in the metrics."""
+
+SHOWN_DOCUMENTS = 8
+"""Documents of a batch that an error names."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +66,9 @@ class Stage:
             loss: called with the micro-batch's rows and the whole step's.
         validation_loss: Computes the loss on validation documents.
         observed: What else is logged with a training loss: called with the step's rows, behind the step.
+        keep: Keeps a checkpoint, at the steps that the settings ask for.
+        documents: Document of every example, for the error that names them.
+        generators: What the loss draws from beside the global generator.
     """
 
     name: str
@@ -63,6 +78,9 @@ class Stage:
     loss: Callable[[np.ndarray, np.ndarray], Tensor]
     validation_loss: Callable[[], float]
     observed: Callable[[np.ndarray], dict[str, float]] | None = None
+    keep: Callable[[int], None] | None = None
+    documents: np.ndarray | None = None
+    generators: Sequence[torch.Generator] = ()
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -70,7 +88,13 @@ class Stage:
         return [parameter for group in self.groups for parameter in group.parameters]
 
 
-def optimise(stage: Stage, seed: int, log: Callable[[dict[str, Any]], None], progress: Progress) -> float:
+def optimise(
+    stage: Stage,
+    seed: int,
+    log: Callable[[dict[str, Any]], None],
+    progress: Progress,
+    state: StateFile | None = None,
+) -> float:
     """Trains the stage's parameters in place and leaves them in their best state on validation.
 
     Args:
@@ -78,108 +102,218 @@ def optimise(stage: Stage, seed: int, log: Callable[[dict[str, Any]], None], pro
         seed: Seed of the order of examples and of what is random in the forward pass.
         log: Called with rows of metrics.
         progress: Shows steps, rate and time left.
+        state: Where the stage's state is kept; where there is one, training goes on from it.
 
     Returns:
         The best validation loss.
 
     Raises:
-        ProbekitError: The loss is no longer finite.
+        ProbekitError: The loss is no longer finite, or the memory does not suffice for a single example.
+        Stopped: A signal asked to stop; the state is kept.
     """
-    torch.manual_seed(seed)
-    steps_per_epoch = math.ceil(stage.examples / stage.settings.batch_size)
-    steps = max(1, round(stage.settings.epochs * steps_per_epoch))
-    optimiser, scheduler = _optimiser(stage, steps)
-    batches = _shuffled(stage.examples, stage.settings.batch_size, seed)
-    best, best_epoch, best_state = math.inf, 0, _state(stage)
-    log_every = max(1, steps // LOGGED_STEPS)
-    with progress.task(f"train {stage.name}", total=steps) as task:
-        for step in range(1, steps + 1):
-            for group in stage.groups:
-                for parameter in group.parameters:
-                    parameter.requires_grad_(step > group.frozen_steps(steps))
-            rows = next(batches)
-            loss = _step(stage, rows, optimiser, step)
-            scheduler.step()
-            if step % log_every == 0 or step == steps:
-                observed = stage.observed(rows) if stage.observed else {}
-                log({"stage": stage.name, "step": step, "loss": loss} | observed)
-            task.advance(note=f"loss {loss:.3f}")
-            if step % steps_per_epoch and step != steps:
-                continue
-            epoch = math.ceil(step / steps_per_epoch)
-            validation = _finite(stage, "validation loss", stage.validation_loss(), step)
-            log({"stage": stage.name, "step": step, "epoch": epoch, "validation_loss": validation})
-            task.advance(0, note=f"loss {loss:.3f}, validation {validation:.3f}")
-            if validation < best:
-                best, best_epoch, best_state = validation, epoch, _state(stage)
-            elif stage.settings.patience and epoch - best_epoch >= stage.settings.patience:
-                break
-    with torch.no_grad():
-        for parameter, value in zip(stage.parameters, best_state, strict=True):
-            parameter.copy_(value)
-    return best
+    return _Loop(stage, seed, log, progress, state).run()
 
 
-def _step(stage: Stage, rows: np.ndarray, optimiser: torch.optim.Optimizer, step: int) -> float:
-    total = 0.0
-    for micro in np.array_split(rows, min(stage.settings.accumulate, len(rows))):
-        loss = stage.loss(micro, rows)
-        loss.backward()
-        total += loss.item()
-    _finite(stage, "loss", total, step)
-    for group in stage.groups:
-        nn.utils.clip_grad_norm_(group.parameters, stage.settings.clip)
-    optimiser.step()
-    optimiser.zero_grad(set_to_none=True)
-    return total
+class _Loop:
+    """A stage in training."""
 
+    def __init__(
+        self,
+        stage: Stage,
+        seed: int,
+        log: Callable[[dict[str, Any]], None],
+        progress: Progress,
+        state: StateFile | None,
+    ) -> None:
+        settings = stage.settings
+        self._stage, self._seed, self._log, self._progress, self._state = stage, seed, log, progress, state
+        self._epoch_steps = math.ceil(stage.examples / settings.batch_size)
+        self._steps = max(1, round(settings.epochs * self._epoch_steps))
+        self._optimiser, self._rates = _optimiser(stage, self._steps)
+        self._standing = Standing(divided=settings.accumulate)
+        self._best = _copies(stage)
+        torch.manual_seed(seed)
+        if state is not None and state.standing.step:
+            self._standing = state.standing
+            self._restore(state.read())
 
-def _finite(stage: Stage, what: str, value: float, step: int) -> float:
-    if not math.isfinite(value):
+    def run(self) -> float:
+        """Trains to the end."""
+        begun, name = self._standing.step, self._stage.name
+        log_every = max(1, self._steps // LOGGED_STEPS)
+        batches = _shuffled(self._stage.examples, self._stage.settings.batch_size, self._seed, begun)
+        with (
+            self._progress.task(f"train {name}", total=self._steps, done=begun) as task,
+            Holding.held() as holding,
+        ):
+            if not begun:
+                self._checkpoint(0)
+            for step in range(begun + 1, self._steps + 1):
+                rows = next(batches)
+                loss = self._step(step, rows)
+                self._standing = replace(self._standing, step=step)
+                if step % log_every == 0 or step == self._steps:
+                    observed = self._stage.observed(rows) if self._stage.observed else {}
+                    self._log({"stage": name, "step": step, "loss": loss} | observed)
+                task.advance(note=f"loss {loss:.3f}")
+                if (step % self._epoch_steps == 0 or step == self._steps) and self._validated(task, loss):
+                    break
+                self._checkpoint(step)
+                if self._state is not None and (self._state.due or holding.asked):
+                    self._state.write(self._standing, self._kept())
+                if holding.asked:
+                    raise holding.asked
+        _copy_back(self._stage, self._best)
+        return self._standing.best
+
+    def _step(self, step: int, rows: np.ndarray) -> float:
+        for part, rate in zip(self._optimiser.param_groups, self._rates, strict=True):
+            part["lr"] = rate(step - 1)
+        for group in self._stage.groups:
+            for parameter in group.parameters:
+                parameter.requires_grad_(step > group.frozen_steps(self._steps))
+        total = self._gradient(rows)
+        if not math.isfinite(total):
+            self._refuse("loss", total, step, rows)
+        for group in self._stage.groups:
+            nn.utils.clip_grad_norm_(group.parameters, self._stage.settings.clip)
+        self._optimiser.step()
+        self._optimiser.zero_grad(set_to_none=True)
+        return total
+
+    def _gradient(self, rows: np.ndarray) -> float:
+        """The loss of a step, its gradient left at the parameters; in smaller parts where memory is short."""
+        while True:
+            parts = min(self._standing.divided, len(rows))
+            try:
+                total = 0.0
+                for micro in np.array_split(rows, parts):
+                    loss = self._stage.loss(micro, rows)
+                    loss.backward()
+                    total += loss.item()
+                return total
+            except torch.OutOfMemoryError:
+                if parts == len(rows):
+                    raise ProbekitError(
+                        f"training of {self._stage.name}: the memory of the device does not suffice for one "
+                        "example at a time; lower training.window, or take a smaller LM"
+                    ) from None
+            # Behind the handler, whose error holds on to what the failed pass had allocated.
+            self._optimiser.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+            self._standing = replace(self._standing, divided=2 * parts)
+            self._progress.say(
+                f"{self._stage.name}: out of memory; from here on every step is cut into {2 * parts} parts"
+            )
+
+    def _validated(self, task: Task, loss: float) -> bool:
+        """Measures the validation loss and keeps the best state; whether patience has run out."""
+        step, stage = self._standing.step, self._stage
+        epoch = math.ceil(step / self._epoch_steps)
+        validation = stage.validation_loss()
+        if not math.isfinite(validation):
+            self._refuse("validation loss", validation, step)
+        self._log({"stage": stage.name, "step": step, "epoch": epoch, "validation_loss": validation})
+        task.advance(0, note=f"loss {loss:.3f}, validation {validation:.3f}")
+        if validation < self._standing.best:
+            self._standing = replace(self._standing, best=validation, best_epoch=epoch)
+            self._best = _copies(stage)
+            return False
+        patience = stage.settings.patience
+        return patience is not None and epoch - self._standing.best_epoch >= patience
+
+    def _refuse(self, what: str, value: float, step: int, rows: np.ndarray | None = None) -> NoReturn:
+        stage, where = self._stage, ""
+        if rows is not None and stage.documents is not None:
+            read = [str(document) for document in np.unique(stage.documents[rows])]
+            shown = [*read[:SHOWN_DOCUMENTS], *(["…"] if len(read) > SHOWN_DOCUMENTS else [])]
+            where = f" (documents {', '.join(shown)} of the corpus)"
+        kept = self._state.standing.step if self._state is not None else 0
         raise ProbekitError(
-            f"training of {stage.name}: the {what} is {value} at step {step}; lower the stage's "
+            f"training of {stage.name}: the {what} is {value} at step {step}{where}; lower the stage's "
             f"learning_rate ({stage.settings.learning_rate:g})"
+            + (f"; the state behind step {kept} is kept" if kept else "")
         )
-    return value
+
+    def _checkpoint(self, step: int) -> None:
+        if self._stage.keep and step in checkpoint_steps(self._stage.settings.checkpoints, self._steps):
+            self._stage.keep(step)
+
+    def _kept(self) -> dict[str, Tensor]:
+        """All that training goes on from."""
+        now = {f"now.{i}": parameter for i, parameter in enumerate(self._stage.parameters)}
+        best = {f"best.{i}": value for i, value in enumerate(self._best)}
+        drawn = random_state(self._stage.generators)
+        return now | best | drawn | optimiser_state(self._optimiser)
+
+    def _restore(self, kept: dict[str, Tensor]) -> None:
+        count = range(len(self._best))
+        _copy_back(self._stage, [kept[f"now.{i}"] for i in count])
+        self._best = [kept[f"best.{i}"].to(self._best[i]) for i in count]
+        set_optimiser_state(self._optimiser, kept)
+        set_random_state(kept, self._stage.generators)
 
 
-def _optimiser(stage: Stage, steps: int) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
+def checkpoint_steps(count: int, steps: int) -> list[int]:
+    """The steps behind which checkpoints are kept: 0, and others up to the last, even in their logarithm.
+
+    Args:
+        count: How many are asked for; fewer where two would fall on one step.
+        steps: Steps of the stage.
+    """
+    if not count:
+        return []
+    return sorted({0, *np.geomspace(steps, 1, count - 1).round().astype(int).tolist()})
+
+
+def _optimiser(stage: Stage, steps: int) -> tuple[torch.optim.AdamW, list[Callable[[int], float]]]:
+    """The optimiser, and for each of its groups the learning rate by the number of steps that are done."""
     parts: list[dict[str, Any]] = []
-    schedules = []
+    rates = []
     for group in stage.groups:
         matrices = [parameter for parameter in group.parameters if parameter.ndim >= 2]
         others = [parameter for parameter in group.parameters if parameter.ndim < 2]
         for members, decay in ((matrices, stage.settings.weight_decay), (others, 0.0)):
             if members:
                 parts.append({"params": members, "lr": group.learning_rate, "weight_decay": decay})
-                schedules.append(_schedule(group.frozen_steps(steps), steps, stage.settings.warmup))
-    optimiser = torch.optim.AdamW(parts)
-    return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, schedules)
+                rates.append(
+                    _schedule(group.learning_rate, group.frozen_steps(steps), steps, stage.settings.warmup)
+                )
+    return torch.optim.AdamW(parts), rates
 
 
-def _schedule(begin: int, end: int, warmup: float) -> Callable[[int], float]:
-    """Share of the peak rate by step: linear warm-up from `begin` on, then half a cosine to zero at `end`."""
+def _schedule(peak: float, begin: int, end: int, warmup: float) -> Callable[[int], float]:
+    """Learning rate by step: linear warm-up from `begin` on, then half a cosine to zero at `end`."""
     rising = math.ceil(warmup * (end - begin))
 
-    def share_of_peak(step: int) -> float:
+    def rate(step: int) -> float:
         step -= begin
         if step < 0:
             return 0.0
         if step < rising:
-            return (step + 1) / rising
-        return 0.5 * (1.0 + math.cos(math.pi * (step - rising) / max(1, end - begin - rising)))
+            return peak * ((step + 1) / rising)
+        return peak * (0.5 * (1.0 + math.cos(math.pi * (step - rising) / max(1, end - begin - rising))))
 
-    return share_of_peak
+    return rate
 
 
-def _state(stage: Stage) -> list[Tensor]:
+def _copies(stage: Stage) -> list[Tensor]:
     return [parameter.detach().clone() for parameter in stage.parameters]
 
 
-def _shuffled(count: int, batch_size: int, seed: int) -> Iterator[np.ndarray]:
-    """Rows in batches, without end; every pass is a new order that the seed and the pass's number decide."""
-    epoch = 0
+@torch.no_grad()
+def _copy_back(stage: Stage, values: Sequence[Tensor]) -> None:
+    for parameter, value in zip(stage.parameters, values, strict=True):
+        parameter.copy_(value)
+
+
+def _shuffled(count: int, batch_size: int, seed: int, done: int) -> Iterator[np.ndarray]:
+    """Rows in batches behind those that are done, without end.
+
+    Every pass is a new order, which the seed and the pass's number decide.
+    """
+    epoch, passed = divmod(done, math.ceil(count / batch_size))
     while True:
         order = np.random.default_rng([seed, epoch]).permutation(count)
-        yield from (order[i : i + batch_size] for i in range(0, count, batch_size))
-        epoch += 1
+        yield from (order[i : i + batch_size] for i in range(passed * batch_size, count, batch_size))
+        epoch, passed = epoch + 1, 0

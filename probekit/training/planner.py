@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -51,7 +54,9 @@ class PlannerLoss:
         return F.softmax((nearest - distances) / self._settings.target_temperature, dim=-1)
 
 
-def train_planner(trainer: Trainer, fold: int | None = None) -> Planner:
+def train_planner(
+    trainer: Trainer, fold: int | None = None, keep: Callable[[Planner, int], None] | None = None
+) -> Planner:
     """Trains the planner on the cross-entropy of every sentence's action.
 
     Documents of one sentence are left out: they have no next sentence to plan.
@@ -59,6 +64,7 @@ def train_planner(trainer: Trainer, fold: int | None = None) -> Planner:
     Args:
         trainer: What every stage needs.
         fold: Train on the documents outside this one of `training.planner.folds` folds; None: on all.
+        keep: Keeps the planner as it is behind a step.
 
     Raises:
         ProbekitError: A split, or what is outside the fold, has no other documents.
@@ -93,6 +99,8 @@ def train_planner(trainer: Trainer, fold: int | None = None) -> Planner:
             len(train),
             lambda rows, step: loss(train[rows]) / int(lengths[train[step]].sum()),
             validation_loss,
+            keep=keep and partial(keep, planner),
+            documents=train,
         )
     )
     return planner.eval()

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -20,9 +20,11 @@ from probekit.devices import precision_of
 from probekit.errors import ProbekitError
 from probekit.models.base_lm import TUNINGS
 from probekit.models.conditioning import location_width, new_adapter
-from probekit.models.depth_ensemble import new_ensemble
+from probekit.models.depth_ensemble import DepthEnsemble, new_ensemble
 from probekit.models.language_model import bridge, load_model, longest_window, new_model
 from probekit.models.mixing import VARIANTS
+from probekit.models.planned_lm import PlannedLM
+from probekit.models.planner import Planner
 from probekit.models.sentence_encoder import write_embeddings
 from probekit.progress import Progress, without_bars_of_transformers
 from probekit.provenance import lm_digest
@@ -34,7 +36,13 @@ from probekit.training.adapter import check_tunable, train_adapter
 from probekit.training.depth_ensemble import train_ensemble
 from probekit.training.language_model import train_language_model
 from probekit.training.planner import train_planner
+from probekit.training.state import StateFile
 from probekit.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+T = TypeVar("T")
 
 
 def train(
@@ -71,9 +79,9 @@ def _train(run: Run, progress: Progress) -> None:
     if run.config.method == "depth-ensemble":
         _check_ensembles(run)
     if "planner" in stages:
-        _stage(run, "planner", lambda: run.save_planner(train_planner(_trainer(run, progress))))
+        _stage(run, "planner", partial(_planner, run, progress))
     for fold in range(folds_of(run.config)):
-        _stage(run, f"planner/fold{fold}", partial(_fold_planner, run, progress, fold))
+        _stage(run, f"planner/fold{fold}", partial(_planner, run, progress, fold))
     for variant in variants:
         _stage(run, f"adapter/{variant}", partial(_adapter, run, progress, variant))
     for member in run.config.depth.members:
@@ -130,18 +138,33 @@ def _begun(
 
 
 def _stage(run: Run, name: str, work: Callable[[], dict[str, Any] | None]) -> None:
-    if run.finished(name):
-        return
-    run.begin_stage(name)
-    begun = time.monotonic()
-    facts = work() or {}
-    if "training.precision" in stage_settings(run.config, name):
-        facts["precision"] = precision_of(run.device, run.config.training.precision)
-    run.mark_finished(name, {"seconds": round(time.monotonic() - begun, 1)} | facts)
+    if not run.finished(name):
+        run.begin_stage(name, _state(run, name).standing.step)
+        begun = time.monotonic()
+        facts = work() or {}
+        if "training.precision" in stage_settings(run.config, name):
+            facts["precision"] = precision_of(run.device, run.config.training.precision)
+        run.mark_finished(name, {"seconds": round(time.monotonic() - begun, 1)} | facts)
+    _state(run, name).forget()
 
 
-def _trainer(run: Run, progress: Progress) -> Trainer:
-    return Trainer(run.config, run.corpus, run.device, run.log, progress)
+def _state(run: Run, stage: str) -> StateFile:
+    path = run.checkpoints_of(stage) / "latest.safetensors"
+    return StateFile(path, stage_settings(run.config, stage), 60 * run.config.training.save_minutes)
+
+
+def _trainer(run: Run, progress: Progress, stage: str) -> Trainer:
+    return Trainer(run.config, run.corpus, run.device, run.log, progress, _state(run, stage))
+
+
+def _keeping(run: Run, stage: str, save: Callable[[Run, T], Any]) -> Callable[[T, int], None]:
+    """Keeps a stage's model in a checkpoint, by the function that saves it at the end."""
+
+    def keep(model: T, step: int) -> None:
+        with run.checkpoint(stage, step) as checkpoint:
+            save(checkpoint, model)
+
+    return keep
 
 
 def _corpus(run: Run, progress: Progress) -> dict[str, Any]:
@@ -153,19 +176,16 @@ def _corpus(run: Run, progress: Progress) -> dict[str, Any]:
 
 def _language_model(run: Run, progress: Progress) -> dict[str, Any]:
     settings = run.config.lm
-    with without_bars_of_transformers(), atomic_folder(run.folder / "lm") as folder:
-        if settings.name is None:
-            untrained = new_model(settings, run.corpus.tokenizer, run.config.seed)
-            # Refuses a location that is not there while little is lost.
-            location_width(bridge(untrained, run.corpus.tokenizer, "a new GPT-2"), run.config.conditioning)
-            model = train_language_model(_trainer(run, progress))
-            model.save_pretrained(folder)
-            # safetensors lets only a file's owner read it; a run may be shared.
-            (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
-            run.corpus.tokenizer.save_pretrained(folder)
-        else:
-            source = hub.find(settings.name, setting="lm.name", revision=settings.revision)
-            name = str(Path(source.name).resolve()) if source.revision is None else source.name
+    if settings.name is None:
+        untrained = new_model(settings, run.corpus.tokenizer, run.config.seed)
+        # Refuses a location that is not there while little is lost.
+        location_width(bridge(untrained, run.corpus.tokenizer, "a new GPT-2"), run.config.conditioning)
+        model = train_language_model(_trainer(run, progress, "lm"), _keeping(run, "lm", _save_language_model))
+        _save_language_model(run, model)
+    else:
+        source = hub.find(settings.name, setting="lm.name", revision=settings.revision)
+        name = str(Path(source.name).resolve()) if source.revision is None else source.name
+        with without_bars_of_transformers(), atomic_folder(run.folder / "lm") as folder:
             write_json(folder / "source.json", {"name": name, "revision": source.revision})
             model = load_model(name, revision=source.revision, trust_remote_code=settings.trust_remote_code)
             _check_positions(run.config, longest_window(model))
@@ -175,21 +195,45 @@ def _language_model(run: Run, progress: Progress) -> dict[str, Any]:
     return facts
 
 
-def _fold_planner(run: Run, progress: Progress, fold: int) -> None:
-    run.save_planner(train_planner(_trainer(run, progress), fold), fold)
+def _save_language_model(run: Run, model: PreTrainedModel) -> None:
+    with without_bars_of_transformers(), atomic_folder(run.folder / "lm") as folder:
+        model.save_pretrained(folder)
+        # safetensors lets only a file's owner read it; a run may be shared.
+        (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
+        run.corpus.tokenizer.save_pretrained(folder)
+
+
+def _planner(run: Run, progress: Progress, fold: int | None = None) -> None:
+    stage = "planner" if fold is None else f"planner/fold{fold}"
+
+    def save(run: Run, planner: Planner) -> None:
+        run.save_planner(planner, fold)
+
+    save(run, train_planner(_trainer(run, progress, stage), fold, _keeping(run, stage, save)))
 
 
 def _adapter(run: Run, progress: Progress, variant: VariantName) -> dict[str, Any]:
-    settings = run.config.training.base
+    settings, stage = run.config.training.base, f"adapter/{variant}"
     base = TUNINGS[settings.tuning](run.plain_model().to(run.device), settings, run.config.seed)
     folds = range(folds_of(run.config) if VARIANTS[variant].out_of_fold else 0)
     fold_planners = [run.fold_planner(fold) for fold in folds]
-    trainer = _trainer(run, progress)
-    model = train_adapter(trainer, variant, run.bridged, run.planner(), base, fold_planners)
-    run.save_adapter(variant, model)
-    if model.encoder is not None:
-        write_embeddings(run.embeddings_file(variant), model.encoder, run.corpus, progress)
-    base.save(run.tuned_folder(variant))
+
+    def save(run: Run, model: PlannedLM) -> None:
+        run.save_adapter(variant, model)
+        if model.encoder is not None:
+            write_embeddings(run.embeddings_file(variant), model.encoder, run.corpus, progress)
+        base.save(run.tuned_folder(variant))
+
+    model = train_adapter(
+        _trainer(run, progress, stage),
+        variant,
+        run.bridged,
+        run.planner(),
+        base,
+        fold_planners,
+        _keeping(run, stage, save),
+    )
+    save(run, model)
     assert model.adapter is not None  # noqa: S101 - only trained variants come here
     facts: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in model.adapter.parameters())}
     if base.parameters:
@@ -200,14 +244,19 @@ def _adapter(run: Run, progress: Progress, variant: VariantName) -> dict[str, An
 
 
 def _ensemble(run: Run, progress: Progress, member: MemberName) -> dict[str, Any]:
-    settings, variant = run.config.training.base, run.config.depth.variant
+    settings, variant, stage = run.config.training.base, run.config.depth.variant, f"depth/{member}"
     base = TUNINGS[settings.tuning](run.plain_model(variant).to(run.device), settings, run.config.seed)
-    trainer = replace(_trainer(run, progress), corpus=run.corpus_of(variant))
+    trainer = replace(_trainer(run, progress, stage), corpus=run.corpus_of(variant))
     out_of_fold = variant in VARIANTS and VARIANTS[variant].out_of_fold
     fold_planners = [run.fold_planner(fold) for fold in range(folds_of(run.config) if out_of_fold else 0)]
-    ensemble = train_ensemble(trainer, member, run.model(variant), base, fold_planners)
-    run.save_ensemble(member, ensemble)
-    base.save(run.tuned_folder(member))
+
+    def save(run: Run, ensemble: DepthEnsemble) -> None:
+        run.save_ensemble(member, ensemble)
+        base.save(run.tuned_folder(member))
+
+    keep = _keeping(run, stage, save)
+    ensemble = train_ensemble(trainer, member, run.model(variant), base, fold_planners, keep)
+    save(run, ensemble)
     facts: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in ensemble.trained)}
     if base.parameters:
         facts["tuned_parameters"] = sum(parameter.numel() for parameter in base.parameters)

@@ -15,6 +15,7 @@ from probekit.corpus.store import Corpus
 from probekit.devices import autocast
 from probekit.progress import Progress
 from probekit.training.loop import Stage, optimise
+from probekit.training.state import StateFile
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Trainer:
         device: Where to compute.
         log: Takes rows of metrics.
         progress: Shows the work.
+        state: Where the stage's state is kept on the way; None keeps none.
     """
 
     config: Config
@@ -34,10 +36,11 @@ class Trainer:
     device: torch.device
     log: Callable[[dict[str, Any]], None]
     progress: Progress
+    state: StateFile | None = None
 
     def optimise(self, stage: Stage) -> float:
         """Runs a stage; see `loop.optimise`."""
-        return optimise(stage, self.config.seed, self.log, self.progress)
+        return optimise(stage, self.config.seed, self.log, self.progress, self.state)
 
     def windows(self, split: str) -> Windows:
         """The training windows of a split; they do not overlap."""

@@ -2,18 +2,25 @@
 
 import itertools
 import math
+import os
+import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from probekit.config import StageSettings
 from probekit.errors import ProbekitError
 from probekit.progress import Progress
-from probekit.training.loop import LOGGED_STEPS, Group, Stage, optimise
+from probekit.stopping import Stopped
+from probekit.training.loop import LOGGED_STEPS, Group, Stage, checkpoint_steps, optimise
+from probekit.training.state import StateFile
 
 QUIET = Progress(quiet=True)
 
@@ -328,3 +335,174 @@ def test_a_validation_loss_that_is_no_number_stops_too():
     toy = Toy(settings=StageSettings(batch_size=22, epochs=2))
     with pytest.raises(ProbekitError, match="toy: the validation loss is nan at step 2"):
         toy.train(validation_loss=iter([1.0, math.nan]).__next__)
+
+
+# Stopped, and gone on with
+
+
+class Drawing(Toy):
+    """Draws noise in every loss, from the global generator and from one of its own."""
+
+    def __init__(self, settings: StageSettings, frozen: float = 0.0) -> None:
+        super().__init__(settings=settings, frozen=frozen)
+        self.own = torch.Generator().manual_seed(5)
+        self.calls = 0
+        self.stop: Callable[[], None] = lambda: None
+        self.stop_at = 0
+
+    def loss(self, rows: np.ndarray, step: np.ndarray) -> torch.Tensor:
+        self.calls += 1
+        if self.calls == self.stop_at:
+            self.stop()
+        noise = torch.randn(2) + torch.randn(2, generator=self.own)
+        return super().loss(rows, step) + (noise * self.bias).sum() / len(step)
+
+    def train_with(self, state: StateFile | None) -> float:
+        stage = Stage(
+            "toy",
+            self.settings,
+            self.groups,
+            len(self.X),
+            self.loss,
+            lambda: (self.weight.detach() ** 2).sum().item(),
+            generators=[self.own],
+        )
+        return optimise(stage, 0, self.log.append, QUIET, state)
+
+
+def state_file(folder: Path, settings: StageSettings, every: float = 0.0) -> StateFile:
+    return StateFile(folder / "latest.safetensors", settings.model_dump(), every)
+
+
+@pytest.mark.parametrize("frozen", [0, 7])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        StageSettings(batch_size=5, epochs=3, learning_rate=0.1, weight_decay=0.5),
+        StageSettings(batch_size=5, epochs=9, learning_rate=0.5, patience=2),
+    ],
+)
+def test_what_was_killed_goes_on_to_the_same_bits(tmp_path: Path, settings: StageSettings, frozen: float):
+    whole = Drawing(settings, frozen)
+    best = whole.train_with(None)
+    for killed in range(1, whole.calls + 1):
+        state = state_file(tmp_path / str(killed), settings)
+        parts = Drawing(settings, frozen)
+        parts.stop_at, parts.stop = killed, lambda: (_ for _ in ()).throw(RuntimeError("killed"))
+        with pytest.raises(RuntimeError, match="killed"):
+            parts.train_with(state)
+        assert state.standing.step == killed - 1
+        again = Drawing(settings, frozen)
+        assert again.train_with(state) == best
+        assert torch.equal(again.weight, whole.weight)
+        assert torch.equal(again.bias, whole.bias)
+        assert [row for row in parts.log if row["step"] < killed] + again.log == whole.log
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_behind_the_step_and_the_state_is_kept(tmp_path: Path, number: signal.Signals):
+    settings = StageSettings(batch_size=5, epochs=3, learning_rate=0.1)
+    whole, parts, again = (Drawing(settings) for _ in range(3))
+    whole.train_with(None)
+    state = state_file(tmp_path, settings, every=1e9)
+    parts.stop_at, parts.stop = 4, lambda: os.kill(os.getpid(), number)
+    before = signal.getsignal(number)
+    with pytest.raises(Stopped) as stopped:
+        parts.train_with(state)
+    assert stopped.value.signal == number
+    assert signal.getsignal(number) is before
+    assert state.standing.step == 4
+    again.train_with(state)
+    assert torch.equal(again.weight, whole.weight)
+
+
+def test_who_asks_twice_does_not_wait(tmp_path: Path):
+    settings = StageSettings(batch_size=5, epochs=3)
+    toy, state = Drawing(settings), state_file(tmp_path, settings, every=1e9)
+    toy.stop_at, toy.stop = 4, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]
+    with pytest.raises(KeyboardInterrupt):
+        toy.train_with(state)
+    assert not state.standing.step
+
+
+def test_a_state_of_other_settings_is_not_gone_on_from(tmp_path: Path):
+    settings = StageSettings(batch_size=5, epochs=3)
+    toy = Drawing(settings)
+    toy.train_with(state_file(tmp_path, settings))
+    assert state_file(tmp_path, settings).standing.step == 15
+    other = state_file(tmp_path, settings.model_copy(update={"learning_rate": 0.5}))
+    assert not other.standing.step
+
+
+# Memory, and numbers beyond numbers
+
+
+def test_short_of_memory_it_takes_smaller_parts_and_says_so_once(capsys: pytest.CaptureFixture[str]):
+    whole, short = (Toy(settings=StageSettings(batch_size=5, epochs=3, learning_rate=0.1)) for _ in range(2))
+
+    def loss(rows: np.ndarray, step: np.ndarray) -> torch.Tensor:
+        if len(rows) > 2:
+            raise torch.OutOfMemoryError("too much")
+        return Toy.loss(short, rows, step)
+
+    whole.train()
+    stage = Stage("toy", short.settings, short.groups, 22, loss, iter(range(0, -9, -1)).__next__)
+    optimise(stage, 0, short.log.append, Progress())
+    torch.testing.assert_close(short.weight, whole.weight, rtol=1e-10, atol=1e-12)
+    said = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
+    assert said == [
+        "toy: out of memory; from here on every step is cut into 2 parts",
+        "toy: out of memory; from here on every step is cut into 4 parts",
+    ]
+
+
+def test_memory_for_no_example_is_told_in_one_line():
+    def loss(rows: np.ndarray, step: np.ndarray) -> torch.Tensor:
+        raise torch.OutOfMemoryError("too much")
+
+    with pytest.raises(ProbekitError, match="does not suffice for one example at a time"):
+        Toy().train(loss=loss)
+
+
+def test_a_loss_that_is_no_number_names_its_documents():
+    toy = Toy()
+
+    def loss(rows: np.ndarray, step: np.ndarray) -> torch.Tensor:
+        return toy.loss(rows, step) * (math.nan if len(toy.steps) == 2 else 1.0)
+
+    documents = np.arange(22) // 2 + 100
+    stage = Stage("toy", toy.settings, toy.groups, 22, loss, lambda: 0.0, documents=documents)
+    with pytest.raises(ProbekitError, match="the loss is nan at step 2 ") as error:
+        optimise(stage, 0, toy.log.append, QUIET)
+    named = sorted({int(documents[row]) for row in toy.steps[1]})
+    assert f"(documents {', '.join(map(str, named))} of the corpus)" in str(error.value)
+
+
+# Checkpoints
+
+
+@given(count=st.integers(2, 40), steps=st.integers(1, 10_000))
+def test_checkpoints_are_from_the_first_step_to_the_last(count: int, steps: int):
+    found = checkpoint_steps(count, steps)
+    assert found[0] == 0
+    assert found[-1] == steps
+    assert len(found) <= count
+    assert found == sorted(set(found))
+    if count > 3:
+        assert 1 in found
+
+
+def test_checkpoints_are_kept_behind_their_steps():
+    toy = Toy(settings=StageSettings(batch_size=5, epochs=4, checkpoints=4))
+    kept: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def keep(step: int) -> None:
+        kept[step] = (len(toy.steps), toy.weight.detach().clone())
+
+    stage = Stage("toy", toy.settings, toy.groups, 22, toy.loss, iter(range(0, -9, -1)).__next__, keep=keep)
+    begun = toy.weight.detach().clone()
+    optimise(stage, 0, toy.log.append, QUIET)
+    assert [*kept] == [0, 1, 4, 20]
+    assert [steps for steps, _ in kept.values()] == [0, 1, 4, 20]
+    assert torch.equal(kept[0][1], begun)
+    assert torch.equal(kept[20][1], toy.weight)
