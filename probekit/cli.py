@@ -160,6 +160,9 @@ def _probe(words: list[str]) -> None:
         parser.error("give a run's folder, or --model with --corpus")
     if parsed.run is not None and (stray := [name for name in BESIDE_MODEL if getattr(parsed, name)]):
         parser.error(f"argument --{stray[0]}: goes with --model; {parsed.run} has its own")
+    if parsed.checkpoints or parsed.stage:
+        _probe_checkpoints(parser, parsed)
+        return
     from probekit.probing.probe import probe
     from probekit.reports.figures import save_probe_figures
     from probekit.reports.tables import print_probes
@@ -178,6 +181,20 @@ def _probe(words: list[str]) -> None:
     results = probe(run, settings, store=parsed.store, quiet=parsed.quiet)
     save_probe_figures(results.table, results.folder)
     print_probes(results)
+
+
+def _probe_checkpoints(parser: Parser, parsed: argparse.Namespace) -> None:
+    for name, asked in (("model", parsed.model), ("store", parsed.store)):
+        if asked:
+            parser.error(f"argument --{name}: does not go with --checkpoints")
+    if not parsed.checkpoints:
+        parser.error("argument --stage: goes with --checkpoints")
+    from probekit.probing.over_training import probe_checkpoints
+    from probekit.reports.over_training import save_over_training
+    from probekit.reports.tables import print_over_training
+
+    results = probe_checkpoints(parsed.run, given_settings(parsed), parsed.stage, quiet=parsed.quiet)
+    print_over_training(results, save_over_training(results))
 
 
 def _generate(words: list[str]) -> None:
@@ -339,13 +356,21 @@ def _results_parser(name: str, words: list[str], sections: list[str]) -> Parser:
 
 def _probe_parser(words: list[str]) -> Parser:
     usage = (
-        "probekit probe RUN [--SETTING VALUE ...]\n"
+        "probekit probe RUN [--checkpoints] [--SETTING VALUE ...]\n"
         "       probekit probe --model NAME_OR_FOLDER --corpus FILE_OR_FOLDER [--out FOLDER] [--SETTING ...]"
     )
     parser = Parser(prog="probekit probe", usage=usage, description=_probe.__doc__)
     parser.add_argument("run", nargs="?", metavar="RUN", type=Path, help="a run's folder")
     parser.add_argument(
         "--store", action="store_true", help="keep activations in RUN/activations; reuse them"
+    )
+    parser.add_argument(
+        "--checkpoints",
+        action="store_true",
+        help="the same grid at every checkpoint that training kept (training.lm.checkpoints)",
+    )
+    parser.add_argument(
+        "--stage", metavar="STAGE", help="whose checkpoints: lm, or adapter/VARIANT (the first that has any)"
     )
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     group = parser.add_argument_group(

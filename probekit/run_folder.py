@@ -301,6 +301,11 @@ class RunFolder:
             raise ProbekitError(f"{self.folder} has no metrics yet; train it first")
         return pd.DataFrame(_read_rows(path))
 
+    def losses_of(self, stage: str) -> pd.DataFrame:
+        """A stage's losses in training: columns `step`, `loss` and `validation_loss`."""
+        metrics = self.metrics()
+        return metrics[metrics.stage == stage][["step", "loss", "validation_loss"]]
+
     def evaluation(self) -> dict[str, Any]:
         """What `probekit evaluate` found."""
         if not (self.folder / "evaluation.json").exists():
@@ -326,6 +331,14 @@ class RunFolder:
     def probes(self) -> pd.DataFrame:
         """What `probekit probe` found: one row for each reader and cell of the grid."""
         return self._table("probes/results.parquet", "probe")
+
+    def probes_file(self, stage: str) -> Path:
+        """Where the results of probing a stage's checkpoints are."""
+        return self.checkpoints_of(stage) / "probes.parquet"
+
+    def probes_over_training(self, stage: str = "lm") -> pd.DataFrame:
+        """What `probekit probe --checkpoints` found: the rows of `probes` with the stage's `step`."""
+        return self._table(str(self.probes_file(stage).relative_to(self.folder)), "probe --checkpoints")
 
     def interventions(self) -> pd.DataFrame:
         """What `probekit intervene` found, of all variants: a row for each condition, place and metric."""

@@ -93,6 +93,8 @@ def test_command_of_the_readme(
             words += shlex.split(f"{LESS} {PLANTED if 'demo' in words else ''}")
         if words[0] == "sweep":
             words += ["--seeds", "1"]
+        if "--training.lm.checkpoints" in words:
+            words[words.index("--training.lm.checkpoints") + 1] = "2"
         if words[0] == "probe":
             words += shlex.split(FEW)
         if words[0] == "intervene":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -16,6 +17,7 @@ from probekit.evaluation.ensembles import EnsembleEvaluation
 from probekit.evaluation.evaluate import PlannerEvaluation
 from probekit.evaluation.perplexity import Evaluation
 from probekit.evaluation.texts import Written
+from probekit.probing.over_training import TrainingProbes
 from probekit.probing.probe import ProbeResults
 from probekit.run import Run
 from probekit.storage import read_json
@@ -256,6 +258,33 @@ def print_probes(results: ProbeResults) -> None:
     for line in [*beaten_baselines(probes), *unreliable_cells(probes), *results.notes]:
         say(line)
     say(f"All {len(table):,} rows: {results.folder / 'results.parquet'}; pictures: {results.folder}")
+
+
+def print_over_training(results: TrainingProbes, picture: Path) -> None:
+    """The layer that is best on validation documents at every checkpoint, at the nearest distance."""
+    probes = results.table[(results.table.reader == "probe") & results.table.accuracy.notna()]
+    near = probes[probes.distance == probes.distance.min()]
+    cells = near.groupby(["variant", "location", "solver", "horizon", "seed", "step"])
+    best = near.loc[cells.validation_cross_entropy.idxmin()]
+    documents = int(probes.documents.max())
+    print_table(
+        f"Best layer behind each step of {results.stage}, distance {near.distance.min()}, on {documents:,} "
+        "test documents",
+        ["step", "cell", "accuracy", "bits over the prior", "gain in bits"],
+        (
+            [
+                f"{row['step']:,}",
+                f"{row['variant']}, {row['location']}, {row['solver']}, layer {row['layer']}",
+                *_scores(row),
+                f"{with_range(row, 'gain')} over the {row['gain_over']}",
+            ]
+            for row in best.to_dict("records")
+        ),
+    )
+    warn_of_few(documents)
+    for line in results.notes:
+        say(line)
+    say(f"All {len(results.table):,} rows: {results.path}; picture: {picture}")
 
 
 def _cell_row(row: Mapping[Hashable, Any]) -> list[str]:
