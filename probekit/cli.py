@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from probekit import processes
 from probekit.config import Config, preset_names
 from probekit.errors import ProbekitError
 from probekit.options import (
@@ -57,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ProbekitError, OSError) as error:  # a full disk or a forbidden folder is the user's to put right
         if debug:
             raise
-        sys.stderr.write(f"probekit: error: {error}\n")
+        who = f"process {processes.rank()}: " if processes.count() > 1 else ""
+        sys.stderr.write(f"probekit: error: {who}{error}\n")
         return 2
     except KeyboardInterrupt as stop:
         if debug:
@@ -81,7 +83,12 @@ def _command(words: list[str]) -> None:
     parser.add_argument(
         "command", choices=COMMANDS, metavar="COMMAND", help="see below; COMMAND --help explains it"
     )
-    COMMANDS[parser.parse_args(words[:1]).command](words[1:])
+    command = parser.parse_args(words[:1]).command
+    if command not in SHARED:
+        if not processes.is_first():
+            return
+        processes.alone()
+    COMMANDS[command](words[1:])
 
 
 def _train(words: list[str]) -> None:
@@ -96,7 +103,9 @@ def _train(words: list[str]) -> None:
     for name in given_settings(parsed):
         if config and name.split(".")[0] in TRAINED_WITH and (reason := why_idle(config, name)):
             sys.stderr.write(f"probekit: note: {name} changes nothing here: {reason}\n")
-    print_training(train(config, parsed.out, existing=_existing(parsed), quiet=parsed.quiet))
+    run = train(config, parsed.out, existing=_existing(parsed), quiet=parsed.quiet)
+    if processes.is_first():
+        print_training(run)
 
 
 def _corpus(words: list[str]) -> None:
@@ -179,6 +188,8 @@ def _probe(words: list[str]) -> None:
         )
         settings = {}
     results = probe(run, settings, store=parsed.store, quiet=parsed.quiet)
+    if not processes.is_first():
+        return
     save_probe_figures(results.table, results.folder)
     print_probes(results)
 
@@ -307,6 +318,9 @@ def _demo(words: list[str]) -> None:
 
 TRAINED_WITH = ("lm", "planner", "conditioning", "depth", "training")
 """Sections whose settings are for training alone."""
+
+SHARED = ("train", "probe")
+"""Commands that several processes do together; others are done by the first one alone."""
 
 GO_ON = {"train": "--resume", "corpus": "--resume"}
 """What is to be typed after an interruption, where it is not the same command."""

@@ -6,6 +6,7 @@ import contextlib
 
 import torch
 
+from probekit import processes
 from probekit.errors import ProbekitError
 
 
@@ -15,6 +16,8 @@ def compute_device(name: str) -> torch.device:
     Raises:
         ProbekitError: It is not a device, or this machine has none of it.
     """
+    if name in ("auto", "cuda") and (own := processes.device()) is not None:
+        return own
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from probekit import processes
+
 T = TypeVar("T")
 
 SECONDS_BETWEEN_LINES = 15.0
@@ -71,8 +73,8 @@ class Progress:
     """Shows tasks as they come; `quiet` shows nothing."""
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self._console = Console(stderr=True, quiet=quiet, soft_wrap=True)
-        self._quiet = quiet
+        self._quiet = quiet or not processes.is_first()  # one of several tells for all
+        self._console = Console(stderr=True, quiet=self._quiet, soft_wrap=True)
 
     @contextmanager
     def task(self, name: str, total: int | None = None, done: int = 0) -> Iterator[Task]:

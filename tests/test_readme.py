@@ -32,7 +32,16 @@ LESS_CHANGED = (
     "--intervene.layers 2 --intervene.distances 1 --intervene.scenes 6 --intervene.strengths 1 "
     "--intervene.samples 2 --evaluation.resamples 100"
 )
+LESS_REMOVED = "--subnetwork.steps 2 --subnetwork.documents 4 --evaluation.resamples 100"
 LITTLE = "--generation.prompts 4 --generation.samples 4 --generation.lengths 6 12 --evaluation.resamples 100"
+SMALLER = {
+    "probe": FEW,
+    "intervene": LESS_CHANGED,
+    "subnetwork": LESS_REMOVED,
+    "generate": "--tokens 12",
+    "sweep": "--seeds 1",
+}
+"""What is added to commands, so that they take little."""
 PLANTED = "--corpus.planted.documents 80 --corpus.planted.actions 8"
 
 
@@ -73,6 +82,7 @@ def test_the_readme_has_the_commands_that_are_tested():
         "corpus",
         "sweep",
         "intervene",
+        "subnetwork",
     }
 
 
@@ -91,18 +101,11 @@ def test_command_of_the_readme(
     else:
         if words[0] in ("train", "sweep") and "--resume" not in words:
             words += shlex.split(f"{LESS} {PLANTED if 'demo' in words else ''}")
-        if words[0] == "sweep":
-            words += ["--seeds", "1"]
         if "--training.lm.checkpoints" in words:
             words[words.index("--training.lm.checkpoints") + 1] = "2"
-        if words[0] == "probe":
-            words += shlex.split(FEW)
-        if words[0] == "intervene":
-            words += shlex.split(LESS_CHANGED)
+        words += shlex.split(SMALLER.get(words[0], ""))
         if "--generation" in words:
             words += shlex.split(LITTLE)
-        if words[0] == "generate":
-            words += ["--tokens", "12"]
         if "--model" in words:
             words[words.index("--model") + 1] = str(tiny_run.folder / "lm")
             words += shlex.split("--actions.k 8 --actions.dimensions 16 --training.window 48")

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from probekit import processes
 from probekit.config import ProbedName
 from probekit.corpus.examples import collate, cut_windows, input_tokens
 from probekit.devices import autocast
@@ -48,7 +49,7 @@ class Activations(Protocol):
     blocks: list[Block]
 
     def chunks(self, examples: Examples) -> Iterator[tuple[slice, list[Tensor]]]:
-        """Activations of all examples, in order, a chunk at a time.
+        """Activations of this process's share of the examples, in order, a chunk at a time.
 
         Yields:
             Which examples, and for every block float32 activations `[places, distances, chunk, width]`.
@@ -91,8 +92,8 @@ class Reader:
         self._forward = run.forward_pass(names, variant, seed)
 
     def chunks(self, examples: Examples) -> Iterator[tuple[slice, list[Tensor]]]:
-        """Activations of all examples; see `Activations`."""
-        for part in chunk_slices(examples.document):
+        """Activations of this process's share of the examples; see `Activations`."""
+        for part in processes.share([*chunk_slices(examples.document)]):
             yield part, self.read(examples[part])
             self._run.corpus.release()
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from probekit import processes
 from probekit.config import ProbeSettings, SolverName
 from probekit.corpus.store import Corpus
 from probekit.evaluation.action_metrics import prior_log_probabilities
@@ -118,7 +119,7 @@ class Work:
     name: str
 
     def read(self, activations: Activations, split: str) -> Iterator[tuple[slice, list[Tensor]]]:
-        """All activations of a split, a chunk at a time."""
+        """This process's share of the activations of a split, a chunk at a time."""
         examples = self.grid.examples[split]
         with self.progress.task(f"{self.name}: read the split {split!r}", total=len(examples)) as task:
             for rows, blocks in activations.chunks(examples):
@@ -199,6 +200,8 @@ def _fit_sums(activations: Activations, work: Work) -> list[Fitted]:
         for (b, q), sums in moments.items():
             add = sums.add_labels if q else sums.add
             add(blocks[b].flatten(0, 1), questions[q].asked(FITTED_ON, rows, places[b], device))
+    for (_, q), sums in moments.items():
+        sums.over_processes(labels_alone=q > 0)
     solved: dict[tuple[SolverName, int, int], ClosedForm] = {
         (solver, *key): _closed_form(solver, work.settings).fit_moments(sums)
         for key, sums in moments.items()
@@ -252,6 +255,8 @@ def score(activations: Activations, work: Work, fitted: Sequence[Fitted], head: 
                 if probes is not None and question is not None:
                     labels = question.asked(TESTED_ON, rows, places, work.device)
                     _add(into, probes, X, number[rows], labels, grid.target.classes)
+    for tally in (*tallies, *controls):
+        tally.over_processes(work.device)
     for batch, tally, on_control in zip(fitted, tallies, controls, strict=True):
         if batch.control is not None:
             tally.sums["control_correct"] = on_control.sums["correct"]
@@ -309,10 +314,11 @@ def _held(activations: Activations, work: Work, split: str) -> list[Tensor]:
     """All activations of a split, for every block `[places, distances, examples, width]`."""
     examples, distances = len(work.grid.examples[split]), len(work.grid.distances)
     held = [
-        torch.empty(len(block.places), distances, examples, block.width, device=work.device)
+        torch.zeros(len(block.places), distances, examples, block.width, device=work.device)
         for block in activations.blocks
     ]
     for rows, blocks in work.read(activations, split):
         for whole, part in zip(held, blocks, strict=True):
             whole[:, :, rows] = part
+    processes.add_up(held)  # what another process has read is zero here
     return held

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
+from probekit import processes
 from probekit.config import ConditioningSettings, ProbedName
 from probekit.corpus.store import Corpus
 from probekit.errors import ProbekitError
@@ -121,7 +122,9 @@ def probe(
         run.folder / "probes",
         [*notes, *_constant_note(tallies)],
     )
-    _write(run, results, grids, weights)
+    if processes.is_first():
+        _write(run, results, grids, weights)
+    processes.wait()
     return results
 
 
@@ -174,7 +177,9 @@ def _probed(
     source = partial(Reader, run, variant, distances=grid.distances, seed=seed)
     if store:
         folder = run.folder / "activations" / f"{variant}-seed{seed}"
-        write_store(source(list(places)), examples, folder, identity(run, variant, seed, grid), progress)
+        if processes.is_first():
+            write_store(source(list(places)), examples, folder, identity(run, variant, seed, grid), progress)
+        processes.wait()
         source = partial(Store, folder, run.device)
     control = control_question(run.corpus, grid, seed) if config.control else None
     head: Row = {"reader": "probe", "variant": variant, "seed": seed}

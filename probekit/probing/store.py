@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from probekit import processes
 from probekit.config import ProbedName
 from probekit.devices import precision_of
 from probekit.errors import ProbekitError
@@ -64,7 +65,7 @@ class Store:
             ProbekitError: A shard is missing or damaged.
         """
         digest = examples_digest(examples)
-        for part in chunk_slices(examples.document):
+        for part in processes.share([*chunk_slices(examples.document)]):
             tensors = self._shard(shard_name(digest, part))
             yield part, [tensors[f"block{b}"][rows].to(self._device) for b, rows in self._wanted.items()]
 

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from probekit import processes
 from probekit.evaluation.action_metrics import METRICS, score_actions
 
 Row = dict[str, Any]
@@ -49,6 +51,13 @@ class Tally:
         for score, sums in self.sums.items():
             values = getattr(scores, score).astype(np.float64)
             sums[document[starts]] += np.add.reduceat(values, starts, axis=1).T
+
+    def over_processes(self, device: torch.device) -> None:
+        """Takes in what all processes have scored."""
+        for score, sums in self.sums.items():
+            summed = torch.from_numpy(sums).to(device)
+            processes.add_up([summed])
+            self.sums[score] = summed.cpu().numpy()
 
 
 def row_slices(readers: int, examples: int, classes: int) -> list[slice]:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from probekit import processes
 from probekit.config import StageSettings
 from probekit.errors import ProbekitError
 from probekit.progress import Progress, Task
@@ -132,7 +133,7 @@ class _Loop:
         self._optimiser, self._rates = _optimiser(stage, self._steps)
         self._standing = Standing(divided=settings.accumulate)
         self._best = _copies(stage)
-        torch.manual_seed(seed)
+        torch.manual_seed(seed + processes.rank())
         if state is not None and state.standing.step:
             self._standing = state.standing
             self._restore(state.read())
@@ -152,14 +153,14 @@ class _Loop:
                 rows = next(batches)
                 loss = self._step(step, rows)
                 self._standing = replace(self._standing, step=step)
-                if step % log_every == 0 or step == self._steps:
+                if processes.is_first() and (step % log_every == 0 or step == self._steps):
                     observed = self._stage.observed(rows) if self._stage.observed else {}
                     self._log({"stage": name, "step": step, "loss": loss} | observed)
                 task.advance(note=f"loss {loss:.3f}")
                 if (step % self._epoch_steps == 0 or step == self._steps) and self._validated(task, loss):
                     break
                 self._checkpoint(step)
-                if self._state is not None and (self._state.due or holding.asked):
+                if processes.is_first() and self._state and (self._state.due or holding.asked):
                     self._state.write(self._standing, self._kept())
                 if holding.asked:
                     raise holding.asked
@@ -172,7 +173,7 @@ class _Loop:
         for group in self._stage.groups:
             for parameter in group.parameters:
                 parameter.requires_grad_(step > group.frozen_steps(self._steps))
-        total = self._gradient(rows)
+        total = self._summed(self._gradient(rows))
         if not math.isfinite(total):
             self._refuse("loss", total, step, rows)
         for group in self._stage.groups:
@@ -182,18 +183,22 @@ class _Loop:
         return total
 
     def _gradient(self, rows: np.ndarray) -> float:
-        """The loss of a step, its gradient left at the parameters; in smaller parts where memory is short."""
+        """The loss of this process's share of a step, its gradient left at the parameters.
+
+        It is computed in smaller parts where memory is short.
+        """
+        own = rows[processes.rank() :: processes.count()]
         while True:
-            parts = min(self._standing.divided, len(rows))
+            parts = min(self._standing.divided, max(1, len(own)))
             try:
                 total = 0.0
-                for micro in np.array_split(rows, parts):
+                for micro in np.array_split(own, parts) if len(own) else ():
                     loss = self._stage.loss(micro, rows)
                     loss.backward()
                     total += loss.item()
                 return total
             except torch.OutOfMemoryError:
-                if parts == len(rows):
+                if parts == len(own):
                     raise ProbekitError(
                         f"training of {self._stage.name}: the memory of the device does not suffice for one "
                         "example at a time; lower training.window, or take a smaller LM"
@@ -206,6 +211,20 @@ class _Loop:
                 f"{self._stage.name}: out of memory; from here on every step is cut into {2 * parts} parts"
             )
 
+    def _summed(self, loss: float) -> float:
+        """The loss of all processes, gradients summed over them."""
+        if processes.count() == 1:
+            return loss
+        parameters = [parameter for parameter in self._stage.parameters if parameter.requires_grad]
+        touched = torch.tensor([float(parameter.grad is not None) for parameter in parameters])
+        touched = touched.to(parameters[0].device)
+        processes.add_up([touched])
+        for parameter, touches in zip(parameters, touched.tolist(), strict=True):
+            if touches:  # one that no process has a gradient for stays as it is
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                processes.add_up([parameter.grad])
+        return processes.total(loss, parameters[0].device)
+
     def _validated(self, task: Task, loss: float) -> bool:
         """Measures the validation loss and keeps the best state; whether patience has run out."""
         step, stage = self._standing.step, self._stage
@@ -213,7 +232,8 @@ class _Loop:
         validation = stage.validation_loss()
         if not math.isfinite(validation):
             self._refuse("validation loss", validation, step)
-        self._log({"stage": stage.name, "step": step, "epoch": epoch, "validation_loss": validation})
+        if processes.is_first():
+            self._log({"stage": stage.name, "step": step, "epoch": epoch, "validation_loss": validation})
         task.advance(0, note=f"loss {loss:.3f}, validation {validation:.3f}")
         if validation < self._standing.best:
             self._standing = replace(self._standing, best=validation, best_epoch=epoch)
@@ -236,7 +256,8 @@ class _Loop:
         )
 
     def _checkpoint(self, step: int) -> None:
-        if self._stage.keep and step in checkpoint_steps(self._stage.settings.checkpoints, self._steps):
+        steps = checkpoint_steps(self._stage.settings.checkpoints, self._steps)
+        if processes.is_first() and self._stage.keep and step in steps:
             self._stage.keep(step)
 
     def _kept(self) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the name all of PyTorch's users know
 
+from probekit import processes
 from probekit.config import PlannerStageSettings
 from probekit.corpus.examples import IGNORE, document_batch
 from probekit.errors import ProbekitError
@@ -85,10 +86,10 @@ def train_planner(
     def validation_loss() -> float:
         planner.eval()
         with torch.no_grad():
-            batches = chunks(len(validation), settings.batch_size)
-            total = sum(loss(validation[rows]).item() for rows in batches)
+            own = processes.share(chunks(len(validation), settings.batch_size))
+            total = sum(loss(validation[rows]).item() for rows in own)
         planner.train()
-        return total / int(lengths[validation].sum())
+        return processes.total(total, trainer.device) / int(lengths[validation].sum())
 
     planner.train()
     trainer.optimise(

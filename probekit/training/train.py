@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from probekit import hub
+from probekit import hub, processes
 from probekit.config import Config, MemberName, VariantName
 from probekit.corpus.build import write_corpus
 from probekit.corpus.store import too_few
@@ -123,29 +123,42 @@ def prepare(
     if config.lm.name is None:
         raise ProbekitError("lm.name is not set; give the hub name or folder of the LM to probe (--model)")
     progress = Progress(quiet=quiet)
-    with Run.begun(out, config, existing) as run:
+    with _begun(config, out, existing) as run:
         _stage(run, "lm", partial(_language_model, run, progress))
         _stage(run, "corpus", partial(_corpus, run, progress))
     return run
 
 
-def _begun(
-    config: Config | None, out: str | Path, existing: Existing
-) -> contextlib.AbstractContextManager[Run]:
+@contextlib.contextmanager
+def _begun(config: Config | None, out: str | Path, existing: Existing) -> Iterator[Run]:
+    """The run, begun or resumed by the first process and then opened by the others."""
     if config is not None and config.lm.name is None:
         check_new_model(config)
-    return Run.begun(out, config, existing)
+    if processes.is_first():
+        with Run.begun(out, config, existing) as run:
+            processes.wait()
+            yield run
+    else:
+        processes.wait()
+        yield Run.open(out)
 
 
 def _stage(run: Run, name: str, work: Callable[[], dict[str, Any] | None]) -> None:
-    if not run.finished(name):
-        run.begin_stage(name, _state(run, name).standing.step)
+    finished, first = run.finished(name), processes.is_first()
+    processes.wait()  # all have looked before anything is written
+    if not finished:
+        if first:
+            run.begin_stage(name, _state(run, name).standing.step)
+        processes.wait()
         begun = time.monotonic()
         facts = work() or {}
         if "training.precision" in stage_settings(run.config, name):
             facts["precision"] = precision_of(run.device, run.config.training.precision)
-        run.mark_finished(name, {"seconds": round(time.monotonic() - begun, 1)} | facts)
-    _state(run, name).forget()
+        if first:
+            run.mark_finished(name, {"seconds": round(time.monotonic() - begun, 1)} | facts)
+    if first:
+        _state(run, name).forget()
+    processes.wait()
 
 
 def _state(run: Run, stage: str) -> StateFile:
@@ -168,6 +181,8 @@ def _keeping(run: Run, stage: str, save: Callable[[Run, T], Any]) -> Callable[[T
 
 
 def _corpus(run: Run, progress: Progress) -> dict[str, Any]:
+    if not processes.is_first():
+        return {}
     corpus = write_corpus(run.config, run.folder / "corpus", progress, str(run.device))
     if warning := too_few(len(corpus.documents("test"))):
         progress.say(warning)
@@ -181,14 +196,17 @@ def _language_model(run: Run, progress: Progress) -> dict[str, Any]:
         # Refuses a location that is not there while little is lost.
         location_width(bridge(untrained, run.corpus.tokenizer, "a new GPT-2"), run.config.conditioning)
         model = train_language_model(_trainer(run, progress, "lm"), _keeping(run, "lm", _save_language_model))
-        _save_language_model(run, model)
+        if processes.is_first():
+            _save_language_model(run, model)
     else:
         source = hub.find(settings.name, setting="lm.name", revision=settings.revision)
         name = str(Path(source.name).resolve()) if source.revision is None else source.name
-        with without_bars_of_transformers(), atomic_folder(run.folder / "lm") as folder:
-            write_json(folder / "source.json", {"name": name, "revision": source.revision})
+        with without_bars_of_transformers():
             model = load_model(name, revision=source.revision, trust_remote_code=settings.trust_remote_code)
-            _check_positions(run.config, longest_window(model))
+        _check_positions(run.config, longest_window(model))
+        if processes.is_first():
+            with atomic_folder(run.folder / "lm") as folder:
+                write_json(folder / "source.json", {"name": name, "revision": source.revision})
     facts: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
     if settings.name is not None and (weights := lm_digest(settings.name)):
         facts["weights"] = weights
@@ -209,7 +227,9 @@ def _planner(run: Run, progress: Progress, fold: int | None = None) -> None:
     def save(run: Run, planner: Planner) -> None:
         run.save_planner(planner, fold)
 
-    save(run, train_planner(_trainer(run, progress, stage), fold, _keeping(run, stage, save)))
+    planner = train_planner(_trainer(run, progress, stage), fold, _keeping(run, stage, save))
+    if processes.is_first():
+        save(run, planner)
 
 
 def _adapter(run: Run, progress: Progress, variant: VariantName) -> dict[str, Any]:
@@ -233,7 +253,8 @@ def _adapter(run: Run, progress: Progress, variant: VariantName) -> dict[str, An
         fold_planners,
         _keeping(run, stage, save),
     )
-    save(run, model)
+    if processes.is_first():
+        save(run, model)
     assert model.adapter is not None  # noqa: S101 - only trained variants come here
     facts: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in model.adapter.parameters())}
     if base.parameters:
@@ -256,7 +277,8 @@ def _ensemble(run: Run, progress: Progress, member: MemberName) -> dict[str, Any
 
     keep = _keeping(run, stage, save)
     ensemble = train_ensemble(trainer, member, run.model(variant), base, fold_planners, keep)
-    save(run, ensemble)
+    if processes.is_first():
+        save(run, ensemble)
     facts: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in ensemble.trained)}
     if base.parameters:
         facts["tuned_parameters"] = sum(parameter.numel() for parameter in base.parameters)

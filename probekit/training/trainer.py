@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from probekit import processes
 from probekit.config import Config
 from probekit.corpus.examples import Windows, cut_windows
 from probekit.corpus.store import Corpus
@@ -50,8 +51,9 @@ class Trainer:
     def mean_loss(self, windows: Windows, batch_size: int, losses: Callable[[Windows], Tensor]) -> float:
         """Mean loss of the scored tokens of windows, a batch at a time, without gradients."""
         with torch.no_grad():
-            total = sum(losses(windows[rows]).sum().item() for rows in chunks(len(windows), batch_size))
-        return total / int(windows.scored.sum())
+            own = processes.share(chunks(len(windows), batch_size))
+            total = sum(losses(windows[rows]).sum().item() for rows in own)
+        return processes.total(total, self.device) / int(windows.scored.sum())
 
     def autocast(self) -> Any:
         """The arithmetic of forward passes."""

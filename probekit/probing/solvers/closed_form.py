@@ -26,6 +26,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
+from probekit import processes
 from probekit.errors import ProbekitError
 from probekit.probing.solvers.batch import CHUNK_BYTES, absent_classes, labels, log_softmax, pieces, solved_in
 from probekit.probing.solvers.moments import Moments
@@ -110,10 +111,14 @@ class ClosedFormProbes(ABC):
     def choose(self) -> Self:
         """Keeps for each probe the penalty and the temperature that are best on the validation examples.
 
+        They are those that all processes have observed.
+
         Raises:
             ProbekitError: The loss on them is not finite; names the probe.
         """
-        found = self._losses / self._observed  # [probes, penalties, temperatures]
+        processes.add_up([self._losses])
+        observed = processes.total(self._observed, self._losses.device)
+        found = self._losses / observed  # [probes, penalties, temperatures]
         if len(broken := (~found.isfinite()).nonzero()):
             raise ProbekitError(f"probe {int(broken[0, 0])}: its validation loss is not finite")
         best, each = found.flatten(1).argmin(1), torch.arange(len(found), device=found.device)

@@ -16,6 +16,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from probekit import processes
 from probekit.errors import ProbekitError
 from probekit.probing.solvers.batch import labels, pieces
 
@@ -102,6 +103,23 @@ class Moments:
         self.scatter += other.scatter
         self.class_counts += other.class_counts
         self.class_sums += other.class_sums
+        return self
+
+    def over_processes(self, *, labels_alone: bool = False) -> Self:
+        """Takes in the examples of all processes.
+
+        Args:
+            labels_alone: Mean and scatter are those of the moments of which these are `relabelled`, which
+                have taken them in already.
+        """
+        own, means = self.count, self.mean * self.count[:, None]
+        processes.add_up([self.class_counts, self.class_sums])
+        if not labels_alone:
+            processes.add_up([means])
+            mean = means / self.count[:, None].clamp(min=1)
+            self.scatter += _outer(self.mean - mean) * own[:, None, None]
+            processes.add_up([self.scatter])
+            self.mean.copy_(mean)
         return self
 
     def _add_piece(self, probes: slice, X: Tensor, y: Tensor) -> None:

@@ -1,0 +1,87 @@
+"""Several processes at one job, by torch.distributed through accelerate; one alone needs none of it.
+
+    accelerate launch --num_processes 2 -m probekit train --preset demo
+
+All processes do the same with shares of the examples; sums over all of them are taken here. The first one
+alone writes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from functools import cache
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(days=7)
+"""How long processes wait for one that builds a corpus or loads a model alone."""
+
+
+def count() -> int:
+    """How many processes there are."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """The number of this one, from 0."""
+    return int(os.environ.get("RANK", "0")) if count() > 1 else 0
+
+
+def is_first() -> bool:
+    """Whether this one is the one that writes."""
+    return rank() == 0
+
+
+def alone() -> None:
+    """Leaves the others: what this process does from here on, it does by itself."""
+    os.environ["WORLD_SIZE"] = "1"
+
+
+def wait() -> None:
+    """Waits until all processes are here."""
+    if count() > 1:
+        _joined().wait_for_everyone()
+
+
+def share(items: Sequence[T]) -> Sequence[T]:
+    """Every process's own part of what all of them have: each item is in one."""
+    return items[rank() :: count()]
+
+
+def add_up(tensors: Iterable[Tensor]) -> None:
+    """Replaces every tensor by its sum over processes."""
+    if count() > 1:
+        _joined()
+        for tensor in tensors:
+            torch.distributed.all_reduce(tensor)
+
+
+def total(value: float, device: torch.device) -> float:
+    """The sum of a number over processes."""
+    if count() == 1:
+        return value
+    summed = torch.tensor(value, dtype=torch.float64, device=device)
+    add_up([summed])
+    return summed.item()
+
+
+def device() -> torch.device | None:
+    """The device of this process among several; None for one alone, which may choose."""
+    return _joined().device if count() > 1 else None
+
+
+@cache
+def _joined() -> PartialState:
+    """Joins the others, once."""
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
