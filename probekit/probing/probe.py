@@ -30,6 +30,7 @@ from probekit.probing.saved import weights_of, write_probes
 from probekit.probing.store import Store, identity, write_store
 from probekit.probing.tally import Row, Tally
 from probekit.probing.targets import Examples, Target, find_target
+from probekit.probing.unfinished import Probed, Unfinished
 from probekit.progress import Progress
 from probekit.run import Run
 from probekit.storage import atomic_folder, write_json
@@ -81,6 +82,8 @@ def probe(
 ) -> ProbeResults:
     """Fits the probe grid of a run and writes it into `probes/`, in place of what was there.
 
+    What one that was stopped had done with the same settings is not done again.
+
     Probes are fitted on the documents of the split "probe", chosen on "validation" and measured on "test";
     the LM and the planner were trained on none of these.
 
@@ -107,10 +110,13 @@ def probe(
         tallies = baseline_tallies(run, shared)
     notes = list(shared.notes)
     weights: Weights = {}
+    unfinished = Unfinished(run)
     for seed, grid in grids.items():
-        tallies += _token_embedding(run, grid, seed, progress)
+        embedding = partial(_token_embedding, run, grid, seed, progress)
+        tallies += unfinished.once(f"token-embedding-seed{seed}", "none", embedding)[0]
         for variant in config.variants:
-            found, weights[variant, seed] = _probed(run, grid, variant, places, seed, progress, store=store)
+            probed = partial(_probed, run, grid, variant, places, seed, progress, store=store)
+            found, weights[variant, seed] = unfinished.once(f"{variant}-seed{seed}", variant, probed)
             tallies += found
     results = ProbeResults(
         table_of(
@@ -124,6 +130,7 @@ def probe(
     )
     if processes.is_first():
         _write(run, results, grids, weights)
+        unfinished.forget()
     processes.wait()
     return results
 
@@ -141,7 +148,7 @@ def _grids(run: Run, target: Target) -> dict[int, Grid]:
     return grids
 
 
-def _token_embedding(run: Run, grid: Grid, seed: int, progress: Progress) -> list[Tally]:
+def _token_embedding(run: Run, grid: Grid, seed: int, progress: Progress) -> Probed:
     """The baseline that knows which token is there, and nothing before it: probes on its embedding.
 
     Softmax probes, unless none of the grid's own holds its examples: then it does not either.
@@ -153,7 +160,7 @@ def _token_embedding(run: Run, grid: Grid, seed: int, progress: Progress) -> lis
     tallies, _ = _probed(alone, grid, "none", [("hook_embed", 0)], seed, progress, name="token embedding")
     for tally in tallies:
         tally.heads = [head | {"reader": "token embedding", "variant": None} for head in tally.heads]
-    return tallies
+    return tallies, {}
 
 
 def _probed(
@@ -166,7 +173,7 @@ def _probed(
     *,
     name: str | None = None,
     store: bool = False,
-) -> tuple[list[Tally], dict[str, Tensor]]:
+) -> Probed:
     """Reads, fits and scores all places of a variant, in as few passes as the memory allows.
 
     Returns:

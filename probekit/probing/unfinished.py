@@ -1,0 +1,85 @@
+"""What a probing that was stopped has done: the next one with the same settings does not do it again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from probekit import processes
+from probekit.probing.tally import Tally
+from probekit.run import Run
+from probekit.storage import read_metadata, read_tensors, write_tensors
+
+Probed = tuple[list[Tally], dict[str, Tensor]]
+"""What probes got right, and the weights of those that are linear."""
+
+
+class Unfinished:
+    """Results of the parts of a grid, a file for each, until the whole is written.
+
+    Args:
+        run: The run, with the settings of the probing.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run, self._folder = run, run.folder / "checkpoints" / "probe"
+        whole = {
+            "version": version("probekit"),
+            "corpus": run.corpus.facts["fingerprint"],
+            "device": str(run.device),
+            "settings": run.config.model_dump(mode="json"),
+        }
+        self._identity: Mapping[str, Any] = whole
+
+    def once(self, name: str, variant: str, probed: Callable[[], Probed]) -> Probed:
+        """What was kept of a part, or what it takes to have it, which is kept.
+
+        Args:
+            name: Of the part.
+            variant: Whose weights it depends on.
+            probed: Reads, fits and scores.
+        """
+        path = self._folder / f"{name}.safetensors"
+        identity = json.dumps(dict(self._identity) | {"weights": self._run.weights_digest(variant)})
+        processes.wait()  # all look before one writes
+        if path.exists() and read_metadata(path).get("identity") == identity:
+            return _read(path)
+        found = probed()
+        if processes.is_first():
+            _write(path, identity, *found)
+        return found
+
+    def forget(self) -> None:
+        """Removes what was kept."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _write(path: Path, identity: str, tallies: list[Tally], weights: dict[str, Tensor]) -> None:
+    sums = {
+        f"sums|{i}|{score}": torch.from_numpy(values)
+        for i, tally in enumerate(tallies)
+        for score, values in tally.sums.items()
+    }
+    kept = {f"weights|{name}": value for name, value in weights.items()}
+    heads = json.dumps([tally.heads for tally in tallies])
+    write_tensors(path, sums | kept, {"identity": identity, "heads": heads})
+
+
+def _read(path: Path) -> Probed:
+    tallies = [Tally(heads, 0, ()) for heads in json.loads(read_metadata(path)["heads"])]
+    weights = {}
+    for key, value in read_tensors(path).items():
+        kind, _, rest = key.partition("|")
+        if kind == "weights":
+            weights[rest] = value
+        else:
+            number, _, score = rest.partition("|")
+            tallies[int(number)].sums[score] = value.numpy()
+    return tallies, weights

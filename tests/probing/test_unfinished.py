@@ -1,0 +1,78 @@
+"""A probing that was stopped goes on to the same results."""
+
+import contextlib
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from probekit.probing import probe as module
+from probekit.probing.probe import probe
+from probekit.run import Run
+from probekit.storage import read_tensors, write_tensors
+
+FEW = {
+    "probe.layers": [0, 2],
+    "probe.distances": [1, 2],
+    "probe.l2": [0.1],
+    "probe.solvers": ["softmax", "ridge"],
+    "probe.variants": ["none", "soft", "random"],
+    "probe.seeds": [0, 1],
+    "probe.max_examples": 400,
+    "evaluation.resamples": 100,
+}
+
+
+@pytest.fixture
+def run(tiny_run: Run, tmp_path: Path) -> Run:
+    return Run.open(shutil.copytree(tiny_run.folder, tmp_path / "run"))
+
+
+def weights(run: Run) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (run.folder / "probes").glob("*.safetensors")}
+
+
+def stopped(run: Run, after: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Probes until so many variants are done; the variants that were probed."""
+    done, probed = [], module._probed
+
+    def stopping(run: Run, grid: object, variant: str, *arguments: object, **named: object) -> object:
+        if len(done) == after:
+            raise KeyboardInterrupt
+        done.append(variant)
+        return probed(run, grid, variant, *arguments, **named)
+
+    monkeypatch.setattr(module, "_probed", stopping)
+    with contextlib.suppress(KeyboardInterrupt):
+        probe(run, FEW, quiet=True)
+    monkeypatch.undo()
+    return done
+
+
+def test_it_goes_on_to_the_same_results(run: Run, monkeypatch: pytest.MonkeyPatch):
+    whole, kept = probe(run, FEW, quiet=True).table, weights(run)
+    assert not (run.folder / "checkpoints" / "probe").exists()
+    assert len(stopped(run, 3, monkeypatch)) == 3
+    assert len([*(run.folder / "checkpoints" / "probe").iterdir()]) == 3
+    again = stopped(run, 99, monkeypatch)
+    assert again == ["random", "none", "none", "soft", "random"], "the token embedding is read of none"
+    pd.testing.assert_frame_equal(run.probes(), whole)
+    assert weights(run) == kept
+    assert not (run.folder / "checkpoints" / "probe").exists()
+
+
+@pytest.mark.parametrize("changed", ["settings", "weights"])
+def test_what_other_settings_or_weights_left_is_not_taken(run: Run, changed: str, monkeypatch):
+    stopped(run, 2, monkeypatch)
+    settings = dict(FEW)
+    if changed == "settings":
+        settings["probe.l2"] = [0.2]
+    else:
+        name = "lm/model.safetensors"
+        tensors = {key: value * 1.01 for key, value in read_tensors(run.folder / name).items()}
+        write_tensors(run.folder / name, tensors, {"format": "pt"})
+    run = Run.open(run.folder)
+    found = probe(run, settings, quiet=True).table
+    fresh = probe(run, settings, quiet=True).table
+    pd.testing.assert_frame_equal(found, fresh)
