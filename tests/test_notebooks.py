@@ -36,7 +36,18 @@ TINY = {
     "evaluation.resamples": 100,
     "evaluation.questions": 20,
 }
+QUICK = TINY | {
+    "lm.layers": 3,
+    "planner.width": 32,
+    "training.planner.epochs": 1,
+    "training.adapter.epochs": 1,
+}
 SMALL: dict[str, dict[str, Any]] = {
+    "01_first_run.ipynb": {
+        "SETTINGS": QUICK | {"mixing.variants": ["fixed", "oracle", "predicted", "soft"]},
+    },
+    "02_probing.ipynb": {"SETTINGS": QUICK | {"mixing.variants": ["soft"]}, "DISTANCES": [1, 4]},
+    "03_mixing_fraction.ipynb": {"SETTINGS": QUICK, "SHARES": [0.0, 1.0], "SEEDS": [0]},
     "04_depth_ensemble.ipynb": {"SETTINGS": TINY, "LAYERS": 3},
     "05_causal_tests.ipynb": {
         "SETTINGS": TINY | {"mixing.variants": ["soft"]},
@@ -103,7 +114,10 @@ def test_stored_notebook_shows_what_it_found(name: str):
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_settings_and_commands_in_the_text_are_understood(name: str):
+def test_settings_and_commands_in_the_text_are_understood(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
     text = "\n".join(cell.source for cell in read(name).cells if cell.cell_type == "markdown")
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         values: dict[str, Any] = {}

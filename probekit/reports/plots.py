@@ -7,12 +7,14 @@
     probekit.plot_perplexity(run)
     probekit.plot_probes(run, variant=["none", "soft"], metric="gain")
     probekit.plot_curve(run, location="attn.hook_z")
+    probekit.plot_sweep(sweep)
 
-Each takes a run and returns a matplotlib figure.
+Each takes a run, or a sweep, and returns a matplotlib figure.
 """
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +24,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
+from matplotlib.typing import ColorType
 
 from probekit.errors import ProbekitError
 from probekit.models.mixing import VARIANTS
@@ -44,6 +47,7 @@ from probekit.reports.figures import (
 )
 from probekit.reports.intervals import draw_intervals
 from probekit.run import Run
+from probekit.sweeps.results import Sweep
 
 PREFERRED = {"location": "hook_resid_post", "solver": "softmax"}
 """What is drawn where nothing is asked for, if it was probed; else the first that was."""
@@ -53,6 +57,15 @@ TITLES = {"lm": "LM", "planner": "planner", "adapter": "adapters", "depth": "dep
 
 WIDEST = 3
 """Panels beside each other."""
+
+
+class NotebookFigure(Figure):
+    """A figure that notebooks show, also where nobody has set up pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        picture = io.BytesIO()
+        self.savefig(picture, format="png")
+        return picture.getvalue()
 
 
 def plot_training(run: Run) -> Figure:
@@ -70,7 +83,7 @@ def plot_training(run: Run) -> Figure:
     kinds = [kind for kind in TITLES if kind in set(metrics.kind)]
     columns = min(len(kinds), 2)
     rows = -(-len(kinds) // columns)
-    figure = Figure(figsize=(4.6 * columns + 1.2, 3.1 * rows), layout="constrained")
+    figure = NotebookFigure(figsize=(4.6 * columns + 1.2, 3.1 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes, kind in zip(grid.flat, kinds, strict=False):
         _draw_losses(axes, metrics[metrics.kind == kind])
@@ -92,7 +105,7 @@ def plot_perplexity(run: Run) -> Figure:
     values = table.rename(columns=lambda name: name.replace("perplexity", "value")).assign(
         name=names, seed=None
     )
-    figure = Figure(figsize=(7.6, 0.8 + 0.32 * len(table)), layout="constrained")
+    figure = NotebookFigure(figsize=(7.6, 0.8 + 0.32 * len(table)), layout="constrained")
     axes = figure.subplots()
     draw_intervals(axes, values, list(names))
     axes.set_xlabel(f"test perplexity, {table.documents.iloc[0]:,} documents (95 % intervals)")
@@ -130,7 +143,7 @@ def plot_probes(
     rows = -(-len(chosen) // columns)
     distances, layers = cells[0].distance.nunique(), cells[0].layer.nunique()
     wide, high = max(2.4, 0.42 * distances), max(1.1, 0.28 * layers)
-    figure = Figure(figsize=(1.6 + wide * columns, 1.0 + (high + 0.55) * rows), layout="constrained")
+    figure = NotebookFigure(figsize=(1.6 + wide * columns, 1.0 + (high + 0.55) * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
     with mpl.rc_context({"font.size": 7}):
         for axes, panel, own in zip(grid.flat, chosen, cells, strict=False):
@@ -183,7 +196,7 @@ def plot_curve(
     probed = table[(table.reader == "probe") & table.accuracy.notna()]
     names = [variant] if isinstance(variant, str) else list(variant or probed_variants(table))
     chosen = _panels(run, table, names, metric, location=location, horizon=horizon, solver=solver)
-    figure = Figure(figsize=(8.4, 4.4), layout="constrained")
+    figure = NotebookFigure(figsize=(8.4, 4.4), layout="constrained")
     axes = figure.subplots()
     draw_baselines(axes, chosen[0].baselines(table), metric)
     told = False
@@ -199,6 +212,53 @@ def plot_curve(
     axes.set_title(title, fontsize=10, parse_math=False)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     return figure
+
+
+def plot_sweep(sweep: Sweep, metric: str = "perplexity") -> Figure:
+    """A metric against the setting that was swept, a line for each variant; thin lines are single seeds.
+
+    Thick lines are means over seeds with 95 % intervals over documents. Of generated text, the longest is
+    drawn.
+
+    Raises:
+        ProbekitError: The sweep is not over one setting, or the metric was not measured.
+    """
+    if len(sweep.settings) != 1:
+        over = ", ".join(sweep.settings) or "nothing"
+        raise ProbekitError(f"{sweep.folder} sweeps over {over}; there is a curve only over one setting")
+    (setting,) = sweep.settings
+    table = sweep.table().sort_values(setting, kind="stable")
+    there = list(dict.fromkeys(table.metric))
+    if metric not in there:
+        raise ProbekitError(f"metric is {metric!r}, but {sweep.folder} has {', '.join(there)}")
+    rows = table[table.metric == metric]
+    rows = rows[rows.length == rows.groupby("texts").length.transform("max")]
+    lines = [*rows.groupby(["variant", "actions", "texts"], sort=False)]
+    figure = NotebookFigure(figsize=(7.6, 3.8), layout="constrained")
+    axes = figure.subplots()
+    palette = sns.color_palette("colorblind", len(lines))
+    for ((variant, actions, texts), own), colour in zip(lines, palette, strict=True):
+        name = f"{variant} ({actions} actions)" if variant == "oracle" else str(variant)
+        _draw_swept(axes, own, setting, name if metric == "perplexity" else f"{name}, {texts}", colour)
+    axes.set_title(f"{rows.documents.max():,} test documents, {len(sweep.seeds)} seeds", fontsize=10)
+    axes.set_xlabel(setting)
+    axes.set_ylabel(metric.replace("_", " "))
+    axes.grid(color="0.92")
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    return figure
+
+
+def _draw_swept(axes: Axes, table: pd.DataFrame, setting: str, name: str, colour: ColorType) -> None:
+    """One variant's line: its mean over seeds with intervals, and its single seeds if there are several."""
+    mean, single = table[table.seed.isna()], table[table.seed.notna()]
+    seeds = [own for _, own in single.groupby("seed")]
+    for own in seeds if len(seeds) > 1 else ():
+        axes.plot(own[setting], own.value, color=colour, linewidth=0.6, alpha=0.6, label="_seed")
+    axes.plot(mean[setting], mean.value, "o-", color=colour, markersize=4, linewidth=1.4, label=name)
+    if mean.value_low.notna().any():  # what is of all texts at once has no interval
+        axes.fill_between(
+            mean[setting], mean.value_low, mean.value_high, color=colour, alpha=0.15, linewidth=0
+        )
 
 
 def probed_variants(table: pd.DataFrame) -> list[str]:

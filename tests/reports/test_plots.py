@@ -6,14 +6,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from IPython.core.formatters import DisplayFormatter
 from matplotlib.figure import Figure
 from synthetic_probes import BASELINES, DISTANCES, LAYERS, accuracy_of, probe_table
 
 import probekit
+from probekit.config import Config
 from probekit.errors import ProbekitError
 from probekit.reports.figures import METRICS
 from probekit.run import Run
 from probekit.storage import write_json
+from probekit.sweeps.results import Sweep
 
 
 @pytest.fixture(scope="module")
@@ -154,3 +157,71 @@ def test_a_target_with_control_characters_is_drawn(probed: Run, tmp_path: Path):
     path = run.folder / "probes" / "results.parquet"
     pd.read_parquet(path).assign(target="a\x07$b").to_parquet(path)
     assert "a\ufffd$b" in probekit.plot_probes(run).get_suptitle()
+
+
+def test_a_notebook_shows_the_picture_where_pyplot_was_never_used(tiny_run: Run):
+    figure = probekit.plot_training(tiny_run)
+    shown, _ = DisplayFormatter().format(figure)
+    assert shown["image/png"].startswith(b"\x89PNG")
+
+
+MEASURED = {
+    ("none", "none", "perplexity"): 30.0,
+    ("mixed", "planner", "perplexity"): 25.0,
+    ("mixed", "planner", "mauve"): 0.5,
+}
+"""Of a sweep, at a share of 0 and seed 0: lower by the share, half the seed and the length of texts."""
+
+
+@pytest.fixture
+def swept(tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sweep:
+    """A sweep over shares, not in their order, with made-up results."""
+    members = {f"f={share}": {"mixing.fraction": share} for share in (1.0, 0.0, 0.5)}
+    sweep = Sweep.of(tmp_path, tiny_config, members, [0, 1])
+    rows = [
+        {"member": member, **settings, "variant": variant, "actions": actions, "metric": metric}
+        | {"texts": "samples" if metric == "mauve" else "test documents", "length": length, "documents": 16}
+        | {"seed": seed, "value": value - 0.5 * (seed or 0) - settings["mixing.fraction"] - length}
+        for member, settings in sweep.members.items()
+        for (variant, actions, metric), value in MEASURED.items()
+        for length in ((8, 16) if metric == "mauve" else (0,))
+        for seed in (0, 1, None)
+    ]
+    table = pd.DataFrame(rows).astype({"seed": "Int64"})
+    bounds = np.where(table.metric == "mauve", np.nan, 1.0)
+    table = table.assign(value_low=table.value - bounds, value_high=table.value + 2 * bounds)
+    monkeypatch.setattr(Sweep, "table", lambda _: table)
+    return sweep
+
+
+def test_a_sweep_is_a_line_for_each_variant_with_its_intervals(swept: Sweep):
+    figure = probekit.plot_sweep(swept)
+    axes, lines = figure.axes[0], lines_of(figure)
+    assert {*lines} == {"none", "mixed", "_seed"}
+    shares, values = lines["mixed"]
+    assert shares.tolist() == [0.0, 0.5, 1.0]
+    np.testing.assert_allclose(values, [25.0, 24.5, 24.0])
+    corners = axes.collections[1].get_paths()[0].vertices
+    assert {(0.0, 24.0), (0.0, 27.0), (0.5, 23.5), (0.5, 26.5), (1.0, 23.0), (1.0, 26.0)} == {
+        (float(x), float(y)) for x, y in corners
+    }
+    thin = [own.get_ydata().tolist() for own in axes.lines if own.get_label() == "_seed"]
+    assert thin == [[value - share for share in shares] for value in (30.0, 29.5, 25.0, 24.5)]
+    assert axes.get_xlabel() == "mixing.fraction"
+    assert axes.get_title() == "16 test documents, 2 seeds"
+
+
+def test_a_sweep_of_what_has_no_interval_shows_the_longest_texts(swept: Sweep):
+    figure = probekit.plot_sweep(swept, "mauve")
+    assert not figure.axes[0].collections
+    np.testing.assert_allclose(lines_of(figure)["mixed, samples"][1], [-15.5, -16.0, -16.5])
+
+
+def test_what_a_sweep_has_no_curve_of_is_told(swept: Sweep, tiny_config: Config, tmp_path: Path):
+    with pytest.raises(ProbekitError, match=r"metric is 'rouge2', but .* has perplexity, mauve"):
+        probekit.plot_sweep(swept, "rouge2")
+    members = {"a": {"mixing.fraction": 0.5, "lm.layers": 2}}
+    with pytest.raises(ProbekitError, match=r"sweeps over mixing\.fraction, lm\.layers; there is a curve"):
+        probekit.plot_sweep(Sweep.of(tmp_path, tiny_config, members, [0]))
+    with pytest.raises(ProbekitError, match="sweeps over nothing"):
+        probekit.plot_sweep(Sweep.of(tmp_path, tiny_config, {"a": {}}, [0]))
