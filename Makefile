@@ -3,7 +3,7 @@ PYTHON ?= python3
 DEVICE ?= cpu
 BIN := .venv/bin
 
-.PHONY: help demo test check fix bench figures clean
+.PHONY: help demo test check fix docs bench figures clean
 help:            ## Show this list
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ -/'
 
@@ -22,10 +22,14 @@ fix: .venv/dev   ## Format, and mend what the linter can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: .venv/dev  ## Build the documentation in site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 bench: .venv/base ## Measure speed and memory; tables and benchmarks/results/ (make bench DEVICE=cuda)
 	$(BIN)/python benchmarks/fit_grid.py --device $(DEVICE)
 	$(BIN)/python benchmarks/extraction.py --device $(DEVICE)
 	$(BIN)/python benchmarks/memory.py --device $(DEVICE)
+	$(BIN)/python benchmarks/corpus.py
 	$(BIN)/python benchmarks/generation.py --device $(DEVICE)
 	$(BIN)/python benchmarks/training.py --device $(DEVICE)
 	$(BIN)/python benchmarks/depth_ensemble.py --device $(DEVICE)
@@ -69,7 +73,7 @@ ifneq ($(WIKITEXT),)
 endif
 
 clean:           ## Remove the environment and caches
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -81,5 +85,5 @@ $(BIN)/python:
 	@touch $@
 
 .venv/dev: .venv/base
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,encoders]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs,encoders]'
 	@touch $@

@@ -21,11 +21,14 @@ if TYPE_CHECKING:
     from probekit.evaluation.perplexity import Evaluation
     from probekit.evaluation.prompts import Prompt
     from probekit.interventions.intervene import InterventionResults, intervene
+    from probekit.probing.over_training import TrainingProbes, probe_checkpoints
     from probekit.probing.probe import ProbeResults, probe
     from probekit.reports.lens import lens
-    from probekit.reports.plots import plot_curve, plot_perplexity, plot_probes, plot_training
+    from probekit.reports.over_training import plot_over_training
+    from probekit.reports.plots import plot_curve, plot_perplexity, plot_probes, plot_sweep, plot_training
     from probekit.reports.report import report
     from probekit.run import Run
+    from probekit.subnetworks.subnetwork import SubnetworkResults, subnetwork
     from probekit.sweeps.results import Sweep
     from probekit.sweeps.sweep import sweep
     from probekit.training.train import build_corpus, prepare, train
@@ -43,7 +46,9 @@ _HOME = {
     "ProbekitError": "probekit.errors",
     "Prompt": "probekit.evaluation.prompts",
     "Run": "probekit.run",
+    "SubnetworkResults": "probekit.subnetworks.subnetwork",
     "Sweep": "probekit.sweeps.results",
+    "TrainingProbes": "probekit.probing.over_training",
     "build_corpus": "probekit.training.train",
     "demo": "probekit.walkthrough",
     "evaluate": "probekit.evaluation.evaluate",
@@ -52,12 +57,16 @@ _HOME = {
     "intervene": "probekit.interventions.intervene",
     "lens": "probekit.reports.lens",
     "plot_curve": "probekit.reports.plots",
+    "plot_over_training": "probekit.reports.over_training",
     "plot_perplexity": "probekit.reports.plots",
     "plot_probes": "probekit.reports.plots",
+    "plot_sweep": "probekit.reports.plots",
     "plot_training": "probekit.reports.plots",
     "prepare": "probekit.training.train",
     "probe": "probekit.probing.probe",
+    "probe_checkpoints": "probekit.probing.over_training",
     "report": "probekit.reports.report",
+    "subnetwork": "probekit.subnetworks.subnetwork",
     "sweep": "probekit.sweeps.sweep",
     "train": "probekit.training.train",
 }
@@ -71,7 +80,9 @@ __all__ = [
     "ProbekitError",
     "Prompt",
     "Run",
+    "SubnetworkResults",
     "Sweep",
+    "TrainingProbes",
     "build_corpus",
     "demo",
     "evaluate",
@@ -81,12 +92,16 @@ __all__ = [
     "lens",
     "load_run",
     "plot_curve",
+    "plot_over_training",
     "plot_perplexity",
     "plot_probes",
+    "plot_sweep",
     "plot_training",
     "prepare",
     "probe",
+    "probe_checkpoints",
     "report",
+    "subnetwork",
     "sweep",
     "train",
 ]

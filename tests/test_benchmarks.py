@@ -1,6 +1,7 @@
 """The benchmarks run, and refuse what they must; how fast anything is, is no matter for a test."""
 
 import json
+import os
 import subprocess
 import sys
 from importlib import import_module
@@ -389,3 +390,40 @@ def test_a_script_runs_alone():
     command = [sys.executable, str(FOLDER / "fit_grid.py"), "--help"]
     ran = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "python benchmarks/fit_grid.py" in ran.stdout
+
+
+# corpus
+
+
+def test_made_up_text_has_so_many_sentences(tmp_path: Path):
+    corpus = import_module("corpus")
+    corpus.write_text(tmp_path / "text.jsonl", 230)
+    texts = [json.loads(line)["text"] for line in (tmp_path / "text.jsonl").read_text().splitlines()]
+    sizes = [text.count(". ") + text.count(".\n") for text in texts]
+    assert sum(sizes) == 230
+    assert all(10 <= size <= 60 for size in sizes[:-1])
+    assert len({*texts}) == len(texts)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="/proc is read")
+def test_a_command_is_watched_with_all_its_processes():
+    corpus = import_module("corpus")
+    child = "import time; held = bytearray(150_000_000); time.sleep(0.6)"
+    script = (
+        "import subprocess, sys, time\n"
+        f"subprocess.run([sys.executable, '-c', {child!r}])\n"
+        "print('first: done in 0.5 s, 7', file=sys.stderr, flush=True)\n"
+        "end = time.process_time() + 0.4\n"
+        "while time.process_time() < end: pass\n"
+        "print('second: done in 0.3 s', file=sys.stderr, flush=True)\n"
+    )
+    watched = corpus.watch([sys.executable, "-c", script], dict(os.environ))
+    assert [(stage, seconds) for stage, _, seconds in watched.stages] == [("first", 0.5), ("second", 0.3)]
+    rows = [watched.row(done - seconds, done) for _, done, seconds in watched.stages]
+    assert rows[0]["peak_megabytes"] > 150 > rows[1]["peak_megabytes"]
+    whole = watched.row(watched.begun, watched.ended)
+    assert whole["peak_megabytes"] == rows[0]["peak_megabytes"]
+    assert whole["cpu_seconds"] >= 0.3
+    assert whole["cores_wanted"] >= whole["cores_used"]
+    with pytest.raises(RuntimeError, match="no such thing"):
+        corpus.watch([sys.executable, "-c", "raise SystemExit('no such thing')"], dict(os.environ))
