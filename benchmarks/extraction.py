@@ -86,7 +86,7 @@ class Shape:
     @property
     def anchors(self) -> np.ndarray:
         """Where in a document's tokens the anchors are `[anchors]`."""
-        return np.arange(self.spacing, self.window, self.spacing)
+        return np.arange(max(self.spacing, *self.distances), self.window, self.spacing)
 
     @property
     def flops(self) -> float:
@@ -102,17 +102,24 @@ class Shape:
 GPT2 = Shape(
     layers=12, width=768, heads=12, vocabulary=50_257, window=128, documents=96, batch=8, read_layers=12
 )
+GRID = replace(
+    GPT2, window=1024, documents=1024, batch=32, spacing=1, distances=tuple(range(1, 33)), classes=1024
+)
+"""A million positions, each read at 32 distances."""
 QUICK = Shape(
     layers=3, width=16, heads=2, vocabulary=300, window=32, documents=6, batch=4, read_layers=3, classes=4
 )
 
 
 def workloads(options: Options) -> dict[str, Shape]:
-    """All layers, and half of them, behind which a reader can stop."""
+    """All layers, and half of them, behind which a reader can stop; on a GPU a whole grid, too."""
     if options.quick:
         return {"every layer": QUICK, "lower layers": replace(QUICK, read_layers=2)}
-    shape = GPT2 if options.device.type == "cpu" else replace(GPT2, documents=4096, batch=64)
-    return {"every layer": shape, "lower layers": replace(shape, read_layers=shape.layers // 2)}
+    if options.device.type == "cpu":
+        return {"every layer": GPT2, "lower layers": replace(GPT2, read_layers=GPT2.layers // 2)}
+    shape = replace(GPT2, documents=4096, batch=64)
+    lower = replace(shape, read_layers=shape.layers // 2)
+    return {"every layer": shape, "lower layers": lower, "the whole grid": GRID}
 
 
 class Scene:
