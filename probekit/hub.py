@@ -44,8 +44,10 @@ def find(
         ProbekitError: The folder does not exist, the hub does not know the name, or it cannot be reached
             and nothing is cached. `setting` is named in the message.
     """
-    if Path(name).is_dir():
-        return Source(name, None, local_only=True)
+    # A name without ~ stays as it is: Path would make `name`, as on the hub, of `./name`.
+    folder = str(Path(name).expanduser()) if name.startswith("~") else name
+    if Path(folder).is_dir():
+        return Source(folder, None, local_only=True)
     if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ProbekitError(f"{setting} is {name!r}: no such folder")
     from huggingface_hub import HfApi

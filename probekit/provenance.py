@@ -46,7 +46,7 @@ def provenance(config: Config) -> dict[str, Any]:
 
 def installed_versions() -> dict[str, str | None]:
     """The versions of Python and of the packages that results depend on."""
-    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+    return {"python": platform.python_version()} | {name: installed_version(name) for name in PACKAGES}
 
 
 def come_to(config: Config) -> dict[str, str]:
@@ -61,9 +61,10 @@ def come_to(config: Config) -> dict[str, str]:
 
 def lm_digest(folder: str | Path) -> str | None:
     """A digest of a pre-trained LM's files; None where there is no such folder."""
-    if not Path(folder).is_dir():
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
         return None
-    files = sorted(path for path in Path(folder).iterdir() if path.suffix in WEIGHTS)
+    files = sorted(path for path in folder.iterdir() if path.suffix in WEIGHTS)
     stats = ((path.resolve(), path.stat()) for path in files)
     return _remembered(tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats))
 
@@ -83,7 +84,8 @@ def _remembered(files: tuple[tuple[Path, int, int], ...]) -> str:
     return digest_of(path for path, _, _ in files)
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """The version of a package; None where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

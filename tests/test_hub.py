@@ -98,6 +98,12 @@ def test_a_folder_is_used_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert hub.find(name, setting="x", revision="ignored") == Source(name, None, local_only=True)
 
 
+def test_the_home_folder_has_its_short_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").mkdir()
+    assert hub.find("~/model", setting="x") == Source(str(tmp_path / "model"), None, local_only=True)
+
+
 @pytest.mark.parametrize("name", ["./model", "../model", "/no/such", "~/model", "models/gpt2/final"])
 def test_what_can_only_be_a_folder_is_not_asked_of_the_hub(name: str, fake: FakeHub):
     assert "no such folder" in refusal(name)

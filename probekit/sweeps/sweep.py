@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from probekit.config import Config, setting_names, setting_value
+from probekit.devices import compute_device
 from probekit.errors import ProbekitError
 from probekit.evaluation.evaluate import evaluate
 from probekit.progress import Progress
@@ -55,6 +56,7 @@ def sweep(
         ProbekitError: A setting is bad, members have other corpora, the folder holds something else, or a
             run failed.
     """
+    compute_device(config.device)  # one that is not there is told once, and before anything is written
     begun = _begin(Path(out), config, members, seeds, generation=generation)
     with held(begun.folder):
         failed = _all_runs(begun, Progress(quiet=quiet), generation=generation, quiet=quiet)

@@ -377,6 +377,14 @@ def test_what_cannot_be_swept_is_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_device_that_is_not_there_is_told_once_and_before_anything_is_written(
+    config: Config, tmp_path: Path
+):
+    wrong = config.override({"device": "nonsense"})
+    assert "device is 'nonsense'" in refusal(wrong, {"a": {}}, [0, 1], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_with_something_else_is_left_alone(config: Config, tmp_path: Path, tiny_run: Run):
     (tmp_path / "thesis.tex").write_text("years of work")
     assert "exists and holds no sweep; choose another --out" in refusal(config, {"a": {}}, [0], tmp_path)
