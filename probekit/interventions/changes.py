@@ -13,6 +13,7 @@ from torch import Tensor
 from probekit.interventions.effects import Change
 from probekit.interventions.erasure import Eraser
 from probekit.interventions.scenes import Scenes
+from probekit.interventions.ways import Way
 
 NO_DONOR = -1
 """Stands for a scene that no other one can be a donor of."""
@@ -98,27 +99,26 @@ def patching(donated: Mapping[int, Tensor], scenes: Scenes, seed: int) -> list[C
 
 
 def steering(
-    directions: Mapping[int, Tensor],
+    ways: Mapping[int, Way],
     scenes: Scenes,
     known: np.ndarray,
     strengths: Sequence[float],
     seed: int,
 ) -> list[Condition]:
-    """Adds the direction of an action, of a wrong one and of the true one; each beside a random one as long.
+    """Moves toward an action, a wrong one and the true one; each beside a random direction as far.
 
     Args:
-        directions: By distance, the vector of every action `[actions, width]`, of strength 1.
+        ways: By distance, how activations are moved.
         scenes: The scenes.
         known: The actions that have a direction.
-        strengths: By which vectors are multiplied.
+        strengths: By which lengths are multiplied.
         seed: Of wrong actions and of random directions.
     """
 
     def toward(strength: float, target: np.ndarray) -> Change:
         def steer(activations: Tensor, numbers: np.ndarray, distance: int) -> Tensor:
-            vectors = directions[distance].to(activations.device)
-            added = vectors[torch.from_numpy(target[numbers]).to(vectors.device)]
-            return (activations.float() + strength * added).to(activations.dtype)
+            actions = torch.from_numpy(target[numbers]).to(activations.device)
+            return ways[distance](activations.float(), actions, strength).to(activations.dtype)
 
         return steer
 

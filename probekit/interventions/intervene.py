@@ -19,6 +19,7 @@ from probekit.interventions.effects import Edit, Outcomes, Stage
 from probekit.interventions.kinds import KINDS, PLAN, Site
 from probekit.interventions.measures import Sums, changes, follows, rows
 from probekit.interventions.moments import moments_at
+from probekit.interventions.readout import READOUT, last_probe
 from probekit.interventions.sampling import Writer
 from probekit.interventions.scenes import draw_scenes
 from probekit.models.conditioning import CONDITIONINGS
@@ -27,14 +28,10 @@ from probekit.models.mixing import VARIANTS
 from probekit.probing.activations import Place, Reader
 from probekit.probing.grid import Grid, make_grid
 from probekit.probing.locations import per_layer
-from probekit.probing.saved import Cell, LinearProbe, SavedProbes
 from probekit.probing.targets import find_target
 from probekit.progress import Progress
 from probekit.run import Run
-from probekit.storage import atomic_folder, read_json, write_json
-
-READOUT = "hook_resid_post"
-"""Where, in the last layer, a probe tells what the LM makes of an intervention."""
+from probekit.storage import atomic_folder, write_json
 
 TYPES = {"condition": "str", "strength": "float64", "layer": "Int64"}
 """Types of columns that may be empty."""
@@ -91,7 +88,7 @@ def intervene(
     run.require("lm")
     chosen, progress = run.config.intervene, Progress(quiet=quiet)
     places = _places(run, chosen)
-    readout = _readout(run, chosen)
+    readout = last_probe(run, chosen.variant)
     window, _ = window_and_stride(run)
     reach = max(chosen.distances)
     scenes = draw_scenes(
@@ -245,21 +242,6 @@ def _places(run: Run, chosen: InterventionSettings) -> list[Place]:
             dict.fromkeys(chosen.layers or range(layers)) if per_layer(location) else [beside[location]]
         )
     ]
-
-
-def _readout(run: Run, chosen: InterventionSettings) -> tuple[Place, LinearProbe]:
-    """The probe of the last layer, right before the next sentence."""
-    last = run.bridged.cfg.n_layers - 1
-    folder = run.folder / "probes"
-    saved = SavedProbes(folder, chosen.variant, run.config.seed)
-    probed = read_json(folder / "settings.json")["probe"]
-    if (probed["target"], probed["labels"], probed["anchors"]) != ("action", None, "sentence"):
-        raise ProbekitError(
-            f"{folder} holds probes of {probed['target']!r} before every {probed['anchors']}, but "
-            "interventions need those of the next sentence's action; run "
-            f"`probekit probe {run.folder} --probe.variants {chosen.variant}`"
-        )
-    return (READOUT, last), saved[Cell(READOUT, last, 1)]
 
 
 def _check_plan(stage: Stage, chosen: InterventionSettings) -> None:

@@ -13,8 +13,9 @@ from probekit.interventions.changes import Condition, erasing, patching, replann
 from probekit.interventions.effects import Stage
 from probekit.interventions.erasure import Eraser, inlp, leace, random_subspace
 from probekit.interventions.refit import accuracies
+from probekit.interventions.ways import Way, along_gradient, along_weights, straight
 from probekit.probing.activations import Place
-from probekit.probing.saved import Cell, SavedProbes
+from probekit.probing.saved import Cell, LinearProbe, SavedProbes
 from probekit.probing.solvers import Moments
 from probekit.run import Run
 
@@ -80,17 +81,26 @@ def _patch(run: Run, stage: Stage, site: Site) -> Measured:
 
 def _steer(run: Run, stage: Stage, site: Site) -> Measured:
     chosen = run.config.intervene
-    vectors = {distance: _means(moments) for distance, moments in site.moments.items()}
-    if chosen.direction == "probe" and site.place is not None:
-        saved = SavedProbes(run.folder / "probes", chosen.variant, run.config.seed)
-        for distance, means in vectors.items():
-            coef = saved[Cell(*site.place, distance)].coef.T.to(means)
-            along = coef - coef.mean(dim=0)
-            # As long as the way between means, so that strengths can be compared.
-            scale = means.norm(dim=1) / along.norm(dim=1).clamp(min=1e-12)
-            vectors[distance] = along * scale[:, None]
+    means = {distance: _means(moments) for distance, moments in site.moments.items()}
+    if chosen.direction == "means":
+        ways = {distance: straight(vectors) for distance, vectors in means.items()}
+    else:
+        ways = {distance: _read_way(run, site, distance, vectors) for distance, vectors in means.items()}
     known = np.flatnonzero(site.moments[site.distance].class_counts[0].cpu().numpy())
-    return Measured(steering(vectors, stage.scenes, known, chosen.strengths, run.config.seed), {})
+    return Measured(steering(ways, stage.scenes, known, chosen.strengths, run.config.seed), {})
+
+
+def _read_way(run: Run, site: Site, distance: int, means: Tensor) -> Way:
+    """Along what the probe of the site reads; as long as the way between means, to compare strengths."""
+    assert site.place is not None  # noqa: S101 - only plans are at no place, and those are not steered
+    chosen = run.config.intervene
+    saved = SavedProbes(run.folder / "probes", chosen.variant, run.config.seed)
+    found = saved[Cell(*site.place, distance)]
+    probe = LinearProbe(found.coef.to(means), found.intercept.to(means))
+    lengths = means.norm(dim=1)
+    if chosen.direction == "probe":
+        return along_weights(probe, lengths)
+    return along_gradient(probe, lengths, chosen.steps)
 
 
 def _replan(run: Run, stage: Stage, site: Site) -> Measured:

@@ -18,6 +18,8 @@ from probekit.interventions.changes import (
     steering,
 )
 from probekit.interventions.erasure import Eraser
+from probekit.interventions.ways import Way, along_gradient, straight
+from probekit.probing.saved import LinearProbe
 
 WIDTH, ACTION = 6, np.array([0, 1, 1, 2, 0, 1, 3])
 SCENES: Any = SimpleNamespace(action=ACTION)
@@ -36,6 +38,15 @@ def moved(after: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
     return (after - before).norm(dim=1)
 
 
+def ways(directions: dict[int, torch.Tensor]) -> dict[int, Way]:
+    return {distance: straight(vectors) for distance, vectors in directions.items()}
+
+
+def climbing(seed: int) -> Way:
+    probe = LinearProbe(drawn(WIDTH, 4, seed=seed), drawn(4, seed=seed + 1))
+    return along_gradient(probe, torch.tensor([1.0, 2.0, 3.0, 4.0]), 3)
+
+
 def eraser(seed: int) -> Eraser:
     left = drawn(WIDTH, 2, seed=seed)
     return Eraser(left, torch.linalg.pinv(left), drawn(WIDTH, seed=seed + 1))
@@ -47,7 +58,8 @@ def test_every_random_control_moves_as_far_as_what_it_stands_beside():
     groups = [
         erasing({1: eraser(0), 2: eraser(1)}, {1: eraser(2), 2: eraser(3)}, 0),
         patching(directions | {1: drawn(7, WIDTH, seed=8), 2: drawn(7, WIDTH, seed=9)}, SCENES, 0),
-        steering(directions, SCENES, np.arange(4), [2.5], 0),
+        steering(ways(directions), SCENES, np.arange(4), [2.5], 0),
+        steering({d: climbing(d) for d in (1, 2)}, SCENES, np.arange(4), [2.5], 0),
         replanning(drawn(4, WIDTH, seed=4), SCENES, np.arange(4), 0),
     ]
     for conditions in groups:
@@ -101,7 +113,7 @@ def test_patches_put_the_donor_in_place_of_scenes_that_have_both():
 
 def test_steering_adds_the_direction_of_the_target():
     directions, x = {1: drawn(4, WIDTH, seed=2)}, drawn(7, WIDTH, seed=1)
-    conditions = steering(directions, SCENES, np.array([0, 1, 3]), [1.0, 3.0], 0)
+    conditions = steering(ways(directions), SCENES, np.array([0, 1, 3]), [1.0, 3.0], 0)
     assert [c.strength for c in conditions] == [1.0] * 4 + [3.0] * 4
     for condition in conditions:
         if condition.beside:
@@ -129,6 +141,6 @@ def test_replanning_gives_the_embedding_of_the_target():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_types_are_kept(dtype: torch.dtype):
     x = drawn(7, WIDTH, seed=1).to(dtype)
-    directions = {1: drawn(4, WIDTH, seed=2)}
-    for condition in steering(directions, SCENES, np.arange(4), [1.0], 0):
-        assert condition.change(x, ALL, 1).dtype == dtype
+    for way in (straight(drawn(4, WIDTH, seed=2)), climbing(2)):
+        for condition in steering({1: way}, SCENES, np.arange(4), [1.0], 0):
+            assert condition.change(x, ALL, 1).dtype == dtype

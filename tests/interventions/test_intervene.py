@@ -149,18 +149,21 @@ def test_the_last_layer_changes_the_first_token_alone(results: InterventionResul
     assert set(rest.documents) <= set(range(1, 13))
 
 
-def test_probe_directions_are_as_long_as_the_way_between_means(run_copy: Run):
-    few = FEW | {"intervene.kinds": ["steer"], "intervene.layers": [1]}
-    moved = [
-        cell(
+def test_directions_of_probes_are_as_long_as_the_way_between_means(run_copy: Run):
+    few = FEW | {"intervene.kinds": ["steer"], "intervene.layers": [1], "intervene.steps": 4}
+    found = {
+        direction: cell(
             intervene(run_copy, few | {"intervene.direction": direction}, quiet=True).table,
-            condition="true action",
+            condition="wrong action",
             distance=3,
         )
-        for direction in ("means", "probe")
-    ]
-    assert moved[0].moved == pytest.approx(moved[1].moved, rel=1e-4)
-    assert moved[0].readout_kl != pytest.approx(moved[1].readout_kl, rel=1e-2)
+        for direction in ("means", "probe", "gradient")
+    }
+    assert found["probe"].moved == pytest.approx(found["means"].moved, rel=1e-4)
+    assert found["probe"].readout_kl != pytest.approx(found["means"].readout_kl, rel=1e-2)
+    # A way that turns ends nearer to where it began.
+    assert 0.5 * found["means"].moved < found["gradient"].moved < found["means"].moved
+    assert found["gradient"].readout_target != pytest.approx(found["probe"].readout_target, rel=1e-2)
 
 
 def test_other_variants_stand_beside(run_copy: Run):
@@ -272,9 +275,12 @@ def test_sums_are_of_the_split_to_fit_on_alone(told: Run):
             r"intervene\.strengths, which has 1e\+30",
         ),
         ({"intervene.kinds": ["codebook"]}, r"variant 'none' is told no actions"),
-        (
-            {"intervene.kinds": ["steer"], "intervene.direction": "probe", "intervene.distances": [5]},
-            r"has no softmax probe of 'none' at hook_resid_post, layer 0, distance 4",
+        *(
+            (
+                {"intervene.kinds": ["steer"], "intervene.direction": direction, "intervene.distances": [5]},
+                r"has no softmax probe of 'none' at hook_resid_post, layer 0, distance 4",
+            )
+            for direction in ("probe", "gradient")
         ),
     ],
 )

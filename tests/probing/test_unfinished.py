@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from safetensors.torch import save_file
 
 from probekit.probing import probe as module
 from probekit.probing.probe import probe
 from probekit.run import Run
-from probekit.storage import read_tensors, write_tensors
+from probekit.storage import read_tensors
 
 FEW = {
     "probe.layers": [0, 2],
@@ -71,7 +72,7 @@ def test_what_other_settings_or_weights_left_is_not_taken(run: Run, changed: str
     else:
         name = "lm/model.safetensors"
         tensors = {key: value * 1.01 for key, value in read_tensors(run.folder / name).items()}
-        write_tensors(run.folder / name, tensors, {"format": "pt"})
+        save_file(tensors, run.folder / name, {"format": "pt"})
     run = Run.open(run.folder)
     found = probe(run, settings, quiet=True).table
     fresh = probe(run, settings, quiet=True).table

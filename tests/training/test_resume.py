@@ -1,11 +1,5 @@
 """Training that was stopped within a stage, by whatever, and runs as they were behind a step."""
 
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,9 +11,6 @@ from probekit.models.language_model import new_model
 from probekit.run import Run
 from probekit.storage import read_json
 from probekit.training.train import train
-
-KILLS = int(os.environ.get("PROBEKIT_KILLS", "1"))
-"""How often a process is killed at a random moment."""
 
 VARIANTS = ["fixed", "mixed", "gumbel"]
 """One that draws nothing, and two that draw from a generator of their own and from the global one."""
@@ -93,30 +84,6 @@ def _killed_behind(stage: str, step: int) -> object:
             raise Killed
 
     return killing
-
-
-@pytest.mark.parametrize("seed", range(KILLS))
-def test_killed_at_a_random_moment(config: Config, whole: Run, tmp_path: Path, seed: int):
-    folder = tmp_path / "run"
-    (tmp_path / "settings.yaml").write_text(config.to_yaml())
-    command = [sys.executable, "-m", "probekit", "train", "--quiet", "--out", str(folder)]
-    draw = random.Random(seed)
-    begin = [*command, "--config", str(tmp_path / "settings.yaml")]
-    for first in (True, False):
-        with subprocess.Popen(begin if first or not folder.exists() else [*command, "--resume"]) as process:
-            _wait_for(folder / "corpus" if first else folder, process)
-            time.sleep(draw.uniform(0.0, 4.0))
-            process.send_signal(signal.SIGKILL)
-    if (folder / "run.json").exists():
-        train(None, folder, existing="resume", quiet=True)
-    else:
-        train(config, folder, existing="resume", quiet=True)
-    assert made(folder) == made(whole.folder)
-
-
-def _wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
-    while not path.exists() and process.poll() is None:
-        time.sleep(0.05)
 
 
 def test_a_state_of_other_settings_is_begun_anew(

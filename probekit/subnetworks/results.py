@@ -1,0 +1,140 @@
+"""The table of a subnetwork and of what it is compared with, with intervals from resampling documents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pandas as pd
+
+from probekit.evaluation.statistics import Interval, Resampling, bootstrap_ratios
+from probekit.subnetworks.components import Component
+from probekit.subnetworks.learning import Candidate
+from probekit.subnetworks.measures import Sums
+
+WHOLE, SUBNETWORK, ALONE, RANDOM = "whole", "subnetwork", "alone", "random"
+"""Conditions: nothing removed, the learned mask, as many components that are best removed alone, and as many
+drawn at random in every layer."""
+
+CONDITIONS = (WHOLE, SUBNETWORK, ALONE)
+"""Those of one mask each, in the order of their masks; random ones come behind."""
+
+FEW_LOST = 0.5
+"""A probe that is fitted again loses little if it loses less than this share of what the first one does."""
+
+
+def results_table(sums: Sums, masks: np.ndarray, resampling: Resampling) -> pd.DataFrame:
+    """A row for every condition, draw and metric.
+
+    Args:
+        sums: By metric; masks in the order of `CONDITIONS`, then one for each draw.
+        masks: What they remove `[masks, components]`, bool.
+        resampling: How intervals are made.
+    """
+    rows = [
+        {"condition": name, "draw": draw, "metric": metric}
+        | {"value": interval.value, "value_low": interval.low, "value_high": interval.high}
+        | {"documents": interval.documents}
+        for name, draw, metric, interval in _intervals(sums, resampling)
+    ]
+    table = pd.DataFrame(rows).astype({"draw": "Int64"})
+    subnetwork = masks[CONDITIONS.index(SUBNETWORK)]
+    # Equal in all draws, as the number of removed components is.
+    number = {name: masks[n] for n, name in enumerate(CONDITIONS)} | {RANDOM: masks[-1]}
+    shared = {name: (mask & subnetwork).sum() for name, mask in number.items()}
+    shared[RANDOM] = (masks[len(CONDITIONS) :] & subnetwork).sum(1).mean()
+    return table.assign(
+        removed=table.condition.map({name: int(mask.sum()) for name, mask in number.items()}),
+        shared=table.condition.map(shared).astype(float),
+        components=masks.shape[1],
+    )
+
+
+def cautions(table: pd.DataFrame, masks: np.ndarray) -> list[str]:
+    """What speaks against a subnetwork, from its rows and the masks that they are of."""
+    subnetwork, drawn = masks[CONDITIONS.index(SUBNETWORK)], masks[len(CONDITIONS) :]
+    if not subnetwork.any():
+        return ["no mask was better than to remove nothing, on validation documents"]
+    found = []
+    if (drawn == subnetwork).all():
+        found.append(
+            "the subnetwork is all components of its layers: what is drawn at random there is the same"
+        )
+    rows = table[table.condition == SUBNETWORK].set_index("metric")
+    lost, moved = rows.value["bits_change"], rows.value["refitted_bits_change"]
+    if lost < 0 and moved > FEW_LOST * lost:
+        found.append(
+            f"the probe loses {-lost:.3f} bits, but one that is fitted again only {-moved:.3f}: most of it "
+            "has not gone, but moved"
+        )
+    if rows.value_high["refitted_bits_over_random"] >= 0:
+        found.append(
+            "a probe that is fitted again does not lose more than with as many components removed at random "
+            "in the same layers"
+        )
+    return found
+
+
+def _intervals(sums: Sums, resampling: Resampling) -> Iterator[tuple[str, int | None, str, Interval]]:
+    """Conditions, draws (none for the mean over draws), metrics and their values."""
+    first, whole = len(CONDITIONS), CONDITIONS.index(WHOLE)
+    for metric, (values, counts) in sums.items():
+        mean = values[first:].mean(axis=0)
+        lines: list[tuple[str, int | None, np.ndarray]] = [
+            *((name, None, values[number]) for number, name in enumerate(CONDITIONS)),
+            (RANDOM, None, mean),
+            *((RANDOM, draw, own) for draw, own in enumerate(values[first:])),
+        ]
+        cells = [(name, draw, metric, own) for name, draw, own in lines]
+        cells += [
+            (name, draw, f"{metric}_change", own - values[whole])
+            for name, draw, own in lines
+            if name != WHOLE
+        ]
+        cells += [
+            (name, draw, f"{metric}_over_random", own - mean)
+            for name, draw, own in lines
+            if name in (SUBNETWORK, ALONE)
+        ]
+        found = bootstrap_ratios(np.stack([own for *_, own in cells], axis=1), counts, **resampling)
+        for number, (name, draw, called, _) in enumerate(cells):
+            yield name, draw, called, found[number]
+
+
+def mask_table(
+    components: Sequence[Component], mask: Candidate, alone: Sums, resampling: Resampling
+) -> pd.DataFrame:
+    """A row for every component.
+
+    Args:
+        components: All of them.
+        mask: The learned mask.
+        alone: What is left when each is removed alone; the last one is of the whole LM.
+        resampling: How intervals are made.
+    """
+    table = pd.DataFrame(
+        [{"component": str(c), "kind": c.kind, "layer": c.layer, "head": c.head} for c in components]
+    ).astype({"layer": "Int64", "head": "Int64"})
+    table["gate"], table["removed"] = mask.gates, mask.removed
+    for metric in ("information", "kept_kl"):
+        values, counts = alone[metric]
+        found = bootstrap_ratios((values[:-1] - values[-1]).T, counts, **resampling)
+        name = f"alone_{metric}"
+        table[name], table[f"{name}_low"], table[f"{name}_high"] = found.value, found.low, found.high
+        table["documents"] = found.documents
+    return table
+
+
+def candidate_table(
+    candidates: Sequence[Candidate], chosen: int, objective: np.ndarray, error: np.ndarray
+) -> pd.DataFrame:
+    """A row for every mask that was tried, with its objective and standard error `[candidates]`."""
+    return pd.DataFrame(
+        {
+            "penalty": [candidate.penalty for candidate in candidates],
+            "removed": [int(candidate.removed.sum()) for candidate in candidates],
+            "objective": objective,
+            "error": error,
+            "chosen": np.arange(len(candidates)) == chosen,
+        }
+    ).astype({"penalty": "float64"})
