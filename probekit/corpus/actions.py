@@ -7,6 +7,7 @@ memory map of millions of rows: everything but the fit reads them in blocks.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -17,11 +18,14 @@ from scipy.sparse import csr_array
 from sklearn.cluster import KMeans, MiniBatchKMeans
 from threadpoolctl import threadpool_limits
 
+from probekit.corpus.workers import cores
 from probekit.errors import ProbekitError
-from probekit.storage import read_tensors, write_tensors
+from probekit.storage import read_tensors, release, write_tensors
 
 _BLOCK = 2**22
 """Float64 values in one block of embeddings or distances: 32 MiB."""
+_MOST_THREADS = 8
+"""Blocks that are in memory at once."""
 _FULL_KMEANS = 4_000_000
 """Up to this many sentence-centroid pairs every iteration sees all sentences: a few seconds a fit."""
 
@@ -47,10 +51,18 @@ class Codebook:
         """
         centroids = self.centroids.astype(np.float64)
         norms = np.einsum("kd,kd->k", centroids, centroids)
+        doubled = 2.0 * centroids.T
         labels = np.empty(len(embeddings), np.int32)
-        for rows, block in _blocks(embeddings, len(centroids)):
+
+        def label(rows: slice) -> None:
+            scores = _block(embeddings, rows) @ doubled
             # |x - c|^2 without |x|^2, which is the same for every centroid.
-            labels[rows] = np.argmin(norms - block @ (2.0 * centroids.T), axis=1)
+            labels[rows] = np.argmin(np.subtract(norms, scores, out=scores), axis=1)
+
+        # Blocks side by side, each on one thread: a product's bits are then the same on any number of cores.
+        with threadpool_limits(1), ThreadPoolExecutor(min(cores(), _MOST_THREADS)) as threads:
+            for _ in threads.map(label, _rows(embeddings, len(centroids))):
+                release(embeddings)
         return labels
 
     def save(self, path: str | Path) -> None:
@@ -88,7 +100,7 @@ def fit_codebook(embeddings: np.ndarray, k: int, seed: int) -> Codebook:
     kmeans = (
         KMeans(k, n_init=3, max_iter=100, random_state=seed)
         if full
-        else MiniBatchKMeans(k, n_init=3, batch_size=4096, random_state=seed)
+        else MiniBatchKMeans(k, n_init=3, batch_size=4096, compute_labels=False, random_state=seed)
     )
     # Threads add up partial sums in whichever order they finish: one thread, the same bits every time.
     with threadpool_limits(1):
@@ -185,13 +197,23 @@ def _squared_distances(embeddings: np.ndarray, centroids: np.ndarray, labels: np
 
 def _blocks(embeddings: np.ndarray, width: int = 1) -> Iterator[tuple[slice, np.ndarray]]:
     """The embeddings in float64, a block of rows at a time, such that [rows, width] is small too."""
+    for rows in _rows(embeddings, width):
+        yield rows, _block(embeddings, rows)
+        release(embeddings)
+
+
+def _rows(embeddings: np.ndarray, width: int) -> list[slice]:
     height = max(1, _BLOCK // max(embeddings.shape[1], width))
-    for start in range(0, len(embeddings), height):
-        block = np.asarray(embeddings[start : start + height], np.float64)
-        finite = np.isfinite(block).all(axis=1)
-        if not finite.all():
-            raise ProbekitError(
-                f"the embedding of sentence {start + finite.argmin()} is not finite; "
-                "check the model that actions.encoder names"
-            )
-        yield slice(start, start + len(block)), block
+    return [slice(n, min(n + height, len(embeddings))) for n in range(0, len(embeddings), height)]
+
+
+def _block(embeddings: np.ndarray, rows: slice) -> np.ndarray:
+    """Some rows in float64."""
+    block = np.asarray(embeddings[rows], np.float64)
+    finite = np.isfinite(block).all(axis=1)
+    if not finite.all():
+        raise ProbekitError(
+            f"the embedding of sentence {rows.start + finite.argmin()} is not finite; "
+            "check the model that actions.encoder names"
+        )
+    return block

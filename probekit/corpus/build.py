@@ -1,50 +1,84 @@
 """Builds a corpus folder from text: documents, tokens, sentences, embeddings, actions.
 
-Every pass streams the documents in batches and appends to arrays on disk, so memory does not grow with the
-corpus.
+Every pass streams the documents in batches and appends to arrays on disk: memory grows by a few numbers for
+each document and sentence alone. What is fitted is fitted on a bounded sample. Large corpora are cut and
+embedded by all cores, which leave the same bits as one.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 
 from probekit.config import Config, CorpusSettings
+from probekit.corpus import cache
 from probekit.corpus.actions import fit_codebook, label_centroids
-from probekit.corpus.embeddings import fit_encoder
-from probekit.corpus.readers import read_documents
-from probekit.corpus.sentences import align, sentence_spans
-from probekit.corpus.store import SPLITS, Corpus, DocumentTexts, ranges
+from probekit.corpus.cutting import Cutter
+from probekit.corpus.documents import DocumentTexts, sentence_texts, write_documents
+from probekit.corpus.embeddings import SentenceEncoder, fit_encoder
+from probekit.corpus.store import SPLITS, Corpus, ranges
+from probekit.corpus.tfidf import Embedder, TfidfEncoder
 from probekit.corpus.tokenizer import pretrained_tokenizer, separator_id, train_tokenizer
+from probekit.corpus.workers import in_order, processes_for
 from probekit.errors import ProbekitError
 from probekit.progress import Progress
-from probekit.storage import ArrayAppender, atomic_folder, read_array, write_array, write_json
+from probekit.storage import (
+    ArrayAppender,
+    atomic_folder,
+    read_array,
+    read_json,
+    release,
+    write_array,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-DOCUMENTS_PER_BATCH = 256
+TOKENIZER_CHARACTERS = 100_000_000
+"""The tokenizer of a new LM is trained on about so many characters at most: it learns nothing from more."""
 
-T = TypeVar("T")
+_ROWS_AT_ONCE = 1 << 14
 
-_SCHEMA = pa.schema(
-    [
-        ("name", pa.string()),
-        ("text", pa.large_string()),
-        ("actions", pa.list_(pa.int32())),
-        ("kind", pa.int32()),
-    ]
-)
+
+@dataclass(frozen=True)
+class _Begun:
+    """A corpus whose documents are written and split.
+
+    Attributes:
+        config: The settings.
+        folder: Where the corpus is being written.
+        texts: Its documents.
+        split: Of each document, its number in `SPLITS`.
+        characters: Of all documents.
+        progress: Told of every stage.
+    """
+
+    config: Config
+    folder: Path
+    texts: DocumentTexts
+    split: np.ndarray
+    characters: int
+    progress: Progress
+
+    @property
+    def processes(self) -> int:
+        return processes_for(self.characters)
+
+    @property
+    def train(self) -> np.ndarray:
+        """Whether each document is one to train on."""
+        return self.split == SPLITS.index("train")
 
 
 def write_corpus(config: Config, folder: Path, progress: Progress, device: str = "cpu") -> Corpus:
-    """Builds the corpus that the settings describe and opens it.
+    """Builds the corpus that the settings describe, or takes it from the cache, and opens it.
 
     Args:
         config: The sections `corpus`, `actions` and `lm` (for its tokenizer) are used.
@@ -61,44 +95,25 @@ def write_corpus(config: Config, folder: Path, progress: Progress, device: str =
             "corpus knows its actions; use clusters"
         )
     with atomic_folder(folder) as partial:
-        facts = _write_documents(config.corpus, partial, progress)
-        texts = DocumentTexts(partial / "documents.arrow")
-        split = _write_splits(config.corpus, partial, facts.pop("digests"))
-        tokenizer = _make_tokenizer(config, texts, split, partial)
-        facts |= _write_tokens(config, texts, tokenizer, partial, progress)
-        facts |= _write_actions(config, texts, split, partial, progress, device)
-        write_json(partial / "facts.json", facts)
+        facts, digests, characters = write_documents(config.corpus, partial / "documents.arrow", progress)
+        tokenizer = None
+        if config.lm.name is not None:
+            tokenizer = pretrained_tokenizer(config.lm)
+            tokenizer.save_pretrained(partial / "tokenizer")
+        entry = cache.Entry.of(config, partial, facts["fingerprint"], device)
+        if entry is not None and entry.take(partial):
+            progress.say(f"the same text and settings as in {entry.folder}: taken from there")
+            write_json(partial / "facts.json", read_json(partial / "facts.json") | facts)
+        else:
+            since = time.monotonic()
+            split = _write_splits(config.corpus, partial, digests)
+            texts = DocumentTexts(partial / "documents.arrow")
+            begun = _Begun(config, partial, texts, split, characters, progress)
+            facts |= _write_tokens(begun, tokenizer or _new_tokenizer(begun))
+            write_json(partial / "facts.json", facts | _write_actions(begun, device))
+            if entry is not None and time.monotonic() - since > cache.SECONDS_WORTH_KEEPING:
+                entry.keep(partial)
     return Corpus.open(folder)
-
-
-def _write_documents(settings: CorpusSettings, folder: Path, progress: Progress) -> dict[str, Any]:
-    digests: list[int] = []
-    blank = 0
-    fingerprint = hashlib.sha256()
-    with (
-        progress.task("read documents") as task,
-        pa.OSFile(str(folder / "documents.arrow"), "wb") as sink,
-        pa.ipc.new_file(sink, _SCHEMA) as writer,
-    ):
-        for batch in _batches(task.track(read_documents(settings)), DOCUMENTS_PER_BATCH):
-            kept = [document for document in batch if document.text.strip()]
-            blank += len(batch) - len(kept)
-            for document in kept:
-                digest = hashlib.blake2b(
-                    document.text.encode("utf-8", "surrogatepass"), digest_size=8
-                ).digest()
-                digests.append(int.from_bytes(digest))
-                fingerprint.update(digest)
-            if kept:
-                writer.write_batch(pa.RecordBatch.from_pylist([vars(d) for d in kept], schema=_SCHEMA))
-    if not digests:
-        raise ProbekitError(f"corpus.path {settings.path!r}: all its {blank} documents are blank")
-    return {
-        "documents": len(digests),
-        "blank_documents_dropped": blank,
-        "fingerprint": fingerprint.hexdigest(),
-        "digests": np.array(digests, dtype=np.uint64),
-    }
 
 
 def _write_splits(settings: CorpusSettings, folder: Path, digests: np.ndarray) -> np.ndarray:
@@ -122,87 +137,69 @@ def _write_splits(settings: CorpusSettings, folder: Path, digests: np.ndarray) -
     return split
 
 
-def _make_tokenizer(
-    config: Config, texts: DocumentTexts, split: np.ndarray, folder: Path
-) -> PreTrainedTokenizerBase:
-    if config.lm.name is None:
-        train = (
-            row["text"]
-            for first, rows in texts.batches()
-            for number, row in enumerate(rows, first)
-            if SPLITS[split[number]] == "train"
-        )
-        return train_tokenizer(train, config.lm.vocabulary, folder / "tokenizer")
-    tokenizer = pretrained_tokenizer(config.lm)
-    with atomic_folder(folder / "tokenizer") as partial:
-        tokenizer.save_pretrained(partial)
-    return tokenizer
+def _new_tokenizer(begun: _Begun) -> PreTrainedTokenizerBase:
+    with begun.progress.task("train the tokenizer"):
+        vocabulary, folder = begun.config.lm.vocabulary, begun.folder / "tokenizer"
+        return train_tokenizer(_tokenizer_texts(begun), vocabulary, folder)
 
 
-def _write_tokens(
-    config: Config, texts: DocumentTexts, tokenizer: PreTrainedTokenizerBase, folder: Path, progress: Progress
-) -> dict[str, Any]:
-    separator = separator_id(tokenizer)
+def _tokenizer_texts(begun: _Begun) -> Iterator[str]:
+    """Training documents: all of them, or, of more text than is needed, some drawn at random."""
+    chosen = begun.train
+    share = TOKENIZER_CHARACTERS / (begun.characters * chosen.mean())
+    if share < 1:
+        chosen = chosen & (np.random.default_rng(begun.config.corpus.seed).random(len(chosen)) < share)
+    for first, rows in begun.texts.batches():
+        yield from (row["text"] for number, row in enumerate(rows, first) if chosen[number])
+
+
+def _write_tokens(begun: _Begun, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    folder, settings, texts = begun.folder, begun.config.corpus, begun.texts
+    cutter = Cutter(
+        documents=folder / "documents.arrow",
+        tokenizer=folder / "tokenizer" / "tokenizer.json",
+        split_special_tokens=tokenizer.split_special_tokens,
+        separator=separator_id(tokenizer),
+        language=settings.language,
+        planted=settings.reader == "planted",
+    )
     token_type = np.uint16 if len(tokenizer) < 2**16 else np.uint32
-    document_tokens, document_sentences = [0], [0]
-    with ExitStack() as stack, progress.task("tokenise", total=len(texts)) as task:
+    document_tokens, document_sentences = [], []
+    total = 0
+    with ExitStack() as stack, begun.progress.task("tokenise", total=len(texts)) as task:
 
         def appender(name: str, dtype: Any, columns: tuple[int, ...] = ()) -> ArrayAppender:
             return stack.enter_context(ArrayAppender(folder / f"{name}.npy", dtype, columns))
 
         tokens, first_token = appender("tokens", token_type), appender("first_token", np.int64)
         spans = appender("spans", np.int64, (2,))
-        planted = appender("planted_actions", np.int32) if config.corpus.reader == "planted" else None
-        for _, rows in texts.batches():
-            encoded = tokenizer(
-                [row["text"] for row in rows],
-                add_special_tokens=False,
-                return_offsets_mapping=True,
-                return_attention_mask=False,
-                verbose=False,
-            )
-            for row, ids, offsets in zip(rows, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-                whole = sentence_spans(row["text"], config.corpus.language)
-                aligned = align(row["text"], whole, np.array(offsets, dtype=np.int64).reshape(-1, 2))
-                tokens.append(np.array([separator, *ids]))
-                first_token.append(aligned.first_token + document_tokens[-1] + 1)
-                spans.append(aligned.spans)
-                if planted is not None:
-                    planted.append(_matched(row, len(aligned.spans)))
-                document_tokens.append(document_tokens[-1] + 1 + len(ids))
-                document_sentences.append(document_sentences[-1] + len(aligned.spans))
-            task.advance(len(rows))
-    write_array(folder / "document_tokens.npy", np.array(document_tokens, dtype=np.int64))
-    write_array(folder / "document_sentences.npy", np.array(document_sentences, dtype=np.int64))
-    lengths = np.diff(document_sentences)
+        planted = appender("planted_actions", np.int32) if cutter.planted else None
+        for cut in in_order(cutter, ((batch,) for batch in range(len(texts.starts) - 1)), begun.processes):
+            tokens.append(cut.tokens)
+            first_token.append(cut.first_token + total)
+            spans.append(cut.spans)
+            if planted is not None and cut.planted_actions is not None:
+                planted.append(cut.planted_actions)
+            document_tokens.append(cut.document_tokens)
+            document_sentences.append(cut.document_sentences)
+            total += len(cut.tokens)
+            task.advance(len(cut.document_tokens))
+    lengths = np.concatenate(document_sentences)
+    write_array(folder / "document_tokens.npy", _bounds(np.concatenate(document_tokens)))
+    write_array(folder / "document_sentences.npy", _bounds(lengths))
     return {
-        "tokens": document_tokens[-1] - len(texts),
-        "sentences": document_sentences[-1],
+        "tokens": total - len(texts),
+        "sentences": int(lengths.sum()),
         "one_sentence_documents": int((lengths == 1).sum()),
         "vocabulary": len(tokenizer),
     }
 
 
-def _matched(row: dict[str, Any], sentences: int) -> np.ndarray:
-    if len(row["actions"]) != sentences:
-        raise ProbekitError(
-            f"document {row['name']!r} was planted with {len(row['actions'])} sentences, but the splitter "
-            f"finds {sentences}; corpus.language must be 'en' for the planted corpus"
-        )
-    return np.array(row["actions"], dtype=np.int32)
-
-
-def _write_actions(
-    config: Config,
-    texts: DocumentTexts,
-    split: np.ndarray,
-    folder: Path,
-    progress: Progress,
-    device: str,
-) -> dict[str, Any]:
+def _write_actions(begun: _Begun, device: str) -> dict[str, Any]:
+    config, folder, progress = begun.config, begun.folder, begun.progress
     settings, seed = config.actions, config.corpus.seed
     document_sentences = read_array(folder / "document_sentences.npy")
-    train = np.flatnonzero(split == SPLITS.index("train"))
+    train = np.flatnonzero(begun.train)
     candidates = ranges(document_sentences[train], document_sentences[train + 1])
     if len(candidates) < settings.k:
         raise ProbekitError(
@@ -211,30 +208,27 @@ def _write_actions(
         )
     rng = np.random.default_rng(seed)
     sample = np.sort(rng.choice(candidates, size=min(settings.fit_sentences, len(candidates)), replace=False))
-    spans = read_array(folder / "spans.npy")
-
     with progress.task("fit the sentence encoder"):
-        chosen = set(sample.tolist())
-        sampled = [s for n, s in enumerate(_sentence_texts(texts, document_sentences, spans)) if n in chosen]
-        encoder = fit_encoder(settings, sampled, seed, device)
+        encoder = fit_encoder(settings, _chosen_sentences(begun, sample), seed, device)
         encoder.save(folder / "encoder")
     with (
-        progress.task("embed sentences", total=len(spans)) as task,
+        progress.task("embed sentences", total=int(document_sentences[-1])) as task,
         ArrayAppender(folder / "embeddings.npy", np.float32, (encoder.dimensions,)) as embeddings,
     ):
-        for batch in _batches(_sentence_texts(texts, document_sentences, spans), settings.batch_size):
-            embeddings.append(encoder.encode(batch))
-            task.advance(len(batch))
+        for block in _embedded(begun, encoder):
+            embeddings.append(block)
+            task.advance(len(block))
     with progress.task("cluster sentences into actions"):
         vectors = read_array(folder / "embeddings.npy")
-        codebook = fit_codebook(vectors[sample], settings.k, seed)
+        sampled = _rows(vectors, sample)
+        codebook = fit_codebook(sampled, settings.k, seed)
         actions = codebook.nearest(vectors)
         facts: dict[str, Any] = {}
         if config.corpus.reader == "planted":
             facts["adjusted_rand_index"] = _agreement(folder, actions, candidates)
         if settings.labels == "planted":
             actions = np.array(read_array(folder / "planted_actions.npy"))
-            codebook = label_centroids(vectors[sample], actions[sample], config.corpus.planted.actions)
+            codebook = label_centroids(sampled, actions[sample], config.corpus.planted.actions)
     write_array(folder / "actions.npy", actions)
     codebook.save(folder / "codebook.safetensors")
     return facts
@@ -247,19 +241,52 @@ def _agreement(folder: Path, clusters: np.ndarray, sentences: np.ndarray) -> flo
     return float(adjusted_rand_score(planted[sentences], clusters[sentences]))
 
 
-def _sentence_texts(texts: DocumentTexts, document_sentences: np.ndarray, spans: np.ndarray) -> Iterator[str]:
-    for first, rows in texts.batches():
-        for number, row in enumerate(rows, first):
-            for start, end in spans[document_sentences[number] : document_sentences[number + 1]]:
-                yield row["text"][start:end].strip()
+def _embedded(begun: _Begun, encoder: SentenceEncoder) -> Iterator[np.ndarray]:
+    """The embeddings of all sentences, some at a time."""
+    if isinstance(encoder, TfidfEncoder):
+        work = Embedder(begun.folder / "documents.arrow", begun.folder, begun.folder / "encoder")
+        yield from in_order(work, enumerate(begun.texts.starts[:-1].tolist()), begun.processes)
+        return
+    size, waiting = begun.config.actions.batch_size, list[str]()
+    for sentences in _sentences(begun):
+        waiting += sentences
+        whole = len(waiting) - len(waiting) % size
+        yield from (encoder.encode(waiting[start : start + size]) for start in range(0, whole, size))
+        del waiting[:whole]
+    if waiting:
+        yield encoder.encode(waiting)
 
 
-def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    batch: list[T] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+def _sentences(begun: _Begun) -> Iterator[list[str]]:
+    """All sentences, those of a batch of documents at a time."""
+    document_sentences = read_array(begun.folder / "document_sentences.npy")
+    spans = read_array(begun.folder / "spans.npy")
+    for first, rows in begun.texts.batches():
+        bounds = document_sentences[first : first + len(rows) + 1]
+        yield sentence_texts(rows, np.diff(bounds), spans[bounds[0] : bounds[-1]])
+        release(spans)
+
+
+def _chosen_sentences(begun: _Begun, chosen: np.ndarray) -> list[str]:
+    """Sentences by their numbers, which are in order."""
+    texts: list[str] = []
+    first = 0
+    for sentences in _sentences(begun):
+        here = chosen[slice(*np.searchsorted(chosen, [first, first + len(sentences)]))] - first
+        texts += [sentences[n] for n in here.tolist()]
+        first += len(sentences)
+    return texts
+
+
+def _rows(mapped: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """Rows of a mapped array, without those between them."""
+    rows = np.empty((len(chosen), *mapped.shape[1:]), mapped.dtype)
+    for part in np.array_split(np.arange(len(chosen)), len(chosen) // _ROWS_AT_ONCE + 1):
+        rows[part] = mapped[chosen[part]]
+        release(mapped)
+    return rows
+
+
+def _bounds(lengths: np.ndarray) -> np.ndarray:
+    """Where each of several things of these lengths begins, and at the end where the last one ends."""
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])

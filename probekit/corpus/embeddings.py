@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 import numpy as np
-import torch
-from scipy.sparse import csr_matrix
-from sklearn.decomposition import TruncatedSVD
-from sklearn.feature_extraction.text import TfidfVectorizer
-from threadpoolctl import threadpool_limits
 
 from probekit import hub
 from probekit.config import ActionSettings
+from probekit.corpus.tfidf import TfidfEncoder
 from probekit.errors import ProbekitError
-from probekit.storage import atomic_folder, read_json, read_tensors, write_json, write_tensors
-
-MAX_WORDS = 100_000
-"""The most frequent words of the sample that TF-IDF knows; bounds memory, not quality."""
-
-# Scripts that write no spaces (Thai to Khmer, kana, Han) give a word for each character, all others a word
-# for each run of letters, digits and the marks on them. `\w` has no marks: without them Hindi falls apart.
-_UNSPACED = (
-    r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-)
-_MARKS = r"\u0300-\u036f\u0591-\u05c7\u0610-\u065f\u0900-\u0963\u0966-\u0dff"
-WORD = re.compile(rf"[{_UNSPACED}]|(?:(?![{_UNSPACED}])[\w{_MARKS}])+")
-"""A word, in every script."""
+from probekit.storage import atomic_folder, read_json, write_json
 
 
 class SentenceEncoder(Protocol):
@@ -79,88 +62,11 @@ def load_encoder(folder: Path, device: str) -> SentenceEncoder:
     )
 
 
-class TfidfEncoder:
-    """Word counts, dampened and weighted by rarity, projected onto their main directions (LSA).
-
-    Args:
-        words: Known words, in the order of their columns.
-        idf: Float32 [words], weight of each word.
-        components: Float32 [dimensions, words], the directions.
-        batch_size: Sentences embedded at once.
-    """
-
-    def __init__(
-        self, words: Sequence[str], idf: np.ndarray, components: np.ndarray, batch_size: int
-    ) -> None:
-        self.dimensions = len(components)
-        self.components = components
-        self._words = list(words)
-        self._projection = np.ascontiguousarray(components.T)
-        self._vectorizer = _vectorizer(vocabulary=self._words)
-        self._vectorizer.idf_ = idf
-        self._batch_size = batch_size
-
-    @classmethod
-    def fit(cls, sentences: Sequence[str], dimensions: int, batch_size: int, seed: int) -> Self:
-        """Learns words, weights and directions from sentences.
-
-        Raises:
-            ProbekitError: The sentences have too few words, or are too few, for so many dimensions.
-        """
-        vectorizer = _vectorizer(max_features=MAX_WORDS)
-        try:
-            counts = vectorizer.fit_transform(sentences)
-        except ValueError:
-            raise ProbekitError(
-                f"the {len(sentences)} sentences to fit the encoder on hold no word; check corpus.path"
-            ) from None
-        most = min(counts.shape)
-        if dimensions > most:
-            raise ProbekitError(
-                f"actions.dimensions is {dimensions}, but {counts.shape[0]} sentences with {counts.shape[1]} "
-                f"distinct words allow at most {most}; set it to {most} or less, or give more text"
-            )
-        # One thread, so that sums are taken in one order and the same seed gives the same bits.
-        with threadpool_limits(1):
-            svd = TruncatedSVD(dimensions, random_state=seed).fit(counts)
-        components = svd.components_.astype(np.float32)
-        return cls(vectorizer.get_feature_names_out().tolist(), vectorizer.idf_, components, batch_size)
-
-    def encode(self, sentences: Sequence[str]) -> np.ndarray:
-        """Float32 [sentences, dimensions]; each row depends on its own sentence alone, to the bit."""
-        embeddings = np.empty((len(sentences), self.dimensions), np.float32)
-        for start in range(0, len(sentences), self._batch_size):
-            batch = sentences[start : start + self._batch_size]
-            vectors = self.counts(batch) @ self._projection
-            norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-            embeddings[start : start + len(batch)] = vectors / np.where(norms > 0, norms, 1)
-        return embeddings
-
-    def counts(self, sentences: Sequence[str]) -> csr_matrix:
-        """The weighted word counts of sentences, float32 [sentences, words]."""
-        return self._vectorizer.transform(sentences)
-
-    def save(self, folder: Path) -> None:
-        """Writes the words as JSON, their weights and the directions as safetensors."""
-        arrays = {"idf": self._vectorizer.idf_, "components": self.components}
-        with atomic_folder(folder) as partial:
-            write_json(partial / "encoder.json", {"kind": "tfidf", "batch_size": self._batch_size})
-            write_json(partial / "words.json", self._words)
-            write_tensors(
-                partial / "encoder.safetensors",
-                {name: torch.from_numpy(array) for name, array in arrays.items()},
-            )
-
-    @classmethod
-    def load(cls, folder: Path) -> Self:
-        """Reads what `save` wrote."""
-        tensors = read_tensors(folder / "encoder.safetensors")
-        return cls(
-            read_json(folder / "words.json"),
-            tensors["idf"].numpy(),
-            tensors["components"].numpy(),
-            read_json(folder / "encoder.json")["batch_size"],
-        )
+def encoder_source(name: str, revision: str | None = None) -> hub.Source:
+    """Where a sentence-transformers model is, and its revision on the hub."""
+    # The library's own rule: a bare name is one of its own models.
+    full_name = name if "/" in name or Path(name).is_dir() else f"sentence-transformers/{name}"
+    return hub.find(full_name, setting="actions.encoder", revision=revision)
 
 
 class PretrainedEncoder:
@@ -184,9 +90,7 @@ class PretrainedEncoder:
                 f"actions.encoder is {name!r}, which needs sentence-transformers: "
                 "pip install 'probekit[encoders]'"
             ) from None
-        # The library's own rule: a bare name is one of its own models.
-        full_name = name if "/" in name or Path(name).is_dir() else f"sentence-transformers/{name}"
-        source = hub.find(full_name, setting="actions.encoder", revision=revision)
+        source = encoder_source(name, revision)
         try:
             self.model = SentenceTransformer(
                 source.name, device=device, trust_remote_code=False, **source.arguments
@@ -240,7 +144,3 @@ class PretrainedEncoder:
             show_progress_bar=False,
         )
         return embeddings.astype(np.float32, copy=False)
-
-
-def _vectorizer(**arguments: Any) -> TfidfVectorizer:
-    return TfidfVectorizer(token_pattern=WORD.pattern, sublinear_tf=True, dtype=np.float32, **arguments)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 
 from probekit.corpus.actions import Codebook
+from probekit.corpus.documents import DocumentTexts
 from probekit.corpus.tokenizer import load_tokenizer, separator_id
-from probekit.errors import ProbekitError
 from probekit.storage import read_array, read_json, release
 
 if TYPE_CHECKING:
@@ -33,33 +32,6 @@ def too_few(documents: int) -> str | None:
         f"Only {documents} test documents: intervals from resampling so few are too narrow to trust; "
         "give more documents, or a larger corpus.test_fraction"
     )
-
-
-class DocumentTexts:
-    """The corpus's texts and names, memory-mapped from an Arrow file."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
-            sizes = [self._reader.get_batch(i).num_rows for i in range(self._reader.num_record_batches)]
-        except (OSError, pa.ArrowException) as error:
-            reason = " ".join(str(error).split())
-            raise ProbekitError(f"{path}: cannot be read ({reason}); build the corpus again") from None
-        self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    def row(self, document: int) -> dict[str, Any]:
-        """All columns of one document."""
-        batch = int(np.searchsorted(self._starts, document, side="right")) - 1
-        columns = self._reader.get_batch(batch).slice(document - int(self._starts[batch]), 1)
-        return columns.to_pylist()[0]
-
-    def batches(self) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-        """The documents in the file's own batches, each with the number of its first document."""
-        for i in range(self._reader.num_record_batches):
-            yield int(self._starts[i]), self._reader.get_batch(i).to_pylist()
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from probekit.config import Config
-from probekit.corpus.embeddings import WORD
 from probekit.corpus.sentences import complete_spans, sentence_spans
 from probekit.corpus.store import Corpus
+from probekit.corpus.tfidf import WORD
 from probekit.evaluation.action_metrics import (
     NO_ACTION,
     Bigram,

@@ -24,7 +24,7 @@ from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits
 
-from probekit.corpus.embeddings import WORD
+from probekit.corpus.tfidf import WORD
 from probekit.errors import ProbekitError
 from probekit.evaluation.statistics import Floats, Interval, resample_weights
 

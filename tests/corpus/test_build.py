@@ -4,7 +4,9 @@ import importlib.util
 import json
 import re
 import tracemalloc
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,12 +17,13 @@ from hypothesis import strategies as st
 from sklearn.metrics import adjusted_rand_score
 
 from probekit.config import Config
-from probekit.corpus import actions, build
+from probekit.corpus import actions, build, cutting, documents, workers
 from probekit.corpus.actions import fit_codebook
 from probekit.corpus.build import write_corpus
 from probekit.corpus.embeddings import load_encoder
 from probekit.corpus.planted import generate
 from probekit.corpus.store import SPLITS, Corpus
+from probekit.corpus.tokenizer import train_tokenizer
 from probekit.errors import ProbekitError
 from probekit.progress import Progress
 from probekit.storage import read_array
@@ -192,7 +195,7 @@ def test_another_seed_splits_otherwise(tmp_path: Path):
 
 
 def test_blank_documents_are_dropped_and_short_ones_counted(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(build, "DOCUMENTS_PER_BATCH", 4)
+    monkeypatch.setattr(documents, "DOCUMENTS_PER_BATCH", 4)
     texts = stories(24)
     # Whole batches of blank documents, and blank ones among others.
     mixed = ["", " \n", "\t", "\u2003"] * 2 + texts[:10] + ["\n"] + texts[10:] + ["One.", "No end", ""]
@@ -310,10 +313,51 @@ def test_fingerprint_changes_with_content_alone(tmp_path: Path):
 def test_the_same_settings_give_the_same_bytes(tmp_path: Path):
     overrides = SMALL | as_jsonl(tmp_path, stories(30))
     first, second = (built(tmp_path / name, overrides).folder for name in ("first", "second"))
+    assert_same_files(first, second)
+
+
+def assert_same_files(first: Path, second: Path) -> None:
     files = sorted(path.relative_to(first) for path in first.rglob("*") if path.is_file())
     assert len(files) > 10
+    assert files == sorted(path.relative_to(second) for path in second.rglob("*") if path.is_file())
     for file in files:
         assert (first / file).read_bytes() == (second / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("labels", ["clusters", "planted"])
+def test_several_processes_leave_the_same_bytes(tmp_path: Path, monkeypatch, labels: str):
+    overrides = PLANTED | {"actions.labels": labels}
+    if labels == "clusters":
+        overrides = SMALL | as_jsonl(tmp_path / "source", [ODD, *stories(60)])
+    monkeypatch.setattr(documents, "DOCUMENTS_PER_BATCH", 7)
+    one = built(tmp_path / "one", overrides)
+    assert len(one.texts.starts) > 4
+    monkeypatch.setattr(workers, "MANY_CHARACTERS", 0)
+    monkeypatch.setattr(workers, "cores", lambda: 2)
+    monkeypatch.setattr(workers, "_PARTS_AHEAD", 2)
+    assert_same_files(one.folder, built(tmp_path / "two", overrides).folder)
+
+
+def test_a_tokenizer_is_trained_on_so_many_characters(tmp_path: Path, monkeypatch):
+    texts = stories(400)
+    overrides = SMALL | as_jsonl(tmp_path, texts)
+    seen: list[list[str]] = []
+
+    def train(given: Iterable[str], *arguments: Any) -> Any:
+        seen.append(list(given))
+        return train_tokenizer(seen[-1], *arguments)
+
+    monkeypatch.setattr(build, "train_tokenizer", train)
+    corpus = built(tmp_path / "all", overrides)
+    train_texts = [texts[n] for n in corpus.documents("train")]
+    assert seen[0] == train_texts
+    half = sum(map(len, train_texts)) // 2
+    monkeypatch.setattr(build, "TOKENIZER_CHARACTERS", half)
+    for name in ("half", "again"):
+        built(tmp_path / name, overrides)
+    assert seen[1] == seen[2]
+    assert {*seen[1]} < {*train_texts}
+    assert sum(map(len, seen[1])) == pytest.approx(half, rel=0.2)
 
 
 @pytest.mark.parametrize("error", [ProbekitError("no"), KeyboardInterrupt()])
@@ -342,13 +386,13 @@ def test_a_splitter_that_disagrees_with_the_plan_is_refused(tmp_path: Path, monk
     def one_sentence(text: str, language: str) -> np.ndarray:
         return np.array([[0, len(text)]])
 
-    monkeypatch.setattr(build, "sentence_spans", one_sentence)
+    monkeypatch.setattr(cutting, "sentence_spans", one_sentence)
     with pytest.raises(ProbekitError, match=r"planted with .* sentences, but the splitter finds 1"):
         built(tmp_path / "corpus", PLANTED)
 
 
 def test_memory_does_not_grow_with_the_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(build, "DOCUMENTS_PER_BATCH", 8)
+    monkeypatch.setattr(documents, "DOCUMENTS_PER_BATCH", 8)
     monkeypatch.setattr(actions, "_BLOCK", 1 << 12)
     sentence = " ".join(WORDS * 8).capitalize()
     overrides = SMALL | {"actions.fit_sentences": 30, "actions.batch_size": 16}
@@ -405,6 +449,49 @@ def test_real_articles(tmp_path: Path, wikitext: Path):
         assert "".join(text[start:end] for start, end in spans) == text
     assert np.bincount(corpus.actions, minlength=16).min() > 0
     assert corpus.tokens.dtype == np.uint16
+
+
+def test_streamed_data_sets_give_what_loaded_ones_do(tmp_path: Path):
+    import datasets
+
+    texts = stories(40)
+    source = as_jsonl(tmp_path / "source", texts)
+    loaded = datasets.load_dataset("json", data_dir=str(tmp_path / "source"), split="train", streaming=False)
+    loaded.save_to_disk(tmp_path / "loaded")
+    streamed = datasets.load_dataset("json", data_dir=str(tmp_path / "source"), split="train", streaming=True)
+    assert [row["text"] for row in streamed] == loaded["text"] == texts
+    corpora = [
+        built(tmp_path / f"corpus{n}", SMALL | {"corpus.max_documents": 30} | each)
+        for n, each in enumerate(
+            [
+                source,
+                {"corpus.reader": "huggingface", "corpus.path": str(tmp_path / "source")},
+                {"corpus.reader": "huggingface", "corpus.path": str(tmp_path / "loaded")},
+            ]
+        )
+    ]
+    for corpus in corpora:
+        assert texts_of(corpus) == texts[:30]
+        for name in ("tokens", "first_token", "spans", "split", "embeddings", "actions"):
+            np.testing.assert_array_equal(getattr(corpus, name), getattr(corpora[0], name))
+
+
+def test_no_more_of_a_stream_is_read_than_is_asked_for(tmp_path: Path, monkeypatch):
+    import datasets
+
+    read = []
+
+    def rows() -> Iterator[dict[str, str]]:
+        for number, text in enumerate(stories(1000)):
+            read.append(number)
+            yield {"text": text}
+
+    stream = datasets.IterableDataset.from_generator(rows)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: stream)
+    (tmp_path / "source").mkdir()
+    source = {"corpus.reader": "huggingface", "corpus.path": str(tmp_path / "source")}
+    built(tmp_path / "corpus", SMALL | source | {"corpus.max_documents": 20})
+    assert len(read) < 25, "documents were read again, or beyond the last one"
 
 
 def test_arrays_are_mapped_not_read(planted: dict[str, Corpus]):

@@ -5,12 +5,11 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from probekit.corpus.store import SPLITS, Corpus, DocumentTexts, ranges
+from probekit.corpus.store import SPLITS, Corpus, ranges
 from probekit.errors import ProbekitError
 from probekit.run import Run
 
@@ -61,54 +60,6 @@ def test_sentence_texts_in_any_order(tiny_run: Run):
         expected.append(text[slice(*corpus.spans[sentence])].strip())
     assert corpus.sentence_texts(sentences) == expected
     assert all(text.endswith(".") for text in expected)
-
-
-def write_arrow(path: Path, sizes: list[int]) -> list[str]:
-    schema = pa.schema([("name", pa.string()), ("text", pa.large_string())])
-    names = [f"document {n}" for n in range(sum(sizes))]
-    rows = iter(names)
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        for size in sizes:
-            batch = [{"name": name, "text": name.upper()} for name in itertools.islice(rows, size)]
-            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
-    return names
-
-
-@pytest.mark.parametrize("sizes", [[1], [3, 2], [0, 4, 0, 0, 1, 0], []])
-def test_document_texts_across_batches(tmp_path: Path, sizes: list[int]):
-    names = write_arrow(tmp_path / "documents.arrow", sizes)
-    texts = DocumentTexts(tmp_path / "documents.arrow")
-    assert len(texts) == len(names)
-    assert [texts.row(n) for n in range(len(names))] == [{"name": n, "text": n.upper()} for n in names]
-    streamed = [(first + i, row["name"]) for first, rows in texts.batches() for i, row in enumerate(rows)]
-    assert streamed == list(enumerate(names))
-
-
-def test_damaged_texts_say_so(tmp_path: Path):
-    path = tmp_path / "documents.arrow"
-    write_arrow(path, [3, 4])
-    whole = path.read_bytes()
-    for damaged in (b"", b"ARROW1\0\0", b"not arrow", *(whole[:n] for n in range(0, len(whole), 37))):
-        path.write_bytes(damaged)
-        with pytest.raises(
-            ProbekitError, match=r"documents\.arrow: cannot be read.*build the corpus again"
-        ) as error:
-            DocumentTexts(path)
-        assert "\n" not in str(error.value)
-    path.unlink()
-    with pytest.raises(ProbekitError, match=r"documents\.arrow: cannot be read"):
-        DocumentTexts(path)
-
-
-def test_damaged_batches_are_told_when_the_file_is_opened(tmp_path: Path):
-    path = tmp_path / "documents.arrow"
-    write_arrow(path, [3])
-    whole = bytearray(path.read_bytes())
-    batch = whole.index(b"\xff\xff\xff\xff", 16)  # every message begins with this mark; the schema's is at 8
-    whole[batch : batch + 64] = bytes(64)
-    path.write_bytes(whole)
-    with pytest.raises(ProbekitError, match=r"documents\.arrow: cannot be read"):
-        DocumentTexts(path)
 
 
 @pytest.mark.parametrize("file", ["tokens.npy", "codebook.safetensors", "facts.json", "split.npy"])
