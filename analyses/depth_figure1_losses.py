@@ -19,17 +19,14 @@ from probekit.config import MemberName
 from probekit.reports.late_layers import (
     MEMBER_STYLES,
     Groups,
-    add_run_options,
-    add_window_option,
-    depth_runs,
     draw_line,
+    draw_over_steps,
     layer_name,
     layer_style,
     require_members,
     training_curves,
 )
-from probekit.reports.manifest import save_figure
-from probekit.reports.scripts import run_script, script_parser
+from probekit.reports.scripts import run_script
 
 PANELS: dict[MemberName, str] = {"ensemble": "without distillation", "distilled": "with distillation"}
 REFERENCE: MemberName = "plain"
@@ -81,23 +78,7 @@ def _draw_panel(axes: Axes, table: pd.DataFrame, member: str) -> None:
 
 def main() -> None:
     """Trains what is missing, draws, saves."""
-    parser = script_parser(__doc__, "figures/depth_figure1_losses.png")
-    add_run_options(parser)
-    add_window_option(parser)
-    given = parser.parse_args()
-    groups = depth_runs(given, parser)
-    table = curves(groups, given.window)
-    path = save_figure(
-        draw(table),
-        table,
-        given.out,
-        script="analyses/depth_figure1_losses.py",
-        settings={"preset": given.preset, "window": given.window},
-        runs=[run for runs in groups.values() for run in runs],
-    )
-    last = table[table.seed.isna()].groupby(["runs", "member", "quantity", "layer"], sort=False, dropna=False)
-    print(last.tail(1).drop(columns="seed").to_string(index=False))  # noqa: T201 - a script tells what it found
-    print(path)  # noqa: T201
+    draw_over_steps("depth_figure1_losses", __doc__, curves, draw)
 
 
 if __name__ == "__main__":

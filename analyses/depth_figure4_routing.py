@@ -19,17 +19,14 @@ from matplotlib.figure import Figure
 from probekit.reports.late_layers import (
     MEMBER_STYLES,
     Groups,
-    add_run_options,
-    add_window_option,
-    depth_runs,
     draw_line,
+    draw_over_steps,
     layer_name,
     layer_style,
     members_of,
     training_curves,
 )
-from probekit.reports.manifest import save_figure
-from probekit.reports.scripts import run_script, script_parser
+from probekit.reports.scripts import run_script
 
 COPIES = "repeated"
 """The member whose layers are all the last one."""
@@ -85,23 +82,7 @@ def _draw_weights(axes: Axes, table: pd.DataFrame, member: str) -> None:
 
 def main() -> None:
     """Trains what is missing, draws, saves."""
-    parser = script_parser(__doc__, "figures/depth_figure4_routing.png")
-    add_run_options(parser)
-    add_window_option(parser)
-    given = parser.parse_args()
-    groups = depth_runs(given, parser)
-    table = routing(groups, given.window)
-    path = save_figure(
-        draw(table),
-        table,
-        given.out,
-        script="analyses/depth_figure4_routing.py",
-        settings={"preset": given.preset, "window": given.window},
-        runs=[run for runs in groups.values() for run in runs],
-    )
-    last = table[table.seed.isna()].groupby(["runs", "member", "quantity", "layer"], sort=False, dropna=False)
-    print(last.tail(1).drop(columns="seed").to_string(index=False))  # noqa: T201 - a script tells what it found
-    print(path)  # noqa: T201
+    draw_over_steps("depth_figure4_routing", __doc__, routing, draw)
 
 
 if __name__ == "__main__":

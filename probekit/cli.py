@@ -26,6 +26,7 @@ from probekit.options import (
     source_config,
     swept,
 )
+from probekit.settings_file import check_settings
 from probekit.stopping import Stopped, terminable
 from probekit.sweeps.members import STUDIES
 
@@ -59,14 +60,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             raise
         who = f"process {processes.rank()}: " if processes.count() > 1 else ""
-        sys.stderr.write(f"probekit: error: {who}{error}\n")
+        # What was typed may hold line breaks and what moves the cursor.
+        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in f"{who}{error}")
+        sys.stderr.write(f"probekit: error: {line}\n")
         return 2
     except KeyboardInterrupt as stop:
         if debug:
             raise
         number = stop.signal if isinstance(stop, Stopped) else signal.SIGINT
         said = "terminated" if number == signal.SIGTERM else "interrupted"
-        sys.stderr.write(f"probekit: {said}; {GO_ON.get(words[0], 'the same command')} goes on from there\n")
+        again = GO_ON.get(words[0], "it leaves nothing behind, and begins anew next time")
+        sys.stderr.write(f"probekit: {said}; {again}\n")
         return 128 + number
     return 0
 
@@ -205,7 +209,8 @@ def _probe_checkpoints(parser: Parser, parsed: argparse.Namespace) -> None:
     from probekit.reports.tables import print_over_training
 
     results = probe_checkpoints(parsed.run, given_settings(parsed), parsed.stage, quiet=parsed.quiet)
-    print_over_training(results, save_over_training(results))
+    if processes.is_first():
+        print_over_training(results, save_over_training(results))
 
 
 def _generate(words: list[str]) -> None:
@@ -322,8 +327,9 @@ TRAINED_WITH = ("lm", "planner", "conditioning", "depth", "training")
 SHARED = ("train", "probe")
 """Commands that several processes do together; others are done by the first one alone."""
 
-GO_ON = {"train": "--resume", "corpus": "--resume"}
-"""What is to be typed after an interruption, where it is not the same command."""
+GO_ON = dict.fromkeys(("train", "corpus"), "--resume goes on from there")
+GO_ON |= dict.fromkeys(("probe", "sweep", "demo"), "the same command goes on from there")
+"""What an interruption leaves, by command."""
 
 BESIDE_MODEL = ("corpus", "out", "overwrite", "preset", "config")
 """Options that `probekit probe` takes beside `--model` alone."""
@@ -510,7 +516,10 @@ def _sweep_parser(words: list[str]) -> Parser:
 
 def _config(parsed: argparse.Namespace) -> Config | None:
     begun = Path(parsed.out) / "config.yaml"
-    return chosen_config(parsed, begun if parsed.resume and begun.is_file() else None)
+    if not (parsed.resume and begun.is_file()):
+        return chosen_config(parsed)
+    check_settings(Path(parsed.out))
+    return chosen_config(parsed, begun)
 
 
 def _existing(parsed: argparse.Namespace) -> Any:

@@ -16,7 +16,12 @@ def compute_device(name: str) -> torch.device:
     Raises:
         ProbekitError: It is not a device, or this machine has none of it.
     """
-    if name in ("auto", "cuda") and (own := processes.device()) is not None:
+    if (own := processes.device()) is not None:
+        if name not in ("auto", own.type):
+            raise ProbekitError(
+                f"device is {name!r}, but of several processes each has its own, here {own}; give auto, or "
+                "set CUDA_VISIBLE_DEVICES to nothing for the CPU"
+            )
         return own
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

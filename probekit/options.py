@@ -23,6 +23,7 @@ from probekit.config import (
     yaml_values,
 )
 from probekit.errors import ProbekitError
+from probekit.settings_file import check_settings
 from probekit.sweeps.members import STUDIES, grid
 
 ANY_MODEL = "any-model"
@@ -176,7 +177,9 @@ def probed_config(parsed: argparse.Namespace) -> Config:
     """
     there = Path(parsed.out) / "config.yaml"
     begun = there if there.is_file() and not parsed.overwrite else None
-    if begun is None:
+    if begun:
+        check_settings(begun.parent)
+    else:
         parsed.preset = parsed.preset or (None if parsed.config else ANY_MODEL)
     config = chosen_config(parsed, begun) or (Config.from_yaml(begun) if begun else Config())
     paths = {"lm.name": parsed.model, "corpus.path": parsed.corpus}

@@ -14,11 +14,12 @@ from datetime import timedelta
 from functools import cache
 from typing import TYPE_CHECKING, TypeVar
 
-import torch
-from torch import Tensor
+from probekit.errors import ProbekitError
 
 if TYPE_CHECKING:
+    import torch
     from accelerate import PartialState
+    from torch import Tensor
 
 T = TypeVar("T")
 
@@ -61,6 +62,8 @@ def add_up(tensors: Iterable[Tensor]) -> None:
     """Replaces every tensor by its sum over processes."""
     if count() > 1:
         _joined()
+        import torch
+
         for tensor in tensors:
             torch.distributed.all_reduce(tensor)
 
@@ -69,6 +72,8 @@ def total(value: float, device: torch.device) -> float:
     """The sum of a number over processes."""
     if count() == 1:
         return value
+    import torch
+
     summed = torch.tensor(value, dtype=torch.float64, device=device)
     add_up([summed])
     return summed.item()
@@ -81,7 +86,19 @@ def device() -> torch.device | None:
 
 @cache
 def _joined() -> PartialState:
-    """Joins the others, once."""
+    """Joins the others, once.
+
+    Raises:
+        ProbekitError: There are GPUs, but not one for each process.
+    """
+    import torch
     from accelerate import PartialState
+
+    local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if gpus and local >= gpus:
+        raise ProbekitError(
+            f"process {local} of this machine has no GPU of its own, for there are {gpus}; begin as many "
+            "processes as there are GPUs, or set CUDA_VISIBLE_DEVICES to nothing for the CPU"
+        )
 
     return PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)

@@ -25,7 +25,7 @@ from probekit.models.planned_lm import PlannedLM
 from probekit.models.planner import Planner
 from probekit.models.sentence_encoder import TrainableEncoder
 from probekit.progress import without_bars_of_transformers
-from probekit.provenance import WEIGHTS, digest_of
+from probekit.provenance import WEIGHTS, digest_of, lm_digest
 from probekit.run_folder import RunFolder
 from probekit.stage_settings import stages_of
 from probekit.storage import read_array, read_json, read_tensors, write_tensors
@@ -33,6 +33,13 @@ from probekit.storage import read_array, read_json, read_tensors, write_tensors
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import PreTrainedModel
+
+FACTS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("documents", "blank_documents_dropped", "tokens", "sentences"), int),
+    **{"one_sentence_documents": int, "vocabulary": int, "fingerprint": str},
+    "adjusted_rand_index": (int, float),
+}
+"""What is recorded of every corpus, the last of planted ones alone."""
 
 LOADED = ("device", "corpus", "locations", "_base")
 """What a run keeps in memory once it was asked for."""
@@ -65,7 +72,11 @@ class Run(RunFolder):
     def corpus(self) -> Corpus:
         """The built corpus."""
         self.require("corpus")
-        return Corpus.open(self.folder / "corpus")
+        corpus = Corpus.open(self.folder / "corpus")
+        facts: Any = {"adjusted_rand_index": 0.0} | corpus.facts if isinstance(corpus.facts, dict) else {}
+        if not all(isinstance(facts.get(name), kind) for name, kind in FACTS.items()):
+            raise ProbekitError(f"{corpus.folder / 'facts.json'} is no record of a corpus; build it again")
+        return corpus
 
     @property
     def variants(self) -> list[VariantName]:
@@ -100,12 +111,23 @@ class Run(RunFolder):
             return TUNINGS[settings.tuning].load(self.tuned_folder(name), beneath, settings)
         if name in MEMBERS:
             return self.plain_model(self.variant_of(name))
+        self.require("lm")
         folder = self.folder / "lm"
         recorded: dict[str, Any] = {"name": str(folder.resolve()), "revision": None}
         if (folder / "source.json").exists():
             recorded = read_json(folder / "source.json")
+            self._check_source(recorded["name"])
         with without_bars_of_transformers():
             return load_model(**recorded, trust_remote_code=self.config.lm.trust_remote_code)
+
+    def _check_source(self, name: str) -> None:
+        """Refuses a folder of a pre-trained LM that is not what it was in training."""
+        trained_with = read_json(self.folder / "run.json")["stages"]["lm"].get("weights")
+        if trained_with is not None and lm_digest(name) not in (trained_with, None):
+            raise ProbekitError(
+                f"{name} is not the LM that {self.folder} was made with: its files have changed; put back "
+                "what they were, or train another run"
+            )
 
     @cached_property
     def _base(self) -> BaseLM:
@@ -269,6 +291,7 @@ class Run(RunFolder):
         """
         if not self._has_own_encoder(variant):
             return self.corpus
+        self.require(f"adapter/{variant}")
         return replace(self.corpus, embeddings=read_array(self.embeddings_file(variant)))
 
     def embeddings_file(self, variant: VariantName) -> Path:

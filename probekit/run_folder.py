@@ -2,7 +2,7 @@
 
 config.yaml       complete settings          planner/      planner weights
 provenance.json   versions, commit, seeds    adapters/     one file for each variant, joint ones with planner
-run.json          format, finished stages    metrics.jsonl losses of every stage
+run.json          finished stages, checksums metrics.jsonl losses of every stage
 corpus/           tokens, labels, codebook   evaluation.json, probes/, figures/
 lm/               the base LM, in Hugging Face format, or the name and revision of a pre-trained one
 adapters/V/       the LM of variant V, if it was tuned: low-rank updates, or all weights
@@ -17,15 +17,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from probekit.checksums import Record, first_damaged, record_of, value_checksum
 from probekit.config import Config
 from probekit.errors import ProbekitError
 from probekit.provenance import come_to, provenance
-from probekit.stage_settings import stage_settings, stages_before
+from probekit.settings_file import check_settings, write_settings
+from probekit.stage_settings import stage_settings, stages_before, stages_of
 from probekit.storage import (
     TEMPORARY,
     atomic_folder,
@@ -36,6 +38,7 @@ from probekit.storage import (
     write_json,
     write_text,
 )
+from probekit.table_files import read_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,9 +54,6 @@ RECORDED = {"training.precision": "precision", "lm.name": "weights"}
 
 SWEEP = "sweep.json"
 """What a sweep's folder has in place of a run's `run.json`."""
-
-END_OF_SETTINGS = b"\n...\n"
-"""How config.yaml ends when it is whole."""
 
 Existing = Literal["refuse", "resume", "overwrite"]
 
@@ -123,19 +123,20 @@ class RunFolder:
         for name in BEGUN:
             clear_temporaries(folder, name)
         write_json(folder / "provenance.json", origin)
-        write_text(folder / "config.yaml", config.to_yaml())
+        write_settings(folder, config)
         write_json(folder / "run.json", {"format": FORMAT, "stages": {}})
         return cls(folder, config)
 
     @classmethod
     def _resume(cls, folder: Path, config: Config | None) -> Self:
         run = cls.open(folder)
+        run.check_writable()
         _check_same(run, config or run.config)
         if config is None or config == run.config:
             return run
         if not read_json(folder / "run.json")["stages"]:  # as good as begun anew, with other seeds perhaps
             write_json(folder / "provenance.json", provenance(config))
-        write_text(folder / "config.yaml", config.to_yaml())
+        write_settings(folder, config)
         return cls(folder, config)
 
     @classmethod
@@ -161,12 +162,17 @@ class RunFolder:
                 f"{folder} has run format {found}, this probekit reads format {FORMAT}; use the version that "
                 "its provenance.json names, or train it again"
             )
-        settings = folder / "config.yaml"
-        if settings.is_file() and not settings.read_bytes().endswith(END_OF_SETTINGS):
-            raise ProbekitError(
-                f"{settings} is cut off: its last line must be '...'; copy or train the run again"
-            )
-        return cls(folder, Config.from_yaml(settings))
+        check_settings(folder)
+        return cls(folder, Config.from_yaml(folder / "config.yaml"))
+
+    def check_writable(self) -> None:
+        """Refuses a folder that results cannot be written to, before long work is done for nothing.
+
+        Raises:
+            ProbekitError: It belongs to somebody else, or its disk is mounted read-only.
+        """
+        if not os.access(self.folder, os.W_OK):
+            raise ProbekitError(f"{self.folder} cannot be written to; copy it to where you may write")
 
     # Stages
 
@@ -175,22 +181,55 @@ class RunFolder:
         return stage in read_json(self.folder / "run.json")["stages"]
 
     def mark_finished(self, stage: str, facts: dict[str, Any]) -> None:
-        """Records that a stage is complete, with a few facts about it."""
+        """Records that a stage is complete, with a few facts about it and the checksums of what it left."""
         state = read_json(self.folder / "run.json")
-        state["stages"][stage] = facts
+        files, rows = record_of(self._left_by(stage), self.folder), self._rows_checksum(stage)
+        left = {name: value for name, value in (("files", files), ("rows", rows)) if value}
+        state["stages"][stage] = left | facts  # those of a stage that was taken over go with it
         write_json(self.folder / "run.json", state)
 
     def require(self, stage: str) -> None:
-        """Refuses to go on without a stage.
+        """Refuses to go on without a stage, or with files of it that are damaged.
 
         Raises:
-            ProbekitError: Names the stage and the command that adds it.
+            ProbekitError: Names the stage or the file, and the command that mends it.
         """
         if not self.finished(stage):
             raise ProbekitError(
                 f"{self.folder} lacks the stage {stage!r}; finish it with "
                 f"`probekit train --resume --out {self.folder}`"
             )
+        if damaged := self._damage(stage):
+            path, reason = damaged
+            raise ProbekitError(
+                f"{path} is not as the stage {stage!r} left it ({reason}); copy the run again, or repeat the "
+                f"stage and what builds on it by `probekit train --resume --out {self.folder}`"
+            )
+
+    def unfinish_damaged(self) -> dict[str, str]:
+        """Takes stages whose files are damaged, and those that build on them, for not finished.
+
+        Returns:
+            Why, by stage.
+        """
+        state = read_json(self.folder / "run.json")
+        why: dict[str, str] = {}
+        for stage in stages_of(self.config):
+            if stage not in state["stages"]:
+                continue
+            if damaged := self._damage(stage):
+                why[stage] = f"{damaged[0]} is damaged: {damaged[1]}"
+            elif redone := [name for name in stages_before(self.config, stage) if name in why]:
+                why[stage] = f"it builds on {redone[0]}"
+        if why:
+            state["stages"] = {name: facts for name, facts in state["stages"].items() if name not in why}
+            write_json(self.folder / "run.json", state)
+        return why
+
+    def _damage(self, stage: str) -> tuple[Path, str] | None:
+        """The first damaged file of a stage, and why; None where none is, or none was recorded."""
+        files: Record = read_json(self.folder / "run.json")["stages"][stage].get("files", {})
+        return first_damaged(files, self.folder)
 
     def difference(self, stage: str, config: Config) -> str | None:
         """A setting of a finished stage that is another one now, with what it was; None if there is none."""
@@ -209,10 +248,12 @@ class RunFolder:
         return None
 
     def files_of(self, stage: str) -> list[Path]:
-        """The files and folders that a stage has left."""
+        """The files and folders that a stage has left, checkpoints too."""
+        return [*self._left_by(stage), *self.checkpoints_of(stage).glob("step*")]
+
+    def _left_by(self, stage: str) -> list[Path]:
         name = _files_of(stage)
-        kept = self.checkpoints_of(stage).glob("step*")
-        return [*self.folder.glob(name), *self.folder.glob(f"{name}.*"), *kept]
+        return [*self.folder.glob(name), *self.folder.glob(f"{name}.*")]
 
     def begin_stage(self, stage: str, after: int = 0) -> None:
         """Removes what a stage that was stopped has left, but what it goes on from.
@@ -224,6 +265,8 @@ class RunFolder:
         self.forget_metrics(stage, after)
         if not after:
             shutil.rmtree(self.checkpoints_of(stage), ignore_errors=True)
+        for path in self.checkpoints_of(stage).glob(".tmp-*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         files = self.folder / _files_of(stage)
         clear_temporaries(files.parent, files.name)
         for name in (*BEGUN, "metrics.jsonl"):
@@ -234,10 +277,15 @@ class RunFolder:
         return self.folder / "checkpoints" / stage
 
     @contextmanager
-    def checkpoint(self, stage: str, step: int) -> Iterator[Self]:
+    def checkpoint(self, stage: str, step: int, facts: Mapping[str, Any]) -> Iterator[Self]:
         """A run as this one is behind a step of a stage; the block puts the stage's files into it.
 
         Stages before it are linked, so that it is a whole run, and takes the place of its own files alone.
+
+        Args:
+            stage: Which one.
+            step: Behind which step it stands.
+            facts: What is recorded of the stage.
         """
         with atomic_folder(self.checkpoints_of(stage) / f"step{step:07d}") as folder:
             for name in BEGUN[:2]:
@@ -248,7 +296,7 @@ class RunFolder:
                 if self.finished(before):
                     run.take_over(before, self)
             yield run
-            run.mark_finished(stage, {"step": step})
+            run.mark_finished(stage, {"step": step, **facts})
 
     def checkpoints(self, stage: str) -> dict[int, Path]:
         """The runs that were kept on the way, by the stage's step behind which they were."""
@@ -299,7 +347,15 @@ class RunFolder:
         path = self.folder / "metrics.jsonl"
         if not path.exists():
             raise ProbekitError(f"{self.folder} has no metrics yet; train it first")
+        for stage, facts in read_json(self.folder / "run.json")["stages"].items():
+            if facts.get("rows", found := self._rows_checksum(stage)) != found:
+                raise ProbekitError(f"{path} is damaged (rows of {stage} are other ones); copy it again")
         return pd.DataFrame(_read_rows(path))
+
+    def _rows_checksum(self, stage: str) -> str | None:
+        path = self.folder / "metrics.jsonl"
+        rows = [row for row in _read_rows(path) if row["stage"] == stage] if path.exists() else []
+        return value_checksum(rows) if rows else None
 
     def losses_of(self, stage: str) -> pd.DataFrame:
         """A stage's losses in training: columns `step`, `loss` and `validation_loss`."""
@@ -360,14 +416,12 @@ class RunFolder:
         return pd.concat(tables, ignore_index=True)
 
     def _table(self, name: str, command: str) -> pd.DataFrame:
-        import pandas as pd
-
         path, remedy = self.folder / name, f"run `probekit {command} {self.folder}`"
         if not path.exists():
             raise ProbekitError(f"{path} does not exist; {remedy}")
         try:
-            return pd.read_parquet(path)
-        except (OSError, ValueError) as error:
+            return read_table(path)
+        except ValueError as error:
             raise ProbekitError(f"{path} is damaged ({error}); {remedy}") from None
 
 

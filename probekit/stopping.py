@@ -31,10 +31,10 @@ class Holding:
         self.asked: Stopped | None = None
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Handles a signal; whoever asks twice does not want to wait."""
-        if self.asked is not None:
+        """Handles a signal; whoever types Ctrl-C twice does not want to wait."""
+        if self.asked is not None and number == self.asked.signal == signal.SIGINT:
             raise self.asked
-        self.asked = Stopped(number)
+        self.asked = self.asked or Stopped(number)
 
     @classmethod
     @contextmanager

@@ -7,7 +7,6 @@ takes the target's name only when complete. Formats: text, JSON, safetensors, `.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import mmap
 import os
@@ -20,20 +19,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.lib.format import open_memmap, write_array_header_1_0
 from numpy.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from probekit.checksums import CHANGED, CHECKSUM, tensors_checksum, value_checksum
 from probekit.errors import ProbekitError
 
 TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{12}-(.+)")
 """Names that files and folders have until they are whole, and their names then."""
 
-CHECKSUM = "sha256"
-"""Under which the checksum of its tensors is in a safetensors file."""
+_KEPT = "probekit"
+"""Under which a safetensors file has whatever it holds beside its tensors, as JSON."""
+
+_HEADER = f"{CHECKSUM}.header"
+"""Under which a safetensors file has the checksum of all that it holds beside its tensors' bytes."""
 
 
 @contextmanager
@@ -136,26 +138,36 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Writes a value as indented JSON, keys in their own order."""
+    """Writes a value as indented JSON, keys in their own order; beside named values stands their checksum."""
+    if isinstance(value, dict):
+        value = value | {CHECKSUM: value_checksum({k: v for k, v in value.items() if k != CHECKSUM})}
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: str | Path) -> Any:
-    """The value in a JSON file."""
+    """The value in a JSON file, without its checksum, which must be right where there is one."""
     with _reading(path, "JSON file"):
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        if isinstance(value, dict) and CHECKSUM in value and value.pop(CHECKSUM) != value_checksum(value):
+            raise ValueError(CHANGED)
+        return value
 
 
 def write_tensors(
     path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes named tensors, from any device, as safetensors, with a checksum that `read_tensors` looks at."""
+    """Writes named tensors, from any device, as safetensors, with checksums that are looked at in reading."""
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
         # safetensors lets only a file's owner read it; a run may be shared, so the umask decides.
         temporary.touch()
         mode = temporary.stat().st_mode
-        save_file(held, temporary, metadata={**(metadata or {}), CHECKSUM: _checksum(held)})
+        kept = {**(metadata or {}), CHECKSUM: tensors_checksum(held)}
+        shapes = {name: list(tensor.shape) for name, tensor in held.items()}
+        with full_disks_told():
+            # All under one name: safetensors writes several in no fixed order.
+            told = json.dumps(kept | {_HEADER: _header_checksum(kept, shapes)})
+            save_file(held, temporary, metadata={_KEPT: told})
         temporary.chmod(mode)
 
 
@@ -163,15 +175,21 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """The named tensors in a safetensors file, on the CPU."""
     with _reading(path, "safetensors file"):
         tensors = load_file(path)
-        if read_metadata(path).get(CHECKSUM, found := _checksum(tensors)) != found:
-            raise ValueError("its checksum is another one than when it was written")
+        if read_metadata(path).get(CHECKSUM, found := tensors_checksum(tensors)) != found:
+            raise ValueError(CHANGED)
     return tensors
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
     """What was written into a safetensors file beside its tensors."""
     with _reading(path, "safetensors file"), safe_open(path, framework="pt") as file:
-        return file.metadata() or {}
+        found = file.metadata() or {}
+        kept = json.loads(found[_KEPT]) if _KEPT in found else found
+        header = kept.pop(_HEADER, None)
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - no mapping
+        if header is not None and header != _header_checksum(kept, shapes):
+            raise ValueError(CHANGED)
+        return kept
 
 
 def write_array(path: str | Path, array: np.ndarray) -> None:
@@ -235,12 +253,17 @@ def release(array: np.ndarray) -> None:
         array.base.madvise(mmap.MADV_DONTNEED)
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(name.encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+@contextmanager
+def full_disks_told() -> Iterator[None]:
+    """Turns what safetensors says of a disk that it cannot write to into what all others say."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(one_line(error)) from None
+
+
+def _header_checksum(kept: Mapping[str, str], shapes: Mapping[str, list[int]]) -> str:
+    return value_checksum([sorted(kept.items()), sorted(shapes.items())])
 
 
 def _link_or_copy(source: str | Path, target: str | Path) -> None:
@@ -274,13 +297,14 @@ def _reading(path: str | Path, kind: str) -> Iterator[None]:
         ) from None
     except OSError as error:
         raise ProbekitError(
-            f"{path} cannot be opened as a {kind} ({_one_line(error)}); check the path and its permissions"
+            f"{path} cannot be opened as a {kind} ({one_line(error)}); check the path and its permissions"
         ) from None
     except (ValueError, SafetensorError, RecursionError) as error:
         raise ProbekitError(
-            f"{path} is no whole {kind} ({_one_line(error)}); delete it and run the step that writes it again"
+            f"{path} is no whole {kind} ({one_line(error)}); delete it and run the step that writes it again"
         ) from None
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """What an error says, on one line."""
     return " ".join(str(error).split())

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from running import forget_checksums
 from synthetic_probes import BASELINES, accuracy_of, probe_table
 
 import probekit
@@ -22,6 +23,7 @@ from probekit.probing.locations import LOCATIONS
 from probekit.reports import manifest
 from probekit.reports.figures import Panel
 from probekit.run import Run
+from probekit.storage import read_json, write_json
 from probekit.sweeps.members import grid
 
 ROOT = Path(__file__).parents[1]
@@ -38,9 +40,9 @@ def probed(run: Run, folder: Path, table: pd.DataFrame, settings: dict[str, obje
     shutil.copytree(run.folder, folder)
     config = run.config.override(settings or {})
     (folder / "config.yaml").write_text(config.to_yaml())
-    provenance = json.loads((folder / "provenance.json").read_text())
+    provenance = read_json(folder / "provenance.json")
     provenance["seeds"]["run"] = config.seed
-    (folder / "provenance.json").write_text(json.dumps(provenance))
+    write_json(folder / "provenance.json", provenance)
     (folder / "probes").mkdir()
     table.to_parquet(folder / "probes" / "results.parquet", index=False)
     return folder
@@ -202,7 +204,8 @@ def test_what_was_not_probed_is_named(options, message, tiny_run: Run, tmp_path:
 def test_runs_of_other_corpora_are_not_compared(tiny_run: Run, tmp_path: Path, figure_3, capsys):
     folders = [probed(tiny_run, tmp_path / name, probe_table()) for name in ("a", "b")]
     facts = folders[1] / "corpus" / "facts.json"
-    facts.write_text(facts.read_text().replace(tiny_run.corpus.facts["fingerprint"], "another"))
+    write_json(facts, read_json(facts) | {"fingerprint": "another"})
+    forget_checksums(folders[1])
     with pytest.raises(SystemExit):
         figure_3(*folders)
     assert "different corpora" in capsys.readouterr().err
@@ -335,7 +338,7 @@ def fractions(tiny_config: Config, tmp_path_factory: pytest.TempPathFactory) -> 
         }
         mauve |= {"value": 0.5 + 0.05 * number, "value_low": 0.4, "value_high": 0.9, "documents": 4}
         found["metrics"].append(mauve)
-        (run.folder / "generation.json").write_text(json.dumps(found))
+        write_json(run.folder / "generation.json", found)
     return done
 
 
@@ -436,9 +439,9 @@ def test_figure_4_needs_its_sweep(
 
     assert "has no finished run with mixing.fraction 0" in refused(folder)
     assert "does not exist; make one with `probekit sweep" in refused(tmp_path / "no")
-    record = json.loads((folder / "sweep.json").read_text())
+    record = read_json(folder / "sweep.json")
     record["members"] = {"a": {"mixing.fraction": 0.5, "lm.layers": 2}}
-    (folder / "sweep.json").write_text(json.dumps(record))
+    write_json(folder / "sweep.json", record)
     assert "sweeps over mixing.fraction, lm.layers, and not over mixing.fraction alone" in refused(folder)
 
 

@@ -18,6 +18,7 @@ from probekit.config import Config
 from probekit.reports import manifest
 from probekit.reports.late_layers import layer_style
 from probekit.run import Run
+from probekit.storage import read_json, write_json
 
 Draw = Callable[..., tuple[pd.DataFrame, Figure]]
 
@@ -385,13 +386,13 @@ def test_what_a_run_lacks_is_told_in_one_line(grid: Path, table_1, tmp_path: Pat
         words = ["--runs", table_1[0]] if folder is None else [folder]
         assert message in refused(name, *words, capsys=capsys)
     folder = shutil.copytree(table_1[0] / "frozen" / "seed0", tmp_path / "run")
-    state = json.loads((folder / "run.json").read_text())
+    state = read_json(folder / "run.json")
     for file in ("choices.parquet", "losses.parquet"):
         (folder / file).unlink()
     for name in (SCRIPTS[1], SCRIPTS[3]):
         assert f"does not exist; run `probekit evaluate {folder}`" in refused(name, folder, capsys=capsys)
     del state["stages"]["depth/distilled"]
-    (folder / "run.json").write_text(json.dumps(state))
+    write_json(folder / "run.json", state)
     for name in SCRIPTS[:3]:
         assert "lacks the stage 'depth/distilled'" in refused(name, folder, capsys=capsys)
     assert "must be a whole number, 1 or more" in refused(SCRIPTS[0], folder, "--window", 0, capsys=capsys)
@@ -399,13 +400,13 @@ def test_what_a_run_lacks_is_told_in_one_line(grid: Path, table_1, tmp_path: Pat
 
 def test_figure_5_needs_cells_and_a_reference(grid: Path, tmp_path: Path, capsys):
     folder = shutil.copytree(grid, tmp_path / "grid")
-    record = json.loads((folder / "sweep.json").read_text())
+    record = read_json(folder / "sweep.json")
     shutil.copytree(folder / "layers=2,top_k=2", folder / "another")
     again = record | {"members": record["members"] | {"another": record["members"]["layers=2,top_k=2"]}}
-    (folder / "sweep.json").write_text(json.dumps(again))
+    write_json(folder / "sweep.json", again)
     name = "depth_figure5_grid.py"
     message = "layers=2,top_k=2 and another are both of depth.layers 2 and depth.top_k 2"
     assert message in refused(name, "--runs", folder, capsys=capsys)
-    (folder / "sweep.json").write_text(json.dumps(record))
+    write_json(folder / "sweep.json", record)
     shutil.rmtree(folder / "plain")
     assert "has no finished run with the member plain" in refused(name, "--runs", folder, capsys=capsys)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from running import forget_checksums
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from probekit.config import Config
@@ -614,12 +615,14 @@ def test_joint_variants_keep_their_own_planner(tiny_run: Run):
 def test_weights_of_other_settings_are_named(copy: Run):
     adapters = copy.folder / "adapters"
     shutil.copy(copy.folder / "planner" / "model.safetensors", adapters / "soft.safetensors")
+    forget_checksums(copy.folder)
     with pytest.raises(ProbekitError, match=r"soft\.safetensors does not fit"):
         copy.model("soft")
 
 
 def test_a_missing_lm_is_not_looked_for_on_the_hub(copy: Run, monkeypatch: pytest.MonkeyPatch):
     shutil.rmtree(copy.folder / "lm")
+    forget_checksums(copy.folder)
     monkeypatch.chdir(copy.folder.parent)
     with pytest.raises(ProbekitError, match="no such folder"):
         Run.open("copy").plain_model()

@@ -23,14 +23,16 @@ SPLITS = ("train", "probe", "validation", "test")
 FEW_DOCUMENTS = 40
 """Below so many test documents a warning is given: 95 % intervals cover 91 % at 40, 88 % at 9 (simulated)."""
 
+MORE_DOCUMENTS = "give more documents, or a larger corpus.test_fraction"
+"""What is to be done where all test documents are few."""
 
-def too_few(documents: int) -> str | None:
-    """What is to be said of so many test documents, if they are few."""
+
+def too_few(documents: int, remedy: str = MORE_DOCUMENTS) -> str | None:
+    """What is to be said of so many test documents, if they are few, and what is to be done."""
     if documents >= FEW_DOCUMENTS:
         return None
     return (
-        f"Only {documents} test documents: intervals from resampling so few are too narrow to trust; "
-        "give more documents, or a larger corpus.test_fraction"
+        f"Only {documents} test documents: intervals from resampling so few are too narrow to trust; {remedy}"
     )
 
 

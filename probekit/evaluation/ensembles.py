@@ -34,7 +34,7 @@ from probekit.models.mixing import VARIANTS, Mixing, evaluation_mixing
 from probekit.models.planned_lm import PlannedLM
 from probekit.progress import Progress
 from probekit.run import Run
-from probekit.storage import atomic_path
+from probekit.table_files import write_table
 
 CHOICES = "choices.parquet"
 """The file of who solves which question."""
@@ -119,8 +119,7 @@ def evaluate_ensembles(run: Run, progress: Progress) -> EnsembleEvaluation:
         _with_parts(choices, parts),
     )
     evaluation.write(run, accuracy=evaluation.accuracy, accuracy_differences=evaluation.accuracy_differences)
-    with atomic_path(run.folder / CHOICES) as path:
-        evaluation.choices.to_parquet(path, index=False)
+    write_table(run.folder / CHOICES, evaluation.choices)
     return evaluation
 
 

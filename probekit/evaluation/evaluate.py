@@ -58,6 +58,7 @@ def evaluate(
     """
     run = run if isinstance(run, Run) else Run.open(run)
     run = run.with_settings(settings or {})
+    run.check_writable()
     progress = Progress(quiet=quiet)
     if run.config.method == "depth-ensemble":
         return evaluate_ensembles(run, progress)

@@ -27,7 +27,8 @@ from probekit.evaluation.text_metrics import FEW_TEXTS, LEAST_TEXTS, cluster_tex
 from probekit.evaluation.true_texts import Tokens, TrueTexts, beginnings, continued_documents
 from probekit.progress import Progress
 from probekit.run import Run
-from probekit.storage import atomic_path, write_json
+from probekit.storage import write_json
+from probekit.table_files import write_table
 
 TRANSFORMS = {"latent_perplexity": np.exp}
 """What makes a metric of its mean, where it is not the mean itself."""
@@ -247,8 +248,7 @@ def _few_prompts(run: Run, true: TrueTexts) -> list[str]:
 def _write(run: Run, evaluation: GenerationEvaluation) -> None:
     # What does not exist is null: JSON knows no NaN.
     rows = evaluation.metrics.astype(object).replace({np.nan: None}).to_dict(orient="records")
-    with atomic_path(run.folder / "generation.parquet") as path:
-        evaluation.values.to_parquet(path, index=False)
+    write_table(run.folder / "generation.parquet", evaluation.values)
     write_json(
         run.folder / "generation.json",
         {"settings": evaluation.settings, "notes": evaluation.notes, "metrics": rows},

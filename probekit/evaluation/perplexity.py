@@ -23,7 +23,8 @@ from probekit.models.mixing import Mixing
 from probekit.models.planned_lm import PlannedLM, token_losses
 from probekit.progress import Task
 from probekit.run import Run
-from probekit.storage import atomic_path, write_json
+from probekit.storage import write_json
+from probekit.table_files import write_table
 
 TokenLosses = Callable[[Batch, Mixing], Tensor]
 """Next-token losses of some readers in nats `[readers, windows, positions]`, zero where nothing is scored."""
@@ -48,8 +49,7 @@ class Evaluation:
 
     def write(self, run: Run, **tables: pd.DataFrame) -> None:
         """Writes `losses.parquet`, and `evaluation.json` with more tables beside those of perplexity."""
-        with atomic_path(run.folder / "losses.parquet") as path:
-            self.losses.to_parquet(path, index=False)
+        write_table(run.folder / "losses.parquet", self.losses)
         shown = {"perplexity": self.perplexity, "differences": self.differences} | tables
         records = {
             # An interval that does not exist is null: JSON knows no NaN.

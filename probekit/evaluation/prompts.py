@@ -41,8 +41,14 @@ def text_prompt(corpus: Corpus, text: str, plan: Actions | None = None) -> Promp
     What reads like a special token, such as the separator, is text like all else.
 
     Raises:
-        ProbekitError: The plan is none.
+        ProbekitError: The plan is none, or the text no valid Unicode.
     """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell it, and a command line
+        raise ProbekitError(
+            f"a prompt has half a surrogate pair at character {error.start}; correct it"
+        ) from None
     ids = corpus.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
     actions = None if plan is None else _actions(corpus, plan, "the plan")
     return Prompt(np.array([corpus.separator, *ids], dtype=np.int64), decoded(corpus.tokenizer, ids), actions)

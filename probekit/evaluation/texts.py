@@ -168,7 +168,7 @@ def read_prompts(path: str | Path) -> list[str]:
     """
     try:
         lines = [line for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ProbekitError(f"--prompts {path}: cannot be read as UTF-8 text ({error})") from None
     if not lines:
         raise ProbekitError(f"--prompts {path}: holds no prompt; give one a line")
@@ -182,7 +182,7 @@ def _is_json(path: str | Path) -> bool:
 def _text(path: str | Path, number: int, line: str) -> str:
     try:
         row: Any = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         row = None
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
         raise ProbekitError(f'--prompts {path}: line {number} is no JSON object with a "text"')

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from probekit.errors import ProbekitError
 from probekit.interventions.effects import Change
 from probekit.interventions.erasure import Eraser
 from probekit.interventions.scenes import Scenes
@@ -77,9 +78,17 @@ def patching(donated: Mapping[int, Tensor], scenes: Scenes, seed: int) -> list[C
         donated: What stands at the place in every scene, by distance `[scenes, width]`.
         scenes: The scenes.
         seed: Of the draw of donors.
+
+    Raises:
+        ProbekitError: No scene has both.
     """
     donors = {same: draw_donors(scenes.action, same=same, seed=seed) for same in (False, True)}
     there = np.logical_and.reduce([donor != NO_DONOR for donor in donors.values()])
+    if not there.any():
+        raise ProbekitError(
+            f"intervene.kinds has patch, but of {len(scenes)} scenes none has both a donor whose next "
+            "sentence has the same action and one whose has another; raise intervene.scenes"
+        )
 
     def given_by(donor: np.ndarray) -> Change:
         def patch(activations: Tensor, numbers: np.ndarray, distance: int) -> Tensor:

@@ -32,6 +32,7 @@ from probekit.probing.targets import find_target
 from probekit.progress import Progress
 from probekit.run import Run
 from probekit.storage import atomic_folder, write_json
+from probekit.table_files import write_table
 
 TYPES = {"condition": "str", "strength": "float64", "layer": "Int64"}
 """Types of columns that may be empty."""
@@ -111,7 +112,7 @@ def intervene(
         table, run.folder / "interventions" / chosen.variant, _notes(run, len(scenes))
     )
     with atomic_folder(results.folder) as folder:
-        results.table.to_parquet(folder / "results.parquet", index=False)
+        write_table(folder / "results.parquet", results.table)
         write_json(folder / "settings.json", run.config.model_dump(mode="json") | {"notes": results.notes})
     return results
 

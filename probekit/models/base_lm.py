@@ -23,7 +23,7 @@ from probekit.errors import ProbekitError
 from probekit.models.language_model import bridge
 from probekit.models.plain import BridgedPass, ForwardPass, PlainPass, forward_pass
 from probekit.progress import without_bars_of_transformers
-from probekit.storage import atomic_folder, read_tensors, write_tensors
+from probekit.storage import atomic_folder, full_disks_told, read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -191,7 +191,7 @@ class Full:
     def save(self, folder: Path) -> None:
         """As `Tuning` has it: in Hugging Face format, for `AutoModelForCausalLM.from_pretrained`."""
         with atomic_folder(folder) as temporary:
-            with without_bars_of_transformers():
+            with without_bars_of_transformers(), full_disks_told():
                 self.model.save_pretrained(temporary)
             # safetensors lets only a file's owner read it; a run may be shared.
             mode = (temporary / "config.json").stat().st_mode

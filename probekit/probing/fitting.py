@@ -124,7 +124,7 @@ class Work:
         with self.progress.task(f"{self.name}: read the split {split!r}", total=len(examples)) as task:
             for rows, blocks in activations.chunks(examples):
                 yield rows, blocks
-                task.advance(rows.stop - rows.start)
+                task.advance((rows.stop - rows.start) * processes.count())  # others read as many
 
 
 def fit(activations: Activations, work: Work) -> list[Fitted]:

@@ -9,12 +9,15 @@ from typing import Any
 
 import pandas as pd
 
+from probekit import processes
 from probekit.errors import ProbekitError
 from probekit.probing.probe import ProbeResults, probe
+from probekit.probing.unfinished import origin
 from probekit.progress import Progress
 from probekit.run import Run
 from probekit.stage_settings import stages_of
-from probekit.storage import atomic_path, read_json
+from probekit.storage import read_json
+from probekit.table_files import write_table
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,8 @@ def probe_checkpoints(
             task.advance(note=f"step {step:,}")
     table = pd.concat(tables, ignore_index=True)
     results = TrainingProbes(table, stage, run.probes_file(stage), run.losses_of(stage), [*notes])
-    with atomic_path(results.path) as path:
-        results.table.to_parquet(path, index=False)
+    if processes.is_first():
+        write_table(results.path, results.table)
     return results
 
 
@@ -81,7 +84,8 @@ def _probed(run: Run) -> ProbeResults:
     """The results of a checkpoint, as they are if they are those of its settings."""
     folder = run.folder / "probes"
     if (folder / "settings.json").exists():
-        recorded, wanted = read_json(folder / "settings.json"), run.config.model_dump(mode="json")
+        recorded = read_json(folder / "settings.json")
+        wanted = run.config.model_dump(mode="json") | {"of": origin(run)}
         if all(recorded.get(name) == value for name, value in wanted.items()):
             return ProbeResults(run.probes(), folder, recorded["notes"])
     return probe(run, quiet=True)

@@ -30,10 +30,11 @@ from probekit.probing.saved import weights_of, write_probes
 from probekit.probing.store import Store, identity, write_store
 from probekit.probing.tally import Row, Tally
 from probekit.probing.targets import Examples, Target, find_target
-from probekit.probing.unfinished import Probed, Unfinished
+from probekit.probing.unfinished import Probed, Unfinished, origin
 from probekit.progress import Progress
 from probekit.run import Run
 from probekit.storage import atomic_folder, write_json
+from probekit.table_files import write_table
 
 Weights = dict[tuple[ProbedName, int], dict[str, Tensor]]
 """Weights of linear probes by the names they are kept under, for every variant and seed."""
@@ -98,6 +99,7 @@ def probe(
     """
     run = run if isinstance(run, Run) else Run.open(run)
     run = run.with_settings(settings or {})
+    run.check_writable()
     run.require("lm")
     config = run.config.probe
     _check_variants(run)
@@ -275,11 +277,11 @@ def _write(run: Run, results: ProbeResults, grids: Mapping[int, Grid], weights: 
         for (variant, seed), tensors in weights.items():
             if tensors:
                 write_probes(folder, variant, seed, tensors)
-        results.table.to_parquet(folder / "results.parquet", index=False)
+        write_table(folder / "results.parquet", results.table)
         write_json(
             folder / "settings.json",
             run.config.model_dump(mode="json")
-            | {"notes": results.notes}
+            | {"notes": results.notes, "of": origin(run)}
             | {
                 "documents": {
                     seed: {split: len(np.unique(e.document)) for split, e in grid.examples.items()}

@@ -112,10 +112,12 @@ class SavedProbes:
         path = _file(folder, variant, seed)
         if not path.is_file():
             there = sorted(other.stem for other in folder.glob("*-seed*.safetensors"))
+            # A probing takes the place of the one before: what is there is to be asked for again.
+            wanted = dict.fromkeys([*(name.rpartition("-seed")[0] for name in there), variant])
             raise ProbekitError(
                 f"{path} does not exist: no linear probes of {variant!r} with seed {seed} are kept "
                 f"(there are {', '.join(there) or 'none'}); run `probekit probe {folder.parent} "
-                f"--probe.variants {variant}`"
+                f"--probe.variants {' '.join(wanted)}`"
             )
         self._tensors = read_tensors(path)
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from probekit.corpus.store import Corpus, ranges
 from probekit.errors import ProbekitError
+from probekit.table_files import read_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -263,7 +264,7 @@ def _read_table(path: Path) -> pd.DataFrame:
             file, keep_default_na=False, na_values=["", "nan", "NaN"], low_memory=False
         ),
         ".jsonl": lambda file: pd.read_json(file, lines=True, dtype=False, convert_dates=False),
-        ".parquet": pd.read_parquet,
+        ".parquet": read_table,
     }
     if path.suffix not in readers:
         raise ProbekitError(f"probe.labels is {str(path)!r}; it must end in {', '.join(readers)}")

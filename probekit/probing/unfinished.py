@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from probekit import processes
 from probekit.probing.tally import Tally
+from probekit.provenance import digest_of
 from probekit.run import Run
 from probekit.storage import read_metadata, read_tensors, write_tensors
 
@@ -30,13 +31,7 @@ class Unfinished:
 
     def __init__(self, run: Run) -> None:
         self._run, self._folder = run, run.folder / "checkpoints" / "probe"
-        whole = {
-            "version": version("probekit"),
-            "corpus": run.corpus.facts["fingerprint"],
-            "device": str(run.device),
-            "settings": run.config.model_dump(mode="json"),
-        }
-        self._identity: Mapping[str, Any] = whole
+        self._identity = origin(run) | {"settings": run.config.model_dump(mode="json")}
 
     def once(self, name: str, variant: str, probed: Callable[[], Probed]) -> Probed:
         """What was kept of a part, or what it takes to have it, which is kept.
@@ -47,9 +42,10 @@ class Unfinished:
             probed: Reads, fits and scores.
         """
         path = self._folder / f"{name}.safetensors"
-        identity = json.dumps(dict(self._identity) | {"weights": self._run.weights_digest(variant)})
-        processes.wait()  # all look before one writes
-        if path.exists() and read_metadata(path).get("identity") == identity:
+        identity = json.dumps(self._identity | {"weights": self._run.weights_digest(variant)})
+        kept = path.exists() and read_metadata(path).get("identity") == identity
+        # All look before one writes; and all do the same, or they would wait for each other for ever.
+        if processes.total(float(kept), self._run.device) == processes.count():
             return _read(path)
         found = probed()
         if processes.is_first():
@@ -59,6 +55,17 @@ class Unfinished:
     def forget(self) -> None:
         """Removes what was kept."""
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def origin(run: Run) -> dict[str, Any]:
+    """What results depend on beside settings and weights: a file of labels may have been edited."""
+    labels = run.config.probe.labels
+    return {
+        "version": version("probekit"),
+        "corpus": run.corpus.facts["fingerprint"],
+        "device": run.device.type,
+        "labels": None if labels is None else digest_of([Path(labels).expanduser()]),
+    }
 
 
 def _write(path: Path, identity: str, tallies: list[Tally], weights: dict[str, Tensor]) -> None:

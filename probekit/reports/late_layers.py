@@ -7,19 +7,21 @@ colour whatever the LM and however many layers an ensemble has.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from probekit.config import MemberName
 from probekit.errors import ProbekitError
 from probekit.evaluation.over_seeds import differences_over_seeds, over_seeds
 from probekit.models.depth_ensemble import MEMBERS
-from probekit.reports.scripts import add_training_options, training_config
+from probekit.reports.manifest import save_figure
+from probekit.reports.scripts import add_training_options, script_parser, training_config
 from probekit.run import Run
 from probekit.sweeps.results import Sweep
 from probekit.sweeps.sweep import sweep
@@ -267,3 +269,36 @@ def differences_of(sums: pd.DataFrame, pairs: Sequence[tuple[str, str]], *, resa
     keys = ["metric", "first", "second"]
     accuracy = over_seeds(pd.concat(of_pairs), keys, {}, resamples=resamples, seed=0)
     return pd.concat([perplexity, accuracy], ignore_index=True)[list(accuracy.columns)]
+
+
+def draw_over_steps(
+    name: str,
+    description: str | None,
+    measured: Callable[[Groups, int], pd.DataFrame],
+    draw: Callable[[pd.DataFrame], Figure],
+) -> None:
+    """A script that draws what was measured over training steps: trains what is missing, draws, saves.
+
+    Args:
+        name: The script's, and its picture's.
+        description: For its help.
+        measured: The numbers of some runs, averaged over a window of steps.
+        draw: Draws them.
+    """
+    parser = script_parser(description, f"figures/{name}.png")
+    add_run_options(parser)
+    add_window_option(parser)
+    given = parser.parse_args()
+    groups = depth_runs(given, parser)
+    table = measured(groups, given.window)
+    path = save_figure(
+        draw(table),
+        table,
+        given.out,
+        script=f"analyses/{name}.py",
+        settings={"preset": given.preset, "window": given.window},
+        runs=[run for runs in groups.values() for run in runs],
+    )
+    last = table[table.seed.isna()].groupby(["runs", "member", "quantity", "layer"], sort=False, dropna=False)
+    print(last.tail(1).drop(columns="seed").to_string(index=False))  # noqa: T201 - a script tells what it found
+    print(path)  # noqa: T201

@@ -48,6 +48,7 @@ def lens(
     path = run.folder / "lens.html" if out is None else _checked(Path(out))
     if limit < 1:
         raise ProbekitError(f"--limit is {limit}; give the most tokens that a text may have, 1 or more")
+    progress = Progress(quiet=quiet)
     data = read_text(
         run,
         given_text(text),
@@ -55,8 +56,10 @@ def lens(
         locations=locations,
         layers=layers,
         limit=limit,
-        progress=Progress(quiet=quiet),
+        progress=progress,
     )
+    for note in data.notes:
+        progress.say(note)
     try:
         write_text(path, page(data))
     except OSError as error:  # which names a temporary file

@@ -7,6 +7,7 @@
   const N = tokens.length;
   const { first, actions, places, distances } = data;
   const S = actions.length;
+  const labelled = (s) => s < S && actions[s] >= 0;
   const NOTHING = 65535;
   const [top, read, right] = [data.top, data.read, data.right].map(unpack);
 
@@ -156,7 +157,7 @@
     );
   }
   function heatMap(i, next) {
-    const known = next < S;
+    const known = labelled(next);
     const rows = places.flatMap((place, p) => (place.location === chosen.location ? [p] : []));
     const head = make("tr", {}, make("th", { scope: "col" }, "layer"), ...distances.map((distance) =>
       make("th", { scope: "col", ...(known && ahead(i) === distance ? { class: "own" } : {}) }, String(distance))));
@@ -186,6 +187,10 @@
   function following(next) {
     if (next >= S) return part("What comes next", data.over ? "The text ends here." : "The text ends within this sentence.");
     const action = actions[next];
+    if (!labelled(next)) {
+      return part(`What comes next: sentence ${next + 1}, of no known action`,
+        make("p", { dir: "auto" }, quoted(textOf(next))), "The encoder knows none of its words.");
+    }
     return part(`What comes next: sentence ${next + 1}, action ${action}`,
       make("p", { dir: "auto" }, quoted(textOf(next))), "Its action is that of sentences such as", like(action));
   }
@@ -196,7 +201,7 @@
       make("span", { ...(actions[next] === action ? { class: "is" } : {}) }, `action ${action}${actions[next] === action ? " ✓" : ""}`),
       make("span", {}, percent(probability[next][k])),
       make("span", { class: "like", dir: "auto" }, sentences(action).map(quoted).join(" "))));
-    const truth = next < S ? `It gives the true action ${percent(ofTrue[next])}.` : "";
+    const truth = labelled(next) ? `It gives the true action ${percent(ofTrue[next])}.` : "";
     return part("The planner's own forecast of the next sentence", make("ol", { class: "plan" }, ...items), truth);
   }
   const toldOwn = (i, next) => Boolean(data.told?.planned && data.told.carried[i] === next);

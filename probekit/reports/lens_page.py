@@ -43,6 +43,7 @@ def page(data: LensData) -> str:
         facts="".join(
             f"<div><dt>{escape(k)}</dt><dd>{escape(visible(v))}</dd></div>" for k, v in data.facts.items()
         ),
+        notes="".join(f'<p class="warning">{escape(note)}</p>' for note in data.notes),
         language=escape(data.language),
         text="\n".join(_sentences(data)),
         data=_json(_numbers(data)),
@@ -56,12 +57,14 @@ def _template(name: str) -> Template:
 def _sentences(data: LensData) -> Iterable[str]:
     ends = [*data.first_token[1:], len(data.pieces)]
     for number, (start, end, action) in enumerate(zip(data.first_token, ends, data.actions, strict=True), 1):
-        likes = " ".join(f"“{_clipped(text)}”" for text in data.examples[int(action)])
+        texts = data.examples.get(int(action), [])
+        likes = " ".join(["like", *(f"“{_clipped(text)}”" for text in texts)]) if texts else ""
+        named = "no known action" if action < 0 else f"action {action}"
         yield (
-            f'<div class="s" role="group" aria-label="Sentence {number}, action {action}">'
-            f'<div class="n" aria-hidden="true"><b>{number}</b> action {action}</div>'
+            f'<div class="s" role="group" aria-label="Sentence {number}, {named}">'
+            f'<div class="n" aria-hidden="true"><b>{number}</b> {named}</div>'
             f'<div class="x" dir="auto">{"".join(map(_token, data.pieces[start:end]))}</div>'
-            f'<div class="e" dir="auto" aria-hidden="true">like {escape(likes)}</div></div>'
+            f'<div class="e" dir="auto" aria-hidden="true">{escape(likes)}</div></div>'
         )
 
 

@@ -95,6 +95,10 @@ def kept_probes(
     folder = run.folder / "probes"
     seeds = _kept_seeds(run)
     settings = read_json(folder / "settings.json")
+    if not (isinstance(settings, dict) and isinstance(settings.get("probe"), dict)):
+        raise ProbekitError(
+            f"{folder / 'settings.json'} is no record of a probing; run `probekit probe {run.folder}`"
+        )
     _check_target(run, settings["probe"])
     known = [name for name in settings["probe"]["variants"] if name in seeds]
     variant = known[0] if variant is None else variant

@@ -80,7 +80,7 @@ class LensData:
         labels: Short name of each place's location.
         pieces: The text that each token adds `[tokens]`.
         first_token: Each sentence's first token `[sentences]`.
-        actions: True actions `[sentences]`.
+        actions: True actions, -1 where the encoder makes nothing of a sentence `[sentences]`.
         over: Whether the last sentence is over.
         top: The most probable action `[cells, tokens]`.
         probability: Its probability `[cells, tokens]`.
@@ -89,6 +89,7 @@ class LensData:
         planner: What the planner expects, or None.
         told: What the LM was told, or None.
         examples: The training sentences nearest to each action that occurs.
+        notes: What a reader of the page is to know of the text.
     """
 
     facts: dict[str, str]
@@ -105,6 +106,7 @@ class LensData:
     planner: Forecast | None
     told: Told | None
     examples: Mapping[int, list[str]]
+    notes: list[str]
 
 
 def read_text(
@@ -146,7 +148,7 @@ def read_text(
     alone = TextRun(run, cut)
     tokens = np.arange(len(cut.pieces))
     following = np.searchsorted(cut.first_token, tokens, side="right")
-    true = np.append(cut.actions, NONE)[following]
+    true = np.append(np.where(cut.known, cut.actions, NONE), NONE)[following]
     reader = Reader(alone, probes.variant, probes.places, [0], probes.seed)
     with progress.task("read the text", total=len(tokens)) as task:
         top, probability, true_probability = _read(probes, reader, true, task)
@@ -164,7 +166,7 @@ def read_text(
         labels=[label(location) for location, _ in probes.places],
         pieces=cut.pieces,
         first_token=cut.first_token,
-        actions=cut.actions,
+        actions=np.where(cut.known, cut.actions, NONE),
         over=cut.over,
         top=top,
         probability=probability,
@@ -172,7 +174,18 @@ def read_text(
         planner=planner,
         told=told,
         examples=examples,
+        notes=_notes(cut),
     )
+
+
+def _notes(cut: Text) -> list[str]:
+    """What a reader of the page is to know of the text."""
+    if cut.known.all():
+        return []
+    return [
+        f"{int((~cut.known).sum())} of {len(cut.known)} sentences have no word that the corpus's encoder "
+        "knows: their actions mean nothing, and none is told as true"
+    ]
 
 
 def _every_token(tokens: int) -> Examples:

@@ -38,6 +38,8 @@ class Text:
         pieces: The text that each token adds; together they are the text `[tokens]`.
         first_token: Number of each sentence's first token among them `[sentences]`.
         actions: True actions: the nearest centroids `[sentences]`.
+        known: Whether the corpus's encoder makes anything of a sentence: of one without a word that it knows,
+            the nearest centroid tells nothing `[sentences]`.
         embeddings: By the encoder of the corpus, or the variant's own `[sentences, dimensions]`.
     """
 
@@ -45,6 +47,7 @@ class Text:
     pieces: list[str]
     first_token: np.ndarray
     actions: np.ndarray
+    known: np.ndarray
     embeddings: np.ndarray
 
     @property
@@ -154,7 +157,10 @@ def cut_text(run: Run, text: str, variant: VariantName, limit: int = LIMIT) -> T
         actions=np.pad(actions, (0, more)),
         facts={},
     )
-    return Text(alone, _pieces(text, offsets), aligned.first_token, actions.astype(np.int64), embeddings)
+    known = np.any(labelled != 0, axis=1)
+    return Text(
+        alone, _pieces(text, offsets), aligned.first_token, actions.astype(np.int64), known, embeddings
+    )
 
 
 def visible(text: str) -> str:

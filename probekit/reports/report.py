@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from probekit.errors import ProbekitError
+from probekit.reports import report_causal as causal
 from probekit.reports import report_results as results
 from probekit.reports import report_sections as sections
 from probekit.reports.document import Block, Fold, Picture, Report, Section
@@ -16,9 +17,11 @@ from probekit.reports.report_findings import (
     CORPUS,
     EVALUATION,
     GENERATION,
+    INTERVENTIONS,
     METRICS,
     PROBES,
     PROVENANCE,
+    SUBNETWORKS,
     Findings,
     attempt,
 )
@@ -47,7 +50,7 @@ class Part:
         return self.table is None or bool(len(found.evaluation.get(self.table, ())))
 
 
-PARTS = (
+BEFORE = (
     Part("What it is", "config.yaml", sections.about),
     Part("Corpus", CORPUS, sections.corpus),
     Part("Perplexity", EVALUATION, results.perplexity),
@@ -55,12 +58,16 @@ PARTS = (
     Part("Multiple choice", EVALUATION, results.choices, "accuracy"),
     Part("Generated text", GENERATION, results.generation),
     Part("Probes", PROBES, results.probes),
+)
+"""Sections that stand before those of single variants and stages, where the run has them."""
+
+BEHIND = (
     Part("Stages", "run.json", sections.stages),
     Part("Training", METRICS, sections.training),
     Part("How to reproduce it", PROVENANCE, sections.reproduction),
     Part("Settings", "config.yaml", sections.settings),
 )
-"""All sections; each stands where the run has it."""
+"""Sections that stand behind them."""
 
 
 def report(run: Run | str | Path, out: str | Path | None = None) -> list[Path]:
@@ -92,13 +99,26 @@ def compose(run: Run) -> Report:
     found = Findings(run)
     damaged: dict[str, str] = {}
     made = []
-    for part in PARTS:
+    for part in (*BEFORE, *_of_each(found), *BEHIND):
         if attempt(part.file, damaged, partial(part.there, found)):
             blocks = attempt(part.file, damaged, partial(part.make, found))
             if blocks:
                 made.append(Section(part.title, tuple(blocks)))
     cautions = cautions_of(found, damaged)  # may find more that is damaged
     return Report(f"Report on {found.name}", (*damaged.values(), *cautions), tuple(made))
+
+
+def _of_each(found: Findings) -> Iterator[Part]:
+    """Sections of single variants and stages."""
+    for stage in found.probed_stages:
+        make = partial(results.over_training, stage=stage)
+        yield Part(f"Over training: {stage}", found.over_training_file(stage), make)
+    for title, file, of_variant in (
+        ("Interventions", INTERVENTIONS, causal.interventions),
+        ("Subnetwork", SUBNETWORKS, causal.subnetwork),
+    ):
+        for variant in found.variants_with(file):
+            yield Part(f"{title}: {variant}", file.format(variant), partial(of_variant, variant=variant))
 
 
 def _with_pictures(made: Report, file: Path) -> str:

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from probekit.corpus.store import FEW_DOCUMENTS, too_few
+from probekit.corpus.store import FEW_DOCUMENTS, MORE_DOCUMENTS, too_few
 from probekit.models.mixing import VARIANTS
 from probekit.provenance import installed_versions
+from probekit.reports import intervention_tables, subnetwork_tables
+from probekit.reports.report_causal import compared
 from probekit.reports.report_findings import (
     CORPUS,
     EVALUATION,
     GENERATION,
+    INTERVENTIONS,
     METRICS,
     PROBE_SETTINGS,
     PROBES,
     PROVENANCE,
+    SUBNETWORKS,
     Findings,
     attempt,
 )
-from probekit.reports.tables import unreliable_cells
+from probekit.reports.tables import best_by_step, unreliable_cells
 
 Check = Callable[[Findings], Iterator[str]]
 
@@ -42,7 +46,7 @@ def cautions_of(found: Findings, damaged: dict[str, str]) -> list[str]:
         damaged: Gets a line for each file that cannot be read.
     """
     told: list[str] = []
-    for file, check in CHECKS:
+    for file, check in (*CHECKS, *_of_each(found)):
         if found.has(file):
             told += attempt(file, damaged, partial(list[str], check(found))) or []
     return list(dict.fromkeys(told))
@@ -128,9 +132,61 @@ def outdated_generation(found: Findings) -> Iterator[str]:
 
 def outdated_probes(found: Findings) -> Iterator[str]:
     """Probes of models that were trained again."""
-    probed = [name for name in found.probes.table.variant.dropna().unique() if name in VARIANTS]
-    stages = ["corpus", "lm", *(["planner"] if probed else []), *(f"adapter/{name}" for name in probed)]
+    stages = _read_stages(found.probes.table.variant.dropna().unique())
     yield from _outdated(found, PROBES, stages, f"probekit probe {found.name}")
+
+
+def interventions(found: Findings, variant: str) -> Iterator[str]:
+    """Interventions before a later training, or in few documents."""
+    command = f"probekit intervene {found.name} --intervene.variant {variant}"
+    yield from _outdated(found, INTERVENTIONS.format(variant), _read_stages([variant]), command)
+    rows = compared(found.interventions(variant).table)
+    for kind, own in rows.groupby("kind", sort=False):
+        what = f"Interventions in {variant} ({kind})"
+        yield from _few(what, int(own.documents.min()), intervention_tables.REMEDY)
+
+
+def subnetwork(found: Findings, variant: str) -> Iterator[str]:
+    """A subnetwork from before a later training, or measured on few documents."""
+    command = f"probekit subnetwork {found.name} --subnetwork.variant {variant}"
+    yield from _outdated(found, SUBNETWORKS.format(variant), _read_stages([variant]), command)
+    documents = int(found.subnetwork(variant).table.documents.max())
+    yield from _few(f"The subnetwork of {variant}", documents, subnetwork_tables.REMEDY)
+
+
+def over_training(found: Findings, stage: str) -> Iterator[str]:
+    """Probes of checkpoints without those that were kept later, before a later training, of few documents."""
+    file, command = (
+        found.over_training_file(stage),
+        f"probekit probe {found.name} --checkpoints --stage {stage}",
+    )
+    rows = found.over_training(stage).table
+    yield from _outdated(found, file, ["corpus", stage], command)
+    if missing := sorted({*found.run.checkpoints(stage)} - {*rows.step}):
+        steps = ", ".join(f"{step:,}" for step in missing)
+        yield f"{file} lacks checkpoints that were kept later, of steps {steps}; run `{command}` again"
+    documents = int(best_by_step(rows).documents.max())
+    yield from _few(f"Probes over the training of {stage}", documents, MORE_DOCUMENTS)
+
+
+def _of_each(found: Findings) -> Iterator[tuple[str, Check]]:
+    """Checks of single variants and stages."""
+    for stage in found.probed_stages:
+        yield found.over_training_file(stage), partial(over_training, stage=stage)
+    for file, check in ((INTERVENTIONS, interventions), (SUBNETWORKS, subnetwork)):
+        for variant in found.variants_with(file):
+            yield file.format(variant), partial(check, variant=variant)
+
+
+def _read_stages(variants: Iterable[str]) -> list[str]:
+    """The stages whose models are read where variants are."""
+    own = [name for name in variants if name in VARIANTS]
+    return ["corpus", "lm", *(["planner"] if own else []), *(f"adapter/{name}" for name in own)]
+
+
+def _few(what: str, documents: int, remedy: str) -> Iterator[str]:
+    if line := too_few(documents, remedy):
+        yield f"{what}: {line[0].lower()}{line[1:]}"
 
 
 def cells(found: Findings) -> Iterator[str]:

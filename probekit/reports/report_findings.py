@@ -12,10 +12,15 @@ import pandas as pd
 from probekit.config import Config, setting_names, setting_value
 from probekit.errors import ProbekitError
 from probekit.evaluation.perplexity import record_of
+from probekit.interventions.intervene import InterventionResults
+from probekit.models.mixing import VARIANTS
+from probekit.probing.over_training import TrainingProbes
 from probekit.probing.probe import ProbeResults
 from probekit.run import Run
 from probekit.stage_settings import stages_of
 from probekit.storage import read_json
+from probekit.subnetworks.subnetwork import SubnetworkResults
+from probekit.table_files import read_table
 
 EVALUATION, GENERATION, PROBES = "evaluation.json", "generation.json", "probes/results.parquet"
 PROBE_SETTINGS, METRICS, PROVENANCE = "probes/settings.json", "metrics.jsonl", "provenance.json"
@@ -23,6 +28,9 @@ PROBE_SETTINGS, METRICS, PROVENANCE = "probes/settings.json", "metrics.jsonl", "
 
 CORPUS = "corpus/facts.json"
 """What a whole corpus has."""
+
+INTERVENTIONS, SUBNETWORKS = "interventions/{}/results.parquet", "subnetworks/{}/results.parquet"
+"""Files of a variant's results."""
 
 UNFIT = (AttributeError, ArithmeticError, IndexError, KeyError, TypeError, ValueError)
 """What is raised about a file that can be read, and does not hold what it should."""
@@ -79,6 +87,43 @@ class Findings:
         """What probes/settings.json holds."""
         return read_json(self.run.folder / PROBE_SETTINGS)
 
+    def variants_with(self, file: str) -> list[str]:
+        """Variants that such a file of results is there of."""
+        return [name for name in ("none", *VARIANTS) if self.has(file.format(name))]
+
+    def interventions(self, variant: str) -> InterventionResults:
+        """What interventions in a variant found."""
+        file = self.run.folder / INTERVENTIONS.format(variant)
+        return InterventionResults(read_table(file), file.parent, _notes(file.parent))
+
+    def subnetwork(self, variant: str) -> SubnetworkResults:
+        """The subnetwork of a variant."""
+        folder = (self.run.folder / SUBNETWORKS.format(variant)).parent
+        names = ("results", "mask", "candidates")
+        table, mask, candidates = (read_table(folder / f"{name}.parquet") for name in names)
+        return SubnetworkResults(table, mask, candidates, folder, _notes(folder))
+
+    @property
+    def probed_stages(self) -> list[str]:
+        """Stages whose checkpoints were probed."""
+        return [stage for stage in stages_of(self.run.config) if self.run.probes_file(stage).is_file()]
+
+    def over_training_file(self, stage: str) -> str:
+        """The file of what was found at a stage's checkpoints."""
+        return self.run.probes_file(stage).relative_to(self.run.folder).as_posix()
+
+    def over_training(self, stage: str) -> TrainingProbes:
+        """What probes read at a stage's checkpoints."""
+        run = self.run
+        notes = [line for path in run.checkpoints(stage).values() for line in _notes(path / "probes")]
+        return TrainingProbes(
+            run.probes_over_training(stage),
+            stage,
+            run.probes_file(stage),
+            run.losses_of(stage),
+            [*dict.fromkeys(notes)],
+        )
+
     @property
     def only_probed(self) -> bool:
         """Whether nothing was to be trained: a pre-trained LM and a corpus, which is what probes need."""
@@ -119,7 +164,14 @@ class Findings:
     @cached_property
     def replaced_in_probing(self) -> dict[str, Any]:
         """Settings of the probes, by dotted name, and all others that the run has changed since."""
-        plain = {k: v for k, v in self.probe_settings.items() if k in Config.model_fields}
+        return self._changed(self.probe_settings)
+
+    def replaced_in(self, settings_file: str) -> dict[str, Any]:
+        """The same of other results, of which a file tells all settings."""
+        return self._changed(read_json(self.run.folder / settings_file))
+
+    def _changed(self, settings: dict[str, Any]) -> dict[str, Any]:
+        plain = {k: v for k, v in settings.items() if k in Config.model_fields}
         used = Config.from_dict(plain)
         both = (
             (name, setting_value(used, name), setting_value(self.run.config, name))
@@ -145,12 +197,21 @@ class Findings:
             for stage in stages
             if stage in self.stages
             and "taken_from" not in self.stages[stage]
-            and self._newest(stage) - then >= max(1.0, self.stages[stage]["seconds"])
+            and self._newest(stage) - then >= max(1.0, self.stages[stage].get("seconds", 0.0))
         ]
 
     def _newest(self, stage: str) -> float:
-        files = [file for path in self.run.files_of(stage) for file in _files_in(path)]
+        # Checkpoints have results of their own, and none is newer than what the stage left at its end.
+        kept = self.run.checkpoints_of(stage)
+        left = [path for path in self.run.files_of(stage) if not path.is_relative_to(kept)]
+        files = [file for path in left for file in _files_in(path)]
         return max((file.stat().st_mtime for file in files), default=0.0)
+
+
+def _notes(folder: Path) -> list[str]:
+    """Notes on a folder's results."""
+    settings = folder / "settings.json"
+    return read_json(settings).get("notes", []) if settings.is_file() else []
 
 
 def _files_in(path: Path) -> list[Path]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -11,10 +11,11 @@ import pandas as pd
 from probekit.probing.locations import label
 from probekit.reports.document import Block, Fold, Items, Paragraph, Picture, estimate, fold_if, table
 from probekit.reports.figures import panels
+from probekit.reports.over_training import plot_over_training
 from probekit.reports.pictures import svg_of
 from probekit.reports.plots import PREFERRED, plot_curve, plot_perplexity, plot_probes, probed_variants
 from probekit.reports.report_findings import Findings
-from probekit.reports.tables import beaten_baselines
+from probekit.reports.tables import beaten_baselines, best_by_step
 
 Row = Mapping[Hashable, Any]
 
@@ -157,34 +158,33 @@ def probes(found: Findings) -> list[Block]:
 
 
 def _best(cells: pd.DataFrame) -> Block:
-    """The best cells; what is the same of all stands in the caption."""
-    words, numbers = ["variant", "location", "solver"], ["layer", "distance", "horizon", "seed"]
-    same = [name for name in ("solver", "horizon", "seed") if len(cells[name].unique()) == 1]
-    words, numbers = ([name for name in names if name not in same] for names in (words, numbers))
     caption = "The best cell of each variant, location, solver and horizon, chosen on validation documents"
+    numbers = ["layer", "distance", "horizon", "seed"]
+    return _cells(caption, cells, numbers, ["solver", "horizon", "seed"], list(MEASURES))
+
+
+def _cells(
+    caption: str,
+    cells: pd.DataFrame,
+    numbers: Sequence[str],
+    optional: Sequence[str],
+    measures: Sequence[str],
+) -> Block:
+    """A row for each cell; what may be told once, and is the same of all, stands in the caption."""
+    same = [name for name in optional if len(cells[name].unique()) == 1]
+    words = [name for name in ("variant", "location", "solver") if name not in same]
+    numbers = [name for name in numbers if name not in same]
     told = ", ".join(f"{name} {cells[name].iloc[0]}" for name in same)
-    measures = [
-        "accuracy",
-        "bits over the prior",
-        "gain in bits",
-        "gained over",
-        "selectivity",
-        "compression",
-    ]
     rows = (
-        [*(row[name] for name in words), *(int(row[name]) for name in numbers), *_measures(row)]
+        [
+            *(row[name] for name in words),
+            *(int(row[name]) for name in numbers),
+            *(MEASURES[name](row) for name in measures),
+        ]
         for row in cells.to_dict("records")
     )
     columns = [*words, *numbers, *measures]
     return table(f"{caption} ({told})" if told else caption, columns, rows, words=len(words))
-
-
-def _measures(row: Row) -> tuple[str, ...]:
-    return (
-        *(_estimate(row, "accuracy"), _estimate(row, "bits"), _estimate(row, "gain", signed=True)),
-        *("" if pd.isna(row["gain_over"]) else row["gain_over"], _estimate(row, "selectivity", signed=True)),
-        "" if pd.isna(row["compression"]) else f"{row['compression']:.3f}",
-    )
 
 
 def _beside(row: Row) -> tuple[object, ...]:
@@ -223,5 +223,41 @@ def _pictures(found: Findings) -> Iterator[Block]:
         yield from (heat, curve) if number < UNFOLDED else (Fold(f"Pictures: {name}", (heat, curve)),)
 
 
+def over_training(found: Findings, stage: str) -> list[Block]:
+    """What probes read at a stage's checkpoints: the picture, and the best layer by step."""
+    results = found.over_training(stage)
+    best = best_by_step(results.table).sort_values(
+        ["variant", "location", "solver", "horizon", "seed", "step"], kind="stable"
+    )
+    near, documents = int(best.distance.min()), int(best.documents.max())
+    picture = Picture(
+        f"over_training_{stage.replace('/', '_')}",
+        f"Test accuracy at {best.step.nunique():,} steps of {stage}, by layer and by distance; bands are "
+        f"{INTERVALS}, and below are the losses.",
+        f"Accuracy against training steps of {stage}; the table below has the best layer at every step.",
+        svg_of(plot_over_training(found.run, stage)),
+    )
+    numbers = _cells(
+        f"The layer that is best on validation documents behind each step of {stage}, at distance {near}, "
+        f"on {documents:,} test documents ({INTERVALS})",
+        best,
+        ["step", "layer", "horizon", "seed"],
+        ["variant", "location", "solver", "horizon", "seed"],
+        ["accuracy", "bits over the prior", "gain in bits", "gained over"],
+    )
+    return [picture, numbers, *([Items(tuple(results.notes))] if results.notes else [])]
+
+
 def _estimate(row: Row, name: str, *, signed: bool = False) -> str:
     return estimate(row[name], row[f"{name}_low"], row[f"{name}_high"], signed=signed)
+
+
+MEASURES: dict[str, Callable[[Row], str]] = {
+    "accuracy": lambda row: _estimate(row, "accuracy"),
+    "bits over the prior": lambda row: _estimate(row, "bits"),
+    "gain in bits": lambda row: _estimate(row, "gain", signed=True),
+    "gained over": lambda row: "" if pd.isna(row["gain_over"]) else row["gain_over"],
+    "selectivity": lambda row: _estimate(row, "selectivity", signed=True),
+    "compression": lambda row: "" if pd.isna(row["compression"]) else f"{row['compression']:.3f}",
+}
+"""What tables of cells tell of each, by the column's name."""

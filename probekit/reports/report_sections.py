@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,11 +15,19 @@ from probekit.models.mixing import VARIANTS
 from probekit.reports.document import Block, Code, Fold, Paragraph, Picture, table
 from probekit.reports.pictures import svg_of
 from probekit.reports.plots import plot_training
-from probekit.reports.report_findings import EVALUATION, GENERATION, PROBES, UNFIT, Findings
+from probekit.reports.report_findings import (
+    EVALUATION,
+    GENERATION,
+    INTERVENTIONS,
+    PROBES,
+    SUBNETWORKS,
+    UNFIT,
+    Findings,
+)
 from probekit.reports.tables import DISPLAY_ACTIONS
 
-PROBE_OPTIONS = ("device", "evaluation", "probe")
-"""Sections of settings that `probekit probe RUN` takes."""
+COMMON_OPTIONS = ("device", "evaluation")
+"""Sections of settings that all commands take that read a run; each has one of its own beside."""
 
 LONGEST = 100
 """Characters of a sentence that are shown."""
@@ -103,10 +111,10 @@ def stages(found: Findings) -> list[Block]:
     columns = {"parameters": "parameters", "precision": "precision", "taken_from": "taken from"}
     kept = [key for key in columns if any(key in facts for facts in found.stages.values())]
     rows = [
-        (name, f"{facts['seconds']:,.1f}", *(facts.get(key) for key in kept))
+        (name, f"{facts['seconds']:,.1f}" if "seconds" in facts else "", *(facts.get(key) for key in kept))
         for name, facts in found.stages.items()
     ]
-    total = sum(facts["seconds"] for facts in found.stages.values())
+    total = sum(facts.get("seconds", 0.0) for facts in found.stages.values())
     caption = f"Finished stages, {total:,.0f} seconds in all; parameters are those that were trained"
     return [table(caption, ["stage", "seconds", *(columns[key] for key in kept)], rows)]
 
@@ -178,7 +186,8 @@ def _commands(found: Findings, commit: str | None) -> list[str]:
     again, config = f"{found.name}-again", f"{found.name}/config.yaml"
     lines = [f"# probekit at commit {commit}"] if commit else []
     if found.only_probed:
-        return [*lines, shlex.join(_probe_model(found, config, again))]
+        lines.append(shlex.join(_probe_model(found, config, again)))
+        return [*lines, *_causal(found, again)]
     lines.append(shlex.join(["probekit", "train", "--config", config, "--out", again]))
     if found.has(EVALUATION) or found.has(GENERATION):
         words = ["probekit", "evaluate", again]
@@ -186,9 +195,37 @@ def _commands(found: Findings, commit: str | None) -> list[str]:
         words += _options({**_replaced(found, "evaluation"), **_replaced(found, "generation")})
         lines.append(shlex.join(words))
     if found.has(PROBES):
-        kept = {k: v for k, v in _replaced(found, "probing").items() if k.split(".")[0] in PROBE_OPTIONS}
+        kept = _of_sections(_replaced(found, "probing"), "probe")
         lines.append(shlex.join(["probekit", "probe", again, *_options(kept)]))
-    return lines
+    return [*lines, *_checkpoints(found, again), *_causal(found, again)]
+
+
+def _checkpoints(found: Findings, again: str) -> Iterator[str]:
+    """The commands that probe checkpoints; without `probe.variants` what the stage trains is read."""
+    for stage in found.probed_stages:
+        kept = {}
+        if checkpoints := found.run.checkpoints(stage):
+            folder = checkpoints[max(checkpoints)].relative_to(found.run.folder).as_posix()
+            kept = _of_sections(_replaced(found, f"{folder}/probes/settings.json"), "probe")
+        if list(kept.get("probe.variants", ())) == ["none" if stage == "lm" else stage.split("/")[-1]]:
+            del kept["probe.variants"]
+        words = ["probekit", "probe", again, "--checkpoints", "--stage", stage]
+        yield shlex.join([*words, *_options(kept)])
+
+
+def _causal(found: Findings, again: str) -> Iterator[str]:
+    """The commands that intervene and that find subnetworks, one for each variant."""
+    for command, file in (("intervene", INTERVENTIONS), ("subnetwork", SUBNETWORKS)):
+        for variant in found.variants_with(file):
+            settings_file = file.format(variant).replace("results.parquet", "settings.json")
+            kept = {f"{command}.variant": variant}
+            kept |= _of_sections(_replaced(found, settings_file), command)
+            yield shlex.join(["probekit", command, again, *_options(kept)])
+
+
+def _of_sections(settings: Mapping[str, Any], own: str) -> dict[str, Any]:
+    """The settings that a command takes."""
+    return {k: v for k, v in settings.items() if k.split(".")[0] in (*COMMON_OPTIONS, own)}
 
 
 def _probe_model(found: Findings, config: str, again: str) -> list[str]:
@@ -202,7 +239,7 @@ def _probe_model(found: Findings, config: str, again: str) -> list[str]:
 def _replaced(found: Findings, what: str) -> Mapping[str, Any]:
     """Settings that were not the run's; none where the file that tells them is damaged (told elsewhere)."""
     try:
-        return getattr(found, f"replaced_in_{what}")
+        return found.replaced_in(what) if what.endswith(".json") else getattr(found, f"replaced_in_{what}")
     except (ProbekitError, OSError, *UNFIT):
         return {}
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator, Mapping
+from typing import Any
 
 import pandas as pd
 
@@ -27,42 +28,65 @@ CALLED = {
 }
 
 
+REMEDY = "raise subnetwork.documents, or give more documents"
+"""What is to be done where documents are few."""
+
+
 def print_subnetwork(results: SubnetworkResults) -> None:
     """What is lost without the subnetwork, beside what it is compared with; which components it has."""
     table = results.table[results.table.draw.isna()]
-    wide = {name: _by_metric(table[table.condition == name]) for name in (*CONDITIONS, RANDOM)}
     documents = int(table.documents.max())
     print_table(
-        f"Without some of {table.components.iloc[0]} components, on {documents:,} test documents: changes of "
-        "the next sentence's losses in nats a token, bits over the prior that the last layer's probe reads "
-        "(95 % intervals from resampling documents)",
+        f"{caption(table)} (95 % intervals from resampling documents)",
         ["removed", "components", *CHANGES.values()],
         (
             [
-                CALLED[name],
-                str(table[table.condition == name].removed.iloc[0]),
+                row["called"],
+                str(row["removed"]),
                 *(with_range(row, metric) if metric in row else "" for metric in CHANGES),
             ]
-            for name, row in wide.items()
+            for row in rows_of(table)
         ),
     )
-    warn_of_few(documents)
-    draws = results.table[results.table.draw.notna()]
-    say(
-        "best alone: as many, those that are best removed alone; random: as many in every layer, the mean of "
-        f"{draws.draw.nunique()} draws"
-    )
-    say("fitted again: by a probe that is fitted without them, which finds what has only moved")
-    mask = results.mask
-    removed = mask[mask.removed]
-    say(f"The subnetwork ({len(removed)} of {len(mask)}): {', '.join(removed.component) or 'nothing'}")
-    for line in results.notes:
+    warn_of_few(documents, REMEDY)
+    for line in [*remarks(results.table, results.mask), *results.notes]:
         say(line)
     say(f"All {len(results.table):,} rows: {results.folder / 'results.parquet'}")
     say(f"Every component: {results.folder / 'mask.parquet'}")
 
 
-def _by_metric(rows: pd.DataFrame) -> dict[Hashable, float]:
+def caption(table: pd.DataFrame) -> str:
+    """What its rows are."""
+    return (
+        f"Without some of {table.components.iloc[0]} components, on {int(table.documents.max()):,} test "
+        "documents: changes of the next sentence's losses in nats a token, bits over the prior that the last "
+        "layer's probe reads"
+    )
+
+
+def rows_of(table: pd.DataFrame) -> Iterator[Mapping[Hashable, Any]]:
+    """What each condition is `called`, how many components are `removed`, its metrics with their bounds.
+
+    Random draws are one condition, their mean.
+    """
+    means = table[table.draw.isna()]
+    for name in (*CONDITIONS, RANDOM):
+        own = means[means.condition == name]
+        yield {"called": CALLED[name], "removed": int(own.removed.iloc[0])} | _by_metric(own)
+
+
+def remarks(table: pd.DataFrame, mask: pd.DataFrame) -> Iterator[str]:
+    """What rows and columns mean, and which components the subnetwork has."""
+    yield (
+        "best alone: as many, those that are best removed alone; random: as many in every layer, the mean of "
+        f"{table.draw.nunique()} draws"
+    )
+    yield "fitted again: by a probe that is fitted without them, which finds what has only moved"
+    removed = mask[mask.removed]
+    yield f"The subnetwork ({len(removed)} of {len(mask)}): {', '.join(removed.component) or 'nothing'}"
+
+
+def _by_metric(rows: pd.DataFrame) -> dict[Hashable, Any]:
     """Values and bounds of one condition, by the metric's name."""
     return {
         f"{row.metric}{end}": getattr(row, f"value{end}")

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from probekit.corpus.inspect import action_table, sentence_lengths, sizes
-from probekit.corpus.store import Corpus, too_few
+from probekit.corpus.store import MORE_DOCUMENTS, Corpus, too_few
 from probekit.evaluation.ensembles import EnsembleEvaluation
 from probekit.evaluation.evaluate import PlannerEvaluation
 from probekit.evaluation.perplexity import Evaluation
@@ -38,7 +38,11 @@ def print_training(run: Run) -> None:
     """The stages of a run, their times and what they left."""
     stages = read_json(run.folder / "run.json")["stages"]
     rows = [
-        (name, f"{facts['seconds']:.1f}", *(f"{facts[key]:,}" if key in facts else "" for key in SIZES))
+        [
+            name,
+            f"{facts['seconds']:.1f}" if "seconds" in facts else "",
+            *(f"{facts[key]:,}" if key in facts else "" for key in SIZES),
+        ]
         for name, facts in stages.items()
     ]
     print_table("Training", ["stage", "seconds", "parameters", "and of its LM"], rows)
@@ -262,13 +266,10 @@ def print_probes(results: ProbeResults) -> None:
 
 def print_over_training(results: TrainingProbes, picture: Path) -> None:
     """The layer that is best on validation documents at every checkpoint, at the nearest distance."""
-    probes = results.table[(results.table.reader == "probe") & results.table.accuracy.notna()]
-    near = probes[probes.distance == probes.distance.min()]
-    cells = near.groupby(["variant", "location", "solver", "horizon", "seed", "step"])
-    best = near.loc[cells.validation_cross_entropy.idxmin()]
-    documents = int(probes.documents.max())
+    best = best_by_step(results.table)
+    documents = int(best.documents.max())
     print_table(
-        f"Best layer behind each step of {results.stage}, distance {near.distance.min()}, on {documents:,} "
+        f"Best layer behind each step of {results.stage}, distance {best.distance.min()}, on {documents:,} "
         "test documents",
         ["step", "cell", "accuracy", "bits over the prior", "gain in bits"],
         (
@@ -285,6 +286,17 @@ def print_over_training(results: TrainingProbes, picture: Path) -> None:
     for line in results.notes:
         say(line)
     say(f"All {len(results.table):,} rows: {results.path}; picture: {picture}")
+
+
+def best_by_step(table: pd.DataFrame) -> pd.DataFrame:
+    """The probes of the layer that is best on validation documents, of a table of `probe_checkpoints`.
+
+    One at every step, at the nearest distance, for each variant, location, solver, horizon and seed.
+    """
+    probes = table[(table.reader == "probe") & table.accuracy.notna()]
+    near = probes[probes.distance == probes.distance.min()]
+    cells = near.groupby(["variant", "location", "solver", "horizon", "seed", "step"])
+    return near.loc[cells.validation_cross_entropy.idxmin()]
 
 
 def _cell_row(row: Mapping[Hashable, Any]) -> list[str]:
@@ -334,9 +346,9 @@ def _scores(row: Mapping[Hashable, Any]) -> list[str]:
     return [with_range(row, "accuracy"), with_range(row, "bits")]
 
 
-def warn_of_few(documents: int) -> None:
-    """Says so where test documents are few."""
-    if warning := too_few(documents):
+def warn_of_few(documents: int, remedy: str = MORE_DOCUMENTS) -> None:
+    """Says so where test documents are few, and what is to be done."""
+    if warning := too_few(documents, remedy):
         say(warning)
 
 

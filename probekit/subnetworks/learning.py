@@ -85,27 +85,35 @@ def learn(
 
 
 def objectives(measured: Measured, keep: float) -> tuple[np.ndarray, np.ndarray]:
-    """What masks are learned for but the penalty, and its standard error over documents, both `[masks]`."""
+    """What masks are learned for but the penalty, and each document's part in how far it may be off.
+
+    Returns:
+        Values `[masks]`, and parts `[masks, documents]`: the root of their summed squares is a standard
+        error, that of differences of parts one of a difference.
+    """
     value, off = np.zeros(()), np.zeros(())
     for name, weight in (("information", 1.0), ("kept_kl", keep)):
         sums, counts = measured.sums[name]
         ratio = sums.sum(1) / max(counts.sum(), 1)
         value = value + weight * ratio
         off = off + weight * (sums - ratio[:, None] * counts) / max(counts.sum(), 1)
-    return value, np.sqrt((off**2).sum(axis=1))
+    return value, off
 
 
 def choose(candidates: Sequence[Candidate], measured: Measured, keep: float) -> int:
     """The number of the mask that removes least of those within one standard error of the best.
+
+    The error is that of the difference, for all were measured on the same documents.
 
     Args:
         candidates: The masks.
         measured: What they leave, on documents that they were not learned on.
         keep: The weight of what is to stay.
     """
-    value, error = objectives(measured, keep)
+    value, off = objectives(measured, keep)
     best = int(value.argmin())
+    error = np.linalg.norm(off - off[best], axis=1)
     removed = np.array([candidate.removed.sum() for candidate in candidates])
     # Of masks that remove as many, the better one.
-    good = np.where(value <= value[best] + error[best], removed + value / (1 + value.max()), np.inf)
+    good = np.where(value <= value[best] + error, removed + value / (1 + value.max()), np.inf)
     return int(good.argmin())

@@ -19,8 +19,12 @@ drawn at random in every layer."""
 CONDITIONS = (WHOLE, SUBNETWORK, ALONE)
 """Those of one mask each, in the order of their masks; random ones come behind."""
 
+PROBES = ("bits", "refitted_bits")
+"""What the saved probe reads, and one that is fitted again."""
+
 FEW_LOST = 0.5
-"""A probe that is fitted again loses little if it loses less than this share of what the first one does."""
+"""A probe that is fitted again loses little if it loses less than this share of what the first one does,
+each as a share of what it had."""
 
 
 def results_table(sums: Sums, masks: np.ndarray, resampling: Resampling) -> pd.DataFrame:
@@ -56,16 +60,19 @@ def cautions(table: pd.DataFrame, masks: np.ndarray) -> list[str]:
     if not subnetwork.any():
         return ["no mask was better than to remove nothing, on validation documents"]
     found = []
-    if (drawn == subnetwork).all():
+    forced = drawn.all(axis=0) & subnetwork
+    if len(drawn) and 2 * forced.sum() >= subnetwork.sum():
         found.append(
-            "the subnetwork is all components of its layers: what is drawn at random there is the same"
+            f"{forced.sum()} of the {subnetwork.sum()} components are in every random draw, too, for so few "
+            "others are in their layers: over random there is little to see"
         )
     rows = table[table.condition == SUBNETWORK].set_index("metric")
-    lost, moved = rows.value["bits_change"], rows.value["refitted_bits_change"]
-    if lost < 0 and moved > FEW_LOST * lost:
+    # As shares of what each had: one that is fitted on few documents has less to lose.
+    lost, gone = (rows.value[f"{of}_change"] / (rows.value[f"{of}_change"] - rows.value[of]) for of in PROBES)
+    if lost > 0 and gone < FEW_LOST * lost:
         found.append(
-            f"the probe loses {-lost:.3f} bits, but one that is fitted again only {-moved:.3f}: most of it "
-            "has not gone, but moved"
+            f"the probe loses {lost:.0%} of its bits, but one that is fitted again only {gone:.0%} of its "
+            "own: much of it has not gone, but moved"
         )
     if rows.value_high["refitted_bits_over_random"] >= 0:
         found.append(
@@ -94,7 +101,7 @@ def _intervals(sums: Sums, resampling: Resampling) -> Iterator[tuple[str, int | 
         cells += [
             (name, draw, f"{metric}_over_random", own - mean)
             for name, draw, own in lines
-            if name in (SUBNETWORK, ALONE)
+            if name == SUBNETWORK  # whose numbers by layer they have
         ]
         found = bootstrap_ratios(np.stack([own for *_, own in cells], axis=1), counts, **resampling)
         for number, (name, draw, called, _) in enumerate(cells):

@@ -30,6 +30,7 @@ from probekit.subnetworks.learning import Candidate, choose, learn, objectives
 from probekit.subnetworks.masked import MaskedLM, batches, documents_of
 from probekit.subnetworks.measures import Measured, Readout, Sums, measure, probe_values
 from probekit.subnetworks.results import candidate_table, cautions, mask_table, results_table
+from probekit.table_files import write_table
 
 ALONE_WINDOWS = 128
 """Windows on which every component is removed alone: one pass for each of them."""
@@ -105,9 +106,9 @@ def subnetwork(
         cautions(table, masks),
     )
     with atomic_folder(results.folder) as folder:
-        results.table.to_parquet(folder / "results.parquet", index=False)
-        results.mask.to_parquet(folder / "mask.parquet", index=False)
-        results.candidates.to_parquet(folder / "candidates.parquet", index=False)
+        write_table(folder / "results.parquet", results.table)
+        write_table(folder / "mask.parquet", results.mask)
+        write_table(folder / "candidates.parquet", results.candidates)
         write_json(folder / "settings.json", run.config.model_dump(mode="json") | {"notes": results.notes})
     return results
 
@@ -155,7 +156,8 @@ class _Search:
         masks = np.stack([candidate.removed for candidate in candidates])
         measured = self._measured("choose", self._windows[CHOSEN_ON], masks)
         at = choose(candidates, measured, settings.keep)
-        return candidates, at, *objectives(measured, settings.keep)
+        value, off = objectives(measured, settings.keep)
+        return candidates, at, value, np.linalg.norm(off, axis=1)
 
     def compared(self, mask: Candidate) -> tuple[np.ndarray, Sums]:
         """All masks to measure, as `CONDITIONS` has them, and what is left without each component alone."""

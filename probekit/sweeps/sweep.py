@@ -19,10 +19,11 @@ from probekit.evaluation.evaluate import evaluate
 from probekit.progress import Progress
 from probekit.run import Run
 from probekit.stage_settings import stage_settings, stages_of, why_idle
-from probekit.storage import atomic_path, held
+from probekit.storage import held
 from probekit.sweeps.members import Members
 from probekit.sweeps.results import Place, Sweep
 from probekit.sweeps.time_left import TimeLeft
+from probekit.table_files import write_table
 from probekit.training.train import check_new_model, train
 
 MEMBER = re.compile(r"\w[\w.=,+-]*")
@@ -62,8 +63,7 @@ def sweep(
         failed = _all_runs(begun, Progress(quiet=quiet), generation=generation, quiet=quiet)
         done, places = Sweep.open(begun.folder), begun.places
         if done.runs:
-            with atomic_path(done.folder / "results.parquet") as path:
-                done.table().to_parquet(path, index=False)
+            write_table(done.folder / "results.parquet", done.table())
     for place, reason in failed.items():
         raise ProbekitError(
             f"{place}: {reason} ({len(failed)} of {len(places)} runs in {done.folder} failed, the others are "

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from probekit import processes
 from probekit.config import VariantName
 from probekit.corpus.embeddings import load_encoder
 from probekit.corpus.examples import Batch, Windows, begun_sentences, collate
@@ -95,7 +96,7 @@ class AdapterTraining:
         self.model.to(trainer.device)
         self._trainer, self._variant = trainer, variant
         self._adapter, self._planner, self._base = adapter, planner, base
-        self._mixing = training_mixing(variant, config.mixing, config.seed)
+        self._mixing = training_mixing(variant, config.mixing, config.seed + processes.rank())
         self._joint = chosen.joint
         self._out_of_fold = None
         if fold_planners and chosen.out_of_fold:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
@@ -15,10 +16,11 @@ from probekit import processes
 from probekit.config import StageSettings
 from probekit.errors import ProbekitError
 from probekit.progress import Progress, Task
-from probekit.stopping import Holding
+from probekit.stopping import Holding, Stopped
 from probekit.training.state import (
     Standing,
     StateFile,
+    check_alike,
     optimiser_state,
     random_state,
     set_optimiser_state,
@@ -136,7 +138,9 @@ class _Loop:
         torch.manual_seed(seed + processes.rank())
         if state is not None and state.standing.step:
             self._standing = state.standing
-            self._restore(state.read())
+            kept = state.read()
+            with state.restoring():
+                self._restore(kept)
 
     def run(self) -> float:
         """Trains to the end."""
@@ -157,13 +161,17 @@ class _Loop:
                     observed = self._stage.observed(rows) if self._stage.observed else {}
                     self._log({"stage": name, "step": step, "loss": loss} | observed)
                 task.advance(note=f"loss {loss:.3f}")
-                if (step % self._epoch_steps == 0 or step == self._steps) and self._validated(task, loss):
-                    break
-                self._checkpoint(step)
-                if processes.is_first() and self._state and (self._state.due or holding.asked):
+                ends = step % self._epoch_steps == 0 or step == self._steps
+                over = ends and self._validated(task, loss)
+                self._checkpoint(step, last=over)
+                asked = self._asked(holding)
+                # Patience that has run out is not part of a state: it would be gone on with.
+                if processes.is_first() and self._state and not over and (self._state.due or asked):
                     self._state.write(self._standing, self._kept())
-                if holding.asked:
-                    raise holding.asked
+                if asked:
+                    raise asked
+                if over:
+                    break
         _copy_back(self._stage, self._best)
         return self._standing.best
 
@@ -255,9 +263,16 @@ class _Loop:
             + (f"; the state behind step {kept} is kept" if kept else "")
         )
 
-    def _checkpoint(self, step: int) -> None:
+    def _asked(self, holding: Holding) -> Stopped | None:
+        """Whether to stop; where one of several processes is asked to, all do so behind the same step."""
+        device = self._stage.parameters[0].device
+        if not processes.total(float(holding.asked is not None), device):
+            return None
+        return holding.asked or Stopped(signal.SIGTERM)
+
+    def _checkpoint(self, step: int, *, last: bool = False) -> None:
         steps = checkpoint_steps(self._stage.settings.checkpoints, self._steps)
-        if processes.is_first() and self._stage.keep and step in steps:
+        if processes.is_first() and self._stage.keep and (step in steps or (last and steps)):
             self._stage.keep(step)
 
     def _kept(self) -> dict[str, Tensor]:
@@ -269,10 +284,15 @@ class _Loop:
 
     def _restore(self, kept: dict[str, Tensor]) -> None:
         count = range(len(self._best))
-        _copy_back(self._stage, [kept[f"now.{i}"] for i in count])
-        self._best = [kept[f"best.{i}"].to(self._best[i]) for i in count]
+        now, best = ([kept[f"{name}.{i}"] for i in count] for name in ("now", "best"))
+        for values in (now, best):
+            check_alike(values, self._best)
+        _copy_back(self._stage, now)
+        self._best = [value.to(own) for value, own in zip(best, self._best, strict=True)]
         set_optimiser_state(self._optimiser, kept)
         set_random_state(kept, self._stage.generators)
+        if processes.rank():  # the state is the first process's
+            torch.manual_seed(self._seed + processes.rank() + processes.count() * self._standing.step)
 
 
 def checkpoint_steps(count: int, steps: int) -> list[int]:

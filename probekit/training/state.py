@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, TypeAdapter
 from torch import Tensor
 
+from probekit.errors import ProbekitError
 from probekit.storage import read_metadata, read_tensors, write_tensors
+
+REMEMBERED = {"step", "exp_avg", "exp_avg_sq"}
+"""What AdamW remembers of a parameter."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +32,10 @@ class Standing:
         divided: Micro-batches in a step, which may have become more where memory was short.
     """
 
-    step: int = 0
+    step: Annotated[int, Field(ge=0)] = 0
     best: float = float("inf")
-    best_epoch: int = 0
-    divided: int = 1
+    best_epoch: Annotated[int, Field(ge=0)] = 0
+    divided: Annotated[int, Field(ge=1)] = 1
 
 
 class StateFile:
@@ -43,18 +49,37 @@ class StateFile:
 
     def __init__(self, path: Path, settings: Mapping[str, Any], every: float) -> None:
         self._path, self._every = path, every
-        self._settings = json.dumps(settings, sort_keys=True, default=str)
+        self._settings = json.loads(json.dumps(settings, default=str))
         self._written = time.monotonic()
 
     @property
     def standing(self) -> Standing:
         """Where the stage stands; at its beginning, where nothing is kept or it is of another training."""
-        if not self._path.exists():
+        if not self._path.exists() or self.difference:
             return Standing()
         kept = read_metadata(self._path)
-        return (
-            Standing(**json.loads(kept["standing"])) if kept.get("settings") == self._settings else Standing()
-        )
+        with self.restoring():
+            return TypeAdapter(Standing).validate_python(json.loads(kept["standing"]))
+
+    @property
+    def difference(self) -> str | None:
+        """A setting that was another one when the state was kept, and how many steps are lost by it.
+
+        Settings that only one version of probekit knows are none.
+        """
+        if not self._path.exists():
+            return None
+        kept = read_metadata(self._path)
+        with self.restoring():
+            settings: dict[str, Any] = dict(json.loads(kept["settings"]))
+        for name in settings.keys() & self._settings.keys():
+            if settings[name] != self._settings[name]:
+                steps = json.loads(kept["standing"])["step"]
+                return (
+                    f"{name} was {settings[name]!r} and is now {self._settings[name]!r}, so the {steps:,} "
+                    "steps that were done do not count"
+                )
+        return None
 
     @property
     def due(self) -> bool:
@@ -64,13 +89,29 @@ class StateFile:
     def write(self, standing: Standing, tensors: Mapping[str, Tensor]) -> None:
         """Keeps the state, in place of an earlier one."""
         write_tensors(
-            self._path, tensors, {"standing": json.dumps(asdict(standing)), "settings": self._settings}
+            self._path,
+            tensors,
+            {"standing": json.dumps(asdict(standing)), "settings": json.dumps(self._settings)},
         )
         self._written = time.monotonic()
 
     def forget(self) -> None:
         """Removes the state of a stage that is finished."""
         self._path.unlink(missing_ok=True)
+
+    @contextmanager
+    def restoring(self) -> Iterator[None]:
+        """Has what does not fit in the block told as the fault of the file.
+
+        Raises:
+            ProbekitError: It is the state of something else.
+        """
+        try:
+            yield
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError):
+            raise ProbekitError(
+                f"{self._path} is no state of this training; delete it, and the stage begins anew"
+            ) from None
 
     def read(self) -> dict[str, Tensor]:
         """The tensors of the state."""
@@ -94,6 +135,17 @@ def set_random_state(states: Mapping[str, Tensor], generators: Iterable[torch.Ge
         generator.set_state(states[f"random.{i}"])
 
 
+def check_alike(values: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+    """Refuses tensors of other types and shapes.
+
+    Raises:
+        ValueError: Some are.
+    """
+    for value, other in zip(values, others, strict=True):
+        if (value.dtype, value.shape) != (other.dtype, other.shape):
+            raise ValueError(f"{value.dtype} {list(value.shape)} is not {other.dtype} {list(other.shape)}")
+
+
 def optimiser_state(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
     """What an optimiser remembers of every parameter, by number and name."""
     remembered = optimiser.state_dict()["state"]
@@ -103,11 +155,20 @@ def optimiser_state(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def set_optimiser_state(optimiser: torch.optim.Optimizer, states: Mapping[str, Tensor]) -> None:
-    """Puts back what `optimiser_state` took."""
+    """Puts back what `optimiser_state` took.
+
+    Raises:
+        ValueError: It was of an optimiser of other parameters.
+    """
+    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     remembered: dict[int, dict[str, Tensor]] = {}
     for key, value in states.items():
         kind, _, rest = key.partition(".")
         if kind == "optimiser":
             number, _, name = rest.partition(".")
+            if value.ndim:  # the others are counts of steps
+                check_alike([value], [parameters[int(number)]])
             remembered.setdefault(int(number), {})[name] = value
+    if any(values.keys() != REMEMBERED for values in remembered.values()):
+        raise ValueError("something is missing")
     optimiser.load_state_dict(optimiser.state_dict() | {"state": remembered})

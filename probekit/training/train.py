@@ -31,7 +31,7 @@ from probekit.provenance import lm_digest
 from probekit.run import Run
 from probekit.run_folder import Existing
 from probekit.stage_settings import folds_of, stage_settings, stages_of, variants_of
-from probekit.storage import atomic_folder, write_json
+from probekit.storage import atomic_folder, full_disks_told, write_json
 from probekit.training.adapter import check_tunable, train_adapter
 from probekit.training.depth_ensemble import train_ensemble
 from probekit.training.language_model import train_language_model
@@ -63,12 +63,14 @@ def train(
     Raises:
         ProbekitError: The input is bad; what was written before stays whole.
     """
-    with _begun(config, out, existing) as run:
-        _train(run, Progress(quiet=quiet))
+    progress = Progress(quiet=quiet)
+    with _begun(config, out, existing, progress) as run:
+        _train(run, progress)
     return run
 
 
 def _train(run: Run, progress: Progress) -> None:
+    _tell_what_begins_anew(run, progress)
     if run.config.lm.name is not None:  # one that cannot be had is told before a long corpus is built
         _stage(run, "lm", partial(_language_model, run, progress))
     _stage(run, "corpus", partial(_corpus, run, progress))
@@ -97,8 +99,9 @@ def build_corpus(
     quiet: bool = False,
 ) -> Run:
     """Begins a run and builds its corpus, the first stage of training; the arguments are `train`'s."""
-    with _begun(config, out, existing) as run:
-        _stage(run, "corpus", partial(_corpus, run, Progress(quiet=quiet)))
+    progress = Progress(quiet=quiet)
+    with _begun(config, out, existing, progress) as run:
+        _stage(run, "corpus", partial(_corpus, run, progress))
     return run
 
 
@@ -123,19 +126,21 @@ def prepare(
     if config.lm.name is None:
         raise ProbekitError("lm.name is not set; give the hub name or folder of the LM to probe (--model)")
     progress = Progress(quiet=quiet)
-    with _begun(config, out, existing) as run:
+    with _begun(config, out, existing, progress) as run:
         _stage(run, "lm", partial(_language_model, run, progress))
         _stage(run, "corpus", partial(_corpus, run, progress))
     return run
 
 
 @contextlib.contextmanager
-def _begun(config: Config | None, out: str | Path, existing: Existing) -> Iterator[Run]:
+def _begun(config: Config | None, out: str | Path, existing: Existing, progress: Progress) -> Iterator[Run]:
     """The run, begun or resumed by the first process and then opened by the others."""
     if config is not None and config.lm.name is None:
         check_new_model(config)
     if processes.is_first():
         with Run.begun(out, config, existing) as run:
+            for stage, reason in run.unfinish_damaged().items():
+                progress.say(f"{stage} is done again: {reason}")
             processes.wait()
             yield run
     else:
@@ -151,14 +156,26 @@ def _stage(run: Run, name: str, work: Callable[[], dict[str, Any] | None]) -> No
             run.begin_stage(name, _state(run, name).standing.step)
         processes.wait()
         begun = time.monotonic()
-        facts = work() or {}
-        if "training.precision" in stage_settings(run.config, name):
-            facts["precision"] = precision_of(run.device, run.config.training.precision)
+        facts = (work() or {}) | _arithmetic(run, name)
         if first:
             run.mark_finished(name, {"seconds": round(time.monotonic() - begun, 1)} | facts)
     if first:
         _state(run, name).forget()
     processes.wait()
+
+
+def _arithmetic(run: Run, stage: str) -> dict[str, str]:
+    """What the arithmetic of a stage's forward passes came to, if it has any."""
+    if "training.precision" not in stage_settings(run.config, stage):
+        return {}
+    return {"precision": precision_of(run.device, run.config.training.precision)}
+
+
+def _tell_what_begins_anew(run: Run, progress: Progress) -> None:
+    """Names the stages that stood somewhere, under settings that are others now."""
+    for stage in stages_of(run.config):
+        if not run.finished(stage) and (difference := _state(run, stage).difference):
+            progress.say(f"{stage} is begun anew: {difference}")
 
 
 def _state(run: Run, stage: str) -> StateFile:
@@ -172,9 +189,11 @@ def _trainer(run: Run, progress: Progress, stage: str) -> Trainer:
 
 def _keeping(run: Run, stage: str, save: Callable[[Run, T], Any]) -> Callable[[T, int], None]:
     """Keeps a stage's model in a checkpoint, by the function that saves it at the end."""
+    begun = time.monotonic()
 
     def keep(model: T, step: int) -> None:
-        with run.checkpoint(stage, step) as checkpoint:
+        facts = {"seconds": round(time.monotonic() - begun, 1)} | _arithmetic(run, stage)
+        with run.checkpoint(stage, step, facts) as checkpoint:
             save(checkpoint, model)
 
     return keep
@@ -214,7 +233,7 @@ def _language_model(run: Run, progress: Progress) -> dict[str, Any]:
 
 
 def _save_language_model(run: Run, model: PreTrainedModel) -> None:
-    with without_bars_of_transformers(), atomic_folder(run.folder / "lm") as folder:
+    with without_bars_of_transformers(), full_disks_told(), atomic_folder(run.folder / "lm") as folder:
         model.save_pretrained(folder)
         # safetensors lets only a file's owner read it; a run may be shared.
         (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)

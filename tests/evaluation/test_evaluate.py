@@ -9,8 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from running import forget_checksums
 from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 
+from probekit.checksums import CHECKSUM
 from probekit.corpus.examples import cut_windows
 from probekit.corpus.store import SPLITS
 from probekit.errors import ProbekitError
@@ -21,6 +23,7 @@ from probekit.evaluation.perplexity import Pass, own_losses
 from probekit.models.mixing import Fixed, Oracle, Predicted, Soft
 from probekit.progress import Progress
 from probekit.run import Run
+from probekit.storage import read_json, write_json
 
 ROWS = [
     ("none", "none"),
@@ -53,7 +56,8 @@ def strict_json(path: Path):
     def refuse(constant: str):
         raise AssertionError(f"{constant} is no JSON")
 
-    return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    written = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    return {name: value for name, value in written.items() if name != CHECKSUM}
 
 
 def test_the_file_holds_what_is_returned(evaluated: tuple[Run, Evaluation]):
@@ -234,6 +238,7 @@ def test_one_test_document_has_values_but_no_intervals(tiny_run: Run, tmp_path: 
     split = np.load(run.folder / "corpus" / "split.npy")
     split[np.flatnonzero(split == 3)[1:]] = 0
     np.save(run.folder / "corpus" / "split.npy", split)
+    forget_checksums(run.folder)
     evaluation = evaluate(run, quiet=True)
     written = strict_json(run.folder / "evaluation.json")
     for name, value in (("perplexity", "perplexity"), ("differences", "difference"), ("planner", "value")):
@@ -246,9 +251,9 @@ def test_one_test_document_has_values_but_no_intervals(tiny_run: Run, tmp_path: 
 
 def test_a_run_without_adapters_has_the_base_lm_alone(tiny_run: Run, tmp_path: Path):
     run = copied(tiny_run, tmp_path)
-    state = json.loads((run.folder / "run.json").read_text())
+    state = read_json(run.folder / "run.json")
     state["stages"] = {name: facts for name, facts in state["stages"].items() if "/" not in name}
-    (run.folder / "run.json").write_text(json.dumps(state))
+    write_json(run.folder / "run.json", state)
     evaluation = evaluate(run.folder, quiet=True)
     assert evaluation.perplexity.variant.tolist() == ["none"]
     assert len(evaluation.differences) == 0
@@ -257,9 +262,9 @@ def test_a_run_without_adapters_has_the_base_lm_alone(tiny_run: Run, tmp_path: P
 
 def test_a_run_without_a_planner_is_refused(tiny_run: Run, tmp_path: Path):
     run = copied(tiny_run, tmp_path)
-    state = json.loads((run.folder / "run.json").read_text())
+    state = read_json(run.folder / "run.json")
     del state["stages"]["planner"]
-    (run.folder / "run.json").write_text(json.dumps(state))
+    write_json(run.folder / "run.json", state)
     with pytest.raises(ProbekitError, match="lacks the stage 'planner'"):
         evaluate(run.folder, quiet=True)
 

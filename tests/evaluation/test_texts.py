@@ -16,6 +16,7 @@ from probekit.evaluation.generation import Generated, generate
 from probekit.evaluation.prompts import Prompt
 from probekit.evaluation.texts import read_prompts, sentences_of, write_texts
 from probekit.run import Run
+from probekit.storage import read_json, write_json
 
 Capture = pytest.CaptureFixture[str]
 
@@ -228,9 +229,9 @@ def test_bad_files_of_prompts_are_refused(
 
 def test_an_untrained_run_writes_nothing(tiny_run: Run, capsys: Capture, tmp_path: Path):
     copy = shutil.copytree(tiny_run.folder, tmp_path / "copy")
-    state = json.loads((copy / "run.json").read_text("utf-8"))
+    state = read_json(copy / "run.json")
     del state["stages"]["adapter/soft"]
-    (copy / "run.json").write_text(json.dumps(state), "utf-8")
+    write_json(copy / "run.json", state)
     out = tmp_path / "texts.jsonl"
     assert "lacks the stage 'adapter/soft'" in refused(capsys, copy, "--variant", "soft", "--out", out)
     assert not out.exists()

@@ -37,7 +37,9 @@ def test_it_ends_with_every_layer_at_the_nearest_distance(run_copy: Run, capsys:
     assert "resid post 2*" in out
     assert "* the probe reads what was changed itself: no effect of it" in out
     assert "Accuracy of a linear probe where actions were erased" in out
-    assert "Only 10 test documents" in out
+    fewest = table[table.distance == 1].documents.min()
+    assert f"Only {fewest} test documents: intervals from resampling so few are too narrow" in out
+    assert "raise intervene.scenes" in out
     assert f"All {len(table):,} rows: " in out
     assert "written anew" not in out
 

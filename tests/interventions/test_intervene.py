@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from running import forget_checksums
 
 import probekit
 from probekit.errors import ProbekitError
@@ -198,6 +199,7 @@ def told(run_copy: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
         last.c_attn.bias[2 * width :] = 0
     with without_bars_of_transformers():
         model.save_pretrained(run_copy.folder / "lm")
+    forget_checksums(run_copy.folder)
     path = run_copy.folder / "adapters" / "oracle.safetensors"
     tensors = read_tensors(path)
     k, dimensions = tensors["adapter.codebook"].shape
@@ -265,7 +267,7 @@ def test_sums_are_of_the_split_to_fit_on_alone(told: Run):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"intervene.variant": "fixed"}, r"probekit probe .* --probe\.variants fixed"),
+        ({"intervene.variant": "fixed"}, r"probekit probe .* --probe\.variants none soft fixed"),
         ({"intervene.variant": "gumbel"}, r"intervene\.variant is 'gumbel', which this run has not trained"),
         ({"intervene.layers": [3]}, r"intervene\.layers has 3, but the LM's layers are 0 to 2"),
         ({"intervene.locations": ["hook_z"]}, r"intervene\.locations is 'hook_z'"),

@@ -62,7 +62,9 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator["webdriver.Chr
 
 @pytest.fixture(scope="module")
 def data(probed_run: Run) -> LensData:
-    text = "Noni <script>alert(1)</script> mumi. Rata noni loro. Moru\n\nvira binu"
+    # Words that the encoder knows: of others, no action is told as true.
+    begins, ends = probed_run.corpus.sentence_texts([0, 1])
+    text = f"Noni <script>alert(1)</script> mumi. {begins.strip()} Moru\n\n{ends.strip()[:-1]}"
     return read_text(probed_run, text, "soft")
 
 

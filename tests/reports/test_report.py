@@ -31,7 +31,7 @@ from probekit.reports.document import (
     Table,
     estimate,
 )
-from probekit.reports.report import PARTS, report
+from probekit.reports.report import BEFORE, BEHIND, report
 from probekit.reports.report_html import to_html
 from probekit.reports.report_markdown import to_markdown
 from probekit.run import Run
@@ -214,7 +214,11 @@ def test_headings_are_in_order_and_every_part_is_there(written: tuple[Page, Page
     assert levels == [1, *[2] * (len(levels) - 1)]
     titles = [title for _, title in written[0].headings]
     ensembles = "Multiple choice"
-    assert titles == ["Report on full", CAUTIONS, *(p.title for p in PARTS if p.title != ensembles)]
+    assert titles == [
+        "Report on full",
+        CAUTIONS,
+        *(p.title for p in (*BEFORE, *BEHIND) if p.title != ensembles),
+    ]
 
 
 def test_the_page_needs_nothing_from_elsewhere(full: Run, written: tuple[Page, Page]):

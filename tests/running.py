@@ -1,0 +1,87 @@
+"""Runs commands in this process, and looks at what came of them and of the folders that they were given."""
+
+import contextlib
+import hashlib
+import io
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from probekit.cli import main
+from probekit.storage import read_json, write_json
+
+SECONDS = 60
+"""After so many a command counts as hanging."""
+
+
+class Hung(BaseException):
+    """Nothing catches it."""
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a command did.
+
+    Attributes:
+        words: Its arguments.
+        code: Its exit code.
+        told: What it wrote to standard error.
+    """
+
+    words: tuple[str, ...]
+    code: int
+    told: str
+
+    def refused(self, *names: str) -> bool:
+        """Whether it was refused in one line, which holds one of these names, if there are any."""
+        lines = [line for line in self.told.splitlines() if not line.startswith("probekit: note: ")]
+        one = len(lines) == 1 and lines[0].startswith("probekit: error: ")
+        return self.code == 2 and one and (not names or any(name in lines[0] for name in names))
+
+
+def ran(*words: object) -> Ran:
+    """Runs a command; an exception that comes out of it fails the test with all of its arguments."""
+    told, typed = io.StringIO(), tuple(map(str, words))
+    with contextlib.redirect_stderr(told), contextlib.redirect_stdout(io.StringIO()), _watched():
+        try:
+            code = main(typed)
+        except SystemExit as left:  # --help and --version
+            code = int(left.code or 0)
+        except Exception as error:
+            error.add_note(f"probekit {' '.join(map(repr, typed))}")
+            raise
+    return Ran(typed, code, told.getvalue())
+
+
+@contextlib.contextmanager
+def _watched() -> Iterator[None]:
+    def hung(number: int, frame: FrameType | None) -> None:
+        raise Hung
+
+    before = signal.signal(signal.SIGALRM, hung)
+    signal.alarm(SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """A digest of every file in a folder."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def forget_checksums(folder: Path) -> None:
+    """Makes a run one of before there were checksums of stages, so that its files can be changed."""
+    state = read_json(folder / "run.json")
+    for facts in state["stages"].values():
+        for name in ("files", "rows"):
+            facts.pop(name, None)
+    write_json(folder / "run.json", state)

@@ -1,0 +1,440 @@
+"""Generated bad input: each ends in one line and exit code 2, or in a result, and damages nothing.
+
+PROBEKIT_FUZZ=20 tries twenty times as many.
+"""
+
+import json
+import os
+import shutil
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pytest
+import torch
+import yaml
+from hypothesis import HealthCheck, Phase, given, reject, settings
+from hypothesis import strategies as st
+from running import Hung, forget_checksums, hashes, ran
+
+from probekit.config import Config, settings_of
+from probekit.errors import ProbekitError
+from probekit.run import Run
+from probekit.storage import read_json, read_metadata, read_tensors, write_tensors
+
+SCALE = int(os.environ.get("PROBEKIT_FUZZ", "1"))
+"""How many times as many inputs are tried."""
+
+COUNTS: Counter[tuple[str, str]] = Counter()
+"""Inputs by kind and by what came of them."""
+
+FAILED: list[str] = []
+"""Tracebacks of inputs that ended otherwise, where many are tried: one is not to hide the others."""
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 2**70) | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+ODD = [
+    *("", " ", "nan", "-inf", "1e999", "-1", "0", "0.5", "1", "2", "true", "null", "none", "[]", "{}", "[1,"),
+    *("a,b", "\x00", "\x1b[31m", "é\u2028ü", "\ud800", "../..", "/dev/null", "9" * 400, "%s", "{x}", "demo"),
+    *("1 2", "~x/y"),
+]
+TEXT = st.sampled_from(ODD) | st.text(max_size=40)
+NOISY = [
+    *(b"", b"\n\n", b"\x00" * 50, b"\xff\xfe\x00", b"x" * 100_000, b"[" * 5000, b"{}\n" * 3, b'"a"\nnull\n'),
+    *(b" = One = \n\nA sentence. Another.\n", b'{"text": 3}\n', b'{"text": "\\ud800"}\n', b"a,b\n1,2\n3\n"),
+    *(b'{"text": null}\n[]\n', b'{"a": 1}\n{"a": [1]}\n', "\u2028\x85\r".encode() * 9, b"PAR1" * 9),
+]
+NOISE = (
+    st.binary(max_size=300)
+    | st.text(max_size=300).map(lambda text: text.encode("utf-8", "surrogatepass"))
+    | st.sampled_from(NOISY)
+)
+
+
+def fuzz(count: int) -> Callable[[Any], Any]:
+    """As many examples of a kind as are asked for; always the same ones."""
+    quiet = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
+    return settings(
+        max_examples=count * SCALE,
+        deadline=None,
+        derandomize=SCALE == 1,
+        database=None,
+        suppress_health_check=quiet,
+        phases=[Phase.generate],  # to make a training smaller takes longer than to read it
+    )
+
+
+def checked(kind: str, *words: object) -> int:
+    """Runs a command on an input, and counts what comes of it.
+
+    Returns:
+        The exit code, which is 0 or 2.
+    """
+    try:
+        result = ran(*words)
+        assert result.code == 0 or result.refused(), result
+    except (Exception, Hung) as error:  # what came out must not hide what else does
+        if SCALE == 1:
+            raise
+        COUNTS[kind, "failed"] += 1
+        FAILED.append("".join(traceback.format_exception(error)[-4:]))
+        reject()
+    COUNTS[kind, "done" if result.code == 0 else "refused"] += 1
+    return result.code
+
+
+@pytest.fixture(scope="module", autouse=True)
+def told(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if SCALE > 1:
+        lines = [f"{kind}: {count} {what}" for (kind, what), count in sorted(COUNTS.items())]
+        print("", *FAILED, *lines, f"in all: {sum(COUNTS.values())}", sep="\n")  # noqa: T201 - asked for
+    assert not FAILED
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The settings of the tiny run, without most of its texts."""
+    path = tmp_path_factory.mktemp("settings") / "tiny.yaml"
+    path.write_text(tiny_config.override({"corpus.planted.documents": 40, "corpus.seed": 3}).to_yaml())
+    return path
+
+
+@pytest.fixture(scope="module")
+def probed(tiny_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny run, evaluated and probed."""
+    folder = tmp_path_factory.mktemp("probed") / "run"
+    shutil.copytree(tiny_run.folder, folder)
+    assert ran("evaluate", folder, "--quiet").code == 0
+    few = ["--probe.variants", "none", "--probe.layers", "1", "--probe.distances", "1", "2"]
+    assert ran("probe", folder, "--quiet", *few).code == 0
+    return folder
+
+
+@pytest.fixture
+def begun_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`train` checks its settings and begins a run, and trains nothing."""
+    monkeypatch.setattr("probekit.training.train._train", lambda run, progress: None)
+
+
+# Settings
+
+
+@fuzz(25)
+@given(
+    given=st.lists(
+        st.tuples(st.sampled_from([*settings_of(Config)]), st.lists(TEXT, min_size=1, max_size=3)),
+        min_size=1,
+        max_size=2,
+    ),
+    other=st.lists(TEXT | st.sampled_from(["--resume", "--preset", "--config", "--quiet"]), max_size=2),
+)
+def test_settings_on_the_command_line(begun_only: None, tiny: Path, tmp_path_factory, given, other):
+    out = tmp_path_factory.mktemp("cli") / "run"
+    words = [word for name, values in given for word in (f"--{name}", *values)]
+    checked("command line", "train", "--config", tiny, "--quiet", "--out", out, *words, *other)
+
+
+BOMB = b"a: &a [x,x,x,x,x,x,x,x,x]\n" + b"".join(
+    b"%c: &%c [*%c,*%c,*%c,*%c,*%c,*%c,*%c,*%c]\n" % (c + 1, c + 1, *[c] * 8) for c in range(97, 110)
+)
+"""A short file of which aliases make a billion values."""
+
+
+def _spoilt(text: str) -> st.SearchStrategy[bytes]:
+    lines = text.splitlines(keepends=True)
+
+    @st.composite
+    def spoilt(draw: st.DrawFn) -> bytes:
+        at = draw(st.integers(0, len(lines) - 1))
+        key = lines[at].partition(":")[0]
+        value = draw(
+            TEXT | JSON.map(json.dumps) | st.sampled_from(["&a [*a, *a]", "!!python/object:os.x {}"])
+        )
+        new = draw(st.sampled_from([f"{key}: {value}\n", f"{value}\n", "", f"\t{lines[at]}", lines[at] * 2]))
+        whole = "".join([*lines[:at], new, *lines[at + 1 :]]).encode("utf-8", "surrogatepass")
+        cut = draw(st.integers(0, len(whole)) | st.just(len(whole)))
+        return whole[:cut]
+
+    return spoilt()
+
+
+@fuzz(25)
+@given(data=st.data())
+def test_files_of_settings(begun_only: None, tiny: Path, tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("yaml")
+    file = folder / "settings.yaml"
+    values = JSON.map(
+        lambda value: yaml.safe_dump(value, allow_unicode=True).encode("utf-8", "surrogatepass")
+    )
+    file.write_bytes(data.draw(_spoilt(tiny.read_text()) | NOISE | st.just(BOMB) | values))
+    code = checked("settings file", "train", "--config", file, "--quiet", "--out", folder / "run")
+    if code == 0:
+        assert Run.open(folder / "run").config == Config.from_yaml(file)
+
+
+@fuzz(3)
+@given(
+    name=st.sampled_from([n for n in settings_of(Config) if n.split(".")[0] in ("training", "planner")]),
+    value=st.sampled_from(["0", "0.1", "1", "2", "7", "true", "1e30", "-1", "none", "soft", "full", "lora"]),
+)
+def test_settings_that_are_trained_with(tiny: Path, tmp_path_factory, name, value):
+    out = tmp_path_factory.mktemp("trained") / "run"
+    words = ["--mixing.variants", "soft", "joint", "--training.lm.epochs", "0.3"]
+    words = ["--config", tiny, "--quiet", "--out", out, *words, f"--{name}", value]
+    code = checked("trained", "train", *words)
+    if code == 0:
+        weights = [p.flatten() for p in Run.open(out).planner("joint").parameters()]
+        assert torch.isfinite(torch.cat(weights)).all()
+
+
+# Texts and tables
+
+
+def _documents(good: int) -> st.SearchStrategy[bytes]:
+    """JSON lines or articles of which some are bad."""
+    line = JSON.map(lambda value: json.dumps({"text": value}).encode()) | NOISE
+    article = st.text(max_size=60).map(lambda text: f" = T = \n\n{text}\n".encode())
+    fine = b'{"text": "A word. Two more words, here. And again some."}'
+    return st.lists(line | article, max_size=3).map(lambda odd: b"\n".join([*odd, *[fine] * good]))
+
+
+@fuzz(14)
+@given(
+    bytes_=NOISE | _documents(0) | _documents(40),
+    reader=st.sampled_from(["text", "wikitext", "jsonl", "parquet"]),
+    more=st.sampled_from(
+        [
+            [],
+            ["--corpus.separator", "x"],
+            ["--corpus.decode_errors", "replace"],
+            ["--corpus.encoding", "utf-16"],
+            ["--corpus.max_documents", "1"],
+            ["--actions.k", "2"],
+        ]
+    ),
+)
+def test_texts(tiny: Path, tmp_path_factory, bytes_, reader, more):
+    folder = tmp_path_factory.mktemp("texts")
+    (folder / "text.txt").write_bytes(bytes_)
+    words = ["--config", tiny, "--corpus.path", folder / "text.txt", "--corpus.reader", reader, *more]
+    words += ["--actions.labels", "clusters", "--out", folder / "run", "--quiet"]
+    code = checked("texts", "corpus", *words)
+    assert (code == 0) == (folder / "run" / "corpus").exists()
+    assert (folder / "text.txt").read_bytes() == bytes_
+
+
+@fuzz(14)
+@given(
+    column=st.lists(JSON, min_size=1, max_size=4) | st.lists(st.integers(-2, 3) | st.none(), min_size=2),
+    suffix=st.sampled_from([".csv", ".jsonl", ".parquet"]),
+    noise=st.none() | NOISE,
+    rows=st.sampled_from([None, None, 0, 1, 7]),
+)
+def test_tables_of_labels(probed: Path, tmp_path_factory, monkeypatch, column, suffix, noise, rows):
+    def found(*_: object) -> None:
+        raise ProbekitError("accepted")
+
+    monkeypatch.setattr("probekit.probing.probe._grids", found)
+    file = tmp_path_factory.mktemp("labels") / f"labels{suffix}"
+    sentences = len(Run.open(probed).corpus.first_token)
+    count = sentences if rows is None else rows
+    try:
+        table = pd.DataFrame({"kind": (column * (count // len(column) + 1))[:count]})
+        {".csv": table.to_csv, ".parquet": table.to_parquet}.get(
+            suffix, lambda file, index: table.to_json(file, orient="records", lines=True)
+        )(file, index=False)
+    except (ValueError, TypeError, OverflowError, pa.ArrowException):  # pandas does not write it
+        file.write_bytes(b"")
+    if noise is not None:
+        file.write_bytes(noise)
+    checked("labels", "probe", probed, "--quiet", "--probe.labels", file, "--probe.target", "kind")
+
+
+@fuzz(14)
+@given(bytes_=NOISE | _documents(1), suffix=st.sampled_from([".txt", ".jsonl"]))
+def test_prompts(probed: Path, tmp_path_factory, bytes_, suffix):
+    file = tmp_path_factory.mktemp("prompts") / f"prompts{suffix}"
+    file.write_bytes(bytes_)
+    words = ["--prompts", file, "--tokens", "1", "--variant", "none", "--quiet"]
+    checked("prompts", "generate", probed, *words)
+
+
+@fuzz(8)
+@given(text=TEXT | NOISE, plan=st.none() | TEXT, data=st.data())
+def test_texts_to_read(probed: Path, tmp_path_factory, text, plan, data):
+    folder = tmp_path_factory.mktemp("lens")
+    if isinstance(text, bytes):
+        (folder / "text.txt").write_bytes(text)
+        text = folder / "text.txt"
+    words = ["--text", text, "-o", folder / "lens.html", "--limit", "20", "--quiet"]
+    checked("lens", "lens", probed, *words)
+    if plan is not None:
+        words = ["--plan", plan, "--prompt", data.draw(TEXT), "--tokens", "1", "--variant", "oracle"]
+        checked("plans", "generate", probed, "--quiet", *words)
+
+
+QUESTION = st.fixed_dictionaries(
+    {},
+    optional={
+        "question": JSON | st.just("A?"),
+        "choices": JSON | st.just(["b", "c"]),
+        "answer": JSON | st.integers(0, 2),
+    },
+)
+
+
+@fuzz(14)
+@given(
+    bytes_=NOISE
+    | _documents(0)
+    | st.lists(QUESTION, min_size=1, max_size=3).map(lambda rows: "\n".join(map(json.dumps, rows)).encode())
+)
+def test_files_of_questions(probed: Path, tmp_path_factory, bytes_):
+    from probekit.evaluation.questions import read_questions
+
+    file = tmp_path_factory.mktemp("questions") / "questions.jsonl"
+    file.write_bytes(bytes_)
+    try:
+        questions = read_questions(str(file), Run.open(probed).corpus)
+    except ProbekitError:
+        COUNTS["questions", "refused"] += 1
+    else:
+        assert all(len(question.choices) > 1 for question in questions)
+        COUNTS["questions", "done"] += 1
+
+
+# Runs
+
+OWN = ("run.json", "provenance.json", "evaluation.json", "probes/settings.json", "corpus/facts.json")
+"""Files that the run writes as JSON, and whose contents are checked by it alone."""
+
+READING = (
+    ("report",),
+    ("lens", "--text", "A word or two.", "--quiet"),
+    ("corpus",),
+    ("generate", "--prompt", "A", "--tokens", "1", "--variant", "soft", "--quiet"),
+)
+
+
+def _replaced(value: Any, path: list[int], new: Any) -> Any:
+    """A value of JSON with a part of it replaced; the path's numbers choose, level by level, which one."""
+    if not path or not isinstance(value, dict | list) or not value:
+        return new
+    keys = [*value] if isinstance(value, dict) else range(len(value))
+    key = keys[path[0] % len(keys)]
+    if isinstance(value, dict):
+        if new == "absent" and len(path) == 1:
+            return {k: v for k, v in value.items() if k != key}
+        return {k: _replaced(v, path[1:], new) if k == key else v for k, v in value.items()}
+    return [_replaced(v, path[1:], new) if k == key else v for k, v in enumerate(value)]
+
+
+@fuzz(10)
+@given(data=st.data(), command=st.sampled_from(READING))
+def test_folders_of_runs(probed: Path, tmp_path_factory, data, command):
+    """Files missing, in one another's place, of other bytes; what is read is named, or not read at all."""
+    copy = tmp_path_factory.mktemp("runs") / "run"
+    shutil.copytree(probed, copy)
+    files = sorted(path for path in copy.rglob("*") if path.is_file() and path.suffix not in (".png", ".csv"))
+    path, other = data.draw(st.sampled_from(files)), data.draw(st.sampled_from(files))
+    how = data.draw(st.sampled_from(["missing", "swapped", "noise", "folder"]))
+    if how == "swapped":
+        path.write_bytes(other.read_bytes())
+    elif how == "noise":
+        path.write_bytes(data.draw(NOISE))
+    else:
+        path.unlink()
+        if how == "folder":
+            path.mkdir()
+    before = hashes(copy)
+    checked("run folder", command[0], copy, *command[1:])
+    after = hashes(copy)
+    assert {name: digest for name, digest in after.items() if name in before} == before
+
+
+@fuzz(12)
+@given(
+    name=st.sampled_from(OWN),
+    new=JSON | st.just("absent"),
+    path=st.lists(st.integers(0, 40), max_size=4),
+    command=st.sampled_from(READING),
+)
+def test_records_of_other_values(probed: Path, tmp_path_factory, name, new, path, command):
+    """Values of other types in a run without checksums, as one that somebody edited may have."""
+    copy = tmp_path_factory.mktemp("records") / "run"
+    shutil.copytree(probed, copy)
+    forget_checksums(copy)
+    changed = _replaced(read_json(copy / name), path, new)
+    (copy / name).write_text(json.dumps(changed))
+    checked("records", command[0], copy, *command[1:])
+
+
+# What goes on
+
+
+@pytest.fixture(scope="module")
+def stopped(tiny_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training that was killed within the stage `lm`."""
+    from probekit.training import state
+
+    class Killed(BaseException):
+        pass
+
+    def killing(path: Path, *arguments: Any) -> None:
+        write_tensors(path, *arguments)
+        if '"step": 2' in arguments[1]["standing"]:
+            raise Killed
+
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    config = tiny_config.override(
+        {"training.save_minutes": 0.0, "mixing.variants": ["fixed"], "corpus.planted.documents": 60}
+    )
+    from probekit.training.train import train
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(state, "write_tensors", killing)
+        with pytest.raises(Killed):
+            train(config, folder, quiet=True)
+    return folder
+
+
+@fuzz(5)
+@given(data=st.data())
+def test_states_of_a_training(stopped: Path, tmp_path_factory, data):
+    copy = tmp_path_factory.mktemp("states") / "run"
+    shutil.copytree(stopped, copy)
+    path = copy / "checkpoints" / "lm" / "latest.safetensors"
+    tensors, kept = read_tensors(path), read_metadata(path)
+    how = data.draw(st.sampled_from(["noise", "less", "shape", "type", "standing", "folder", "byte"]))
+    if how == "noise":
+        path.write_bytes(data.draw(NOISE))
+    elif how == "folder":
+        path.unlink()
+        path.mkdir()
+    elif how == "byte":
+        whole = bytearray(path.read_bytes())
+        whole[data.draw(st.integers(0, len(whole) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+        path.write_bytes(whole)
+    else:
+        name = data.draw(st.sampled_from(sorted(tensors)))
+        if how == "less":
+            del tensors[name]
+        elif how == "shape":
+            tensors[name] = tensors[name].reshape(-1)[:-1]
+        elif how == "type":
+            tensors[name] = tensors[name].to(torch.int8)
+        else:
+            standing, which = json.loads(kept["standing"]), [data.draw(st.integers(0, 3))]
+            kept["standing"] = json.dumps(_replaced(standing, which, data.draw(JSON)))
+        write_tensors(path, tensors, kept)
+    corpus = hashes(copy / "corpus")
+    checked("states", "train", "--resume", "--out", copy, "--quiet")
+    assert hashes(copy / "corpus") == corpus
