@@ -148,6 +148,8 @@ class Lora:
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
             self._tuned = get_peft_model(model, self._settings)
+        if Path(self._settings.base_model_name_or_path or "").is_absolute():
+            self._settings.base_model_name_or_path = None  # a run may be moved: the LM is in its own lm/
         self.model = model
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._dropouts = [layer.lora_dropout for layer in model.modules() if isinstance(layer, LoraLayer)]

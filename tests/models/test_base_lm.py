@@ -186,6 +186,9 @@ def test_others_read_what_was_tuned(fresh: Callable, batch: Batch, tmp_path: Pat
         assert not [path for path in (tmp_path / folder).iterdir() if path.suffix in (".bin", ".pt", ".pkl")]
         modes = {path.stat().st_mode for path in (tmp_path / folder).iterdir()}
         assert len(modes) == 1, "who may read the settings may read the weights"
+        for path in (tmp_path / folder).glob("*.json"):
+            assert str(tmp_path.parent) not in path.read_text(), "a run may be moved"
+            assert base.plain.name_or_path not in path.read_text()
 
 
 def test_a_frozen_lm_trains_and_writes_nothing(fresh: Callable, batch: Batch, tmp_path: Path):
