@@ -22,10 +22,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from probekit.checksums import Record, first_damaged, record_of, value_checksum
+from probekit.checksums import Record, first_damaged, record_of
 from probekit.config import Config
 from probekit.errors import ProbekitError
 from probekit.provenance import come_to, provenance
+from probekit.run_results import RunResults, read_rows
 from probekit.settings_file import check_settings, write_settings
 from probekit.stage_settings import stage_settings, stages_before, stages_of
 from probekit.storage import (
@@ -38,10 +39,9 @@ from probekit.storage import (
     write_json,
     write_text,
 )
-from probekit.table_files import read_table
 
 if TYPE_CHECKING:
-    import pandas as pd
+    pass
 
 FORMAT = 1
 """Version of the folder's layout; other versions are refused, not guessed at."""
@@ -58,7 +58,7 @@ SWEEP = "sweep.json"
 Existing = Literal["refuse", "resume", "overwrite"]
 
 
-class RunFolder:
+class RunFolder(RunResults):
     """A run's folder, open for reading and for stages to be added.
 
     Attributes:
@@ -183,7 +183,7 @@ class RunFolder:
     def mark_finished(self, stage: str, facts: dict[str, Any]) -> None:
         """Records that a stage is complete, with a few facts about it and the checksums of what it left."""
         state = read_json(self.folder / "run.json")
-        files, rows = record_of(self._left_by(stage), self.folder), self._rows_checksum(stage)
+        files, rows = record_of(self._left_by(stage), self.folder), self.rows_checksum(stage)
         left = {name: value for name, value in (("files", files), ("rows", rows)) if value}
         state["stages"][stage] = left | facts  # those of a stage that was taken over go with it
         write_json(self.folder / "run.json", state)
@@ -272,10 +272,6 @@ class RunFolder:
         for name in (*BEGUN, "metrics.jsonl"):
             clear_temporaries(self.folder, name)
 
-    def checkpoints_of(self, stage: str) -> Path:
-        """The folder of a stage's checkpoints."""
-        return self.folder / "checkpoints" / stage
-
     @contextmanager
     def checkpoint(self, stage: str, step: int, facts: Mapping[str, Any]) -> Iterator[Self]:
         """A run as this one is behind a step of a stage; the block puts the stage's files into it.
@@ -318,7 +314,7 @@ class RunFolder:
         for path in files:
             link_or_copy(path, self.folder / path.relative_to(other.folder))
         if (other.folder / "metrics.jsonl").exists():
-            for row in _read_rows(other.folder / "metrics.jsonl"):
+            for row in read_rows(other.folder / "metrics.jsonl"):
                 if row["stage"] == stage:
                     self.log(row)
         facts = read_json(other.folder / "run.json")["stages"][stage]
@@ -335,103 +331,8 @@ class RunFolder:
         """Drops a stage's rows behind a step from metrics.jsonl, before the stage goes on from there."""
         path = self.folder / "metrics.jsonl"
         if path.exists():
-            kept = [row for row in _read_rows(path) if row["stage"] != stage or row["step"] <= after]
+            kept = [row for row in read_rows(path) if row["stage"] != stage or row["step"] <= after]
             write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-
-    # Results as data frames
-
-    def metrics(self) -> pd.DataFrame:
-        """The rows of metrics.jsonl."""
-        import pandas as pd
-
-        path = self.folder / "metrics.jsonl"
-        if not path.exists():
-            raise ProbekitError(f"{self.folder} has no metrics yet; train it first")
-        for stage, facts in read_json(self.folder / "run.json")["stages"].items():
-            if facts.get("rows", found := self._rows_checksum(stage)) != found:
-                raise ProbekitError(f"{path} is damaged (rows of {stage} are other ones); copy it again")
-        return pd.DataFrame(_read_rows(path))
-
-    def _rows_checksum(self, stage: str) -> str | None:
-        path = self.folder / "metrics.jsonl"
-        rows = [row for row in _read_rows(path) if row["stage"] == stage] if path.exists() else []
-        return value_checksum(rows) if rows else None
-
-    def losses_of(self, stage: str) -> pd.DataFrame:
-        """A stage's losses in training: columns `step`, `loss` and `validation_loss`."""
-        metrics = self.metrics()
-        return metrics[metrics.stage == stage][["step", "loss", "validation_loss"]]
-
-    def evaluation(self) -> dict[str, Any]:
-        """What `probekit evaluate` found."""
-        if not (self.folder / "evaluation.json").exists():
-            raise ProbekitError(f"{self.folder} is not evaluated; run `probekit evaluate {self.folder}`")
-        return read_json(self.folder / "evaluation.json")
-
-    def losses(self) -> pd.DataFrame:
-        """Test losses by document, variant and source of actions, as `probekit evaluate` left them."""
-        return self._table("losses.parquet", "evaluate")
-
-    def generation_metrics(self) -> dict[str, Any]:
-        """What `probekit evaluate --generation` found."""
-        if not (self.folder / "generation.json").exists():
-            raise ProbekitError(
-                f"{self.folder} has no generation.json; run `probekit evaluate {self.folder} --generation`"
-            )
-        return read_json(self.folder / "generation.json")
-
-    def choices(self) -> pd.DataFrame:
-        """Who solves which multiple-choice question, as `probekit evaluate` left it (depth ensemble)."""
-        return self._table("choices.parquet", "evaluate")
-
-    def probes(self) -> pd.DataFrame:
-        """What `probekit probe` found: one row for each reader and cell of the grid."""
-        return self._table("probes/results.parquet", "probe")
-
-    def probes_file(self, stage: str) -> Path:
-        """Where the results of probing a stage's checkpoints are."""
-        return self.checkpoints_of(stage) / "probes.parquet"
-
-    def probes_over_training(self, stage: str = "lm") -> pd.DataFrame:
-        """What `probekit probe --checkpoints` found: the rows of `probes` with the stage's `step`."""
-        return self._table(str(self.probes_file(stage).relative_to(self.folder)), "probe --checkpoints")
-
-    def interventions(self) -> pd.DataFrame:
-        """What `probekit intervene` found, of all variants: a row for each condition, place and metric."""
-        return self._of_variants("interventions", "results.parquet", "intervene")
-
-    def subnetworks(self) -> pd.DataFrame:
-        """What `probekit subnetwork` found, of all variants: a row for each condition, draw and metric."""
-        return self._of_variants("subnetworks", "results.parquet", "subnetwork")
-
-    def subnetwork_masks(self) -> pd.DataFrame:
-        """The subnetworks themselves, of all variants: a row for each component."""
-        return self._of_variants("subnetworks", "mask.parquet", "subnetwork")
-
-    def _of_variants(self, folder: str, name: str, command: str) -> pd.DataFrame:
-        import pandas as pd
-
-        variants = sorted(path.parent.name for path in self.folder.glob(f"{folder}/*/{name}"))
-        tables = [self._table(f"{folder}/{variant}/{name}", command) for variant in variants or ["none"]]
-        return pd.concat(tables, ignore_index=True)
-
-    def _table(self, name: str, command: str) -> pd.DataFrame:
-        path, remedy = self.folder / name, f"run `probekit {command} {self.folder}`"
-        if not path.exists():
-            raise ProbekitError(f"{path} does not exist; {remedy}")
-        try:
-            return read_table(path)
-        except ValueError as error:
-            raise ProbekitError(f"{path} is damaged ({error}); {remedy}") from None
-
-
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file of JSON lines; a last one that an interruption cut off is left out."""
-    try:
-        *whole, _ = path.read_text("utf-8").split("\n")
-        return [json.loads(line) for line in whole]
-    except ValueError as error:
-        raise ProbekitError(f"{path} is damaged ({error}); delete it") from None
 
 
 def _check_same(begun: RunFolder, wanted: Config) -> None:
