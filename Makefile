@@ -60,6 +60,9 @@ figures: .venv/base ## Make all of figures/ from nothing (WIKITEXT=FILE for thos
 	$(DRAW)/figure3_probing.py $(RUNS)/demo
 	$(BIN)/probekit intervene $(RUNS)/demo
 	$(DRAW)/figure5_causal.py $(RUNS)/demo
+	$(BIN)/probekit train --preset demo --mixing.variants fixed --training.lm.checkpoints 12 --resume --out $(RUNS)/steps
+	$(BIN)/probekit probe $(RUNS)/steps --checkpoints
+	$(DRAW)/figure6_over_training.py $(RUNS)/steps
 ifneq ($(WIKITEXT),)
 	$(DRAW)/figure4_mixing_fraction.py --preset text-small --set corpus.path $(WIKITEXT) --seeds 3 \
 		--runs $(RUNS)/wikitext-fractions --out figures/figure4_wikitext.png

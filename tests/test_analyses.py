@@ -459,3 +459,8 @@ def assert_belongs_together(picture: Path) -> None:
     for run in manifest["runs"]:
         Config.from_dict(run["config"])
         assert run["seeds"]["run"] == run["config"]["seed"]
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "analyses").glob("*.py")), ids=lambda path: path.stem)
+def test_make_figures_runs_every_script(script: Path):
+    assert f"$(DRAW)/{script.name}" in (ROOT / "Makefile").read_text("utf-8")
