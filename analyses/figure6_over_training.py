@@ -6,7 +6,7 @@
 
 Left, test accuracy of probes of the next sentence's action by layer at the nearest distance; right, by
 distance at the layer that is best on validation documents at the last step. Bands are 95 % intervals from
-resampling documents; the baselines are those of the nearest distance, on the same examples. Below, the losses
+resampling documents; baselines, on the same examples, stand where the distance is one. Below, the losses
 of the training on the same axis of steps: logarithmic from 1 on.
 """
 

@@ -66,7 +66,7 @@ def plot_over_training(
 
     By layer at the nearest distance, and by distance at the best layer, which is chosen on validation
     documents at the last step. Bands are 95 % intervals from resampling documents. Below stand the stage's
-    losses.
+    losses. The bigram and the ceiling, which know less the farther they are, stand on the left alone.
 
     Args:
         run: A run whose checkpoints were probed.
@@ -108,6 +108,8 @@ def draw_over_training(numbers: pd.DataFrame, losses: pd.DataFrame) -> Figure:
     ):
         steps = _lines(axes, own, split)
         known = numbers[(numbers.reader != "probe") & (numbers.distance == near)]
+        if split == "distance":  # others know less the farther they are
+            known = known[known.reader == "prior"]
         _baselines(axes, known[known.step == known.step.max()])
         axes.set_title(title, fontsize=10)
         axes.set_ylabel(METRICS[numbers.metric.iloc[0]])
