@@ -15,7 +15,7 @@ from test_analyses import assert_belongs_together, run_script
 
 import probekit
 from probekit.config import Config
-from probekit.reports import manifest
+from probekit.reports import late_layers, manifest
 from probekit.reports.late_layers import layer_style
 from probekit.run import Run
 from probekit.storage import read_json, write_json
@@ -64,11 +64,13 @@ def draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Draw:
 
     def run(name: str, *words: object) -> tuple[pd.DataFrame, Figure]:
         kept, save, out = [], manifest.save_figure, tmp_path / "figure.png"
-        monkeypatch.setattr(
-            manifest, "save_figure", lambda figure, *a, **b: kept.append(figure) or save(figure, *a, **b)
-        )
+        for module in (manifest, late_layers):
+            monkeypatch.setattr(
+                module, "save_figure", lambda figure, *a, **b: kept.append(figure) or save(figure, *a, **b)
+            )
         run_script(name, *words, "--out", out, monkeypatch=monkeypatch)
-        monkeypatch.setattr(manifest, "save_figure", save)
+        for module in (manifest, late_layers):
+            monkeypatch.setattr(module, "save_figure", save)
         assert_belongs_together(out)
         return pd.read_csv(out.with_suffix(".csv")), kept[0]
 

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from running import forget_checksums
 
+from probekit.checksums import CHECKSUM
 from probekit.errors import ProbekitError
 from probekit.evaluation import generation_metrics
 from probekit.evaluation.generation import Generated
@@ -45,6 +47,7 @@ def with_test_documents(run: Run, folder: Path) -> Run:
     train = np.flatnonzero(split == 0)
     split[train[:40]], split[train[40:60]] = 3, 1
     np.save(copy.folder / "corpus" / "split.npy", split)
+    forget_checksums(copy.folder)
     return copy
 
 
@@ -100,7 +103,7 @@ def test_the_file_holds_what_is_returned(evaluation: GenerationEvaluation, large
         raise AssertionError(f"{constant} is no JSON")
 
     written = json.loads((large.folder / "generation.json").read_text("utf-8"), parse_constant=refuse)
-    assert written == large.generation_metrics()
+    assert written == large.generation_metrics() | {CHECKSUM: written[CHECKSUM]}
     assert written["settings"] == evaluation.settings
     assert written["notes"] == evaluation.notes
     (note,) = evaluation.notes
