@@ -265,8 +265,7 @@ class RunFolder(RunResults):
         self.forget_metrics(stage, after)
         if not after:
             shutil.rmtree(self.checkpoints_of(stage), ignore_errors=True)
-        for path in self.checkpoints_of(stage).glob(".tmp-*"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        clear_temporaries(self.checkpoints_of(stage))
         files = self.folder / _files_of(stage)
         clear_temporaries(files.parent, files.name)
         for name in (*BEGUN, "metrics.jsonl"):

@@ -98,11 +98,16 @@ def link_or_copy(source: str | Path, target: str | Path) -> None:
             _link_or_copy(source, temporary)
 
 
-def clear_temporaries(folder: str | Path, name: str) -> None:
-    """Removes what writes that were killed have left of a file or folder, or of one with more suffixes."""
+def clear_temporaries(folder: str | Path, name: str | None = None) -> None:
+    """Removes what writes that were killed have left of a file or folder, or of one with more suffixes.
+
+    Args:
+        folder: Where they were written.
+        name: Theirs; None: of all.
+    """
     for path in Path(folder).glob(".tmp-*"):
         target = TEMPORARY.fullmatch(path.name)
-        if target and (target[1] == name or target[1].startswith(f"{name}.")):
+        if target and (name in (None, target[1]) or target[1].startswith(f"{name}.")):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

@@ -37,6 +37,11 @@ class Windows:
         return Windows(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
+def chunks(count: int, size: int) -> list[slice]:
+    """Slices that cut `count` rows into batches."""
+    return [slice(i, i + size) for i in range(0, count, size)]
+
+
 def cut_windows(corpus: Corpus, documents: np.ndarray, window: int, stride: int) -> Windows:
     """Cuts documents into windows of at most `window` inputs that advance by `stride` tokens.
 

@@ -14,14 +14,12 @@ from probekit.errors import ProbekitError
 from probekit.probing.locations import label
 from probekit.probing.over_training import TrainingProbes
 from probekit.reports.figures import BASELINE_STYLES, METRICS, panels
+from probekit.reports.plots import PREFERRED
 from probekit.run import Run
 from probekit.storage import atomic_path
 
 BASELINES = ("prior", "bigram", "ceiling (tokens read)")
 """Readers that are the same at every step, as far as they are known."""
-
-PREFERRED = "hook_resid_post"
-"""Where, if nothing is asked for and it was probed."""
 
 HEIGHT = 3.4
 """Inches that a panel is high."""
@@ -48,7 +46,7 @@ def over_training(
         raise ProbekitError(
             f"nothing was probed at {location!r} with {solver or 'any solver'}; there is {known}"
         )
-    chosen = min(asked, key=lambda panel: (panel.location != PREFERRED, panel.horizon))
+    chosen = min(asked, key=lambda panel: (panel.location != PREFERRED["location"], panel.horizon))
     beside = chosen.baselines(table)
     rows = pd.concat([chosen.cells(table), beside[beside.reader.isin(BASELINES)]])
     bounds = {"value": metric, "low": f"{metric}_low", "high": f"{metric}_high"}

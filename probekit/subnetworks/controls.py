@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from probekit.config import ProbeSettings
-from probekit.corpus.examples import Windows
+from probekit.corpus.examples import Windows, chunks
 from probekit.probing.solvers import SoftmaxProbes
 from probekit.progress import Task
 from probekit.subnetworks.components import Component
-from probekit.subnetworks.masked import MaskedLM, batches
+from probekit.subnetworks.masked import MaskedLM
 
 
 def draw_alike(components: Sequence[Component], removed: np.ndarray, draws: int, seed: int) -> np.ndarray:
@@ -67,7 +67,7 @@ def states_of(
         `[masks, sentences, width]` and `[sentences]`, on the CPU.
     """
     found, actions = [], []
-    for rows in batches(len(windows), batch_size):
+    for rows in chunks(len(windows), batch_size):
         scored = masked.scored(windows[rows])
         read = []
         for mask in masks:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from probekit.config import VariantName
-from probekit.corpus.examples import IGNORE, Batch, Windows, collate
+from probekit.corpus.examples import IGNORE, Batch, Windows, chunks, collate
 from probekit.corpus.store import Corpus
 from probekit.devices import autocast
 from probekit.errors import ProbekitError
@@ -141,12 +141,13 @@ class MaskedLM:
         sums: dict[str, list[Tensor]] = {}
         tokens = 0
         with progress.task("means of components", total=len(windows)) as task:
-            for rows in batches(len(windows), batch_size):
-                scored = self.scored(windows[rows])
+            for rows in chunks(len(windows), batch_size):
+                part = windows[rows]
+                scored = self.scored(part)
                 counted = scored.batch.targets != IGNORE
 
                 def add(spot: Spot, own: Tensor, added: Tensor, counted: Tensor = counted) -> None:
-                    parts = [part[counted].double().sum(0) for part in (own, added)]
+                    parts = [values[counted].double().sum(0) for values in (own, added)]
                     old = sums.get(spot.name)
                     sums[spot.name] = parts if old is None else [old[0] + parts[0], old[1] + parts[1]]
 
@@ -156,7 +157,7 @@ class MaskedLM:
                     reads += len(self.components.spots)
                     self._road(scored.read.tokens, hooks, reads, scored.read.positions)
                 tokens += int(counted.sum())
-                task.advance(len(rows))
+                task.advance(len(part))
         own, added = ({name: (both[n] / tokens).float() for name, both in sums.items()} for n in (0, 1))
         self._means = Means(own, added)
 
@@ -172,11 +173,6 @@ class MaskedLM:
 
     def _autocast(self) -> AbstractContextManager[None]:
         return autocast(self._run.device, self._run.config.training.precision)
-
-
-def batches(count: int, size: int) -> list[np.ndarray]:
-    """Numbers from 0 on, some at a time."""
-    return [np.arange(first, min(first + size, count)) for first in range(0, count, size)]
 
 
 def documents_of(corpus: Corpus, split: str, most: int, seed: int) -> np.ndarray:

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from probekit.corpus.examples import Windows
+from probekit.corpus.examples import Windows, chunks
 from probekit.models.planned_lm import token_losses
 from probekit.probing.saved import LinearProbe
 from probekit.progress import Task
-from probekit.subnetworks.masked import MaskedLM, Scored, batches
+from probekit.subnetworks.masked import MaskedLM, Scored
 
 Sums = dict[str, tuple[np.ndarray, np.ndarray]]
 """By metric its sums `[masks, documents]`, and counts `[documents]`."""
@@ -82,7 +82,7 @@ def measure(
     counts: list[dict[str, np.ndarray]] = []
     states: list[Tensor] = []
     actions, rows_of = [], []
-    for rows in batches(len(windows), batch_size):
+    for rows in chunks(len(windows), batch_size):
         scored = masked.scored(windows[rows])
         with torch.no_grad():
             whole = masked(scored, masked.nothing)[0].log_softmax(dim=-1)
@@ -95,7 +95,7 @@ def measure(
         states.append(torch.stack(read))
         counts.append(_counts(scored))
         actions.append(scored.actions)
-        rows_of.append(rows[scored.row])
+        rows_of.append(rows.start + scored.row)
 
     def by_document(parts: Sequence[Mapping[str, np.ndarray]], name: str) -> np.ndarray:
         return np.bincount(column, np.concatenate([part[name] for part in parts]), minlength=len(documents))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from probekit.config import ProbeSettings
-from probekit.corpus.examples import Windows, cut_windows
+from probekit.corpus.examples import Windows, chunks, cut_windows
 from probekit.errors import ProbekitError
 from probekit.evaluation.action_metrics import prior_log_probabilities
 from probekit.evaluation.perplexity import window_and_stride
@@ -27,7 +27,7 @@ from probekit.run import Run
 from probekit.storage import atomic_folder, read_json, write_json
 from probekit.subnetworks.controls import draw_alike, first_alone, refitted, states_of
 from probekit.subnetworks.learning import Candidate, choose, learn, objectives
-from probekit.subnetworks.masked import MaskedLM, batches, documents_of
+from probekit.subnetworks.masked import MaskedLM, documents_of
 from probekit.subnetworks.measures import Measured, Readout, Sums, measure, probe_values
 from probekit.subnetworks.results import candidate_table, cautions, mask_table, results_table
 from probekit.table_files import write_table
@@ -204,7 +204,7 @@ class _Search:
         return told
 
     def _task(self, what: str, windows: Windows, masks: np.ndarray) -> AbstractContextManager[Task]:
-        passes = len(batches(len(windows), self._size)) * len(masks)
+        passes = len(chunks(len(windows), self._size)) * len(masks)
         return self._progress.task(f"{self._settings.variant}: {what}", total=passes)
 
     @property

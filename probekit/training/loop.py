@@ -135,9 +135,11 @@ class _Loop:
         self._optimiser, self._rates = _optimiser(stage, self._steps)
         self._standing = Standing(divided=settings.accumulate)
         self._best = _copies(stage)
+        self._checkpoints = frozenset(checkpoint_steps(settings.checkpoints, self._steps))
+        self._device = stage.parameters[0].device
         torch.manual_seed(seed + processes.rank())
-        if state is not None and state.standing.step:
-            self._standing = state.standing
+        if state is not None and (standing := state.standing).step:
+            self._standing = standing
             kept = state.read()
             with state.restoring():
                 self._restore(kept)
@@ -225,13 +227,13 @@ class _Loop:
             return loss
         parameters = [parameter for parameter in self._stage.parameters if parameter.requires_grad]
         touched = torch.tensor([float(parameter.grad is not None) for parameter in parameters])
-        touched = touched.to(parameters[0].device)
+        touched = touched.to(self._device)
         processes.add_up([touched])
         for parameter, touches in zip(parameters, touched.tolist(), strict=True):
             if touches:  # one that no process has a gradient for stays as it is
                 parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 processes.add_up([parameter.grad])
-        return processes.total(loss, parameters[0].device)
+        return processes.total(loss, self._device)
 
     def _validated(self, task: Task, loss: float) -> bool:
         """Measures the validation loss and keeps the best state; whether patience has run out."""
@@ -265,14 +267,13 @@ class _Loop:
 
     def _asked(self, holding: Holding) -> Stopped | None:
         """Whether to stop; where one of several processes is asked to, all do so behind the same step."""
-        device = self._stage.parameters[0].device
-        if not processes.total(float(holding.asked is not None), device):
+        if not processes.total(float(holding.asked is not None), self._device):
             return None
         return holding.asked or Stopped(signal.SIGTERM)
 
     def _checkpoint(self, step: int, *, last: bool = False) -> None:
-        steps = checkpoint_steps(self._stage.settings.checkpoints, self._steps)
-        if processes.is_first() and self._stage.keep and (step in steps or (last and steps)):
+        wanted = step in self._checkpoints or (last and bool(self._checkpoints))
+        if processes.is_first() and self._stage.keep and wanted:
             self._stage.keep(step)
 
     def _kept(self) -> dict[str, Tensor]:

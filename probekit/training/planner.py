@@ -12,12 +12,12 @@ from torch.nn import functional as F  # noqa: N812 - the name all of PyTorch's u
 
 from probekit import processes
 from probekit.config import PlannerStageSettings
-from probekit.corpus.examples import IGNORE, document_batch
+from probekit.corpus.examples import IGNORE, chunks, document_batch
 from probekit.errors import ProbekitError
 from probekit.models.planner import Planner
 from probekit.training.folds import fold_of_documents
 from probekit.training.loop import Group, Stage
-from probekit.training.trainer import Trainer, chunks
+from probekit.training.trainer import Trainer
 
 
 class PlannerLoss:

@@ -55,9 +55,9 @@ class StateFile:
     @property
     def standing(self) -> Standing:
         """Where the stage stands; at its beginning, where nothing is kept or it is of another training."""
-        if not self._path.exists() or self.difference:
+        kept = self._metadata()
+        if kept is None or self._difference(kept):
             return Standing()
-        kept = read_metadata(self._path)
         with self.restoring():
             return TypeAdapter(Standing).validate_python(json.loads(kept["standing"]))
 
@@ -67,9 +67,13 @@ class StateFile:
 
         Settings that only one version of probekit knows are none.
         """
-        if not self._path.exists():
-            return None
-        kept = read_metadata(self._path)
+        kept = self._metadata()
+        return None if kept is None else self._difference(kept)
+
+    def _metadata(self) -> dict[str, str] | None:
+        return read_metadata(self._path) if self._path.exists() else None
+
+    def _difference(self, kept: Mapping[str, str]) -> str | None:
         with self.restoring():
             settings: dict[str, Any] = dict(json.loads(kept["settings"]))
         for name in settings.keys() & self._settings.keys():

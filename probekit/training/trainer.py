@@ -11,7 +11,7 @@ from torch import Tensor
 
 from probekit import processes
 from probekit.config import Config
-from probekit.corpus.examples import Windows, cut_windows
+from probekit.corpus.examples import Windows, chunks, cut_windows
 from probekit.corpus.store import Corpus
 from probekit.devices import autocast
 from probekit.progress import Progress
@@ -58,8 +58,3 @@ class Trainer:
     def autocast(self) -> Any:
         """The arithmetic of forward passes."""
         return autocast(self.device, self.config.training.precision)
-
-
-def chunks(count: int, size: int) -> list[slice]:
-    """Slices that cut `count` rows into batches."""
-    return [slice(i, i + size) for i in range(0, count, size)]
