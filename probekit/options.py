@@ -16,18 +16,12 @@ from probekit.config import (
     merge,
     nest,
     preset_values,
-    setting_names,
     setting_value,
     settings_of,
     unknown_setting,
     yaml_values,
 )
 from probekit.errors import ProbekitError
-from probekit.settings_file import check_settings
-from probekit.sweeps.members import STUDIES, grid
-
-ANY_MODEL = "any-model"
-"""The preset on which `probekit probe --model` builds where no other is given."""
 
 UNSET = ("none", "null")
 """Words that unset a setting that can be unset."""
@@ -72,7 +66,7 @@ def add_setting_options(parser: Parser, defaults: Config, sections: Iterable[str
                 dest=name,
                 default=argparse.SUPPRESS,
                 metavar=_metavar(field.annotation),
-                nargs="+" if _takes_several(field) else None,
+                nargs="+" if takes_several(field) else None,
                 help=f"{field.description} (default: {_shown(setting_value(defaults, name))})".replace(
                     "%", "%%"
                 ),
@@ -99,58 +93,21 @@ def given_settings(parsed: argparse.Namespace) -> dict[str, Any]:
     """The settings that were given one by one, by dotted name; `none` unsets one that can be unset."""
     fields = settings_of(Config)
     return {
-        name: None
-        if value in (*UNSET, *([word] for word in UNSET)) and _can_be_unset(fields[name])
-        else value
+        name: None if unsets(value, fields[name]) else value
         for name, value in vars(parsed).items()
         if name in fields
     }
 
 
-def swept(parsed: argparse.Namespace) -> tuple[Config, dict[str, dict[str, Any]], list[int]]:
-    """The settings, members and seeds of the sweep that was asked for.
-
-    Raises:
-        ProbekitError: Nothing to sweep over is given, or what is given is wrong.
-    """
-    config = chosen_config(parsed)
-    if config is None:
-        raise ProbekitError("the sweep has no settings to change; give --preset or --config")
-    over = [list(words) for words in parsed.over]
-    study = STUDIES.get(parsed.what)
-    if study:
-        beside = [name for name in given_settings(parsed).get("mixing.variants", ()) if name != study.variant]
-        config = config.override({"mixing.variants": [*beside, study.variant]})
-        over.insert(0, [study.setting, *(study.values if parsed.values is None else parsed.values)])
-    elif parsed.what:
-        if parsed.what not in setting_names():
-            raise unknown_setting(parsed.what, [*STUDIES, *setting_names()])
-        over.insert(0, [parsed.what, *(parsed.values or ())])
-    elif parsed.values is not None:
-        raise ProbekitError("--values has no setting; give it first: probekit sweep SETTING --values ...")
-    if not over:
-        raise ProbekitError(f"nothing to sweep over; give a setting with --values, or {', '.join(STUDIES)}")
-    values: dict[str, list[Any]] = {}
-    for name, *words in over:
-        if name in values:
-            raise ProbekitError(f"{name} is swept over twice; give all its values at once")
-        values[name] = [_swept_value(name, word) for word in words]
-    return config, grid(config, values), seed_list(parsed.seeds, config.seed)
+def unsets(value: Any, field: FieldInfo) -> bool:
+    """Whether a value, as it was typed, unsets a setting that can be unset."""
+    words = (*UNSET, *([word] for word in UNSET))
+    return value in words and type(None) in typing.get_args(field.annotation)
 
 
 def seed_list(given: Sequence[int], first: int) -> list[int]:
     """One number says how many, from the settings' seed on; several are the seeds."""
     return list(range(first, first + given[0])) if len(given) == 1 else list(given)
-
-
-def _swept_value(name: str, word: Any) -> Any:
-    """One value of a setting; those of a setting that takes several are joined by commas."""
-    field = settings_of(Config).get(name)
-    if field is None or not isinstance(word, str):
-        return word
-    if word in UNSET and _can_be_unset(field):
-        return None
-    return word.split(",") if _takes_several(field) else word
 
 
 def chosen_config(parsed: argparse.Namespace, begun: Path | None = None) -> Config | None:
@@ -168,22 +125,6 @@ def chosen_config(parsed: argparse.Namespace, begun: Path | None = None) -> Conf
     if file:
         values = merge(values, yaml_values(file))
     return Config.from_dict(merge(values, nest(given)))
-
-
-def probed_config(parsed: argparse.Namespace) -> Config:
-    """The config of `--model` and `--corpus` on the run that is in `--out`, or on the preset `any-model`.
-
-    `--preset` and `--config` win over both.
-    """
-    there = Path(parsed.out) / "config.yaml"
-    begun = there if there.is_file() and not parsed.overwrite else None
-    if begun:
-        check_settings(begun.parent)
-    else:
-        parsed.preset = parsed.preset or (None if parsed.config else ANY_MODEL)
-    config = chosen_config(parsed, begun) or (Config.from_yaml(begun) if begun else Config())
-    paths = {"lm.name": parsed.model, "corpus.path": parsed.corpus}
-    return config.override({name: value for name, value in paths.items() if value is not None})
 
 
 def source_config(command: str, arguments: list[str], preset: str | None = None) -> Config:
@@ -221,11 +162,8 @@ def _doc(section: str) -> str | None:
     return model.__doc__
 
 
-def _can_be_unset(field: FieldInfo) -> bool:
-    return type(None) in typing.get_args(field.annotation)
-
-
-def _takes_several(field: FieldInfo) -> bool:
+def takes_several(field: FieldInfo) -> bool:
+    """Whether a setting has several values."""
     return typing.get_origin(_without_none(field.annotation)) is tuple
 
 

@@ -1,7 +1,9 @@
 """What many tests share: a tiny planted run, trained, evaluated and probed once a session."""
 
 import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +15,7 @@ os.environ["PROBEKIT_CACHE"] = "off"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from probekit.config import Config
+from probekit.probing.probe import probe
 from probekit.run import Run
 from probekit.training.train import train
 
@@ -51,6 +54,40 @@ def tiny_config() -> Config:
 def tiny_run(tiny_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The trained tiny run; tests must not write into it."""
     return train(tiny_config, tmp_path_factory.mktemp("runs") / "tiny", quiet=True)
+
+
+@pytest.fixture
+def copy(tiny_run: Run, tmp_path: Path) -> Path:
+    """The folder of a copy of the trained run, which a test may change."""
+    return shutil.copytree(tiny_run.folder, tmp_path / "copy")
+
+
+@pytest.fixture(scope="session")
+def quick_probes() -> dict[str, Any]:
+    """Settings of probes that are fitted in a second or two."""
+    return {
+        "probe.variants": ["none", "soft"],
+        "probe.l2": [0.1],
+        "probe.max_iterations": 50,
+        "probe.control": False,
+        "probe.code_length": False,
+        "evaluation.resamples": 100,
+    }
+
+
+@pytest.fixture(scope="session")
+def probed_run(tiny_run: Run, quick_probes: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A copy of the tiny run with probes of the base LM and of two variants; tests must not write into it."""
+    run = Run.open(shutil.copytree(tiny_run.folder, tmp_path_factory.mktemp("probed") / "run"))
+    own = {"probe.variants": ["none", "soft", "oracle"], "probe.distances": [1, 2, 3]}
+    probe(run, quick_probes | own, quiet=True)
+    return run
+
+
+@pytest.fixture
+def probed_copy(probed_run: Run, tmp_path: Path) -> Run:
+    """A copy of the probed run that a test may write into."""
+    return Run.open(shutil.copytree(probed_run.folder, tmp_path / "run"))
 
 
 @pytest.fixture(scope="session")

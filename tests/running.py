@@ -9,8 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+import pytest
+
 from probekit.cli import main
 from probekit.storage import read_json, write_json
+
+Capture = pytest.CaptureFixture[str]
+
+ONE_CELL = ["--probe.layers", "0", "--probe.distances", "1", "--probe.variants", "none"]
+ONE_CELL += ["--probe.l2", "0.1", "--probe.code_length", "false", "--evaluation.resamples", "100"]
+"""A probe grid that is fitted at once."""
 
 SECONDS = 60
 """After so many a command counts as hanging."""
@@ -53,6 +61,27 @@ def ran(*words: object) -> Ran:
             error.add_note(f"probekit {' '.join(map(repr, typed))}")
             raise
     return Ran(typed, code, told.getvalue())
+
+
+def told(capsys: Capture, *words: str | Path) -> str:
+    """Standard output of a command that succeeds, silently on standard error."""
+    try:
+        code = main([str(word) for word in words])
+    except SystemExit as end:
+        code = end.code
+    captured = capsys.readouterr()
+    assert (code, captured.err) == (0, "")
+    return captured.out
+
+
+def refused(capsys: Capture, *words: str | Path) -> str:
+    """The one line on standard error of a command that ends with code 2."""
+    code = main([str(word) for word in words])
+    captured = capsys.readouterr()
+    assert (code, captured.out) == (2, "")
+    (line,) = captured.err.splitlines()
+    assert line.startswith("probekit: error: ")
+    return line.removeprefix("probekit: error: ")
 
 
 @contextlib.contextmanager

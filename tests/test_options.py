@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from probekit import cli
 from probekit.config import Config, preset_names, setting_names, settings_of
 from probekit.errors import ProbekitError
 from probekit.options import (
@@ -18,9 +17,7 @@ from probekit.options import (
     chosen_config,
     given_settings,
     parse,
-    probed_config,
     source_config,
-    swept,
 )
 
 
@@ -33,19 +30,6 @@ def parser(defaults: Config | None = None, sections: list[str] | None = None) ->
 
 def chosen(*words: str, begun: Path | None = None) -> Config | None:
     return chosen_config(parse(parser(), list(words)), begun)
-
-
-def probed(
-    *words: str,
-    model: str | None = "gpt2",
-    corpus: str | None = "some/text",
-    out: Path = Path("nowhere"),
-    overwrite: bool = False,
-) -> Config:
-    """The config of `probekit probe --model MODEL --corpus CORPUS` and more words."""
-    parsed = parse(parser(), list(words))
-    parsed.model, parsed.corpus, parsed.out, parsed.overwrite = model, corpus, out, overwrite
-    return probed_config(parsed)
 
 
 def refusal(*words: str) -> str:
@@ -134,32 +118,6 @@ def test_single_settings_alone_change_the_run_that_is_resumed(tmp_path: Path):
     assert chosen(begun=begun) is None
     assert chosen("--preset", "demo", "--seed", "9", begun=begun) == config
     assert chosen("--config", str(begun), "--seed", "8", begun=begun) == config.override({"seed": 8})
-
-
-def test_any_model_is_a_preset_with_a_model_and_a_corpus(tmp_path: Path):
-    paths = {"lm.name": "gpt2", "corpus.path": "some/text"}
-    preset = Config.from_preset("any-model")
-    assert probed() == preset.override(paths)
-    assert probed("--seed", "3") == preset.override(paths | {"seed": 3})
-    assert probed("--lm.name", "other") == preset.override(paths), "--model is what it says"
-    assert probed("--preset", "demo") == Config.from_preset("demo").override(paths)
-    file = tmp_path / "mine.yaml"
-    file.write_text("lm: {name: mine}\ncorpus: {path: text}\n", "utf-8")
-    assert probed("--config", str(file)) == Config().override(paths)
-    assert probed("--config", str(file), corpus=None) == Config().override(paths | {"corpus.path": "text"})
-
-
-def test_a_model_that_was_probed_before_keeps_its_settings(tmp_path: Path):
-    begun = Config.from_preset("any-model").override(
-        {"actions.k": 9, "lm.name": "old", "corpus.path": "text"}
-    )
-    (tmp_path / "config.yaml").write_text(begun.to_yaml(), "utf-8")
-    assert probed(model=None, corpus=None, out=tmp_path) == begun
-    assert probed("--seed", "3", model="old", corpus=None, out=tmp_path) == begun.override({"seed": 3})
-    afresh = Config.from_preset("any-model").override({"lm.name": "gpt2", "corpus.path": "some/text"})
-    assert probed(out=tmp_path, overwrite=True) == afresh
-    demo = probed("--preset", "demo", out=tmp_path)
-    assert demo == Config.from_preset("demo").override({"lm.name": "gpt2", "corpus.path": "some/text"})
 
 
 def test_only_what_is_given_is_given():
@@ -306,87 +264,3 @@ def test_choices_are_listed():
 
 
 # Sweeps
-
-
-def sweep_of(*words: str) -> tuple[Config, dict[str, dict[str, Any]], list[int]]:
-    """What `probekit sweep` with some words sweeps over."""
-    return swept(parse(cli._sweep_parser([]), list(words)))
-
-
-def test_a_study_sweeps_over_its_setting_with_its_variant():
-    config, members, seeds = sweep_of("mixing-fraction", "--preset", "demo", "--seeds", "3", "--seed", "2")
-    assert config == Config.from_preset("demo").override({"mixing.variants": ["mixed"], "seed": 2})
-    assert members == {f"mixing.fraction={f:g}": {"mixing.fraction": f} for f in (0.0, 0.25, 0.5, 0.75, 1.0)}
-    assert seeds == [2, 3, 4]
-    words = ("mixing-fraction", "--preset", "demo", "--values", "0", "1e-1")
-    config, members, seeds = sweep_of(*words, "--mixing.variants", "mixed", "fixed", "--seeds", "7", "5")
-    assert config.mixing.variants == ("fixed", "mixed")
-    assert [*members] == ["mixing.fraction=0", "mixing.fraction=0.1"]
-    assert seeds == [7, 5]
-
-
-def test_settings_are_swept_in_a_grid():
-    config, members, seeds = sweep_of(
-        *("training.adapter.learning_rate", "--values", "1e-3", "0.01", "--preset", "demo"),
-        *("--over", "mixing.variants", "soft,joint", "soft", "--over", "training.adapter.patience", "none"),
-    )
-    assert config == Config.from_preset("demo")
-    assert seeds == [0]
-    assert list(members.values()) == [
-        {
-            "training.adapter.learning_rate": rate,
-            "mixing.variants": variants,
-            "training.adapter.patience": None,
-        }
-        for rate in (1e-3, 1e-2)
-        for variants in (("soft", "joint"), ("soft",))
-    ]
-
-
-def test_nothing_is_suggested_where_only_the_section_is_alike():
-    with pytest.raises(ProbekitError) as caught:
-        sweep_of("training.adapter.lr", "--preset", "demo", "--values", "3")
-    assert str(caught.value) == "unknown setting 'training.adapter.lr'"
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["mixing-fraction"], "no settings to change; give --preset or --config"),
-        (["--preset", "demo"], "nothing to sweep over; give a setting with --values, or mixing-fraction"),
-        (["--preset", "demo", "--values", "3"], "--values has no setting; give it first"),
-        (
-            ["mixing-fractoin", "--preset", "demo"],
-            "unknown setting 'mixing-fractoin'; did you mean 'mixing-f",
-        ),
-        (["lm.layer", "--preset", "demo", "--values", "3"], "'lm.layer'; did you mean 'lm.layers'?"),
-        (["lm", "--preset", "demo", "--values", "3"], "unknown setting 'lm'"),
-        (["layers", "--preset", "demo", "--values", "3"], "'layers'; did you mean 'lm.layers'?"),
-        (["training.epoch", "--preset", "demo", "--values", "3"], "did you mean 'training.lm.epochs'?"),
-        (["--over", "lm.layer", "3", "--preset", "demo"], "'lm.layer'; did you mean 'lm.layers'?"),
-        (["lm.layers", "--preset", "demo"], "lm.layers has no values to sweep over"),
-        (["--preset", "demo", "--over", "lm.layers"], "lm.layers has no values to sweep over"),
-        (["lm.layers", "--preset", "demo", "--values"], "argument --values: expected at least one argument"),
-        (["lm.layers", "--preset", "demo", "--values", "3", "3"], "lm.layers=3 is given twice"),
-        (["mixing-fraction", "--preset", "demo", "--values", "0", "0.0"], "mixing.fraction=0 is given twice"),
-        (["lm.layers", "--preset", "demo", "--values", "3", "few"], "lm.layers is 'few': input should be a"),
-        (
-            ["mixing-fraction", "--preset", "demo", "--values", "-1"],
-            "mixing.fraction is '-1': input should be",
-        ),
-        (
-            ["mixing-fraction", "--preset", "demo", "--values", "1.1"],
-            "mixing.fraction is '1.1': input should",
-        ),
-        (["mixing-fraction", "--preset", "demo", "--seeds", "few"], "argument --seeds: invalid int value"),
-        (
-            ["lm.layers", "--values", "3", "--over", "lm.layers", "4", "--preset", "demo"],
-            "lm.layers is swept over twice",
-        ),
-    ],
-)
-def test_sweeps_that_are_not_understood_are_refused(words: list[str], said: str):
-    with pytest.raises(ProbekitError) as caught:
-        sweep_of(*words)
-    assert said in str(caught.value)
-    assert "\n" not in str(caught.value)

@@ -13,6 +13,7 @@ from probekit.corpus.store import FEW_DOCUMENTS, MORE_DOCUMENTS, too_few
 from probekit.models.mixing import VARIANTS
 from probekit.provenance import installed_versions
 from probekit.reports import intervention_tables, subnetwork_tables
+from probekit.reports.probe_tables import best_by_step, unreliable_cells
 from probekit.reports.report_causal import compared
 from probekit.reports.report_findings import (
     CORPUS,
@@ -27,7 +28,6 @@ from probekit.reports.report_findings import (
     Findings,
     attempt,
 )
-from probekit.reports.tables import best_by_step, unreliable_cells
 
 Check = Callable[[Findings], Iterator[str]]
 

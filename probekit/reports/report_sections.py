@@ -24,7 +24,7 @@ from probekit.reports.report_findings import (
     UNFIT,
     Findings,
 )
-from probekit.reports.tables import DISPLAY_ACTIONS
+from probekit.reports.run_tables import DISPLAY_ACTIONS
 
 COMMON_OPTIONS = ("device", "evaluation")
 """Sections of settings that all commands take that read a run; each has one of its own beside."""

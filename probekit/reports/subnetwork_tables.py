@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from probekit.reports.tables import print_table, say, warn_of_few, with_range
+from probekit.reports.console import print_table, say, warn_of_few, with_range
 from probekit.subnetworks.results import ALONE, CONDITIONS, RANDOM, SUBNETWORK, WHOLE
 from probekit.subnetworks.subnetwork import SubnetworkResults
 
@@ -79,7 +79,7 @@ def remarks(table: pd.DataFrame, mask: pd.DataFrame) -> Iterator[str]:
     """What rows and columns mean, and which components the subnetwork has."""
     yield (
         "best alone: as many, those that are best removed alone; random: as many in every layer, the mean of "
-        f"{table.draw.nunique()} draws"
+        f"{table.draw.nunique()} draws, with intervals over draws and documents"
     )
     yield "fitted again: by a probe that is fitted without them, which finds what has only moved"
     removed = mask[mask.removed]

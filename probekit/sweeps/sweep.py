@@ -24,7 +24,8 @@ from probekit.sweeps.members import Members
 from probekit.sweeps.results import Place, Sweep
 from probekit.sweeps.time_left import TimeLeft
 from probekit.table_files import write_table
-from probekit.training.train import check_new_model, train
+from probekit.training.checks import check_new_model
+from probekit.training.train import train
 
 MEMBER = re.compile(r"\w[\w.=,+-]*")
 """Names of members: folders everywhere."""

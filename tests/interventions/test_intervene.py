@@ -1,7 +1,6 @@
 """Interventions as a whole: what is written, what is known of it beforehand, and what is refused."""
 
 import shutil
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from probekit.probing.saved import Cell, SavedProbes
 from probekit.probing.targets import find_target
 from probekit.progress import Progress, without_bars_of_transformers
 from probekit.run import Run
-from probekit.storage import read_json, read_tensors, write_json, write_tensors
+from probekit.storage import read_json, read_tensors, write_tensors
 
 FEW = {
     "intervene.distances": [1, 3],
@@ -81,10 +80,10 @@ def test_what_was_found_is_written_whole_and_read_back(results: InterventionResu
     assert written["notes"] == results.notes == []
 
 
-def test_the_same_settings_give_the_same_results_and_plans_are_followed(run_copy: Run):
+def test_the_same_settings_give_the_same_results_and_plans_are_followed(probed_copy: Run):
     few = FEW | {"intervene.layers": [2], "intervene.distances": [1], "intervene.kinds": ["steer", "erase"]}
     few |= {"intervene.samples": 6, "intervene.strengths": [30.0]}
-    table, again = (intervene(run_copy, few, quiet=True).table for _ in range(2))
+    table, again = (intervene(probed_copy, few, quiet=True).table for _ in range(2))
     pd.testing.assert_frame_equal(table, again)
     follows = table[table.metric.str.startswith("plan_following")]
     assert (follows.documents == 6).all()
@@ -134,9 +133,9 @@ def test_erasing_leaves_the_prior_everywhere(results: InterventionResults):
     assert (wide.erased_dimensions == 7).all()
 
 
-def test_without_a_span_far_edits_of_the_last_layer_do_nothing(run_copy: Run):
+def test_without_a_span_far_edits_of_the_last_layer_do_nothing(probed_copy: Run):
     settings = FEW | {"intervene.span": False, "intervene.layers": [2]}
-    table = intervene(run_copy, settings, quiet=True).table
+    table = intervene(probed_copy, settings, quiet=True).table
     silent = table[table.metric.isin(["next_loss", "other_loss", "first_kl", "readout_kl"])]
     assert silent[silent.distance == 3].value.abs().max() < 1e-5
     assert silent[(silent.distance == 1) & (silent.metric != "other_loss")].value.abs().max() > 1e-3
@@ -150,11 +149,11 @@ def test_the_last_layer_changes_the_first_token_alone(results: InterventionResul
     assert set(rest.documents) <= set(range(1, 13))
 
 
-def test_directions_of_probes_are_as_long_as_the_way_between_means(run_copy: Run):
+def test_directions_of_probes_are_as_long_as_the_way_between_means(probed_copy: Run):
     few = FEW | {"intervene.kinds": ["steer"], "intervene.layers": [1], "intervene.steps": 4}
     found = {
         direction: cell(
-            intervene(run_copy, few | {"intervene.direction": direction}, quiet=True).table,
+            intervene(probed_copy, few | {"intervene.direction": direction}, quiet=True).table,
             condition="wrong action",
             distance=3,
         )
@@ -167,15 +166,15 @@ def test_directions_of_probes_are_as_long_as_the_way_between_means(run_copy: Run
     assert found["gradient"].readout_target != pytest.approx(found["probe"].readout_target, rel=1e-2)
 
 
-def test_other_variants_stand_beside(run_copy: Run):
+def test_other_variants_stand_beside(probed_copy: Run):
     few = FEW | {
         "intervene.layers": [1, 2],
         "intervene.distances": [1],
         "intervene.kinds": ["erase", "codebook"],
     }
-    intervene(run_copy, FEW | {"intervene.layers": [1], "intervene.kinds": ["erase"]}, quiet=True)
-    soft = intervene(run_copy, few | {"intervene.variant": "soft"}, quiet=True).table
-    assert run_copy.interventions().variant.unique().tolist() == ["none", "soft"]
+    intervene(probed_copy, FEW | {"intervene.layers": [1], "intervene.kinds": ["erase"]}, quiet=True)
+    soft = intervene(probed_copy, few | {"intervene.variant": "soft"}, quiet=True).table
+    assert probed_copy.interventions().variant.unique().tolist() == ["none", "soft"]
     # The adapter writes into the last layer of three.
     injected = soft.groupby(["kind", soft.layer.fillna(-1)]).injected.agg(["min", "max"])
     assert injected["min"].equals(injected["max"])
@@ -189,25 +188,25 @@ def test_other_variants_stand_beside(run_copy: Run):
 
 
 @pytest.fixture
-def told(run_copy: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
+def told(probed_copy: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
     """A variant that is told the true action, loudly, and whose last layer's attention says nothing else."""
     monkeypatch.setitem(VARIANTS, "oracle", Variant(Oracle(), Oracle()))
-    model = run_copy.plain_model()
+    model = probed_copy.plain_model()
     last, width = model.transformer.h[2].attn, 32
     with torch.no_grad():
         last.c_attn.weight[:, 2 * width :] = 0
         last.c_attn.bias[2 * width :] = 0
     with without_bars_of_transformers():
-        model.save_pretrained(run_copy.folder / "lm")
-    forget_checksums(run_copy.folder)
-    path = run_copy.folder / "adapters" / "oracle.safetensors"
+        model.save_pretrained(probed_copy.folder / "lm")
+    forget_checksums(probed_copy.folder)
+    path = probed_copy.folder / "adapters" / "oracle.safetensors"
     tensors = read_tensors(path)
     k, dimensions = tensors["adapter.codebook"].shape
     drawn = torch.Generator().manual_seed(0)
     tensors["adapter.codebook"] = torch.eye(k, dimensions)
     tensors["adapter.projections"] = 3 * torch.randn(1, dimensions, width, generator=drawn)
     write_tensors(path, tensors)
-    run = Run.open(run_copy.folder)
+    run = Run.open(probed_copy.folder)
     one = {"probe.l2": [0.01], "probe.control": False, "probe.code_length": False, "probe.layers": [2]}
     probe(run, one | {"probe.distances": [1, 2, 3], "probe.variants": ["oracle"]}, quiet=True)
     return run
@@ -267,7 +266,7 @@ def test_sums_are_of_the_split_to_fit_on_alone(told: Run):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"intervene.variant": "fixed"}, r"probekit probe .* --probe\.variants none soft fixed"),
+        ({"intervene.variant": "fixed"}, r"probekit probe .* --probe\.variants none oracle soft fixed"),
         ({"intervene.variant": "gumbel"}, r"intervene\.variant is 'gumbel', which this run has not trained"),
         ({"intervene.layers": [3]}, r"intervene\.layers has 3, but the LM's layers are 0 to 2"),
         ({"intervene.locations": ["hook_z"]}, r"intervene\.locations is 'hook_z'"),
@@ -286,41 +285,13 @@ def test_sums_are_of_the_split_to_fit_on_alone(told: Run):
         ),
     ],
 )
-def test_bad_settings_are_refused(settings: dict[str, Any], said: str, run_copy: Run):
+def test_bad_settings_are_refused(settings: dict[str, Any], said: str, probed_copy: Run):
     with pytest.raises(ProbekitError, match=said):
-        intervene(run_copy, FEW | settings, quiet=True)
-    assert not (run_copy.folder / "interventions").exists()
+        intervene(probed_copy, FEW | settings, quiet=True)
+    assert not (probed_copy.folder / "interventions").exists()
 
 
-def test_probes_of_something_else_are_refused(run_copy: Run):
-    path = run_copy.folder / "probes" / "settings.json"
-    settings = read_json(path)
-    settings["probe"]["target"] = "token"
-    write_json(path, settings)
-    with pytest.raises(ProbekitError, match=r"probes of 'token' .* run `probekit probe"):
-        intervene(run_copy, FEW, quiet=True)
-
-
-def test_a_run_without_interventions_says_how_to_make_them(run_copy: Run):
-    with pytest.raises(ProbekitError, match="run `probekit intervene"):
-        run_copy.interventions()
-
-
-def test_fewer_scenes_than_asked_for_are_told(run_copy: Run):
+def test_fewer_scenes_than_asked_for_are_told(probed_copy: Run):
     few = FEW | {"intervene.scenes": 100, "intervene.layers": [0], "intervene.kinds": ["patch"]}
-    results = probekit.intervene(run_copy, few, quiet=True)
+    results = probekit.intervene(probed_copy, few, quiet=True)
     assert results.notes == ["16 scenes, for no more test documents have one; intervene.scenes asks for 100"]
-
-
-def test_an_interruption_leaves_what_was_there(run_copy: Run, monkeypatch: pytest.MonkeyPatch):
-    few = FEW | {"intervene.layers": [0], "intervene.kinds": ["patch"], "intervene.distances": [1]}
-    before = intervene(run_copy, few, quiet=True).table
-
-    def broken(*_: Any, **__: Any) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr("probekit.interventions.intervene.write_json", broken)
-    with pytest.raises(OSError, match="disk full"):
-        intervene(run_copy, few, quiet=True)
-    pd.testing.assert_frame_equal(run_copy.interventions(), before)
-    assert [path.name for path in Path(run_copy.folder / "interventions").iterdir()] == ["none"]

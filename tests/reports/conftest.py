@@ -10,19 +10,6 @@ from probekit.run import Run
 
 
 @pytest.fixture(scope="session")
-def quick_probes() -> dict[str, Any]:
-    """Settings of probes that are fitted in a second or two."""
-    return {
-        "probe.variants": ["none", "soft"],
-        "probe.l2": [0.1],
-        "probe.max_iterations": 50,
-        "probe.control": False,
-        "probe.code_length": False,
-        "evaluation.resamples": 100,
-    }
-
-
-@pytest.fixture(scope="session")
 def probed_run(tiny_run: Run, quick_probes: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A copy of the tiny run with probes at two locations, one of them outside the blocks."""
     folder = shutil.copytree(tiny_run.folder, tmp_path_factory.mktemp("probed") / "tiny")

@@ -14,12 +14,13 @@ from synthetic_probes import probe_table
 from probekit.corpus.store import FEW_DOCUMENTS
 from probekit.interventions.measures import rows
 from probekit.reports.document import Table
+from probekit.reports.probe_tables import best_by_step
 from probekit.reports.report import report
 from probekit.reports.report_causal import compared
 from probekit.reports.report_cautions import cautions_of
 from probekit.reports.report_findings import Findings
 from probekit.reports.report_sections import stages
-from probekit.reports.tables import best_by_step, print_training
+from probekit.reports.run_tables import print_training
 from probekit.run import Run
 from probekit.storage import read_json, write_json
 from probekit.subnetworks.results import results_table

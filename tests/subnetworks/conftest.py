@@ -1,8 +1,7 @@
-"""A probed run, and runs whose truth is known: heads that alone carry what is read of the next sentence."""
+"""Runs whose truth is known: heads that alone carry what is read of the next sentence."""
 
-import shutil
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,41 +17,15 @@ from probekit.run import Run
 WIDTH, SIZE = 32, 16
 """Of the tiny run's residual stream and of each of its two heads."""
 
-FEW_PROBES = {
-    "probe.l2": [0.01, 0.1],
-    "probe.max_iterations": 60,
-    "probe.control": False,
-    "probe.code_length": False,
-    "probe.distances": [1],
-    "probe.layers": [2],
-    "evaluation.resamples": 100,
-}
-
-
-@pytest.fixture(scope="session")
-def masked_run(tiny_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The tiny run with the last layer's probes of three variants; tests must not write into it."""
-    folder = tmp_path_factory.mktemp("subnetworks") / "run"
-    shutil.copytree(tiny_run.folder, folder)
-    run = Run.open(folder)
-    probe(run, FEW_PROBES | {"probe.variants": ["none", "soft", "oracle"]}, quiet=True)
-    return run
-
 
 @pytest.fixture
-def masked_copy(masked_run: Run, tmp_path: Path) -> Run:
-    """A copy of it that a test may write into."""
-    shutil.copytree(masked_run.folder, tmp_path / "run")
-    return Run.open(tmp_path / "run")
-
-
-@pytest.fixture
-def planted(masked_copy: Run) -> Callable[[dict[tuple[int, int], slice]], Run]:
+def planted(probed_copy: Run, quick_probes: dict[str, Any]) -> Callable[[dict[tuple[int, int], slice]], Run]:
     """Makes the run one in which some heads alone write, each into some features; the first tells actions."""
-    return lambda heads: _planted(masked_copy, heads)
+    last = {"probe.layers": [2], "probe.distances": [1], "probe.l2": [0.01, 0.1]}
+    return lambda heads: _planted(probed_copy, heads, quick_probes | last)
 
 
-def _planted(run: Run, heads: dict[tuple[int, int], slice]) -> Run:
+def _planted(run: Run, heads: dict[tuple[int, int], slice], probes: dict[str, Any]) -> Run:
     """All heads have the mean of what was read before; sentences get the action that the first one tells.
 
     What stands right before a sentence is a full stop, whose own embedding tells nothing of that.
@@ -79,7 +52,7 @@ def _planted(run: Run, heads: dict[tuple[int, int], slice]) -> Run:
     changed = Run.open(run.folder)
     # No longer the planted ones: no ceiling is known.
     unplanted = {"probe.variants": ["none"], "actions.labels": "clusters"}
-    probe(changed, FEW_PROBES | unplanted, quiet=True)
+    probe(changed, probes | unplanted, quiet=True)
     return changed
 
 

@@ -34,13 +34,13 @@ def masked_lm(run: Run, variant: str, batch_size: int = 4) -> MaskedLM:
 
 
 @pytest.fixture(scope="module")
-def plain(masked_run: Run) -> MaskedLM:
-    return masked_lm(masked_run, "none")
+def plain(probed_run: Run) -> MaskedLM:
+    return masked_lm(probed_run, "none")
 
 
 @pytest.fixture(scope="module")
-def soft(masked_run: Run) -> MaskedLM:
-    return masked_lm(masked_run, "soft")
+def soft(probed_run: Run) -> MaskedLM:
+    return masked_lm(probed_run, "soft")
 
 
 def test_components_are_all_heads_and_what_the_adapter_adds_to_each(plain: MaskedLM, soft: MaskedLM):
@@ -51,22 +51,22 @@ def test_components_are_all_heads_and_what_the_adapter_adds_to_each(plain: Maske
 
 
 @pytest.mark.parametrize("variant", ["none", "soft"])
-def test_with_nothing_removed_it_is_the_lm_to_the_bit(variant: str, masked_run: Run, plain, soft):
+def test_with_nothing_removed_it_is_the_lm_to_the_bit(variant: str, probed_run: Run, plain, soft):
     masked = plain if variant == "none" else soft
-    windows = windows_of(masked_run, "test")
+    windows = windows_of(probed_run, "test")
     scored = masked.scored(windows)
     with torch.no_grad():
         logits, states = masked(scored, masked.nothing)
-        model = masked_run.model(variant, fast=True)
-        expected = model(collate(masked_run.corpus, windows), VARIANTS["soft"].evaluation)
+        model = probed_run.model(variant, fast=True)
+        expected = model(collate(probed_run.corpus, windows), VARIANTS["soft"].evaluation)
     assert torch.equal(logits, expected)
     assert torch.equal(states, masked.states(scored, masked.nothing))
 
 
-def test_positions_are_those_of_sentences(masked_run: Run, plain: MaskedLM):
-    corpus = masked_run.corpus
+def test_positions_are_those_of_sentences(probed_run: Run, plain: MaskedLM):
+    corpus = probed_run.corpus
     for stride in (24, 48):
-        windows = windows_of(masked_run, "test", stride=stride)
+        windows = windows_of(probed_run, "test", stride=stride)
         scored = plain.scored(windows)
         kinds: dict[str, list[int]] = {"first": [], "rest": [], "other": []}
         for name, found in kinds.items():
@@ -88,13 +88,13 @@ def test_positions_are_those_of_sentences(masked_run: Run, plain: MaskedLM):
         np.testing.assert_array_equal(scored.actions, corpus.actions[sentence])
 
 
-def test_states_are_what_probes_are_fitted_on(masked_run: Run, plain: MaskedLM):
-    settings = masked_run.config.probe.model_copy(update={"distances": (1,)})
-    grid = make_grid(masked_run.corpus, settings, find_target(masked_run.corpus, "action"), 0)
+def test_states_are_what_probes_are_fitted_on(probed_run: Run, plain: MaskedLM):
+    settings = probed_run.config.probe.model_copy(update={"distances": (1,)})
+    grid = make_grid(probed_run.corpus, settings, find_target(probed_run.corpus, "action"), 0)
     examples = grid.examples["test"]
-    (expected,) = Reader(masked_run, "none", [LAST], (1,)).read(examples)
-    every = len(masked_run.corpus.documents("test"))
-    scored = plain.scored(windows_of(masked_run, "test", every))
+    (expected,) = Reader(probed_run, "none", [LAST], (1,)).read(examples)
+    every = len(probed_run.corpus.documents("test"))
+    scored = plain.scored(windows_of(probed_run, "test", every))
     torch.testing.assert_close(plain.states(scored, plain.nothing), expected[0, 0], atol=1e-4, rtol=1e-4)
     np.testing.assert_array_equal(scored.actions, examples.labels[:, 0])
 
@@ -132,24 +132,24 @@ def means_by_hand(run: Run) -> torch.Tensor:
     return torch.stack([torch.cat(parts).mean(0) for parts in kept]).float()
 
 
-def test_removed_heads_are_their_means(masked_run: Run, plain: MaskedLM):
-    means = means_by_hand(masked_run)
+def test_removed_heads_are_their_means(probed_run: Run, plain: MaskedLM):
+    means = means_by_hand(probed_run)
     removed = torch.tensor([[0.0, 1.0, 1.0, 0.0, 0.25, 0.0]])
 
     def change(layer: int, z: torch.Tensor) -> torch.Tensor:
         share = removed[0, 2 * layer : 2 * layer + 2].repeat_interleave(SIZE)
         return share * means[layer] + (1 - share) * z
 
-    windows = windows_of(masked_run, "test", 3)
-    expected = heads_by_hand(masked_run, windows, change)
+    windows = windows_of(probed_run, "test", 3)
+    expected = heads_by_hand(probed_run, windows, change)
     with torch.no_grad():
         logits, _ = plain(plain.scored(windows), removed)
     for row, own in enumerate(expected):
         torch.testing.assert_close(logits[row, : len(own)], own, atol=2e-4, rtol=1e-4)
 
 
-def test_every_window_may_have_a_mask_of_its_own(masked_run: Run, plain: MaskedLM):
-    windows = windows_of(masked_run, "test", 1)
+def test_every_window_may_have_a_mask_of_its_own(probed_run: Run, plain: MaskedLM):
+    windows = windows_of(probed_run, "test", 1)
     masks = torch.eye(6)[: len(windows)]
     scored = plain.scored(windows)
     with torch.no_grad():
@@ -158,18 +158,18 @@ def test_every_window_may_have_a_mask_of_its_own(masked_run: Run, plain: MaskedL
             torch.testing.assert_close(together[row], plain(scored, masks[row : row + 1])[0][row])
 
 
-def test_without_the_adapters_parts_all_tokens_carry_the_mean_plan(masked_run: Run, soft: MaskedLM):
+def test_without_the_adapters_parts_all_tokens_carry_the_mean_plan(probed_run: Run, soft: MaskedLM):
     """By hand on the bridge: what the adapter adds is replaced by its mean over tokens; heads stay."""
-    mixing, model = VARIANTS["soft"].evaluation, masked_run.model("soft")
+    mixing, model = VARIANTS["soft"].evaluation, probed_run.model("soft")
     projection = model.adapter.projections[0]
     total, count = torch.zeros(WIDTH).double(), 0
-    for batch in (collate(masked_run.corpus, windows_of(masked_run, "probe")),):
+    for batch in (collate(probed_run.corpus, windows_of(probed_run, "probe")),):
         with torch.no_grad():
             plans = mixing(model.scores(batch), batch.actions, model.adapter.codebook, model.temperature)
         carried = (plans @ projection)[batch.sentence][batch.targets != -100].double()
         total, count = total + carried.sum(0), count + len(carried)
-    windows = windows_of(masked_run, "test", 3)
-    batch = collate(masked_run.corpus, windows)
+    windows = windows_of(probed_run, "test", 3)
+    batch = collate(probed_run.corpus, windows)
     mean = (total / count).float()
 
     def add(activation: torch.Tensor, hook: Any) -> torch.Tensor:
@@ -188,8 +188,8 @@ def test_without_the_adapters_parts_all_tokens_carry_the_mean_plan(masked_run: R
     torch.testing.assert_close(logits, expected, atol=5e-4, rtol=1e-3)
 
 
-def test_batches_change_no_mean(masked_run: Run, plain: MaskedLM):
-    other = masked_lm(masked_run, "none", batch_size=7)
+def test_batches_change_no_mean(probed_run: Run, plain: MaskedLM):
+    other = masked_lm(probed_run, "none", batch_size=7)
     for name, mean in plain.means.own.items():
         torch.testing.assert_close(other.means.own[name], mean)
 
@@ -197,10 +197,10 @@ def test_batches_change_no_mean(masked_run: Run, plain: MaskedLM):
 @pytest.mark.parametrize("location", ["hook_resid_post", "attn.hook_z"])
 @pytest.mark.parametrize("kind", sorted(CONDITIONINGS))
 def test_every_kind_of_conditioning_has_its_parts(
-    kind: str, location: str, masked_run: Run, monkeypatch: pytest.MonkeyPatch
+    kind: str, location: str, probed_run: Run, monkeypatch: pytest.MonkeyPatch
 ):
-    run = masked_run.with_settings({"conditioning.kind": kind, "conditioning.location": location})
-    model = masked_run.model("soft")
+    run = probed_run.with_settings({"conditioning.kind": kind, "conditioning.location": location})
+    model = probed_run.model("soft")
     centroids = torch.from_numpy(run.corpus.codebook.centroids)
     model.adapter = new_adapter(run.config.conditioning, centroids, run.bridged, 0).requires_grad_(False)
     monkeypatch.setattr(Run, "model", lambda self, name: model)
@@ -229,8 +229,8 @@ def test_every_kind_of_conditioning_has_its_parts(
     torch.testing.assert_close(other_states, states, atol=1e-4, rtol=1e-4)
 
 
-def test_documents_are_some_of_the_splits(masked_run: Run):
-    corpus = masked_run.corpus
+def test_documents_are_some_of_the_splits(probed_run: Run):
+    corpus = probed_run.corpus
     found = documents_of(corpus, "test", 5, 0)
     assert len(found) == 5
     assert (np.diff(found) > 0).all()

@@ -38,8 +38,8 @@ class Setting:
 
 
 @pytest.fixture(scope="module")
-def setting(masked_run: Run) -> Setting:
-    return Setting(masked_run)
+def setting(probed_run: Run) -> Setting:
+    return Setting(probed_run)
 
 
 def by_hand(setting: Setting, mask: torch.Tensor) -> dict[str, np.ndarray]:

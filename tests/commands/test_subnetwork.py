@@ -1,6 +1,7 @@
 """`probekit subnetwork` as it is typed: what it prints, and one line for whatever is wrong."""
 
 import pytest
+from running import Capture, refused, told
 
 from probekit.cli import main
 from probekit.run import Run
@@ -8,20 +9,12 @@ from probekit.run import Run
 FAST = ["--subnetwork.steps", "3", "--subnetwork.documents", "8", "--subnetwork.draws", "2"]
 FAST += ["--subnetwork.penalties", "0.0", "--subnetwork.learning_rate", "2", "--evaluation.resamples", "100"]
 
-Capture = pytest.CaptureFixture[str]
 
-
-def typed(capsys: Capture, *words: object) -> tuple[int, str, str]:
-    code = main(["subnetwork", *map(str, words)])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
-def test_it_ends_with_what_is_lost(masked_copy: Run, capsys: Capture):
-    code, out, err = typed(capsys, masked_copy.folder, *FAST)
-    assert code == 0
+def test_it_ends_with_what_is_lost(probed_copy: Run, capsys: Capture):
+    assert main(["subnetwork", str(probed_copy.folder), *FAST]) == 0
+    out, err = capsys.readouterr()
     assert "none: learn masks: done" in err
-    table, mask = masked_copy.subnetworks(), masked_copy.subnetwork_masks()
+    table, mask = probed_copy.subnetworks(), probed_copy.subnetwork_masks()
     assert "Without some of 6 components, on 8 test documents" in out
     for name in ("nothing", "the subnetwork", "best alone", "random"):
         assert f"│ {name} " in out
@@ -33,9 +26,7 @@ def test_it_ends_with_what_is_lost(masked_copy: Run, capsys: Capture):
 
 
 def test_help_explains_it(capsys: Capture):
-    with pytest.raises(SystemExit, match="0"):
-        main(["subnetwork", "--help"])
-    said = " ".join(capsys.readouterr().out.split())
+    said = " ".join(told(capsys, "subnetwork", "--help").split())
     assert "Find the heads and parts of the adapter without which nothing is read" in said
     assert "--subnetwork.keep" in said
     assert "--probe.layers" not in said
@@ -50,9 +41,5 @@ def test_help_explains_it(capsys: Capture):
         (["--intervene.layers", "1"], "unknown setting 'intervene.layers'"),
     ],
 )
-def test_bad_input_is_refused_in_one_line(words: list[str], said: str, masked_copy: Run, capsys: Capture):
-    code, out, err = typed(capsys, masked_copy.folder, *FAST, "--quiet", *words)
-    assert (code, out) == (2, "")
-    assert err.startswith("probekit: error: ")
-    assert err.count("\n") == 1
-    assert said in err
+def test_bad_input_is_refused_in_one_line(words: list[str], said: str, probed_copy: Run, capsys: Capture):
+    assert said in refused(capsys, "subnetwork", probed_copy.folder, *FAST, "--quiet", *words)

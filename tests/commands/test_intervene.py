@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from running import Capture, refused, told
 
 from probekit.cli import main
 from probekit.run import Run
@@ -11,19 +12,10 @@ from probekit.run import Run
 FAST = ["--intervene.layers", "0", "2", "--intervene.distances", "2", "1", "--intervene.scenes", "10"]
 FAST += ["--intervene.strengths", "2", "--evaluation.resamples", "100"]
 
-Capture = pytest.CaptureFixture[str]
 
-
-def typed(capsys: Capture, *words: object) -> tuple[int, str, str]:
-    code = main(["intervene", *map(str, words)])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
-def test_it_ends_with_every_layer_at_the_nearest_distance(run_copy: Run, capsys: Capture):
-    code, out, err = typed(capsys, run_copy.folder, *FAST, "--quiet")
-    assert (code, err) == (0, "")
-    table = run_copy.interventions()
+def test_it_ends_with_every_layer_at_the_nearest_distance(probed_copy: Run, capsys: Capture):
+    out = told(capsys, "intervene", probed_copy.folder, *FAST, "--quiet")
+    table = probed_copy.interventions()
     assert sorted(table.distance.unique()) == [1, 2]
     for kind in ("erase", "steer", "patch"):
         assert f"{kind}, distance 1: changes of losses in nats a token" in out
@@ -44,15 +36,15 @@ def test_it_ends_with_every_layer_at_the_nearest_distance(run_copy: Run, capsys:
     assert "written anew" not in out
 
 
-def test_plans_of_a_conditioned_variant(run_copy: Run, capsys: Capture):
+def test_plans_of_a_conditioned_variant(probed_copy: Run, capsys: Capture):
     words = ["--intervene.kinds", "codebook", "--intervene.variant", "soft", "--intervene.samples", "4"]
-    code, out, err = typed(capsys, run_copy.folder, *FAST, *words)
-    assert code == 0
+    assert main(["intervene", str(probed_copy.folder), *FAST, *words]) == 0
+    out, err = capsys.readouterr()
     assert "intervene: done" in err
     assert "codebook, distance 1" in out
     assert "Share of sentences written anew that have the action aimed at" in out
     assert "+ the adapter had told the LM" in out
-    assert set(run_copy.interventions().location) == {"plan"}
+    assert set(probed_copy.interventions().location) == {"plan"}
 
 
 @pytest.mark.parametrize(
@@ -71,19 +63,13 @@ def test_plans_of_a_conditioned_variant(run_copy: Run, capsys: Capture):
         (["--probe.layers", "1"], "unknown setting 'probe.layers'"),
     ],
 )
-def test_bad_input_is_refused_in_one_line(words: list[str], said: str, run_copy: Run, capsys: Capture):
-    code, out, err = typed(capsys, run_copy.folder, *FAST, "--quiet", *words)
-    assert (code, out) == (2, "")
-    assert err.startswith("probekit: error: ")
-    assert err.count("\n") == 1
-    assert said in err
-    assert not (run_copy.folder / "interventions").exists()
+def test_bad_input_is_refused_in_one_line(words: list[str], said: str, probed_copy: Run, capsys: Capture):
+    assert said in refused(capsys, "intervene", probed_copy.folder, *FAST, "--quiet", *words)
+    assert not (probed_copy.folder / "interventions").exists()
 
 
 def test_a_run_without_probes_is_told_the_command(tiny_run: Run, capsys: Capture, tmp_path: Path):
-    code, _, err = typed(capsys, tiny_run.folder)
-    assert code == 2
-    assert f"run `probekit probe {tiny_run.folder} --probe.variants none`" in err
-    code, _, err = typed(capsys, tmp_path / "nowhere")
-    assert code == 2
-    assert "does not exist; make one with `probekit train" in err
+    line = refused(capsys, "intervene", tiny_run.folder)
+    assert f"run `probekit probe {tiny_run.folder} --probe.variants none`" in line
+    line = refused(capsys, "intervene", tmp_path / "nowhere")
+    assert "does not exist; make one with `probekit train" in line

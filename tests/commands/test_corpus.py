@@ -1,0 +1,72 @@
+"""`probekit corpus` as it is typed: a run's corpus, one built alone, and all sentences as a table."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from running import ONE_CELL, Capture, refused, told
+
+from probekit.cli import main
+from probekit.config import Config
+from probekit.run import Run
+from probekit.storage import read_json
+
+
+def test_corpus_prints_sizes_and_nearest_sentences(capsys: Capture, tiny_run: Run):
+    corpus = tiny_run.corpus
+    out = told(capsys, "corpus", tiny_run.folder, "--nearest", "1")
+    for split in ("train", "probe", "validation", "test"):
+        documents = corpus.documents(split)
+        row = [split, len(documents), len(corpus.sentences(documents))]
+        assert re.search(r" +│ +".join(f"{cell:,}" if isinstance(cell, int) else cell for cell in row), out)
+    assert out.count("█") >= 8
+    assert told(capsys, "corpus", tiny_run.folder, "--nearest", "0") != out
+
+
+def test_building_a_corpus_alone_is_the_first_stage_of_training(
+    capsys: Capture, tmp_path: Path, tiny_config: Config
+):
+    (tmp_path / "tiny.yaml").write_text(tiny_config.to_yaml())
+    out = tmp_path / "run"
+    told(capsys, "corpus", "--config", tmp_path / "tiny.yaml", "--out", out, "--quiet")
+    assert list(read_json(out / "run.json")["stages"]) == ["corpus"]
+    for command, lacking in (("evaluate", "planner"), ("probe", "lm")):
+        line = refused(capsys, command, out)
+        assert f"lacks the stage {lacking!r}" in line
+        assert f"probekit train --resume --out {out}" in line
+
+
+def test_sentences_are_exported_and_a_column_of_labels_is_probed(capsys: Capture, copy: Path, tmp_path: Path):
+    path = tmp_path / "sentences.csv"
+    told(capsys, "corpus", copy, "--nearest", "0", "--export", path)
+    table = pd.read_csv(path)
+    corpus = Run.open(copy).corpus
+    assert len(table) == len(corpus.first_token)
+    assert table.action.tolist() == corpus.actions.tolist()
+    words = ["probe", copy, *ONE_CELL, "--quiet", "--probe.labels", path]
+    assert "has no column 'kind'" in refused(capsys, *words, "--probe.target", "kind")
+    table.assign(kind=np.where(table.action < 4, "low", "high")).to_csv(path, index=False)
+    out = told(capsys, *words, "--probe.target", "kind")
+    probes = Run.open(copy).probes()
+    assert set(probes.target) == {"kind"}
+    assert "kind" in out
+    assert "bigram" in set(probes.reader)
+    assert "--export is 'a.txt'; it must end in .csv" in refused_late(
+        capsys, "corpus", copy, "--export", "a.txt"
+    )
+
+
+def refused_late(capsys: Capture, *words: str | Path) -> str:
+    """The one line on standard error of a command that ends with code 2, whatever it printed before."""
+    assert main([str(word) for word in words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_output_that_nobody_reads_ends_quietly(tiny_run: Run):
+    command = f"{sys.executable} -m probekit corpus {tiny_run.folder} | true; exit ${{PIPESTATUS[0]}}"
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (141, "")
