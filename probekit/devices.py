@@ -36,10 +36,18 @@ def compute_device(name: str) -> torch.device:
     return device
 
 
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[None]:
-    """The forward pass's arithmetic that the setting `training.precision` names."""
+def autocast(
+    device: torch.device, precision: str, *, keep_casts: bool = True
+) -> contextlib.AbstractContextManager[None]:
+    """The forward pass's arithmetic that the setting `training.precision` names.
+
+    Args:
+        device: Where to compute.
+        precision: The setting.
+        keep_casts: Keep trained weights that were cast until the end of the pass.
+    """
     enabled = precision_of(device, precision) == "bfloat16"
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled, cache_enabled=keep_casts)
 
 
 def precision_of(device: torch.device, precision: str) -> str:

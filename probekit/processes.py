@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
     from accelerate import PartialState
     from torch import Tensor
+    from torch.distributed.device_mesh import DeviceMesh
 
 T = TypeVar("T")
 
@@ -53,9 +54,9 @@ def wait() -> None:
         _joined().wait_for_everyone()
 
 
-def share(items: Sequence[T]) -> Sequence[T]:
-    """Every process's own part of what all of them have: each item is in one."""
-    return items[rank() :: count()]
+def share(items: Sequence[T], of: int | None = None) -> Sequence[T]:
+    """A process's part, or this one's, of what all have: each item is in one; the first one's is longest."""
+    return items[rank() if of is None else of :: count()]
 
 
 def add_up(tensors: Iterable[Tensor]) -> None:
@@ -77,6 +78,14 @@ def total(value: float, device: torch.device) -> float:
     summed = torch.tensor(value, dtype=torch.float64, device=device)
     add_up([summed])
     return summed.item()
+
+
+@cache
+def mesh() -> DeviceMesh:
+    """All processes, as what weights are sharded over."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(_joined().device.type, (count(),))
 
 
 def device() -> torch.device | None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from probekit import processes
 from probekit.config import MemberName, ModelName, ProbedName, VariantName
 from probekit.corpus.embeddings import SentenceEncoder, load_encoder
 from probekit.corpus.store import Corpus
@@ -18,12 +19,13 @@ from probekit.errors import ProbekitError
 from probekit.models.base_lm import TUNINGS, BaseLM
 from probekit.models.conditioning import new_adapter
 from probekit.models.depth_ensemble import MEMBERS, NORM_OUT, DepthEnsemble, new_ensemble
-from probekit.models.language_model import load_model, locations, random_weights
+from probekit.models.forward_pass import ForwardPass
+from probekit.models.language_model import load_model, load_outline, locations, random_weights
 from probekit.models.mixing import VARIANTS
-from probekit.models.plain import ForwardPass
 from probekit.models.planned_lm import PlannedLM
 from probekit.models.planner import Planner
 from probekit.models.sentence_encoder import TrainableEncoder
+from probekit.models.sharded import shard
 from probekit.progress import without_bars_of_transformers
 from probekit.provenance import WEIGHTS, digest_of, lm_digest
 from probekit.run_folder import RunFolder
@@ -111,14 +113,36 @@ class Run(RunFolder):
             return TUNINGS[settings.tuning].load(self.tuned_folder(name), beneath, settings)
         if name in MEMBERS:
             return self.plain_model(self.variant_of(name))
+        source = self._source()
+        if source["name"] != str((self.folder / "lm").resolve()):
+            self._check_source(source["name"])
+        with without_bars_of_transformers():
+            return load_model(**source)
+
+    def placed_model(self, name: ModelName = "none") -> PreTrainedModel:
+        """A fresh copy of a model's LM on this process's device, or this one's part of it (`lm.sharded`)."""
+        return self._placed(partial(self.plain_model, name))
+
+    def _placed(self, load: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+        if not self._sharded:
+            return load().to(self.device)
+        return shard(load() if processes.is_first() else self._outline(), self.device)
+
+    @property
+    def _sharded(self) -> bool:
+        return self.config.lm.sharded and processes.count() > 1
+
+    def _outline(self) -> PreTrainedModel:
+        return load_outline(**self._source())
+
+    def _source(self) -> dict[str, Any]:
+        """Where the LM is, as `load_model` takes it."""
         self.require("lm")
         folder = self.folder / "lm"
         recorded: dict[str, Any] = {"name": str(folder.resolve()), "revision": None}
         if (folder / "source.json").exists():
             recorded = read_json(folder / "source.json")
-            self._check_source(recorded["name"])
-        with without_bars_of_transformers():
-            return load_model(**recorded, trust_remote_code=self.config.lm.trust_remote_code)
+        return recorded | {"trust_remote_code": self.config.lm.trust_remote_code}
 
     def _check_source(self, name: str) -> None:
         """Refuses a folder of a pre-trained LM that is not what it was in training."""
@@ -132,7 +156,13 @@ class Run(RunFolder):
     @cached_property
     def _base(self) -> BaseLM:
         self.require("lm")
-        return BaseLM(lambda: self.plain_model().to(self.device), self.corpus.tokenizer, self.folder / "lm")
+        return self._base_lm(self.placed_model, self.folder / "lm")
+
+    def _base_lm(
+        self, load: Callable[[], PreTrainedModel], name: str | Path, alike: BaseLM | None = None
+    ) -> BaseLM:
+        outline = self._outline if self._sharded else None
+        return BaseLM(load, self.corpus.tokenizer, name, alike, outline)
 
     def base_lm(self, name: ProbedName | MemberName = "none", seed: int = 0) -> BaseLM:
         """The LM of a model, without adapter and ensemble: plain, bridged, and with hooks.
@@ -144,23 +174,16 @@ class Run(RunFolder):
         """
         base = self._base
         if name == "random":
-            return BaseLM(
-                lambda: random_weights(base.plain, seed).to(self.device),
-                self.corpus.tokenizer,
-                "random weights",
-                alike=base,
-            )
+            like = base.plain
+            load = partial(self._placed, partial(random_weights, like, seed))
+            return self._base_lm(load, "random weights", base)
         if (stage := _stage_of(name)) is None or self.config.training.base.tuning == "frozen":
             return base
         self.require(stage)
         if name not in self._latest:
             self._latest.clear()
-            self._latest[name] = BaseLM(
-                lambda: self.plain_model(name).to(self.device),
-                self.corpus.tokenizer,
-                self.tuned_folder(name),
-                alike=base,
-            )
+            load = partial(self.placed_model, name)
+            self._latest[name] = self._base_lm(load, self.tuned_folder(name), base)
         return self._latest[name]
 
     @cached_property

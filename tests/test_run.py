@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from probekit.config import Config
 from probekit.corpus.examples import collate, cut_windows
 from probekit.errors import ProbekitError
+from probekit.models.forward_pass import BridgedPass, ForwardPass
 from probekit.models.language_model import random_weights
 from probekit.models.mixing import Fixed
-from probekit.models.plain import BridgedPass, ForwardPass, PlainPass
+from probekit.models.plain import PlainPass
 from probekit.run import Run
 from probekit.run_folder import BEGUN, FORMAT, Existing
 from probekit.storage import read_json, read_tensors, write_json
@@ -62,6 +63,14 @@ def test_a_new_run_holds_its_settings_and_no_stage(tmp_path: Path):
     assert read_json(run.folder / "run.json") == {"format": FORMAT, "stages": {}}
     assert run.variants == []
     assert not run.finished("corpus")
+
+
+def test_a_run_shows_its_folder_and_what_is_finished(begun: Run, tiny_run: Run, tmp_path: Path):
+    assert repr(begun) == f"Run('{begun.folder}', nothing finished)"
+    variants = ", ".join(tiny_run.variants)
+    assert repr(tiny_run) == f"Run('{tiny_run.folder}', stages: corpus, lm, planner, variants: {variants})"
+    begun.folder.rename(tmp_path / "moved")
+    assert repr(begun) == f"Run('{begun.folder}', gone)"
 
 
 def test_an_empty_folder_may_be_begun_in(tmp_path: Path):

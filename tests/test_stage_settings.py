@@ -11,6 +11,7 @@ from probekit.run import Run
 from probekit.stage_settings import (
     CHOOSE_STAGES,
     DEPTH,
+    HOW_ALONE,
     JOINT,
     ONLY_WITH,
     TEMPERED,
@@ -23,8 +24,8 @@ from probekit.stage_settings import (
 from probekit.training.train import train
 
 NOT_TRAINED_WITH = (
-    "device", "evaluation", "generation", "probe", "intervene", "subnetwork", "training.save_minutes",
-    *CHOOSE_STAGES,
+    "device", "evaluation", "generation", "probe", "intervene", "subnetwork",
+    *HOW_ALONE, *CHOOSE_STAGES,
 )  # fmt: skip
 
 

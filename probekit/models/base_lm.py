@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from probekit.config import BaseSettings
 from probekit.errors import ProbekitError
-from probekit.models.language_model import bridge
-from probekit.models.plain import BridgedPass, ForwardPass, PlainPass, forward_pass
+from probekit.models.forward_pass import BridgedPass, ForwardPass, forward_pass
+from probekit.models.language_model import bridge, bridge_without_weights
+from probekit.models.plain import PlainPass
+from probekit.models.sharded import blocks_of, gathered
 from probekit.progress import without_bars_of_transformers
 from probekit.storage import atomic_folder, full_disks_told, read_tensors, write_tensors
 
@@ -43,6 +45,7 @@ class BaseLM:
         tokenizer: The LM's.
         name: What it is called in messages.
         alike: An LM of the same architecture, on which hooks have been looked up already.
+        outline: Makes the LM without weights, to be bridged in place of one that is sharded.
     """
 
     def __init__(
@@ -51,8 +54,10 @@ class BaseLM:
         tokenizer: PreTrainedTokenizerBase,
         name: str | Path,
         alike: BaseLM | None = None,
+        outline: Callable[[], PreTrainedModel] | None = None,
     ) -> None:
         self._load, self._tokenizer, self._name, self._alike = load, tokenizer, name, alike
+        self._outline = outline
 
     @cached_property
     def plain(self) -> PreTrainedModel:
@@ -61,7 +66,9 @@ class BaseLM:
 
     @cached_property
     def bridged(self) -> TransformerBridge:
-        """The LM as TransformerLens has it."""
+        """The LM as TransformerLens has it; where it is sharded, without its weights."""
+        if self._outline is not None:
+            return bridge_without_weights(self._outline(), self._tokenizer, self._name)
         return bridge(self._load(), self._tokenizer, self._name)
 
     def forward_pass(self, names: Sequence[str]) -> ForwardPass:
@@ -89,8 +96,12 @@ class Tuning(Protocol):
         """Begins, or ends, what happens in training alone."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Writes what was trained to a folder of its own, if anything was."""
+    def weights(self) -> dict[str, Tensor]:
+        """What was trained, on the first process alone; all call this together."""
+        ...
+
+    def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        """Writes weights to a folder of their own, if anything was trained."""
         ...
 
     @staticmethod
@@ -113,7 +124,11 @@ class Frozen:
     def train(self, mode: bool) -> None:
         """As `Tuning` has it."""
 
-    def save(self, folder: Path) -> None:
+    def weights(self) -> dict[str, Tensor]:
+        """As `Tuning` has it: none."""
+        return {}
+
+    def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """As `Tuning` has it."""
 
     @staticmethod
@@ -159,13 +174,17 @@ class Lora:
         for dropout in self._dropouts:
             dropout.train(mode)
 
-    def save(self, folder: Path) -> None:
-        """As `Tuning` has it: in peft's own format, for `PeftModel.from_pretrained`."""
+    def weights(self) -> dict[str, Tensor]:
+        """As `Tuning` has it: the updates, which are never sharded."""
         from peft import get_peft_model_state_dict
 
+        return get_peft_model_state_dict(self._tuned)
+
+    def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        """As `Tuning` has it: in peft's own format, for `PeftModel.from_pretrained`."""
         with atomic_folder(folder) as temporary:
             self._settings.save_pretrained(temporary)
-            write_tensors(temporary / LORA_WEIGHTS, get_peft_model_state_dict(self._tuned))
+            write_tensors(temporary / LORA_WEIGHTS, weights)
 
     @staticmethod
     def load(folder: Path, model: PreTrainedModel, settings: BaseSettings) -> PreTrainedModel:
@@ -190,15 +209,21 @@ class Full:
     def train(self, mode: bool) -> None:
         """As `Tuning` has it."""
 
-    def save(self, folder: Path) -> None:
+    def weights(self) -> dict[str, Tensor]:
+        """As `Tuning` has it: all of the LM's."""
+        tensors = self.model.state_dict(keep_vars=True)
+        names = {id(tensor): name for name, tensor in reversed(tensors.items())}  # a tied one's first
+        return gathered({name: tensors[name] for name in reversed(names.values())})
+
+    def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """As `Tuning` has it: in Hugging Face format, for `AutoModelForCausalLM.from_pretrained`."""
         with atomic_folder(folder) as temporary:
             with without_bars_of_transformers(), full_disks_told():
-                self.model.save_pretrained(temporary)
+                self.model.save_pretrained(temporary, state_dict=weights)
             # safetensors lets only a file's owner read it; a run may be shared.
             mode = (temporary / "config.json").stat().st_mode
-            for weights in temporary.glob("*.safetensors"):
-                weights.chmod(mode)
+            for path in temporary.glob("*.safetensors"):
+                path.chmod(mode)
 
     @staticmethod
     def load(folder: Path, model: PreTrainedModel, settings: BaseSettings) -> PreTrainedModel:
@@ -221,19 +246,14 @@ def _maps(model: PreTrainedModel, last_layers: int | None) -> str | list[str]:
     from transformers.pytorch_utils import Conv1D
 
     depth = model.config.get_text_config().num_hidden_layers
-    found = (
-        (path, module)
-        for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth
-    )
-    path, blocks = next(found, ("", None))
+    blocks = blocks_of(model)
     if last_layers > depth or blocks is None:
         what = f"has {depth} layers" if last_layers > depth else "does not list its layers in one place"
         raise ProbekitError(f"training.base.last_layers is {last_layers}, but the LM {what}")
     return [
-        f"{path}.{number}.{name}"
-        for number in range(depth - last_layers, depth)
-        for name, module in blocks[number].named_modules()
+        f"{path}.{name}"
+        for path, block in list(blocks.items())[depth - last_layers :]
+        for name, module in block.named_modules()
         if isinstance(module, nn.Linear | Conv1D)
     ]
 

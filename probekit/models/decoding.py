@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from probekit.models.conditioning import Conditioned
+from probekit.models.forward_pass import TOLERANCE, ForwardPass
 from probekit.models.growing_text import Known, Text, read_windows, window_start
 from probekit.models.language_model import Hook
-from probekit.models.plain import TOLERANCE, ForwardPass, PlainPass, placed
+from probekit.models.plain import PlainPass, placed
 from probekit.models.planned_lm import PlannedLM
 
 if TYPE_CHECKING:

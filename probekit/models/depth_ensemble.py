@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from probekit.config import DepthSettings, MemberName
 from probekit.errors import ProbekitError
+from probekit.models.forward_pass import TOLERANCE
 from probekit.models.language_model import OUTSIDE_BLOCKS, Hook, hook_name
-from probekit.models.plain import TOLERANCE, find_tap
+from probekit.models.plain import find_tap
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge

@@ -23,7 +23,7 @@ from probekit.errors import ProbekitError
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def new_model(
@@ -58,6 +58,38 @@ def random_weights(model: PreTrainedModel, seed: int) -> PreTrainedModel:
         # Not the seed itself: an untrained model of that seed would come out again.
         torch.manual_seed(seed + 2**40)
         return AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
+
+
+def without_weights(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A causal LM whose weights have shapes alone (PyTorch's meta device)."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=trust_remote_code
+        )
+
+
+def load_outline(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """What `load_model` gives, without weights.
+
+    Raises:
+        ProbekitError: There is no such folder or hub name, the hub is out of reach, or it has no config.json.
+    """
+    from transformers import AutoConfig
+
+    source = hub.find(name, setting="lm.name", revision=revision)
+    try:
+        config = AutoConfig.from_pretrained(
+            source.name, trust_remote_code=trust_remote_code, **source.arguments
+        )
+        return without_weights(config, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise ProbekitError(
+            f"lm.name {name!r}: its config.json describes no causal LM ({_reason(error)})"
+        ) from error
 
 
 def load_model(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -121,6 +153,20 @@ def bridge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str
     bridged.eval()
     bridged.original_model.requires_grad_(False)
     return bridged
+
+
+def bridge_without_weights(
+    outline: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str | Path
+) -> TransformerBridge:
+    """Bridges an LM that has no weights, so that hooks and their shapes can be looked up.
+
+    Raises:
+        ProbekitError: TransformerLens has no bridge for this architecture.
+    """
+    try:
+        return bridge(outline, tokenizer, name)
+    except ProbekitError:  # queries, keys and values that are one matrix are taken apart by their values
+        return bridge(random_weights(outline, 0), tokenizer, name)
 
 
 def longest_window(model: PreTrainedModel) -> int:

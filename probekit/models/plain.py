@@ -1,9 +1,6 @@
-"""Forward passes that hooks can read and change, on the fast road where there is one.
+"""Forward passes of the plain Hugging Face module, with its fast attention, that hooks read and change.
 
-The bridge computes attention maps in every layer so that hooks can see them. Where nobody looks at them, the
-plain Hugging Face module with its fused attention kernel computes the same in less time. A TransformerLens
-hook name is then looked up as a module's input or output; `forward_pass` compares the two roads on a few
-tokens and keeps to the bridge wherever they differ.
+A TransformerLens hook name is looked up as a module's input or output.
 """
 
 from __future__ import annotations
@@ -11,19 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from probekit.models.language_model import Hook, layer_of
+from probekit.models.language_model import Hook
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import PreTrainedModel
-
-TOLERANCE = 1e-3
-"""Largest difference between the two roads, as a share of the largest activation."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +74,9 @@ class PlainPass:
         """Where the plain module is."""
         return self._model.device
 
-    def with_weights(self, model: PreTrainedModel) -> PlainPass:
+    def with_weights(self, model: PreTrainedModel) -> Self:
         """The same for another model of the architecture."""
-        return PlainPass(model, self._taps)
+        return type(self)(model, self._taps)
 
     def _attach(self, tap: Tap, function: Callable[[Tensor], Tensor | None]) -> Any:
         module = self._model.get_submodule(tap.module)
@@ -103,61 +97,6 @@ class PlainPass:
         if tap.enters:
             return module.register_forward_pre_hook(before, with_kwargs=True)
         return module.register_forward_hook(after)
-
-
-class BridgedPass:
-    """Runs the bridge, which has every hook there is."""
-
-    def __init__(self, bridged: TransformerBridge) -> None:
-        self._bridged = bridged
-
-    def __call__(
-        self, tokens: Tensor, hooks: Sequence[Hook], reads: int, positions: Tensor | None = None
-    ) -> None:
-        """Runs hooks as `PlainPass` does; stops behind the last layer that a hook is in."""
-        layers = [layer_of(name) for name, _ in hooks]
-        stop = None if None in layers else max(layer for layer in layers if layer is not None) + 1
-        if stop == self._bridged.cfg.n_layers:
-            stop = None
-        self._bridged.run_with_hooks(
-            tokens,
-            fwd_hooks=[(name, lambda x, hook, function=function: function(x)) for name, function in hooks],
-            stop_at_layer=stop,
-            return_type=None,
-            **placed(positions),
-        )
-
-    def logits(self, tokens: Tensor, hooks: Sequence[Hook], positions: Tensor | None = None) -> Tensor:
-        """Next-token logits, as `PlainPass` has them."""
-        with self._bridged.hooks(fwd_hooks=list(hooks)):
-            return self._bridged(tokens, return_type="logits", **placed(positions))
-
-
-ForwardPass = PlainPass | BridgedPass
-
-
-def forward_pass(bridged: TransformerBridge, model: PreTrainedModel, names: Sequence[str]) -> ForwardPass:
-    """The fastest way to run some hooks.
-
-    Args:
-        bridged: The bridged LM.
-        model: The same LM, not bridged.
-        names: The hooks' full TransformerLens names.
-    """
-    found = {name: find_tap(bridged, model, name) for name in names}
-    taps = {name: tap for name, tap in found.items() if tap is not None}
-    slow = BridgedPass(bridged)
-    if len(taps) < len(found):
-        return slow
-    fast = PlainPass(model, taps)
-    device = next(model.parameters()).device
-    tokens = torch.arange(6, device=device).view(3, 2) % model.config.get_text_config().vocab_size
-    with torch.no_grad():
-        (plain, changed), (true, truly_changed) = (_probed(road, tokens, names) for road in (fast, slow))
-    same = all(
-        _close(plain[name], true[name]) and _close(changed[name], truly_changed[name]) for name in names
-    )
-    return fast if same else slow
 
 
 def find_tap(bridged: TransformerBridge, model: PreTrainedModel, name: str) -> Tap | None:
@@ -192,35 +131,6 @@ def placed(positions: Tensor | None) -> dict[str, Tensor]:
     # Without a mask, Transformers takes two tokens of one position for the end of a text and the next one's
     # beginning, and lets none see across.
     return {"position_ids": positions, "attention_mask": torch.ones_like(positions)}
-
-
-def _probed(
-    road: ForwardPass, tokens: Tensor, names: Sequence[str]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What hooks see, and what they see when every one of them changes what it saw."""
-    seen: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
-
-    def look(name: str, activation: Tensor) -> None:
-        seen[0][name] = activation.clone()
-
-    def bend(name: str, activation: Tensor) -> Tensor:
-        seen[1][name] = activation.clone()
-        return 1.1 * activation
-
-    for see in (look, bend):
-        hooks = [(name, lambda x, see=see, name=name: see(name, x)) for name in names]
-        road(tokens, hooks, len(names) + 1)
-    return seen
-
-
-def _close(first: Tensor, second: Tensor) -> bool:
-    """Whether two activations are alike, position by position; heads may be an axis of their own or not."""
-    if first.shape[:2] != second.shape[:2]:
-        return False
-    first, second = (x.reshape(*x.shape[:2], -1) for x in (first, second))
-    return first.shape == second.shape and bool(
-        (first - second).abs().max() <= TOLERANCE * second.abs().max().clamp(min=1e-6)
-    )
 
 
 class _EnoughError(Exception):

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from probekit.corpus.examples import IGNORE, Batch
 from probekit.models.conditioning import Adapter, Conditioned
 from probekit.models.depth_ensemble import DepthEnsemble
+from probekit.models.forward_pass import BridgedPass, ForwardPass
 from probekit.models.language_model import Hook
 from probekit.models.mixing import Mixing
-from probekit.models.plain import BridgedPass, ForwardPass
 from probekit.models.planner import Planner
 from probekit.models.sentence_encoder import TrainableEncoder
 
@@ -56,7 +56,8 @@ class PlannedLM(nn.Module):
         self.depth = depth
         self.log_temperature: nn.Parameter | None = None
         if learn_temperature:
-            self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
+            device = None if adapter is None else adapter.codebook.device
+            self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature), device=device))
         self._temperature = temperature
         self._road = road or BridgedPass(bridged)
 

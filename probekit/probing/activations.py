@@ -19,6 +19,7 @@ from probekit.evaluation.perplexity import window_and_stride
 from probekit.models.conditioning import Conditioned
 from probekit.models.language_model import Hook, hook_name
 from probekit.models.mixing import VARIANTS, evaluation_mixing
+from probekit.models.sharded import ShardedPass
 from probekit.probing.locations import BEFORE
 from probekit.probing.targets import Examples
 from probekit.run import Run
@@ -96,6 +97,8 @@ class Reader:
         for part in processes.share([*chunk_slices(examples.document)]):
             yield part, self.read(examples[part])
             self._run.corpus.release()
+        if isinstance(self._forward, ShardedPass):
+            self._forward.keep_up()
 
     def changed_by_conditioning(self) -> set[Place]:
         """The places that an action changes at the first position, if any, that can have been told of it."""

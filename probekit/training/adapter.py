@@ -18,16 +18,18 @@ from probekit.corpus.examples import Batch, Windows, begun_sentences, collate
 from probekit.errors import ProbekitError
 from probekit.models.base_lm import Tuning
 from probekit.models.conditioning import Adapter, new_adapter
+from probekit.models.forward_pass import ForwardPass, forward_pass
 from probekit.models.language_model import OUTSIDE_BLOCKS
 from probekit.models.mixing import VARIANTS, Mixed, training_mixing
-from probekit.models.plain import ForwardPass, PlainPass, forward_pass
+from probekit.models.plain import PlainPass
 from probekit.models.planned_lm import PlannedLM, token_losses
 from probekit.models.planner import Planner
 from probekit.models.sentence_encoder import TrainableEncoder, embedded_context
+from probekit.models.sharded import is_sharded
 from probekit.progress import without_bars_of_transformers
 from probekit.training.folds import OutOfFold, fold_of_documents
-from probekit.training.loop import Group, Stage
 from probekit.training.planner import PlannerLoss
+from probekit.training.stage import Group, Stage
 from probekit.training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -54,10 +56,11 @@ def train_adapter(
             the bridge.
         fold_planners: For every fold a planner that has not seen its documents; scores them in training,
             unless the variant is joint.
-        keep: Keeps the model as it is behind a step.
+        keep: Keeps the model as it is behind a step; all processes call it together.
 
     Raises:
-        ProbekitError: The base LM is to be tuned, but actions enter where only the bridge has a hook.
+        ProbekitError: The base LM is to be tuned, or is sharded, but actions enter where only the bridge has
+            a hook.
     """
     return AdapterTraining(trainer, variant, bridged, planner, base, fold_planners).run(keep)
 
@@ -93,7 +96,6 @@ class AdapterTraining:
             learn_temperature=config.mixing.learn_temperature and chosen.tempered,
             encoder=_encoder(trainer) if trains_encoder else None,
         )
-        self.model.to(trainer.device)
         self._trainer, self._variant = trainer, variant
         self._adapter, self._planner, self._base = adapter, planner, base
         self._mixing = training_mixing(variant, config.mixing, config.seed + processes.rank())
@@ -123,6 +125,7 @@ class AdapterTraining:
                 keep=keep and partial(keep, self.model),
                 documents=self._train.document,
                 generators=self._mixing.generators if isinstance(self._mixing, Mixed) else (),
+                sharded=self._base is not None and is_sharded(self._base.model),
             )
         )
         for module in (self._planner, self.model.encoder):

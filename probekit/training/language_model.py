@@ -11,7 +11,7 @@ from torch import Tensor
 from probekit.corpus.examples import Windows, collate
 from probekit.models.language_model import new_model
 from probekit.models.planned_lm import token_losses
-from probekit.training.loop import Group, Stage
+from probekit.training.stage import Group, Stage
 from probekit.training.trainer import Trainer
 
 if TYPE_CHECKING:

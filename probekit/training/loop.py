@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from probekit import processes
-from probekit.config import StageSettings
 from probekit.errors import ProbekitError
+from probekit.models.sharded import gathered, is_shard, sharded_like
 from probekit.progress import Progress, Task
 from probekit.stopping import Holding, Stopped
+from probekit.training.stage import Stage
 from probekit.training.state import (
     Standing,
     StateFile,
@@ -32,63 +33,6 @@ LOGGED_STEPS = 100
 
 SHOWN_DOCUMENTS = 8
 """Documents of a batch that an error names."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """Parameters that are trained alike; they are clipped together, apart from those of other groups.
-
-    So a planner's large gradient does not shrink the adapter's.
-
-    Attributes:
-        parameters: The parameters.
-        learning_rate: Their peak learning rate.
-        frozen: How long they stay as they are: up to 1 a share of the steps, above 1 a number of steps. Their
-            gradients, state and schedule begin after that: warm-up and cosine fill the steps that are left.
-    """
-
-    parameters: Sequence[nn.Parameter]
-    learning_rate: float
-    frozen: float = 0.0
-
-    def frozen_steps(self, steps: int) -> int:
-        """For how many of a stage's steps they are frozen."""
-        return round(self.frozen * steps if self.frozen <= 1 else self.frozen)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What is optimised.
-
-    Attributes:
-        name: Appears in progress and metrics.
-        settings: The optimiser's settings.
-        groups: The parameters, those that are trained alike together.
-        examples: Number of training examples; batches are rows of them.
-        loss: Loss of some rows, divided so that the losses of a step's micro-batches add up to the step's
-            loss: called with the micro-batch's rows and the whole step's.
-        validation_loss: Computes the loss on validation documents.
-        observed: What else is logged with a training loss: called with the step's rows, behind the step.
-        keep: Keeps a checkpoint, at the steps that the settings ask for.
-        documents: Document of every example, for the error that names them.
-        generators: What the loss draws from beside the global generator.
-    """
-
-    name: str
-    settings: StageSettings
-    groups: Sequence[Group]
-    examples: int
-    loss: Callable[[np.ndarray, np.ndarray], Tensor]
-    validation_loss: Callable[[], float]
-    observed: Callable[[np.ndarray], dict[str, float]] | None = None
-    keep: Callable[[int], None] | None = None
-    documents: np.ndarray | None = None
-    generators: Sequence[torch.Generator] = ()
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        """All parameters, group by group."""
-        return [parameter for group in self.groups for parameter in group.parameters]
 
 
 def optimise(
@@ -166,10 +110,12 @@ class _Loop:
                 ends = step % self._epoch_steps == 0 or step == self._steps
                 over = ends and self._validated(task, loss)
                 self._checkpoint(step, last=over)
-                asked = self._asked(holding)
+                asked, due = self._wishes(holding)
                 # Patience that has run out is not part of a state: it would be gone on with.
-                if processes.is_first() and self._state and not over and (self._state.due or asked):
-                    self._state.write(self._standing, self._kept())
+                if self._state and not over and (due or asked):
+                    kept = self._kept()
+                    if processes.is_first():
+                        self._state.write(self._standing, kept)
                 if asked:
                     raise asked
                 if over:
@@ -198,17 +144,24 @@ class _Loop:
         It is computed in smaller parts where memory is short.
         """
         own = rows[processes.rank() :: processes.count()]
+        most = math.ceil(len(rows) / processes.count())
         while True:
-            parts = min(self._standing.divided, max(1, len(own)))
+            parts = min(self._standing.divided, most)
             try:
                 total = 0.0
-                for micro in np.array_split(own, parts) if len(own) else ():
-                    loss = self._stage.loss(micro, rows)
+                for micro in np.array_split(own, parts):
+                    # A process without a row of its own goes along: a sharded LM takes all to run it.
+                    loss = self._stage.loss(micro if len(micro) else rows[:1], rows) * bool(len(micro))
                     loss.backward()
                     total += loss.item()
                 return total
             except torch.OutOfMemoryError:
-                if parts == len(own):
+                if self._stage.sharded:
+                    raise ProbekitError(
+                        f"training of {self._stage.name}: out of memory; processes that share a sharded LM "
+                        f"cannot divide a step alone: raise the stage's accumulate, which is {parts}"
+                    ) from None
+                if parts == most:
                     raise ProbekitError(
                         f"training of {self._stage.name}: the memory of the device does not suffice for one "
                         "example at a time; lower training.window, or take a smaller LM"
@@ -225,7 +178,11 @@ class _Loop:
         """The loss of all processes, gradients summed over them."""
         if processes.count() == 1:
             return loss
-        parameters = [parameter for parameter in self._stage.parameters if parameter.requires_grad]
+        parameters = [
+            parameter
+            for parameter in self._stage.parameters
+            if parameter.requires_grad and not is_shard(parameter)  # whose gradients are summed already
+        ]
         touched = torch.tensor([float(parameter.grad is not None) for parameter in parameters])
         touched = touched.to(self._device)
         processes.add_up([touched])
@@ -265,23 +222,25 @@ class _Loop:
             + (f"; the state behind step {kept} is kept" if kept else "")
         )
 
-    def _asked(self, holding: Holding) -> Stopped | None:
-        """Whether to stop; where one of several processes is asked to, all do so behind the same step."""
-        if not processes.total(float(holding.asked is not None), self._device):
-            return None
-        return holding.asked or Stopped(signal.SIGTERM)
+    def _wishes(self, holding: Holding) -> tuple[Stopped | None, bool]:
+        """Whether to stop, and whether the state is due; all processes do either behind the same step."""
+        due = processes.is_first() and self._state is not None and self._state.due
+        wishes = torch.tensor([holding.asked is not None, due], dtype=torch.float64, device=self._device)
+        processes.add_up([wishes])
+        asked, due = map(bool, wishes.tolist())
+        return (holding.asked or Stopped(signal.SIGTERM)) if asked else None, due
 
     def _checkpoint(self, step: int, *, last: bool = False) -> None:
         wanted = step in self._checkpoints or (last and bool(self._checkpoints))
-        if processes.is_first() and self._stage.keep and wanted:
+        if self._stage.keep and wanted:
             self._stage.keep(step)
 
     def _kept(self) -> dict[str, Tensor]:
-        """All that training goes on from."""
+        """All that training goes on from, on the first process; all call this together."""
         now = {f"now.{i}": parameter for i, parameter in enumerate(self._stage.parameters)}
         best = {f"best.{i}": value for i, value in enumerate(self._best)}
         drawn = random_state(self._stage.generators)
-        return now | best | drawn | optimiser_state(self._optimiser)
+        return gathered(now | best | drawn | optimiser_state(self._optimiser))
 
     def _restore(self, kept: dict[str, Tensor]) -> None:
         count = range(len(self._best))
@@ -289,7 +248,7 @@ class _Loop:
         for values in (now, best):
             check_alike(values, self._best)
         _copy_back(self._stage, now)
-        self._best = [value.to(own) for value, own in zip(best, self._best, strict=True)]
+        self._best = [sharded_like(value, own).to(own) for value, own in zip(best, self._best, strict=True)]
         set_optimiser_state(self._optimiser, kept)
         set_random_state(kept, self._stage.generators)
         if processes.rank():  # the state is the first process's
@@ -346,7 +305,7 @@ def _copies(stage: Stage) -> list[Tensor]:
 @torch.no_grad()
 def _copy_back(stage: Stage, values: Sequence[Tensor]) -> None:
     for parameter, value in zip(stage.parameters, values, strict=True):
-        parameter.copy_(value)
+        parameter.copy_(sharded_like(value, parameter))
 
 
 def _shuffled(count: int, batch_size: int, seed: int, done: int) -> Iterator[np.ndarray]:

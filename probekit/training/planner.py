@@ -16,7 +16,7 @@ from probekit.corpus.examples import IGNORE, chunks, document_batch
 from probekit.errors import ProbekitError
 from probekit.models.planner import Planner
 from probekit.training.folds import fold_of_documents
-from probekit.training.loop import Group, Stage
+from probekit.training.stage import Group, Stage
 from probekit.training.trainer import Trainer
 
 

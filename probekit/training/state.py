@@ -15,6 +15,7 @@ from pydantic import Field, TypeAdapter
 from torch import Tensor
 
 from probekit.errors import ProbekitError
+from probekit.models.sharded import sharded_like
 from probekit.storage import read_metadata, read_tensors, write_tensors
 
 REMEMBERED = {"step", "exp_avg", "exp_avg_sq"}
@@ -171,7 +172,9 @@ def set_optimiser_state(optimiser: torch.optim.Optimizer, states: Mapping[str, T
         if kind == "optimiser":
             number, _, name = rest.partition(".")
             if value.ndim:  # the others are counts of steps
-                check_alike([value], [parameters[int(number)]])
+                own = parameters[int(number)]
+                check_alike([value], [own])
+                value = sharded_like(value, own)
             remembered.setdefault(int(number), {})[name] = value
     if any(values.keys() != REMEMBERED for values in remembered.values()):
         raise ValueError("something is missing")

@@ -8,19 +8,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-import torch
+from torch import Tensor
 
 from probekit import hub, processes
 from probekit.config import Config, MemberName, VariantName
 from probekit.corpus.build import write_corpus
 from probekit.corpus.store import too_few
-from probekit.devices import precision_of
 from probekit.errors import ProbekitError
 from probekit.models.base_lm import TUNINGS
-from probekit.models.conditioning import location_width, new_adapter
-from probekit.models.depth_ensemble import DepthEnsemble, new_ensemble
+from probekit.models.conditioning import location_width
+from probekit.models.depth_ensemble import DepthEnsemble
 from probekit.models.language_model import bridge, load_model, longest_window, new_model
 from probekit.models.mixing import VARIANTS
 from probekit.models.planned_lm import PlannedLM
@@ -32,17 +31,17 @@ from probekit.run import Run
 from probekit.run_folder import Existing
 from probekit.stage_settings import folds_of, stage_settings, stages_of, variants_of
 from probekit.storage import atomic_folder, full_disks_told, write_json
-from probekit.training.adapter import check_tunable, train_adapter
+from probekit.training.adapter import train_adapter
+from probekit.training.checks import check_adapters, check_ensembles, check_new_model, check_positions
 from probekit.training.depth_ensemble import train_ensemble
 from probekit.training.language_model import train_language_model
 from probekit.training.planner import train_planner
+from probekit.training.saving import Saving, arithmetic_of
 from probekit.training.state import StateFile
 from probekit.training.trainer import Trainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-T = TypeVar("T")
 
 
 def train(
@@ -77,9 +76,9 @@ def _train(run: Run, progress: Progress) -> None:
     _stage(run, "lm", partial(_language_model, run, progress))
     stages, variants = stages_of(run.config), variants_of(run.config)
     if variants:
-        _check_adapters(run)
+        check_adapters(run)
     if run.config.method == "depth-ensemble":
-        _check_ensembles(run)
+        check_ensembles(run)
     if "planner" in stages:
         _stage(run, "planner", partial(_planner, run, progress))
     for fold in range(folds_of(run.config)):
@@ -156,19 +155,12 @@ def _stage(run: Run, name: str, work: Callable[[], dict[str, Any] | None]) -> No
             run.begin_stage(name, _state(run, name).standing.step)
         processes.wait()
         begun = time.monotonic()
-        facts = (work() or {}) | _arithmetic(run, name)
+        facts = (work() or {}) | arithmetic_of(run, name)
         if first:
             run.mark_finished(name, {"seconds": round(time.monotonic() - begun, 1)} | facts)
     if first:
         _state(run, name).forget()
     processes.wait()
-
-
-def _arithmetic(run: Run, stage: str) -> dict[str, str]:
-    """What the arithmetic of a stage's forward passes came to, if it has any."""
-    if "training.precision" not in stage_settings(run.config, stage):
-        return {}
-    return {"precision": precision_of(run.device, run.config.training.precision)}
 
 
 def _tell_what_begins_anew(run: Run, progress: Progress) -> None:
@@ -187,18 +179,6 @@ def _trainer(run: Run, progress: Progress, stage: str) -> Trainer:
     return Trainer(run.config, run.corpus, run.device, run.log, progress, _state(run, stage))
 
 
-def _keeping(run: Run, stage: str, save: Callable[[Run, T], Any]) -> Callable[[T, int], None]:
-    """Keeps a stage's model in a checkpoint, by the function that saves it at the end."""
-    begun = time.monotonic()
-
-    def keep(model: T, step: int) -> None:
-        facts = {"seconds": round(time.monotonic() - begun, 1)} | _arithmetic(run, stage)
-        with run.checkpoint(stage, step, facts) as checkpoint:
-            save(checkpoint, model)
-
-    return keep
-
-
 def _corpus(run: Run, progress: Progress) -> dict[str, Any]:
     if not processes.is_first():
         return {}
@@ -214,25 +194,26 @@ def _language_model(run: Run, progress: Progress) -> dict[str, Any]:
         untrained = new_model(settings, run.corpus.tokenizer, run.config.seed)
         # Refuses a location that is not there while little is lost.
         location_width(bridge(untrained, run.corpus.tokenizer, "a new GPT-2"), run.config.conditioning)
-        model = train_language_model(_trainer(run, progress, "lm"), _keeping(run, "lm", _save_language_model))
-        if processes.is_first():
-            _save_language_model(run, model)
+        saving = Saving(run, "lm", _save_language_model)
+        model = train_language_model(_trainer(run, progress, "lm"), saving.checkpoint)
+        saving.final(model)
+    elif not processes.is_first():
+        return {}
     else:
         source = hub.find(settings.name, setting="lm.name", revision=settings.revision)
         name = str(Path(source.name).resolve()) if source.revision is None else source.name
         with without_bars_of_transformers():
             model = load_model(name, revision=source.revision, trust_remote_code=settings.trust_remote_code)
-        _check_positions(run.config, longest_window(model))
-        if processes.is_first():
-            with atomic_folder(run.folder / "lm") as folder:
-                write_json(folder / "source.json", {"name": name, "revision": source.revision})
+        check_positions(run.config, longest_window(model))
+        with atomic_folder(run.folder / "lm") as folder:
+            write_json(folder / "source.json", {"name": name, "revision": source.revision})
     facts: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
     if settings.name is not None and (weights := lm_digest(settings.name)):
         facts["weights"] = weights
     return facts
 
 
-def _save_language_model(run: Run, model: PreTrainedModel) -> None:
+def _save_language_model(run: Run, model: PreTrainedModel, _: dict[str, Tensor]) -> None:
     with without_bars_of_transformers(), full_disks_told(), atomic_folder(run.folder / "lm") as folder:
         model.save_pretrained(folder)
         # safetensors lets only a file's owner read it; a run may be shared.
@@ -243,26 +224,26 @@ def _save_language_model(run: Run, model: PreTrainedModel) -> None:
 def _planner(run: Run, progress: Progress, fold: int | None = None) -> None:
     stage = "planner" if fold is None else f"planner/fold{fold}"
 
-    def save(run: Run, planner: Planner) -> None:
+    def save(run: Run, planner: Planner, _: dict[str, Tensor]) -> None:
         run.save_planner(planner, fold)
 
-    planner = train_planner(_trainer(run, progress, stage), fold, _keeping(run, stage, save))
-    if processes.is_first():
-        save(run, planner)
+    saving = Saving(run, stage, save)
+    saving.final(train_planner(_trainer(run, progress, stage), fold, saving.checkpoint))
 
 
 def _adapter(run: Run, progress: Progress, variant: VariantName) -> dict[str, Any]:
     settings, stage = run.config.training.base, f"adapter/{variant}"
-    base = TUNINGS[settings.tuning](run.plain_model().to(run.device), settings, run.config.seed)
+    base = TUNINGS[settings.tuning](run.placed_model(), settings, run.config.seed)
     folds = range(folds_of(run.config) if VARIANTS[variant].out_of_fold else 0)
     fold_planners = [run.fold_planner(fold) for fold in folds]
 
-    def save(run: Run, model: PlannedLM) -> None:
+    def save(run: Run, model: PlannedLM, tuned: dict[str, Tensor]) -> None:
         run.save_adapter(variant, model)
         if model.encoder is not None:
             write_embeddings(run.embeddings_file(variant), model.encoder, run.corpus, progress)
-        base.save(run.tuned_folder(variant))
+        base.save(run.tuned_folder(variant), tuned)
 
+    saving = Saving(run, stage, save, base.weights)
     model = train_adapter(
         _trainer(run, progress, stage),
         variant,
@@ -270,10 +251,9 @@ def _adapter(run: Run, progress: Progress, variant: VariantName) -> dict[str, An
         run.planner(),
         base,
         fold_planners,
-        _keeping(run, stage, save),
+        saving.checkpoint,
     )
-    if processes.is_first():
-        save(run, model)
+    saving.final(model)
     assert model.adapter is not None  # noqa: S101 - only trained variants come here
     facts: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in model.adapter.parameters())}
     if base.parameters:
@@ -285,64 +265,19 @@ def _adapter(run: Run, progress: Progress, variant: VariantName) -> dict[str, An
 
 def _ensemble(run: Run, progress: Progress, member: MemberName) -> dict[str, Any]:
     settings, variant, stage = run.config.training.base, run.config.depth.variant, f"depth/{member}"
-    base = TUNINGS[settings.tuning](run.plain_model(variant).to(run.device), settings, run.config.seed)
+    base = TUNINGS[settings.tuning](run.placed_model(variant), settings, run.config.seed)
     trainer = replace(_trainer(run, progress, stage), corpus=run.corpus_of(variant))
     out_of_fold = variant in VARIANTS and VARIANTS[variant].out_of_fold
     fold_planners = [run.fold_planner(fold) for fold in range(folds_of(run.config) if out_of_fold else 0)]
 
-    def save(run: Run, ensemble: DepthEnsemble) -> None:
+    def save(run: Run, ensemble: DepthEnsemble, tuned: dict[str, Tensor]) -> None:
         run.save_ensemble(member, ensemble)
-        base.save(run.tuned_folder(member))
+        base.save(run.tuned_folder(member), tuned)
 
-    keep = _keeping(run, stage, save)
-    ensemble = train_ensemble(trainer, member, run.model(variant), base, fold_planners, keep)
-    if processes.is_first():
-        save(run, ensemble)
+    saving = Saving(run, stage, save, base.weights)
+    ensemble = train_ensemble(trainer, member, run.model(variant), base, fold_planners, saving.checkpoint)
+    saving.final(ensemble)
     facts: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in ensemble.trained)}
     if base.parameters:
         facts["tuned_parameters"] = sum(parameter.numel() for parameter in base.parameters)
     return facts
-
-
-def check_new_model(config: Config) -> None:
-    """Refuses what does not fit a new LM, whose size the settings say, before anything is written."""
-    _check_positions(config, config.lm.positions)
-    if config.method == "depth-ensemble" and config.depth.layers > config.lm.layers:
-        raise ProbekitError(
-            f"depth.layers is {config.depth.layers}, but lm.layers is {config.lm.layers}; an ensemble has at "
-            "most all layers of the LM"
-        )
-    tuned = config.training.base
-    if tuned.tuning == "lora" and tuned.last_layers is not None and tuned.last_layers > config.lm.layers:
-        raise ProbekitError(
-            f"training.base.last_layers is {tuned.last_layers}, but lm.layers is {config.lm.layers}"
-        )
-    if config.conditioning.kind == "adapter" and config.conditioning.skip_layers >= config.lm.layers:
-        raise ProbekitError(
-            f"conditioning.skip_layers is {config.conditioning.skip_layers}, but lm.layers is "
-            f"{config.lm.layers}: no layer is left to condition"
-        )
-
-
-def _check_adapters(run: Run) -> None:
-    """Refuses adapters that do not fit the LM while the planner is not trained yet."""
-    codebook = torch.from_numpy(run.corpus.codebook.centroids)
-    adapter = new_adapter(run.config.conditioning, codebook, run.bridged, run.config.seed)
-    if run.config.training.base.tuning != "frozen":
-        check_tunable(run.base_lm().forward_pass(adapter.names), adapter)
-
-
-def _check_ensembles(run: Run) -> None:
-    """Refuses ensembles that do not fit the LM while nothing is trained on it yet."""
-    base = run.base_lm()
-    for member in run.config.depth.members:
-        new_ensemble(member, run.config.depth, base.bridged, base.plain, run.config.seed)
-
-
-def _check_positions(config: Config, positions: int) -> None:
-    for setting, window in (
-        ("training.window", config.training.window),
-        ("evaluation.window", config.evaluation.window),
-    ):
-        if window is not None and window > positions:
-            raise ProbekitError(f"{setting} is {window}, but the LM reads at most {positions} positions")

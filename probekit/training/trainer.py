@@ -15,7 +15,8 @@ from probekit.corpus.examples import Windows, chunks, cut_windows
 from probekit.corpus.store import Corpus
 from probekit.devices import autocast
 from probekit.progress import Progress
-from probekit.training.loop import Stage, optimise
+from probekit.training.loop import optimise
+from probekit.training.stage import Stage
 from probekit.training.state import StateFile
 
 
@@ -50,11 +51,16 @@ class Trainer:
 
     def mean_loss(self, windows: Windows, batch_size: int, losses: Callable[[Windows], Tensor]) -> float:
         """Mean loss of the scored tokens of windows, a batch at a time, without gradients."""
+        batches = chunks(len(windows), batch_size)
+        own = processes.share(batches)
         with torch.no_grad():
-            own = processes.share(chunks(len(windows), batch_size))
             total = sum(losses(windows[rows]).sum().item() for rows in own)
+            if len(own) < len(processes.share(batches, of=0)):  # a sharded LM takes all processes to run it
+                losses(windows[batches[0]])
         return processes.total(total, self.device) / int(windows.scored.sum())
 
     def autocast(self) -> Any:
         """The arithmetic of forward passes."""
-        return autocast(self.device, self.config.training.precision)
+        # Of a sharded LM no process is to hold all weights, cast ones neither.
+        keep_casts = not self.config.lm.sharded
+        return autocast(self.device, self.config.training.precision, keep_casts=keep_casts)

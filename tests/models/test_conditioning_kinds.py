@@ -21,9 +21,10 @@ from probekit.models.conditioning import (
     location_width,
     new_adapter,
 )
+from probekit.models.forward_pass import BridgedPass, ForwardPass, forward_pass
 from probekit.models.language_model import Hook, bridge, load_model
 from probekit.models.mixing import Oracle, Soft
-from probekit.models.plain import BridgedPass, ForwardPass, PlainPass, forward_pass
+from probekit.models.plain import PlainPass
 from probekit.models.planned_lm import PlannedLM, token_losses
 from probekit.models.planner import Planner
 

