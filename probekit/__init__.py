@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from probekit.interventions.intervene import InterventionResults, intervene
     from probekit.probing.over_training import TrainingProbes, probe_checkpoints
     from probekit.probing.probe import ProbeResults, probe
+    from probekit.reports.intervention_figure import plot_interventions
     from probekit.reports.lens import lens
     from probekit.reports.over_training import plot_over_training
     from probekit.reports.plots import plot_curve, plot_perplexity, plot_probes, plot_sweep, plot_training
@@ -57,6 +58,7 @@ _HOME = {
     "intervene": "probekit.interventions.intervene",
     "lens": "probekit.reports.lens",
     "plot_curve": "probekit.reports.plots",
+    "plot_interventions": "probekit.reports.intervention_figure",
     "plot_over_training": "probekit.reports.over_training",
     "plot_perplexity": "probekit.reports.plots",
     "plot_probes": "probekit.reports.plots",
@@ -92,6 +94,7 @@ __all__ = [
     "lens",
     "load_run",
     "plot_curve",
+    "plot_interventions",
     "plot_over_training",
     "plot_perplexity",
     "plot_probes",

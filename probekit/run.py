@@ -55,6 +55,12 @@ class Run(RunFolder):
         config: Its complete settings.
     """
 
+    @classmethod
+    def at(cls, run: Run | str | Path, settings: Mapping[str, Any] | None = None) -> Run:
+        """A run, or that of a folder, with settings replaced by dotted name if there are any."""
+        run = run if isinstance(run, Run) else cls.open(run)
+        return run.with_settings(settings) if settings else run
+
     def with_settings(self, settings: Mapping[str, Any]) -> Run:
         """The same run, with settings replaced by dotted name for what is done with it now.
 

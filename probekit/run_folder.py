@@ -55,6 +55,9 @@ RECORDED = {"training.precision": "precision", "lm.name": "weights"}
 SWEEP = "sweep.json"
 """What a sweep's folder has in place of a run's `run.json`."""
 
+SHOWN = {"": "stages", "adapter": "variants", "depth": "members"}
+"""How a run's finished stages are shown, by what stands before their names."""
+
 Existing = Literal["refuse", "resume", "overwrite"]
 
 
@@ -69,6 +72,20 @@ class RunFolder(RunResults):
     def __init__(self, folder: Path, config: Config) -> None:
         self.folder = folder
         self.config = config
+
+    def __repr__(self) -> str:
+        """The folder, and what is finished: whole stages, and parts of those that have some."""
+        called = f"{type(self).__name__}({str(self.folder)!r}"
+        try:
+            finished = [name.rpartition("/") for name in read_json(self.folder / "run.json")["stages"]]
+        except ProbekitError:
+            return f"{called}, gone)"
+        parts = [
+            f"{told}: {', '.join(names)}"
+            for stage, told in SHOWN.items()
+            if (names := [name for of, _, name in finished if of == stage])
+        ]
+        return ", ".join([called, *(parts or ["nothing finished"])]) + ")"
 
     @classmethod
     @contextmanager

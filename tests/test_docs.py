@@ -13,8 +13,8 @@ from probekit.cli import main
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-RAISED_BY = {"ProbekitError", "_wrong", "error"}
-"""What makes an error of its argument: the class, and the two functions that put something around it."""
+RAISED_BY = {"ProbekitError", "TooShortError", "_wrong", "error"}
+"""What makes an error of its argument: the classes, and the two functions that put something around it."""
 
 TOLD_BY_LIBRARIES = {
     "lm.layers is '0': input should be greater than or equal to 1": "train --lm.layers 0",
@@ -47,7 +47,7 @@ def raised() -> Iterator[tuple[str, str]]:
             if not (isinstance(node, ast.Call) and node.args):
                 continue
             name = getattr(node.func, "id", getattr(node.func, "attr", ""))
-            if name in RAISED_BY or (name == "ValueError" and path.name == "config.py"):
+            if name in RAISED_BY or (name == "ValueError" and path.parent.name == "config"):
                 message = words_of(node.args[0])
                 if message and len(re.findall(r"[A-Za-z]", message)) >= LEAST_LETTERS:
                     yield f"{path.relative_to(ROOT)}:{node.lineno}", message

@@ -13,7 +13,9 @@ import pytest
 from matplotlib.figure import Figure
 from synthetic_probes import accuracy_of, probe_table
 
+import probekit
 from probekit.reports import manifest
+from probekit.reports.intervention_figure import draw_causal
 from probekit.run import Run
 
 SCRIPT = Path(__file__).parents[1] / "analyses" / "figure5_causal.py"
@@ -108,6 +110,28 @@ def test_maps_and_lines_are_those_of_the_tables(run: Path, tmp_path: Path, monke
     assert len({axes.collections[0].get_clim() for axes in above[1:]}) == 1
 
 
+def test_the_title_tells_of_how_many_documents_the_numbers_are(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    numbers, figure, _ = drawn(monkeypatch, tmp_path / "figure5.png", run)
+    probed = probe_table().documents.max()
+    assert f"read on {probed} test documents, changed in 12 scenes, one of each" in figure.get_suptitle()
+    assert set(numbers[numbers.panel == "erase"].documents) == {12}
+    # Of some scenes a patch has no donor.
+    patched = numbers.assign(documents=numbers.documents.where(numbers.panel != "patch", 9))
+    told = draw_causal(patched).get_suptitle()
+    assert "scenes, one of each document: erased in 12, patched in 9, steered to a wrong action in 12" in told
+
+
+def test_one_line_draws_the_same(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    _, figure, _ = drawn(monkeypatch, tmp_path / "figure5.png", run, "--variant", "soft", "--strength", 3)
+    same = probekit.plot_interventions(Run.open(run), "soft", strength=3)
+    assert same.get_suptitle() == figure.get_suptitle()
+    for axes, others in zip(same.axes, figure.axes, strict=True):
+        assert [text.get_text() for text in axes.texts] == [text.get_text() for text in others.texts]
+        assert len(axes.lines) == len(others.lines)
+
+
 def test_marks_and_strength(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     words = (run, "--variant", "soft", "--strength", 3)
     numbers, figure, _ = drawn(monkeypatch, tmp_path / "figure5.png", *words)
@@ -125,7 +149,7 @@ def test_marks_and_strength(run: Path, tmp_path: Path, monkeypatch: pytest.Monke
     [
         (["--variant", "joint"], "nothing was changed of joint at hook_resid_post; there is none at hook_"),
         (["--location", "attn.hook_z"], "nothing was changed of none at attn.hook_z"),
-        (["--strength", "2"], "--strength 2 was not tried; 1, 3 were"),
+        (["--strength", "2"], "strength 2 was not tried; 1, 3 were"),
     ],
 )
 def test_what_is_not_there_is_refused(

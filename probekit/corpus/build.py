@@ -21,7 +21,7 @@ from probekit.corpus import cache
 from probekit.corpus.actions import fit_codebook, label_centroids
 from probekit.corpus.cutting import Cutter
 from probekit.corpus.documents import DocumentTexts, sentence_texts, write_documents
-from probekit.corpus.embeddings import SentenceEncoder, fit_encoder
+from probekit.corpus.embeddings import SentenceEncoder, pretrained_encoder
 from probekit.corpus.store import SPLITS, Corpus, ranges
 from probekit.corpus.tfidf import Embedder, TfidfEncoder
 from probekit.corpus.tokenizer import pretrained_tokenizer, separator_id, train_tokenizer
@@ -57,6 +57,7 @@ class _Begun:
         texts: Its documents.
         split: Of each document, its number in `SPLITS`.
         characters: Of all documents.
+        encoder: The pre-trained one; None: it is to be fitted.
         progress: Told of every stage.
     """
 
@@ -65,6 +66,7 @@ class _Begun:
     texts: DocumentTexts
     split: np.ndarray
     characters: int
+    encoder: SentenceEncoder | None
     progress: Progress
 
     @property
@@ -94,11 +96,12 @@ def write_corpus(config: Config, folder: Path, progress: Progress, device: str =
             f"actions.labels is 'planted', but corpus.reader is {config.corpus.reader!r}: only the planted "
             "corpus knows its actions; use clusters"
         )
+    # What can be missing is looked for before a text is read, which may take hours.
+    encoder = pretrained_encoder(config.actions, device)
+    tokenizer = None if config.lm.name is None else pretrained_tokenizer(config.lm)
     with atomic_folder(folder) as partial:
         facts, digests, characters = write_documents(config.corpus, partial / "documents.arrow", progress)
-        tokenizer = None
-        if config.lm.name is not None:
-            tokenizer = pretrained_tokenizer(config.lm)
+        if tokenizer is not None:
             tokenizer.save_pretrained(partial / "tokenizer")
         entry = cache.Entry.of(config, partial, facts["fingerprint"], device)
         if entry is not None and entry.take(partial):
@@ -108,9 +111,9 @@ def write_corpus(config: Config, folder: Path, progress: Progress, device: str =
             since = time.monotonic()
             split = _write_splits(config.corpus, partial, digests)
             texts = DocumentTexts(partial / "documents.arrow")
-            begun = _Begun(config, partial, texts, split, characters, progress)
+            begun = _Begun(config, partial, texts, split, characters, encoder, progress)
             facts |= _write_tokens(begun, tokenizer or _new_tokenizer(begun))
-            write_json(partial / "facts.json", facts | _write_actions(begun, device))
+            write_json(partial / "facts.json", facts | _write_actions(begun))
             if entry is not None and time.monotonic() - since > cache.SECONDS_WORTH_KEEPING:
                 entry.keep(partial)
     return Corpus.open(folder)
@@ -195,7 +198,7 @@ def _write_tokens(begun: _Begun, tokenizer: PreTrainedTokenizerBase) -> dict[str
     }
 
 
-def _write_actions(begun: _Begun, device: str) -> dict[str, Any]:
+def _write_actions(begun: _Begun) -> dict[str, Any]:
     config, folder, progress = begun.config, begun.folder, begun.progress
     settings, seed = config.actions, config.corpus.seed
     document_sentences = read_array(folder / "document_sentences.npy")
@@ -208,9 +211,12 @@ def _write_actions(begun: _Begun, device: str) -> dict[str, Any]:
         )
     rng = np.random.default_rng(seed)
     sample = np.sort(rng.choice(candidates, size=min(settings.fit_sentences, len(candidates)), replace=False))
-    with progress.task("fit the sentence encoder"):
-        encoder = fit_encoder(settings, _chosen_sentences(begun, sample), seed, device)
-        encoder.save(folder / "encoder")
+    encoder = begun.encoder
+    if encoder is None:
+        with progress.task("fit the sentence encoder"):
+            sentences = _chosen_sentences(begun, sample)
+            encoder = TfidfEncoder.fit(sentences, settings.dimensions, settings.batch_size, seed)
+    encoder.save(folder / "encoder")
     with (
         progress.task("embed sentences", total=int(document_sentences[-1])) as task,
         ArrayAppender(folder / "embeddings.npy", np.float32, (encoder.dimensions,)) as embeddings,

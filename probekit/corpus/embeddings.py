@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 
@@ -13,6 +13,9 @@ from probekit.config import ActionSettings
 from probekit.corpus.tfidf import TfidfEncoder
 from probekit.errors import ProbekitError
 from probekit.storage import atomic_folder, read_json, write_json
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 
 class SentenceEncoder(Protocol):
@@ -33,19 +36,18 @@ class SentenceEncoder(Protocol):
         ...
 
 
-def fit_encoder(
-    settings: ActionSettings, sentences: Sequence[str], seed: int, device: str
-) -> SentenceEncoder:
-    """The encoder that the settings name, fitted if it is one that is fitted.
+def pretrained_encoder(settings: ActionSettings, device: str) -> PretrainedEncoder | None:
+    """The encoder that the settings name; None for TF-IDF, which is fitted on the corpus.
 
     Args:
         settings: Which encoder.
-        sentences: A sample of training sentences.
-        seed: Seed of the fit.
-        device: Where a pre-trained model computes, as torch names it.
+        device: Where it computes, as torch names it.
+
+    Raises:
+        ProbekitError: It cannot be loaded.
     """
     if settings.encoder == "tfidf":
-        return TfidfEncoder.fit(sentences, settings.dimensions, settings.batch_size, seed)
+        return None
     return PretrainedEncoder(settings.encoder, settings.batch_size, device)
 
 
@@ -60,6 +62,29 @@ def load_encoder(folder: Path, device: str) -> SentenceEncoder:
     raise ProbekitError(
         f"{folder / 'encoder.json'} names no kind of encoder; run the step that writes it again"
     )
+
+
+def check_encoder(folder: Path) -> None:
+    """Refuses an encoder that `save` wrote but that cannot be loaded here, before long work that needs it.
+
+    Raises:
+        ProbekitError: Its library is not installed, or its model is gone.
+    """
+    facts = read_json(folder / "encoder.json")
+    if facts.get("kind") == "pretrained":
+        _library(facts["name"])
+        encoder_source(facts["name"], facts["revision"])
+
+
+def _library(name: str) -> type[SentenceTransformer]:
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError:
+        raise ProbekitError(
+            f"actions.encoder is {name!r}, which needs sentence-transformers: "
+            "pip install 'probekit[encoders]'"
+        ) from None
+    return SentenceTransformer
 
 
 def encoder_source(name: str, revision: str | None = None) -> hub.Source:
@@ -83,18 +108,9 @@ class PretrainedEncoder:
     """
 
     def __init__(self, name: str, batch_size: int, device: str, revision: str | None = None) -> None:
+        library, source = _library(name), encoder_source(name, revision)
         try:
-            from sentence_transformers import SentenceTransformer
-        except ImportError:
-            raise ProbekitError(
-                f"actions.encoder is {name!r}, which needs sentence-transformers: "
-                "pip install 'probekit[encoders]'"
-            ) from None
-        source = encoder_source(name, revision)
-        try:
-            self.model = SentenceTransformer(
-                source.name, device=device, trust_remote_code=False, **source.arguments
-            )
+            self.model = library(source.name, device=device, trust_remote_code=False, **source.arguments)
         except (OSError, ValueError) as error:
             raise ProbekitError(
                 f"actions.encoder is {name!r}, which sentence-transformers cannot load "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -26,7 +26,7 @@ from probekit.evaluation.perplexity import (
     record_of,
     scoring_pass,
 )
-from probekit.evaluation.questions import Question, corpus_questions, read_questions
+from probekit.evaluation.questions import Question, TooShortError, corpus_questions, read_questions
 from probekit.evaluation.statistics import Resampling, paired_difference
 from probekit.models.depth_ensemble import MEMBERS
 from probekit.models.late_losses import reader_losses
@@ -70,21 +70,24 @@ class _Reader:
         return self.model if self.layer is None else f"{self.model}, layer {self.layer}"
 
 
-def evaluate_ensembles(run: Run, progress: Progress) -> EnsembleEvaluation:
+def evaluate_ensembles(run: Run, progress: Progress) -> Evaluation:
     """Evaluates a run's depth ensemble on its test documents; writes what `evaluate` does, and choices.
 
     Args:
         run: The run.
-        progress: Shows how far it is.
+        progress: Shows how far it is, and tells what is left out.
+
+    Returns:
+        An `EnsembleEvaluation`; without multiple choice, for which documents may be too short, not that.
 
     Raises:
-        ProbekitError: A member is not trained, or questions cannot be had.
+        ProbekitError: A member is not trained, or the file of questions cannot be asked.
     """
     config, variant = run.config, run.config.depth.variant
     for member in config.depth.members:
         run.require(f"depth/{member}")
     scoring = replace(scoring_pass(run), corpus=run.corpus_of(variant))
-    questions = _questions(run)
+    questions = _questions(run, progress)
     check_lengths(questions, record_of(config)["window"])
     actions, mixing = source_of_actions(variant)
     losses: dict[_Reader, np.ndarray] = {}
@@ -94,33 +97,51 @@ def evaluate_ensembles(run: Run, progress: Progress) -> EnsembleEvaluation:
         readers, token_losses = _readers(run, name, model)
         with progress.task(f"evaluate {name}", total=len(scoring.windows)) as task:
             sums = scoring.document_losses(token_losses, mixing, task)
-        with progress.task(f"ask {name}", total=len(questions)) as task:
-            right = solved(choice_losses(run, name, questions, token_losses, task), questions)
         losses |= dict(zip(readers, sums, strict=True))
-        chosen |= dict(zip(readers, right, strict=True))
+        if questions:
+            with progress.task(f"ask {name}", total=len(questions)) as task:
+                right = solved(choice_losses(run, name, questions, token_losses, task), questions)
+            chosen |= dict(zip(readers, right, strict=True))
     by_name = {(str(reader), actions): sums for reader, sums in losses.items()}
     whole = {key: sums for key, sums in by_name.items() if key[0] in (variant, *MEMBERS)}
+    found = Evaluation(
+        _with_parts(perplexity_table(config, by_name, scoring.tokens), _parts(losses)),
+        differences_table(config, whole, scoring.tokens),
+        losses_table(by_name, scoring),
+        record_of(config),
+    )
+    if not questions:
+        found.write(run)
+        (run.folder / CHOICES).unlink(missing_ok=True)
+        return found
+    evaluation = _with_choices(run, found, chosen, questions)
+    evaluation.write(run, accuracy=evaluation.accuracy, accuracy_differences=evaluation.accuracy_differences)
+    write_table(run.folder / CHOICES, evaluation.choices)
+    return evaluation
+
+
+def _with_choices(
+    run: Run, found: Evaluation, chosen: dict[_Reader, np.ndarray], questions: list[Question]
+) -> EnsembleEvaluation:
+    """An evaluation with multiple choice; `chosen` tells who solves which question `[questions]`."""
     accuracies, accuracy_differences = _accuracies(run, chosen, questions)
-    parts = {str(reader): (reader.model, reader.layer) for reader in losses}
     choices = pd.DataFrame(
         [
             {"question": number, "document": question.document, "variant": str(reader), "solved": bool(right)}
             for reader, rights in chosen.items()
             for number, (question, right) in enumerate(zip(questions, rights, strict=True))
         ]
-    ).assign(actions=actions)
-    evaluation = EnsembleEvaluation(
-        _with_parts(perplexity_table(config, by_name, scoring.tokens), parts),
-        differences_table(config, whole, scoring.tokens),
-        losses_table(by_name, scoring),
-        record_of(config) | {"asked": _digest(questions)},
+    ).assign(actions=source_of_actions(run.config.depth.variant)[0])
+    parts = _parts(chosen)
+    return EnsembleEvaluation(
+        found.perplexity,
+        found.differences,
+        found.losses,
+        found.settings | {"asked": _digest(questions)},
         _with_parts(accuracies, parts),
         accuracy_differences,
         _with_parts(choices, parts),
     )
-    evaluation.write(run, accuracy=evaluation.accuracy, accuracy_differences=evaluation.accuracy_differences)
-    write_table(run.folder / CHOICES, evaluation.choices)
-    return evaluation
 
 
 def late_token_losses(model: PlannedLM, head: nn.Module) -> TokenLosses:
@@ -160,12 +181,17 @@ def source_of_actions(variant: VariantName) -> tuple[str, Mixing]:
     return "planner" if mixing.needs_scores else "constant", mixing
 
 
-def _questions(run: Run) -> list[Question]:
+def _questions(run: Run, progress: Progress) -> list[Question]:
+    """Those of the file of the settings, else of the corpus; none where its documents are too short."""
     settings = run.config.evaluation
     if settings.questions_file is not None:
         return read_questions(settings.questions_file, run.corpus)
     window, seed = record_of(run.config)["window"], run.config.corpus.seed
-    return corpus_questions(run.corpus, run.corpus.documents("test"), settings.questions, window, seed)
+    try:
+        return corpus_questions(run.corpus, run.corpus.documents("test"), settings.questions, window, seed)
+    except TooShortError as error:
+        progress.say(f"no multiple choice: {error}")
+        return []
 
 
 def _digest(questions: list[Question]) -> str:
@@ -201,6 +227,10 @@ def _accuracies(
 
 def _pairs(readers: dict[_Reader, np.ndarray]) -> Iterator[tuple[_Reader, _Reader]]:
     return itertools.combinations([reader for reader in readers if reader.layer is None], 2)
+
+
+def _parts(readers: Iterable[_Reader]) -> dict[str, tuple[ModelName, int | None]]:
+    return {str(reader): (reader.model, reader.layer) for reader in readers}
 
 
 def _with_parts(table: pd.DataFrame, parts: dict[str, tuple[ModelName, int | None]]) -> pd.DataFrame:

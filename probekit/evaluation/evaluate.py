@@ -51,13 +51,12 @@ def evaluate(
         quiet: Show no progress.
 
     Returns:
-        A `PlannerEvaluation`, or an `EnsembleEvaluation` where the run's method is the depth ensemble.
+        A `PlannerEvaluation`, or what `evaluate_ensembles` returns where the method is the depth ensemble.
 
     Raises:
         ProbekitError: The run lacks a stage, or a setting does not fit its LM.
     """
-    run = run if isinstance(run, Run) else Run.open(run)
-    run = run.with_settings(settings or {})
+    run = Run.at(run, settings)
     run.check_writable()
     progress = Progress(quiet=quiet)
     if run.config.method == "depth-ensemble":

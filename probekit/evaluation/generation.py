@@ -114,7 +114,7 @@ def generate(
         ProbekitError: The variant is not trained or obeys no plan, something is no prompt, no token is to be
             written, or a plan is missing, empty, or has unknown actions.
     """
-    run = run if isinstance(run, Run) else Run.open(run)
+    run = Run.at(run)
     if isinstance(settings, Mapping):
         run, settings = run.with_settings(settings), None
     settings = settings or run.config.generation

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from probekit.corpus.embeddings import check_encoder
 from probekit.evaluation.evaluate import variants_and_actions
 from probekit.evaluation.generation import Generated, generate
 from probekit.evaluation.over_seeds import over_seeds
@@ -80,8 +81,7 @@ def evaluate_generation(
     Raises:
         ProbekitError: The run lacks a stage, or test documents that are long enough.
     """
-    run = run if isinstance(run, Run) else Run.open(run)
-    run = run.with_settings(settings or {})
+    run = Run.at(run, settings)
     if run.config.method == "planner":
         run.require("planner")
     progress = Progress(quiet=quiet)
@@ -106,13 +106,14 @@ def evaluate_generation(
 
 
 def check_generation(run: Run | str | Path, settings: Mapping[str, Any] | None = None) -> None:
-    """Refuses what `evaluate_generation` would refuse for want of long documents, before work begins.
+    """Refuses what `evaluate_generation` would refuse for want of something, before work begins.
 
     Raises:
-        ProbekitError: Fewer than two test documents are long enough.
+        ProbekitError: Fewer than two test documents are long enough, or the corpus's encoder is gone.
     """
-    run = run if isinstance(run, Run) else Run.open(run)
-    continued_documents(run.with_settings(settings or {}))
+    run = Run.at(run, settings)
+    continued_documents(run)
+    check_encoder(run.folder / "corpus" / "encoder")
 
 
 def _measured(

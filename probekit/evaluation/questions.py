@@ -29,6 +29,10 @@ CHOICES = 4
 _SHOWN = 60
 
 
+class TooShortError(ProbekitError):
+    """A corpus has no document that is long enough to be asked about."""
+
+
 @dataclass(frozen=True)
 class Question:
     """A question with several choices, one of them true.
@@ -67,7 +71,7 @@ def corpus_questions(
         seed: Of the order of documents, of the sentences that are asked for, and of all choices.
 
     Raises:
-        ProbekitError: No document has sentences enough.
+        TooShortError: No document has sentences enough.
     """
     order = np.random.default_rng(seed).permutation(documents)
     asking = deque(_Asker(corpus, int(document), window, seed).questions() for document in order)
@@ -78,7 +82,7 @@ def corpus_questions(
             questions.append(question)
             asking.append(asker)
     if not questions:
-        raise ProbekitError(
+        raise TooShortError(
             f"none of {len(documents)} documents has a sentence that could be asked for: there must be one "
             f"before it and {CHOICES - 1} others outside the {window} tokens that the LM reads, all of them "
             f"different and of at most {window // 2} tokens; give longer documents or your own questions "

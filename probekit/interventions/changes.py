@@ -12,7 +12,7 @@ from torch import Tensor
 
 from probekit.errors import ProbekitError
 from probekit.interventions.effects import Change
-from probekit.interventions.erasure import Eraser
+from probekit.interventions.erasure import Eraser, RandomErasers
 from probekit.interventions.scenes import Scenes
 from probekit.interventions.ways import Way
 
@@ -42,23 +42,25 @@ class Condition:
     beside: Mapping[str, str] = field(default_factory=dict)
 
 
-def erasing(erasers: Mapping[int, Eraser], others: Mapping[int, Eraser], seed: int) -> list[Condition]:
+def erasing(erasers: Mapping[int, Eraser], others: Mapping[int, RandomErasers], seed: int) -> list[Condition]:
     """Erases what a linear probe can read.
 
     Beside it stand a random direction, in which activations are moved as far, and the erasure of as many
-    dimensions that tell nothing in particular.
+    dimensions that tell nothing in particular. Both are drawn for each scene: intervals that come from
+    resampling scenes carry the draws' variation too.
 
     Args:
         erasers: By distance.
         others: The same of random dimensions.
-        seed: Of the directions.
+        seed: Of the directions and dimensions.
     """
 
     def erase(activations: Tensor, scenes: np.ndarray, distance: int) -> Tensor:
         return erasers[distance](activations)
 
     def erase_other(activations: Tensor, scenes: np.ndarray, distance: int) -> Tensor:
-        return others[distance](activations)
+        # Another sequence than that of the directions.
+        return others[distance](activations, [np.random.default_rng([seed, n, distance, 1]) for n in scenes])
 
     beside = {name: name for name in ("random", "random subspace")}
     return [

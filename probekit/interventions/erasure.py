@@ -12,6 +12,7 @@ fitted on what is left; it takes more away, and needs rounds.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,20 +64,44 @@ def leace(moments: Moments) -> list[Eraser]:
     return erasers
 
 
-def random_subspace(moments: Moments, rank: int, seed: int) -> Eraser:
-    """LEACE's map of one probe with a random projection in place of Q: what it costs to lose some dimensions.
+class RandomErasers:
+    """LEACE's maps of a probe with a random projection in place of Q: what it costs to lose some dimensions.
+
+    Every activation loses dimensions of its own, drawn among those that vary, so that the mean over many is
+    that over draws too. What a vector z loses to a random subspace of r of m dimensions is drawn without the
+    subspace: b z + sqrt(b (1 - b)) |z| u, with b from the Beta distribution (r / 2, (m - r) / 2) and u a
+    random direction at a right angle to z.
 
     Args:
         moments: Sums over the examples to fit on, of one probe.
-        rank: How many dimensions are taken away, of those that vary.
-        seed: Of the projection.
+        rank: How many dimensions are taken away.
     """
-    ((mean, covariance, _),) = _covariances(moments)
-    whiten, colour = _whitening(covariance)
-    drawn = torch.from_numpy(np.random.default_rng(seed).normal(size=(len(mean), rank))).to(covariance)
-    # Drawn among the dimensions that vary: elsewhere nothing would be taken away.
-    basis = _range(whiten @ colour @ drawn)
-    return Eraser((colour @ basis).float(), (basis.T @ whiten).float(), mean.float())
+
+    def __init__(self, moments: Moments, rank: int) -> None:
+        ((self._mean, covariance, _),) = _covariances(moments)
+        self._whiten, self._colour = _whitening(covariance)
+        self._varying = self._whiten @ self._colour
+        self.dimensions = round(self._varying.trace().item())
+        self.rank = min(rank, self.dimensions)
+
+    def __call__(self, activations: Tensor, generators: Sequence[np.random.Generator]) -> Tensor:
+        """Activations `[activations, width]` without some dimensions, each drawn by its own generator."""
+        z = (activations.to(self._mean) - self._mean) @ self._whiten
+        drawn = [(self._share(own), own.normal(size=z.shape[1])) for own in generators]
+        share = torch.tensor([b for b, _ in drawn]).to(z)[:, None]
+        direction = torch.from_numpy(np.stack([normal for _, normal in drawn])).to(z) @ self._varying
+        length, tiny = z.norm(dim=1, keepdim=True), torch.finfo(z.dtype).tiny
+        along = z / length.clamp(min=tiny)
+        across = direction - (direction * along).sum(1, keepdim=True) * along
+        across /= across.norm(dim=1, keepdim=True).clamp(min=tiny)
+        lost = share * z + (share * (1 - share)).sqrt() * length * across
+        return (activations.to(self._mean) - lost @ self._colour).to(activations.dtype)
+
+    def _share(self, generator: np.random.Generator) -> float:
+        """Of a vector's squared length, what it loses."""
+        if not 0 < self.rank < self.dimensions:
+            return float(self.rank > 0)
+        return float(generator.beta(self.rank / 2, (self.dimensions - self.rank) / 2))
 
 
 def inlp(moments: Moments, rounds: int) -> list[Eraser]:

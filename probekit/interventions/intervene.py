@@ -84,8 +84,7 @@ def intervene(
     Raises:
         ProbekitError: The run has no probes that fit, or a setting does not fit the LM.
     """
-    run = run if isinstance(run, Run) else Run.open(run)
-    run = run.with_settings(settings or {})
+    run = Run.at(run, settings)
     run.require("lm")
     chosen, progress = run.config.intervene, Progress(quiet=quiet)
     places = _places(run, chosen)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from probekit.interventions.changes import Condition, erasing, patching, replanning, steering
 from probekit.interventions.effects import Stage
-from probekit.interventions.erasure import Eraser, inlp, leace, random_subspace
+from probekit.interventions.erasure import Eraser, RandomErasers, inlp, leace
 from probekit.interventions.refit import accuracies
 from probekit.interventions.ways import Way, along_gradient, along_weights, straight
 from probekit.probing.activations import Place
@@ -60,9 +60,7 @@ class Measured:
 
 def _erase(run: Run, stage: Stage, site: Site) -> Measured:
     erasers = {d: _eraser(run, moments) for d, moments in site.moments.items()}
-    others = {
-        d: random_subspace(moments, erasers[d].rank, run.config.seed) for d, moments in site.moments.items()
-    }
+    others = {d: RandomErasers(moments, erasers[d].rank) for d, moments in site.moments.items()}
     far = site.distance
     kept = accuracies(site.moments[far], erasers[far], site.activations[far], stage.scenes.action)
     rank = np.full(len(stage.scenes), float(erasers[far].rank))

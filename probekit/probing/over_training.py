@@ -11,6 +11,7 @@ import pandas as pd
 
 from probekit import processes
 from probekit.errors import ProbekitError
+from probekit.probe_record import SETTINGS, read_probe_record
 from probekit.probing.probe import ProbeResults, probe
 from probekit.probing.unfinished import origin
 from probekit.progress import Progress
@@ -61,7 +62,7 @@ def probe_checkpoints(
     Raises:
         ProbekitError: No such checkpoints are kept, or as `probe` raises.
     """
-    run = run if isinstance(run, Run) else Run.open(run)
+    run = Run.at(run)
     stage = _stage(run, stage)
     wanted = {"probe.variants": ["none" if stage == "lm" else stage.removeprefix("adapter/")]}
     wanted |= settings or {}
@@ -83,11 +84,11 @@ def probe_checkpoints(
 def _probed(run: Run) -> ProbeResults:
     """The results of a checkpoint, as they are if they are those of its settings."""
     folder = run.folder / "probes"
-    if (folder / "settings.json").exists():
-        recorded = read_json(folder / "settings.json")
+    if (folder / SETTINGS).exists():
+        record, recorded = read_probe_record(run.folder), read_json(folder / SETTINGS)
         wanted = run.config.model_dump(mode="json") | {"of": origin(run)}
         if all(recorded.get(name) == value for name, value in wanted.items()):
-            return ProbeResults(run.probes(), folder, recorded["notes"])
+            return ProbeResults(run.probes(), folder, record.notes)
     return probe(run, quiet=True)
 
 

@@ -97,8 +97,7 @@ def probe(
     Raises:
         ProbekitError: The run lacks a stage, a location, layer or variant that is to be probed, or examples.
     """
-    run = run if isinstance(run, Run) else Run.open(run)
-    run = run.with_settings(settings or {})
+    run = Run.at(run, settings)
     run.check_writable()
     run.require("lm")
     config = run.config.probe

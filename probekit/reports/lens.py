@@ -44,7 +44,7 @@ def lens(
         ProbekitError: There are no such probes, the text is blank, too long or cannot be read, or the page
             cannot be written there.
     """
-    run = run if isinstance(run, Run) else Run.open(run)
+    run = Run.at(run)
     path = run.folder / "lens.html" if out is None else _checked(Path(out))
     if limit < 1:
         raise ProbekitError(f"--limit is {limit}; give the most tokens that a text may have, 1 or more")

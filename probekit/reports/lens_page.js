@@ -110,12 +110,12 @@
         `${d ? ";" : ""} distance ${distance}: ${interval(data.quality[cell(place, d)][0])}`,
         doubt(place, d) && warning(` (${doubt(place, d)})`),
       ]);
-      $("trust").replaceChildren(`These probes name the action ${tested}, at`, ...by, ".");
+      $("trust").replaceChildren(`Shown is each token's own distance. These probes name the action ${tested}, at`, ...by, ".");
       return;
     }
     const d = distances.indexOf(Number(chosen.distance));
     const rivals = Object.entries(data.baselines).map(([name, by]) => `${name} ${interval(by[d])}`).join(", ");
-    $("trust").replaceChildren(`This probe names the action of ${interval(data.quality[cell(place, d)][0])} ${tested}`
+    $("trust").replaceChildren(`Shown is distance ${distances[d]}. This probe names the action of ${interval(data.quality[cell(place, d)][0])} ${tested}`
       + `${rivals && `; beside it: ${rivals}`}.`, doubt(place, d) && warning(` Beware: ${doubt(place, d)}.`));
   }
   function doubt(place, d) {

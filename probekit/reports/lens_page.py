@@ -44,6 +44,7 @@ def page(data: LensData) -> str:
             f"<div><dt>{escape(k)}</dt><dd>{escape(visible(v))}</dd></div>" for k, v in data.facts.items()
         ),
         notes="".join(f'<p class="warning">{escape(note)}</p>' for note in data.notes),
+        truth=escape(data.truth),
         language=escape(data.language),
         text="\n".join(_sentences(data)),
         data=_json(_numbers(data)),

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import pandas as pd
 
-from probekit.config import ProbedName
+from probekit.config import Config, ProbedName, ProbeSettings
 from probekit.errors import ProbekitError
+from probekit.probe_record import SplitDocuments, read_probe_record
 from probekit.probing.activations import Place
 from probekit.probing.locations import per_layer
 from probekit.probing.saved import KEPT, Cell, LinearProbe, SavedProbes
 from probekit.run import Run
-from probekit.storage import read_json
 
 BASELINES = ("prior", "bigram", "planner")
 """Readers that stand beside a probe's accuracy."""
@@ -47,7 +47,7 @@ class KeptProbes:
         solver: How they were fitted.
         places: Locations and layers, those of a location together.
         distances: Tokens before the sentence begins, rising; every place has all.
-        settings: Settings that they were fitted with.
+        config: Settings that they were fitted with.
         documents: Documents of each split that they were fitted on, chosen on and tested on.
         quality: Of every cell, in the order of `cells`.
         baselines: By name, of every distance.
@@ -59,8 +59,8 @@ class KeptProbes:
     solver: str
     places: list[Place]
     distances: list[int]
-    settings: dict[str, Any]
-    documents: dict[str, int]
+    config: Config
+    documents: SplitDocuments
     quality: list[Quality]
     baselines: dict[str, list[Quality]]
     best: int
@@ -94,13 +94,15 @@ def kept_probes(
     """
     folder = run.folder / "probes"
     seeds = _kept_seeds(run)
-    settings = read_json(folder / "settings.json")
-    if not (isinstance(settings, dict) and isinstance(settings.get("probe"), dict)):
+    record = read_probe_record(run.folder)
+    probed = record.config.probe
+    _check_target(run, probed)
+    known = [name for name in probed.variants if name in seeds and str(seeds[name]) in record.documents]
+    if not known:
         raise ProbekitError(
-            f"{folder / 'settings.json'} is no record of a probing; run `probekit probe {run.folder}`"
+            f"{folder} keeps probes of {', '.join(sorted(seeds))}, of which its settings.json does not tell; "
+            f"run `probekit probe {run.folder}`"
         )
-    _check_target(run, settings["probe"])
-    known = [name for name in settings["probe"]["variants"] if name in seeds]
     variant = known[0] if variant is None else variant
     if variant not in known:
         raise ProbekitError(
@@ -115,7 +117,8 @@ def kept_probes(
             f"the probes in {folder} have no horizon 1; run `probekit probe {run.folder} --probe.horizons 1`"
         )
     found = sorted({(cell.location, cell.layer) for cell in cells})
-    there = [place for location in settings["probe"]["locations"] for place in found if place[0] == location]
+    order = dict.fromkeys([*probed.locations, *(location for location, _ in found)])
+    there = [place for location in order for place in found if place[0] == location]
     places = _chosen(there, locations, layers)
     distances = sorted({cell.distance for cell in cells})
     rows = run.probes().query("horizon == 1")
@@ -124,13 +127,13 @@ def kept_probes(
     own = own.loc[[(*place, distance) for place in places for distance in distances]]
     untold = own.validation_cross_entropy.where(~own.injected).fillna(float("inf")).to_numpy()
     return KeptProbes(
-        cast(ProbedName, variant),
+        variant,
         seed,
         solver,
         places,
         distances,
-        settings,
-        settings["documents"][str(seed)],
+        record.config,
+        record.documents[str(seed)],
         _qualities(own),
         {
             name: _qualities(baseline.set_index("distance").loc[distances])
@@ -153,10 +156,10 @@ def _kept_seeds(run: Run) -> dict[str, int]:
     return seeds
 
 
-def _check_target(run: Run, probed: dict[str, Any]) -> None:
-    if (probed["target"], probed["labels"], probed["anchors"]) != ("action", None, "sentence"):
+def _check_target(run: Run, probed: ProbeSettings) -> None:
+    if (probed.target, probed.labels, probed.anchors) != ("action", None, "sentence"):
         raise ProbekitError(
-            f"the probes of {run.folder} read {probed['target']!r} at every {probed['anchors']}, but the "
+            f"the probes of {run.folder} read {probed.target!r} at every {probed.anchors}, but the "
             "lens shows what is read of the next sentence's action; run "
             f"`probekit probe {run.folder} --probe.target action --probe.anchors sentence`"
         )

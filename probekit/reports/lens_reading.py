@@ -11,7 +11,7 @@ from torch import Tensor
 
 from probekit.config import VariantName
 from probekit.corpus.actions import Codebook, nearest_sentences
-from probekit.corpus.store import Corpus, too_few
+from probekit.corpus.store import SPLITS, Corpus, too_few
 from probekit.models.conditioning import CONDITIONINGS
 from probekit.models.mixing import VARIANTS
 from probekit.probing.activations import Reader
@@ -80,6 +80,7 @@ class LensData:
         labels: Short name of each place's location.
         pieces: The text that each token adds `[tokens]`.
         first_token: Each sentence's first token `[sentences]`.
+        truth: Where true actions come from, in a sentence.
         actions: True actions, -1 where the encoder makes nothing of a sentence `[sentences]`.
         over: Whether the last sentence is over.
         top: The most probable action `[cells, tokens]`.
@@ -98,6 +99,7 @@ class LensData:
     labels: list[str]
     pieces: list[str]
     first_token: np.ndarray
+    truth: str
     actions: np.ndarray
     over: bool
     top: np.ndarray
@@ -136,7 +138,8 @@ def read_text(
         ProbekitError: The run has no such probes, or the text is blank or too long.
     """
     probes = kept_probes(run, variant, locations, layers)
-    windows = {f"evaluation.{name}": probes.settings["evaluation"][name] for name in ("window", "stride")}
+    used = probes.config.evaluation
+    windows = {"evaluation.window": used.window, "evaluation.stride": used.stride}
     run.require("lm")
     _ = run.bridged  # loaded here, it stays with the caller's run for the next text
     run = run.with_settings(windows)
@@ -166,6 +169,7 @@ def read_text(
         labels=[label(location) for location, _ in probes.places],
         pieces=cut.pieces,
         first_token=cut.first_token,
+        truth=_truth(run.corpus, cut),
         actions=np.where(cut.known, cut.actions, NONE),
         over=cut.over,
         top=top,
@@ -175,6 +179,17 @@ def read_text(
         told=told,
         examples=examples,
         notes=_notes(cut),
+    )
+
+
+def _truth(corpus: Corpus, cut: Text) -> str:
+    """Where true actions come from."""
+    if cut.document is None:
+        return "A sentence's true action is the one whose centre is nearest to it."
+    split = SPLITS[corpus.split[cut.document]]
+    return (
+        f"The text is document {cut.document:,} of the corpus, of the split {split!r}: a sentence's true "
+        "action is the one that the corpus has of it."
     )
 
 
@@ -298,6 +313,6 @@ def _facts(run: Run, probes: KeptProbes) -> dict[str, str]:
         "Model": lm.name or f"new GPT-2, {lm.layers} layers of width {lm.width}",
         "Corpus": corpus.path or f"{corpus.reader} ({run.corpus.facts['documents']:,} documents)",
         "Probes": f"{probes.solver}, seed {probes.seed}, for one of {run.corpus.k:,} actions; fitted on "
-        f"{documents['probe']:,} documents, chosen on {documents['validation']:,}, tested on "
-        f"{documents['test']:,}",
-    } | ({"Beware": few} if (few := too_few(documents["test"])) else {})
+        f"{documents.probe:,} documents, chosen on {documents.validation:,}, tested on "
+        f"{documents.test:,}",
+    } | ({"Beware": few} if (few := too_few(documents.test)) else {})

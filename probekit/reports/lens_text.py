@@ -37,7 +37,9 @@ class Text:
             with an embedding of zeros and the action 0, which nothing that comes before it can see.
         pieces: The text that each token adds; together they are the text `[tokens]`.
         first_token: Number of each sentence's first token among them `[sentences]`.
-        actions: True actions: the nearest centroids `[sentences]`.
+        document: Which document of the corpus it is, to the last token; None for any other text.
+        actions: True actions: those that the corpus has of the document, else the nearest centroids
+            `[sentences]`.
         known: Whether the corpus's encoder makes anything of a sentence: of one without a word that it knows,
             the nearest centroid tells nothing `[sentences]`.
         embeddings: By the encoder of the corpus, or the variant's own `[sentences, dimensions]`.
@@ -46,6 +48,7 @@ class Text:
     corpus: Corpus
     pieces: list[str]
     first_token: np.ndarray
+    document: int | None
     actions: np.ndarray
     known: np.ndarray
     embeddings: np.ndarray
@@ -139,7 +142,9 @@ def cut_text(run: Run, text: str, variant: VariantName, limit: int = LIMIT) -> T
     aligned = align(text, whole, offsets)
     sentences = [text[start:end].strip() for start, end in aligned.spans]
     labelled = run.encoder().encode(sentences)
-    actions = corpus.codebook.nearest(labelled)
+    document = _document_of(corpus, np.array(ids), aligned.first_token)
+    # Planted actions are not always those of the nearest centre.
+    actions = corpus.codebook.nearest(labelled) if document is None else _recorded(corpus, document)
     embeddings = labelled if run.corpus_of(variant) is corpus else run.encoder(variant).encode(sentences)
     over = len(complete_spans(text, language)) == len(whole)
     more = int(over)
@@ -159,8 +164,31 @@ def cut_text(run: Run, text: str, variant: VariantName, limit: int = LIMIT) -> T
     )
     known = np.any(labelled != 0, axis=1)
     return Text(
-        alone, _pieces(text, offsets), aligned.first_token, actions.astype(np.int64), known, embeddings
+        alone,
+        _pieces(text, offsets),
+        aligned.first_token,
+        document,
+        actions.astype(np.int64),
+        known,
+        embeddings,
     )
+
+
+def _document_of(corpus: Corpus, ids: np.ndarray, first_token: np.ndarray) -> int | None:
+    """The document of a corpus that has these tokens, cut into sentences alike; of several the first."""
+    for document in np.flatnonzero(np.diff(corpus.document_tokens) == len(ids) + 1).tolist():
+        start, end = corpus.document_tokens[document : document + 2]
+        own = slice(*corpus.document_sentences[document : document + 2])
+        if np.array_equal(corpus.tokens[start + 1 : end], ids) and np.array_equal(
+            corpus.first_token[own] - start - 1, first_token
+        ):
+            return document
+    return None
+
+
+def _recorded(corpus: Corpus, document: int) -> np.ndarray:
+    """The actions that a corpus has of a document `[sentences]`."""
+    return np.array(corpus.actions[slice(*corpus.document_sentences[document : document + 2])])
 
 
 def visible(text: str) -> str:

@@ -86,7 +86,7 @@ def report(run: Run | str | Path, out: str | Path | None = None) -> list[Path]:
     """
     if out is not None and Path(out).suffix not in SUFFIXES:
         raise ProbekitError(f"-o is {str(out)!r}; it must end in {' or '.join(SUFFIXES)}")
-    run = run if isinstance(run, Run) else Run.open(run)
+    run = Run.at(run)
     made = compose(run)
     files = [Path(out)] if out is not None else [run.folder / f"report{suffix}" for suffix in SUFFIXES]
     for file in files:

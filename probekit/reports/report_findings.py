@@ -14,6 +14,7 @@ from probekit.errors import ProbekitError
 from probekit.evaluation.perplexity import record_of
 from probekit.interventions.intervene import InterventionResults
 from probekit.models.mixing import VARIANTS
+from probekit.probe_record import ProbeRecord, read_probe_record
 from probekit.probing.over_training import TrainingProbes
 from probekit.probing.probe import ProbeResults
 from probekit.run import Run
@@ -79,13 +80,13 @@ class Findings:
     @cached_property
     def probes(self) -> ProbeResults:
         """The probes' table and notes."""
-        notes = self.probe_settings.get("notes", []) if self.has(PROBE_SETTINGS) else []
+        notes = self.probe_record.notes if self.has(PROBE_SETTINGS) else []
         return ProbeResults(self.run.probes(), self.run.folder / "probes", notes)
 
     @cached_property
-    def probe_settings(self) -> dict[str, Any]:
+    def probe_record(self) -> ProbeRecord:
         """What probes/settings.json holds."""
-        return read_json(self.run.folder / PROBE_SETTINGS)
+        return read_probe_record(self.run.folder)
 
     def variants_with(self, file: str) -> list[str]:
         """Variants that such a file of results is there of."""
@@ -164,15 +165,16 @@ class Findings:
     @cached_property
     def replaced_in_probing(self) -> dict[str, Any]:
         """Settings of the probes, by dotted name, and all others that the run has changed since."""
-        return self._changed(self.probe_settings)
+        return self._changed(self.probe_record.config)
 
     def replaced_in(self, settings_file: str) -> dict[str, Any]:
         """The same of other results, of which a file tells all settings."""
-        return self._changed(read_json(self.run.folder / settings_file))
+        settings = read_json(self.run.folder / settings_file)
+        return self._changed(
+            Config.from_dict({k: v for k, v in settings.items() if k in Config.model_fields})
+        )
 
-    def _changed(self, settings: dict[str, Any]) -> dict[str, Any]:
-        plain = {k: v for k, v in settings.items() if k in Config.model_fields}
-        used = Config.from_dict(plain)
+    def _changed(self, used: Config) -> dict[str, Any]:
         both = (
             (name, setting_value(used, name), setting_value(self.run.config, name))
             for name in setting_names()

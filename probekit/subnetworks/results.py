@@ -1,4 +1,7 @@
-"""The table of a subnetwork and of what it is compared with, with intervals from resampling documents."""
+"""The table of a subnetwork and of what it is compared with, with intervals from resampling documents.
+
+What is of the mean over random draws has intervals over documents and draws (`evaluation.crossed`).
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pandas as pd
 
+from probekit.evaluation.crossed import mean_over_draws
 from probekit.evaluation.statistics import Interval, Resampling, bootstrap_ratios
 from probekit.subnetworks.components import Component
 from probekit.subnetworks.learning import Candidate
@@ -74,7 +78,13 @@ def cautions(table: pd.DataFrame, masks: np.ndarray) -> list[str]:
             f"the probe loses {lost:.0%} of its bits, but one that is fitted again only {gone:.0%} of its "
             "own: much of it has not gone, but moved"
         )
-    if rows.value_high["refitted_bits_over_random"] >= 0:
+    over = rows.value_high["refitted_bits_over_random"]
+    if np.isnan(over):
+        found.append(
+            f"over random there is no interval: it takes two draws and two documents, and of draws there are "
+            f"{len(drawn)}"
+        )
+    elif over >= 0:
         found.append(
             "a probe that is fitted again does not lose more than with as many components removed at random "
             "in the same layers"
@@ -84,28 +94,26 @@ def cautions(table: pd.DataFrame, masks: np.ndarray) -> list[str]:
 
 def _intervals(sums: Sums, resampling: Resampling) -> Iterator[tuple[str, int | None, str, Interval]]:
     """Conditions, draws (none for the mean over draws), metrics and their values."""
-    first, whole = len(CONDITIONS), CONDITIONS.index(WHOLE)
+    first, whole, own = (len(CONDITIONS), *(CONDITIONS.index(name) for name in (WHOLE, SUBNETWORK)))
     for metric, (values, counts) in sums.items():
-        mean = values[first:].mean(axis=0)
         lines: list[tuple[str, int | None, np.ndarray]] = [
             *((name, None, values[number]) for number, name in enumerate(CONDITIONS)),
-            (RANDOM, None, mean),
-            *((RANDOM, draw, own) for draw, own in enumerate(values[first:])),
+            *((RANDOM, draw, drawn) for draw, drawn in enumerate(values[first:])),
         ]
-        cells = [(name, draw, metric, own) for name, draw, own in lines]
+        cells = [(name, draw, metric, line) for name, draw, line in lines]
         cells += [
-            (name, draw, f"{metric}_change", own - values[whole])
-            for name, draw, own in lines
+            (name, draw, f"{metric}_change", line - values[whole])
+            for name, draw, line in lines
             if name != WHOLE
         ]
-        cells += [
-            (name, draw, f"{metric}_over_random", own - mean)
-            for name, draw, own in lines
-            if name == SUBNETWORK  # whose numbers by layer they have
-        ]
-        found = bootstrap_ratios(np.stack([own for *_, own in cells], axis=1), counts, **resampling)
+        found = bootstrap_ratios(np.stack([line for *_, line in cells], axis=1), counts, **resampling)
         for number, (name, draw, called, _) in enumerate(cells):
             yield name, draw, called, found[number]
+        drawn = values[first:]
+        yield RANDOM, None, metric, mean_over_draws(drawn, counts)
+        yield RANDOM, None, f"{metric}_change", mean_over_draws(drawn - values[whole], counts)
+        # Of the subnetwork alone: the numbers by layer are its own.
+        yield SUBNETWORK, None, f"{metric}_over_random", mean_over_draws(values[own] - drawn, counts)
 
 
 def mask_table(

@@ -13,18 +13,18 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from probekit.config import ProbeSettings
 from probekit.corpus.examples import Windows, chunks, cut_windows
 from probekit.errors import ProbekitError
 from probekit.evaluation.action_metrics import prior_log_probabilities
 from probekit.evaluation.perplexity import window_and_stride
 from probekit.evaluation.statistics import Resampling
 from probekit.interventions.readout import last_probe
+from probekit.probe_record import read_probe_record
 from probekit.probing.grid import CHOSEN_ON, FITTED_ON, TESTED_ON
 from probekit.probing.saved import LinearProbe
 from probekit.progress import Progress, Task
 from probekit.run import Run
-from probekit.storage import atomic_folder, read_json, write_json
+from probekit.storage import atomic_folder, write_json
 from probekit.subnetworks.controls import draw_alike, first_alone, refitted, states_of
 from probekit.subnetworks.learning import Candidate, choose, learn, objectives
 from probekit.subnetworks.masked import MaskedLM, documents_of
@@ -50,8 +50,8 @@ class SubnetworkResults:
             probe `information` (KL from the prior of what it tells, in nats), `bits` over the prior, the
             probability of the `true` action, and `accuracy`; `refitted_bits` and the like are those of a
             probe that is fitted again without the components. `_change` is the difference from `whole`,
-            `_over_random` that from the mean of random draws. `removed` of so many `components` are removed,
-            `shared` of them with the subnetwork.
+            `_over_random` that from the mean of random draws; intervals of that mean are over draws and
+            documents. `removed` of so many `components` are removed, `shared` of them with the subnetwork.
         mask: One row for each component: its `gate` (1 open), whether it is `removed`, and by how much
             `information` and `kept_kl` change when it is removed alone (on documents to learn on).
         candidates: One row for each penalty: components removed, the objective on validation documents and
@@ -82,8 +82,7 @@ def subnetwork(
     Raises:
         ProbekitError: The run has no probes that fit, or a setting does not fit the LM.
     """
-    run = run if isinstance(run, Run) else Run.open(run)
-    run = run.with_settings(settings or {})
+    run = Run.at(run, settings)
     run.require("lm")
     chosen, progress = run.config.subnetwork, Progress(quiet=quiet)
     if chosen.variant not in (known := ("none", *run.variants)):
@@ -120,8 +119,7 @@ class _Search:
         self._run, self._progress, self._settings = run, progress, run.config.subnetwork
         place, probe = last_probe(run, self._settings.variant)
         # Probes that are fitted again are fitted as that one was.
-        probed = read_json(run.folder / "probes" / "settings.json")["probe"]
-        self._probing = ProbeSettings.model_validate(probed)
+        self._probing = read_probe_record(run.folder).config.probe
         self.masked = MaskedLM(run, self._settings.variant, place)
         corpus, seed = run.corpus, run.config.seed
         window, stride = window_and_stride(run)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 
 from probekit.config import Config
+from probekit.corpus.embeddings import check_encoder
 from probekit.errors import ProbekitError
 from probekit.models.conditioning import new_adapter
 from probekit.models.depth_ensemble import new_ensemble
+from probekit.models.mixing import VARIANTS
 from probekit.run import Run
+from probekit.stage_settings import variants_of
 from probekit.training.adapter import check_tunable
 
 
@@ -33,7 +36,10 @@ def check_new_model(config: Config) -> None:
 
 
 def check_adapters(run: Run) -> None:
-    """Refuses adapters that do not fit the LM while the planner is not trained yet."""
+    """Refuses adapters that do not fit the LM, or lack an encoder, while the planner is not trained yet."""
+    joint = any(VARIANTS[variant].joint for variant in variants_of(run.config))
+    if joint and run.config.training.joint.encoder == "trained":
+        check_encoder(run.folder / "corpus" / "encoder")
     codebook = torch.from_numpy(run.corpus.codebook.centroids)
     adapter = new_adapter(run.config.conditioning, codebook, run.bridged, run.config.seed)
     if run.config.training.base.tuning != "frozen":

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import sys
 import tracemalloc
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -431,6 +432,30 @@ def test_a_sentence_transformers_encoder(tmp_path: Path):
     np.testing.assert_allclose(corpus.embeddings, expected, atol=1e-5)
     distances = ((corpus.embeddings[:, None] - corpus.codebook.centroids) ** 2).sum(axis=2)
     np.testing.assert_array_equal(corpus.actions, distances.argmin(axis=1))
+
+
+@pytest.mark.parametrize(
+    ("setting", "package", "said"),
+    [
+        ({"actions.encoder": "any/model"}, "sentence_transformers", r"pip install 'probekit\[encoders\]'"),
+        ({"actions.encoder": "./nowhere"}, None, "actions.encoder is .*: no such folder"),
+        ({"lm.name": "./nowhere"}, None, "lm.name is .*: no such folder"),
+    ],
+)
+def test_what_is_missing_is_told_before_a_text_is_read(
+    setting: dict, package: str | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def read(*_: object) -> None:
+        pytest.fail("texts were read")
+
+    monkeypatch.setattr("probekit.corpus.build.write_documents", read)
+    if package is None:
+        pytest.importorskip("sentence_transformers")
+    else:
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ProbekitError, match=said):
+        built(tmp_path / "corpus", SMALL | as_jsonl(tmp_path, stories(12)) | setting)
+    assert not (tmp_path / "corpus").exists()
 
 
 def minilm_folder(package: Path) -> Path:

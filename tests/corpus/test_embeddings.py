@@ -10,7 +10,7 @@ import pytest
 
 from probekit import storage
 from probekit.config import ActionSettings
-from probekit.corpus.embeddings import fit_encoder, load_encoder
+from probekit.corpus.embeddings import check_encoder, load_encoder, pretrained_encoder
 from probekit.errors import ProbekitError
 
 
@@ -29,7 +29,8 @@ def minilm() -> Path:
 
 
 def test_a_real_model_puts_paraphrases_together_and_is_saved_by_name(minilm: Path, tmp_path: Path):
-    encoder = fit_encoder(ActionSettings(encoder=str(minilm), batch_size=2), [], 0, "cpu")
+    encoder = pretrained_encoder(ActionSettings(encoder=str(minilm), batch_size=2), "cpu")
+    assert encoder is not None
     assert encoder.dimensions == 384
     assert encoder.encode([]).shape == (0, 384)
     sentences = ["A cat sleeps on the sofa.", "A kitten naps on the couch.", "Share prices fell sharply.", ""]
@@ -53,7 +54,7 @@ def test_a_real_model_puts_paraphrases_together_and_is_saved_by_name(minilm: Pat
 def test_a_folder_that_holds_no_model_is_told(tmp_path: Path):
     pytest.importorskip("sentence_transformers")
     with pytest.raises(ProbekitError, match=r"^actions.encoder is .* cannot load"):
-        fit_encoder(ActionSettings(encoder=str(tmp_path)), [], 0, "cpu")
+        pretrained_encoder(ActionSettings(encoder=str(tmp_path)), "cpu")
 
 
 @pytest.mark.parametrize("name", ["all-none-such-L6", "no-such-owner/no-such-model"])
@@ -66,11 +67,25 @@ def test_without_network_a_hub_name_fails_within_seconds(name: str, monkeypatch:
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
     start = time.perf_counter()
     with pytest.raises(ProbekitError, match=rf"^actions.encoder is '.*{name}'.* folder"):
-        fit_encoder(ActionSettings(encoder=name), [], 0, "cpu")
+        pretrained_encoder(ActionSettings(encoder=name), "cpu")
     assert time.perf_counter() - start < 5
 
 
 def test_a_missing_package_is_told(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(ProbekitError, match=r"pip install 'probekit\[encoders\]'"):
-        fit_encoder(ActionSettings(encoder="any/model"), [], 0, "cpu")
+        pretrained_encoder(ActionSettings(encoder="any/model"), "cpu")
+
+
+def test_a_saved_encoder_that_cannot_be_loaded_is_told_beforehand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    storage.write_json(tmp_path / "encoder.json", {"kind": "tfidf"})
+    check_encoder(tmp_path)
+    gone = {"kind": "pretrained", "name": str(tmp_path / "gone"), "revision": None}
+    storage.write_json(tmp_path / "encoder.json", gone)
+    with pytest.raises(ProbekitError, match="no such folder"):
+        check_encoder(tmp_path)
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    with pytest.raises(ProbekitError, match=r"pip install 'probekit\[encoders\]'"):
+        check_encoder(tmp_path)

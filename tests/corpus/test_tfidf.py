@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from probekit.config import ActionSettings
-from probekit.corpus.embeddings import fit_encoder, load_encoder
+from probekit.corpus.embeddings import load_encoder
 from probekit.corpus.tfidf import TfidfEncoder
 from probekit.errors import ProbekitError
 
@@ -98,8 +97,9 @@ def test_words_of_many_scripts(text: str, words: list[str]):
 
 def test_the_same_seed_fits_the_same_bits_and_settings_are_heeded():
     sentences, _ = topic_sentences(300)
-    actions = ActionSettings(dimensions=5)
-    first, second = (fit_encoder(actions, sentences, 7, "cpu").encode(sentences) for _ in range(2))
+    first, second = (
+        TfidfEncoder.fit(sentences, 5, batch_size=64, seed=7).encode(sentences) for _ in range(2)
+    )
     assert first.tobytes() == second.tobytes()
     assert first.shape == (300, 5)
 
@@ -108,7 +108,7 @@ def test_too_many_dimensions_are_told_with_the_most_that_would_do():
     with pytest.raises(
         ProbekitError, match=r"^actions.dimensions is 64, but 2 sentences with 4 .* at most 2;"
     ):
-        fit_encoder(ActionSettings(), ["one two three", "three four"], 0, "cpu")
+        TfidfEncoder.fit(["one two three", "three four"], 64, batch_size=1, seed=0)
     with pytest.raises(
         ProbekitError, match=r"^actions.dimensions is 3, .* with 2 distinct words allow at most 2;"
     ):

@@ -11,8 +11,10 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import probekit
+from probekit.cli import main
 from probekit.corpus.examples import IGNORE, collate, cut_windows
 from probekit.errors import ProbekitError
+from probekit.evaluation import ensembles
 from probekit.evaluation.ensembles import EnsembleEvaluation
 from probekit.evaluation.evaluate import evaluate
 from probekit.evaluation.questions import corpus_questions
@@ -162,6 +164,36 @@ def test_questions_from_a_file(run: Run, tmp_path: Path):
     finally:
         (run.folder / "choices.parquet").write_bytes(before)
         evaluate(run, quiet=True)
+
+
+def test_documents_too_short_to_be_asked_about_cost_multiple_choice_alone(
+    run: Run,
+    evaluation: EnsembleEvaluation,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    folder = shutil.copytree(run.folder, tmp_path / "run")
+    # No sentence is short enough for a window of one token.
+    asked = ensembles.corpus_questions
+    monkeypatch.setattr(
+        ensembles,
+        "corpus_questions",
+        lambda corpus, documents, count, _, seed: asked(corpus, documents, count, 1, seed),
+    )
+    assert main(["evaluate", str(folder)]) == 0
+    told = capsys.readouterr()
+    assert "no multiple choice: none of 16 documents has a sentence" in " ".join(told.err.split())
+    assert "Multiple choice" not in told.out
+    copy = Run.open(folder)
+    written = copy.evaluation()
+    assert written.keys() == {"settings", "perplexity", "differences"}
+    pd.testing.assert_frame_equal(copy.losses(), evaluation.losses)
+    assert not (folder / "choices.parquet").exists()
+    assert main(["report", str(folder)]) == 0
+    page = (folder / "report.html").read_text("utf-8")
+    assert "Perplexity" in page
+    assert "Multiple choice" not in page
 
 
 def test_a_sweep_over_ensembles_has_perplexity_and_accuracy(tiny_run: Run, tmp_path: Path):

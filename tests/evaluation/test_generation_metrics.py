@@ -14,11 +14,16 @@ from probekit.checksums import CHECKSUM
 from probekit.errors import ProbekitError
 from probekit.evaluation import generation_metrics
 from probekit.evaluation.generation import Generated
-from probekit.evaluation.generation_metrics import GenerationEvaluation, evaluate_generation
+from probekit.evaluation.generation_metrics import (
+    GenerationEvaluation,
+    check_generation,
+    evaluate_generation,
+)
 from probekit.evaluation.prompts import Prompt
 from probekit.evaluation.true_texts import TrueTexts, beginnings
 from probekit.progress import Progress
 from probekit.run import Run
+from probekit.storage import write_json
 
 SETTINGS = {
     "generation.prompts": 20,
@@ -155,6 +160,7 @@ def test_too_few_texts_for_mauve_are_told(large: Run):
 
 def test_fewer_prompts_than_asked_for_are_told(tiny_run: Run, tmp_path: Path):
     run = Run.open(shutil.copytree(tiny_run.folder, tmp_path / "run"))
+    forget_checksums(run.folder)
     evaluation = evaluate_generation(run, few({"mixing.variants": ["fixed"]}), quiet=True)
     assert evaluation.notes[0].startswith("16 prompts in place of 20: no more test documents are long enough")
 
@@ -164,6 +170,17 @@ def test_too_few_long_documents_write_nothing(tiny_run: Run):
     with pytest.raises(ProbekitError, match=r"0 of the 16 test documents .* lower generation\.lengths"):
         evaluate_generation(tiny_run, {"generation.lengths": [5000]}, quiet=True)
     assert sorted(path.name for path in tiny_run.folder.iterdir()) == before
+
+
+def test_an_encoder_that_is_gone_is_told_before_work_begins(tiny_run: Run, tmp_path: Path):
+    run = Run.open(shutil.copytree(tiny_run.folder, tmp_path / "run"))
+    forget_checksums(run.folder)
+    lengths = {"generation.context": 8, "generation.lengths": [8]}
+    check_generation(run, lengths)
+    gone = {"kind": "pretrained", "name": str(tmp_path / "gone"), "revision": None}
+    write_json(run.folder / "corpus" / "encoder" / "encoder.json", gone)
+    with pytest.raises(ProbekitError, match=r"actions\.encoder is"):
+        check_generation(run, lengths)
 
 
 def test_progress_tells_what_is_written_on_whose_actions(large: Run, monkeypatch: pytest.MonkeyPatch):

@@ -17,9 +17,10 @@ from probekit.interventions.changes import (
     replanning,
     steering,
 )
-from probekit.interventions.erasure import Eraser
+from probekit.interventions.erasure import Eraser, RandomErasers
 from probekit.interventions.ways import Way, along_gradient, straight
 from probekit.probing.saved import LinearProbe
+from probekit.probing.solvers import Moments
 
 WIDTH, ACTION = 6, np.array([0, 1, 1, 2, 0, 1, 3])
 SCENES: Any = SimpleNamespace(action=ACTION)
@@ -52,11 +53,16 @@ def eraser(seed: int) -> Eraser:
     return Eraser(left, torch.linalg.pinv(left), drawn(WIDTH, seed=seed + 1))
 
 
+def random_erasers(seed: int) -> RandomErasers:
+    moments = Moments.zeros(1, WIDTH, 2, dtype=torch.double)
+    return RandomErasers(moments.add(drawn(1, 50, WIDTH, seed=seed).double(), torch.arange(50) % 2), 2)
+
+
 def test_every_random_control_moves_as_far_as_what_it_stands_beside():
     x = drawn(len(ACTION), WIDTH, seed=5)
     directions = {d: drawn(4, WIDTH, seed=d) for d in (1, 2)}
     groups = [
-        erasing({1: eraser(0), 2: eraser(1)}, {1: eraser(2), 2: eraser(3)}, 0),
+        erasing({1: eraser(0), 2: eraser(1)}, {1: random_erasers(2), 2: random_erasers(3)}, 0),
         patching(directions | {1: drawn(7, WIDTH, seed=8), 2: drawn(7, WIDTH, seed=9)}, SCENES, 0),
         steering(ways(directions), SCENES, np.arange(4), [2.5], 0),
         steering({d: climbing(d) for d in (1, 2)}, SCENES, np.arange(4), [2.5], 0),
@@ -82,6 +88,16 @@ def test_random_directions_are_the_scenes_own():
     random = erasing({d: eraser(0) for d in (1, 2)}, {}, 0)[1].change
     torch.testing.assert_close(random(x[3:5], ALL[3:5], 1), random(x, ALL, 1)[3:5])
     assert not torch.allclose(random(x, ALL, 1), random(x, ALL, 2))
+
+
+def test_random_subspaces_are_the_scenes_own():
+    """So that resampling scenes resamples them; whatever the batch, and another one at every distance."""
+    x = drawn(1, WIDTH, seed=5).expand(len(ACTION), -1)
+    random = erasing({}, {d: random_erasers(2) for d in (1, 2)}, 0)[2].change
+    once = random(x, ALL, 1)
+    assert len(once.unique(dim=0)) == len(ACTION)
+    torch.testing.assert_close(random(x[3:5], ALL[3:5], 1), once[3:5])
+    assert not torch.allclose(once, random(x, ALL, 2))
 
 
 def test_donors():

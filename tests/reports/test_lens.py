@@ -11,6 +11,7 @@ import probekit
 from probekit.cli import main
 from probekit.probing.probe import probe
 from probekit.run import Run
+from probekit.storage import read_json, write_json
 
 Capture = pytest.CaptureFixture[str]
 
@@ -82,6 +83,29 @@ def test_probes_for_something_else_are_refused(
     probe(folder, quick_probes | one, quiet=True)
     assert main(["lens", str(folder), "--text", "Some words."]) == 2
     assert "read 'sentence-position' at every sentence" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"evaluation": 0.5},
+        {"documents": {"0": {"test": "x"}}},
+        {"documents": {}},
+        {"probe": {"variants": ["fixed"]}},
+        {"probe": {"distances": {"a": 1}}},
+    ],
+)
+def test_a_record_of_something_else_is_told_in_one_line(
+    change: dict[str, Any], probed_run: Run, tmp_path: Path, capsys: Capture
+):
+    folder = shutil.copytree(probed_run.folder, tmp_path / "run")
+    record = folder / "probes" / "settings.json"
+    write_json(record, read_json(record) | change)
+    assert main(["lens", str(folder), "--text", "A word.", "--quiet"]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert "settings.json" in told
+    assert f"probekit probe {folder}" in told
 
 
 def test_closed_form_probes_will_do(tiny_run: Run, quick_probes: dict[str, Any], tmp_path: Path):

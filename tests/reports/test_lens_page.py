@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from probekit.corpus.store import SPLITS
 from probekit.reports.lens_page import NOTHING, page
 from probekit.reports.lens_reading import LensData, read_text
 from probekit.reports.lens_text import visible
@@ -111,6 +112,17 @@ def test_one_file_that_fetches_nothing(probed_run: Run, text: str):
         "fitted on 32",
     ):
         assert named in written
+
+
+def test_the_page_says_where_true_actions_come_from(probed_run: Run, document: int, text: str):
+    split = SPLITS[probed_run.corpus.split[document]]
+    own = f"The text is document {document:,} of the corpus, of the split &#x27;{split}&#x27;"
+    nearest = "true action is the one whose centre is nearest to it"
+    of_corpus, other = (page(read_text(probed_run, given)) for given in (text, f"{text} And more."))
+    assert own in of_corpus
+    assert nearest not in of_corpus
+    assert nearest in other
+    assert own not in other
 
 
 def test_the_same_text_gives_the_same_page(probed_run: Run, text: str):

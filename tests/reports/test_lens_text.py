@@ -1,6 +1,7 @@
 """One text as a corpus: the same tokens, sentences and actions as if it had been in the run's own."""
 
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -52,11 +53,30 @@ def test_a_document_of_the_corpus_is_cut_as_the_corpus_was(probed_run: Run, docu
     np.testing.assert_array_equal(cut.corpus.tokens[:-1], corpus.tokens[begin:end])
     np.testing.assert_array_equal(cut.first_token, corpus.first_token[sentences] - begin - 1)
     np.testing.assert_array_equal(cut.embeddings, corpus.embeddings[sentences])
-    np.testing.assert_array_equal(cut.actions, corpus.codebook.nearest(corpus.embeddings[sentences]))
+    assert cut.document == document
+    np.testing.assert_array_equal(cut.actions, corpus.actions[sentences])
     assert cut.over
     # The sentence to come begins at the token behind the text.
     np.testing.assert_array_equal(cut.corpus.first_token, [*(cut.first_token + 1), end - begin])
     assert (cut.corpus.embeddings[-1] == 0).all()
+
+
+def test_true_actions_are_those_of_the_corpus_only_of_its_own_documents(
+    probed_run: Run, document: int, text: str
+):
+    """Planted actions, here all another than that of the nearest centre."""
+    run = Run.open(probed_run.folder)
+    corpus = run.corpus
+    run.corpus = replace(corpus, actions=(corpus.actions + 1) % corpus.k)
+    sentences = slice(*corpus.document_sentences[document : document + 2])
+    np.testing.assert_array_equal(cut_text(run, text, "none").actions, run.corpus.actions[sentences])
+    more = cut_text(run, f"{text} Mumi.", "none")
+    assert more.document is None
+    nearest = corpus.codebook.nearest(corpus.embeddings[sentences])
+    np.testing.assert_array_equal(more.actions[: len(nearest)], nearest)
+    # As many tokens as a document, but others.
+    ids = corpus.tokens[slice(*corpus.document_tokens[document : document + 2])][1:]
+    assert cut_text(run, corpus.tokenizer.decode(ids[::-1]), "none").document is None
 
 
 def test_a_sentence_that_goes_on_keeps_the_token_behind_it(probed_run: Run):

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import stats
 from sklearn.linear_model import LogisticRegression
 
 from probekit.config import ProbeSettings, SubnetworkSettings
@@ -146,3 +147,27 @@ def test_there_are_cautions_where_nothing_is_compared():
     assert cautions(table, np.zeros_like(masks)) == [
         "no mask was better than to remove nothing, on validation documents"
     ]
+
+
+def test_intervals_over_random_carry_how_much_draws_vary():
+    """Documents are all alike: what is not known is what other draws would have done."""
+    table, _ = table_of([2, 0.4, 1, 0.9, 1.3], [2, 0.5, 1, 1.5, 1.5])
+    rows = table[(table.metric.str.startswith("bits")) & table.draw.isna()].set_index(["condition", "metric"])
+    half = stats.t.ppf(0.975, 1) * 0.2  # the mean of two draws is off by half of their difference
+    for name in (("random", "bits"), ("random", "bits_change"), ("subnetwork", "bits_over_random")):
+        row = rows.loc[name]
+        assert row.value_high - row.value == pytest.approx(half)
+        assert row.value - row.value_low == pytest.approx(half)
+    assert rows.loc[("subnetwork", "bits_over_random")].value == pytest.approx(0.4 - 1.1)
+    # What one mask does is known of all documents.
+    assert rows.loc[("subnetwork", "bits_change")].value_high == pytest.approx(-1.6)
+
+
+def test_one_draw_tells_no_interval_over_random():
+    each = np.ones(12)
+    sums = {name: (np.array([2, 0.4, 1, 1.0])[:, None] * each, each) for name in ("bits", "refitted_bits")}
+    masks = np.zeros((4, 12), dtype=bool)
+    masks[1, [0, 4]] = masks[2, [0, 5]] = masks[3, [1, 5]] = True
+    table = results_table(sums, masks, {"resamples": 100, "seed": 0})
+    assert table[table.metric == "bits_over_random"].value_high.isna().all()
+    assert ["no interval" in note for note in cautions(table, masks)] == [True]
