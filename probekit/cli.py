@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with terminable():
             _command(words)
             sys.stdout.flush()
+        processes.leave()
     except BrokenPipeError:  # whoever read the output has read enough, as `head` does
         if debug:
             raise

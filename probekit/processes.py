@@ -48,15 +48,21 @@ def alone() -> None:
     os.environ["WORLD_SIZE"] = "1"
 
 
+def leave() -> None:
+    """Takes leave of the others when all is done: what still listens would abort the process at its end."""
+    if _joined.cache_info().currsize:
+        _joined().destroy_process_group()
+
+
 def wait() -> None:
     """Waits until all processes are here."""
     if count() > 1:
         _joined().wait_for_everyone()
 
 
-def share(items: Sequence[T], of: int | None = None) -> Sequence[T]:
-    """A process's part, or this one's, of what all have: each item is in one; the first one's is longest."""
-    return items[rank() if of is None else of :: count()]
+def share(items: Sequence[T]) -> Sequence[T]:
+    """Every process's own part of what all of them have: each item is in one."""
+    return items[rank() :: count()]
 
 
 def add_up(tensors: Iterable[Tensor]) -> None:

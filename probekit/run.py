@@ -167,8 +167,9 @@ class Run(RunFolder):
     def _base_lm(
         self, load: Callable[[], PreTrainedModel], name: str | Path, alike: BaseLM | None = None
     ) -> BaseLM:
-        outline = self._outline if self._sharded else None
-        return BaseLM(load, self.corpus.tokenizer, name, alike, outline)
+        if self._sharded:  # looking hooks up on another one would load that one's weights
+            return BaseLM(load, self.corpus.tokenizer, name, outline=self._outline)
+        return BaseLM(load, self.corpus.tokenizer, name, alike)
 
     def base_lm(self, name: ProbedName | MemberName = "none", seed: int = 0) -> BaseLM:
         """The LM of a model, without adapter and ensemble: plain, bridged, and with hooks.
@@ -180,7 +181,7 @@ class Run(RunFolder):
         """
         base = self._base
         if name == "random":
-            like = base.plain
+            like = self._outline() if self._sharded else base.plain
             load = partial(self._placed, partial(random_weights, like, seed))
             return self._base_lm(load, "random weights", base)
         if (stage := _stage_of(name)) is None or self.config.training.base.tuning == "frozen":

@@ -58,7 +58,8 @@ def test_auto_is_bfloat16_on_a_gpu_that_has_it(has_bfloat16: bool, monkeypatch: 
     chosen = {}
     monkeypatch.setattr(torch, "autocast", lambda kind, **given: chosen.update(kind=kind, **given))
     autocast(torch.device("cuda"), "auto")
-    assert chosen == {"kind": "cuda", "dtype": torch.bfloat16, "enabled": has_bfloat16}
+    expected = {"kind": "cuda", "dtype": torch.bfloat16, "enabled": has_bfloat16}
+    assert expected.items() <= chosen.items()
 
 
 @pytest.mark.gpu

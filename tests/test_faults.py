@@ -331,6 +331,8 @@ def test_a_command_that_is_stopped_can_be_given_again(
         (copy / "planner" / "model.safetensors").unlink()
     before = hashes(copy)
     with monkeypatch.context() as patch:
+        # A shell has what it runs in the background ignore it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         signalled(patch, place, number, call=2)
         result = ran(*words)
     assert result.code == code

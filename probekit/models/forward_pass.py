@@ -15,9 +15,9 @@ from torch import Tensor
 
 from probekit import processes
 from probekit.errors import ProbekitError
-from probekit.models.language_model import Hook, bridge, layer_of, random_weights, without_weights
+from probekit.models.language_model import Hook, bridge, layer_of, shallow
 from probekit.models.plain import PlainPass, Tap, find_tap, placed
-from probekit.models.sharded import ShardedPass, is_sharded, shallow
+from probekit.models.sharded import ShardedPass, is_sharded
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -93,11 +93,11 @@ def _sharded_pass(
     """The only way to run a sharded LM; its hooks are compared on a shallow LM of the architecture."""
     missing = [name for name in names if name not in taps]
     if not missing and processes.is_first():
-        like = without_weights(shallow(model.config))
+        like = shallow(model.config)
         layers = like.config.get_text_config().num_hidden_layers
         like_names = list(dict.fromkeys(_in_layers(name, layers) for name in names))
-        lens = bridge(random_weights(like, 0), bridged.tokenizer, "a shallow LM of the same architecture")
-        if not isinstance(forward_pass(lens, random_weights(like, 0), like_names), PlainPass):
+        lens = bridge(shallow(model.config), bridged.tokenizer, "a shallow LM of the same architecture")
+        if not isinstance(forward_pass(lens, like, like_names), PlainPass):
             missing = like_names
     if processes.total(len(missing), model.device):
         raise ProbekitError(

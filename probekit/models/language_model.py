@@ -6,6 +6,7 @@ in place, so what is saved is always the plain one.
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 import warnings
@@ -68,6 +69,26 @@ def without_weights(config: PreTrainedConfig, *, trust_remote_code: bool = False
         return AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, trust_remote_code=trust_remote_code
         )
+
+
+def allocated(outline: PreTrainedModel) -> PreTrainedModel:
+    """Gives an LM without weights any, in memory that is taken only where it is written to."""
+    outline.to_empty(device="cpu")
+    outline.tie_weights()
+    return outline
+
+
+def shallow(config: PreTrainedConfig) -> PreTrainedModel:
+    """A stand-in for an LM: random weights, and its first layers alone, with one of every kind."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    depth, kinds = text.num_hidden_layers, getattr(text, "layer_types", None) or [None]
+    layers = min(depth, max(2, 1 + max(kinds.index(kind) for kind in kinds)))
+    for name, value in vars(text).items():
+        if isinstance(value, list) and len(value) == depth:
+            setattr(text, name, value[:layers])
+    text.num_hidden_layers = layers
+    return random_weights(without_weights(config), 0)
 
 
 def load_outline(
@@ -166,7 +187,9 @@ def bridge_without_weights(
     try:
         return bridge(outline, tokenizer, name)
     except ProbekitError:  # queries, keys and values that are one matrix are taken apart by their values
-        return bridge(random_weights(outline, 0), tokenizer, name)
+        bridged = bridge(allocated(without_weights(outline.config)), tokenizer, name)
+        bridged.original_model.to("meta")
+        return bridged
 
 
 def longest_window(model: PreTrainedModel) -> int:
@@ -201,6 +224,9 @@ def locations(bridged: TransformerBridge) -> dict[str, int]:
     is a vector for each position, one more token makes the second axis longer and changes no other. Blocks
     are taken to be like the first.
     """
+    if bridged.original_model.device.type == "meta":  # not all LMs can be run without weights
+        like = shallow(bridged.original_model.config)
+        bridged = bridge(like, bridged.tokenizer, "a shallow LM of the same architecture")
     short, long = (_shapes(bridged, length) for length in (1, 2))
     return {
         location: math.prod(shape[2:])

@@ -6,23 +6,21 @@ process makes a forward pass that the others do not make with it.
 
 from __future__ import annotations
 
-import copy
+import zlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from probekit import processes
-from probekit.models.language_model import Hook
+from probekit.errors import ProbekitError
+from probekit.models.language_model import Hook, allocated
 from probekit.models.plain import PlainPass
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
     from transformers import PreTrainedModel
-
-SHALLOW = 2
-"""Layers of the LM on which hooks of a sharded one are compared: some architectures alternate two kinds."""
 
 
 def shard(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
@@ -33,13 +31,16 @@ def shard(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     Args:
         model: On the CPU in the first process, whose weights are taken; without weights in the others.
         device: Where this process computes.
+
+    Raises:
+        ProbekitError: The weights are not those that the others expect by the LM's configuration.
     """
     from torch.distributed.fsdp import FSDPModule, fully_shard
     from torch.distributed.tensor import distribute_tensor
 
     if not processes.is_first():
-        model.to_empty(device="cpu")  # memory that is not touched takes none
-        model.tie_weights()
+        model = allocated(model)
+    _check_alike(model, device)
     # Detached, they stay on the CPU when the model is moved.
     whole = {name: parameter.detach() for name, parameter in model.named_parameters()}
     mesh = processes.mesh()
@@ -56,6 +57,17 @@ def shard(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     for buffer in model.buffers():
         torch.distributed.broadcast(buffer, 0)
     return model
+
+
+def _check_alike(model: PreTrainedModel, device: torch.device) -> None:
+    """Refuses to scatter weights to processes that expect others, such as a head of its own or none."""
+    shapes = [(name, *parameter.shape) for name, parameter in model.named_parameters()]
+    digest = zlib.crc32(repr(shapes).encode())
+    if processes.total(digest, device) != processes.count() * digest:
+        raise ProbekitError(
+            f"lm.sharded is true, but the weights of {type(model).__name__} are not those that its "
+            "config.json tells of; load it and save it again (save_pretrained), or give lm.sharded false"
+        )
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -105,23 +117,20 @@ class ShardedPass(PlainPass):
     ) -> None:
         """Runs hooks as `PlainPass` does, but always the whole LM: others wait for its last blocks."""
         processes.total(1.0, self.device)
-        self.logits(tokens, hooks, positions)
+        self._run(tokens, hooks, positions)
 
     def keep_up(self) -> None:
         """Goes along with calls that other processes make; every process calls this behind its own last."""
         nothing = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         with torch.no_grad():
             while processes.total(0.0, self.device):
-                self.logits(nothing, [])
+                self._run(nothing, [])
 
-
-def shallow(config: Any) -> Any:
-    """The configuration of an LM of the same architecture with few layers."""
-    config = copy.deepcopy(config)
-    text = config.get_text_config()
-    depth = text.num_hidden_layers
-    for name, value in vars(text).items():
-        if isinstance(value, list) and len(value) == depth:  # what kind each layer is
-            setattr(text, name, value[:SHALLOW])
-    text.num_hidden_layers = min(SHALLOW, depth)
-    return config
+    def _run(self, tokens: Tensor, hooks: Sequence[Hook], positions: Tensor | None = None) -> None:
+        head = self._model.get_output_embeddings()
+        # Nobody asked for logits, which can be larger than all activations.
+        one = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, :1],))
+        try:
+            self.logits(tokens, hooks, positions)
+        finally:
+            one.remove()

@@ -92,6 +92,11 @@ class Reader:
         names = [_name(place) for place in places] + list(adapter.names if adapter is not None else ())
         self._forward = run.forward_pass(names, variant, seed)
 
+    @property
+    def sharded(self) -> bool:
+        """Whether all processes have to read together, for they share the LM's weights."""
+        return isinstance(self._forward, ShardedPass)
+
     def chunks(self, examples: Examples) -> Iterator[tuple[slice, list[Tensor]]]:
         """Activations of this process's share of the examples; see `Activations`."""
         for part in processes.share([*chunk_slices(examples.document)]):

@@ -185,8 +185,7 @@ def _probed(
     source = partial(Reader, run, variant, distances=grid.distances, seed=seed)
     if store:
         folder = run.folder / "activations" / f"{variant}-seed{seed}"
-        if processes.is_first():
-            write_store(source(list(places)), examples, folder, identity(run, variant, seed, grid), progress)
+        write_store(source(list(places)), examples, folder, identity(run, variant, seed, grid), progress)
         processes.wait()
         source = partial(Store, folder, run.device)
     control = control_question(run.corpus, grid, seed) if config.control else None

@@ -92,6 +92,8 @@ def write_store(
 ) -> None:
     """Writes what a reader reads, or goes on with a store that was begun; a complete one costs nothing.
 
+    The first of several processes reads and writes; of a sharded LM all read together.
+
     Args:
         reader: Reads the activations.
         splits: Examples of every split.
@@ -103,6 +105,7 @@ def write_store(
         ProbekitError: The folder holds a store of something else, or the disk is too small.
     """
     shards = _begun(folder, identity, reader, splits)
+    processes.wait()  # all have looked before anything is written
     manifest = {
         "format": FORMAT,
         "identity": dict(identity),
@@ -124,12 +127,15 @@ def write_store(
     progress.say(
         f"store {size / 1e9:,.2f} GB of activations in {folder}" if missing else f"activations from {folder}"
     )
-    if missing:
+    if missing and processes.is_first():
         # Before the first shard: a store that is interrupted in it can be told from a foreign folder.
         write_json(folder / "manifest.json", manifest)
+    if missing and (reader.sharded or processes.is_first()):
         with progress.task("store activations", total=rows) as task:
             for examples, part, name in missing:
                 blocks = reader.read(examples[part])
+                if not processes.is_first():
+                    continue
                 write_tensors(folder / name, {f"block{b}": values for b, values in enumerate(blocks)})
                 shards[name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
                 write_json(folder / "manifest.json", manifest)

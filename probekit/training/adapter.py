@@ -204,7 +204,8 @@ class AdapterTraining:
 def _encoder(trainer: Trainer) -> TrainableEncoder:
     """The corpus's sentence encoder, to be trained."""
     with without_bars_of_transformers():
-        return TrainableEncoder(load_encoder(trainer.corpus.folder / "encoder", str(trainer.device)))
+        encoder = load_encoder(trainer.corpus.folder / "encoder", str(trainer.device))
+    return TrainableEncoder(encoder).to(trainer.device)
 
 
 def _road(bridged: TransformerBridge, base: Tuning | None, adapter: Adapter) -> ForwardPass | None:

@@ -43,7 +43,9 @@ def check_adapters(run: Run) -> None:
     codebook = torch.from_numpy(run.corpus.codebook.centroids)
     adapter = new_adapter(run.config.conditioning, codebook, run.bridged, run.config.seed)
     if run.config.training.base.tuning != "frozen":
-        check_tunable(run.base_lm().forward_pass(adapter.names), adapter)
+        lm = run.base_lm()
+        check_tunable(lm.forward_pass(adapter.names), adapter)
+        del lm.plain  # training has a copy of its own
 
 
 def check_ensembles(run: Run) -> None:

@@ -144,27 +144,29 @@ class _Loop:
         It is computed in smaller parts where memory is short.
         """
         own = rows[processes.rank() :: processes.count()]
-        most = math.ceil(len(rows) / processes.count())
+        # With a sharded LM all processes make as many passes, also one that has fewer rows.
+        most = math.ceil(len(rows) / processes.count()) if self._stage.sharded else max(1, len(own))
         while True:
             parts = min(self._standing.divided, most)
             try:
                 total = 0.0
                 for micro in np.array_split(own, parts):
-                    # A process without a row of its own goes along: a sharded LM takes all to run it.
+                    if not len(micro) and not self._stage.sharded:
+                        continue
                     loss = self._stage.loss(micro if len(micro) else rows[:1], rows) * bool(len(micro))
                     loss.backward()
                     total += loss.item()
                 return total
             except torch.OutOfMemoryError:
-                if self._stage.sharded:
-                    raise ProbekitError(
-                        f"training of {self._stage.name}: out of memory; processes that share a sharded LM "
-                        f"cannot divide a step alone: raise the stage's accumulate, which is {parts}"
-                    ) from None
                 if parts == most:
                     raise ProbekitError(
                         f"training of {self._stage.name}: the memory of the device does not suffice for one "
                         "example at a time; lower training.window, or take a smaller LM"
+                    ) from None
+                if self._stage.sharded:
+                    raise ProbekitError(
+                        f"training of {self._stage.name}: out of memory; processes that share a sharded LM "
+                        f"cannot divide a step alone: raise the stage's accumulate, which is {parts}"
                     ) from None
             # Behind the handler, whose error holds on to what the failed pass had allocated.
             self._optimiser.zero_grad(set_to_none=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -55,8 +56,8 @@ class Trainer:
         own = processes.share(batches)
         with torch.no_grad():
             total = sum(losses(windows[rows]).sum().item() for rows in own)
-            if len(own) < len(processes.share(batches, of=0)):  # a sharded LM takes all processes to run it
-                losses(windows[batches[0]])
+            if self.config.lm.sharded and len(own) < math.ceil(len(batches) / processes.count()):
+                losses(windows[batches[0]])  # others have one more to run, which takes all processes
         return processes.total(total, self.device) / int(windows.scored.sum())
 
     def autocast(self) -> Any:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from probekit.models.language_model import (
 )
 from probekit.models.plain import PlainPass
 from probekit.models.sharded import ShardedPass, gathered, shard
+from probekit.probing.probe import probe
 from probekit.run import Run
 from probekit.stopping import Stopped
 from probekit.training import loop
@@ -51,6 +53,7 @@ def hooks(*folders: str) -> None:
         _see_what_those_of_a_whole_lm_see(lm, load_model(folder))
         _keep_up(lm)
         _refuse_what_only_the_bridge_has(lm)
+    _refuse_other_weights_than_expected(*folders[:2])
 
 
 def _see_what_those_of_a_whole_lm_see(lm: Sharded, whole: PreTrainedModel) -> None:
@@ -101,6 +104,19 @@ def _refuse_what_only_the_bridge_has(lm: Sharded) -> None:
         forward_pass(*lm, ["blocks.1.attn.hook_pattern"])
 
 
+def _refuse_other_weights_than_expected(folder: str, other: str) -> None:
+    model = load_model(folder) if processes.is_first() else load_outline(other)
+    with pytest.raises(ProbekitError, match=r"are not those that its config.json tells of"):
+        shard(model, torch.device("cpu"))
+
+
+def probed(folder: str) -> None:
+    """Probes a run, by what is read and by what was stored of it."""
+    read = probe(folder, quiet=True).table
+    stored = probe(folder, store=True, quiet=True).table
+    pd.testing.assert_frame_equal(read, stored)
+
+
 def trained(*folders: str) -> None:
     """Goes on with runs."""
     for folder in folders:
@@ -130,4 +146,5 @@ def stopped(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    {work.__name__: work for work in (hooks, trained, stopped)}[sys.argv[1]](*sys.argv[2:])
+    {work.__name__: work for work in (hooks, probed, trained, stopped)}[sys.argv[1]](*sys.argv[2:])
+    processes.leave()

@@ -1,5 +1,6 @@
 """Language models of several families: bridged they stay themselves; what cannot work says so in one line."""
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from probekit.errors import ProbekitError
 from probekit.models.language_model import (
     OUTSIDE_BLOCKS,
     bridge,
+    bridge_without_weights,
     check_location,
     hook_name,
     layer_of,
@@ -24,7 +26,10 @@ from probekit.models.language_model import (
     longest_window,
     new_model,
     random_weights,
+    shallow,
+    without_weights,
 )
+from probekit.models.plain import find_tap
 
 FAMILIES = ["gpt2", "gpt_neox", "llama", "olmo", "olmo2", "qwen2", "qwen3"]
 COMMON = {
@@ -141,6 +146,47 @@ def test_positions_are_never_taken_for_heads(
     assert [found[f"attn.hook_{name}"] for name in "qkvz"] == [12] * 4
     assert "attn.hook_pattern" not in found
     assert "attn.hook_attn_scores" not in found
+
+
+MIXTURES = {
+    "Mixtral": {"num_key_value_heads": 1, "num_local_experts": 2},
+    "Qwen3Moe": {
+        "num_key_value_heads": 1,
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 8,
+        "head_dim": 8,
+    },
+    "Gemma2": {"num_key_value_heads": 1, "head_dim": 8},
+    "Phi3": {"num_key_value_heads": 2, "pad_token_id": 0},
+    "GPT2": {"num_hidden_layers": 1},
+}
+"""Architectures that cannot be run without weights, alternate two kinds of layers, or fuse some weights."""
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_an_lm_without_weights_has_the_hooks_of_one_with_them(
+    name: str, make_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerBase
+):
+    model = make_model(name, len(tokenizer), **MIXTURES[name])
+    outline = bridge_without_weights(without_weights(model.config), tokenizer, name)
+    assert all(parameter.is_meta for parameter in outline.original_model.parameters())
+    bridged, plain = bridge(copy.deepcopy(model), tokenizer, name), model
+    assert locations(outline) == locations(bridged)
+    assert outline.cfg.n_layers == bridged.cfg.n_layers
+    for location in locations(bridged):
+        hook = hook_name(location, bridged.cfg.n_layers - 1)
+        assert find_tap(outline, plain, hook) == find_tap(bridged, plain, hook), hook
+
+
+def test_a_shallow_lm_has_a_layer_of_every_kind(make_model: Callable[..., PreTrainedModel]):
+    kinds = ["sliding_attention"] * 3 + ["full_attention"] + ["sliding_attention"] * 3
+    config = make_model("Gemma2", 50, num_hidden_layers=7, layer_types=kinds, num_key_value_heads=1).config
+    like = shallow(config)
+    assert like.config.layer_types == kinds[:4]
+    assert like(tokens(1, 5) % 50).logits.shape == (1, 5, 50)
+    assert config.num_hidden_layers == 7
+    assert shallow(make_model("Llama", 50, num_hidden_layers=7).config).config.num_hidden_layers == 2
 
 
 def test_locations_of_an_lm_of_one_layer_and_two_positions(

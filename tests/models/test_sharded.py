@@ -101,7 +101,7 @@ def test_tuned_weights_are_those_of_the_whole_lm(
 
 
 def test_statistics_of_probes_are_those_of_the_whole_lm(whole: dict[str, Run], sharded: dict[str, Run]):
-    together("-m", "probekit", "probe", sharded["full"].folder, "--quiet")
+    together(WORK, "probed", sharded["full"].folder)
     shared, alone = sharded["full"].probes(), probe(whole["full"], quiet=True).table
     assert set(alone.variant.dropna()) >= {"none", "random", "soft"}
     key = ["reader", "solver", "variant", "location", "layer", "distance", "horizon"]

@@ -1,5 +1,6 @@
 """Options of joint training: the planner frozen at first, a temperature and an encoder that are learned."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from probekit.models.mixing import VARIANTS
 from probekit.models.planned_lm import PlannedLM
 from probekit.models.sentence_encoder import TrainableEncoder
 from probekit.run import Run
-from probekit.training.adapter import AdapterTraining, train_adapter
+from probekit.training.adapter import AdapterTraining, _encoder, train_adapter
 from probekit.training.train import train
 
 JOINT = [name for name, variant in VARIANTS.items() if variant.joint]
@@ -121,6 +122,12 @@ def test_its_gradient_is_that_of_differences(tiny_run: Run):
 
 
 # The encoder
+
+
+def test_the_encoder_that_is_trained_is_where_all_else_is(tiny_run: Run):
+    stage, _ = trainer(tiny_run)
+    encoder = _encoder(replace(stage, device=torch.device("meta")))
+    assert {parameter.device.type for parameter in encoder.parameters()} == {"meta"}
 
 
 def test_the_loss_reaches_the_encoder_and_no_frozen_one(tiny_run: Run):
