@@ -8,13 +8,16 @@ alone writes.
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
 from typing import TYPE_CHECKING, TypeVar
 
 from probekit.errors import ProbekitError
+from probekit.stopping import at_once
 
 if TYPE_CHECKING:
     import torch
@@ -51,13 +54,21 @@ def alone() -> None:
 def leave() -> None:
     """Takes leave of the others when all is done: what still listens would abort the process at its end."""
     if _joined.cache_info().currsize:
+        wait()
+        mesh.cache_clear()
+        gc.collect()  # whatever still holds the group would keep its threads
         _joined().destroy_process_group()
 
 
 def wait() -> None:
-    """Waits until all processes are here."""
+    """Waits until all processes are here.
+
+    Raises:
+        ProbekitError: One has ended.
+    """
     if count() > 1:
-        _joined().wait_for_everyone()
+        with at_once(), _told():
+            _joined().wait_for_everyone()
 
 
 def share(items: Sequence[T]) -> Sequence[T]:
@@ -66,13 +77,18 @@ def share(items: Sequence[T]) -> Sequence[T]:
 
 
 def add_up(tensors: Iterable[Tensor]) -> None:
-    """Replaces every tensor by its sum over processes."""
+    """Replaces every tensor by its sum over processes.
+
+    Raises:
+        ProbekitError: One has ended.
+    """
     if count() > 1:
         _joined()
         import torch
 
-        for tensor in tensors:
-            torch.distributed.all_reduce(tensor)
+        with _told():
+            for tensor in tensors:
+                torch.distributed.all_reduce(tensor)
 
 
 def total(value: float, device: torch.device) -> float:
@@ -97,6 +113,17 @@ def mesh() -> DeviceMesh:
 def device() -> torch.device | None:
     """The device of this process among several; None for one alone, which may choose."""
     return _joined().device if count() > 1 else None
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Has it told in one line that another process is gone: what it said itself is what matters."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ProbekitError(
+            f"another process has ended, and said why ({' '.join(str(error).split())[:80]})"
+        ) from error
 
 
 @cache

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from probekit import processes
 from probekit.config import Config
 from probekit.devices import compute_device, precision_of
 
@@ -40,6 +41,7 @@ def provenance(config: Config) -> dict[str, Any]:
             "processor": platform.machine(),
             "system": platform.system(),
             "threads": torch.get_num_threads(),
+            "processes": processes.count(),
         },
     }
 

@@ -138,6 +138,13 @@ class Run(RunFolder):
     def _sharded(self) -> bool:
         return self.config.lm.sharded and processes.count() > 1
 
+    @property
+    def sharding(self) -> str:
+        """What `lm.sharded` comes to here, for who asked for it."""
+        if self._sharded:
+            return f"the LM is sharded over {processes.count()} processes"
+        return "lm.sharded does nothing in one process; torchrun and accelerate launch begin several"
+
     def _outline(self) -> PreTrainedModel:
         return load_outline(**self._source())
 

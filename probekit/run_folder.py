@@ -119,7 +119,9 @@ class RunFolder(RunResults):
         if existing == "resume" and (folder / "run.json").exists():
             return cls._resume(folder, config)
         is_run = all((folder / name).is_file() for name in BEGUN)
-        if is_run and existing != "overwrite":
+        # Where nothing was done yet, as when the LM could not be had, there is nothing to keep.
+        holds = is_run and {path.name for path in folder.iterdir()} != {*BEGUN}
+        if holds and existing != "overwrite":
             raise ProbekitError(
                 f"{folder} holds a run already; go on with it by --resume, replace it by --overwrite, or "
                 "choose another --out"

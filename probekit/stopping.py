@@ -57,6 +57,13 @@ def terminable() -> Iterator[None]:
 
 
 @contextmanager
+def at_once() -> Iterator[None]:
+    """Has SIGTERM end the process at once, while it waits for others and hears nothing itself."""
+    with _handled(signal.SIG_DFL, (signal.SIGTERM,)):
+        yield
+
+
+@contextmanager
 def _handled(handler: signal._HANDLER, numbers: tuple[signal.Signals, ...] = HANDLED) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
         yield

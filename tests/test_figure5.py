@@ -147,7 +147,7 @@ def test_marks_and_strength(run: Path, tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--variant", "joint"], "nothing was changed of joint at hook_resid_post; there is none at hook_"),
+        (["--variant", "joint"], "nothing was changed of joint at hook_resid_post, but of none at hook_"),
         (["--location", "attn.hook_z"], "nothing was changed of none at attn.hook_z"),
         (["--strength", "2"], "strength 2 was not tried; 1, 3 were"),
     ],

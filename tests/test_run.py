@@ -121,10 +121,16 @@ def test_a_file_is_left_alone(tmp_path: Path, existing: Existing):
 
 @pytest.mark.parametrize("config", [TINY, None])
 def test_an_existing_run_is_refused_by_default(begun: Run, config: Config | None):
+    begun.log({"stage": "lm", "loss": 1.0})
     line = refusal(begun.folder, config)
     assert "holds a run already" in line
     assert "--resume" in line
     assert "--overwrite" in line
+
+
+def test_a_run_in_which_nothing_was_done_yet_is_begun_again(begun: Run):
+    again = Run.begin(begun.folder, TINY.override({"seed": 9}))
+    assert Run.open(again.folder).config.seed == 9
 
 
 def test_without_settings_nothing_is_begun(tmp_path: Path):

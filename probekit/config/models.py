@@ -19,7 +19,7 @@ class LanguageModelSettings(Settings):
     trust_remote_code: bool = False
     """Let the model's folder run its own Python code. Only for models whose code you have read."""
     sharded: bool = False
-    """Shard the weights over the processes that train or probe together, where one GPU cannot hold them."""
+    """Shard the weights over the processes of torchrun or accelerate, where one GPU cannot hold them."""
     layers: Positive = 4
     """Layers of a new LM."""
     width: Positive = 128

@@ -105,6 +105,8 @@ def probe(
     places = _places(run)
     target = find_target(run.corpus, config.target, config.labels)
     progress = Progress(quiet=quiet)
+    if run.config.lm.sharded:
+        progress.say(run.sharding)
     grids = _grids(run, target)
     shared = next(iter(grids.values()))
     with progress.task("score baselines"):

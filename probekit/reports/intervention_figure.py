@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from probekit.errors import ProbekitError
 from probekit.reports.figures import DISTANCE
+from probekit.reports.notebook_figure import NotebookFigure
 from probekit.run import Run
 
 READ = "read"
@@ -93,7 +94,10 @@ def causal_numbers(run: Run, variant: str | None, location: str, strength: float
     own = effects[(effects.variant == variant) & (effects.location == location)]
     if own.empty:
         there = effects[["variant", "location"]].drop_duplicates().agg(" at ".join, axis=1)
-        raise ProbekitError(f"nothing was changed of {variant} at {location}; there is {', '.join(there)}")
+        raise ProbekitError(
+            f"nothing was changed of {variant} at {location}, but of {', '.join(there)}; run "
+            f"`probekit intervene {run.folder} --intervene.variant {variant}`"
+        )
     strengths = sorted(own.strength.dropna().unique())
     chosen = strength if strength is not None else next(iter(strengths), None)
     if strength is not None and strength not in strengths:
@@ -135,7 +139,7 @@ def draw_causal(numbers: pd.DataFrame) -> Figure:
     panels = [panel for panel in PANELS if (numbers.panel == panel).any()]
     layers, distances = numbers.layer.nunique(), numbers.distance.nunique()
     size = (max(3.0, 1.4 + 0.6 * distances) * len(panels), 1.6 + 0.32 * max(layers, 3) + 3.2)
-    figure = Figure(figsize=size, layout="constrained")
+    figure = NotebookFigure(figsize=size, layout="constrained")
     grid = figure.subplots(2, len(panels), squeeze=False, height_ratios=[size[1] - 3.0, 3.0])
     losses = numbers[(numbers.part == "map") & (numbers.panel != READ)].value.abs().max()
     for panel, above, below in zip(panels, *grid, strict=True):

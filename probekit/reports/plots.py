@@ -14,7 +14,6 @@ Each takes a run, or a sweep, and returns a matplotlib figure.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,6 +45,7 @@ from probekit.reports.figures import (
     panels,
 )
 from probekit.reports.intervals import draw_intervals
+from probekit.reports.notebook_figure import NotebookFigure
 from probekit.run import Run
 from probekit.sweeps.results import Sweep
 
@@ -57,15 +57,6 @@ TITLES = {"lm": "LM", "planner": "planner", "adapter": "adapters", "depth": "dep
 
 WIDEST = 3
 """Panels beside each other."""
-
-
-class NotebookFigure(Figure):
-    """A figure that notebooks show, also where nobody has set up pyplot."""
-
-    def _repr_png_(self) -> bytes:
-        picture = io.BytesIO()
-        self.savefig(picture, format="png")
-        return picture.getvalue()
 
 
 def plot_training(run: Run) -> Figure:

@@ -70,6 +70,8 @@ def train(
 
 def _train(run: Run, progress: Progress) -> None:
     _tell_what_begins_anew(run, progress)
+    if run.config.lm.sharded:
+        progress.say(run.sharding)
     if run.config.lm.name is not None:  # one that cannot be had is told before a long corpus is built
         _stage(run, "lm", partial(_language_model, run, progress))
     _stage(run, "corpus", partial(_corpus, run, progress))
