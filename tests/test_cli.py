@@ -44,7 +44,7 @@ def test_version(capsys: Capture):
             "generate",
             ("seed", "device", *(f"generation.{name}" for name in ("context", "temp", "top_", "batch"))),
         ),
-        ("probe", ("device", "evaluation.", "probe.")),
+        ("probe", ("device", "evaluation.", "probe.", "lm.sharded")),
         ("lens", ("device",)),
         ("report", ()),
         ("sweep", None),

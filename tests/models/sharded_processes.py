@@ -1,6 +1,6 @@
 """What two processes do with a sharded LM; a wrong result ends them with an error.
 
-python -m torch.distributed.run --nproc_per_node 2 tests/models/sharded_processes.py stopped RUN
+torchrun --nproc_per_node 2 tests/models/sharded_processes.py trained RUN then probed RUN
 """
 
 import signal
@@ -146,5 +146,7 @@ def stopped(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    {work.__name__: work for work in (hooks, probed, trained, stopped)}[sys.argv[1]](*sys.argv[2:])
+    for asked in " ".join(sys.argv[1:]).split(" then "):
+        name, *given = asked.split()
+        {work.__name__: work for work in (hooks, probed, trained, stopped)}[name](*given)
     processes.leave()

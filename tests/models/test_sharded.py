@@ -74,7 +74,8 @@ def sharded(tiny_run: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     folder = tmp_path_factory.mktemp("sharded")
     for tuning in TUNINGS:
         begun(tiny_run, folder / tuning, **{"training.base.tuning": tuning, "lm.sharded": True})
-    together(WORK, "trained", *(folder / tuning for tuning in TUNINGS))
+    trained = [folder / tuning for tuning in TUNINGS]
+    together(WORK, "trained", *trained, "then", "probed", folder / "full")
     return {tuning: Run.open(folder / tuning) for tuning in TUNINGS}
 
 
@@ -101,7 +102,6 @@ def test_tuned_weights_are_those_of_the_whole_lm(
 
 
 def test_statistics_of_probes_are_those_of_the_whole_lm(whole: dict[str, Run], sharded: dict[str, Run]):
-    together(WORK, "probed", sharded["full"].folder)
     shared, alone = sharded["full"].probes(), probe(whole["full"], quiet=True).table
     assert set(alone.variant.dropna()) >= {"none", "random", "soft"}
     key = ["reader", "solver", "variant", "location", "layer", "distance", "horizon"]
@@ -110,10 +110,13 @@ def test_statistics_of_probes_are_those_of_the_whole_lm(whole: dict[str, Run], s
         np.testing.assert_allclose(shared[column], alone[column], rtol=1e-3, atol=1e-3, err_msg=column)
 
 
-def test_one_that_is_stopped_goes_on(tiny_run: Run, tmp_path: Path, whole: dict[str, Run]):
+def test_one_that_is_stopped_goes_on(
+    tiny_run: Run, tmp_path: Path, whole: dict[str, Run], folders: dict[str, Path]
+):
     settings = {"training.base.tuning": "full", "lm.sharded": True, "training.adapter.checkpoints": 2}
     run = begun(tiny_run, tmp_path / "run", **settings)
-    together(WORK, "stopped", run.folder)
+    # And hooks of every architecture, now that two processes are there.
+    together(WORK, "stopped", run.folder, "then", "hooks", *folders.values())
     first, second = (adapter_metrics(r) for r in (whole["full"], run))
     np.testing.assert_allclose(first.loss, second.loss, rtol=1e-5, atol=1e-5)
     kept = [Run.open(folder).plain_model("soft") for folder in run.checkpoints("adapter/soft").values()]
@@ -131,7 +134,3 @@ def test_one_process_holds_it_whole(tiny_run: Run, tmp_path: Path):
 def test_a_depth_ensemble_is_refused():
     with pytest.raises(ProbekitError, match=r"^lm.sharded is true, but method is 'depth-ensemble'"):
         Config().override({"lm.sharded": True, "method": "depth-ensemble"})
-
-
-def test_hooks_of_every_architecture(folders: dict[str, Path]):
-    together(WORK, "hooks", *folders.values())
