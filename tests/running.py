@@ -3,7 +3,10 @@
 import contextlib
 import hashlib
 import io
+import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +64,15 @@ def ran(*words: object) -> Ran:
             error.add_note(f"probekit {' '.join(map(repr, typed))}")
             raise
     return Ran(typed, code, told.getvalue())
+
+
+def in_two_processes(*words: str | Path) -> str:
+    """What a script, or a module behind `-m`, prints in two processes that work together."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*launch, *map(str, words)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 def told(capsys: Capture, *words: str | Path) -> str:

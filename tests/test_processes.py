@@ -1,13 +1,11 @@
 """Two processes against one: the same losses, and the same statistics of probes."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from running import in_two_processes
 
 from probekit.config import Config
 from probekit.probing.probe import probe
@@ -26,16 +24,6 @@ SETTINGS = {
 }
 
 
-def together(*words: str | Path) -> str:
-    """Runs a command in two processes; what they print."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    launch += ["-m", "probekit"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*launch, *map(str, words)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def one(tiny_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return train(tiny_config.override(SETTINGS), tmp_path_factory.mktemp("one") / "run", quiet=True)
@@ -45,7 +33,9 @@ def one(tiny_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Run:
 def two(one: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("two")
     (folder / "settings.yaml").write_text(one.config.to_yaml())
-    together("train", "--config", folder / "settings.yaml", "--out", folder / "run", "--quiet")
+    in_two_processes(
+        "-m", "probekit", "train", "--config", folder / "settings.yaml", "--out", folder / "run", "--quiet"
+    )
     return Run.open(folder / "run")
 
 
@@ -58,7 +48,7 @@ def test_losses_are_those_of_one_process(one: Run, two: Run):
 
 
 def test_statistics_of_probes_are_those_of_one_process(one: Run, two: Run, tmp_path: Path):
-    together("probe", one.folder, "--quiet")
+    in_two_processes("-m", "probekit", "probe", one.folder, "--quiet")
     shared = one.probes()
     alone = probe(one, quiet=True).table
     key = ["reader", "solver", "variant", "location", "layer", "distance", "horizon"]
@@ -71,6 +61,6 @@ def test_statistics_of_probes_are_those_of_one_process(one: Run, two: Run, tmp_p
 
 
 def test_a_command_that_is_not_shared_is_done_once(one: Run, tmp_path: Path):
-    printed = together("corpus", one.folder, "--export", tmp_path / "sentences.csv")
+    printed = in_two_processes("-m", "probekit", "corpus", one.folder, "--export", tmp_path / "sentences.csv")
     assert printed.count("All sentences") == 1
     assert len(pd.read_csv(tmp_path / "sentences.csv")) == len(one.corpus.actions)

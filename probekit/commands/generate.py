@@ -21,7 +21,7 @@ def command(words: list[str]) -> None:
     if parsed.out:
         check_out(parsed.out)
     written = write_texts(
-        Run.open(parsed.run).with_settings(given_settings(parsed)),
+        Run.at(parsed.run, given_settings(parsed)),
         read_prompts(parsed.prompts) if parsed.prompts else parsed.prompt,
         documents=parsed.documents,
         samples=parsed.samples,

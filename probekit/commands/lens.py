@@ -17,7 +17,7 @@ def command(words: list[str]) -> None:
     from probekit.run import Run
 
     page = lens(
-        Run.open(parsed.run).with_settings(given_settings(parsed)),
+        Run.at(parsed.run, given_settings(parsed)),
         parsed.text,
         parsed.out,
         variant=parsed.variant,

@@ -211,9 +211,10 @@ class Full:
 
     def weights(self) -> dict[str, Tensor]:
         """As `Tuning` has it: all of the LM's."""
-        tensors = self.model.state_dict(keep_vars=True)
-        names = {id(tensor): name for name, tensor in reversed(tensors.items())}  # a tied one's first
-        return gathered({name: tensors[name] for name in reversed(names.values())})
+        once: dict[int, tuple[str, Tensor]] = {}  # tied ones under the first of their names
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            once.setdefault(id(tensor), (name, tensor))
+        return gathered(dict(once.values()))
 
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """As `Tuning` has it: in Hugging Face format, for `AutoModelForCausalLM.from_pretrained`."""

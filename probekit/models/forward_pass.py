@@ -15,7 +15,7 @@ from torch import Tensor
 
 from probekit import processes
 from probekit.errors import ProbekitError
-from probekit.models.language_model import Hook, bridge, layer_of, shallow
+from probekit.models.language_model import Hook, layer_of, shallow, shallow_bridge
 from probekit.models.plain import PlainPass, Tap, find_tap, placed
 from probekit.models.sharded import ShardedPass, is_sharded
 
@@ -96,8 +96,7 @@ def _sharded_pass(
         like = shallow(model.config)
         layers = like.config.get_text_config().num_hidden_layers
         like_names = list(dict.fromkeys(_in_layers(name, layers) for name in names))
-        lens = bridge(shallow(model.config), bridged.tokenizer, "a shallow LM of the same architecture")
-        if not isinstance(forward_pass(lens, like, like_names), PlainPass):
+        if not isinstance(forward_pass(shallow_bridge(bridged), like, like_names), PlainPass):
             missing = like_names
     if processes.total(len(missing), model.device):
         raise ProbekitError(

@@ -192,6 +192,12 @@ def bridge_without_weights(
         return bridged
 
 
+def shallow_bridge(bridged: TransformerBridge) -> TransformerBridge:
+    """A shallow stand-in for a bridged LM, with weights."""
+    like = shallow(bridged.original_model.config)
+    return bridge(like, bridged.tokenizer, "a shallow LM of the same architecture")
+
+
 def longest_window(model: PreTrainedModel) -> int:
     """Positions that the LM can read at once, in tokens; without bound where it has no table of positions."""
     return int(getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize))
@@ -225,8 +231,7 @@ def locations(bridged: TransformerBridge) -> dict[str, int]:
     are taken to be like the first.
     """
     if bridged.original_model.device.type == "meta":  # not all LMs can be run without weights
-        like = shallow(bridged.original_model.config)
-        bridged = bridge(like, bridged.tokenizer, "a shallow LM of the same architecture")
+        bridged = shallow_bridge(bridged)
     short, long = (_shapes(bridged, length) for length in (1, 2))
     return {
         location: math.prod(shape[2:])

@@ -70,7 +70,7 @@ def probe_checkpoints(
     tables, notes = [], dict[str, None]()
     with progress.task(f"probe checkpoints of {stage}", total=len(kept)) as task:
         for step, folder in kept.items():
-            found = _probed(Run.open(folder).with_settings(wanted))
+            found = _probed(Run.at(folder, wanted))
             tables.append(found.table.assign(step=step))
             notes |= dict.fromkeys(found.notes)
             task.advance(note=f"step {step:,}")

@@ -226,10 +226,8 @@ class _Loop:
 
     def _wishes(self, holding: Holding) -> tuple[Stopped | None, bool]:
         """Whether to stop, and whether the state is due; all processes do either behind the same step."""
-        due = processes.is_first() and self._state is not None and self._state.due
-        wishes = torch.tensor([holding.asked is not None, due], dtype=torch.float64, device=self._device)
-        processes.add_up([wishes])
-        asked, due = map(bool, wishes.tolist())
+        own = holding.asked is not None, processes.is_first() and self._state is not None and self._state.due
+        asked, due = (bool(processes.total(wish, self._device)) for wish in own)
         return (holding.asked or Stopped(signal.SIGTERM)) if asked else None, due
 
     def _checkpoint(self, step: int, *, last: bool = False) -> None:

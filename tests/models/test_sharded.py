@@ -1,14 +1,12 @@
 """An LM that is sharded over two processes against the whole one: weights, hooks, losses, probes."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from running import in_two_processes
 
 from probekit.config import Config
 from probekit.errors import ProbekitError
@@ -34,14 +32,6 @@ SETTINGS = {
     "probe.l2": [0.1],
     "probe.code_length": False,
 }
-
-
-def together(*words: str | Path) -> None:
-    """Has two processes do some work."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*launch, *map(str, words)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def begun(tiny_run: Run, folder: Path, **settings: Any) -> Run:
@@ -75,7 +65,7 @@ def sharded(tiny_run: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     for tuning in TUNINGS:
         begun(tiny_run, folder / tuning, **{"training.base.tuning": tuning, "lm.sharded": True})
     trained = [folder / tuning for tuning in TUNINGS]
-    together(WORK, "trained", *trained, "then", "probed", folder / "full")
+    in_two_processes(WORK, "trained", *trained, "then", "probed", folder / "full")
     return {tuning: Run.open(folder / tuning) for tuning in TUNINGS}
 
 
@@ -116,7 +106,7 @@ def test_one_that_is_stopped_goes_on(
     settings = {"training.base.tuning": "full", "lm.sharded": True, "training.adapter.checkpoints": 2}
     run = begun(tiny_run, tmp_path / "run", **settings)
     # And hooks of every architecture, now that two processes are there.
-    together(WORK, "stopped", run.folder, "then", "hooks", *folders.values())
+    in_two_processes(WORK, "stopped", run.folder, "then", "hooks", *folders.values())
     first, second = (adapter_metrics(r) for r in (whole["full"], run))
     np.testing.assert_allclose(first.loss, second.loss, rtol=1e-5, atol=1e-5)
     kept = [Run.open(folder).plain_model("soft") for folder in run.checkpoints("adapter/soft").values()]
