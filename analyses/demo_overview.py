@@ -11,12 +11,12 @@ import argparse
 from pathlib import Path
 
 import pandas as pd
+from manifest import save_figure
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import probekit
 from probekit.reports.figures import Panel, draw_heat_map
-from probekit.reports.manifest import save_figure
 
 
 def draw_perplexity(axes: Axes, table: pd.DataFrame) -> None:

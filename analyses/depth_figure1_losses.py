@@ -12,11 +12,7 @@ own norm and the LM's head, on the batch of the step; distillation is no part of
 from __future__ import annotations
 
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
-from probekit.config import MemberName
-from probekit.reports.late_layers import (
+from late_layers import (
     MEMBER_STYLES,
     Groups,
     draw_line,
@@ -26,7 +22,11 @@ from probekit.reports.late_layers import (
     require_members,
     training_curves,
 )
-from probekit.reports.scripts import run_script
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scripts import run_script
+
+from probekit.config import MemberName
 
 PANELS: dict[MemberName, str] = {"ensemble": "without distillation", "distilled": "with distillation"}
 REFERENCE: MemberName = "plain"

@@ -15,23 +15,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pandas as pd
+from late_layers import Groups, add_run_options, depth_runs, layer_name, layer_style, members_of
+from manifest import save_figure
 from matplotlib.figure import Figure, SubFigure
+from overlap import VENN, draw_upset, draw_venn, intersections
+from scripts import run_script, script_parser
 
 import probekit
 from probekit.config import MemberName
 from probekit.errors import ProbekitError
-from probekit.evaluation.over_seeds import over_seeds
-from probekit.reports.late_layers import (
-    Groups,
-    add_run_options,
-    depth_runs,
-    layer_name,
-    layer_style,
-    members_of,
-)
-from probekit.reports.manifest import save_figure
-from probekit.reports.overlap import VENN, draw_upset, draw_venn, intersections
-from probekit.reports.scripts import run_script, script_parser
+from probekit.statistics import over_seeds
 
 WHOLE, LAST = 0, -1
 """Columns of `solved`: the ensemble itself, and its last layer."""

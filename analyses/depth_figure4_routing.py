@@ -13,10 +13,7 @@ mean over seeds, thin lines are single seeds.
 from __future__ import annotations
 
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
-from probekit.reports.late_layers import (
+from late_layers import (
     MEMBER_STYLES,
     Groups,
     draw_line,
@@ -26,7 +23,9 @@ from probekit.reports.late_layers import (
     members_of,
     training_curves,
 )
-from probekit.reports.scripts import run_script
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scripts import run_script
 
 COPIES = "repeated"
 """The member whose layers are all the last one."""

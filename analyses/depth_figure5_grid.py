@@ -17,15 +17,15 @@ from typing import Any
 
 import pandas as pd
 import seaborn as sns
+from late_layers import check_method, differences_of, sums_of, values_of
+from manifest import save_figure
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scripts import add_training_options, run_script, script_parser, training_config
 
 import probekit
 from probekit.config import Config
 from probekit.errors import ProbekitError
-from probekit.reports.late_layers import check_method, differences_of, sums_of, values_of
-from probekit.reports.manifest import save_figure
-from probekit.reports.scripts import add_training_options, run_script, script_parser, training_config
 
 LAYERS, TOP_K, MEMBERS = "depth.layers", "depth.top_k", "depth.members"
 REFERENCE, CELL = "plain", "ensemble"

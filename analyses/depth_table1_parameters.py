@@ -16,22 +16,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pandas as pd
+from late_layers import PAIRS, Groups, add_run_options, depth_runs, differences_of, sums_of, values_of
+from manifest import save_figure
 from matplotlib.figure import Figure
+from scripts import run_script, script_parser
 
 import probekit
-from probekit.reports.intervals import draw_intervals
-from probekit.reports.late_layers import (
-    PAIRS,
-    Groups,
-    add_run_options,
-    depth_runs,
-    differences_of,
-    sums_of,
-    values_of,
-)
-from probekit.reports.manifest import save_figure
-from probekit.reports.scripts import run_script, script_parser
-from probekit.storage import read_json
+from probekit.io import read_json
+from probekit.reports.figures import draw_intervals
 
 METRICS = {"perplexity": "test perplexity", "accuracy": "accuracy on questions"}
 BETTER = {"perplexity": "left", "accuracy": "right"}

@@ -10,11 +10,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pandas as pd
+from manifest import save_figure
+from method_diagram import Structure, method_figure
+from scripts import run_script, script_parser
 
 import probekit
-from probekit.reports.manifest import save_figure
-from probekit.reports.method_diagram import Structure, method_figure
-from probekit.reports.scripts import run_script, script_parser
 
 
 def main() -> None:

@@ -10,10 +10,10 @@ import argparse
 from pathlib import Path
 
 import pandas as pd
+from block_diagram import block_figure
+from manifest import save_figure
 
 from probekit.probing.locations import LOCATIONS, table_rows
-from probekit.reports.block_diagram import block_figure
-from probekit.reports.manifest import save_figure
 
 
 def main() -> None:

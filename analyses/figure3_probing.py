@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from manifest import save_figure
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure, SubFigure
@@ -50,7 +51,6 @@ from probekit.reports.figures import (
     dress_distance_axis,
     mean_over_seeds,
 )
-from probekit.reports.manifest import save_figure
 
 RUN_APART = {"seed", "device", "probe", "evaluation"}
 """Settings that runs may differ in and still be repetitions of one another."""

@@ -19,15 +19,15 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from manifest import save_figure
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scripts import add_training_options, run_script, script_parser, training_config
 
 import probekit
-from probekit.evaluation.generation_metrics import TRANSFORMS
-from probekit.evaluation.statistics import paired_differences
-from probekit.reports.manifest import save_figure
-from probekit.reports.scripts import add_training_options, run_script, script_parser, training_config
-from probekit.sweeps.members import STUDIES, grid
+from probekit.generation.evaluate import TRANSFORMS
+from probekit.statistics import paired_differences
+from probekit.sweep import STUDIES, grid
 
 STUDY = STUDIES["mixing-fraction"]
 

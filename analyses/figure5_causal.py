@@ -21,10 +21,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from manifest import save_figure
+from scripts import run_script, script_parser
+
 import probekit
-from probekit.reports.intervention_figure import causal_numbers, draw_causal
-from probekit.reports.manifest import save_figure
-from probekit.reports.scripts import run_script, script_parser
+from probekit.reports.causal_figure import causal_numbers, draw_causal
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:

@@ -15,11 +15,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from manifest import save_figure
+from scripts import run_script, script_parser
+
 import probekit
 from probekit.reports.figures import METRICS
-from probekit.reports.manifest import save_figure
 from probekit.reports.over_training import draw_over_training, over_training
-from probekit.reports.scripts import run_script, script_parser
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from manifest import save_figure
 from matplotlib.figure import Figure
+from scripts import add_training_options, run_script, script_parser, training_config
 
 import probekit
-from probekit.evaluation.over_seeds import differences_over_seeds, over_seeds
-from probekit.reports.intervals import draw_intervals
-from probekit.reports.manifest import save_figure
-from probekit.reports.scripts import add_training_options, run_script, script_parser, training_config
+from probekit.reports.figures import draw_intervals
+from probekit.statistics import differences_over_seeds, over_seeds
 
 VARIANTS = (
     "none",

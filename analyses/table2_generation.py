@@ -15,12 +15,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pandas as pd
+from manifest import save_figure
 from matplotlib.figure import Figure
+from scripts import run_script, script_parser
 
 import probekit
-from probekit.reports.intervals import draw_intervals
-from probekit.reports.manifest import save_figure
-from probekit.reports.scripts import run_script, script_parser
+from probekit.reports.figures import draw_intervals
 
 PANELS = {
     ("perplexity", "test documents"): "perplexity ↓",

@@ -17,14 +17,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
+from manifest import save_figure
 from matplotlib.figure import Figure
+from scripts import add_training_options, run_script, script_parser, training_config
 
 import probekit
 from probekit.config import Config, VariantName
-from probekit.evaluation.over_seeds import differences_over_seeds
-from probekit.reports.intervals import draw_intervals
-from probekit.reports.manifest import save_figure
-from probekit.reports.scripts import add_training_options, run_script, script_parser, training_config
+from probekit.reports.figures import draw_intervals
+from probekit.statistics import differences_over_seeds
 
 
 @dataclass(frozen=True)

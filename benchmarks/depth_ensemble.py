@@ -33,11 +33,10 @@ from harness import (
     race,
 )
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - the name all of PyTorch's users know
+from torch.nn import functional as F
 
 from probekit.config import DistillationSettings
-from probekit.models.depth_ensemble import DepthEnsemble
-from probekit.models.late_losses import LateLoss
+from probekit.models.depth_ensemble import DepthEnsemble, LateLoss
 
 ALL = "all logits"
 PLAIN = "plain LM"

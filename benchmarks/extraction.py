@@ -36,16 +36,16 @@ from harness import (
 from torch import Tensor, nn
 
 from probekit.config import Config, ProbeSettings
-from probekit.corpus.actions import Codebook
-from probekit.corpus.store import Corpus
-from probekit.corpus.tokenizer import train_tokenizer
-from probekit.devices import autocast
+from probekit.data.codebook import Codebook
+from probekit.data.corpus import Corpus
+from probekit.data.tokenizer import train_tokenizer
+from probekit.distributed import autocast
 from probekit.models.language_model import bridge
 from probekit.probing.activations import Reader
 from probekit.probing.solvers import Moments, RidgeProbes
 from probekit.probing.targets import Examples
 from probekit.progress import without_bars_of_transformers
-from probekit.run import Run
+from probekit.run.run import Run
 
 LOCATION = "hook_resid_post"
 PRECISION = Config().training.precision

@@ -24,14 +24,14 @@ import torch
 from harness import REFERENCE, Contestant, Options, Row, compare, keep, parse_options, race
 
 from probekit.config import Config, CorpusSettings
-from probekit.corpus.examples import cut_windows
-from probekit.corpus.readers import read_documents
-from probekit.corpus.tokenizer import train_tokenizer
-from probekit.evaluation.generation import Generated, generate
+from probekit.data.readers import read_documents
+from probekit.data.tokenizer import train_tokenizer
+from probekit.data.windows import cut_windows
 from probekit.evaluation.perplexity import Pass, own_losses
+from probekit.generation.generate import Generated, generate
 from probekit.models.mixing import VARIANTS
 from probekit.progress import Progress, without_bars_of_transformers
-from probekit.run import Run
+from probekit.run.run import Run
 from probekit.training.train import train
 
 UNCACHED = "without cache"

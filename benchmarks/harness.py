@@ -33,9 +33,9 @@ from rich.table import Table
 from torch import Tensor
 
 from probekit.config import Config
-from probekit.devices import compute_device
-from probekit.provenance import provenance
-from probekit.storage import write_json
+from probekit.distributed import compute_device
+from probekit.io import write_json
+from probekit.run.provenance import provenance
 
 RESULTS = Path(__file__).parent / "results"
 SAME = 0.01

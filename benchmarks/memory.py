@@ -21,7 +21,7 @@ from harness import Options, Row, keep, parse_options, peak_memory
 
 from probekit import cli
 from probekit.config import Config
-from probekit.run import Run
+from probekit.run.run import Run
 from probekit.training.train import train
 
 TIMES = 8

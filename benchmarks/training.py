@@ -34,10 +34,10 @@ from harness import (
 )
 
 from probekit.config import Config, VariantName
-from probekit.corpus.actions import Codebook
-from probekit.corpus.examples import Windows, input_tokens
-from probekit.corpus.store import SPLITS, Corpus
-from probekit.corpus.tokenizer import train_tokenizer
+from probekit.data.codebook import Codebook
+from probekit.data.corpus import SPLITS, Corpus
+from probekit.data.tokenizer import train_tokenizer
+from probekit.data.windows import Windows, input_tokens
 from probekit.models.base_lm import TUNINGS, BaseLM
 from probekit.models.planner import Planner
 from probekit.progress import Progress

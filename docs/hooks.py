@@ -25,7 +25,7 @@ from mkdocs.structure.pages import Page
 from probekit import cli
 from probekit.config import Config, preset_names, setting_names
 from probekit.options import Parser, add_setting_options
-from probekit.stage_settings import ONLY_WITH
+from probekit.run.stages import ONLY_WITH
 
 ROOT = Path(__file__).parents[1]
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
-from probekit import processes
+from probekit import distributed
 from probekit.commands import (
     corpus,
     demo,
@@ -23,9 +23,9 @@ from probekit.commands import (
     train,
 )
 from probekit.config import preset_names
+from probekit.distributed import Stopped, terminable
 from probekit.errors import ProbekitError
 from probekit.options import Parser
-from probekit.stopping import Stopped, terminable
 
 Command = Callable[[list[str]], None]
 
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with terminable():
             _command(words)
             sys.stdout.flush()
-        processes.leave()
+        distributed.leave()
     except BrokenPipeError:  # whoever read the output has read enough, as `head` does
         if debug:
             raise
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ProbekitError, OSError) as error:  # a full disk or a forbidden folder is the user's to put right
         if debug:
             raise
-        who = f"process {processes.rank()}: " if processes.count() > 1 else ""
+        who = f"process {distributed.rank()}: " if distributed.count() > 1 else ""
         # What was typed may hold line breaks and what moves the cursor.
         line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in f"{who}{error}")
         sys.stderr.write(f"probekit: error: {line}\n")
@@ -87,9 +87,9 @@ def _command(words: list[str]) -> None:
     )
     command = parser.parse_args(words[:1]).command
     if command not in SHARED:
-        if not processes.is_first():
+        if not distributed.is_first():
             return
-        processes.alone()
+        distributed.alone()
     COMMANDS[command](words[1:])
 
 

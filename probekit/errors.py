@@ -1,5 +1,7 @@
 """What a user can put right: the one exception that every stage raises for bad input."""
 
+from __future__ import annotations
+
 
 class ProbekitError(Exception):
     """Bad input, told in one line: the setting or file, its value, and what would be right.

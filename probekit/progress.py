@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from probekit import processes
+from probekit import distributed
 
 T = TypeVar("T")
 
@@ -73,7 +73,7 @@ class Progress:
     """Shows tasks as they come; `quiet` shows nothing."""
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self._quiet = quiet or not processes.is_first()  # one of several tells for all
+        self._quiet = quiet or not distributed.is_first()  # one of several tells for all
         self._console = Console(stderr=True, quiet=self._quiet, soft_wrap=True)
 
     @contextmanager

@@ -7,11 +7,9 @@ from pathlib import Path
 from probekit.config import Config
 from probekit.evaluation.evaluate import evaluate
 from probekit.probing.probe import probe
-from probekit.reports.evaluation_tables import print_evaluation
 from probekit.reports.figures import save_probe_figures
-from probekit.reports.probe_tables import print_probes
-from probekit.reports.run_tables import print_corpus, print_training
-from probekit.run import Run
+from probekit.reports.terminal import print_corpus, print_evaluation, print_probes, print_training
+from probekit.run.run import Run
 from probekit.training.train import train
 
 

@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from probekit.config import Config
 from probekit.probing.probe import probe
-from probekit.run import Run
+from probekit.run.run import Run
 from probekit.training.train import train
 
 SHARED_TEXT = Path(__file__).parents[2] / "shared" / "data" / "wikitext-2" / "valid.txt"

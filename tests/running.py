@@ -15,7 +15,7 @@ from types import FrameType
 import pytest
 
 from probekit.cli import main
-from probekit.storage import read_json, write_json
+from probekit.io import read_json, write_json
 
 Capture = pytest.CaptureFixture[str]
 

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from probekit.corpus.store import Corpus
+from probekit.data.corpus import Corpus
 from probekit.models.language_model import bridge
 from probekit.models.planner import Planner
 from probekit.progress import Progress
-from probekit.run import Run
+from probekit.run.run import Run
 from probekit.training.trainer import Trainer
 
 QUIET = Progress(quiet=True)

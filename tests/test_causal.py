@@ -8,8 +8,8 @@ import pytest
 
 import probekit
 from probekit.errors import ProbekitError
-from probekit.run import Run
-from probekit.storage import read_json, write_json
+from probekit.io import read_json, write_json
+from probekit.run.run import Run
 
 FEW = {"evaluation.resamples": 100, "intervene.layers": [0], "intervene.kinds": ["patch"]}
 FEW |= {"intervene.distances": [1], "intervene.scenes": 12}

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from probekit import checksums
-from probekit.checksums import file_checksum, first_damaged, record_of
+from probekit import io as checksums
+from probekit.io import file_checksum, first_damaged, record_of
 
 
 def test_what_is_recorded_is_found_again_and_every_change_is_told(tmp_path: Path):

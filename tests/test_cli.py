@@ -17,8 +17,8 @@ from probekit import cli
 from probekit.cli import COMMANDS, main
 from probekit.config import preset_names, setting_names
 from probekit.errors import ProbekitError
-from probekit.run import Run
-from probekit.storage import atomic_path, read_json, write_json
+from probekit.io import atomic_path, read_json, write_json
+from probekit.run.run import Run
 
 # Help
 

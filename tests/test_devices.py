@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from probekit.devices import autocast, compute_device
+from probekit.distributed import autocast, compute_device
 from probekit.errors import ProbekitError
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")

@@ -14,8 +14,8 @@ from running import forget_checksums, hashes, ran
 
 from probekit.config import Config
 from probekit.errors import ProbekitError
-from probekit.run import Run
-from probekit.storage import held, read_json
+from probekit.io import held, read_json
+from probekit.run.run import Run
 from probekit.training.train import train
 
 CELLS = ("--probe.variants", "none", "--probe.layers", "1", "--probe.distances", "1", "2")
@@ -275,7 +275,7 @@ def test_a_folder_that_is_read_only_is_told_before_work_begins(
         mounted(copy, "-o", "remount,ro,bind")
         for command in ("evaluate", "probe"):
             with monkeypatch.context() as patch:
-                patch.setattr("probekit.run.Run.corpus", property(worked))
+                patch.setattr("probekit.run.run.Run.corpus", property(worked))
                 result = ran(command, copy, "--quiet")
             assert result.refused(f"{copy} cannot be written to"), result
         result = ran("train", "--resume", "--out", copy, "--quiet")

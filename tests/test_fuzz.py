@@ -23,8 +23,8 @@ from running import Hung, forget_checksums, hashes, ran
 
 from probekit.config import Config, settings_of
 from probekit.errors import ProbekitError
-from probekit.run import Run
-from probekit.storage import read_json, read_metadata, read_tensors, write_tensors
+from probekit.io import read_json, read_metadata, read_tensors, write_tensors
+from probekit.run.run import Run
 
 SCALE = int(os.environ.get("PROBEKIT_FUZZ", "1"))
 """How many times as many inputs are tried."""
@@ -298,7 +298,7 @@ QUESTION = st.fixed_dictionaries(
     | st.lists(QUESTION, min_size=1, max_size=3).map(lambda rows: "\n".join(map(json.dumps, rows)).encode())
 )
 def test_files_of_questions(probed: Path, tmp_path_factory, bytes_):
-    from probekit.evaluation.questions import read_questions
+    from probekit.evaluation.multiple_choice import read_questions
 
     file = tmp_path_factory.mktemp("questions") / "questions.jsonl"
     file.write_bytes(bytes_)
@@ -383,7 +383,7 @@ def test_records_of_other_values(probed: Path, tmp_path_factory, name, new, path
 @pytest.fixture(scope="module")
 def stopped(tiny_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A training that was killed within the stage `lm`."""
-    from probekit.training import state
+    from probekit.training import trainer as state
 
     class Killed(BaseException):
         pass

@@ -9,10 +9,10 @@ import torch
 
 from probekit.config import Config
 from probekit.evaluation.evaluate import evaluate
-from probekit.evaluation.generation import generate
-from probekit.evaluation.prompts import document_prompts
+from probekit.generation.generate import generate
+from probekit.generation.prompts import document_prompts
 from probekit.probing.probe import probe
-from probekit.run import Run
+from probekit.run.run import Run
 from probekit.training.train import train
 
 pytestmark = [

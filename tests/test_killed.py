@@ -17,9 +17,9 @@ import pandas as pd
 import pytest
 
 from probekit.config import Config
-from probekit.run import Run
-from probekit.storage import read_json
-from probekit.sweeps.results import Sweep
+from probekit.io import read_json
+from probekit.run.run import Run
+from probekit.sweep import Sweep
 
 KILLS = int(os.environ.get("PROBEKIT_KILLS", "1"))
 FAST = (

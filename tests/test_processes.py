@@ -9,7 +9,7 @@ from running import in_two_processes
 
 from probekit.config import Config
 from probekit.probing.probe import probe
-from probekit.run import Run
+from probekit.run.run import Run
 from probekit.training.train import train
 
 SETTINGS = {

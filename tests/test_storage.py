@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from probekit import storage
+from probekit import io as storage
 from probekit.errors import ProbekitError
 
 JSON_VALUES = st.recursive(

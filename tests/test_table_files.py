@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from probekit.table_files import read_table, write_table
+from probekit.io import read_table, write_table
 
 TABLE = pd.DataFrame(
     {

@@ -25,9 +25,9 @@ def command(words: list[str]) -> None:
     parsed = parse(parser, words)
     if parsed.nearest < 0:
         parser.error(f"argument --nearest: {parsed.nearest} is below 0")
-    from probekit.corpus.inspect import export_sentences
-    from probekit.reports.run_tables import print_corpus
-    from probekit.run import Run
+    from probekit.data.corpus import export_sentences
+    from probekit.reports.terminal import print_corpus
+    from probekit.run.run import Run
     from probekit.training.train import build_corpus
 
     if parsed.run:

@@ -18,11 +18,11 @@ def command(words: list[str]) -> None:
     if not parsed.generation and (stray := [name for name in settings if name.startswith("generation.")]):
         parser.error(f"argument --{stray[0]}: goes with --generation")
     from probekit.evaluation.evaluate import evaluate
-    from probekit.reports.evaluation_tables import print_evaluation
+    from probekit.reports.terminal import print_evaluation
 
     if parsed.generation:
-        from probekit.evaluation.generation_metrics import check_generation, evaluate_generation
-        from probekit.reports.generation_tables import print_generation
+        from probekit.generation.evaluate import check_generation, evaluate_generation
+        from probekit.reports.terminal import print_generation
 
         check_generation(parsed.run, settings)
     print_evaluation(evaluate(parsed.run, settings, quiet=parsed.quiet))

@@ -12,11 +12,11 @@ from probekit.options import Parser, add_setting_options, given_settings, parse
 def command(words: list[str]) -> None:
     """Write text with a run: go on with prompts or with test documents, or begin from nothing."""
     parsed = parse(_parser(), words)
-    from probekit.evaluation.generation import TOKENS
-    from probekit.evaluation.texts import check_out, read_prompts, write_texts
+    from probekit.generation.generate import TOKENS
+    from probekit.generation.texts import check_out, read_prompts, write_texts
     from probekit.progress import Progress
-    from probekit.reports.generation_tables import print_texts
-    from probekit.run import Run
+    from probekit.reports.terminal import print_texts
+    from probekit.run.run import Run
 
     if parsed.out:
         check_out(parsed.out)

@@ -10,7 +10,7 @@ def command(words: list[str]) -> None:
     """Change what probes read, erase it, steer along it or patch it, and see what the LM makes of that."""
     sections = ["device", "evaluation", "intervene"]
     parsed = parse(results_parser("intervene", command.__doc__, sections), words)
-    from probekit.interventions.intervene import intervene
+    from probekit.causal.intervene import intervene
     from probekit.reports.intervention_tables import print_interventions
 
     print_interventions(intervene(parsed.run, given_settings(parsed), quiet=parsed.quiet))

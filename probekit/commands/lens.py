@@ -14,7 +14,7 @@ def command(words: list[str]) -> None:
     parsed = parse(_parser(), words)
     from probekit.reports.lens import lens
     from probekit.reports.lens_text import LIMIT
-    from probekit.run import Run
+    from probekit.run.run import Run
 
     page = lens(
         Run.at(parsed.run, given_settings(parsed)),

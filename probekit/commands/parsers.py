@@ -8,7 +8,7 @@ from typing import Literal
 
 from probekit.config import Config
 from probekit.options import Parser, add_setting_options, add_source_options, chosen_config, source_config
-from probekit.settings_file import check_settings
+from probekit.run.folder import check_settings
 
 
 def building_parser(name: str, explained: str | None, words: list[str]) -> Parser:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from probekit import processes
+from probekit import distributed
 from probekit.commands.parsers import add_all_settings
 from probekit.config import Config
 from probekit.options import (
@@ -16,7 +16,7 @@ from probekit.options import (
     given_settings,
     parse,
 )
-from probekit.settings_file import check_settings
+from probekit.run.folder import check_settings
 
 ANY_MODEL = "any-model"
 """The preset on which `probekit probe --model` builds where no other is given."""
@@ -38,7 +38,7 @@ def command(words: list[str]) -> None:
         return
     from probekit.probing.probe import probe
     from probekit.reports.figures import save_probe_figures
-    from probekit.reports.probe_tables import print_probes
+    from probekit.reports.terminal import print_probes
 
     run, settings = parsed.run, given_settings(parsed)
     if parsed.model is not None:
@@ -54,7 +54,7 @@ def command(words: list[str]) -> None:
         )
         settings = {}
     results = probe(run, settings, store=parsed.store, quiet=parsed.quiet)
-    if not processes.is_first():
+    if not distributed.is_first():
         return
     save_probe_figures(results.table, results.folder)
     print_probes(results)
@@ -68,10 +68,10 @@ def _checkpoints(parser: Parser, parsed: argparse.Namespace) -> None:
         parser.error("argument --stage: goes with --checkpoints")
     from probekit.probing.over_training import probe_checkpoints
     from probekit.reports.over_training import save_over_training
-    from probekit.reports.probe_tables import print_over_training
+    from probekit.reports.terminal import print_over_training
 
     results = probe_checkpoints(parsed.run, given_settings(parsed), parsed.stage, quiet=parsed.quiet)
-    if processes.is_first():
+    if distributed.is_first():
         print_over_training(results, save_over_training(results))
 
 

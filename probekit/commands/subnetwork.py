@@ -10,7 +10,7 @@ def command(words: list[str]) -> None:
     """Find the heads and parts of the adapter without which nothing is read of the next sentence's action."""
     sections = ["device", "evaluation", "subnetwork"]
     parsed = parse(results_parser("subnetwork", command.__doc__, sections), words)
+    from probekit.causal.subnetwork import subnetwork
     from probekit.reports.subnetwork_tables import print_subnetwork
-    from probekit.subnetworks.subnetwork import subnetwork
 
     print_subnetwork(subnetwork(parsed.run, given_settings(parsed), quiet=parsed.quiet))

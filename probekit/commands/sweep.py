@@ -8,24 +8,16 @@ from typing import Any
 from probekit.commands.parsers import add_all_settings
 from probekit.config import Config, setting_names, settings_of, unknown_setting
 from probekit.errors import ProbekitError
-from probekit.options import (
-    Parser,
-    chosen_config,
-    given_settings,
-    parse,
-    seed_list,
-    takes_several,
-    unsets,
-)
-from probekit.sweeps.members import STUDIES, grid
+from probekit.options import Parser, chosen_config, given_settings, parse, seed_list, takes_several, unsets
+from probekit.sweep import STUDIES, grid
 
 
 def command(words: list[str]) -> None:
     """Train and evaluate with several values of some settings and several seeds; one table of all."""
     parsed = parse(_parser(words), words)
     config, members, seeds = swept(parsed)
-    from probekit.reports.evaluation_tables import print_sweep
-    from probekit.sweeps.sweep import sweep
+    from probekit.reports.terminal import print_sweep
+    from probekit.sweep import sweep
 
     out, quiet = parsed.out, parsed.quiet
     print_sweep(sweep(config, members, seeds, out, generation=parsed.generation, quiet=quiet))

@@ -1,1 +1,1 @@
-"""Perplexity, action metrics and the intervals on them."""
+"""How well models predict: perplexity, planner metrics, multiple choice, baselines."""

@@ -13,8 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from probekit.config import ModelName, VariantName
-from probekit.corpus.examples import IGNORE, Batch
-from probekit.evaluation.multiple_choice import accuracy, by_document, check_lengths, choice_losses, solved
+from probekit.data.windows import IGNORE, Batch
+from probekit.evaluation.multiple_choice import (
+    Question,
+    TooShortError,
+    accuracy,
+    by_document,
+    check_lengths,
+    choice_losses,
+    corpus_questions,
+    read_questions,
+    solved,
+)
 from probekit.evaluation.perplexity import (
     Evaluation,
     TokenLosses,
@@ -26,15 +36,13 @@ from probekit.evaluation.perplexity import (
     record_of,
     scoring_pass,
 )
-from probekit.evaluation.questions import Question, TooShortError, corpus_questions, read_questions
-from probekit.evaluation.statistics import Resampling, paired_difference
-from probekit.models.depth_ensemble import MEMBERS
-from probekit.models.late_losses import reader_losses
+from probekit.io import write_table
+from probekit.models.depth_ensemble import MEMBERS, reader_losses
 from probekit.models.mixing import VARIANTS, Mixing, evaluation_mixing
-from probekit.models.planned_lm import PlannedLM
+from probekit.models.planner_lm import PlannedLM
 from probekit.progress import Progress
-from probekit.run import Run
-from probekit.table_files import write_table
+from probekit.run.run import Run
+from probekit.statistics import Resampling, paired_difference
 
 CHOICES = "choices.parquet"
 """The file of who solves which question."""

@@ -23,10 +23,10 @@ from probekit.evaluation.perplexity import (
     record_of,
     scoring_pass,
 )
-from probekit.evaluation.statistics import Resampling, bootstrap_ratio
 from probekit.models.mixing import VARIANTS, Fixed, Mixing, Oracle
 from probekit.progress import Progress
-from probekit.run import Run
+from probekit.run.run import Run
+from probekit.statistics import Resampling, bootstrap_ratio
 
 
 @dataclass(frozen=True)

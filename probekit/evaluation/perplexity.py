@@ -13,18 +13,17 @@ import torch
 from torch import Tensor
 
 from probekit.config import Config
-from probekit.corpus.examples import Batch, Windows, collate, cut_windows
-from probekit.corpus.store import Corpus
-from probekit.devices import autocast
+from probekit.data.corpus import Corpus
+from probekit.data.windows import Batch, Windows, collate, cut_windows
+from probekit.distributed import autocast
 from probekit.errors import ProbekitError
-from probekit.evaluation.statistics import Interval, Resampling, bootstrap_ratio, paired_difference
+from probekit.io import write_json, write_table
 from probekit.models.language_model import longest_window
 from probekit.models.mixing import Mixing
-from probekit.models.planned_lm import PlannedLM, token_losses
+from probekit.models.planner_lm import PlannedLM, token_losses
 from probekit.progress import Task
-from probekit.run import Run
-from probekit.storage import write_json
-from probekit.table_files import write_table
+from probekit.run.run import Run
+from probekit.statistics import Interval, Resampling, bootstrap_ratio, paired_difference
 
 TokenLosses = Callable[[Batch, Mixing], Tensor]
 """Next-token losses of some readers in nats `[readers, windows, positions]`, zero where nothing is scored."""

@@ -1,1 +1,1 @@
-"""Planner, mixing, conditioning and the language model they condition."""
+"""Language models, planner, mixing, conditioning, depth ensemble."""

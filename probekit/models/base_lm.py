@@ -20,16 +20,15 @@ from torch import Tensor, nn
 
 from probekit.config import BaseSettings
 from probekit.errors import ProbekitError
-from probekit.models.forward_pass import BridgedPass, ForwardPass, forward_pass
+from probekit.io import atomic_folder, full_disks_told, read_tensors, write_tensors
+from probekit.models.hook_points import BridgedPass, ForwardPass, PlainPass, blocks_of, forward_pass, gathered
 from probekit.models.language_model import bridge, bridge_without_weights
-from probekit.models.plain import PlainPass
-from probekit.models.sharded import blocks_of, gathered
 from probekit.progress import without_bars_of_transformers
-from probekit.storage import atomic_folder, full_disks_told, read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 
 LORA_WEIGHTS = "adapter_model.safetensors"
 """The file of low-rank updates, as peft calls it."""

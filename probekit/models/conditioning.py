@@ -19,6 +19,7 @@ from probekit.models.language_model import OUTSIDE_BLOCKS, Hook, check_location,
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
+
 EMBEDDING = OUTSIDE_BLOCKS[0]
 """The hook of the tokens' embeddings."""
 

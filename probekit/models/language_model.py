@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from probekit import hub
 from probekit.config import LanguageModelSettings
-from probekit.corpus.tokenizer import separator_id
+from probekit.data import hub
+from probekit.data.tokenizer import separator_id
 from probekit.errors import ProbekitError
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812 - the name all of PyTorch's users know
 
 from probekit.config import MixingSettings, ProbedName, VariantName
 

@@ -1,18 +1,26 @@
-"""The planner: reads a document's sentences so far and scores the next sentence's action.
+"""Sentence encoders with gradients, to be trained with the planner that reads their embeddings.
 
-After arXiv 2410.12492, section 3: sentence embeddings with sinusoidal positions, a small Transformer encoder,
-pooling, and a linear map to the K actions whose weights start as the codebook. Here the encoder is causal, so
-that one pass scores every sentence of a document; the paper encodes every context on its own.
+Before training they give the embeddings that the corpus holds. Actions stay those of the frozen encoder.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from probekit.config import PlannerSettings
+from probekit.data.corpus import Corpus, ranges
+from probekit.data.encoders import PretrainedEncoder, SentenceEncoder, TfidfEncoder
+from probekit.data.windows import Batch
+from probekit.io import ArrayAppender, atomic_path
+from probekit.progress import Progress
 
 
 class Planner(nn.Module):
@@ -83,3 +91,107 @@ def sinusoidal_positions(length: int, width: int) -> Tensor:
     table[:, 0::2] = torch.sin(position * rate)
     table[:, 1::2] = torch.cos(position * rate[: width // 2])
     return table
+
+
+SENTENCES_AT_ONCE = 256
+"""Sentences in one forward pass of a pre-trained encoder; like lengths go together, for little padding."""
+
+
+class TrainableEncoder(nn.Module):
+    """A sentence encoder as a module: sentences in, embeddings with gradients out.
+
+    Args:
+        encoder: Where the weights start; a pre-trained model is trained in place.
+    """
+
+    def __init__(self, encoder: SentenceEncoder) -> None:
+        super().__init__()
+        self.dimensions = encoder.dimensions
+        self.vectors = _TfidfVectors(encoder) if isinstance(encoder, TfidfEncoder) else _ModelVectors(encoder)
+
+    def forward(self, sentences: Sequence[str]) -> Tensor:
+        """Embeddings `[sentences, dimensions]` of norm 1, or 0 for a sentence with no known word."""
+        return F.normalize(self.vectors(sentences), dim=-1)
+
+    def encode(self, sentences: Sequence[str]) -> np.ndarray:
+        """The same without gradients, as `SentenceEncoder` has it: float32 `[sentences, dimensions]`."""
+        if not len(sentences):
+            return np.zeros((0, self.dimensions), dtype=np.float32)
+        with torch.no_grad():
+            return self(sentences).float().cpu().numpy()
+
+
+class _TfidfVectors(nn.Module):
+    """The linear map of a TF-IDF encoder is trained; word counts and their weights stay."""
+
+    def __init__(self, encoder: TfidfEncoder) -> None:
+        super().__init__()
+        self.projection = nn.Parameter(torch.from_numpy(encoder.components.T.copy()))
+        self._counts = encoder.counts
+
+    def forward(self, sentences: Sequence[str]) -> Tensor:
+        counts = self._counts(sentences)
+        words, weights, begin = (
+            torch.from_numpy(array).to(self.projection.device)
+            for array in (counts.indices, counts.data, counts.indptr[:-1])
+        )
+        return F.embedding_bag(words, self.projection, begin, mode="sum", per_sample_weights=weights)
+
+
+class _ModelVectors(nn.Module):
+    """A sentence-transformers model, all of it; its dropout stays off, as the planner's does."""
+
+    def __init__(self, encoder: SentenceEncoder) -> None:
+        super().__init__()
+        assert isinstance(encoder, PretrainedEncoder)  # noqa: S101 - there are two kinds
+        self.model = encoder.model.eval()
+        # Called `tokenize` before version 5.2 of the library.
+        self._prepare: Callable[[list[str]], dict[str, Any]] = (
+            getattr(self.model, "preprocess", None) or self.model.tokenize
+        )
+
+    def forward(self, sentences: Sequence[str]) -> Tensor:
+        device = next(self.model.parameters()).device
+        order = np.argsort([-len(sentence) for sentence in sentences], kind="stable")
+        parts = []
+        for start in range(0, len(order), SENTENCES_AT_ONCE):
+            chunk = [sentences[i] for i in order[start : start + SENTENCES_AT_ONCE]]
+            features = {name: _moved(value, device) for name, value in self._prepare(chunk).items()}
+            parts.append(self.model(features)["sentence_embedding"])
+        return torch.cat(parts)[torch.from_numpy(np.argsort(order)).to(device)]
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def embedded_context(encoder: TrainableEncoder, corpus: Corpus, batch: Batch) -> Tensor:
+    """A batch's context as an encoder embeds it now `[documents, sentences, dimensions]`.
+
+    Every sentence that the planner reads is embedded, each once; the last ones that windows touch are not
+    read, and keep the embeddings of the corpus.
+    """
+    width = batch.context.shape[1]
+    row, within = np.divmod(batch.touched.cpu().numpy(), width)
+    read = np.zeros(len(batch.documents), dtype=np.int64)
+    np.maximum.at(read, row, within)
+    if not read.any():
+        return batch.context
+    first = corpus.document_sentences[batch.documents]
+    embeddings = encoder(corpus.sentence_texts(ranges(first, first + read)))
+    is_read = torch.from_numpy(np.arange(width) < read[:, None]).to(batch.context.device)
+    return batch.context.masked_scatter(is_read.unsqueeze(-1), embeddings.to(batch.context.dtype))
+
+
+def write_embeddings(path: Path, encoder: TrainableEncoder, corpus: Corpus, progress: Progress) -> None:
+    """Writes an encoder's embeddings of all sentences of a corpus, in their order, as `.npy`."""
+    total = len(corpus.first_token)
+    with (
+        progress.task("embed sentences", total=total) as task,
+        atomic_path(path) as temporary,
+        ArrayAppender(temporary, np.float32, (encoder.dimensions,)) as rows,
+    ):
+        for start in range(0, total, SENTENCES_AT_ONCE):
+            sentences = np.arange(start, min(start + SENTENCES_AT_ONCE, total))
+            rows.append(encoder.encode(corpus.sentence_texts(sentences)))
+            task.advance(len(sentences))

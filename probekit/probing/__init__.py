@@ -1,1 +1,1 @@
-"""Linear probes: activations, solvers, baselines."""
+"""Probes: targets, positions, activations, solvers, baselines, controls, the grid."""

@@ -10,19 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from probekit import processes
+from probekit import distributed
 from probekit.config import ProbedName
-from probekit.corpus.examples import collate, cut_windows, input_tokens
-from probekit.devices import autocast
+from probekit.data.windows import collate, cut_windows, input_tokens
+from probekit.distributed import autocast
 from probekit.errors import ProbekitError
 from probekit.evaluation.perplexity import window_and_stride
 from probekit.models.conditioning import Conditioned
+from probekit.models.hook_points import ShardedPass
 from probekit.models.language_model import Hook, hook_name
 from probekit.models.mixing import VARIANTS, evaluation_mixing
-from probekit.models.sharded import ShardedPass
 from probekit.probing.locations import BEFORE
 from probekit.probing.targets import Examples
-from probekit.run import Run
+from probekit.run.run import Run
 
 Place = tuple[str, int]
 """A location and a layer."""
@@ -99,7 +99,7 @@ class Reader:
 
     def chunks(self, examples: Examples) -> Iterator[tuple[slice, list[Tensor]]]:
         """Activations of this process's share of the examples; see `Activations`."""
-        for part in processes.share([*chunk_slices(examples.document)]):
+        for part in distributed.share([*chunk_slices(examples.document)]):
             yield part, self.read(examples[part])
             self._run.corpus.release()
         if isinstance(self._forward, ShardedPass):

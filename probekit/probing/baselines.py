@@ -14,17 +14,16 @@ from functools import partial
 import numpy as np
 
 from probekit.config import ProbeSettings
-from probekit.corpus.store import Corpus
+from probekit.data.corpus import Corpus
 from probekit.evaluation.action_metrics import fit_bigram, prior_log_probabilities
-from probekit.evaluation.baselines import planner_log_probabilities, planners
-from probekit.evaluation.ceilings import ceiling_log_probabilities, has_ceiling, position_ceiling
-from probekit.evaluation.skip_ngram import SkipNgram, contexts
+from probekit.evaluation.baselines import SkipNgram, contexts, planner_log_probabilities, planners
+from probekit.planted.ceilings import ceiling_log_probabilities, has_ceiling, position_ceiling
 from probekit.probing.activations import CHUNK_EXAMPLES
 from probekit.probing.fitting import document_numbers
 from probekit.probing.grid import CHOSEN_ON, FITTED_ON, TESTED_ON, Grid
-from probekit.probing.tally import Row, Tally
+from probekit.probing.results import Row, Tally
 from probekit.probing.targets import NO_LABEL, Examples, find_examples, reached
-from probekit.run import Run
+from probekit.run.run import Run
 
 MOST_EXAMPLES = 1_000_000
 """Baselines are fitted on at most this many training examples, drawn by whole documents."""

@@ -14,16 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from probekit import processes
+from probekit import distributed
 from probekit.config import ProbeSettings, SolverName
-from probekit.corpus.store import Corpus
+from probekit.data.corpus import Corpus
 from probekit.evaluation.action_metrics import prior_log_probabilities
 from probekit.probing.activations import Activations, Block
-from probekit.probing.code_length import block_ends, prequential_code, prior_code
-from probekit.probing.control import control_labels
+from probekit.probing.controls import block_ends, control_labels, prequential_code, prior_code
 from probekit.probing.grid import CHOSEN_ON, FITTED_ON, TESTED_ON, Grid
+from probekit.probing.results import Row, Tally, row_slices
 from probekit.probing.solvers import LDAProbes, MLPProbes, Moments, RidgeProbes, SoftmaxProbes
-from probekit.probing.tally import Row, Tally, row_slices
 from probekit.progress import Progress
 
 ClosedForm = RidgeProbes | LDAProbes
@@ -124,7 +123,7 @@ class Work:
         with self.progress.task(f"{self.name}: read the split {split!r}", total=len(examples)) as task:
             for rows, blocks in activations.chunks(examples):
                 yield rows, blocks
-                task.advance((rows.stop - rows.start) * processes.count())  # others read as many
+                task.advance((rows.stop - rows.start) * distributed.count())  # others read as many
 
 
 def fit(activations: Activations, work: Work) -> list[Fitted]:
@@ -320,5 +319,5 @@ def _held(activations: Activations, work: Work, split: str) -> list[Tensor]:
     for rows, blocks in work.read(activations, split):
         for whole, part in zip(held, blocks, strict=True):
             whole[:, :, rows] = part
-    processes.add_up(held)  # what another process has read is zero here
+    distributed.add_up(held)  # what another process has read is zero here
     return held

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from probekit.config import ProbeSettings
-from probekit.corpus.store import Corpus
+from probekit.data.corpus import Corpus
 from probekit.errors import ProbekitError
 from probekit.probing.targets import NO_LABEL, Examples, Target, find_examples, reached
 

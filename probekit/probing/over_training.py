@@ -9,16 +9,15 @@ from typing import Any
 
 import pandas as pd
 
-from probekit import processes
+from probekit import distributed
 from probekit.errors import ProbekitError
-from probekit.probe_record import SETTINGS, read_probe_record
+from probekit.io import read_json, write_table
 from probekit.probing.probe import ProbeResults, probe
+from probekit.probing.results import SETTINGS, read_probe_record
 from probekit.probing.unfinished import origin
 from probekit.progress import Progress
-from probekit.run import Run
-from probekit.stage_settings import stages_of
-from probekit.storage import read_json
-from probekit.table_files import write_table
+from probekit.run.run import Run
+from probekit.run.stages import stages_of
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def probe_checkpoints(
             task.advance(note=f"step {step:,}")
     table = pd.concat(tables, ignore_index=True)
     results = TrainingProbes(table, stage, run.probes_file(stage), run.losses_of(stage), [*notes])
-    if processes.is_first():
+    if distributed.is_first():
         write_table(results.path, results.table)
     return results
 

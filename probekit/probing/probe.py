@@ -12,11 +12,11 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from probekit import processes
+from probekit import distributed
 from probekit.config import ConditioningSettings, ProbedName
-from probekit.corpus.store import Corpus
+from probekit.data.corpus import Corpus
 from probekit.errors import ProbekitError
-from probekit.evaluation.statistics import Resampling
+from probekit.io import atomic_folder, write_json, write_table
 from probekit.models.conditioning import CONDITIONINGS
 from probekit.models.language_model import OUTSIDE_BLOCKS, check_location
 from probekit.models.mixing import VARIANTS
@@ -25,16 +25,13 @@ from probekit.probing.baselines import baseline_tallies
 from probekit.probing.fitting import CLOSED_FORM, Work, control_question, document_numbers, fit, score
 from probekit.probing.grid import CHOSEN_ON, FITTED_ON, TESTED_ON, Grid, make_grid
 from probekit.probing.locations import BEFORE, per_layer
-from probekit.probing.results import table_of
-from probekit.probing.saved import weights_of, write_probes
+from probekit.probing.results import Row, Tally, table_of, weights_of, write_probes
 from probekit.probing.store import Store, identity, write_store
-from probekit.probing.tally import Row, Tally
 from probekit.probing.targets import Examples, Target, find_target
 from probekit.probing.unfinished import Probed, Unfinished, origin
 from probekit.progress import Progress
-from probekit.run import Run
-from probekit.storage import atomic_folder, write_json
-from probekit.table_files import write_table
+from probekit.run.run import Run
+from probekit.statistics import Resampling
 
 Weights = dict[tuple[ProbedName, int], dict[str, Tensor]]
 """Weights of linear probes by the names they are kept under, for every variant and seed."""
@@ -131,10 +128,10 @@ def probe(
         run.folder / "probes",
         [*notes, *_constant_note(tallies)],
     )
-    if processes.is_first():
+    if distributed.is_first():
         _write(run, results, grids, weights)
         unfinished.forget()
-    processes.wait()
+    distributed.wait()
     return results
 
 
@@ -188,7 +185,7 @@ def _probed(
     if store:
         folder = run.folder / "activations" / f"{variant}-seed{seed}"
         write_store(source(list(places)), examples, folder, identity(run, variant, seed, grid), progress)
-        processes.wait()
+        distributed.wait()
         source = partial(Store, folder, run.device)
     control = control_question(run.corpus, grid, seed) if config.control else None
     head: Row = {"reader": "probe", "variant": variant, "seed": seed}

@@ -1,20 +1,83 @@
-"""Results: from sums by document to the table that a grid leaves, with an interval for every number."""
+"""How a run's probes were made, as `probes/settings.json` tells it, checked before anything is made of it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import pandas as pd
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
 
-from probekit.evaluation.action_metrics import METRICS
-from probekit.evaluation.statistics import (
-    Intervals,
-    Resampling,
-    bootstrap_ratios,
-    simultaneous_ratios,
-)
-from probekit.probing.tally import Row, Tally
+from probekit import distributed
+from probekit.config import Config
+from probekit.errors import ProbekitError
+from probekit.evaluation.action_metrics import METRICS, score_actions
+from probekit.io import one_line, read_json, read_tensors, write_tensors
+from probekit.statistics import Intervals, Resampling, bootstrap_ratios, simultaneous_ratios
+
+if TYPE_CHECKING:
+    from probekit.probing.activations import Block
+    from probekit.probing.fitting import Fitted
+
+
+Row = dict[str, Any]
+
+SCORES = tuple(METRICS)
+"""Fields of `ActionScores`."""
+
+ELEMENTS = 1 << 25
+"""Log-probabilities scored at once: bounds the memory."""
+
+
+class Tally:
+    """Sums over the examples of each document, for readers that are scored on the same examples.
+
+    Attributes:
+        heads: What is known of each reader `[readers]`: its row of results begins with it.
+        sums: For every score its sums, float64 `[documents, readers]`.
+    """
+
+    def __init__(self, heads: Sequence[Row], documents: int, scores: Sequence[str] = SCORES) -> None:
+        self.heads = list(heads)
+        self.sums: dict[str, NDArray[np.float64]] = {
+            score: np.zeros((documents, len(self.heads))) for score in scores
+        }
+
+    def add(
+        self, document: np.ndarray, log_probabilities: Tensor | np.ndarray, labels: Tensor | np.ndarray
+    ) -> None:
+        """Scores some examples.
+
+        Args:
+            document: Number of each example's document, from 0, those of one document together `[examples]`.
+            log_probabilities: In nats `[readers, examples, classes]`.
+            labels: True classes `[examples]`, or `[readers, examples]` where each reader has its own.
+        """
+        starts = np.flatnonzero(np.diff(document, prepend=-1))
+        scores = score_actions(log_probabilities, labels)
+        for score, sums in self.sums.items():
+            values = getattr(scores, score).astype(np.float64)
+            sums[document[starts]] += np.add.reduceat(values, starts, axis=1).T
+
+    def over_processes(self, device: torch.device) -> None:
+        """Takes in what all processes have scored."""
+        for score, sums in self.sums.items():
+            summed = torch.from_numpy(sums).to(device)
+            distributed.add_up([summed])
+            self.sums[score] = summed.cpu().numpy()
+
+
+def row_slices(readers: int, examples: int, classes: int) -> list[slice]:
+    """Cuts examples so that log-probabilities of all readers stay within `ELEMENTS`."""
+    size = max(1, ELEMENTS // (readers * classes))
+    return [slice(start, start + size) for start in range(0, examples, size)]
+
 
 MODEL_FREE = ("prior", "bigram", "skip n-gram")
 """Baselines that no model is needed for: a probe has to read more than the strongest of them."""
@@ -120,3 +183,201 @@ def _beside(rows: pd.DataFrame, chosen: pd.Series | np.ndarray) -> np.ndarray:
     """For each row the number of the chosen row of its distance and horizon, `NONE` where there is none."""
     cell = pd.MultiIndex.from_frame(rows[["distance", "horizon"]])
     return pd.Series(np.arange(len(rows)), cell)[np.asarray(chosen)].reindex(cell, fill_value=NONE).to_numpy()
+
+
+KEPT = ("softmax", "ridge", "lda")
+"""Solvers whose probes are linear."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a probe reads: where, when and what.
+
+    Attributes:
+        location: TransformerLens hook, without the layer.
+        layer: The layer.
+        distance: Tokens before the anchor.
+        horizon: Sentences ahead.
+        solver: How it was fitted.
+    """
+
+    location: str
+    layer: int
+    distance: int
+    horizon: int = 1
+    solver: str = "softmax"
+
+    def __str__(self) -> str:
+        return f"{self.location}, layer {self.layer}, distance {self.distance}, horizon {self.horizon}"
+
+    @property
+    def key(self) -> str:
+        """Its name in the file."""
+        return "|".join(map(str, (self.solver, self.location, self.layer, self.distance, self.horizon)))
+
+    @classmethod
+    def of(cls, key: str) -> Cell:
+        """The cell of a name in the file."""
+        solver, location, layer, distance, horizon = key.split("|")
+        return cls(location, int(layer), int(distance), int(horizon), solver)
+
+
+@dataclass(frozen=True)
+class LinearProbe:
+    """A probe on raw activations.
+
+    Attributes:
+        coef: `[width, classes]`.
+        intercept: `[classes]`; minus infinity for a class that was not there to fit on.
+    """
+
+    coef: Tensor
+    intercept: Tensor
+
+    def log_probabilities(self, activations: Tensor) -> Tensor:
+        """Log-probabilities of the classes in nats, of activations `[..., width]`."""
+        return (activations.float() @ self.coef + self.intercept).log_softmax(dim=-1)
+
+
+def weights_of(
+    fitted: Iterable[Fitted], blocks: list[Block], distances: tuple[int, ...]
+) -> dict[str, Tensor]:
+    """The weights of fitted probes that are linear, by the names that they are kept under."""
+    weights: dict[str, Tensor] = {}
+    for batch in fitted:
+        if batch.solver not in KEPT:
+            continue
+        places = [(place, distance) for place in blocks[batch.block].places for distance in distances]
+        for ((location, layer), distance), coef, intercept in zip(
+            places, batch.probes.coef_, batch.probes.intercept_, strict=True
+        ):
+            key = Cell(location, layer, distance, batch.horizon, batch.solver).key
+            # Copied: a row of a batch would keep the whole batch.
+            weights[f"{key}|coef"] = coef.detach().float().cpu().clone()
+            weights[f"{key}|intercept"] = intercept.detach().float().cpu().clone()
+    return weights
+
+
+def write_probes(folder: Path, variant: str, seed: int, weights: Mapping[str, Tensor]) -> None:
+    """Writes the weights of a variant's probes into the folder of results."""
+    write_tensors(_file(folder, variant, seed), weights)
+
+
+class SavedProbes:
+    """The linear probes of one variant and seed of a run.
+
+    Args:
+        folder: The folder of results, `probes/` of a run.
+        variant: Whose.
+        seed: Of the documents drawn to fit on.
+
+    Raises:
+        ProbekitError: There are none; it says which command makes them.
+    """
+
+    def __init__(self, folder: Path, variant: str, seed: int) -> None:
+        self._folder, self._variant = folder, variant
+        path = _file(folder, variant, seed)
+        if not path.is_file():
+            there = sorted(other.stem for other in folder.glob("*-seed*.safetensors"))
+            # A probing takes the place of the one before: what is there is to be asked for again.
+            wanted = dict.fromkeys([*(name.rpartition("-seed")[0] for name in there), variant])
+            raise ProbekitError(
+                f"{path} does not exist: no linear probes of {variant!r} with seed {seed} are kept "
+                f"(there are {', '.join(there) or 'none'}); run `probekit probe {folder.parent} "
+                f"--probe.variants {' '.join(wanted)}`"
+            )
+        self._tensors = read_tensors(path)
+
+    @property
+    def cells(self) -> list[Cell]:
+        """The cells that have a probe."""
+        return [Cell.of(name.removesuffix("|coef")) for name in self._tensors if name.endswith("|coef")]
+
+    def __getitem__(self, cell: Cell) -> LinearProbe:
+        """The probe of a cell.
+
+        Raises:
+            ProbekitError: There is none.
+        """
+        if f"{cell.key}|coef" not in self._tensors:
+            known = "; ".join(
+                f"{name}s {', '.join(map(str, sorted({getattr(other, name) for other in self.cells})))}"
+                for name in ("location", "layer", "distance", "horizon", "solver")
+            )
+            raise ProbekitError(
+                f"{self._folder} has no {cell.solver} probe of {self._variant!r} at {cell}; it has {known}"
+            )
+        return LinearProbe(*(self._tensors[f"{cell.key}|{part}"] for part in ("coef", "intercept")))
+
+    def stacked(self, cells: list[Cell]) -> LinearProbe:
+        """The probes of several cells of one width at once: `coef` `[cells, width, classes]`."""
+        probes = [self[cell] for cell in cells]
+        return LinearProbe(
+            torch.stack([probe.coef for probe in probes]),
+            torch.stack([probe.intercept for probe in probes])[:, None],
+        )
+
+
+def _file(folder: Path, variant: str, seed: int) -> Path:
+    return folder / f"{variant}-seed{seed}.safetensors"
+
+
+SETTINGS = "settings.json"
+"""The file in the folder of probes."""
+
+Count = Annotated[int, Field(ge=0)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True)
+
+
+class SplitDocuments(_Record):
+    """How many documents probes were fitted on, chosen on and tested on."""
+
+    probe: Count
+    validation: Count
+    test: Count
+
+
+class ProbeRecord(_Record):
+    """How probes were made.
+
+    Attributes:
+        config: All settings.
+        notes: What to know of all rows together.
+        documents: By seed of the documents drawn to fit on.
+    """
+
+    config: Config
+    notes: list[str] = []
+    documents: dict[str, SplitDocuments] = {}
+
+
+def read_probe_record(run: Path) -> ProbeRecord:
+    """The record of the probes in a run's folder.
+
+    Raises:
+        ProbekitError: There is none, or it is not what `probekit probe` writes.
+    """
+    path = run / "probes" / SETTINGS
+    recorded = read_json(path)
+    try:
+        if not isinstance(recorded, dict) or not recorded.keys() & Config.model_fields.keys():
+            raise ValueError("it holds no settings")
+        settings = {name: value for name, value in recorded.items() if name in Config.model_fields}
+        rest = {name: recorded[name] for name in ("notes", "documents") if name in recorded}
+        return ProbeRecord.model_validate({"config": Config.from_dict(settings), **rest})
+    except (ProbekitError, ValueError) as error:
+        raise ProbekitError(
+            f"{path} is no record of a probing ({_first(error)}); run `probekit probe {run}`"
+        ) from None
+
+
+def _first(error: Exception) -> str:
+    """What is wrong, on one line; of several things the first."""
+    if not isinstance(error, ValidationError):
+        return one_line(error)
+    found: dict[str, Any] = dict(error.errors(include_url=False)[0])
+    return f"{'.'.join(map(str, found['loc']))} is {found['input']!r}: {found['msg']}"

@@ -15,18 +15,18 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from probekit import processes
+from probekit import distributed
 from probekit.config import ProbedName
-from probekit.devices import precision_of
+from probekit.distributed import precision_of
 from probekit.errors import ProbekitError
 from probekit.evaluation.perplexity import window_and_stride
+from probekit.io import read_json, write_json, write_tensors
 from probekit.models.mixing import VARIANTS
 from probekit.probing.activations import Block, Place, Reader, chunk_slices
 from probekit.probing.grid import Grid
 from probekit.probing.targets import Examples
 from probekit.progress import Progress
-from probekit.run import Run
-from probekit.storage import read_json, write_json, write_tensors
+from probekit.run.run import Run
 
 FORMAT = 1
 """Version of the layout; other versions are refused."""
@@ -65,7 +65,7 @@ class Store:
             ProbekitError: A shard is missing or damaged.
         """
         digest = examples_digest(examples)
-        for part in processes.share([*chunk_slices(examples.document)]):
+        for part in distributed.share([*chunk_slices(examples.document)]):
             tensors = self._shard(shard_name(digest, part))
             yield part, [tensors[f"block{b}"][rows].to(self._device) for b, rows in self._wanted.items()]
 
@@ -105,7 +105,7 @@ def write_store(
         ProbekitError: The folder holds a store of something else, or the disk is too small.
     """
     shards = _begun(folder, identity, reader, splits)
-    processes.wait()  # all have looked before anything is written
+    distributed.wait()  # all have looked before anything is written
     manifest = {
         "format": FORMAT,
         "identity": dict(identity),
@@ -127,14 +127,14 @@ def write_store(
     progress.say(
         f"store {size / 1e9:,.2f} GB of activations in {folder}" if missing else f"activations from {folder}"
     )
-    if missing and processes.is_first():
+    if missing and distributed.is_first():
         # Before the first shard: a store that is interrupted in it can be told from a foreign folder.
         write_json(folder / "manifest.json", manifest)
-    if missing and (reader.sharded or processes.is_first()):
+    if missing and (reader.sharded or distributed.is_first()):
         with progress.task("store activations", total=rows) as task:
             for examples, part, name in missing:
                 blocks = reader.read(examples[part])
-                if not processes.is_first():
+                if not distributed.is_first():
                     continue
                 write_tensors(folder / name, {f"block{b}": values for b, values in enumerate(blocks)})
                 shards[name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from probekit.corpus.store import Corpus, ranges
+from probekit.data.corpus import Corpus, ranges
 from probekit.errors import ProbekitError
-from probekit.table_files import read_table
+from probekit.io import read_table
 
 if TYPE_CHECKING:
     import pandas as pd
+
 
 NO_LABEL = -1
 """Label of an example that has none: it takes no part."""

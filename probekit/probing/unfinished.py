@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from probekit import processes
-from probekit.probing.tally import Tally
-from probekit.provenance import digest_of
-from probekit.run import Run
-from probekit.storage import read_metadata, read_tensors, write_tensors
+from probekit import distributed
+from probekit.io import read_metadata, read_tensors, write_tensors
+from probekit.probing.results import Tally
+from probekit.run.provenance import digest_of
+from probekit.run.run import Run
 
 Probed = tuple[list[Tally], dict[str, Tensor]]
 """What probes got right, and the weights of those that are linear."""
@@ -45,10 +45,10 @@ class Unfinished:
         identity = json.dumps(self._identity | {"weights": self._run.weights_digest(variant)})
         kept = path.exists() and read_metadata(path).get("identity") == identity
         # All look before one writes; and all do the same, or they would wait for each other for ever.
-        if processes.total(float(kept), self._run.device) == processes.count():
+        if distributed.total(float(kept), self._run.device) == distributed.count():
             return _read(path)
         found = probed()
-        if processes.is_first():
+        if distributed.is_first():
             _write(path, identity, *found)
         return found
 

@@ -1,1 +1,1 @@
-"""Figures and tables from results."""
+"""Tables, figures, the lens and the report."""

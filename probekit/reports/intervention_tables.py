@@ -7,9 +7,9 @@ from typing import Any
 
 import pandas as pd
 
-from probekit.interventions.intervene import InterventionResults
+from probekit.causal.intervene import InterventionResults
 from probekit.probing.locations import label
-from probekit.reports.console import print_table, say, warn_of_few, with_range
+from probekit.reports.terminal import print_table, say, warn_of_few, with_range
 
 EFFECTS = {
     "next_loss": "next sentence",

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from probekit.config import VariantName
-from probekit.corpus.sentences import align, complete_spans, sentence_spans
-from probekit.corpus.store import SPLITS, Corpus
+from probekit.data.corpus import SPLITS, Corpus
+from probekit.data.sentences import align, complete_spans, sentence_spans
 from probekit.errors import ProbekitError
-from probekit.run import LOADED, Run
+from probekit.run.run import LOADED, Run
 
 LIMIT = 2000
 """The most tokens of a text, if not said otherwise: what a page can show and a reader take in."""

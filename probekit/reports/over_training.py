@@ -11,12 +11,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from probekit.errors import ProbekitError
+from probekit.io import atomic_path
 from probekit.probing.locations import label
 from probekit.probing.over_training import TrainingProbes
 from probekit.reports.figures import BASELINE_STYLES, METRICS, panels
 from probekit.reports.plots import PREFERRED
-from probekit.run import Run
-from probekit.storage import atomic_path
+from probekit.run.run import Run
 
 BASELINES = ("prior", "bigram", "ceiling (tokens read)")
 """Readers that are the same at every step, as far as they are known."""

@@ -32,6 +32,7 @@ from probekit.reports.document import visible
 from probekit.reports.figures import (
     DISTANCE,
     METRICS,
+    NotebookFigure,
     Panel,
     best_layer,
     beyond,
@@ -40,14 +41,13 @@ from probekit.reports.figures import (
     draw_baselines,
     draw_curve,
     draw_heat_map,
+    draw_intervals,
     dress_distance_axis,
     mean_over_seeds,
     panels,
 )
-from probekit.reports.intervals import draw_intervals
-from probekit.reports.notebook_figure import NotebookFigure
-from probekit.run import Run
-from probekit.sweeps.results import Sweep
+from probekit.run.run import Run
+from probekit.sweep import Sweep
 
 PREFERRED = {"location": "hook_resid_post", "solver": "softmax"}
 """What is drawn where nothing is asked for, if it was probed; else the first that was."""

@@ -8,11 +8,12 @@ from functools import partial
 from pathlib import Path
 
 from probekit.errors import ProbekitError
+from probekit.io import atomic_path, write_text
 from probekit.reports import report_causal as causal
 from probekit.reports import report_results as results
 from probekit.reports import report_sections as sections
+from probekit.reports.checks import cautions_of
 from probekit.reports.document import Block, Fold, Picture, Report, Section
-from probekit.reports.report_cautions import cautions_of
 from probekit.reports.report_findings import (
     CORPUS,
     EVALUATION,
@@ -27,8 +28,7 @@ from probekit.reports.report_findings import (
 )
 from probekit.reports.report_html import to_html
 from probekit.reports.report_markdown import to_markdown
-from probekit.run import Run
-from probekit.storage import atomic_path, write_text
+from probekit.run.run import Run
 
 SUFFIXES = (".html", ".md")
 """What a report can be written as."""

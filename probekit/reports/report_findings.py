@@ -9,19 +9,18 @@ from typing import Any, TypeVar
 
 import pandas as pd
 
+from probekit.causal.intervene import InterventionResults
+from probekit.causal.subnetwork import SubnetworkResults
 from probekit.config import Config, setting_names, setting_value
 from probekit.errors import ProbekitError
 from probekit.evaluation.perplexity import record_of
-from probekit.interventions.intervene import InterventionResults
+from probekit.io import read_json, read_table
 from probekit.models.mixing import VARIANTS
-from probekit.probe_record import ProbeRecord, read_probe_record
 from probekit.probing.over_training import TrainingProbes
 from probekit.probing.probe import ProbeResults
-from probekit.run import Run
-from probekit.stage_settings import stages_of
-from probekit.storage import read_json
-from probekit.subnetworks.subnetwork import SubnetworkResults
-from probekit.table_files import read_table
+from probekit.probing.results import ProbeRecord, read_probe_record
+from probekit.run.run import Run
+from probekit.run.stages import stages_of
 
 EVALUATION, GENERATION, PROBES = "evaluation.json", "generation.json", "probes/results.parquet"
 PROBE_SETTINGS, METRICS, PROVENANCE = "probes/settings.json", "metrics.jsonl", "provenance.json"

@@ -10,12 +10,11 @@ import pandas as pd
 
 from probekit.probing.locations import label
 from probekit.reports.document import Block, Fold, Items, Paragraph, Picture, estimate, fold_if, table
-from probekit.reports.figures import panels
+from probekit.reports.figures import panels, svg_of
 from probekit.reports.over_training import plot_over_training
-from probekit.reports.pictures import svg_of
 from probekit.reports.plots import PREFERRED, plot_curve, plot_perplexity, plot_probes, probed_variants
-from probekit.reports.probe_tables import beaten_baselines, best_by_step
 from probekit.reports.report_findings import Findings
+from probekit.reports.terminal import beaten_baselines, best_by_step
 
 Row = Mapping[Hashable, Any]
 

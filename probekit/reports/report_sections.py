@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from probekit.corpus.inspect import action_table, sizes
+from probekit.data.corpus import action_table, sizes
 from probekit.errors import ProbekitError
 from probekit.models.depth_ensemble import MEMBERS
 from probekit.models.mixing import VARIANTS
 from probekit.reports.document import Block, Code, Fold, Paragraph, Picture, table
-from probekit.reports.pictures import svg_of
+from probekit.reports.figures import svg_of
 from probekit.reports.plots import plot_training
 from probekit.reports.report_findings import (
     EVALUATION,
@@ -24,7 +24,7 @@ from probekit.reports.report_findings import (
     UNFIT,
     Findings,
 )
-from probekit.reports.run_tables import DISPLAY_ACTIONS
+from probekit.reports.terminal import DISPLAY_ACTIONS
 
 COMMON_OPTIONS = ("device", "evaluation")
 """Sections of settings that all commands take that read a run; each has one of its own beside."""

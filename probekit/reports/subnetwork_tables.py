@@ -7,9 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-from probekit.reports.console import print_table, say, warn_of_few, with_range
-from probekit.subnetworks.results import ALONE, CONDITIONS, RANDOM, SUBNETWORK, WHOLE
-from probekit.subnetworks.subnetwork import SubnetworkResults
+from probekit.causal.subnetwork import ALONE, CONDITIONS, RANDOM, SUBNETWORK, WHOLE, SubnetworkResults
+from probekit.reports.terminal import print_table, say, warn_of_few, with_range
 
 CHANGES = {
     "first_loss_change": "first token",

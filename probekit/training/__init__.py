@@ -1,1 +1,1 @@
-"""The training loop and its stages."""
+"""Training, a file for each stage."""

@@ -11,26 +11,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from probekit import processes
+from probekit import distributed
 from probekit.config import VariantName
-from probekit.corpus.embeddings import load_encoder
-from probekit.corpus.examples import Batch, Windows, begun_sentences, collate
+from probekit.data.encoders import load_encoder
+from probekit.data.windows import Batch, Windows, begun_sentences, collate
 from probekit.errors import ProbekitError
 from probekit.models.base_lm import Tuning
 from probekit.models.conditioning import Adapter, new_adapter
-from probekit.models.forward_pass import ForwardPass, forward_pass
+from probekit.models.hook_points import ForwardPass, PlainPass, forward_pass, is_sharded
 from probekit.models.language_model import OUTSIDE_BLOCKS
 from probekit.models.mixing import VARIANTS, Mixed, training_mixing
-from probekit.models.plain import PlainPass
-from probekit.models.planned_lm import PlannedLM, token_losses
-from probekit.models.planner import Planner
-from probekit.models.sentence_encoder import TrainableEncoder, embedded_context
-from probekit.models.sharded import is_sharded
+from probekit.models.planner import Planner, TrainableEncoder, embedded_context
+from probekit.models.planner_lm import PlannedLM, token_losses
 from probekit.progress import without_bars_of_transformers
-from probekit.training.folds import OutOfFold, fold_of_documents
-from probekit.training.planner import PlannerLoss
-from probekit.training.stage import Group, Stage
-from probekit.training.trainer import Trainer
+from probekit.training.planner import OutOfFold, PlannerLoss, fold_of_documents
+from probekit.training.trainer import Group, Stage, Trainer
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -98,7 +93,7 @@ class AdapterTraining:
         )
         self._trainer, self._variant = trainer, variant
         self._adapter, self._planner, self._base = adapter, planner, base
-        self._mixing = training_mixing(variant, config.mixing, config.seed + processes.rank())
+        self._mixing = training_mixing(variant, config.mixing, config.seed + distributed.rank())
         self._joint = chosen.joint
         self._out_of_fold = None
         if fold_planners and chosen.out_of_fold:

@@ -12,19 +12,16 @@ import torch
 from torch import Tensor
 
 from probekit.config import MemberName
-from probekit.corpus.examples import IGNORE, Batch, Windows, collate
+from probekit.data.windows import IGNORE, Batch, Windows, collate
 from probekit.errors import ProbekitError
 from probekit.models.base_lm import Tuning
-from probekit.models.depth_ensemble import MEMBERS, DepthEnsemble, Late, new_ensemble
-from probekit.models.forward_pass import forward_pass
-from probekit.models.late_losses import LateLoss, reader_losses
+from probekit.models.depth_ensemble import MEMBERS, DepthEnsemble, Late, LateLoss, new_ensemble, reader_losses
+from probekit.models.hook_points import PlainPass, forward_pass
 from probekit.models.mixing import evaluation_mixing
-from probekit.models.plain import PlainPass
-from probekit.models.planned_lm import PlannedLM
 from probekit.models.planner import Planner
-from probekit.training.folds import OutOfFold, fold_of_documents
-from probekit.training.stage import Group, Stage
-from probekit.training.trainer import Trainer
+from probekit.models.planner_lm import PlannedLM
+from probekit.training.planner import OutOfFold, fold_of_documents
+from probekit.training.trainer import Group, Stage, Trainer
 
 
 def train_ensemble(

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from probekit.corpus.examples import Windows, collate
+from probekit.data.windows import Windows, collate
 from probekit.models.language_model import new_model
-from probekit.models.planned_lm import token_losses
-from probekit.training.stage import Group, Stage
-from probekit.training.trainer import Trainer
+from probekit.models.planner_lm import token_losses
+from probekit.training.trainer import Group, Stage, Trainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -2,22 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812 - the name all of PyTorch's users know
 
-from probekit import processes
+from probekit import distributed
 from probekit.config import PlannerStageSettings
-from probekit.corpus.examples import IGNORE, chunks, document_batch
+from probekit.data.corpus import Corpus
+from probekit.data.windows import IGNORE, Batch, chunks, document_batch
 from probekit.errors import ProbekitError
 from probekit.models.planner import Planner
-from probekit.training.folds import fold_of_documents
-from probekit.training.stage import Group, Stage
-from probekit.training.trainer import Trainer
+from probekit.training.trainer import Group, Stage, Trainer
+
+
+def fold_of_documents(corpus: Corpus, folds: int, seed: int) -> np.ndarray:
+    """The fold of every document, -1 for those that are not for training `[documents]`.
+
+    Documents with the same tokens are in the same fold.
+
+    Raises:
+        ProbekitError: There are fewer distinct training documents than folds.
+    """
+    train = corpus.documents("train")
+    bounds = zip(corpus.document_tokens[train], corpus.document_tokens[train + 1], strict=True)
+    digests = [_digest(corpus.tokens[start:stop]) for start, stop in bounds]
+    distinct, number = np.unique(np.array(digests, dtype="S16"), return_inverse=True)
+    if folds > len(distinct):
+        raise ProbekitError(
+            f"training.planner.folds is {folds}, but there are {len(distinct)} distinct training documents; "
+            f"set it to {len(distinct)} or less"
+        )
+    found = np.full(len(corpus.split), -1)
+    found[train] = (np.random.default_rng(seed).permutation(len(distinct)) % folds)[number]
+    return found
+
+
+class OutOfFold:
+    """Scores every training document by the planner of its fold.
+
+    Args:
+        planners: For every fold, a planner trained on the documents outside it.
+        fold: The fold of every document `[documents]`.
+    """
+
+    def __init__(self, planners: Sequence[Planner], fold: np.ndarray) -> None:
+        self._planners, self._fold = planners, fold
+
+    def scores(self, batch: Batch) -> Tensor:
+        """Scores of the touched sentences `[touched, actions]`, each document's from one planner alone."""
+        fold = self._fold[batch.documents]
+        parts, order = [], []
+        with torch.no_grad():
+            for number in np.unique(fold):
+                rows = np.flatnonzero(fold == number)
+                parts.append(self._planners[number](batch.context[torch.from_numpy(rows)]))
+                order.append(rows)
+        back = torch.from_numpy(np.argsort(np.concatenate(order)))
+        return torch.cat(parts)[back].flatten(0, 1)[batch.touched]
+
+
+def _digest(tokens: np.ndarray) -> bytes:
+    return hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
 
 
 class PlannerLoss:
@@ -86,10 +136,10 @@ def train_planner(
     def validation_loss() -> float:
         planner.eval()
         with torch.no_grad():
-            own = processes.share(chunks(len(validation), settings.batch_size))
+            own = distributed.share(chunks(len(validation), settings.batch_size))
             total = sum(loss(validation[rows]).item() for rows in own)
         planner.train()
-        return processes.total(total, trainer.device) / int(lengths[validation].sum())
+        return distributed.total(total, trainer.device) / int(lengths[validation].sum())
 
     planner.train()
     trainer.optimise(

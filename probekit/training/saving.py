@@ -9,10 +9,10 @@ from typing import Generic, TypeVar
 
 from torch import Tensor
 
-from probekit import processes
-from probekit.devices import precision_of
-from probekit.run import Run
-from probekit.stage_settings import stage_settings
+from probekit import distributed
+from probekit.distributed import precision_of
+from probekit.run.run import Run
+from probekit.run.stages import stage_settings
 
 T = TypeVar("T")
 
@@ -37,7 +37,7 @@ class Saving(Generic[T]):
     def checkpoint(self, model: T, step: int) -> None:
         """Keeps it as it is behind a step."""
         tuned = self.tuned()
-        if processes.is_first():
+        if distributed.is_first():
             facts = {"seconds": round(time.monotonic() - self.begun, 1)} | arithmetic_of(self.run, self.stage)
             with self.run.checkpoint(self.stage, step, facts) as checkpoint:
                 self.save(checkpoint, model, tuned)
@@ -45,7 +45,7 @@ class Saving(Generic[T]):
     def final(self, model: T) -> None:
         """Keeps it as the stage leaves it."""
         tuned = self.tuned()
-        if processes.is_first():
+        if distributed.is_first():
             self.save(self.run, model, tuned)
 
 

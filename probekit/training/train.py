@@ -10,38 +10,88 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from probekit import hub, processes
+from probekit import distributed
 from probekit.config import Config, MemberName, VariantName
-from probekit.corpus.build import write_corpus
-from probekit.corpus.store import too_few
+from probekit.data import hub
+from probekit.data.build import write_corpus
+from probekit.data.corpus import too_few
+from probekit.data.encoders import check_encoder
 from probekit.errors import ProbekitError
+from probekit.io import atomic_folder, full_disks_told, write_json
 from probekit.models.base_lm import TUNINGS
-from probekit.models.conditioning import location_width
-from probekit.models.depth_ensemble import DepthEnsemble
+from probekit.models.conditioning import location_width, new_adapter
+from probekit.models.depth_ensemble import DepthEnsemble, new_ensemble
 from probekit.models.language_model import bridge, load_model, longest_window, new_model
 from probekit.models.mixing import VARIANTS
-from probekit.models.planned_lm import PlannedLM
-from probekit.models.planner import Planner
-from probekit.models.sentence_encoder import write_embeddings
+from probekit.models.planner import Planner, write_embeddings
+from probekit.models.planner_lm import PlannedLM
 from probekit.progress import Progress, without_bars_of_transformers
-from probekit.provenance import lm_digest
-from probekit.run import Run
-from probekit.run_folder import Existing
-from probekit.stage_settings import folds_of, stage_settings, stages_of, variants_of
-from probekit.storage import atomic_folder, full_disks_told, write_json
-from probekit.training.adapter import train_adapter
-from probekit.training.checks import check_adapters, check_ensembles, check_new_model, check_positions
+from probekit.run.folder import Existing
+from probekit.run.provenance import lm_digest
+from probekit.run.run import Run
+from probekit.run.stages import folds_of, stage_settings, stages_of, variants_of
+from probekit.training.adapter import check_tunable, train_adapter
 from probekit.training.depth_ensemble import train_ensemble
 from probekit.training.language_model import train_language_model
 from probekit.training.planner import train_planner
 from probekit.training.saving import Saving, arithmetic_of
-from probekit.training.state import StateFile
-from probekit.training.trainer import Trainer
+from probekit.training.trainer import StateFile, Trainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+def check_new_model(config: Config) -> None:
+    """Refuses what does not fit a new LM, whose size the settings say, before anything is written."""
+    check_positions(config, config.lm.positions)
+    if config.method == "depth-ensemble" and config.depth.layers > config.lm.layers:
+        raise ProbekitError(
+            f"depth.layers is {config.depth.layers}, but lm.layers is {config.lm.layers}; an ensemble has at "
+            "most all layers of the LM"
+        )
+    tuned = config.training.base
+    if tuned.tuning == "lora" and tuned.last_layers is not None and tuned.last_layers > config.lm.layers:
+        raise ProbekitError(
+            f"training.base.last_layers is {tuned.last_layers}, but lm.layers is {config.lm.layers}"
+        )
+    if config.conditioning.kind == "adapter" and config.conditioning.skip_layers >= config.lm.layers:
+        raise ProbekitError(
+            f"conditioning.skip_layers is {config.conditioning.skip_layers}, but lm.layers is "
+            f"{config.lm.layers}: no layer is left to condition"
+        )
+
+
+def check_adapters(run: Run) -> None:
+    """Refuses adapters that do not fit the LM, or lack an encoder, while the planner is not trained yet."""
+    joint = any(VARIANTS[variant].joint for variant in variants_of(run.config))
+    if joint and run.config.training.joint.encoder == "trained":
+        check_encoder(run.folder / "corpus" / "encoder")
+    codebook = torch.from_numpy(run.corpus.codebook.centroids)
+    adapter = new_adapter(run.config.conditioning, codebook, run.bridged, run.config.seed)
+    if run.config.training.base.tuning != "frozen":
+        lm = run.base_lm()
+        check_tunable(lm.forward_pass(adapter.names), adapter)
+        del lm.plain  # training has a copy of its own
+
+
+def check_ensembles(run: Run) -> None:
+    """Refuses ensembles that do not fit the LM while nothing is trained on it yet."""
+    base = run.base_lm()
+    for member in run.config.depth.members:
+        new_ensemble(member, run.config.depth, base.bridged, base.plain, run.config.seed)
+
+
+def check_positions(config: Config, positions: int) -> None:
+    """Refuses windows that are longer than an LM can read."""
+    for setting, window in (
+        ("training.window", config.training.window),
+        ("evaluation.window", config.evaluation.window),
+    ):
+        if window is not None and window > positions:
+            raise ProbekitError(f"{setting} is {window}, but the LM reads at most {positions} positions")
 
 
 def train(
@@ -138,31 +188,31 @@ def _begun(config: Config | None, out: str | Path, existing: Existing, progress:
     """The run, begun or resumed by the first process and then opened by the others."""
     if config is not None and config.lm.name is None:
         check_new_model(config)
-    if processes.is_first():
+    if distributed.is_first():
         with Run.begun(out, config, existing) as run:
             for stage, reason in run.unfinish_damaged().items():
                 progress.say(f"{stage} is done again: {reason}")
-            processes.wait()
+            distributed.wait()
             yield run
     else:
-        processes.wait()
+        distributed.wait()
         yield Run.open(out)
 
 
 def _stage(run: Run, name: str, work: Callable[[], dict[str, Any] | None]) -> None:
-    finished, first = run.finished(name), processes.is_first()
-    processes.wait()  # all have looked before anything is written
+    finished, first = run.finished(name), distributed.is_first()
+    distributed.wait()  # all have looked before anything is written
     if not finished:
         if first:
             run.begin_stage(name, _state(run, name).standing.step)
-        processes.wait()
+        distributed.wait()
         begun = time.monotonic()
         facts = (work() or {}) | arithmetic_of(run, name)
         if first:
             run.mark_finished(name, {"seconds": round(time.monotonic() - begun, 1)} | facts)
     if first:
         _state(run, name).forget()
-    processes.wait()
+    distributed.wait()
 
 
 def _tell_what_begins_anew(run: Run, progress: Progress) -> None:
@@ -182,7 +232,7 @@ def _trainer(run: Run, progress: Progress, stage: str) -> Trainer:
 
 
 def _corpus(run: Run, progress: Progress) -> dict[str, Any]:
-    if not processes.is_first():
+    if not distributed.is_first():
         return {}
     corpus = write_corpus(run.config, run.folder / "corpus", progress, str(run.device))
     if warning := too_few(len(corpus.documents("test"))):
@@ -199,7 +249,7 @@ def _language_model(run: Run, progress: Progress) -> dict[str, Any]:
         saving = Saving(run, "lm", _save_language_model)
         model = train_language_model(_trainer(run, progress, "lm"), saving.checkpoint)
         saving.final(model)
-    elif not processes.is_first():
+    elif not distributed.is_first():
         return {}
     else:
         source = hub.find(settings.name, setting="lm.name", revision=settings.revision)

@@ -11,8 +11,8 @@ from running import ONE_CELL, Capture, refused, told
 
 from probekit.cli import main
 from probekit.config import Config
-from probekit.run import Run
-from probekit.storage import read_json
+from probekit.io import read_json
+from probekit.run.run import Run
 
 
 def test_corpus_prints_sizes_and_nearest_sentences(capsys: Capture, tiny_run: Run):

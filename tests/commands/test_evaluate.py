@@ -6,8 +6,8 @@ from pathlib import Path
 
 from running import Capture, refused, told
 
-from probekit.run import Run
-from probekit.storage import read_json
+from probekit.io import read_json
+from probekit.run.run import Run
 
 
 def test_evaluating_writes_and_prints_the_same_numbers(capsys: Capture, copy: Path):

@@ -7,7 +7,7 @@ import pytest
 from running import Capture, refused, told
 
 from probekit.cli import main
-from probekit.run import Run
+from probekit.run.run import Run
 
 FAST = ["--intervene.layers", "0", "2", "--intervene.distances", "2", "1", "--intervene.scenes", "10"]
 FAST += ["--intervene.strengths", "2", "--evaluation.resamples", "100"]

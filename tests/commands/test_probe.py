@@ -11,10 +11,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from probekit.commands import probe
 from probekit.config import Config, setting_names
-from probekit.corpus.tokenizer import train_tokenizer
+from probekit.data.tokenizer import train_tokenizer
+from probekit.io import read_json, write_json
 from probekit.options import parse
-from probekit.run import Run
-from probekit.storage import read_json, write_json
+from probekit.run.run import Run
 
 
 def test_probing_writes_table_and_pictures(capsys: Capture, copy: Path):

@@ -4,7 +4,7 @@ import pytest
 from running import Capture, refused, told
 
 from probekit.cli import main
-from probekit.run import Run
+from probekit.run.run import Run
 
 FAST = ["--subnetwork.steps", "3", "--subnetwork.documents", "8", "--subnetwork.draws", "2"]
 FAST += ["--subnetwork.penalties", "0.0", "--subnetwork.learning_rate", "2", "--evaluation.resamples", "100"]

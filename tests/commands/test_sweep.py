@@ -11,7 +11,7 @@ from probekit.commands import sweep
 from probekit.config import Config
 from probekit.errors import ProbekitError
 from probekit.options import parse
-from probekit.sweeps.results import Sweep
+from probekit.sweep import Sweep
 
 
 def test_sweeping_trains_prints_and_goes_on(capsys: Capture, tmp_path: Path, tiny_config: Config):

@@ -8,8 +8,8 @@ import pytest
 from running import Capture, refused, told
 
 from probekit.cli import main
-from probekit.run import Run
-from probekit.storage import read_json, write_json
+from probekit.io import read_json, write_json
+from probekit.run.run import Run
 
 STAGES = ["corpus", "lm", "planner", "adapter/fixed", "adapter/oracle", "adapter/predicted", "adapter/soft"]
 

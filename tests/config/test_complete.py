@@ -10,14 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from probekit.config import (
-    Config,
-    nest,
-    preset_names,
-    setting_names,
-    settings_of,
-    yaml_values,
-)
+from probekit.config import Config, nest, preset_names, setting_names, settings_of, yaml_values
 from probekit.errors import ProbekitError
 
 SCALARS = (

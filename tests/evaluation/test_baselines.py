@@ -6,13 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from probekit.config import Config
-from probekit.corpus.build import write_corpus
+from probekit.data.build import write_corpus
 from probekit.evaluation import baselines as module
 from probekit.evaluation.action_metrics import bigram_of_counts
 from probekit.evaluation.baselines import SentenceBaselines, baselines, count_labels
-from probekit.evaluation.ceilings import ceiling_log_probabilities
+from probekit.planted.ceilings import ceiling_log_probabilities
 from probekit.progress import Progress
-from probekit.run import Run
+from probekit.run.run import Run
 
 
 @pytest.fixture(scope="module")

@@ -12,15 +12,14 @@ from torch.nn.functional import cross_entropy
 
 import probekit
 from probekit.cli import main
-from probekit.corpus.examples import IGNORE, collate, cut_windows
+from probekit.data.windows import IGNORE, collate, cut_windows
 from probekit.errors import ProbekitError
 from probekit.evaluation import ensembles
 from probekit.evaluation.ensembles import EnsembleEvaluation
 from probekit.evaluation.evaluate import evaluate
-from probekit.evaluation.questions import corpus_questions
-from probekit.run import Run
-from probekit.sweeps.results import Sweep
-from probekit.sweeps.sweep import sweep
+from probekit.evaluation.multiple_choice import corpus_questions
+from probekit.run.run import Run
+from probekit.sweep import Sweep, sweep
 from probekit.training.train import train
 
 QUESTIONS = 30

@@ -12,18 +12,17 @@ import torch
 from running import forget_checksums
 from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 
-from probekit.checksums import CHECKSUM
-from probekit.corpus.examples import cut_windows
-from probekit.corpus.store import SPLITS
+from probekit.data.corpus import SPLITS
+from probekit.data.windows import cut_windows
 from probekit.errors import ProbekitError
 from probekit.evaluation.action_metrics import STRENGTHS
 from probekit.evaluation.evaluate import PlannerEvaluation as Evaluation
 from probekit.evaluation.evaluate import evaluate
 from probekit.evaluation.perplexity import Pass, own_losses
+from probekit.io import CHECKSUM, read_json, write_json
 from probekit.models.mixing import Fixed, Oracle, Predicted, Soft
 from probekit.progress import Progress
-from probekit.run import Run
-from probekit.storage import read_json, write_json
+from probekit.run.run import Run
 
 ROWS = [
     ("none", "none"),

@@ -13,15 +13,22 @@ from running import forget_checksums
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from probekit.corpus.examples import Batch, Windows, collate
+from probekit.data.windows import Batch, Windows, collate
 from probekit.errors import ProbekitError
-from probekit.evaluation.multiple_choice import TokenLosses, accuracy, by_document, choice_losses, solved
-from probekit.evaluation.questions import Question, corpus_questions
+from probekit.evaluation.multiple_choice import (
+    Question,
+    TokenLosses,
+    accuracy,
+    by_document,
+    choice_losses,
+    corpus_questions,
+    solved,
+)
+from probekit.io import read_tensors, write_tensors
 from probekit.models.mixing import VARIANTS, Mixing
-from probekit.models.planned_lm import PlannedLM, token_losses
+from probekit.models.planner_lm import PlannedLM, token_losses
 from probekit.progress import Progress
-from probekit.run import Run
-from probekit.storage import read_tensors, write_tensors
+from probekit.run.run import Run
 
 WINDOW = 36
 CONDITIONED = ["fixed", "oracle", "soft", "joint"]

@@ -6,13 +6,13 @@ import torch
 from torch.nn.functional import softmax
 
 from probekit.config import VariantName
-from probekit.corpus.examples import cut_windows
+from probekit.data.windows import cut_windows
 from probekit.evaluation.perplexity import Pass, own_losses
 from probekit.models.language_model import bridge, new_model
 from probekit.models.mixing import VARIANTS, Fixed, Mixing, Oracle
-from probekit.models.planned_lm import PlannedLM
+from probekit.models.planner_lm import PlannedLM
 from probekit.progress import Progress
-from probekit.run import Run
+from probekit.run.run import Run
 
 DOCUMENTS = 3
 

@@ -12,13 +12,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from probekit.config import Config
-from probekit.corpus.build import write_corpus
-from probekit.corpus.store import Corpus
+from probekit.data.build import write_corpus
+from probekit.data.corpus import Corpus
 from probekit.errors import ProbekitError
-from probekit.evaluation.drafts import decoded
-from probekit.evaluation.questions import CHOICES, Question, corpus_questions, read_questions
+from probekit.evaluation.multiple_choice import CHOICES, Question, corpus_questions, read_questions
+from probekit.models.replanning import decoded
 from probekit.progress import Progress
-from probekit.run import Run
+from probekit.run.run import Run
 
 WORDS = ["river", "stone", "bird", "cloud", "winter", "garden", "letter", "engine", "music", "window"]
 WINDOW = 48

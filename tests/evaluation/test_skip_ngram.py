@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from probekit.errors import ProbekitError
 from probekit.evaluation.action_metrics import prior_log_probabilities
-from probekit.evaluation.skip_ngram import SkipNgram, contexts
+from probekit.evaluation.baselines import SkipNgram, contexts
 
 
 def drawn(seed: int, rows: int, tokens: int = 4, orders: int = 3, classes: int = 5):

@@ -9,9 +9,9 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from probekit.corpus.actions import Codebook
-from probekit.corpus.store import Corpus
-from probekit.corpus.tokenizer import train_tokenizer
+from probekit.data.codebook import Codebook
+from probekit.data.corpus import Corpus
+from probekit.data.tokenizer import train_tokenizer
 from probekit.models.base_lm import BaseLM
 from probekit.models.language_model import bridge, load_model
 

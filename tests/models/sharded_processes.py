@@ -15,9 +15,10 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoTokenizer, PreTrainedModel
 
-from probekit import processes
+from probekit import distributed
+from probekit.distributed import Stopped
 from probekit.errors import ProbekitError
-from probekit.models.forward_pass import forward_pass
+from probekit.models.hook_points import PlainPass, ShardedPass, forward_pass, gathered, shard
 from probekit.models.language_model import (
     bridge_without_weights,
     hook_name,
@@ -25,12 +26,9 @@ from probekit.models.language_model import (
     load_outline,
     locations,
 )
-from probekit.models.plain import PlainPass
-from probekit.models.sharded import ShardedPass, gathered, shard
 from probekit.probing.probe import probe
-from probekit.run import Run
-from probekit.stopping import Stopped
-from probekit.training import loop
+from probekit.run.run import Run
+from probekit.training import trainer as loop
 from probekit.training.train import train
 
 TOKENS = torch.randint(200, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -42,7 +40,7 @@ Sharded = tuple[TransformerBridge, PreTrainedModel]
 def sharded(folder: str) -> Sharded:
     """An LM that is bridged without its weights, and sharded with them."""
     outline = bridge_without_weights(load_outline(folder), AutoTokenizer.from_pretrained(folder), folder)
-    model = load_model(folder) if processes.is_first() else load_outline(folder)
+    model = load_model(folder) if distributed.is_first() else load_outline(folder)
     return outline, shard(model, torch.device("cpu"))
 
 
@@ -59,7 +57,7 @@ def hooks(*folders: str) -> None:
 def _see_what_those_of_a_whole_lm_see(lm: Sharded, whole: PreTrainedModel) -> None:
     outline, model = lm
     weights = gathered(model.state_dict())
-    for name, tensor in whole.state_dict().items() if processes.is_first() else ():
+    for name, tensor in whole.state_dict().items() if distributed.is_first() else ():
         assert torch.equal(weights[name], tensor), name
     held = sum(parameter.to_local().numel() for parameter in model.parameters())
     assert held < 0.6 * sum(parameter.numel() for parameter in whole.parameters())
@@ -94,7 +92,7 @@ def _keep_up(lm: Sharded) -> None:
     road = forward_pass(*lm, [LAST])
     assert isinstance(road, ShardedPass)
     for passes in ((0, 3), (2, 2), (1, 0)):
-        for _ in range(passes[processes.rank()]):
+        for _ in range(passes[distributed.rank()]):
             assert _seen(road, [LAST])
         road.keep_up()
 
@@ -105,7 +103,7 @@ def _refuse_what_only_the_bridge_has(lm: Sharded) -> None:
 
 
 def _refuse_other_weights_than_expected(folder: str, other: str) -> None:
-    model = load_model(folder) if processes.is_first() else load_outline(other)
+    model = load_model(folder) if distributed.is_first() else load_outline(other)
     with pytest.raises(ProbekitError, match=r"are not those that its config.json tells of"):
         shard(model, torch.device("cpu"))
 
@@ -136,7 +134,7 @@ def stopped(folder: str) -> None:
     try:
         train(None, folder, existing="resume", quiet=True)
     except Stopped:
-        processes.wait()
+        distributed.wait()
         assert (Path(folder) / "checkpoints" / "adapter" / "soft" / "latest.safetensors").exists()
     else:
         raise AssertionError("not stopped")
@@ -149,4 +147,4 @@ if __name__ == "__main__":
     for asked in " ".join(sys.argv[1:]).split(" then "):
         name, *given = asked.split()
         {work.__name__: work for work in (hooks, probed, trained, stopped)}[name](*given)
-    processes.leave()
+    distributed.leave()

@@ -13,17 +13,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.utils import logging
 
 from probekit.config import BaseSettings, ConditioningSettings
-from probekit.corpus.examples import Batch, collate, cut_windows
-from probekit.corpus.store import Corpus
+from probekit.data.corpus import Corpus
+from probekit.data.windows import Batch, collate, cut_windows
 from probekit.errors import ProbekitError
+from probekit.io import read_tensors, write_tensors
 from probekit.models.base_lm import LORA_WEIGHTS, TUNINGS, BaseLM, Tuning
 from probekit.models.conditioning import new_adapter
-from probekit.models.forward_pass import BridgedPass, forward_pass
+from probekit.models.hook_points import BridgedPass, PlainPass, forward_pass
 from probekit.models.language_model import load_model
 from probekit.models.mixing import Oracle
-from probekit.models.plain import PlainPass
-from probekit.models.planned_lm import PlannedLM, token_losses
-from probekit.storage import read_tensors, write_tensors
+from probekit.models.planner_lm import PlannedLM, token_losses
 
 FAMILIES = ["gpt2", "gpt_neox", "llama", "olmo", "olmo2", "qwen2", "qwen3"]
 DOCUMENTS = [[3, 2, 4], [1, 1, 5, 2]]  # tokens in each sentence

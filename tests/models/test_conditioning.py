@@ -13,14 +13,14 @@ from torch.func import functional_call
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from probekit.config import ConditioningSettings, PlannerSettings
-from probekit.corpus.examples import Batch, collate, cut_windows
-from probekit.corpus.store import Corpus
+from probekit.data.corpus import Corpus
+from probekit.data.windows import Batch, collate, cut_windows
 from probekit.errors import ProbekitError
 from probekit.models.conditioning import LayerAdapter, location_width, new_adapter
 from probekit.models.language_model import OUTSIDE_BLOCKS, bridge, hook_name, locations
 from probekit.models.mixing import GumbelSoftmax, Mixing, Oracle, Soft, StraightThrough
-from probekit.models.planned_lm import PlannedLM, token_losses
 from probekit.models.planner import Planner
+from probekit.models.planner_lm import PlannedLM, token_losses
 
 FAMILIES = ["gpt2", "gpt_neox", "llama", "olmo", "olmo2", "qwen2", "qwen3"]
 LAYERS = 3

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from probekit.config import ConditioningSettings, PlannerSettings
-from probekit.corpus.examples import Batch, collate, cut_windows
-from probekit.corpus.store import Corpus
+from probekit.data.corpus import Corpus
+from probekit.data.windows import Batch, collate, cut_windows
 from probekit.errors import ProbekitError
 from probekit.models.conditioning import (
     CONDITIONINGS,
@@ -21,12 +21,11 @@ from probekit.models.conditioning import (
     location_width,
     new_adapter,
 )
-from probekit.models.forward_pass import BridgedPass, ForwardPass, forward_pass
+from probekit.models.hook_points import BridgedPass, ForwardPass, PlainPass, forward_pass
 from probekit.models.language_model import Hook, bridge, load_model
 from probekit.models.mixing import Oracle, Soft
-from probekit.models.plain import PlainPass
-from probekit.models.planned_lm import PlannedLM, token_losses
 from probekit.models.planner import Planner
+from probekit.models.planner_lm import PlannedLM, token_losses
 
 FAMILIES = ["gpt2", "gpt_neox", "llama", "olmo", "olmo2", "qwen2", "qwen3"]
 DOCUMENTS = [[3, 2, 4], [1, 1, 5, 2]]  # tokens in each sentence

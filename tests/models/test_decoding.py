@@ -8,13 +8,12 @@ import torch
 from transformers import DynamicCache
 
 from probekit.config import ConditioningSettings
-from probekit.corpus.examples import cut_windows
-from probekit.corpus.store import Corpus
+from probekit.data.corpus import Corpus
+from probekit.data.windows import cut_windows
 from probekit.models.base_lm import BaseLM
 from probekit.models.conditioning import new_adapter
-from probekit.models.decoding import Decoder, PlainDecoder, WholeDecoder, new_decoder
-from probekit.models.growing_text import Text, window_start
-from probekit.models.planned_lm import PlannedLM
+from probekit.models.decoding import Decoder, PlainDecoder, Text, WholeDecoder, new_decoder, window_start
+from probekit.models.planner_lm import PlannedLM
 
 FAMILIES = ["gpt2", "gpt_neox", "llama", "olmo", "olmo2", "qwen2", "qwen3"]
 WINDOW = 12

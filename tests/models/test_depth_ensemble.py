@@ -6,15 +6,14 @@ from torch import Tensor
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from probekit.config import DepthSettings, MemberName
-from probekit.corpus.examples import collate, cut_windows
+from probekit.data.windows import collate, cut_windows
 from probekit.errors import ProbekitError
 from probekit.models.base_lm import BaseLM
-from probekit.models.decoding import PlainDecoder, WholeDecoder, new_decoder
+from probekit.models.decoding import PlainDecoder, Text, WholeDecoder, new_decoder
 from probekit.models.depth_ensemble import DepthEnsemble, final_norm, new_ensemble
-from probekit.models.growing_text import Text
 from probekit.models.language_model import bridge
 from probekit.models.mixing import Fixed
-from probekit.models.planned_lm import PlannedLM
+from probekit.models.planner_lm import PlannedLM
 
 FAMILIES = ["gpt2", "gpt_neox", "llama", "olmo", "olmo2", "qwen2", "qwen3"]
 DEPTH = 3

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from probekit.config import LanguageModelSettings
 from probekit.errors import ProbekitError
+from probekit.models.hook_points import find_tap
 from probekit.models.language_model import (
     OUTSIDE_BLOCKS,
     bridge,
@@ -29,7 +30,6 @@ from probekit.models.language_model import (
     shallow,
     without_weights,
 )
-from probekit.models.plain import find_tap
 
 FAMILIES = ["gpt2", "gpt_neox", "llama", "olmo", "olmo2", "qwen2", "qwen3"]
 COMMON = {

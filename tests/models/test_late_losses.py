@@ -5,11 +5,10 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from probekit.config import DistillationSettings
-from probekit.models.depth_ensemble import Late
-from probekit.models.late_losses import LateLoss, chunked_sum, reader_losses
+from probekit.models.depth_ensemble import Late, LateLoss, chunked_sum, reader_losses
 
 K, TOKENS, WIDTH, VOCABULARY = 3, 11, 5, 13
 

@@ -9,9 +9,8 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from probekit.models.forward_pass import BridgedPass, ForwardPass, forward_pass
+from probekit.models.hook_points import BridgedPass, ForwardPass, PlainPass, find_tap, forward_pass
 from probekit.models.language_model import Hook, bridge, hook_name, load_model, locations, random_weights
-from probekit.models.plain import PlainPass, find_tap
 from probekit.probing.locations import BEFORE, LOCATIONS
 
 FAMILIES = ["gpt2", "gpt_neox", "llama", "olmo", "olmo2", "qwen2", "qwen3"]

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from probekit.config import ConditioningSettings, MixingSettings, PlannerSettings
-from probekit.corpus.examples import IGNORE, Batch, collate, cut_windows
-from probekit.corpus.store import Corpus
+from probekit.data.corpus import Corpus
+from probekit.data.windows import IGNORE, Batch, collate, cut_windows
 from probekit.models.conditioning import new_adapter
 from probekit.models.language_model import bridge, hook_name, load_model
 from probekit.models.mixing import (
@@ -25,8 +25,8 @@ from probekit.models.mixing import (
     Uniform,
     training_mixing,
 )
-from probekit.models.planned_lm import PlannedLM, token_losses
 from probekit.models.planner import Planner
+from probekit.models.planner_lm import PlannedLM, token_losses
 
 DOCUMENTS = [[3, 2, 4, 2], [2, 6], [1, 1, 5, 2, 3, 1]]
 WINDOW = 6

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from probekit.corpus.embeddings import PretrainedEncoder, SentenceEncoder, TfidfEncoder
-from probekit.corpus.examples import Batch, collate, cut_windows
-from probekit.models.sentence_encoder import TrainableEncoder, embedded_context, write_embeddings
+from probekit.data.encoders import PretrainedEncoder, SentenceEncoder, TfidfEncoder
+from probekit.data.windows import Batch, collate, cut_windows
+from probekit.io import read_array
+from probekit.models.planner import TrainableEncoder, embedded_context, write_embeddings
 from probekit.progress import Progress
-from probekit.run import Run
-from probekit.storage import read_array
+from probekit.run.run import Run
 
 SENTENCES = [
     "The ship left the old harbour.",

@@ -10,10 +10,10 @@ from running import in_two_processes
 
 from probekit.config import Config
 from probekit.errors import ProbekitError
+from probekit.io import read_tensors
 from probekit.models.base_lm import LORA_WEIGHTS
 from probekit.probing.probe import probe
-from probekit.run import Run
-from probekit.storage import read_tensors
+from probekit.run.run import Run
 from probekit.training.train import train
 
 WORK = Path(__file__).with_name("sharded_processes.py")

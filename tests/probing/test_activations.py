@@ -16,14 +16,13 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PreTr
 
 from probekit.config import Config
 from probekit.errors import ProbekitError
-from probekit.models.forward_pass import BridgedPass
+from probekit.models.hook_points import BridgedPass, PlainPass
 from probekit.models.language_model import random_weights
-from probekit.models.plain import PlainPass
-from probekit.models.planned_lm import PlannedLM
+from probekit.models.planner_lm import PlannedLM
 from probekit.probing import activations
 from probekit.probing.activations import Block, Place, Reader, blocks_of, check_finite, chunk_slices
 from probekit.probing.targets import Examples
-from probekit.run import Run
+from probekit.run.run import Run
 from probekit.training.train import train
 
 LAYERS = 3

@@ -7,16 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from probekit.corpus.inspect import export_sentences
+from probekit.data.corpus import export_sentences
 from probekit.evaluation.action_metrics import STRENGTHS
-from probekit.evaluation.baselines import planner_log_probabilities
-from probekit.evaluation.ceilings import ceiling_log_probabilities, position_ceiling
-from probekit.evaluation.skip_ngram import SkipNgram
+from probekit.evaluation.baselines import SkipNgram, planner_log_probabilities
+from probekit.planted.ceilings import ceiling_log_probabilities, position_ceiling
 from probekit.probing import baselines
 from probekit.probing.baselines import ORDER, baseline_tallies
 from probekit.probing.grid import Grid, make_grid
 from probekit.probing.targets import find_target
-from probekit.run import Run
+from probekit.run.run import Run
 
 DISTANCES, HORIZONS = (1, 9), (1, 2)
 SETTINGS = {"probe.distances": list(DISTANCES), "probe.horizons": list(HORIZONS)}

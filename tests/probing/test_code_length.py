@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from probekit.errors import ProbekitError
-from probekit.probing.code_length import SHARES, block_ends, prequential_code
+from probekit.probing.controls import SHARES, block_ends, prequential_code
 
 
 def test_blocks_end_with_documents():

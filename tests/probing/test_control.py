@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from probekit.corpus.tokenizer import train_tokenizer
+from probekit.data.tokenizer import train_tokenizer
 from probekit.errors import ProbekitError
-from probekit.probing.control import control_labels, word_like_tokens
+from probekit.probing.controls import control_labels, word_like_tokens
 
 TEXTS = ["Balu rori. Tano 42!", "... Balu", "rori (balu)."]
 PRIOR = np.full(1000, 1e-3)

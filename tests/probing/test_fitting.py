@@ -11,7 +11,7 @@ from torch import Tensor
 
 from probekit.config import Config
 from probekit.probing.activations import Block
-from probekit.probing.code_length import block_ends, prequential_code, prior_code
+from probekit.probing.controls import block_ends, prequential_code, prior_code
 from probekit.probing.fitting import (
     CLOSED_FORM,
     Question,
@@ -22,8 +22,8 @@ from probekit.probing.fitting import (
     target_questions,
 )
 from probekit.probing.grid import CHOSEN_ON, FITTED_ON, TESTED_ON, Grid
+from probekit.probing.results import Row, Tally
 from probekit.probing.solvers import LDAProbes, MLPProbes, RidgeProbes, SoftmaxProbes
-from probekit.probing.tally import Row, Tally
 from probekit.probing.targets import Examples, Target
 from probekit.progress import Progress
 

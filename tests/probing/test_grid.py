@@ -11,13 +11,13 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from probekit.config import ProbeSettings
-from probekit.corpus.actions import Codebook
-from probekit.corpus.store import SPLITS, Corpus
+from probekit.data.codebook import Codebook
+from probekit.data.corpus import SPLITS, Corpus
 from probekit.errors import ProbekitError
 from probekit.probing import grid as grid_module
 from probekit.probing.grid import CHOSEN_ON, FITTED_ON, MINIMUM_EXAMPLES, TESTED_ON, Grid, make_grid
 from probekit.probing.targets import NO_LABEL, Target, find_examples, find_target
-from probekit.run import Run
+from probekit.run.run import Run
 
 USED = (FITTED_ON, CHOSEN_ON, TESTED_ON)
 

@@ -14,7 +14,7 @@ from probekit.models.mixing import VARIANTS
 from probekit.probing import over_training
 from probekit.probing.over_training import probe_checkpoints
 from probekit.probing.probe import probe
-from probekit.run import Run
+from probekit.run.run import Run
 from probekit.training.train import train
 
 FAST = {

@@ -17,23 +17,22 @@ from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 from sklearn.preprocessing import StandardScaler
 
 from probekit.config import Config
-from probekit.corpus.inspect import export_sentences
+from probekit.data.corpus import export_sentences
 from probekit.errors import ProbekitError
 from probekit.evaluation.baselines import planner_log_probabilities
-from probekit.evaluation.ceilings import ceiling_log_probabilities, position_ceiling
+from probekit.io import read_tensors, write_tensors
 from probekit.models.conditioning import new_adapter
 from probekit.models.mixing import VARIANTS, Oracle, Variant
-from probekit.models.planned_lm import PlannedLM
+from probekit.models.planner_lm import PlannedLM
+from probekit.planted.ceilings import ceiling_log_probabilities, position_ceiling
 from probekit.probing import grid as grid_module
 from probekit.probing.activations import Reader
-from probekit.probing.code_length import SHARES
-from probekit.probing.control import control_labels
+from probekit.probing.controls import SHARES, control_labels
 from probekit.probing.grid import Grid, make_grid
 from probekit.probing.probe import ProbeResults, probe
 from probekit.probing.results import COLUMNS
 from probekit.probing.targets import find_target
-from probekit.run import Run
-from probekit.storage import read_tensors, write_tensors
+from probekit.run.run import Run
 from probekit.training.train import train
 
 DISTANCES, HORIZONS = (1, 3), (1, 2)

@@ -7,9 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from probekit.evaluation.statistics import Resampling, bootstrap_ratio, simultaneous_ratios
-from probekit.probing.results import COLUMNS, METRICS, table_of
-from probekit.probing.tally import Row, Tally
+from probekit.probing.results import COLUMNS, METRICS, Row, Tally, table_of
+from probekit.statistics import Resampling, bootstrap_ratio, simultaneous_ratios
 
 COUNTS = np.array([9, 4, 12, 7, 8, 3, 10, 6, 5, 11])
 RESAMPLING = Resampling(resamples=300, seed=4)

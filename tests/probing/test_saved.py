@@ -11,9 +11,9 @@ from probekit.errors import ProbekitError
 from probekit.probing.activations import Reader
 from probekit.probing.grid import TESTED_ON, make_grid
 from probekit.probing.probe import probe
-from probekit.probing.saved import Cell, SavedProbes
+from probekit.probing.results import Cell, SavedProbes
 from probekit.probing.targets import find_target
-from probekit.run import Run
+from probekit.run.run import Run
 
 
 @pytest.fixture(scope="module")

@@ -15,14 +15,14 @@ from running import forget_checksums
 from torch import Tensor
 
 from probekit.errors import ProbekitError
+from probekit.io import read_json, write_json
 from probekit.probing import activations, store
 from probekit.probing.activations import Block, Place, Reader
 from probekit.probing.grid import Grid, make_grid
 from probekit.probing.store import Store, examples_digest, identity, stored_bytes, write_store
 from probekit.probing.targets import Examples, find_target
 from probekit.progress import Progress
-from probekit.run import Run
-from probekit.storage import read_json, write_json
+from probekit.run.run import Run
 
 PLACES: list[Place] = [
     ("hook_resid_post", 0),

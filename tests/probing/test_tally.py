@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from probekit.probing import tally
-from probekit.probing.tally import SCORES, Tally, row_slices
+from probekit.probing import results as tally
+from probekit.probing.results import SCORES, Tally, row_slices
 
 
 def random_case(readers: int, lengths: list[int], classes: int, seed: int = 0) -> tuple[np.ndarray, ...]:

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from probekit.corpus.actions import Codebook
-from probekit.corpus.store import Corpus
+from probekit.data.codebook import Codebook
+from probekit.data.corpus import Corpus
 from probekit.errors import ProbekitError
 from probekit.probing import targets
 from probekit.probing.targets import NO_LABEL, TARGETS, Examples, Target, find_examples, find_target, reached
-from probekit.run import Run
+from probekit.run.run import Run
 
 DOCUMENTS = np.array([40, 3, 159, 8, 41])
 HORIZONS = [1, 2, 9, 200]

@@ -9,10 +9,10 @@ import pytest
 from running import forget_checksums
 from safetensors.torch import save_file
 
+from probekit.io import read_tensors
 from probekit.probing import probe as module
 from probekit.probing.probe import probe
-from probekit.run import Run
-from probekit.storage import read_tensors
+from probekit.run.run import Run
 
 FEW = {
     "probe.layers": [0, 2],

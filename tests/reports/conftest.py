@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from probekit.probing.probe import probe
-from probekit.run import Run
+from probekit.run.run import Run
 
 
 @pytest.fixture(scope="session")

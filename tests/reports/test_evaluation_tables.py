@@ -9,8 +9,8 @@ from read_tables import rows_of
 
 from probekit.evaluation.evaluate import PlannerEvaluation as Evaluation
 from probekit.evaluation.evaluate import evaluate
-from probekit.reports.evaluation_tables import print_evaluation
-from probekit.run import Run
+from probekit.reports.terminal import print_evaluation
+from probekit.run.run import Run
 
 
 @pytest.fixture(scope="module")

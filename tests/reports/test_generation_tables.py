@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 from read_tables import HOSTILE, rows_of, with_range
 
-from probekit.evaluation.generation_metrics import GenerationEvaluation
-from probekit.reports.generation_tables import print_generation
+from probekit.generation.evaluate import GenerationEvaluation
+from probekit.reports.terminal import print_generation
 
 
 def generated(**changes) -> GenerationEvaluation:

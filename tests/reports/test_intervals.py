@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from probekit.reports.intervals import draw_intervals
+from probekit.reports.figures import draw_intervals
 
 
 def test_values_intervals_and_seeds_are_drawn_where_they_are():

@@ -9,9 +9,9 @@ import pytest
 
 import probekit
 from probekit.cli import main
+from probekit.io import read_json, write_json
 from probekit.probing.probe import probe
-from probekit.run import Run
-from probekit.storage import read_json, write_json
+from probekit.run.run import Run
 
 Capture = pytest.CaptureFixture[str]
 

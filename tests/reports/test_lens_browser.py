@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from probekit.reports.lens_page import page
+from probekit.reports.lens import page
 from probekit.reports.lens_reading import LensData, read_text
-from probekit.run import Run
+from probekit.run.run import Run
 
 webdriver = pytest.importorskip(
     "selenium.webdriver", reason="selenium is not installed: pip install '.[browser]'"

@@ -9,11 +9,11 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from probekit.corpus.store import SPLITS
-from probekit.reports.lens_page import NOTHING, page
+from probekit.data.corpus import SPLITS
+from probekit.reports.lens import NOTHING, page
 from probekit.reports.lens_reading import LensData, read_text
 from probekit.reports.lens_text import visible
-from probekit.run import Run
+from probekit.run.run import Run
 
 EVIL = "<script>alert(1)</script> </script><img onerror=alert(2)> & \"'\u2028\u2029\x00\u202e <!-- ]]>"
 

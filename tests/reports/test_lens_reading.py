@@ -7,16 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from probekit.corpus.examples import collate, cut_windows
+from probekit.data.windows import collate, cut_windows
 from probekit.errors import ProbekitError
 from probekit.models.mixing import VARIANTS
 from probekit.probing.activations import Reader
 from probekit.probing.probe import probe
-from probekit.probing.saved import Cell, SavedProbes
+from probekit.probing.results import Cell, SavedProbes
 from probekit.probing.targets import Examples
-from probekit.reports.lens_probes import kept_probes
-from probekit.reports.lens_reading import LensData, read_text
-from probekit.run import Run
+from probekit.reports.lens_reading import LensData, kept_probes, read_text
+from probekit.run.run import Run
 from probekit.training.train import train
 
 LAYERS, DISTANCES = 3, [1, 2, 4]

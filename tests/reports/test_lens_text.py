@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from probekit.errors import ProbekitError
 from probekit.reports.lens_text import TextRun, cut_text, given_text, visible
-from probekit.run import Run
+from probekit.run.run import Run
 
 
 @pytest.mark.parametrize(

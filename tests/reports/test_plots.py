@@ -14,10 +14,10 @@ from synthetic_probes import BASELINES, DISTANCES, LAYERS, accuracy_of, probe_ta
 import probekit
 from probekit.config import Config
 from probekit.errors import ProbekitError
+from probekit.io import write_json
 from probekit.reports.figures import METRICS
-from probekit.run import Run
-from probekit.storage import write_json
-from probekit.sweeps.results import Sweep
+from probekit.run.run import Run
+from probekit.sweep import Sweep
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from read_tables import HOSTILE, rows_of, with_range
 from synthetic_probes import DISTANCES, probe_table
 
 from probekit.probing.probe import ProbeResults
-from probekit.reports.probe_tables import print_probes
+from probekit.reports.terminal import print_probes
 
 
 def probe_results(table: pd.DataFrame | None = None, notes: tuple[str, ...] = ()) -> ProbeResults:

@@ -15,7 +15,8 @@ from synthetic_probes import probe_table
 from probekit.config import Config
 from probekit.errors import ProbekitError
 from probekit.evaluation.evaluate import evaluate
-from probekit.evaluation.generation_metrics import evaluate_generation
+from probekit.generation.evaluate import evaluate_generation
+from probekit.io import read_json, write_json
 from probekit.probing.probe import ProbeResults, probe
 from probekit.reports import report_results, report_sections
 from probekit.reports.document import (
@@ -34,8 +35,7 @@ from probekit.reports.document import (
 from probekit.reports.report import BEFORE, BEHIND, report
 from probekit.reports.report_html import to_html
 from probekit.reports.report_markdown import to_markdown
-from probekit.run import Run
-from probekit.storage import read_json, write_json
+from probekit.run.run import Run
 
 HOSTILE = (
     "<script>alert(1)</script>",

@@ -11,20 +11,18 @@ import pytest
 from read_reports import Page, read_html, read_markdown
 from synthetic_probes import probe_table
 
-from probekit.corpus.store import FEW_DOCUMENTS
-from probekit.interventions.measures import rows
+from probekit.causal.intervene import rows
+from probekit.causal.subnetwork import results_table
+from probekit.data.corpus import FEW_DOCUMENTS
+from probekit.io import read_json, write_json, write_table
+from probekit.reports.checks import cautions_of
 from probekit.reports.document import Table
-from probekit.reports.probe_tables import best_by_step
 from probekit.reports.report import report
 from probekit.reports.report_causal import compared
-from probekit.reports.report_cautions import cautions_of
 from probekit.reports.report_findings import Findings
 from probekit.reports.report_sections import stages
-from probekit.reports.run_tables import print_training
-from probekit.run import Run
-from probekit.storage import read_json, write_json
-from probekit.subnetworks.results import results_table
-from probekit.table_files import write_table
+from probekit.reports.terminal import best_by_step, print_training
+from probekit.run.run import Run
 
 STEPS = (0, 7, 40)
 DOCUMENTS = 50

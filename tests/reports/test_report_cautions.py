@@ -11,13 +11,13 @@ import pytest
 from running import forget_checksums
 from synthetic_probes import probe_table
 
-from probekit.corpus.store import FEW_DOCUMENTS
+from probekit.data.corpus import FEW_DOCUMENTS
+from probekit.io import read_json, write_json
+from probekit.reports.checks import cautions_of
 from probekit.reports.document import Code
-from probekit.reports.report_cautions import cautions_of
 from probekit.reports.report_findings import Findings
 from probekit.reports.report_sections import reproduction
-from probekit.run import Run
-from probekit.storage import read_json, write_json
+from probekit.run.run import Run
 
 CEILINGS = {"accuracy": (0.6, 0.55, 0.65), "cross_entropy": (1.0, 0.9, 1.1)}
 PLANNED = {"accuracy": (0.5, 0.45, 0.55), "cross_entropy": (1.2, 1.1, 1.3)}

@@ -9,12 +9,12 @@ import pandas as pd
 from read_tables import CONTROL, HOSTILE, rows_of
 
 from probekit.config import Config
-from probekit.corpus import inspect
-from probekit.corpus.build import write_corpus
+from probekit.data import corpus as inspect
+from probekit.data.build import write_corpus
 from probekit.progress import Progress
-from probekit.reports import run_tables
-from probekit.reports.run_tables import print_corpus, print_training
-from probekit.run import Run
+from probekit.reports import terminal as run_tables
+from probekit.reports.terminal import print_corpus, print_training
+from probekit.run.run import Run
 
 
 def test_training(tiny_run: Run, capsys):

@@ -11,11 +11,11 @@ from small_trainings import base_lm, first_loss, flat, mean_action_loss, one_ste
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from probekit.corpus.examples import IGNORE, begun_sentences, collate, cut_windows
+from probekit.data.windows import IGNORE, begun_sentences, collate, cut_windows
 from probekit.errors import ProbekitError
 from probekit.models.language_model import bridge
 from probekit.models.mixing import VARIANTS, Oracle, Predicted
-from probekit.run import Run
+from probekit.run.run import Run
 from probekit.training.adapter import train_adapter
 from probekit.training.language_model import train_language_model
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from probekit.errors import ProbekitError
-from probekit.run import Run
-from probekit.training import checks
+from probekit.run.run import Run
+from probekit.training import train as checks
 from probekit.training.train import train
 
 

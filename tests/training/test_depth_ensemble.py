@@ -10,15 +10,15 @@ from small_trainings import ALL, QUIET
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from probekit.config import Config
-from probekit.corpus.examples import IGNORE, Batch, collate, cut_windows
+from probekit.data.windows import IGNORE, Batch, collate, cut_windows
 from probekit.errors import ProbekitError
 from probekit.evaluation.evaluate import evaluate
-from probekit.evaluation.generation import generate
+from probekit.generation.generate import generate
+from probekit.io import read_json
 from probekit.models.base_lm import TUNINGS
 from probekit.models.depth_ensemble import MEMBERS, final_norm
 from probekit.models.mixing import VARIANTS, Fixed
-from probekit.run import Run
-from probekit.storage import read_json
+from probekit.run.run import Run
 from probekit.training.depth_ensemble import DepthTraining
 from probekit.training.train import train
 from probekit.training.trainer import Trainer

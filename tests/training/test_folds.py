@@ -10,17 +10,16 @@ from small_trainings import base_lm, flat, trainer
 from torch import Tensor, nn
 
 from probekit.config import Config
-from probekit.corpus.actions import Codebook
-from probekit.corpus.examples import collate, cut_windows
-from probekit.corpus.store import Corpus
+from probekit.data.codebook import Codebook
+from probekit.data.corpus import Corpus
+from probekit.data.windows import collate, cut_windows
 from probekit.errors import ProbekitError
+from probekit.io import read_json, read_tensors
 from probekit.models.planner import Planner
-from probekit.run import Run
-from probekit.storage import read_json, read_tensors
+from probekit.run.run import Run
 from probekit.training import planner as planner_stage
 from probekit.training.adapter import train_adapter
-from probekit.training.folds import OutOfFold, fold_of_documents
-from probekit.training.planner import train_planner
+from probekit.training.planner import OutOfFold, fold_of_documents, train_planner
 from probekit.training.train import train
 
 FOLDS = 3

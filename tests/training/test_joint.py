@@ -10,14 +10,14 @@ from small_trainings import base_lm, first_loss, flat, one_step, trainer
 from torch.nn.functional import cross_entropy
 
 from probekit.config import Config
-from probekit.corpus.examples import IGNORE, document_batch
+from probekit.data.windows import IGNORE, document_batch
 from probekit.errors import ProbekitError
 from probekit.evaluation.baselines import planner_log_probabilities, planners
 from probekit.evaluation.evaluate import evaluate
 from probekit.models.mixing import VARIANTS
-from probekit.models.planned_lm import PlannedLM
-from probekit.models.sentence_encoder import TrainableEncoder
-from probekit.run import Run
+from probekit.models.planner import TrainableEncoder
+from probekit.models.planner_lm import PlannedLM
+from probekit.run.run import Run
 from probekit.training.adapter import AdapterTraining, _encoder, train_adapter
 from probekit.training.train import train
 

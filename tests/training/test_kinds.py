@@ -9,18 +9,18 @@ import pandas as pd
 import pytest
 import torch
 
-from probekit.corpus.examples import collate, cut_windows
+from probekit.data.windows import collate, cut_windows
 from probekit.errors import ProbekitError
 from probekit.evaluation.evaluate import evaluate
+from probekit.io import read_json
 from probekit.models.base_lm import TUNINGS
 from probekit.models.mixing import VARIANTS
-from probekit.models.planned_lm import PlannedLM, token_losses
+from probekit.models.planner_lm import PlannedLM, token_losses
 from probekit.probing.activations import Place, Reader
 from probekit.probing.probe import probe
 from probekit.probing.targets import Examples
 from probekit.progress import Progress
-from probekit.run import Run
-from probekit.storage import read_json
+from probekit.run.run import Run
 from probekit.training.adapter import AdapterTraining
 from probekit.training.train import train
 from probekit.training.trainer import Trainer

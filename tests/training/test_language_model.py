@@ -5,7 +5,7 @@ import pytest
 from small_trainings import first_loss, mean_token_loss, one_step, trainer
 
 from probekit.models.language_model import new_model
-from probekit.run import Run
+from probekit.run.run import Run
 from probekit.training.language_model import train_language_model
 
 

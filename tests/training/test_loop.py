@@ -16,12 +16,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from probekit.config import StageSettings
+from probekit.distributed import Stopped
 from probekit.errors import ProbekitError
 from probekit.progress import Progress
-from probekit.stopping import Stopped
-from probekit.training.loop import LOGGED_STEPS, checkpoint_steps, optimise
-from probekit.training.stage import Group, Stage
-from probekit.training.state import StateFile
+from probekit.training.trainer import LOGGED_STEPS, Group, Stage, StateFile, checkpoint_steps, optimise
 
 QUIET = Progress(quiet=True)
 

@@ -11,12 +11,12 @@ from small_trainings import QUIET, base_lm, first_loss, mean_action_loss, one_st
 from torch import Tensor
 
 from probekit.config import Config, PlannerStageSettings
-from probekit.corpus.build import write_corpus
-from probekit.corpus.examples import IGNORE
-from probekit.corpus.store import Corpus
+from probekit.data.build import write_corpus
+from probekit.data.corpus import Corpus
+from probekit.data.windows import IGNORE
 from probekit.errors import ProbekitError
 from probekit.models.planner import Planner
-from probekit.run import Run
+from probekit.run.run import Run
 from probekit.training.adapter import train_adapter
 from probekit.training.planner import PlannerLoss, train_planner
 

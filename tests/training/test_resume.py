@@ -7,9 +7,9 @@ import torch
 
 from probekit.config import Config
 from probekit.errors import ProbekitError
+from probekit.io import read_json
 from probekit.models.language_model import new_model
-from probekit.run import Run
-from probekit.storage import read_json
+from probekit.run.run import Run
 from probekit.training.train import train
 
 VARIANTS = ["fixed", "mixed", "gumbel"]
@@ -54,7 +54,7 @@ def test_every_stage_goes_on_to_the_same_bits(
     step, folder, ran = torch.optim.AdamW.step, tmp_path / "run", []
     rows = whole.metrics()
     last = int(rows[rows.stage == stage].step.max())
-    monkeypatch.setattr("probekit.training.state.write_tensors", _killed_behind(stage, last // 2))
+    monkeypatch.setattr("probekit.training.trainer.write_tensors", _killed_behind(stage, last // 2))
     with pytest.raises(Killed):
         train(config, folder, quiet=True)
     monkeypatch.undo()
@@ -74,7 +74,7 @@ def test_every_stage_goes_on_to_the_same_bits(
 
 
 def _killed_behind(stage: str, step: int) -> object:
-    from probekit.training import state
+    from probekit.training import trainer as state
 
     write = state.write_tensors
 
@@ -90,7 +90,7 @@ def test_a_state_of_other_settings_is_begun_anew(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     folder = tmp_path / "run"
-    monkeypatch.setattr("probekit.training.state.write_tensors", _killed_behind("planner", 2))
+    monkeypatch.setattr("probekit.training.trainer.write_tensors", _killed_behind("planner", 2))
     with pytest.raises(Killed):
         train(config, folder, quiet=True)
     monkeypatch.undo()

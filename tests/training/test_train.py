@@ -12,9 +12,9 @@ import torch
 from probekit.config import Config
 from probekit.errors import ProbekitError
 from probekit.evaluation.evaluate import evaluate
+from probekit.io import read_json, write_json
 from probekit.probing.probe import probe
-from probekit.run import Run
-from probekit.storage import read_json, write_json
+from probekit.run.run import Run
 from probekit.training.train import build_corpus, prepare, train
 
 STAGES = {

@@ -17,14 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from probekit.errors import ProbekitError
-from probekit.probing.solvers.batch import (
-    CHUNK_BYTES,
-    absent_classes,
-    labels,
-    pieces,
-    solved_in,
-    standardised,
-)
+from probekit.probing.solvers.base import CHUNK_BYTES, absent_classes, labels, pieces, solved_in, standardised
 
 
 class MLPProbes:

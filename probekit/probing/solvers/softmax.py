@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from probekit.errors import ProbekitError
-from probekit.probing.solvers.batch import (
+from probekit.probing.solvers.base import (
     CHUNK_BYTES,
     absent_classes,
     labels,

@@ -12,7 +12,8 @@ from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
 
 from probekit.errors import ProbekitError
-from probekit.probing.solvers import LDAProbes, Moments, RidgeProbes, batch, closed_form
+from probekit.probing.solvers import LDAProbes, Moments, RidgeProbes, closed_form
+from probekit.probing.solvers import base as batch
 
 WIDTH, CLASSES = 10, 5
 SOLVERS = [RidgeProbes([1e-2, 1.0]), LDAProbes([0.02, 0.9])]

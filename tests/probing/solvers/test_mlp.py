@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from probekit.errors import ProbekitError
-from probekit.probing.solvers import MLPProbes, SoftmaxProbes, batch
+from probekit.probing.solvers import MLPProbes, SoftmaxProbes
+from probekit.probing.solvers import base as batch
 
 
 def exclusive_or(probes=3, examples=800, dtype=torch.float32):

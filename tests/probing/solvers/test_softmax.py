@@ -7,7 +7,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from probekit.errors import ProbekitError
-from probekit.probing.solvers import SoftmaxProbes, batch
+from probekit.probing.solvers import SoftmaxProbes
+from probekit.probing.solvers import base as batch
 
 
 def planted(probes=4, examples=600, width=12, classes=5, signal=1.0, seed=0, dtype=torch.float64):

@@ -1,0 +1,1 @@
+"""Causal tests: whether the LM uses what probes read."""

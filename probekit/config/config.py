@@ -1,0 +1,221 @@
+"""All settings together."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ValidationError, model_validator
+
+from probekit.config.sections import (
+    ActionSettings,
+    ConditioningSettings,
+    CorpusSettings,
+    DepthSettings,
+    EvaluationSettings,
+    GenerationSettings,
+    InterventionSettings,
+    LanguageModelSettings,
+    MixingSettings,
+    PlannerSettings,
+    ProbeSettings,
+    Seed,
+    Settings,
+    SubnetworkSettings,
+    TrainingSettings,
+)
+from probekit.errors import ProbekitError
+
+
+def nest(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Turns dotted names into nested mappings: `{"a.b": 1}` to `{"a": {"b": 1}}`."""
+    nested: dict[str, Any] = {}
+    for name, value in values.items():
+        section = nested
+        *sections, last = name.split(".")
+        for part in sections:
+            section = section.setdefault(part, {})
+            if not isinstance(section, dict):
+                raise ProbekitError(f"{name} is given, and {part} as a whole too; give one of them")
+        section[last] = value
+    return nested
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested merge in which `over` wins; neither argument is changed."""
+    merged = dict(base)
+    for key, value in over.items():
+        both_nested = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = merge(merged[key], value) if both_nested else value
+    return merged
+
+
+def settings_of(section: type[BaseModel], prefix: str = "") -> dict[str, Any]:
+    """All settings below a section by dotted name, each with its pydantic `FieldInfo`."""
+    fields: dict[str, Any] = {}
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            fields |= settings_of(kind, f"{prefix}{name}.")
+        else:
+            fields[prefix + name] = field
+    return fields
+
+
+def setting_value(config: BaseModel, name: str) -> Any:
+    """The value of a setting, given by its dotted name."""
+    value: Any = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def unknown_setting(name: str, known: list[str]) -> ProbekitError:
+    """The error for a setting that does not exist, with the nearest that does."""
+    return ProbekitError(f"unknown setting {name!r}{suggestion(name, known)}")
+
+
+def suggestion(name: str, known: list[str]) -> str:
+    """What ends an error about a wrong name: the nearest whose last part is much like its own, if any.
+
+    Equal sections tell little.
+    """
+    alike = [other for other in known if _likeness(_last_part(name), _last_part(other)) >= 0.6]
+    close = max(alike, key=lambda other: _likeness(name, other), default="")
+    return f"; did you mean {close!r}?" if _likeness(name, close) >= 0.5 else ""
+
+
+def _likeness(name: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, name, other).ratio()
+
+
+def _last_part(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def preset_names() -> list[str]:
+    """Names of the shipped presets, sorted."""
+    folder = resources.files("probekit") / "presets"
+    return sorted(
+        entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml")
+    )
+
+
+def preset_values(name: str) -> dict[str, Any]:
+    """The nested values that a preset sets."""
+    names = preset_names()
+    if name not in names:
+        raise ProbekitError(f"unknown preset {name!r}{suggestion(name, names)}; there are {', '.join(names)}")
+    return yaml.safe_load((resources.files("probekit") / "presets" / f"{name}.yaml").read_text("utf-8"))
+
+
+def yaml_values(path: str | Path) -> dict[str, Any]:
+    """The nested values in a YAML file of settings."""
+    try:
+        values = yaml.safe_load(Path(path).read_text("utf-8"))
+    except OSError as error:
+        raise ProbekitError(f"config file {path}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise ProbekitError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict | None):
+        raise ProbekitError(
+            f"config file {path} holds a {type(values).__name__}; it must hold named settings"
+        )
+    return values or {}
+
+
+class Config(Settings):
+    """All settings of a run."""
+
+    method: Literal["planner", "depth-ensemble"] = "planner"
+    """What is trained: a planner and an adapter for each variant (arXiv 2410.12492), or the members of a
+    depth ensemble (arXiv 2410.13077)."""
+    seed: Seed = 0
+    """Seed of everything random after the corpus, which has its own."""
+    device: str = "auto"
+    """Where to compute: auto (a GPU where there is one), cpu, cuda, cuda:1."""
+    corpus: CorpusSettings = CorpusSettings()
+    actions: ActionSettings = ActionSettings()
+    lm: LanguageModelSettings = LanguageModelSettings()
+    planner: PlannerSettings = PlannerSettings()
+    conditioning: ConditioningSettings = ConditioningSettings()
+    mixing: MixingSettings = MixingSettings()
+    depth: DepthSettings = DepthSettings()
+    training: TrainingSettings = TrainingSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    generation: GenerationSettings = GenerationSettings()
+    probe: ProbeSettings = ProbeSettings()
+    intervene: InterventionSettings = InterventionSettings()
+    subnetwork: SubnetworkSettings = SubnetworkSettings()
+
+    @model_validator(mode="after")
+    def _shards_what_can_be(self) -> Self:
+        if self.lm.sharded and self.method == "depth-ensemble":
+            raise ValueError(
+                "lm.sharded is true, but method is 'depth-ensemble', whose layers share the LM's head; give "
+                "method planner, or lm.sharded false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _knows_the_variant(self) -> Self:
+        if self.depth.variant not in ("none", *self.mixing.variants):
+            raise ValueError(
+                f"depth.variant is {self.depth.variant!r}, which mixing.variants has not; it has "
+                f"{', '.join(self.mixing.variants)}"
+            )
+        return self
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Builds a validated config from nested plain values.
+
+        Raises:
+            ProbekitError: One line that names the first setting that is wrong, its value and the remedy.
+        """
+        try:
+            # Over the defaults of the whole: a section's own may be others, as the epochs of the LM's stage.
+            return cls.model_validate(merge(cls().model_dump(), values))
+        except ValidationError as error:
+            raise ProbekitError(_explain(error)) from None
+
+    @classmethod
+    def from_preset(cls, name: str) -> Self:
+        """The config of a shipped preset, by name (see `preset_names`)."""
+        return cls.from_dict(preset_values(name))
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Self:
+        """The config in a YAML file; settings that it leaves out have their defaults."""
+        return cls.from_dict(yaml_values(path))
+
+    def to_yaml(self) -> str:
+        """The complete, resolved config as YAML text that `from_yaml` reads back to an equal config.
+
+        It ends in YAML's own mark of an end, so that a file that was cut off can be told.
+        """
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, explicit_end=True)
+
+    def override(self, values: Mapping[str, Any]) -> Self:
+        """A copy with settings replaced, given by dotted name: `config.override({"lm.layers": 2})`."""
+        return self.from_dict(merge(self.model_dump(), nest(values)))
+
+
+def setting_names() -> list[str]:
+    """Dotted names of all settings."""
+    return list(settings_of(Config))
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    name = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return str(unknown_setting(name, setting_names()))
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return f"{name}: {message}" if name else message
+    return f"{name} is {first['input']!r}: {message[0].lower()}{message[1:]}"

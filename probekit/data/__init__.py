@@ -1,0 +1,1 @@
+"""From text to a corpus: documents, sentences, tokens, actions, windows."""

@@ -1,0 +1,438 @@
+"""The documents of a corpus in one Arrow file, written and read a batch at a time.
+
+Nothing here imports torch: processes that cut documents are to be small.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import itertools
+import json
+import os
+import re
+import stat
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from probekit.config import CorpusSettings
+from probekit.data import hub
+from probekit.errors import ProbekitError
+
+if TYPE_CHECKING:
+    from probekit.progress import Progress
+
+
+_TITLE = re.compile(r" ?= (?!=)(?P<title>.*\S)(?<! =) =\s*")
+_ESCAPE = re.compile(r" @([-,.])@ ")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_ROWS_AT_ONCE = 256
+_BYTES_AT_ONCE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document.
+
+    Attributes:
+        text: As it was read, line ends included.
+        name: Title, file name, or file and line or row (counted from 1), for messages and inspection.
+        actions: The planted action of each sentence (planted corpora only).
+        kind: The hidden document type (planted corpora only).
+    """
+
+    text: str
+    name: str
+    actions: tuple[int, ...] | None = None
+    kind: int | None = None
+
+
+def read_documents(settings: CorpusSettings) -> Iterator[Document]:
+    """Streams the documents of a corpus, at most `max_documents` of them; blank ones too.
+
+    Text keeps its line ends. Only a UTF-8 byte order mark at the start of a file is dropped, and WikiText's
+    escapes (` @-@ `, ` @,@ `, ` @.@ `) are undone.
+
+    Raises:
+        ProbekitError: A setting, a file or a record is not what the reader needs, or there is no document.
+    """
+    empty = True
+    for document in itertools.islice(_READERS[settings.reader](settings), settings.max_documents):
+        empty = False
+        yield _encodable(document, settings)
+    if empty:
+        raise ProbekitError(
+            f"corpus.path is {settings.path!r}: the {settings.reader} reader finds no document there"
+        )
+
+
+def _encodable(document: Document, settings: CorpusSettings) -> Document:
+    """The document, if UTF-8 can hold it: JSON can spell half a surrogate pair, which no tokenizer takes."""
+    try:
+        document.text.encode()
+    except UnicodeEncodeError as error:
+        if settings.decode_errors == "replace":
+            return replace(document, text=_SURROGATE.sub("\ufffd", document.text))
+        raise ProbekitError(
+            f"{document.name}: character {error.start} of the text is half a surrogate pair; correct it, or "
+            "set --corpus.decode_errors replace"
+        ) from None
+    return document
+
+
+def _planted(settings: CorpusSettings) -> Iterator[Document]:
+    from probekit.planted import corpus as planted
+
+    for number, (text, actions, kind) in enumerate(planted.generate(settings.planted).documents(), 1):
+        yield Document(text, f"planted:{number}", actions, kind)
+
+
+def _huggingface(settings: CorpusSettings) -> Iterator[Document]:
+    path = _path(settings)
+    try:
+        for row, record in enumerate(_dataset(path, settings), 1):
+            yield Document(_text(record, f"{path}:{row}", settings), f"{path}:{row}")
+    except (ProbekitError, MemoryError):
+        raise
+    except Exception as error:  # datasets lets through the errors of all that it reads with
+        raise ProbekitError(
+            f"corpus.path is {path!r}: the library datasets cannot read corpus.dataset_split "
+            f"{settings.dataset_split!r} of corpus.subset {settings.subset!r}: {_reason(error)}"
+        ) from error
+
+
+def _dataset(path: str, settings: CorpusSettings) -> Iterable[dict[str, Any]]:
+    """The rows of a Hugging Face dataset, streamed from the hub or from a folder."""
+    import datasets  # it takes a second, and no other reader needs it
+    from huggingface_hub import snapshot_download
+
+    source = hub.find(path, setting="corpus.path", kind="dataset")
+    if source.local_only and source.revision:
+        path = snapshot_download(path, repo_type="dataset", revision=source.revision, local_files_only=True)
+    if any((Path(path) / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
+        dataset = datasets.load_from_disk(path)
+        if isinstance(dataset, dict):
+            _require("dataset_split", dataset, path, settings)
+            dataset = dataset[settings.dataset_split]
+    else:
+        revision = None if source.local_only else source.revision
+        dataset = datasets.load_dataset(
+            path, settings.subset, split=settings.dataset_split, revision=revision, streaming=True
+        )
+    if dataset.column_names:  # unknown before the first row in some formats
+        _require("text_column", dataset.column_names, path, settings)
+        dataset = dataset.select_columns([settings.text_column])
+    return dataset
+
+
+def _from_files(settings: CorpusSettings) -> Iterator[Document]:
+    form = _FORMATS[settings.reader]
+    for path, name in _files(Path(_path(settings)), form.suffixes):
+        yield from form.read(path, name, settings)
+
+
+def _files(root: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[Path, str]]:
+    """A file, or the files with these suffixes anywhere below a folder, sorted; each with its short name."""
+    try:
+        is_folder = stat.S_ISDIR(root.stat().st_mode)
+    except (OSError, ValueError) as error:
+        raise ProbekitError(
+            f"corpus.path is {str(root)!r}: {_reason(error)}; name a file or folder"
+        ) from None
+    if not is_folder:
+        root, files = root.parent, [root]
+    else:
+        files = sorted(path for path in root.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
+    if not files:
+        raise ProbekitError(
+            f"corpus.path is {str(root)!r}: a folder with no file that ends in {' or '.join(suffixes)}; name "
+            "a file itself to read it whatever its ending"
+        )
+    for path in files:
+        # Bytes of a file name that are not UTF-8 are half surrogate pairs in Python.
+        yield path, _SURROGATE.sub("\ufffd", path.relative_to(root).as_posix())
+
+
+def _read_text(path: Path, name: str, settings: CorpusSettings) -> Iterator[Document]:
+    """A file as one document, or the documents that separator lines cut it into."""
+    with _opened(path, settings) as file:
+        if settings.separator is None:
+            yield Document(file.read(), name)
+            return
+        separator, first = settings.separator.strip(), 1
+        lines: list[str] = []
+        for number, line in enumerate(file, 1):
+            if line.strip() != separator:
+                lines.append(line)
+                continue
+            if lines:
+                yield Document("".join(lines), f"{name}:{first}")
+            lines, first = [], number + 1
+        if lines:
+            yield Document("".join(lines), f"{name}:{first}")
+
+
+def _read_wikitext(path: Path, name: str, settings: CorpusSettings) -> Iterator[Document]:
+    """The articles of a file; each begins with its title line, and its name is the title."""
+    title: str | None = None
+    lines: list[str] = []
+    with _opened(path, settings) as file:
+        for number, line in enumerate(file, 1):
+            if heading := _TITLE.fullmatch(line):
+                if title is not None:
+                    yield Document("".join(lines), title)
+                title, lines = _ESCAPE.sub(r"\1", heading["title"]), []
+            elif title is None and not line.isspace():
+                raise ProbekitError(
+                    f"{path}:{number}: text without a title line ` = Title = ` before it, so this is not a "
+                    "WikiText file; read it with --corpus.reader text"
+                )
+            lines.append(_ESCAPE.sub(r"\1", line))
+    if title is not None:
+        yield Document("".join(lines), title)
+
+
+def _read_jsonl(path: Path, name: str, settings: CorpusSettings) -> Iterator[Document]:
+    with _opened(path, settings) as file:
+        for number, line in enumerate(file, 1):
+            if line.isspace():
+                continue
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ProbekitError(f"{path}:{number}: not a line of JSON: {_reason(error)}") from None
+            yield Document(_text(record, f"{path}:{number}", settings), f"{name}:{number}")
+
+
+def _read_parquet(path: Path, name: str, settings: CorpusSettings) -> Iterator[Document]:
+    try:
+        # Without both of these a row group, which may be the whole file, is read before its first row.
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=_BYTES_AT_ONCE) as file:
+            _require("text_column", file.schema_arrow.names, path, settings)
+            batches = file.iter_batches(_ROWS_AT_ONCE, columns=[settings.text_column])
+            records = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+            for row, record in enumerate(records, 1):
+                yield Document(_text(record, f"{path}:{row}", settings), f"{name}:{row}")
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        raise ProbekitError(f"{path}: not a readable Parquet file: {_reason(error)}") from error
+
+
+@dataclass(frozen=True)
+class _Format:
+    """A format that lives in files: the suffixes looked for in a folder, and how one file is read."""
+
+    suffixes: tuple[str, ...]
+    read: Callable[[Path, str, CorpusSettings], Iterator[Document]]
+
+
+_FORMATS = {
+    "text": _Format((".txt",), _read_text),
+    "wikitext": _Format((".txt", ".tokens", ".raw"), _read_wikitext),
+    "jsonl": _Format((".jsonl",), _read_jsonl),
+    "parquet": _Format((".parquet",), _read_parquet),
+}
+_READERS: dict[str, Callable[[CorpusSettings], Iterator[Document]]] = {
+    "planted": _planted,
+    "huggingface": _huggingface,
+    **dict.fromkeys(_FORMATS, _from_files),
+}
+
+
+def _path(settings: CorpusSettings) -> str:
+    if not settings.path:
+        raise ProbekitError(
+            f"corpus.path is not set, and the {settings.reader} reader needs one: give it with --corpus.path"
+        )
+    return os.path.expanduser(settings.path)  # noqa: PTH111 - Path makes `name`, as on the hub, of `./name`
+
+
+def _require(setting: str, known: Iterable[str], where: str | Path, settings: CorpusSettings) -> None:
+    value = getattr(settings, setting)
+    if value not in known:
+        raise ProbekitError(f"corpus.{setting} is {value!r}, but {where} has {', '.join(known) or 'nothing'}")
+
+
+def _text(record: object, where: str, settings: CorpusSettings) -> str:
+    """The text of a record."""
+    if not isinstance(record, dict):
+        raise ProbekitError(f"{where}: {type(record).__name__} where a JSON object should be")
+    _require("text_column", record, where, settings)
+    text = record[settings.text_column]
+    if not isinstance(text, str):
+        raise ProbekitError(
+            f"{where}: {settings.text_column!r} holds {type(text).__name__}, not a string; correct it, or "
+            "set --corpus.text_column"
+        )
+    return text
+
+
+@contextmanager
+def _opened(path: Path, settings: CorpusSettings) -> Iterator[TextIO]:
+    """Opens a text file, line ends untranslated; what goes wrong while it is read is told in one line."""
+    encoding = settings.encoding
+    try:
+        " ".encode(encoding)  # a codec may exist and yet not be one of text, such as hex
+    except (LookupError, ValueError):
+        raise ProbekitError(
+            f"corpus.encoding is {encoding!r}: not an encoding that Python knows, such as utf-8 or latin-1"
+        ) from None
+    if codecs.lookup(encoding).name == "utf-8":
+        encoding = "utf-8-sig"  # takes the byte order mark that some editors write, and needs none
+    try:
+        with path.open(encoding=encoding, errors=settings.decode_errors, newline="") as file:
+            yield file
+    except UnicodeError:
+        raise ProbekitError(
+            f"{path}: byte {_bad_byte(path, encoding)} is not valid {settings.encoding}; set "
+            "--corpus.encoding to the encoding of the file, or --corpus.decode_errors replace"
+        ) from None
+    except OSError as error:
+        raise ProbekitError(f"{path}: cannot be read: {_reason(error)}") from None
+
+
+def _bad_byte(path: Path, encoding: str) -> int:
+    """Where in a file decoding fails: a text stream counts from its current buffer, so decode again."""
+    decoder, done = codecs.getincrementaldecoder(encoding)(), 0
+    with path.open("rb") as file:
+        for chunk in itertools.chain(iter(lambda: file.read(_BYTES_AT_ONCE), b""), [b""]):
+            done += len(chunk)
+            try:
+                decoder.decode(chunk, final=not chunk)
+            except UnicodeDecodeError as error:
+                # What it was decoding ends where reading has come to.
+                return done - len(error.object) + error.start
+            except UnicodeError:  # UTF-16 and UTF-32 without the byte order mark that they begin with
+                break
+    return 0
+
+
+def _reason(error: BaseException) -> str:
+    """What an error says, on one line."""
+    return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+
+
+DOCUMENTS_PER_BATCH = 256
+CHARACTERS_PER_BATCH = 1 << 23
+"""A batch ends with the document that reaches one of these; books are not held by the hundred."""
+
+SCHEMA = pa.schema(
+    [
+        ("name", pa.string()),
+        ("text", pa.large_string()),
+        ("actions", pa.list_(pa.int32())),
+        ("kind", pa.int32()),
+    ]
+)
+
+Row = dict[str, Any]
+"""The columns of one document."""
+
+
+class DocumentTexts:
+    """The corpus's texts and names, in an Arrow file.
+
+    Attributes:
+        starts: Number of the first document of each batch, and at the end of all of them `[batches + 1]`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
+            sizes = [self._reader.get_batch(i).num_rows for i in range(self._reader.num_record_batches)]
+        except (OSError, pa.ArrowException) as error:
+            reason = " ".join(str(error).split())
+            raise ProbekitError(f"{path}: cannot be read ({reason}); build the corpus again") from None
+        self.starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def row(self, document: int) -> Row:
+        """All columns of one document."""
+        batch = int(np.searchsorted(self.starts, document, side="right")) - 1
+        columns = self._reader.get_batch(batch).slice(document - int(self.starts[batch]), 1)
+        return columns.to_pylist()[0]
+
+    def batches(self) -> Iterator[tuple[int, list[Row]]]:
+        """The documents in the file's own batches, each with the number of its first document."""
+        # Read, not mapped: mapped pages count as the process's memory until the file is closed.
+        with pa.OSFile(str(self._path)) as source:
+            reader = pa.ipc.open_file(source)
+            for batch, start in enumerate(self.starts[:-1].tolist()):
+                yield start, reader.get_batch(batch).to_pylist()
+
+
+def read_batch(path: Path, batch: int) -> list[Row]:
+    """The documents of one batch of a file."""
+    with pa.OSFile(str(path)) as source:
+        return pa.ipc.open_file(source).get_batch(batch).to_pylist()
+
+
+def sentence_texts(rows: Sequence[Row], sentences: np.ndarray, spans: np.ndarray) -> list[str]:
+    """The sentences of some documents, surrounding white space removed.
+
+    Args:
+        rows: The documents.
+        sentences: How many each has [documents].
+        spans: Their character offsets, document by document [sentences, 2].
+    """
+    owners = np.repeat(np.arange(len(rows)), sentences).tolist()
+    return [
+        rows[row]["text"][start:end].strip() for row, (start, end) in zip(owners, spans.tolist(), strict=True)
+    ]
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Documents in batches that are small enough to hold."""
+    batch: list[Document] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if len(batch) == DOCUMENTS_PER_BATCH or characters >= CHARACTERS_PER_BATCH:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def write_documents(
+    settings: CorpusSettings, path: Path, progress: Progress
+) -> tuple[dict[str, Any], np.ndarray, int]:
+    """Reads all documents and writes those that are not blank.
+
+    Returns:
+        Facts; a digest of each document [documents]; the number of characters.
+    """
+    digests = bytearray()
+    blank = characters = 0
+    with (
+        progress.task("read documents") as task,
+        pa.OSFile(str(path), "wb") as sink,
+        pa.ipc.new_file(sink, SCHEMA) as writer,
+    ):
+        for batch in _batches(task.track(read_documents(settings))):
+            kept = [document for document in batch if document.text.strip()]
+            blank += len(batch) - len(kept)
+            for document in kept:
+                text = document.text.encode("utf-8", "surrogatepass")
+                digests += hashlib.blake2b(text, digest_size=8).digest()
+                characters += len(document.text)
+            if kept:
+                writer.write_batch(pa.RecordBatch.from_pylist([vars(d) for d in kept], schema=SCHEMA))
+    if not digests:
+        raise ProbekitError(f"corpus.path {settings.path!r}: all its {blank} documents are blank")
+    facts = {
+        "documents": len(digests) // 8,
+        "blank_documents_dropped": blank,
+        "fingerprint": hashlib.sha256(digests).hexdigest(),
+    }
+    return facts, np.frombuffer(digests, dtype=">u8").astype(np.uint64), characters

@@ -1,0 +1,103 @@
+"""The tokenizer: the LM's own, or a byte-level BPE trained on the corpus for a new LM."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from probekit.config import LanguageModelSettings
+from probekit.data import hub
+from probekit.errors import ProbekitError
+from probekit.io import atomic_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+SEPARATOR = "<|endoftext|>"
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary: int, folder: Path) -> PreTrainedTokenizerBase:
+    """Trains a byte-level BPE tokenizer, saves it in Hugging Face format and loads it back.
+
+    Args:
+        texts: Training documents, read once.
+        vocabulary: Largest vocabulary size; a small corpus may offer fewer merges.
+        folder: Where `AutoTokenizer.from_pretrained` will find it.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=[SEPARATOR],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    with atomic_folder(folder) as partial:
+        PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            bos_token=SEPARATOR,
+            eos_token=SEPARATOR,
+            clean_up_tokenization_spaces=False,
+        ).save_pretrained(partial)
+    return load_tokenizer(folder)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Loads a tokenizer from a local folder.
+
+    Raises:
+        ProbekitError: The folder holds no fast tokenizer (character offsets need one), or none at all.
+    """
+    return _load(hub.Source(str(folder), None, local_only=True), trust_remote_code=False)
+
+
+def pretrained_tokenizer(settings: LanguageModelSettings) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of the pre-trained LM that the settings name."""
+    assert settings.name is not None  # noqa: S101 - the caller has looked
+    source = hub.find(settings.name, setting="lm.name", revision=settings.revision)
+    return _load(source, settings.trust_remote_code)
+
+
+def separator_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token put before every document, so that its first token is predicted from something.
+
+    The beginning-of-sequence token where there is one, else the end-of-sequence token.
+    """
+    for token_id in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return int(token_id)
+    raise ProbekitError(
+        f"lm.name {tokenizer.name_or_path!r}: its tokenizer has neither a beginning- nor an end-of-sequence "
+        "token; set one of them in its tokenizer_config.json"
+    )
+
+
+def _load(source: hub.Source, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.name, trust_remote_code=trust_remote_code, **source.arguments
+        )
+        # Where a model's folder has no tokenizer, transformers makes one up, with no vocabulary.
+        if not tokenizer("a", add_special_tokens=False).input_ids:
+            raise ValueError("it has no vocabulary")
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ProbekitError(
+            f"lm.name {source.name!r}: no tokenizer could be loaded from it; it needs a tokenizer.json and a "
+            f"tokenizer_config.json ({reason})"
+        ) from error
+    if not tokenizer.is_fast:
+        raise ProbekitError(
+            f"lm.name {source.name!r}: its tokenizer gives no character offsets; save it as a fast tokenizer "
+            "first"
+        )
+    return tokenizer

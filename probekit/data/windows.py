@@ -1,0 +1,169 @@
+"""Examples: windows of tokens with the sentence and action of each, gathered into batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from probekit.data.corpus import Corpus, ranges
+
+IGNORE = -100
+"""Target of a position whose loss does not count, as PyTorch's cross-entropy has it."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows over documents' tokens; every token but the separator is scored in exactly one window.
+
+    Attributes:
+        document: Document of each window `[windows]`.
+        start: Where its inputs begin in `corpus.tokens` `[windows]`.
+        length: Its inputs `[windows]`; its targets are the same tokens moved by one.
+        scored: How many of its last targets count `[windows]`.
+    """
+
+    document: np.ndarray
+    start: np.ndarray
+    length: np.ndarray
+    scored: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.document)
+
+    def __getitem__(self, rows: np.ndarray | slice) -> Windows:
+        return Windows(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+
+def chunks(count: int, size: int) -> list[slice]:
+    """Slices that cut `count` rows into batches."""
+    return [slice(i, i + size) for i in range(0, count, size)]
+
+
+def cut_windows(corpus: Corpus, documents: np.ndarray, window: int, stride: int) -> Windows:
+    """Cuts documents into windows of at most `window` inputs that advance by `stride` tokens.
+
+    A document's first window scores all its targets, each later one its last `stride`. The last one is
+    shorter: were it drawn back to be whole, its last position would always be a document's end, and an LM
+    would learn so. A document without tokens has no window.
+    """
+    targets = corpus.document_tokens[documents + 1] - corpus.document_tokens[documents] - 1
+    windows = (targets > 0) + np.ceil(np.maximum(targets - window, 0) / stride).astype(np.int64)
+    document = np.repeat(documents, windows)
+    number = ranges(np.zeros_like(windows), windows)
+    start = number * stride
+    length = np.minimum(window, np.repeat(targets, windows) - start)
+    scored = np.where(number == 0, length, length - (window - stride))
+    return Windows(document, corpus.document_tokens[document] + start, length, scored)
+
+
+def begun_sentences(corpus: Corpus, windows: Windows) -> np.ndarray:
+    """How many sentences have their first token scored in each window `[windows]`."""
+    last = windows.start + windows.length
+    return np.searchsorted(corpus.first_token, last, side="right") - np.searchsorted(
+        corpus.first_token, last - windows.scored, side="right"
+    )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch of windows, padded at the end.
+
+    Attributes:
+        tokens: Inputs `[windows, positions]`.
+        targets: Next tokens, `IGNORE` at padding and where not scored `[windows, positions]`.
+        document: Document of each window `[windows]`, on the CPU.
+        context: Sentence embeddings of the batch's documents, from each document's beginning to the last
+            sentence that a window touches `[documents, sentences, dimensions]`.
+        touched: The sentences that windows touch, as rows of `context` flattened over its first two
+            dimensions `[touched]`.
+        actions: True actions of the touched sentences `[touched]`.
+        begun: Whether a touched sentence's first token is scored in the batch, as it is in just one window
+            `[touched]`.
+        sentence: For every position, the row of `touched` whose sentence holds the next token
+            `[windows, positions]`: position t carries the action of token t + 1.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    document: np.ndarray
+    context: Tensor
+    touched: Tensor
+    actions: Tensor
+    begun: Tensor
+    sentence: Tensor
+
+    @property
+    def documents(self) -> np.ndarray:
+        """The document of each row of `context` `[documents]`."""
+        return np.unique(self.document)
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "document"}
+        return replace(self, **{name: t.to(device, non_blocking=True) for name, t in tensors.items()})
+
+
+def input_tokens(corpus: Corpus, windows: Windows) -> Tensor:
+    """The inputs of windows, padded at the end `[windows, positions]`: what a model without a plan reads."""
+    place, _ = _places(windows)
+    return torch.from_numpy(corpus.tokens[place].astype(np.int64))
+
+
+def collate(corpus: Corpus, windows: Windows) -> Batch:
+    """Reads windows from the corpus into a batch."""
+    place, inside = _places(windows)
+    positions = np.arange(place.shape[1])
+    scored = inside & (positions >= (windows.length - windows.scored)[:, None])
+    next_tokens = corpus.tokens[place + 1].astype(np.int64)
+    touched_by = np.searchsorted(corpus.first_token, place + 1, side="right") - 1
+    touched, sentence = np.unique(touched_by, return_inverse=True)
+    documents, row = np.unique(corpus.document_of(touched), return_inverse=True)
+    first = corpus.document_sentences[documents]
+    within = touched - first[row]
+    context = _context(corpus, first, within, row)
+    return Batch(
+        tokens=torch.from_numpy(corpus.tokens[place].astype(np.int64)),
+        targets=torch.from_numpy(np.where(scored, next_tokens, IGNORE)),
+        document=windows.document,
+        context=context,
+        touched=torch.from_numpy(row * context.shape[1] + within),
+        actions=torch.from_numpy(corpus.actions[touched].astype(np.int64)),
+        begun=torch.from_numpy(np.isin(corpus.first_token[touched], place[scored] + 1)),
+        sentence=torch.from_numpy(sentence.reshape(place.shape)),
+    )
+
+
+def _places(windows: Windows) -> tuple[np.ndarray, np.ndarray]:
+    """Where the inputs are in the corpus's tokens, and which are no padding `[windows, positions]`."""
+    positions = np.arange(windows.length.max())
+    inside = positions < windows.length[:, None]
+    return np.where(inside, windows.start[:, None] + positions, windows.start[:, None]), inside
+
+
+def _context(corpus: Corpus, first: np.ndarray, within: np.ndarray, row: np.ndarray) -> Tensor:
+    needed = np.zeros(len(first), dtype=np.int64)
+    np.maximum.at(needed, row, within + 1)
+    context = np.zeros((len(first), needed.max(), corpus.embeddings.shape[1]), dtype=np.float32)
+    filled = np.arange(needed.max()) < needed[:, None]
+    context[filled] = corpus.embeddings[ranges(first, first + needed)]
+    return torch.from_numpy(context)
+
+
+def document_batch(corpus: Corpus, documents: np.ndarray) -> tuple[Tensor, Tensor]:
+    """All sentences of some documents, padded at the end, as the planner reads them.
+
+    Returns:
+        Embeddings `[documents, sentences, dimensions]` and actions `[documents, sentences]`, `IGNORE` at
+        padding.
+    """
+    first, last = corpus.document_sentences[documents], corpus.document_sentences[documents + 1]
+    filled = np.arange((last - first).max()) < (last - first)[:, None]
+    rows = ranges(first, last)
+    embeddings = np.zeros((*filled.shape, corpus.embeddings.shape[1]), dtype=np.float32)
+    actions = np.full(filled.shape, IGNORE, dtype=np.int64)
+    embeddings[filled] = corpus.embeddings[rows]
+    actions[filled] = corpus.actions[rows]
+    return torch.from_numpy(embeddings), torch.from_numpy(actions)

@@ -1,0 +1,1 @@
+"""Writing text sentence by sentence, and measuring what was written."""

@@ -1,0 +1,133 @@
+"""The planner-conditioned LM: planner, mixing, adapter, bridged base LM and depth ensemble as one module."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from probekit.data.windows import IGNORE, Batch
+from probekit.models.conditioning import Adapter, Conditioned
+from probekit.models.depth_ensemble import DepthEnsemble
+from probekit.models.hook_points import BridgedPass, ForwardPass
+from probekit.models.language_model import Hook
+from probekit.models.mixing import Mixing
+from probekit.models.planner import Planner, TrainableEncoder
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+
+class PlannedLM(nn.Module):
+    """An LM whose every token is conditioned on its sentence's action.
+
+    Args:
+        bridged: The base LM, frozen.
+        planner: Scores actions; trained here only where the variant is joint. None where nothing is planned.
+        adapter: Codebook and projections; None leaves the base LM alone.
+        temperature: Of the softmax over scores.
+        road: How the forward pass is run; unset: through the bridge, where anybody may add hooks.
+        learn_temperature: Train the temperature, from that value on.
+        encoder: The sentence encoder that is trained with the planner; unset: embeddings are the corpus's.
+        depth: Makes the logits of several layers; None: they are the last layer's.
+    """
+
+    def __init__(
+        self,
+        bridged: TransformerBridge,
+        planner: Planner | None,
+        adapter: Adapter | None,
+        temperature: float,
+        road: ForwardPass | None = None,
+        *,
+        learn_temperature: bool = False,
+        encoder: TrainableEncoder | None = None,
+        depth: DepthEnsemble | None = None,
+    ) -> None:
+        super().__init__()
+        self.bridged = bridged
+        self.planner = planner
+        self.adapter = adapter
+        self.encoder = encoder
+        self.depth = depth
+        self.log_temperature: nn.Parameter | None = None
+        if learn_temperature:
+            device = None if adapter is None else adapter.codebook.device
+            self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature), device=device))
+        self._temperature = temperature
+        self._road = road or BridgedPass(bridged)
+
+    def run_by(self, road: ForwardPass) -> None:
+        """Has forward passes run in another way."""
+        self._road = road
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Full TransformerLens names of all hooks that are used."""
+        parts = (self.adapter, self.depth)
+        return tuple(name for part in parts if part is not None for name in part.names)
+
+    @property
+    def temperature(self) -> float | Tensor:
+        """Of the softmax over scores; a tensor with a gradient where it is trained."""
+        return self._temperature if self.log_temperature is None else self.log_temperature.exp()
+
+    def scores(self, batch: Batch) -> Tensor:
+        """Planner scores of the touched sentences `[touched, actions]`, each computed once for the batch."""
+        assert self.planner is not None  # noqa: S101 - only what needs scores asks for them
+        return self.planner(batch.context).flatten(0, 1)[batch.touched]
+
+    def hooks(self, batch: Batch, mixing: Mixing, scores: Tensor | None = None) -> list[Hook]:
+        """The hooks of `conditioned`; they fit its tokens."""
+        return self.conditioned(batch, mixing, scores).hooks
+
+    def conditioned(self, batch: Batch, mixing: Mixing, scores: Tensor | None = None) -> Conditioned:
+        """What the LM reads in one forward pass over a batch.
+
+        Args:
+            batch: The batch.
+            mixing: How scores become embeddings.
+            scores: The planner's scores if they are known already `[touched, actions]`.
+        """
+        read = self._planned(batch, mixing, scores)
+        return read if self.depth is None else replace(read, hooks=[*read.hooks, *self.depth.hooks()])
+
+    def late_hidden(self, batch: Batch, mixing: Mixing, scores: Tensor | None = None) -> dict[str, Tensor]:
+        """What the depth ensemble reads at every position, by hook `[windows, positions, width]`.
+
+        No logits are made; the arguments are those of `conditioned`.
+        """
+        assert self.depth is not None  # noqa: S101 - only ensembles are asked
+        read = self._planned(batch, mixing, scores)
+        hidden: dict[str, Tensor] = {}
+        readers = self.depth.readers(hidden)
+        self._road(read.tokens, [*read.hooks, *readers], len(readers), read.positions)
+        if read.slots is None:
+            return hidden
+        return {name: read.slots.predictions(activation) for name, activation in hidden.items()}
+
+    def _planned(self, batch: Batch, mixing: Mixing, scores: Tensor | None) -> Conditioned:
+        """What the LM reads, conditioned on actions alone."""
+        if self.adapter is None:
+            return Conditioned(batch.tokens)
+        if scores is None:
+            scores = self.scores(batch) if mixing.needs_scores else batch.context.new_empty(0)
+        embeddings = mixing(scores, batch.actions, self.adapter.codebook, self.temperature)
+        return self.adapter.conditioned(batch.tokens, embeddings, batch.sentence)
+
+    def forward(self, batch: Batch, mixing: Mixing, scores: Tensor | None = None) -> Tensor:
+        """Next-token logits `[windows, positions, vocabulary]`."""
+        read = self.conditioned(batch, mixing, scores)
+        logits = self._road.logits(read.tokens, read.hooks, read.positions)
+        return logits if read.slots is None else read.slots.predictions(logits)
+
+
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of every next token in nats `[windows, positions]`, zero where the target is `IGNORE`."""
+    losses = nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="none"
+    )
+    return losses.view(targets.shape)

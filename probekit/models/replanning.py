@@ -1,0 +1,306 @@
+"""Texts that are being written: their sentences so far, and the action that each position carries."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from probekit.data.codebook import Codebook
+from probekit.data.encoders import SentenceEncoder
+from probekit.data.sentences import align, complete_spans, sentence_spans
+from probekit.distributed import autocast
+from probekit.models.conditioning import Adapter
+from probekit.models.decoding import Text
+from probekit.models.mixing import Mixing, Oracle
+from probekit.models.planner import Planner, TrainableEncoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+# Tokens that are decoded to tell what a next one adds.
+_NEAR = 64
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int] | np.ndarray) -> str:
+    """The text that tokens stand for, whatever they are."""
+    return str(tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
+
+
+def _ends(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> list[int]:
+    """How many characters the tokens up to each one stand for.
+
+    Only the last ones are decoded again for each: how many characters come with a token is decided by what is
+    near, such as the other bytes of its character. So the time does not grow with the square of the length.
+    """
+    ends = [0]
+    for i in range(0, len(tokens), _NEAR):
+        near = tokens[max(0, i - _NEAR) : i + _NEAR]
+        before = min(i, _NEAR)
+        known = ends[i] - len(decoded(tokenizer, near[:before]))
+        ends += [known + len(decoded(tokenizer, near[: n + 1])) for n in range(before, len(near))]
+    return ends[1:]
+
+
+class Draft:
+    """A text that is being written, and its sentences.
+
+    Args:
+        prompt: Ids, the separator first.
+        tokenizer: Tells what text tokens are.
+        language: Of the sentence splitter.
+        given: The plan that is given for the sentences behind the prompt, if one is.
+
+    Attributes:
+        text: What the LM reads.
+        prompt: The prompt as text.
+        sentences: The sentences that are over, surrounding white space removed.
+        embeddings: Their embeddings, as far as they are known.
+        actions: The action of every sentence from the first to the one that the next token is in, as far as
+            they are known.
+        first: The sentence that the token behind the prompt is in.
+        given: The plan that is given for the sentences behind the prompt, empty where none is.
+        ended: Why nothing more is to be written; None as long as something is.
+    """
+
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        tokenizer: PreTrainedTokenizerBase,
+        language: str,
+        given: np.ndarray | None = None,
+    ) -> None:
+        self.text = Text(list(prompt), [], [])
+        self.prompt = decoded(tokenizer, prompt[1:])
+        self.sentences: list[str] = []
+        self.embeddings: list[np.ndarray] = []
+        self.actions: list[int] = []
+        self.ended: str | None = None
+        self.given = np.zeros(0, dtype=np.int64) if given is None else given
+        self._rows: list[int] = []
+        self._prompt = len(prompt)
+        self._tokenizer, self._language = tokenizer, language
+        # Lines are split into sentences each on its own: what is above the current one is done with.
+        self._above, self._sentences_above, self._line = "", 0, 1
+        self.read()
+        self.first = len(self.sentences)
+        self._within = self._sentences_of_prompt()
+
+    @property
+    def written(self) -> list[int]:
+        """Ids of the tokens behind the prompt."""
+        return self.text.tokens[self._prompt :]
+
+    @property
+    def whole(self) -> str:
+        """The text with its prompt."""
+        return self._above + decoded(self._tokenizer, self.text.tokens[self._line :])
+
+    @property
+    def plan(self) -> list[int]:
+        """The action of each sentence behind the prompt, of those that the text as it is has."""
+        sentences = len(sentence_spans(self.whole, self._language))
+        return self.actions[self.first : max(sentences, self.first)]
+
+    def read(self) -> None:
+        """Finds the sentences that are over.
+
+        What was known of sentences that the last token made others is forgotten.
+        """
+        line = decoded(self._tokenizer, self.text.tokens[self._line :])
+        found = [line[a:b].strip() for a, b in complete_spans(line, self._language)]
+        same = self._sentences_above
+        for old, new in zip(self.sentences[same:], found, strict=False):
+            if old != new:
+                break
+            same += 1
+        self.sentences = self.sentences[: self._sentences_above] + found
+        self.embeddings = self.embeddings[:same]
+        # A sentence's action comes from those before it.
+        self.actions, self._rows = self.actions[: same + 1], self._rows[: same + 1]
+        if len(f"{line}.".splitlines()) > len(line.splitlines()):  # it ends in a line break
+            self._above, self._line = self._above + line, len(self.text.tokens)
+            self._sentences_above = len(self.sentences)
+
+    @property
+    def unplanned(self) -> range:
+        """The sentences, up to the one that the next token is in, that have no action yet."""
+        return range(len(self.actions), len(self.sentences) + 1)
+
+    def plan_on(self, actions: Sequence[int], embeddings: Sequence[Tensor]) -> None:
+        """Gives the unplanned sentences their actions and mixed embeddings `[dimensions]`."""
+        self._rows += range(len(self.text.embeddings), len(self.text.embeddings) + len(embeddings))
+        self.actions += actions
+        self.text.embeddings += embeddings
+
+    def alternate(self, embeddings: list[Tensor]) -> None:
+        """Gives the sentences two embeddings in turn."""
+        self.text.embeddings = embeddings
+        self._rows = [sentence % 2 for sentence in range(len(self.sentences) + 1)]
+
+    def carry(self) -> None:
+        """Has every position up to the last one carry the action of the next token's sentence."""
+        if not self.text.carried:
+            self.text.carried += [self._rows[sentence] for sentence in self._within]
+        self.text.carried.append(self._rows[len(self.sentences)])
+
+    def _sentences_of_prompt(self) -> list[int]:
+        """The sentence of every token of the prompt but the separator, known from all of the prompt."""
+        ids, text = self.text.tokens[1:], self.prompt
+        ends = _ends(self._tokenizer, ids)
+        spans = sentence_spans(text, self._language)
+        aligned = align(text, spans, np.stack([[0, *ends[:-1]], ends], axis=1) if ids else [])
+        owner = np.searchsorted(spans[:, 0], aligned.spans[:, 0], side="right") - 1
+        sentence = np.searchsorted(aligned.first_token, np.arange(len(ids)), side="right") - 1
+        return np.minimum(owner[sentence], self.first).tolist() if len(owner) else [self.first] * len(ids)
+
+
+class Conditioner(Protocol):
+    """Gives the positions of drafts the action embeddings that they carry."""
+
+    def __call__(self, drafts: Sequence[Draft]) -> None:
+        """Has the last position of every draft carry one, and those before it that carry none yet.
+
+        It ends drafts whose plan has run out.
+        """
+        ...
+
+
+class Constant:
+    """The same for every position, whatever is written.
+
+    Args:
+        embedding: `[dimensions]`; None where nothing is conditioned.
+    """
+
+    def __init__(self, embedding: Tensor | None) -> None:
+        self._embeddings = [] if embedding is None else [embedding]
+
+    def __call__(self, drafts: Sequence[Draft]) -> None:
+        """As `Conditioner` has it."""
+        for draft in drafts:
+            text = draft.text
+            text.embeddings = self._embeddings
+            text.carried += [0] * (len(text.tokens) - len(text.carried))
+
+
+class ConstantBySentence:
+    """The same for every sentence, each told from the one before it, as planning tokens need it.
+
+    Args:
+        embedding: `[dimensions]`.
+    """
+
+    def __init__(self, embedding: Tensor) -> None:
+        self._embedding = embedding
+
+    def __call__(self, drafts: Sequence[Draft]) -> None:
+        """As `Conditioner` has it."""
+        for draft in drafts:
+            draft.read()
+            draft.alternate([self._embedding, self._embedding])
+            draft.carry()
+
+
+@dataclass(frozen=True)
+class _BySentence(ABC):
+    """One embedding for each sentence, chosen when all before it are over.
+
+    Attributes:
+        adapter: Whose codebook it is.
+        encoder: Embeds every sentence, once.
+        device: Where the adapter is.
+    """
+
+    adapter: Adapter
+    encoder: SentenceEncoder | TrainableEncoder
+    device: torch.device
+
+    def __call__(self, drafts: Sequence[Draft]) -> None:
+        """As `Conditioner` has it."""
+        for draft in drafts:
+            draft.read()
+        going = [draft for draft in drafts if not self._ends(draft)]
+        new = [sentence for draft in going for sentence in draft.sentences[len(draft.embeddings) :]]
+        found = iter(self.encoder.encode(new) if new else [])
+        for draft in going:
+            draft.embeddings += [next(found) for _ in draft.sentences[len(draft.embeddings) :]]
+        if unplanned := [draft for draft in going if draft.unplanned]:
+            self._plan(unplanned)
+        for draft in going:
+            draft.carry()
+
+    def _ends(self, draft: Draft) -> bool:
+        return False
+
+    @abstractmethod
+    def _plan(self, drafts: Sequence[Draft]) -> None:
+        """Gives the unplanned sentences of drafts, which have some, their actions and embeddings."""
+
+
+@dataclass(frozen=True)
+class Planned(_BySentence):
+    """What the planner makes of the sentences so far.
+
+    Attributes:
+        planner: Scores the next sentence's action.
+        mixing: Makes an embedding of the scores.
+        temperature: Of the softmax over scores.
+        precision: The setting `training.precision`.
+    """
+
+    planner: Planner
+    mixing: Mixing
+    temperature: float | Tensor
+    precision: str
+
+    def _plan(self, drafts: Sequence[Draft]) -> None:
+        most = max(len(draft.sentences) for draft in drafts)
+        context = np.zeros((len(drafts), most + 1, self.encoder.dimensions), dtype=np.float32)
+        for row, draft in enumerate(drafts):
+            if draft.embeddings:
+                context[row, : len(draft.embeddings)] = draft.embeddings
+        with autocast(self.device, self.precision):
+            every = self.planner(torch.from_numpy(context).to(self.device))
+            scores = torch.cat([every[row, draft.unplanned] for row, draft in enumerate(drafts)])
+            none = scores.new_zeros(len(scores), dtype=torch.long)
+            embeddings = self.mixing(scores, none, self.adapter.codebook, self.temperature)
+        sizes = [len(draft.unplanned) for draft in drafts]
+        for draft, actions, rows in zip(
+            drafts, scores.argmax(dim=-1).split(sizes), embeddings.split(sizes), strict=True
+        ):
+            draft.plan_on(actions.tolist(), list(rows))
+
+
+@dataclass(frozen=True)
+class Given(_BySentence):
+    """A plan that is given for the sentences behind the prompt; those of the prompt have their own action.
+
+    Attributes:
+        codebook: Tells a sentence's own action: its nearest centroid.
+    """
+
+    codebook: Codebook
+
+    def _ends(self, draft: Draft) -> bool:
+        if len(draft.sentences) - draft.first >= len(draft.given):
+            draft.ended = "plan"
+        return draft.ended is not None
+
+    def _plan(self, drafts: Sequence[Draft]) -> None:
+        for draft in drafts:
+            past = np.array(draft.embeddings[: draft.first]).reshape(-1, self.encoder.dimensions)
+            own, plan = self.codebook.nearest(past), draft.given
+            actions = [
+                int(own[sentence] if sentence < len(own) else plan[max(sentence - draft.first, 0)])
+                for sentence in draft.unplanned
+            ]
+            chosen = torch.tensor(actions, device=self.device)
+            none = torch.zeros(0, device=self.device)
+            draft.plan_on(actions, list(Oracle()(none, chosen, self.adapter.codebook, 1.0)))

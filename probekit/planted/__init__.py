@@ -1,0 +1,1 @@
+"""The synthetic corpus whose plan is known: generator, exact posteriors, ceilings."""

@@ -1,0 +1,1 @@
+"""A run: its folder, its stages, and the models it holds."""

@@ -1,0 +1,382 @@
+"""A run: its folder, and what its stages left there as models that can be used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from probekit import distributed
+from probekit.config import MemberName, ModelName, ProbedName, VariantName
+from probekit.data.corpus import Corpus
+from probekit.data.encoders import SentenceEncoder, load_encoder
+from probekit.distributed import compute_device
+from probekit.errors import ProbekitError
+from probekit.io import read_array, read_json, read_tensors, write_tensors
+from probekit.models.base_lm import TUNINGS, BaseLM
+from probekit.models.conditioning import new_adapter
+from probekit.models.depth_ensemble import MEMBERS, NORM_OUT, DepthEnsemble, new_ensemble
+from probekit.models.hook_points import ForwardPass, shard
+from probekit.models.language_model import load_model, load_outline, locations, random_weights
+from probekit.models.mixing import VARIANTS
+from probekit.models.planner import Planner, TrainableEncoder
+from probekit.models.planner_lm import PlannedLM
+from probekit.progress import without_bars_of_transformers
+from probekit.run.folder import RunFolder
+from probekit.run.provenance import WEIGHTS, digest_of, lm_digest
+from probekit.run.stages import stages_of
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import PreTrainedModel
+
+
+FACTS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("documents", "blank_documents_dropped", "tokens", "sentences"), int),
+    **{"one_sentence_documents": int, "vocabulary": int, "fingerprint": str},
+    "adjusted_rand_index": (int, float),
+}
+"""What is recorded of every corpus, the last of planted ones alone."""
+
+LOADED = ("device", "corpus", "locations", "_base")
+"""What a run keeps in memory once it was asked for."""
+
+
+class Run(RunFolder):
+    """A run's folder, open for reading and for stages to be added.
+
+    Attributes:
+        folder: Where it is.
+        config: Its complete settings.
+    """
+
+    @classmethod
+    def at(cls, run: Run | str | Path, settings: Mapping[str, Any] | None = None) -> Run:
+        """A run, or that of a folder, with settings replaced by dotted name if there are any."""
+        run = run if isinstance(run, Run) else cls.open(run)
+        return run.with_settings(settings) if settings else run
+
+    def with_settings(self, settings: Mapping[str, Any]) -> Run:
+        """The same run, with settings replaced by dotted name for what is done with it now.
+
+        What is loaded already is shared, unless a setting says where or what to load.
+        """
+        run = Run(self.folder, self.config.override(settings))
+        if (run.config.device, run.config.lm) == (self.config.device, self.config.lm):
+            vars(run).update({name: vars(self)[name] for name in LOADED if name in vars(self)})
+        return run
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where to compute."""
+        return compute_device(self.config.device)
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        """The built corpus."""
+        self.require("corpus")
+        corpus = Corpus.open(self.folder / "corpus")
+        facts: Any = {"adjusted_rand_index": 0.0} | corpus.facts if isinstance(corpus.facts, dict) else {}
+        if not all(isinstance(facts.get(name), kind) for name, kind in FACTS.items()):
+            raise ProbekitError(f"{corpus.folder / 'facts.json'} is no record of a corpus; build it again")
+        return corpus
+
+    @property
+    def variants(self) -> list[VariantName]:
+        """The variants whose adapters are trained, in the order of the settings."""
+        return [v for v in self.config.mixing.variants if v in VARIANTS and self.finished(f"adapter/{v}")]
+
+    @property
+    def members(self) -> list[MemberName]:
+        """The members of the depth ensemble that are trained, in the order of the settings."""
+        return [member for member in self.config.depth.members if self.finished(f"depth/{member}")]
+
+    def variant_of(self, name: ModelName) -> VariantName:
+        """The variant that conditions a model: of a depth ensemble's member, that of the LM beneath it."""
+        return self.config.depth.variant if name in MEMBERS else name  # type: ignore[return-value]
+
+    @property
+    def bridged(self) -> TransformerBridge:
+        """The base LM, frozen and bridged."""
+        return self._base.bridged
+
+    @cached_property
+    def locations(self) -> dict[str, int]:
+        """Every location of the LM that holds a vector for each position, and the vector's features."""
+        return locations(self.bridged)
+
+    def plain_model(self, name: ModelName = "none") -> PreTrainedModel:
+        """A fresh copy of a model's LM as a plain Hugging Face module: the base LM, or as it was tuned."""
+        settings, stage = self.config.training.base, _stage_of(name)
+        if stage is not None and settings.tuning != "frozen":
+            self.require(stage)
+            beneath = self.plain_model(self.variant_of(name) if name in MEMBERS else "none")
+            return TUNINGS[settings.tuning].load(self.tuned_folder(name), beneath, settings)
+        if name in MEMBERS:
+            return self.plain_model(self.variant_of(name))
+        source = self._source()
+        if source["name"] != str((self.folder / "lm").resolve()):
+            self._check_source(source["name"])
+        with without_bars_of_transformers():
+            return load_model(**source)
+
+    def placed_model(self, name: ModelName = "none") -> PreTrainedModel:
+        """A fresh copy of a model's LM on this process's device, or this one's part of it (`lm.sharded`)."""
+        return self._placed(partial(self.plain_model, name))
+
+    def _placed(self, load: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+        if not self._sharded:
+            return load().to(self.device)
+        return shard(load() if distributed.is_first() else self._outline(), self.device)
+
+    @property
+    def _sharded(self) -> bool:
+        return self.config.lm.sharded and distributed.count() > 1
+
+    @property
+    def sharding(self) -> str:
+        """What `lm.sharded` comes to here, for who asked for it."""
+        if self._sharded:
+            return f"the LM is sharded over {distributed.count()} processes"
+        return "lm.sharded does nothing in one process; torchrun and accelerate launch begin several"
+
+    def _outline(self) -> PreTrainedModel:
+        return load_outline(**self._source())
+
+    def _source(self) -> dict[str, Any]:
+        """Where the LM is, as `load_model` takes it."""
+        self.require("lm")
+        folder = self.folder / "lm"
+        recorded: dict[str, Any] = {"name": str(folder.resolve()), "revision": None}
+        if (folder / "source.json").exists():
+            recorded = read_json(folder / "source.json")
+        return recorded | {"trust_remote_code": self.config.lm.trust_remote_code}
+
+    def _check_source(self, name: str) -> None:
+        """Refuses a folder of a pre-trained LM that is not what it was in training."""
+        trained_with = read_json(self.folder / "run.json")["stages"]["lm"].get("weights")
+        if trained_with is not None and lm_digest(name) not in (trained_with, None):
+            raise ProbekitError(
+                f"{name} is not the LM that {self.folder} was made with: its files have changed; put back "
+                "what they were, or train another run"
+            )
+
+    @cached_property
+    def _base(self) -> BaseLM:
+        self.require("lm")
+        return self._base_lm(self.placed_model, self.folder / "lm")
+
+    def _base_lm(
+        self, load: Callable[[], PreTrainedModel], name: str | Path, alike: BaseLM | None = None
+    ) -> BaseLM:
+        if self._sharded:  # looking hooks up on another one would load that one's weights
+            return BaseLM(load, self.corpus.tokenizer, name, outline=self._outline)
+        return BaseLM(load, self.corpus.tokenizer, name, alike)
+
+    def base_lm(self, name: ProbedName | MemberName = "none", seed: int = 0) -> BaseLM:
+        """The LM of a model, without adapter and ensemble: plain, bridged, and with hooks.
+
+        Args:
+            name: `none`, a trained variant or member of a depth ensemble, whose LM is its own where that was
+                tuned with it (`training.base`), or `random`.
+            seed: Of random weights.
+        """
+        base = self._base
+        if name == "random":
+            like = self._outline() if self._sharded else base.plain
+            load = partial(self._placed, partial(random_weights, like, seed))
+            return self._base_lm(load, "random weights", base)
+        if (stage := _stage_of(name)) is None or self.config.training.base.tuning == "frozen":
+            return base
+        self.require(stage)
+        if name not in self._latest:
+            self._latest.clear()
+            load = partial(self.placed_model, name)
+            self._latest[name] = self._base_lm(load, self.tuned_folder(name), base)
+        return self._latest[name]
+
+    @cached_property
+    def _latest(self) -> dict[str, BaseLM]:
+        """The tuned LM that was asked for last: all of them may not fit into memory."""
+        return {}
+
+    def tuned_folder(self, name: ModelName) -> Path:
+        """Where a model's own base LM is, if it has one."""
+        return self.folder / ("depth" if name in MEMBERS else "adapters") / name
+
+    def forward_pass(
+        self, names: Sequence[str], name: ProbedName | MemberName = "none", seed: int = 0
+    ) -> ForwardPass:
+        """The fastest way to run a model's LM with some hooks.
+
+        Args:
+            names: The hooks' full TransformerLens names.
+            name: Whose LM, as `base_lm` has it.
+            seed: Of random weights.
+        """
+        return self.base_lm(name, seed).forward_pass(names)
+
+    def weights_digest(self, variant: str) -> str:
+        """A digest of the files that hold a variant's weights, or that name where the LM's are."""
+        files = sorted((self.folder / "lm").glob("*"))
+        if (self.folder / "lm" / "source.json").exists():
+            source = Path(read_json(self.folder / "lm" / "source.json")["name"])
+            if source.is_dir():
+                files += sorted(path for path in source.iterdir() if path.suffix in WEIGHTS)
+        if variant in MEMBERS:
+            files += [self._ensemble_file(variant), *sorted(self.folder.glob(f"depth/{variant}/*"))]
+            variant = self.config.depth.variant
+        if variant in VARIANTS:
+            files += [self.folder / "planner" / "model.safetensors", self._adapter_file(variant)]
+            files += sorted(self.folder.glob(f"adapters/{variant}/*"))
+        return digest_of(files)
+
+    def planner(self, variant: VariantName | None = None) -> Planner:
+        """A copy of the planner as its own stage left it, or as a joint variant did."""
+        self.require("planner")
+        planner = self._planner("model")
+        if variant in VARIANTS and VARIANTS[variant].joint:
+            _load(planner, self._adapter_file(variant), "planner.")
+        return planner
+
+    def _planner(self, name: str) -> Planner:
+        planner = Planner(self.config.planner, self._centroids, self.config.seed)
+        _load(planner, self.folder / "planner" / f"{name}.safetensors")
+        return planner.to(self.device).eval().requires_grad_(False)
+
+    def fold_planner(self, fold: int) -> Planner:
+        """The planner that has not seen the training documents of a fold."""
+        self.require(f"planner/fold{fold}")
+        return self._planner(f"fold{fold}")
+
+    def save_planner(self, planner: Planner, fold: int | None = None) -> None:
+        """Writes the weights of the planner, or of one that has not seen a fold."""
+        name = "model" if fold is None else f"fold{fold}"
+        write_tensors(self.folder / "planner" / f"{name}.safetensors", planner.state_dict())
+
+    def model(self, name: ModelName, *, fast: bool = False) -> PlannedLM:
+        """The trained, frozen model of a variant, or of a member of a depth ensemble; `none` is the base LM.
+
+        Args:
+            name: Which one.
+            fast: Run it without the bridge where that can be, so that nobody else's hooks are seen.
+
+        Raises:
+            ProbekitError: The settings have no such variant or member, or it is not trained yet.
+        """
+        trained = ["none", *self.variants, *self.members]
+        if name not in trained and _stage_of(name) not in stages_of(self.config):
+            raise ProbekitError(f"{self.folder} has no variant {name!r}; it has {', '.join(trained)}")
+        bridged = self.base_lm(name).bridged
+        variant, adapter, depth = self.variant_of(name), None, None
+        if variant != "none":
+            self.require(f"adapter/{variant}")
+            adapter = new_adapter(self.config.conditioning, self._centroids, bridged, self.config.seed)
+            _load(adapter, self._adapter_file(variant), "adapter.")
+            adapter.to(self.device).requires_grad_(False)
+        if name in MEMBERS:
+            depth = self._ensemble(name)
+        planner = self.planner(variant) if self.finished("planner") else None
+        model = PlannedLM(bridged, planner, adapter, self.temperature(variant), depth=depth)
+        if fast:
+            model.run_by(self.forward_pass(model.names or (NORM_OUT,), name))
+        return model.eval()
+
+    def _ensemble(self, member: MemberName) -> DepthEnsemble:
+        self.require(f"depth/{member}")
+        base = self.base_lm(member)
+        ensemble = new_ensemble(member, self.config.depth, base.bridged, base.plain, self.config.seed)
+        _load(ensemble, self._ensemble_file(member))
+        return ensemble.to(self.device).requires_grad_(False)
+
+    def save_ensemble(self, member: MemberName, ensemble: DepthEnsemble) -> None:
+        """Writes the norms and the router of a member of the depth ensemble."""
+        write_tensors(self._ensemble_file(member), ensemble.state_dict())
+
+    def temperature(self, variant: VariantName) -> float:
+        """Of a variant's mixing: as it was trained, or the setting's."""
+        settings = self.config.mixing
+        if not settings.learn_temperature or variant not in VARIANTS or not VARIANTS[variant].tempered:
+            return settings.temperature
+        learned = read_tensors(path := self._adapter_file(variant)).get("log_temperature")
+        if learned is None:
+            raise ProbekitError(
+                f"{path} holds no temperature, but mixing.learn_temperature is true; delete it and train "
+                "that stage again"
+            )
+        return learned.exp().item()
+
+    def encoder(self, variant: VariantName = "none") -> SentenceEncoder | TrainableEncoder:
+        """What embeds the sentences that a variant's planner reads: the corpus's encoder, or its own."""
+        with without_bars_of_transformers():
+            encoder = load_encoder(self.folder / "corpus" / "encoder", str(self.device))
+        if not self._has_own_encoder(variant):
+            return encoder
+        trained = TrainableEncoder(encoder)
+        _load(trained, self._adapter_file(variant), "encoder.")
+        return trained.to(self.device).eval().requires_grad_(False)
+
+    def corpus_of(self, variant: VariantName) -> Corpus:
+        """The corpus as a variant's planner reads it: with the embeddings of its own encoder, if it has one.
+
+        All else is the same: the actions stay those of the corpus's encoder.
+        """
+        if not self._has_own_encoder(variant):
+            return self.corpus
+        self.require(f"adapter/{variant}")
+        return replace(self.corpus, embeddings=read_array(self.embeddings_file(variant)))
+
+    def embeddings_file(self, variant: VariantName) -> Path:
+        """Where the embeddings of all sentences by a variant's own encoder are."""
+        return self.folder / "adapters" / f"{variant}.embeddings.npy"
+
+    def _has_own_encoder(self, variant: VariantName) -> bool:
+        joint = variant in VARIANTS and VARIANTS[variant].joint
+        return joint and self.config.training.joint.encoder == "trained"
+
+    def save_adapter(self, variant: VariantName, model: PlannedLM) -> None:
+        """Writes a variant's adapter, and its planner, temperature and encoder if they were trained too."""
+        assert model.adapter is not None  # noqa: S101 - only trained variants are saved
+        tensors = {f"adapter.{name}": value for name, value in model.adapter.state_dict().items()}
+        if VARIANTS[variant].joint and model.planner is not None:
+            tensors |= {f"planner.{name}": value for name, value in model.planner.state_dict().items()}
+        if model.log_temperature is not None:
+            tensors["log_temperature"] = model.log_temperature
+        if model.encoder is not None:
+            # Copied: safetensors refuses weights that some models have twice.
+            tensors |= {f"encoder.{name}": t.clone() for name, t in model.encoder.state_dict().items()}
+        write_tensors(self._adapter_file(variant), tensors)
+
+    @property
+    def _centroids(self) -> torch.Tensor:
+        return torch.from_numpy(self.corpus.codebook.centroids)
+
+    def _adapter_file(self, variant: str) -> Path:
+        return self.folder / "adapters" / f"{variant}.safetensors"
+
+    def _ensemble_file(self, member: str) -> Path:
+        return self.folder / "depth" / f"{member}.safetensors"
+
+
+def _stage_of(name: str) -> str | None:
+    """The stage in which a model's LM may have been tuned."""
+    if name in MEMBERS:
+        return f"depth/{name}"
+    return f"adapter/{name}" if name in VARIANTS else None
+
+
+def _load(module: torch.nn.Module, path: Path, prefix: str = "") -> None:
+    """Loads a module from the tensors of a file whose names begin with the prefix."""
+    tensors = read_tensors(path)
+    try:
+        module.load_state_dict(
+            {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        )
+    except RuntimeError:
+        raise ProbekitError(
+            f"{path} does not fit the run's settings; delete it and train that stage again"
+        ) from None

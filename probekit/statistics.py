@@ -1,0 +1,408 @@
+"""A metric of several runs that differ in their seed: each, their mean, and how far they are apart.
+
+The mean over seeds is of a document's sums and counts (of its losses, for perplexity), so its interval, from
+resampling documents, speaks of other documents; of other seeds, the spread of the single ones does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import NotRequired, TypedDict, Unpack
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import ndtr, stdtrit
+
+from probekit.errors import ProbekitError
+
+Floats = NDArray[np.float64]
+
+CHUNK_DRAWS = 1 << 19
+"""Documents drawn at once, counted over resamples, and resampled cells held at once: bounds the memory and
+leaves the draws as they are."""
+
+LEAST_ERROR = 0.3
+"""The standard error of a resample is taken to be at least this share of that of all documents."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A metric and its confidence interval, which is NaN below two documents with examples."""
+
+    value: float
+    low: float
+    high: float
+    documents: int
+
+    def to_dict(self) -> dict[str, float]:
+        """The fields by name."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """The same for many cells: arrays [cells]."""
+
+    value: Floats
+    low: Floats
+    high: Floats
+    documents: NDArray[np.int64]
+
+    def __getitem__(self, cell: int) -> Interval:
+        value, low, high = (float(part[cell]) for part in (self.value, self.low, self.high))
+        return Interval(value, low, high, int(self.documents[cell]))
+
+
+class Resampling(TypedDict):
+    """How to resample: the keyword arguments of every function here."""
+
+    resamples: int
+    """Number of resamples."""
+    seed: int
+    """Seed of the draws; equal seeds draw equal documents, whatever the cells."""
+    transform: NotRequired[Callable[[Floats], Floats] | None]
+    """Applied to each ratio, elementwise, such as `np.exp` for perplexity; none by default."""
+    level: NotRequired[float]
+    """Probability that the interval is meant to cover, 0.95 by default."""
+
+
+def bootstrap_ratios(sums: ArrayLike, counts: ArrayLike, **resampling: Unpack[Resampling]) -> Intervals:
+    """Percentile bootstrap over documents of `transform(sum of sums / sum of counts)`, for each cell.
+
+    Args:
+        sums: A metric summed over each document's examples, [documents, cells].
+        counts: Number of those examples, [documents, cells], or [documents] where the cells share them; a
+            document without any contributes nothing.
+        **resampling: See `Resampling`.
+    """
+    return _intervals(np.asarray(sums)[None], counts, **resampling)
+
+
+def simultaneous_ratios(
+    sums: ArrayLike, counts: ArrayLike, *, resamples: int, seed: int, level: float = 0.95
+) -> Intervals:
+    """Intervals of `sum of sums / sum of counts` that cover the truth in all cells at once.
+
+    Every interval is its cell's value give or take the same number of standard errors. That number is the
+    quantile, over resamples, of the largest deviation of any cell in standard errors of the resample (the
+    single-step studentised max-|t| bootstrap: Romano and Wolf 2005, Econometrica 73, 1237-1282): cells that
+    vary together, such as the layers of a model, cost little. A cell that does not vary, or has fewer than
+    two documents, has no part in it.
+
+    Args:
+        sums: As for `bootstrap_ratios`, [documents, cells].
+        counts: As for `bootstrap_ratios`, [documents, cells] or [documents].
+        resamples: Number of resamples.
+        seed: Seed of the draws.
+        level: Probability that all intervals are meant to cover together.
+    """
+    settings, numbers = _checked(np.asarray(sums)[None], counts)
+    documents, cells = settings.shape[1:]
+    total = np.broadcast_to(np.where(numbers.any(0), numbers.sum(0), np.nan), cells)
+    value = settings[0].sum(0) / total
+    error, largest = np.empty(cells), np.zeros(resamples)
+    for chunk in _cell_chunks(cells, resamples):
+        number = numbers if numbers.shape[1] == 1 else numbers[:, chunk]
+        residual = np.nan_to_num(settings[0][:, chunk] - value[chunk] * number)
+        found = np.sqrt((residual**2).sum(0)) / total[chunk]
+        # What is left of a cell that does not vary is rounding.
+        error[chunk] = np.where(found > 1e-12 * np.abs(value[chunk]), found, 0.0)
+        deviations = (
+            _deviations(weights, residual, number, error[chunk])
+            for weights in resample_weights(documents, resamples, seed)
+        )
+        largest = np.maximum(largest, np.concatenate([part.max(1) for part in deviations]))
+    present = np.broadcast_to((numbers > 0).sum(0), value.shape)
+    half = np.where(present >= 2, np.quantile(largest, level) * error, np.nan)
+    return Intervals(value, value - half, value + half, present.astype(np.int64))
+
+
+def paired_differences(
+    first: ArrayLike,
+    second: ArrayLike,
+    counts: ArrayLike,
+    *,
+    second_counts: ArrayLike | None = None,
+    **resampling: Unpack[Resampling],
+) -> Intervals:
+    """The same of `transform(ratio of first) - transform(ratio of second)`, both over the same documents.
+
+    Args:
+        first: Sums of one setting, [documents, cells].
+        second: Sums of the other over the same examples, [documents, cells].
+        counts: Number of those examples, [documents, cells] or [documents].
+        second_counts: The second's, in the shape of `counts`, where its examples are others.
+        **resampling: See `Resampling`.
+    """
+    numbers = np.asarray(counts) if second_counts is None else np.stack([counts, second_counts])
+    if second_counts is not None and numbers.ndim == 2:
+        numbers = numbers[..., None]
+    return _intervals(np.stack([first, second]), numbers, **resampling)
+
+
+def bootstrap_ratio(sums: ArrayLike, counts: ArrayLike, **resampling: Unpack[Resampling]) -> Interval:
+    """`bootstrap_ratios` of one cell: sums and counts are [documents]."""
+    return bootstrap_ratios(np.asarray(sums)[:, None], counts, **resampling)[0]
+
+
+def paired_difference(
+    first: ArrayLike, second: ArrayLike, counts: ArrayLike, **resampling: Unpack[Resampling]
+) -> Interval:
+    """`paired_differences` of one cell: sums and counts are [documents]."""
+    cells = np.asarray(first)[:, None], np.asarray(second)[:, None]
+    return paired_differences(*cells, counts, **resampling)[0]
+
+
+def _intervals(
+    sums: NDArray,
+    counts: ArrayLike,
+    resamples: int,
+    seed: int,
+    transform: Callable[[Floats], Floats] | None = None,
+    level: float = 0.95,
+) -> Intervals:
+    """Intervals of one setting's ratio, or of the difference of two; sums: [settings, documents, cells]."""
+    sums, counts = _checked(sums, counts)
+    documents, cells = sums.shape[1:]
+
+    def statistic(weights: Floats, chunk: slice) -> Floats:
+        numbers = weights @ (counts if counts.shape[-1] == 1 else counts[..., chunk])
+        ratios = weights @ sums[..., chunk] / np.where(numbers > 0, numbers, np.nan)
+        ratios = ratios if transform is None else transform(ratios)
+        return ratios[0] if len(ratios) == 1 else ratios[0] - ratios[1]
+
+    value = statistic(np.ones((1, documents)), slice(None))[0]
+    present = np.broadcast_to((counts > 0).sum(-2), sums.shape[::2]).min(0).astype(np.int64)
+    tail = _tail(0.5 - level / 2, present)
+    bounds = np.empty((2, cells))
+    for chunk in _cell_chunks(cells, resamples):
+        draws = [statistic(weights, chunk) for weights in resample_weights(documents, resamples, seed)]
+        bounds[:, chunk] = _quantiles(np.concatenate(draws), np.stack([tail, 1 - tail])[:, chunk])
+    return Intervals(value, bounds[0], bounds[1], present)
+
+
+def _cell_chunks(cells: int, resamples: int) -> Iterator[slice]:
+    """The cells, a few at a time."""
+    size = max(1, CHUNK_DRAWS // resamples)
+    return (slice(start, start + size) for start in range(0, cells, size))
+
+
+def _deviations(weights: Floats, residuals: Floats, counts: Floats, errors: Floats) -> Floats:
+    """How many of its own standard errors each resample's ratio is off, [resamples, cells].
+
+    Args:
+        weights: How often each resample draws each document, [resamples, documents].
+        residuals: Sums less the ratio of all documents times counts, [documents, cells].
+        counts: [documents, cells or 1].
+        errors: Standard errors of the ratios of all documents, [cells]; at 0 there is no deviation.
+    """
+    numbers = weights @ counts
+    numbers = np.where(numbers > 0, numbers, np.inf)  # without documents there is no deviation
+    off = weights @ residuals / numbers
+    squares = weights @ residuals**2 - 2 * off * (weights @ (residuals * counts))
+    squares += off**2 * (weights @ counts**2)
+    own = np.sqrt(np.maximum(squares, 0.0)) / numbers
+    # Few documents may be drawn that happen to agree, as those of a rare event do: no error is that small.
+    own = np.maximum(own, LEAST_ERROR * errors)
+    return np.where(errors > 0, np.abs(off) / np.where(errors > 0, own, 1.0), 0.0)
+
+
+def _tail(share: float, documents: NDArray[np.int64]) -> Floats:
+    """What share of the resamples is to lie beyond a bound that `share` of the truth lies beyond, [cells].
+
+    In standard deviations of the resamples the bound is the quantile of Student's t, with one degree of
+    freedom less than documents, times sqrt(n / (n - 1)), as those deviations divide by n. NaN below two.
+    """
+    n = np.where(documents >= 2, documents, np.nan)
+    return ndtr(stdtrit(n - 1, share) * np.sqrt(n / (n - 1)))
+
+
+def _quantiles(draws: Floats, levels: Floats) -> Floats:
+    """Quantiles of draws [resamples, cells], at each cell's own levels [levels, cells]; NaN are left out."""
+    ordered = np.sort(draws, axis=0)  # NaN comes last
+    last = np.maximum((~np.isnan(draws)).sum(0) - 1, 0)
+    place = levels * last
+    below = np.where(np.isnan(place), 0.0, place).astype(np.int64)
+    low, high = (np.take_along_axis(ordered, at, 0) for at in (below, np.minimum(below + 1, last)))
+    return low + (place - below) * (high - low)
+
+
+def resample_weights(documents: int, resamples: int, seed: int | Sequence[int]) -> Iterator[Floats]:
+    """How often each resample draws each document, a chunk of resamples at a time [resamples, documents]."""
+    generator = np.random.default_rng(seed)
+    size = max(1, CHUNK_DRAWS // documents)
+    for start in range(0, resamples, size):
+        rows = min(size, resamples - start)
+        drawn = generator.integers(documents, size=(rows, documents))
+        drawn += documents * np.arange(rows)[:, None]
+        times = np.bincount(drawn.ravel(), minlength=rows * documents)
+        yield times.reshape(rows, documents).astype(np.float64)
+
+
+def _checked(sums: NDArray, counts: ArrayLike) -> tuple[Floats, Floats]:
+    """Sums [settings, documents, cells] and counts [documents, cells or 1], or those of every setting."""
+    sums, numbers = sums.astype(np.float64), np.asarray(counts, np.float64)
+    numbers = numbers[:, None] if numbers.ndim == 1 else numbers
+    shapes = {
+        (*settings, sums.shape[1], cells)
+        for settings in ((), sums.shape[:1])
+        for cells in {1, sums.shape[-1]}
+    }
+    if sums.ndim != 3 or not sums.shape[1] or numbers.shape not in shapes:
+        raise ProbekitError(
+            f"sums {sums.shape[1:]} must be [documents, cells] with at least one document, and "
+            f"counts {numbers.shape} the same or [documents]"
+        )
+    sums = np.where(numbers > 0, sums, 0.0)
+    whole = (np.isfinite(numbers) & (numbers >= 0)).all(-1)
+    broken = ~(np.isfinite(sums).all((0, 2)) & (whole if whole.ndim == 1 else whole.all(0)))
+    if broken.any():
+        raise ProbekitError(
+            f"document {broken.argmax()}: sums and counts must be finite, counts not negative"
+        )
+    return sums, numbers
+
+
+def mean_over_draws(sums: ArrayLike, counts: ArrayLike, level: float = 0.95) -> Interval:
+    """The mean over draws of `sum of sums / sum of counts`, and its interval over documents and draws.
+
+    The variance is that of two crossed random effects, each document's share in the ratio linearised (Searle,
+    Casella and McCulloch 1992, "Variance Components", chapter 4):
+
+        of the mean over draws between documents + of the ratios between draws - of what is left of both,
+
+    the last of which is in each of the first two; draws that differ by no more than chance add nothing. The
+    interval is one of Student's t, with the degrees of freedom of Welch and Satterthwaite.
+
+    Args:
+        sums: A metric summed over each document's examples, [draws, documents].
+        counts: Number of those examples, [documents].
+        level: Probability that the interval is meant to cover.
+
+    Returns:
+        The bounds are NaN below two draws or two documents with examples.
+    """
+    sums, numbers = np.asarray(sums, np.float64), np.asarray(counts, np.float64)
+    if sums.ndim != 2 or numbers.shape != sums.shape[1:] or not len(sums):
+        raise ProbekitError(
+            f"sums {sums.shape} must be [draws, documents] with at least one draw, and counts "
+            f"{numbers.shape} [documents]"
+        )
+    sums, draws, total = np.where(numbers > 0, sums, 0.0), len(sums), numbers.sum()
+    documents = int((numbers > 0).sum())
+    if not documents:
+        return Interval(np.nan, np.nan, np.nan, 0)
+    ratios = sums.sum(1) / total
+    value = float(ratios.mean())
+    if draws < 2 or documents < 2:
+        return Interval(value, np.nan, np.nan, documents)
+    shares = (sums - ratios[:, None] * numbers) / total
+    mean = shares.mean(axis=0)
+    spread = documents / (documents - 1)
+    of_documents = spread * (mean**2).sum()
+    of_draws = ratios.var(ddof=1) / draws
+    left = spread * ((shares - mean) ** 2).sum() / (draws * (draws - 1))
+    variance = of_documents + max(of_draws - left, 0.0)
+    if not variance:
+        return Interval(value, value, value, documents)
+    freedom = variance**2 / (of_documents**2 / (documents - 1) + of_draws**2 / (draws - 1))
+    half = float(stdtrit(freedom, 0.5 + level / 2) * np.sqrt(variance))
+    return Interval(value, value - half, value + half, documents)
+
+
+def over_seeds(
+    values: pd.DataFrame,
+    keys: Sequence[str],
+    transforms: Mapping[str, Callable[[Floats], Floats]],
+    *,
+    resamples: int,
+    seed: int,
+) -> pd.DataFrame:
+    """One row for each metric and seed, and one over all seeds, where `seed` is missing.
+
+    Args:
+        values: Columns `seed`, `document`, `sum` and `count`, and `keys`, of which `metric` is one.
+        keys: What tells a metric from the others.
+        transforms: Applied to a metric's ratio, such as `np.exp` to perplexity's; by the metric's name.
+        resamples: Number of resamples of documents.
+        seed: Seed of their draws, which are the same for all metrics on as many documents.
+
+    Returns:
+        The keys, `seed`, `value` with its 95 % interval (`value_low`, `value_high`), `seed_spread`, which is
+        the standard deviation of the seeds' values (divided by seeds - 1; missing for one seed), `seeds` and
+        `documents`.
+    """
+    parts = []
+    for names, rows in values.groupby([*keys], sort=False, dropna=False):
+        key = dict(zip(keys, names, strict=True))
+        tables = rows.pivot_table(index="document", columns="seed", values=["sum", "count"], aggfunc="sum")
+        sums, counts = (tables[name].fillna(0).to_numpy(float) for name in ("sum", "count"))
+        options: Resampling = {
+            "resamples": resamples,
+            "seed": seed,
+            "transform": transforms.get(str(key["metric"])),
+        }
+        with_mean = [np.column_stack([part, part.mean(1)]) for part in (sums, counts)]
+        intervals = bootstrap_ratios(*with_mean, **options)
+        each = intervals.value[:-1]
+        parts.append(
+            pd.DataFrame(key, index=range(len(each) + 1)).assign(
+                seed=pd.array([*tables["sum"].columns, None], dtype="Int64"),
+                value=intervals.value,
+                value_low=intervals.low,
+                value_high=intervals.high,
+                seed_spread=[*[np.nan] * len(each), np.std(each, ddof=1) if len(each) > 1 else np.nan],
+                seeds=[*[1] * len(each), len(each)],
+                documents=intervals.documents,
+            )
+        )
+    return pd.concat(parts, ignore_index=True)
+
+
+def differences_over_seeds(
+    losses: pd.DataFrame, pairs: Iterable[tuple[str, str]], *, resamples: int, seed: int
+) -> pd.DataFrame:
+    """Differences of perplexities, paired over documents: a row for each pair and seed, one over all seeds.
+
+    Args:
+        losses: Columns `name` (what is compared), `seed`, `document`, `tokens` and `loss` in nats; every name
+            has the same seeds and documents.
+        pairs: Names, of which the second's perplexity is taken from the first's.
+        resamples: Number of resamples of documents.
+        seed: Seed of their draws.
+
+    Returns:
+        As `over_seeds`, for each `first` and `second`, and `below`, the number of seeds whose value is below
+        zero.
+    """
+    tokens = losses.groupby("document").tokens.first()
+    by_name = {
+        name: rows.pivot_table(index="document", columns="seed", values="loss", aggfunc="sum").loc[
+            tokens.index
+        ]
+        for name, rows in losses.groupby("name", sort=False)
+    }
+    parts = []
+    for first, second in pairs:
+        with_mean = [
+            table.assign(mean=table.mean(axis=1)).to_numpy() for table in (by_name[first], by_name[second])
+        ]
+        found = paired_differences(
+            with_mean[0], with_mean[1], tokens, resamples=resamples, seed=seed, transform=np.exp
+        )
+        each = found.value[:-1]
+        parts.append(
+            pd.DataFrame({"first": first, "second": second}, index=range(len(each) + 1)).assign(
+                seed=pd.array([*by_name[first].columns, None], dtype="Int64"),
+                value=found.value,
+                value_low=found.low,
+                value_high=found.high,
+                seed_spread=[*[np.nan] * len(each), np.std(each, ddof=1) if len(each) > 1 else np.nan],
+                below=[*(each < 0).astype(int), int((each < 0).sum())],
+                seeds=[*[1] * len(each), len(each)],
+                documents=found.documents,
+            )
+        )
+    return pd.concat(parts, ignore_index=True)

@@ -1,1 +1,0 @@
-"""Sweeps: many runs, each stage of which is trained once, and one table of all."""

@@ -1,0 +1,9 @@
+"""Figure 1: every way of mixing that a variant trains with is told."""
+
+from method_diagram import MIXING
+
+from probekit.models.mixing import VARIANTS
+
+
+def test_every_way_of_mixing_is_told():
+    assert set(MIXING) == {type(variant.training) for variant in VARIANTS.values()}

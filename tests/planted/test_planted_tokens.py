@@ -1,0 +1,115 @@
+"""Words as tokens under several tokenizers, against the tokens of whole documents."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from probekit.config import PlantedSettings
+from probekit.data.tokenizer import train_tokenizer
+from probekit.errors import ProbekitError
+from probekit.planted.ceilings import INSIDE, SENTENCE_START, Forms, Layout
+from probekit.planted.corpus import PlantedCorpus, generate
+
+SETTINGS = PlantedSettings(documents=12, actions=3, vocabulary=30, concentration=0.5, max_words=6, seed=4)
+PLANTED = generate(SETTINGS)
+TEXTS = [document.text for document in PLANTED.documents()]
+
+
+def byte_level(vocabulary: int, folder: Path):
+    return train_tokenizer(TEXTS, vocabulary, folder / "tokenizer")
+
+
+def sentencepiece_like(vocabulary: int, folder: Path):
+    """A space in front of a document, and words that carry theirs, as in Llama 2."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation("isolated")]
+    )
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=["<s>"], show_progress=False)
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")  # noqa: S106 - no password
+
+
+def glued(vocabulary: int, folder: Path):
+    """Cuts at spaces alone, so that a full stop may share a token with letters."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=["<s>"], show_progress=False)
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")  # noqa: S106 - no password
+
+
+def as_corpus(tokenizer, texts: list[str]) -> SimpleNamespace:
+    ids = [[tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False).input_ids] for text in texts]
+    return SimpleNamespace(
+        tokens=np.concatenate(ids), document_tokens=np.cumsum([0, *map(len, ids)]), folder="corpus"
+    )
+
+
+def words_of(planted: PlantedCorpus, documents: list[int]) -> list[list[np.ndarray]]:
+    return [planted.model.parse(TEXTS[document]) for document in documents]
+
+
+@pytest.mark.parametrize("make", [byte_level, sentencepiece_like])
+@pytest.mark.parametrize("vocabulary", [258, 290, 600])
+def test_units_carry_their_own_text(make, vocabulary, tmp_path):
+    tokenizer = make(vocabulary, tmp_path)
+    corpus, model = as_corpus(tokenizer, TEXTS), PLANTED.model
+    documents = [1, 2, 7, 11]
+    words = words_of(PLANTED, documents)
+    forms = Forms.of(model, tokenizer)
+    layout = Layout.of(words, np.array(documents), forms, corpus)
+    ends = {d: int(corpus.document_tokens[d + 1]) for d in documents}
+    unit = 0
+    for position, document in enumerate(documents):
+        place = int(corpus.document_tokens[document]) + 1
+        for number, sentence in enumerate(words[position]):
+            first = unit
+            expected = [model.words[word] for word in sentence]
+            for text in [expected[0].capitalize(), *expected[1:], "."]:
+                assert layout.start[unit] == place
+                assert (layout.document[unit], layout.sentence[unit]) == (position, number)
+                assert layout.first[unit] == first
+                length = np.diff(forms.starts)[layout.form[unit]]
+                pieces = tokenizer.convert_ids_to_tokens(corpus.tokens[place : place + length].tolist())
+                assert "".join(pieces).strip("Ġ▁") == text
+                assert (layout.form[unit] == forms.stop) == (text == ".")
+                place += length
+                unit += 1
+        assert place == ends[document]
+    assert len(layout.form) == unit
+
+
+@pytest.mark.parametrize("vocabulary", [258, 290, 600])
+def test_first_tokens_of_a_word_stand_for_all_words_that_begin_so(vocabulary, tmp_path):
+    tokenizer = byte_level(vocabulary, tmp_path)
+    model = PLANTED.model
+    forms = Forms.of(model, tokenizer)
+    cut = {
+        INSIDE: [tokenizer(f"x {word}").input_ids[1:] for word in model.words],
+        SENTENCE_START: [tokenizer(f"x {word.capitalize()}").input_ids[1:] for word in model.words],
+    }
+    for place, tokens in cut.items():
+        for word in range(len(model.words)):
+            for read in range(1, len(tokens[word]) + 1):
+                begin_so = [w for w, other in enumerate(tokens) if other[:read] == tokens[word][:read]]
+                form = np.array([place * len(model.words) + word])
+                found = forms.log_likelihood(model.emission, form, np.array([read]))
+                np.testing.assert_allclose(np.exp(found[0]), model.emission[:, begin_so].sum(1))
+
+
+def test_some_words_share_their_first_tokens(tmp_path):
+    """The test above would be empty without."""
+    forms = Forms.of(PLANTED.model, byte_level(290, tmp_path))
+    assert len(np.unique(forms.prefixes)) < 0.8 * len(forms.prefixes)
+
+
+def test_a_tokenizer_that_glues_words_to_full_stops_is_refused(tmp_path):
+    tokenizer = glued(400, tmp_path)
+    forms = Forms.of(PLANTED.model, tokenizer)
+    with pytest.raises(ProbekitError, match=r"corpus: the tokens of document 3 are not .* cuts at spaces"):
+        Layout.of(words_of(PLANTED, [3]), np.array([3]), forms, as_corpus(tokenizer, TEXTS))

@@ -1,0 +1,182 @@
+"""The exact posteriors of the planted corpus against a sum over every hidden path."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from probekit.config import PlantedSettings
+from probekit.planted.corpus import PlantedModel, generate
+from probekit.planted.posteriors import posterior_at, posterior_given_actions, posterior_given_words
+
+# Every document has four sentences, so that `enumerate_posterior` can walk all 2 * 3 ** 4 hidden paths.
+SMALL = PlantedSettings(
+    documents=4, types=2, actions=3, successors=2, min_sentences=4, max_sentences=4, min_words=1, max_words=3,
+    vocabulary=5, concentration=0.5,
+)  # fmt: skip
+DEFAULT = PlantedSettings()
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return generate(DEFAULT)
+
+
+@pytest.fixture(scope="module")
+def documents(corpus):
+    return list(corpus.documents())
+
+
+def enumerate_posterior(model, likelihood, horizon):
+    """Rows of the posterior by summing the probability of every path; likelihood: [sentences, actions]."""
+    sentences, actions = likelihood.shape
+    rows = np.zeros((sentences, actions))
+    for j, z in itertools.product(range(sentences), range(len(model.prior))):
+        for path in itertools.product(range(actions), repeat=j + horizon):
+            probability = model.prior[z] * model.initial[z, path[0]]
+            for before, after in itertools.pairwise(path):
+                probability *= model.transition[z, before, after]
+            for sentence, action in enumerate(path[:j]):
+                probability *= likelihood[sentence, action]
+            rows[j, path[-1]] += probability
+    return rows / rows.sum(axis=1, keepdims=True)
+
+
+def cross_entropy(posteriors, documents):
+    """Mean over all sentences, in nats."""
+    rows = np.concatenate(posteriors)
+    actions = np.concatenate([document.actions for document in documents])
+    return -np.log(rows[np.arange(len(rows)), actions]).mean()
+
+
+@settings(max_examples=8, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), horizon=st.integers(1, 3), successors=st.integers(1, 3))
+def test_posteriors_equal_enumeration(seed, horizon, successors):
+    corpus = generate(SMALL.model_copy(update={"seed": seed, "successors": successors}))
+    model, drawn = corpus.model, list(corpus.documents())
+    given_actions = posterior_given_actions(model, [document.actions for document in drawn], horizon)
+    given_words = posterior_given_words(model, [model.parse(document.text) for document in drawn], horizon)
+    for document, from_actions, from_words in zip(drawn, given_actions, given_words, strict=True):
+        seen = np.eye(3)[list(document.actions)]
+        np.testing.assert_allclose(from_actions, enumerate_posterior(model, seen, horizon), atol=1e-12)
+        read = np.array([model.emission[:, words].prod(axis=1) for words in model.parse(document.text)])
+        np.testing.assert_allclose(from_words, enumerate_posterior(model, read, horizon), atol=1e-12)
+
+
+@settings(max_examples=8, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_posteriors_within_a_sentence_equal_enumeration(seed):
+    corpus = generate(SMALL.model_copy(update={"seed": seed}))
+    model, drawn = corpus.model, list(corpus.documents())
+    read = [model.parse(document.text) for document in drawn]
+    rows = [(d, i, ahead) for d in range(len(drawn)) for i in range(4) for ahead in range(4 - i)]
+    document, sentence, ahead = np.random.default_rng(seed).permutation(rows).T
+    partial = np.random.default_rng(seed).dirichlet(np.ones(3), size=len(rows))
+    found = posterior_at(model, read, document, sentence, np.log(partial), ahead)
+    for row in range(len(rows)):
+        words = read[document[row]][: sentence[row]]
+        whole = [model.emission[:, ids].prod(axis=1) for ids in words]
+        likelihood = np.array([*whole, partial[row]])
+        if ahead[row]:
+            # Row j of the enumeration is given j sentences: all of those read need one row more.
+            padded = np.vstack([likelihood, np.ones(3)])
+            expected = enumerate_posterior(model, padded, int(ahead[row]))[-1]
+        else:
+            expected = enumerate_posterior(model, likelihood, 1)[-1] * partial[row]
+            expected /= expected.sum()
+        np.testing.assert_allclose(found[row], expected, atol=1e-12)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    horizon=st.integers(1, 5),
+    actions=st.integers(2, 40),
+    concentration=st.floats(1e-6, 100.0),
+)
+@pytest.mark.filterwarnings("error")
+def test_rows_are_distributions_in_the_documents_order(seed, horizon, actions, concentration):
+    drawn_from = PlantedSettings(
+        documents=20, seed=seed, actions=actions, successors=2, concentration=concentration
+    )
+    corpus = generate(drawn_from)
+    drawn = list(corpus.documents())
+    read = [corpus.model.parse(document.text) for document in drawn]
+    for posteriors in (
+        posterior_given_actions(corpus.model, [document.actions for document in drawn], horizon),
+        posterior_given_words(corpus.model, read, horizon),
+    ):
+        assert [rows.shape for rows in posteriors] == [(len(d.actions), actions) for d in drawn]
+        for rows in posteriors:
+            assert (rows >= 0).all()
+            np.testing.assert_allclose(rows.sum(axis=1), 1.0)
+
+
+def test_rows_do_not_depend_on_the_batch(corpus, documents):
+    actions = [document.actions for document in documents[:600]]
+    batched = posterior_given_actions(corpus.model, actions)
+    for d in (0, 255, 256, 599):
+        alone = posterior_given_actions(corpus.model, [actions[d]])[0]
+        np.testing.assert_allclose(batched[d], alone, atol=1e-14)
+
+
+@pytest.mark.parametrize("horizon", [1, 2, 3])
+def test_knowing_nothing_gives_the_marginal(corpus, horizon):
+    model = corpus.model
+    marginal = model.initial
+    for _ in range(horizon - 1):
+        marginal = np.einsum("za,zab->zb", marginal, model.transition)
+    rows = posterior_given_words(model, [[[], []]], horizon)[0]
+    np.testing.assert_allclose(rows[0], model.prior @ marginal)
+    # An empty sentence tells nothing: a row later is a sentence further ahead.
+    np.testing.assert_allclose(rows[1], model.prior @ np.einsum("za,zab->zb", marginal, model.transition))
+
+
+def test_no_documents_no_posteriors(corpus):
+    assert posterior_given_actions(corpus.model, []) == []
+    assert posterior_given_words(corpus.model, [[]])[0].shape == (0, DEFAULT.actions)
+
+
+def test_the_ceiling_is_above_what_can_be_fitted(corpus, documents):
+    fitted, held_out = documents[:4000], documents[4000:]
+    model = corpus.model
+    ceiling = cross_entropy(posterior_given_actions(model, [d.actions for d in held_out]), held_out)
+    reading = cross_entropy(posterior_given_words(model, [model.parse(d.text) for d in held_out]), held_out)
+    # The bigram has one more row, for the start of a document.
+    counts = np.full((25, 24), 0.1)
+    for document in fitted:
+        np.add.at(counts, ([-1, *document.actions[:-1]], document.actions), 1)
+    bigram = counts / counts.sum(axis=1, keepdims=True)
+    predicted = [bigram[[-1, *document.actions[:-1]]] for document in held_out]
+    assert ceiling <= reading < cross_entropy(predicted, held_out) - 0.5
+
+
+def test_reading_less_of_the_last_sentence_costs(corpus, documents):
+    model, held_out = corpus.model, documents[:1000]
+    read = [model.parse(document.text) for document in held_out]
+
+    def last_action_cross_entropy(words_read):
+        """Of the last sentence's action, with only the first words of the one before it read."""
+        context = [[*words[:-2], words[-2][:words_read], words[-1]] for words in read]
+        rows = [rows[-1:] for rows in posterior_given_words(model, context)]
+        return cross_entropy(
+            rows, [document._replace(actions=document.actions[-1:]) for document in held_out]
+        )
+
+    losses = [last_action_cross_entropy(words_read) for words_read in (4, 1, 0)]
+    assert losses == sorted(losses)
+    assert losses[-1] > losses[0] + 0.3
+
+
+def test_an_unlikely_type_survives_until_it_is_confirmed():
+    """Type 1 is behind by 600 orders of magnitude, until an action that only it can have appears."""
+    stay = np.eye(3)
+    leave = np.array([[1 - 1e-9, 1e-9, 0], [0, 1, 0], [0, 0, 1]])
+    start = np.array([[1.0, 0, 0], [1e-300, 0, 1 - 1e-300]])
+    rare = PlantedModel(
+        np.array([1 - 1e-300, 1e-300]), start, np.stack([stay, leave]), np.eye(3), ("a", "b", "c")
+    )
+    rows = posterior_given_actions(rare, [[0, 0, 1, 1]])[0]
+    np.testing.assert_allclose(rows[1:], [[1, 0, 0], [1, 0, 0], [0, 1, 0]], atol=1e-8)

@@ -1,0 +1,649 @@
+"""A run's folder: begun once, resumed only as it was, whole or refused, and free to move."""
+
+import json
+import shutil
+import string
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from running import forget_checksums
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from probekit.config import Config
+from probekit.data.windows import collate, cut_windows
+from probekit.errors import ProbekitError
+from probekit.io import read_json, read_tensors, write_json
+from probekit.models.hook_points import BridgedPass, ForwardPass, PlainPass
+from probekit.models.language_model import random_weights
+from probekit.models.mixing import Fixed
+from probekit.run.folder import BEGUN, FORMAT, Existing
+from probekit.run.run import Run
+from probekit.training.train import prepare, train
+
+TINY = Config().override({"device": "cpu", "corpus.reader": "planted"})
+
+
+@pytest.fixture
+def begun(tmp_path: Path) -> Run:
+    """A run that has finished no stage."""
+    return Run.begin(tmp_path / "run", TINY)
+
+
+@pytest.fixture
+def copy(tiny_run: Run, tmp_path: Path) -> Run:
+    """A copy of the trained run that a test may change."""
+    return Run.open(shutil.copytree(tiny_run.folder, tmp_path / "copy"))
+
+
+def refusal(folder: Path, config: Config | None, existing: Existing = "refuse") -> str:
+    before = contents(folder)
+    with pytest.raises(ProbekitError) as caught:
+        Run.begin(folder, config, existing)
+    assert contents(folder) == before, "a refusal changed the folder"
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+# Beginning
+
+
+def test_a_new_run_holds_its_settings_and_no_stage(tmp_path: Path):
+    run = Run.begin(tmp_path / "deep" / "er" / "run", TINY)
+    assert Run.open(run.folder).config == TINY
+    assert read_json(run.folder / "run.json") == {"format": FORMAT, "stages": {}}
+    assert run.variants == []
+    assert not run.finished("corpus")
+
+
+def test_a_run_shows_its_folder_and_what_is_finished(begun: Run, tiny_run: Run, tmp_path: Path):
+    assert repr(begun) == f"Run('{begun.folder}', nothing finished)"
+    variants = ", ".join(tiny_run.variants)
+    assert repr(tiny_run) == f"Run('{tiny_run.folder}', stages: corpus, lm, planner, variants: {variants})"
+    begun.folder.rename(tmp_path / "moved")
+    assert repr(begun) == f"Run('{begun.folder}', gone)"
+
+
+def test_an_empty_folder_may_be_begun_in(tmp_path: Path):
+    assert Run.begin(tmp_path, TINY).folder == tmp_path
+
+
+def test_provenance_tells_versions_seeds_device_and_command(begun: Run):
+    found = read_json(begun.folder / "provenance.json")
+    for package in ("probekit", "torch", "transformers", "transformer-lens", "numpy"):
+        assert found["versions"][package] == version(package)
+    assert found["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert found["seeds"] == {"run": 0, "corpus": 0, "planted": 0}
+    assert found["device"] == "cpu"
+    assert found["command"] == sys.argv
+    assert found["begun"].endswith("+00:00")
+    if (Path(__file__).parents[2] / ".git").exists():
+        assert len(found["git_commit"]) == 40
+        assert set(found["git_commit"]) <= set(string.hexdigits)
+
+
+def test_seeds_of_the_settings_are_recorded(tmp_path: Path):
+    config = TINY.override({"seed": 3, "corpus.seed": 4, "corpus.planted.seed": 5})
+    run = Run.begin(tmp_path / "run", config)
+    assert read_json(run.folder / "provenance.json")["seeds"] == {"run": 3, "corpus": 4, "planted": 5}
+
+
+@pytest.mark.parametrize("existing", ["refuse", "resume", "overwrite"])
+def test_a_folder_with_something_else_is_left_alone(tmp_path: Path, existing: Existing):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert "exists and holds no run" in refusal(tmp_path, TINY, existing)
+
+
+def test_a_folder_that_only_has_a_file_of_that_name_is_not_overwritten(tmp_path: Path):
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert "exists and holds no run" in refusal(tmp_path, TINY, "overwrite")
+
+
+@pytest.mark.parametrize("existing", ["refuse", "resume", "overwrite"])
+def test_a_file_is_left_alone(tmp_path: Path, existing: Existing):
+    file = tmp_path / "notes"
+    file.write_text("mine")
+    assert "exists and holds no run" in refusal(file, TINY, existing)
+    with pytest.raises(ProbekitError, match="cannot be made"):
+        Run.begin(file / "run", TINY, existing)
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize("config", [TINY, None])
+def test_an_existing_run_is_refused_by_default(begun: Run, config: Config | None):
+    begun.log({"stage": "lm", "loss": 1.0})
+    line = refusal(begun.folder, config)
+    assert "holds a run already" in line
+    assert "--resume" in line
+    assert "--overwrite" in line
+
+
+def test_a_run_in_which_nothing_was_done_yet_is_begun_again(begun: Run):
+    again = Run.begin(begun.folder, TINY.override({"seed": 9}))
+    assert Run.open(again.folder).config.seed == 9
+
+
+def test_without_settings_nothing_is_begun(tmp_path: Path):
+    assert "give --preset or --config" in refusal(tmp_path / "run", None, "resume")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_a_device_that_is_not_there_is_refused_before_anything_is_touched(begun: Run, tmp_path: Path):
+    wrong = TINY.override({"device": "cuda"})
+    assert "device is 'cuda'" in refusal(begun.folder, wrong, "overwrite")
+    assert "device is 'cuda'" in refusal(tmp_path / "new", wrong)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("existing", ["refuse", "resume", "overwrite"])
+@pytest.mark.parametrize("written", [0, 1, 2])
+def test_a_run_that_was_killed_while_it_was_begun_is_begun_again(
+    begun: Run, written: int, existing: Existing
+):
+    for name in BEGUN[written:]:
+        (begun.folder / name).unlink()
+    stale = begun.folder / f".tmp-0123456789ab-{BEGUN[written]}"
+    stale.write_text("half")
+    assert Run.begin(begun.folder, TINY, existing).config == TINY
+    assert sorted(contents(begun.folder)) == sorted(BEGUN)
+
+
+def test_settings_that_somebody_wrote_are_not_replaced(tmp_path: Path):
+    (tmp_path / "config.yaml").write_text("seed: 3  # the lucky one")
+    assert "exists and holds no run" in refusal(tmp_path, TINY)
+
+
+def test_two_processes_do_not_train_into_one_folder(copy: Run, tmp_path: Path):
+    before = contents(copy.folder)
+    held_elsewhere = (
+        "import sys, time; from probekit.io import held\n"
+        "with held(sys.argv[1]): print('held', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", held_elsewhere, copy.folder], stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        try:
+            for existing in ("resume", "overwrite"):
+                with pytest.raises(ProbekitError, match=f"another process is at work in {copy.folder}"):
+                    train(copy.config, copy.folder, existing=existing, quiet=True)
+            assert contents(copy.folder) == before
+        finally:
+            other.kill()
+    train(copy.config, copy.folder, existing="resume", quiet=True)
+    assert contents(copy.folder) == before, "nothing is left of one that was killed"
+
+
+def test_a_stage_clears_what_killed_ones_left_of_its_own(begun: Run):
+    for path in ("planner", "adapters", "mine"):
+        (begun.folder / path).mkdir()
+    mine = ["adapters/.tmp-0123456789ab-soft.safetensors", ".tmp-0123456789ab-run.json"]
+    others = [
+        "adapters/.tmp-0123456789ab-joint.safetensors",
+        "planner/.tmp-0123456789ab-model.safetensors",
+        "adapters/.tmp-notes-soft.safetensors",
+        "mine/.tmp-0123456789ab-soft.safetensors",
+        ".tmp-0123456789ab-evaluation.json",
+        "adapters/soft.safetensors",
+    ]
+    for path in [*mine, *others]:
+        (begun.folder / path).write_text("half")
+    (begun.folder / "adapters" / ".tmp-0123456789ab-soft").mkdir()
+    begun.begin_stage("adapter/soft")
+    assert contents(begun.folder).keys() == {*BEGUN, *others}
+    assert not (begun.folder / "adapters" / ".tmp-0123456789ab-soft").exists()
+
+
+def test_stages_record_the_precision_that_auto_came_to_and_go_on_with_no_other(copy: Run):
+    path = copy.folder / "run.json"
+    state = read_json(path)
+    assert {name for name, facts in state["stages"].items() if "precision" in facts} == {
+        stage for stage in state["stages"] if stage != "corpus"
+    }
+    assert state["stages"]["lm"]["precision"] == "float32"
+    explicit = copy.config.override({"training.precision": "float32"})
+    assert Run.begin(copy.folder, explicit, "resume").config == explicit, "the same arithmetic"
+    for facts in state["stages"].values():
+        facts.update({"precision": "bfloat16"} if "precision" in facts else {})
+    write_json(path, state)
+    line = "training.precision was 'bfloat16' and is now 'float32'"
+    assert line in refusal(copy.folder, None, "resume")
+    assert line in refusal(copy.folder, copy.config, "resume")
+
+
+def test_a_sweep_is_told_with_its_runs(tmp_path: Path):
+    (tmp_path / "sweep.json").write_text("{}")
+    for seed in range(5):
+        Run.begin(tmp_path / "a" / f"seed{seed}", TINY)
+    with pytest.raises(ProbekitError) as caught:
+        Run.open(tmp_path)
+    runs = ", ".join(f"{tmp_path}/a/seed{seed}" for seed in range(3))
+    assert str(caught.value) == f"{tmp_path} is a sweep; its runs are {runs}, …"
+
+
+# Overwriting
+
+
+def test_overwriting_begins_anew(copy: Run):
+    run = Run.begin(copy.folder, TINY, "overwrite")
+    assert sorted(contents(run.folder)) == ["config.yaml", "provenance.json", "run.json"]
+    assert Run.open(run.folder).config == TINY
+    assert not run.finished("corpus")
+
+
+def test_overwriting_through_a_link_replaces_what_it_leads_to(begun: Run, tmp_path: Path):
+    link = tmp_path / "link"
+    link.symlink_to(begun.folder, target_is_directory=True)
+    (begun.folder / "metrics.jsonl").write_text("")
+    Run.begin(link, TINY, "overwrite")
+    assert link.is_symlink()
+    assert sorted(contents(begun.folder)) == ["config.yaml", "provenance.json", "run.json"]
+
+
+def test_overwriting_needs_settings(begun: Run):
+    assert "give --preset or --config" in refusal(begun.folder, None, "overwrite")
+
+
+# Resuming
+
+
+def test_resuming_keeps_settings_and_stages(copy: Run):
+    before = contents(copy.folder)
+    for config in (None, copy.config):
+        run = Run.begin(copy.folder, config, "resume")
+        assert run.config == copy.config
+        assert run.variants == list(copy.config.mixing.variants)
+    assert contents(copy.folder) == before
+
+
+def test_resuming_where_nothing_is_begins(tmp_path: Path):
+    assert Run.begin(tmp_path / "new", TINY, "resume").config == TINY
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("lm.layers", 5, "lm.layers was 3 and is now 5"),
+        ("seed", 1, "seed was 0 and is now 1"),
+        ("corpus.planted.seed", 1, "corpus.planted.seed was 0 and is now 1"),
+        ("training.adapter.epochs", 3, "training.adapter.epochs was 1.0 and is now 3.0"),
+        ("corpus.path", "x.txt", "corpus.path was None and is now 'x.txt'"),
+    ],
+)
+def test_changed_settings_are_refused_by_name(tiny_run: Run, name: str, value: object, said: str):
+    changed = tiny_run.config.override({name: value})
+    assert said in refusal(tiny_run.folder, changed, "resume")
+
+
+def test_settings_that_no_stage_depends_on_may_change_and_are_kept(copy: Run):
+    changed = copy.config.override({"device": "auto", "evaluation.stride": 7, "probe.distances": [3]})
+    run = Run.begin(copy.folder, changed, "resume")
+    assert run.config == changed
+    assert Run.open(copy.folder).config == changed
+    assert run.finished("adapter/joint")
+
+
+# Opening
+
+
+def test_a_missing_folder_is_told_with_the_command_that_makes_it(tmp_path: Path):
+    with pytest.raises(ProbekitError, match=f"no does not exist.*probekit train --out {tmp_path}/no"):
+        Run.open(tmp_path / "no")
+
+
+def test_a_folder_without_a_run_is_told(tmp_path: Path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file"):
+        with pytest.raises(ProbekitError, match="holds no run"):
+            Run.open(path)
+
+
+def test_another_format_is_refused_not_guessed_at(begun: Run):
+    write_json(begun.folder / "run.json", {"format": FORMAT + 1, "stages": {}})
+    with pytest.raises(ProbekitError, match=f"run format {FORMAT + 1}, this probekit reads format {FORMAT}"):
+        Run.open(begun.folder)
+
+
+@pytest.mark.parametrize("state", [[], 3, None, {}, {"format": FORMAT}, {"format": FORMAT, "stages": []}])
+def test_a_record_that_is_none_is_named(begun: Run, state: object):
+    write_json(begun.folder / "run.json", state)
+    with pytest.raises(ProbekitError, match=r"run\.json is no record of a run"):
+        Run.open(begun.folder)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.999])
+def test_cut_off_settings_are_never_filled_up_with_defaults(begun: Run, share: float):
+    path = begun.folder / "config.yaml"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(ProbekitError, match=r"config\.yaml"):
+        Run.open(begun.folder)
+
+
+def test_missing_settings_are_named(begun: Run):
+    (begun.folder / "config.yaml").unlink()
+    with pytest.raises(ProbekitError, match=r"config\.yaml: No such file"):
+        Run.open(begun.folder)
+
+
+# Stages and metrics
+
+
+def test_a_missing_stage_is_told_with_the_command_that_adds_it(begun: Run):
+    with pytest.raises(ProbekitError, match=r"lacks the stage 'planner'.*train --resume --out .*run"):
+        begun.require("planner")
+    begun.mark_finished("planner", {"seconds": 1.0})
+    begun.require("planner")
+    assert read_json(begun.folder / "run.json")["stages"] == {"planner": {"seconds": 1.0}}
+
+
+@pytest.mark.parametrize("thing", ["corpus", "bridged"])
+def test_what_an_unfinished_stage_would_have_made_is_refused(begun: Run, thing: str):
+    with pytest.raises(ProbekitError, match="lacks the stage"):
+        getattr(begun, thing)
+
+
+def test_results_that_are_not_there_are_told_with_their_command(begun: Run):
+    for read, command in (
+        (begun.metrics, "train it first"),
+        (begun.evaluation, "probekit evaluate"),
+        (begun.generation_metrics, "probekit evaluate .* --generation"),
+        (begun.probes, "probekit probe"),
+    ):
+        with pytest.raises(ProbekitError, match=command):
+            read()
+
+
+def test_metrics_come_back_as_they_were_logged(begun: Run):
+    rows = [
+        {"stage": "lm", "step": 1, "loss": 0.1 + 0.2},
+        {"stage": "lm", "step": 2, "validation_loss": 1e-9},
+    ]
+    for row in rows:
+        begun.log(row)
+    metrics = begun.metrics()
+    assert metrics.loss[0] == 0.1 + 0.2
+    assert metrics.validation_loss[1] == 1e-9
+    assert np.isnan(metrics.loss[1])
+    assert [json.loads(line) for line in (begun.folder / "metrics.jsonl").open()] == rows
+
+
+def test_only_the_stage_that_is_begun_again_is_forgotten(begun: Run):
+    begun.forget_metrics("lm")  # nothing there yet
+    for stage in ("lm", "planner", "adapter/soft", "lm"):
+        begun.log({"stage": stage, "step": 1, "loss": 0.1})
+    begun.forget_metrics("lm")
+    begun.forget_metrics("adapter")
+    assert list(begun.metrics().stage) == ["planner", "adapter/soft"]
+
+
+def test_a_row_that_an_interruption_cut_off_is_dropped(begun: Run):
+    begun.log({"stage": "lm", "step": 1, "loss": 1.5})
+    path = begun.folder / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"stage": "plan')
+    assert list(begun.metrics().stage) == ["lm"]
+    begun.forget_metrics("planner")
+    begun.log({"stage": "planner", "step": 1, "loss": 2.5})
+    assert list(begun.metrics().stage) == ["lm", "planner"]
+
+
+def test_damaged_metrics_are_named(begun: Run):
+    (begun.folder / "metrics.jsonl").write_bytes(b"\xff\xff\n{}\n")
+    with pytest.raises(ProbekitError, match=r"metrics\.jsonl is damaged"):
+        begun.metrics()
+    with pytest.raises(ProbekitError, match=r"metrics\.jsonl is damaged"):
+        begun.forget_metrics("lm")
+
+
+def test_damaged_probe_results_are_named(begun: Run):
+    (begun.folder / "probes").mkdir()
+    (begun.folder / "probes" / "results.parquet").write_bytes(b"PAR1 no more")
+    with pytest.raises(ProbekitError, match=r"results\.parquet is damaged"):
+        begun.probes()
+
+
+def test_metrics_of_a_training_have_every_stage_with_losses_and_validation(tiny_run: Run):
+    metrics = tiny_run.metrics()
+    stages = ["lm", "planner", *(f"adapter/{v}" for v in tiny_run.config.mixing.variants)]
+    assert list(metrics.stage.unique()) == stages
+    for _, rows in metrics.groupby("stage"):
+        losses, validations = rows[rows.loss.notna()], rows[rows.validation_loss.notna()]
+        assert losses.step.is_monotonic_increasing
+        assert losses.step.max() == validations.step.max()
+        assert list(validations.epoch) == list(range(1, len(validations) + 1))
+        assert np.isfinite(losses.loss).all()
+
+
+# What is in the folder
+
+
+def test_no_file_of_a_run_is_a_pickle(tiny_run: Run):
+    for path in tiny_run.folder.rglob("*"):
+        if path.is_file():
+            start = path.read_bytes()[:4]
+            assert start[:2] not in {b"PK", *(bytes([0x80, protocol]) for protocol in range(2, 6))}, path
+            assert path.suffix in {".npy", ".safetensors", ".json", ".jsonl", ".yaml", ".arrow"}, path
+            if path.suffix == ".npy":
+                np.load(path, allow_pickle=False)
+
+
+def test_nothing_temporary_is_left_behind(tiny_run: Run):
+    assert not [path for path in tiny_run.folder.rglob("*") if path.name.startswith(".")]
+
+
+def test_all_files_may_be_read_by_those_the_umask_lets(tiny_run: Run):
+    modes = {path.stat().st_mode for path in tiny_run.folder.rglob("*") if path.is_file()}
+    assert len(modes) == 1
+
+
+def test_the_lm_loads_in_plain_transformers_with_the_same_weights(tiny_run: Run):
+    plain = AutoModelForCausalLM.from_pretrained(tiny_run.folder / "lm")
+    tokens = torch.arange(10).unsqueeze(0)
+    with torch.no_grad():
+        expected = plain(tokens).logits
+        torch.testing.assert_close(tiny_run.bridged(tokens, return_type="logits"), expected)
+    stored = read_tensors(tiny_run.folder / "lm" / "model.safetensors")
+    state = plain.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in stored.items())
+
+
+def test_base_and_planner_of_an_opened_run_are_frozen(tiny_run: Run):
+    model = tiny_run.model("joint")
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not model.training
+
+
+def test_a_run_may_be_moved(tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    there = shutil.copytree(tiny_run.folder, tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    for folder in ("elsewhere", there):
+        moved = Run.open(folder)
+        assert moved.variants == tiny_run.variants
+        tokens = torch.arange(6).unsqueeze(0)
+        with torch.no_grad():
+            expected = tiny_run.bridged(tokens, return_type="logits")
+            assert torch.equal(moved.bridged(tokens, return_type="logits"), expected)
+        assert torch.equal(
+            moved.model("joint").adapter.projections, tiny_run.model("joint").adapter.projections
+        )
+        assert moved.corpus.texts.row(3) == tiny_run.corpus.texts.row(3)
+
+
+# Forward passes
+
+
+TOKENS = torch.arange(24).view(2, 12)
+
+
+def states(road: ForwardPass, names: list[str]) -> list[torch.Tensor]:
+    """What hooks of those names see."""
+    seen: list[torch.Tensor] = []
+    with torch.no_grad():
+        road(TOKENS, [(name, lambda x: seen.append(x.flatten(2).clone())) for name in names], len(names))
+    return seen
+
+
+@pytest.mark.parametrize("variant", ["none", "soft", "random"])
+@pytest.mark.parametrize("beside", [[], ["blocks.1.attn.hook_q"]])
+def test_a_forward_pass_of_the_base_lm_or_of_random_weights(tiny_run: Run, variant: str, beside: list[str]):
+    """On the plain road, and on the bridge for a hook that no module has."""
+    names = [f"blocks.{layer}.hook_resid_pre" for layer in range(3)] + ["ln_final.hook_out"]
+    road = tiny_run.forward_pass([*names, *beside], variant, seed=5)
+    assert isinstance(road, BridgedPass if beside else PlainPass)
+    plain = tiny_run.plain_model()
+    plain = random_weights(plain, 5) if variant == "random" else plain
+    with torch.no_grad():
+        expected = plain.eval()(TOKENS, output_hidden_states=True).hidden_states
+    for found, state in zip(states(road, names), expected, strict=True):
+        torch.testing.assert_close(found, state, rtol=1e-4, atol=1e-4)
+
+
+def test_forward_passes_leave_the_lm_as_it_is(tiny_run: Run):
+    run = Run.open(tiny_run.folder)
+    with torch.no_grad():
+        before = run.bridged(TOKENS, return_type="logits")
+        for variant in ("none", "random"):
+            for name in ("blocks.1.hook_mlp_out", "blocks.1.attn.hook_q"):
+                states(run.forward_pass([name], variant), [name])
+        assert torch.equal(run.bridged(TOKENS, return_type="logits"), before)
+
+
+def test_the_same_run_with_other_settings(tiny_run: Run):
+    window = tiny_run.config.evaluation.window
+    run = tiny_run.with_settings({"evaluation.window": 11, "probe.distances": [3]})
+    assert run.folder == tiny_run.folder
+    assert (run.config.evaluation.window, run.config.probe.distances) == (11, (3,))
+    assert run.config.training == tiny_run.config.training
+    assert tiny_run.config.evaluation.window == window
+    assert Run.open(tiny_run.folder).config == tiny_run.config, "settings for now are not written"
+    with pytest.raises(ProbekitError, match=r"unknown setting 'evaluation\.windows'"):
+        tiny_run.with_settings({"evaluation.windows": 3})
+
+
+def test_other_settings_load_nothing_anew_unless_they_say_what_to_load(tiny_run: Run):
+    run = Run.open(tiny_run.folder)
+    corpus, lm = run.corpus, run.bridged
+    states(run.forward_pass(["hook_embed"]), ["hook_embed"])
+    same = run.with_settings({"evaluation.window": 11})
+    assert same.corpus is corpus
+    assert same.bridged is lm
+    assert vars(same) == vars(run) | {"config": same.config}
+    for settings in ({"lm.trust_remote_code": True}, {"device": "auto"}):
+        assert vars(run.with_settings(settings)).keys() == {"folder", "config"}
+
+
+def flip(path: Path) -> None:
+    """Changes the last byte of a file."""
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+
+def test_a_digest_tells_the_weights_of_a_variant(copy: Run):
+    variants = ["none", "soft", "joint", "fixed"]
+    before = {variant: copy.weights_digest(variant) for variant in variants}
+    assert len({*before.values()}) == len(variants)
+    moved = Run.open(shutil.copytree(copy.folder, copy.folder.parent / "moved"))
+    assert {variant: moved.weights_digest(variant) for variant in variants} == before
+    for file, touched in (
+        ("adapters/soft.safetensors", {"soft"}),
+        ("planner/model.safetensors", {"soft", "joint", "fixed"}),
+        ("lm/model.safetensors", {*variants}),
+        ("lm/config.json", {*variants}),
+    ):
+        path = copy.folder / file
+        content = path.read_bytes()
+        flip(path)
+        changed = {variant for variant in variants if copy.weights_digest(variant) != before[variant]}
+        assert changed == touched, file
+        path.write_bytes(content)
+
+
+@pytest.fixture
+def prepared(tiny_run: Run, tiny_config: Config, tmp_path: Path) -> Run:
+    """A run with a pre-trained LM and a corpus, and nothing trained."""
+    size = {"vocab_size": 400, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    size |= {"num_attention_heads": 2, "max_position_embeddings": 48}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(LlamaConfig(**size)).save_pretrained(tmp_path / "model")
+    tiny_run.corpus.tokenizer.save_pretrained(tmp_path / "model")
+    return prepare(tiny_config.override({"lm.name": str(tmp_path / "model")}), tmp_path / "run", quiet=True)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+def test_a_digest_follows_a_pretrained_lm_in_its_own_folder(prepared: Run, tmp_path: Path, file: str):
+    before = prepared.weights_digest("none")
+    assert before == prepared.weights_digest("none")
+    flip(tmp_path / "model" / file)
+    assert prepared.weights_digest("none") != before
+
+
+def test_a_run_does_not_go_on_with_other_weights_of_its_lm(prepared: Run, tmp_path: Path):
+    assert prepare(prepared.config, prepared.folder, existing="resume", quiet=True)
+    was = read_json(prepared.folder / "run.json")["stages"]["lm"]["weights"]
+    flip(tmp_path / "model" / "model.safetensors")
+    line = refusal(prepared.folder, prepared.config, "resume")
+    model = tmp_path / "model"
+    assert f"lm.name was '{model} with weights {was}' and is now '{model} with weights " in line
+
+
+def test_the_base_lm_needs_no_planner(prepared: Run):
+    model = prepared.model("none")
+    assert model.planner is None
+    assert model.adapter is None
+    assert not model.training
+    batch = collate(prepared.corpus, cut_windows(prepared.corpus, np.arange(3), 20, 20))
+    with torch.no_grad():
+        expected = prepared.plain_model()(batch.tokens).logits
+        torch.testing.assert_close(model(batch, Fixed()), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ProbekitError, match="lacks the stage 'adapter/soft'"):
+        prepared.model("soft")
+    with pytest.raises(ProbekitError, match="lacks the stage 'planner'"):
+        prepared.planner()
+
+
+def test_a_variant_that_no_setting_names_is_refused(tiny_run: Run):
+    with pytest.raises(ProbekitError, match="has no variant 'gumbel'; it has none, fixed, oracle"):
+        tiny_run.model("gumbel")
+
+
+def test_joint_variants_keep_their_own_planner(tiny_run: Run):
+    def weights(variant: str | None) -> torch.Tensor:
+        return torch.cat([p.flatten() for p in tiny_run.planner(variant).parameters()])
+
+    assert torch.equal(weights("soft"), weights(None))
+    assert not torch.equal(weights("joint"), weights(None))
+
+
+def test_weights_of_other_settings_are_named(copy: Run):
+    adapters = copy.folder / "adapters"
+    shutil.copy(copy.folder / "planner" / "model.safetensors", adapters / "soft.safetensors")
+    forget_checksums(copy.folder)
+    with pytest.raises(ProbekitError, match=r"soft\.safetensors does not fit"):
+        copy.model("soft")
+
+
+def test_a_missing_lm_is_not_looked_for_on_the_hub(copy: Run, monkeypatch: pytest.MonkeyPatch):
+    shutil.rmtree(copy.folder / "lm")
+    forget_checksums(copy.folder)
+    monkeypatch.chdir(copy.folder.parent)
+    with pytest.raises(ProbekitError, match="no such folder"):
+        Run.open("copy").plain_model()
+
+
+def test_provenance_tells_the_seed_of_a_run_resumed_before_any_stage(tmp_path: Path, tiny_config: Config):
+    Run.begin(tmp_path / "run", tiny_config)
+    resumed = Run.begin(tmp_path / "run", tiny_config.override({"seed": 7}), "resume")
+    assert resumed.config.seed == 7
+    assert read_json(tmp_path / "run" / "provenance.json")["seeds"]["run"] == 7
