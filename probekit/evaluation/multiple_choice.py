@@ -13,7 +13,7 @@ import string
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Unpack
 
@@ -26,10 +26,8 @@ from probekit.data.windows import IGNORE
 from probekit.distributed import autocast
 from probekit.errors import ProbekitError
 from probekit.evaluation.perplexity import TokenLosses, window_and_stride
-from probekit.generation.generate import conditioner
-from probekit.generation.prompts import text_prompt
 from probekit.models.decoding import Known, Text, read_windows
-from probekit.models.replanning import Constant, Draft, decoded
+from probekit.models.replanning import Constant, Draft, conditioner_of, decoded, encoded
 from probekit.progress import Task
 from probekit.run.run import Run
 from probekit.statistics import Intervals, Resampling, bootstrap_ratios
@@ -252,7 +250,7 @@ class _Line:
         text = self._text(row["question"], "question")
         texts, labels = self._choices(row["choices"])
         answer = self._answer(row, texts, labels)
-        context = text_prompt(self.corpus, text.rstrip()).tokens
+        context = np.array([self.corpus.separator, *encoded(self.corpus.tokenizer, text.rstrip())])
         space = text[len(text.rstrip()) :]
         choices = tuple(self._behind(text.rstrip(), context, space, choice) for choice in texts)
         for i, ids in enumerate(choices):
@@ -263,10 +261,10 @@ class _Line:
     def _behind(self, text: str, context: np.ndarray, space: str, choice: str) -> np.ndarray:
         """Ids of a choice, cut behind those of the question where the tokenizer does not merge the two."""
         choice = space + choice if space or choice[0].isspace() else f" {choice}"
-        whole = text_prompt(self.corpus, text + choice).tokens
+        whole = np.array([self.corpus.separator, *encoded(self.corpus.tokenizer, text + choice)])
         if len(whole) > len(context) and np.array_equal(whole[: len(context)], context):
             return whole[len(context) :]
-        return text_prompt(self.corpus, choice).tokens[1:]
+        return np.array(encoded(self.corpus.tokenizer, choice), dtype=np.int64)
 
     def _choices(self, choices: object) -> tuple[list[str], list[str]]:
         """Texts and labels."""
@@ -378,7 +376,10 @@ def choice_losses(
     """
     (window, _), size = window_and_stride(run), run.config.evaluation.batch_size
     check_lengths(questions, window)
-    conditioned = conditioner(run, run.model(name), run.variant_of(name))
+    variant = run.variant_of(name)
+    conditioned = conditioner_of(
+        run.model(name), variant, partial(run.encoder, variant), run.config.training.precision
+    )
     losses: dict[tuple[int, int], np.ndarray] = {}
     # Contexts of a length go together, so that little is padded.
     order = np.argsort([len(question.context) for question in questions], kind="stable").tolist()

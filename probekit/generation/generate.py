@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from probekit.config import GenerationSettings, ModelName, VariantName
+from probekit.config import GenerationSettings, ModelName
 from probekit.distributed import autocast
 from probekit.errors import ProbekitError
 from probekit.generation.prompts import Plan, Prompt, planned_prompts
 from probekit.models.decoding import Decoder, new_decoder
 from probekit.models.language_model import longest_window
-from probekit.models.mixing import VARIANTS
-from probekit.models.planner_lm import PlannedLM
-from probekit.models.replanning import Conditioner, Constant, ConstantBySentence, Draft, Given, Planned
+from probekit.models.replanning import Conditioner, Draft, conditioner_of
 from probekit.progress import Progress, Task
 from probekit.run.run import Run
 
@@ -151,7 +150,12 @@ def generate(
     variant = variant or usual_variant(run)
     model = run.model(variant)
     given = not (isinstance(plan, str) and plan == "planner")
-    conditioned = conditioner(run, model, run.variant_of(variant), given=given)
+    planned = run.variant_of(variant)
+    # Given plans are the corpus's actions: its own encoder labels the sentences of the prompts.
+    encoder = partial(run.encoder, "none" if given else planned)
+    conditioned = conditioner_of(
+        model, planned, encoder, run.config.training.precision, run.corpus.codebook if given else None
+    )
     road = run.forward_pass(model.names or [LAST], variant)
     decoder = new_decoder(model, road, reading_window(run), cache=cache)
     if cache and not decoder.cached:
@@ -223,32 +227,6 @@ class _Scribe:
         logits[:, self._known :] = -torch.inf  # rows of the embedding that no token has
         logits[:, self._special[self._special < logits.shape[1]]] = -torch.inf
         return draw(logits, uniforms, self._settings).tolist()
-
-
-def conditioner(run: Run, model: PlannedLM, variant: VariantName, *, given: bool = False) -> Conditioner:
-    """How a variant conditions drafts: on given plans, on the planner's, or the same everywhere.
-
-    Raises:
-        ProbekitError: A plan is given, but the variant obeys none.
-    """
-    mixing = None if model.adapter is None else VARIANTS[variant].evaluation
-    if given and (mixing is None or not mixing.needs_scores):
-        raise ProbekitError(
-            f"variant {variant!r} follows no plan, so none can be given; choose one that is conditioned on "
-            "actions"
-        )
-    if model.adapter is None or mixing is None:
-        return Constant(None)
-    if not mixing.needs_scores:
-        none = torch.zeros(1, dtype=torch.long, device=run.device)
-        embedding = mixing(none, none, model.adapter.codebook, model.temperature)[0]
-        return ConstantBySentence(embedding) if model.adapter.inserts else Constant(embedding)
-    if given:
-        return Given(model.adapter, run.encoder(), run.device, run.corpus.codebook)
-    assert model.planner is not None  # noqa: S101 - an adapter is trained behind its planner
-    precision = run.config.training.precision
-    encoder = run.encoder(variant)
-    return Planned(model.adapter, encoder, run.device, model.planner, mixing, model.temperature, precision)
 
 
 def _result(draft: Draft) -> Generated:

@@ -12,7 +12,7 @@ import numpy as np
 from probekit.data.corpus import Corpus
 from probekit.data.sentences import complete_spans, sentence_spans
 from probekit.errors import ProbekitError
-from probekit.models.replanning import decoded
+from probekit.models.replanning import decoded, encoded
 
 Actions = Sequence[int] | np.ndarray
 Plan = Literal["planner", "given"] | Actions
@@ -49,7 +49,7 @@ def text_prompt(corpus: Corpus, text: str, plan: Actions | None = None) -> Promp
         raise ProbekitError(
             f"a prompt has half a surrogate pair at character {error.start}; correct it"
         ) from None
-    ids = corpus.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
+    ids = encoded(corpus.tokenizer, text)
     actions = None if plan is None else _actions(corpus, plan, "the plan")
     return Prompt(np.array([corpus.separator, *ids], dtype=np.int64), decoded(corpus.tokenizer, ids), actions)
 

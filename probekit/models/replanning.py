@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -11,14 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from probekit.config import VariantName
 from probekit.data.codebook import Codebook
 from probekit.data.encoders import SentenceEncoder
 from probekit.data.sentences import align, complete_spans, sentence_spans
 from probekit.distributed import autocast
+from probekit.errors import ProbekitError
 from probekit.models.conditioning import Adapter
 from probekit.models.decoding import Text
-from probekit.models.mixing import Mixing, Oracle
+from probekit.models.mixing import VARIANTS, Mixing, Oracle
 from probekit.models.planner import Planner, TrainableEncoder
+from probekit.models.planner_lm import PlannedLM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,6 +29,11 @@ if TYPE_CHECKING:
 
 # Tokens that are decoded to tell what a next one adds.
 _NEAR = 64
+
+
+def encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text without special tokens; one that is written out in the text is plain text."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
 
 
 def decoded(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int] | np.ndarray) -> str:
@@ -304,3 +312,42 @@ class Given(_BySentence):
             chosen = torch.tensor(actions, device=self.device)
             none = torch.zeros(0, device=self.device)
             draft.plan_on(actions, list(Oracle()(none, chosen, self.adapter.codebook, 1.0)))
+
+
+def conditioner_of(
+    model: PlannedLM,
+    variant: VariantName,
+    encoder: Callable[[], SentenceEncoder | TrainableEncoder],
+    precision: str,
+    plan_codebook: Codebook | None = None,
+) -> Conditioner:
+    """The conditioner of a trained variant: a given plan, the planner's, or one embedding everywhere.
+
+    Args:
+        model: The trained model.
+        variant: The variant that conditions it.
+        encoder: Loads the encoder that the planner reads; called only where sentences are embedded.
+        precision: The setting `training.precision`.
+        plan_codebook: Set where plans are given: it labels the sentences of the prompts.
+
+    Raises:
+        ProbekitError: Plans are given, but the variant is not conditioned on actions.
+    """
+    adapter = model.adapter
+    mixing = None if adapter is None else VARIANTS[variant].evaluation
+    if plan_codebook is not None and (mixing is None or not mixing.needs_scores):
+        raise ProbekitError(
+            f"variant {variant!r} follows no plan, so none can be given; choose one that is conditioned on "
+            "actions"
+        )
+    if adapter is None or mixing is None:
+        return Constant(None)
+    device = adapter.codebook.device
+    if not mixing.needs_scores:
+        none = torch.zeros(1, dtype=torch.long, device=device)
+        embedding = mixing(none, none, adapter.codebook, model.temperature)[0]
+        return ConstantBySentence(embedding) if adapter.inserts else Constant(embedding)
+    if plan_codebook is not None:
+        return Given(adapter, encoder(), device, plan_codebook)
+    assert model.planner is not None  # noqa: S101 - an adapter is trained behind its planner
+    return Planned(adapter, encoder(), device, model.planner, mixing, model.temperature, precision)
