@@ -13,7 +13,7 @@ from torch import Tensor
 from probekit.causal.erasure import Eraser, RandomErasers, accuracies, inlp, leace
 from probekit.causal.scenes import Change, Scenes, Stage
 from probekit.errors import ProbekitError
-from probekit.probing.activations import Place
+from probekit.probing.activations import HookPoint
 from probekit.probing.results import Cell, LinearProbe, SavedProbes
 from probekit.probing.solvers import Moments
 from probekit.run.run import Run
@@ -288,7 +288,7 @@ class Site:
         activations: What stands there in every scene, by distance `[scenes, width]`.
     """
 
-    place: Place | None
+    place: HookPoint | None
     distances: tuple[int, ...]
     moments: Mapping[int, Moments]
     activations: Mapping[int, Tensor]

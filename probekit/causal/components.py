@@ -20,7 +20,7 @@ from probekit.errors import ProbekitError
 from probekit.models.conditioning import Adapter, Conditioned
 from probekit.models.language_model import OUTSIDE_BLOCKS, Hook, check_location, hook_name, layer_of
 from probekit.models.mixing import evaluation_mixing
-from probekit.probing.activations import Place
+from probekit.probing.activations import HookPoint
 from probekit.progress import Progress
 from probekit.run.run import Run
 
@@ -251,7 +251,7 @@ class MaskedLM:
         ProbekitError: The LM's heads do not stand alone anywhere, or planning tokens condition it.
     """
 
-    def __init__(self, run: Run, variant: VariantName, place: Place) -> None:
+    def __init__(self, run: Run, variant: VariantName, place: HookPoint) -> None:
         self._run, self._model = run, run.model(variant)
         self._mixing, self.corpus = evaluation_mixing(variant), run.corpus_of(variant)
         adapter = self._model.adapter

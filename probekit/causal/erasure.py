@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from probekit.config import ProbedName
-from probekit.probing.activations import Place, Reader
+from probekit.probing.activations import HookPoint, Reader
 from probekit.probing.grid import FITTED_ON, Grid
 from probekit.probing.solvers import Moments
 from probekit.progress import Progress
@@ -195,8 +195,8 @@ def accuracies(
 
 
 def moments_at(
-    run: Run, variant: ProbedName, places: Sequence[Place], grid: Grid, progress: Progress
-) -> dict[tuple[Place, int], Moments]:
+    run: Run, variant: ProbedName, places: Sequence[HookPoint], grid: Grid, progress: Progress
+) -> dict[tuple[HookPoint, int], Moments]:
     """The sums of one probe each, by place and distance, in one forward pass over the examples.
 
     Args:
@@ -209,8 +209,8 @@ def moments_at(
     reader = Reader(run, variant, places, grid.distances)
     distances, classes = len(grid.distances), grid.target.classes
     sums = [
-        Moments.zeros(len(block.places) * distances, block.width, classes, run.device)
-        for block in reader.blocks
+        Moments.zeros(len(block.points) * distances, block.width, classes, run.device)
+        for block in reader.stacks
     ]
     examples, labels = grid.examples[FITTED_ON], torch.from_numpy(grid.labels(FITTED_ON, 1)).to(run.device)
     with progress.task(f"{variant}: read the split {FITTED_ON!r}", total=len(examples)) as task:
@@ -220,8 +220,8 @@ def moments_at(
             task.advance(rows.stop - rows.start)
     return {
         (place, distance): _one(moments, distances * p + d)
-        for block, moments in zip(reader.blocks, sums, strict=True)
-        for p, place in enumerate(block.places)
+        for block, moments in zip(reader.stacks, sums, strict=True)
+        for p, place in enumerate(block.points)
         for d, distance in enumerate(grid.distances)
     }
 

@@ -27,7 +27,7 @@ from probekit.models.conditioning import CONDITIONINGS
 from probekit.models.language_model import OUTSIDE_BLOCKS, check_location
 from probekit.models.mixing import VARIANTS
 from probekit.models.replanning import Draft
-from probekit.probing.activations import Place, Reader
+from probekit.probing.activations import HookPoint, Reader
 from probekit.probing.grid import Grid, make_grid
 from probekit.probing.locations import per_layer
 from probekit.probing.results import Cell, LinearProbe, SavedProbes, read_probe_record
@@ -40,7 +40,7 @@ READOUT = "hook_resid_post"
 """Where, in the last layer, it reads."""
 
 
-def last_probe(run: Run, variant: VariantName) -> tuple[Place, LinearProbe]:
+def last_probe(run: Run, variant: VariantName) -> tuple[HookPoint, LinearProbe]:
     """Where it reads, and the probe, as `probekit probe` left it.
 
     Raises:
@@ -336,7 +336,7 @@ def intervene(
 class _Trial:
     """Tries conditions on the scenes, and on the same scenes left alone."""
 
-    def __init__(self, run: Run, stage: Stage, writer: Writer | None, told: set[Place]) -> None:
+    def __init__(self, run: Run, stage: Stage, writer: Writer | None, told: set[HookPoint]) -> None:
         self._run, self._stage, self._writer, self._told = run, stage, writer, told
         self._resampling: Resampling = {
             "resamples": run.config.evaluation.resamples,
@@ -400,7 +400,9 @@ class _Trial:
         return {c.name: self._writer.actions(Edit(site.place, site.distances, c.change)) for c in conditions}
 
 
-def _sites(run: Run, stage: Stage, places: Sequence[Place], grid: Grid, progress: Progress) -> Iterator[Site]:
+def _sites(
+    run: Run, stage: Stage, places: Sequence[HookPoint], grid: Grid, progress: Progress
+) -> Iterator[Site]:
     """Where something is changed, one site at a time; the plan, which is no place, last."""
     chosen = run.config.intervene
     if set(chosen.kinds) != {"codebook"}:
@@ -415,7 +417,7 @@ def _sites(run: Run, stage: Stage, places: Sequence[Place], grid: Grid, progress
         yield Site(None, (1,), {}, {})
 
 
-def _passes(chosen: InterventionSettings, places: Sequence[Place]) -> int:
+def _passes(chosen: InterventionSettings, places: Sequence[HookPoint]) -> int:
     """How many kinds are tried at how many sites."""
     local = [kind for kind in chosen.kinds if kind != "codebook"]
     return len(places) * len(set(chosen.distances)) * len(local) + (len(local) < len(chosen.kinds))
@@ -437,7 +439,7 @@ def _grid(run: Run, chosen: InterventionSettings) -> Grid:
     return grid
 
 
-def _places(run: Run, chosen: InterventionSettings) -> list[Place]:
+def _places(run: Run, chosen: InterventionSettings) -> list[HookPoint]:
     """Every location at every layer of the settings; one outside the blocks at the layer beside it."""
     layers = run.bridged.cfg.n_layers
     for location in chosen.locations:
@@ -469,7 +471,7 @@ def _check_plan(stage: Stage, chosen: InterventionSettings) -> None:
         )
 
 
-def _told_at(run: Run, chosen: InterventionSettings, places: Sequence[Place]) -> set[Place]:
+def _told_at(run: Run, chosen: InterventionSettings, places: Sequence[HookPoint]) -> set[HookPoint]:
     """The places at which the token before the next sentence has been told of its action."""
     if chosen.variant not in VARIANTS or not VARIANTS[chosen.variant].evaluation.needs_scores:
         return set()

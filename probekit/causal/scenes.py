@@ -19,7 +19,7 @@ from probekit.models.conditioning import Conditioned
 from probekit.models.language_model import Hook, hook_name
 from probekit.models.mixing import Fixed, Mixing, Uniform, evaluation_mixing
 from probekit.models.planner_lm import token_losses
-from probekit.probing.activations import Place
+from probekit.probing.activations import HookPoint
 from probekit.probing.results import LinearProbe
 from probekit.run.run import Run
 
@@ -115,7 +115,7 @@ class Edit:
         change: What is made of the activations there.
     """
 
-    place: Place | None
+    place: HookPoint | None
     distances: tuple[int, ...]
     change: Change
 
@@ -184,8 +184,8 @@ class Stage:
         run: Run,
         variant: VariantName,
         scenes: Scenes,
-        places: Sequence[Place],
-        readout: tuple[Place, LinearProbe],
+        places: Sequence[HookPoint],
+        readout: tuple[HookPoint, LinearProbe],
     ) -> None:
         self._run, self.scenes = run, scenes
         self._model = run.model(variant)
@@ -209,7 +209,7 @@ class Stage:
             *(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Outcomes))
         )
 
-    def activations(self, place: Place, distances: Sequence[int]) -> Tensor:
+    def activations(self, place: HookPoint, distances: Sequence[int]) -> Tensor:
         """What stands at a place before every boundary `[distances, scenes, width]`."""
         seen: list[Tensor] = []
 

@@ -24,7 +24,7 @@ from probekit.probing.locations import BEFORE
 from probekit.probing.targets import Examples
 from probekit.run.run import Run
 
-Place = tuple[str, int]
+HookPoint = tuple[str, int]
 """A location and a layer."""
 
 CHUNK_EXAMPLES = 512
@@ -32,22 +32,22 @@ CHUNK_EXAMPLES = 512
 
 
 @dataclass(frozen=True)
-class Block:
+class Stack:
     """Places of one width, read into one tensor.
 
     Attributes:
         width: Features at each place.
-        places: The places, in the order of the tensor's first axis.
+        points: The hook points, in the order of the tensor's first axis.
     """
 
     width: int
-    places: tuple[Place, ...]
+    points: tuple[HookPoint, ...]
 
 
 class Activations(Protocol):
     """Where activations come from: a model, or a store of what was read before."""
 
-    blocks: list[Block]
+    blocks: list[Stack]
 
     def chunks(self, examples: Examples) -> Iterator[tuple[slice, list[Tensor]]]:
         """Activations of this process's share of the examples, in order, a chunk at a time.
@@ -58,12 +58,12 @@ class Activations(Protocol):
         ...
 
 
-def blocks_of(places: Sequence[Place], widths: dict[str, int]) -> list[Block]:
+def stacks_of(places: Sequence[HookPoint], widths: dict[str, int]) -> list[Stack]:
     """The places, those of one width together."""
-    groups: dict[int, list[Place]] = {}
+    groups: dict[int, list[HookPoint]] = {}
     for place in places:
         groups.setdefault(widths[place[0].removesuffix(BEFORE)], []).append(place)
-    return [Block(width, tuple(group)) for width, group in groups.items()]
+    return [Stack(width, tuple(group)) for width, group in groups.items()]
 
 
 class Reader:
@@ -80,9 +80,14 @@ class Reader:
     """
 
     def __init__(
-        self, run: Run, variant: ProbedName, places: Sequence[Place], distances: Sequence[int], seed: int = 0
+        self,
+        run: Run,
+        variant: ProbedName,
+        places: Sequence[HookPoint],
+        distances: Sequence[int],
+        seed: int = 0,
     ) -> None:
-        self.blocks = blocks_of(places, run.locations)
+        self.stacks = stacks_of(places, run.locations)
         self._run, self.distances = run, np.array(distances)
         self._window, self._stride = window_and_stride(run)
         self._conditioned = run.model(variant) if variant in VARIANTS else None
@@ -105,7 +110,7 @@ class Reader:
         if isinstance(self._forward, ShardedPass):
             self._forward.keep_up()
 
-    def changed_by_conditioning(self) -> set[Place]:
+    def changed_by_conditioning(self) -> set[HookPoint]:
         """The places that an action changes at the first position, if any, that can have been told of it."""
         if self._conditioned is None or (adapter := self._conditioned.adapter) is None:
             return set()
@@ -119,8 +124,8 @@ class Reader:
             self._pass(adapter.conditioned(tokens, torch.stack([nothing, action]), told), into, *at)
         return {
             place
-            for block, before, after in zip(self.blocks, without, added, strict=True)
-            for place, *values in zip(block.places, before, after, strict=True)
+            for block, before, after in zip(self.stacks, without, added, strict=True)
+            for place, *values in zip(block.points, before, after, strict=True)
             if not torch.equal(*values)
         }
 
@@ -155,7 +160,7 @@ class Reader:
                 with torch.no_grad():
                     read = self._conditioned.conditioned(batch, self._mixing)
             self._pass(read, into, row, column, index)
-        for block, values in zip(self.blocks, into, strict=True):
+        for block, values in zip(self.stacks, into, strict=True):
             check_finite(block, values)
         return into
 
@@ -179,8 +184,8 @@ class Reader:
             return read
 
         reads: dict[bool, list[Hook]] = {True: [], False: []}
-        for block, values in zip(self.blocks, into, strict=True):
-            for place, target in zip(block.places, values, strict=True):
+        for block, values in zip(self.stacks, into, strict=True):
+            for place, target in zip(block.points, values, strict=True):
                 reads[place[0].endswith(BEFORE)].append((_name(place), reader(target)))
         all_hooks = [*reads[True], *given.hooks, *reads[False]]
         with torch.no_grad(), autocast(given.tokens.device, self._run.config.training.precision):
@@ -188,8 +193,8 @@ class Reader:
 
     def _empty(self, distances: int, examples: int) -> list[Tensor]:
         return [
-            torch.empty(len(block.places), distances, examples, block.width, device=self._run.device)
-            for block in self.blocks
+            torch.empty(len(block.points), distances, examples, block.width, device=self._run.device)
+            for block in self.stacks
         ]
 
 
@@ -205,13 +210,13 @@ def chunk_slices(document: np.ndarray) -> Iterator[slice]:
         start = stop
 
 
-def check_finite(block: Block, values: Tensor) -> None:
+def check_finite(block: Stack, values: Tensor) -> None:
     """Refuses activations `[places, ...]` of a block that are not all finite.
 
     Raises:
         ProbekitError: Names the location and layer.
     """
-    for (location, layer), value in zip(block.places, values, strict=True):
+    for (location, layer), value in zip(block.points, values, strict=True):
         # A sum is finite if all is, unless it overflows: only then is a closer look needed.
         if not value.sum().isfinite() and not value.isfinite().all():
             raise ProbekitError(
@@ -220,6 +225,6 @@ def check_finite(block: Block, values: Tensor) -> None:
             )
 
 
-def _name(place: Place) -> str:
+def _name(place: HookPoint) -> str:
     location, layer = place
     return hook_name(location.removesuffix(BEFORE), layer)

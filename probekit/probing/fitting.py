@@ -18,7 +18,7 @@ from probekit import distributed
 from probekit.config import ProbeSettings, SolverName
 from probekit.data.corpus import Corpus
 from probekit.evaluation.action_metrics import prior_log_probabilities
-from probekit.probing.activations import Activations, Block
+from probekit.probing.activations import Activations, Stack
 from probekit.probing.controls import block_ends, control_labels, prequential_code, prior_code
 from probekit.probing.grid import CHOSEN_ON, FITTED_ON, TESTED_ON, Grid
 from probekit.probing.results import Row, Tally, row_slices
@@ -142,12 +142,12 @@ def _fit_examples(activations: Activations, work: Work) -> list[Fitted]:
     )
     fitted = []
     with work.progress.task(f"{work.name}: fit probes", total=probes) as task:
-        for number, block in enumerate(activations.blocks):
+        for number, block in enumerate(activations.stacks):
             X = {split: values[number].flatten(0, 1) for split, values in held.items()}
             constant = torch.stack([(probe == probe[:1]).all() for probe in X[FITTED_ON]])
             for solver in solvers:
                 for question in questions:
-                    fitted.append(_fit_batch(work, solver, question, X, number, len(block.places), constant))
+                    fitted.append(_fit_batch(work, solver, question, X, number, len(block.points), constant))
                     task.advance(len(constant))
     return fitted
 
@@ -189,9 +189,9 @@ def _fit_sums(activations: Activations, work: Work) -> list[Fitted]:
     """One pass over the examples to fit on, one over those to choose on; none are held."""
     grid, device = work.grid, work.device
     questions = [*target_questions(grid), *([work.control] if work.control else [])]
-    places = [len(block.places) for block in activations.blocks]
+    places = [len(block.points) for block in activations.stacks]
     moments: dict[tuple[int, int], Moments] = {}
-    for b, block in enumerate(activations.blocks):
+    for b, block in enumerate(activations.stacks):
         shape = places[b] * len(grid.distances), block.width, grid.target.classes
         moments[b, 0] = Moments.zeros(*shape, device)
         moments |= {(b, q): moments[b, 0].relabelled() for q in range(1, len(questions))}
@@ -242,13 +242,13 @@ def score(activations: Activations, work: Work, fitted: Sequence[Fitted], head: 
     number = document_numbers(grid.examples[TESTED_ON].document)
     documents = int(number.max()) + 1
     tallies = [
-        Tally(_heads(batch, activations.blocks[batch.block], grid, head), documents) for batch in fitted
+        Tally(_heads(batch, activations.stacks[batch.block], grid, head), documents) for batch in fitted
     ]
     controls = [Tally(tally.heads, documents, ["correct"]) for tally in tallies]
     asked = {question.horizon: question for question in target_questions(grid)}
     for rows, blocks in work.read(activations, TESTED_ON):
         for batch, tally, on_control in zip(fitted, tallies, controls, strict=True):
-            X, places = blocks[batch.block].flatten(0, 1), len(activations.blocks[batch.block].places)
+            X, places = blocks[batch.block].flatten(0, 1), len(activations.stacks[batch.block].points)
             tasks = [(batch.probes, asked[batch.horizon], tally), (batch.control, work.control, on_control)]
             for probes, question, into in tasks:
                 if probes is not None and question is not None:
@@ -273,9 +273,9 @@ def document_numbers(document: np.ndarray) -> np.ndarray:
     return np.cumsum(np.diff(document, prepend=document[:1]) != 0)
 
 
-def _heads(fitted: Fitted, block: Block, grid: Grid, head: Row) -> list[Row]:
+def _heads(fitted: Fitted, block: Stack, grid: Grid, head: Row) -> list[Row]:
     """The beginnings of the rows of a batch of probes, with what is known of the fits."""
-    cells = [(place, distance) for place in block.places for distance in grid.distances]
+    cells = [(place, distance) for place in block.points for distance in grid.distances]
     columns = {name: getattr(fitted.probes, attribute, None) for name, attribute in FACTS.items()}
     if fitted.code is not None:
         ends = block_ends(grid.examples[FITTED_ON].document)
@@ -313,8 +313,8 @@ def _held(activations: Activations, work: Work, split: str) -> list[Tensor]:
     """All activations of a split, for every block `[places, distances, examples, width]`."""
     examples, distances = len(work.grid.examples[split]), len(work.grid.distances)
     held = [
-        torch.zeros(len(block.places), distances, examples, block.width, device=work.device)
-        for block in activations.blocks
+        torch.zeros(len(block.points), distances, examples, block.width, device=work.device)
+        for block in activations.stacks
     ]
     for rows, blocks in work.read(activations, split):
         for whole, part in zip(held, blocks, strict=True):

@@ -20,7 +20,7 @@ from probekit.io import atomic_folder, write_json, write_table
 from probekit.models.conditioning import CONDITIONINGS
 from probekit.models.language_model import OUTSIDE_BLOCKS, check_location
 from probekit.models.mixing import VARIANTS
-from probekit.probing.activations import Activations, Place, Reader
+from probekit.probing.activations import Activations, HookPoint, Reader
 from probekit.probing.baselines import baseline_tallies
 from probekit.probing.fitting import CLOSED_FORM, Work, control_question, document_numbers, fit, score
 from probekit.probing.grid import CHOSEN_ON, FITTED_ON, TESTED_ON, Grid, make_grid
@@ -167,7 +167,7 @@ def _probed(
     run: Run,
     grid: Grid,
     variant: ProbedName,
-    places: Sequence[Place],
+    places: Sequence[HookPoint],
     seed: int,
     progress: Progress,
     *,
@@ -180,7 +180,7 @@ def _probed(
         What the probes got right, and the weights of those that are linear.
     """
     config, examples = run.config.probe, grid.examples
-    source: Callable[[list[Place]], Activations]
+    source: Callable[[list[HookPoint]], Activations]
     source = partial(Reader, run, variant, distances=grid.distances, seed=seed)
     if store:
         folder = run.folder / "activations" / f"{variant}-seed{seed}"
@@ -196,18 +196,18 @@ def _probed(
         work = Work(grid, config, control, seed, run.device, progress, name or variant)
         fitted = fit(activations, work)
         tallies += score(activations, work, fitted, head)
-        weights |= weights_of(fitted, activations.blocks, grid.distances)
+        weights |= weights_of(fitted, activations.stacks, grid.distances)
     _mark_injected(run, grid, variant, places, tallies)
     return tallies, weights
 
 
-def _groups(run: Run, grid: Grid, places: Sequence[Place]) -> Iterator[list[Place]]:
+def _groups(run: Run, grid: Grid, places: Sequence[HookPoint]) -> Iterator[list[HookPoint]]:
     """Cuts places into groups whose held examples, or sums, stay within `probe.memory`."""
     config, widths = run.config.probe, run.locations
     examples = len(grid.examples[FITTED_ON]) + len(grid.examples[CHOSEN_ON])
     closed_form = CLOSED_FORM.issuperset(config.solvers)
     sums = grid.target.classes * (len(grid.horizons) + config.control)
-    group: list[Place] = []
+    group: list[HookPoint] = []
     held = 0
     for place in places:
         width = widths[place[0].removesuffix(BEFORE)]
@@ -223,7 +223,7 @@ def _groups(run: Run, grid: Grid, places: Sequence[Place]) -> Iterator[list[Plac
 
 
 def _mark_injected(
-    run: Run, grid: Grid, variant: ProbedName, places: Sequence[Place], tallies: Sequence[Tally]
+    run: Run, grid: Grid, variant: ProbedName, places: Sequence[HookPoint], tallies: Sequence[Tally]
 ) -> None:
     """Marks the rows whose readings had already been told of the target's own action.
 
@@ -246,7 +246,7 @@ def _carried(corpus: Corpus, examples: Examples, head: Row, lag: int) -> bool:
     return bool((examples.anchor - head["distance"] >= corpus.first_token[asked] - 1 + lag).any())
 
 
-def _empty_rows(run: Run, grid: Grid, seeds: list[int], places: Sequence[Place]) -> list[Row]:
+def _empty_rows(run: Run, grid: Grid, seeds: list[int], places: Sequence[HookPoint]) -> list[Row]:
     """Rows of the cells that have too few examples."""
     return [
         {"reader": "probe", "solver": solver, "variant": variant, "seed": seed, "location": location}
@@ -297,7 +297,7 @@ def _check_variants(run: Run) -> None:
             )
 
 
-def _places(run: Run) -> list[Place]:
+def _places(run: Run) -> list[HookPoint]:
     """Every location at every layer of the settings; one outside the blocks at the layer beside it."""
     settings, layers = run.config.probe, run.bridged.cfg.n_layers
     for location in settings.locations:

@@ -22,7 +22,7 @@ from probekit.io import one_line, read_json, read_tensors, write_tensors
 from probekit.statistics import Intervals, Resampling, bootstrap_ratios, simultaneous_ratios
 
 if TYPE_CHECKING:
-    from probekit.probing.activations import Block
+    from probekit.probing.activations import Stack
     from probekit.probing.fitting import Fitted
 
 
@@ -185,7 +185,7 @@ def _beside(rows: pd.DataFrame, chosen: pd.Series | np.ndarray) -> np.ndarray:
     return pd.Series(np.arange(len(rows)), cell)[np.asarray(chosen)].reindex(cell, fill_value=NONE).to_numpy()
 
 
-KEPT = ("softmax", "ridge", "lda")
+LINEAR_SOLVERS = ("softmax", "ridge", "lda")
 """Solvers whose probes are linear."""
 
 
@@ -240,14 +240,14 @@ class LinearProbe:
 
 
 def weights_of(
-    fitted: Iterable[Fitted], blocks: list[Block], distances: tuple[int, ...]
+    fitted: Iterable[Fitted], blocks: list[Stack], distances: tuple[int, ...]
 ) -> dict[str, Tensor]:
     """The weights of fitted probes that are linear, by the names that they are kept under."""
     weights: dict[str, Tensor] = {}
     for batch in fitted:
-        if batch.solver not in KEPT:
+        if batch.solver not in LINEAR_SOLVERS:
             continue
-        places = [(place, distance) for place in blocks[batch.block].places for distance in distances]
+        places = [(place, distance) for place in blocks[batch.block].points for distance in distances]
         for ((location, layer), distance), coef, intercept in zip(
             places, batch.probes.coef_, batch.probes.intercept_, strict=True
         ):

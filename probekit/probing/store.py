@@ -22,7 +22,7 @@ from probekit.errors import ProbekitError
 from probekit.evaluation.perplexity import window_and_stride
 from probekit.io import read_json, write_json, write_tensors
 from probekit.models.mixing import VARIANTS
-from probekit.probing.activations import Block, Place, Reader, chunk_slices
+from probekit.probing.activations import HookPoint, Reader, Stack, chunk_slices
 from probekit.probing.grid import Grid
 from probekit.probing.targets import Examples
 from probekit.progress import Progress
@@ -47,14 +47,14 @@ class Store:
         places: Which of its places are.
     """
 
-    def __init__(self, folder: Path, device: torch.device, places: Sequence[Place]) -> None:
+    def __init__(self, folder: Path, device: torch.device, places: Sequence[HookPoint]) -> None:
         self._folder, self._device = folder, device
         self._manifest = read_json(folder / "manifest.json")
-        stored = [Block(b["width"], tuple(map(_place, b["places"]))) for b in self._manifest["blocks"]]
-        rows_of = [[i for i, place in enumerate(block.places) if place in places] for block in stored]
+        stored = [Stack(b["width"], tuple(map(_place, b["places"]))) for b in self._manifest["blocks"]]
+        rows_of = [[i for i, place in enumerate(block.points) if place in places] for block in stored]
         self._wanted = {b: rows for b, rows in enumerate(rows_of) if rows}
-        self.blocks = [
-            Block(stored[b].width, tuple(stored[b].places[i] for i in rows))
+        self.stacks = [
+            Stack(stored[b].width, tuple(stored[b].points[i] for i in rows))
             for b, rows in self._wanted.items()
         ]
 
@@ -109,7 +109,7 @@ def write_store(
     manifest = {
         "format": FORMAT,
         "identity": dict(identity),
-        "blocks": [{"width": b.width, "places": [list(place) for place in b.places]} for b in reader.blocks],
+        "blocks": [{"width": b.width, "places": [list(place) for place in b.points]} for b in reader.stacks],
         "examples": {split: examples_digest(examples) for split, examples in splits.items()},
         "shards": shards,
     }
@@ -120,7 +120,7 @@ def write_store(
     ]
     missing = [item for item in wanted if item[2] not in shards]
     size = sum(
-        stored_bytes(reader.blocks, len(reader.distances), part.stop - part.start) for _, part, _ in missing
+        stored_bytes(reader.stacks, len(reader.distances), part.stop - part.start) for _, part, _ in missing
     )
     _check_room(folder, size)
     rows = sum(part.stop - part.start for _, part, _ in missing)
@@ -159,9 +159,9 @@ def identity(run: Run, variant: ProbedName, seed: int, grid: Grid) -> dict[str, 
     }
 
 
-def stored_bytes(blocks: list[Block], distances: int, examples: int) -> int:
+def stored_bytes(blocks: list[Stack], distances: int, examples: int) -> int:
     """Size in bytes of float32 activations of some examples."""
-    return 4 * distances * examples * sum(len(block.places) * block.width for block in blocks)
+    return 4 * distances * examples * sum(len(block.points) * block.width for block in blocks)
 
 
 def examples_digest(examples: Examples) -> str:
@@ -192,7 +192,7 @@ def _begun(
     if manifest["format"] != FORMAT:
         raise ProbekitError(f"{folder} has store format {manifest['format']}, not {FORMAT}; delete it")
     wanted = dict(identity) | {
-        "places": [list(place) for block in reader.blocks for place in block.places],
+        "places": [list(place) for block in reader.stacks for place in block.points],
         "examples": {split: examples_digest(examples) for split, examples in splits.items()},
     }
     found = manifest["identity"] | {
@@ -218,7 +218,7 @@ def _check_room(folder: Path, size: int) -> None:
         )
 
 
-def _place(pair: list[Any]) -> Place:
+def _place(pair: list[Any]) -> HookPoint:
     return str(pair[0]), int(pair[1])
 
 

@@ -17,9 +17,16 @@ from probekit.data.corpus import SPLITS, Corpus, too_few
 from probekit.errors import ProbekitError
 from probekit.models.conditioning import CONDITIONINGS
 from probekit.models.mixing import VARIANTS
-from probekit.probing.activations import Place, Reader
+from probekit.probing.activations import HookPoint, Reader
 from probekit.probing.locations import label, per_layer
-from probekit.probing.results import KEPT, Cell, LinearProbe, SavedProbes, SplitDocuments, read_probe_record
+from probekit.probing.results import (
+    LINEAR_SOLVERS,
+    Cell,
+    LinearProbe,
+    SavedProbes,
+    SplitDocuments,
+    read_probe_record,
+)
 from probekit.probing.targets import Examples
 from probekit.progress import Progress, Task
 from probekit.reports.lens_text import LIMIT, Text, TextRun, cut_text
@@ -66,7 +73,7 @@ class KeptProbes:
     variant: ProbedName
     seed: int
     solver: str
-    places: list[Place]
+    places: list[HookPoint]
     distances: list[int]
     config: Config
     documents: SplitDocuments
@@ -75,7 +82,7 @@ class KeptProbes:
     best: int
     _saved: SavedProbes
 
-    def at(self, place: Place) -> LinearProbe:
+    def at(self, place: HookPoint) -> LinearProbe:
         """The probes of a place for all distances: `coef` `[distances, width, actions]`."""
         location, layer = place
         return self._saved.stacked(
@@ -120,7 +127,7 @@ def kept_probes(
         )
     saved, seed = SavedProbes(folder, variant, seeds[variant]), seeds[variant]
     cells = [cell for cell in saved.cells if cell.horizon == 1]
-    solver = next((solver for solver in KEPT if solver in {cell.solver for cell in cells}), None)
+    solver = next((solver for solver in LINEAR_SOLVERS if solver in {cell.solver for cell in cells}), None)
     if solver is None:
         raise ProbekitError(
             f"the probes in {folder} have no horizon 1; run `probekit probe {run.folder} --probe.horizons 1`"
@@ -174,7 +181,9 @@ def _check_target(run: Run, probed: ProbeSettings) -> None:
         )
 
 
-def _chosen(there: list[Place], locations: Sequence[str] | None, layers: Sequence[int] | None) -> list[Place]:
+def _chosen(
+    there: list[HookPoint], locations: Sequence[str] | None, layers: Sequence[int] | None
+) -> list[HookPoint]:
     """The places that are asked for."""
     _check_known("--locations", locations, sorted({location for location, _ in there}))
     _check_known("--layers", layers, sorted({layer for _, layer in there}))
@@ -400,8 +409,8 @@ def _read(
     for part, blocks in reader.chunks(_every_token(len(true))):
         at = {
             place: values[0]
-            for block, places in zip(reader.blocks, blocks, strict=True)
-            for place, values in zip(block.places, places, strict=True)
+            for block, places in zip(reader.stacks, blocks, strict=True)
+            for place, values in zip(block.points, places, strict=True)
         }
         parts.append(_read_chunk(probes, at, torch.from_numpy(true[part])))
         task.advance(part.stop - part.start)

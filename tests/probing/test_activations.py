@@ -20,7 +20,7 @@ from probekit.models.hook_points import BridgedPass, PlainPass
 from probekit.models.language_model import random_weights
 from probekit.models.planner_lm import PlannedLM
 from probekit.probing import activations
-from probekit.probing.activations import Block, Place, Reader, blocks_of, check_finite, chunk_slices
+from probekit.probing.activations import HookPoint, Reader, Stack, check_finite, chunk_slices, stacks_of
 from probekit.probing.targets import Examples
 from probekit.run.run import Run
 from probekit.training.train import train
@@ -39,12 +39,12 @@ WIDTHS = {
 }
 """Locations and the width of each in the tiny LM."""
 OUTSIDE = {"hook_embed": 0, "ln_final.hook_out": LAYERS - 1}
-PLACES: list[Place] = [
+PLACES: list[HookPoint] = [
     (location, layer)
     for location in WIDTHS
     for layer in ([OUTSIDE[location]] if location in OUTSIDE else range(LAYERS))
 ]
-BEFORE: Place = ("attn.hook_z:before", 2)
+BEFORE: HookPoint = ("attn.hook_z:before", 2)
 DISTANCES = (1, 2, 5, 17)
 DOCUMENTS = np.array([31, 4, 30])
 
@@ -62,19 +62,19 @@ def at_anchors(run: Run, documents: np.ndarray, count: int = 8, far: int = max(D
     return Examples(np.repeat(documents, count + 2), anchor, sentence, np.zeros((len(anchor), 1), np.int64))
 
 
-def read(reader: Reader, examples: Examples) -> dict[Place, Tensor]:
+def read(reader: Reader, examples: Examples) -> dict[HookPoint, Tensor]:
     """All that a reader reads at each place `[distances, examples, width]`, its chunks put together."""
-    parts: dict[Place, list[Tensor]] = {}
+    parts: dict[HookPoint, list[Tensor]] = {}
     end = 0
     for part, blocks in reader.chunks(examples):
         assert part.start == end
         end = part.stop
-        for block, values in zip(reader.blocks, blocks, strict=True):
+        for block, values in zip(reader.stacks, blocks, strict=True):
             assert values.shape == (
-                len(block.places), len(reader.distances), part.stop - part.start, block.width
+                len(block.points), len(reader.distances), part.stop - part.start, block.width
             )  # fmt: skip
             assert values.dtype == torch.float32
-            for place, value in zip(block.places, values, strict=True):
+            for place, value in zip(block.points, values, strict=True):
                 parts.setdefault(place, []).append(value)
     assert end == len(examples)
     return {place: torch.cat(values, dim=1) for place, values in parts.items()}
@@ -105,7 +105,7 @@ class Watched:
 
     def __init__(self, run: Run, model: PreTrainedModel, conditioned: PlannedLM | None = None) -> None:
         self._run, self._model, self._conditioned = run, model.eval(), conditioned
-        self.seen: dict[Place, Tensor] = {}
+        self.seen: dict[HookPoint, Tensor] = {}
         body = model.transformer
         self._see(body.wte, "hook_embed", 0, enters=False)
         self._see(body.ln_f, "ln_final.hook_out", LAYERS - 1, enters=False)
@@ -132,7 +132,7 @@ class Watched:
         (module.register_forward_pre_hook(before) if enters else module.register_forward_hook(after))
 
     @torch.no_grad()
-    def at(self, position: int, window: int, stride: int) -> dict[Place, Tensor]:
+    def at(self, position: int, window: int, stride: int) -> dict[HookPoint, Tensor]:
         """All places at a position, in the window that scores its next token, cut off behind the position."""
         corpus = self._run.corpus
         document = int(np.searchsorted(corpus.document_tokens, position, side="right")) - 1
@@ -165,7 +165,7 @@ class Watched:
 
 
 def assert_equal_to_slow(
-    found: dict[Place, Tensor], slow: Watched, examples: Examples, window: int, stride: int
+    found: dict[HookPoint, Tensor], slow: Watched, examples: Examples, window: int, stride: int
 ) -> None:
     for row, anchor in enumerate(examples.anchor.tolist()):
         for d, distance in enumerate(DISTANCES):
@@ -299,8 +299,8 @@ def test_no_examples_no_chunks(tiny_run: Run):
 
 def test_places_of_one_width_go_together():
     places = [("a", 0), ("b", 0), ("a:before", 1), ("b", 1)]
-    blocks = blocks_of(places, {"a": 2, "b": 3})
-    assert blocks == [Block(2, (("a", 0), ("a:before", 1))), Block(3, (("b", 0), ("b", 1)))]
+    blocks = stacks_of(places, {"a": 2, "b": 3})
+    assert blocks == [Stack(2, (("a", 0), ("a:before", 1))), Stack(3, (("b", 0), ("b", 1)))]
 
 
 def test_bfloat16_is_close_and_comes_back_as_float32(tiny_run: Run):
@@ -339,7 +339,7 @@ def test_a_sentences_action_is_read_from_the_token_before_it(tiny_run: Run):
     anchor = np.arange(corpus.document_tokens[12] + 2, corpus.document_tokens[13])
     empty = np.zeros(len(anchor), np.int64)
     examples = Examples(np.full(len(anchor), 12), anchor, empty, empty[:, None])
-    places: list[Place] = [("hook_resid_post", 2), ("attn.hook_z", 2), BEFORE]
+    places: list[HookPoint] = [("hook_resid_post", 2), ("attn.hook_z", 2), BEFORE]
     before = read(Reader(run, "soft", places, [1]), examples)
     # The planner reads sentences before the one it plans: another one changes the plan of the next.
     embeddings = np.array(corpus.embeddings)
@@ -371,7 +371,7 @@ CHANGED_IN_GPT2 = {
     ("variant", "changed"),
     [("none", set()), ("random", set()), ("oracle", CHANGED_IN_GPT2), ("joint", CHANGED_IN_GPT2)],
 )
-def test_places_that_an_action_changes(tiny_run: Run, variant: str, changed: set[Place]):
+def test_places_that_an_action_changes(tiny_run: Run, variant: str, changed: set[HookPoint]):
     """Layers below the conditioned one, its input, and its heads as they were before."""
     found = Reader(tiny_run, variant, [*PLACES, BEFORE], [1, 2]).changed_by_conditioning()
     assert found == changed
@@ -431,7 +431,7 @@ def test_activations_that_are_not_finite_are_named(
     tiny_run: Run, monkeypatch: pytest.MonkeyPatch, value: float
 ):
     run = settings(tiny_run)
-    places: list[Place] = [("hook_resid_post", 0), ("hook_mlp_out", 1), ("hook_resid_post", 2)]
+    places: list[HookPoint] = [("hook_resid_post", 0), ("hook_mlp_out", 1), ("hook_resid_post", 2)]
     reader, before = Reader(run, "none", places, [1]), Reader(run, "none", places[:1], [1])
     call = PlainPass.__call__
 
@@ -447,7 +447,7 @@ def test_activations_that_are_not_finite_are_named(
 
 
 def test_values_whose_sum_overflows_are_finite():
-    block = Block(2, (("a", 0), ("b", 3)))
+    block = Stack(2, (("a", 0), ("b", 3)))
     values = torch.full((2, 1, 2, 2), 3e38)
     check_finite(block, values)
     values[1, 0, 1, 0] = float("nan")

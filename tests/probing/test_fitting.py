@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from probekit.config import Config
-from probekit.probing.activations import Block
+from probekit.probing.activations import Stack
 from probekit.probing.controls import block_ends, prequential_code, prior_code
 from probekit.probing.fitting import (
     CLOSED_FORM,
@@ -30,8 +30,8 @@ from probekit.progress import Progress
 CLASSES, DISTANCES, HORIZONS = 4, (1, 3), (1, 2)
 SPLITS = {FITTED_ON: 12, CHOSEN_ON: 6, TESTED_ON: 6}
 """Documents of every split."""
-BLOCKS = [Block(5, (("a", 0), ("a", 1))), Block(3, (("b", 2),))]
-CELLS = [(b, p, d) for b, block in enumerate(BLOCKS) for p in range(len(block.places)) for d in range(2)]
+BLOCKS = [Stack(5, (("a", 0), ("a", 1))), Stack(3, (("b", 2),))]
+CELLS = [(b, p, d) for b, block in enumerate(BLOCKS) for p in range(len(block.points)) for d in range(2)]
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Held:
 
     values: dict[str, list[Tensor]]
     splits: dict[str, Examples]
-    blocks: list[Block]
+    blocks: list[Stack]
     rows: int = 7
     passes: int = 0
 
@@ -91,7 +91,7 @@ def activations(grid: Grid, control: Question) -> Held:
         labels = torch.from_numpy(np.concatenate([examples.labels.T, control.labels[split]]))
         values[split] = []
         for b, block in enumerate(BLOCKS):
-            shape = len(block.places), len(DISTANCES), len(examples), block.width
+            shape = len(block.points), len(DISTANCES), len(examples), block.width
             X = torch.randn(shape, generator=generator)
             for number, (_, p, d) in enumerate(cell for cell in CELLS if cell[0] == b):
                 told = labels[number % 2] if b == 0 else labels[2 + d]
@@ -152,7 +152,7 @@ def test_every_cell_is_as_if_it_were_fitted_alone(
 ):
     for cell in CELLS:
         X = {split: alone(activations, cell, split) for split in SPLITS}
-        place, distance = BLOCKS[cell[0]].places[cell[1]], DISTANCES[cell[2]]
+        place, distance = BLOCKS[cell[0]].points[cell[1]], DISTANCES[cell[2]]
         asked = {split: torch.from_numpy(labels[cell[2]]) for split, labels in control.labels.items()}
         for h, horizon in enumerate(HORIZONS):
             head, sums = together[solver, place, distance, horizon]
@@ -184,7 +184,7 @@ def test_every_cell_is_as_if_it_were_fitted_alone(
 def test_each_cell_reads_what_was_written_there(together: dict, grid: Grid):
     """An index that is off by one would move the signal to another cell."""
     for number, (b, p, d) in enumerate(CELLS):
-        place, distance = BLOCKS[b].places[p], DISTANCES[d]
+        place, distance = BLOCKS[b].points[p], DISTANCES[d]
         accuracy = [
             together["softmax", place, distance, horizon][1]["correct"].sum() / len(grid.examples[TESTED_ON])
             for horizon in HORIZONS
@@ -216,7 +216,7 @@ def test_code_length_is_that_of_the_documents_in_their_order(together: dict, act
     ends = block_ends(examples.document)
     for cell in CELLS:
         for h, horizon in enumerate(HORIZONS):
-            place, distance = BLOCKS[cell[0]].places[cell[1]], DISTANCES[cell[2]]
+            place, distance = BLOCKS[cell[0]].points[cell[1]], DISTANCES[cell[2]]
             head, _ = together["softmax", place, distance, horizon]
             y = torch.from_numpy(examples.labels[:, h].copy())
             X, l2 = alone(activations, cell, FITTED_ON), torch.tensor([head["l2"]], dtype=torch.float64)

@@ -266,7 +266,7 @@ def test_places_that_do_not_fit_into_memory_are_read_in_turn(
     read = Reader.chunks
 
     def counted(self: Reader, examples):
-        passes.append([place for block in self.blocks for place in block.places])
+        passes.append([place for block in self.stacks for place in block.points])
         return read(self, examples)
 
     monkeypatch.setattr(Reader, "chunks", counted)
@@ -289,7 +289,7 @@ def test_a_store_gives_the_same_table_and_saves_the_forward_passes(
     read = Reader.read
 
     def only_embeddings(self: Reader, examples):
-        assert [block.places for block in self.blocks] == [(("hook_embed", 0),)]
+        assert [block.points for block in self.stacks] == [(("hook_embed", 0),)]
         return read(self, examples)
 
     monkeypatch.setattr(Reader, "read", only_embeddings)

@@ -17,14 +17,14 @@ from torch import Tensor
 from probekit.errors import ProbekitError
 from probekit.io import read_json, write_json
 from probekit.probing import activations, store
-from probekit.probing.activations import Block, Place, Reader
+from probekit.probing.activations import HookPoint, Reader, Stack
 from probekit.probing.grid import Grid, make_grid
 from probekit.probing.store import Store, examples_digest, identity, stored_bytes, write_store
 from probekit.probing.targets import Examples, find_target
 from probekit.progress import Progress
 from probekit.run.run import Run
 
-PLACES: list[Place] = [
+PLACES: list[HookPoint] = [
     ("hook_resid_post", 0),
     ("mlp.hook_post", 1),
     ("attn.hook_z:before", 2),
@@ -44,7 +44,7 @@ def grid_of(run: Run, distances: tuple[int, ...] = (1, 3)) -> Grid:
     return make_grid(run.corpus, settings, find_target(run.corpus, "action"), seed=0)
 
 
-def reader_of(run: Run, grid: Grid, variant: str = "soft", places: list[Place] = PLACES) -> Reader:
+def reader_of(run: Run, grid: Grid, variant: str = "soft", places: list[HookPoint] = PLACES) -> Reader:
     return Reader(run, variant, places, grid.distances)
 
 
@@ -96,13 +96,13 @@ def refusal(folder: Path, act: Callable[[], Any]) -> str:
     return str(caught.value)
 
 
-def by_place(blocks: list[Block], chunks: Iterator[tuple[slice, list[Tensor]]]) -> dict[Any, Tensor]:
+def by_place(blocks: list[Stack], chunks: Iterator[tuple[slice, list[Tensor]]]) -> dict[Any, Tensor]:
     """The values of each chunk and place."""
     return {
         (part.start, part.stop, place): value
         for part, values in chunks
         for block, tensor in zip(blocks, values, strict=True)
-        for place, value in zip(block.places, tensor, strict=True)
+        for place, value in zip(block.points, tensor, strict=True)
     }
 
 
@@ -117,15 +117,15 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("places", [PLACES, PLACES[3:], PLACES[:1], PLACES[1:3]])
-def test_what_is_stored_is_what_was_read_bit_for_bit(stored: Path, tiny_run: Run, places: list[Place]):
+def test_what_is_stored_is_what_was_read_bit_for_bit(stored: Path, tiny_run: Run, places: list[HookPoint]):
     grid = grid_of(tiny_run)
     reader, opened = reader_of(tiny_run, grid), Store(stored, CPU, places)
-    assert {place for block in opened.blocks for place in block.places} == {*places}
-    for block in opened.blocks:
-        assert {block.width} == {128 if location == "mlp.hook_post" else 32 for location, _ in block.places}
+    assert {place for block in opened.stacks for place in block.points} == {*places}
+    for block in opened.stacks:
+        assert {block.width} == {128 if location == "mlp.hook_post" else 32 for location, _ in block.points}
     for split, examples in grid.examples.items():
-        expected = by_place(reader.blocks, reader.chunks(examples))
-        found = by_place(opened.blocks, opened.chunks(examples))
+        expected = by_place(reader.stacks, reader.chunks(examples))
+        found = by_place(opened.stacks, opened.chunks(examples))
         assert found.keys() == {key for key in expected if key[2] in places}, split
         assert len({key[:2] for key in found}) > 1, "one chunk alone would prove less"
         for key, value in found.items():
@@ -188,7 +188,7 @@ def test_the_size_told_is_the_size_written(tiny_run: Run, tmp_path: Path, capsys
     told = float(capsys.readouterr().err.split("store ")[1].split(" GB")[0])
     written = sum(path.stat().st_size for path in folder.iterdir())
     examples = sum(map(len, grid.examples.values()))
-    expected = stored_bytes(reader.blocks, 7, examples)
+    expected = stored_bytes(reader.stacks, 7, examples)
     assert expected == 4 * 7 * examples * (6 * 32 + 2 * 128)
     assert expected < written < 1.02 * expected
     assert told == pytest.approx(expected / 1e9, abs=0.005)
@@ -317,7 +317,7 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
 ):
     grid, folder = grid_of(tiny_run), tmp_path / "deep" / "er"
     reader = reader_of(tiny_run, grid)
-    needed = stored_bytes(reader.blocks, 2, sum(map(len, grid.examples.values())))
+    needed = stored_bytes(reader.stacks, 2, sum(map(len, grid.examples.values())))
     asked: list[Path] = []
     usage = namedtuple("usage", "total used free")
 

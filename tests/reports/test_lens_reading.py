@@ -86,8 +86,8 @@ def test_conditioned_readings_are_those_of_the_corpus(probed_run: Run, document:
     examples = Examples(np.full(len(anchors), document), anchors, sentences, np.zeros((len(anchors), 1)))
     reader = Reader(run, "soft", data.probes.places, DISTANCES)
     saved = SavedProbes(run.folder / "probes", "soft", 0)
-    for block, values in zip(reader.blocks, reader.read(examples), strict=True):
-        for (location, layer), by_distance in zip(block.places, values, strict=True):
+    for block, values in zip(reader.stacks, reader.read(examples), strict=True):
+        for (location, layer), by_distance in zip(block.points, values, strict=True):
             for d, distance in enumerate(DISTANCES):
                 cell = data.probes.places.index((location, layer)) * len(DISTANCES) + d
                 read = saved[Cell(location, layer, distance)].log_probabilities(by_distance[d]).exp()

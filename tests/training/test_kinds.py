@@ -16,7 +16,7 @@ from probekit.io import read_json
 from probekit.models.base_lm import TUNINGS
 from probekit.models.mixing import VARIANTS
 from probekit.models.planner_lm import PlannedLM, token_losses
-from probekit.probing.activations import Place, Reader
+from probekit.probing.activations import HookPoint, Reader
 from probekit.probing.probe import probe
 from probekit.probing.targets import Examples
 from probekit.progress import Progress
@@ -168,7 +168,7 @@ def test_an_lm_is_not_tuned_where_only_the_bridge_has_the_hook(make_run: MakeRun
 # Reading
 
 
-def seen_alone(run: Run, document: int, place: Place) -> torch.Tensor:
+def seen_alone(run: Run, document: int, place: HookPoint) -> torch.Tensor:
     """What is at a place of a document's first window, from one pass of the bridge over it alone."""
     model = run.model("soft")
     windows = cut_windows(run.corpus, np.array([document]), run.config.training.window, 1000)[:1]
@@ -183,7 +183,7 @@ def seen_alone(run: Run, document: int, place: Place) -> torch.Tensor:
     return seen[0] if read.slots is None else seen[0][read.slots.own[0]]
 
 
-PLACES: list[Place] = [("hook_embed", 0), ("attn.hook_z", 1), ("hook_resid_post", 2)]
+PLACES: list[HookPoint] = [("hook_embed", 0), ("attn.hook_z", 1), ("hook_resid_post", 2)]
 
 
 @pytest.mark.parametrize(
@@ -204,8 +204,8 @@ def test_activations_are_those_of_the_variants_own_tokens(make_run: MakeRun, set
     blocks = reader.read(Examples(documents, anchor, sentence, np.zeros((4, 1), np.int64)))
     found = {
         place: values
-        for b, v in zip(reader.blocks, blocks, strict=True)
-        for place, values in zip(b.places, v, strict=True)
+        for b, v in zip(reader.stacks, blocks, strict=True)
+        for place, values in zip(b.points, v, strict=True)
     }
     for place in PLACES:
         for row, document in enumerate(documents):
