@@ -47,7 +47,7 @@ class Stack:
 class Activations(Protocol):
     """Where activations come from: a model, or a store of what was read before."""
 
-    blocks: list[Stack]
+    stacks: list[Stack]
 
     def chunks(self, examples: Examples) -> Iterator[tuple[slice, list[Tensor]]]:
         """Activations of this process's share of the examples, in order, a chunk at a time.

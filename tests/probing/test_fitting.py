@@ -40,7 +40,7 @@ class Held:
 
     values: dict[str, list[Tensor]]
     splits: dict[str, Examples]
-    blocks: list[Stack]
+    stacks: list[Stack]
     rows: int = 7
     passes: int = 0
 
