@@ -63,7 +63,7 @@ def rows(config: Config) -> dict[str, Row]:
         "planner rate = adapter's": joint(planner_learning_rate=adapter_rate),
         "unfrozen after a half": joint(planner_frozen=0.5),
         "temperature learned": Row(settings={"mixing.learn_temperature": True}),
-        "encoder trained": joint(encoder="trained", encoder_learning_rate=rate),
+        "encoder trained": joint(encoder_learning_rate=rate),
         "straight-through": Row("straight-through"),
         "gumbel": Row("gumbel"),
     }

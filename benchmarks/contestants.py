@@ -16,7 +16,6 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from probekit.config import ProbeSettings
 from probekit.probing.solvers import LDAProbes, RidgeProbes, SoftmaxProbes
 from probekit.probing.solvers.closed_form import TEMPERATURES
 
@@ -235,7 +234,7 @@ def objectives(fit: Fit, data: Data) -> Tensor:
 
 SOLVERS: dict[str, dict[str, Solver]] = {
     "softmax": {
-        "probekit": Solver(softmax_together, (ProbeSettings().tolerance,), one_by_one=False),
+        "probekit": Solver(softmax_together, (1e-4,), one_by_one=False),
         "scikit-learn": Solver(partial(one_by_one, logistic_regression), LADDER, on_cpu=True),
         "torch.optim.LBFGS": Solver(partial(one_by_one, lbfgs), LADDER),
     },

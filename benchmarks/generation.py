@@ -72,8 +72,7 @@ class Shape:
         """Settings of the planted corpus."""
         return {
             "corpus.planted.documents": self.documents,
-            "corpus.planted.min_sentences": self.sentences,
-            "corpus.planted.max_sentences": self.sentences,
+            "corpus.planted.sentences": (self.sentences, self.sentences),
             "corpus.test_fraction": 0.2,
             "training.window": self.window,
             "mixing.variants": ["soft"],

@@ -20,7 +20,7 @@ TOLD_BY_LIBRARIES = {
     "lm.layers is '0': input should be greater than or equal to 1": "train --lm.layers 0",
     "corpus.reader is 'csv': input should be 'planted', 'text', 'wikitext', 'jsonl', 'parquet' or "
     "'huggingface'": "train --corpus.reader csv",
-    "corpus.planted: min_sentences 20 exceeds max_sentences 16": "train --corpus.planted.min_sentences 20",
+    "corpus.planted: successors 30 exceeds actions 24": "train --corpus.planted.successors 30",
     "argument --tokens: expected one argument; see `probekit generate --help`": "generate runs/demo --tokens",
 }
 """Messages with few words of ours, and commands that bring them about."""

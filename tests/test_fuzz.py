@@ -214,7 +214,6 @@ def _documents(good: int) -> st.SearchStrategy[bytes]:
         [
             [],
             ["--corpus.separator", "x"],
-            ["--corpus.decode_errors", "replace"],
             ["--corpus.encoding", "utf-16"],
             ["--corpus.max_documents", "1"],
             ["--actions.k", "2"],

@@ -357,7 +357,7 @@ ONE: dict[str, Any] = {"a": {}}
         ({"a": {"probe.layers": [1]}}, [0], "probe.layers changes nothing that the sweep trains or measures"),
         ({"a": {"generation.prompts": 3}}, [0], "generation.prompts changes nothing"),
         (
-            {"a": {"training.joint.encoder": "trained"}},
+            {"a": {"training.joint.encoder_learning_rate": 1e-5}},
             [0],
             "adapter/joint would use it, and none of these is trained",
         ),

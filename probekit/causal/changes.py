@@ -75,6 +75,9 @@ def _long(vectors: Tensor, lengths: Tensor) -> Tensor:
     return torch.nn.functional.normalize(vectors, dim=1) * lengths[:, None]
 
 
+INLP_ROUNDS = 2
+"""Rounds of null-space projection."""
+
 NO_DONOR = -1
 """Stands for a scene that no other one can be a donor of."""
 
@@ -323,7 +326,7 @@ def _erase(run: Run, stage: Stage, site: Site) -> Measured:
 
 def _eraser(run: Run, moments: Moments) -> Eraser:
     chosen = run.config.intervene
-    (eraser,) = leace(moments) if chosen.eraser == "leace" else inlp(moments, chosen.rounds)
+    (eraser,) = leace(moments) if chosen.eraser == "leace" else inlp(moments, INLP_ROUNDS)
     return eraser
 
 

@@ -155,6 +155,9 @@ def divergence(whole: Tensor, logits: Tensor) -> Tensor:
     return (whole.exp() * (whole - logits.log_softmax(dim=-1))).sum(dim=-1)
 
 
+BATCH_SIZE = 16
+"""Windows in each step of learning a mask."""
+
 REMOVED = 0.5
 """A component is removed if, without noise, at least so much of it is."""
 
@@ -192,13 +195,13 @@ def learn(
         masked: The LM.
         windows: To learn on.
         readout: The probe.
-        settings: Steps, rate, batch size and the weight of what is to stay.
+        settings: Steps, rate and the weight of what is to stay.
         penalty: On every removed component, in nats.
         seed: Of noise and of the windows drawn; equal seeds draw equally whatever the penalty.
         task: Told of every step.
     """
     noise, rows = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
-    size = min(settings.batch_size, len(windows))
+    size = min(BATCH_SIZE, len(windows))
     locations = nn.Parameter(gates.begun(len(masked.components)).to(masked.nothing.device))
     optimiser = torch.optim.Adam([locations], lr=settings.learning_rate)
     for _ in range(settings.steps):
@@ -324,7 +327,7 @@ def refitted(
     """What probes tell that are fitted again without some components: whether information has only moved.
 
     Args:
-        settings: Penalties, iterations and tolerance.
+        settings: Penalties and iterations.
         classes: How many actions there are.
         fit: States `[masks, examples, width]` and actions `[examples]` to fit on.
         chosen: The same to choose penalties on.
@@ -333,6 +336,6 @@ def refitted(
     Returns:
         Log-probabilities `[masks, sentences, actions]`.
     """
-    probes = SoftmaxProbes(settings.l2, settings.max_iterations, settings.tolerance)
+    probes = SoftmaxProbes(settings.l2, settings.max_iterations)
     (X, y), (X_chosen, y_chosen) = fit, chosen
     return probes.fit(X, y, classes, X_chosen, y_chosen).log_probabilities(asked)

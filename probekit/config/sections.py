@@ -24,10 +24,17 @@ def _distinct(values: tuple[T, ...]) -> tuple[T, ...]:
     return values
 
 
+def _ascending(values: tuple[int, int]) -> tuple[int, int]:
+    if values[0] > values[1]:
+        raise ValueError(f"the fewest, {values[0]}, exceed the most, {values[1]}")
+    return values
+
+
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 SomeShare = Annotated[float, Field(gt=0.0, lt=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Range = Annotated[tuple[Positive, Positive], AfterValidator(_ascending)]
 Several = Annotated[tuple[T, ...], Field(min_length=1), AfterValidator(_distinct)]
 VariantName = Literal[
     "none",
@@ -71,30 +78,23 @@ class PlantedSettings(Settings):
     """Number of hidden document types, each with its own action-to-action transitions."""
     successors: Positive = 3
     """Actions that can follow an action within one document type; fewer means a more certain plan."""
-    min_sentences: Annotated[int, Field(ge=2)] = 10
-    """Fewest sentences in a document."""
-    max_sentences: Annotated[int, Field(ge=2)] = 16
-    """Most sentences in a document."""
-    min_words: Positive = 4
-    """Fewest words in a sentence."""
-    max_words: Positive = 8
-    """Most words in a sentence."""
+    sentences: Range = (10, 16)
+    """Fewest and most sentences in a document, at least 2."""
+    words: Range = (4, 8)
+    """Fewest and most words in a sentence."""
     vocabulary: Annotated[int, Field(ge=2)] = 240
     """Number of distinct words."""
     concentration: Annotated[float, Field(gt=0.0)] = 0.05
-    """Dirichlet concentration of an action's distribution over words; smaller means more telling words."""
+    """Dirichlet concentration of an action's distribution over words; smaller means more distinctive words."""
     seed: Seed = 0
-    """Seed of the generator."""
+    """Seed of the planted plan and its documents."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        for low, high in (
-            ("min_sentences", "max_sentences"),
-            ("min_words", "max_words"),
-            ("successors", "actions"),
-        ):
-            if getattr(self, low) > getattr(self, high):
-                raise ValueError(f"{low} {getattr(self, low)} exceeds {high} {getattr(self, high)}")
+    def _possible(self) -> Self:
+        if self.successors > self.actions:
+            raise ValueError(f"successors {self.successors} exceeds actions {self.actions}")
+        if self.sentences[0] < 2:
+            raise ValueError(f"sentences begins at {self.sentences[0]}; a document needs at least 2")
         return self
 
 
@@ -117,8 +117,6 @@ class CorpusSettings(Settings):
     """Split of a Hugging Face dataset to read."""
     encoding: str = "utf-8"
     """Character encoding of text files."""
-    decode_errors: Literal["strict", "replace"] = "strict"
-    """Bytes that are not valid in the encoding: stop and say where (strict), or replace them."""
     language: str = "en"
     """Language code for the sentence splitter."""
     max_documents: Positive | None = None
@@ -130,8 +128,8 @@ class CorpusSettings(Settings):
     test_fraction: SomeShare = 0.1
     """Share of documents on which every reported number is computed."""
     seed: Seed = 0
-    """Seed of the splits, the encoder and the codebook; apart from the run's seed, so that runs with other
-    seeds share the corpus."""
+    """Seed of the splits, the encoder and the codebook. It is separate from the run's seed,
+    so that runs with different seeds share the corpus."""
     planted: PlantedSettings = PlantedSettings()
 
     @model_validator(mode="after")
@@ -159,8 +157,6 @@ class ActionSettings(Settings):
     """What a sentence's action is: its nearest cluster, or (planted corpus only) the action planted there."""
     fit_sentences: Annotated[int, Field(ge=8)] = 200_000
     """The encoder and k-means are fitted on at most this many training sentences, drawn at random."""
-    batch_size: Positive = 1024
-    """Sentences embedded at once."""
 
 
 class LanguageModelSettings(Settings):
@@ -247,10 +243,6 @@ class DistillationSettings(Settings):
     """Weight of the divergences, summed over layers, beside the ensemble's cross-entropy."""
     direction: Literal["layer-from-last", "last-from-layer"] = "layer-from-last"
     """KL(layer || last), which the paper has, or KL(last || layer), usual in distillation."""
-    temperature: Annotated[float, Field(gt=0.0)] = 1.0
-    """Divides the logits before both softmaxes."""
-    detach_teacher: bool = True
-    """Whether the last layer only teaches; or else it is drawn to the others, too."""
 
 
 class DepthSettings(Settings):
@@ -292,15 +284,14 @@ class StageSettings(Settings):
     """Peak learning rate of AdamW."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     """AdamW weight decay, on matrices only."""
-    warmup: Share = 0.05
-    """Share of the steps in which the learning rate rises linearly; then it falls along a cosine to zero."""
-    clip: Annotated[float, Field(gt=0.0)] = 1.0
-    """Largest norm of the gradient."""
-    accumulate: Positive = 1
-    """Micro-batches that make up one optimiser step: less memory, the same gradient."""
     patience: Positive | None = None
-    """Stop after this many passes without a better validation loss. In any case validation follows every pass
-    and the best state is kept."""
+    """Stop after this many passes without a better validation loss; unset: never. In any case, validation
+    follows every pass and the best state is kept."""
+
+
+class CheckpointedStageSettings(StageSettings):
+    """A stage of training that can keep checkpoints."""
+
     checkpoints: Annotated[int, Field(ge=0)] = 0
     """How many checkpoints are kept on the way, from before the first step to the last, evenly in the
     logarithm of the step: each a run of its own, which `probekit probe --checkpoints` probes."""
@@ -316,11 +307,9 @@ class StageSettings(Settings):
 class PlannerStageSettings(StageSettings):
     """Training of the planner."""
 
-    targets: Literal["hard", "soft"] = "hard"
-    """What the planner is to predict: the sentence's action, or a softmax over the negative squared distances
-    of its embedding to all centroids."""
-    target_temperature: Annotated[float, Field(gt=0.0)] = 0.1
-    """Temperature of soft targets; lower is nearer to hard ones."""
+    target_temperature: Annotated[float, Field(ge=0.0)] = 0.0
+    """0: the target is the sentence's action. Above 0, such as 0.1: a softmax with this temperature over the
+    negative squared distances of the sentence's embedding to all centroids."""
     folds: Annotated[int, Field(ge=0)] = 0
     """Out-of-fold predictions, for small corpora: adapters whose planner stays frozen are trained on scores
     of planners that have not seen the document, one for each of so many folds; 0: on the planner's own."""
@@ -347,10 +336,9 @@ class JointSettings(Settings):
     end_to_end: bool = True
     """Whether the next-token loss trains the planner too. Without it the planner has its own cross-entropy
     alone: what joint training owes to more training of the planner."""
-    encoder: Literal["frozen", "trained"] = "frozen"
-    """Whether the sentence encoder is trained with the planner; actions stay those of the frozen one."""
-    encoder_learning_rate: Annotated[float, Field(ge=0.0)] = 1e-5
-    """Peak learning rate of the sentence encoder, where it is trained."""
+    encoder_learning_rate: Annotated[float, Field(ge=0.0)] = 0.0
+    """Peak learning rate of the sentence encoder, such as 1e-5, which is then trained with the planner, while
+    actions stay those of the frozen encoder; 0: the encoder stays frozen."""
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Self:
@@ -364,14 +352,10 @@ class JointSettings(Settings):
                 "end_to_end is false and planner_loss_weight is 0: nothing is left to train the planner on; "
                 "change one of them, or choose the variant soft"
             )
-        if self.encoder == "trained" and self.planner_frozen == 1:
+        if self.encoder_learning_rate and self.planner_frozen == 1:
             raise ValueError(
-                "encoder is 'trained', but planner_frozen is 1, to the end: the encoder is trained with the "
-                "planner; lower planner_frozen, or set encoder to frozen"
-            )
-        if self.encoder == "trained" and self.encoder_learning_rate == 0:
-            raise ValueError(
-                "encoder is 'trained', but encoder_learning_rate is 0; raise it, or set encoder to frozen"
+                f"encoder_learning_rate is {self.encoder_learning_rate:g}, but planner_frozen is 1, to the end: "
+                "the encoder is trained with the planner; lower planner_frozen, or set encoder_learning_rate to 0"
             )
         return self
 
@@ -386,10 +370,6 @@ class BaseSettings(Settings):
     """Peak learning rate of the base LM (lora, full)."""
     rank: Positive = 8
     """Rank of the updates (lora)."""
-    alpha: Annotated[float, Field(gt=0.0)] = 16.0
-    """Updates are scaled by alpha / rank (lora)."""
-    dropout: Share = 0.0
-    """Dropout before the updates (lora)."""
     last_layers: Positive | None = None
     """Updates in this many of the last layers only (lora); unset: in all."""
 
@@ -403,9 +383,11 @@ class TrainingSettings(Settings):
     """Arithmetic of the forward pass; auto is bfloat16 autocast on a GPU that has it, float32 elsewhere."""
     save_minutes: Annotated[float, Field(ge=0.0)] = 5.0
     """Minutes of a stage between the states that --resume goes on from, which a kill at most costs."""
-    lm: StageSettings = StageSettings(epochs=4.0)
+    accumulate: Positive = 1
+    """Micro-batches in an optimiser step, in every stage: less memory, the same gradient."""
+    lm: CheckpointedStageSettings = CheckpointedStageSettings(epochs=4.0)
     planner: PlannerStageSettings = PlannerStageSettings(epochs=20.0, patience=3)
-    adapter: StageSettings = StageSettings()
+    adapter: CheckpointedStageSettings = CheckpointedStageSettings()
     joint: JointSettings = JointSettings()
     depth: StageSettings = StageSettings()
     base: BaseSettings = BaseSettings()
@@ -425,7 +407,7 @@ class EvaluationSettings(Settings):
     stride: Positive | None = None
     """Tokens by which windows advance; each window scores its last `stride` tokens. Unset: half a window."""
     batch_size: Positive = 32
-    """Windows in one forward pass."""
+    """Windows in one forward pass, or texts generated at once."""
     resamples: Annotated[int, Field(ge=100)] = 2000
     """Bootstrap resamples of documents for every 95 % interval."""
     questions: Positive = 400
@@ -453,8 +435,6 @@ class GenerationSettings(Settings):
     """Draw among this many most probable tokens only."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     """Draw among the fewest most probable tokens whose probabilities add up to this."""
-    batch_size: Positive = 32
-    """Texts generated at once."""
     seeds: Several[Seed] | None = None
     """Seeds of what is drawn; metrics are told for each. Unset: the run's seed."""
 
@@ -496,9 +476,6 @@ class ProbeSettings(Settings):
     """Hidden units (mlp)."""
     max_iterations: Positive = 500
     """Most iterations of the softmax solver for each penalty."""
-    tolerance: Annotated[float, Field(gt=0.0)] = 1e-4
-    """The softmax solver stops when the norm of the gradient falls below this share of its norm at zero
-    weights."""
     max_examples: Annotated[int, Field(ge=20)] = 20_000
     """Fit on at most this many examples, and choose on at most as many: all those of some documents, or, if
     a few documents have more than that, examples spread evenly over these."""
@@ -531,8 +508,6 @@ class InterventionSettings(Settings):
     another document's activation is put in place; codebook: a conditioned variant is given another plan."""
     eraser: Literal["leace", "inlp"] = "leace"
     """LEACE (Belrose et al. 2023), or iterative null-space projection (Ravfogel et al. 2020)."""
-    rounds: Positive = 2
-    """Rounds of null-space projection (inlp)."""
     direction: Literal["means", "probe", "gradient"] = "means"
     """An action's direction: from the mean of all activations to the action's; its probe's weights, as long
     as that way; or in steps along the gradient of the probe's log-probability, as long in all (Dathathri et
@@ -560,8 +535,6 @@ class SubnetworkSettings(Settings):
     documents choose."""
     steps: Positive = 100
     """Steps of learning each mask."""
-    batch_size: Positive = 16
-    """Windows in each step."""
     learning_rate: Annotated[float, Field(gt=0.0)] = 0.1
     """Learning rate of Adam on the gates."""
     draws: Positive = 5

@@ -25,7 +25,14 @@ from probekit import io as storage
 from probekit.config import Config, CorpusSettings
 from probekit.data.codebook import fit_codebook, in_order, label_centroids, processes_for
 from probekit.data.corpus import SPLITS, Corpus, ranges
-from probekit.data.encoders import Embedder, SentenceEncoder, TfidfEncoder, encoder_source, pretrained_encoder
+from probekit.data.encoders import (
+    EMBEDDED_AT_ONCE,
+    Embedder,
+    SentenceEncoder,
+    TfidfEncoder,
+    encoder_source,
+    pretrained_encoder,
+)
 from probekit.data.readers import DocumentTexts, sentence_texts, write_documents
 from probekit.data.sentences import Cutter
 from probekit.data.tokenizer import pretrained_tokenizer, separator_id, train_tokenizer
@@ -335,7 +342,7 @@ def _write_actions(begun: _Begun) -> dict[str, Any]:
     if encoder is None:
         with progress.task("fit the sentence encoder"):
             sentences = _chosen_sentences(begun, sample)
-            encoder = TfidfEncoder.fit(sentences, settings.dimensions, settings.batch_size, seed)
+            encoder = TfidfEncoder.fit(sentences, settings.dimensions, EMBEDDED_AT_ONCE, seed)
     encoder.save(folder / "encoder")
     with (
         progress.task("embed sentences", total=int(document_sentences[-1])) as task,
@@ -373,7 +380,7 @@ def _embedded(begun: _Begun, encoder: SentenceEncoder) -> Iterator[np.ndarray]:
         work = Embedder(begun.folder / "documents.arrow", begun.folder, begun.folder / "encoder")
         yield from in_order(work, enumerate(begun.texts.starts[:-1].tolist()), begun.processes)
         return
-    size, waiting = begun.config.actions.batch_size, list[str]()
+    size, waiting = EMBEDDED_AT_ONCE, list[str]()
     for sentences in _sentences(begun):
         waiting += sentences
         whole = len(waiting) - len(waiting) % size

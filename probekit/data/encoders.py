@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 
+EMBEDDED_AT_ONCE = 1024
+"""Sentences in a batch."""
+
 MAX_WORDS = 100_000
 """The most frequent words of the sample that TF-IDF knows; bounds memory, not quality."""
 
@@ -195,7 +198,7 @@ def pretrained_encoder(settings: ActionSettings, device: str) -> PretrainedEncod
     """
     if settings.encoder == "tfidf":
         return None
-    return PretrainedEncoder(settings.encoder, settings.batch_size, device)
+    return PretrainedEncoder(settings.encoder, EMBEDDED_AT_ONCE, device)
 
 
 def load_encoder(folder: Path, device: str) -> SentenceEncoder:

@@ -14,7 +14,7 @@ import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -78,11 +78,8 @@ def _encodable(document: Document, settings: CorpusSettings) -> Document:
     try:
         document.text.encode()
     except UnicodeEncodeError as error:
-        if settings.decode_errors == "replace":
-            return replace(document, text=_SURROGATE.sub("\ufffd", document.text))
         raise ProbekitError(
-            f"{document.name}: character {error.start} of the text is half a surrogate pair; correct it, or "
-            "set --corpus.decode_errors replace"
+            f"{document.name}: character {error.start} of the text is half a surrogate pair; correct it"
         ) from None
     return document
 
@@ -286,12 +283,12 @@ def _opened(path: Path, settings: CorpusSettings) -> Iterator[TextIO]:
     if codecs.lookup(encoding).name == "utf-8":
         encoding = "utf-8-sig"  # takes the byte order mark that some editors write, and needs none
     try:
-        with path.open(encoding=encoding, errors=settings.decode_errors, newline="") as file:
+        with path.open(encoding=encoding, newline="") as file:
             yield file
     except UnicodeError:
         raise ProbekitError(
             f"{path}: byte {_bad_byte(path, encoding)} is not valid {settings.encoding}; set "
-            "--corpus.encoding to the encoding of the file, or --corpus.decode_errors replace"
+            "--corpus.encoding to the encoding of the file"
         ) from None
     except OSError as error:
         raise ProbekitError(f"{path}: cannot be read: {_reason(error)}") from None

@@ -166,10 +166,11 @@ def generate(
     # Texts of a length go together, so that little is padded.
     order = np.argsort([len(prompt.tokens) for prompt in known], kind="stable")
     results: dict[int, Generated] = {}
+    batch_size = run.config.evaluation.batch_size
     title = title or f"generate ({variant})"
     with progress.task(title, total=tokens * len(known)) as task, torch.no_grad():
-        for start in range(0, len(order), settings.batch_size):
-            numbers = order[start : start + settings.batch_size].tolist()
+        for start in range(0, len(order), batch_size):
+            numbers = order[start : start + batch_size].tolist()
             drafts = [
                 Draft(
                     known[n].tokens.tolist(), run.corpus.tokenizer, run.config.corpus.language, known[n].plan

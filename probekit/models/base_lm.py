@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+LORA_SCALE = 2.0
+"""LoRA's alpha / rank."""
+
 LORA_WEIGHTS = "adapter_model.safetensors"
 """The file of low-rank updates, as peft calls it."""
 
@@ -141,7 +144,7 @@ class Lora:
 
     Args:
         model: Its linear maps are wrapped in place.
-        settings: Rank, scale and dropout.
+        settings: Rank and layers.
         seed: Seed of the updates' first halves; the second ones are zero, so nothing is changed at first.
     """
 
@@ -151,8 +154,7 @@ class Lora:
 
         self._settings = LoraConfig(
             r=settings.rank,
-            lora_alpha=settings.alpha,
-            lora_dropout=settings.dropout,
+            lora_alpha=LORA_SCALE * settings.rank,
             target_modules=_maps(model, settings.last_layers),
             task_type="CAUSAL_LM",
         )

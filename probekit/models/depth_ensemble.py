@@ -372,19 +372,14 @@ class _ChunkedSum(torch.autograd.Function):
 def _distillation(logits: Tensor, settings: DistillationSettings) -> Tensor:
     """Divergence of the layers from the last one, summed over tokens and layers, in nats.
 
-    It is times the squared temperature, so that its gradients keep their size (Hinton et al. 2015, section
-    2).
-
     Args:
         logits: `[tokens, layers, vocabulary]`.
-        settings: Direction, temperature, and whether the last layer learns too.
+        settings: The direction.
     """
-    log_p = (logits / settings.temperature).log_softmax(dim=-1)
-    layers, last = log_p[:, :-1], log_p[:, -1:]
-    if settings.detach_teacher:
-        last = last.detach()
+    log_p = logits.log_softmax(dim=-1)
+    layers, last = log_p[:, :-1], log_p[:, -1:].detach()  # the last layer only teaches
     p, q = (layers, last) if settings.direction == "layer-from-last" else (last, layers)
-    return settings.temperature**2 * (p.exp() * (p - q)).sum()
+    return (p.exp() * (p - q)).sum()
 
 
 def _vocabulary(head: nn.Module) -> int:

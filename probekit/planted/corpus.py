@@ -130,11 +130,11 @@ def generate(settings: PlantedSettings) -> PlantedCorpus:
     model = PlantedModel.draw(settings)
     _, rng = _generators(settings.seed)
     documents = settings.documents
-    lengths = rng.integers(settings.min_sentences, settings.max_sentences, size=documents, endpoint=True)
+    lengths = rng.integers(*settings.sentences, size=documents, endpoint=True)
     types = rng.choice(settings.types, size=documents, p=model.prior)
-    actions = _draw_actions(model, types, settings.max_sentences, rng)
-    actions = actions[np.arange(settings.max_sentences) < lengths[:, None]]
-    word_counts = rng.integers(settings.min_words, settings.max_words, size=len(actions), endpoint=True)
+    actions = _draw_actions(model, types, settings.sentences[1], rng)
+    actions = actions[np.arange(settings.sentences[1]) < lengths[:, None]]
+    word_counts = rng.integers(*settings.words, size=len(actions), endpoint=True)
     words = _draw(_cumulative(model.emission), np.repeat(actions, word_counts), rng)
     return PlantedCorpus(model, types, actions, _offsets(lengths), words, _offsets(word_counts))
 

@@ -180,8 +180,7 @@ def _fit_batch(
             control.fit(X[FITTED_ON], y_control, classes, X[CHOSEN_ON], y_control_chosen)
     if settings.code_length and isinstance(probes, SoftmaxProbes):
         ends = block_ends(work.grid.examples[FITTED_ON].document)
-        stop = settings.max_iterations, settings.tolerance
-        code = prequential_code(X[FITTED_ON], y, classes, probes.l2_, ends, *stop).total
+        code = prequential_code(X[FITTED_ON], y, classes, probes.l2_, ends, settings.max_iterations).total
     return Fitted(block, solver, question.horizon or 0, probes, control, code, constant)
 
 
@@ -302,7 +301,7 @@ def _solver(name: SolverName, work: Work) -> Probes:
         return _closed_form(name, settings)
     if name == "mlp":
         return MLPProbes(settings.hidden, seed=work.seed)
-    return SoftmaxProbes(settings.l2, settings.max_iterations, settings.tolerance)
+    return SoftmaxProbes(settings.l2, settings.max_iterations)
 
 
 def _closed_form(name: SolverName, settings: ProbeSettings) -> ClosedForm:

@@ -336,7 +336,7 @@ class Run(RunFolder):
 
     def _has_own_encoder(self, variant: VariantName) -> bool:
         joint = variant in VARIANTS and VARIANTS[variant].joint
-        return joint and self.config.training.joint.encoder == "trained"
+        return joint and self.config.training.joint.encoder_learning_rate > 0
 
     def save_adapter(self, variant: VariantName, model: PlannedLM) -> None:
         """Writes a variant's adapter, and its planner, temperature and encoder if they were trained too."""

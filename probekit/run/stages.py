@@ -53,6 +53,7 @@ USED_BY: dict[str, tuple[str, ...]] = {
     "training.window": ("lm/new", *ADAPTERS, *DEPTH),
     "training.precision": ("lm/new", "planner", *ADAPTERS, *DEPTH),
     "training.save_minutes": (),
+    "training.accumulate": ("lm/new", "planner", *ADAPTERS, *DEPTH),
     "training.lm": ("lm/new",),
     "training.planner": ("planner",),
     "training.planner.folds": ("planner/fold", *OUT_OF_FOLD),
@@ -74,12 +75,8 @@ ONLY_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
     "lm.vocabulary": ("lm.name", (None,)),
     "conditioning.location": ("conditioning.kind", ("adapter",)),
     "conditioning.skip_layers": ("conditioning.kind", ("adapter",)),
-    "training.planner.target_temperature": ("training.planner.targets", ("soft",)),
-    "training.joint.encoder_learning_rate": ("training.joint.encoder", ("trained",)),
     "training.base.learning_rate": ("training.base.tuning", ("lora", "full")),
     "training.base.rank": ("training.base.tuning", ("lora",)),
-    "training.base.alpha": ("training.base.tuning", ("lora",)),
-    "training.base.dropout": ("training.base.tuning", ("lora",)),
     "training.base.last_layers": ("training.base.tuning", ("lora",)),
 }
 """Settings that do nothing unless another one has one of some values."""

@@ -81,7 +81,7 @@ class AdapterTraining:
         codebook = torch.from_numpy(corpus.codebook.centroids)
         adapter = new_adapter(config.conditioning, codebook, bridged, config.seed).to(trainer.device)
         road = _road(bridged, base, adapter)
-        trains_encoder = chosen.joint and config.training.joint.encoder == "trained"
+        trains_encoder = chosen.joint and config.training.joint.encoder_learning_rate > 0
         self.model = PlannedLM(
             bridged,
             planner,
@@ -118,6 +118,7 @@ class AdapterTraining:
                     self._validation, settings.batch_size, self.validation_losses
                 ),
                 keep=keep and partial(keep, self.model),
+                checkpoints=settings.checkpoints,
                 documents=self._train.document,
                 generators=self._mixing.generators if isinstance(self._mixing, Mixed) else (),
                 sharded=self._base is not None and is_sharded(self._base.model),

@@ -47,6 +47,7 @@ def train_language_model(
             lambda rows, step: losses(train[rows]).sum() / int(train.scored[step].sum()),
             lambda: trainer.mean_loss(validation, settings.batch_size, losses),
             keep=keep and partial(keep, model),
+            checkpoints=settings.checkpoints,
             documents=train.document,
         )
     )

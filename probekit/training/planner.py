@@ -91,7 +91,7 @@ class PlannerLoss:
             embeddings: Embeddings of the same sentences, by the encoder that the actions come from
                 `[sentences, dimensions]`.
         """
-        if self._settings.targets == "hard":
+        if self._settings.target_temperature == 0:
             return F.cross_entropy(scores.float(), actions, ignore_index=IGNORE, reduction="sum")
         counted = actions != IGNORE
         targets = self.soft_targets(embeddings[counted])

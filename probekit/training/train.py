@@ -67,7 +67,7 @@ def check_new_model(config: Config) -> None:
 def check_adapters(run: Run) -> None:
     """Refuses adapters that do not fit the LM, or lack an encoder, while the planner is not trained yet."""
     joint = any(VARIANTS[variant].joint for variant in variants_of(run.config))
-    if joint and run.config.training.joint.encoder == "trained":
+    if joint and run.config.training.joint.encoder_learning_rate > 0:
         check_encoder(run.folder / "corpus" / "encoder")
     codebook = torch.from_numpy(run.corpus.codebook.centroids)
     adapter = new_adapter(run.config.conditioning, codebook, run.bridged, run.config.seed)

@@ -67,6 +67,8 @@ class Stage:
         documents: Document of every example, for the error that names them.
         generators: What the loss draws from beside the global generator.
         sharded: Whether an LM that is sharded over processes takes part.
+        checkpoints: How many checkpoints are kept.
+        accumulate: Micro-batches in an optimiser step.
     """
 
     name: str
@@ -80,6 +82,8 @@ class Stage:
     documents: np.ndarray | None = None
     generators: Sequence[torch.Generator] = ()
     sharded: bool = False
+    checkpoints: int = 0
+    accumulate: int = 1
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -250,6 +254,12 @@ def set_optimiser_state(optimiser: torch.optim.Optimizer, states: Mapping[str, T
     optimiser.load_state_dict(optimiser.state_dict() | {"state": remembered})
 
 
+WARMUP = 0.05
+"""Share of the steps in which a learning rate rises linearly; then it falls along a cosine to zero."""
+
+LARGEST_GRADIENT = 1.0
+"""The gradient of each group of parameters is scaled down to this norm where it is larger."""
+
 LOGGED_STEPS = 100
 """Rows of training loss that a stage leaves in the metrics."""
 
@@ -299,9 +309,9 @@ class _Loop:
         self._epoch_steps = math.ceil(stage.examples / settings.batch_size)
         self._steps = max(1, round(settings.epochs * self._epoch_steps))
         self._optimiser, self._rates = _optimiser(stage, self._steps)
-        self._standing = Standing(divided=settings.accumulate)
+        self._standing = Standing(divided=stage.accumulate)
         self._best = _copies(stage)
-        self._checkpoints = frozenset(checkpoint_steps(settings.checkpoints, self._steps))
+        self._checkpoints = frozenset(checkpoint_steps(stage.checkpoints, self._steps))
         self._device = stage.parameters[0].device
         torch.manual_seed(seed + distributed.rank())
         if state is not None and (standing := state.standing).step:
@@ -355,7 +365,7 @@ class _Loop:
         if not math.isfinite(total):
             self._refuse("loss", total, step, rows)
         for group in self._stage.groups:
-            nn.utils.clip_grad_norm_(group.parameters, self._stage.settings.clip)
+            nn.utils.clip_grad_norm_(group.parameters, LARGEST_GRADIENT)
         self._optimiser.step()
         self._optimiser.zero_grad(set_to_none=True)
         return total
@@ -388,7 +398,7 @@ class _Loop:
                 if self._stage.sharded:
                     raise ProbekitError(
                         f"training of {self._stage.name}: out of memory; processes that share a sharded LM "
-                        f"cannot divide a step alone: raise the stage's accumulate, which is {parts}"
+                        f"cannot divide a step alone: raise training.accumulate, which is {parts}"
                     ) from None
             # Behind the handler, whose error holds on to what the failed pass had allocated.
             self._optimiser.zero_grad(set_to_none=True)
@@ -502,9 +512,7 @@ def _optimiser(stage: Stage, steps: int) -> tuple[torch.optim.AdamW, list[Callab
         for members, decay in ((matrices, stage.settings.weight_decay), (others, 0.0)):
             if members:
                 parts.append({"params": members, "lr": group.learning_rate, "weight_decay": decay})
-                rates.append(
-                    _schedule(group.learning_rate, group.frozen_steps(steps), steps, stage.settings.warmup)
-                )
+                rates.append(_schedule(group.learning_rate, group.frozen_steps(steps), steps, WARMUP))
     return torch.optim.AdamW(parts), rates
 
 
@@ -567,6 +575,7 @@ class Trainer:
 
     def optimise(self, stage: Stage) -> float:
         """Runs a stage; see `loop.optimise`."""
+        stage = replace(stage, accumulate=self.config.training.accumulate)
         return optimise(stage, self.config.seed, self.log, self.progress, self.state)
 
     def windows(self, split: str) -> Windows:

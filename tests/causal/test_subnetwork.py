@@ -21,7 +21,6 @@ from probekit.run.run import Run
 
 FEW = {
     "subnetwork.steps": 20,
-    "subnetwork.batch_size": 8,
     "subnetwork.learning_rate": 0.5,
     "subnetwork.penalties": [0.002],
     "subnetwork.keep": 0.1,

@@ -400,7 +400,7 @@ def test_memory_does_not_grow_with_the_documents(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(documents, "DOCUMENTS_PER_BATCH", 8)
     monkeypatch.setattr(actions, "_BLOCK", 1 << 12)
     sentence = " ".join(WORDS * 8).capitalize()
-    overrides = SMALL | {"actions.fit_sentences": 30, "actions.batch_size": 16}
+    overrides = SMALL | {"actions.fit_sentences": 30}
 
     def peak(count: int) -> tuple[int, int]:
         texts = [" ".join(f"{sentence} {n} {m}." for m in range(12)) for n in range(count)]

@@ -26,12 +26,11 @@ OTHERS: dict[str, Any] = {
     "actions.dimensions": 5,
     "actions.k": 9,
     "actions.fit_sentences": 20,
-    "actions.batch_size": 7,
     "lm.vocabulary": 301,
 }
 """Another value of every setting that decides what is made of texts."""
 ABOUT_TEXTS = {
-    *("reader", "path", "separator", "text_column", "subset", "dataset_split", "encoding", "decode_errors"),
+    *("reader", "path", "separator", "text_column", "subset", "dataset_split", "encoding"),
     "max_documents",
 }
 """Settings of `corpus` that say which texts are read: these are told by their own digest."""

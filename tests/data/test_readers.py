@@ -81,7 +81,6 @@ def test_file_in_the_home_folder_whose_name_is_not_utf8(tmp_path, monkeypatch):
         ({"encoding": "UTF8"}, b"\xef\xbb\xbfOne.", "One."),
         ({"encoding": "utf-16"}, "One.".encode("utf-16"), "One."),
         ({"encoding": "cp1252"}, b"caf\xe9\r\n", "caf\u00e9\r\n"),
-        ({"decode_errors": "replace"}, b"\xef\xbb\xbfcaf\xe9\r\n", "caf\ufffd\r\n"),
     ],
 )
 def test_encodings_and_byte_order_marks(tmp_path, settings, content, text):
@@ -122,10 +121,8 @@ def test_jsonl_text_column_and_half_a_surrogate_pair(tmp_path):
     path = write(tmp_path / "a", r'{"body": "\ud83d\ude00", "text": 3}' + "\n" + r'{"body": "bad \ud83d."}')
     settings = {"reader": "jsonl", "text_column": "body"}
     assert texts(path, max_documents=1, **settings) == ["\U0001f600"]
-    assert texts(path, decode_errors="replace", **settings)[1] == "bad \ufffd."
     message = refusal(path, **settings)
     assert message.startswith("a:2: character 4 of the text is half a surrogate pair; ")
-    assert message.endswith(" --corpus.decode_errors replace")
 
 
 def test_parquet_documents_are_named_by_row(tmp_path):
@@ -289,7 +286,6 @@ def test_offset_of_the_bad_byte(tmp_path, reader, encoding, spaces, content, off
     path = write(tmp_path / "a", b" " * spaces + content)
     message = refusal(path, reader, encoding=encoding)
     assert message.startswith(f"{path}: byte {offset} is not valid {encoding}; set --corpus.encoding to ")
-    assert message.endswith(" --corpus.decode_errors replace")
 
 
 def test_what_is_not_asked_for_is_not_read(tmp_path):

@@ -38,13 +38,13 @@ def plainly(head: nn.Linear, leaves: dict[str, Tensor], targets: Tensor, loss: L
     for one in logits:
         total = total + loss.layer_loss * F.cross_entropy(one, targets, reduction="sum")
     if (distilled := loss.distillation) is not None:
-        softened = [F.softmax(one / distilled.temperature, dim=-1) for one in logits]
-        last = softened[-1].detach() if distilled.detach_teacher else softened[-1]
+        softened = [F.softmax(one, dim=-1) for one in logits]
+        last = softened[-1].detach()
         for p in softened[:-1]:
             forward = (p * (p / last).log()).sum()
             backward = (last * (last / p).log()).sum()
             divergence = forward if distilled.direction == "layer-from-last" else backward
-            total = total + distilled.weight * distilled.temperature**2 * divergence
+            total = total + distilled.weight * divergence
     return total
 
 
@@ -52,8 +52,8 @@ LOSSES = [
     LateLoss(),
     LateLoss(layer_loss=0.3),
     LateLoss(DistillationSettings(weight=0.7)),
-    LateLoss(DistillationSettings(weight=0.7, direction="last-from-layer", temperature=2.5)),
-    LateLoss(DistillationSettings(weight=0.7, detach_teacher=False, temperature=0.5), layer_loss=0.1),
+    LateLoss(DistillationSettings(weight=0.7, direction="last-from-layer")),
+    LateLoss(DistillationSettings(weight=0.7), layer_loss=0.1),
     LateLoss(DistillationSettings(weight=0.0)),
 ]
 

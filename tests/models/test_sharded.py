@@ -22,8 +22,7 @@ SETTINGS = {
     "mixing.variants": ["soft"],
     # The last batch of a pass is one row, of which the second process has none.
     "training.adapter.batch_size": 7,
-    "training.adapter.accumulate": 2,
-    "training.base.dropout": 0.0,
+    "training.accumulate": 2,
     "training.base.learning_rate": 1e-3,
     "probe.variants": ["none", "random", "soft"],
     "probe.distances": [1, 2],

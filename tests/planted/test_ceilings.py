@@ -21,10 +21,8 @@ FEW_WORDS = {
     "corpus.planted.types": 2,
     "corpus.planted.actions": 3,
     "corpus.planted.successors": 2,
-    "corpus.planted.min_sentences": 3,
-    "corpus.planted.max_sentences": 4,
-    "corpus.planted.min_words": 1,
-    "corpus.planted.max_words": 3,
+    "corpus.planted.sentences": (3, 4),
+    "corpus.planted.words": (1, 3),
     "corpus.planted.vocabulary": 5,
     "corpus.planted.concentration": 0.5,
     "corpus.probe_fraction": 0.25,
@@ -98,7 +96,7 @@ def enumerated(
 
     likelihood = [model.emission[:, ids].prod(axis=1) for ids in model.parse(text)[:sentence]]
     partly = np.zeros(planted.actions)
-    lengths = range(planted.min_words, planted.max_words + 1)
+    lengths = range(planted.words[0], planted.words[1] + 1)
     for words in itertools.chain(*(itertools.product(range(planted.vocabulary), repeat=n) for n in lengths)):
         candidate = before + " ".join(model.words[word] for word in words).capitalize() + "."
         if tokenizer(candidate).input_ids[: len(read)] == read:

@@ -15,7 +15,7 @@ from probekit.planted.posteriors import posterior_at, posterior_given_actions
 
 # Every document has four sentences, so that `enumerate_posterior` can walk all 2 * 3 ** 4 hidden paths.
 SMALL = PlantedSettings(
-    documents=4, types=2, actions=3, successors=2, min_sentences=4, max_sentences=4, min_words=1, max_words=3,
+    documents=4, types=2, actions=3, successors=2, sentences=(4, 4), words=(1, 3),
     vocabulary=5, concentration=0.5,
 )  # fmt: skip
 DEFAULT = PlantedSettings()
@@ -67,8 +67,8 @@ def assert_counts_match(rows, outcomes, probabilities):
 
 def test_lengths_are_uniform_over_the_whole_range(corpus):
     for counts, low, high in (
-        (np.diff(corpus.document_starts), DEFAULT.min_sentences, DEFAULT.max_sentences),
-        (np.diff(corpus.sentence_starts), DEFAULT.min_words, DEFAULT.max_words),
+        (np.diff(corpus.document_starts), *DEFAULT.sentences),
+        (np.diff(corpus.sentence_starts), *DEFAULT.words),
     ):
         shares = np.bincount(counts, minlength=high + 1) / len(counts)
         assert not shares[:low].any()
@@ -78,7 +78,7 @@ def test_lengths_are_uniform_over_the_whole_range(corpus):
 
 def test_same_settings_same_corpus_and_more_documents_same_model(documents):
     assert list(generate(DEFAULT).documents()) == documents
-    more = generate(DEFAULT.model_copy(update={"documents": 7000, "max_words": 9})).model
+    more = generate(DEFAULT.model_copy(update={"documents": 7000, "words": (4, 9)})).model
     other = generate(DEFAULT.model_copy(update={"seed": 1, "documents": 4})).model
     model = PlantedModel.draw(DEFAULT)
     for name in ("prior", "initial", "transition", "emission", "words"):
@@ -90,7 +90,7 @@ def test_same_settings_same_corpus_and_more_documents_same_model(documents):
 @given(seed=st.integers(0, 2**32 - 1), max_words=st.integers(1, 9), vocabulary=st.integers(2, 1500))
 def test_sentence_splitter_finds_the_planted_sentences(seed, max_words, vocabulary):
     drawn_from = PlantedSettings(
-        documents=10, min_words=1, max_words=max_words, vocabulary=vocabulary, concentration=1.0, seed=seed
+        documents=10, words=(1, max_words), vocabulary=vocabulary, concentration=1.0, seed=seed
     )
     for document in generate(drawn_from).documents():
         spans = sentencex.get_sentence_boundaries("en", document.text)

@@ -14,7 +14,7 @@ from probekit.errors import ProbekitError
 from probekit.planted.ceilings import INSIDE, SENTENCE_START, Forms, Layout
 from probekit.planted.corpus import PlantedCorpus, generate
 
-SETTINGS = PlantedSettings(documents=12, actions=3, vocabulary=30, concentration=0.5, max_words=6, seed=4)
+SETTINGS = PlantedSettings(documents=12, actions=3, vocabulary=30, concentration=0.5, words=(4, 6), seed=4)
 PLANTED = generate(SETTINGS)
 TEXTS = [document.text for document in PLANTED.documents()]
 

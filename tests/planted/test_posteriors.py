@@ -13,7 +13,7 @@ from probekit.planted.posteriors import posterior_at, posterior_given_actions, p
 
 # Every document has four sentences, so that `enumerate_posterior` can walk all 2 * 3 ** 4 hidden paths.
 SMALL = PlantedSettings(
-    documents=4, types=2, actions=3, successors=2, min_sentences=4, max_sentences=4, min_words=1, max_words=3,
+    documents=4, types=2, actions=3, successors=2, sentences=(4, 4), words=(1, 3),
     vocabulary=5, concentration=0.5,
 )  # fmt: skip
 DEFAULT = PlantedSettings()

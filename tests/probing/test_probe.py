@@ -129,7 +129,7 @@ def small(loud_run: Run, tmp_path_factory) -> pd.DataFrame:
 def learned_run(tmp_path_factory) -> Run:
     """A larger planted run, whose LM has learned something that is worth reading."""
     planted = {"documents": 500, "actions": 8, "types": 2, "successors": 2, "vocabulary": 40}
-    planted |= {"min_words": 3, "max_words": 4, "concentration": 0.1}
+    planted |= {"words": (3, 4), "concentration": 0.1}
     settings = {f"corpus.planted.{name}": value for name, value in planted.items()} | {
         "device": "cpu",
         "corpus.probe_fraction": 0.5,

@@ -187,7 +187,7 @@ def test_planning_tokens_and_encoders_of_their_own(
     settings = {
         "conditioning.kind": "token",
         "mixing.variants": ["joint"],
-        "training.joint.encoder": "trained",
+        "training.joint.encoder_learning_rate": 1e-5,
         "actions.labels": "clusters",
     }
     run = train(tiny_run.config.override(settings), tmp_path / "run", quiet=True)

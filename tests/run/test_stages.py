@@ -105,11 +105,7 @@ def test_stages_of_a_depth_ensemble(settings: dict[str, object], users: set[str]
     ("switch", "settings"),
     [
         ({"training.base.tuning": "lora"}, {"training.base.rank": 4}),
-        ({"training.base.tuning": "lora"}, {"training.base.alpha": 4}),
-        ({"training.base.tuning": "lora"}, {"training.base.dropout": 0.4}),
         ({"training.base.tuning": "full"}, {"training.base.learning_rate": 4}),
-        ({"training.planner.targets": "soft"}, {"training.planner.target_temperature": 4}),
-        ({"training.joint.encoder": "trained"}, {"training.joint.encoder_learning_rate": 4}),
         ({}, {"conditioning.location": "hook_mlp_out"}),
         ({}, {"conditioning.skip_layers": 0}),
         ({}, {"lm.layers": 6}),
@@ -132,7 +128,10 @@ def test_what_is_switched_off_decides_nothing(switch: dict[str, object], setting
     ("name", "why"),
     [
         ("training.base.rank", "it goes with training.base.tuning lora, which is frozen"),
-        ("training.joint.encoder", "only adapter/straight-through, adapter/gumbel, adapter/joint would use"),
+        (
+            "training.joint.encoder_learning_rate",
+            "only adapter/straight-through, adapter/gumbel, adapter/joint would use",
+        ),
         ("probe.hidden", "no stage of training uses it"),
     ],
 )
@@ -182,11 +181,8 @@ def test_what_a_stage_does_not_use_leaves_its_bits(tiny_config: Config, tiny_run
             "training.planner.learning_rate": 1e-4,
             "training.planner.folds": 2,
             "training.joint.planner_loss_weight": 0.3,
-            "training.joint.encoder_learning_rate": 0.3,
             "training.base.learning_rate": 0.3,
             "training.base.rank": 3,
-            "training.base.alpha": 3,
-            "training.base.dropout": 0.3,
             "evaluation.stride": 7,
             "generation.prompts": 7,
             "probe.distances": [3],

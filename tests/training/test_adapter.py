@@ -90,7 +90,7 @@ def joint_loss(run: Run, **settings: Any) -> float:
 def test_joint_training_adds_the_planners_own_loss_each_sentence_once(
     tiny_run: Run, window: int, accumulate: int
 ):
-    settings = {"training__window": window, "training__adapter__accumulate": accumulate}
+    settings = {"training__window": window, "training__accumulate": accumulate}
     without, single, double = (
         joint_loss(tiny_run, training__joint__planner_loss_weight=weight, **settings) for weight in (0, 1, 2)
     )

@@ -13,7 +13,7 @@ from probekit.training.train import train
 def test_a_missing_encoder_is_told_before_the_planner_is_trained(
     tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    settings = {"mixing.variants": ["soft", "joint"], "training.joint.encoder": "trained"}
+    settings = {"mixing.variants": ["soft", "joint"], "training.joint.encoder_learning_rate": 1e-5}
     run = Run.begin(tmp_path / "run", tiny_run.config.override(settings))
     for stage in ("corpus", "lm"):
         run.take_over(stage, tiny_run)

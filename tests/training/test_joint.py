@@ -22,7 +22,7 @@ from probekit.training.adapter import AdapterTraining, _encoder, train_adapter
 from probekit.training.train import train
 
 JOINT = [name for name, variant in VARIANTS.items() if variant.joint]
-TRAINED = {"training__joint__encoder": "trained", "training__joint__encoder_learning_rate": 1e-2}
+TRAINED = {"training__joint__encoder_learning_rate": 1e-2}
 
 
 def trained(run: Run, variant: str = "joint", **settings: Any) -> tuple[PlannedLM, list[dict[str, Any]]]:
@@ -184,10 +184,9 @@ def everything(tiny_config: Config, tmp_path_factory: pytest.TempPathFactory) ->
         "mixing.variants": ["soft", *JOINT],
         "mixing.learn_temperature": True,
         "mixing.temperature": 0.8,
-        "training.planner.targets": "soft",
+        "training.planner.target_temperature": 0.1,
         "training.planner.folds": 2,
         "training.joint.planner_frozen": 0.25,
-        "training.joint.encoder": "trained",
         "training.joint.encoder_learning_rate": 1e-2,
         "training.joint.planner_learning_rate": 1e-2,
         "training.adapter.epochs": 2,
@@ -248,10 +247,9 @@ def test_a_temperature_that_is_not_there_is_told(tiny_run: Run):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"encoder": "trained", "planner_frozen": 1}, "encoder is 'trained', but planner_frozen is 1"),
         (
-            {"encoder": "trained", "encoder_learning_rate": 0},
-            "encoder is 'trained', but encoder_learning_rate",
+            {"encoder_learning_rate": 0.1, "planner_frozen": 1},
+            "encoder_learning_rate is 0.1, but planner_frozen",
         ),
         ({"end_to_end": False, "planner_loss_weight": 0}, "end_to_end is false and planner_loss_weight is 0"),
         ({"planner_frozen": 1.5}, "planner_frozen is 1.5; above 1 it is a number of steps"),

@@ -11,7 +11,7 @@ from probekit.training.language_model import train_language_model
 
 @pytest.mark.parametrize("accumulate", [1, 7])
 def test_the_lms_loss_is_the_mean_over_all_tokens(tiny_run: Run, accumulate: int):
-    stage, rows = trainer(tiny_run, **one_step("lm", training__lm__accumulate=accumulate))
+    stage, rows = trainer(tiny_run, **one_step("lm", training__accumulate=accumulate))
     trained = train_language_model(stage)
     untrained = new_model(tiny_run.config.lm, tiny_run.corpus.tokenizer, tiny_run.config.seed)
     untrained.eval()

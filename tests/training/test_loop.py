@@ -19,6 +19,7 @@ from probekit.config import StageSettings
 from probekit.distributed import Stopped
 from probekit.errors import ProbekitError
 from probekit.progress import Progress
+from probekit.training import trainer as training
 from probekit.training.trainer import LOGGED_STEPS, Group, Stage, StateFile, checkpoint_steps, optimise
 
 QUIET = Progress(quiet=True)
@@ -36,6 +37,7 @@ class Toy:
         self.weight = nn.Parameter(torch.randn(3, 2, dtype=torch.float64, generator=draw))
         self.bias = nn.Parameter(torch.randn(2, dtype=torch.float64, generator=draw))
         self.settings = settings or StageSettings(batch_size=5, epochs=3, learning_rate=0.1)
+        self.accumulate = 1
         self.frozen = frozen
         self.steps: list[np.ndarray] = []
         self.micros: list[np.ndarray] = []
@@ -66,6 +68,7 @@ class Toy:
             loss or self.loss,
             # The last state is kept where every pass is better than the one before.
             validation_loss or iter(range(0, -1000, -1)).__next__,
+            accumulate=self.accumulate,
         )
         return optimise(stage, seed, self.log.append, QUIET)
 
@@ -82,16 +85,20 @@ def learning_rates(steps: int, warmup: float) -> Iterator[float]:
 
 @pytest.mark.parametrize("frozen", [0, 2, 0.5, 1])
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "warmup", "clip"),
     [
-        StageSettings(batch_size=5, epochs=3, learning_rate=0.1, warmup=0.0, clip=1e6),
-        StageSettings(batch_size=5, epochs=3, learning_rate=0.1, warmup=0.3, clip=1e6, weight_decay=0.5),
-        StageSettings(batch_size=4, epochs=2.5, learning_rate=0.05, warmup=0.1, clip=0.7, weight_decay=0.1),
-        StageSettings(batch_size=50, epochs=4, learning_rate=0.1, warmup=0.5),
+        (StageSettings(batch_size=5, epochs=3, learning_rate=0.1), 0.0, 1e6),
+        (StageSettings(batch_size=5, epochs=3, learning_rate=0.1, weight_decay=0.5), 0.3, 1e6),
+        (StageSettings(batch_size=4, epochs=2.5, learning_rate=0.05, weight_decay=0.1), 0.1, 0.7),
+        (StageSettings(batch_size=50, epochs=4, learning_rate=0.1), 0.5, 1.0),
     ],
 )
-def test_the_loop_is_adamw_with_warmup_cosine_and_clipping(settings: StageSettings, frozen: float):
+def test_the_loop_is_adamw_with_warmup_cosine_and_clipping(
+    settings: StageSettings, warmup: float, clip: float, frozen: float, monkeypatch: pytest.MonkeyPatch
+):
     """The second group is frozen for some steps, and then has a schedule of its own to the end."""
+    monkeypatch.setattr(training, "WARMUP", warmup)
+    monkeypatch.setattr(training, "LARGEST_GRADIENT", clip)
     toy, mine = Toy(settings=settings, frozen=frozen), Toy(settings=settings)
     toy.train()
     # Written out: decay on the matrix alone, each clipped by itself and with its own rate.
@@ -105,8 +112,8 @@ def test_the_loop_is_adamw_with_warmup_cosine_and_clipping(settings: StageSettin
     total = round(settings.epochs * math.ceil(22 / settings.batch_size))
     assert len(toy.steps) == total
     late = {0: 0, 2: 2, 0.5: round(total / 2), 1: total}[frozen]
-    first = learning_rates(total, settings.warmup)
-    second = itertools.chain([None] * late, learning_rates(total - late, settings.warmup))
+    first = learning_rates(total, warmup)
+    second = itertools.chain([None] * late, learning_rates(total - late, warmup))
     for rows, *shares in zip(toy.steps, first, second, strict=True):
         optimiser.zero_grad()
         ((mine.X[rows] @ mine.weight + mine.bias - mine.Y[rows]) ** 2).sum().div(len(rows)).backward()
@@ -116,7 +123,7 @@ def test_the_loop_is_adamw_with_warmup_cosine_and_clipping(settings: StageSettin
             group["lr"] = (share or 0) * peak
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    parameter.grad.mul_(min(1.0, settings.clip / (parameter.grad.norm().item() + 1e-6)))
+                    parameter.grad.mul_(min(1.0, clip / (parameter.grad.norm().item() + 1e-6)))
         optimiser.step()
     if late == total:
         assert torch.equal(toy.bias, Toy().bias)
@@ -124,10 +131,11 @@ def test_the_loop_is_adamw_with_warmup_cosine_and_clipping(settings: StageSettin
     torch.testing.assert_close(toy.bias, mine.bias, rtol=1e-10, atol=1e-12)
 
 
-def test_clipping_bounds_the_gradient_of_the_first_step():
+def test_clipping_bounds_the_gradient_of_the_first_step(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(training, "LARGEST_GRADIENT", 1e-3)
     # AdamW's first step hides how large the gradient was: look at what it is given.
     seen = []
-    toy = Toy(settings=StageSettings(batch_size=22, epochs=1, clip=1e-3, learning_rate=1e-9))
+    toy = Toy(settings=StageSettings(batch_size=22, epochs=1, learning_rate=1e-9))
     step = torch.optim.AdamW.step
 
     def recording(self: torch.optim.AdamW, *arguments: Any, **named: Any) -> Any:
@@ -142,10 +150,8 @@ def test_clipping_bounds_the_gradient_of_the_first_step():
 
 @pytest.mark.parametrize("accumulate", [2, 3, 5, 50])
 def test_micro_batches_make_the_same_steps(accumulate: int):
-    settings = StageSettings(batch_size=5, epochs=3, learning_rate=0.1)
-    whole, parts = (
-        Toy(settings=settings.model_copy(update={"accumulate": count})) for count in (1, accumulate)
-    )
+    whole, parts = Toy(), Toy()
+    parts.accumulate = accumulate
     whole.train()
     parts.train()
     torch.testing.assert_close(parts.weight, whole.weight, rtol=1e-10, atol=1e-12)
@@ -169,7 +175,7 @@ def test_up_to_one_it_is_a_share_of_the_steps(frozen: float, steps: int):
 
 
 def test_what_is_frozen_stays_to_the_bit_and_has_no_state(monkeypatch: pytest.MonkeyPatch):
-    settings = StageSettings(batch_size=5, epochs=2, learning_rate=0.1, weight_decay=0.5, warmup=0.0)
+    settings = StageSettings(batch_size=5, epochs=2, learning_rate=0.1, weight_decay=0.5)
     toy = Toy(settings=settings, frozen=4)
     toy.bias.data = toy.bias.data[None]  # a matrix, which decays
     begun, seen = toy.bias.detach().clone(), []
@@ -492,13 +498,14 @@ def test_checkpoints_are_from_the_first_step_to_the_last(count: int, steps: int)
 
 
 def test_checkpoints_are_kept_behind_their_steps():
-    toy = Toy(settings=StageSettings(batch_size=5, epochs=4, checkpoints=4))
+    toy = Toy(settings=StageSettings(batch_size=5, epochs=4))
     kept: dict[int, tuple[int, torch.Tensor]] = {}
 
     def keep(step: int) -> None:
         kept[step] = (len(toy.steps), toy.weight.detach().clone())
 
-    stage = Stage("toy", toy.settings, toy.groups, 22, toy.loss, iter(range(0, -9, -1)).__next__, keep=keep)
+    validation_loss = iter(range(0, -9, -1)).__next__
+    stage = Stage("toy", toy.settings, toy.groups, 22, toy.loss, validation_loss, keep=keep, checkpoints=4)
     begun = toy.weight.detach().clone()
     optimise(stage, 0, toy.log.append, QUIET)
     assert [*kept] == [0, 1, 4, 20]

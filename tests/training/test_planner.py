@@ -143,7 +143,6 @@ def soft_loss(corpus: Corpus, planner: Planner, documents: np.ndarray, temperatu
 @pytest.mark.parametrize("temperature", [0.05, 0.5])
 def test_soft_targets_are_a_softmax_over_negative_squared_distances(tiny_run: Run, temperature: float):
     settings = {
-        "training__planner__targets": "soft",
         "training__planner__target_temperature": temperature,
         "planner__dropout": 0.0,
     }
@@ -177,7 +176,7 @@ def test_the_colder_soft_targets_are_the_nearer_to_hard_ones(short_documents: Co
     hard = PlannerLoss(PlannerStageSettings(), codebook)(scores, actions, embeddings).item()
     near = []
     for temperature in (1.0, 0.1, 0.01, 1e-6, 1e-30):
-        settings = PlannerStageSettings(targets="soft", target_temperature=temperature)
+        settings = PlannerStageSettings(target_temperature=temperature)
         loss = PlannerLoss(settings, codebook)
         torch.testing.assert_close(loss.soft_targets(embeddings).sum(-1), torch.ones(len(actions)))
         near.append(abs(loss(scores, actions, embeddings).item() - hard))
@@ -189,7 +188,7 @@ def test_the_colder_soft_targets_are_the_nearer_to_hard_ones(short_documents: Co
 
 def test_padding_is_no_target(short_documents: Corpus):
     codebook = torch.from_numpy(short_documents.codebook.centroids)
-    loss = PlannerLoss(PlannerStageSettings(targets="soft"), codebook)
+    loss = PlannerLoss(PlannerStageSettings(target_temperature=0.1), codebook)
     scores, actions = torch.randn(4, len(codebook)), torch.tensor([0, IGNORE, 1, IGNORE])
     embeddings = torch.randn(4, codebook.shape[1])
     whole, two = loss(scores, actions, embeddings), loss(scores[::2], actions[::2], embeddings[::2])
