@@ -85,7 +85,7 @@ class PlantedSettings(Settings):
     vocabulary: Annotated[int, Field(ge=2)] = 240
     """Number of distinct words."""
     concentration: Annotated[float, Field(gt=0.0)] = 0.05
-    """Dirichlet concentration of an action's distribution over words; smaller means more distinctive words."""
+    """Dirichlet concentration of an action's distribution over words; smaller means words that say more."""
     seed: Seed = 0
     """Seed of the planted plan and its documents."""
 
@@ -354,8 +354,8 @@ class JointSettings(Settings):
             )
         if self.encoder_learning_rate and self.planner_frozen == 1:
             raise ValueError(
-                f"encoder_learning_rate is {self.encoder_learning_rate:g}, but planner_frozen is 1, to the end: "
-                "the encoder is trained with the planner; lower planner_frozen, or set encoder_learning_rate to 0"
+                f"encoder_learning_rate is {self.encoder_learning_rate:g}, but planner_frozen is 1, to the end: the "
+                "encoder is trained with the planner; lower planner_frozen, or set encoder_learning_rate to 0"
             )
         return self
 

@@ -152,20 +152,6 @@ def test_the_seed_decides_how_updates_begin(fresh: Callable):
     assert not torch.equal(first, other)
 
 
-def test_updates_are_dropped_out_in_training_alone(fresh: Callable, batch: Batch):
-    base = fresh("gpt2")
-    _, tuning = tuned(base, batch, settings("lora", dropout=0.5), steps=0)
-    with torch.no_grad():
-        for parameter in tuning.parameters:
-            parameter.add_(0.1)
-        tuning.train(True)
-        first, second = (tuning.model(batch.tokens).logits for _ in range(2))
-        assert not torch.allclose(first, second, atol=1e-3)
-        tuning.train(False)
-        first, second = (tuning.model(batch.tokens).logits for _ in range(2))
-        assert torch.equal(first, second)
-
-
 def test_others_read_what_was_tuned(fresh: Callable, batch: Batch, tmp_path: Path):
     """Low-rank updates with peft alone, all weights with Transformers alone."""
     base = fresh("gpt2")

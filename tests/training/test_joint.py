@@ -54,7 +54,7 @@ def test_a_joint_variant_that_stays_frozen_is_soft_mixing(tiny_run: Run):
 
 def test_a_planner_that_is_frozen_to_a_step_takes_the_whole_schedule_after_it(tiny_run: Run):
     # A rate that fell along with the adapter's would hardly move it in the last step.
-    steps = {"training__adapter__epochs": 1, "training__adapter__warmup": 0.0}
+    steps = {"training__adapter__epochs": 1}
     begun = flat(tiny_run.planner())
     late, rows = trained(tiny_run, training__joint__planner_frozen=7, **steps)
     assert max(row["step"] for row in rows) == 8
