@@ -355,7 +355,7 @@ class JointSettings(Settings):
         if self.encoder_learning_rate and self.planner_frozen == 1:
             raise ValueError(
                 f"encoder_learning_rate is {self.encoder_learning_rate:g}, but planner_frozen is 1, to the "
-                "end: encoder and planner are trained together; lower planner_frozen, or give an encoder rate of 0"
+                "end: both are trained together; lower planner_frozen, or set encoder_learning_rate to 0"
             )
         return self
 
