@@ -1,14 +1,14 @@
-"""A metric of several runs that differ in their seed: each, their mean, and how far they are apart.
+"""Confidence intervals of ratios of sums, such as perplexity or accuracy, from resampling documents.
 
-The mean over seeds is of a document's sums and counts (of its losses, for perplexity), so its interval, from
-resampling documents, speaks of other documents; of other seeds, the spread of the single ones does.
+A metric is held as a sum and a count for each document. Beside single intervals there are paired differences,
+intervals that hold for many cells at once, and means over seeds and over random draws.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import NotRequired, TypedDict, Unpack
+from dataclasses import dataclass
+from typing import NamedTuple, NotRequired, TypedDict, Unpack
 
 import numpy as np
 import pandas as pd
@@ -27,8 +27,7 @@ LEAST_ERROR = 0.3
 """The standard error of a resample is taken to be at least this share of that of all documents."""
 
 
-@dataclass(frozen=True)
-class Interval:
+class Interval(NamedTuple):
     """A metric and its confidence interval, which is NaN below two documents with examples."""
 
     value: float
@@ -36,14 +35,10 @@ class Interval:
     high: float
     documents: int
 
-    def to_dict(self) -> dict[str, float]:
-        """The fields by name."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Intervals:
-    """The same for many cells: arrays [cells]."""
+    """The intervals of many cells: arrays `[cells]`."""
 
     value: Floats
     low: Floats
@@ -56,7 +51,7 @@ class Intervals:
 
 
 class Resampling(TypedDict):
-    """How to resample: the keyword arguments of every function here."""
+    """How to resample: the keyword arguments of the functions below."""
 
     resamples: int
     """Number of resamples."""
@@ -87,9 +82,9 @@ def simultaneous_ratios(
 
     Every interval is its cell's value give or take the same number of standard errors. That number is the
     quantile, over resamples, of the largest deviation of any cell in standard errors of the resample (the
-    single-step studentised max-|t| bootstrap: Romano and Wolf 2005, Econometrica 73, 1237-1282): cells that
-    vary together, such as the layers of a model, cost little. A cell that does not vary, or has fewer than
-    two documents, has no part in it.
+    single-step studentised max-|t| bootstrap: Romano and Wolf 2005, Econometrica 73, 1237-1282), so that
+    correlated cells, such as the layers of a model, widen the intervals little. A cell that does not vary, or
+    has fewer than two documents, does not widen the others.
 
     Args:
         sums: As for `bootstrap_ratios`, [documents, cells].
@@ -98,16 +93,16 @@ def simultaneous_ratios(
         seed: Seed of the draws.
         level: Probability that all intervals are meant to cover together.
     """
-    settings, numbers = _checked(np.asarray(sums)[None], counts)
-    documents, cells = settings.shape[1:]
+    (values,), numbers = _checked(np.asarray(sums)[None], counts)
+    documents, cells = values.shape
     total = np.broadcast_to(np.where(numbers.any(0), numbers.sum(0), np.nan), cells)
-    value = settings[0].sum(0) / total
+    value = values.sum(0) / total
     error, largest = np.empty(cells), np.zeros(resamples)
     for chunk in _cell_chunks(cells, resamples):
         number = numbers if numbers.shape[1] == 1 else numbers[:, chunk]
-        residual = np.nan_to_num(settings[0][:, chunk] - value[chunk] * number)
+        residual = np.nan_to_num(values[:, chunk] - value[chunk] * number)
         found = np.sqrt((residual**2).sum(0)) / total[chunk]
-        # What is left of a cell that does not vary is rounding.
+        # The residuals of a cell that does not vary are rounding errors.
         error[chunk] = np.where(found > 1e-12 * np.abs(value[chunk]), found, 0.0)
         deviations = (
             _deviations(weights, residual, number, error[chunk])
@@ -127,13 +122,14 @@ def paired_differences(
     second_counts: ArrayLike | None = None,
     **resampling: Unpack[Resampling],
 ) -> Intervals:
-    """The same of `transform(ratio of first) - transform(ratio of second)`, both over the same documents.
+    """Percentile bootstrap of `transform(ratio of first) - transform(ratio of second)` over documents.
 
     Args:
         first: Sums of one setting, [documents, cells].
         second: Sums of the other over the same examples, [documents, cells].
         counts: Number of those examples, [documents, cells] or [documents].
-        second_counts: The second's, in the shape of `counts`, where its examples are others.
+        second_counts: Number of the second's examples, shaped as `counts`, if they differ.
+        **resampling: See `Resampling`.
         **resampling: See `Resampling`.
     """
     numbers = np.asarray(counts) if second_counts is None else np.stack([counts, second_counts])
@@ -163,7 +159,7 @@ def _intervals(
     transform: Callable[[Floats], Floats] | None = None,
     level: float = 0.95,
 ) -> Intervals:
-    """Intervals of one setting's ratio, or of the difference of two; sums: [settings, documents, cells]."""
+    """Intervals of one setting's ratio, or of the difference of two; sums `[settings, documents, cells]`."""
     sums, counts = _checked(sums, counts)
     documents, cells = sums.shape[1:]
 
@@ -184,19 +180,21 @@ def _intervals(
 
 
 def _cell_chunks(cells: int, resamples: int) -> Iterator[slice]:
-    """The cells, a few at a time."""
     size = max(1, CHUNK_DRAWS // resamples)
     return (slice(start, start + size) for start in range(0, cells, size))
 
 
 def _deviations(weights: Floats, residuals: Floats, counts: Floats, errors: Floats) -> Floats:
-    """How many of its own standard errors each resample's ratio is off, [resamples, cells].
+    """Each resample's deviation from the ratio of all documents, in its own standard errors.
 
     Args:
-        weights: How often each resample draws each document, [resamples, documents].
-        residuals: Sums less the ratio of all documents times counts, [documents, cells].
-        counts: [documents, cells or 1].
-        errors: Standard errors of the ratios of all documents, [cells]; at 0 there is no deviation.
+        weights: How often each resample draws each document `[resamples, documents]`.
+        residuals: Sums less the ratio of all documents times counts `[documents, cells]`.
+        counts: `[documents, cells or 1]`.
+        errors: Standard errors of the ratios of all documents `[cells]`; at 0 there is no deviation.
+
+    Returns:
+        `[resamples, cells]`.
     """
     numbers = weights @ counts
     numbers = np.where(numbers > 0, numbers, np.inf)  # without documents there is no deviation
@@ -204,23 +202,24 @@ def _deviations(weights: Floats, residuals: Floats, counts: Floats, errors: Floa
     squares = weights @ residuals**2 - 2 * off * (weights @ (residuals * counts))
     squares += off**2 * (weights @ counts**2)
     own = np.sqrt(np.maximum(squares, 0.0)) / numbers
-    # Few documents may be drawn that happen to agree, as those of a rare event do: no error is that small.
+    # The few documents drawn may happen to agree, as those of a rare event do, with hardly any error.
     own = np.maximum(own, LEAST_ERROR * errors)
     return np.where(errors > 0, np.abs(off) / np.where(errors > 0, own, 1.0), 0.0)
 
 
 def _tail(share: float, documents: NDArray[np.int64]) -> Floats:
-    """What share of the resamples is to lie beyond a bound that `share` of the truth lies beyond, [cells].
+    """Level of the resamples' quantile that bounds an interval `[cells]`; NaN below two documents.
 
-    In standard deviations of the resamples the bound is the quantile of Student's t, with one degree of
-    freedom less than documents, times sqrt(n / (n - 1)), as those deviations divide by n. NaN below two.
+    The expanded percentile interval: in standard deviations of the resamples, the bound lies at the `share`
+    quantile of Student's t with n - 1 degrees of freedom, times sqrt(n / (n - 1)) for n documents, because
+    those deviations divide by n.
     """
     n = np.where(documents >= 2, documents, np.nan)
     return ndtr(stdtrit(n - 1, share) * np.sqrt(n / (n - 1)))
 
 
 def _quantiles(draws: Floats, levels: Floats) -> Floats:
-    """Quantiles of draws [resamples, cells], at each cell's own levels [levels, cells]; NaN are left out."""
+    """Quantiles of draws `[resamples, cells]` at each cell's own levels `[levels, cells]`, without NaN."""
     ordered = np.sort(draws, axis=0)  # NaN comes last
     last = np.maximum((~np.isnan(draws)).sum(0) - 1, 0)
     place = levels * last
@@ -271,10 +270,10 @@ def mean_over_draws(sums: ArrayLike, counts: ArrayLike, level: float = 0.95) -> 
     The variance is that of two crossed random effects, each document's share in the ratio linearised (Searle,
     Casella and McCulloch 1992, "Variance Components", chapter 4):
 
-        of the mean over draws between documents + of the ratios between draws - of what is left of both,
+        variance of the mean over draws between documents + that of the ratios between draws - residual,
 
-    the last of which is in each of the first two; draws that differ by no more than chance add nothing. The
-    interval is one of Student's t, with the degrees of freedom of Welch and Satterthwaite.
+    as the residual is contained in each of the first two; draws that differ no more than by chance add
+    nothing. The interval is one of Student's t, with Welch-Satterthwaite degrees of freedom.
 
     Args:
         sums: A metric summed over each document's examples, [draws, documents].
@@ -303,8 +302,8 @@ def mean_over_draws(sums: ArrayLike, counts: ArrayLike, level: float = 0.95) -> 
     spread = documents / (documents - 1)
     of_documents = spread * (mean**2).sum()
     of_draws = ratios.var(ddof=1) / draws
-    left = spread * ((shares - mean) ** 2).sum() / (draws * (draws - 1))
-    variance = of_documents + max(of_draws - left, 0.0)
+    residual = spread * ((shares - mean) ** 2).sum() / (draws * (draws - 1))
+    variance = of_documents + max(of_draws - residual, 0.0)
     if not variance:
         return Interval(value, value, value, documents)
     freedom = variance**2 / (of_documents**2 / (documents - 1) + of_draws**2 / (draws - 1))
@@ -320,51 +319,39 @@ def over_seeds(
     resamples: int,
     seed: int,
 ) -> pd.DataFrame:
-    """One row for each metric and seed, and one over all seeds, where `seed` is missing.
+    """Metrics of each seed and of their mean, for runs that differ in their seed.
+
+    The mean over seeds is that of each document's sums and counts. Its interval, from resampling documents,
+    covers the choice of documents; the spread covers the choice of seeds.
 
     Args:
         values: Columns `seed`, `document`, `sum` and `count`, and `keys`, of which `metric` is one.
-        keys: What tells a metric from the others.
-        transforms: Applied to a metric's ratio, such as `np.exp` to perplexity's; by the metric's name.
+        keys: Columns that identify a metric.
+        transforms: Applied to a metric's ratio, such as `np.exp` to perplexity's, by the metric's name.
         resamples: Number of resamples of documents.
         seed: Seed of their draws, which are the same for all metrics on as many documents.
 
     Returns:
-        The keys, `seed`, `value` with its 95 % interval (`value_low`, `value_high`), `seed_spread`, which is
-        the standard deviation of the seeds' values (divided by seeds - 1; missing for one seed), `seeds` and
-        `documents`.
+        One row for each key and seed, and one over all seeds, where `seed` is missing: the keys, `seed`,
+        `value` with its 95 % interval (`value_low`, `value_high`), `seed_spread`, the standard deviation of
+        the seeds' values (divided by seeds - 1; missing for one seed), `seeds` and `documents`.
     """
     parts = []
     for names, rows in values.groupby([*keys], sort=False, dropna=False):
         key = dict(zip(keys, names, strict=True))
         tables = rows.pivot_table(index="document", columns="seed", values=["sum", "count"], aggfunc="sum")
         sums, counts = (tables[name].fillna(0).to_numpy(float) for name in ("sum", "count"))
-        options: Resampling = {
-            "resamples": resamples,
-            "seed": seed,
-            "transform": transforms.get(str(key["metric"])),
-        }
-        with_mean = [np.column_stack([part, part.mean(1)]) for part in (sums, counts)]
-        intervals = bootstrap_ratios(*with_mean, **options)
-        each = intervals.value[:-1]
-        parts.append(
-            pd.DataFrame(key, index=range(len(each) + 1)).assign(
-                seed=pd.array([*tables["sum"].columns, None], dtype="Int64"),
-                value=intervals.value,
-                value_low=intervals.low,
-                value_high=intervals.high,
-                seed_spread=[*[np.nan] * len(each), np.std(each, ddof=1) if len(each) > 1 else np.nan],
-                seeds=[*[1] * len(each), len(each)],
-                documents=intervals.documents,
-            )
-        )
+        with_mean = (np.column_stack([part, part.mean(1)]) for part in (sums, counts))
+        transform = transforms.get(str(key["metric"]))
+        found = bootstrap_ratios(*with_mean, resamples=resamples, seed=seed, transform=transform)
+        parts.append(_seed_rows(key, list(tables["sum"].columns), found))
     return pd.concat(parts, ignore_index=True)
 
 
 def differences_over_seeds(
     losses: pd.DataFrame, pairs: Iterable[tuple[str, str]], *, resamples: int, seed: int
 ) -> pd.DataFrame:
-    """Differences of perplexities, paired over documents: a row for each pair and seed, one over all seeds.
+    """Differences of perplexities, paired over documents, of each seed and of the mean over seeds.
 
     Args:
         losses: Columns `name` (what is compared), `seed`, `document`, `tokens` and `loss` in nats; every name
@@ -386,23 +373,31 @@ def differences_over_seeds(
     }
     parts = []
     for first, second in pairs:
-        with_mean = [
-            table.assign(mean=table.mean(axis=1)).to_numpy() for table in (by_name[first], by_name[second])
-        ]
+        with_mean = (by_name[name].assign(mean=by_name[name].mean(axis=1)) for name in (first, second))
         found = paired_differences(
-            with_mean[0], with_mean[1], tokens, resamples=resamples, seed=seed, transform=np.exp
+            *(table.to_numpy() for table in with_mean),
+            tokens,
+            resamples=resamples,
+            seed=seed,
+            transform=np.exp,
         )
-        each = found.value[:-1]
-        parts.append(
-            pd.DataFrame({"first": first, "second": second}, index=range(len(each) + 1)).assign(
-                seed=pd.array([*by_name[first].columns, None], dtype="Int64"),
-                value=found.value,
-                value_low=found.low,
-                value_high=found.high,
-                seed_spread=[*[np.nan] * len(each), np.std(each, ddof=1) if len(each) > 1 else np.nan],
-                below=[*(each < 0).astype(int), int((each < 0).sum())],
-                seeds=[*[1] * len(each), len(each)],
-                documents=found.documents,
-            )
-        )
+        rows = _seed_rows({"first": first, "second": second}, list(by_name[first].columns), found)
+        below = (found.value[:-1] < 0).astype(int)
+        rows.insert(rows.columns.get_loc("seeds"), "below", [*below, below.sum()])
+        parts.append(rows)
     return pd.concat(parts, ignore_index=True)
+
+
+def _seed_rows(key: Mapping[str, object], seeds: Sequence[int], found: Intervals) -> pd.DataFrame:
+    """A row for each seed and one for their mean, of intervals in that order."""
+    each = found.value[:-1]
+    spread = np.std(each, ddof=1) if len(each) > 1 else np.nan
+    return pd.DataFrame(dict(key), index=range(len(each) + 1)).assign(
+        seed=pd.array([*seeds, None], dtype="Int64"),
+        value=found.value,
+        value_low=found.low,
+        value_high=found.high,
+        seed_spread=[*[np.nan] * len(each), spread],
+        seeds=[*[1] * len(each), len(each)],
+        documents=found.documents,
+    )

@@ -67,10 +67,10 @@ def test_one_cell_is_a_cell_of_many():
     first, second = generator.gamma(2.0, size=(2, 30, 4))
     counts = generator.integers(1, 9, 30)
     one = bootstrap_ratio(first[:, 2], counts, **RESAMPLES)
-    assert one.to_dict() == pytest.approx(bootstrap_ratios(first, counts, **RESAMPLES)[2].to_dict())
+    assert one == pytest.approx(bootstrap_ratios(first, counts, **RESAMPLES)[2])
     one = paired_difference(first[:, 2], second[:, 2], counts, transform=np.exp, **RESAMPLES)
     many = paired_differences(first, second, counts, transform=np.exp, **RESAMPLES)
-    assert one.to_dict() == pytest.approx(many[2].to_dict())
+    assert one == pytest.approx(many[2])
 
 
 def test_equal_documents_leave_no_doubt():
@@ -230,7 +230,7 @@ def test_cells_that_say_the_same_cost_nothing_and_others_do():
     sums, counts = correlated_cells(5, cells=50)
     one = simultaneous_ratios(sums[:, :1], counts, **RESAMPLES)[0]
     same = simultaneous_ratios(np.repeat(sums[:, :1], 50, axis=1), counts, **RESAMPLES)[0]
-    assert same.to_dict() == pytest.approx(one.to_dict())
+    assert same == pytest.approx(one)
     many = simultaneous_ratios(sums, counts, **RESAMPLES)[0]
     assert many.high - many.low > 1.3 * (one.high - one.low)
 
