@@ -25,7 +25,7 @@ from probekit.config import Config, setting_names, setting_value, unknown_settin
 from probekit.distributed import compute_device
 from probekit.errors import ProbekitError
 from probekit.evaluation.evaluate import evaluate
-from probekit.evaluation.perplexity import record_of
+from probekit.evaluation.perplexity import evaluation_record
 from probekit.generation.evaluate import TRANSFORMS
 from probekit.io import held, read_json, write_json, write_table
 from probekit.progress import Progress
@@ -111,7 +111,7 @@ def strays(run: Run, config: Config) -> Iterator[str]:
     )
     yield from _differences(
         {f"evaluation.{name}": value for name, value in run.evaluation()["settings"].items()},
-        {f"evaluation.{name}": value for name, value in record_of(config).items()},
+        {f"evaluation.{name}": value for name, value in evaluation_record(config).items()},
         "was evaluated with",
         "delete its evaluation.json",
     )

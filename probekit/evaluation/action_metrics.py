@@ -1,8 +1,7 @@
-"""How well a distribution over actions predicts the true ones, and the baselines that need no activations.
+"""Scores of predicted actions, and the two counting baselines: the prior, and the bigram of actions.
 
-The baselines count: the prior knows how often an action occurs, the bigram also which action came before.
-Both give arrays of log-probabilities that are scored exactly like a probe's or a planner's. They count labels
-of any kind; an action is one. Counts are sums, so that a corpus can be counted a few documents at a time.
+The baselines give log-probabilities that are scored exactly like a probe's or a planner's, for actions or any
+other labels. Counts of parts of a corpus add up, so that it can be counted a few documents at a time.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ Bools = NDArray[np.bool_]
 Integers = NDArray[np.int64]
 
 NO_ACTION = -1
-"""Stands for an action, or another label, that is not there, such as the one before a document's first."""
+"""Stands for a missing action or other label, such as the one before a document's first."""
 STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 """Strengths of the prior that the bigram tries, in pseudo-counts."""
 
 
 @dataclass(frozen=True)
 class ActionScores:
-    """Scores of each example: arrays [..., examples], ready for a table or to be summed by document."""
+    """Scores of each example: arrays `[..., examples]`."""
 
     correct: Bools
     top5: Bools
@@ -37,18 +36,18 @@ class ActionScores:
 
 
 METRICS = {"correct": "accuracy", "top5": "top5", "cross_entropy": "cross_entropy"}
-"""Fields of `ActionScores`, and what their means over examples are called."""
+"""Fields of `ActionScores`, and the names of their means over examples."""
 
 
 def score_actions(log_probabilities: Tensor | NDArray, actions: Tensor | NDArray) -> ActionScores:
     """Compares predictions with the true actions.
 
-    An action's rank is the number of actions that are more probable, or as probable and of a lower index: a
-    constant distribution predicts action 0, and is not right about every example.
+    An action's rank is the number of actions that are more probable, or as probable and of a lower index, so
+    that a constant distribution predicts action 0.
 
     Args:
-        log_probabilities: In nats, [..., examples, actions], on any device.
-        actions: True actions, [..., examples], or [examples] where the leading dimensions share them.
+        log_probabilities: In nats `[..., examples, actions]`, on any device.
+        actions: True actions `[..., examples]`, or `[examples]` where the leading dimensions share them.
     """
     log_p = torch.as_tensor(log_probabilities)
     truth = torch.as_tensor(actions, device=log_p.device).long().expand(log_p.shape[:-1])[..., None]
@@ -61,16 +60,16 @@ def score_actions(log_probabilities: Tensor | NDArray, actions: Tensor | NDArray
 
 
 def prior_log_probabilities(actions: ArrayLike, k: int) -> Floats:
-    """`log_shares` of actions, or of other labels, 0 to k - 1 `[examples]`; -1, no label, does not count."""
-    checked = _actions(actions, k)
+    """`log_shares` of actions or other labels 0 to k - 1 `[examples]`; missing ones, -1, do not count."""
+    checked = _checked(actions, k)
     return log_shares(np.bincount(checked[checked != NO_ACTION], minlength=k))
 
 
 def log_shares(counts: ArrayLike, pseudo_count: float = 0.5) -> Floats:
     """Log shares of counts `[classes]`, in nats.
 
-    Every class gets `pseudo_count` more examples than it has; one half is the estimator of Krichevsky and
-    Trofimov (1981). A class that never occurred thus costs a lot, but not infinity.
+    Every class gets `pseudo_count` more examples than it has, so that one that never occurred has a finite
+    loss; one half is the estimator of Krichevsky and Trofimov (1981).
     """
     smoothed = np.asarray(counts, np.float64) + pseudo_count
     return np.log(smoothed / smoothed.sum())
@@ -85,10 +84,9 @@ def pair_counts(previous: ArrayLike, target: ArrayLike, k: int) -> Floats:
         k: Number of actions.
 
     Returns:
-        Counts `[k + 1, k]`; the last row is that of no previous action. Those of parts of the examples can be
-        added up.
+        Counts `[k + 1, k]`; the last row is that of no previous action.
     """
-    before, after = _actions(previous, k), _actions(target, k)
+    before, after = _checked(previous, k), _checked(target, k)
     there = after != NO_ACTION
     cells = np.where(before == NO_ACTION, k, before)[there] * k + after[there]
     return np.bincount(cells, minlength=(k + 1) * k).reshape(k + 1, k).astype(np.float64)
@@ -96,14 +94,19 @@ def pair_counts(previous: ArrayLike, target: ArrayLike, k: int) -> Floats:
 
 @dataclass(frozen=True)
 class Bigram:
-    """P(target action | previous action), shrunk towards the prior."""
+    """P(target action | previous action), shrunk towards the prior.
 
-    table: Floats  # [k + 1, k], log-probabilities in nats; the last row is that of NO_ACTION
+    Attributes:
+        table: Log-probabilities in nats `[k + 1, k]`; the last row is that of no previous action, -1.
+        strength: Pseudo-counts of the prior.
+    """
+
+    table: Floats
     strength: float
 
     def log_probabilities(self, previous: ArrayLike) -> Floats:
-        """Log-probabilities in nats, [examples, k], given previous actions [examples]."""
-        return self.table[_actions(previous, self.table.shape[1])]
+        """Log-probabilities in nats `[examples, k]`, given previous actions `[examples]`."""
+        return self.table[_checked(previous, self.table.shape[1])]
 
 
 def fit_bigram(
@@ -113,7 +116,7 @@ def fit_bigram(
     validation: tuple[ArrayLike, ArrayLike],
     strengths: Sequence[float] = STRENGTHS,
 ) -> Bigram:
-    """`bigram_of_counts` of examples, and of the validation's previous and target actions."""
+    """`bigram_of_counts` of examples, and of the previous and target actions of validation examples."""
     return bigram_of_counts(pair_counts(previous, target, k), pair_counts(*validation, k), strengths)
 
 
@@ -121,7 +124,7 @@ def bigram_of_counts(counts: Floats, validation: Floats, strengths: Sequence[flo
     """Fits (count(previous, target) + strength * prior(target)) / (count(previous) + strength).
 
     Args:
-        counts: `pair_counts` of the training examples [k + 1, k].
+        counts: `pair_counts` of the training examples `[k + 1, k]`.
         validation: Those of the examples on which the strength is chosen, by cross-entropy.
         strengths: Strengths to try, in pseudo-counts, all positive.
 
@@ -138,8 +141,7 @@ def bigram_of_counts(counts: Floats, validation: Floats, strengths: Sequence[flo
     return min(fits, key=lambda fit: fit[0])[1]
 
 
-def _actions(actions: ArrayLike, k: int) -> Integers:
-    """The actions as integers, checked."""
+def _checked(actions: ArrayLike, k: int) -> Integers:
     checked = np.asarray(actions, np.int64)
     if checked.size and not NO_ACTION <= checked.min() <= checked.max() < k:
         raise ProbekitError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,33 +11,23 @@ import numpy as np
 import pandas as pd
 
 from probekit.evaluation.action_metrics import METRICS, score_actions
-from probekit.evaluation.baselines import baselines
-from probekit.evaluation.ensembles import CHOICES, evaluate_ensembles, source_of_actions
+from probekit.evaluation.baselines import action_predictions
+from probekit.evaluation.depth_ensemble import evaluate_ensembles
 from probekit.evaluation.perplexity import (
     Evaluation,
     differences_table,
+    evaluation_record,
     interval_columns,
     losses_table,
     own_losses,
     perplexity_table,
-    record_of,
     scoring_pass,
+    source_of_actions,
 )
 from probekit.models.mixing import VARIANTS, Fixed, Mixing, Oracle
 from probekit.progress import Progress
 from probekit.run.run import Run
-from probekit.statistics import Resampling, bootstrap_ratio
-
-
-@dataclass(frozen=True)
-class PlannerEvaluation(Evaluation):
-    """What was found of planners and of the LMs that they condition.
-
-    Attributes:
-        planner: One row for each reader of actions (planners, baselines, ceilings) and metric.
-    """
-
-    planner: pd.DataFrame
+from probekit.statistics import bootstrap_ratio
 
 
 def evaluate(
@@ -50,42 +40,36 @@ def evaluate(
         settings: Settings to replace for this evaluation, by dotted name, such as `evaluation.stride`.
         quiet: Show no progress.
 
-    Returns:
-        A `PlannerEvaluation`, or what `evaluate_ensembles` returns where the method is the depth ensemble.
-
     Raises:
         ProbekitError: The run lacks a stage, or a setting does not fit its LM.
     """
     run = Run.at(run, settings)
     run.check_writable()
     progress = Progress(quiet=quiet)
-    if run.config.method == "depth-ensemble":
-        return evaluate_ensembles(run, progress)
-    return _evaluate_planners(run, progress)
+    depth = run.config.method == "depth-ensemble"
+    evaluation = evaluate_ensembles(run, progress) if depth else _evaluate_planners(run, progress)
+    evaluation.write(run)
+    return evaluation
 
 
-def _evaluate_planners(run: Run, progress: Progress) -> PlannerEvaluation:
+def _evaluate_planners(run: Run, progress: Progress) -> Evaluation:
     run.require("planner")
     scoring = scoring_pass(run)
     losses: dict[tuple[str, str], np.ndarray] = {}
     for variant, actions, mixing in variants_and_actions(run):
         with progress.task(f"evaluate {variant} ({actions})", total=len(scoring.windows)) as task:
             read = replace(scoring, corpus=run.corpus_of(variant))
-            (losses[variant, actions],) = read.document_losses(
-                own_losses(run.model(variant, fast=True)), mixing, task
-            )
+            model = run.model(variant, fast=True)
+            (losses[variant, actions],) = read.document_losses(own_losses(model), mixing, task)
     with progress.task("evaluate planners"):
         planner = _planner_table(run)
-    evaluation = PlannerEvaluation(
+    return Evaluation(
         perplexity_table(run.config, losses, scoring.tokens),
         differences_table(run.config, losses, scoring.tokens),
         losses_table(losses, scoring),
-        record_of(run.config),
-        planner,
+        evaluation_record(run.config),
+        planner=planner,
     )
-    evaluation.write(run, planner=planner)
-    (run.folder / CHOICES).unlink(missing_ok=True)  # of a depth ensemble that was evaluated before
-    return evaluation
 
 
 def variants_and_actions(run: Run) -> list[tuple[Any, str, Mixing]]:
@@ -95,8 +79,7 @@ def variants_and_actions(run: Run) -> list[tuple[Any, str, Mixing]]:
     """
     if run.config.method == "depth-ensemble":
         beneath = run.config.depth.variant
-        actions, mixing = source_of_actions(beneath)
-        return [(name, actions, mixing) for name in (beneath, *run.members)]
+        return [(name, *source_of_actions(beneath)) for name in (beneath, *run.members)]
     rows: list[tuple[Any, str, Mixing]] = [("none", "none", Fixed())]
     for variant in run.variants:
         rows.append((variant, *source_of_actions(variant)))
@@ -114,15 +97,16 @@ def _planner_table(run: Run) -> pd.DataFrame:
     document = np.searchsorted(documents, corpus.document_of(sentences[later]))
     actions = corpus.actions[sentences[later]]
     counts = np.bincount(document, minlength=len(documents))
-    options: Resampling = {"resamples": run.config.evaluation.resamples, "seed": run.config.seed}
     rows = []
-    for reader, log_probabilities in baselines(run, documents, horizon=1).items():
+    for reader, log_probabilities in action_predictions(run, documents).items():
         scores = score_actions(log_probabilities[later], actions)
-        for metric in ("correct", "top5", "cross_entropy"):
-            sums = np.bincount(document, weights=getattr(scores, metric), minlength=len(documents))
-            interval = bootstrap_ratio(sums, counts, **options)
+        for score, metric in METRICS.items():
+            sums = np.bincount(document, weights=getattr(scores, score), minlength=len(documents))
+            found = bootstrap_ratio(
+                sums, counts, resamples=run.config.evaluation.resamples, seed=run.config.seed
+            )
             rows.append(
-                {"reader": reader, "metric": METRICS[metric], "sentences": len(actions)}
-                | interval_columns("value", interval)
+                {"reader": reader, "metric": metric, "sentences": len(actions)}
+                | interval_columns("value", found)
             )
     return pd.DataFrame(rows)

@@ -1,21 +1,20 @@
 """Multiple choice: whether an LM finds the true choice less surprising than the others.
 
-A choice's loss is the mean of its tokens' losses behind the context, in nats: short and long choices are then
-alike. All choices of a question are read behind the same context. What conditions it is made as in
-generation, from the context alone: all tokens of a choice carry the action that is planned for the next
-sentence before it is known.
+A choice's loss is the mean over its tokens, in nats, so that short and long choices compare. All choices of a
+question are read behind the same context. A conditioned model plans from the context alone, as in generation:
+all tokens of a choice carry the action that is planned for the next sentence before it is known.
 """
 
 from __future__ import annotations
 
 import json
-import string
+import re
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
-from typing import Unpack
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,13 +29,9 @@ from probekit.models.decoding import Known, Text, read_windows
 from probekit.models.replanning import Constant, Draft, conditioner_of, decoded, encoded
 from probekit.progress import Task
 from probekit.run.run import Run
-from probekit.statistics import Intervals, Resampling, bootstrap_ratios
 
 CHOICES = 4
-"""Choices of a question that a corpus asks."""
-
-# Characters of a value that a message quotes.
-_SHOWN = 60
+"""Choices of a question that is made from a corpus."""
 
 
 class TooShortError(ProbekitError):
@@ -48,10 +43,10 @@ class Question:
     """A question with several choices, one of them true.
 
     Attributes:
-        context: Ids that are read, the separator first.
-        choices: Ids of each choice, as they stand behind the context.
+        context: Token ids, the separator first.
+        choices: Token ids of each choice, as they stand behind the context.
         answer: Which of them is true.
-        document: The document that it comes from; of a file, the line: each question is its own document.
+        document: The document that it comes from; of a file, the line, as if each question were a document.
     """
 
     context: np.ndarray
@@ -71,7 +66,7 @@ def corpus_questions(
     """Questions which sentence of a document comes next.
 
     They depend on nothing but the arguments, and those of a smaller `count` are the first of a larger one's.
-    The wrong choices stand behind the true one where enough do, else also before what is read.
+    Wrong choices come from behind the true sentence where there are enough, else also from before the window.
 
     Args:
         corpus: The corpus.
@@ -81,16 +76,16 @@ def corpus_questions(
         seed: Of the order of documents, of the sentences that are asked for, and of all choices.
 
     Raises:
-        TooShortError: No document has sentences enough.
+        TooShortError: No question can be asked about any document.
     """
     order = np.random.default_rng(seed).permutation(documents)
-    asking = deque(_Asker(corpus, int(document), window, seed).questions() for document in order)
+    turns = deque(_document_questions(corpus, int(document), window, seed) for document in order)
     questions: list[Question] = []
-    while asking and len(questions) < count:
-        asker = asking.popleft()
-        if (question := next(asker, None)) is not None:
+    while turns and len(questions) < count:
+        of_document = turns.popleft()
+        if (question := next(of_document, None)) is not None:
             questions.append(question)
-            asking.append(asker)
+            turns.append(of_document)
     if not questions:
         raise TooShortError(
             f"none of {len(documents)} documents has a sentence that could be asked for: there must be one "
@@ -101,105 +96,94 @@ def corpus_questions(
     return questions
 
 
-@dataclass(frozen=True)
-class _Sentence:
+def _document_questions(corpus: Corpus, document: int, window: int, seed: int) -> Iterator[Question]:
+    """All questions that can be asked about a document, in random order."""
+    rng = np.random.default_rng([seed, document])
+    start = int(corpus.document_tokens[document])
+    sentences = _sentences(corpus, document)
+    for asked in (1 + rng.permutation(max(len(sentences) - 1, 0))).tolist():
+        if wrong := _wrong_choices(sentences, asked, window, rng):
+            true, answer = sentences[asked], int(rng.integers(CHOICES))
+            context = np.array(corpus.tokens[start : start + true.begin], dtype=np.int64)
+            choices = [*wrong[:answer], true, *wrong[answer:]]
+            ids = tuple(np.array(choice.ids, dtype=np.int64) for choice in choices)
+            yield Question(context, ids, answer, document)
+
+
+class _Sentence(NamedTuple):
     """A sentence of a document.
 
     Attributes:
         begin: Where its tokens begin, counted from the document's separator.
         ids: Its tokens.
         text: Its text without surrounding white space.
-        spaces: The white space before and behind it, whichever sentences' tokens it is in.
-        own: The white space at the beginning and end of its own tokens.
+        spaces: The white space before and behind it in the text, and at both ends of its own tokens.
     """
 
     begin: int
     ids: tuple[int, ...]
     text: str
-    spaces: tuple[str, str]
-    own: tuple[str, str]
+    spaces: tuple[str, str, str, str]
 
     @property
     def end(self) -> int:
         return self.begin + len(self.ids)
 
 
-@dataclass(frozen=True)
-class _Asker:
-    """Asks about one document."""
-
-    corpus: Corpus
-    document: int
-    window: int
-    seed: int
-
-    def questions(self) -> Iterator[Question]:
-        """All questions that can be asked, in random order."""
-        rng = np.random.default_rng([self.seed, self.document])
-        start = int(self.corpus.document_tokens[self.document])
-        for asked in 1 + rng.permutation(max(len(self._sentences) - 1, 0)):
-            if wrong := self._wrong(int(asked), rng):
-                true, answer = self._sentences[asked], int(rng.integers(CHOICES))
-                context = np.array(self.corpus.tokens[start : start + true.begin], dtype=np.int64)
-                choices = [*wrong[:answer], true, *wrong[answer:]]
-                ids = tuple(np.array(choice.ids, dtype=np.int64) for choice in choices)
-                yield Question(context, ids, answer, self.document)
-
-    def _wrong(self, asked: int, rng: np.random.Generator) -> list[_Sentence]:
-        """Wrong choices for a sentence, or nothing."""
-        sentences, true = self._sentences, self._sentences[asked]
-        # What is read at most: of the longest text, all but the last token is.
-        read_from = true.end - 1 - self.window
-        read = {sentence.text for sentence in sentences[:asked] if sentence.end > read_from}
-        before = [i for i in range(asked) if sentences[i].end <= read_from]
-        behind = range(asked + 1, len(sentences))
-        if true.text in read or len(true.ids) > self.window // 2:
-            return []
-        found = [true]
-        for i in (*rng.permutation(behind), *rng.permutation(before)):
-            other = sentences[int(i)]
-            alike = (other.spaces, other.own) == (true.spaces, true.own)
-            fits = alike and len(other.ids) <= self.window // 2
-            if fits and other.text not in read and _is_new(other, found):
-                found.append(other)
-            if len(found) == CHOICES:
-                return found[1:]
-        return []
-
-    @cached_property
-    def _sentences(self) -> list[_Sentence]:
-        corpus = self.corpus
-        start, end = corpus.document_tokens[self.document : self.document + 2].tolist()
-        own = slice(*corpus.document_sentences[self.document : self.document + 2])
-        places = [*corpus.first_token[own].tolist(), end]
-        text = corpus.texts.row(self.document)["text"]
-        sentences, space = [], ""
-        for (a, b), first, last in zip(corpus.spans[own].tolist(), places[:-1], places[1:], strict=True):
-            span = text[a:b]
-            before, space = space + _leading(span), span[len(span.rstrip()) :]
-            ids = tuple(corpus.tokens[first:last].tolist())
-            held = decoded(corpus.tokenizer, ids)
-            own_spaces = _leading(held), held[len(held.rstrip()) :]
-            sentences.append(_Sentence(first - start, ids, span.strip(), (before, space), own_spaces))
-        return sentences
+def _sentences(corpus: Corpus, document: int) -> list[_Sentence]:
+    start, end = corpus.document_tokens[document : document + 2].tolist()
+    own = slice(*corpus.document_sentences[document : document + 2])
+    bounds = [*corpus.first_token[own].tolist(), end]
+    text = corpus.texts.row(document)["text"]
+    sentences, space = [], ""
+    for (a, b), first, last in zip(corpus.spans[own].tolist(), bounds[:-1], bounds[1:], strict=True):
+        span = text[a:b]
+        before, space = space + _leading(span), _trailing(span)
+        ids = tuple(corpus.tokens[first:last].tolist())
+        held = decoded(corpus.tokenizer, ids)
+        spaces = (before, space, _leading(held), _trailing(held))
+        sentences.append(_Sentence(first - start, ids, span.strip(), spaces))
+    return sentences
 
 
 def _leading(text: str) -> str:
     return text[: len(text) - len(text.lstrip())]
 
 
-def _is_new(sentence: _Sentence, others: Sequence[_Sentence]) -> bool:
-    # Where tokens are unknown, different texts have the same ids.
-    return all(sentence.text != other.text and sentence.ids != other.ids for other in others)
+def _trailing(text: str) -> str:
+    return text[len(text.rstrip()) :]
+
+
+def _wrong_choices(
+    sentences: Sequence[_Sentence], asked: int, window: int, rng: np.random.Generator
+) -> list[_Sentence]:
+    """Wrong choices for a sentence; empty if there are too few."""
+    true = sentences[asked]
+    # Of the longest text that is read, all but the last token is an input.
+    read_from = true.end - 1 - window
+    read = {sentence.text for sentence in sentences[:asked] if sentence.end > read_from}
+    before = [i for i in range(asked) if sentences[i].end <= read_from]
+    behind = range(asked + 1, len(sentences))
+    if true.text in read or len(true.ids) > window // 2:
+        return []
+    found = [true]
+    for i in (*rng.permutation(behind), *rng.permutation(before)):
+        other = sentences[int(i)]
+        # Where tokens are unknown to the tokenizer, different texts have the same ids.
+        new = all(other.text != one.text and other.ids != one.ids for one in found)
+        fits = other.spaces == true.spaces and len(other.ids) <= window // 2
+        if new and fits and other.text not in read:
+            found.append(other)
+        if len(found) == CHOICES:
+            return found[1:]
+    return []
 
 
 def read_questions(path: str | Path, corpus: Corpus) -> list[Question]:
     """The questions of a file, one to a line of JSON.
 
-    A line has a `question`, its `choices`, a list of texts, and the `answer`: its number, counted from 0, its
-    text, or its letter, A for the first. Lines as ARC has them (Clark et al. 2018, arXiv 1803.05457) are
-    taken too: `choices` with `text` and `label`, and `answerKey`, a label. A choice is read behind the
-    question, and a space between them where there is no white space.
+    A line has a `question`, its `choices`, a list of texts, and the `answer`, the number of the true choice
+    counted from 0. A choice is read behind the question, after a space where there is no white space.
 
     Args:
         path: The file, UTF-8.
@@ -211,147 +195,73 @@ def read_questions(path: str | Path, corpus: Corpus) -> list[Question]:
     name = f"evaluation.questions_file {path}"
     try:
         text = Path(path).expanduser().read_text("utf-8-sig")
-    except (OSError, RuntimeError) as error:  # the latter where ~ is nobody's home
-        reason = getattr(error, "strerror", None) or error
-        raise ProbekitError(f"{name}: cannot be read ({reason}); give a file of JSON lines") from None
-    except UnicodeDecodeError as error:
-        raise ProbekitError(f"{name}: is not UTF-8 from byte {error.start} on; give UTF-8 text") from None
-    # Not splitlines: JSON may hold line breaks that only Unicode takes for such.
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ProbekitError(f"{name}: cannot be read as UTF-8 text ({error})") from None
+    # Not splitlines: JSON may hold characters that only Unicode takes for line breaks.
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise ProbekitError(f"{name}: holds no question; give one a line, as JSON")
-    return [_Line(f"{name}, line {number}", corpus).question(line, number) for number, line in lines]
+    return [_parsed(line, number, corpus, f"{name}, line {number}") for number, line in lines]
 
 
-@dataclass(frozen=True)
-class _Line:
-    """Makes a question of a file's line.
-
-    Attributes:
-        where: What messages call the line.
-        corpus: Whose tokenizer and separator are used.
-    """
-
-    where: str
-    corpus: Corpus
-
-    def question(self, line: str, number: int) -> Question:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if not isinstance(row, dict):
-            raise self._wrong(
-                f"{_shown(line.strip())} is no JSON object; give one with question, choices and answer"
+def _parsed(line: str, number: int, corpus: Corpus, where: str) -> Question:
+    """The question of a line."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        row = None
+    if not isinstance(row, dict) or not {"question", "choices", "answer"} <= row.keys():
+        raise ProbekitError(f"{where}: is no JSON object with question, choices and answer: {_shown(line)}")
+    question, texts, answer = row["question"], row["choices"], row["answer"]
+    if not _is_text(question):
+        raise ProbekitError(f"{where}: question is {_shown(question)}; give a text that is not blank")
+    if not isinstance(texts, list) or len(texts) < 2 or not all(map(_is_text, texts)):
+        raise ProbekitError(f"{where}: choices is {_shown(texts)}; give a list of two texts or more")
+    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(texts):
+        raise ProbekitError(
+            f"{where}: answer is {_shown(answer)}; give the number of a choice, from 0 to {len(texts) - 1}"
+        )
+    asked, space = question.rstrip(), _trailing(question)
+    context = [corpus.separator, *encoded(corpus.tokenizer, asked)]
+    choices: list[list[int]] = []
+    for text in texts:
+        choice = space + text if space or text[0].isspace() else f" {text}"
+        whole = [corpus.separator, *encoded(corpus.tokenizer, asked + choice)]
+        # The tokens behind the question's own, unless the tokenizer merges the two.
+        apart = len(whole) > len(context) and whole[: len(context)] == context
+        ids = whole[len(context) :] if apart else encoded(corpus.tokenizer, choice)
+        if ids in choices:
+            raise ProbekitError(
+                f"{where}: choice {_shown(text)} has the same tokens as another; give different ones"
             )
-        for key in ("question", "choices"):
-            if key not in row:
-                raise self._wrong(f"has no {key!r}, only {_shown(list(row))}; add it")
-        text = self._text(row["question"], "question")
-        texts, labels = self._choices(row["choices"])
-        answer = self._answer(row, texts, labels)
-        context = np.array([self.corpus.separator, *encoded(self.corpus.tokenizer, text.rstrip())])
-        space = text[len(text.rstrip()) :]
-        choices = tuple(self._behind(text.rstrip(), context, space, choice) for choice in texts)
-        for i, ids in enumerate(choices):
-            if any(np.array_equal(ids, other) for other in choices[:i]):
-                raise self._wrong(f"choice {_shown(texts[i])} is there twice, in tokens; make it another")
-        return Question(context, choices, answer, number)
+        choices.append(ids)
+    as_arrays = tuple(np.array(ids, dtype=np.int64) for ids in choices)
+    return Question(np.array(context), as_arrays, answer, number)
 
-    def _behind(self, text: str, context: np.ndarray, space: str, choice: str) -> np.ndarray:
-        """Ids of a choice, cut behind those of the question where the tokenizer does not merge the two."""
-        choice = space + choice if space or choice[0].isspace() else f" {choice}"
-        whole = np.array([self.corpus.separator, *encoded(self.corpus.tokenizer, text + choice)])
-        if len(whole) > len(context) and np.array_equal(whole[: len(context)], context):
-            return whole[len(context) :]
-        return np.array(encoded(self.corpus.tokenizer, choice), dtype=np.int64)
 
-    def _choices(self, choices: object) -> tuple[list[str], list[str]]:
-        """Texts and labels."""
-        # Choices behind the last letter have none.
-        texts, labels = choices, list(string.ascii_uppercase)
-        if labelled := isinstance(choices, dict):
-            if not {"text", "label"} <= choices.keys():
-                raise self._wrong(f"choices has {_shown(list(choices))}; it must have text and label")
-            texts, labels = choices["text"], choices["label"]
-        if not isinstance(texts, list) or len(texts) < 2:
-            raise self._wrong(f"choices is {_shown(texts)}; give a list of two texts or more")
-        known = [self._text(text, f"choice {i}") for i, text in enumerate(texts)]
-        bare = [text.strip() for text in known]
-        if repeated := [text for i, text in enumerate(bare) if text in bare[:i]]:
-            raise self._wrong(f"choice {_shown(repeated[0])} is there twice; make it another")
-        if not labelled:
-            return known, labels[: len(known)]
-        named = [label for label in labels if isinstance(label, str)] if isinstance(labels, list) else []
-        if labels != named or not len(named) == len(set(named)) == len(known):
-            raise self._wrong(
-                f"label is {_shown(labels)}; give a list of {len(known)} different texts, one for each choice"
-            )
-        return known, named
-
-    def _answer(self, row: dict[str, object], texts: list[str], labels: list[str]) -> int:
-        keys = [key for key in ("answer", "answerKey") if key in row]
-        if len(keys) != 1:
-            what = "has both answer and answerKey" if keys else f"has no 'answer', only {_shown(list(row))}"
-            raise self._wrong(f"{what}; give one answer")
-        (key,) = keys
-        value, right = row[key], f"one of {_shown(labels)}"
-        if key == "answer":
-            right = f"a number from 0 to {len(texts) - 1}, the text of a choice, or {right}"
-        found = self._named(key, value, texts, labels)
-        if len(found) > 1:
-            raise self._wrong(
-                f"{key} {_shown(value)} is the text of one choice and the letter of another; give its number"
-            )
-        if not found:
-            raise self._wrong(f"{key} is {_shown(value)}; it must be {right}")
-        return found.pop()
-
-    def _named(self, key: str, value: object, texts: list[str], labels: list[str]) -> set[int]:
-        """The choices that an answer may mean."""
-        if isinstance(value, int) and not isinstance(value, bool):
-            return {value} & set(range(len(texts))) if key == "answer" else set()
-        if not isinstance(value, str):
-            return set()
-        named = {i for i, label in enumerate(labels) if label == value.strip()}
-        if key == "answer":
-            named |= {i for i, text in enumerate(texts) if text.strip() == value.strip()}
-        return named
-
-    def _text(self, value: object, name: str) -> str:
-        if not isinstance(value, str) or not value.strip():
-            raise self._wrong(f"{name} is {_shown(value)}; it must be a text, not an empty one")
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise self._wrong(f"{name} is {_shown(value)}, with half a surrogate pair; correct it") from None
-        return value
-
-    def _wrong(self, what: str) -> ProbekitError:
-        return ProbekitError(f"{self.where}: {what}")
+def _is_text(value: object) -> bool:
+    """Whether a value is a text that is not blank, without half a surrogate pair, which JSON can spell."""
+    return isinstance(value, str) and value.strip() != "" and not re.search("[\ud800-\udfff]", value)
 
 
 def _shown(value: object) -> str:
-    """A value, ASCII, on one line and not too long."""
+    """A value in ASCII, on one line and not too long."""
     shown = ascii(value)
-    return shown if len(shown) <= _SHOWN else f"{shown[: _SHOWN - 3]}..."
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."
 
 
-@dataclass(frozen=True)
-class _Reading:
-    """A choice behind its context, as it is read.
+def check_lengths(questions: Sequence[Question], window: int) -> None:
+    """Refuses questions with a choice that is longer than the window, in tokens.
 
-    Attributes:
-        question: Which question's.
-        choice: Which choice of it.
-        text: The inputs: what is kept of the context, and all of the choice but its last token.
-        ids: The choice: the targets of the last inputs.
+    Raises:
+        ProbekitError: Names the first one.
     """
-
-    question: int
-    choice: int
-    text: Text
-    ids: np.ndarray
+    for question in questions:
+        if question.longest > window:
+            raise ProbekitError(
+                f"a question of document or line {question.document} has a choice of {question.longest} "
+                f"tokens, but the LM reads {window} at once; a choice may have {window} at most"
+            )
 
 
 def choice_losses(
@@ -361,39 +271,37 @@ def choice_losses(
 
     Args:
         run: The run.
-        name: The model that is conditioned, as `run.model` has it; `none` is not.
+        name: The model whose variant conditions the LM.
         questions: At least one. Of a context, the last tokens are read, as many as fit beside the question's
             longest choice.
-        token_losses: Reads batches with that model. They are already conditioned: the mixing gives their
-            embeddings.
+        token_losses: The losses of that model or of its layers. The mixing of their batches gives the
+            embeddings that condition them.
         task: Is advanced by questions.
 
     Returns:
         Nats `[readers, questions, choices]`; infinite where a question has fewer choices than others.
 
     Raises:
-        ProbekitError: A choice leaves no room for a context, or the model is not trained.
+        ProbekitError: A choice is longer than the window, or the model is not trained.
     """
     (window, _), size = window_and_stride(run), run.config.evaluation.batch_size
     check_lengths(questions, window)
-    variant = run.variant_of(name)
-    conditioned = conditioner_of(
-        run.model(name), variant, partial(run.encoder, variant), run.config.training.precision
-    )
+    variant, precision = run.variant_of(name), run.config.training.precision
+    condition = conditioner_of(run.model(name), variant, partial(run.encoder, variant), precision)
     losses: dict[tuple[int, int], np.ndarray] = {}
-    # Contexts of a length go together, so that little is padded.
+    # Contexts of about the same length share a batch, so that little is padded.
     order = np.argsort([len(question.context) for question in questions], kind="stable").tolist()
     with torch.no_grad():
         for start in range(0, len(order), size):
             numbers = order[start : start + size]
             contexts = [questions[number].context for number in numbers]
-            if isinstance(conditioned, Constant):  # no need to find the sentences of what is not read
+            if isinstance(condition, Constant):  # which needs no sentences of what is not read
                 contexts = [context[-window:] for context in contexts]
             drafts = [
                 Draft(context.tolist(), run.corpus.tokenizer, run.config.corpus.language)
                 for context in contexts
             ]
-            conditioned(drafts)
+            condition(drafts)
             readings = [
                 reading
                 for number, draft in zip(numbers, drafts, strict=True)
@@ -412,18 +320,20 @@ def choice_losses(
     return table
 
 
-def check_lengths(questions: Sequence[Question], window: int) -> None:
-    """Refuses questions with a choice that is longer than the window, in tokens.
+class _Reading(NamedTuple):
+    """A choice behind its context, as it is read.
 
-    Raises:
-        ProbekitError: Names the first one.
+    Attributes:
+        question: Number of its question.
+        choice: Its number among the question's choices.
+        text: The inputs: what is kept of the context, and all of the choice but its last token.
+        ids: The targets of the last inputs: the choice.
     """
-    for question in questions:
-        if question.longest > window:
-            raise ProbekitError(
-                f"a question of document or line {question.document} has a choice of {question.longest} "
-                f"tokens, but the LM reads {window} at once; a choice may have {window} at most"
-            )
+
+    question: int
+    choice: int
+    text: Text
+    ids: np.ndarray
 
 
 def _readings(number: int, question: Question, context: Text, window: int) -> Iterator[_Reading]:
@@ -431,9 +341,8 @@ def _readings(number: int, question: Question, context: Text, window: int) -> It
     kept = window + 1 - question.longest
     tokens, carried = context.tokens[-kept:], context.carried[-kept:]
     for choice, ids in enumerate(question.choices):
-        text = Text(
-            [*tokens, *ids[:-1].tolist()], carried + carried[-1:] * (len(ids) - 1), context.embeddings
-        )
+        inputs = [*tokens, *ids[:-1].tolist()]
+        text = Text(inputs, carried + carried[-1:] * (len(ids) - 1), context.embeddings)
         yield _Reading(number, choice, text, ids)
 
 
@@ -453,14 +362,11 @@ def _mean_losses(
 
 
 def solved(losses: np.ndarray, questions: Sequence[Question]) -> np.ndarray:
-    """Whether the answer has the lowest loss; where another choice has the same, it has not.
+    """Whether the answer alone has the lowest loss `[readers, questions]`.
 
     Args:
         losses: Of each choice `[readers, questions, choices]`.
         questions: The questions.
-
-    Returns:
-        `[readers, questions]`.
     """
     is_answer = np.arange(losses.shape[-1]) == np.array([question.answer for question in questions])[:, None]
     own = losses[:, is_answer]
@@ -468,29 +374,11 @@ def solved(losses: np.ndarray, questions: Sequence[Question]) -> np.ndarray:
 
 
 def by_document(values: np.ndarray, questions: Sequence[Question]) -> tuple[np.ndarray, np.ndarray]:
-    """Values summed over the questions of each document, as `statistics` takes them.
-
-    Args:
-        values: Of each question `[readers, questions]`.
-        questions: The questions.
+    """Values of questions `[readers, questions]`, summed by document.
 
     Returns:
         Sums `[documents, readers]` and numbers of questions `[documents]`; documents are sorted.
     """
     _, row = np.unique([question.document for question in questions], return_inverse=True)
-    counts = np.bincount(row)
     sums = np.stack([np.bincount(row, weights=reader) for reader in values], axis=1)
-    return sums, counts
-
-
-def accuracy(
-    solved: np.ndarray, questions: Sequence[Question], **resampling: Unpack[Resampling]
-) -> Intervals:
-    """Share of questions that each reader solved, resampled over documents; a cell is a reader.
-
-    Args:
-        solved: What `solved` gives `[readers, questions]`.
-        questions: The questions.
-        **resampling: See `Resampling`.
-    """
-    return bootstrap_ratios(*by_document(solved, questions), **resampling)
+    return sums, np.bincount(row)

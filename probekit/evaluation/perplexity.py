@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +12,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from probekit.config import Config
+from probekit.config import Config, VariantName
 from probekit.data.corpus import Corpus
 from probekit.data.windows import Batch, Windows, collate, cut_windows
 from probekit.distributed import autocast
 from probekit.errors import ProbekitError
 from probekit.io import write_json, write_table
 from probekit.models.language_model import longest_window
-from probekit.models.mixing import Mixing
+from probekit.models.mixing import VARIANTS, Mixing, evaluation_mixing
 from probekit.models.planner_lm import PlannedLM, token_losses
 from probekit.progress import Task
 from probekit.run.run import Run
@@ -28,10 +28,16 @@ from probekit.statistics import Interval, Resampling, bootstrap_ratio, paired_di
 TokenLosses = Callable[[Batch, Mixing], Tensor]
 """Next-token losses of some readers in nats `[readers, windows, positions]`, zero where nothing is scored."""
 
+Losses = Mapping[tuple[str, str], np.ndarray]
+"""Summed next-token losses in nats `[documents]`, by model and source of its actions."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found; every number has a 95 % interval (`_low`, `_high`) from resampling documents.
+    """Results of an evaluation; every value has a 95 % interval (`_low`, `_high`) from resampling documents.
+
+    Of a depth ensemble, `variant` is a member, or one of its layers read by that layer's own norm, such as
+    `ensemble, layer 2`; columns `member` and `layer` (missing where all layers count) hold the two apart.
 
     Attributes:
         perplexity: One row for each model and source of its actions.
@@ -39,28 +45,44 @@ class Evaluation:
         losses: One row for each document, model and source of actions: tokens and summed loss in nats, from
             which any other comparison can be resampled.
         settings: How it was measured.
+        planner: One row for each reader of actions (planners, baselines, ceilings) and metric.
+        accuracy: Of a depth ensemble: the share of multiple-choice questions that each model solves, and
+            that expected by chance.
+        accuracy_differences: One row for each two members: difference of accuracies, paired over documents.
+        choices: One row for each model and question: whether it is solved.
     """
 
     perplexity: pd.DataFrame
     differences: pd.DataFrame
     losses: pd.DataFrame
     settings: dict[str, Any]
+    planner: pd.DataFrame | None = None
+    accuracy: pd.DataFrame | None = None
+    accuracy_differences: pd.DataFrame | None = None
+    choices: pd.DataFrame | None = None
 
-    def write(self, run: Run, **tables: pd.DataFrame) -> None:
-        """Writes `losses.parquet`, and `evaluation.json` with more tables beside those of perplexity."""
+    def write(self, run: Run) -> None:
+        """Writes `losses.parquet`, `choices.parquet` and, with all other tables, `evaluation.json`."""
         write_table(run.folder / "losses.parquet", self.losses)
-        shown = {"perplexity": self.perplexity, "differences": self.differences} | tables
+        choices = run.folder / "choices.parquet"
+        if self.choices is None:
+            choices.unlink(missing_ok=True)  # of an earlier evaluation
+        else:
+            write_table(choices, self.choices)
+        names = ("perplexity", "differences", "planner", "accuracy", "accuracy_differences")
+        tables = {name: getattr(self, name) for name in names}
         records = {
             # An interval that does not exist is null: JSON knows no NaN.
             name: table.replace({np.nan: None}).to_dict(orient="records")
-            for name, table in shown.items()
+            for name, table in tables.items()
+            if table is not None
         }
         write_json(run.folder / "evaluation.json", {"settings": self.settings} | records)
 
 
 @dataclass(frozen=True)
 class Pass:
-    """What every setting is evaluated on.
+    """A pass over some documents, the same for all models that are compared.
 
     Attributes:
         corpus: The corpus.
@@ -84,12 +106,12 @@ class Pass:
     @property
     def tokens(self) -> np.ndarray:
         """Scored tokens of each document `[documents]`."""
-        return self._by_document(self.windows.document, self.windows.scored)
+        return self._by_document(self.windows.scored)
 
     def document_losses(self, losses: TokenLosses, mixing: Mixing, task: Task) -> np.ndarray:
         """Sum of next-token losses of each reader and document, in nats `[readers, documents]`."""
         parts: list[np.ndarray] = []
-        # Windows of a length go together, so that little is padded.
+        # Windows of about the same length share a batch, so that little is padded.
         order = np.argsort(self.windows.length, kind="stable")
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
@@ -99,10 +121,10 @@ class Pass:
             parts.append(found.double().sum(dim=2).cpu().numpy())
             task.advance(len(rows))
         by_window = np.concatenate(parts, axis=1)[:, np.argsort(order)]
-        return np.stack([self._by_document(self.windows.document, one) for one in by_window])
+        return np.stack([self._by_document(reader) for reader in by_window])
 
-    def _by_document(self, document: np.ndarray, values: np.ndarray) -> np.ndarray:
-        return np.bincount(np.searchsorted(self.documents, document), weights=values)
+    def _by_document(self, by_window: np.ndarray) -> np.ndarray:
+        return np.bincount(np.searchsorted(self.documents, self.windows.document), weights=by_window)
 
 
 def own_losses(model: PlannedLM) -> TokenLosses:
@@ -113,29 +135,34 @@ def own_losses(model: PlannedLM) -> TokenLosses:
 def scoring_pass(run: Run) -> Pass:
     """All tokens of the test documents."""
     window, stride = window_and_stride(run)
-    return Pass(
-        run.corpus,
-        cut_windows(run.corpus, run.corpus.documents("test"), window, stride),
-        run.config.evaluation.batch_size,
-        run.config.training.precision,
-        run.device,
-    )
+    windows = cut_windows(run.corpus, run.corpus.documents("test"), window, stride)
+    batch_size, precision = run.config.evaluation.batch_size, run.config.training.precision
+    return Pass(run.corpus, windows, batch_size, precision, run.device)
 
 
-def record_of(config: Config) -> dict[str, Any]:
-    """How an evaluation with some settings measures, as it is recorded; windows and strides in tokens."""
+def evaluation_record(config: Config) -> dict[str, Any]:
+    """How an evaluation with these settings measures, as `evaluation.json` records it; lengths in tokens."""
     window = config.evaluation.window or config.training.window
     stride = config.evaluation.stride or max(1, window // 2)
-    resamples = config.evaluation.resamples
-    record = {"split": "test", "window": window, "stride": stride, "resamples": resamples}
+    record = {
+        "split": "test",
+        "window": window,
+        "stride": stride,
+        "resamples": config.evaluation.resamples,
+    }
     if config.method == "depth-ensemble":
         record |= config.evaluation.model_dump(include={"questions", "questions_file"})
     return record
 
 
 def window_and_stride(run: Run) -> tuple[int, int]:
-    """Length and stride of evaluation windows, in tokens, checked against the LM."""
-    window, stride = (record_of(run.config)[name] for name in ("window", "stride"))
+    """Length and stride of evaluation windows, in tokens.
+
+    Raises:
+        ProbekitError: The window is longer than the LM reads, or shorter than the stride.
+    """
+    record = evaluation_record(run.config)
+    window, stride = record["window"], record["stride"]
     positions = longest_window(run.bridged.original_model)
     if window > positions:
         raise ProbekitError(f"evaluation.window is {window}, but the LM reads at most {positions} positions")
@@ -146,28 +173,27 @@ def window_and_stride(run: Run) -> tuple[int, int]:
     return window, stride
 
 
-def losses_table(losses: dict[tuple[str, str], np.ndarray], scoring: Pass) -> pd.DataFrame:
-    """Tokens and summed losses by document, for sums `[documents]` by model and source of actions."""
+def source_of_actions(variant: VariantName) -> tuple[str, Mixing]:
+    """Where a variant's actions come from when it is evaluated, and how they are mixed."""
+    mixing = evaluation_mixing(variant)
+    if variant not in VARIANTS:
+        return "none", mixing
+    return "planner" if mixing.needs_scores else "constant", mixing
+
+
+def losses_table(losses: Losses, scoring: Pass) -> pd.DataFrame:
+    """Tokens and summed losses by document, model and source of actions."""
+    documents, tokens = scoring.documents, scoring.tokens.astype(np.int64)
+    names = ("document", "variant", "actions", "tokens", "loss")
     parts = [
-        pd.DataFrame(
-            {"document": scoring.documents, "variant": variant, "actions": actions}
-            | {"tokens": scoring.tokens.astype(np.int64), "loss": sums}
-        )
-        for (variant, actions), sums in losses.items()
+        pd.DataFrame(dict(zip(names, (documents, *key, tokens, sums), strict=True)))
+        for key, sums in losses.items()
     ]
     return pd.concat(parts, ignore_index=True)
 
 
-def perplexity_table(
-    config: Config, losses: dict[tuple[str, str], np.ndarray], tokens: np.ndarray
-) -> pd.DataFrame:
-    """Perplexities.
-
-    Args:
-        config: How to resample.
-        losses: Sums of losses `[documents]` by model and source of actions.
-        tokens: How many tokens they are of `[documents]`.
-    """
+def perplexity_table(config: Config, losses: Losses, tokens: np.ndarray) -> pd.DataFrame:
+    """Perplexities of losses, which are summed over `tokens` `[documents]` tokens of each document."""
     options = _resampling(config)
     return pd.DataFrame(
         {"variant": variant, "actions": actions, "tokens": int(tokens.sum())}
@@ -176,13 +202,15 @@ def perplexity_table(
     )
 
 
-def differences_table(
-    config: Config, losses: dict[tuple[str, str], np.ndarray], tokens: np.ndarray
-) -> pd.DataFrame:
+def differences_table(config: Config, losses: Losses, tokens: np.ndarray) -> pd.DataFrame:
     """Differences of the perplexities of every two; the arguments are those of `perplexity_table`."""
     options = _resampling(config)
+    labels = {
+        (variant, actions): f"{variant} ({actions} actions)" if variant == "oracle" else variant
+        for variant, actions in losses
+    }
     return pd.DataFrame(
-        {"first": _label(*first), "second": _label(*second)}
+        {"first": labels[first], "second": labels[second]}
         | interval_columns("difference", paired_difference(losses[first], losses[second], tokens, **options))
         for first, second in itertools.combinations(losses, 2)
     )
@@ -190,10 +218,6 @@ def differences_table(
 
 def _resampling(config: Config) -> Resampling:
     return {"resamples": config.evaluation.resamples, "seed": config.seed, "transform": np.exp}
-
-
-def _label(variant: str, actions: str) -> str:
-    return f"{variant} ({actions} actions)" if variant == "oracle" else variant
 
 
 def interval_columns(name: str, interval: Interval) -> dict[str, Any]:

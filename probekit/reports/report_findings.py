@@ -13,7 +13,7 @@ from probekit.causal.intervene import InterventionResults
 from probekit.causal.subnetwork import SubnetworkResults
 from probekit.config import Config, setting_names, setting_value
 from probekit.errors import ProbekitError
-from probekit.evaluation.perplexity import record_of
+from probekit.evaluation.perplexity import evaluation_record
 from probekit.io import read_json, read_table
 from probekit.models.mixing import VARIANTS
 from probekit.probing.over_training import TrainingProbes
@@ -141,7 +141,7 @@ class Findings:
     @cached_property
     def replaced_in_evaluation(self) -> dict[str, Any]:
         """Settings of the evaluation, by dotted name."""
-        used, own = self.run.evaluation()["settings"], record_of(self.run.config)
+        used, own = self.run.evaluation()["settings"], evaluation_record(self.run.config)
         return {
             f"evaluation.{name}": used[name] for name in own if name != "split" and used[name] != own[name]
         }

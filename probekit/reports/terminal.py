@@ -12,8 +12,6 @@ from rich.table import Table
 from rich.text import Text
 
 from probekit.data.corpus import MORE_DOCUMENTS, Corpus, action_table, sentence_lengths, sizes, too_few
-from probekit.evaluation.ensembles import EnsembleEvaluation
-from probekit.evaluation.evaluate import PlannerEvaluation
 from probekit.evaluation.perplexity import Evaluation
 from probekit.generation.texts import Written
 from probekit.io import read_json
@@ -163,10 +161,10 @@ def print_evaluation(evaluation: Evaluation) -> None:
             for row in evaluation.differences.to_dict("records")
         ),
     )
-    if isinstance(evaluation, PlannerEvaluation):
+    if evaluation.planner is not None:
         _print_planners(evaluation.planner)
-    if isinstance(evaluation, EnsembleEvaluation):
-        _print_choices(evaluation)
+    if evaluation.accuracy is not None and evaluation.accuracy_differences is not None:
+        _print_choices(evaluation.accuracy, evaluation.accuracy_differences)
 
 
 def _print_planners(planner: pd.DataFrame) -> None:
@@ -182,8 +180,7 @@ def _print_planners(planner: pd.DataFrame) -> None:
     )
 
 
-def _print_choices(evaluation: EnsembleEvaluation) -> None:
-    accuracy = evaluation.accuracy
+def _print_choices(accuracy: pd.DataFrame, differences: pd.DataFrame) -> None:
     questions, documents = accuracy.questions.iloc[0], accuracy.documents.iloc[0]
     print_table(
         f"Multiple choice: {questions:,} questions of {documents:,} documents (by chance "
@@ -199,7 +196,7 @@ def _print_choices(evaluation: EnsembleEvaluation) -> None:
         ["first", "second", "first - second", "95 % interval"],
         (
             [row["first"], row["second"], f"{row['difference']:+.3f}", interval(row, "difference")]
-            for row in evaluation.accuracy_differences.to_dict("records")
+            for row in differences.to_dict("records")
         ),
     )
 

@@ -1,4 +1,7 @@
-"""Baselines that count, against counting sentence by sentence; planners and ceilings on any sentences."""
+"""Baselines that count, against counting sentence by sentence and by dictionaries, and a planted dependency."""
+
+from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,9 +10,10 @@ from hypothesis import strategies as st
 
 from probekit.config import Config
 from probekit.data.build import write_corpus
+from probekit.errors import ProbekitError
 from probekit.evaluation import baselines as module
-from probekit.evaluation.action_metrics import bigram_of_counts
-from probekit.evaluation.baselines import SentenceBaselines, baselines, count_labels
+from probekit.evaluation.action_metrics import bigram_of_counts, prior_log_probabilities
+from probekit.evaluation.baselines import SkipNgram, action_predictions, contexts, count_labels
 from probekit.planted.ceilings import ceiling_log_probabilities
 from probekit.progress import Progress
 from probekit.run.run import Run
@@ -24,14 +28,14 @@ def untrained(tiny_config: Config, tmp_path_factory: pytest.TempPathFactory) -> 
     return run
 
 
-def counted(run: Run, documents, labels: np.ndarray, classes: int, horizon: int):
+def counted(run: Run, documents, labels: np.ndarray, classes: int):
     """Pairs and later labels, one sentence at a time."""
     corpus = run.corpus
     pairs, later = np.zeros((classes + 1, classes)), np.zeros(classes)
     for document in documents:
         first, last = corpus.document_sentences[document : document + 2].tolist()
-        for sentence in range(first, last - horizon + 1):
-            label = labels[sentence + horizon - 1]
+        for sentence in range(first, last):
+            label = labels[sentence]
             if label >= 0:
                 pairs[labels[sentence - 1] if sentence > first else -1, label] += 1
                 later[label] += sentence > first
@@ -39,83 +43,158 @@ def counted(run: Run, documents, labels: np.ndarray, classes: int, horizon: int)
 
 
 @settings(max_examples=15, deadline=None)
-@given(
-    seed=st.integers(0, 2**32 - 1),
-    horizon=st.sampled_from([1, 2, 9, 40]),
-    at_once=st.sampled_from([1, 7, 4096]),
-)
-def test_counts_equal_a_walk_over_the_sentences(untrained: Run, seed: int, horizon: int, at_once: int):
+@given(seed=st.integers(0, 2**32 - 1), at_once=st.sampled_from([1, 7, 4096]))
+def test_counts_equal_a_walk_over_the_sentences(untrained: Run, seed: int, at_once: int):
     """Of labels of any kind, some missing, a few documents at a time."""
     corpus, generator = untrained.corpus, np.random.default_rng(seed)
     labels = generator.integers(-1, 5, len(corpus.first_token))
     documents = np.sort(generator.choice(160, 30, replace=False))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "DOCUMENTS_AT_ONCE", at_once)
-        found = count_labels(corpus, documents, labels, 5, horizon)
-    pairs, later = counted(untrained, documents, labels, 5, horizon)
-    np.testing.assert_array_equal(found.pairs, pairs)
-    np.testing.assert_array_equal(found.later, later)
+        found = count_labels(corpus, documents, labels, 5)
+    for counts, expected in zip(found, counted(untrained, documents, labels, 5), strict=True):
+        np.testing.assert_array_equal(counts, expected)
 
 
-@pytest.mark.parametrize("horizon", [1, 2])
-def test_prior_and_bigram_count_the_training_documents(untrained: Run, horizon: int):
+def test_prior_and_bigram_count_the_training_documents(untrained: Run):
     corpus = untrained.corpus
     train, validation = (
-        counted(untrained, corpus.documents(split), corpus.actions, 8, horizon)
-        for split in ("train", "validation")
+        counted(untrained, corpus.documents(split), corpus.actions, 8) for split in ("train", "validation")
     )
     shares = (train[1] + 0.5) / (train[1].sum() + 4)
-    sentences = np.random.default_rng(0).permutation(corpus.sentences(corpus.documents("test")))[:50]
-    found = SentenceBaselines(untrained, horizon).log_probabilities(sentences)
-    np.testing.assert_allclose(np.exp(found["prior"]), np.tile(shares, (50, 1)))
+    documents = corpus.documents("test")
+    found = action_predictions(untrained, documents)
+    sentences = corpus.sentences(documents)
+    np.testing.assert_allclose(np.exp(found["prior"]), np.tile(shares, (len(sentences), 1)))
     bigram = bigram_of_counts(train[0], validation[0])
     for sentence, row in zip(sentences, found["bigram"], strict=True):
         first = sentence in corpus.document_sentences
         np.testing.assert_allclose(row, bigram.table[-1 if first else corpus.actions[sentence - 1]])
-
-
-def test_a_run_without_a_planner_has_the_other_readers(untrained: Run):
-    sentences = untrained.corpus.sentences(untrained.corpus.documents("test"))
-    found = SentenceBaselines(untrained, 1).log_probabilities(sentences)
+    # Without a planner the other readers are there, and only planted actions have ceilings.
     assert list(found) == ["prior", "bigram", "ceiling (actions)", "ceiling (words)"]
     assert {values.shape for values in found.values()} == {(len(sentences), 8)}
-
-
-def test_only_planted_actions_have_ceilings(untrained: Run):
     clusters = Run(untrained.folder, untrained.config.override({"actions.labels": "clusters"}))
-    assert list(SentenceBaselines(clusters, 1).log_probabilities(np.array([0]))) == ["prior", "bigram"]
+    assert list(action_predictions(clusters, documents)) == ["prior", "bigram"]
 
 
-def test_any_sentences_in_any_chunks(tiny_run: Run):
-    """As many rows as asked for, in their order, as if all sentences of all documents had been asked for."""
+def test_documents_alone_are_predicted_as_among_all(tiny_run: Run):
     corpus = tiny_run.corpus
-    whole = baselines(tiny_run, np.arange(160), horizon=1)
+    whole = action_predictions(tiny_run, np.arange(160))
     assert {"planner", "planner after joint"} < set(whole)
     ceilings = ceiling_log_probabilities(tiny_run.config, corpus, np.arange(160))
     np.testing.assert_array_equal(whole["ceiling (words)"], ceilings["ceiling (words)"])
-    sentences = np.random.default_rng(1).permutation(len(corpus.first_token))[:200]
-    readers = SentenceBaselines(tiny_run, 1)
-    for part in np.array_split(sentences, 7):
-        for name, values in readers.log_probabilities(part).items():
-            np.testing.assert_allclose(np.exp(values), np.exp(whole[name][part]), atol=1e-6)
+    documents = np.array([7, 30, 120])
+    for name, values in action_predictions(tiny_run, documents).items():
+        np.testing.assert_allclose(
+            np.exp(values), np.exp(whole[name][corpus.sentences(documents)]), atol=1e-6
+        )
 
 
-def test_planners_plan_only_the_next_sentence(tiny_run: Run):
-    found = SentenceBaselines(tiny_run, 2).log_probabilities(np.array([5]))
-    assert list(found) == ["prior", "bigram", "ceiling (actions)", "ceiling (words)"]
+# The skip n-gram
 
 
-def test_only_the_documents_asked_for_are_looked_at(tiny_run: Run, monkeypatch):
-    """Counting aside: neither a planner nor a ceiling sees another document."""
-    readers, corpus = SentenceBaselines(tiny_run, 1), tiny_run.corpus
-    seen: list[int] = []
-    for name in ("planner_log_probabilities", "ceiling_log_probabilities"):
-        inner = getattr(module, name)
+def drawn(seed: int, rows: int, tokens: int = 4, orders: int = 3, classes: int = 5):
+    generator = np.random.default_rng(seed)
+    return generator.integers(-1, tokens, (rows, orders)), generator.integers(0, classes, rows)
 
-        def spy(first, corpus, documents, *rest, inner=inner):
-            seen.extend(documents.tolist())
-            return inner(first, corpus, documents, *rest)
 
-        monkeypatch.setattr(module, name, spy)
-    readers.log_probabilities(corpus.document_sentences[[30, 7, 30]] + 1)
-    assert set(seen) == {7, 30}
+def by_dictionaries(training, labels, classes, strengths, query):
+    """Distributions [rows, classes] of as many orders as there are strengths."""
+    p = np.tile(np.exp(prior_log_probabilities(labels, classes)), (len(query), 1))
+    for order, strength in enumerate(strengths, 1):
+        pairs = Counter(
+            (tuple(row[:order]), label) for row, label in zip(training.tolist(), labels.tolist(), strict=True)
+        )
+        totals = Counter(tuple(row[:order]) for row in training.tolist())
+        for i, row in enumerate(query.tolist()):
+            counts = np.array([pairs[tuple(row[:order]), label] for label in range(classes)])
+            p[i] = (counts + strength * p[i]) / (totals[tuple(row[:order])] + strength)
+    return p
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), rows=st.integers(1, 80), tokens=st.sampled_from([1, 4, 100_000]))
+def test_equals_dictionaries_and_chooses_on_validation(seed, rows, tokens):
+    training, labels = drawn(seed, rows, tokens)
+    held_out, truth = drawn(seed + 1, 40, tokens + 2)  # holds tokens that training does not
+    strengths = [0.5, 5.0, 50.0]
+    found = SkipNgram.fit(training, labels, 5, (held_out, truth), strengths)
+
+    def loss(path):
+        p = by_dictionaries(training, labels, 5, path, held_out)
+        return -np.log(p[np.arange(len(truth)), truth]).mean()
+
+    # An order's strength is the best one given those of the orders below.
+    path = []
+    losses = [loss([])]
+    for _ in range(3):
+        path.append(min(strengths, key=lambda strength: loss([*path, strength])))
+        losses.append(loss(path))
+    chosen = [level.strength for level in found.levels]
+    assert loss(chosen) == pytest.approx(min(losses))
+    assert found.validation_cross_entropy == pytest.approx(min(losses))
+    query = np.vstack([held_out, training])
+    p = np.exp(found.log_probabilities(query))
+    np.testing.assert_allclose(p, by_dictionaries(training, labels, 5, chosen, query))
+    np.testing.assert_allclose(p.sum(1), 1.0)
+    parts = [found.log_probabilities(part) for part in np.array_split(query, 7)]
+    np.testing.assert_array_equal(np.exp(np.concatenate(parts)), p)
+
+
+def test_a_case_worked_by_hand():
+    training, labels = np.array([[7], [7], [8], [9]]), np.array([0, 0, 1, -1])
+    found = SkipNgram.fit(training, labels, 2, (np.array([[7], [8]]), np.array([0, 1])), [2.0])
+    prior = np.array([2.5, 1.5]) / 4
+    expected = [(np.array([2, 0]) + 2 * prior) / 4, (np.array([0, 1]) + 2 * prior) / 3, prior]
+    np.testing.assert_allclose(np.exp(found.log_probabilities(np.array([[7], [8], [9]]))), expected)
+
+
+def test_finds_the_order_that_matters():
+    """The label is often the sum of two tokens: one alone tells nothing, a third only thins the counts."""
+    tokens, noise = drawn(0, 4000, tokens=6, classes=7)
+    labels = (tokens[:, 0] + tokens[:, 1] + 2) % 7
+    noisy = np.random.default_rng(1).random(4000) < 0.4
+    labels = np.where(noisy, noise, labels)
+    found = SkipNgram.fit(tokens[:3000], labels[:3000], 7, (tokens[3000:], labels[3000:]))
+    # A third token may be let in by chance, but is then hardly listened to.
+    strengths = [level.strength for level in found.levels]
+    assert len(strengths) >= 2
+    assert strengths[1] <= 10
+    assert all(strength >= 30 for strength in strengths[2:])
+    right = found.log_probabilities(tokens[3000:]).argmax(1) == labels[3000:]
+    assert right[~noisy[3000:]].all()
+
+
+def test_where_tokens_tell_nothing_it_is_hardly_worse_than_the_prior():
+    training, labels = drawn(1, 3000, tokens=500)
+    held_out, truth = drawn(2, 1000, tokens=500)
+    found = SkipNgram.fit(training, labels, 5, (held_out, truth))
+    test, unseen = drawn(3, 1000, tokens=500)
+    rows = np.arange(1000)
+    loss = -found.log_probabilities(test)[rows, unseen].mean()
+    assert loss == pytest.approx(-prior_log_probabilities(labels, 5)[unseen].mean(), abs=0.005)
+
+
+def test_contexts_stay_within_their_document():
+    corpus = SimpleNamespace(
+        tokens=np.array([99, 1, 2, 3, 99, 4, 99, 5], np.uint16), document_tokens=np.array([0, 4, 6, 8])
+    )
+    found = contexts(corpus, np.array([3, 1, 5, 7, 6]), 3)
+    assert found.tolist() == [[3, 2, 1], [1, 99, -1], [4, 99, -1], [5, 99, -1], [99, -1, -1]]
+    assert found.dtype == np.int64
+
+
+def test_without_training_labels_it_knows_nothing():
+    tokens, labels = drawn(4, 10)
+    found = SkipNgram.fit(tokens, np.full(10, -1), 5, (tokens, labels))
+    np.testing.assert_allclose(np.exp(found.log_probabilities(tokens)), 0.2)
+
+
+def test_bad_input_is_refused():
+    tokens, labels = drawn(5, 10)
+    with pytest.raises(ProbekitError, match="validation examples are empty"):
+        SkipNgram.fit(tokens, labels, 5, (tokens, np.full(10, -1)))
+    with pytest.raises(ProbekitError, match="not from -1"):
+        SkipNgram.fit(tokens, labels, 3, (tokens, labels % 3))
+    with pytest.raises(ProbekitError, match="not from -1"):
+        SkipNgram.fit(tokens, labels % 3, 3, (tokens, labels))

@@ -16,9 +16,8 @@ from probekit.data.corpus import SPLITS
 from probekit.data.windows import cut_windows
 from probekit.errors import ProbekitError
 from probekit.evaluation.action_metrics import STRENGTHS
-from probekit.evaluation.evaluate import PlannerEvaluation as Evaluation
 from probekit.evaluation.evaluate import evaluate
-from probekit.evaluation.perplexity import Pass, own_losses
+from probekit.evaluation.perplexity import Evaluation, Pass, own_losses
 from probekit.io import CHECKSUM, read_json, write_json
 from probekit.models.mixing import Fixed, Oracle, Predicted, Soft
 from probekit.progress import Progress

@@ -191,20 +191,9 @@ def written(folder: Path, *rows: object) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        SKY | {"answer": 1},
-        SKY | {"answer": "B"},
-        SKY | {"answer": "Black, mostly."},
-        SKY | {"answerKey": "B", "id": "x7"},
-        SKY | {"choices": {"text": SKY["choices"], "label": ["A", "B", "C"]}, "answerKey": "B"},
-        SKY | {"choices": {"text": SKY["choices"], "label": ["1", "2", "3"]}, "answerKey": "2"},
-    ],
-)
-def test_a_line_is_a_question(row: dict, tiny_run: Run, tmp_path: Path):
+def test_a_line_is_a_question(tiny_run: Run, tmp_path: Path):
     corpus = tiny_run.corpus
-    (question,) = read_questions(written(tmp_path, row), corpus)
+    (question,) = read_questions(written(tmp_path, SKY | {"answer": 1, "id": "x7"}), corpus)
     assert question.answer == 1
     assert question.document == 1
     assert question.context[0] == corpus.separator
@@ -228,7 +217,7 @@ def test_white_space_behind_a_question_is_read_with_the_choice(tiny_run: Run, tm
 
 
 def test_lines_are_numbered_and_blank_ones_passed_over(tiny_run: Run, tmp_path: Path):
-    odd = {"question": "A\u2028B <|endoftext|>", "choices": ["x", "y"], "answer": "x"}
+    odd = {"question": "A\u2028B <|endoftext|>", "choices": ["x", "y"], "answer": 0}
     rows = ["\ufeff" + json.dumps(SKY | {"answer": 2}), "", "  \r", json.dumps(odd, ensure_ascii=False)]
     first, second = read_questions(written(tmp_path, *rows), tiny_run.corpus)
     assert (first.document, second.document) == (1, 4)
@@ -236,48 +225,26 @@ def test_lines_are_numbered_and_blank_ones_passed_over(tiny_run: Run, tmp_path: 
     assert (second.context == tiny_run.corpus.separator).sum() == 1
 
 
-ARC = {"text": ["x", "y"], "label": ["A", "B"]}
-
-
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ('{"question": ', r"""'\{"question":' is no JSON object; give one with question, choices"""),
-        ("[" * 100_000, r"'\[+\.\.\. is no JSON object"),
-        ([1], r"'\[1\]' is no JSON object"),
-        ({"choices": ["x", "y"], "answer": 0}, r"has no 'question', only \['choices', 'answer'\]; add it"),
-        ({"question": "Q", "answer": 0}, "has no 'choices'"),
-        (SKY, r"has no 'answer', only \['question', 'choices'\]"),
-        (SKY | {"answer": 0, "answerKey": "A"}, "has both answer and answerKey; give one answer"),
-        (SKY | {"question": " "}, "question is ' '; it must be a text, not an empty one"),
-        (SKY | {"question": {"stem": "Q"}}, r"question is \{'stem': 'Q'\}; it must be a text"),
-        (SKY | {"question": "\ud800"}, r"question is '\\ud800', with half a surrogate pair"),
-        (SKY | {"choices": ["x"]}, r"choices is \['x'\]; give a list of two texts or more"),
-        (SKY | {"choices": "xy"}, "choices is 'xy'; give a list"),
-        (SKY | {"choices": ["x", ""]}, "choice 1 is ''; it must be a text"),
-        (SKY | {"choices": ["x", 2]}, "choice 1 is 2; it must be a text"),
-        (SKY | {"choices": ["x", "y", " x"]}, "choice 'x' is there twice"),
-        (SKY | {"choices": {"text": ["x", "y"]}}, r"choices has \['text'\]; it must have text and label"),
-        (SKY | {"choices": {"text": "x", "label": ["A"]}}, "choices is 'x'; give a list"),
-        (SKY | {"choices": ARC | {"label": ["A"]}}, r"label is \['A'\]; give a list of 2 different texts"),
-        (SKY | {"choices": ARC | {"label": ["A", "A"]}}, "label is"),
-        (SKY | {"choices": ARC | {"label": ["A", 1]}}, "label is"),
-        (SKY | {"choices": ARC | {"label": None}}, "label is None"),
-        (SKY | {"choices": ARC, "answerKey": "C"}, r"answerKey is 'C'; it must be one of \['A', 'B'\]"),
-        (SKY | {"choices": ARC, "answerKey": "x"}, "answerKey is 'x'"),
-        (SKY | {"choices": ARC, "answerKey": 1}, "answerKey is 1"),
-        (
-            SKY | {"answer": 3},
-            "answer is 3; it must be a number from 0 to 2, the text of a choice, or one of ",
-        ),
+        ('{"question": ', "is no JSON object with question, choices and answer: "),
+        ("[" * 100_000, "is no JSON object"),
+        ([1], "is no JSON object"),
+        (SKY, "is no JSON object with question, choices and answer"),
+        (SKY | {"answer": 0, "question": " "}, "question is ' '; give a text that is not blank"),
+        (SKY | {"answer": 0, "question": {"stem": "Q"}}, r"question is \{'stem': 'Q'\}; give a text"),
+        (SKY | {"answer": 0, "question": "\ud800"}, r"question is '\\ud800'; give a text"),
+        (SKY | {"answer": 0, "choices": ["x"]}, r"choices is \['x'\]; give a list of two texts or more"),
+        (SKY | {"answer": 0, "choices": "xy"}, "choices is 'xy'; give a list"),
+        (SKY | {"answer": 0, "choices": ["x", ""]}, r"choices is \['x', ''\]; give a list"),
+        (SKY | {"answer": 0, "choices": ["x", 2]}, r"choices is \['x', 2\]; give a list"),
+        (SKY | {"answer": 0, "choices": ["x", "y", " x"]}, "choice ' x' has the same tokens as another"),
+        (SKY | {"answer": 3}, "answer is 3; give the number of a choice, from 0 to 2"),
         (SKY | {"answer": -1}, "answer is -1"),
         (SKY | {"answer": 1.0}, "answer is 1.0"),
         (SKY | {"answer": True}, "answer is True"),
-        (SKY | {"answer": None}, "answer is None"),
-        (SKY | {"answer": [0, 1]}, r"answer is \[0, 1\]"),
-        (SKY | {"answer": "Blue"}, "answer is 'Blue'"),
-        (SKY | {"answer": "D"}, "answer is 'D'"),
-        (SKY | {"choices": ["B", "A"], "answer": "A"}, "answer 'A' is the text of one choice and the letter"),
+        (SKY | {"answer": "B"}, "answer is 'B'"),
     ],
 )
 def test_a_bad_line_is_named(row: object, said: str, tiny_run: Run, tmp_path: Path):
@@ -294,32 +261,26 @@ def test_choices_that_are_the_same_tokens_are_refused(tiny_run: Run, tmp_path: P
     row = SKY | {"choices": ["x", "y", "z"], "answer": 0}
     tokenizer = tiny_run.corpus.tokenizer
 
-    class Unknowing:
-        decode = tokenizer.decode
+    def unknowing(text: str, **options: object) -> object:
+        return tokenizer(text.replace("z", "y"), **options)
 
-        def __call__(self, text: str, **options: object) -> object:
-            return tokenizer(text.replace("z", "y"), **options)
-
-    corpus = SimpleNamespace(separator=tiny_run.corpus.separator, tokenizer=Unknowing())
-    with pytest.raises(ProbekitError, match="line 1: choice 'z' is there twice, in tokens"):
+    corpus = SimpleNamespace(separator=tiny_run.corpus.separator, tokenizer=unknowing)
+    with pytest.raises(ProbekitError, match="line 1: choice 'z' has the same tokens as another"):
         read_questions(written(tmp_path, row), corpus)
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (None, "cannot be read (No such file or directory); give a file of JSON lines"),
+        (None, "cannot be read as UTF-8 text"),
         (b"", "holds no question; give one a line, as JSON"),
         (b" \n\n", "holds no question"),
-        (b'{"question"\xff', "is not UTF-8 from byte 11 on"),
+        (b'{"question"\xff', "cannot be read as UTF-8 text"),
     ],
 )
 def test_a_bad_file_is_named(content: bytes | None, said: str, tiny_run: Run, tmp_path: Path):
     path = tmp_path / "questions.jsonl"
     if content is not None:
         path.write_bytes(content)
-    named = re.escape(f"evaluation.questions_file {path}: {said}")
-    with pytest.raises(ProbekitError, match=named):
+    with pytest.raises(ProbekitError, match=re.escape(f"evaluation.questions_file {path}: {said}")):
         read_questions(path, tiny_run.corpus)
-    with pytest.raises(ProbekitError, match="cannot be read"):
-        read_questions(tmp_path, tiny_run.corpus)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from read_tables import rows_of
 
-from probekit.evaluation.evaluate import PlannerEvaluation as Evaluation
 from probekit.evaluation.evaluate import evaluate
+from probekit.evaluation.perplexity import Evaluation
 from probekit.reports.terminal import print_evaluation
 from probekit.run.run import Run
 

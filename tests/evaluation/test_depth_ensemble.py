@@ -14,10 +14,10 @@ import probekit
 from probekit.cli import main
 from probekit.data.windows import IGNORE, collate, cut_windows
 from probekit.errors import ProbekitError
-from probekit.evaluation import ensembles
-from probekit.evaluation.ensembles import EnsembleEvaluation
+from probekit.evaluation import depth_ensemble
 from probekit.evaluation.evaluate import evaluate
 from probekit.evaluation.multiple_choice import corpus_questions
+from probekit.evaluation.perplexity import Evaluation
 from probekit.run.run import Run
 from probekit.sweep import Sweep, sweep
 from probekit.training.train import train
@@ -45,10 +45,8 @@ def run(tiny_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 @pytest.fixture(scope="module")
-def evaluation(run: Run) -> EnsembleEvaluation:
-    found = evaluate(run, quiet=True)
-    assert isinstance(found, EnsembleEvaluation)
-    return found
+def evaluation(run: Run) -> Evaluation:
+    return evaluate(run, quiet=True)
 
 
 READERS = [
@@ -85,7 +83,7 @@ def logits_of(parts, reader: str, tokens: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def test_perplexities_are_those_of_the_logits(run: Run, parts, evaluation: EnsembleEvaluation):
+def test_perplexities_are_those_of_the_logits(run: Run, parts, evaluation: Evaluation):
     table = evaluation.perplexity.set_index("variant")
     assert [*table.index] == READERS
     corpus = run.corpus
@@ -101,7 +99,7 @@ def test_perplexities_are_those_of_the_logits(run: Run, parts, evaluation: Ensem
 
 
 @torch.no_grad()
-def test_questions_are_solved_by_the_least_mean_loss(run: Run, parts, evaluation: EnsembleEvaluation):
+def test_questions_are_solved_by_the_least_mean_loss(run: Run, parts, evaluation: Evaluation):
     corpus = run.corpus
     questions = corpus_questions(corpus, corpus.documents("test"), QUESTIONS, 48, run.config.corpus.seed)
     choices = evaluation.choices
@@ -122,7 +120,7 @@ def test_questions_are_solved_by_the_least_mean_loss(run: Run, parts, evaluation
         assert evaluation.accuracy.set_index("variant").accuracy[reader] == pytest.approx(np.mean(right))
 
 
-def test_differences_are_of_members_alone_and_of_equal_documents(evaluation: EnsembleEvaluation):
+def test_differences_are_of_members_alone_and_of_equal_documents(evaluation: Evaluation):
     names = {"none", "plain", "repeated", "ensemble", "distilled"}
     for table in (evaluation.differences, evaluation.accuracy_differences):
         assert {*table["first"], *table["second"]} == names
@@ -133,7 +131,7 @@ def test_differences_are_of_members_alone_and_of_equal_documents(evaluation: Ens
         assert row.difference_low <= row.difference <= row.difference_high
 
 
-def test_files_hold_what_is_returned(run: Run, evaluation: EnsembleEvaluation):
+def test_files_hold_what_is_returned(run: Run, evaluation: Evaluation):
     record = json.loads((run.folder / "evaluation.json").read_text())
     assert record["settings"]["questions"] == QUESTIONS
     accuracy = pd.DataFrame(record["accuracy"]).accuracy.tolist()
@@ -150,7 +148,7 @@ def test_questions_from_a_file(run: Run, tmp_path: Path):
             "choices": ["and more of it.", "then something else altogether."],
             "answer": 0,
         },
-        {"question": "Others", "choices": ["one", "two", "three"], "answer": "C"},
+        {"question": "Others", "choices": ["one", "two", "three"], "answer": 2},
     ]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     before = (run.folder / "choices.parquet").read_bytes()
@@ -167,16 +165,16 @@ def test_questions_from_a_file(run: Run, tmp_path: Path):
 
 def test_documents_too_short_to_be_asked_about_cost_multiple_choice_alone(
     run: Run,
-    evaluation: EnsembleEvaluation,
+    evaluation: Evaluation,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
     folder = shutil.copytree(run.folder, tmp_path / "run")
     # No sentence is short enough for a window of one token.
-    asked = ensembles.corpus_questions
+    asked = depth_ensemble.corpus_questions
     monkeypatch.setattr(
-        ensembles,
+        depth_ensemble,
         "corpus_questions",
         lambda corpus, documents, count, _, seed: asked(corpus, documents, count, 1, seed),
     )
