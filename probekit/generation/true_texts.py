@@ -176,11 +176,11 @@ class TrueActions:
         labels = corpus.actions
         if config.actions.labels != "clusters":
             labels = corpus.codebook.nearest(corpus.embeddings)
-        train, validation = (
-            count_labels(corpus, corpus.documents(split), labels, corpus.k, 1)
+        (pairs, later), (validation, _) = (
+            count_labels(corpus, corpus.documents(split), labels, corpus.k)
             for split in ("train", "validation")
         )
-        return cls(bigram_of_counts(train.pairs, validation.pairs), np.exp(log_shares(train.later)))
+        return cls(bigram_of_counts(pairs, validation), np.exp(log_shares(later)))
 
 
 Tokens = Sequence[np.ndarray]

@@ -1,4 +1,4 @@
-"""Baselines that count, against counting sentence by sentence and by dictionaries, and a planted dependency."""
+"""Baselines against counting sentence by sentence and by dictionaries, and against a planted dependency."""
 
 from collections import Counter
 from types import SimpleNamespace
