@@ -344,7 +344,7 @@ def over_seeds(
         with_mean = (np.column_stack([part, part.mean(1)]) for part in (sums, counts))
         transform = transforms.get(str(key["metric"]))
         found = bootstrap_ratios(*with_mean, resamples=resamples, seed=seed, transform=transform)
-        parts.append(_seed_rows(key, list(tables["sum"].columns), found))
+        parts.append(_seed_rows(key, tables["sum"].columns, found))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -373,22 +373,16 @@ def differences_over_seeds(
     }
     parts = []
     for first, second in pairs:
-        with_mean = (by_name[name].assign(mean=by_name[name].mean(axis=1)) for name in (first, second))
-        found = paired_differences(
-            *(table.to_numpy() for table in with_mean),
-            tokens,
-            resamples=resamples,
-            seed=seed,
-            transform=np.exp,
-        )
-        rows = _seed_rows({"first": first, "second": second}, list(by_name[first].columns), found)
+        one, other = (by_name[name].assign(mean=by_name[name].mean(axis=1)) for name in (first, second))
+        found = paired_differences(one, other, tokens, resamples=resamples, seed=seed, transform=np.exp)
         below = (found.value[:-1] < 0).astype(int)
-        rows.insert(rows.columns.get_loc("seeds"), "below", [*below, below.sum()])
+        rows = _seed_rows({"first": first, "second": second}, by_name[first].columns, found)
+        rows.insert(len(rows.columns) - 2, "below", [*below, below.sum()])
         parts.append(rows)
     return pd.concat(parts, ignore_index=True)
 
 
-def _seed_rows(key: Mapping[str, object], seeds: Sequence[int], found: Intervals) -> pd.DataFrame:
+def _seed_rows(key: Mapping[str, object], seeds: Iterable[object], found: Intervals) -> pd.DataFrame:
     """A row for each seed and one for their mean, of intervals in that order."""
     each = found.value[:-1]
     spread = np.std(each, ddof=1) if len(each) > 1 else np.nan
