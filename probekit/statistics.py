@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, NotRequired, TypedDict, Unpack
+from typing import Any, NamedTuple, NotRequired, TypedDict, Unpack
 
 import numpy as np
 import pandas as pd
@@ -382,7 +382,7 @@ def differences_over_seeds(
     return pd.concat(parts, ignore_index=True)
 
 
-def _seed_rows(key: Mapping[str, object], seeds: Iterable[object], found: Intervals) -> pd.DataFrame:
+def _seed_rows(key: Mapping[str, object], seeds: Iterable[Any], found: Intervals) -> pd.DataFrame:
     """A row for each seed and one for their mean, of intervals in that order."""
     each = found.value[:-1]
     spread = np.std(each, ddof=1) if len(each) > 1 else np.nan
