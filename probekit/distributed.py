@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     import torch
     from accelerate import PartialState
     from torch import Tensor
-    from torch.distributed.device_mesh import DeviceMesh
 
 
 HANDLED = (signal.SIGINT, signal.SIGTERM)
@@ -122,7 +121,6 @@ def leave() -> None:
     """Takes leave of the others when all is done: what still listens would abort the process at its end."""
     if _joined.cache_info().currsize:
         wait()
-        mesh.cache_clear()
         gc.collect()  # whatever still holds the group would keep its threads
         _joined().destroy_process_group()
 
@@ -167,14 +165,6 @@ def total(value: float, device: torch.device) -> float:
     summed = torch.tensor(value, dtype=torch.float64, device=device)
     add_up([summed])
     return summed.item()
-
-
-@cache
-def mesh() -> DeviceMesh:
-    """All processes, as what weights are sharded over."""
-    from torch.distributed.device_mesh import init_device_mesh
-
-    return init_device_mesh(_joined().device.type, (count(),))
 
 
 def own_device() -> torch.device | None:
@@ -239,18 +229,10 @@ def compute_device(name: str) -> torch.device:
     return device
 
 
-def autocast(
-    device: torch.device, precision: str, *, keep_casts: bool = True
-) -> contextlib.AbstractContextManager[None]:
-    """The forward pass's arithmetic that the setting `training.precision` names.
-
-    Args:
-        device: Where to compute.
-        precision: The setting.
-        keep_casts: Keep trained weights that were cast until the end of the pass.
-    """
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[None]:
+    """The forward pass's arithmetic that the setting `training.precision` names."""
     enabled = precision_of(device, precision) == "bfloat16"
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled, cache_enabled=keep_casts)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
 def precision_of(device: torch.device, precision: str) -> str:

@@ -44,7 +44,7 @@ def test_version(capsys: Capture):
             "generate",
             ("seed", "device", *(f"generation.{name}" for name in ("context", "temp", "top_", "batch"))),
         ),
-        ("probe", ("device", "evaluation.", "probe.", "lm.sharded")),
+        ("probe", ("device", "evaluation.", "probe.", "lm.device_map")),
         ("lens", ("device",)),
         ("report", ()),
         ("sweep", None),

@@ -125,5 +125,5 @@ def _parser(words: list[str]) -> Parser:
         add_all_settings(parser, words, ANY_MODEL)
     else:
         add_source_options(parser)
-        add_setting_options(parser, Config(), ["device", "evaluation", "probe", "lm.sharded"])
+        add_setting_options(parser, Config(), ["device", "evaluation", "probe", "lm.device_map"])
     return parser

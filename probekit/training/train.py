@@ -21,10 +21,10 @@ from probekit.data.corpus import too_few
 from probekit.data.encoders import check_encoder
 from probekit.errors import ProbekitError
 from probekit.io import atomic_folder, full_disks_told, write_json
-from probekit.models.base_lm import TUNINGS
+from probekit.models.base_lm import TUNINGS, BaseLM
 from probekit.models.conditioning import location_width, new_adapter
 from probekit.models.depth_ensemble import DepthEnsemble, new_ensemble
-from probekit.models.language_model import bridge, load_model, longest_window, new_model
+from probekit.models.language_model import load_model, longest_window, new_model
 from probekit.models.mixing import VARIANTS
 from probekit.models.planner import Planner, write_embeddings
 from probekit.models.planner_lm import PlannedLM
@@ -70,9 +70,9 @@ def check_adapters(run: Run) -> None:
     if joint and run.config.training.joint.encoder_learning_rate > 0:
         check_encoder(run.folder / "corpus" / "encoder")
     codebook = torch.from_numpy(run.corpus.codebook.centroids)
-    adapter = new_adapter(run.config.conditioning, codebook, run.bridged, run.config.seed)
+    lm = run.base_lm()
+    adapter = new_adapter(run.config.conditioning, codebook, lm, run.config.seed)
     if run.config.training.base.tuning != "frozen":
-        lm = run.base_lm()
         check_tunable(lm.forward_pass(adapter.names), adapter)
         del lm.plain  # training has a copy of its own
 
@@ -81,7 +81,7 @@ def check_ensembles(run: Run) -> None:
     """Refuses ensembles that do not fit the LM while nothing is trained on it yet."""
     base = run.base_lm()
     for member in run.config.depth.members:
-        new_ensemble(member, run.config.depth, base.bridged, base.plain, run.config.seed)
+        new_ensemble(member, run.config.depth, base, base.plain, run.config.seed)
 
 
 def check_positions(config: Config, positions: int) -> None:
@@ -120,8 +120,6 @@ def train(
 
 def _train(run: Run, progress: Progress) -> None:
     _tell_what_begins_anew(run, progress)
-    if run.config.lm.sharded:
-        progress.say(run.sharding)
     if run.config.lm.name is not None:  # one that cannot be had is told before a long corpus is built
         _stage(run, "lm", partial(_language_model, run, progress))
     _stage(run, "corpus", partial(_corpus, run, progress))
@@ -245,7 +243,8 @@ def _language_model(run: Run, progress: Progress) -> dict[str, Any]:
     if settings.name is None:
         untrained = new_model(settings, run.corpus.tokenizer, run.config.seed)
         # Refuses a location that is not there while little is lost.
-        location_width(bridge(untrained, run.corpus.tokenizer, "a new GPT-2"), run.config.conditioning)
+        lm = BaseLM(lambda: untrained, run.corpus.tokenizer, "a new GPT-2")
+        location_width(lm, run.config.conditioning)
         saving = Saving(run, "lm", _save_language_model)
         model = train_language_model(_trainer(run, progress, "lm"), saving.checkpoint)
         saving.final(model)
@@ -255,8 +254,13 @@ def _language_model(run: Run, progress: Progress) -> dict[str, Any]:
         source = hub.find(settings.name, setting="lm.name", revision=settings.revision)
         name = str(Path(source.name).resolve()) if source.revision is None else source.name
         with without_bars_of_transformers():
-            model = load_model(name, revision=source.revision, trust_remote_code=settings.trust_remote_code)
-        check_positions(run.config, longest_window(model))
+            model = load_model(
+                name,
+                revision=source.revision,
+                trust_remote_code=settings.trust_remote_code,
+                device_map=settings.device_map,
+            )
+        check_positions(run.config, longest_window(model.config))
         with atomic_folder(run.folder / "lm") as folder:
             write_json(folder / "source.json", {"name": name, "revision": source.revision})
     facts: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
@@ -299,7 +303,7 @@ def _adapter(run: Run, progress: Progress, variant: VariantName) -> dict[str, An
     model = train_adapter(
         _trainer(run, progress, stage),
         variant,
-        run.bridged,
+        run.base_lm(),
         run.planner(),
         base,
         fold_planners,
@@ -327,7 +331,9 @@ def _ensemble(run: Run, progress: Progress, member: MemberName) -> dict[str, Any
         base.save(run.tuned_folder(member), tuned)
 
     saving = Saving(run, stage, save, base.weights)
-    ensemble = train_ensemble(trainer, member, run.model(variant), base, fold_planners, saving.checkpoint)
+    ensemble = train_ensemble(
+        trainer, member, run.base_lm(variant), run.model(variant), base, fold_planners, saving.checkpoint
+    )
     saving.final(ensemble)
     facts: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in ensemble.trained)}
     if base.parameters:

@@ -24,7 +24,6 @@ from probekit.data.windows import Windows, chunks, cut_windows
 from probekit.distributed import Holding, Stopped, autocast
 from probekit.errors import ProbekitError
 from probekit.io import read_metadata, read_tensors, write_tensors
-from probekit.models.hook_points import gathered, is_shard, sharded_like
 from probekit.progress import Progress, Task
 
 
@@ -66,7 +65,6 @@ class Stage:
         keep: Keeps a checkpoint, at the steps that the settings ask for; all processes call it together.
         documents: Document of every example, for the error that names them.
         generators: What the loss draws from beside the global generator.
-        sharded: Whether an LM that is sharded over processes takes part.
         checkpoints: How many checkpoints are kept.
         accumulate: Micro-batches in an optimiser step.
     """
@@ -81,7 +79,6 @@ class Stage:
     keep: Callable[[int], None] | None = None
     documents: np.ndarray | None = None
     generators: Sequence[torch.Generator] = ()
-    sharded: bool = False
     checkpoints: int = 0
     accumulate: int = 1
 
@@ -247,7 +244,6 @@ def set_optimiser_state(optimiser: torch.optim.Optimizer, states: Mapping[str, T
             if value.ndim:  # the others are counts of steps
                 own = parameters[int(number)]
                 check_alike([value], [own])
-                value = sharded_like(value, own)
             remembered.setdefault(int(number), {})[name] = value
     if any(values.keys() != REMEMBERED for values in remembered.values()):
         raise ValueError("something is missing")
@@ -376,16 +372,15 @@ class _Loop:
         It is computed in smaller parts where memory is short.
         """
         own = rows[distributed.rank() :: distributed.count()]
-        # With a sharded LM all processes make as many passes, also one that has fewer rows.
-        most = math.ceil(len(rows) / distributed.count()) if self._stage.sharded else max(1, len(own))
+        most = max(1, len(own))
         while True:
             parts = min(self._standing.divided, most)
             try:
                 total = 0.0
                 for micro in np.array_split(own, parts):
-                    if not len(micro) and not self._stage.sharded:
+                    if not len(micro):
                         continue
-                    loss = self._stage.loss(micro if len(micro) else rows[:1], rows) * bool(len(micro))
+                    loss = self._stage.loss(micro, rows)
                     loss.backward()
                     total += loss.item()
                 return total
@@ -394,11 +389,6 @@ class _Loop:
                     raise ProbekitError(
                         f"training of {self._stage.name}: the memory of the device does not suffice for one "
                         "example at a time; lower training.window, or take a smaller LM"
-                    ) from None
-                if self._stage.sharded:
-                    raise ProbekitError(
-                        f"training of {self._stage.name}: out of memory; processes that share a sharded LM "
-                        f"cannot divide a step alone: raise training.accumulate, which is {parts}"
                     ) from None
             # Behind the handler, whose error holds on to what the failed pass had allocated.
             self._optimiser.zero_grad(set_to_none=True)
@@ -412,11 +402,7 @@ class _Loop:
         """The loss of all processes, gradients summed over them."""
         if distributed.count() == 1:
             return loss
-        parameters = [
-            parameter
-            for parameter in self._stage.parameters
-            if parameter.requires_grad and not is_shard(parameter)  # whose gradients are summed already
-        ]
+        parameters = [parameter for parameter in self._stage.parameters if parameter.requires_grad]
         touched = torch.tensor([float(parameter.grad is not None) for parameter in parameters])
         touched = touched.to(self._device)
         distributed.add_up([touched])
@@ -471,11 +457,11 @@ class _Loop:
             self._stage.keep(step)
 
     def _kept(self) -> dict[str, Tensor]:
-        """All that training goes on from, on the first process; all call this together."""
+        """All that training goes on from."""
         now = {f"now.{i}": parameter for i, parameter in enumerate(self._stage.parameters)}
         best = {f"best.{i}": value for i, value in enumerate(self._best)}
         drawn = random_state(self._stage.generators)
-        return gathered(now | best | drawn | optimiser_state(self._optimiser))
+        return now | best | drawn | optimiser_state(self._optimiser)
 
     def _restore(self, kept: dict[str, Tensor]) -> None:
         count = range(len(self._best))
@@ -483,7 +469,7 @@ class _Loop:
         for values in (now, best):
             check_alike(values, self._best)
         _copy_back(self._stage, now)
-        self._best = [sharded_like(value, own).to(own) for value, own in zip(best, self._best, strict=True)]
+        self._best = [value.to(own) for value, own in zip(best, self._best, strict=True)]
         set_optimiser_state(self._optimiser, kept)
         set_random_state(kept, self._stage.generators)
         if distributed.rank():  # the state is the first process's
@@ -538,7 +524,7 @@ def _copies(stage: Stage) -> list[Tensor]:
 @torch.no_grad()
 def _copy_back(stage: Stage, values: Sequence[Tensor]) -> None:
     for parameter, value in zip(stage.parameters, values, strict=True):
-        parameter.copy_(sharded_like(value, parameter))
+        parameter.copy_(value)
 
 
 def _shuffled(count: int, batch_size: int, seed: int, done: int) -> Iterator[np.ndarray]:
@@ -589,12 +575,8 @@ class Trainer:
         own = distributed.share(batches)
         with torch.no_grad():
             total = sum(losses(windows[rows]).sum().item() for rows in own)
-            if self.config.lm.sharded and len(own) < math.ceil(len(batches) / distributed.count()):
-                losses(windows[batches[0]])  # others have one more to run, which takes all processes
         return distributed.total(total, self.device) / int(windows.scored.sum())
 
     def autocast(self) -> Any:
         """The arithmetic of forward passes."""
-        # Of a sharded LM no process is to hold all weights, cast ones neither.
-        keep_casts = not self.config.lm.sharded
-        return autocast(self.device, self.config.training.precision, keep_casts=keep_casts)
+        return autocast(self.device, self.config.training.precision)

@@ -57,7 +57,7 @@ def test_training_prints_stages_and_what_comes_next(capsys: Capture, tiny_run: R
 
 def test_settings_that_change_nothing_are_told(capsys: Capture, copy: Path):
     words = ["train", "--resume", "--out", str(copy), "--quiet", "--training.base.rank", "4"]
-    how = ["--training.save_minutes", "3", "--lm.sharded", "true"]
+    how = ["--training.save_minutes", "3", "--lm.device_map", "auto"]
     assert main([*words, *how, "--evaluation.stride", "7", "--seed", "0"]) == 0
     assert capsys.readouterr().err == (
         "probekit: note: training.base.rank changes nothing here: it goes with training.base.tuning lora, "

@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from probekit.config import ConditioningSettings, MixingSettings, PlannerSettings
 from probekit.data.corpus import Corpus
 from probekit.data.windows import IGNORE, Batch, collate, cut_windows
+from probekit.models.base_lm import BaseLM
 from probekit.models.conditioning import new_adapter
+from probekit.models.hook_points import BridgeBackend
 from probekit.models.language_model import bridge, hook_name, load_model
 from probekit.models.mixing import (
     VARIANTS,
@@ -28,6 +30,7 @@ from probekit.models.mixing import (
 from probekit.models.planner import Planner
 from probekit.models.planner_lm import PlannedLM, token_losses
 
+Base = Callable[[str], BaseLM]
 DOCUMENTS = [[3, 2, 4, 2], [2, 6], [1, 1, 5, 2, 3, 1]]
 WINDOW = 6
 
@@ -42,28 +45,28 @@ def batch(corpus: Corpus) -> Batch:
     return collate(corpus, cut_windows(corpus, np.arange(3), WINDOW, WINDOW))
 
 
-def planned(lm: object, corpus: Corpus, *, size: float = 10.0) -> PlannedLM:
+def planned(lm: BaseLM, corpus: Corpus, *, size: float = 10.0) -> PlannedLM:
     codebook = torch.from_numpy(corpus.codebook.centroids)
     adapter = new_adapter(ConditioningSettings(skip_layers=1), codebook, lm, seed=0)
     with torch.no_grad():
         adapter.projections *= size
     planner = Planner(PlannerSettings(width=8), codebook, seed=0)
-    return PlannedLM(lm, planner, adapter, temperature=1.0).eval()
+    return PlannedLM(BridgeBackend(lm.bridged), planner, adapter, temperature=1.0).eval()
 
 
 @pytest.fixture
-def model(bridged: dict, corpus: Corpus) -> PlannedLM:
+def model(base: Base, corpus: Corpus) -> PlannedLM:
     """A planned GPT-2 with an adapter that matters; the LM in it is shared."""
-    return planned(bridged["gpt2"], corpus)
+    return planned(base("gpt2"), corpus)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama", "olmo2", "qwen2", "qwen3"])
 def test_with_no_adapter_or_a_zero_one_it_is_the_base_lm(
-    family: str, folders: dict, bridged: dict, corpus: Corpus, batch: Batch
+    family: str, folders: dict, base: Base, corpus: Corpus, batch: Batch
 ):
-    lm = bridged[family]
+    lm = base(family)
     zeroed = planned(lm, corpus, size=0.0)
-    bare = PlannedLM(lm, zeroed.planner, None, temperature=1.0)
+    bare = PlannedLM(BridgeBackend(lm.bridged), zeroed.planner, None, temperature=1.0)
     with torch.no_grad():
         base = lm(batch.tokens)
         assert torch.equal(bare(batch, Soft()), base)
@@ -130,15 +133,15 @@ def test_known_scores_are_used_and_certain_ones_make_predicted_the_oracle(model:
         assert torch.equal(model(batch, Predicted()), model(batch, Predicted(), model.scores(batch)))
 
 
-def test_the_temperature_is_the_one_given(bridged: dict, corpus: Corpus, batch: Batch):
+def test_the_temperature_is_the_one_given(base: Base, corpus: Corpus, batch: Batch):
     def model(temperature: float, learned: bool) -> PlannedLM:
-        like = planned(bridged["gpt2"], corpus)
+        like = planned(base("gpt2"), corpus)
         return PlannedLM(
-            like.bridged, like.planner, like.adapter, temperature, learn_temperature=learned
+            like.backend, like.planner, like.adapter, temperature, learn_temperature=learned
         ).eval()
 
     with torch.no_grad():
-        soft = planned(bridged["gpt2"], corpus)(batch, Soft())
+        soft = planned(base("gpt2"), corpus)(batch, Soft())
         for learned in (False, True):
             cold, hot = model(1e-5, learned), model(1e7, learned)
             torch.testing.assert_close(cold(batch, Soft()), cold(batch, Predicted()), atol=1e-4, rtol=1e-4)

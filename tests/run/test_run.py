@@ -18,7 +18,7 @@ from probekit.config import Config
 from probekit.data.windows import collate, cut_windows
 from probekit.errors import ProbekitError
 from probekit.io import read_json, read_tensors, write_json
-from probekit.models.hook_points import BridgedPass, ForwardPass, PlainPass
+from probekit.models.hook_points import Backend, BridgeBackend, HFBackend
 from probekit.models.language_model import random_weights
 from probekit.models.mixing import Fixed
 from probekit.run.folder import BEGUN, FORMAT, Existing
@@ -486,7 +486,7 @@ def test_a_run_may_be_moved(tiny_run: Run, tmp_path: Path, monkeypatch: pytest.M
 TOKENS = torch.arange(24).view(2, 12)
 
 
-def states(road: ForwardPass, names: list[str]) -> list[torch.Tensor]:
+def states(road: Backend, names: list[str]) -> list[torch.Tensor]:
     """What hooks of those names see."""
     seen: list[torch.Tensor] = []
     with torch.no_grad():
@@ -500,7 +500,7 @@ def test_a_forward_pass_of_the_base_lm_or_of_random_weights(tiny_run: Run, varia
     """On the plain road, and on the bridge for a hook that no module has."""
     names = [f"blocks.{layer}.hook_resid_pre" for layer in range(3)] + ["ln_final.hook_out"]
     road = tiny_run.forward_pass([*names, *beside], variant, seed=5)
-    assert isinstance(road, BridgedPass if beside else PlainPass)
+    assert isinstance(road, BridgeBackend if beside else HFBackend)
     plain = tiny_run.plain_model()
     plain = random_weights(plain, 5) if variant == "random" else plain
     with torch.no_grad():

@@ -75,11 +75,11 @@ def trained(run: Run, *, plain: bool, **settings: Any) -> tuple[PlannedLM, list[
     )
     trainer = Trainer(config, run.corpus, run.device, rows.append, QUIET)
     base = TUNINGS["frozen"](run.plain_model(), config.training.base, 0) if plain else None
-    return AdapterTraining(trainer, "soft", run.bridged, run.planner(), base).run(), rows
+    return AdapterTraining(trainer, "soft", run.base_lm(), run.planner(), base).run(), rows
 
 
 @pytest.mark.parametrize("kind", ["adapter", "embedding", "token"])
-def test_both_roads_train_alike(tiny_run: Run, kind: str):
+def test_both_backends_train_the_same(tiny_run: Run, kind: str):
     (fast, quick_rows), (slow, rows) = (
         trained(tiny_run, plain=plain, conditioning__kind=kind) for plain in (True, False)
     )
