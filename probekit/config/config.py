@@ -159,7 +159,7 @@ class Config(Settings):
             raise ValueError(f"{asked} method is 'depth-ensemble', which needs the LM on one device")
         if self.lm.device_map is not None and self.training.base.tuning == "full":
             raise ValueError(
-                f"{asked} training.base.tuning is 'full', which needs the LM on one device; give frozen or lora"
+                f"{asked} training.base.tuning is 'full', which takes an LM on one device; give lora"
             )
         return self
 

@@ -169,8 +169,8 @@ class LanguageModelSettings(Settings):
     trust_remote_code: bool = False
     """Let the model's folder run its own Python code. Only for models whose code you have read."""
     device_map: str | None = None
-    """Where accelerate places an LM that one GPU cannot hold: auto (GPUs, then main memory, then disk), or the
-    name of a device; unset: all of it on `device`."""
+    """Where accelerate places an LM that one GPU cannot hold: auto (GPUs, then main memory, then disk), or
+    a device; unset: all of it on `device`."""
     layers: Positive = 4
     """Layers of a new LM."""
     width: Positive = 128

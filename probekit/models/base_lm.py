@@ -84,7 +84,7 @@ class BaseLM:
         """
         if self._device is not None:
             raise ProbekitError(
-                "lm.device_map is set, and TransformerLens takes no LM that accelerate placed"
+                "lm.device_map is set, but TransformerLens takes no LM that accelerate placed"
             )
         return bridge(self._load(), self._tokenizer, self._name)
 
@@ -151,8 +151,8 @@ class BaseLM:
         missing = [name for name, point in points.items() if point is None]
         if missing or not isinstance(found, HFBackend):
             raise ProbekitError(
-                f"lm.device_map is set, but only TransformerLens has all of {', '.join(missing or names)}, and "
-                "it takes no LM that accelerate placed; choose other locations (conditioning.location, "
+                f"lm.device_map is set, but only TransformerLens has all of {', '.join(missing or names)}, "
+                "and it takes no LM that accelerate placed; choose other locations (conditioning.location, "
                 "probe.locations), or leave lm.device_map unset"
             )
         known = {name: point for name, point in points.items() if point is not None}
@@ -341,7 +341,7 @@ def _maps(model: PreTrainedModel, last_layers: int | None) -> str | list[str]:
 
 @contextmanager
 def _on_their_devices(model: PreTrainedModel) -> Iterator[None]:
-    """Gives weights that are offloaded the device where they are used: updates are made on the weights' device."""
+    """Shows offloaded weights on the device that uses them, where LoRA's updates are to be made."""
     offloaded = [
         (module, name, weight)
         for module in model.modules()

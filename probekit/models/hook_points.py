@@ -1,9 +1,9 @@
 """Two backends that run an LM with some hooks, by the hooks' TransformerLens names.
 
-The bridge has every hook there is, and computes attention maps in every layer so that hooks can see them. Where
-nobody looks at them, the plain Hugging Face module computes the same in less time with its fused attention kernel:
-there, a hook point is the input or output of a submodule. `forward_pass` compares the two on a few tokens, and
-takes the bridge wherever they differ.
+The bridge has every hook there is, and computes attention maps in every layer so that hooks can see them.
+Where nobody looks at them, the plain Hugging Face module computes the same in less time with its fused
+attention kernel: there, a hook point is the input or output of a submodule. `forward_pass` compares the two
+on a few tokens, and takes the bridge wherever they differ.
 """
 
 from __future__ import annotations

@@ -103,8 +103,9 @@ def load_model(
         name: The folder, or the name on the hub.
         revision: Branch, tag or commit of a hub model.
         trust_remote_code: Let the model's folder run its own code.
-        device_map: How accelerate places the weights over GPUs, main memory and disk (its `device_map`). What is
-            offloaded to disk lies in a temporary folder as long as the model is used. Unset: in main memory.
+        device_map: How accelerate places the weights over GPUs, main memory and disk (its `device_map`).
+            What is offloaded to disk lies in a temporary folder as long as the model is used. Unset: all are
+            in main memory.
 
     Raises:
         ProbekitError: There is no such folder or hub name, the hub is out of reach, some or all weights of a
@@ -115,8 +116,8 @@ def load_model(
 
     if device_map is not None and (processes := distributed.count()) > 1:
         raise ProbekitError(
-            f"lm.device_map is {device_map!r}, but {processes} processes run together and each would place an LM "
-            "of its own; use one process, or leave lm.device_map unset"
+            f"lm.device_map is {device_map!r}, but {processes} processes run, each with its own LM; use "
+            "one process, or leave lm.device_map unset"
         )
     source = hub.find(name, setting="lm.name", revision=revision)
     arguments: dict[str, Any] = source.arguments
@@ -139,8 +140,9 @@ def load_model(
         ) from error
     if device_map is not None:
         model.offload_folder = folder  # removed with the model
-        if len({*model.hf_device_map.values()}) == 1:  # accelerate would leave out what moves tokens there
-            dispatch_model(model, model.hf_device_map, force_hooks=True)
+        found = getattr(model, "hf_device_map", {"": str(model.device)})
+        if len({*found.values()}) == 1:  # accelerate left out what moves tokens there
+            dispatch_model(model, found, force_hooks=True)
     if missing := sorted(report["missing_keys"]):
         raise ProbekitError(
             f"lm.name {name!r}: its weights lack {missing[0]} and {len(missing) - 1} more that "

@@ -19,7 +19,7 @@ from probekit.errors import ProbekitError
 from probekit.models.base_lm import BaseLM
 from probekit.models.conditioning import LayerAdapter, location_width, new_adapter
 from probekit.models.hook_points import BridgeBackend
-from probekit.models.language_model import OUTSIDE_BLOCKS, hook_name, locations
+from probekit.models.language_model import OUTSIDE_BLOCKS, hook_name
 from probekit.models.mixing import GumbelSoftmax, Mixing, Oracle, Soft, StraightThrough
 from probekit.models.planner import Planner
 from probekit.models.planner_lm import PlannedLM, token_losses
@@ -151,7 +151,7 @@ def test_locations_without_a_vector_for_each_position_are_refused(location: str,
 @pytest.mark.parametrize("location", OUTSIDE_BLOCKS)
 def test_locations_that_are_in_no_layer_are_refused(location: str, base: Base):
     """They can be probed, but no projection of a layer can be added there."""
-    assert location in locations(base("gpt2"))
+    assert location in base("gpt2").locations
     with pytest.raises(ProbekitError) as raised:
         location_width(base("gpt2"), ConditioningSettings(location=location))
     message = str(raised.value)

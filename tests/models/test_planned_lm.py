@@ -16,7 +16,7 @@ from probekit.data.windows import IGNORE, Batch, collate, cut_windows
 from probekit.models.base_lm import BaseLM
 from probekit.models.conditioning import new_adapter
 from probekit.models.hook_points import BridgeBackend
-from probekit.models.language_model import bridge, hook_name, load_model
+from probekit.models.language_model import hook_name, load_model
 from probekit.models.mixing import (
     VARIANTS,
     Fixed,
@@ -68,20 +68,21 @@ def test_with_no_adapter_or_a_zero_one_it_is_the_base_lm(
     zeroed = planned(lm, corpus, size=0.0)
     bare = PlannedLM(BridgeBackend(lm.bridged), zeroed.planner, None, temperature=1.0)
     with torch.no_grad():
-        base = lm(batch.tokens)
-        assert torch.equal(bare(batch, Soft()), base)
-        assert torch.equal(zeroed(batch, Soft()), base)
+        alone = lm.bridged(batch.tokens)
+        assert torch.equal(bare(batch, Soft()), alone)
+        assert torch.equal(zeroed(batch, Soft()), alone)
         plain = AutoModelForCausalLM.from_pretrained(folders[family]).eval()(batch.tokens).logits
-        torch.testing.assert_close(base, plain, atol=1e-5, rtol=0)
-        assert not torch.allclose(planned(lm, corpus)(batch, Soft()), base, atol=0.1)
+        torch.testing.assert_close(alone, plain, atol=1e-5, rtol=0)
+        assert not torch.allclose(planned(lm, corpus)(batch, Soft()), alone, atol=0.1)
 
 
 def test_training_moves_adapter_and_planner_and_not_a_bit_of_the_lm(
     folders: dict, tokenizer: PreTrainedTokenizerBase, corpus: Corpus, batch: Batch
 ):
-    lm = bridge(load_model(str(folders["gpt2"])), tokenizer, "gpt2")
-    model = planned(lm, corpus)
+    base = BaseLM(lambda: load_model(str(folders["gpt2"])), tokenizer, "gpt2")
+    lm, model = base.bridged, planned(base, corpus)
     before = {name: value.clone() for name, value in model.state_dict().items()}
+    untrained = {name: value.clone() for name, value in lm.state_dict().items()}
     optimiser = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
     losses = []
     for _ in range(5):
@@ -92,8 +93,9 @@ def test_training_moves_adapter_and_planner_and_not_a_bit_of_the_lm(
         losses.append(loss.item())
     assert losses == sorted(losses, reverse=True)
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-    trained = {name for name, _ in model.named_parameters() if not name.startswith("bridged.")}
+    trained = {name for name, _ in model.named_parameters()}
     assert changed == trained
+    assert all(torch.equal(value, untrained[name]) for name, value in lm.state_dict().items())
     assert {"adapter.codebook", "adapter.projections", "planner.start"} <= trained
 
 
