@@ -151,7 +151,7 @@ def test_a_base_lm_is_tuned_at_its_own_learning_rate(tiny_run: Run):
         QUIET,
     )
     base = TUNINGS["full"](tiny_run.plain_model(), trainer.config.training.base, 0)
-    groups = AdapterTraining(trainer, "soft", tiny_run.bridged, tiny_run.planner(), base).groups()
+    groups = AdapterTraining(trainer, "soft", tiny_run.base_lm(), tiny_run.planner(), base).groups()
     (group,) = (group for group in groups if group.parameters[0] is base.parameters[0])
     assert group.learning_rate == 3e-5
     assert len(group.parameters) == len(list(base.model.parameters()))
