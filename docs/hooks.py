@@ -23,8 +23,8 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 from probekit import cli
-from probekit.config import Config, preset_names, setting_names
-from probekit.options import Parser, add_setting_options
+from probekit.config import preset_names, setting_names
+from probekit.config.options import ALL, Parser, parse
 from probekit.run.stages import ONLY_WITH
 
 ROOT = Path(__file__).parents[1]
@@ -118,11 +118,11 @@ def relinked(text: str, path: str) -> str:
 
 def settings_page() -> str:
     """Every setting: values, default, what it does; from the options of the commands."""
-    parser = Parser(prog="probekit", add_help=False)
-    add_setting_options(parser, Config())
+    parser = Parser("probekit", add_help=False)
+    parse(parser, [], ALL)
     parts = [
         "# Settings\n\n`probekit train --help` tells the same. In YAML, sections are nested; on the command "
-        "line and in `Config.override`, names are dotted. `none` unsets what can be unset.\n"
+        "line and in `Config.override`, names are dotted. `null` unsets what can be unset.\n"
     ]
     for group in parser._action_groups:
         if not group._group_actions:

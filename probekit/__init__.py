@@ -10,11 +10,13 @@ probekit.probe(run).table
 from __future__ import annotations
 
 from importlib import import_module
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from probekit.causal.intervene import InterventionResults, intervene
     from probekit.causal.subnetwork import SubnetworkResults, subnetwork
+    from probekit.cli import run_demo as demo
     from probekit.config import Config
     from probekit.errors import ProbekitError
     from probekit.evaluation.evaluate import evaluate
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
     from probekit.run.run import Run
     from probekit.sweep import Sweep, sweep
     from probekit.training.train import build_corpus, prepare, train
-    from probekit.walkthrough import demo
 
     load_run = Run.open
 
@@ -50,11 +51,12 @@ _HOME = {
     "Sweep": "probekit.sweep",
     "TrainingProbes": "probekit.probing.over_training",
     "build_corpus": "probekit.training.train",
-    "demo": "probekit.walkthrough",
+    "demo": "probekit.cli:run_demo",
     "evaluate": "probekit.evaluation.evaluate",
     "evaluate_generation": "probekit.generation.evaluate",
     "generate": "probekit.generation.generate",
     "intervene": "probekit.causal.intervene",
+    "load_run": "probekit.run.run:Run.open",
     "lens": "probekit.reports.lens",
     "plot_curve": "probekit.reports.plots",
     "plot_interventions": "probekit.reports.causal_figure",
@@ -111,11 +113,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Imports a name's module when it is first used, so that `probekit --help` need not load PyTorch."""
-    if name == "load_run":
-        return import_module("probekit.run.run").Run.open
     if name not in _HOME:
         raise AttributeError(f"module 'probekit' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    module, _, attribute = _HOME[name].partition(":")
+    return attrgetter(attribute or name)(import_module(module))
 
 
 def __dir__() -> list[str]:

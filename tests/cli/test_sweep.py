@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 from running import Capture, refused, told
 
-from probekit.commands import sweep
+from probekit.cli import _parse_sweep, _swept
 from probekit.config import Config
 from probekit.errors import ProbekitError
-from probekit.options import parse
 from probekit.sweep import Sweep
 
 
@@ -40,7 +39,7 @@ def test_sweeping_trains_prints_and_goes_on(capsys: Capture, tmp_path: Path, tin
 
 def sweep_of(*words: str) -> tuple[Config, dict[str, dict[str, Any]], list[int]]:
     """What `probekit sweep` with some words sweeps over."""
-    return sweep.swept(parse(sweep._parser([]), list(words)))
+    return _swept(*_parse_sweep(list(words)))
 
 
 def test_a_study_sweeps_over_its_setting_with_its_variant():
@@ -58,7 +57,7 @@ def test_a_study_sweeps_over_its_setting_with_its_variant():
 def test_settings_are_swept_in_a_grid():
     config, members, seeds = sweep_of(
         *("training.adapter.learning_rate", "--values", "1e-3", "0.01", "--preset", "demo"),
-        *("--over", "mixing.variants", "soft,joint", "soft", "--over", "training.adapter.patience", "none"),
+        *("--over", "mixing.variants", "soft,joint", "soft", "--over", "training.adapter.patience", "null"),
     )
     assert config == Config.from_preset("demo")
     assert seeds == [0]

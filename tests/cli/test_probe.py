@@ -9,11 +9,10 @@ import torch
 from running import ONE_CELL, Capture, refused, told
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from probekit.commands import probe
+from probekit.cli import _parse_probe, _probed_config
 from probekit.config import Config, setting_names
 from probekit.data.tokenizer import train_tokenizer
 from probekit.io import read_json, write_json
-from probekit.options import parse
 from probekit.run.run import Run
 
 
@@ -196,9 +195,8 @@ def probed(
     overwrite: bool = False,
 ) -> Config:
     """The config of `probekit probe --model MODEL --corpus CORPUS` and more words."""
-    parsed = parse(probe._parser(["--model"]), list(words))
     parsed.model, parsed.corpus, parsed.out, parsed.overwrite = model, corpus, out, overwrite
-    return probe.probed_config(parsed)
+    return _probed_config(*_parse_probe(list(words)))
 
 
 def test_any_model_is_a_preset_with_a_model_and_a_corpus(tmp_path: Path):
