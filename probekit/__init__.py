@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from probekit.reports.plots import plot_curve, plot_perplexity, plot_probes, plot_sweep, plot_training
     from probekit.reports.report import report
     from probekit.run.run import Run
-    from probekit.sweep import Sweep, sweep
+    from probekit.sweeps import Sweep, sweep
     from probekit.training.train import build_corpus, prepare, train
 
     load_run = Run.open
@@ -48,7 +48,7 @@ _HOME = {
     "Prompt": "probekit.generation.prompts",
     "Run": "probekit.run.run",
     "SubnetworkResults": "probekit.causal.subnetwork",
-    "Sweep": "probekit.sweep",
+    "Sweep": "probekit.sweeps",
     "TrainingProbes": "probekit.probing.over_training",
     "build_corpus": "probekit.training.train",
     "demo": "probekit.cli:run_demo",
@@ -70,7 +70,7 @@ _HOME = {
     "probe_checkpoints": "probekit.probing.over_training",
     "report": "probekit.reports.report",
     "subnetwork": "probekit.causal.subnetwork",
-    "sweep": "probekit.sweep",
+    "sweep": "probekit.sweeps",
     "train": "probekit.training.train",
 }
 __all__ = [

@@ -33,7 +33,7 @@ TRAINING_SECTIONS = ("lm", "planner", "conditioning", "depth", "training")
 """Sections whose settings only matter in training."""
 
 STUDIES = {"mixing-fraction": ("mixing.fraction", (0, 0.25, 0.5, 0.75, 1), "mixed")}
-"""Sweeps with a name: the setting, its values, and the variant they are about (arXiv 2410.12492, Figure 4)."""
+"""Sweeps with a name: the setting, its values, the variant they are about (arXiv 2410.12492, Figure 4)."""
 
 
 def train(words: list[str]) -> None:
@@ -147,7 +147,7 @@ def _parse_probe(words: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     parser = Parser("probekit probe", usage=usage, description=probe.__doc__)
     parser.add_argument("run", nargs="?", metavar="RUN", type=Path, help="a run's folder")
     parser.add_argument(
-        "--store", action="store_true", help="keep activations in RUN/activations; reuse them"
+        "--store", action="store_true", help="keep activations in RUN/activations, and reuse them"
     )
     parser.add_argument(
         "--checkpoints", action="store_true", help="probe every checkpoint kept (training.lm.checkpoints)"
@@ -209,7 +209,7 @@ def intervene(words: list[str]) -> None:
     """Change activations and see what the LM does: is what probes read used?"""
     parsed, given = parse(_run_parser("intervene", intervene), words, ("device", "evaluation", "intervene"))
     from probekit.causal.intervene import intervene as intervene_on
-    from probekit.reports.terminal import print_interventions
+    from probekit.reports.intervention_tables import print_interventions
 
     print_interventions(intervene_on(parsed.run, dotted(given), quiet=parsed.quiet))
 
@@ -219,7 +219,7 @@ def subnetwork(words: list[str]) -> None:
     sections = ("device", "evaluation", "subnetwork")
     parsed, given = parse(_run_parser("subnetwork", subnetwork), words, sections)
     from probekit.causal.subnetwork import subnetwork as find_subnetwork
-    from probekit.reports.terminal import print_subnetwork
+    from probekit.reports.subnetwork_tables import print_subnetwork
 
     print_subnetwork(find_subnetwork(parsed.run, dotted(given), quiet=parsed.quiet))
 
@@ -291,7 +291,7 @@ def sweep(words: list[str]) -> None:
     parsed, given = _parse_sweep(words)
     config, members, seeds = _swept(parsed, given)
     from probekit.reports.terminal import print_sweep
-    from probekit.sweep import sweep as run_sweep
+    from probekit.sweeps import sweep as run_sweep
 
     generation, quiet = parsed.generation, parsed.quiet
     print_sweep(run_sweep(config, members, seeds, parsed.out, generation=generation, quiet=quiet))
@@ -335,7 +335,7 @@ def _swept(
     parsed: argparse.Namespace, given: dict[str, Any]
 ) -> tuple[Config, dict[str, dict[str, Any]], list[int]]:
     """The settings, members and seeds of the sweep that was asked for."""
-    from probekit.sweep import grid
+    from probekit.sweeps import grid
 
     config = chosen_config(parsed, given)
     if config is None:

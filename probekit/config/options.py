@@ -107,8 +107,10 @@ def _unset(given: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _add_argument(parser: argparse.ArgumentParser, *names: str, **arguments: Any) -> argparse.Action:
-    """Adds an option of a setting; one that takes several values takes them as several words, too."""
+def _add_argument(parser: argparse.ArgumentParser, *names: str, **arguments: Any) -> argparse.Action | None:
+    """Adds the option of a setting; one that takes several values takes them as several words, too."""
+    if arguments.get("const") == "{}":  # a whole section as JSON, whose name may be an option of the command
+        return None
     if arguments.get("action") == "append":
         arguments |= {"action": "extend", "nargs": "+"}
     return argparse.ArgumentParser.add_argument(parser, *names, **arguments)

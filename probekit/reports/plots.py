@@ -47,7 +47,7 @@ from probekit.reports.figures import (
     panels,
 )
 from probekit.run.run import Run
-from probekit.sweep import Sweep
+from probekit.sweeps import Sweep
 
 PREFERRED = {"location": "hook_resid_post", "solver": "softmax"}
 """What is drawn where nothing is asked for, if it was probed; else the first that was."""

@@ -18,7 +18,7 @@ from probekit.io import read_json
 from probekit.probing.over_training import TrainingProbes
 from probekit.probing.probe import ProbeResults
 from probekit.run.run import Run
-from probekit.sweep import Sweep
+from probekit.sweeps import Sweep
 
 if TYPE_CHECKING:
     from probekit.generation.evaluate import GenerationEvaluation

@@ -24,7 +24,7 @@ from probekit.models.mixing import VARIANTS
 from probekit.probing.locations import LOCATIONS
 from probekit.reports.figures import Panel
 from probekit.run.run import Run
-from probekit.sweep import grid
+from probekit.sweeps import grid
 
 ROOT = Path(__file__).parents[2]
 FIGURES = sorted((ROOT / "figures").glob("*.png"))

@@ -195,8 +195,9 @@ def probed(
     overwrite: bool = False,
 ) -> Config:
     """The config of `probekit probe --model MODEL --corpus CORPUS` and more words."""
+    parsed, given = _parse_probe(["--model", "m", *words])
     parsed.model, parsed.corpus, parsed.out, parsed.overwrite = model, corpus, out, overwrite
-    return _probed_config(*_parse_probe(list(words)))
+    return _probed_config(parsed, given)
 
 
 def test_any_model_is_a_preset_with_a_model_and_a_corpus(tmp_path: Path):

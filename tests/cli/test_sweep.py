@@ -10,7 +10,7 @@ from running import Capture, refused, told
 from probekit.cli import _parse_sweep, _swept
 from probekit.config import Config
 from probekit.errors import ProbekitError
-from probekit.sweep import Sweep
+from probekit.sweeps import Sweep
 
 
 def test_sweeping_trains_prints_and_goes_on(capsys: Capture, tmp_path: Path, tiny_config: Config):

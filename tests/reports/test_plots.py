@@ -17,7 +17,7 @@ from probekit.errors import ProbekitError
 from probekit.io import write_json
 from probekit.reports.figures import METRICS
 from probekit.run.run import Run
-from probekit.sweep import Sweep
+from probekit.sweeps import Sweep
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from probekit.errors import ProbekitError
 from probekit.evaluation.evaluate import evaluate
 from probekit.io import held, read_json, write_json
 from probekit.run.run import Run
-from probekit.sweep import STUDIES, Place, Sweep, TimeLeft, grid, sweep
+from probekit.sweeps import STUDIES, Place, Sweep, TimeLeft, grid, sweep
 from probekit.training import train as training
 from probekit.training.train import train
 
