@@ -10,11 +10,14 @@ from typing import Any, NoReturn
 from pydantic import Field, create_model
 from pydantic_settings import BaseSettings, CliSettingsSource
 
-from probekit.config.config import Config, merge, preset_values, unknown_setting, yaml_values
+from probekit.config.config import Config, merge, preset_values, setting_names, unknown_setting, yaml_values
 from probekit.errors import ProbekitError
 
 ALL = tuple(Config.model_fields)
 """All sections of the settings."""
+
+SINGLE = tuple(name for name in ALL if name in setting_names())
+"""Settings that are in no section."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -56,7 +59,9 @@ def parse(
         ProbekitError: An option does not exist (the nearest one is named) or lacks its value.
     """
     settings = CliSettingsSource(
-        _model_of(sections, _shown_defaults(words, preset) if {"-h", "--help"} & {*words} else Config()),
+        _model_of(
+            sections, _shown_defaults(parser.prog, words, preset) if {"-h", "--help"} & {*words} else Config()
+        ),
         root_parser=parser,
         add_argument_method=_add_argument,
         cli_avoid_json=True,
@@ -71,12 +76,14 @@ def parse(
             parser.error(f"unexpected {wrong!r}")
         known = [option[2:] for action in parser._actions for option in action.option_strings]
         raise unknown_setting(wrong[2:].split("=")[0], known)
-    return parsed, _unset(settings(parsed_args=parsed)())
+    # A section and an option of the command may have one name, such as `corpus`.
+    typed = {name: value for name, value in vars(parsed).items() if "." in name or name in SINGLE}
+    return parsed, _unset(settings(parsed_args=argparse.Namespace(**typed))())
 
 
-def _shown_defaults(words: Sequence[str], preset: str | None) -> Config:
+def _shown_defaults(prog: str, words: Sequence[str], preset: str | None) -> Config:
     """The settings of `--preset` and `--config` alone."""
-    parser = Parser("probekit", add_help=False)
+    parser = Parser(prog, add_help=False)
     add_sources(parser)
     sources, _ = parser.parse_known_args(words)
     if not (sources.preset or sources.config):
@@ -112,7 +119,7 @@ def _add_argument(parser: argparse.ArgumentParser, *names: str, **arguments: Any
     if arguments.get("const") == "{}":  # a whole section as JSON, whose name may be an option of the command
         return None
     if arguments.get("action") == "append":
-        arguments |= {"action": "extend", "nargs": "+"}
+        arguments |= {"action": "store", "nargs": "+"}
     return argparse.ArgumentParser.add_argument(parser, *names, **arguments)
 
 

@@ -178,12 +178,12 @@ def test_any_model_does_not_take_over_a_run_of_another_kind(
 
 def test_help_tells_how_any_model_is_probed(capsys: Capture):
     text = told(capsys, "probe", "--help")
-    for part in ("probekit probe RUN", "--model NAME", "--corpus FILE", "--store", "preset any-model"):
+    for part in ("probekit probe RUN", "--model NAME", "--corpus FILE", "--store", "by the preset any-model"):
         assert part in text
     assert "--lm.revision" not in text
     everything = told(capsys, "probe", "--model", "gpt2", "--help")
     assert set(re.findall(r"^  --([\w.]+)", everything, re.MULTILINE)) >= set(setting_names())
-    entry = " ".join(everything.split()).partition("--corpus.probe_fraction NUMBER")[2]
+    entry = " ".join(everything.split()).partition("--corpus.probe_fraction float")[2]
     assert entry[: entry.index(")")].endswith("(default: 0.5"), "those of the preset any-model"
 
 

@@ -81,5 +81,5 @@ def test_quiet_leaves_standard_error_empty_in_a_fresh_process(copy: Path):
 @pytest.mark.parametrize("words", [["--preset", "demo"], ["--preset=demo"]])
 def test_help_after_a_preset_has_its_defaults(words: list[str], capsys: Capture):
     plain, demo = (" ".join(told(capsys, "train", *more, "--help").split()) for more in ([], words))
-    assert "--lm.width INT Residual stream width (d_model) of a new LM. (default: 128)" in plain
-    assert "--lm.width INT Residual stream width (d_model) of a new LM. (default: 64)" in demo
+    assert "--lm.width int Residual stream width (d_model) of a new LM. (default: 128)" in plain
+    assert "--lm.width int Residual stream width (d_model) of a new LM. (default: 64)" in demo
