@@ -58,10 +58,10 @@ def parse(
     Raises:
         ProbekitError: An option does not exist (the nearest one is named) or lacks its value.
     """
+    asks_help = bool({"-h", "--help"} & {*words})
+    defaults = _shown_defaults(parser.prog, words, preset) if asks_help else Config()
     settings = CliSettingsSource(
-        _model_of(
-            sections, _shown_defaults(parser.prog, words, preset) if {"-h", "--help"} & {*words} else Config()
-        ),
+        _model_of(sections, defaults),
         root_parser=parser,
         add_argument_method=_add_argument,
         cli_avoid_json=True,
