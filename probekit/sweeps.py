@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import itertools
 import re
-import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -26,10 +24,10 @@ from probekit.distributed import compute_device
 from probekit.errors import ProbekitError
 from probekit.evaluation.evaluate import evaluate
 from probekit.evaluation.perplexity import evaluation_record
-from probekit.generation.evaluate import TRANSFORMS
-from probekit.io import held, read_json, write_json, write_table
+from probekit.generation.evaluate import TRANSFORMS, evaluate_generation
+from probekit.io import locked, read_json, write_json, write_table
 from probekit.progress import Progress
-from probekit.run.folder import RECORDED, SWEEP
+from probekit.run.folder import SWEEP
 from probekit.run.run import Run
 from probekit.run.stages import stage_settings, stages_of, why_idle
 from probekit.statistics import over_seeds
@@ -38,24 +36,27 @@ from probekit.training.train import check_new_model, train
 Members = Mapping[str, Mapping[str, Any]]
 """Settings by dotted name, for every member by its name."""
 
+FORMAT = 1
+"""Version of sweep.json; others are refused."""
 
-@dataclass(frozen=True)
-class Study:
-    """A sweep with a name.
+KEYS = ["member", "variant", "actions", "texts", "length", "metric"]
+"""Columns that identify a metric in the table; `length` in tokens, 0 where texts have their own."""
 
-    Attributes:
-        setting: What it sweeps over.
-        values: Its values where none are given.
-        variant: The variant that it is about; others are trained beside it only where they are asked for.
-    """
+RESOLVED = {"precision": "training.precision", "weights": "lm.name"}
+"""Facts of a stage that say what a setting amounted to on the machine, and the setting."""
 
-    setting: str
-    values: tuple[Any, ...]
-    variant: str
+ANY_NUMBER = ("prompts", "batch_size")
+"""Settings of generation that may differ from what is recorded: how many there were; speed."""
 
 
-STUDIES = {"mixing-fraction": Study("mixing.fraction", (0, 0.25, 0.5, 0.75, 1), "mixed")}
-"""Sweeps that the papers make (arXiv 2410.12492, Figure 4)."""
+class Place(NamedTuple):
+    """One run of a sweep."""
+
+    member: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.member}/seed{self.seed}"
 
 
 def grid(config: Config, over: Mapping[str, Sequence[Any]]) -> dict[str, dict[str, Any]]:
@@ -77,96 +78,25 @@ def grid(config: Config, over: Mapping[str, Sequence[Any]]) -> dict[str, dict[st
     for values in itertools.product(*over.values()):
         config = config.override(dict(zip(over, values, strict=True)))
         settings = {name: setting_value(config, name) for name in over}
-        member = ",".join(f"{name}={_text(value)}" for name, value in settings.items())
+        member = ",".join(f"{name}={_in_name(value)}" for name, value in settings.items())
         if member in members:
             raise ProbekitError(f"{member} is given twice; leave one out")
         members[member] = settings
     return members
 
 
-def _text(value: Any) -> str:
+def _in_name(value: Any) -> str:
     """A setting's value in the name of a folder."""
     if isinstance(value, tuple):
-        return "+".join(map(_text, value))
+        return "+".join(map(_in_name, value))
     if isinstance(value, bool | None):
         return str(value).lower()
     return f"{value:.12g}" if isinstance(value, float) else re.sub(r"[^\w.-]", "_", str(value))
 
 
-UNTOLD = ("prompts", "batch_size")
-"""Settings of generation that need not be what is recorded: how many were there; what changes nothing."""
-
-
-def strays(run: Run, config: Config) -> Iterator[str]:
-    """What in a trained and evaluated run is not as its settings in a sweep would have it."""
-    used = {
-        "mixing.variants",
-        *(name for stage in stages_of(config) for name in stage_settings(config, stage)),
-    }
-    yield from _differences(
-        {name: setting_value(run.config, name) for name in used},
-        {name: setting_value(config, name) for name in used},
-        "was trained with",
-        "delete its folder",
-    )
-    yield from _differences(
-        {f"evaluation.{name}": value for name, value in run.evaluation()["settings"].items()},
-        {f"evaluation.{name}": value for name, value in evaluation_record(config).items()},
-        "was evaluated with",
-        "delete its evaluation.json",
-    )
-    if not (run.folder / "generation.json").is_file():
-        return
-    wanted = config.generation.model_dump(mode="json", exclude={*UNTOLD})
-    wanted |= {"seeds": [*(config.generation.seeds or (config.seed,))]}
-    yield from _differences(
-        {f"generation.{name}": value for name, value in run.generation_metrics()["settings"].items()},
-        {f"generation.{name}": value for name, value in wanted.items()},
-        "generated text with",
-        "delete its generation.json",
-    )
-
-
-def come_to_in(run: Run) -> dict[tuple[str, Any], str]:
-    """What settings came to in a run that do not tell all, by their name and value."""
-    stages = read_json(run.folder / "run.json")["stages"].values()
-    return {
-        (name, setting_value(run.config, name)): facts[fact]
-        for name, fact in RECORDED.items()
-        for facts in stages
-        if fact in facts
-    }
-
-
-def _differences(
-    found: Mapping[str, Any], wanted: Mapping[str, Any], verb: str, remedy: str
-) -> Iterator[str]:
-    for name in sorted(wanted):
-        if name in found and found[name] != wanted[name]:
-            yield f"{verb} {name} {found[name]!r}, and the sweep has {wanted[name]!r}; {remedy}"
-
-
-FORMAT = 1
-"""Version of the record; others are refused."""
-
-KEYS = ["member", "variant", "actions", "texts", "length", "metric"]
-"""What tells a metric in the table from the others; `length` in tokens, 0 where texts have their own."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """One run of a sweep."""
-
-    member: str
-    seed: int
-
-    def __str__(self) -> str:
-        return f"{self.member}/seed{self.seed}"
-
-
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep's folder; of one that was stopped, what is there can be read.
+    """A sweep's folder; an interrupted one can be read as far as it is finished.
 
     Attributes:
         folder: Where it is.
@@ -182,7 +112,7 @@ class Sweep:
 
     @classmethod
     def of(cls, folder: Path, config: Config, members: Members, seeds: Iterable[int]) -> Sweep:
-        """A sweep whose settings' values have the types of the settings.
+        """A sweep, with the values of members converted to the settings' types.
 
         Raises:
             ProbekitError: A setting does not exist, or a value does not fit it.
@@ -195,66 +125,71 @@ class Sweep:
             typed[member] = {name: setting_value(changed, name) for name in settings}
         return cls(folder, config, typed, tuple(seeds))
 
-    @staticmethod
-    def is_in(folder: Path) -> bool:
-        """Whether a folder holds a sweep."""
-        return (folder / SWEEP).is_file()
-
     @classmethod
     def open(cls, folder: str | Path) -> Sweep:
         """Opens a sweep's folder.
 
         Raises:
-            ProbekitError: It holds no sweep, one of another version, or a damaged one.
+            ProbekitError: It holds no sweep, or one of another version.
         """
         folder = Path(folder)
-        if not cls.is_in(folder):
+        if not (folder / SWEEP).is_file():
             what = "does not exist" if not folder.exists() else f"holds no sweep (no {SWEEP})"
             raise ProbekitError(f"{folder} {what}; make one with `probekit sweep ... --out {folder}`")
         record = read_json(folder / SWEEP)
-        if not isinstance(record, dict) or record.get("format") != FORMAT:
+        if record.get("format") != FORMAT:
             raise ProbekitError(f"{folder / SWEEP} is no record of a sweep in format {FORMAT}; sweep again")
         return cls.of(folder, Config.from_dict(record["config"]), record["members"], record["seeds"])
 
     def write(self) -> None:
-        """Writes the record."""
+        """Writes sweep.json."""
         record = {"format": FORMAT, "config": self.config.model_dump(mode="json")}
         write_json(self.folder / SWEEP, record | {"members": self.members, "seeds": self.seeds})
 
     @property
     def places(self) -> list[Place]:
-        """Its runs, seed by seed: one that was stopped has all members of the first seeds."""
+        """Its runs, seed by seed, so that an interrupted sweep has all members of the first seeds."""
         return [Place(member, seed) for seed in self.seeds for member in self.members]
+
+    @property
+    def settings(self) -> list[str]:
+        """The settings that members change."""
+        return list(dict.fromkeys(name for settings in self.members.values() for name in settings))
+
+    def config_of(self, place: Place) -> Config:
+        """The settings of one run."""
+        return self.config.override({**self.members[place.member], "seed": place.seed})
 
     @cached_property
     def runs(self) -> dict[Place, Run]:
         """The runs that are trained and evaluated.
 
         Raises:
-            ProbekitError: One has other settings than the sweep gives it, or was made in another way than
-                another run.
+            ProbekitError: One has other settings than the sweep gives it, or was trained in another
+                arithmetic, or on other weights, than another run.
         """
-        folders = {place: self.folder / str(place) for place in self.places}
-        runs = {
-            place: Run.open(folder)
-            for place, folder in folders.items()
-            if (folder / "evaluation.json").is_file()
-        }
-        seen: dict[tuple[str, Any], tuple[Place, str]] = {}
-        for place, run in runs.items():
-            for stray in strays(run, self.config_of(place)):
+        runs: dict[Place, Run] = {}
+        resolved: dict[tuple[str, Any], tuple[Place, str]] = {}
+        for place in self.places:
+            if not (self.folder / str(place) / "evaluation.json").is_file():
+                continue
+            run = Run.open(self.folder / str(place))
+            for mismatch in _mismatches(run, self.config_of(place)):
                 raise ProbekitError(
-                    f"{self.folder}: {place} {stray}, and go on with the command that began the sweep"
+                    f"{self.folder}: {place} {mismatch}, and repeat the command that began the sweep"
                 )
-            for setting, value in come_to_in(run).items():
-                other, its_value = seen.setdefault(setting, (place, value))
-                if its_value != value:
-                    name = f"{setting[0]} {setting[1]!r}"
-                    raise ProbekitError(
-                        f"{self.folder}: {name} came to {its_value} in {other} and to {value} in {place}: "
-                        "they cannot be compared; delete the folder of one, and go on where the other was "
-                        "trained"
-                    )
+            for facts in run.stages.values():
+                for fact in RESOLVED.keys() & facts.keys():
+                    name = RESOLVED[fact]
+                    value = setting_value(run.config, name)
+                    other, before = resolved.setdefault((name, value), (place, facts[fact]))
+                    if before != facts[fact]:
+                        raise ProbekitError(
+                            f"{self.folder}: {name} {value!r} was {before} in {other} and {facts[fact]} in "
+                            f"{place}, which cannot be compared; delete the folder of one, and continue where "
+                            "the other was trained"
+                        )
+            runs[place] = run
         return runs
 
     @property
@@ -262,40 +197,59 @@ class Sweep:
         """The runs that are not trained and evaluated yet."""
         return [place for place in self.places if place not in self.runs]
 
-    def config_of(self, place: Place) -> Config:
-        """The settings of one run."""
-        return self.config.override({**self.members[place.member], "seed": place.seed})
-
     def losses(self) -> pd.DataFrame:
-        """Test losses of all runs that are there, by member, seed, variant, source of actions and document.
+        """Test losses of all finished runs, by member, seed, variant, source of actions and document.
 
         Raises:
-            ProbekitError: None is there, or they were not evaluated on the same documents.
+            ProbekitError: No run is finished, or runs were not evaluated on the same tokens.
         """
         if not self.runs:
-            raise ProbekitError(
-                f"{self.folder} has no finished run yet; go on with the command that began it"
-            )
+            raise ProbekitError(f"{self.folder} has no finished run yet; repeat the command that began it")
         losses = self._of_all_runs(Run.losses)
-        tokens = losses.pivot_table("tokens", index=["member", "seed"], columns="document", aggfunc="first")
-        if len(tokens.drop_duplicates()) > 1:
-            wrong = tokens[tokens.ne(tokens.mode().iloc[0]).any(axis=1)].index[0]
-            raise ProbekitError(
-                f"{self.folder}: {Place(*wrong)} was not evaluated on the same tokens as others; delete its "
-                "evaluation.json, and go on with the command that began the sweep"
-            )
+        self._check_same(
+            {place: tuple(rows.groupby("document").tokens.first()) for place, rows in self._by_place(losses)},
+            "was not evaluated on the same tokens as others; delete its evaluation.json",
+        )
         return losses
 
-    def table(self) -> pd.DataFrame:
-        """What was measured: perplexity, and whatever was measured of generated text.
-
-        One row for each member, variant, source of actions, metric (of some texts of some length, if
-        generated) and seed, and one over all seeds, where `seed` is missing, as `over_seeds` has it. MAUVE
-        is of all texts at once: its mean over seeds has no interval. A column for each setting that members
-        change.
+    def values(self) -> pd.DataFrame:
+        """What metrics are computed from: `sum` and `count` by `KEYS`, `seed` and `document` (or sample).
 
         Raises:
-            ProbekitError: As for `losses`.
+            ProbekitError: As for `losses`; or runs were asked other questions, or their generated texts were
+                compared with other documents.
+        """
+        losses = self.losses().rename(columns={"loss": "sum", "tokens": "count"})
+        losses = losses.assign(metric="perplexity", texts="test documents", length=0)
+        self._check_same(
+            {place: run.evaluation()["settings"].get("asked") for place, run in self.runs.items()},
+            "was asked other questions than others (they depend on the window and the questions file); sweep "
+            "over settings that leave them the same, or delete its evaluation.json",
+        )
+        generated = self._of_all_runs(_generated)
+        if len(generated):
+            true = generated[generated.variant == "true"]
+            self._check_same(
+                {
+                    place: frozenset(zip(rows.texts, rows.document, strict=True))
+                    for place, rows in self._by_place(true)
+                },
+                "generated text that was not compared with the same documents as that of others; delete its "
+                "generation.json and generation.parquet",
+            )
+        columns = [*KEYS, "seed", "document", "sum", "count"]
+        return pd.concat([losses, self._of_all_runs(_solved), generated], ignore_index=True)[columns]
+
+    def table(self) -> pd.DataFrame:
+        """What was measured: perplexity, accuracy of multiple choice, and the metrics of generated text.
+
+        One row for each member, variant, source of actions, metric (of some texts of some length, if
+        generated) and seed, and one over all seeds, with `seed` missing; see `statistics.over_seeds`. MAUVE
+        compares all texts at once, so its mean over seeds has no interval. A column for each setting that
+        members change.
+
+        Raises:
+            ProbekitError: As for `values`.
         """
         table = over_seeds(
             self.values(),
@@ -305,81 +259,85 @@ class Sweep:
             seed=self.config.seed,
         )
         if len(mauve := self._of_all_runs(_mauve)):
-            table = pd.concat([table, _mean_of_whole(mauve)], ignore_index=True)
+            table = pd.concat([table, _with_mean(mauve)], ignore_index=True)
         configs = {member: self.config_of(Place(member, 0)) for member in self.members}
         for column, name in enumerate(self.settings, start=1):
-            values = {member: _plain(setting_value(config, name)) for member, config in configs.items()}
-            table.insert(column, name, table.member.map(values))
+            values = {member: setting_value(config, name) for member, config in configs.items()}
+            cells = {
+                member: " ".join(map(str, value)) if isinstance(value, tuple) else value
+                for member, value in values.items()
+            }
+            table.insert(column, name, table.member.map(cells))
         return table
 
-    def values(self) -> pd.DataFrame:
-        """What metrics are made of: `sum` and `count` by `KEYS`, `seed` and `document` (or generated sample).
-
-        Raises:
-            ProbekitError: As for `losses`; or generated texts were not measured against the same documents.
-        """
-        losses = self.losses().rename(columns={"loss": "sum", "tokens": "count"})
-        losses = losses.assign(metric="perplexity", texts="test documents", length=0)
-        columns = [*KEYS, "seed", "document", "sum", "count"]
-        self._check_questions()
-        generated = self._of_all_runs(_generated)
-        if len(generated):
-            self._check_documents(generated[generated.variant == "true"])
-        return pd.concat([losses, self._of_all_runs(_solved), generated], ignore_index=True)[columns]
-
-    def _check_questions(self) -> None:
-        """Refuses multiple choice of other questions in one run than in others."""
-        asked = {place: run.evaluation()["settings"].get("asked") for place, run in self.runs.items()}
-        (usual, _), *others = Counter(asked.values()).most_common()
-        if others:
-            wrong = next(place for place, digest in asked.items() if digest != usual)
-            raise ProbekitError(
-                f"{self.folder}: {wrong} was asked other questions than others (they depend on the window "
-                "and on the file of questions): accuracies cannot be compared; sweep over what leaves them "
-                "the same, or delete its evaluation.json, and go on with the command that began the sweep"
-            )
-
-    def _check_documents(self, true: pd.DataFrame) -> None:
-        """Refuses values of true texts that are of other documents in one run than in others."""
-        found = {
-            place: frozenset(zip(rows.texts, rows.document, strict=True))
-            for place in self.runs
-            if len(rows := true[(true.member == place.member) & (true.seed == place.seed)])
-        }
-        (usual, runs), *_ = Counter(found.values()).most_common(1)
-        if runs < len(found):
-            wrong = next(place for place, documents in found.items() if documents != usual)
-            raise ProbekitError(
-                f"{self.folder}: generated text of {wrong} was not measured against the same documents as "
-                "that of others; delete its generation.json and generation.parquet, and go on with the "
-                "command that began the sweep"
-            )
-
     def _of_all_runs(self, read: Callable[[Run], pd.DataFrame]) -> pd.DataFrame:
-        """A table of every run, one behind the other, in the order of the members."""
+        """A table of every run, concatenated in the order of the members."""
         order = {member: number for number, member in enumerate(self.members)}
         runs = sorted(self.runs.items(), key=lambda item: order[item[0].member])
         parts = (read(run).assign(member=place.member, seed=place.seed) for place, run in runs)
         return pd.concat(parts, ignore_index=True)
 
-    @property
-    def settings(self) -> list[str]:
-        """The settings that members change."""
-        return list(dict.fromkeys(name for settings in self.members.values() for name in settings))
+    @staticmethod
+    def _by_place(table: pd.DataFrame) -> Iterator[tuple[Place, pd.DataFrame]]:
+        for (member, seed), rows in table.groupby(["member", "seed"], sort=False):
+            yield Place(str(member), int(seed)), rows
+
+    def _check_same(self, found: Mapping[Place, Hashable], what: str) -> None:
+        """Refuses runs that differ in what makes them comparable, naming one that differs from most."""
+        usual = Counter(found.values()).most_common(1)[0][0]
+        for place, value in found.items():
+            if value != usual:
+                raise ProbekitError(
+                    f"{self.folder}: {place} {what}, and repeat the command that began the sweep"
+                )
+
+
+def _mismatches(run: Run, config: Config) -> Iterator[str]:
+    """What in a trained and evaluated run differs from what its sweep asks for, and how to repair it."""
+    used = {name for stage in stages_of(config) for name in stage_settings(config, stage)}
+    compared = [
+        (
+            "was trained with",
+            {name: setting_value(run.config, name) for name in {*used, "mixing.variants"}},
+            {name: setting_value(config, name) for name in {*used, "mixing.variants"}},
+            "delete its folder",
+        ),
+        (
+            "was evaluated with",
+            {f"evaluation.{name}": value for name, value in run.evaluation()["settings"].items()},
+            {f"evaluation.{name}": value for name, value in evaluation_record(config).items()},
+            "delete its evaluation.json",
+        ),
+    ]
+    if (run.folder / "generation.json").is_file():
+        wanted = config.generation.model_dump(mode="json", exclude={*ANY_NUMBER})
+        wanted["seeds"] = [*(config.generation.seeds or (config.seed,))]
+        found = run.generation_metrics()["settings"]
+        compared.append(
+            (
+                "generated text with",
+                {f"generation.{name}": value for name, value in found.items()},
+                {f"generation.{name}": value for name, value in wanted.items()},
+                "delete its generation.json",
+            )
+        )
+    for verb, before, now, remedy in compared:
+        for name in sorted(now):
+            if name in before and before[name] != now[name]:
+                yield f"{verb} {name} {before[name]!r}, and the sweep has {now[name]!r}; {remedy}"
 
 
 def _generated(run: Run) -> pd.DataFrame:
-    """Sums and counts of generated text, where it was measured; over all seeds of generation."""
+    """Sums and counts of generated text, if it was measured, over all seeds of generation."""
     path = run.folder / "generation.parquet"
     return pd.read_parquet(path) if path.is_file() else pd.DataFrame()
 
 
 def _solved(run: Run) -> pd.DataFrame:
-    """Sums and counts of multiple-choice questions, where these were asked."""
-    path = run.folder / "choices.parquet"
-    if run.config.method != "depth-ensemble" or not path.is_file():
+    """Sums and counts of multiple-choice questions, if they were asked."""
+    if run.config.method != "depth-ensemble" or not (run.folder / "choices.parquet").is_file():
         return pd.DataFrame()
-    questions = pd.read_parquet(path).groupby(["variant", "actions", "document"], sort=False).solved
+    questions = run.choices().groupby(["variant", "actions", "document"], sort=False).solved
     table = questions.agg(["sum", "count"]).reset_index()
     return table.assign(metric="accuracy", texts="questions", length=0)
 
@@ -391,76 +349,17 @@ def _mauve(run: Run) -> pd.DataFrame:
     return metrics[metrics.metric == "mauve"]
 
 
-def _mean_of_whole(each: pd.DataFrame) -> pd.DataFrame:
-    """Values that are of all texts at once: each seed's with its interval, and their mean without."""
+def _with_mean(each: pd.DataFrame) -> pd.DataFrame:
+    """MAUVE of every seed with its interval, and the mean over seeds without."""
     each = each.assign(seed=each.seed.astype("Int64"), seed_spread=np.nan, seeds=1)
-    values = each.groupby(KEYS, sort=False).agg(
+    means = each.groupby(KEYS, sort=False).agg(
         value=("value", "mean"),
         seed_spread=("value", "std"),
         seeds=("value", "size"),
         documents=("documents", "max"),
     )
-    table = pd.concat([each, values.reset_index()], ignore_index=True)
+    table = pd.concat([each, means.reset_index()], ignore_index=True)
     return table[[*KEYS, "seed", "value", "value_low", "value_high", "seed_spread", "seeds", "documents"]]
-
-
-def _plain(value: Any) -> Any:
-    """A setting's value as a cell of a table."""
-    return " ".join(map(str, value)) if isinstance(value, tuple) else value
-
-
-MEASURING = "measuring"
-"""What a run does beside its stages."""
-
-
-class TimeLeft:
-    """Stages that are still to be trained, and how long those that were took.
-
-    Args:
-        finished: Settings of runs that are finished: what they have is shared.
-        ahead: Settings of the others, in their order.
-    """
-
-    def __init__(self, finished: Iterable[Config], ahead: Sequence[Config]) -> None:
-        self._seconds: defaultdict[str, list[float]] = defaultdict(list)
-        made = {key for config in finished for key in _keys(config).values()}
-        self._ahead: list[list[str]] = []
-        for config in ahead:
-            keys = _keys(config)
-            self._ahead.append([MEASURING, *(stage for stage, key in keys.items() if key not in made)])
-            made.update(keys.values())
-
-    def done(self, run: Run | None, trained: Sequence[str], seconds: float) -> None:
-        """Takes the next run off; None for one that failed.
-
-        Args:
-            run: The run.
-            trained: Its stages that were trained, not shared.
-            seconds: How long all of it took.
-        """
-        self._ahead.pop(0)
-        if run is None:
-            return
-        stages = read_json(run.folder / "run.json")["stages"]
-        took = {stage: stages[stage]["seconds"] for stage in trained}
-        for stage, its_seconds in (took | {MEASURING: max(0.0, seconds - sum(took.values()))}).items():
-            self._seconds[stage].append(its_seconds)
-
-    @property
-    def seconds(self) -> float | None:
-        """For the runs ahead; None while a stage of theirs was not trained yet."""
-        ahead = [stage for stages in self._ahead for stage in stages]
-        if not {*ahead} <= self._seconds.keys():
-            return None
-        return sum(mean(self._seconds[stage]) for stage in ahead)
-
-
-def _keys(config: Config) -> dict[str, str]:
-    return {stage: f"{stage} {stage_settings(config, stage)}" for stage in stages_of(config)}
-
-
-MEMBER = re.compile(r"\w[\w.=,+-]*")
-"""Names of members: folders everywhere."""
 
 
 def sweep(
@@ -474,13 +373,13 @@ def sweep(
 ) -> Sweep:
     """Trains and evaluates every member with every seed, each a run in `out/<member>/seed<N>`.
 
-    Runs share all stages that their settings leave equal: these are trained once, and linked. Called again,
-    it goes on where it was stopped; members and seeds that are new are added. A run that fails is told when
-    the others are done.
+    Runs share all stages whose settings are equal: these are trained once, and linked. Called again, it
+    continues an interrupted sweep, with new members and seeds added. A run that fails is reported after the
+    others are finished.
 
     Args:
         config: The settings that members change.
-        members: Settings by dotted name for every member by its name, the name of its folder too.
+        members: Settings by dotted name for every member by its name, which is also its folder's name.
         seeds: Seeds of every member's runs, in place of the setting `seed`.
         out: The sweep's folder.
         generation: Measure generated text, too.
@@ -490,61 +389,34 @@ def sweep(
         ProbekitError: A setting is bad, members have other corpora, the folder holds something else, or a
             run failed.
     """
-    compute_device(config.device)  # one that is not there is told once, and before anything is written
+    compute_device(config.device)  # refuses a device that is not there before anything is written
     begun = _begin(Path(out), config, members, seeds, generation=generation)
-    with held(begun.folder):
-        failed = _all_runs(begun, Progress(quiet=quiet), generation=generation, quiet=quiet)
-        done, places = Sweep.open(begun.folder), begun.places
+    progress, failed = Progress(quiet=quiet), dict[Place, ProbekitError]()
+    with locked(begun.folder):
+        for number, place in enumerate(begun.places, start=1):
+            measured = not generation or (begun.folder / str(place) / "generation.json").is_file()
+            if place in begun.runs and measured:
+                continue
+            progress.say(f"run {number} of {len(begun.places)}: {place}")
+            try:
+                _run(begun, place, progress, generation=generation, quiet=quiet)
+            except ProbekitError as error:
+                progress.say(f"{place} failed: {error}")
+                failed[place] = error
+        done = Sweep.open(begun.folder)
         if done.runs:
             write_table(done.folder / "results.parquet", done.table())
     for place, reason in failed.items():
         raise ProbekitError(
-            f"{place}: {reason} ({len(failed)} of {len(places)} runs in {done.folder} failed, the others are "
-            "finished)"
+            f"{place}: {reason} ({len(failed)} of {len(begun.places)} runs in {done.folder} failed, the others "
+            "are finished)"
         )
     return done
 
 
-def _all_runs(
-    begun: Sweep, progress: Progress, *, generation: bool, quiet: bool
-) -> dict[Place, ProbekitError]:
-    """Trains and evaluates all runs; those that failed, with the reason."""
-    failed: dict[Place, ProbekitError] = {}
-    places = begun.places
-    finished = [place for place in places if _is_done(begun, place, generation=generation)]
-    ahead = [begun.config_of(place) for place in places if place not in finished]
-    time_left = TimeLeft((begun.config_of(place) for place in begun.runs), ahead)
-    for number, place in enumerate(places):
-        if place in finished:
-            continue
-        left = "" if time_left.seconds is None else f"; about {time_left.seconds:.0f} s left"
-        progress.say(f"run {number + 1} of {len(places)}: {place}{left}")
-        since = time.monotonic()
-        run, trained = None, list[str]()
-        try:
-            run, trained = _run(begun, place, progress, generation=generation, quiet=quiet)
-        except ProbekitError as error:
-            progress.say(f"{place} failed: {error}")
-            failed[place] = error
-        time_left.done(run, trained, time.monotonic() - since)
-    return failed
-
-
-def _is_done(begun: Sweep, place: Place, *, generation: bool) -> bool:
-    measured = not generation or (begun.folder / str(place) / "generation.json").is_file()
-    return place in begun.runs and measured
-
-
-def _run(
-    begun: Sweep, place: Place, progress: Progress, *, generation: bool, quiet: bool
-) -> tuple[Run, list[str]]:
-    """Trains and evaluates one run, but for what is done already or another run of the sweep has.
-
-    Returns:
-        The run, and the stages that were trained.
-    """
+def _run(begun: Sweep, place: Place, progress: Progress, *, generation: bool, quiet: bool) -> None:
+    """Trains and evaluates one run, except for what is finished or can be taken from another run."""
     folder, config = begun.folder / str(place), begun.config_of(place)
-    trained: list[str] = []
     if place in begun.runs:
         run = begun.runs[place]
     else:
@@ -553,20 +425,16 @@ def _run(
             shared = _take_over(run, unfinished, begun.folder)
         if shared:
             progress.say(f"shared with other runs: {', '.join(shared)}")
-        trained = [stage for stage in unfinished if stage not in shared]
-        if trained:
+        if len(shared) < len(unfinished):
             run = train(config, folder, existing="resume", quiet=quiet)
     if not (folder / "evaluation.json").is_file():
         evaluate(run, quiet=quiet)
     if generation and not (folder / "generation.json").is_file():
-        from probekit.generation.evaluate import evaluate_generation
-
         evaluate_generation(run, quiet=quiet)
-    return run, trained
 
 
 def _take_over(run: Run, stages: Sequence[str], folder: Path) -> list[str]:
-    """Takes those of a run's stages that another run of the sweep has finished with equal settings."""
+    """Takes the stages that another run of the sweep has finished with equal settings; returns their names."""
     others = [Run.open(path.parent) for path in sorted(folder.glob("*/seed*/run.json"))]
     taken = []
     for stage in stages:
@@ -576,7 +444,7 @@ def _take_over(run: Run, stages: Sequence[str], folder: Path) -> list[str]:
                 continue
             if difference := other.difference(stage, run.config):
                 raise ProbekitError(
-                    f"{other.folder} has the stage {stage}, but {difference}; go on as it was trained"
+                    f"{other.folder} has the stage {stage}, but {difference}; continue as it was trained"
                 )
             if run.take_over(stage, other):
                 taken.append(stage)
@@ -587,21 +455,30 @@ def _take_over(run: Run, stages: Sequence[str], folder: Path) -> list[str]:
 def _begin(
     folder: Path, config: Config, members: Members, seeds: Sequence[int], *, generation: bool
 ) -> Sweep:
-    """Checks all that can be before anything is written; goes on with a sweep that is there."""
+    """Checks everything that can be checked before anything is written; continues an existing sweep."""
     wanted = Sweep.of(folder, config, members, seeds)
     _check(wanted, generation=generation)
-    if Sweep.is_in(folder):
+    if (folder / SWEEP).is_file():
         found = Sweep.open(folder)
-        _check_same(found, wanted)
+        was: dict[str, Any] = {name: setting_value(found.config, name) for name in setting_names()}
+        now: dict[str, Any] = {name: setting_value(config, name) for name in setting_names()}
+        shared = found.members.keys() & wanted.members.keys()
+        for name in (*setting_names(), *sorted(shared)):
+            before, after = ({**was, **found.members}[name], {**now, **wanted.members}[name])
+            if before != after and name not in ("seed", "device"):
+                raise ProbekitError(
+                    f"{folder} was begun with other settings: {name} was {before!r} and is now {after!r}; "
+                    "choose another --out"
+                )
         wanted = Sweep.of(
             folder, config, found.members | wanted.members, dict.fromkeys([*found.seeds, *seeds])
         )
         _check_one_corpus(wanted)
-        _ = wanted.runs  # told before anything is trained: a run that is not what the sweep asks for
+        _ = wanted.runs  # refuses a run that is not what the sweep asks for before anything is trained
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ProbekitError(f"{folder} exists and holds no sweep; choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    with held(folder):
+    with locked(folder):
         wanted.write()
     return wanted
 
@@ -616,20 +493,25 @@ def _check(wanted: Sweep, *, generation: bool) -> None:
             raise ProbekitError(f"the seed {seed} is given twice; leave one out")
         wanted.config.override({"seed": seed})
     for member, settings in wanted.members.items():
-        if not MEMBER.fullmatch(member):
+        if not re.fullmatch(r"\w[\w.=,+-]*", member):
             raise ProbekitError(
-                f"{member!r} is no name of a member: it becomes a folder's, so it begins with a letter or "
-                "digit, and has letters, digits and _ . = , + - behind it"
+                f"{member!r} is no name of a member, which becomes a folder's: it begins with a letter or "
+                "digit, followed by letters, digits and _ . = , + -"
             )
         config = wanted.config_of(Place(member, wanted.seeds[0]))
         if config.lm.name is None:
             check_new_model(config)
         for name in settings:
-            _check_changes_something(config, name, generation=generation)
+            measured = name.startswith(("evaluation.", "generation.") if generation else "evaluation.")
+            if name == "seed":
+                raise ProbekitError("seed is no setting to sweep over; give --seeds")
+            if not measured and (reason := why_idle(config, name)):
+                raise ProbekitError(f"{name} changes nothing that the sweep trains or measures: {reason}")
     _check_one_corpus(wanted)
 
 
 def _check_one_corpus(wanted: Sweep) -> None:
+    """Refuses members with other corpora: their perplexities could not be compared."""
     corpora = {
         member: stage_settings(wanted.config_of(Place(member, wanted.seeds[0])), "corpus")
         for member in wanted.members
@@ -642,26 +524,3 @@ def _check_one_corpus(wanted: Sweep) -> None:
                     f"{name} is {value!r} in {first} and {its_settings[name]!r} in {other}: that makes other "
                     "corpora, whose perplexities cannot be compared; make a run of each by `probekit train`"
                 )
-
-
-def _check_changes_something(config: Config, name: str, *, generation: bool) -> None:
-    """Refuses a setting that leaves all runs equal."""
-    if name == "seed":
-        raise ProbekitError("seed is no setting to sweep over; give --seeds")
-    measured = ("evaluation", "generation") if generation else ("evaluation",)
-    if name.split(".")[0] in measured:
-        return
-    if reason := why_idle(config, name):
-        raise ProbekitError(f"{name} changes nothing that the sweep trains or measures: {reason}")
-
-
-def _check_same(found: Sweep, wanted: Sweep) -> None:
-    begun = f"{found.folder} was begun with other settings: "
-    for name in setting_names():
-        was, now = setting_value(found.config, name), setting_value(wanted.config, name)
-        if was != now and name not in ("seed", "device"):
-            raise ProbekitError(f"{begun}{name} was {was!r} and is now {now!r}; choose another --out")
-    for member in found.members.keys() & wanted.members.keys():
-        was, now = found.members[member], wanted.members[member]
-        if was != now:
-            raise ProbekitError(f"{begun}{member} was {was!r} and is now {now!r}; choose another --out")
