@@ -186,8 +186,8 @@ class Sweep:
                     if before != facts[fact]:
                         raise ProbekitError(
                             f"{self.folder}: {name} {value!r} was {before} in {other} and {facts[fact]} in "
-                            f"{place}, which cannot be compared; delete the folder of one, and continue where "
-                            "the other was trained"
+                            f"{place}, which cannot be compared; delete the folder of one, and continue "
+                            "where the other was trained"
                         )
             runs[place] = run
         return runs
@@ -407,10 +407,8 @@ def sweep(
         if done.runs:
             write_table(done.folder / "results.parquet", done.table())
     for place, reason in failed.items():
-        raise ProbekitError(
-            f"{place}: {reason} ({len(failed)} of {len(begun.places)} runs in {done.folder} failed, the others "
-            "are finished)"
-        )
+        count = f"{len(failed)} of {len(begun.places)} runs in {done.folder} failed"
+        raise ProbekitError(f"{place}: {reason} ({count}, the others are finished)")
     return done
 
 
@@ -434,7 +432,7 @@ def _run(begun: Sweep, place: Place, progress: Progress, *, generation: bool, qu
 
 
 def _take_over(run: Run, stages: Sequence[str], folder: Path) -> list[str]:
-    """Takes the stages that another run of the sweep has finished with equal settings; returns their names."""
+    """Takes stages that another run of the sweep has finished with equal settings; returns their names."""
     others = [Run.open(path.parent) for path in sorted(folder.glob("*/seed*/run.json"))]
     taken = []
     for stage in stages:
@@ -488,10 +486,8 @@ def _check(wanted: Sweep, *, generation: bool) -> None:
         raise ProbekitError("the sweep has no members; give one or more")
     if not wanted.seeds:
         raise ProbekitError("the sweep has no seeds; --seeds takes how many, 1 or more, or several seeds")
-    for seed in wanted.seeds:
-        if wanted.seeds.count(seed) > 1:
-            raise ProbekitError(f"the seed {seed} is given twice; leave one out")
-        wanted.config.override({"seed": seed})
+    if twice := [seed for seed in wanted.seeds if wanted.seeds.count(seed) > 1]:
+        raise ProbekitError(f"the seed {twice[0]} is given twice; leave one out")
     for member, settings in wanted.members.items():
         if not re.fullmatch(r"\w[\w.=,+-]*", member):
             raise ProbekitError(
@@ -501,11 +497,11 @@ def _check(wanted: Sweep, *, generation: bool) -> None:
         config = wanted.config_of(Place(member, wanted.seeds[0]))
         if config.lm.name is None:
             check_new_model(config)
+        if "seed" in settings:
+            raise ProbekitError("seed is no setting to sweep over; give --seeds")
+        measured = ("evaluation.", "generation.") if generation else ("evaluation.",)
         for name in settings:
-            measured = name.startswith(("evaluation.", "generation.") if generation else "evaluation.")
-            if name == "seed":
-                raise ProbekitError("seed is no setting to sweep over; give --seeds")
-            if not measured and (reason := why_idle(config, name)):
+            if not name.startswith(measured) and (reason := why_idle(config, name)):
                 raise ProbekitError(f"{name} changes nothing that the sweep trains or measures: {reason}")
     _check_one_corpus(wanted)
 
