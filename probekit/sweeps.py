@@ -488,6 +488,8 @@ def _check(wanted: Sweep, *, generation: bool) -> None:
         raise ProbekitError("the sweep has no seeds; --seeds takes how many, 1 or more, or several seeds")
     if twice := [seed for seed in wanted.seeds if wanted.seeds.count(seed) > 1]:
         raise ProbekitError(f"the seed {twice[0]} is given twice; leave one out")
+    for place in wanted.places:
+        wanted.config_of(place)  # refuses values that do not fit
     for member, settings in wanted.members.items():
         if not re.fullmatch(r"\w[\w.=,+-]*", member):
             raise ProbekitError(

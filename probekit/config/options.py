@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -78,6 +79,9 @@ def parse(
         raise unknown_setting(wrong[2:].split("=")[0], known)
     # A section and an option of the command may have one name, such as `corpus`.
     typed = {name: value for name, value in vars(parsed).items() if "." in name or name in SINGLE}
+    for name, words_of in typed.items():
+        if isinstance(words_of, list):  # as JSON, so that whatever was typed is for `Config` to refuse
+            typed[name] = json.dumps([value for word in words_of for value in word.split(",")])
     return parsed, _unset(settings(parsed_args=argparse.Namespace(**typed))())
 
 
@@ -109,7 +113,7 @@ def _model_of(sections: Iterable[str], defaults: Config) -> type[BaseSettings]:
 def _unset(given: dict[str, Any]) -> dict[str, Any]:
     """Reads `null` given to a setting that takes several values as no value."""
     return {
-        name: _unset(value) if isinstance(value, dict) else None if value == [None] else value
+        name: _unset(value) if isinstance(value, dict) else None if value == ["null"] else value
         for name, value in given.items()
     }
 
