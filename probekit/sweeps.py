@@ -25,7 +25,7 @@ from probekit.errors import ProbekitError
 from probekit.evaluation.evaluate import evaluate
 from probekit.evaluation.perplexity import evaluation_record
 from probekit.generation.evaluate import TRANSFORMS, evaluate_generation
-from probekit.io import locked, read_json, write_json, write_table
+from probekit.io import held, read_json, write_json, write_table
 from probekit.progress import Progress
 from probekit.run.folder import SWEEP
 from probekit.run.run import Run
@@ -392,7 +392,7 @@ def sweep(
     compute_device(config.device)  # refuses a device that is not there before anything is written
     begun = _begin(Path(out), config, members, seeds, generation=generation)
     progress, failed = Progress(quiet=quiet), dict[Place, ProbekitError]()
-    with locked(begun.folder):
+    with held(begun.folder):
         for number, place in enumerate(begun.places, start=1):
             measured = not generation or (begun.folder / str(place) / "generation.json").is_file()
             if place in begun.runs and measured:
@@ -476,7 +476,7 @@ def _begin(
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ProbekitError(f"{folder} exists and holds no sweep; choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
+    with held(folder):
         wanted.write()
     return wanted
 
@@ -489,23 +489,24 @@ def _check(wanted: Sweep, *, generation: bool) -> None:
     if twice := [seed for seed in wanted.seeds if wanted.seeds.count(seed) > 1]:
         raise ProbekitError(f"the seed {twice[0]} is given twice; leave one out")
     for place in wanted.places:
-        wanted.config_of(place)  # refuses values that do not fit
-    for member, settings in wanted.members.items():
-        if not re.fullmatch(r"\w[\w.=,+-]*", member):
-            raise ProbekitError(
-                f"{member!r} is no name of a member, which becomes a folder's: it begins with a letter or "
-                "digit, followed by letters, digits and _ . = , + -"
-            )
-        config = wanted.config_of(Place(member, wanted.seeds[0]))
-        if config.lm.name is None:
-            check_new_model(config)
-        if "seed" in settings:
-            raise ProbekitError("seed is no setting to sweep over; give --seeds")
-        measured = ("evaluation.", "generation.") if generation else ("evaluation.",)
-        for name in settings:
-            if not name.startswith(measured) and (reason := why_idle(config, name)):
-                raise ProbekitError(f"{name} changes nothing that the sweep trains or measures: {reason}")
+        _check_member(place.member, wanted.config_of(place), wanted.members[place.member], generation)
     _check_one_corpus(wanted)
+
+
+def _check_member(member: str, config: Config, settings: Mapping[str, Any], generation: bool) -> None:
+    if not re.fullmatch(r"\w[\w.=,+-]*", member):
+        raise ProbekitError(
+            f"{member!r} is no name of a member, which becomes a folder's: it begins with a letter or digit, "
+            "followed by letters, digits and _ . = , + -"
+        )
+    if config.lm.name is None:
+        check_new_model(config)
+    if "seed" in settings:
+        raise ProbekitError("seed is no setting to sweep over; give --seeds")
+    measured = ("evaluation.", "generation.") if generation else ("evaluation.",)
+    for name in settings:
+        if not name.startswith(measured) and (reason := why_idle(config, name)):
+            raise ProbekitError(f"{name} changes nothing that the sweep trains or measures: {reason}")
 
 
 def _check_one_corpus(wanted: Sweep) -> None:

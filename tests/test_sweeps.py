@@ -560,12 +560,3 @@ def test_a_stage_of_another_precision_is_not_shared(copy: Path, config: Config):
 def test_two_processes_do_not_sweep_into_one_folder(copy: Path, config: Config):
     with held(copy):
         assert f"another process is at work in {copy}" in refusal(config, grid(config, FRACTIONS), [0], copy)
-
-
-# Time left
-
-
-def test_a_failed_run_tells_no_time(config: Config):
-    left = TimeLeft([], [config, config])
-    left.done(None, [], 3.0)
-    assert left.seconds is None

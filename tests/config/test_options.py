@@ -154,7 +154,7 @@ def test_what_is_not_understood_is_told(words: list[str], said: str):
         (["--probe.layers", "0", "x"], ["probe.layers.1", "'x'"]),
         (["--corpus.reader", "pdf"], ["corpus.reader", "'pdf'"]),
         (["--probe.solvers", "svm"], ["probe.solvers.0", "'svm'", "'softmax'"]),
-        (["--probe.shrinkage", "0"], ["probe.shrinkage.0", "is 0"]),
+        (["--probe.shrinkage", "0"], ["probe.shrinkage.0", "'0'"]),
         (["--lm.heads", "5"], ["heads 5", "width 128"]),
         (["--preset", "demos"], ["unknown preset 'demos'", "did you mean 'demo'?"]),
         (["--config", "/no/such.yaml"], ["config file /no/such.yaml"]),
