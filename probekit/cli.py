@@ -21,6 +21,7 @@ from probekit.distributed import Stopped, terminable
 from probekit.errors import ProbekitError
 
 if TYPE_CHECKING:
+    from probekit.run.folder import Existing
     from probekit.run.run import Run
 
 ANY_MODEL = "any-model"
@@ -131,7 +132,7 @@ def probe(words: list[str]) -> None:
 
     run, settings = parsed.run, dotted(given)
     if parsed.model is not None:
-        existing = "overwrite" if parsed.overwrite else "resume"
+        existing: Existing = "overwrite" if parsed.overwrite else "resume"
         run = prepare(_probed_config(parsed, given), parsed.out, existing=existing, quiet=parsed.quiet)
         settings = {}
     results = probe_run(run, settings, store=parsed.store, quiet=parsed.quiet)
@@ -397,7 +398,7 @@ def run_demo(out: str | Path = "runs/demo", *, overwrite: bool = False, quiet: b
     from probekit.reports.terminal import print_corpus, print_evaluation, print_probes, print_training
     from probekit.training import train as training
 
-    existing = "overwrite" if overwrite else "resume"
+    existing: Existing = "overwrite" if overwrite else "resume"
     run = training.train(Config.from_preset("demo"), out, existing=existing, quiet=quiet)
     print_corpus(run.corpus, nearest=1)
     print_training(run)
@@ -453,7 +454,7 @@ def _new_config(parsed: argparse.Namespace, given: dict[str, Any]) -> Config | N
     return chosen_config(parsed, given, begun if parsed.resume and begun.is_file() else None)
 
 
-def _existing(parsed: argparse.Namespace) -> Any:
+def _existing(parsed: argparse.Namespace) -> Existing:
     """What to do with a run that is there already."""
     return "resume" if parsed.resume else "overwrite" if parsed.overwrite else "refuse"
 

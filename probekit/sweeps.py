@@ -178,7 +178,7 @@ class Sweep:
                 raise ProbekitError(
                     f"{self.folder}: {place} {mismatch}, and repeat the command that began the sweep"
                 )
-            for facts in run.stages.values():
+            for facts in read_json(run.folder / "run.json")["stages"].values():
                 for fact in RESOLVED.keys() & facts.keys():
                     name = RESOLVED[fact]
                     value = setting_value(run.config, name)
@@ -279,8 +279,9 @@ class Sweep:
 
     @staticmethod
     def _by_place(table: pd.DataFrame) -> Iterator[tuple[Place, pd.DataFrame]]:
-        for (member, seed), rows in table.groupby(["member", "seed"], sort=False):
-            yield Place(str(member), int(seed)), rows
+        key: Any
+        for key, rows in table.groupby(["member", "seed"], sort=False):
+            yield Place(*key), rows
 
     def _check_same(self, found: Mapping[Place, Hashable], what: str) -> None:
         """Refuses runs that differ in what makes them comparable, naming one that differs from most."""

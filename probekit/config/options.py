@@ -61,7 +61,7 @@ def parse(
     """
     asks_help = bool({"-h", "--help"} & {*words})
     defaults = _shown_defaults(parser.prog, words, preset) if asks_help else Config()
-    settings = CliSettingsSource(
+    settings: CliSettingsSource[Any] = CliSettingsSource(
         _model_of(sections, defaults),
         root_parser=parser,
         add_argument_method=_add_argument,
@@ -104,7 +104,8 @@ def _model_of(sections: Iterable[str], defaults: Config) -> type[BaseSettings]:
         kind: Any = field.annotation
         if setting:
             inner = kind.model_fields[setting]
-            kind = create_model(kind.__name__, __doc__=kind.__doc__, **{setting: (inner.annotation, inner)})
+            only: dict[str, Any] = {setting: (inner.annotation, inner)}
+            kind = create_model(kind.__name__, __doc__=kind.__doc__, **only)
             default = kind(**{setting: getattr(default, setting)})
         fields[section] = (kind, Field(default, description=field.description))
     return create_model("Settings", __base__=BaseSettings, **fields)
