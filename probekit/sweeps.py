@@ -25,7 +25,7 @@ from probekit.errors import ProbekitError
 from probekit.evaluation.evaluate import evaluate
 from probekit.evaluation.perplexity import evaluation_record
 from probekit.generation.evaluate import TRANSFORMS, evaluate_generation
-from probekit.io import held, read_json, write_json, write_table
+from probekit.io import locked, read_json, write_json, write_table
 from probekit.progress import Progress
 from probekit.run.folder import SWEEP
 from probekit.run.run import Run
@@ -178,7 +178,7 @@ class Sweep:
                 raise ProbekitError(
                     f"{self.folder}: {place} {mismatch}, and repeat the command that began the sweep"
                 )
-            for facts in read_json(run.folder / "run.json")["stages"].values():
+            for facts in run.stages.values():
                 for fact in RESOLVED.keys() & facts.keys():
                     name = RESOLVED[fact]
                     value = setting_value(run.config, name)
@@ -393,7 +393,7 @@ def sweep(
     compute_device(config.device)  # refuses a device that is not there before anything is written
     begun = _begin(Path(out), config, members, seeds, generation=generation)
     progress, failed = Progress(quiet=quiet), dict[Place, ProbekitError]()
-    with held(begun.folder):
+    with locked(begun.folder):
         for number, place in enumerate(begun.places, start=1):
             measured = not generation or (begun.folder / str(place) / "generation.json").is_file()
             if place in begun.runs and measured:
@@ -477,7 +477,7 @@ def _begin(
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ProbekitError(f"{folder} exists and holds no sweep; choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    with held(folder):
+    with locked(folder):
         wanted.write()
     return wanted
 

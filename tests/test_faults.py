@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running import forget_checksums, hashes, ran
+from running import hashes, ran
 
 from probekit.config import Config
 from probekit.errors import ProbekitError
-from probekit.io import held, read_json
+from probekit.io import locked, read_json
 from probekit.run.run import Run
 from probekit.training.train import train
 
@@ -170,7 +170,6 @@ def test_checksums_go_with_a_stage_that_is_taken_over(finished: Path, small: Con
 
 
 def test_a_run_of_earlier_versions_is_read(copy: Path):
-    forget_checksums(copy)
     for path in copy.rglob("*.json"):
         if path.relative_to(copy).parts[0] not in ("lm", "corpus"):
             lines = [line for line in path.read_text().splitlines(True) if '"sha256"' not in line]
@@ -350,7 +349,7 @@ def test_a_command_that_is_stopped_can_be_given_again(
 def test_a_process_that_was_killed_leaves_no_lock(copy: Path):
     ready, told = os.pipe()
     if not (child := os.fork()):
-        with held(copy):
+        with locked(copy):
             os.write(told, b"x")
             time.sleep(60)
         os._exit(0)

@@ -15,7 +15,7 @@ from probekit.cli import STUDIES
 from probekit.config import Config
 from probekit.errors import ProbekitError
 from probekit.evaluation.evaluate import evaluate
-from probekit.io import held, read_json, write_json
+from probekit.io import locked, read_json, write_json
 from probekit.run.run import Run
 from probekit.sweeps import Place, Sweep, grid, sweep
 from probekit.training import train as training
@@ -558,5 +558,5 @@ def test_a_stage_of_another_precision_is_not_shared(copy: Path, config: Config):
 
 
 def test_two_processes_do_not_sweep_into_one_folder(copy: Path, config: Config):
-    with held(copy):
+    with locked(copy):
         assert f"another process is at work in {copy}" in refusal(config, grid(config, FRACTIONS), [0], copy)

@@ -43,7 +43,6 @@ from probekit.io import (
     link_or_copy,
     read_array,
     read_json,
-    release,
     write_array,
     write_json,
 )
@@ -397,7 +396,6 @@ def _sentences(begun: _Begun) -> Iterator[list[str]]:
     for first, rows in begun.texts.batches():
         bounds = document_sentences[first : first + len(rows) + 1]
         yield sentence_texts(rows, np.diff(bounds), spans[bounds[0] : bounds[-1]])
-        release(spans)
 
 
 def _chosen_sentences(begun: _Begun, chosen: np.ndarray) -> list[str]:
@@ -416,7 +414,6 @@ def _rows(mapped: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     rows = np.empty((len(chosen), *mapped.shape[1:]), mapped.dtype)
     for part in np.array_split(np.arange(len(chosen)), len(chosen) // _ROWS_AT_ONCE + 1):
         rows[part] = mapped[chosen[part]]
-        release(mapped)
     return rows
 
 

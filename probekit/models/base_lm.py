@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from probekit.config import BaseSettings
 from probekit.errors import ProbekitError
-from probekit.io import atomic_folder, full_disks_told, read_tensors, write_tensors
+from probekit.io import atomic_folder, read_tensors, write_tensors
 from probekit.models.hook_points import (
     Backend,
     BridgeBackend,
@@ -299,7 +299,7 @@ class Full:
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """As `Tuning` has it: in Hugging Face format, for `AutoModelForCausalLM.from_pretrained`."""
         with atomic_folder(folder) as temporary:
-            with without_bars_of_transformers(), full_disks_told():
+            with without_bars_of_transformers():
                 self.model.save_pretrained(temporary, state_dict=weights)
             # safetensors lets only a file's owner read it; a run may be shared.
             mode = (temporary / "config.json").stat().st_mode

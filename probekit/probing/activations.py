@@ -100,7 +100,6 @@ class Reader:
         """Activations of this process's share of the examples; see `Activations`."""
         for part in distributed.share([*chunk_slices(examples.document)]):
             yield part, self.read(examples[part])
-            self._run.corpus.release()
 
     def changed_by_conditioning(self) -> set[HookPoint]:
         """The places that an action changes at the first position, if any, that can have been told of it."""

@@ -83,7 +83,7 @@ SIZES = ("parameters", "tuned_parameters")
 
 def print_training(run: Run) -> None:
     """The stages of a run, their times and what they left."""
-    stages = read_json(run.folder / "run.json")["stages"]
+    stages = run.stages
     rows = [
         [
             name,

@@ -34,13 +34,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-FACTS: dict[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("documents", "blank_documents_dropped", "tokens", "sentences"), int),
-    **{"one_sentence_documents": int, "vocabulary": int, "fingerprint": str},
-    "adjusted_rand_index": (int, float),
-}
-"""What is recorded of every corpus, the last of planted ones alone."""
-
 LOADED = ("device", "corpus", "locations", "_base")
 """What a run keeps in memory once it was asked for."""
 
@@ -78,11 +71,7 @@ class Run(RunFolder):
     def corpus(self) -> Corpus:
         """The built corpus."""
         self.require("corpus")
-        corpus = Corpus.open(self.folder / "corpus")
-        facts: Any = {"adjusted_rand_index": 0.0} | corpus.facts if isinstance(corpus.facts, dict) else {}
-        if not all(isinstance(facts.get(name), kind) for name, kind in FACTS.items()):
-            raise ProbekitError(f"{corpus.folder / 'facts.json'} is no record of a corpus; build it again")
-        return corpus
+        return Corpus.open(self.folder / "corpus")
 
     @property
     def variants(self) -> list[VariantName]:
@@ -142,7 +131,7 @@ class Run(RunFolder):
 
     def _check_source(self, name: str) -> None:
         """Refuses a folder of a pre-trained LM that is not what it was in training."""
-        trained_with = read_json(self.folder / "run.json")["stages"]["lm"].get("weights")
+        trained_with = self.stages["lm"].get("weights")
         if trained_with is not None and lm_digest(name) not in (trained_with, None):
             raise ProbekitError(
                 f"{name} is not the LM that {self.folder} was made with: its files have changed; put back "

@@ -20,7 +20,7 @@ from probekit.data.build import write_corpus
 from probekit.data.corpus import too_few
 from probekit.data.encoders import check_encoder
 from probekit.errors import ProbekitError
-from probekit.io import atomic_folder, full_disks_told, write_json
+from probekit.io import atomic_folder, write_json
 from probekit.models.base_lm import TUNINGS, BaseLM
 from probekit.models.conditioning import location_width, new_adapter
 from probekit.models.depth_ensemble import DepthEnsemble, new_ensemble
@@ -188,8 +188,6 @@ def _begun(config: Config | None, out: str | Path, existing: Existing, progress:
         check_new_model(config)
     if distributed.is_first():
         with Run.begun(out, config, existing) as run:
-            for stage, reason in run.unfinish_damaged().items():
-                progress.say(f"{stage} is done again: {reason}")
             distributed.wait()
             yield run
     else:
@@ -270,7 +268,7 @@ def _language_model(run: Run, progress: Progress) -> dict[str, Any]:
 
 
 def _save_language_model(run: Run, model: PreTrainedModel, _: dict[str, Tensor]) -> None:
-    with without_bars_of_transformers(), full_disks_told(), atomic_folder(run.folder / "lm") as folder:
+    with without_bars_of_transformers(), atomic_folder(run.folder / "lm") as folder:
         model.save_pretrained(folder)
         # safetensors lets only a file's owner read it; a run may be shared.
         (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)

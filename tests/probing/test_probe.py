@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from running import forget_checksums
 from scipy.stats import binom
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
@@ -71,7 +70,6 @@ def rewritten(run: Run, folder: Path, file: str, change) -> Run:
     run = copied(run, folder)
     path = run.folder / "corpus" / file
     np.save(path, change(np.array(np.load(path))))
-    forget_checksums(run.folder)
     return run
 
 
@@ -105,7 +103,6 @@ def loud_run(tiny_run: Run, tmp_path_factory) -> Run:
         tensors = read_tensors(path)
         tensors["adapter.projections"] *= 300
         write_tensors(path, tensors)
-    forget_checksums(run.folder)
     return run
 
 
