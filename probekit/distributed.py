@@ -1,7 +1,7 @@
 """Where and in which arithmetic to compute, in one process or in several begun by torchrun or accelerate.
 
-Of several processes, each has its own device and its own share of the work; the first one writes. Signals that
-ask to stop are raised as `Stopped`, or held back by `Holding` until the work can stop without loss.
+Of several processes, each has its own device and its own share of the work; the first one writes. Signals to
+stop are raised as `Stopped`, or held back by `Holding` until the work can stop without loss.
 """
 
 from __future__ import annotations

@@ -249,8 +249,8 @@ def read_table(path: str | Path) -> pd.DataFrame:
     """The data frame in a Parquet file."""
     import pandas as pd
 
-    with _reading(path, "Parquet table"):
-        return pd.read_parquet(path)
+    with _reading(path, "Parquet table"), Path(path).open("rb") as file:
+        return pd.read_parquet(file)
 
 
 def one_line(error: Exception) -> str:

@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -136,17 +136,16 @@ class RunFolder:
 
         origin = provenance(config)  # refuses a device that is not there, before anything is touched
         try:
-            folder.resolve().mkdir(parents=True, exist_ok=True)
+            with nullcontext(folder) if folder.exists() else atomic_folder(folder) as files:
+                write_json(files / "run.json", {"format": FORMAT, "stages": {}})
+                for path in (folder / name for name in names.difference(BEGUN)):
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+                write_json(files / "provenance.json", origin)
+                write_text(files / "config.yaml", config.to_yaml())
         except OSError as error:
             raise ProbekitError(
                 f"--out {folder}: cannot be made ({error.strerror}); choose another"
             ) from None
-        write_json(folder / "run.json", {"format": FORMAT, "stages": {}})
-        for name in names.difference(BEGUN):
-            path = folder / name
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        write_json(folder / "provenance.json", origin)
-        write_text(folder / "config.yaml", config.to_yaml())
         return cls(folder, config)
 
     @classmethod
