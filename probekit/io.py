@@ -51,6 +51,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         _sync(temporary)
         temporary.replace(target)
         _sync(target.parent)
+    except SafetensorError as error:  # what safetensors raises where others raise OSError, as on a full disk
+        raise OSError(one_line(error)) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -73,9 +75,11 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             target.rename(retired)
         temporary.rename(target)
         _sync(target.parent)
-    except BaseException:
+    except BaseException as error:
         if retired.exists() and not target.exists():
             retired.rename(target)
+        if isinstance(error, SafetensorError):
+            raise OSError(one_line(error)) from None
         raise
     finally:
         for leftover in (temporary, retired):
@@ -165,10 +169,7 @@ def write_tensors(
         # safetensors lets only a file's owner read it; a run may be shared, so the umask decides.
         temporary.touch()
         mode = temporary.stat().st_mode
-        try:
-            save_file(on_cpu, temporary, metadata={METADATA: json.dumps(dict(metadata or {}))})
-        except SafetensorError as error:  # such as a full disk
-            raise OSError(f"{path}: {one_line(error)}") from None
+        save_file(on_cpu, temporary, metadata={METADATA: json.dumps(dict(metadata or {}))})
         temporary.chmod(mode)
 
 
