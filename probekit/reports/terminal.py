@@ -14,7 +14,6 @@ from rich.text import Text
 from probekit.data.corpus import MORE_DOCUMENTS, Corpus, action_table, sentence_lengths, sizes, too_few
 from probekit.evaluation.perplexity import Evaluation
 from probekit.generation.texts import Written
-from probekit.io import read_json
 from probekit.probing.over_training import TrainingProbes
 from probekit.probing.probe import ProbeResults
 from probekit.run.run import Run
