@@ -388,7 +388,7 @@ def stopped(tiny_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
     def killing(path: Path, *arguments: Any) -> None:
         write_tensors(path, *arguments)
-        if '"step": 2' in arguments[1]["standing"]:
+        if '"step": 2' in arguments[1]["state"]:
             raise Killed
 
     folder = tmp_path_factory.mktemp("stopped") / "run"

@@ -141,7 +141,7 @@ class AdapterTraining:
         return groups
 
     def loss(self, rows: np.ndarray, step: np.ndarray) -> Tensor:
-        """Next-token loss of some windows, and what is added to it, as `Stage.loss` has it."""
+        """Next-token loss of some windows, with the planner's own loss; scaled as `Stage.loss` asks."""
         batch = collate(self._trainer.corpus, self._train[rows]).to(self._trainer.device)
         self._tune(True)
         with self._trainer.autocast():
@@ -175,7 +175,7 @@ class AdapterTraining:
         return self.model.scores(self._read(batch))
 
     def _read(self, batch: Batch) -> Batch:
-        """The batch as the sentence encoder has it now; as it is while that is frozen."""
+        """The batch with sentences embedded by the trained encoder; unchanged while it is frozen."""
         encoder = self.model.encoder
         if encoder is None or not next(encoder.parameters()).requires_grad:
             return batch

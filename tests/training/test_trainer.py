@@ -15,14 +15,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from probekit.config import StageSettings
+from probekit.config import Config, StageSettings
 from probekit.distributed import Stopped
 from probekit.errors import ProbekitError
 from probekit.progress import Progress
 from probekit.training import trainer as training
-from probekit.training.trainer import LOGGED_STEPS, Group, Stage, StateFile, checkpoint_steps, optimise
+from probekit.training.trainer import LOGGED_STEPS, Group, Stage, StateFile, Trainer, checkpoint_steps
 
 QUIET = Progress(quiet=True)
+
+
+def optimise(
+    stage: Stage,
+    seed: int,
+    log: Callable[[dict[str, Any]], None],
+    state: StateFile | None = None,
+    accumulate: int = 1,
+) -> float:
+    """Trains a stage that needs no corpus."""
+    config = Config().override({"seed": seed, "training.accumulate": accumulate})
+    corpus: Any = None
+    return Trainer(config, corpus, torch.device("cpu"), log, QUIET, state).optimise(stage)
 
 
 class Toy:
@@ -68,9 +81,8 @@ class Toy:
             loss or self.loss,
             # The last state is kept where every pass is better than the one before.
             validation_loss or iter(range(0, -1000, -1)).__next__,
-            accumulate=self.accumulate,
         )
-        return optimise(stage, seed, self.log.append, QUIET)
+        return optimise(stage, seed, self.log.append, accumulate=self.accumulate)
 
 
 def learning_rates(steps: int, warmup: float) -> Iterator[float]:
@@ -372,7 +384,7 @@ class Drawing(Toy):
             lambda: (self.weight.detach() ** 2).sum().item(),
             generators=[self.own],
         )
-        return optimise(stage, 0, self.log.append, QUIET, state)
+        return optimise(stage, 0, self.log.append, state)
 
 
 def state_file(folder: Path, settings: StageSettings, every: float = 0.0) -> StateFile:
@@ -384,7 +396,7 @@ def state_file(folder: Path, settings: StageSettings, every: float = 0.0) -> Sta
     "settings",
     [
         StageSettings(batch_size=5, epochs=3, learning_rate=0.1, weight_decay=0.5),
-        StageSettings(batch_size=5, epochs=9, learning_rate=0.5, patience=2),
+        StageSettings(batch_size=5, epochs=6, learning_rate=0.5, patience=2),
     ],
 )
 def test_what_was_killed_goes_on_to_the_same_bits(tmp_path: Path, settings: StageSettings, frozen: float):
@@ -396,7 +408,7 @@ def test_what_was_killed_goes_on_to_the_same_bits(tmp_path: Path, settings: Stag
         parts.stop_at, parts.stop = killed, lambda: (_ for _ in ()).throw(RuntimeError("killed"))
         with pytest.raises(RuntimeError, match="killed"):
             parts.train_with(state)
-        assert state.standing.step == killed - 1
+        assert state.state().step == killed - 1
         again = Drawing(settings, frozen)
         assert again.train_with(state) == best
         assert torch.equal(again.weight, whole.weight)
@@ -416,7 +428,7 @@ def test_a_signal_stops_behind_the_step_and_the_state_is_kept(tmp_path: Path, nu
         parts.train_with(state)
     assert stopped.value.signal == number
     assert signal.getsignal(number) is before
-    assert state.standing.step == 4
+    assert state.state().step == 4
     again.train_with(state)
     assert torch.equal(again.weight, whole.weight)
 
@@ -427,46 +439,19 @@ def test_who_asks_twice_does_not_wait(tmp_path: Path):
     toy.stop_at, toy.stop = 4, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]
     with pytest.raises(KeyboardInterrupt):
         toy.train_with(state)
-    assert not state.standing.step
+    assert not state.state().step
 
 
 def test_a_state_of_other_settings_is_not_gone_on_from(tmp_path: Path):
     settings = StageSettings(batch_size=5, epochs=3)
     toy = Drawing(settings)
     toy.train_with(state_file(tmp_path, settings))
-    assert state_file(tmp_path, settings).standing.step == 15
+    assert state_file(tmp_path, settings).state().step == 15
     other = state_file(tmp_path, settings.model_copy(update={"learning_rate": 0.5}))
-    assert not other.standing.step
+    assert not other.state().step
 
 
-# Memory, and numbers beyond numbers
-
-
-def test_short_of_memory_it_takes_smaller_parts_and_says_so_once(capsys: pytest.CaptureFixture[str]):
-    whole, short = (Toy(settings=StageSettings(batch_size=5, epochs=3, learning_rate=0.1)) for _ in range(2))
-
-    def loss(rows: np.ndarray, step: np.ndarray) -> torch.Tensor:
-        if len(rows) > 2:
-            raise torch.OutOfMemoryError("too much")
-        return Toy.loss(short, rows, step)
-
-    whole.train()
-    stage = Stage("toy", short.settings, short.groups, 22, loss, iter(range(0, -9, -1)).__next__)
-    optimise(stage, 0, short.log.append, Progress())
-    torch.testing.assert_close(short.weight, whole.weight, rtol=1e-10, atol=1e-12)
-    said = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
-    assert said == [
-        "toy: out of memory; from here on every step is cut into 2 parts",
-        "toy: out of memory; from here on every step is cut into 4 parts",
-    ]
-
-
-def test_memory_for_no_example_is_told_in_one_line():
-    def loss(rows: np.ndarray, step: np.ndarray) -> torch.Tensor:
-        raise torch.OutOfMemoryError("too much")
-
-    with pytest.raises(ProbekitError, match="does not suffice for one example at a time"):
-        Toy().train(loss=loss)
+# Losses that are not finite
 
 
 def test_a_loss_that_is_no_number_names_its_documents():
@@ -478,7 +463,7 @@ def test_a_loss_that_is_no_number_names_its_documents():
     documents = np.arange(22) // 2 + 100
     stage = Stage("toy", toy.settings, toy.groups, 22, loss, lambda: 0.0, documents=documents)
     with pytest.raises(ProbekitError, match="the loss is nan at step 2 ") as error:
-        optimise(stage, 0, toy.log.append, QUIET)
+        optimise(stage, 0, toy.log.append)
     named = sorted({int(documents[row]) for row in toy.steps[1]})
     assert f"(documents {', '.join(map(str, named))} of the corpus)" in str(error.value)
 
@@ -507,7 +492,7 @@ def test_checkpoints_are_kept_behind_their_steps():
     validation_loss = iter(range(0, -9, -1)).__next__
     stage = Stage("toy", toy.settings, toy.groups, 22, toy.loss, validation_loss, keep=keep, checkpoints=4)
     begun = toy.weight.detach().clone()
-    optimise(stage, 0, toy.log.append, QUIET)
+    optimise(stage, 0, toy.log.append)
     assert [*kept] == [0, 1, 4, 20]
     assert [steps for steps, _ in kept.values()] == [0, 1, 4, 20]
     assert torch.equal(kept[0][1], begun)
