@@ -521,7 +521,7 @@ def _run_command(words: list[str]) -> None:
         description="Train planner-conditioned language models; probe what they know of the next sentence.",
         epilog=f"commands:\n{names}\n\npresets: {', '.join(preset_names())}",
     )
-    parser.add_argument("--version", action="version", version=f"probekit {version('probekit')}")
+    parser.add_argument("--version", action="version", version=f"probekit {version('probekit-lm')}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="COMMAND --help explains it")
     command = parser.parse_args(words[:1]).command

@@ -232,7 +232,7 @@ def _library(name: str) -> type[SentenceTransformer]:
     except ImportError:
         raise ProbekitError(
             f"actions.encoder is {name!r}, which needs sentence-transformers: "
-            "pip install 'probekit[encoders]'"
+            "pip install 'probekit-lm[encoders]'"
         ) from None
     return SentenceTransformer
 

@@ -146,7 +146,7 @@ def identity(run: Run, variant: ProbedName, seed: int, grid: Grid) -> dict[str, 
     facts, config = run.corpus.facts, run.config
     told = config.model_dump(include={"planner", "conditioning"}) | {"temperature": config.mixing.temperature}
     return {
-        "version": version("probekit"),
+        "version": version("probekit-lm"),
         "model": run.weights_digest(variant),
         "corpus": f"{facts['fingerprint'][:16]}, {facts['tokens']} tokens",
         "variant": f"random, seed {seed}" if variant == "random" else variant,

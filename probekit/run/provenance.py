@@ -18,7 +18,7 @@ import torch
 from probekit import distributed
 from probekit.config import Config
 
-PACKAGES = ("probekit", "torch", "transformers", "transformer-lens", "datasets", "scikit-learn", "numpy")
+PACKAGES = ("probekit-lm", "torch", "transformers", "transformer-lens", "datasets", "scikit-learn", "numpy")
 """What results depend on."""
 
 WEIGHTS = (".json", ".safetensors", ".bin")

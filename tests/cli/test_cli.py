@@ -31,7 +31,7 @@ def test_help_lists_commands_and_presets(capsys: Capture):
 
 
 def test_version(capsys: Capture):
-    assert told(capsys, "--version") == f"probekit {version('probekit')}\n"
+    assert told(capsys, "--version") == f"probekit {version('probekit-lm')}\n"
 
 
 @pytest.mark.parametrize(

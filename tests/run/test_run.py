@@ -77,7 +77,7 @@ def test_an_empty_folder_may_be_begun_in(tmp_path: Path):
 
 def test_provenance_tells_versions_seeds_device_and_command(begun: Run):
     found = read_json(begun.folder / "provenance.json")
-    for package in ("probekit", "torch", "transformers", "transformer-lens", "numpy"):
+    for package in ("probekit-lm", "torch", "transformers", "transformer-lens", "numpy"):
         assert found["versions"][package] == version(package)
     assert found["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert found["seeds"] == {"run": 0, "corpus": 0, "planted": 0}
