@@ -16,11 +16,10 @@ from functools import cache
 from types import FrameType
 from typing import TYPE_CHECKING, Self, TypeVar
 
-import torch
-
 from probekit.errors import ProbekitError
 
 if TYPE_CHECKING:
+    import torch
     from accelerate import PartialState
     from torch import Tensor
 
@@ -73,6 +72,8 @@ def add_up(tensors: Iterable[Tensor]) -> None:
     Raises:
         ProbekitError: One has ended.
     """
+    import torch
+
     if count() > 1:
         _joined()
         with _others_alive():
@@ -82,6 +83,8 @@ def add_up(tensors: Iterable[Tensor]) -> None:
 
 def total(value: float, device: torch.device) -> float:
     """The sum of a number over processes."""
+    import torch
+
     if count() == 1:
         return value
     summed = torch.tensor(value, dtype=torch.float64, device=device)
@@ -99,6 +102,7 @@ def leave() -> None:
 @cache
 def _joined() -> PartialState:
     """Joins the other processes, once; there must be a GPU for each, or none at all."""
+    import torch
     from accelerate import PartialState
 
     local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
@@ -127,6 +131,8 @@ def compute_device(name: str) -> torch.device:
     Raises:
         ProbekitError: It is not a device, or this machine has none of it.
     """
+    import torch
+
     if count() > 1:
         own = _joined().device
         if name not in ("auto", own.type):
@@ -150,6 +156,8 @@ def compute_device(name: str) -> torch.device:
 
 def precision_of(device: torch.device, precision: str) -> str:
     """The arithmetic that the setting `training.precision` stands for on a device: float32 or bfloat16."""
+    import torch
+
     if precision != "auto":
         return precision
     has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
@@ -158,6 +166,8 @@ def precision_of(device: torch.device, precision: str) -> str:
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
     """The arithmetic of forward passes that the setting `training.precision` stands for."""
+    import torch
+
     enabled = precision_of(device, precision) == "bfloat16"
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
