@@ -261,7 +261,7 @@ class _Loop:
         for group in stage.groups:
             for parameter in group.parameters:
                 parameter.requires_grad_(step > group.frozen_steps(self._steps))
-        own = distributed.share(rows)
+        own = rows[distributed.rank() :: distributed.count()]
         total = 0.0
         micro_batches = min(self._trainer.config.training.accumulate, len(own))
         for micro in np.array_split(own, micro_batches) if len(own) else ():
