@@ -211,9 +211,10 @@ def intervene(words: list[str]) -> None:
     """Change activations and see what the LM does: is what probes read used?"""
     parsed, given = parse(_run_parser("intervene", intervene), words, ("device", "evaluation", "intervene"))
     from probekit.causal.intervene import intervene as intervene_on
-    from probekit.reports.intervention_tables import print_interventions
+    from probekit.reports.terminal import print_interventions
 
-    print_interventions(intervene_on(parsed.run, dotted(given), quiet=parsed.quiet))
+    found = intervene_on(parsed.run, dotted(given), quiet=parsed.quiet)
+    print_interventions(found.table, found.notes, found.folder)
 
 
 def subnetwork(words: list[str]) -> None:
@@ -221,9 +222,10 @@ def subnetwork(words: list[str]) -> None:
     sections = ("device", "evaluation", "subnetwork")
     parsed, given = parse(_run_parser("subnetwork", subnetwork), words, sections)
     from probekit.causal.subnetwork import subnetwork as find_subnetwork
-    from probekit.reports.subnetwork_tables import print_subnetwork
+    from probekit.reports.terminal import print_subnetwork
 
-    print_subnetwork(find_subnetwork(parsed.run, dotted(given), quiet=parsed.quiet))
+    found = find_subnetwork(parsed.run, dotted(given), quiet=parsed.quiet)
+    print_subnetwork(found.table, found.mask, found.notes, found.folder)
 
 
 def lens(words: list[str]) -> None:
@@ -296,7 +298,8 @@ def sweep(words: list[str]) -> None:
     from probekit.sweeps import sweep as run_sweep
 
     generation, quiet = parsed.generation, parsed.quiet
-    print_sweep(run_sweep(config, members, seeds, parsed.out, generation=generation, quiet=quiet))
+    made = run_sweep(config, members, seeds, parsed.out, generation=generation, quiet=quiet)
+    print_sweep(made.table(), made.missing, made.folder)
 
 
 def _parse_sweep(words: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:

@@ -28,7 +28,7 @@ from matplotlib.typing import ColorType
 from probekit.errors import ProbekitError
 from probekit.models.mixing import VARIANTS
 from probekit.probing.locations import label
-from probekit.reports.document import visible
+from probekit.reports.describe import visible
 from probekit.reports.figures import (
     DISTANCE,
     METRICS,

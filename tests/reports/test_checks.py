@@ -1,4 +1,4 @@
-"""What a report warns of: each is provoked, and told; a sound run is not suspected."""
+"""Checks of a run: each is provoked; a sound run is not suspected."""
 
 import os
 import shutil
@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import synthetic_results as made
+from running import forget_checksums
 from synthetic_probes import probe_table
 
 from probekit.data.corpus import FEW_DOCUMENTS
 from probekit.io import read_json, write_json
-from probekit.reports.checks import cautions_of
-from probekit.reports.document import Code
-from probekit.reports.report_findings import Findings
-from probekit.reports.report_sections import reproduction
+from probekit.reports.checks import checks, compared_interventions
+from probekit.reports.report import commands
 from probekit.run.run import Run
 
 CEILINGS = {"accuracy": (0.6, 0.55, 0.65), "cross_entropy": (1.0, 0.9, 1.1)}
@@ -63,30 +63,49 @@ def write_probes(run: Run, table: pd.DataFrame, **settings) -> None:
     write_json(run.folder / "probes" / "settings.json", used | {"notes": [], "documents": {}})
 
 
-def cautions(run: Run) -> list[str]:
-    """What is told beside the run's few documents, which all tests here have."""
-    told = told_of(run)
-    few = [line for line in told if "test documents: intervals" in line]
+def others(run: Run) -> list[str]:
+    """The lines beside that on the run's few documents, which all tests here have."""
+    lines = checks(run)
+    few = [line for line in lines if line.startswith("Only ")]
     assert len(few) == 1  # of the corpus, and of the probes
-    return [line for line in told if line not in few]
+    return [line for line in lines if line not in few]
 
 
-def told_of(run: Run) -> list[str]:
-    damaged: dict[str, str] = {}
-    told = cautions_of(Findings(run), damaged)
-    assert not damaged
-    return told
+@pytest.fixture
+def causal(run: Run) -> Run:
+    """The same with interventions, a subnetwork and probed checkpoints."""
+    made.write_interventions(run, "soft", **{"intervene.distances": [2, 4]})
+    made.write_interventions(run, "none")
+    made.write_subnetwork(run, **{"subnetwork.steps": 3})
+    made.write_over_training(run, made.over_training(), **{"probe.layers": [0, 2]})
+    return run
 
 
-def test_a_sound_run_is_not_suspected(run: Run):
-    assert cautions(run) == []
+def test_a_sound_run_is_not_suspected(causal: Run):
+    assert others(causal) == []
 
 
-@pytest.mark.parametrize(("documents", "told"), [(FEW_DOCUMENTS - 1, 1), (FEW_DOCUMENTS, 0)])
-def test_few_documents(documents: int, told: int, run: Run):
+@pytest.mark.parametrize(("documents", "few"), [(FEW_DOCUMENTS - 1, 1), (FEW_DOCUMENTS, 0)])
+def test_few_documents(documents: int, few: int, run: Run):
     write_probes(run, sound_probes().assign(documents=documents))
-    lines = [line for line in told_of(run) if line.startswith("Only 39 test documents")]
-    assert len(lines) == told
+    lines = [line for line in checks(run) if line.startswith("Only 39 test documents")]
+    assert len(lines) == few
+
+
+@pytest.mark.parametrize("documents", [FEW_DOCUMENTS - 1, FEW_DOCUMENTS])
+def test_few_documents_of_interventions_subnetworks_and_checkpoints(documents: int, run: Run):
+    made.write_interventions(run, "soft", documents + 5)  # sentences of fewer are written anew
+    made.write_subnetwork(run, documents)
+    made.write_over_training(run, made.over_training(documents))
+    found = [line.partition(": only 39 test documents")[0] for line in others(run)]
+    few = ["Probes over the training of lm", "Interventions in soft (steer)", "The subnetwork of none"]
+    assert found == (few if documents < FEW_DOCUMENTS else [])
+
+
+def test_interventions_that_are_compared_with_nothing_are_left_out(causal: Run):
+    table = compared_interventions(causal)
+    assert set(table.condition) == {"erase", "steer"}
+    assert set(table.metric) == set(causal.interventions().metric)
 
 
 def test_few_prompts(run: Run):
@@ -102,7 +121,7 @@ def test_few_prompts(run: Run):
     settings = run.config.generation.model_dump(mode="json") | {"seeds": [0], "resamples": 200, "prompts": 9}
     notes = ["9 prompts in place of 200: no more"]
     write_json(run.folder / "generation.json", {"settings": settings, "notes": notes, "metrics": metrics})
-    (line,) = cautions(run)
+    (line,) = others(run)
     assert "9 documents only" in line
 
 
@@ -142,22 +161,22 @@ def first_probe(table: pd.DataFrame) -> int:
 )
 def test_cells(spoil: Callable[[pd.DataFrame], pd.DataFrame], line: str, run: Run):
     write_probes(run, spoil(sound_probes()))
-    (told,) = cautions(run)
-    assert line in told
+    (found,) = others(run)
+    assert line in found
     if spoil is above:
         row = sound_probes().loc[first_probe(sound_probes())]
         place = f"{row.variant}, {row.location}, layer {row.layer}, distance {row.distance}, horizon 1"
-        assert place in told
-        assert "a leak until shown otherwise" in told
+        assert place in found
+        assert "a leak until shown otherwise" in found
 
 
 def test_an_injected_cell_is_no_leak(run: Run):
     write_probes(run, above(injected(sound_probes())))
-    assert not any("ceiling" in line for line in cautions(run))
+    assert not any("ceiling" in line for line in others(run))
 
 
 @pytest.mark.parametrize(
-    ("metric", "values", "told"),
+    ("metric", "values", "above"),
     [
         ("accuracy", (0.65, 0.61, 0.69), True),
         ("accuracy", (0.65, 0.59, 0.69), False),
@@ -165,20 +184,21 @@ def test_an_injected_cell_is_no_leak(run: Run):
         ("cross_entropy", (0.9, 0.8, 1.01), False),
     ],
 )
-def test_a_planner_above_the_ceiling(metric: str, values: tuple[float, float, float], told: bool, run: Run):
+def test_a_planner_above_the_ceiling(metric: str, values: tuple[float, float, float], above: bool, run: Run):
     write_evaluation(run, PLANNED | {metric: values})
-    lines = cautions(run)
-    assert len(lines) == told
-    if told:
+    lines = others(run)
+    assert len(lines) == above
+    if above:
         assert lines[0].startswith(f"planner is above the ceiling by more than its interval: {metric}")
 
 
 @pytest.mark.parametrize("kind", ["loss", "validation_loss"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_losses_that_are_not_finite(kind: str, value: float, run: Run):
+    forget_checksums(run.folder)
     row = {"stage": "adapter/soft", "step": 77, kind: value}
     run.log(row | ({"epoch": 1} if kind == "validation_loss" else {}))
-    (line,) = cautions(run)
+    (line,) = others(run)
     what = "validation" if kind == "validation_loss" else "training"
     assert line.startswith(f"1 {what} losses of the stage adapter/soft are not finite, the first at step 77")
 
@@ -187,8 +207,8 @@ def test_a_run_that_is_not_finished(run: Run):
     state = read_json(run.folder / "run.json")
     del state["stages"]["adapter/soft"]
     write_json(run.folder / "run.json", state)
-    (line,) = cautions(run)
-    assert line.startswith("The run is not finished: adapter/soft is yet to come; `probekit train --resume")
+    (line,) = others(run)
+    assert line.startswith("The run is not finished: adapter/soft not trained; `probekit train --resume")
 
 
 def test_a_run_that_only_probes_is_finished(run: Run):
@@ -198,17 +218,16 @@ def test_a_run_that_only_probes_is_finished(run: Run):
     (run.folder / "evaluation.json").unlink()
     prepared = Run(run.folder, run.config.override({"lm.name": "gpt2"}))
     write_probes(prepared, sound_probes())
-    assert not any("not finished" in line for line in told_of(prepared))
-    _, commands, _ = reproduction(Findings(prepared))
-    assert isinstance(commands, Code)
-    assert "probekit probe --model gpt2 --config copy/config.yaml --out copy-again" in commands.text
-    assert "probekit train" not in commands.text
+    assert not any("not finished" in line for line in checks(prepared))
+    (words,) = commands(prepared)
+    begin = "probekit probe --model gpt2 --config copy/config.yaml --out copy-again"
+    assert " ".join(words).startswith(begin)
 
 
 def test_settings_that_were_replaced(run: Run):
     write_evaluation(run, stride=12)
     write_probes(run, sound_probes(), **{"probe.distances": [1, 2], "probe.layers": [0]})
-    assert cautions(run) == [
+    assert others(run) == [
         "Evaluated with other settings than the run's: evaluation.stride 12",
         "Probed with other settings than the run's: probe.layers 0, probe.distances 1 2",
     ]
@@ -219,15 +238,49 @@ def test_what_was_trained_after_the_evaluation(run: Run):
     seconds = read_json(run.folder / "run.json")["stages"]["adapter/soft"]["seconds"]
     now = times + max(1.0, seconds) + 5
     os.utime(run.folder / "adapters" / "soft.safetensors", (now, now))
-    (line,) = cautions(run)  # the probes read none of it
+    (line,) = others(run)  # the probes read none of it
     assert line.startswith("evaluation.json is older than adapter/soft")
     assert line.endswith("run `probekit evaluate copy` again")
     write_probes(run, sound_probes().assign(variant=lambda t: t.variant.replace("random", "soft")))
     os.utime(run.folder / "probes" / "results.parquet", (times, times))
-    assert [line.split(":")[0] for line in cautions(run)] == [
+    assert [line.split(",")[0] for line in others(run)] == [
         "evaluation.json is older than adapter/soft",
         "probes/results.parquet is older than adapter/soft",
     ]
+
+
+def test_what_was_trained_after_other_results(causal: Run):
+    facts = read_json(causal.folder / "run.json")["stages"]
+    for name in ("evaluation.json", "probes/results.parquet"):  # these are not asked about here
+        (causal.folder / name).unlink()
+    now = causal.probes_file("lm").stat().st_mtime + max(1.0, facts["adapter/soft"]["seconds"]) + 5
+    os.utime(causal.folder / "adapters" / "soft.safetensors", (now, now))
+    (line,) = [line for line in checks(causal) if "older" in line]
+    assert line.startswith("interventions/soft/results.parquet is older than adapter/soft")
+    assert line.endswith("run `probekit intervene copy --intervene.variant soft` again")
+    now += facts["lm"]["seconds"]
+    for path in (causal.folder / "lm").iterdir():
+        os.utime(path, (now, now))
+    assert sorted(line.partition(", and out of date")[0] for line in checks(causal) if "older" in line) == [
+        "checkpoints/lm/probes.parquet is older than lm",
+        "interventions/none/results.parquet is older than lm",
+        "interventions/soft/results.parquet is older than lm, adapter/soft",
+        "subnetworks/none/results.parquet is older than lm",
+    ]
+
+
+def test_results_of_checkpoints_are_no_later_training(causal: Run):
+    now = causal.probes_file("lm").stat().st_mtime + 10_000
+    for path in (causal.folder / "checkpoints").rglob("*.json"):
+        os.utime(path, (now, now))
+    assert others(causal) == []
+
+
+def test_checkpoints_that_were_kept_later(causal: Run):
+    table = made.over_training()
+    made.write_over_training(causal, table[table.step != 7])
+    (line,) = others(causal)
+    assert line.startswith("checkpoints/lm/probes.parquet lacks checkpoints kept later, of steps 7;")
 
 
 def test_copies_and_what_was_taken_over_are_no_later_training(run: Run):
@@ -238,14 +291,14 @@ def test_copies_and_what_was_taken_over_are_no_later_training(run: Run):
     now = (run.folder / "evaluation.json").stat().st_mtime
     for name, after in {"soft": 60, "joint": 10_000}.items():  # a copy took a minute
         os.utime(run.folder / "adapters" / f"{name}.safetensors", (now + after, now + after))
-    assert cautions(run) == []
+    assert others(run) == []
 
 
 def test_what_was_trained_and_never_evaluated(run: Run):
     found = read_json(run.folder / "evaluation.json")
     found["perplexity"] = [row for row in found["perplexity"] if row["variant"] != "soft"]
     write_json(run.folder / "evaluation.json", found)
-    assert cautions(run) == ["evaluation.json lacks what was trained later: soft"]
+    assert others(run) == ["evaluation.json lacks what was trained later: soft"]
 
 
 def test_other_versions(run: Run):
@@ -253,6 +306,6 @@ def test_other_versions(run: Run):
     now = origin["versions"]["numpy"]
     origin["versions"]["numpy"] = "1.0.0"
     write_json(run.folder / "provenance.json", origin)
-    (line,) = cautions(run)
+    (line,) = others(run)
     assert f"numpy 1.0.0 (now {now})" in line
     assert "torch" not in line
