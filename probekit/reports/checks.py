@@ -132,7 +132,9 @@ def setting_words(value: Any) -> list[str]:
     """A setting's value as words of a command line."""
     if isinstance(value, list | tuple):
         return [word for one in value for word in setting_words(one)]
-    return [str(value).lower() if isinstance(value, bool | None) else str(value)]
+    if value is None:
+        return ["null"]
+    return [str(value).lower() if isinstance(value, bool) else str(value)]
 
 
 def _stages_read(variants: Iterable[str]) -> list[str]:
