@@ -1,11 +1,11 @@
-"""`probekit corpus` on large texts: time and cores of each stage, peak memory, and the second build.
+"""`probekit corpus` on large texts: time and cores of each stage, and peak memory.
 
     python benchmarks/corpus.py [--quick] [--repeats 3] [--only sentences] [--out FOLDER]
 
-Made-up text, once, twice and four times as much of it, is built into a corpus by the command itself, with an
-empty cache and then again from it into another folder. Memory is what all processes of the command have
-resident, pages that they share counted for each. `cores_used` is seconds of CPU by seconds of the clock, less
-where the machine does other work; `cores_wanted` counts the time, too, that threads which could run waited
+Made-up text, once, twice and four times as much of it, is built into a corpus by the command itself. Memory
+is what all processes of the command have resident, pages that they share counted for each. `cores_used` is
+seconds of CPU by seconds of the clock, less where the machine does other work;
+`cores_wanted` counts the time, too, that threads which could run waited
 for a core. It reads /proc: Linux alone. Of several repeats the fastest is told, and of memory the most.
 """
 
@@ -197,20 +197,14 @@ def measure(sentences: int, options: Options, folder: Path) -> list[Row]:
     settings = QUICK_SETTINGS if options.quick else SETTINGS
     words = [f"--{name}={value}" for name, value in settings.items()]
     command = [sys.executable, "-m", "probekit", "corpus", "--corpus.reader=jsonl", f"--corpus.path={text}"]
-    builds: list[tuple[Watched, Watched]] = []
-    for turn in range(options.repeats):
-        environment = os.environ | {"PROBEKIT_CACHE": str(folder / f"cache{sentences}-{turn}")}
-        first, second = (
-            watch([*command, *words, f"--out={folder / f'run{sentences}-{turn}-{name}'}"], environment)
-            for name in ("first", "second")
-        )
-        builds.append((first, second))
-    first, second = min(builds, key=lambda pair: pair[0].ended - pair[0].begun)
+    builds = [
+        watch([*command, *words, f"--out={folder / f'run{sentences}-{turn}'}"], dict(os.environ))
+        for turn in range(options.repeats)
+    ]
+    first = min(builds, key=lambda build: build.ended - build.begun)
     size = {"sentences": sentences, "megabytes_of_text": text.stat().st_size / 1e6}
     total = first.row(first.begun, first.ended)
-    total["peak_megabytes"] = max(look.resident for build, _ in builds for look in build.looks) / 1e6
-    total["second_build_seconds"] = second.ended - second.begun
-    total["second_build_stages"] = len(second.stages)
+    total["peak_megabytes"] = max(look.resident for build in builds for look in build.looks) / 1e6
     rows = [{"workload": "all"} | size | total]
     for stage, done, seconds in first.stages:
         rows.append(

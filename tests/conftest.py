@@ -9,8 +9,6 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Tests build what they test, and leave nothing in the user's home.
-os.environ["PROBEKIT_CACHE"] = "off"
 # Models this small lose more to threads that wait for one another than they win.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -19,7 +19,7 @@ import pytest
 from probekit.config import Config
 from probekit.io import read_json
 from probekit.run.run import Run
-from probekit.sweeps import Sweep
+from probekit.sweep import Sweep
 
 KILLS = int(os.environ.get("PROBEKIT_KILLS", "1"))
 FAST = (
@@ -32,7 +32,7 @@ TOLD = ("run.json", "provenance.json", "config.yaml", "manifest.json")
 
 
 def run_command(*words: str | Path) -> subprocess.Popen[bytes]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PROBEKIT_CACHE": "off"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen([sys.executable, "-m", "probekit", *map(str, words), "--quiet"], env=environment)
 
 

@@ -6,17 +6,13 @@ memory map of millions of rows: everything but the fit reads them in blocks.
 
 from __future__ import annotations
 
-import itertools
-import os
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Self
 
+import joblib
 import numpy as np
 import torch
 from scipy.sparse import csr_array
@@ -24,68 +20,7 @@ from sklearn.cluster import KMeans, MiniBatchKMeans
 from threadpoolctl import threadpool_limits
 
 from probekit.errors import ProbekitError
-from probekit.io import read_tensors, write_tensors
-
-T = TypeVar("T")
-
-MANY_CHARACTERS = 1 << 23
-"""Texts shorter than this are done before other processes have begun."""
-_PARTS_AHEAD = 8
-"""Results held for each process."""
-_IDLE_SECONDS = 60
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def processes_for(characters: int) -> int:
-    """How many processes texts of so many characters in all are worth."""
-    return cores() if characters >= MANY_CHARACTERS else 1
-
-
-def in_order(work: Callable[..., T], parts: Iterable[tuple[Any, ...]], processes: int) -> Iterator[T]:
-    """What a function returns for each part, in their order; at most some of them are held.
-
-    Args:
-        work: Something that can be pickled, of a module that imports little.
-        parts: Its arguments.
-        processes: How many work; 1 is this process itself. They change nothing but the time.
-    """
-    if processes == 1:
-        yield from itertools.starmap(work, parts)
-        return
-    from joblib import Parallel, delayed
-    from joblib.externals.loky import get_reusable_executor
-
-    left = iter(parts)
-    with Parallel(
-        processes, backend="loky", batch_size=1, max_nbytes=None, idle_worker_timeout=_IDLE_SECONDS
-    ) as pool:
-        while some := list(itertools.islice(left, processes * _PARTS_AHEAD)):
-            yield from pool(delayed(_alone)(os.getpid(), work, *part) for part in some)
-    get_reusable_executor(reuse=True).shutdown(wait=True)  # idle processes would keep their memory
-
-
-def _alone(parent: int, work: Callable[..., T], *part: Any) -> T:
-    """Does a part in a process that has one core for itself."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _end_with(parent)
-    return work(*part)
-
-
-@cache
-def _end_with(parent: int) -> None:
-    """Ends this process soon after the one that began it, should that be killed: it would wait for ever."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
+from probekit.io import read_tensors, release, write_tensors
 
 _BLOCK = 2**22
 """Float64 values in one block of embeddings or distances: 32 MiB."""
@@ -124,9 +59,10 @@ class Codebook:
             # |x - c|^2 without |x|^2, which is the same for every centroid.
             labels[rows] = np.argmin(np.subtract(norms, scores, out=scores), axis=1)
 
-        # Blocks side by side, each on one thread: a product's bits are then the same on any number of cores.
-        with threadpool_limits(1), ThreadPoolExecutor(min(cores(), _MOST_THREADS)) as threads:
-            list(threads.map(label, _rows(embeddings, len(centroids))))
+        # Blocks in parallel, each on one thread: a product then has the same bits on any number of cores.
+        with threadpool_limits(1), ThreadPoolExecutor(min(joblib.cpu_count(), _MOST_THREADS)) as threads:
+            for _ in threads.map(label, _rows(embeddings, len(centroids))):
+                release(embeddings)
         return labels
 
     def save(self, path: str | Path) -> None:
@@ -136,10 +72,7 @@ class Codebook:
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Reads what `save` wrote, bit for bit."""
-        tensors = read_tensors(path)
-        if "centroids" not in tensors:
-            raise ProbekitError(f"{path} holds no codebook; run the step that writes it again")
-        return cls(tensors["centroids"].numpy())
+        return cls(read_tensors(path)["centroids"].numpy())
 
 
 def fit_codebook(embeddings: np.ndarray, k: int, seed: int) -> Codebook:
@@ -173,7 +106,7 @@ def fit_codebook(embeddings: np.ndarray, k: int, seed: int) -> Codebook:
 
 
 def label_centroids(embeddings: np.ndarray, labels: np.ndarray, k: int) -> Codebook:
-    """The codebook of labels that were given: the mean embedding of each label's sentences.
+    """The codebook of given labels: the mean embedding of each label's sentences.
 
     Args:
         embeddings: Float32 [sentences, dimensions].
@@ -196,7 +129,7 @@ def label_centroids(embeddings: np.ndarray, labels: np.ndarray, k: int) -> Codeb
 def nearest_sentences(
     embeddings: np.ndarray, labels: np.ndarray, codebook: Codebook, per_action: int = 3
 ) -> np.ndarray:
-    """The sentences that show best what each action is: its own sentences nearest to its centroid.
+    """The most typical sentences of each action: its own sentences nearest to its centroid.
 
     Args:
         embeddings: Float32 [sentences, dimensions].
@@ -222,15 +155,15 @@ def _count_distinct(embeddings: np.ndarray, enough: int) -> int:
     seen: set[bytes] = set()
     for _, block in _blocks(embeddings):
         if len(seen) < enough:
-            seen.update(row.tobytes() for row in block + 0.0)  # + 0.0 makes one zero of -0.0 and 0.0
+            seen.update(row.tobytes() for row in block + 0.0)  # + 0.0 turns -0.0 into 0.0
     return len(seen)
 
 
 def _fill_empty(embeddings: np.ndarray, centroids: np.ndarray) -> Codebook:
-    """Moves each centroid that no embedding is nearest to onto the embedding farthest from any centroid.
+    """Moves each centroid that is nearest to no embedding onto the embedding farthest from any centroid.
 
     A moved centroid may take all the embeddings of another, so this is repeated; it ends because each move
-    shortens the embeddings' total distance to their centroids.
+    reduces the embeddings' total distance to their centroids.
     """
     centroids = centroids.copy()
     for _ in range(len(centroids)):
@@ -245,8 +178,8 @@ def _fill_empty(embeddings: np.ndarray, centroids: np.ndarray) -> Codebook:
             moved = np.full(len(embeddings), action)
             distances = np.minimum(distances, _squared_distances(embeddings, centroids, moved))
     raise ProbekitError(
-        f"actions.k is {len(centroids)}, but the embeddings are too close together to tell so many actions "
-        "apart; lower it, or give more text"
+        f"actions.k is {len(centroids)}, but the embeddings are too close together for so many "
+        "distinct actions; lower it, or give more text"
     )
 
 
@@ -263,6 +196,7 @@ def _blocks(embeddings: np.ndarray, width: int = 1) -> Iterator[tuple[slice, np.
     """The embeddings in float64, a block of rows at a time, such that [rows, width] is small too."""
     for rows in _rows(embeddings, width):
         yield rows, _block(embeddings, rows)
+        release(embeddings)
 
 
 def _rows(embeddings: np.ndarray, width: int) -> list[slice]:

@@ -1,7 +1,7 @@
-"""The Hugging Face hub, asked once and briefly before anything is downloaded.
+"""Finds models and datasets: a local folder, or a repository on the Hugging Face hub pinned to one commit.
 
-The hub's own client retries a dead network for most of a minute, file by file. One short request tells within
-seconds whether a name can be had, and pins the exact revision that a run then records.
+The hub's client retries a dead network for most of a minute, file by file. One short request shows within
+seconds whether a name can be loaded, and gives the exact revision that a run then records.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ TIMEOUT_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Source:
-    """Where a pre-trained thing is loaded from.
+    """Where a pre-trained model or a dataset is loaded from.
 
     Attributes:
         name: Local folder or hub name.
         revision: Commit of the hub repository; None for a local folder.
-        local_only: Read from disk alone: a folder, or the hub's cache when the network is gone.
+        local_only: Whether it is read from disk alone: a folder, or the hub's cache when there is no network.
     """
 
     name: str
@@ -40,29 +40,31 @@ def find(
 ) -> Source:
     """Finds a local folder, or asks the hub for the exact revision of a name.
 
+    Args:
+        name: Local folder, which wins, or hub name.
+        setting: The setting that holds the name, for messages.
+        revision: Branch, tag or commit on the hub; its main branch if None.
+        kind: What kind of repository the name is.
+
     Raises:
-        ProbekitError: The folder does not exist, the hub does not know the name, or it cannot be reached
-            and nothing is cached. `setting` is named in the message.
+        ProbekitError: The folder does not exist, the hub does not know the name, or the hub cannot be reached
+            and its cache does not hold the revision.
     """
-    # A name without ~ stays as it is: Path would make `name`, as on the hub, of `./name`.
+    # Path would turn `./name` into `name`, which the hub could know: only `~` is expanded.
     folder = str(Path(name).expanduser()) if name.startswith("~") else name
     if Path(folder).is_dir():
         return Source(folder, None, local_only=True)
     if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ProbekitError(f"{setting} is {name!r}: no such folder")
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     api = HfApi()
-    ask = api.model_info if kind == "model" else api.dataset_info
+    request = api.model_info if kind == "model" else api.dataset_info
     try:
-        return Source(name, ask(name, revision=revision, timeout=TIMEOUT_SECONDS).sha, local_only=False)
+        return Source(name, request(name, revision=revision, timeout=TIMEOUT_SECONDS).sha, local_only=False)
     except HFValidationError:
-        raise ProbekitError(
-            f"{setting} is {name!r}: neither a folder here nor a name the hub could have"
-        ) from None
-    except OfflineModeIsEnabled:
-        return _cached(name, setting, revision, kind)
+        raise ProbekitError(f"{setting} is {name!r}: neither a local folder nor a valid hub name") from None
     except HfHubHTTPError as error:
         status = error.response.status_code
         if status < 500 and status != 429:
@@ -71,34 +73,28 @@ def find(
                 f"the hub answers {status}; check the spelling, or log in with `hf auth login` if it is "
                 "private"
             ) from None
-        return _cached(name, setting, revision, kind)
-    except Exception as error:
+    except Exception as error:  # no network shows as one of many errors, of several libraries
         if isinstance(error, MemoryError):
             raise
-        return _cached(name, setting, revision, kind)
+    return Source(name, _cached_commit(name, setting, revision, kind), local_only=True)
 
 
-def _cached(name: str, setting: str, revision: str | None, kind: str) -> Source:
-    from huggingface_hub import scan_cache_dir
-    from huggingface_hub.errors import CacheNotFound
+def _cached_commit(name: str, setting: str, revision: str | None, kind: str) -> str:
+    """The commit in the hub's cache that a revision stands for."""
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.file_download import repo_folder_name
 
     try:
-        repositories = scan_cache_dir().repos
-    except CacheNotFound:
-        repositories = frozenset()
-    held = [
-        cached
-        for repository in repositories
-        if repository.repo_id == name and repository.repo_type == kind
-        for cached in repository.revisions
-    ]
-    for cached in held:
-        if (revision or "main") in cached.refs or cached.commit_hash == revision:
-            return Source(name, cached.commit_hash, local_only=True)
-    commits = " and ".join(sorted(cached.commit_hash for cached in held))
-    holds = f"only revision {commits}" if held else "nothing of it"
+        return Path(snapshot_download(name, repo_type=kind, revision=revision, local_files_only=True)).name
+    except LocalEntryNotFoundError:
+        snapshots = (
+            Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=kind) / "snapshots"
+        )
+        commits = " and ".join(sorted(folder.name for folder in snapshots.glob("*")))
+    cached = f"only revision {commits}" if commits else "nothing of it"
     raise ProbekitError(
         f"{setting} is {name!r} at revision {revision or 'main'!r}: no folder of that name here, the Hugging "
-        f"Face hub cannot be reached, and its cache holds {holds}; download it where there is a network and "
+        f"Face hub cannot be reached, and its cache holds {cached}; download it where there is a network and "
         "give the folder's path instead"
     )

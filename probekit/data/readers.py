@@ -1,6 +1,7 @@
-"""The documents of a corpus in one Arrow file, written and read a batch at a time.
+"""Reads the documents of a corpus from any format as a lazy stream, and keeps them in one Arrow file.
 
-Nothing here imports torch: processes that cut documents are to be small.
+A new format of files is a function from a path to documents and an entry in `_FORMATS`. Nothing here imports
+torch, so that the processes that tokenise documents stay small.
 """
 
 from __future__ import annotations
@@ -25,10 +26,15 @@ import pyarrow.parquet as pq
 from probekit.config import CorpusSettings
 from probekit.data import hub
 from probekit.errors import ProbekitError
+from probekit.planted.corpus import generate
 
 if TYPE_CHECKING:
     from probekit.progress import Progress
 
+
+DOCUMENTS_PER_BATCH = 256
+CHARACTERS_PER_BATCH = 1 << 23
+"""A batch of the Arrow file ends with the document that reaches one of these: few books are held at once."""
 
 _TITLE = re.compile(r" ?= (?!=)(?P<title>.*\S)(?<! =) =\s*")
 _ESCAPE = re.compile(r" @([-,.])@ ")
@@ -50,12 +56,12 @@ class Document:
 
     text: str
     name: str
-    actions: tuple[int, ...] | None = None
+    actions: Sequence[int] | None = None
     kind: int | None = None
 
 
 def read_documents(settings: CorpusSettings) -> Iterator[Document]:
-    """Streams the documents of a corpus, at most `max_documents` of them; blank ones too.
+    """Streams the documents of a corpus, at most `max_documents` of them, blank ones included.
 
     Text keeps its line ends. Only a UTF-8 byte order mark at the start of a file is dropped, and WikiText's
     escapes (` @-@ `, ` @,@ `, ` @.@ `) are undone.
@@ -63,8 +69,10 @@ def read_documents(settings: CorpusSettings) -> Iterator[Document]:
     Raises:
         ProbekitError: A setting, a file or a record is not what the reader needs, or there is no document.
     """
+    readers = {"planted": _planted, "huggingface": _huggingface}
+    documents = readers.get(settings.reader, _from_files)(settings)
     empty = True
-    for document in itertools.islice(_READERS[settings.reader](settings), settings.max_documents):
+    for document in itertools.islice(documents, settings.max_documents):
         empty = False
         yield _encodable(document, settings)
     if empty:
@@ -74,7 +82,7 @@ def read_documents(settings: CorpusSettings) -> Iterator[Document]:
 
 
 def _encodable(document: Document, settings: CorpusSettings) -> Document:
-    """The document, if UTF-8 can hold it: JSON can spell half a surrogate pair, which no tokenizer takes."""
+    """Refuses or replaces halves of surrogate pairs, which JSON can spell but no tokenizer accepts."""
     try:
         document.text.encode()
     except UnicodeEncodeError as error:
@@ -85,9 +93,7 @@ def _encodable(document: Document, settings: CorpusSettings) -> Document:
 
 
 def _planted(settings: CorpusSettings) -> Iterator[Document]:
-    from probekit.planted import corpus as planted
-
-    for number, (text, actions, kind) in enumerate(planted.generate(settings.planted).documents(), 1):
+    for number, (text, actions, kind) in enumerate(generate(settings.planted).documents(), 1):
         yield Document(text, f"planted:{number}", actions, kind)
 
 
@@ -98,7 +104,7 @@ def _huggingface(settings: CorpusSettings) -> Iterator[Document]:
             yield Document(_text(record, f"{path}:{row}", settings), f"{path}:{row}")
     except (ProbekitError, MemoryError):
         raise
-    except Exception as error:  # datasets lets through the errors of all that it reads with
+    except Exception as error:  # datasets passes on the errors of every library that it reads with
         raise ProbekitError(
             f"corpus.path is {path!r}: the library datasets cannot read corpus.dataset_split "
             f"{settings.dataset_split!r} of corpus.subset {settings.subset!r}: {_reason(error)}"
@@ -130,13 +136,13 @@ def _dataset(path: str, settings: CorpusSettings) -> Iterable[dict[str, Any]]:
 
 
 def _from_files(settings: CorpusSettings) -> Iterator[Document]:
-    form = _FORMATS[settings.reader]
-    for path, name in _files(Path(_path(settings)), form.suffixes):
-        yield from form.read(path, name, settings)
+    suffixes, read = _FORMATS[settings.reader]
+    for path, name in _files(Path(_path(settings)), suffixes):
+        yield from read(path, name, settings)
 
 
 def _files(root: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[Path, str]]:
-    """A file, or the files with these suffixes anywhere below a folder, sorted; each with its short name."""
+    """A file, or all files with these suffixes below a folder, sorted; each with its short name."""
     try:
         is_folder = stat.S_ISDIR(root.stat().st_mode)
     except (OSError, ValueError) as error:
@@ -158,7 +164,7 @@ def _files(root: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[Path, str]]:
 
 
 def _read_text(path: Path, name: str, settings: CorpusSettings) -> Iterator[Document]:
-    """A file as one document, or the documents that separator lines cut it into."""
+    """A file as one document, or as the documents between its separator lines."""
     with _opened(path, settings) as file:
         if settings.separator is None:
             yield Document(file.read(), name)
@@ -221,25 +227,13 @@ def _read_parquet(path: Path, name: str, settings: CorpusSettings) -> Iterator[D
         raise ProbekitError(f"{path}: not a readable Parquet file: {_reason(error)}") from error
 
 
-@dataclass(frozen=True)
-class _Format:
-    """A format that lives in files: the suffixes looked for in a folder, and how one file is read."""
-
-    suffixes: tuple[str, ...]
-    read: Callable[[Path, str, CorpusSettings], Iterator[Document]]
-
-
-_FORMATS = {
-    "text": _Format((".txt",), _read_text),
-    "wikitext": _Format((".txt", ".tokens", ".raw"), _read_wikitext),
-    "jsonl": _Format((".jsonl",), _read_jsonl),
-    "parquet": _Format((".parquet",), _read_parquet),
+_FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Path, str, CorpusSettings], Iterator[Document]]]] = {
+    "text": ((".txt",), _read_text),
+    "wikitext": ((".txt", ".tokens", ".raw"), _read_wikitext),
+    "jsonl": ((".jsonl",), _read_jsonl),
+    "parquet": ((".parquet",), _read_parquet),
 }
-_READERS: dict[str, Callable[[CorpusSettings], Iterator[Document]]] = {
-    "planted": _planted,
-    "huggingface": _huggingface,
-    **dict.fromkeys(_FORMATS, _from_files),
-}
+"""By the name of a reader: the suffixes looked for in a folder, and how one file is read."""
 
 
 def _path(settings: CorpusSettings) -> str:
@@ -272,7 +266,7 @@ def _text(record: object, where: str, settings: CorpusSettings) -> str:
 
 @contextmanager
 def _opened(path: Path, settings: CorpusSettings) -> Iterator[TextIO]:
-    """Opens a text file, line ends untranslated; what goes wrong while it is read is told in one line."""
+    """Opens a text file, line ends untranslated; errors of opening and decoding become one clear line."""
     encoding = settings.encoding
     try:
         " ".encode(encoding)  # a codec may exist and yet not be one of text, such as hex
@@ -295,31 +289,26 @@ def _opened(path: Path, settings: CorpusSettings) -> Iterator[TextIO]:
 
 
 def _bad_byte(path: Path, encoding: str) -> int:
-    """Where in a file decoding fails: a text stream counts from its current buffer, so decode again."""
-    decoder, done = codecs.getincrementaldecoder(encoding)(), 0
+    """The offset at which decoding fails: a text stream counts from its current buffer, so decode again."""
+    decoder, read = codecs.getincrementaldecoder(encoding)(), 0
     with path.open("rb") as file:
         for chunk in itertools.chain(iter(lambda: file.read(_BYTES_AT_ONCE), b""), [b""]):
-            done += len(chunk)
+            read += len(chunk)
             try:
                 decoder.decode(chunk, final=not chunk)
             except UnicodeDecodeError as error:
-                # What it was decoding ends where reading has come to.
-                return done - len(error.object) + error.start
+                return read - len(error.object) + error.start  # `object` ends where reading does
             except UnicodeError:  # UTF-16 and UTF-32 without the byte order mark that they begin with
                 break
     return 0
 
 
 def _reason(error: BaseException) -> str:
-    """What an error says, on one line."""
+    """The message of an error, on one line."""
     return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
 
 
-DOCUMENTS_PER_BATCH = 256
-CHARACTERS_PER_BATCH = 1 << 23
-"""A batch ends with the document that reaches one of these; books are not held by the hundred."""
-
-SCHEMA = pa.schema(
+_SCHEMA = pa.schema(
     [
         ("name", pa.string()),
         ("text", pa.large_string()),
@@ -328,15 +317,18 @@ SCHEMA = pa.schema(
     ]
 )
 
-Row = dict[str, Any]
-"""The columns of one document."""
 
+class DocumentFile:
+    """The documents of a built corpus, in an Arrow file.
 
-class DocumentTexts:
-    """The corpus's texts and names, in an Arrow file.
+    Args:
+        path: The file, which `write_documents` wrote.
 
     Attributes:
-        starts: Number of the first document of each batch, and at the end of all of them `[batches + 1]`.
+        starts: Number of the first document of each batch, and at the end their number `[batches + 1]`.
+
+    Raises:
+        ProbekitError: The file is missing or cut off.
     """
 
     def __init__(self, path: Path) -> None:
@@ -345,50 +337,75 @@ class DocumentTexts:
             self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
             sizes = [self._reader.get_batch(i).num_rows for i in range(self._reader.num_record_batches)]
         except (OSError, pa.ArrowException) as error:
-            reason = " ".join(str(error).split())
-            raise ProbekitError(f"{path}: cannot be read ({reason}); build the corpus again") from None
+            raise ProbekitError(
+                f"{path}: cannot be read ({_reason(error)}); build the corpus again"
+            ) from None
         self.starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def row(self, document: int) -> Row:
-        """All columns of one document."""
-        batch = int(np.searchsorted(self.starts, document, side="right")) - 1
-        columns = self._reader.get_batch(batch).slice(document - int(self.starts[batch]), 1)
-        return columns.to_pylist()[0]
+    def __getitem__(self, number: int) -> Document:
+        """One document by its number."""
+        if not 0 <= number < len(self):
+            raise IndexError(f"document {number} of {len(self)}")
+        batch = int(np.searchsorted(self.starts, number, side="right")) - 1
+        return _documents(self._reader.get_batch(batch).slice(number - int(self.starts[batch]), 1))[0]
 
-    def batches(self) -> Iterator[tuple[int, list[Row]]]:
+    def batches(self) -> Iterator[tuple[int, list[Document]]]:
         """The documents in the file's own batches, each with the number of its first document."""
-        # Read, not mapped: mapped pages count as the process's memory until the file is closed.
-        with pa.OSFile(str(self._path)) as source:
-            reader = pa.ipc.open_file(source)
-            for batch, start in enumerate(self.starts[:-1].tolist()):
-                yield start, reader.get_batch(batch).to_pylist()
+        for batch, first in enumerate(self.starts[:-1].tolist()):
+            yield first, read_batch(self._path, batch)
 
 
-def read_batch(path: Path, batch: int) -> list[Row]:
-    """The documents of one batch of a file."""
+def read_batch(path: Path, batch: int) -> list[Document]:
+    """One batch of a file of documents."""
+    # Read, not mapped: mapped pages count as the process's memory until the file is closed.
     with pa.OSFile(str(path)) as source:
-        return pa.ipc.open_file(source).get_batch(batch).to_pylist()
+        return _documents(pa.ipc.open_file(source).get_batch(batch))
 
 
-def sentence_texts(rows: Sequence[Row], sentences: np.ndarray, spans: np.ndarray) -> list[str]:
-    """The sentences of some documents, surrounding white space removed.
+def _documents(batch: pa.RecordBatch) -> list[Document]:
+    return [Document(**record) for record in batch.to_pylist()]
 
-    Args:
-        rows: The documents.
-        sentences: How many each has [documents].
-        spans: Their character offsets, document by document [sentences, 2].
+
+def write_documents(
+    settings: CorpusSettings, path: Path, progress: Progress
+) -> tuple[dict[str, Any], np.ndarray, int]:
+    """Reads all documents and writes those that are not blank to an Arrow file.
+
+    Returns:
+        Facts about them; a digest of each document's text `[documents]`; the number of characters.
+
+    Raises:
+        ProbekitError: As `read_documents`, or all documents are blank.
     """
-    owners = np.repeat(np.arange(len(rows)), sentences).tolist()
-    return [
-        rows[row]["text"][start:end].strip() for row, (start, end) in zip(owners, spans.tolist(), strict=True)
-    ]
+    digests = bytearray()
+    blank = characters = 0
+    with (
+        progress.task("read documents") as task,
+        pa.OSFile(str(path), "wb") as sink,
+        pa.ipc.new_file(sink, _SCHEMA) as writer,
+    ):
+        for batch in _batches(task.track(read_documents(settings))):
+            kept = [document for document in batch if document.text.strip()]
+            blank += len(batch) - len(kept)
+            for document in kept:
+                digests += hashlib.blake2b(document.text.encode(), digest_size=8).digest()
+                characters += len(document.text)
+            if kept:
+                writer.write_batch(pa.RecordBatch.from_pylist([vars(d) for d in kept], schema=_SCHEMA))
+    if not digests:
+        raise ProbekitError(f"corpus.path {settings.path!r}: all its {blank} documents are blank")
+    facts = {
+        "documents": len(digests) // 8,
+        "blank_documents_dropped": blank,
+        "fingerprint": hashlib.sha256(digests).hexdigest(),
+    }
+    return facts, np.frombuffer(digests, dtype=">u8").astype(np.uint64), characters
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Documents in batches that are small enough to hold."""
     batch: list[Document] = []
     characters = 0
     for document in documents:
@@ -399,37 +416,3 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
             batch, characters = [], 0
     if batch:
         yield batch
-
-
-def write_documents(
-    settings: CorpusSettings, path: Path, progress: Progress
-) -> tuple[dict[str, Any], np.ndarray, int]:
-    """Reads all documents and writes those that are not blank.
-
-    Returns:
-        Facts; a digest of each document [documents]; the number of characters.
-    """
-    digests = bytearray()
-    blank = characters = 0
-    with (
-        progress.task("read documents") as task,
-        pa.OSFile(str(path), "wb") as sink,
-        pa.ipc.new_file(sink, SCHEMA) as writer,
-    ):
-        for batch in _batches(task.track(read_documents(settings))):
-            kept = [document for document in batch if document.text.strip()]
-            blank += len(batch) - len(kept)
-            for document in kept:
-                text = document.text.encode("utf-8", "surrogatepass")
-                digests += hashlib.blake2b(text, digest_size=8).digest()
-                characters += len(document.text)
-            if kept:
-                writer.write_batch(pa.RecordBatch.from_pylist([vars(d) for d in kept], schema=SCHEMA))
-    if not digests:
-        raise ProbekitError(f"corpus.path {settings.path!r}: all its {blank} documents are blank")
-    facts = {
-        "documents": len(digests) // 8,
-        "blank_documents_dropped": blank,
-        "fingerprint": hashlib.sha256(digests).hexdigest(),
-    }
-    return facts, np.frombuffer(digests, dtype=">u8").astype(np.uint64), characters

@@ -1,6 +1,6 @@
-"""Documents cut into tokens and sentences, a batch at a time, in whichever process.
+"""Splits documents into sentences, aligns the sentences with tokens, and does both for batches of a corpus.
 
-Nothing here imports torch: processes that cut documents are to be small.
+Nothing here imports torch, so that the processes that tokenise documents stay small.
 """
 
 from __future__ import annotations
@@ -10,24 +10,24 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sentencex import get_sentence_boundaries
 from tokenizers import Tokenizer
 
-from probekit.data.readers import Row, read_batch
+from probekit.data.readers import Document, read_batch
 from probekit.errors import ProbekitError
 
-# sentencex takes any string: what it does not know, "DE" and "german" too, it splits by English rules.
+# sentencex accepts any string, and splits what it does not know ("DE" and "german" too) by English rules.
 _LANGUAGE_CODE = re.compile(r"[a-z]{2,3}(-[a-z0-9]+)*")
 _VISIBLE = re.compile(r"\S")
 # A capital, a space of several bytes and a period ("C\u00a0.") make sentencex panic: it gets plain spaces.
 _WIDE_SPACE = re.compile(r"[^\S\x00-\x7f]")
-# Characters that sentencex sees at once: its time grows with the square of their number.
+# sentencex sees this many characters at once: its time grows with the square of their number.
 _WINDOW = 16_384
-# What is taken to come next before it is there. Not `The`: behind a title, as in `Mr. The`, the splitter
-# would begin a sentence with that.
+# Stands for the text to come. Not `The`: after a title (`Mr. The`) the splitter would start a sentence there.
 _NEXT_WORD = " Word"
 
 
@@ -53,8 +53,8 @@ def sentence_spans(text: str, language: str = "en") -> NDArray[np.int64]:
 
     Args:
         text: Any text.
-        language: Lower-case language code. A language that sentencex has no rules for is split by those of
-            a kindred one, in the end English.
+        language: Lower-case language code. A language that sentencex has no rules for is split by those of a
+            related one, or of English.
 
     Returns:
         [sentences, 2] character offsets: the first sentence starts at 0, each starts where the one before it
@@ -77,25 +77,25 @@ def sentence_spans(text: str, language: str = "en") -> NDArray[np.int64]:
 
 
 def complete_spans(text: str, language: str = "en") -> NDArray[np.int64]:
-    """The sentences of a text that are over as far as it goes; the next token is in the one after them.
+    """The finished sentences of a text; its next token belongs to the sentence after them.
 
-    A sentence is over when the splitter, given the text and a capitalised word behind it, begins a sentence
-    at that word; a line break always ends one. What comes then may tell otherwise: `3.` is over until ` 14`
-    follows, `etc.` until a word in small letters does, and a closing quotation mark belongs to the sentence
-    before it. So the sentences of a longer text need not begin with these: ask again for every token.
+    A sentence counts as finished if the splitter would start a new one were a capitalised word appended; a
+    line break always finishes one. More text can revise this: `3.` is finished until ` 14` follows, `etc.`
+    until a word in lower case does, and a closing quotation mark belongs to the sentence before it. So the
+    finished sentences of a longer text need not begin with these: call this again for every token.
 
     Args:
         text: Any text.
-        language: As in `sentence_spans`.
+        language: As for `sentence_spans`.
 
     Returns:
-        [sentences, 2] character offsets, as `sentence_spans` has them.
+        [sentences, 2] character offsets, as from `sentence_spans`.
     """
     return np.minimum(sentence_spans(text + _NEXT_WORD, language)[:-1], len(text))
 
 
 def align(text: str, spans: NDArray[np.int64], token_offsets: ArrayLike) -> Alignment:
-    """Gives every token of a document to one of its sentences.
+    """Assigns every token of a document to one of its sentences.
 
     A token belongs to the sentence of its first visible character (a byte-level BPE token may begin with the
     space before its word), or of its first character if it is all white space, but never to an earlier
@@ -104,7 +104,7 @@ def align(text: str, spans: NDArray[np.int64], token_offsets: ArrayLike) -> Alig
 
     Args:
         text: The document.
-        spans: What `sentence_spans` gave for it.
+        spans: Its sentences, from `sentence_spans`.
         token_offsets: [tokens, 2] character offsets, from a fast tokenizer's `return_offsets_mapping`.
             Special tokens, whose offsets are (0, 0), go with the token before them.
 
@@ -121,25 +121,19 @@ def align(text: str, spans: NDArray[np.int64], token_offsets: ArrayLike) -> Alig
 
 def _visible_starts(line: str, language: str) -> Iterator[int]:
     """Where a line's sentences start, each moved to its first visible character."""
-    for start in _boundaries(_WIDE_SPACE.sub(" ", line), language):
-        if visible := _VISIBLE.search(line, start):
-            yield visible.start()
-
-
-def _boundaries(line: str, language: str) -> Iterator[int]:
-    """Where sentencex starts its segments of a line, seen through a window.
-
-    Only the starts are used: its segments were not lossless in every version.
-    """
+    plain = _WIDE_SPACE.sub(" ", line)
     begin, size = 0, _WINDOW
     while begin < len(line):
-        found = get_sentence_boundaries(language, line[begin : begin + size])
-        yield from (begin + boundary["start_index"] for boundary in found)
+        # Only the starts are used: sentencex's segments were not lossless in every version.
+        found = get_sentence_boundaries(language, plain[begin : begin + size])
+        starts = [boundary["start_index"] for boundary in found]
+        for start in starts:
+            if visible := _VISIBLE.search(line, begin + start):
+                yield visible.start()
         if begin + size >= len(line):
             return
-        # The last segment may go on behind the window: the next one starts with it, or grows if it is all.
-        last = found[-1]["start_index"]
-        begin, size = begin + last, size if last else 2 * size
+        # The last segment may go on after the window: the next one starts with it, or is larger if it is all.
+        begin, size = begin + starts[-1], size if starts[-1] else 2 * size
 
 
 def _partition(starts: NDArray[np.int64], length: int) -> NDArray[np.int64]:
@@ -154,24 +148,19 @@ def _anchors(text: str, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
     starts, ends = offsets.T
     visible = np.flatnonzero(~np.fromiter(map(str.isspace, text), dtype=bool, count=len(text)))
     first_visible = np.append(visible, len(text))[np.searchsorted(visible, starts)]
-    # Some tokenizers trim white space from the offsets, so that a token of it has (n, n). It belongs to the
-    # sentence before it, as the character before n does.
+    # Some tokenizers trim white space from the offsets, so that a token of white space has (n, n). It belongs
+    # to the sentence before it, as the character before n does.
     trimmed = starts == ends
     return np.where(first_visible < ends, first_visible, np.maximum(starts - trimmed, 0))
 
 
-_CHARACTERS_AT_ONCE = 1 << 20
-"""Tokens take a hundred times the memory of their characters before they are arrays."""
-
-
-@dataclass(frozen=True)
-class Cut:
-    """A batch of documents, cut.
+class TokenizedBatch(NamedTuple):
+    """The tokens and sentences of a batch of documents.
 
     Attributes:
-        tokens: [tokens], before each document's own the separator.
-        document_tokens: [documents] tokens of each, the separator included.
-        document_sentences: [documents] sentences of each.
+        tokens: [tokens], each document's own after a separator.
+        document_tokens: [documents] number of tokens of each, the separator included.
+        document_sentences: [documents] number of sentences of each.
         first_token: [sentences] each sentence's first token, as a position in `tokens`.
         spans: [sentences, 2] character offsets in the document.
         planted_actions: [sentences], of planted corpora only.
@@ -185,52 +174,42 @@ class Cut:
     planted_actions: NDArray[np.int32] | None
 
 
-@dataclass(frozen=True)
-class Cutter:
-    """Cuts the batches of a file of documents.
+def tokenize_batch(
+    folder: Path, batch: int, separator: int, language: str, split_special_tokens: bool
+) -> TokenizedBatch:
+    """Tokenises a batch of the documents of a corpus that is being built, and splits them into sentences.
 
-    Attributes:
-        documents: The file.
-        tokenizer: File of the fast tokenizer, `tokenizer.json`.
-        split_special_tokens: Whether special tokens that are written out in a text are text.
-        separator: The token before every document.
+    Args:
+        folder: The corpus, with its documents and its tokenizer.
+        batch: Number of the batch in the file of documents.
+        separator: The token put before every document.
         language: Of the sentence splitter.
-        planted: Whether the documents carry their plan.
+        split_special_tokens: Whether special tokens that are spelled out in a text are tokenised as text.
+
+    Raises:
+        ProbekitError: The splitter finds other sentences than were planted.
     """
-
-    documents: Path
-    tokenizer: Path
-    split_special_tokens: bool
-    separator: int
-    language: str
-    planted: bool
-
-    def __call__(self, batch: int) -> Cut:
-        """Cuts a batch, by its number.
-
-        Raises:
-            ProbekitError: The splitter finds other sentences than were planted.
-        """
-        rows = read_batch(self.documents, batch)
-        texts = [row["text"] for row in rows]
-        tokenizer = _tokenizer(self.tokenizer, self.split_special_tokens)
-        tokens, first_token, spans = [], [], []
-        begin = 0
-        for text, (ids, offsets) in zip(texts, _encoded(tokenizer, texts), strict=True):
-            aligned = align(text, sentence_spans(text, self.language), offsets)
-            tokens.append(np.insert(ids, 0, self.separator))
-            first_token.append(aligned.first_token + begin + 1)
-            spans.append(aligned.spans)
-            begin += len(tokens[-1])
-        sentences = np.array([len(each) for each in spans], dtype=np.int64)
-        return Cut(
-            tokens=np.concatenate(tokens),
-            document_tokens=np.array([len(each) for each in tokens], dtype=np.int64),
-            document_sentences=sentences,
-            first_token=np.concatenate(first_token),
-            spans=np.concatenate(spans),
-            planted_actions=_planted(rows, sentences) if self.planted else None,
-        )
+    documents = read_batch(folder / "documents.arrow", batch)
+    tokenizer = _tokenizer(folder / "tokenizer" / "tokenizer.json", split_special_tokens)
+    tokens, first_token, spans = [], [], []
+    begin = 0
+    for document in documents:
+        # One at a time: an encoding takes a hundred times the memory of its text.
+        encoding = tokenizer.encode(document.text, add_special_tokens=False)
+        aligned = align(document.text, sentence_spans(document.text, language), encoding.offsets)
+        tokens.append(np.array([separator, *encoding.ids], dtype=np.uint32))
+        first_token.append(aligned.first_token + begin + 1)
+        spans.append(aligned.spans)
+        begin += len(tokens[-1])
+    sentences = np.array([len(each) for each in spans], dtype=np.int64)
+    return TokenizedBatch(
+        tokens=np.concatenate(tokens),
+        document_tokens=np.array([len(each) for each in tokens], dtype=np.int64),
+        document_sentences=sentences,
+        first_token=np.concatenate(first_token),
+        spans=np.concatenate(spans),
+        planted_actions=_planted_actions(documents, sentences),
+    )
 
 
 @lru_cache(maxsize=1)
@@ -242,22 +221,29 @@ def _tokenizer(file: Path, split_special_tokens: bool) -> Tokenizer:
     return tokenizer
 
 
-def _encoded(
-    tokenizer: Tokenizer, texts: list[str]
-) -> Iterator[tuple[NDArray[np.uint32], NDArray[np.int64]]]:
-    """The tokens of each text and their character offsets [tokens, 2]."""
-    ends = np.cumsum([len(text) for text in texts])
-    for part in np.split(np.arange(len(texts)), np.flatnonzero(np.diff(ends // _CHARACTERS_AT_ONCE)) + 1):
-        for encoding in tokenizer.encode_batch([texts[n] for n in part], add_special_tokens=False):
-            ids = np.array(encoding.ids, dtype=np.uint32)
-            yield ids, np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-
-
-def _planted(rows: list[Row], sentences: NDArray[np.int64]) -> NDArray[np.int32]:
-    for row, found in zip(rows, sentences.tolist(), strict=True):
-        if len(row["actions"]) != found:
+def _planted_actions(documents: list[Document], sentences: NDArray[np.int64]) -> NDArray[np.int32] | None:
+    if documents[0].actions is None:
+        return None
+    actions = [document.actions or () for document in documents]
+    for document, planted, found in zip(documents, actions, sentences.tolist(), strict=True):
+        if len(planted) != found:
             raise ProbekitError(
-                f"document {row['name']!r} was planted with {len(row['actions'])} sentences, but the "
-                f"splitter finds {found}; corpus.language must be 'en' for the planted corpus"
+                f"document {document.name!r} was planted with {len(planted)} sentences, but the splitter "
+                f"finds {found}; corpus.language must be 'en' for the planted corpus"
             )
-    return np.concatenate([row["actions"] for row in rows]).astype(np.int32)
+    return np.concatenate(actions).astype(np.int32)
+
+
+def sentences_of_batch(folder: Path, batch: int, first: int) -> list[str]:
+    """The sentences of a batch of the documents of a corpus, surrounding white space removed.
+
+    Args:
+        folder: The corpus, whose documents are tokenised.
+        batch: Number of the batch in the file of documents.
+        first: Number of its first document.
+    """
+    documents = read_batch(folder / "documents.arrow", batch)
+    bounds = np.load(folder / "document_sentences.npy", mmap_mode="r")[first : first + len(documents) + 1]
+    spans = np.load(folder / "spans.npy", mmap_mode="r")[bounds[0] : bounds[-1]].tolist()
+    owners = np.repeat(np.arange(len(documents)), np.diff(bounds)).tolist()
+    return [documents[owner].text[a:b].strip() for owner, (a, b) in zip(owners, spans, strict=True)]

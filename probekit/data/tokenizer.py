@@ -60,15 +60,18 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def pretrained_tokenizer(settings: LanguageModelSettings) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of the pre-trained LM that the settings name."""
-    assert settings.name is not None  # noqa: S101 - the caller has looked
+    assert settings.name is not None  # noqa: S101 - for mypy; callers check it
     source = hub.find(settings.name, setting="lm.name", revision=settings.revision)
     return _load(source, settings.trust_remote_code)
 
 
 def separator_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token put before every document, so that its first token is predicted from something.
+    """The id of the token put before every document, from which the first token is predicted.
 
-    The beginning-of-sequence token where there is one, else the end-of-sequence token.
+    The beginning-of-sequence token if there is one, else the end-of-sequence token.
+
+    Raises:
+        ProbekitError: The tokenizer has neither.
     """
     for token_id in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token_id is not None:
@@ -86,7 +89,7 @@ def _load(source: hub.Source, trust_remote_code: bool) -> PreTrainedTokenizerBas
         tokenizer = AutoTokenizer.from_pretrained(
             source.name, trust_remote_code=trust_remote_code, **source.arguments
         )
-        # Where a model's folder has no tokenizer, transformers makes one up, with no vocabulary.
+        # For a folder without a tokenizer, transformers makes one up with no vocabulary.
         if not tokenizer("a", add_special_tokens=False).input_ids:
             raise ValueError("it has no vocabulary")
     except Exception as error:

@@ -11,7 +11,7 @@ from torch import Tensor
 from probekit.data.corpus import Corpus, ranges
 
 IGNORE = -100
-"""Target of a position whose loss does not count, as PyTorch's cross-entropy has it."""
+"""Target of a position whose loss does not count: the default `ignore_index` of PyTorch's cross-entropy."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Windows:
     Attributes:
         document: Document of each window `[windows]`.
         start: Where its inputs begin in `corpus.tokens` `[windows]`.
-        length: Its inputs `[windows]`; its targets are the same tokens moved by one.
+        length: Number of its inputs `[windows]`; its targets are the same tokens shifted by one.
         scored: How many of its last targets count `[windows]`.
     """
 
@@ -38,7 +38,7 @@ class Windows:
 
 
 def chunks(count: int, size: int) -> list[slice]:
-    """Slices that cut `count` rows into batches."""
+    """Slices that cut `count` rows into batches of `size`."""
     return [slice(i, i + size) for i in range(0, count, size)]
 
 
@@ -46,8 +46,8 @@ def cut_windows(corpus: Corpus, documents: np.ndarray, window: int, stride: int)
     """Cuts documents into windows of at most `window` inputs that advance by `stride` tokens.
 
     A document's first window scores all its targets, each later one its last `stride`. The last one is
-    shorter: were it drawn back to be whole, its last position would always be a document's end, and an LM
-    would learn so. A document without tokens has no window.
+    shorter: if it were moved back to full length, its last position would always be a document's end, and an
+    LM would learn so. A document without tokens has no window.
     """
     targets = corpus.document_tokens[documents + 1] - corpus.document_tokens[documents] - 1
     windows = (targets > 0) + np.ceil(np.maximum(targets - window, 0) / stride).astype(np.int64)
@@ -80,8 +80,8 @@ class Batch:
         touched: The sentences that windows touch, as rows of `context` flattened over its first two
             dimensions `[touched]`.
         actions: True actions of the touched sentences `[touched]`.
-        begun: Whether a touched sentence's first token is scored in the batch, as it is in just one window
-            `[touched]`.
+        begun: Whether a touched sentence's first token is scored in the batch `[touched]`; each is scored in
+            exactly one window.
         sentence: For every position, the row of `touched` whose sentence holds the next token
             `[windows, positions]`: position t carries the action of token t + 1.
     """
@@ -107,49 +107,45 @@ class Batch:
 
 
 def input_tokens(corpus: Corpus, windows: Windows) -> Tensor:
-    """The inputs of windows, padded at the end `[windows, positions]`: what a model without a plan reads."""
-    place, _ = _places(windows)
-    return torch.from_numpy(corpus.tokens[place].astype(np.int64))
+    """The inputs of windows alone, padded at the end `[windows, positions]`."""
+    index, _ = _indices(windows)
+    return torch.from_numpy(corpus.tokens[index].astype(np.int64))
 
 
 def collate(corpus: Corpus, windows: Windows) -> Batch:
     """Reads windows from the corpus into a batch."""
-    place, inside = _places(windows)
-    positions = np.arange(place.shape[1])
+    index, inside = _indices(windows)
+    positions = np.arange(index.shape[1])
     scored = inside & (positions >= (windows.length - windows.scored)[:, None])
-    next_tokens = corpus.tokens[place + 1].astype(np.int64)
-    touched_by = np.searchsorted(corpus.first_token, place + 1, side="right") - 1
-    touched, sentence = np.unique(touched_by, return_inverse=True)
+    next_tokens = corpus.tokens[index + 1].astype(np.int64)
+    next_sentence = np.searchsorted(corpus.first_token, index + 1, side="right") - 1
+    touched, sentence = np.unique(next_sentence, return_inverse=True)
+
+    # The context: embeddings of each document's sentences up to the last one touched.
     documents, row = np.unique(corpus.document_of(touched), return_inverse=True)
     first = corpus.document_sentences[documents]
     within = touched - first[row]
-    context = _context(corpus, first, within, row)
+    needed = np.zeros(len(documents), dtype=np.int64)
+    np.maximum.at(needed, row, within + 1)
+    context = np.zeros((len(documents), needed.max(), corpus.embeddings.shape[1]), dtype=np.float32)
+    context[np.arange(needed.max()) < needed[:, None]] = corpus.embeddings[ranges(first, first + needed)]
     return Batch(
-        tokens=torch.from_numpy(corpus.tokens[place].astype(np.int64)),
+        tokens=torch.from_numpy(corpus.tokens[index].astype(np.int64)),
         targets=torch.from_numpy(np.where(scored, next_tokens, IGNORE)),
         document=windows.document,
-        context=context,
+        context=torch.from_numpy(context),
         touched=torch.from_numpy(row * context.shape[1] + within),
         actions=torch.from_numpy(corpus.actions[touched].astype(np.int64)),
-        begun=torch.from_numpy(np.isin(corpus.first_token[touched], place[scored] + 1)),
-        sentence=torch.from_numpy(sentence.reshape(place.shape)),
+        begun=torch.from_numpy(np.isin(corpus.first_token[touched], index[scored] + 1)),
+        sentence=torch.from_numpy(sentence.reshape(index.shape)),
     )
 
 
-def _places(windows: Windows) -> tuple[np.ndarray, np.ndarray]:
-    """Where the inputs are in the corpus's tokens, and which are no padding `[windows, positions]`."""
+def _indices(windows: Windows) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the inputs in the corpus's tokens, and which are not padding `[windows, positions]`."""
     positions = np.arange(windows.length.max())
     inside = positions < windows.length[:, None]
     return np.where(inside, windows.start[:, None] + positions, windows.start[:, None]), inside
-
-
-def _context(corpus: Corpus, first: np.ndarray, within: np.ndarray, row: np.ndarray) -> Tensor:
-    needed = np.zeros(len(first), dtype=np.int64)
-    np.maximum.at(needed, row, within + 1)
-    context = np.zeros((len(first), needed.max(), corpus.embeddings.shape[1]), dtype=np.float32)
-    filled = np.arange(needed.max()) < needed[:, None]
-    context[filled] = corpus.embeddings[ranges(first, first + needed)]
-    return torch.from_numpy(context)
 
 
 def document_batch(corpus: Corpus, documents: np.ndarray) -> tuple[Tensor, Tensor]:

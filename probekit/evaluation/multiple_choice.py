@@ -134,7 +134,7 @@ def _sentences(corpus: Corpus, document: int) -> list[_Sentence]:
     start, end = corpus.document_tokens[document : document + 2].tolist()
     own = slice(*corpus.document_sentences[document : document + 2])
     bounds = [*corpus.first_token[own].tolist(), end]
-    text = corpus.texts.row(document)["text"]
+    text = corpus.texts[document].text
     sentences, space = [], ""
     for (a, b), first, last in zip(corpus.spans[own].tolist(), bounds[:-1], bounds[1:], strict=True):
         span = text[a:b]

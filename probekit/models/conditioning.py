@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -13,10 +14,10 @@ from torch import Tensor, nn
 
 from probekit.config import ConditioningSettings
 from probekit.errors import ProbekitError
-from probekit.models.language_model import OUTSIDE_BLOCKS, Hook, check_location, hook_name
+from probekit.models.language_model import OUTSIDE_BLOCKS, Hook, check_location, hook_name, locations
 
 if TYPE_CHECKING:
-    from probekit.models.base_lm import BaseLM
+    from transformer_lens.model_bridge import TransformerBridge
 
 
 EMBEDDING = OUTSIDE_BLOCKS[0]
@@ -91,7 +92,7 @@ class Adapter(nn.Module, ABC):
 
     @staticmethod
     @abstractmethod
-    def width(lm: BaseLM, settings: ConditioningSettings) -> int:
+    def width(bridged: TransformerBridge, settings: ConditioningSettings) -> int:
         """Features that an action's embedding is projected to.
 
         Raises:
@@ -100,7 +101,9 @@ class Adapter(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def fitting(cls, settings: ConditioningSettings, codebook: Tensor, lm: BaseLM, seed: int) -> Self:
+    def fitting(
+        cls, settings: ConditioningSettings, codebook: Tensor, bridged: TransformerBridge, seed: int
+    ) -> Self:
         """An untrained one that fits the LM."""
 
     @staticmethod
@@ -144,15 +147,15 @@ class LayerAdapter(Adapter):
         self.projections = nn.Parameter(_small(len(self.names), codebook.shape[1], width, seed=seed))
 
     @staticmethod
-    def width(lm: BaseLM, settings: ConditioningSettings) -> int:
+    def width(bridged: TransformerBridge, settings: ConditioningSettings) -> int:
         """As `Adapter` has it: no layer may be left over, or the location hold no vector a position."""
-        layers = lm.layers
+        layers = bridged.cfg.n_layers
         if settings.skip_layers >= layers:
             raise ProbekitError(
                 f"conditioning.skip_layers is {settings.skip_layers}, but the LM has {layers} layers; "
                 f"it must be at most {layers - 1}"
             )
-        widths = lm.locations
+        widths = locations(bridged)
         check_location(widths, settings.location, "conditioning.location")
         if settings.location in OUTSIDE_BLOCKS:
             raise ProbekitError(
@@ -162,10 +165,12 @@ class LayerAdapter(Adapter):
         return widths[settings.location]
 
     @classmethod
-    def fitting(cls, settings: ConditioningSettings, codebook: Tensor, lm: BaseLM, seed: int) -> Self:
+    def fitting(
+        cls, settings: ConditioningSettings, codebook: Tensor, bridged: TransformerBridge, seed: int
+    ) -> Self:
         """As `Adapter` has it."""
-        width = cls.width(lm, settings)
-        return cls(settings, codebook, layers=lm.layers, width=width, seed=seed)
+        width = cls.width(bridged, settings)
+        return cls(settings, codebook, layers=bridged.cfg.n_layers, width=width, seed=seed)
 
     @staticmethod
     def location(settings: ConditioningSettings) -> str | None:
@@ -194,16 +199,18 @@ class EmbeddingAdapter(Adapter):
         self.projection = nn.Parameter(_small(codebook.shape[1], width, seed=seed))
 
     @staticmethod
-    def width(lm: BaseLM, settings: ConditioningSettings) -> int:
+    def width(bridged: TransformerBridge, settings: ConditioningSettings) -> int:
         """As `Adapter` has it."""
-        widths = lm.locations
+        widths = locations(bridged)
         check_location(widths, EMBEDDING, f"conditioning.kind is {settings.kind!r}: its location")
         return widths[EMBEDDING]
 
     @classmethod
-    def fitting(cls, settings: ConditioningSettings, codebook: Tensor, lm: BaseLM, seed: int) -> Self:
+    def fitting(
+        cls, settings: ConditioningSettings, codebook: Tensor, bridged: TransformerBridge, seed: int
+    ) -> Self:
         """As `Adapter` has it."""
-        return cls(codebook, width=cls.width(lm, settings), seed=seed)
+        return cls(codebook, width=cls.width(bridged, settings), seed=seed)
 
     @staticmethod
     def location(settings: ConditioningSettings) -> str | None:
@@ -226,14 +233,15 @@ class PlanningToken(EmbeddingAdapter):
     lag = 1  # a token that predicts has its own slot before the planning one
 
     @staticmethod
-    def width(lm: BaseLM, settings: ConditioningSettings) -> int:
+    def width(bridged: TransformerBridge, settings: ConditioningSettings) -> int:
         """As `Adapter` has it: the LM has to take positions."""
-        if not lm.takes_positions:
+        model = bridged.original_model
+        if "position_ids" not in inspect.signature(model.forward).parameters:
             raise ProbekitError(
-                f"conditioning.kind is {settings.kind!r}, but {lm.architecture} takes no positions of tokens "
-                "(position_ids), which planning tokens need; give adapter or embedding"
+                f"conditioning.kind is {settings.kind!r}, but {type(model).__name__} cannot be told the "
+                "positions of tokens, which planning tokens need; give adapter or embedding"
             )
-        return EmbeddingAdapter.width(lm, settings)
+        return EmbeddingAdapter.width(bridged, settings)
 
     @staticmethod
     def location(settings: ConditioningSettings) -> str | None:
@@ -281,18 +289,20 @@ CONDITIONINGS: dict[str, type[Adapter]] = {
 """The kinds of `conditioning.kind`."""
 
 
-def new_adapter(settings: ConditioningSettings, codebook: Tensor, lm: BaseLM, seed: int) -> Adapter:
+def new_adapter(
+    settings: ConditioningSettings, codebook: Tensor, bridged: TransformerBridge, seed: int
+) -> Adapter:
     """An untrained adapter that fits the LM; the same seed gives every variant the same beginning."""
-    return CONDITIONINGS[settings.kind].fitting(settings, codebook, lm, seed)
+    return CONDITIONINGS[settings.kind].fitting(settings, codebook, bridged, seed)
 
 
-def location_width(lm: BaseLM, settings: ConditioningSettings) -> int:
+def location_width(bridged: TransformerBridge, settings: ConditioningSettings) -> int:
     """Features per position where the action enters.
 
     Raises:
         ProbekitError: The LM cannot be conditioned in this way.
     """
-    return CONDITIONINGS[settings.kind].width(lm, settings)
+    return CONDITIONINGS[settings.kind].width(bridged, settings)
 
 
 def _small(*shape: int, seed: int) -> Tensor:

@@ -1,8 +1,8 @@
 """A synthetic corpus with a known plan.
 
 A document has a hidden type. Its sentences' actions are a Markov chain whose transitions depend on the type,
-and a sentence's words are drawn independently from its action's distribution. Because the plan is known, the
-best possible prediction of a later action is computable (`posteriors.py`).
+and a sentence's words are drawn independently from its action's distribution. Because this plan is known, the
+best possible prediction of a later action can be computed (`posteriors.py`).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class PlantedModel:
 
     @classmethod
     def draw(cls, settings: PlantedSettings) -> Self:
-        """The model of these settings; the number and the lengths of documents have no part in it.
+        """Draws the model of these settings; it does not depend on the number and the lengths of documents.
 
         Raises:
             ProbekitError: The concentration is too large.
@@ -113,7 +113,7 @@ class PlantedCorpus:
     sentence_starts: IntArray
 
     def documents(self) -> Iterator[PlantedDocument]:
-        """The documents one by one; their texts are made on the way."""
+        """The documents one by one; their texts are made as they are needed."""
         bounds = itertools.pairwise(self.document_starts.tolist())
         for hidden_type, (first, last) in zip(self.types.tolist(), bounds, strict=True):
             starts = self.sentence_starts[first : last + 1].tolist()

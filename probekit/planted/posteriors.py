@@ -1,9 +1,9 @@
-"""Exact posteriors of the planted corpus: the best that can be known of its later actions.
+"""Exact posteriors of the planted corpus: the best possible prediction of its later actions.
 
-The forward algorithm gives the distribution of a later action from the earlier actions
-(`posterior_given_actions`), from the earlier words alone (`posterior_given_words`), or from any evidence
-about the sentence that is being read (`posterior_at`). Whatever reads no more than that, planner or probe,
-cannot have a lower expected cross-entropy.
+The forward algorithm gives the distribution of a later action given the earlier actions
+(`posterior_given_actions`), the earlier words alone (`posterior_given_words`), or any evidence about the
+sentence that is being read (`posterior_at`). No planner or probe that reads only this can have a lower
+expected cross-entropy.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from probekit.planted.corpus import FloatArray, IntArray, PlantedModel
 
 Ids = Sequence[int] | IntArray
 
-# Documents filtered at once: it bounds the memory of the arrays [types, documents, actions].
 BATCH = 256
+"""Documents filtered at once; bounds the memory of the arrays [types, documents, actions]."""
 
 
 def posterior_given_actions(
@@ -35,12 +35,12 @@ def posterior_given_actions(
 
     Returns:
         An array [sentences, actions] for each document: row j is the distribution of the action of sentence
-        j + horizon - 1 given sentences 0 to j - 1. Row 0 is given nothing.
+        j + horizon - 1 given sentences 0 to j - 1, and row 0 is the prior.
 
     Raises:
         ProbekitError: A document is impossible under the model, or the horizon is below 1.
     """
-    # A sentence whose action is seen is a sentence of one word that only this action can emit.
+    # A sentence with a known action is a sentence of one word that only this action can emit.
     shown = [[(action,) for action in actions] for actions in documents]
     return _posterior(replace(model, emission=np.eye(len(model.emission))), shown, horizon)
 
@@ -53,7 +53,7 @@ def posterior_given_words(
     Args:
         model: What the documents were drawn from.
         documents: The sentences' word ids (`PlantedModel.parse`), for each document. A sentence may hold only
-            those of its words that were read; an empty one tells nothing but that it is there.
+            those of its words that were read; an empty one is no evidence.
         horizon: Sentences ahead; 1 is the next sentence.
 
     Returns:
@@ -81,7 +81,7 @@ def posterior_at(
         document: Position in `documents`, for each row, [rows].
         sentence: The sentence that is partly read, counted from 0 in its document, [rows].
         log_likelihood: Of what was read of that sentence under each action, in nats, [rows, actions].
-        ahead: Sentences from that one to the one whose action is asked for, 0 for its own, [rows].
+        ahead: Sentences from that one to the one whose action is predicted, 0 for its own, [rows].
 
     Returns:
         Probabilities, [rows, actions].
@@ -96,8 +96,8 @@ def posterior_at(
         for j, log_joint in enumerate(_filtered(model, documents, first)):
             here = batch[sentence[batch] == j]
             for n in np.unique(ahead[here]).tolist():
-                asked = here[ahead[here] == n]
-                for part in np.split(asked, range(BATCH, len(asked), BATCH)):
+                rows = here[ahead[here] == n]
+                for part in np.split(rows, range(BATCH, len(rows), BATCH)):
                     joint = log_joint[:, document[part] - first] + log_likelihood[part]
                     _check_possible(joint, j, document[part])
                     posterior[part] = _marginal(joint, powers[n])
@@ -105,7 +105,7 @@ def posterior_at(
 
 
 def _posterior(model: PlantedModel, documents: Sequence[Sequence[Ids]], horizon: int) -> list[FloatArray]:
-    """The posterior at the beginning of every sentence."""
+    """The posterior at the start of every sentence."""
     if horizon < 1:
         raise ProbekitError(f"horizon is {horizon}: it must be at least 1, the next sentence")
     lengths = np.array([len(document) for document in documents], dtype=np.int64)
@@ -129,7 +129,7 @@ def _filtered(model: PlantedModel, documents: Sequence[Sequence[Ids]], first: in
     symbols = _padded(batch)
     with np.errstate(divide="ignore"):
         start = np.log(model.prior)[:, None, None] + np.log(model.initial)[:, None, :]
-        # [words + 1, actions]; the last row, which padding (-1) picks, tells nothing.
+        # [words + 1, actions]; the last row, which padding (-1) selects, is no evidence.
         evidence = np.log(np.vstack([model.emission.T, np.ones(len(model.emission))]))
     log_joint = np.repeat(start, len(batch), axis=1)
     for j in range(symbols.shape[1]):
@@ -150,14 +150,14 @@ def _check_possible(log_joint: FloatArray, sentence: int, documents: IntArray) -
 
 
 def _marginal(log_joint: FloatArray, ahead: FloatArray) -> FloatArray:
-    """[documents, actions]: the action `ahead` of log_joint [types, documents, actions], over all types."""
+    """[documents, actions] from log_joint [types, documents, actions] and the transitions `ahead`."""
     joint = np.exp(log_joint - log_joint.max(axis=(0, 2), keepdims=True))
     weights = (joint @ ahead).sum(axis=0)
     return weights / weights.sum(axis=1, keepdims=True)
 
 
 def _advance(log_joint: FloatArray, transition: FloatArray) -> FloatArray:
-    """One sentence on: the logarithm of exp(log_joint) @ transition, [types, documents, actions]."""
+    """The next sentence: the logarithm of exp(log_joint) @ transition, [types, documents, actions]."""
     # Scaled by each type's own peak, so that an unlikely type survives for later sentences to confirm.
     peak = log_joint.max(axis=2, keepdims=True)
     peak[np.isneginf(peak)] = 0.0

@@ -181,8 +181,8 @@ def _sentence_position(corpus: Corpus) -> Target:
 def _document_type(corpus: Corpus) -> Target:
     kinds = np.concatenate(
         [
-            [NO_LABEL if row["kind"] is None else row["kind"] for row in rows]
-            for _, rows in corpus.texts.batches()
+            [NO_LABEL if document.kind is None else document.kind for document in documents]
+            for _, documents in corpus.texts.batches()
         ]
     ).astype(np.int64)
     if (kinds == NO_LABEL).all():

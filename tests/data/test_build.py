@@ -20,7 +20,6 @@ from sklearn.metrics import adjusted_rand_score
 from probekit.config import Config
 from probekit.data import build
 from probekit.data import codebook as actions
-from probekit.data import codebook as workers
 from probekit.data import readers as documents
 from probekit.data import sentences as cutting
 from probekit.data.build import write_corpus
@@ -93,7 +92,7 @@ def built(folder: Path, overrides: dict) -> Corpus:
 
 
 def texts_of(corpus: Corpus) -> list[str]:
-    return [row["text"] for _, rows in corpus.texts.batches() for row in rows]
+    return [document.text for _, batch in corpus.texts.batches() for document in batch]
 
 
 def tokens_of(corpus: Corpus, document: int) -> np.ndarray:
@@ -120,7 +119,7 @@ def source_and_corpus(request, tmp_path_factory) -> tuple[list[str], Corpus]:
 def test_texts_and_tokens_are_those_of_the_source(source_and_corpus):
     texts, corpus = source_and_corpus
     assert texts_of(corpus) == texts
-    assert [corpus.texts.row(document)["text"] for document in range(len(texts))] == texts
+    assert [corpus.texts[document].text for document in range(len(texts))] == texts
     assert len(corpus.document_tokens) == len(texts) + 1
     for document, text in enumerate(texts):
         first, *rest = tokens_of(corpus, document)
@@ -208,7 +207,7 @@ def test_blank_documents_are_dropped_and_short_ones_counted(tmp_path: Path, monk
     assert texts_of(corpus) == [text for text in mixed if text.strip()]
     assert corpus.facts["blank_documents_dropped"] == 10
     assert corpus.facts["one_sentence_documents"] == 2
-    names = [corpus.texts.row(document)["name"] for document in (0, 10)]
+    names = [corpus.texts[document].name for document in (0, 10)]
     assert names == ["documents.jsonl:9", "documents.jsonl:20"]
 
 
@@ -271,7 +270,7 @@ def test_planted_labels_are_the_generators(planted: dict[str, Corpus]):
     truth = generate(Config().override(PLANTED).corpus.planted)
     np.testing.assert_array_equal(corpus.actions, truth.actions)
     np.testing.assert_array_equal(corpus.document_sentences, truth.document_starts)
-    kinds = [corpus.texts.row(document)["kind"] for document in range(len(truth.types))]
+    kinds = [corpus.texts[document].kind for document in range(len(truth.types))]
     assert kinds == truth.types.tolist()
     train = corpus.sentences(corpus.documents("train"))
     for action in range(8):
@@ -329,17 +328,13 @@ def assert_same_files(first: Path, second: Path) -> None:
         assert (first / file).read_bytes() == (second / file).read_bytes(), file
 
 
-@pytest.mark.parametrize("labels", ["clusters", "planted"])
-def test_several_processes_leave_the_same_bytes(tmp_path: Path, monkeypatch, labels: str):
-    overrides = PLANTED | {"actions.labels": labels}
-    if labels == "clusters":
-        overrides = SMALL | as_jsonl(tmp_path / "source", [ODD, *stories(60)])
+def test_several_processes_leave_the_same_bytes(tmp_path: Path, monkeypatch):
+    overrides = PLANTED | {"actions.labels": "planted"}
     monkeypatch.setattr(documents, "DOCUMENTS_PER_BATCH", 7)
     one = built(tmp_path / "one", overrides)
     assert len(one.texts.starts) > 4
-    monkeypatch.setattr(workers, "MANY_CHARACTERS", 0)
-    monkeypatch.setattr(workers, "cores", lambda: 2)
-    monkeypatch.setattr(workers, "_PARTS_AHEAD", 2)
+    monkeypatch.setattr(build, "MANY_CHARACTERS", 0)
+    monkeypatch.setattr("joblib.cpu_count", lambda: 2)
     assert_same_files(one.folder, built(tmp_path / "two", overrides).folder)
 
 
@@ -441,7 +436,7 @@ def test_a_sentence_transformers_encoder(tmp_path: Path):
 @pytest.mark.parametrize(
     ("setting", "package", "said"),
     [
-        ({"actions.encoder": "any/model"}, "sentence_transformers", r"pip install 'probekit-lm\[encoders\]'"),
+        ({"actions.encoder": "any/model"}, "sentence_transformers", r"pip install 'probekit\[encoders\]'"),
         ({"actions.encoder": "./nowhere"}, None, "actions.encoder is .*: no such folder"),
         ({"lm.name": "./nowhere"}, None, "lm.name is .*: no such folder"),
     ],

@@ -1,17 +1,31 @@
-"""A built corpus read back: look-ups against brute force, damaged files."""
+"""A built corpus read back: look-ups and tables against counting by hand, files that are cut off."""
 
 import itertools
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from probekit.data.corpus import SPLITS, Corpus, ranges
+from probekit.config import Config
+from probekit.data.corpus import (
+    SPLITS,
+    WRITERS,
+    Corpus,
+    action_table,
+    export_sentences,
+    ranges,
+    sentence_lengths,
+    sizes,
+)
 from probekit.errors import ProbekitError
+from probekit.probing.targets import find_target
 from probekit.run.run import Run
+from probekit.training.train import build_corpus
 
 
 @given(st.lists(st.tuples(st.integers(-50, 50), st.integers(0, 9)), max_size=20))
@@ -56,7 +70,7 @@ def test_sentence_texts_in_any_order(tiny_run: Run):
     sentences = [900, 0, 901, 13]
     expected = []
     for sentence in sentences:
-        text = corpus.texts.row(int(corpus.document_of(np.array([sentence]))[0]))["text"]
+        text = corpus.texts[int(corpus.document_of(np.array([sentence]))[0])].text
         expected.append(text[slice(*corpus.spans[sentence])].strip())
     assert corpus.sentence_texts(sentences) == expected
     assert all(text.endswith(".") for text in expected)
@@ -72,3 +86,158 @@ def test_opening_a_corpus_names_the_damaged_file(tiny_run: Run, tmp_path: Path, 
         (folder / file).write_bytes(content[: len(content) // 2])
     with pytest.raises(ProbekitError, match=file):
         Corpus.open(folder)
+
+
+# Tables
+
+
+def lengths_of(run: Run, documents: list[int]) -> list[list[int]]:
+    """Lengths of every document's sentences, in tokens."""
+    corpus = run.corpus
+    found = []
+    for document in documents:
+        starts = corpus.first_token[slice(*corpus.document_sentences[document : document + 2])].tolist()
+        edges = [*starts, int(corpus.document_tokens[document + 1])]
+        found.append([stop - start for start, stop in itertools.pairwise(edges)])
+    return found
+
+
+def test_sizes(tiny_run: Run):
+    table = sizes(tiny_run.corpus)
+    assert table.index.tolist() == list(SPLITS)
+    for split in SPLITS:
+        lengths = lengths_of(tiny_run, np.flatnonzero(tiny_run.corpus.split == SPLITS.index(split)).tolist())
+        sentences = list(itertools.chain(*lengths))
+        assert table.loc[split].tolist() == [len(lengths), len(sentences), sum(sentences)]
+    assert table.sum().tolist() == [tiny_run.corpus.facts[name] for name in table.columns]
+
+
+def test_sentence_lengths(tiny_run: Run):
+    lengths = list(itertools.chain(*lengths_of(tiny_run, list(range(160)))))
+    quantiles = sentence_lengths(tiny_run.corpus)
+    assert quantiles[0.0] == min(lengths)
+    assert quantiles[1.0] == max(lengths)
+    assert quantiles[0.5] == np.median(lengths)
+    assert quantiles.tolist() == np.quantile(lengths, quantiles.index).tolist()
+    assert np.mean(np.array(lengths) <= quantiles[0.95]) >= 0.95
+
+
+def test_a_sentence_ends_before_the_next_documents_separator(tiny_run: Run):
+    corpus = replace(
+        tiny_run.corpus,
+        document_tokens=np.array([0, 4, 5, 13]),  # sentences of 3 tokens, of none, of 5 and 2
+        document_sentences=np.array([0, 1, 1, 3]),
+        first_token=np.array([1, 6, 11]),
+    )
+    assert (
+        sentence_lengths(corpus).tolist() == np.quantile([3, 5, 2], sentence_lengths(corpus).index).tolist()
+    )
+
+
+def test_action_table(tiny_run: Run):
+    corpus = tiny_run.corpus
+    table = action_table(corpus, nearest=3)
+    train = [
+        action
+        for n in corpus.documents("train")
+        for action in corpus.actions[corpus.sentences(np.array([n]))]
+    ]
+    for action, row in table.iterrows():
+        assert row.sentences == train.count(action)
+        assert row.share == pytest.approx(train.count(action) / len(train))
+        own = np.flatnonzero(corpus.actions == action)
+        distances = np.linalg.norm(corpus.embeddings[own] - corpus.codebook.centroids[action], axis=1)
+        shown = [text.lower() for text in row.nearest]
+        assert len(shown) == 3
+        limit = np.sort(distances)[2] + 1e-6
+        near = {text.lower() for text in corpus.sentence_texts(own[distances <= limit])}
+        assert set(shown) <= near
+    assert sorted(table.index) == list(range(8))
+    assert table.sentences.is_monotonic_decreasing
+    assert table.share.sum() == pytest.approx(1)
+
+
+# The table of sentences
+
+READERS = {
+    ".csv": pd.read_csv,
+    ".jsonl": lambda path: pd.read_json(path, lines=True),
+    ".parquet": pd.read_parquet,
+}
+
+
+def rows_by_walking(corpus: Corpus) -> list[tuple[int, str, int, int, str]]:
+    """Document, split, number in the document, action and text of every sentence."""
+    return [
+        (document, SPLITS[corpus.split[document]], j, int(corpus.actions[first + j]), text)
+        for document in range(len(corpus.split))
+        for first, last in [corpus.document_sentences[document : document + 2].tolist()]
+        for j, text in enumerate(corpus.sentence_texts(np.arange(first, last)))
+    ]
+
+
+def test_every_suffix_can_be_read_again():
+    assert WRITERS.keys() == READERS.keys()
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_an_export_has_a_row_for_every_sentence_in_order(tiny_run: Run, tmp_path: Path, suffix: str):
+    path = export_sentences(tiny_run.corpus, tmp_path / "new" / f"sentences{suffix}")
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    table = READERS[suffix](path)
+    assert list(table.columns) == ["document", "split", "sentence", "action", "text"]
+    assert list(table.itertuples(index=False, name=None)) == rows_by_walking(tiny_run.corpus)
+
+
+@pytest.fixture(scope="module")
+def difficult(tiny_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """A corpus of texts that formats of tables trip over."""
+    folder = tmp_path_factory.mktemp("difficult")
+    (folder / "texts").mkdir()
+    texts = [
+        'She said "no, never", and left. Then;\tshe came back, "twice".',
+        "One line\rof an old Mac. Another one\r\nof Windows. A third\nof Unix.",
+        "Umlauts: äöü ß. Signs: 漢字 🎉. Separators: \u2028 and \u2029 and \x85.",
+        "NA. None. nan. 3.5. -1. =1+1. 'single'. \\ backslash.",
+        " Leading space. \ufeffA mark in front. \x0bVertical. \x1cFile.",
+    ]
+    for n in range(40):
+        (folder / "texts" / f"{n:02d}.txt").write_bytes(f"{texts[n % 5]} Number {n} ends here.".encode())
+    config = tiny_config.override(
+        {"corpus.reader": "text", "corpus.path": str(folder / "texts"), "actions.labels": "clusters"}
+    )
+    return build_corpus(config, folder / "run", quiet=True).corpus
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_a_column_that_is_added_to_an_export_can_be_probed_for(
+    difficult: Corpus, tmp_path: Path, suffix: str
+):
+    path = export_sentences(difficult, tmp_path / f"sentences{suffix}")
+    table = READERS[suffix](path)
+    expected = rows_by_walking(difficult)
+    assert len(table) == len(expected)
+    kinds = ["even" if number % 2 else "odd" for number in range(len(table))]
+    WRITERS[suffix](table.assign(kind=kinds), path)
+    target = find_target(difficult, "kind", str(path))
+    assert [target.names[code] for code in target.of_sentences] == kinds
+    assert find_target(difficult, "action", str(path)).of_sentences is not None
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_difficult_texts_are_exported_as_they_are(difficult: Corpus, tmp_path: Path, suffix: str):
+    path = export_sentences(difficult, tmp_path / f"sentences{suffix}")
+    assert READERS[suffix](path).text.tolist() == [row[-1] for row in rows_by_walking(difficult)]
+
+
+def test_difficult_texts_in_csv(difficult: Corpus, tmp_path: Path):
+    table = pd.read_csv(export_sentences(difficult, tmp_path / "s.csv"), keep_default_na=False)
+    assert table.text.tolist() == [row[-1] for row in rows_by_walking(difficult)]
+
+
+@pytest.mark.parametrize("name", ["sentences.txt", "sentences", "sentences.CSV"])
+def test_an_export_of_another_suffix_is_refused(tiny_run: Run, tmp_path: Path, name: str):
+    with pytest.raises(ProbekitError, match=r"must end in \.csv, \.jsonl, \.parquet") as caught:
+        export_sentences(tiny_run.corpus, tmp_path / name)
+    assert str(tmp_path / name) in str(caught.value)
+    assert not list(tmp_path.iterdir())

@@ -1,20 +1,23 @@
-"""Every format streams its documents untouched, and every bad input is told in one line."""
+"""Every format streams its documents untouched, and bad input is refused in one line; the Arrow file."""
 
+import json
 import re
 from pathlib import Path
 from unittest.mock import Mock
 
 import datasets
 import huggingface_hub
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from probekit.config import CorpusSettings, PlantedSettings
-from probekit.data import hub
-from probekit.data.readers import Document, read_documents
+from probekit.data import hub, readers
+from probekit.data.readers import Document, DocumentFile, read_batch, read_documents, write_documents
 from probekit.errors import ProbekitError
 from probekit.planted import corpus as planted
+from probekit.progress import Progress
 
 WIKITEXT = Path(__file__).parents[2].parent / "shared/data/wikitext-2/valid.txt"
 FILE_READERS = ["text", "wikitext", "jsonl", "parquet"]
@@ -303,3 +306,60 @@ def test_text_file_is_cut_at_separator_lines(tmp_path: Path, separator: str):
     documents = list(read_documents(settings))
     assert [document.text for document in documents] == parts
     assert [document.name for document in documents] == ["all.txt:1", "all.txt:4", "all.txt:6"]
+
+
+# The Arrow file
+
+
+def written(folder: Path, sizes: list[int]) -> tuple[DocumentFile, list[str], np.ndarray, int]:
+    """A file of documents of so many characters, their texts, digests and number of characters."""
+    texts = [chr(ord("a") + n % 26) * size for n, size in enumerate(sizes)]
+    write(folder / "a.jsonl", "\n".join(json.dumps({"text": text}) for text in texts))
+    settings = CorpusSettings(reader="jsonl", path=str(folder))
+    facts, digests, characters = write_documents(settings, folder / "documents.arrow", Progress(quiet=True))
+    assert facts["documents"] == len(texts)
+    return DocumentFile(folder / "documents.arrow"), texts, digests, characters
+
+
+@pytest.mark.parametrize(
+    ("sizes", "most_documents", "most_characters", "batches"),
+    [
+        ([5, 5, 5, 5, 5], 2, 100, [2, 2, 1]),
+        ([5, 5, 5, 5, 5], 9, 11, [3, 2]),
+        ([40, 5, 5, 40, 5], 2, 30, [1, 2, 1, 1]),
+        ([40], 9, 9, [1]),
+    ],
+)
+def test_documents_are_read_back_by_number_and_by_batch(
+    tmp_path, monkeypatch, sizes, most_documents, most_characters, batches
+):
+    monkeypatch.setattr(readers, "DOCUMENTS_PER_BATCH", most_documents)
+    monkeypatch.setattr(readers, "CHARACTERS_PER_BATCH", most_characters)
+    file, expected, digests, characters = written(tmp_path, sizes)
+    assert np.diff(file.starts).tolist() == batches
+    assert characters == sum(sizes)
+    assert len(file) == len({*digests.tolist()}) == len(expected)
+    assert [file[n].text for n in range(len(file))] == expected
+    assert [file[n].name for n in range(len(file))] == [f"a.jsonl:{n + 1}" for n in range(len(file))]
+    assert [document.text for _, batch in file.batches() for document in batch] == expected
+    for batch, (first, documents) in enumerate(file.batches()):
+        assert read_batch(tmp_path / "documents.arrow", batch) == documents
+        assert documents[0] == file[first]
+    with pytest.raises(IndexError):
+        file[len(file)]
+
+
+def test_a_file_of_documents_that_is_cut_off_or_missing(tmp_path):
+    written(tmp_path, [3, 4])
+    path = tmp_path / "documents.arrow"
+    whole = path.read_bytes()
+    for damaged in (b"", b"ARROW1\0\0", b"not arrow", *(whole[:n] for n in range(0, len(whole), 97)), None):
+        if damaged is None:
+            path.unlink()
+        else:
+            path.write_bytes(damaged)
+        with pytest.raises(
+            ProbekitError, match=r"documents\.arrow: cannot be read.*build the corpus again"
+        ) as error:
+            DocumentFile(path)
+        assert "\n" not in str(error.value)

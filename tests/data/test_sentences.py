@@ -1,6 +1,9 @@
 """Sentence spans lose nothing, and every token finds its sentence, whatever the text."""
 
+import itertools
+import json
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +12,19 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from probekit.data.sentences import align, complete_spans, sentence_spans
+from probekit.config import CorpusSettings
+from probekit.data.readers import write_documents
+from probekit.data.sentences import (
+    _tokenizer,
+    align,
+    complete_spans,
+    sentence_spans,
+    sentences_of_batch,
+    tokenize_batch,
+)
+from probekit.data.tokenizer import train_tokenizer
 from probekit.errors import ProbekitError
+from probekit.progress import Progress
 
 HARD = {
     "abbreviations": "Dr. Smith met Mr. J. R. Jones, e.g. in the U.S. He left! Did he? \u201cYes.\u201d",
@@ -243,3 +257,58 @@ def test_sentences_that_are_over(text: str, complete: list[str]):
     found = [text[a:b] for a, b in complete_spans(text)]
     assert [part.strip() for part in found] == [part.strip() for part in complete]
     assert "".join(found) == "".join(complete)
+
+
+# Batches of a corpus that is being built
+
+DOCUMENTS = [
+    "Dr. Smith left.  Did he?\r\n\r\nYes: \U0001f468\u200d\U0001f469! The end",
+    " ",
+    "It is <|endoftext|> spelled out. Is it one token?",
+    "\u4f60\u597d\u3002\u518d\u89c1\u3002 " * 30,
+    "word " * 400 + "end. And another.",
+]
+
+
+@pytest.mark.parametrize("split_special_tokens", [False, True])
+def test_a_batch_has_the_tokens_of_transformers(tmp_path: Path, split_special_tokens: bool):
+    tokenizer = train_tokenizer(DOCUMENTS, 400, tmp_path / "tokenizer")
+    # Settings of a tokenizer's file that must neither truncate nor pad texts.
+    tokenizer.backend_tokenizer.enable_truncation(8)
+    tokenizer.backend_tokenizer.enable_padding(length=600)
+    tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer" / "tokenizer.json"))
+    _tokenizer.cache_clear()
+    source = tmp_path / "a.jsonl"
+    source.write_text("\n".join(json.dumps({"text": text}) for text in DOCUMENTS))
+    corpus_settings = CorpusSettings(reader="jsonl", path=str(source))
+    write_documents(corpus_settings, tmp_path / "documents.arrow", Progress(quiet=True))
+    separator = tokenizer.bos_token_id
+    found = tokenize_batch(tmp_path, 0, separator, "en", split_special_tokens)
+
+    written = [text for text in DOCUMENTS if text.strip()]
+    begins = [0, *itertools.accumulate(found.document_tokens.tolist())]
+    sentences = [0, *itertools.accumulate(found.document_sentences.tolist())]
+    assert (begins[-1], sentences[-1]) == (len(found.tokens), len(found.spans))
+    for n, text in enumerate(written):
+        expected = tokenizer(
+            text,
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            split_special_tokens=split_special_tokens,
+        )
+        assert found.tokens[begins[n] : begins[n + 1]].tolist() == [separator, *expected["input_ids"]]
+        aligned = align(text, sentence_spans(text), expected["offset_mapping"])
+        here = slice(sentences[n], sentences[n + 1])
+        np.testing.assert_array_equal(found.spans[here], aligned.spans)
+        np.testing.assert_array_equal(found.first_token[here], begins[n] + 1 + aligned.first_token)
+    special = (found.tokens == separator).sum() - len(written)
+    assert special == (0 if split_special_tokens else 1)
+    assert found.planted_actions is None
+
+    np.save(tmp_path / "document_sentences.npy", np.array([0, *sentences]))  # as if one came before
+    np.save(tmp_path / "spans.npy", found.spans)
+    owners = np.repeat(np.arange(len(written)), np.diff(sentences))
+    texts_of_sentences = [
+        written[owner][a:b].strip() for owner, (a, b) in zip(owners, found.spans, strict=True)
+    ]
+    assert sentences_of_batch(tmp_path, 0, 1) == texts_of_sentences

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from running import forget_checksums
 
 from probekit.config import Config, GenerationSettings
 from probekit.data.corpus import Corpus
@@ -34,6 +35,7 @@ def run(tiny_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
         tensors = read_tensors(path)
         tensors["adapter.projections"] *= 20
         write_tensors(path, tensors)
+    forget_checksums(copy.folder)
     return copy
 
 
@@ -42,7 +44,7 @@ def prompts(run: Run) -> list[Prompt]:
     """Prompts of several lengths, one of them empty, one within a sentence, one longer than the window."""
     corpus = run.corpus
     found, _ = document_prompts(corpus, corpus.documents("test")[:3], 20, 1)
-    long = corpus.texts.row(int(corpus.documents("test")[3]))["text"]
+    long = corpus.texts[int(corpus.documents("test")[3])].text
     texts = ["", long[: len(long) // 3].rstrip(), long]
     return [*found, *(text_prompt(corpus, text) for text in texts)]
 

@@ -28,7 +28,7 @@ def test_whole_documents_have_the_labels_of_their_embeddings(tiny_run: Run, labe
     documents = corpus.documents("test")
     (cut,) = labeller.cut([document_tokens(corpus, d) for d in documents], [10_000]).values()
     for document, text, actions in zip(documents, cut.texts, cut.actions, strict=True):
-        assert text == corpus.texts.row(document)["text"]
+        assert text == corpus.texts[document].text
         assert actions.tolist() == nearest(corpus, corpus.sentences(np.array([document])))
 
 

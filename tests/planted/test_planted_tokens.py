@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from probekit.config import PlantedSettings
 from probekit.data.tokenizer import train_tokenizer
 from probekit.errors import ProbekitError
-from probekit.planted.ceilings import INSIDE, SENTENCE_START, Forms, Layout
+from probekit.planted.ceilings import Forms, Units
 from probekit.planted.corpus import PlantedCorpus, generate
 
 SETTINGS = PlantedSettings(documents=12, actions=3, vocabulary=30, concentration=0.5, words=(4, 6), seed=4)
@@ -62,7 +62,7 @@ def test_units_carry_their_own_text(make, vocabulary, tmp_path):
     documents = [1, 2, 7, 11]
     words = words_of(PLANTED, documents)
     forms = Forms.of(model, tokenizer)
-    layout = Layout.of(words, np.array(documents), forms, corpus)
+    units = Units.of(words, np.array(documents), forms, corpus)
     ends = {d: int(corpus.document_tokens[d + 1]) for d in documents}
     unit = 0
     for position, document in enumerate(documents):
@@ -71,17 +71,17 @@ def test_units_carry_their_own_text(make, vocabulary, tmp_path):
             first = unit
             expected = [model.words[word] for word in sentence]
             for text in [expected[0].capitalize(), *expected[1:], "."]:
-                assert layout.start[unit] == place
-                assert (layout.document[unit], layout.sentence[unit]) == (position, number)
-                assert layout.first[unit] == first
-                length = np.diff(forms.starts)[layout.form[unit]]
+                assert units.start[unit] == place
+                assert (units.document[unit], units.sentence[unit]) == (position, number)
+                assert units.first[unit] == first
+                length = len(forms.tokens[units.form[unit]])
                 pieces = tokenizer.convert_ids_to_tokens(corpus.tokens[place : place + length].tolist())
                 assert "".join(pieces).strip("Ġ▁") == text
-                assert (layout.form[unit] == forms.stop) == (text == ".")
+                assert (units.form[unit] == forms.stop) == (text == ".")
                 place += length
                 unit += 1
         assert place == ends[document]
-    assert len(layout.form) == unit
+    assert len(units.form) == unit
 
 
 @pytest.mark.parametrize("vocabulary", [258, 290, 600])
@@ -90,26 +90,26 @@ def test_first_tokens_of_a_word_stand_for_all_words_that_begin_so(vocabulary, tm
     model = PLANTED.model
     forms = Forms.of(model, tokenizer)
     cut = {
-        INSIDE: [tokenizer(f"x {word}").input_ids[1:] for word in model.words],
-        SENTENCE_START: [tokenizer(f"x {word.capitalize()}").input_ids[1:] for word in model.words],
+        2: [tokenizer(f"x {word}").input_ids[1:] for word in model.words],
+        1: [tokenizer(f"x {word.capitalize()}").input_ids[1:] for word in model.words],
     }
-    for place, tokens in cut.items():
+    for form_of_word, tokens in cut.items():
         for word in range(len(model.words)):
             for read in range(1, len(tokens[word]) + 1):
                 begin_so = [w for w, other in enumerate(tokens) if other[:read] == tokens[word][:read]]
-                form = np.array([place * len(model.words) + word])
-                found = forms.log_likelihood(model.emission, form, np.array([read]))
+                form = np.array([form_of_word * len(model.words) + word])
+                found = forms.log_likelihood(form, np.array([read]))
                 np.testing.assert_allclose(np.exp(found[0]), model.emission[:, begin_so].sum(1))
 
 
 def test_some_words_share_their_first_tokens(tmp_path):
     """The test above would be empty without."""
     forms = Forms.of(PLANTED.model, byte_level(290, tmp_path))
-    assert len(np.unique(forms.prefixes)) < 0.8 * len(forms.prefixes)
+    assert len(forms.prefix_log_likelihood) < 0.8 * len(forms.prefix)
 
 
 def test_a_tokenizer_that_glues_words_to_full_stops_is_refused(tmp_path):
     tokenizer = glued(400, tmp_path)
     forms = Forms.of(PLANTED.model, tokenizer)
     with pytest.raises(ProbekitError, match=r"corpus: the tokens of document 3 are not .* cuts at spaces"):
-        Layout.of(words_of(PLANTED, [3]), np.array([3]), forms, as_corpus(tokenizer, TEXTS))
+        Units.of(words_of(PLANTED, [3]), np.array([3]), forms, as_corpus(tokenizer, TEXTS))

@@ -42,7 +42,7 @@ def slow_label(run: Run, target: str, document: int, anchor: int, sentence: int,
     first, last = corpus.document_sentences[document : document + 2].tolist()
     asked = sentence + horizon - 1
     if target == "document-type":
-        return corpus.texts.row(document)["kind"]
+        return corpus.texts[document].kind
     if target == "token":
         token = anchor + horizon - 1
         if token >= corpus.document_tokens[document + 1]:
@@ -208,8 +208,8 @@ def test_what_targets_tell_of_themselves(tiny_run: Run):
 
 def test_a_document_type_that_nobody_knows(tiny_run: Run):
     corpus = replace(tiny_run.corpus)
-    rows = [row | {"kind": None} for _, rows in tiny_run.corpus.texts.batches() for row in rows]
-    vars(corpus)["texts"] = type("Texts", (), {"batches": lambda self: iter([(0, rows)])})()
+    documents = [replace(each, kind=None) for _, batch in tiny_run.corpus.texts.batches() for each in batch]
+    vars(corpus)["texts"] = type("Texts", (), {"batches": lambda self: iter([(0, documents)])})()
     with pytest.raises(ProbekitError, match="'document-type', which only the planted corpus knows"):
         find_target(corpus, "document-type")
 

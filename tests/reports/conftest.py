@@ -31,4 +31,4 @@ def document(probed_run: Run) -> int:
 @pytest.fixture(scope="session")
 def text(probed_run: Run, document: int) -> str:
     """Its text."""
-    return probed_run.corpus.texts.row(document)["text"]
+    return probed_run.corpus.texts[document].text

@@ -193,7 +193,7 @@ def test_planning_tokens_and_encoders_of_their_own(
     run = train(tiny_run.config.override(settings), tmp_path / "run", quiet=True)
     probe(run, quick_probes | {"probe.variants": ["joint"], "probe.layers": [1]}, quiet=True)
     corpus, document = run.corpus, int(run.corpus.documents("test")[0])
-    data = read_text(run, corpus.texts.row(document)["text"])
+    data = read_text(run, corpus.texts[document].text)
     sentences = np.arange(*corpus.document_sentences[document : document + 2])
     np.testing.assert_array_equal(data.actions, corpus.actions[sentences])
     anchors = np.asarray(corpus.first_token[sentences[1:]])
