@@ -27,7 +27,7 @@ from scripts import add_training_options, run_script, script_parser, training_co
 import probekit
 from probekit.generation.evaluate import TRANSFORMS
 from probekit.statistics import paired_differences
-from probekit.sweep import STUDIES, grid
+from probekit.sweeps import STUDIES, grid
 
 STUDY = STUDIES["mixing-fraction"]
 

@@ -23,7 +23,7 @@ from probekit.errors import ProbekitError
 from probekit.models.depth_ensemble import MEMBERS
 from probekit.run.run import Run
 from probekit.statistics import differences_over_seeds, over_seeds
-from probekit.sweep import Sweep, sweep
+from probekit.sweeps import Sweep, sweep
 
 Groups = dict[str, list[Run]]
 """Runs by name, those of a name differing in their seed alone."""

@@ -10,8 +10,8 @@ from pathlib import Path
 from manifest import PICTURES
 
 from probekit.config import Config
+from probekit.config.options import seed_list
 from probekit.errors import ProbekitError
-from probekit.options import seed_list
 
 
 def script_parser(description: str | None, picture: str) -> argparse.ArgumentParser:

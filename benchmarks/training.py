@@ -245,7 +245,7 @@ def _adapter(scene: Scene, variant: VariantName, *, bridged: bool) -> Work:
     codebook = torch.from_numpy(scene.corpus.codebook.centroids)
     planner = Planner(scene.config.planner, codebook, seed=0).to(scene.device)
     base = TUNINGS["frozen"](scene.base.plain, scene.config.training.base, 0)
-    training = AdapterTraining(trainer, variant, scene.base.bridged, planner, None if bridged else base)
+    training = AdapterTraining(trainer, variant, scene.base, planner, None if bridged else base)
 
     def work() -> float | None:
         training.run()

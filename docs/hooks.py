@@ -1,10 +1,8 @@
 r"""What the documentation site takes from elsewhere, so that nothing is copied by hand.
 
-- A line `<!-- readme: TITLE -->` on a page is replaced by that section of README.md, `<!-- readme -->` by
-  what stands before its first section.
-- Settings, presets and commands are pages made from the package itself.
-- CHANGELOG.md, CONTRIBUTING.md and LOG.md are pages, figures/*.png are there for all.
-- `\(...\)`, and `$$...$$` on lines of its own, become MathML, which browsers draw with no script.
+- Settings, presets and commands are pages generated from the package itself.
+- CHANGELOG.md, CONTRIBUTING.md and LOG.md are pages, and figures/*.png are available to all pages.
+- `\(...\)`, and `$$...$$` on lines of its own, become MathML, which browsers draw without a script.
 """
 
 from __future__ import annotations
@@ -23,8 +21,8 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 from probekit import cli
-from probekit.config import Config, preset_names, setting_names
-from probekit.options import Parser, add_setting_options
+from probekit.config import preset_names, setting_names
+from probekit.config.options import ALL, Parser, parse
 from probekit.run.stages import ONLY_WITH
 
 ROOT = Path(__file__).parents[1]
@@ -35,7 +33,6 @@ PROJECT = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md",
 COLUMNS = "84"
 """Width of the commands' help."""
 
-_README = re.compile(r"^<!-- readme(?:: (?P<title>.+?))? -->$", re.MULTILINE)
 _LINK = re.compile(r"(?P<text>!?\[[^\]]*\])\((?P<target>[^)\s]+)\)")
 _MATH = re.compile(r"^\$\$(?P<block>.+?)\$\$$|\\\((?P<inline>.+?)\\\)", re.MULTILINE | re.DOTALL)
 _SECTIONS = "|".join({re.escape(name.rpartition(".")[0] or "general") for name in setting_names()})
@@ -56,10 +53,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
-    """Puts sections of the README in their places, and marks formulas."""
-    path = page.file.src_uri
-    markdown = _README.sub(lambda found: relinked(readme_section(found["title"]), path), markdown)
-    if path.startswith("method/"):
+    """Marks formulas."""
+    if page.file.src_uri.startswith("method/"):
         markdown = _MATH.sub(lambda found: f"MATH{found.start()}HTAM", page_formulas(page, markdown))
     return markdown
 
@@ -80,19 +75,6 @@ def page_formulas(page: Page, markdown: str) -> str:
         for found in _MATH.finditer(markdown)
     }
     return markdown
-
-
-def readme_section(title: str | None) -> str:
-    """A section of the README without its title; None: what stands before the first, without the title."""
-    text = (ROOT / "README.md").read_text("utf-8")
-    before, *sections = re.split(r"^## ", text, flags=re.MULTILINE)
-    if title is None:
-        return before.partition("\n")[2]
-    for section in sections:
-        name, _, body = section.partition("\n")
-        if name == title:
-            return body
-    raise PluginError(f"README.md has no section {title!r}, which a page of docs/ takes")
 
 
 def relinked(text: str, path: str) -> str:
@@ -118,11 +100,11 @@ def relinked(text: str, path: str) -> str:
 
 def settings_page() -> str:
     """Every setting: values, default, what it does; from the options of the commands."""
-    parser = Parser(prog="probekit", add_help=False)
-    add_setting_options(parser, Config())
+    parser = Parser("probekit", add_help=False)
+    parse(parser, [], ALL)
     parts = [
         "# Settings\n\n`probekit train --help` tells the same. In YAML, sections are nested; on the command "
-        "line and in `Config.override`, names are dotted. `none` unsets what can be unset.\n"
+        "line and in `Config.override`, names are dotted. `null` unsets what can be unset.\n"
     ]
     for group in parser._action_groups:
         if not group._group_actions:

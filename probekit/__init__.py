@@ -10,11 +10,13 @@ probekit.probe(run).table
 from __future__ import annotations
 
 from importlib import import_module
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from probekit.causal.intervene import InterventionResults, intervene
     from probekit.causal.subnetwork import SubnetworkResults, subnetwork
+    from probekit.cli import run_demo as demo
     from probekit.config import Config
     from probekit.errors import ProbekitError
     from probekit.evaluation.evaluate import evaluate
@@ -30,9 +32,8 @@ if TYPE_CHECKING:
     from probekit.reports.plots import plot_curve, plot_perplexity, plot_probes, plot_sweep, plot_training
     from probekit.reports.report import report
     from probekit.run.run import Run
-    from probekit.sweep import Sweep, sweep
+    from probekit.sweeps import Sweep, sweep
     from probekit.training.train import build_corpus, prepare, train
-    from probekit.walkthrough import demo
 
     load_run = Run.open
 
@@ -47,14 +48,15 @@ _HOME = {
     "Prompt": "probekit.generation.prompts",
     "Run": "probekit.run.run",
     "SubnetworkResults": "probekit.causal.subnetwork",
-    "Sweep": "probekit.sweep",
+    "Sweep": "probekit.sweeps",
     "TrainingProbes": "probekit.probing.over_training",
     "build_corpus": "probekit.training.train",
-    "demo": "probekit.walkthrough",
+    "demo": "probekit.cli:run_demo",
     "evaluate": "probekit.evaluation.evaluate",
     "evaluate_generation": "probekit.generation.evaluate",
     "generate": "probekit.generation.generate",
     "intervene": "probekit.causal.intervene",
+    "load_run": "probekit.run.run:Run.open",
     "lens": "probekit.reports.lens",
     "plot_curve": "probekit.reports.plots",
     "plot_interventions": "probekit.reports.causal_figure",
@@ -68,7 +70,7 @@ _HOME = {
     "probe_checkpoints": "probekit.probing.over_training",
     "report": "probekit.reports.report",
     "subnetwork": "probekit.causal.subnetwork",
-    "sweep": "probekit.sweep",
+    "sweep": "probekit.sweeps",
     "train": "probekit.training.train",
 }
 __all__ = [
@@ -111,11 +113,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Imports a name's module when it is first used, so that `probekit --help` need not load PyTorch."""
-    if name == "load_run":
-        return import_module("probekit.run.run").Run.open
     if name not in _HOME:
         raise AttributeError(f"module 'probekit' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    module, _, attribute = _HOME[name].partition(":")
+    return attrgetter(attribute or name)(import_module(module))
 
 
 def __dir__() -> list[str]:

@@ -1,118 +1,538 @@
-"""The commands: what is typed, parsed and passed on. All else is elsewhere, and callable from Python."""
+"""The commands: each parses what was typed, calls a function of the same name and prints its result.
+
+Modules that load PyTorch are imported inside of the commands, so that `--help` answers at once.
+"""
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from probekit import distributed
-from probekit.commands import (
-    corpus,
-    demo,
-    evaluate,
-    generate,
-    intervene,
-    lens,
-    probe,
-    report,
-    subnetwork,
-    sweep,
-    train,
-)
-from probekit.config import preset_names
+from probekit.config import Config, preset_names, setting_names, settings_of, unknown_setting
+from probekit.config.options import ALL, Parser, add_sources, chosen_config, dotted, parse, seed_list
 from probekit.distributed import Stopped, terminable
 from probekit.errors import ProbekitError
-from probekit.options import Parser
 
-Command = Callable[[list[str]], None]
+if TYPE_CHECKING:
+    from probekit.run.folder import Existing
+    from probekit.run.run import Run
+
+ANY_MODEL = "any-model"
+"""The preset of `probekit probe --model`."""
+
+SHARED = ("train", "probe")
+"""Commands that several processes run together; the first process runs the others alone."""
+
+TRAINING_SECTIONS = ("lm", "planner", "conditioning", "depth", "training")
+"""Sections whose settings only matter in training."""
+
+STUDIES = {"mixing-fraction": ("mixing.fraction", (0, 0.25, 0.5, 0.75, 1), "mixed")}
+"""Sweeps with a name: the setting, its values, the variant they are about (arXiv 2410.12492, Figure 4)."""
+
+
+def train(words: list[str]) -> None:
+    """Train corpus, LM (if new), planner and an adapter for each variant, or depth ensembles (--method)."""
+    parsed, given = _parse_new_run("train", train, words)
+    config = _new_config(parsed, given)
+    from probekit.reports.terminal import print_training
+    from probekit.run.stages import HOW_ALONE, why_idle
+    from probekit.training import train as training
+
+    for name in dotted(given) if distributed.is_first() else ():
+        trains = name.split(".")[0] in TRAINING_SECTIONS and name not in HOW_ALONE
+        if config and trains and (reason := why_idle(config, name)):
+            sys.stderr.write(f"probekit: note: {name} changes nothing here: {reason}\n")
+    run = training.train(config, parsed.out, existing=_existing(parsed), quiet=parsed.quiet)
+    if distributed.is_first():
+        print_training(run)
+
+
+def evaluate(words: list[str]) -> None:
+    """Perplexity of every model, planners' metrics or multiple choice; generated text if asked for."""
+    parser = _run_parser("evaluate", evaluate)
+    parser.add_argument(
+        "--generation", action="store_true", help="generate text with every variant and measure it, too"
+    )
+    parsed, given = parse(parser, words, ("method", "device", "evaluation", "generation"))
+    if "generation" in given and not parsed.generation:
+        parser.error(f"argument --{next(iter(dotted(given)))}: goes with --generation")
+    from probekit.evaluation.evaluate import evaluate as evaluate_run
+    from probekit.generation.evaluate import check_generation, evaluate_generation
+    from probekit.reports.terminal import print_evaluation, print_generation
+
+    settings = dotted(given)
+    if parsed.generation:
+        check_generation(parsed.run, settings)
+    print_evaluation(evaluate_run(parsed.run, settings, quiet=parsed.quiet))
+    if parsed.generation:
+        print_generation(evaluate_generation(parsed.run, settings, quiet=parsed.quiet))
+
+
+def generate(words: list[str]) -> None:
+    """Write text with a run: continue prompts or test documents, or begin from nothing."""
+    parser = _run_parser("generate", generate)
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument("--prompt", nargs="+", metavar="TEXT", help="texts to continue")
+    text.add_argument("--prompts", metavar="FILE", help="prompts, one a line, or .jsonl with a field text")
+    text.add_argument(
+        "--documents", type=int, metavar="INT", help="continue the beginnings of so many test documents (4)"
+    )
+    text.add_argument("--samples", type=int, metavar="INT", help="write so many texts from nothing")
+    parser.add_argument(
+        "--variant", metavar="NAME", help="variant or member that writes (soft, if it is trained)"
+    )
+    parser.add_argument("--tokens", type=int, default=128, metavar="INT", help="tokens of each text (128)")
+    parser.add_argument(
+        "--plan",
+        metavar="PLAN",
+        help="the action of each coming sentence, such as 12,7,7,40; oracle: the document's true actions",
+    )
+    parser.add_argument("--out", metavar="FILE", help="also write the texts as JSON lines")
+    parsed, given = parse(parser, words, ("seed", "device", "generation"))
+    from probekit.generation.texts import check_out, read_prompts, write_texts
+    from probekit.progress import Progress
+    from probekit.reports.terminal import print_texts
+    from probekit.run.run import Run
+
+    if parsed.out:
+        check_out(parsed.out)
+    written = write_texts(
+        Run.at(parsed.run, dotted(given)),
+        read_prompts(parsed.prompts) if parsed.prompts else parsed.prompt,
+        documents=parsed.documents,
+        samples=parsed.samples,
+        variant=parsed.variant,
+        tokens=parsed.tokens,
+        plan=parsed.plan,
+        progress=Progress(quiet=parsed.quiet),
+    )
+    print_texts(written)
+    if parsed.out:
+        written.save(parsed.out)
+        sys.stdout.write(f"All texts: {parsed.out}\n")
+
+
+def probe(words: list[str]) -> None:
+    """Fit probes of a run, or of any causal LM on any corpus; replaces the results of an earlier probe."""
+    parsed, given = _parse_probe(words)
+    if parsed.checkpoints:
+        _probe_checkpoints(parsed, given)
+        return
+    from probekit.probing.probe import probe as probe_run
+    from probekit.reports.figures import save_probe_figures
+    from probekit.reports.terminal import print_probes
+    from probekit.training.train import prepare
+
+    run, settings = parsed.run, dotted(given)
+    if parsed.model is not None:
+        existing: Existing = "overwrite" if parsed.overwrite else "resume"
+        run = prepare(_probed_config(parsed, given), parsed.out, existing=existing, quiet=parsed.quiet)
+        settings = {}
+    results = probe_run(run, settings, store=parsed.store, quiet=parsed.quiet)
+    if distributed.is_first():
+        save_probe_figures(results.table, results.folder)
+        print_probes(results)
+
+
+def _parse_probe(words: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
+    usage = (
+        "probekit probe RUN [--checkpoints] [--SETTING VALUE ...]\n"
+        "       probekit probe --model NAME_OR_FOLDER --corpus FILE_OR_FOLDER [--out FOLDER] [--SETTING ...]"
+    )
+    parser = Parser("probekit probe", usage=usage, description=probe.__doc__)
+    parser.add_argument("run", nargs="?", metavar="RUN", type=Path, help="a run's folder")
+    parser.add_argument(
+        "--store", action="store_true", help="keep activations in RUN/activations, and reuse them"
+    )
+    parser.add_argument(
+        "--checkpoints", action="store_true", help="probe every checkpoint kept (training.lm.checkpoints)"
+    )
+    parser.add_argument(
+        "--stage", metavar="STAGE", help="whose checkpoints: lm or adapter/VARIANT (the first that has any)"
+    )
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    group = parser.add_argument_group("any model", f"a causal LM on a corpus, by the preset {ANY_MODEL}")
+    group.add_argument("--model", metavar="NAME", help="hub name or local folder of a causal LM (lm.name)")
+    group.add_argument("--corpus", metavar="FILE", help="file, folder or dataset to read (corpus.path)")
+    group.add_argument("--out", metavar="FOLDER", help="the run's folder, reused if it exists (runs/probed)")
+    group.add_argument("--overwrite", action="store_true", help="replace the run in that folder")
+    add_sources(parser)
+    any_model = any(word.split("=")[0] == "--model" for word in words)
+    sections = ALL if any_model else ("device", "evaluation", "probe", "lm.device_map")
+    parsed, given = parse(parser, words, sections, ANY_MODEL if any_model else None)
+    if (parsed.run is None) == (parsed.model is None):
+        parser.error("give a run's folder, or --model with --corpus")
+    for name in ("corpus", "out", "overwrite", "preset", "config"):
+        if parsed.run is not None and getattr(parsed, name):
+            parser.error(f"argument --{name}: goes with --model; {parsed.run} has its own")
+    for name in ("model", "store"):
+        if parsed.checkpoints and getattr(parsed, name):
+            parser.error(f"argument --{name}: does not go with --checkpoints")
+    if parsed.stage and not parsed.checkpoints:
+        parser.error("argument --stage: goes with --checkpoints")
+    if parsed.model is not None:
+        # No default of the parser: beside RUN it would count as given.
+        parsed.out = parsed.out or "runs/probed"
+    return parsed, given
+
+
+def _probed_config(parsed: argparse.Namespace, given: dict[str, Any]) -> Config:
+    """The config of `--model` and `--corpus`, on the run in `--out` or the preset `any-model`.
+
+    `--preset` and `--config` win over both.
+    """
+    there = Path(parsed.out) / "config.yaml"
+    begun = there if there.is_file() and not parsed.overwrite else None
+    if begun is None:
+        parsed.preset = parsed.preset or (None if parsed.config else ANY_MODEL)
+    config = chosen_config(parsed, given, begun) or (Config.from_yaml(begun) if begun else Config())
+    paths = {"lm.name": parsed.model, "corpus.path": parsed.corpus}
+    return config.override({name: value for name, value in paths.items() if value is not None})
+
+
+def _probe_checkpoints(parsed: argparse.Namespace, given: dict[str, Any]) -> None:
+    from probekit.probing.over_training import probe_checkpoints
+    from probekit.reports.over_training import save_over_training
+    from probekit.reports.terminal import print_over_training
+
+    results = probe_checkpoints(parsed.run, dotted(given), parsed.stage, quiet=parsed.quiet)
+    if distributed.is_first():
+        print_over_training(results, save_over_training(results))
+
+
+def intervene(words: list[str]) -> None:
+    """Change activations and see what the LM does: is what probes read used?"""
+    parsed, given = parse(_run_parser("intervene", intervene), words, ("device", "evaluation", "intervene"))
+    from probekit.causal.intervene import intervene as intervene_on
+    from probekit.reports.terminal import print_interventions
+
+    found = intervene_on(parsed.run, dotted(given), quiet=parsed.quiet)
+    print_interventions(found.table, found.notes, found.folder)
+
+
+def subnetwork(words: list[str]) -> None:
+    """Find the heads and parts of the adapter without which nothing is read of the next sentence's action."""
+    sections = ("device", "evaluation", "subnetwork")
+    parsed, given = parse(_run_parser("subnetwork", subnetwork), words, sections)
+    from probekit.causal.subnetwork import subnetwork as find_subnetwork
+    from probekit.reports.terminal import print_subnetwork
+
+    found = find_subnetwork(parsed.run, dotted(given), quiet=parsed.quiet)
+    print_subnetwork(found.table, found.mask, found.notes, found.folder)
+
+
+def lens(words: list[str]) -> None:
+    """Show what probes read of the next sentence at every token of a text: one HTML page."""
+    parser = _run_parser("lens", lens)
+    parser.add_argument(
+        "--text",
+        required=True,
+        metavar="FILE_OR_STRING",
+        help="a file, or the text itself; one word that has a slash, or ends in .txt or .md, is a file",
+    )
+    parser.add_argument("-o", "--out", metavar="FILE", help="the page, ending in .html (RUN/lens.html)")
+    parser.add_argument("--variant", metavar="NAME", help="whose activations (the first variant probed)")
+    parser.add_argument("--locations", nargs="+", metavar="NAME", help="show only these (all probed)")
+    parser.add_argument("--layers", nargs="+", type=int, metavar="INT", help="show only these (all probed)")
+    parser.add_argument("--limit", type=int, default=2000, metavar="INT", help="most tokens of a text (2000)")
+    parsed, given = parse(parser, words, ("device",))
+    from probekit.reports.lens import lens as write_lens
+    from probekit.run.run import Run
+
+    page = write_lens(
+        Run.at(parsed.run, dotted(given)),
+        parsed.text,
+        parsed.out,
+        variant=parsed.variant,
+        locations=parsed.locations,
+        layers=parsed.layers,
+        limit=parsed.limit,
+        quiet=parsed.quiet,
+    )
+    sys.stdout.write(f"The lens: {page}\n")
+
+
+def report(words: list[str]) -> None:
+    """Write all of a run on one page, what to mind at the top: report.html, and the same as report.md."""
+    parser = _run_parser("report", report)
+    parser.add_argument(
+        "-o", "--out", metavar="FILE", help="write only this file, .html or .md (RUN/report.html and .md)"
+    )
+    parsed, _ = parse(parser, words)
+    from probekit.reports.report import report as write_report
+
+    for file in write_report(parsed.run, parsed.out):
+        sys.stdout.write(f"The report: {file}\n")
+
+
+def corpus(words: list[str]) -> None:
+    """Build a corpus, or inspect a run's: sizes, sentence lengths, actions, the sentences nearest to each."""
+    parsed, given = _parse_new_run("corpus", corpus, words)
+    from probekit.data.corpus import export_sentences
+    from probekit.reports.terminal import print_corpus
+    from probekit.run.run import Run
+    from probekit.training.train import build_corpus
+
+    if parsed.run:
+        run: Run = Run.open(parsed.run)
+    else:
+        config = _new_config(parsed, given)
+        run = build_corpus(config, parsed.out, existing=_existing(parsed), quiet=parsed.quiet)
+    print_corpus(run.corpus, parsed.nearest)
+    if parsed.export:
+        sys.stdout.write(f"All sentences: {export_sentences(run.corpus, parsed.export)}\n")
+
+
+def sweep(words: list[str]) -> None:
+    """Train and evaluate with several values of some settings and several seeds; one table of all."""
+    parsed, given = _parse_sweep(words)
+    config, members, seeds = _swept(parsed, given)
+    from probekit.reports.terminal import print_sweep
+    from probekit.sweeps import sweep as run_sweep
+
+    generation, quiet = parsed.generation, parsed.quiet
+    made = run_sweep(config, members, seeds, parsed.out, generation=generation, quiet=quiet)
+    print_sweep(made.table(), made.missing, made.folder)
+
+
+def _parse_sweep(words: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
+    usage = (
+        "probekit sweep SETTING --values VALUE ... [--over SETTING VALUE ...] [--seeds N]\n"
+        "                      [--preset NAME] [--config FILE] [--SETTING VALUE ...] [--out FOLDER]\n"
+        f"       probekit sweep {{{','.join(STUDIES)}}} ..."
+    )
+    parser = Parser("probekit sweep", usage=usage, description=sweep.__doc__)
+    parser.add_argument("what", nargs="?", metavar="SETTING", help=f"a setting, or {', '.join(STUDIES)}")
+    parser.add_argument(
+        "--values", nargs="+", metavar="VALUE", help="its values; those of one that takes several: a,b"
+    )
+    parser.add_argument(
+        "--over",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar=("SETTING", "VALUE"),
+        help="another setting and its values; a run for every combination",
+    )
+    parser.add_argument(
+        "--seeds",
+        nargs="+",
+        type=int,
+        default=[1],
+        metavar="INT",
+        help="one number: how many seeds, from --seed on (1); several: the seeds",
+    )
+    parser.add_argument("--generation", action="store_true", help="measure generated text, too")
+    parser.add_argument("--out", default="runs/sweep", metavar="FOLDER", help="the folder (runs/sweep)")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    add_sources(parser)
+    return parse(parser, words, ALL)
+
+
+def _swept(
+    parsed: argparse.Namespace, given: dict[str, Any]
+) -> tuple[Config, dict[str, dict[str, Any]], list[int]]:
+    """The settings, members and seeds of the sweep that was asked for."""
+    from probekit.sweeps import grid
+
+    config = chosen_config(parsed, given)
+    if config is None:
+        raise ProbekitError("the sweep has no settings to change; give --preset or --config")
+    over = [list(words) for words in parsed.over]
+    if parsed.what in STUDIES:
+        setting, usual, variant = STUDIES[parsed.what]
+        beside = [name for name in given.get("mixing", {}).get("variants", ()) if name != variant]
+        config = config.override({"mixing.variants": [*beside, variant]})
+        over.insert(0, [setting, *(usual if parsed.values is None else parsed.values)])
+    elif parsed.what:
+        if parsed.what not in setting_names():
+            raise unknown_setting(parsed.what, [*STUDIES, *setting_names()])
+        over.insert(0, [parsed.what, *(parsed.values or ())])
+    elif parsed.values is not None:
+        raise ProbekitError("--values has no setting; give it first: probekit sweep SETTING --values ...")
+    if not over:
+        raise ProbekitError(f"nothing to sweep over; give a setting with --values, or {', '.join(STUDIES)}")
+    values: dict[str, list[Any]] = {}
+    for name, *words in over:
+        if name in values:
+            raise ProbekitError(f"{name} is swept over twice; give all its values at once")
+        values[name] = [_swept_value(name, word) for word in words]
+    return config, grid(config, values), seed_list(parsed.seeds, config.seed)
+
+
+def _swept_value(name: str, word: Any) -> Any:
+    """One value as it was typed; those of a setting that takes several are joined by commas."""
+    field = settings_of(Config).get(name)
+    if field is None or not isinstance(word, str):
+        return word
+    if word == "null":
+        return None
+    return word.split(",") if "tuple[" in str(field.annotation) else word
+
+
+def demo(words: list[str]) -> None:
+    """Train, evaluate and probe on the planted corpus: the main job in a few minutes on a CPU."""
+    parser = Parser("probekit demo", description=demo.__doc__)
+    parser.add_argument("--out", default="runs/demo", metavar="FOLDER", help="the run's folder (runs/demo)")
+    parser.add_argument("--overwrite", action="store_true", help="begin again")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    parsed, _ = parse(parser, words)
+    run_demo(parsed.out, overwrite=parsed.overwrite, quiet=parsed.quiet)
+
+
+def run_demo(out: str | Path = "runs/demo", *, overwrite: bool = False, quiet: bool = False) -> Run:
+    """Trains, evaluates and probes the embedded default; what an earlier demo finished is not repeated.
+
+    Args:
+        out: The run's folder.
+        overwrite: Begin again.
+        quiet: Show no progress.
+    """
+    from probekit.evaluation.evaluate import evaluate as evaluate_run
+    from probekit.probing.probe import probe as probe_run
+    from probekit.reports.figures import save_probe_figures
+    from probekit.reports.terminal import print_corpus, print_evaluation, print_probes, print_training
+    from probekit.training import train as training
+
+    existing: Existing = "overwrite" if overwrite else "resume"
+    run = training.train(Config.from_preset("demo"), out, existing=existing, quiet=quiet)
+    print_corpus(run.corpus, nearest=1)
+    print_training(run)
+    print_evaluation(evaluate_run(run, quiet=quiet))
+    probes = probe_run(run, quiet=quiet)
+    save_probe_figures(probes.table, probes.folder)
+    print_probes(probes)
+    return run
+
+
+# What several commands share
+
+
+def _run_parser(name: str, command: Callable[[list[str]], None]) -> Parser:
+    """The parser of a command that takes a run."""
+    usage = f"probekit {name} RUN [--OPTION VALUE ...]"
+    parser = Parser(f"probekit {name}", usage=usage, description=command.__doc__)
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    return parser
+
+
+def _parse_new_run(
+    name: str, command: Callable[[list[str]], None], words: list[str]
+) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Parses the command line of a command that makes a run or continues one."""
+    usage = f"probekit {name} [--out FOLDER] [--preset NAME] [--config FILE] [--SETTING VALUE ...]"
+    parser = Parser(f"probekit {name}", usage=usage, description=command.__doc__)
+    parser.add_argument("--out", default="runs/run", metavar="FOLDER", help="the run's folder (runs/run)")
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="continue the run in that folder")
+    existing.add_argument("--overwrite", action="store_true", help="replace the run in that folder")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    if name == "corpus":
+        parser.usage = f"{usage}\n       probekit corpus RUN [--nearest INT] [--export FILE]"
+        parser.add_argument("run", nargs="?", metavar="RUN", help="inspect this run's corpus; build nothing")
+        parser.add_argument(
+            "--nearest", type=int, default=2, metavar="INT", help="sentences shown for an action (2)"
+        )
+        parser.add_argument(
+            "--export", metavar="FILE", help="write the sentences as a table to label: .csv, .jsonl, .parquet"
+        )
+    add_sources(parser)
+    parsed, given = parse(parser, words, ALL)
+    if name == "corpus" and parsed.nearest < 0:
+        parser.error(f"argument --nearest: {parsed.nearest} is below 0")
+    return parsed, given
+
+
+def _new_config(parsed: argparse.Namespace, given: dict[str, Any]) -> Config | None:
+    """The settings of the run to make; None for those of the run to continue."""
+    begun = Path(parsed.out) / "config.yaml"
+    return chosen_config(parsed, given, begun if parsed.resume and begun.is_file() else None)
+
+
+def _existing(parsed: argparse.Namespace) -> Existing:
+    """What to do with a run that is there already."""
+    return "resume" if parsed.resume else "overwrite" if parsed.overwrite else "refuse"
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    command.__name__: command
+    for command in (
+        train, evaluate, generate, probe, intervene, subnetwork, lens, report, corpus, sweep, demo,
+    )
+}  # fmt: skip
+
+CONTINUED = dict.fromkeys(("train", "corpus"), "continue with --resume")
+CONTINUED |= dict.fromkeys(("probe", "sweep", "demo"), "the same command continues")
+"""How an interrupted command is continued; others start again."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-        The exit code: 0; 2 for bad input, 130 for Ctrl-C, 143 for SIGTERM, 141 where nobody reads the output.
+        The exit code: 0; 2 for bad input, 130 for Ctrl-C, 143 for SIGTERM, 141 if nobody reads the output.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
-    # What these libraries say on standard error is for their developers; ours is for the user.
+    # Notes of these libraries are for their developers.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         with terminable():
-            _command(words)
+            _run_command(words)
             sys.stdout.flush()
         distributed.leave()
-    except BrokenPipeError:  # whoever read the output has read enough, as `head` does
+    except BrokenPipeError:  # the reader, such as `head`, has read enough
         if debug:
             raise
-        # The flush at exit is not to fail again.
+        # The flush at exit must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (ProbekitError, OSError) as error:  # a full disk or a forbidden folder is the user's to put right
         if debug:
             raise
-        who = f"process {distributed.rank()}: " if distributed.count() > 1 else ""
-        # What was typed may hold line breaks and what moves the cursor.
-        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in f"{who}{error}")
+        process = f"process {distributed.rank()}: " if distributed.count() > 1 else ""
+        # What was typed may hold line breaks and control characters.
+        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in f"{process}{error}")
         sys.stderr.write(f"probekit: error: {line}\n")
         return 2
     except KeyboardInterrupt as stop:
         if debug:
             raise
         number = stop.signal if isinstance(stop, Stopped) else signal.SIGINT
-        said = "terminated" if number == signal.SIGTERM else "interrupted"
-        again = GO_ON.get(words[0], "it leaves nothing behind, and begins anew next time")
-        sys.stderr.write(f"probekit: {said}; {again}\n")
+        stopped = "terminated" if number == signal.SIGTERM else "interrupted"
+        again = CONTINUED.get(words[0], "nothing was written; start it again")
+        sys.stderr.write(f"probekit: {stopped}; {again}\n")
         return 128 + number
     return 0
 
 
-def _command(words: list[str]) -> None:
+def _run_command(words: list[str]) -> None:
     names = "\n".join(f"  {name:10} {command.__doc__}" for name, command in COMMANDS.items())
     parser = Parser(
-        prog="probekit",
+        "probekit",
         description="Train planner-conditioned language models; probe what they know of the next sentence.",
         epilog=f"commands:\n{names}\n\npresets: {', '.join(preset_names())}",
     )
-    parser.add_argument("--version", action="version", version=f"probekit {version('probekit')}")
+    parser.add_argument("--version", action="version", version=f"probekit {version('probekit-lm')}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.add_argument(
-        "command", choices=COMMANDS, metavar="COMMAND", help="see below; COMMAND --help explains it"
-    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="COMMAND --help explains it")
     command = parser.parse_args(words[:1]).command
     if command not in SHARED:
         if not distributed.is_first():
             return
         distributed.alone()
     COMMANDS[command](words[1:])
-
-
-SHARED = ("train", "probe")
-"""Commands that several processes do together; others are done by the first one alone."""
-
-GO_ON = dict.fromkeys(("train", "corpus"), "--resume goes on from there")
-GO_ON |= dict.fromkeys(("probe", "sweep", "demo"), "the same command goes on from there")
-"""What an interruption leaves, by command."""
-
-COMMANDS: dict[str, Command] = {
-    "train": train.command,
-    "evaluate": evaluate.command,
-    "generate": generate.command,
-    "probe": probe.command,
-    "intervene": intervene.command,
-    "subnetwork": subnetwork.command,
-    "lens": lens.command,
-    "report": report.command,
-    "corpus": corpus.command,
-    "sweep": sweep.command,
-    "demo": demo.command,
-}
 
 
 if __name__ == "__main__":

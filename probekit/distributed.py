@@ -1,20 +1,20 @@
-"""Where and in which arithmetic to compute."""
+"""Where and in which arithmetic to compute, in one process or in several begun by torchrun or accelerate.
+
+Of several processes, each has its own device and its own share of the work; the first one writes. Signals to
+stop are raised as `Stopped`, or held back by `Holding` until the work can stop without loss.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from functools import cache
 from types import FrameType
 from typing import TYPE_CHECKING, Self, TypeVar
-
-import torch
 
 from probekit.errors import ProbekitError
 
@@ -22,79 +22,10 @@ if TYPE_CHECKING:
     import torch
     from accelerate import PartialState
     from torch import Tensor
-    from torch.distributed.device_mesh import DeviceMesh
-
-
-HANDLED = (signal.SIGINT, signal.SIGTERM)
-
-
-class Stopped(KeyboardInterrupt):
-    """A signal asked to stop.
-
-    Attributes:
-        signal: Which one.
-    """
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.signal = number
-
-
-class Holding:
-    """Whether a signal asked to stop while it was held back."""
-
-    def __init__(self) -> None:
-        self.asked: Stopped | None = None
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Handles a signal; whoever types Ctrl-C twice does not want to wait."""
-        if self.asked is not None and number == self.asked.signal == signal.SIGINT:
-            raise self.asked
-        self.asked = self.asked or Stopped(number)
-
-    @classmethod
-    @contextmanager
-    def held(cls) -> Iterator[Self]:
-        """Holds signals back; the block looks at `asked` wherever it can stop, and raises it."""
-        holding = cls()
-        with _handled(holding):
-            yield holding
-
-
-@contextmanager
-def terminable() -> Iterator[None]:
-    """Has SIGTERM end the block as Ctrl-C does, so that nothing is left half done."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise Stopped(number)
-
-    with _handled(stop, (signal.SIGTERM,)):
-        yield
-
-
-@contextmanager
-def at_once() -> Iterator[None]:
-    """Has SIGTERM end the process at once, while it waits for others and hears nothing itself."""
-    with _handled(signal.SIG_DFL, (signal.SIGTERM,)):
-        yield
-
-
-@contextmanager
-def _handled(handler: signal._HANDLER, numbers: tuple[signal.Signals, ...] = HANDLED) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
-        yield
-        return
-    before = {number: signal.signal(number, handler) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
-
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(days=7)
+LONGEST_WAIT = timedelta(days=7)
 """How long processes wait for one that builds a corpus or loads a model alone."""
 
 
@@ -104,27 +35,23 @@ def count() -> int:
 
 
 def rank() -> int:
-    """The number of this one, from 0."""
+    """The number of this process, from 0."""
     return int(os.environ.get("RANK", "0")) if count() > 1 else 0
 
 
 def is_first() -> bool:
-    """Whether this one is the one that writes."""
+    """Whether this process is the one that writes."""
     return rank() == 0
 
 
 def alone() -> None:
-    """Leaves the others: what this process does from here on, it does by itself."""
+    """Leaves the other processes out of all that follows."""
     os.environ["WORLD_SIZE"] = "1"
 
 
-def leave() -> None:
-    """Takes leave of the others when all is done: what still listens would abort the process at its end."""
-    if _joined.cache_info().currsize:
-        wait()
-        mesh.cache_clear()
-        gc.collect()  # whatever still holds the group would keep its threads
-        _joined().destroy_process_group()
+def share(items: Sequence[T]) -> Sequence[T]:
+    """The items that fall to this process: each item falls to one."""
+    return items[rank() :: count()]
 
 
 def wait() -> None:
@@ -134,13 +61,9 @@ def wait() -> None:
         ProbekitError: One has ended.
     """
     if count() > 1:
-        with at_once(), _told():
+        # While it waits, Python handles no signals: SIGTERM has to end the process by itself.
+        with _handling(signal.SIG_DFL, signal.SIGTERM), _others_alive():
             _joined().wait_for_everyone()
-
-
-def share(items: Sequence[T]) -> Sequence[T]:
-    """Every process's own part of what all of them have: each item is in one."""
-    return items[rank() :: count()]
 
 
 def add_up(tensors: Iterable[Tensor]) -> None:
@@ -149,57 +72,36 @@ def add_up(tensors: Iterable[Tensor]) -> None:
     Raises:
         ProbekitError: One has ended.
     """
+    import torch
+
     if count() > 1:
         _joined()
-        import torch
-
-        with _told():
+        with _others_alive():
             for tensor in tensors:
                 torch.distributed.all_reduce(tensor)
 
 
 def total(value: float, device: torch.device) -> float:
     """The sum of a number over processes."""
-    if count() == 1:
-        return value
     import torch
 
+    if count() == 1:
+        return value
     summed = torch.tensor(value, dtype=torch.float64, device=device)
     add_up([summed])
     return summed.item()
 
 
-@cache
-def mesh() -> DeviceMesh:
-    """All processes, as what weights are sharded over."""
-    from torch.distributed.device_mesh import init_device_mesh
-
-    return init_device_mesh(_joined().device.type, (count(),))
-
-
-def own_device() -> torch.device | None:
-    """The device of this process among several; None for one alone, which may choose."""
-    return _joined().device if count() > 1 else None
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    """Has it told in one line that another process is gone: what it said itself is what matters."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise ProbekitError(
-            f"another process has ended, and said why ({' '.join(str(error).split())[:80]})"
-        ) from error
+def leave() -> None:
+    """Leaves the process group at the end of all work; one left open would abort the process at its exit."""
+    if _joined.cache_info().currsize:
+        wait()
+        _joined().destroy_process_group()
 
 
 @cache
 def _joined() -> PartialState:
-    """Joins the others, once.
-
-    Raises:
-        ProbekitError: There are GPUs, but not one for each process.
-    """
+    """Joins the other processes, once; there must be a GPU for each, or none at all."""
     import torch
     from accelerate import PartialState
 
@@ -209,8 +111,18 @@ def _joined() -> PartialState:
             f"process {local} of this machine has no GPU of its own, for there are {gpus}; begin as many "
             "processes as there are GPUs, or set CUDA_VISIBLE_DEVICES to nothing for the CPU"
         )
+    return PartialState(cpu=not gpus, timeout=LONGEST_WAIT)
 
-    return PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+
+@contextmanager
+def _others_alive() -> Iterator[None]:
+    """Turns the error of a process group that lost a process into one line; that process says the reason."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ProbekitError(
+            f"another process has ended, and said why ({' '.join(str(error).split())[:80]})"
+        ) from error
 
 
 def compute_device(name: str) -> torch.device:
@@ -219,7 +131,10 @@ def compute_device(name: str) -> torch.device:
     Raises:
         ProbekitError: It is not a device, or this machine has none of it.
     """
-    if (own := own_device()) is not None:
+    import torch
+
+    if count() > 1:
+        own = _joined().device
         if name not in ("auto", own.type):
             raise ProbekitError(
                 f"device is {name!r}, but of several processes each has its own, here {own}; give auto, or "
@@ -239,23 +154,80 @@ def compute_device(name: str) -> torch.device:
     return device
 
 
-def autocast(
-    device: torch.device, precision: str, *, keep_casts: bool = True
-) -> contextlib.AbstractContextManager[None]:
-    """The forward pass's arithmetic that the setting `training.precision` names.
-
-    Args:
-        device: Where to compute.
-        precision: The setting.
-        keep_casts: Keep trained weights that were cast until the end of the pass.
-    """
-    enabled = precision_of(device, precision) == "bfloat16"
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled, cache_enabled=keep_casts)
-
-
 def precision_of(device: torch.device, precision: str) -> str:
-    """What the setting `training.precision` comes to on a device: float32 or bfloat16."""
+    """The arithmetic that the setting `training.precision` stands for on a device: float32 or bfloat16."""
+    import torch
+
     if precision != "auto":
         return precision
     has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     return "bfloat16" if has_bfloat16 else "float32"
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
+    """The arithmetic of forward passes that the setting `training.precision` stands for."""
+    import torch
+
+    enabled = precision_of(device, precision) == "bfloat16"
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked to stop.
+
+    Attributes:
+        signal: Its number.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.signal = number
+
+
+class Holding:
+    """Holds back SIGINT and SIGTERM.
+
+    Attributes:
+        asked: What to raise when the work can stop; None while no signal has come.
+    """
+
+    def __init__(self) -> None:
+        self.asked: Stopped | None = None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Handles a signal. A second Ctrl-C stops at once."""
+        if self.asked is not None and number == self.asked.signal == signal.SIGINT:
+            raise self.asked
+        self.asked = self.asked or Stopped(number)
+
+    @classmethod
+    @contextmanager
+    def held(cls) -> Iterator[Self]:
+        """Holds signals back; the block looks at `asked` wherever it can stop, and raises it."""
+        holding = cls()
+        with _handling(holding, signal.SIGINT, signal.SIGTERM):
+            yield holding
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Has SIGTERM end the block as Ctrl-C does, so that nothing is left half done."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped(number)
+
+    with _handling(stop, signal.SIGTERM):
+        yield
+
+
+@contextmanager
+def _handling(handler: signal._HANDLER, *numbers: signal.Signals) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)

@@ -1,10 +1,10 @@
-"""What a user can put right: the one exception that every stage raises for bad input."""
+"""The one exception that every stage raises for bad input."""
 
 from __future__ import annotations
 
 
 class ProbekitError(Exception):
-    """Bad input, told in one line: the setting or file, its value, and what would be right.
+    """Bad input, in one line: the setting or file, its value, and what would be right.
 
     The command line prints the message and exits with code 2; from Python it is an ordinary exception.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -9,9 +10,7 @@ from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
-
-from probekit import distributed
+from rich.progress import Progress as Bars
 
 T = TypeVar("T")
 
@@ -19,26 +18,34 @@ SECONDS_BETWEEN_LINES = 15.0
 
 
 class Task:
-    """One piece of work that is under way."""
+    """Work that is under way; `Progress.task` makes it."""
 
-    def __init__(
-        self, name: str, total: int | None, done: int, bar: RichProgress | None, console: Console
-    ) -> None:
-        self._name, self._total, self._bar, self._console = name, total, bar, console
+    def __init__(self, name: str, total: int | None, done: int, console: Console) -> None:
+        self._name, self._total, self._console = name, total, console
         self._before = self._done = done
         self._note = ""
-        self._begun = self._told = time.monotonic()
-        self._id = bar.add_task(name, total=total, completed=done, note="") if bar else None
+        self._begun = self._printed = time.monotonic()
+        self._bars = Bars(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            transient=True,
+            disable=console.quiet or not console.is_terminal,
+        )
+        self._bar = self._bars.add_task(name, total=total, completed=done, note="")
 
     def advance(self, steps: int = 1, note: str | None = None) -> None:
-        """Tells that `steps` more are done, with a few words on how it goes."""
+        """Counts steps that are done; the note says in a few words how it goes."""
         self._done += steps
         self._note = self._note if note is None else note
-        if self._bar and self._id is not None:
-            self._bar.update(self._id, completed=self._done, note=f"{self._note} {self._rate()}")
-        elif time.monotonic() - self._told > SECONDS_BETWEEN_LINES:
-            self._told = time.monotonic()
-            self._console.print(f"  {self._name}: {self._so_far()}", highlight=False)
+        self._bars.update(self._bar, completed=self._done, note=f"{self._note} {self._rate()}")
+        if self._bars.disable and time.monotonic() - self._printed > SECONDS_BETWEEN_LINES:
+            self._printed = time.monotonic()
+            self._console.print(f"  {self._name}: {self._status()}", highlight=False)
 
     def track(self, items: Iterable[T]) -> Iterator[T]:
         """Yields the items and counts them."""
@@ -46,61 +53,52 @@ class Task:
             yield item
             self.advance()
 
-    def close(self, *, failed: bool) -> None:
-        """Ends the task with a line that stays."""
-        if self._bar and self._id is not None:
-            self._bar.remove_task(self._id)
-        seconds = time.monotonic() - self._begun
-        end = "stopped" if failed else "done"
-        counted = f", {self._done:,} {self._rate()}" if self._done else ""
-        self._console.print(
-            f"{self._name}: {end} in {seconds:.1f} s{counted} {self._note}".rstrip(), highlight=False
-        )
-
     def _rate(self) -> str:
         seconds = time.monotonic() - self._begun
         return f"({(self._done - self._before) / seconds:,.0f}/s)" if seconds > 0.1 else ""
 
-    def _so_far(self) -> str:
+    def _status(self) -> str:
         if self._total is None:
             return f"{self._done:,} {self._rate()} {self._note}"
-        here = max(self._done - self._before, 1)
-        left = (time.monotonic() - self._begun) * (self._total - self._done) / here
+        steps = max(self._done - self._before, 1)
+        left = (time.monotonic() - self._begun) * (self._total - self._done) / steps
         return f"{self._done:,} of {self._total:,} {self._rate()}, {left:.0f} s left {self._note}"
+
+    @contextmanager
+    def _shown(self) -> Iterator[Task]:
+        end = "stopped"
+        try:
+            with self._bars:
+                yield self
+            end = "done"
+        finally:
+            seconds = time.monotonic() - self._begun
+            counted = f", {self._done:,} {self._rate()}" if self._done else ""
+            line = f"{self._name}: {end} in {seconds:.1f} s{counted} {self._note}".rstrip()
+            self._console.print(line, highlight=False)
 
 
 class Progress:
-    """Shows tasks as they come; `quiet` shows nothing."""
+    """Shows tasks as they come.
+
+    Args:
+        quiet: Show nothing; so do all but the first of several processes.
+    """
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self._quiet = quiet or not distributed.is_first()  # one of several tells for all
-        self._console = Console(stderr=True, quiet=self._quiet, soft_wrap=True)
+        quiet = quiet or os.environ.get("RANK", "0") != "0"
+        self._console = Console(stderr=True, quiet=quiet, soft_wrap=True)
 
     @contextmanager
     def task(self, name: str, total: int | None = None, done: int = 0) -> Iterator[Task]:
-        """Opens a task; its end, or that it failed, is told when the block is left.
+        """Shows a task until the block is left, and then a line that says how it ended.
 
         Args:
             name: What is done.
             total: How many steps it takes.
-            done: How many of them were done before, by a process that was stopped.
+            done: How many of them an earlier process did.
         """
-        if self._quiet or not self._console.is_terminal:
-            with _closing(Task(name, total, done, None, self._console)) as task:
-                yield task
-            return
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
-        with (
-            RichProgress(*columns, console=self._console, transient=True) as bar,
-            _closing(Task(name, total, done, bar, self._console)) as task,
-        ):
+        with Task(name, total, done, self._console)._shown() as task:
             yield task
 
     def say(self, line: str) -> None:
@@ -110,7 +108,7 @@ class Progress:
 
 @contextmanager
 def without_bars_of_transformers() -> Iterator[None]:
-    """Keeps the bars of transformers off standard error: ours tell how far the work is."""
+    """Keeps the progress bars of transformers off standard error."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -120,13 +118,3 @@ def without_bars_of_transformers() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-@contextmanager
-def _closing(task: Task) -> Iterator[Task]:
-    try:
-        yield task
-    except BaseException:
-        task.close(failed=True)
-        raise
-    task.close(failed=False)

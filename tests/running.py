@@ -15,7 +15,6 @@ from types import FrameType
 import pytest
 
 from probekit.cli import main
-from probekit.io import read_json, write_json
 
 Capture = pytest.CaptureFixture[str]
 
@@ -117,12 +116,3 @@ def hashes(folder: Path) -> dict[str, str]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-
-
-def forget_checksums(folder: Path) -> None:
-    """Makes a run one of before there were checksums of stages, so that its files can be changed."""
-    state = read_json(folder / "run.json")
-    for facts in state["stages"].values():
-        for name in ("files", "rows"):
-            facts.pop(name, None)
-    write_json(folder / "run.json", state)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from probekit.data.corpus import Corpus
-from probekit.models.language_model import bridge
+from probekit.models.base_lm import BaseLM
 from probekit.models.planner import Planner
 from probekit.progress import Progress
 from probekit.run.run import Run
@@ -36,9 +36,9 @@ def first_loss(rows: list[dict[str, Any]]) -> float:
     return next(row["loss"] for row in rows if "loss" in row)
 
 
-def base_lm(run: Run) -> Any:
-    """A bridge of the run's LM that a test has for itself."""
-    return bridge(run.plain_model(), run.corpus.tokenizer, "lm")
+def base_lm(run: Run) -> BaseLM:
+    """The run's LM, of a test's own."""
+    return BaseLM(run.plain_model, run.corpus.tokenizer, "lm")
 
 
 def flat(module: torch.nn.Module) -> Tensor:

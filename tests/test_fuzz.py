@@ -19,7 +19,7 @@ import torch
 import yaml
 from hypothesis import HealthCheck, Phase, given, reject, settings
 from hypothesis import strategies as st
-from running import Hung, forget_checksums, hashes, ran
+from running import Hung, hashes, ran
 
 from probekit.config import Config, settings_of
 from probekit.errors import ProbekitError
@@ -370,7 +370,6 @@ def test_records_of_other_values(probed: Path, tmp_path_factory, name, new, path
     """Values of other types in a run without checksums, as one that somebody edited may have."""
     copy = tmp_path_factory.mktemp("records") / "run"
     shutil.copytree(probed, copy)
-    forget_checksums(copy)
     changed = _replaced(read_json(copy / name), path, new)
     (copy / name).write_text(json.dumps(changed))
     checked("records", command[0], copy, *command[1:])
@@ -389,7 +388,7 @@ def stopped(tiny_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
     def killing(path: Path, *arguments: Any) -> None:
         write_tensors(path, *arguments)
-        if '"step": 2' in arguments[1]["standing"]:
+        if '"step": 2' in arguments[1]["state"]:
             raise Killed
 
     folder = tmp_path_factory.mktemp("stopped") / "run"

@@ -19,7 +19,7 @@ import pytest
 from probekit.config import Config
 from probekit.io import read_json
 from probekit.run.run import Run
-from probekit.sweep import Sweep
+from probekit.sweeps import Sweep
 
 KILLS = int(os.environ.get("PROBEKIT_KILLS", "1"))
 FAST = (

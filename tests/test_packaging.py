@@ -132,4 +132,4 @@ def test_the_oldest_python_is_the_one_that_tools_check_for():
     assert PROJECT["requires-python"] == ">=3.11"
     assert settings["ruff"]["target-version"] == "py311"
     assert settings["mypy"]["python_version"] == "3.11"
-    assert version("probekit") == PROJECT["version"]
+    assert version("probekit-lm") == PROJECT["version"]

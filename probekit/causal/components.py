@@ -262,10 +262,12 @@ class MaskedLM:
                 "subnetwork.variant none"
             )
         check_location(run.locations, HEADS, "the attention heads' location")
-        bridged = run.bridged.cfg
-        self.components = Components(bridged.n_layers, bridged.n_heads, adapter)
+        lm = run.base_lm()
+        self.components = Components(lm.layers, lm.heads, adapter)
         self._readout = hook_name(*place)
-        self._road = run.forward_pass(list(dict.fromkeys([*self.components.names, self._readout])), variant)
+        self._backend = run.forward_pass(
+            list(dict.fromkeys([*self.components.names, self._readout])), variant
+        )
         self._means: Means | None = None
 
     @property
@@ -316,7 +318,7 @@ class MaskedLM:
         """
         hooks, _, states = self._hooks(scored, removed)
         with self._autocast():
-            logits = self._road.logits(scored.read.tokens, hooks, scored.read.positions)
+            logits = self._backend.logits(scored.read.tokens, hooks, scored.read.positions)
         return logits.float(), states[0]
 
     @torch.no_grad()
@@ -324,7 +326,7 @@ class MaskedLM:
         """What stands where the probe reads alone `[sentences, width]`; no logits are made."""
         hooks, reads, states = self._hooks(scored, removed)
         with self._autocast():
-            self._road(scored.read.tokens, hooks, reads, scored.read.positions)
+            self._backend(scored.read.tokens, hooks, reads, scored.read.positions)
         return states[0]
 
     @torch.no_grad()
@@ -347,7 +349,7 @@ class MaskedLM:
                 with self._autocast():
                     # Every spot's hook reads, and none changes anything.
                     reads += len(self.components.spots)
-                    self._road(scored.read.tokens, hooks, reads, scored.read.positions)
+                    self._backend(scored.read.tokens, hooks, reads, scored.read.positions)
                 tokens += int(counted.sum())
                 task.advance(len(part))
         own, added = ({name: (both[n] / tokens).float() for name, both in sums.items()} for n in (0, 1))

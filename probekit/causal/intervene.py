@@ -46,7 +46,7 @@ def last_probe(run: Run, variant: VariantName) -> tuple[HookPoint, LinearProbe]:
     Raises:
         ProbekitError: The run has no such probe, or those of something else.
     """
-    last = run.bridged.cfg.n_layers - 1
+    last = run.base_lm().layers - 1
     folder = run.folder / "probes"
     saved = SavedProbes(folder, variant, run.config.seed)
     probed = read_probe_record(run.folder).config.probe
@@ -374,8 +374,7 @@ class _Trial:
             "location": location,
             "layer": layer,
             "distance": site.distance,
-            "readout_direct": site.place == (READOUT, self._run.bridged.cfg.n_layers - 1)
-            and 1 in site.distances,
+            "readout_direct": site.place == (READOUT, self._run.base_lm().layers - 1) and 1 in site.distances,
             "injected": site.place is None or (site.place in self._told and 1 in site.distances),
         }
 
@@ -441,7 +440,7 @@ def _grid(run: Run, chosen: InterventionSettings) -> Grid:
 
 def _places(run: Run, chosen: InterventionSettings) -> list[HookPoint]:
     """Every location at every layer of the settings; one outside the blocks at the layer beside it."""
-    layers = run.bridged.cfg.n_layers
+    layers = run.base_lm().layers
     for location in chosen.locations:
         check_location(run.locations, location, "intervene.locations")
     for layer in chosen.layers or ():

@@ -193,7 +193,7 @@ class Stage:
         self._corpus = run.corpus_of(variant)
         self._readout = readout
         names = [hook_name(*place) for place in (*places, readout[0])]
-        self._road = run.forward_pass(list(dict.fromkeys([*names, *self._model.names])), variant)
+        self._backend = run.forward_pass(list(dict.fromkeys([*names, *self._model.names])), variant)
         self._probe = LinearProbe(*(part.to(run.device) for part in (readout[1].coef, readout[1].intercept)))
 
     @property
@@ -259,7 +259,7 @@ class Stage:
             hooks.append((hook_name(*edit.place), _editing(edit, read, (row, column), rows, seen)))
         hooks.append((hook_name(*self._readout[0]), look))
         with autocast(device, self._run.config.training.precision):
-            logits = self._road.logits(read.tokens, hooks, read.positions)
+            logits = self._backend.logits(read.tokens, hooks, read.positions)
         seen.logits = logits if read.slots is None else read.slots.predictions(logits)
         return seen
 

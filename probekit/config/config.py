@@ -153,11 +153,13 @@ class Config(Settings):
     subnetwork: SubnetworkSettings = SubnetworkSettings()
 
     @model_validator(mode="after")
-    def _shards_what_can_be(self) -> Self:
-        if self.lm.sharded and self.method == "depth-ensemble":
+    def _places_what_can_be(self) -> Self:
+        asked = f"lm.device_map is {self.lm.device_map!r}, but"
+        if self.lm.device_map is not None and self.method == "depth-ensemble":
+            raise ValueError(f"{asked} method is 'depth-ensemble', which needs the LM on one device")
+        if self.lm.device_map is not None and self.training.base.tuning == "full":
             raise ValueError(
-                "lm.sharded is true, but method is 'depth-ensemble', whose layers share the LM's head; give "
-                "method planner, or lm.sharded false"
+                f"{asked} training.base.tuning is 'full', which takes an LM on one device; give lora"
             )
         return self
 

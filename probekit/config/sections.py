@@ -168,8 +168,9 @@ class LanguageModelSettings(Settings):
     """Revision (branch, tag or commit) of a hub model."""
     trust_remote_code: bool = False
     """Let the model's folder run its own Python code. Only for models whose code you have read."""
-    sharded: bool = False
-    """Shard the weights over the processes of torchrun or accelerate, where one GPU cannot hold them."""
+    device_map: str | None = None
+    """Where accelerate places an LM that one GPU cannot hold: auto (GPUs, then main memory, then disk), or
+    a device; unset: all of it on `device`."""
     layers: Positive = 4
     """Layers of a new LM."""
     width: Positive = 128

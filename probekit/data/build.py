@@ -23,7 +23,7 @@ from probekit.data.readers import DocumentFile, write_documents
 from probekit.data.sentences import sentences_of_batch, tokenize_batch
 from probekit.data.tokenizer import pretrained_tokenizer, separator_id, train_tokenizer
 from probekit.errors import ProbekitError
-from probekit.io import ArrayAppender, atomic_folder, read_array, release, write_array, write_json
+from probekit.io import ArrayAppender, atomic_folder, read_array, write_array, write_json
 from probekit.progress import Progress
 
 if TYPE_CHECKING:
@@ -232,7 +232,6 @@ def _write_actions(
     fitted_on = np.empty((len(sample), embeddings.shape[1]), embeddings.dtype)
     for part in np.array_split(np.arange(len(sample)), len(sample) // _ROWS_AT_ONCE + 1):
         fitted_on[part] = embeddings[sample[part]]
-        release(embeddings)
     codebook = fit_codebook(fitted_on, config.actions.k, config.corpus.seed)
     actions = codebook.nearest(embeddings)
     facts: dict[str, Any] = {}

@@ -20,7 +20,7 @@ from sklearn.cluster import KMeans, MiniBatchKMeans
 from threadpoolctl import threadpool_limits
 
 from probekit.errors import ProbekitError
-from probekit.io import read_tensors, release, write_tensors
+from probekit.io import read_tensors, write_tensors
 
 _BLOCK = 2**22
 """Float64 values in one block of embeddings or distances: 32 MiB."""
@@ -61,8 +61,7 @@ class Codebook:
 
         # Blocks in parallel, each on one thread: a product then has the same bits on any number of cores.
         with threadpool_limits(1), ThreadPoolExecutor(min(joblib.cpu_count(), _MOST_THREADS)) as threads:
-            for _ in threads.map(label, _rows(embeddings, len(centroids))):
-                release(embeddings)
+            list(threads.map(label, _rows(embeddings, len(centroids))))
         return labels
 
     def save(self, path: str | Path) -> None:
@@ -196,7 +195,6 @@ def _blocks(embeddings: np.ndarray, width: int = 1) -> Iterator[tuple[slice, np.
     """The embeddings in float64, a block of rows at a time, such that [rows, width] is small too."""
     for rows in _rows(embeddings, width):
         yield rows, _block(embeddings, rows)
-        release(embeddings)
 
 
 def _rows(embeddings: np.ndarray, width: int) -> list[slice]:

@@ -16,7 +16,7 @@ from probekit.data.readers import DocumentFile
 from probekit.data.sentences import sentences_of_batch
 from probekit.data.tokenizer import load_tokenizer, separator_id
 from probekit.errors import ProbekitError
-from probekit.io import atomic_path, read_array, read_json, release
+from probekit.io import atomic_path, read_array, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -95,12 +95,6 @@ class Corpus:
     def separator(self) -> int:
         """Id of the token before every document."""
         return separator_id(self.tokenizer)
-
-    def release(self) -> None:
-        """Frees the pages read so far of the mapped arrays, so that memory does not grow with the corpus."""
-        for field in fields(self):
-            if isinstance(array := getattr(self, field.name), np.ndarray):
-                release(array)
 
     def documents(self, split: str) -> np.ndarray:
         """Numbers of the documents of a split, in order."""

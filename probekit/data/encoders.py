@@ -242,7 +242,7 @@ def _find(name: str, revision: str | None) -> tuple[type[SentenceTransformer], h
     except ImportError:
         raise ProbekitError(
             f"actions.encoder is {name!r}, which needs sentence-transformers: "
-            "pip install 'probekit[encoders]'"
+            "pip install 'probekit-lm[encoders]'"
         ) from None
     # As in sentence-transformers, a bare name is one of its own models.
     full_name = name if "/" in name or Path(name).is_dir() else f"sentence-transformers/{name}"

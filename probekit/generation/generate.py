@@ -86,7 +86,7 @@ def reading_window(run: Run) -> int:
 
     A new LM has seen no more of them than the training window has.
     """
-    positions = longest_window(run.bridged.original_model)
+    positions = longest_window(run.base_lm().config)
     return positions if run.config.lm.name else min(positions, run.config.training.window)
 
 
@@ -156,8 +156,8 @@ def generate(
     conditioned = conditioner_of(
         model, planned, encoder, run.config.training.precision, run.corpus.codebook if given else None
     )
-    road = run.forward_pass(model.names or [LAST], variant)
-    decoder = new_decoder(model, road, reading_window(run), cache=cache)
+    backend = run.forward_pass(model.names or [LAST], variant)
+    decoder = new_decoder(model, backend, reading_window(run), cache=cache)
     if cache and not decoder.cached:
         inserts = model.adapter is not None and model.adapter.inserts
         why = "there are planning tokens between a text's own" if inserts else "this LM gives none"

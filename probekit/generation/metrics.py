@@ -270,7 +270,7 @@ def text_features(run: Run, texts: Sequence[np.ndarray], window: int, task: Task
         window: Tokens that the LM reads at once.
         task: Advanced by each text.
     """
-    road, size = run.forward_pass((LOCATION,)), run.config.evaluation.batch_size
+    backend, size = run.forward_pass((LOCATION,)), run.config.evaluation.batch_size
     sums = np.zeros((len(texts), run.locations[LOCATION]))
     for start in range(0, len(texts), size):
         rows: list[int] = []
@@ -282,7 +282,7 @@ def text_features(run: Run, texts: Sequence[np.ndarray], window: int, task: Task
         seen: list[Tensor] = []
         tokens, there = _padded(windows, run.corpus.separator)
         with torch.no_grad(), autocast(run.device, run.config.training.precision):
-            road(tokens.to(run.device), [(LOCATION, seen.append)], 1)
+            backend(tokens.to(run.device), [(LOCATION, seen.append)], 1)
         np.add.at(sums, rows, (seen[0].float().cpu() * there[..., None]).sum(dim=1).double().numpy())
         task.advance(len(texts[start : start + size]))
     return sums / np.array([[1 + len(ids)] for ids in texts])

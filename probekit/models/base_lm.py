@@ -7,6 +7,7 @@ fused attention, say, which nobody could save.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,14 +21,21 @@ from torch import Tensor, nn
 
 from probekit.config import BaseSettings
 from probekit.errors import ProbekitError
-from probekit.io import atomic_folder, full_disks_told, read_tensors, write_tensors
-from probekit.models.hook_points import BridgedPass, ForwardPass, PlainPass, blocks_of, forward_pass, gathered
-from probekit.models.language_model import bridge, bridge_without_weights
+from probekit.io import atomic_folder, read_tensors, write_tensors
+from probekit.models.hook_points import (
+    Backend,
+    BridgeBackend,
+    HFBackend,
+    blocks_of,
+    find_hook_point,
+    forward_pass,
+)
+from probekit.models.language_model import bridge, in_layers, is_placed, locations, shallow
 from probekit.progress import without_bars_of_transformers
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 LORA_SCALE = 2.0
@@ -40,14 +48,15 @@ LORA_WEIGHTS = "adapter_model.safetensors"
 class BaseLM:
     """A frozen causal LM, plain and bridged, each loaded when it is first asked for.
 
-    Bridging rewires a module in place, so each has weights of its own.
+    Bridging rewires a module in place, so each has weights of its own. An LM that accelerate placed is never
+    bridged: hooks are looked up on a shallow LM of the same architecture.
 
     Args:
-        load: Makes a fresh plain one on the device.
+        load: Makes a fresh plain one, on its device or placed by accelerate.
         tokenizer: The LM's.
         name: What it is called in messages.
-        alike: An LM of the same architecture, on which hooks have been looked up already.
-        outline: Makes the LM without weights, to be bridged in place of one that is sharded.
+        like: An LM of the same architecture, on which hooks have been looked up already.
+        device: Where tokens come from and hooks compute, if accelerate places the LM; unset: it does not.
     """
 
     def __init__(
@@ -55,11 +64,11 @@ class BaseLM:
         load: Callable[[], PreTrainedModel],
         tokenizer: PreTrainedTokenizerBase,
         name: str | Path,
-        alike: BaseLM | None = None,
-        outline: Callable[[], PreTrainedModel] | None = None,
+        like: BaseLM | None = None,
+        device: torch.device | None = None,
     ) -> None:
-        self._load, self._tokenizer, self._name, self._alike = load, tokenizer, name, alike
-        self._outline = outline
+        self._load, self._tokenizer, self._name, self._like = load, tokenizer, name, like
+        self._device = device
 
     @cached_property
     def plain(self) -> PreTrainedModel:
@@ -68,17 +77,86 @@ class BaseLM:
 
     @cached_property
     def bridged(self) -> TransformerBridge:
-        """The LM as TransformerLens has it; where it is sharded, without its weights."""
-        if self._outline is not None:
-            return bridge_without_weights(self._outline(), self._tokenizer, self._name)
+        """The LM bridged to TransformerLens.
+
+        Raises:
+            ProbekitError: TransformerLens has no bridge for this architecture, or accelerate placed the LM.
+        """
+        if self._device is not None:
+            raise ProbekitError(
+                "lm.device_map is set, but TransformerLens takes no LM that accelerate placed"
+            )
         return bridge(self._load(), self._tokenizer, self._name)
 
-    def forward_pass(self, names: Sequence[str]) -> ForwardPass:
-        """The fastest way to run it with some hooks, given by their full TransformerLens names."""
-        if self._alike is None:
-            return forward_pass(self.bridged, self.plain, names)
-        found = self._alike.forward_pass(names)
-        return found.with_weights(self.plain) if isinstance(found, PlainPass) else BridgedPass(self.bridged)
+    @cached_property
+    def _looked_up_on(self) -> BaseLM:
+        """The LM whose bridge has the hooks: this one, or a shallow one where accelerate placed this one."""
+        if self._like is not None:
+            return self._like._looked_up_on
+        if self._device is None:
+            return self
+        return BaseLM(lambda: shallow(self.plain.config), self._tokenizer, self._name)
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The settings of the LM's text model."""
+        model = self.bridged.original_model if self._device is None else self.plain
+        return model.config.get_text_config()
+
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def heads(self) -> int:
+        """Attention heads of a layer."""
+        return int(self.config.num_attention_heads)
+
+    @cached_property
+    def locations(self) -> dict[str, int]:
+        """Every location that holds a vector for each position, and the vector's features."""
+        return locations(self._looked_up_on.bridged)
+
+    @property
+    def architecture(self) -> str:
+        """The class of the Hugging Face module."""
+        return type(self._looked_up_on.bridged.original_model).__name__
+
+    @property
+    def takes_positions(self) -> bool:
+        """Whether the positions of tokens can be given."""
+        model = self._looked_up_on.bridged.original_model
+        return "position_ids" in inspect.signature(model.forward).parameters
+
+    def forward_pass(self, names: Sequence[str], model: PreTrainedModel | None = None) -> Backend:
+        """The fastest backend that runs the LM with some hooks.
+
+        Args:
+            names: The hooks' full TransformerLens names.
+            model: Run this one: the same LM, not bridged, that is to be trained.
+
+        Raises:
+            ProbekitError: Accelerate placed the LM, and only TransformerLens has one of the hooks.
+        """
+        model = self.plain if model is None else model
+        if self._like is not None:
+            found = self._like.forward_pass(names)
+            return found.with_weights(model) if isinstance(found, HFBackend) else BridgeBackend(self.bridged)
+        if self._device is None:
+            return forward_pass(self.bridged, model, names)
+        like, depth = self._looked_up_on, self._looked_up_on.layers
+        found = like.forward_pass(list(dict.fromkeys(in_layers(name, depth) for name in names)))
+        points = {name: find_hook_point(like.bridged, model, name) for name in names}
+        missing = [name for name, point in points.items() if point is None]
+        if missing or not isinstance(found, HFBackend):
+            raise ProbekitError(
+                f"lm.device_map is set, but only TransformerLens has all of {', '.join(missing or names)}, "
+                "and it takes no LM that accelerate placed; choose other locations (conditioning.location, "
+                "probe.locations), or leave lm.device_map unset"
+            )
+        known = {name: point for name, point in points.items() if point is not None}
+        return HFBackend(model, known, self._device)
 
 
 class Tuning(Protocol):
@@ -99,7 +177,7 @@ class Tuning(Protocol):
         ...
 
     def weights(self) -> dict[str, Tensor]:
-        """What was trained, on the first process alone; all call this together."""
+        """What was trained, by name."""
         ...
 
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
@@ -163,7 +241,8 @@ class Lora:
             # GPT-2's maps are transposed, as peft finds out by itself, and says.
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
-            self._tuned = get_peft_model(model, self._settings)
+            with _on_their_devices(model):
+                self._tuned = get_peft_model(model, self._settings)
         if Path(self._settings.base_model_name_or_path or "").is_absolute():
             self._settings.base_model_name_or_path = None  # a run may be moved: the LM is in its own lm/
         self.model = model
@@ -176,7 +255,7 @@ class Lora:
             dropout.train(mode)
 
     def weights(self) -> dict[str, Tensor]:
-        """As `Tuning` has it: the updates, which are never sharded."""
+        """As `Tuning` has it: the updates."""
         from peft import get_peft_model_state_dict
 
         return get_peft_model_state_dict(self._tuned)
@@ -189,7 +268,7 @@ class Lora:
 
     @staticmethod
     def load(folder: Path, model: PreTrainedModel, settings: BaseSettings) -> PreTrainedModel:
-        """As `Tuning` has it: the updates are merged into the LM's weights."""
+        """As `Tuning` has it: the updates are merged into the LM's weights, if these are at hand."""
         from peft import set_peft_model_state_dict
 
         tuned = Lora(model, settings, seed=0)._tuned
@@ -197,7 +276,7 @@ class Lora:
             report = set_peft_model_state_dict(tuned, read_tensors(folder / LORA_WEIGHTS))
             if report.unexpected_keys or any("lora_" in name for name in report.missing_keys):
                 raise ValueError("updates of other maps")
-        return tuned.merge_and_unload()
+        return model if is_placed(model) else tuned.merge_and_unload()
 
 
 class Full:
@@ -215,12 +294,12 @@ class Full:
         once: dict[int, tuple[str, Tensor]] = {}  # tied ones under the first of their names
         for name, tensor in self.model.state_dict(keep_vars=True).items():
             once.setdefault(id(tensor), (name, tensor))
-        return gathered(dict(once.values()))
+        return {name: tensor.detach() for name, tensor in once.values()}
 
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """As `Tuning` has it: in Hugging Face format, for `AutoModelForCausalLM.from_pretrained`."""
         with atomic_folder(folder) as temporary:
-            with without_bars_of_transformers(), full_disks_told():
+            with without_bars_of_transformers():
                 self.model.save_pretrained(temporary, state_dict=weights)
             # safetensors lets only a file's owner read it; a run may be shared.
             mode = (temporary / "config.json").stat().st_mode
@@ -258,6 +337,23 @@ def _maps(model: PreTrainedModel, last_layers: int | None) -> str | list[str]:
         for name, module in block.named_modules()
         if isinstance(module, nn.Linear | Conv1D)
     ]
+
+
+@contextmanager
+def _on_their_devices(model: PreTrainedModel) -> Iterator[None]:
+    """Shows offloaded weights on the device that uses them, where LoRA's updates are to be made."""
+    offloaded = [
+        (module, name, weight)
+        for module in model.modules()
+        for name, weight in module.named_parameters(recurse=False)
+        if weight.is_meta
+    ]
+    for module, name, weight in offloaded:
+        no_memory = torch.zeros(1, device=module._hf_hook.execution_device).expand(weight.shape)
+        setattr(module, name, nn.Parameter(no_memory, requires_grad=False))
+    yield
+    for module, name, weight in offloaded:
+        setattr(module, name, weight)
 
 
 @contextmanager

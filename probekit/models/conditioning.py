@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -14,10 +13,10 @@ from torch import Tensor, nn
 
 from probekit.config import ConditioningSettings
 from probekit.errors import ProbekitError
-from probekit.models.language_model import OUTSIDE_BLOCKS, Hook, check_location, hook_name, locations
+from probekit.models.language_model import OUTSIDE_BLOCKS, Hook, check_location, hook_name
 
 if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
+    from probekit.models.base_lm import BaseLM
 
 
 EMBEDDING = OUTSIDE_BLOCKS[0]
@@ -92,7 +91,7 @@ class Adapter(nn.Module, ABC):
 
     @staticmethod
     @abstractmethod
-    def width(bridged: TransformerBridge, settings: ConditioningSettings) -> int:
+    def width(lm: BaseLM, settings: ConditioningSettings) -> int:
         """Features that an action's embedding is projected to.
 
         Raises:
@@ -101,9 +100,7 @@ class Adapter(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def fitting(
-        cls, settings: ConditioningSettings, codebook: Tensor, bridged: TransformerBridge, seed: int
-    ) -> Self:
+    def fitting(cls, settings: ConditioningSettings, codebook: Tensor, lm: BaseLM, seed: int) -> Self:
         """An untrained one that fits the LM."""
 
     @staticmethod
@@ -147,15 +144,15 @@ class LayerAdapter(Adapter):
         self.projections = nn.Parameter(_small(len(self.names), codebook.shape[1], width, seed=seed))
 
     @staticmethod
-    def width(bridged: TransformerBridge, settings: ConditioningSettings) -> int:
+    def width(lm: BaseLM, settings: ConditioningSettings) -> int:
         """As `Adapter` has it: no layer may be left over, or the location hold no vector a position."""
-        layers = bridged.cfg.n_layers
+        layers = lm.layers
         if settings.skip_layers >= layers:
             raise ProbekitError(
                 f"conditioning.skip_layers is {settings.skip_layers}, but the LM has {layers} layers; "
                 f"it must be at most {layers - 1}"
             )
-        widths = locations(bridged)
+        widths = lm.locations
         check_location(widths, settings.location, "conditioning.location")
         if settings.location in OUTSIDE_BLOCKS:
             raise ProbekitError(
@@ -165,12 +162,10 @@ class LayerAdapter(Adapter):
         return widths[settings.location]
 
     @classmethod
-    def fitting(
-        cls, settings: ConditioningSettings, codebook: Tensor, bridged: TransformerBridge, seed: int
-    ) -> Self:
+    def fitting(cls, settings: ConditioningSettings, codebook: Tensor, lm: BaseLM, seed: int) -> Self:
         """As `Adapter` has it."""
-        width = cls.width(bridged, settings)
-        return cls(settings, codebook, layers=bridged.cfg.n_layers, width=width, seed=seed)
+        width = cls.width(lm, settings)
+        return cls(settings, codebook, layers=lm.layers, width=width, seed=seed)
 
     @staticmethod
     def location(settings: ConditioningSettings) -> str | None:
@@ -199,18 +194,16 @@ class EmbeddingAdapter(Adapter):
         self.projection = nn.Parameter(_small(codebook.shape[1], width, seed=seed))
 
     @staticmethod
-    def width(bridged: TransformerBridge, settings: ConditioningSettings) -> int:
+    def width(lm: BaseLM, settings: ConditioningSettings) -> int:
         """As `Adapter` has it."""
-        widths = locations(bridged)
+        widths = lm.locations
         check_location(widths, EMBEDDING, f"conditioning.kind is {settings.kind!r}: its location")
         return widths[EMBEDDING]
 
     @classmethod
-    def fitting(
-        cls, settings: ConditioningSettings, codebook: Tensor, bridged: TransformerBridge, seed: int
-    ) -> Self:
+    def fitting(cls, settings: ConditioningSettings, codebook: Tensor, lm: BaseLM, seed: int) -> Self:
         """As `Adapter` has it."""
-        return cls(codebook, width=cls.width(bridged, settings), seed=seed)
+        return cls(codebook, width=cls.width(lm, settings), seed=seed)
 
     @staticmethod
     def location(settings: ConditioningSettings) -> str | None:
@@ -233,15 +226,14 @@ class PlanningToken(EmbeddingAdapter):
     lag = 1  # a token that predicts has its own slot before the planning one
 
     @staticmethod
-    def width(bridged: TransformerBridge, settings: ConditioningSettings) -> int:
+    def width(lm: BaseLM, settings: ConditioningSettings) -> int:
         """As `Adapter` has it: the LM has to take positions."""
-        model = bridged.original_model
-        if "position_ids" not in inspect.signature(model.forward).parameters:
+        if not lm.takes_positions:
             raise ProbekitError(
-                f"conditioning.kind is {settings.kind!r}, but {type(model).__name__} cannot be told the "
-                "positions of tokens, which planning tokens need; give adapter or embedding"
+                f"conditioning.kind is {settings.kind!r}, but {lm.architecture} takes no positions of tokens "
+                "(position_ids), which planning tokens need; give adapter or embedding"
             )
-        return EmbeddingAdapter.width(bridged, settings)
+        return EmbeddingAdapter.width(lm, settings)
 
     @staticmethod
     def location(settings: ConditioningSettings) -> str | None:
@@ -289,20 +281,18 @@ CONDITIONINGS: dict[str, type[Adapter]] = {
 """The kinds of `conditioning.kind`."""
 
 
-def new_adapter(
-    settings: ConditioningSettings, codebook: Tensor, bridged: TransformerBridge, seed: int
-) -> Adapter:
+def new_adapter(settings: ConditioningSettings, codebook: Tensor, lm: BaseLM, seed: int) -> Adapter:
     """An untrained adapter that fits the LM; the same seed gives every variant the same beginning."""
-    return CONDITIONINGS[settings.kind].fitting(settings, codebook, bridged, seed)
+    return CONDITIONINGS[settings.kind].fitting(settings, codebook, lm, seed)
 
 
-def location_width(bridged: TransformerBridge, settings: ConditioningSettings) -> int:
+def location_width(lm: BaseLM, settings: ConditioningSettings) -> int:
     """Features per position where the action enters.
 
     Raises:
         ProbekitError: The LM cannot be conditioned in this way.
     """
-    return CONDITIONINGS[settings.kind].width(bridged, settings)
+    return CONDITIONINGS[settings.kind].width(lm, settings)
 
 
 def _small(*shape: int, seed: int) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from probekit.data.windows import IGNORE, Batch
 from probekit.models.conditioning import Conditioned
-from probekit.models.hook_points import TOLERANCE, ForwardPass, PlainPass, placed
+from probekit.models.hook_points import TOLERANCE, Backend, HFBackend, position_arguments
 from probekit.models.language_model import Hook
 from probekit.models.planner_lm import PlannedLM
 
@@ -172,7 +172,7 @@ class WholeDecoder:
     def __init__(self, model: PlannedLM, window: int) -> None:
         self._model = model
         self._window = window
-        self._device = model.bridged.original_model.device
+        self._device = model.backend.device
 
     def __call__(self, texts: Sequence[Text]) -> Tensor:
         """As `Decoder` has it."""
@@ -185,15 +185,15 @@ class PlainDecoder:
     """Reads with the plain module, and, where that is asked for, keeps what it has read.
 
     Args:
-        road: The plain module.
+        backend: The plain module.
         model: Whose adapter conditions it, and whose depth ensemble makes the logits, if there are such.
         window: Most tokens that are read at once.
         cache: Keep keys and values of the texts of one call for the next.
     """
 
-    def __init__(self, road: PlainPass, model: PlannedLM, window: int, *, cache: bool) -> None:
+    def __init__(self, backend: HFBackend, model: PlannedLM, window: int, *, cache: bool) -> None:
         self.cached = cache
-        self._road = road
+        self._backend = backend
         self._adapter = model.adapter
         self._late = [] if model.depth is None else model.depth.hooks()
         self._window = window
@@ -228,15 +228,15 @@ class PlainDecoder:
     def _step(self, texts: list[Text]) -> Tensor:
         """Reads the last token of texts that are held; other texts are no longer held then."""
         assert self._cache is not None  # noqa: S101 - texts are held in it
-        device = self._road.device
+        device = self._backend.device
         if len(texts) < len(self._texts):
-            rows = torch.tensor([self._texts.index(text) for text in texts], device=device)
+            rows = torch.tensor([self._texts.index(text) for text in texts])
             self._cache.batch_select_indices(rows)
         # Columns of the cache that no text reaches any more are masked, and cut off when texts join.
         width, lengths = self._cache.get_seq_length() + 1, [self._length(text) for text in texts]
         read = torch.tensor(lengths, device=device)[:, None]
         mask = (torch.arange(width, device=device) >= width - read).long()
-        with self._road.hooked([*self._last_hooks(texts, device), *self._late]) as model:
+        with self._backend.hooked([*self._last_hooks(texts, device), *self._late]) as model:
             return model(
                 input_ids=torch.tensor([[text.tokens[-1]] for text in texts], device=device),
                 position_ids=read - 1,
@@ -277,18 +277,18 @@ class PlainDecoder:
 
     def _fill(self, texts: Sequence[Text], cache: DynamicCache | None) -> Tensor:
         """Reads whole windows; a cache that is given holds their keys and values then."""
-        read = read_windows(texts, self._window, self._road.device)
+        read = read_windows(texts, self._window, self._backend.device)
         shown = Conditioned(read.tokens)
         if self._adapter is not None and read.embeddings is not None:
             shown = self._adapter.conditioned(read.tokens, read.embeddings, read.sentence)
-        rows, last = torch.arange(len(texts), device=self._road.device), read.lengths - 1
+        rows, last = torch.arange(len(texts), device=self._backend.device), read.lengths - 1
         if shown.slots is not None:
             last = shown.slots.predicting[rows, last]
 
         def only_last(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             return (inputs[0][rows, last][:, None], *inputs[1:])
 
-        with self._road.hooked([*shown.hooks, *self._late]) as model:
+        with self._backend.hooked([*shown.hooks, *self._late]) as model:
             # Logits of whole windows may not fit, and nobody reads them.
             handle = model.get_output_embeddings().register_forward_pre_hook(only_last)
             try:
@@ -296,7 +296,7 @@ class PlainDecoder:
                     input_ids=shown.tokens,
                     past_key_values=cache,
                     use_cache=cache is not None,
-                    **placed(shown.positions),
+                    **position_arguments(shown.positions),
                 )
             finally:
                 handle.remove()
@@ -312,10 +312,11 @@ def _to_the_end(layers: KeysAndValues, lengths: list[int], width: int) -> KeysAn
     if min(lengths) == max(lengths) == width:
         return layers
     place = torch.arange(width)[None] - (width - torch.tensor(lengths)[:, None])
-    place = place.clamp(min=0).to(layers[0][0].device)[:, None, :, None]
+    place = place.clamp(min=0)[:, None, :, None]
 
     def moved(states: Tensor) -> Tensor:
-        return states.gather(2, place.expand(-1, states.shape[1], -1, states.shape[3]))
+        # Layers may be on several devices.
+        return states.gather(2, place.to(states.device).expand(-1, states.shape[1], -1, states.shape[3]))
 
     return [(moved(keys), moved(values)) for keys, values in layers]
 
@@ -325,32 +326,32 @@ def _cut(states: Tensor, width: int) -> Tensor:
     return nn.functional.pad(states[:, :, -width:], (0, 0, max(0, width - states.shape[2]), 0))
 
 
-def new_decoder(model: PlannedLM, road: ForwardPass, window: int, *, cache: bool = True) -> Decoder:
+def new_decoder(model: PlannedLM, backend: Backend, window: int, *, cache: bool = True) -> Decoder:
     """The fastest way to read growing texts.
 
     The plain module is compared with the conditioned LM itself on a few tokens, the cache too.
 
     Args:
         model: The conditioned LM.
-        road: How the LM runs the model's hooks (`Run.forward_pass`).
+        backend: How the LM runs the model's hooks (`Run.forward_pass`).
         window: Most tokens that are read at once, at least two.
         cache: Whether to keep what was read; it is not kept where the plain module cannot, nor between
             planning tokens.
     """
     whole = WholeDecoder(model, window)
-    if not isinstance(road, PlainPass):
+    if not isinstance(backend, HFBackend):
         return whole
     inserts = model.adapter is not None and model.adapter.inserts
     for kept in (True, False) if cache and not inserts else (False,):
-        plain = PlainDecoder(road, model, window, cache=kept)
+        plain = PlainDecoder(backend, model, window, cache=kept)
         if _same(plain, whole, model, window):
-            return PlainDecoder(road, model, window, cache=kept)
+            return PlainDecoder(backend, model, window, cache=kept)
     return whole
 
 
 def _same(plain: Decoder, whole: Decoder, model: PlannedLM, window: int) -> bool:
     """Whether two decoders say the same of two texts of different lengths, and when these have grown."""
-    vocabulary = model.bridged.original_model.config.get_text_config().vocab_size
+    vocabulary = model.backend.model.config.get_text_config().vocab_size
     embeddings = [] if model.adapter is None else list(model.adapter.codebook.detach()[:2])
     longer = min(window - 1, 3)
     texts = [

@@ -19,12 +19,14 @@ from torch import Tensor, nn
 
 from probekit.config import DepthSettings, DistillationSettings, MemberName
 from probekit.errors import ProbekitError
-from probekit.models.hook_points import TOLERANCE, find_tap
+from probekit.models.hook_points import TOLERANCE, find_hook_point
 from probekit.models.language_model import OUTSIDE_BLOCKS, Hook, hook_name
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import PreTrainedModel
+
+    from probekit.models.base_lm import BaseLM
 
 
 NORM_IN = "ln_final.hook_in"
@@ -189,7 +191,7 @@ class DepthEnsemble(nn.Module):
 def new_ensemble(
     member: MemberName,
     settings: DepthSettings,
-    bridged: TransformerBridge,
+    lm: BaseLM,
     model: PreTrainedModel,
     seed: int,
 ) -> DepthEnsemble:
@@ -198,19 +200,19 @@ def new_ensemble(
     Args:
         member: Which layers it reads.
         settings: Their number, and the router's.
-        bridged: The LM, bridged.
+        lm: The LM.
         model: The same LM, not bridged.
         seed: Seed of the router.
 
     Raises:
         ProbekitError: The LM has too few layers, no final norm, or logits that are more than its head.
     """
-    depth = bridged.cfg.n_layers
+    depth = lm.layers
     if settings.layers > depth:
         raise ProbekitError(
             f"depth.layers is {settings.layers}, but the LM has {depth} layers; it must be at most {depth}"
         )
-    norm = final_norm(bridged, model)
+    norm = final_norm(lm.bridged, model)
     return DepthEnsemble(
         norm,
         MEMBERS[member].layers(depth, settings.layers),
@@ -228,14 +230,14 @@ def final_norm(bridged: TransformerBridge, model: PreTrainedModel) -> nn.Module:
     Raises:
         ProbekitError: There is none, or the logits are capped or scaled behind the head.
     """
-    tap = find_tap(bridged, model, NORM_OUT)
-    if tap is None:
+    point = find_hook_point(bridged, model, NORM_OUT)
+    if point is None:
         raise ProbekitError(
             f"{type(model).__name__} has no final norm (no {NORM_OUT}), from which a depth ensemble's "
             "normalisations begin; choose an LM that has one before its head, as GPT-2, Llama, OLMo and Qwen "
             "have, or give --method planner"
         )
-    norm = model.get_submodule(tap.module)
+    norm = model.get_submodule(point.module)
     seen: list[Tensor] = []
     handle = norm.register_forward_hook(lambda _, __, output: seen.append(output))
     with torch.no_grad():

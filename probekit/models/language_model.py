@@ -12,11 +12,13 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from probekit import distributed
 from probekit.config import LanguageModelSettings
 from probekit.data import hub
 from probekit.data.tokenizer import separator_id
@@ -52,34 +54,31 @@ def new_model(
 
 
 def random_weights(model: PreTrainedModel, seed: int) -> PreTrainedModel:
-    """A model of the same architecture with random weights; the same seed gives the same weights."""
+    """A model of the same architecture with random weights, placed as the model is.
+
+    The same seed gives the same weights.
+    """
+    from accelerate import dispatch_model
+
+    made = _random(model.config, seed)
+    if not is_placed(model):
+        return made
+    folder = TemporaryDirectory(prefix="probekit-")
+    made.offload_folder = folder  # removed with the model
+    return dispatch_model(made, model.hf_device_map, offload_dir=folder.name, force_hooks=True)
+
+
+def _random(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     with torch.random.fork_rng():
         # Not the seed itself: an untrained model of that seed would come out again.
         torch.manual_seed(seed + 2**40)
-        return AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
-
-
-def without_weights(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A causal LM whose weights have shapes alone (PyTorch's meta device)."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, trust_remote_code=trust_remote_code
-        )
-
-
-def allocated(outline: PreTrainedModel) -> PreTrainedModel:
-    """Gives an LM without weights any, in memory that is taken only where it is written to."""
-    outline.to_empty(device="cpu")
-    outline.tie_weights()
-    return outline
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
 def shallow(config: PreTrainedConfig) -> PreTrainedModel:
-    """A stand-in for an LM: random weights, and its first layers alone, with one of every kind."""
+    """A small LM of the same architecture with random weights: the first layers, with one of every kind."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
     depth, kinds = text.num_hidden_layers, getattr(text, "layer_types", None) or [None]
@@ -88,54 +87,62 @@ def shallow(config: PreTrainedConfig) -> PreTrainedModel:
         if isinstance(value, list) and len(value) == depth:
             setattr(text, name, value[:layers])
     text.num_hidden_layers = layers
-    return random_weights(without_weights(config), 0)
+    return _random(config, 0)
 
 
-def load_outline(
-    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+def load_model(
+    name: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    device_map: str | dict[str, str | int] | None = None,
 ) -> PreTrainedModel:
-    """What `load_model` gives, without weights.
-
-    Raises:
-        ProbekitError: There is no such folder or hub name, the hub is out of reach, or it has no config.json.
-    """
-    from transformers import AutoConfig
-
-    source = hub.find(name, setting="lm.name", revision=revision)
-    try:
-        config = AutoConfig.from_pretrained(
-            source.name, trust_remote_code=trust_remote_code, **source.arguments
-        )
-        return without_weights(config, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        raise ProbekitError(
-            f"lm.name {name!r}: its config.json describes no causal LM ({_reason(error)})"
-        ) from error
-
-
-def load_model(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
     """Loads a causal LM in float32 from a local folder or the hub.
+
+    Args:
+        name: The folder, or the name on the hub.
+        revision: Branch, tag or commit of a hub model.
+        trust_remote_code: Let the model's folder run its own code.
+        device_map: How accelerate places the weights over GPUs, main memory and disk (its `device_map`).
+            What is offloaded to disk lies in a temporary folder as long as the model is used. Unset: all are
+            in main memory.
 
     Raises:
         ProbekitError: There is no such folder or hub name, the hub is out of reach, some or all weights of a
-            causal LM are not there, or what is there is no causal LM.
+            causal LM are not there, what is there is no causal LM, or it cannot be placed.
     """
+    from accelerate import dispatch_model
     from transformers import AutoModelForCausalLM
 
+    if device_map is not None and (processes := distributed.count()) > 1:
+        raise ProbekitError(
+            f"lm.device_map is {device_map!r}, but {processes} processes run, each with its own LM; use "
+            "one process, or leave lm.device_map unset"
+        )
     source = hub.find(name, setting="lm.name", revision=revision)
+    arguments: dict[str, Any] = source.arguments
+    if device_map is not None:
+        folder = TemporaryDirectory(prefix="probekit-")
+        arguments = arguments | {"device_map": device_map, "offload_folder": folder.name}
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             source.name,
             dtype=torch.float32,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
-            **source.arguments,
+            **arguments,
         )
     except Exception as error:
+        placing = "" if device_map is None else f" with lm.device_map {device_map!r}"
         raise ProbekitError(
-            f"lm.name {name!r}: no causal LM could be loaded from it; it needs a config.json and "
+            f"lm.name {name!r}: no causal LM could be loaded from it{placing}; it needs a config.json and "
             f"model.safetensors ({_reason(error)})"
         ) from error
+    if device_map is not None:
+        model.offload_folder = folder  # removed with the model
+        found = getattr(model, "hf_device_map", {"": str(model.device)})
+        if len({*found.values()}) == 1:  # accelerate left out what moves tokens there
+            dispatch_model(model, found, force_hooks=True)
     if missing := sorted(report["missing_keys"]):
         raise ProbekitError(
             f"lm.name {name!r}: its weights lack {missing[0]} and {len(missing) - 1} more that "
@@ -147,6 +154,19 @@ def load_model(name: str, *, revision: str | None = None, trust_remote_code: boo
             "give a causal LM"
         )
     return model
+
+
+def is_placed(model: PreTrainedModel) -> bool:
+    """Whether accelerate placed the model's weights (`lm.device_map`)."""
+    return getattr(model, "hf_device_map", None) is not None
+
+
+def main_device(model: PreTrainedModel) -> torch.device:
+    """Where the model takes tokens; of one that accelerate placed, its first GPU if there is one."""
+    if not is_placed(model):
+        return model.device
+    devices = [device for device in model.hf_device_map.values() if device not in ("cpu", "disk")]
+    return torch.device(devices[0] if devices else "cpu")
 
 
 def bridge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str | Path) -> TransformerBridge:
@@ -176,31 +196,9 @@ def bridge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str
     return bridged
 
 
-def bridge_without_weights(
-    outline: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str | Path
-) -> TransformerBridge:
-    """Bridges an LM that has no weights, so that hooks and their shapes can be looked up.
-
-    Raises:
-        ProbekitError: TransformerLens has no bridge for this architecture.
-    """
-    try:
-        return bridge(outline, tokenizer, name)
-    except ProbekitError:  # queries, keys and values that are one matrix are taken apart by their values
-        bridged = bridge(allocated(without_weights(outline.config)), tokenizer, name)
-        bridged.original_model.to("meta")
-        return bridged
-
-
-def shallow_bridge(bridged: TransformerBridge) -> TransformerBridge:
-    """A shallow stand-in for a bridged LM, with weights."""
-    like = shallow(bridged.original_model.config)
-    return bridge(like, bridged.tokenizer, "a shallow LM of the same architecture")
-
-
-def longest_window(model: PreTrainedModel) -> int:
+def longest_window(config: PreTrainedConfig) -> int:
     """Positions that the LM can read at once, in tokens; without bound where it has no table of positions."""
-    return int(getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize))
+    return int(getattr(config.get_text_config(), "max_position_embeddings", sys.maxsize))
 
 
 Hook = tuple[str, Callable[..., Tensor | None]]
@@ -223,6 +221,12 @@ def layer_of(name: str) -> int | None:
     return int(rest.partition(".")[0]) if first == "blocks" else None
 
 
+def in_layers(name: str, layers: int) -> str:
+    """The hook that stands for one in an LM of fewer layers."""
+    layer = layer_of(name) if name.startswith("blocks.") else None
+    return name if layer is None else name.replace(f".{layer}.", f".{layer % layers}.", 1)
+
+
 def locations(bridged: TransformerBridge) -> dict[str, int]:
     """Every location that holds a vector for each position, and the vector's features.
 
@@ -230,8 +234,6 @@ def locations(bridged: TransformerBridge) -> dict[str, int]:
     is a vector for each position, one more token makes the second axis longer and changes no other. Blocks
     are taken to be like the first.
     """
-    if bridged.original_model.device.type == "meta":  # not all LMs can be run without weights
-        bridged = shallow_bridge(bridged)
     short, long = (_shapes(bridged, length) for length in (1, 2))
     return {
         location: math.prod(shape[2:])
@@ -272,7 +274,7 @@ def _shapes(bridged: TransformerBridge, length: int) -> dict[str, tuple[int, ...
 def _reads_ahead(model: PreTrainedModel) -> bool:
     """Whether the next token changes a position's logits, as in a BERT, which loads as a causal LM too."""
     with torch.no_grad():
-        one, other = model(torch.tensor([[0, 0], [0, 1]])).logits[:, 0]
+        one, other = model(torch.tensor([[0, 0], [0, 1]], device=main_device(model))).logits[:, 0]
     return bool((one - other).abs().max() > 1e-4 * one.abs().max())
 
 

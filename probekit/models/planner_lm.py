@@ -1,4 +1,4 @@
-"""The planner-conditioned LM: planner, mixing, adapter, bridged base LM and depth ensemble as one module."""
+"""The planner-conditioned LM: planner, mixing, adapter, base LM and depth ensemble as one module."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from probekit.data.windows import IGNORE, Batch
 from probekit.models.conditioning import Adapter, Conditioned
 from probekit.models.depth_ensemble import DepthEnsemble
-from probekit.models.hook_points import BridgedPass, ForwardPass
+from probekit.models.hook_points import Backend
 from probekit.models.language_model import Hook
 from probekit.models.mixing import Mixing
 from probekit.models.planner import Planner, TrainableEncoder
@@ -25,11 +25,10 @@ class PlannedLM(nn.Module):
     """An LM whose every token is conditioned on its sentence's action.
 
     Args:
-        bridged: The base LM, frozen.
+        backend: Runs the base LM, which is frozen; a `BridgeBackend` where anybody may add hooks.
         planner: Scores actions; trained here only where the variant is joint. None where nothing is planned.
         adapter: Codebook and projections; None leaves the base LM alone.
         temperature: Of the softmax over scores.
-        road: How the forward pass is run; unset: through the bridge, where anybody may add hooks.
         learn_temperature: Train the temperature, from that value on.
         encoder: The sentence encoder that is trained with the planner; unset: embeddings are the corpus's.
         depth: Makes the logits of several layers; None: they are the last layer's.
@@ -37,18 +36,17 @@ class PlannedLM(nn.Module):
 
     def __init__(
         self,
-        bridged: TransformerBridge,
+        backend: Backend,
         planner: Planner | None,
         adapter: Adapter | None,
         temperature: float,
-        road: ForwardPass | None = None,
         *,
         learn_temperature: bool = False,
         encoder: TrainableEncoder | None = None,
         depth: DepthEnsemble | None = None,
     ) -> None:
         super().__init__()
-        self.bridged = bridged
+        self.backend = backend
         self.planner = planner
         self.adapter = adapter
         self.encoder = encoder
@@ -58,11 +56,11 @@ class PlannedLM(nn.Module):
             device = None if adapter is None else adapter.codebook.device
             self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature), device=device))
         self._temperature = temperature
-        self._road = road or BridgedPass(bridged)
 
-    def run_by(self, road: ForwardPass) -> None:
-        """Has forward passes run in another way."""
-        self._road = road
+    @property
+    def bridged(self) -> TransformerBridge:
+        """The bridge that runs it, to which anybody may add hooks."""
+        return self.backend.bridged  # type: ignore[union-attr]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -104,7 +102,7 @@ class PlannedLM(nn.Module):
         read = self._planned(batch, mixing, scores)
         hidden: dict[str, Tensor] = {}
         readers = self.depth.readers(hidden)
-        self._road(read.tokens, [*read.hooks, *readers], len(readers), read.positions)
+        self.backend(read.tokens, [*read.hooks, *readers], len(readers), read.positions)
         if read.slots is None:
             return hidden
         return {name: read.slots.predictions(activation) for name, activation in hidden.items()}
@@ -121,7 +119,7 @@ class PlannedLM(nn.Module):
     def forward(self, batch: Batch, mixing: Mixing, scores: Tensor | None = None) -> Tensor:
         """Next-token logits `[windows, positions, vocabulary]`."""
         read = self.conditioned(batch, mixing, scores)
-        logits = self._road.logits(read.tokens, read.hooks, read.positions)
+        logits = self.backend.logits(read.tokens, read.hooks, read.positions)
         return logits if read.slots is None else read.slots.predictions(logits)
 
 

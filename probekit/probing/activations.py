@@ -17,7 +17,6 @@ from probekit.distributed import autocast
 from probekit.errors import ProbekitError
 from probekit.evaluation.perplexity import window_and_stride
 from probekit.models.conditioning import Conditioned
-from probekit.models.hook_points import ShardedPass
 from probekit.models.language_model import Hook, hook_name
 from probekit.models.mixing import VARIANTS, evaluation_mixing
 from probekit.probing.locations import BEFORE
@@ -97,18 +96,10 @@ class Reader:
         names = [_name(place) for place in places] + list(adapter.names if adapter is not None else ())
         self._forward = run.forward_pass(names, variant, seed)
 
-    @property
-    def sharded(self) -> bool:
-        """Whether all processes have to read together, for they share the LM's weights."""
-        return isinstance(self._forward, ShardedPass)
-
     def chunks(self, examples: Examples) -> Iterator[tuple[slice, list[Tensor]]]:
         """Activations of this process's share of the examples; see `Activations`."""
         for part in distributed.share([*chunk_slices(examples.document)]):
             yield part, self.read(examples[part])
-            self._run.corpus.release()
-        if isinstance(self._forward, ShardedPass):
-            self._forward.keep_up()
 
     def changed_by_conditioning(self) -> set[HookPoint]:
         """The places that an action changes at the first position, if any, that can have been told of it."""

@@ -198,7 +198,6 @@ def _tally(corpus: Corpus, grid: Grid, horizon: int, heads: list[Row], predict: 
     one = Tally(heads[:1], int(number.max()) + 1)
     for rows in whole_documents(number):
         one.add(number[rows], predict(rows)[None], labels[rows])
-        corpus.release()
     whole = Tally(heads, int(number.max()) + 1)
     whole.sums = {score: np.repeat(sums, len(heads), axis=1) for score, sums in one.sums.items()}
     return whole

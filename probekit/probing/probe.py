@@ -102,8 +102,6 @@ def probe(
     places = _places(run)
     target = find_target(run.corpus, config.target, config.labels)
     progress = Progress(quiet=quiet)
-    if run.config.lm.sharded:
-        progress.say(run.sharding)
     grids = _grids(run, target)
     shared = next(iter(grids.values()))
     with progress.task("score baselines"):
@@ -299,7 +297,7 @@ def _check_variants(run: Run) -> None:
 
 def _places(run: Run) -> list[HookPoint]:
     """Every location at every layer of the settings; one outside the blocks at the layer beside it."""
-    settings, layers = run.config.probe, run.bridged.cfg.n_layers
+    settings, layers = run.config.probe, run.base_lm().layers
     for location in settings.locations:
         check_location(run.locations, location.removesuffix(BEFORE), "probe.locations")
         if location.endswith(BEFORE):

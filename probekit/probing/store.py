@@ -92,7 +92,7 @@ def write_store(
 ) -> None:
     """Writes what a reader reads, or goes on with a store that was begun; a complete one costs nothing.
 
-    The first of several processes reads and writes; of a sharded LM all read together.
+    The first of several processes reads and writes.
 
     Args:
         reader: Reads the activations.
@@ -130,12 +130,10 @@ def write_store(
     if missing and distributed.is_first():
         # Before the first shard: a store that is interrupted in it can be told from a foreign folder.
         write_json(folder / "manifest.json", manifest)
-    if missing and (reader.sharded or distributed.is_first()):
+    if missing and distributed.is_first():
         with progress.task("store activations", total=rows) as task:
             for examples, part, name in missing:
                 blocks = reader.read(examples[part])
-                if not distributed.is_first():
-                    continue
                 write_tensors(folder / name, {f"block{b}": values for b, values in enumerate(blocks)})
                 shards[name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
                 write_json(folder / "manifest.json", manifest)
@@ -148,7 +146,7 @@ def identity(run: Run, variant: ProbedName, seed: int, grid: Grid) -> dict[str, 
     facts, config = run.corpus.facts, run.config
     told = config.model_dump(include={"planner", "conditioning"}) | {"temperature": config.mixing.temperature}
     return {
-        "version": version("probekit"),
+        "version": version("probekit-lm"),
         "model": run.weights_digest(variant),
         "corpus": f"{facts['fingerprint'][:16]}, {facts['tokens']} tokens",
         "variant": f"random, seed {seed}" if variant == "random" else variant,

@@ -61,7 +61,7 @@ def origin(run: Run) -> dict[str, Any]:
     """What results depend on beside settings and weights: a file of labels may have been edited."""
     labels = run.config.probe.labels
     return {
-        "version": version("probekit"),
+        "version": version("probekit-lm"),
         "corpus": run.corpus.facts["fingerprint"],
         "device": run.device.type,
         "labels": None if labels is None else digest_of([Path(labels).expanduser()]),

@@ -329,7 +329,7 @@ def read_text(
     used = probes.config.evaluation
     windows = {"evaluation.window": used.window, "evaluation.stride": used.stride}
     run.require("lm")
-    _ = run.bridged  # loaded here, it stays with the caller's run for the next text
+    _ = run.locations  # loaded here, it stays with the caller's run for the next text
     run = run.with_settings(windows)
     progress = progress or Progress(quiet=True)
     with progress.task("cut the text"):

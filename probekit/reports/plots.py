@@ -28,7 +28,7 @@ from matplotlib.typing import ColorType
 from probekit.errors import ProbekitError
 from probekit.models.mixing import VARIANTS
 from probekit.probing.locations import label
-from probekit.reports.document import visible
+from probekit.reports.describe import visible
 from probekit.reports.figures import (
     DISTANCE,
     METRICS,
@@ -47,7 +47,7 @@ from probekit.reports.figures import (
     panels,
 )
 from probekit.run.run import Run
-from probekit.sweep import Sweep
+from probekit.sweeps import Sweep
 
 PREFERRED = {"location": "hook_resid_post", "solver": "softmax"}
 """What is drawn where nothing is asked for, if it was probed; else the first that was."""

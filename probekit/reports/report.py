@@ -1,73 +1,83 @@
-"""`probekit report`: all of a run on one page, what to mind at the top, as HTML and as Markdown."""
+"""`probekit report`: all of a run on one page, what speaks against it at the top, as HTML and as Markdown.
+
+A jinja2 template for each is filled with the same sections. The HTML page holds its pictures, and needs no
+script and no network.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+import base64
+import re
+import shlex
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, select_autoescape
 
 from probekit.errors import ProbekitError
-from probekit.io import atomic_path, write_text
-from probekit.reports import report_causal as causal
-from probekit.reports import report_results as results
-from probekit.reports import report_sections as sections
-from probekit.reports.checks import cautions_of
-from probekit.reports.document import Block, Fold, Picture, Report, Section
-from probekit.reports.report_findings import (
-    CORPUS,
+from probekit.io import atomic_path, read_json, write_text
+from probekit.models.depth_ensemble import MEMBERS
+from probekit.models.mixing import VARIANTS
+from probekit.probing.locations import label
+from probekit.probing.probe import ProbeResults
+from probekit.reports import describe
+from probekit.reports.checks import (
     EVALUATION,
     GENERATION,
-    INTERVENTIONS,
-    METRICS,
     PROBES,
-    PROVENANCE,
-    SUBNETWORKS,
-    Findings,
-    attempt,
+    changed_settings,
+    checks,
+    compared_interventions,
+    has,
+    only_probed,
+    probed_stages,
+    run_name,
+    setting_words,
+    variants_with,
 )
-from probekit.reports.report_html import to_html
-from probekit.reports.report_markdown import to_markdown
+from probekit.reports.describe import Table, visible
+from probekit.reports.figures import panels, svg_of
+from probekit.reports.over_training import plot_over_training
+from probekit.reports.plots import (
+    PREFERRED,
+    plot_curve,
+    plot_perplexity,
+    plot_probes,
+    plot_training,
+    probed_variants,
+)
 from probekit.run.run import Run
 
 SUFFIXES = (".html", ".md")
 """What a report can be written as."""
 
+UNFOLDED = 2
+"""Locations whose pictures are shown at once; more are folded."""
 
-@dataclass(frozen=True)
-class Part:
-    """A section to be: its heading, the file it tells of, what makes it, a table that the file must have."""
+
+class Picture(NamedTuple):
+    """A picture: part of its file's name, its caption, a text in its place, and whether it is folded."""
+
+    name: str
+    caption: str
+    alt: str
+    svg: bytes
+    folded: bool = False
+
+
+class Section(NamedTuple):
+    """A heading and what stands below it, in this order."""
 
     title: str
-    file: str
-    make: Callable[[Findings], list[Block]]
-    table: str | None = None
-
-    def there(self, found: Findings) -> bool:
-        """Whether the run has what it tells of."""
-        if not found.has(self.file):
-            return False
-        return self.table is None or bool(len(found.evaluation.get(self.table, ())))
-
-
-BEFORE = (
-    Part("What it is", "config.yaml", sections.about),
-    Part("Corpus", CORPUS, sections.corpus),
-    Part("Perplexity", EVALUATION, results.perplexity),
-    Part("Planners", EVALUATION, results.planners, "planner"),
-    Part("Multiple choice", EVALUATION, results.choices, "accuracy"),
-    Part("Generated text", GENERATION, results.generation),
-    Part("Probes", PROBES, results.probes),
-)
-"""Sections that stand before those of single variants and stages, where the run has them."""
-
-BEHIND = (
-    Part("Stages", "run.json", sections.stages),
-    Part("Training", METRICS, sections.training),
-    Part("How to reproduce it", PROVENANCE, sections.reproduction),
-    Part("Settings", "config.yaml", sections.settings),
-)
-"""Sections that stand behind them."""
+    text: str = ""
+    code: str = ""
+    language: str = ""
+    pictures: Sequence[Picture] = ()
+    tables: Sequence[Table] = ()
+    notes: Sequence[str] = ()
 
 
 def report(run: Run | str | Path, out: str | Path | None = None) -> list[Path]:
@@ -75,65 +85,390 @@ def report(run: Run | str | Path, out: str | Path | None = None) -> list[Path]:
 
     Args:
         run: The run or its folder.
-        out: Where to, ending in .html or .md; pictures of Markdown go into `figures/` beside it. None:
+        out: The file, ending in .html or .md; the pictures of Markdown go into `figures/` beside it. None:
             `report.html` and `report.md` in the run's folder.
 
     Returns:
         The files, without the pictures.
 
     Raises:
-        ProbekitError: There is no run, or the suffix is another one.
+        ProbekitError: There is no run, a file in it is damaged, or the suffix is another one.
     """
     if out is not None and Path(out).suffix not in SUFFIXES:
         raise ProbekitError(f"-o is {str(out)!r}; it must end in {' or '.join(SUFFIXES)}")
     run = Run.at(run)
-    made = compose(run)
+    title, lines = f"Report on {run_name(run)}", checks(run)
+    sections = [section for make in SECTIONS for section in make(run)]
     files = [Path(out)] if out is not None else [run.folder / f"report{suffix}" for suffix in SUFFIXES]
     for file in files:
-        write_text(file, to_html(made) if file.suffix == ".html" else _with_pictures(made, file))
+        if file.suffix == ".md":
+            for picture in (picture for section in sections for picture in section.pictures):
+                with atomic_path(file.parent / picture_path(file, picture)) as temporary:
+                    temporary.write_bytes(picture.svg)
+        write_text(file, render(title, lines, sections, file))
     return files
 
 
-def compose(run: Run) -> Report:
-    """A run's report, before it is written; what cannot be read is among the cautions."""
-    found = Findings(run)
-    damaged: dict[str, str] = {}
-    made = []
-    for part in (*BEFORE, *_of_each(found), *BEHIND):
-        if attempt(part.file, damaged, partial(part.there, found)):
-            blocks = attempt(part.file, damaged, partial(part.make, found))
-            if blocks:
-                made.append(Section(part.title, tuple(blocks)))
-    cautions = cautions_of(found, damaged)  # may find more that is damaged
-    return Report(f"Report on {found.name}", (*damaged.values(), *cautions), tuple(made))
+def render(title: str, lines: Sequence[str], sections: Sequence[Section], file: Path) -> str:
+    """The text of a report.
+
+    Args:
+        title: Its heading.
+        lines: What speaks against the results.
+        sections: All else.
+        file: Where it is to be written; its suffix chooses the template.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=select_autoescape(["html.j2"]),  # Markdown has a filter of its own
+        finalize=lambda value: visible(value) if type(value) is str else value,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {
+        "anchor": lambda text: re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-"),
+        "base64": lambda data: base64.b64encode(data).decode("ascii"),
+        "fence": lambda code: "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0)),
+        "markdown": to_markdown,
+        "path": lambda picture: quote(picture_path(file, picture)),
+    }
+    template = environment.get_template(f"report{file.suffix}.j2")
+    return template.render(title=title, lines=lines, sections=sections)
 
 
-def _of_each(found: Findings) -> Iterator[Part]:
-    """Sections of single variants and stages."""
-    for stage in found.probed_stages:
-        make = partial(results.over_training, stage=stage)
-        yield Part(f"Over training: {stage}", found.over_training_file(stage), make)
-    for title, file, of_variant in (
-        ("Interventions", INTERVENTIONS, causal.interventions),
-        ("Subnetwork", SUBNETWORKS, causal.subnetwork),
-    ):
-        for variant in found.variants_with(file):
-            yield Part(f"{title}: {variant}", file.format(variant), partial(of_variant, variant=variant))
+def picture_path(file: Path, picture: Picture) -> str:
+    """Where a picture of a Markdown report is, from the folder that holds the report."""
+    return f"figures/{file.stem}_{picture.name}.svg"
 
 
-def _with_pictures(made: Report, file: Path) -> str:
-    """The Markdown of a report, whose pictures are written beside it."""
-    paths = {}
-    for picture in _pictures(block for section in made.sections for block in section.blocks):
-        paths[picture.name] = f"figures/{file.stem}_{picture.name}.svg"
-        with atomic_path(file.parent / paths[picture.name]) as temporary:
-            temporary.write_bytes(picture.svg)
-    return to_markdown(made, paths)
+MARKDOWN = re.compile(
+    r"[\\`*|~#$]"  # code, emphasis, cells, strikethrough, headings, formulas
+    r"|(?<![^\W_])_|_(?![^\W_])"  # emphasis; inside a word it is a letter
+    r"|!(?=\[)|\](?=[(\[:])"  # pictures, links and their definitions
+)
+"""What means something anywhere in a line of Markdown."""
+
+LINE_START = re.compile(r"^([-+=]|\d+[.)])(?=[-=\s]|$)")
+"""What means something at the beginning of one."""
 
 
-def _pictures(blocks: Iterator[Block]) -> Iterator[Picture]:
-    for block in blocks:
-        if isinstance(block, Picture):
-            yield block
-        elif isinstance(block, Fold):
-            yield from _pictures(iter(block.blocks))
+def to_markdown(text: str, *, brackets: bool = False) -> str:
+    """Plain text as Markdown that shows it, on one line.
+
+    Args:
+        text: The text.
+        brackets: Whether it stands between brackets, where these mean something too.
+    """
+    line = visible(re.sub(r"[ \t\r\n]+", " ", text).strip())
+    special = re.compile(rf"[\[\]]|{MARKDOWN.pattern}") if brackets else MARKDOWN
+    line = special.sub(lambda found: f"\\{found[0]}", line)
+    line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return LINE_START.sub(lambda found: f"{found[0][:-1]}\\{found[0][-1]}", line)
+
+
+# What the run is
+
+
+def about(run: Run) -> Iterator[Section]:
+    """The method, its models, what the corpus was made of."""
+    config, facts = run.config, run.stages
+    if only_probed(run):
+        text = f"The LM {config.lm.name} and a corpus, put together to be probed: nothing was trained."
+    elif config.method == "depth-ensemble":
+        text = (
+            f"A depth ensemble (arXiv 2410.13077): the logits of the last {config.depth.layers} layers, "
+            f"weighed by a learned router for every token. Members: {', '.join(config.depth.members)}."
+        )
+    else:
+        text = (
+            "An LM conditioned on the action that is planned for its next sentence (arXiv 2410.12492, "
+            f"2404.00614). Variants, by how the action is chosen: {', '.join(config.mixing.variants)}."
+        )
+    lm, corpus = config.lm, facts.get("corpus", {})
+    new = f"new: {lm.layers} layers, width {lm.width}, {lm.heads} heads, {lm.positions} positions"
+    index = corpus.get("adjusted_rand_index")
+    rows = {
+        "LM": new if lm.name is None else lm.name + (f", revision {lm.revision}" if lm.revision else ""),
+        "parameters of the LM": facts.get("lm", {}).get("parameters"),
+        "corpus": config.corpus.reader + (f", {config.corpus.path}" if config.corpus.path else ""),
+        "vocabulary": corpus.get("vocabulary"),
+        "actions": f"{config.actions.k:,}, labels: {config.actions.labels}",
+        "sentence encoder": f"{config.actions.encoder}, {config.actions.dimensions} dimensions",
+        "clusters against planted actions": None if index is None else f"adjusted Rand index {index:.3f}",
+        "documents of one sentence": corpus.get("one_sentence_documents"),
+        "blank documents dropped": corpus.get("blank_documents_dropped"),
+        "fingerprint of the corpus": corpus.get("fingerprint"),
+    }
+    yield Section("What it is", text, tables=[_facts("The run", rows)])
+
+
+def _facts(caption: str, facts: dict[str, Any]) -> Table:
+    table = pd.DataFrame([(name, value) for name, value in facts.items() if value is not None], dtype=object)
+    return describe.display(caption, table.set_axis(["fact", "value"], axis=1), ["fact", "value"])
+
+
+def corpus(run: Run) -> Iterator[Section]:
+    """Sizes of the corpus, and its actions."""
+    if has(run, "corpus/facts.json"):
+        yield Section("Corpus", tables=describe.corpus_tables(run.corpus))
+
+
+# What was found
+
+
+def evaluation(run: Run) -> Iterator[Section]:
+    """Perplexity, planners beside baselines and ceilings, and multiple choice."""
+    if not has(run, EVALUATION):
+        return
+    found = {name: pd.DataFrame(rows) for name, rows in run.evaluation().items() if name != "settings"}
+    perplexity = found["perplexity"]
+    best = perplexity.sort_values("perplexity").iloc[0]
+    picture = Picture(
+        "perplexity",
+        f"Perplexity per token of {int(perplexity.documents.iloc[0]):,} test documents; lower is better.",
+        f"Perplexity of {len(perplexity)} models with intervals; the lowest is {best.perplexity:.3f}, of "
+        f"{best.variant}. The table below has all.",
+        svg_of(plot_perplexity(run)),
+    )
+    tables = describe.perplexity_tables(perplexity, found["differences"])
+    yield Section("Perplexity", pictures=[picture], tables=tables)
+    if len(planner := found.get("planner", pd.DataFrame())):
+        text = (
+            "A ceiling is the exact posterior of the planted corpus, given the words of all sentences "
+            "before, or their true actions: no reader of these can do better."
+        )
+        ceiling = planner.reader.str.startswith("ceiling").any()
+        yield Section("Planners", text if ceiling else "", tables=[describe.planner_table(planner)])
+    if len(accuracy := found.get("accuracy", pd.DataFrame())):
+        tables = describe.choice_tables(accuracy, found["accuracy_differences"])
+        yield Section("Multiple choice", tables=tables)
+
+
+def generation(run: Run) -> Iterator[Section]:
+    """Metrics of generated text."""
+    if has(run, GENERATION):
+        found = run.generation_metrics()
+        metrics = pd.DataFrame(found["metrics"]).astype({"value": float})
+        notes = [*describe.generation_notes(metrics), *found["notes"]]
+        yield Section("Generated text", tables=describe.generation_tables(metrics), notes=notes)
+
+
+def probes(run: Run) -> Iterator[Section]:
+    """The best cells beside what they have to beat, pictures of all, and what to know of them."""
+    if not has(run, PROBES):
+        return
+    table = run.probes()
+    cells = table[table.reader == "probe"]
+    yield Section(
+        "Probes",
+        f"Probes of {cells.target.iloc[0]} on {int(table.examples[table.accuracy.notna()].max()):,} test "
+        f"examples of {int(table.documents.max()):,} documents. Accuracy and bits have "
+        f"{describe.INTERVALS}; the intervals of the gain over the strongest baseline that needs no model "
+        "hold for all cells together.",
+        pictures=list(_probe_pictures(run, table)),
+        tables=describe.probe_tables(table, ProbeResults(table, run.folder / "probes").best_cells()),
+        notes=[*describe.probe_notes(cells), *_notes(run, "probes")],
+    )
+
+
+def _probe_pictures(run: Run, table: pd.DataFrame) -> Iterator[Picture]:
+    """Heat maps and curves for each location, horizon and solver; the usual location first."""
+    variants_at: dict[tuple[str, int, str], set[str]] = {}
+    for panel in panels(table):
+        variants_at.setdefault((panel.location, panel.horizon, panel.solver), set()).add(panel.variant)
+    grids = sorted(variants_at, key=lambda grid: grid[0] != PREFERRED["location"])
+    for number, (location, horizon, solver) in enumerate(grids):
+        there = variants_at[location, horizon, solver]
+        variants = [name for name in probed_variants(table) if name in there]
+        where: dict[str, Any] = {"location": location, "horizon": horizon, "solver": solver}
+        name, shown = f"{label(location)}, horizon {horizon}, {solver}", ", ".join(variants)
+        file = re.sub(r"[^\w-]+", "_", f"{location}_h{horizon}_{solver}")
+        yield Picture(
+            f"heatmap_{file}",
+            f"{name}: test accuracy by layer and distance, all on one scale.",
+            f"Heat maps of accuracy by layer and distance at {location}, for {shown}.",
+            svg_of(plot_probes(run, variants, **where)),
+            number >= UNFOLDED,
+        )
+        yield Picture(
+            f"curve_{file}",
+            f"{name}: accuracy of each variant's best layer against distance, with baselines and ceilings.",
+            f"Accuracy against distance at {location}, for {shown}, beside baselines and ceilings.",
+            svg_of(plot_curve(run, variants, **where)),
+            number >= UNFOLDED,
+        )
+
+
+def over_training(run: Run) -> Iterator[Section]:
+    """What probes read at the checkpoints of each stage: the picture, and the best layer by step."""
+    for stage in probed_stages(run):
+        table = run.probes_over_training(stage)
+        picture = Picture(
+            f"over_training_{stage.replace('/', '_')}",
+            f"Test accuracy at {table.step.nunique():,} steps of {stage}, by layer and by distance; bands "
+            f"are {describe.INTERVALS}, and below are the losses.",
+            f"Accuracy against training steps of {stage}; the table below has the best layer at every step.",
+            svg_of(plot_over_training(run, stage)),
+        )
+        folders = [path.relative_to(run.folder) / "probes" for path in run.checkpoints(stage).values()]
+        notes = dict.fromkeys(note for folder in folders for note in _notes(run, folder))
+        numbers = describe.over_training_table(table, stage)
+        yield Section(f"Over training: {stage}", pictures=[picture], tables=[numbers], notes=list(notes))
+
+
+def interventions(run: Run) -> Iterator[Section]:
+    """What interventions in each variant do beyond random ones, at the nearest distance first."""
+    variants = variants_with(run, "interventions")
+    table = compared_interventions(run) if variants else pd.DataFrame()
+    for variant in variants:
+        rows = table[table.variant == variant]
+        near = rows.distance == rows.groupby("kind").distance.transform("min")
+        farther = describe.intervention_tables(rows[~near], folded=True) if not near.all() else []
+        yield Section(
+            f"Interventions: {variant}",
+            f"What the variant {variant} makes of changed activations, at one sentence boundary of each of "
+            f"{int(rows.documents.max()):,} test documents. Shown are conditions that are compared with "
+            "random ones; all rows, those of the controls too, are in the run's folder.",
+            tables=[*describe.intervention_tables(rows[near]), *farther],
+            notes=[*describe.intervention_notes(rows), *_notes(run, f"interventions/{variant}")],
+        )
+
+
+def subnetworks(run: Run) -> Iterator[Section]:
+    """What each variant has lost without its subnetwork, and without as many other components."""
+    for variant in variants_with(run, "subnetworks"):
+        table, masks = run.subnetworks(), run.subnetwork_masks()
+        own, mask = table[table.variant == variant], masks[masks.variant == variant]
+        notes = [*describe.subnetwork_notes(own, mask), *_notes(run, f"subnetworks/{variant}")]
+        yield Section(f"Subnetwork: {variant}", tables=[describe.subnetwork_table(own)], notes=notes)
+
+
+def _notes(run: Run, folder: str | Path) -> list[str]:
+    """The notes on a folder's results."""
+    path = run.folder / folder / "settings.json"
+    return [str(note) for note in read_json(path).get("notes", [])] if path.is_file() else []
+
+
+# How it was made
+
+
+def stages(run: Run) -> Iterator[Section]:
+    """Finished stages, their times and their parameters."""
+    if finished := run.stages:
+        yield Section("Stages", tables=[describe.stages_table(finished)])
+
+
+def training(run: Run) -> Iterator[Section]:
+    """Losses of every stage, as curves and as the numbers at their ends."""
+    if not has(run, "metrics.jsonl"):
+        return
+    rows = []
+    for stage, own in run.metrics().groupby("stage", sort=False):
+        losses = own.loss.dropna()
+        ends = {
+            "first_loss": losses.iloc[0],
+            "last_loss": losses.tail(max(1, len(losses) // 20)).mean(),  # a single row is a single batch
+            "lowest_validation_loss": own.validation_loss.min() if "validation_loss" in own else None,
+        }
+        rows.append({"stage": stage, "steps": int(own.step.max()), **ends})
+    caption = (
+        "Losses in nats: the first, the mean of the last twentieth that was logged, on validation documents"
+    )
+    table = describe.display(caption, pd.DataFrame(rows), [*rows[0]])
+    picture = Picture(
+        "training",
+        "Losses by step, moving averages over a twentieth of the logged rows; dots: on validation documents.",
+        f"Training curves of {len(rows)} stages; the table below has their ends.",
+        svg_of(plot_training(run)),
+    )
+    more: dict[str, list[str]] = {
+        "the planner's own loss": [name for name in run.variants if VARIANTS[name].joint],
+        "the distillation loss": [name for name in run.members if MEMBERS[name].distilled],
+    }
+    parts = [f"{loss} ({', '.join(names)})" for loss, names in more.items() if names]
+    text = (
+        f"Training losses include {' and '.join(parts)}; validation losses are of tokens alone."
+        if parts
+        else ""
+    )
+    yield Section("Training", text, pictures=[picture], tables=[table])
+
+
+def reproduction(run: Run) -> Iterator[Section]:
+    """Commands that make the run again, and where it was made."""
+    if not has(run, "provenance.json"):
+        return
+    origin = read_json(run.folder / "provenance.json")
+    facts = {
+        "begun": origin["begun"],
+        "command": shlex.join(map(str, origin["command"])),
+        "git commit": origin["git_commit"] or "not from a checkout",
+        **{f"seed ({name})": str(seed) for name, seed in origin["seeds"].items()},
+        "device": origin["device"],
+        **{f"machine: {name}": str(value) for name, value in origin["machine"].items()},
+        **{name: str(version) for name, version in origin["versions"].items()},
+    }
+    commit = [f"# probekit at commit {origin['git_commit']}"] if origin["git_commit"] else []
+    yield Section(
+        "How to reproduce it",
+        "From the folder that the run is in, with the versions below. Its config.yaml is complete, seeds "
+        "and all; the settings that are given beside it are those in which results differ from it.",
+        "\n".join([*commit, *map(shlex.join, commands(run))]),
+        "sh",
+        tables=[_facts("Where it was made", facts)],
+    )
+
+
+def commands(run: Run) -> Iterator[list[str]]:
+    """The commands that make a run and its results again, as words."""
+    again, config = f"{run_name(run)}-again", f"{run_name(run)}/config.yaml"
+    if only_probed(run):
+        words = ["probekit", "probe", "--model", str(run.config.lm.name), "--config", config, "--out", again]
+        yield [*words, *_options(changed_settings(run, "probes/settings.json"))]
+    else:
+        yield ["probekit", "train", "--config", config, "--out", again]
+        if has(run, EVALUATION) or has(run, GENERATION):
+            flag = ["--generation"] if has(run, GENERATION) else []
+            changed = changed_settings(run, EVALUATION) | changed_settings(run, GENERATION)
+            yield ["probekit", "evaluate", again, *flag, *_options(changed)]
+        if has(run, PROBES):
+            changed = changed_settings(run, "probes/settings.json")
+            yield ["probekit", "probe", again, *_options(changed, "probe")]
+    for stage in probed_stages(run):
+        changed = {}
+        if kept := run.checkpoints(stage):
+            folder = kept[max(kept)].relative_to(run.folder).as_posix()
+            changed = changed_settings(run, f"{folder}/probes/settings.json")
+        # Without probe.variants, the command probes what the stage trains.
+        if list(changed.get("probe.variants", ())) == ["none" if stage == "lm" else stage.split("/")[-1]]:
+            del changed["probe.variants"]
+        words = ["probekit", "probe", again, "--checkpoints", "--stage", stage]
+        yield [*words, *_options(changed, "probe")]
+    for kind, command in (("interventions", "intervene"), ("subnetworks", "subnetwork")):
+        for variant in variants_with(run, kind):
+            changed = changed_settings(run, f"{kind}/{variant}/settings.json")
+            changed = {f"{command}.variant": variant} | changed
+            yield ["probekit", command, again, *_options(changed, command)]
+
+
+def _options(settings: dict[str, Any], section: str | None = None) -> list[str]:
+    """Settings as options; only those that a command with a section of its own takes."""
+    return [
+        word
+        for name, value in settings.items()
+        if section is None or name.split(".")[0] in ("device", "evaluation", section)
+        for word in (f"--{name}", *setting_words(value))
+    ]
+
+
+def settings(run: Run) -> Iterator[Section]:
+    """All settings."""
+    yield Section("Settings", code=run.config.to_yaml(), language="yaml")
+
+
+SECTIONS = (
+    *(about, corpus, evaluation, generation, probes, over_training, interventions, subnetworks),
+    *(stages, training, reproduction, settings),
+)
+"""What makes the sections, in their order; each makes those that the run has results for."""

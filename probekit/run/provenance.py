@@ -1,4 +1,4 @@
-"""Where a run comes from: versions, commit, seeds, machine, and what settings come to there."""
+"""Where a run comes from: versions, commit, seeds, machine, and digests of the files that it builds on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from datetime import UTC, datetime
-from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,16 @@ import torch
 
 from probekit import distributed
 from probekit.config import Config
-from probekit.distributed import compute_device, precision_of
+
+PACKAGES = ("probekit-lm", "torch", "transformers", "transformer-lens", "datasets", "scikit-learn", "numpy")
+"""What results depend on."""
 
 WEIGHTS = (".json", ".safetensors", ".bin")
-"""Files of a pre-trained LM's folder that say what it computes."""
+"""Suffixes of the files of a pre-trained LM's folder that decide what it computes."""
 
-
-PACKAGES = ("probekit", "torch", "transformers", "transformer-lens", "datasets", "scikit-learn", "numpy")
-"""What results depend on."""
+READ_WHOLE = 1 << 26
+ENDS = 1 << 20
+"""Files above 64 MiB are digested by their size and a MiB at either end."""
 
 
 def provenance(config: Config) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def provenance(config: Config) -> dict[str, Any]:
         "versions": installed_versions(),
         "git_commit": _git_commit(),
         "seeds": {"run": config.seed, "corpus": config.corpus.seed, "planted": config.corpus.planted.seed},
-        "device": str(compute_device(config.device)),
+        "device": str(distributed.compute_device(config.device)),
         "machine": {
             "processor": platform.machine(),
             "system": platform.system(),
@@ -51,41 +52,6 @@ def installed_versions() -> dict[str, str | None]:
     return {"python": platform.python_version()} | {name: installed_version(name) for name in PACKAGES}
 
 
-def come_to(config: Config) -> dict[str, str]:
-    """What settings whose value does not tell all come to, here and now, by dotted name."""
-    found = {
-        "training.precision": precision_of(compute_device(config.device), config.training.precision),
-    }
-    if config.lm.name is not None and (weights := lm_digest(config.lm.name)):
-        found["lm.name"] = weights
-    return found
-
-
-def lm_digest(folder: str | Path) -> str | None:
-    """A digest of a pre-trained LM's files; None where there is no such folder."""
-    folder = Path(folder).expanduser()
-    if not folder.is_dir():
-        return None
-    files = sorted(path for path in folder.iterdir() if path.suffix in WEIGHTS)
-    stats = ((path.resolve(), path.stat()) for path in files)
-    return _remembered(tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats))
-
-
-def digest_of(files: Iterable[Path]) -> str:
-    """A digest of what files hold, in their order."""
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
-
-
-@cache
-def _remembered(files: tuple[tuple[Path, int, int], ...]) -> str:
-    """As `digest_of`; files may be large, and the runs of a sweep ask for the same ones."""
-    return digest_of(path for path, _, _ in files)
-
-
 def installed_version(package: str) -> str | None:
     """The version of a package; None where it is not installed."""
     try:
@@ -94,13 +60,34 @@ def installed_version(package: str) -> str | None:
         return None
 
 
+def lm_digest(folder: str | Path) -> str | None:
+    """A digest of a pre-trained LM's files; None where there is no such folder, as for hub names."""
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        return None
+    return digest_of(sorted(path for path in folder.iterdir() if path.suffix in WEIGHTS))
+
+
+def digest_of(files: Iterable[Path]) -> str:
+    """A digest of files in their order, large ones by their ends."""
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            if size <= READ_WHOLE:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+            else:
+                digest.update(size.to_bytes(8, "big") + file.read(ENDS))
+                file.seek(size - ENDS)
+                digest.update(file.read(ENDS))
+    return digest.hexdigest()[:16]
+
+
 def _git_commit() -> str | None:
     """The commit of the checkout that this file is in; None where probekit is installed as a package."""
-    root = Path(__file__).parents[1]
-    if not (root / ".git").exists():
-        return None
+    root = Path(__file__).parents[2]
     git = shutil.which("git")
-    if git is None:
+    if git is None or not (root / ".git").exists():
         return None
     answer = subprocess.run(  # noqa: S603 - fixed arguments
         [git, "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from probekit import distributed
 from probekit.config import MemberName, ModelName, ProbedName, VariantName
 from probekit.data.corpus import Corpus
 from probekit.data.encoders import SentenceEncoder, load_encoder
@@ -20,8 +19,8 @@ from probekit.io import read_array, read_json, read_tensors, write_tensors
 from probekit.models.base_lm import TUNINGS, BaseLM
 from probekit.models.conditioning import new_adapter
 from probekit.models.depth_ensemble import MEMBERS, NORM_OUT, DepthEnsemble, new_ensemble
-from probekit.models.hook_points import ForwardPass, shard
-from probekit.models.language_model import load_model, load_outline, locations, random_weights
+from probekit.models.hook_points import Backend, BridgeBackend
+from probekit.models.language_model import is_placed, load_model, random_weights
 from probekit.models.mixing import VARIANTS
 from probekit.models.planner import Planner, TrainableEncoder
 from probekit.models.planner_lm import PlannedLM
@@ -34,13 +33,6 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import PreTrainedModel
 
-
-FACTS: dict[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("documents", "blank_documents_dropped", "tokens", "sentences"), int),
-    **{"one_sentence_documents": int, "vocabulary": int, "fingerprint": str},
-    "adjusted_rand_index": (int, float),
-}
-"""What is recorded of every corpus, the last of planted ones alone."""
 
 LOADED = ("device", "corpus", "locations", "_base")
 """What a run keeps in memory once it was asked for."""
@@ -79,11 +71,7 @@ class Run(RunFolder):
     def corpus(self) -> Corpus:
         """The built corpus."""
         self.require("corpus")
-        corpus = Corpus.open(self.folder / "corpus")
-        facts: Any = {"adjusted_rand_index": 0.0} | corpus.facts if isinstance(corpus.facts, dict) else {}
-        if not all(isinstance(facts.get(name), kind) for name, kind in FACTS.items()):
-            raise ProbekitError(f"{corpus.folder / 'facts.json'} is no record of a corpus; build it again")
-        return corpus
+        return Corpus.open(self.folder / "corpus")
 
     @property
     def variants(self) -> list[VariantName]:
@@ -107,7 +95,7 @@ class Run(RunFolder):
     @cached_property
     def locations(self) -> dict[str, int]:
         """Every location of the LM that holds a vector for each position, and the vector's features."""
-        return locations(self.bridged)
+        return self._base.locations
 
     def plain_model(self, name: ModelName = "none") -> PreTrainedModel:
         """A fresh copy of a model's LM as a plain Hugging Face module: the base LM, or as it was tuned."""
@@ -125,27 +113,11 @@ class Run(RunFolder):
             return load_model(**source)
 
     def placed_model(self, name: ModelName = "none") -> PreTrainedModel:
-        """A fresh copy of a model's LM on this process's device, or this one's part of it (`lm.sharded`)."""
-        return self._placed(partial(self.plain_model, name))
+        """A fresh copy of a model's LM on the device, or where accelerate placed it (`lm.device_map`)."""
+        return self._on_device(self.plain_model(name))
 
-    def _placed(self, load: Callable[[], PreTrainedModel]) -> PreTrainedModel:
-        if not self._sharded:
-            return load().to(self.device)
-        return shard(load() if distributed.is_first() else self._outline(), self.device)
-
-    @property
-    def _sharded(self) -> bool:
-        return self.config.lm.sharded and distributed.count() > 1
-
-    @property
-    def sharding(self) -> str:
-        """What `lm.sharded` comes to here, for who asked for it."""
-        if self._sharded:
-            return f"the LM is sharded over {distributed.count()} processes"
-        return "lm.sharded does nothing in one process; torchrun and accelerate launch begin several"
-
-    def _outline(self) -> PreTrainedModel:
-        return load_outline(**self._source())
+    def _on_device(self, model: PreTrainedModel) -> PreTrainedModel:
+        return model if is_placed(model) else model.to(self.device)
 
     def _source(self) -> dict[str, Any]:
         """Where the LM is, as `load_model` takes it."""
@@ -154,11 +126,12 @@ class Run(RunFolder):
         recorded: dict[str, Any] = {"name": str(folder.resolve()), "revision": None}
         if (folder / "source.json").exists():
             recorded = read_json(folder / "source.json")
-        return recorded | {"trust_remote_code": self.config.lm.trust_remote_code}
+        settings = self.config.lm
+        return recorded | {"trust_remote_code": settings.trust_remote_code, "device_map": settings.device_map}
 
     def _check_source(self, name: str) -> None:
         """Refuses a folder of a pre-trained LM that is not what it was in training."""
-        trained_with = read_json(self.folder / "run.json")["stages"]["lm"].get("weights")
+        trained_with = self.stages["lm"].get("weights")
         if trained_with is not None and lm_digest(name) not in (trained_with, None):
             raise ProbekitError(
                 f"{name} is not the LM that {self.folder} was made with: its files have changed; put back "
@@ -171,11 +144,10 @@ class Run(RunFolder):
         return self._base_lm(self.placed_model, self.folder / "lm")
 
     def _base_lm(
-        self, load: Callable[[], PreTrainedModel], name: str | Path, alike: BaseLM | None = None
+        self, load: Callable[[], PreTrainedModel], name: str | Path, like: BaseLM | None = None
     ) -> BaseLM:
-        if self._sharded:  # looking hooks up on another one would load that one's weights
-            return BaseLM(load, self.corpus.tokenizer, name, outline=self._outline)
-        return BaseLM(load, self.corpus.tokenizer, name, alike)
+        device = None if self.config.lm.device_map is None else self.device
+        return BaseLM(load, self.corpus.tokenizer, name, like, device)
 
     def base_lm(self, name: ProbedName | MemberName = "none", seed: int = 0) -> BaseLM:
         """The LM of a model, without adapter and ensemble: plain, bridged, and with hooks.
@@ -187,9 +159,9 @@ class Run(RunFolder):
         """
         base = self._base
         if name == "random":
-            like = self._outline() if self._sharded else base.plain
-            load = partial(self._placed, partial(random_weights, like, seed))
-            return self._base_lm(load, "random weights", base)
+            return self._base_lm(
+                lambda: self._on_device(random_weights(base.plain, seed)), "random weights", base
+            )
         if (stage := _stage_of(name)) is None or self.config.training.base.tuning == "frozen":
             return base
         self.require(stage)
@@ -210,7 +182,7 @@ class Run(RunFolder):
 
     def forward_pass(
         self, names: Sequence[str], name: ProbedName | MemberName = "none", seed: int = 0
-    ) -> ForwardPass:
+    ) -> Backend:
         """The fastest way to run a model's LM with some hooks.
 
         Args:
@@ -271,25 +243,26 @@ class Run(RunFolder):
         trained = ["none", *self.variants, *self.members]
         if name not in trained and _stage_of(name) not in stages_of(self.config):
             raise ProbekitError(f"{self.folder} has no variant {name!r}; it has {', '.join(trained)}")
-        bridged = self.base_lm(name).bridged
+        base = self.base_lm(name)
         variant, adapter, depth = self.variant_of(name), None, None
         if variant != "none":
             self.require(f"adapter/{variant}")
-            adapter = new_adapter(self.config.conditioning, self._centroids, bridged, self.config.seed)
+            adapter = new_adapter(self.config.conditioning, self._centroids, base, self.config.seed)
             _load(adapter, self._adapter_file(variant), "adapter.")
             adapter.to(self.device).requires_grad_(False)
         if name in MEMBERS:
             depth = self._ensemble(name)
         planner = self.planner(variant) if self.finished("planner") else None
-        model = PlannedLM(bridged, planner, adapter, self.temperature(variant), depth=depth)
-        if fast:
-            model.run_by(self.forward_pass(model.names or (NORM_OUT,), name))
-        return model.eval()
+        parts = [part for part in (adapter, depth) if part is not None]
+        names = [hook for part in parts for hook in part.names] or [NORM_OUT]
+        fast = fast or self.config.lm.device_map is not None
+        backend = base.forward_pass(names) if fast else BridgeBackend(base.bridged)
+        return PlannedLM(backend, planner, adapter, self.temperature(variant), depth=depth).eval()
 
     def _ensemble(self, member: MemberName) -> DepthEnsemble:
         self.require(f"depth/{member}")
         base = self.base_lm(member)
-        ensemble = new_ensemble(member, self.config.depth, base.bridged, base.plain, self.config.seed)
+        ensemble = new_ensemble(member, self.config.depth, base, base.plain, self.config.seed)
         _load(ensemble, self._ensemble_file(member))
         return ensemble.to(self.device).requires_grad_(False)
 

@@ -37,7 +37,7 @@ USED_BY: dict[str, tuple[str, ...]] = {
     "lm.revision": ("corpus", "lm"),
     "lm.trust_remote_code": ("corpus", "lm"),
     "lm.vocabulary": ("corpus", "lm/new"),
-    "lm.sharded": (),
+    "lm.device_map": (),
     "lm": ("lm/new",),
     "planner": ("planner",),
     "conditioning": ADAPTERS,
@@ -65,7 +65,7 @@ USED_BY: dict[str, tuple[str, ...]] = {
 """The stages that use a setting, or all settings of a section; more special names win over their sections.
 `lm/new` is the stage `lm` of a LM that is trained, not pre-trained."""
 
-HOW_ALONE = ("training.save_minutes", "lm.sharded")
+HOW_ALONE = ("training.save_minutes", "lm.device_map")
 """Settings of training that say how it is done, and change nothing that it leaves."""
 
 CHOOSE_STAGES = ("method", "mixing.variants", "depth.members")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,9 +15,9 @@ from probekit.config import VariantName
 from probekit.data.encoders import load_encoder
 from probekit.data.windows import Batch, Windows, begun_sentences, collate
 from probekit.errors import ProbekitError
-from probekit.models.base_lm import Tuning
+from probekit.models.base_lm import BaseLM, Tuning
 from probekit.models.conditioning import Adapter, new_adapter
-from probekit.models.hook_points import ForwardPass, PlainPass, forward_pass, is_sharded
+from probekit.models.hook_points import Backend, BridgeBackend, HFBackend
 from probekit.models.language_model import OUTSIDE_BLOCKS
 from probekit.models.mixing import VARIANTS, Mixed, training_mixing
 from probekit.models.planner import Planner, TrainableEncoder, embedded_context
@@ -27,14 +26,11 @@ from probekit.progress import without_bars_of_transformers
 from probekit.training.planner import OutOfFold, PlannerLoss, fold_of_documents
 from probekit.training.trainer import Group, Stage, Trainer
 
-if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
-
 
 def train_adapter(
     trainer: Trainer,
     variant: VariantName,
-    bridged: TransformerBridge,
+    lm: BaseLM,
     planner: Planner,
     base: Tuning | None = None,
     fold_planners: Sequence[Planner] = (),
@@ -45,19 +41,19 @@ def train_adapter(
     Args:
         trainer: What every stage needs.
         variant: Which way of choosing the action.
-        bridged: The frozen base LM.
+        lm: The frozen base LM.
         planner: Trained in place where the variant is joint.
         base: The same LM, not bridged, and what is to be trained of it; without it, training runs through
             the bridge.
         fold_planners: For every fold a planner that has not seen its documents; scores them in training,
             unless the variant is joint.
-        keep: Keeps the model as it is behind a step; all processes call it together.
+        keep: Keeps the model as it is behind a step.
 
     Raises:
-        ProbekitError: The base LM is to be tuned, or is sharded, but actions enter where only the bridge has
-            a hook.
+        ProbekitError: The base LM is to be tuned, or accelerate placed it, but actions enter where only the
+            bridge has a hook.
     """
-    return AdapterTraining(trainer, variant, bridged, planner, base, fold_planners).run(keep)
+    return AdapterTraining(trainer, variant, lm, planner, base, fold_planners).run(keep)
 
 
 class AdapterTraining:
@@ -71,7 +67,7 @@ class AdapterTraining:
         self,
         trainer: Trainer,
         variant: VariantName,
-        bridged: TransformerBridge,
+        lm: BaseLM,
         planner: Planner,
         base: Tuning | None = None,
         fold_planners: Sequence[Planner] = (),
@@ -79,15 +75,13 @@ class AdapterTraining:
         config, corpus = trainer.config, trainer.corpus
         chosen = VARIANTS[variant]
         codebook = torch.from_numpy(corpus.codebook.centroids)
-        adapter = new_adapter(config.conditioning, codebook, bridged, config.seed).to(trainer.device)
-        road = _road(bridged, base, adapter)
+        adapter = new_adapter(config.conditioning, codebook, lm, config.seed).to(trainer.device)
         trains_encoder = chosen.joint and config.training.joint.encoder_learning_rate > 0
         self.model = PlannedLM(
-            bridged,
+            _backend(lm, base, adapter),
             planner,
             adapter,
             config.mixing.temperature,
-            road,
             learn_temperature=config.mixing.learn_temperature and chosen.tempered,
             encoder=_encoder(trainer) if trains_encoder else None,
         )
@@ -121,7 +115,6 @@ class AdapterTraining:
                 checkpoints=settings.checkpoints,
                 documents=self._train.document,
                 generators=self._mixing.generators if isinstance(self._mixing, Mixed) else (),
-                sharded=self._base is not None and is_sharded(self._base.model),
             )
         )
         for module in (self._planner, self.model.encoder):
@@ -148,7 +141,7 @@ class AdapterTraining:
         return groups
 
     def loss(self, rows: np.ndarray, step: np.ndarray) -> Tensor:
-        """Next-token loss of some windows, and what is added to it, as `Stage.loss` has it."""
+        """Next-token loss of some windows, with the planner's own loss; scaled as `Stage.loss` asks."""
         batch = collate(self._trainer.corpus, self._train[rows]).to(self._trainer.device)
         self._tune(True)
         with self._trainer.autocast():
@@ -182,7 +175,7 @@ class AdapterTraining:
         return self.model.scores(self._read(batch))
 
     def _read(self, batch: Batch) -> Batch:
-        """The batch as the sentence encoder has it now; as it is while that is frozen."""
+        """The batch with sentences embedded by the trained encoder; unchanged while it is frozen."""
         encoder = self.model.encoder
         if encoder is None or not next(encoder.parameters()).requires_grad:
             return batch
@@ -204,24 +197,24 @@ def _encoder(trainer: Trainer) -> TrainableEncoder:
     return TrainableEncoder(encoder).to(trainer.device)
 
 
-def _road(bridged: TransformerBridge, base: Tuning | None, adapter: Adapter) -> ForwardPass | None:
+def _backend(lm: BaseLM, base: Tuning | None, adapter: Adapter) -> Backend:
     """How the LM is run in training: the plain one where it has the adapter's hooks, or else the bridge."""
     if base is None:
-        return None
-    # The last hook tells that the two agree in all that lies behind the adapter's.
-    road = forward_pass(bridged, base.model, [*adapter.names, OUTSIDE_BLOCKS[1]])
+        return BridgeBackend(lm.bridged)
+    # The last hook shows that the two agree in all that lies behind the adapter's.
+    backend = lm.forward_pass([*adapter.names, OUTSIDE_BLOCKS[1]], base.model)
     if base.parameters:
-        check_tunable(road, adapter)
-    return road
+        check_tunable(backend, adapter)
+    return backend
 
 
-def check_tunable(road: ForwardPass, adapter: Adapter) -> None:
+def check_tunable(backend: Backend, adapter: Adapter) -> None:
     """Refuses to tune a base LM with an adapter whose hooks only the bridge has.
 
     Raises:
         ProbekitError: It says where actions enter.
     """
-    if not isinstance(road, PlainPass):
+    if not isinstance(backend, HFBackend):
         raise ProbekitError(
             f"actions enter at {adapter.names[0]}, which only TransformerLens has, and no base LM can be "
             "tuned there; choose another conditioning.location, such as attn.hook_z, or give "

@@ -14,9 +14,9 @@ from torch import Tensor
 from probekit.config import MemberName
 from probekit.data.windows import IGNORE, Batch, Windows, collate
 from probekit.errors import ProbekitError
-from probekit.models.base_lm import Tuning
+from probekit.models.base_lm import BaseLM, Tuning
 from probekit.models.depth_ensemble import MEMBERS, DepthEnsemble, Late, LateLoss, new_ensemble, reader_losses
-from probekit.models.hook_points import PlainPass, forward_pass
+from probekit.models.hook_points import HFBackend
 from probekit.models.mixing import evaluation_mixing
 from probekit.models.planner import Planner
 from probekit.models.planner_lm import PlannedLM
@@ -27,6 +27,7 @@ from probekit.training.trainer import Group, Stage, Trainer
 def train_ensemble(
     trainer: Trainer,
     member: MemberName,
+    lm: BaseLM,
     conditioned: PlannedLM,
     base: Tuning,
     fold_planners: Sequence[Planner] = (),
@@ -37,7 +38,8 @@ def train_ensemble(
     Args:
         trainer: What every stage needs, with the corpus as the LM's planner reads it.
         member: Which layers it reads, and whether they learn from the last one.
-        conditioned: The LM, frozen, conditioned by an adapter or not.
+        lm: The LM, frozen.
+        conditioned: The same, conditioned by an adapter or not.
         base: The same LM, not bridged, and what is to be trained of it.
         fold_planners: For every fold a planner that has not seen its documents; scores them in training.
         keep: Keeps the ensemble as it is behind a step.
@@ -46,7 +48,7 @@ def train_ensemble(
         ProbekitError: The LM does not bear an ensemble; or it is to be tuned, but only TransformerLens has
             the places that are read.
     """
-    return DepthTraining(trainer, member, conditioned, base, fold_planners).run(keep)
+    return DepthTraining(trainer, member, lm, conditioned, base, fold_planners).run(keep)
 
 
 class DepthTraining:
@@ -61,23 +63,24 @@ class DepthTraining:
         self,
         trainer: Trainer,
         member: MemberName,
+        lm: BaseLM,
         conditioned: PlannedLM,
         base: Tuning,
         fold_planners: Sequence[Planner] = (),
     ) -> None:
-        config, bridged = trainer.config, conditioned.bridged
+        config = trainer.config
         depth = config.depth
-        self.ensemble = new_ensemble(member, depth, bridged, base.model, config.seed).to(trainer.device)
+        self.ensemble = new_ensemble(member, depth, lm, base.model, config.seed).to(trainer.device)
         adapter = conditioned.adapter
         names = [*(() if adapter is None else adapter.names), *self.ensemble.names]
-        road = forward_pass(bridged, base.model, names)
-        if base.parameters and not isinstance(road, PlainPass):
+        backend = lm.forward_pass(names, base.model)
+        if base.parameters and not isinstance(backend, HFBackend):
             raise ProbekitError(
                 f"only TransformerLens has all of {', '.join(names)}, and no base LM can be tuned there; "
                 "give training.base.tuning frozen"
             )
         self.model = PlannedLM(
-            bridged, conditioned.planner, adapter, float(conditioned.temperature), road, depth=self.ensemble
+            backend, conditioned.planner, adapter, float(conditioned.temperature), depth=self.ensemble
         )
         self._trainer, self._member, self._base = trainer, member, base
         self._mixing = evaluation_mixing(depth.variant)

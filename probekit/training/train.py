@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,12 +19,13 @@ from probekit.data import hub
 from probekit.data.build import write_corpus
 from probekit.data.corpus import too_few
 from probekit.data.encoders import check_encoder
+from probekit.distributed import precision_of
 from probekit.errors import ProbekitError
-from probekit.io import atomic_folder, full_disks_told, write_json
-from probekit.models.base_lm import TUNINGS
+from probekit.io import atomic_folder, write_json
+from probekit.models.base_lm import TUNINGS, BaseLM
 from probekit.models.conditioning import location_width, new_adapter
 from probekit.models.depth_ensemble import DepthEnsemble, new_ensemble
-from probekit.models.language_model import bridge, load_model, longest_window, new_model
+from probekit.models.language_model import load_model, longest_window, new_model
 from probekit.models.mixing import VARIANTS
 from probekit.models.planner import Planner, write_embeddings
 from probekit.models.planner_lm import PlannedLM
@@ -37,11 +38,12 @@ from probekit.training.adapter import check_tunable, train_adapter
 from probekit.training.depth_ensemble import train_ensemble
 from probekit.training.language_model import train_language_model
 from probekit.training.planner import train_planner
-from probekit.training.saving import Saving, arithmetic_of
 from probekit.training.trainer import StateFile, Trainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+T = TypeVar("T")
 
 
 def check_new_model(config: Config) -> None:
@@ -70,9 +72,9 @@ def check_adapters(run: Run) -> None:
     if joint and run.config.training.joint.encoder_learning_rate > 0:
         check_encoder(run.folder / "corpus" / "encoder")
     codebook = torch.from_numpy(run.corpus.codebook.centroids)
-    adapter = new_adapter(run.config.conditioning, codebook, run.bridged, run.config.seed)
+    lm = run.base_lm()
+    adapter = new_adapter(run.config.conditioning, codebook, lm, run.config.seed)
     if run.config.training.base.tuning != "frozen":
-        lm = run.base_lm()
         check_tunable(lm.forward_pass(adapter.names), adapter)
         del lm.plain  # training has a copy of its own
 
@@ -81,7 +83,7 @@ def check_ensembles(run: Run) -> None:
     """Refuses ensembles that do not fit the LM while nothing is trained on it yet."""
     base = run.base_lm()
     for member in run.config.depth.members:
-        new_ensemble(member, run.config.depth, base.bridged, base.plain, run.config.seed)
+        new_ensemble(member, run.config.depth, base, base.plain, run.config.seed)
 
 
 def check_positions(config: Config, positions: int) -> None:
@@ -119,14 +121,12 @@ def train(
 
 
 def _train(run: Run, progress: Progress) -> None:
-    _tell_what_begins_anew(run, progress)
-    if run.config.lm.sharded:
-        progress.say(run.sharding)
-    if run.config.lm.name is not None:  # one that cannot be had is told before a long corpus is built
+    stages, variants = stages_of(run.config), variants_of(run.config)
+    _report_lost_states(run, [stage for stage in stages if not run.finished(stage)], progress)
+    if run.config.lm.name is not None:  # an LM that cannot be had is reported before a long corpus is built
         _stage(run, "lm", partial(_language_model, run, progress))
     _stage(run, "corpus", partial(_corpus, run, progress))
     _stage(run, "lm", partial(_language_model, run, progress))
-    stages, variants = stages_of(run.config), variants_of(run.config)
     if variants:
         check_adapters(run)
     if run.config.method == "depth-ensemble":
@@ -140,6 +140,13 @@ def _train(run: Run, progress: Progress) -> None:
     for member in run.config.depth.members:
         if (stage := f"depth/{member}") in stages:
             _stage(run, stage, partial(_ensemble, run, progress, member))
+
+
+def _report_lost_states(run: Run, stages: Sequence[str], progress: Progress) -> None:
+    """Names the stages that were interrupted under settings that have changed since."""
+    for stage in stages:
+        if difference := _state(run, stage).difference:
+            progress.say(f"{stage} begins again: {difference}")
 
 
 def build_corpus(
@@ -190,8 +197,6 @@ def _begun(config: Config | None, out: str | Path, existing: Existing, progress:
         check_new_model(config)
     if distributed.is_first():
         with Run.begun(out, config, existing) as run:
-            for stage, reason in run.unfinish_damaged().items():
-                progress.say(f"{stage} is done again: {reason}")
             distributed.wait()
             yield run
     else:
@@ -200,31 +205,65 @@ def _begun(config: Config | None, out: str | Path, existing: Existing, progress:
 
 
 def _stage(run: Run, name: str, work: Callable[[], dict[str, Any] | None]) -> None:
+    """Runs a stage, unless it is finished, and records it; all processes call it together."""
     finished, first = run.finished(name), distributed.is_first()
     distributed.wait()  # all have looked before anything is written
     if not finished:
         if first:
-            run.begin_stage(name, _state(run, name).standing.step)
+            run.begin_stage(name, _state(run, name).state().step)
         distributed.wait()
         begun = time.monotonic()
-        facts = (work() or {}) | arithmetic_of(run, name)
+        facts = (work() or {}) | _precision(run, name)
         if first:
             run.mark_finished(name, {"seconds": round(time.monotonic() - begun, 1)} | facts)
     if first:
-        _state(run, name).forget()
+        _state(run, name).path.unlink(missing_ok=True)
     distributed.wait()
 
 
-def _tell_what_begins_anew(run: Run, progress: Progress) -> None:
-    """Names the stages that stood somewhere, under settings that are others now."""
-    for stage in stages_of(run.config):
-        if not run.finished(stage) and (difference := _state(run, stage).difference):
-            progress.say(f"{stage} is begun anew: {difference}")
+def _precision(run: Run, stage: str) -> dict[str, str]:
+    """The arithmetic of a stage's forward passes, if it has any."""
+    if "training.precision" not in stage_settings(run.config, stage):
+        return {}
+    return {"precision": precision_of(run.device, run.config.training.precision)}
 
 
 def _state(run: Run, stage: str) -> StateFile:
     path = run.checkpoints_of(stage) / "latest.safetensors"
     return StateFile(path, stage_settings(run.config, stage), 60 * run.config.training.save_minutes)
+
+
+@dataclass(frozen=True)
+class Saving(Generic[T]):
+    """How a stage's model is written, at checkpoints and at the end; all processes call this together.
+
+    Attributes:
+        run: The run.
+        stage: The stage's name.
+        save: Writes the model, and the tuned weights of its LM, to a run.
+        tuned: Returns the tuned weights of its LM, on the first process.
+        begun: When the stage began.
+    """
+
+    run: Run
+    stage: str
+    save: Callable[[Run, T, dict[str, Tensor]], None]
+    tuned: Callable[[], dict[str, Tensor]] = dict
+    begun: float = field(default_factory=time.monotonic)
+
+    def checkpoint(self, model: T, step: int) -> None:
+        """Writes the model as it is after a step, as a run of its own."""
+        tuned = self.tuned()
+        if distributed.is_first():
+            facts = {"seconds": round(time.monotonic() - self.begun, 1)} | _precision(self.run, self.stage)
+            with self.run.checkpoint(self.stage, step, facts) as checkpoint:
+                self.save(checkpoint, model, tuned)
+
+    def final(self, model: T) -> None:
+        """Writes the trained model."""
+        tuned = self.tuned()
+        if distributed.is_first():
+            self.save(self.run, model, tuned)
 
 
 def _trainer(run: Run, progress: Progress, stage: str) -> Trainer:
@@ -245,7 +284,8 @@ def _language_model(run: Run, progress: Progress) -> dict[str, Any]:
     if settings.name is None:
         untrained = new_model(settings, run.corpus.tokenizer, run.config.seed)
         # Refuses a location that is not there while little is lost.
-        location_width(bridge(untrained, run.corpus.tokenizer, "a new GPT-2"), run.config.conditioning)
+        lm = BaseLM(lambda: untrained, run.corpus.tokenizer, "a new GPT-2")
+        location_width(lm, run.config.conditioning)
         saving = Saving(run, "lm", _save_language_model)
         model = train_language_model(_trainer(run, progress, "lm"), saving.checkpoint)
         saving.final(model)
@@ -255,8 +295,13 @@ def _language_model(run: Run, progress: Progress) -> dict[str, Any]:
         source = hub.find(settings.name, setting="lm.name", revision=settings.revision)
         name = str(Path(source.name).resolve()) if source.revision is None else source.name
         with without_bars_of_transformers():
-            model = load_model(name, revision=source.revision, trust_remote_code=settings.trust_remote_code)
-        check_positions(run.config, longest_window(model))
+            model = load_model(
+                name,
+                revision=source.revision,
+                trust_remote_code=settings.trust_remote_code,
+                device_map=settings.device_map,
+            )
+        check_positions(run.config, longest_window(model.config))
         with atomic_folder(run.folder / "lm") as folder:
             write_json(folder / "source.json", {"name": name, "revision": source.revision})
     facts: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
@@ -266,7 +311,7 @@ def _language_model(run: Run, progress: Progress) -> dict[str, Any]:
 
 
 def _save_language_model(run: Run, model: PreTrainedModel, _: dict[str, Tensor]) -> None:
-    with without_bars_of_transformers(), full_disks_told(), atomic_folder(run.folder / "lm") as folder:
+    with without_bars_of_transformers(), atomic_folder(run.folder / "lm") as folder:
         model.save_pretrained(folder)
         # safetensors lets only a file's owner read it; a run may be shared.
         (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
@@ -299,7 +344,7 @@ def _adapter(run: Run, progress: Progress, variant: VariantName) -> dict[str, An
     model = train_adapter(
         _trainer(run, progress, stage),
         variant,
-        run.bridged,
+        run.base_lm(),
         run.planner(),
         base,
         fold_planners,
@@ -327,7 +372,9 @@ def _ensemble(run: Run, progress: Progress, member: MemberName) -> dict[str, Any
         base.save(run.tuned_folder(member), tuned)
 
     saving = Saving(run, stage, save, base.weights)
-    ensemble = train_ensemble(trainer, member, run.model(variant), base, fold_planners, saving.checkpoint)
+    ensemble = train_ensemble(
+        trainer, member, run.base_lm(variant), run.model(variant), base, fold_planners, saving.checkpoint
+    )
     saving.final(ensemble)
     facts: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in ensemble.trained)}
     if base.parameters:

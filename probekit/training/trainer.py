@@ -1,4 +1,8 @@
-"""What every stage of training needs, and what is done alike in all of them."""
+"""The training loop of every stage: AdamW, warm-up and cosine, clipping, selection on validation, resume.
+
+A stage (`Stage`) says what is trained and on which loss; `Trainer` runs it. Its state is written to a file
+every few minutes and on Ctrl-C or SIGTERM, and training continues from there to the same bits.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,13 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from pydantic import Field, TypeAdapter
 from torch import Tensor, nn
 
 from probekit import distributed
@@ -24,21 +26,32 @@ from probekit.data.windows import Windows, chunks, cut_windows
 from probekit.distributed import Holding, Stopped, autocast
 from probekit.errors import ProbekitError
 from probekit.io import read_metadata, read_tensors, write_tensors
-from probekit.models.hook_points import gathered, is_shard, sharded_like
 from probekit.progress import Progress, Task
+
+WARMUP = 0.05
+"""Share of the steps in which a learning rate rises linearly; then it falls along a cosine to zero."""
+
+LARGEST_GRADIENT = 1.0
+"""The gradient of each group of parameters is scaled down to this norm if it is larger."""
+
+LOGGED_STEPS = 100
+"""Rows of training loss that a stage leaves in the metrics."""
+
+SHOWN_DOCUMENTS = 8
+"""Documents of a batch that an error names."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters that are trained alike; they are clipped together, apart from those of other groups.
+    """Parameters with one learning rate, whose gradient is clipped apart from that of other groups.
 
     So a planner's large gradient does not shrink the adapter's.
 
     Attributes:
         parameters: The parameters.
         learning_rate: Their peak learning rate.
-        frozen: How long they stay as they are: up to 1 a share of the steps, above 1 a number of steps. Their
-            gradients, state and schedule begin after that: warm-up and cosine fill the steps that are left.
+        frozen: How long they stay frozen: up to 1 a share of the steps, above 1 a number of steps. Warm-up
+            and cosine fill the remaining steps.
     """
 
     parameters: Sequence[nn.Parameter]
@@ -57,18 +70,16 @@ class Stage:
     Attributes:
         name: Appears in progress and metrics.
         settings: The optimiser's settings.
-        groups: The parameters, those that are trained alike together.
+        groups: The trained parameters.
         examples: Number of training examples; batches are rows of them.
-        loss: Loss of some rows, divided so that the losses of a step's micro-batches add up to the step's
-            loss: called with the micro-batch's rows and the whole step's.
+        loss: Loss of some rows, scaled so that the losses of a step's micro-batches add up to the step's
+            loss; called with the micro-batch's rows and the whole step's.
         validation_loss: Computes the loss on validation documents.
-        observed: What else is logged with a training loss: called with the step's rows, behind the step.
-        keep: Keeps a checkpoint, at the steps that the settings ask for; all processes call it together.
+        observed: What is logged besides the training loss; called with a step's rows after the step.
+        keep: Writes a checkpoint after a step, if `checkpoints` asks for it; all processes call it together.
         documents: Document of every example, for the error that names them.
-        generators: What the loss draws from beside the global generator.
-        sharded: Whether an LM that is sharded over processes takes part.
+        generators: Random generators of the loss, besides the global one.
         checkpoints: How many checkpoints are kept.
-        accumulate: Micro-batches in an optimiser step.
     """
 
     name: str
@@ -81,9 +92,7 @@ class Stage:
     keep: Callable[[int], None] | None = None
     documents: np.ndarray | None = None
     generators: Sequence[torch.Generator] = ()
-    sharded: bool = False
     checkpoints: int = 0
-    accumulate: int = 1
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -91,72 +100,50 @@ class Stage:
         return [parameter for group in self.groups for parameter in group.parameters]
 
 
-REMEMBERED = {"step", "exp_avg", "exp_avg_sq"}
-"""What AdamW remembers of a parameter."""
+@dataclass
+class TrainState:
+    """How far a stage is: finished steps, the best validation loss, and the epoch that reached it."""
 
-
-@dataclass(frozen=True)
-class Standing:
-    """Where a stage stands.
-
-    Attributes:
-        step: Steps that are done.
-        best: The best validation loss so far.
-        best_epoch: The pass behind which it was measured.
-        divided: Micro-batches in a step, which may have become more where memory was short.
-    """
-
-    step: Annotated[int, Field(ge=0)] = 0
+    step: int = 0
     best: float = float("inf")
-    best_epoch: Annotated[int, Field(ge=0)] = 0
-    divided: Annotated[int, Field(ge=1)] = 1
+    best_epoch: int = 0
 
 
 class StateFile:
-    """The file that a stage's state is kept in.
+    """The file that holds a stage's state while it is trained.
 
     Args:
         path: The file.
-        settings: What decides the stage's result; the state of another training is not gone on from.
+        settings: What decides the stage's result; a state with other settings is ignored.
         every: Seconds between two writes.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any], every: float) -> None:
-        self._path, self._every = path, every
+        self.path = path
         self._settings = json.loads(json.dumps(settings, default=str))
-        self._written = time.monotonic()
+        self._every, self._written = every, time.monotonic()
 
-    @property
-    def standing(self) -> Standing:
-        """Where the stage stands; at its beginning, where nothing is kept or it is of another training."""
-        kept = self._metadata()
-        if kept is None or self._difference(kept):
-            return Standing()
-        with self.restoring():
-            return TypeAdapter(Standing).validate_python(json.loads(kept["standing"]))
+    def state(self) -> TrainState:
+        """How far the stage is; a new state if none is kept or its settings were others."""
+        if not self.path.exists() or self.difference:
+            return TrainState()
+        return TrainState(**json.loads(read_metadata(self.path)["state"]))
 
     @property
     def difference(self) -> str | None:
-        """A setting that was another one when the state was kept, and how many steps are lost by it.
+        """A setting that has changed since the state was written, and how many steps are lost by that.
 
-        Settings that only one version of probekit knows are none.
+        Settings that only one version of probekit has do not count.
         """
-        kept = self._metadata()
-        return None if kept is None else self._difference(kept)
-
-    def _metadata(self) -> dict[str, str] | None:
-        return read_metadata(self._path) if self._path.exists() else None
-
-    def _difference(self, kept: Mapping[str, str]) -> str | None:
-        with self.restoring():
-            settings: dict[str, Any] = dict(json.loads(kept["settings"]))
-        for name in settings.keys() & self._settings.keys():
-            if settings[name] != self._settings[name]:
-                steps = json.loads(kept["standing"])["step"]
-                return (
-                    f"{name} was {settings[name]!r} and is now {self._settings[name]!r}, so the {steps:,} "
-                    "steps that were done do not count"
-                )
+        if not self.path.exists():
+            return None
+        kept = read_metadata(self.path)
+        before, now = json.loads(kept["settings"]), self._settings
+        for name in before.keys() & now.keys():
+            if before[name] != now[name]:
+                steps = json.loads(kept["state"])["step"]
+                change = f"{name} was {before[name]!r} and is now {now[name]!r}"
+                return f"{change}, so {steps:,} finished steps are lost"
         return None
 
     @property
@@ -164,337 +151,231 @@ class StateFile:
         """Whether it is time to write again."""
         return time.monotonic() - self._written >= self._every
 
-    def write(self, standing: Standing, tensors: Mapping[str, Tensor]) -> None:
-        """Keeps the state, in place of an earlier one."""
-        write_tensors(
-            self._path,
-            tensors,
-            {"standing": json.dumps(asdict(standing)), "settings": json.dumps(self._settings)},
-        )
+    def write(self, state: TrainState, tensors: Mapping[str, Tensor]) -> None:
+        """Writes the state in place of an earlier one."""
+        metadata = {"state": json.dumps(asdict(state)), "settings": json.dumps(self._settings)}
+        write_tensors(self.path, tensors, metadata)
         self._written = time.monotonic()
 
-    def forget(self) -> None:
-        """Removes the state of a stage that is finished."""
-        self._path.unlink(missing_ok=True)
 
-    @contextmanager
-    def restoring(self) -> Iterator[None]:
-        """Has what does not fit in the block told as the fault of the file.
+@dataclass(frozen=True)
+class Trainer:
+    """What every stage needs.
+
+    Attributes:
+        config: All settings.
+        corpus: The built corpus.
+        device: Where to compute.
+        log: Called with rows of metrics.
+        progress: Shows the work.
+        state: The file of the stage's state; None keeps no state.
+    """
+
+    config: Config
+    corpus: Corpus
+    device: torch.device
+    log: Callable[[dict[str, Any]], None]
+    progress: Progress
+    state: StateFile | None = None
+
+    def optimise(self, stage: Stage) -> float:
+        """Trains the stage's parameters in place and leaves them in their best state on validation.
+
+        Returns:
+            The best validation loss.
 
         Raises:
-            ProbekitError: It is the state of something else.
+            ProbekitError: The loss is no longer finite.
+            Stopped: A signal asked to stop; the state is kept.
         """
-        try:
-            yield
-        except (KeyError, IndexError, TypeError, ValueError, RuntimeError):
-            raise ProbekitError(
-                f"{self._path} is no state of this training; delete it, and the stage begins anew"
-            ) from None
+        return _Loop(self, stage).run()
 
-    def read(self) -> dict[str, Tensor]:
-        """The tensors of the state."""
-        return read_tensors(self._path)
+    def windows(self, split: str) -> Windows:
+        """The training windows of a split; they do not overlap."""
+        window = self.config.training.window
+        return cut_windows(self.corpus, self.corpus.documents(split), window, window)
 
+    def mean_loss(self, windows: Windows, batch_size: int, losses: Callable[[Windows], Tensor]) -> float:
+        """Mean loss of the scored tokens of windows, batch by batch, without gradients."""
+        own = distributed.share(chunks(len(windows), batch_size))
+        with torch.no_grad():
+            total = sum(losses(windows[rows]).sum().item() for rows in own)
+        return distributed.total(total, self.device) / int(windows.scored.sum())
 
-def random_state(generators: Iterable[torch.Generator]) -> dict[str, Tensor]:
-    """The states of what draws random numbers."""
-    states = {"random": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["random.cuda"] = torch.cuda.get_rng_state()
-    return states | {f"random.{i}": generator.get_state() for i, generator in enumerate(generators)}
-
-
-def set_random_state(states: Mapping[str, Tensor], generators: Iterable[torch.Generator]) -> None:
-    """Puts back what `random_state` took; on another device, that one's draws are others."""
-    torch.set_rng_state(states["random"])
-    if torch.cuda.is_available() and "random.cuda" in states:
-        torch.cuda.set_rng_state(states["random.cuda"])
-    for i, generator in enumerate(generators):
-        generator.set_state(states[f"random.{i}"])
-
-
-def check_alike(values: Sequence[Tensor], others: Sequence[Tensor]) -> None:
-    """Refuses tensors of other types and shapes.
-
-    Raises:
-        ValueError: Some are.
-    """
-    for value, other in zip(values, others, strict=True):
-        if (value.dtype, value.shape) != (other.dtype, other.shape):
-            raise ValueError(f"{value.dtype} {list(value.shape)} is not {other.dtype} {list(other.shape)}")
-
-
-def optimiser_state(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What an optimiser remembers of every parameter, by number and name."""
-    remembered = optimiser.state_dict()["state"]
-    return {
-        f"optimiser.{i}.{name}": value for i, values in remembered.items() for name, value in values.items()
-    }
-
-
-def set_optimiser_state(optimiser: torch.optim.Optimizer, states: Mapping[str, Tensor]) -> None:
-    """Puts back what `optimiser_state` took.
-
-    Raises:
-        ValueError: It was of an optimiser of other parameters.
-    """
-    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
-    remembered: dict[int, dict[str, Tensor]] = {}
-    for key, value in states.items():
-        kind, _, rest = key.partition(".")
-        if kind == "optimiser":
-            number, _, name = rest.partition(".")
-            if value.ndim:  # the others are counts of steps
-                own = parameters[int(number)]
-                check_alike([value], [own])
-                value = sharded_like(value, own)
-            remembered.setdefault(int(number), {})[name] = value
-    if any(values.keys() != REMEMBERED for values in remembered.values()):
-        raise ValueError("something is missing")
-    optimiser.load_state_dict(optimiser.state_dict() | {"state": remembered})
-
-
-WARMUP = 0.05
-"""Share of the steps in which a learning rate rises linearly; then it falls along a cosine to zero."""
-
-LARGEST_GRADIENT = 1.0
-"""The gradient of each group of parameters is scaled down to this norm where it is larger."""
-
-LOGGED_STEPS = 100
-"""Rows of training loss that a stage leaves in the metrics."""
-
-SHOWN_DOCUMENTS = 8
-"""Documents of a batch that an error names."""
-
-
-def optimise(
-    stage: Stage,
-    seed: int,
-    log: Callable[[dict[str, Any]], None],
-    progress: Progress,
-    state: StateFile | None = None,
-) -> float:
-    """Trains the stage's parameters in place and leaves them in their best state on validation.
-
-    Args:
-        stage: What to optimise.
-        seed: Seed of the order of examples and of what is random in the forward pass.
-        log: Called with rows of metrics.
-        progress: Shows steps, rate and time left.
-        state: Where the stage's state is kept; where there is one, training goes on from it.
-
-    Returns:
-        The best validation loss.
-
-    Raises:
-        ProbekitError: The loss is no longer finite, or the memory does not suffice for a single example.
-        Stopped: A signal asked to stop; the state is kept.
-    """
-    return _Loop(stage, seed, log, progress, state).run()
+    def autocast(self) -> Any:
+        """The arithmetic of forward passes."""
+        return autocast(self.device, self.config.training.precision)
 
 
 class _Loop:
     """A stage in training."""
 
-    def __init__(
-        self,
-        stage: Stage,
-        seed: int,
-        log: Callable[[dict[str, Any]], None],
-        progress: Progress,
-        state: StateFile | None,
-    ) -> None:
-        settings = stage.settings
-        self._stage, self._seed, self._log, self._progress, self._state = stage, seed, log, progress, state
+    def __init__(self, trainer: Trainer, stage: Stage) -> None:
+        self._trainer, self._stage, self._file = trainer, stage, trainer.state
+        self._seed, settings = trainer.config.seed, stage.settings
         self._epoch_steps = math.ceil(stage.examples / settings.batch_size)
         self._steps = max(1, round(settings.epochs * self._epoch_steps))
         self._optimiser, self._rates = _optimiser(stage, self._steps)
-        self._standing = Standing(divided=stage.accumulate)
-        self._best = _copies(stage)
-        self._checkpoints = frozenset(checkpoint_steps(stage.checkpoints, self._steps))
-        self._device = stage.parameters[0].device
-        torch.manual_seed(seed + distributed.rank())
-        if state is not None and (standing := state.standing).step:
-            self._standing = standing
-            kept = state.read()
-            with state.restoring():
-                self._restore(kept)
+        self._checkpoints = checkpoint_steps(stage.checkpoints, self._steps)
+        self._best = [parameter.detach().clone() for parameter in stage.parameters]
+        self._state = self._file.state() if self._file else TrainState()
+        torch.manual_seed(self._seed + distributed.rank())
+        if self._file and self._state.step:
+            self._restore(read_tensors(self._file.path))
 
     def run(self) -> float:
         """Trains to the end."""
-        begun, name = self._standing.step, self._stage.name
+        stage, begun = self._stage, self._state.step
         log_every = max(1, self._steps // LOGGED_STEPS)
-        batches = _shuffled(self._stage.examples, self._stage.settings.batch_size, self._seed, begun)
-        with (
-            self._progress.task(f"train {name}", total=self._steps, done=begun) as task,
-            Holding.held() as holding,
-        ):
+        batches = _shuffled(stage.examples, stage.settings.batch_size, self._seed, begun)
+        progress = self._trainer.progress.task(f"train {stage.name}", total=self._steps, done=begun)
+        with progress as task, Holding.held() as holding:
             if not begun:
                 self._checkpoint(0)
             for step in range(begun + 1, self._steps + 1):
                 rows = next(batches)
                 loss = self._step(step, rows)
-                self._standing = replace(self._standing, step=step)
+                self._state.step = step
                 if distributed.is_first() and (step % log_every == 0 or step == self._steps):
-                    observed = self._stage.observed(rows) if self._stage.observed else {}
-                    self._log({"stage": name, "step": step, "loss": loss} | observed)
+                    observed = stage.observed(rows) if stage.observed else {}
+                    self._trainer.log({"stage": stage.name, "step": step, "loss": loss} | observed)
                 task.advance(note=f"loss {loss:.3f}")
-                ends = step % self._epoch_steps == 0 or step == self._steps
-                over = ends and self._validated(task, loss)
-                self._checkpoint(step, last=over)
-                asked, due = self._wishes(holding)
-                # Patience that has run out is not part of a state: it would be gone on with.
-                if self._state and not over and (due or asked):
-                    kept = self._kept()
-                    if distributed.is_first():
-                        self._state.write(self._standing, kept)
+                epoch_ends = step % self._epoch_steps == 0 or step == self._steps
+                impatient = epoch_ends and self._validate(task, loss)
+                self._checkpoint(step, last=impatient)
+                asked, due = self._asked_to_stop(holding)
+                # Once patience has run out no state is written: it would be continued.
+                if self._file and distributed.is_first() and not impatient and (due or asked):
+                    self._file.write(self._state, self._tensors())
                 if asked:
                     raise asked
-                if over:
+                if impatient:
                     break
-        _copy_back(self._stage, self._best)
-        return self._standing.best
+        self._load(self._best)
+        return self._state.best
 
     def _step(self, step: int, rows: np.ndarray) -> float:
+        stage = self._stage
         for part, rate in zip(self._optimiser.param_groups, self._rates, strict=True):
             part["lr"] = rate(step - 1)
-        for group in self._stage.groups:
+        for group in stage.groups:
             for parameter in group.parameters:
                 parameter.requires_grad_(step > group.frozen_steps(self._steps))
-        total = self._summed(self._gradient(rows))
+        own = rows[distributed.rank() :: distributed.count()]
+        total = 0.0
+        micro_batches = min(self._trainer.config.training.accumulate, len(own))
+        for micro in np.array_split(own, micro_batches) if len(own) else ():
+            loss = stage.loss(micro, rows)
+            loss.backward()
+            total += loss.item()
+        if distributed.count() > 1:
+            total = self._add_up_gradients(total)
         if not math.isfinite(total):
             self._refuse("loss", total, step, rows)
-        for group in self._stage.groups:
+        for group in stage.groups:
             nn.utils.clip_grad_norm_(group.parameters, LARGEST_GRADIENT)
         self._optimiser.step()
         self._optimiser.zero_grad(set_to_none=True)
         return total
 
-    def _gradient(self, rows: np.ndarray) -> float:
-        """The loss of this process's share of a step, its gradient left at the parameters.
-
-        It is computed in smaller parts where memory is short.
-        """
-        own = rows[distributed.rank() :: distributed.count()]
-        # With a sharded LM all processes make as many passes, also one that has fewer rows.
-        most = math.ceil(len(rows) / distributed.count()) if self._stage.sharded else max(1, len(own))
-        while True:
-            parts = min(self._standing.divided, most)
-            try:
-                total = 0.0
-                for micro in np.array_split(own, parts):
-                    if not len(micro) and not self._stage.sharded:
-                        continue
-                    loss = self._stage.loss(micro if len(micro) else rows[:1], rows) * bool(len(micro))
-                    loss.backward()
-                    total += loss.item()
-                return total
-            except torch.OutOfMemoryError:
-                if parts == most:
-                    raise ProbekitError(
-                        f"training of {self._stage.name}: the memory of the device does not suffice for one "
-                        "example at a time; lower training.window, or take a smaller LM"
-                    ) from None
-                if self._stage.sharded:
-                    raise ProbekitError(
-                        f"training of {self._stage.name}: out of memory; processes that share a sharded LM "
-                        f"cannot divide a step alone: raise training.accumulate, which is {parts}"
-                    ) from None
-            # Behind the handler, whose error holds on to what the failed pass had allocated.
-            self._optimiser.zero_grad(set_to_none=True)
-            torch.cuda.empty_cache()
-            self._standing = replace(self._standing, divided=2 * parts)
-            self._progress.say(
-                f"{self._stage.name}: out of memory; from here on every step is cut into {2 * parts} parts"
-            )
-
-    def _summed(self, loss: float) -> float:
-        """The loss of all processes, gradients summed over them."""
-        if distributed.count() == 1:
-            return loss
-        parameters = [
-            parameter
-            for parameter in self._stage.parameters
-            if parameter.requires_grad and not is_shard(parameter)  # whose gradients are summed already
-        ]
-        touched = torch.tensor([float(parameter.grad is not None) for parameter in parameters])
-        touched = touched.to(self._device)
-        distributed.add_up([touched])
-        for parameter, touches in zip(parameters, touched.tolist(), strict=True):
-            if touches:  # one that no process has a gradient for stays as it is
+    def _add_up_gradients(self, loss: float) -> float:
+        """Sums gradients over processes, and returns the loss of all."""
+        parameters = [parameter for parameter in self._stage.parameters if parameter.requires_grad]
+        device = self._trainer.device
+        has_gradient = torch.tensor([float(parameter.grad is not None) for parameter in parameters])
+        has_gradient = has_gradient.to(device)
+        distributed.add_up([has_gradient])
+        for parameter, processes in zip(parameters, has_gradient.tolist(), strict=True):
+            if processes:  # a parameter without a gradient in any process is left alone
                 parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 distributed.add_up([parameter.grad])
-        return distributed.total(loss, self._device)
+        return distributed.total(loss, device)
 
-    def _validated(self, task: Task, loss: float) -> bool:
-        """Measures the validation loss and keeps the best state; whether patience has run out."""
-        step, stage = self._standing.step, self._stage
-        epoch = math.ceil(step / self._epoch_steps)
+    def _validate(self, task: Task, loss: float) -> bool:
+        """Measures the validation loss and keeps the best parameters; whether patience has run out."""
+        state, stage = self._state, self._stage
+        epoch = math.ceil(state.step / self._epoch_steps)
         validation = stage.validation_loss()
         if not math.isfinite(validation):
-            self._refuse("validation loss", validation, step)
+            self._refuse("validation loss", validation, state.step)
         if distributed.is_first():
-            self._log({"stage": stage.name, "step": step, "epoch": epoch, "validation_loss": validation})
+            row = {"stage": stage.name, "step": state.step, "epoch": epoch, "validation_loss": validation}
+            self._trainer.log(row)
         task.advance(0, note=f"loss {loss:.3f}, validation {validation:.3f}")
-        if validation < self._standing.best:
-            self._standing = replace(self._standing, best=validation, best_epoch=epoch)
-            self._best = _copies(stage)
+        if validation < state.best:
+            state.best, state.best_epoch = validation, epoch
+            self._best = [parameter.detach().clone() for parameter in stage.parameters]
             return False
         patience = stage.settings.patience
-        return patience is not None and epoch - self._standing.best_epoch >= patience
+        return patience is not None and epoch - state.best_epoch >= patience
 
     def _refuse(self, what: str, value: float, step: int, rows: np.ndarray | None = None) -> NoReturn:
         stage, where = self._stage, ""
         if rows is not None and stage.documents is not None:
-            read = [str(document) for document in np.unique(stage.documents[rows])]
-            shown = [*read[:SHOWN_DOCUMENTS], *(["…"] if len(read) > SHOWN_DOCUMENTS else [])]
-            where = f" (documents {', '.join(shown)} of the corpus)"
-        kept = self._state.standing.step if self._state is not None else 0
+            documents = [str(document) for document in np.unique(stage.documents[rows])]
+            more = ["…"] if len(documents) > SHOWN_DOCUMENTS else []
+            where = f" (documents {', '.join([*documents[:SHOWN_DOCUMENTS], *more])} of the corpus)"
+        kept = self._file.state().step if self._file else 0
         raise ProbekitError(
             f"training of {stage.name}: the {what} is {value} at step {step}{where}; lower the stage's "
             f"learning_rate ({stage.settings.learning_rate:g})"
-            + (f"; the state behind step {kept} is kept" if kept else "")
+            + (f"; the state after step {kept} is kept" if kept else "")
         )
 
-    def _wishes(self, holding: Holding) -> tuple[Stopped | None, bool]:
-        """Whether to stop, and whether the state is due; all processes do either behind the same step."""
-        own = (
-            holding.asked is not None,
-            distributed.is_first() and self._state is not None and self._state.due,
+    def _asked_to_stop(self, holding: Holding) -> tuple[Stopped | None, bool]:
+        """The signal that asked to stop, and whether the state is due: the same in all processes."""
+        due = distributed.is_first() and self._file is not None and self._file.due
+        asked, due = (
+            bool(distributed.total(own, self._trainer.device)) for own in (holding.asked is not None, due)
         )
-        asked, due = (bool(distributed.total(wish, self._device)) for wish in own)
         return (holding.asked or Stopped(signal.SIGTERM)) if asked else None, due
 
     def _checkpoint(self, step: int, *, last: bool = False) -> None:
-        wanted = step in self._checkpoints or (last and bool(self._checkpoints))
-        if self._stage.keep and wanted:
+        if self._stage.keep and (step in self._checkpoints or (last and self._checkpoints)):
             self._stage.keep(step)
 
-    def _kept(self) -> dict[str, Tensor]:
-        """All that training goes on from, on the first process; all call this together."""
-        now = {f"now.{i}": parameter for i, parameter in enumerate(self._stage.parameters)}
-        best = {f"best.{i}": value for i, value in enumerate(self._best)}
-        drawn = random_state(self._stage.generators)
-        return gathered(now | best | drawn | optimiser_state(self._optimiser))
+    @torch.no_grad()
+    def _load(self, values: Sequence[Tensor]) -> None:
+        for parameter, value in zip(self._stage.parameters, values, strict=True):
+            parameter.copy_(value)
 
-    def _restore(self, kept: dict[str, Tensor]) -> None:
-        count = range(len(self._best))
-        now, best = ([kept[f"{name}.{i}"] for i in count] for name in ("now", "best"))
-        for values in (now, best):
-            check_alike(values, self._best)
-        _copy_back(self._stage, now)
-        self._best = [sharded_like(value, own).to(own) for value, own in zip(best, self._best, strict=True)]
-        set_optimiser_state(self._optimiser, kept)
-        set_random_state(kept, self._stage.generators)
+    def _tensors(self) -> dict[str, Tensor]:
+        """All tensors of the state: parameters, best parameters, AdamW's moments, random generators."""
+        tensors: dict[str, Tensor] = {"random": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            tensors["random.cuda"] = torch.cuda.get_rng_state()
+        for i, generator in enumerate(self._stage.generators):
+            tensors[f"random.{i}"] = generator.get_state()
+        for i, (parameter, best) in enumerate(zip(self._stage.parameters, self._best, strict=True)):
+            tensors |= {f"now.{i}": parameter, f"best.{i}": best}
+        for i, moments in self._optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser.{i}.{name}": value for name, value in moments.items()}
+        return tensors
+
+    def _restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Continues from the tensors that `_tensors` returned."""
+        self._load([tensors[f"now.{i}"] for i in range(len(self._best))])
+        self._best = [tensors[f"best.{i}"].to(best) for i, best in enumerate(self._best)]
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            if key.startswith("optimiser."):
+                _, number, name = key.split(".")
+                moments.setdefault(int(number), {})[name] = value
+        self._optimiser.load_state_dict(self._optimiser.state_dict() | {"state": moments})
+        torch.set_rng_state(tensors["random"])
+        if torch.cuda.is_available() and "random.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["random.cuda"])
+        for i, generator in enumerate(self._stage.generators):
+            generator.set_state(tensors[f"random.{i}"])
         if distributed.rank():  # the state is the first process's
-            torch.manual_seed(self._seed + distributed.rank() + distributed.count() * self._standing.step)
+            torch.manual_seed(self._seed + distributed.rank() + distributed.count() * self._state.step)
 
 
 def checkpoint_steps(count: int, steps: int) -> list[int]:
-    """The steps behind which checkpoints are kept: 0, and others up to the last, even in their logarithm.
+    """The steps after which checkpoints are kept: 0, and others up to the last, evenly in the logarithm.
 
     Args:
-        count: How many are asked for; fewer where two would fall on one step.
+        count: How many are asked for; there are fewer if two would fall on one step.
         steps: Steps of the stage.
     """
     if not count:
@@ -503,7 +384,7 @@ def checkpoint_steps(count: int, steps: int) -> list[int]:
 
 
 def _optimiser(stage: Stage, steps: int) -> tuple[torch.optim.AdamW, list[Callable[[int], float]]]:
-    """The optimiser, and for each of its groups the learning rate by the number of steps that are done."""
+    """The optimiser, and the learning rate of each of its groups by the number of finished steps."""
     parts: list[dict[str, Any]] = []
     rates = []
     for group in stage.groups:
@@ -512,13 +393,13 @@ def _optimiser(stage: Stage, steps: int) -> tuple[torch.optim.AdamW, list[Callab
         for members, decay in ((matrices, stage.settings.weight_decay), (others, 0.0)):
             if members:
                 parts.append({"params": members, "lr": group.learning_rate, "weight_decay": decay})
-                rates.append(_schedule(group.learning_rate, group.frozen_steps(steps), steps, WARMUP))
+                rates.append(_schedule(group.learning_rate, group.frozen_steps(steps), steps))
     return torch.optim.AdamW(parts), rates
 
 
-def _schedule(peak: float, begin: int, end: int, warmup: float) -> Callable[[int], float]:
+def _schedule(peak: float, begin: int, end: int) -> Callable[[int], float]:
     """Learning rate by step: linear warm-up from `begin` on, then half a cosine to zero at `end`."""
-    rising = math.ceil(warmup * (end - begin))
+    rising = math.ceil(WARMUP * (end - begin))
 
     def rate(step: int) -> float:
         step -= begin
@@ -531,70 +412,10 @@ def _schedule(peak: float, begin: int, end: int, warmup: float) -> Callable[[int
     return rate
 
 
-def _copies(stage: Stage) -> list[Tensor]:
-    return [parameter.detach().clone() for parameter in stage.parameters]
-
-
-@torch.no_grad()
-def _copy_back(stage: Stage, values: Sequence[Tensor]) -> None:
-    for parameter, value in zip(stage.parameters, values, strict=True):
-        parameter.copy_(sharded_like(value, parameter))
-
-
 def _shuffled(count: int, batch_size: int, seed: int, done: int) -> Iterator[np.ndarray]:
-    """Rows in batches behind those that are done, without end.
-
-    Every pass is a new order, which the seed and the pass's number decide.
-    """
+    """Rows in batches after those that are done, without end; seed and epoch decide the order of an epoch."""
     epoch, passed = divmod(done, math.ceil(count / batch_size))
     while True:
         order = np.random.default_rng([seed, epoch]).permutation(count)
         yield from (order[i : i + batch_size] for i in range(passed * batch_size, count, batch_size))
         epoch, passed = epoch + 1, 0
-
-
-@dataclass(frozen=True)
-class Trainer:
-    """What every stage needs.
-
-    Attributes:
-        config: All settings.
-        corpus: The built corpus.
-        device: Where to compute.
-        log: Takes rows of metrics.
-        progress: Shows the work.
-        state: Where the stage's state is kept on the way; None keeps none.
-    """
-
-    config: Config
-    corpus: Corpus
-    device: torch.device
-    log: Callable[[dict[str, Any]], None]
-    progress: Progress
-    state: StateFile | None = None
-
-    def optimise(self, stage: Stage) -> float:
-        """Runs a stage; see `loop.optimise`."""
-        stage = replace(stage, accumulate=self.config.training.accumulate)
-        return optimise(stage, self.config.seed, self.log, self.progress, self.state)
-
-    def windows(self, split: str) -> Windows:
-        """The training windows of a split; they do not overlap."""
-        window = self.config.training.window
-        return cut_windows(self.corpus, self.corpus.documents(split), window, window)
-
-    def mean_loss(self, windows: Windows, batch_size: int, losses: Callable[[Windows], Tensor]) -> float:
-        """Mean loss of the scored tokens of windows, a batch at a time, without gradients."""
-        batches = chunks(len(windows), batch_size)
-        own = distributed.share(batches)
-        with torch.no_grad():
-            total = sum(losses(windows[rows]).sum().item() for rows in own)
-            if self.config.lm.sharded and len(own) < math.ceil(len(batches) / distributed.count()):
-                losses(windows[batches[0]])  # others have one more to run, which takes all processes
-        return distributed.total(total, self.device) / int(windows.scored.sum())
-
-    def autocast(self) -> Any:
-        """The arithmetic of forward passes."""
-        # Of a sharded LM no process is to hold all weights, cast ones neither.
-        keep_casts = not self.config.lm.sharded
-        return autocast(self.device, self.config.training.precision, keep_casts=keep_casts)

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from running import forget_checksums
 
 from probekit.probing.activations import Reader
 from probekit.probing.probe import probe
@@ -47,7 +46,6 @@ def _planted(run: Run, heads: dict[tuple[int, int], slice], probes: dict[str, An
                     block.attn.c_proj.weight[SIZE * head : SIZE * (head + 1), features] = drawn
     with without_bars_of_transformers():
         model.save_pretrained(run.folder / "lm")
-    forget_checksums(run.folder)
     _tell(Run.open(run.folder), *next(iter(heads)))
     changed = Run.open(run.folder)
     # No longer the planted ones: no ceiling is known.

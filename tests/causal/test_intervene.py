@@ -7,7 +7,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from running import forget_checksums
 
 import probekit
 from probekit.causal.erasure import leace, moments_at
@@ -196,7 +195,6 @@ def told(probed_copy: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
         last.c_attn.bias[2 * width :] = 0
     with without_bars_of_transformers():
         model.save_pretrained(probed_copy.folder / "lm")
-    forget_checksums(probed_copy.folder)
     path = probed_copy.folder / "adapters" / "oracle.safetensors"
     tensors = read_tensors(path)
     k, dimensions = tensors["adapter.codebook"].shape

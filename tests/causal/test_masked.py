@@ -202,7 +202,7 @@ def test_every_kind_of_conditioning_has_its_parts(
     run = probed_run.with_settings({"conditioning.kind": kind, "conditioning.location": location})
     model = probed_run.model("soft")
     centroids = torch.from_numpy(run.corpus.codebook.centroids)
-    model.adapter = new_adapter(run.config.conditioning, centroids, run.bridged, 0).requires_grad_(False)
+    model.adapter = new_adapter(run.config.conditioning, centroids, run.base_lm(), 0).requires_grad_(False)
     monkeypatch.setattr(Run, "model", lambda self, name: model)
     if kind == "token":
         with pytest.raises(ProbekitError, match=r"conditioning\.kind is 'token'.*subnetwork\.variant none"):

@@ -101,8 +101,10 @@ def test_a_conditioned_variant_writes_under_the_plan_that_it_is_given(
         run = probed_run.with_settings({"conditioning.kind": kind})
         model = stage._model
         centroids = torch.from_numpy(run.corpus.codebook.centroids)
-        model.adapter = new_adapter(run.config.conditioning, centroids, run.bridged, 0).requires_grad_(False)
-        stage._road = run.forward_pass([*model.names, "blocks.2.hook_resid_post"])
+        model.adapter = new_adapter(run.config.conditioning, centroids, run.base_lm(), 0).requires_grad_(
+            False
+        )
+        stage._backend = run.forward_pass([*model.names, "blocks.2.hook_resid_post"])
     writer, scenes, rows = Writer(probed_run, stage, 4, WINDOW), stage.scenes, np.arange(4)
     whole = stage.predict(stage.read(scenes.windows[rows]), rows, None).logits
     begun = writer._begun(rows)

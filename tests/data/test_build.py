@@ -436,7 +436,7 @@ def test_a_sentence_transformers_encoder(tmp_path: Path):
 @pytest.mark.parametrize(
     ("setting", "package", "said"),
     [
-        ({"actions.encoder": "any/model"}, "sentence_transformers", r"pip install 'probekit\[encoders\]'"),
+        ({"actions.encoder": "any/model"}, "sentence_transformers", r"pip install 'probekit-lm\[encoders\]'"),
         ({"actions.encoder": "./nowhere"}, None, "actions.encoder is .*: no such folder"),
         ({"lm.name": "./nowhere"}, None, "lm.name is .*: no such folder"),
     ],

@@ -177,7 +177,7 @@ def test_without_network_a_hub_name_fails_within_seconds(name: str, monkeypatch:
 
 def test_a_missing_package_is_told(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    with pytest.raises(ProbekitError, match=r"pip install 'probekit\[encoders\]'"):
+    with pytest.raises(ProbekitError, match=r"pip install 'probekit-lm\[encoders\]'"):
         PretrainedEncoder("any/model", "cpu")
 
 
@@ -191,5 +191,5 @@ def test_a_saved_encoder_that_cannot_be_loaded_is_told_beforehand(
     with pytest.raises(ProbekitError, match="no such folder"):
         check_encoder(tmp_path)
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    with pytest.raises(ProbekitError, match=r"pip install 'probekit\[encoders\]'"):
+    with pytest.raises(ProbekitError, match=r"pip install 'probekit-lm\[encoders\]'"):
         check_encoder(tmp_path)

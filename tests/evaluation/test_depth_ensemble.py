@@ -19,7 +19,7 @@ from probekit.evaluation.evaluate import evaluate
 from probekit.evaluation.multiple_choice import corpus_questions
 from probekit.evaluation.perplexity import Evaluation
 from probekit.run.run import Run
-from probekit.sweep import Sweep, sweep
+from probekit.sweeps import Sweep, sweep
 from probekit.training.train import train
 
 QUESTIONS = 30

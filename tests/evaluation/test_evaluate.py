@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from running import forget_checksums
 from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 
 from probekit.data.corpus import SPLITS
@@ -18,7 +17,7 @@ from probekit.errors import ProbekitError
 from probekit.evaluation.action_metrics import STRENGTHS
 from probekit.evaluation.evaluate import evaluate
 from probekit.evaluation.perplexity import Evaluation, Pass, own_losses
-from probekit.io import CHECKSUM, read_json, write_json
+from probekit.io import read_json, write_json
 from probekit.models.mixing import Fixed, Oracle, Predicted, Soft
 from probekit.progress import Progress
 from probekit.run.run import Run
@@ -54,8 +53,7 @@ def strict_json(path: Path):
     def refuse(constant: str):
         raise AssertionError(f"{constant} is no JSON")
 
-    written = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
-    return {name: value for name, value in written.items() if name != CHECKSUM}
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
 
 
 def test_the_file_holds_what_is_returned(evaluated: tuple[Run, Evaluation]):
@@ -236,7 +234,6 @@ def test_one_test_document_has_values_but_no_intervals(tiny_run: Run, tmp_path: 
     split = np.load(run.folder / "corpus" / "split.npy")
     split[np.flatnonzero(split == 3)[1:]] = 0
     np.save(run.folder / "corpus" / "split.npy", split)
-    forget_checksums(run.folder)
     evaluation = evaluate(run, quiet=True)
     written = strict_json(run.folder / "evaluation.json")
     for name, value in (("perplexity", "perplexity"), ("differences", "difference"), ("planner", "value")):

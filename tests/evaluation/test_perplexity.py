@@ -8,6 +8,7 @@ from torch.nn.functional import softmax
 from probekit.config import VariantName
 from probekit.data.windows import cut_windows
 from probekit.evaluation.perplexity import Pass, own_losses
+from probekit.models.hook_points import BridgeBackend
 from probekit.models.language_model import bridge, new_model
 from probekit.models.mixing import VARIANTS, Fixed, Mixing, Oracle
 from probekit.models.planner_lm import PlannedLM
@@ -135,7 +136,7 @@ def test_windows_that_hold_whole_documents_give_the_plain_models_own_loss(tiny_r
         ids = torch.tensor(corpus.tokens[slice(*corpus.document_tokens[document : document + 2])].astype(int))
         with torch.no_grad():
             expected.append(plain(ids[None], labels=ids[None]).loss.item() * (len(ids) - 1))
-    model = PlannedLM(bridge(plain, corpus.tokenizer, "plain"), tiny_run.planner(), None, 1.0)
+    model = PlannedLM(BridgeBackend(bridge(plain, corpus.tokenizer, "plain")), tiny_run.planner(), None, 1.0)
     found = losses(scoring(tiny_run, documents, 256, 100), model, Fixed())
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from running import forget_checksums
 
 from probekit.errors import ProbekitError
 from probekit.generation import evaluate as generation_metrics
@@ -16,7 +15,7 @@ from probekit.generation.evaluate import GenerationEvaluation, check_generation,
 from probekit.generation.generate import Generated
 from probekit.generation.prompts import Prompt
 from probekit.generation.true_texts import TrueTexts, beginnings
-from probekit.io import CHECKSUM, write_json
+from probekit.io import write_json
 from probekit.progress import Progress
 from probekit.run.run import Run
 
@@ -47,7 +46,6 @@ def with_test_documents(run: Run, folder: Path) -> Run:
     train = np.flatnonzero(split == 0)
     split[train[:40]], split[train[40:60]] = 3, 1
     np.save(copy.folder / "corpus" / "split.npy", split)
-    forget_checksums(copy.folder)
     return copy
 
 
@@ -103,7 +101,7 @@ def test_the_file_holds_what_is_returned(evaluation: GenerationEvaluation, large
         raise AssertionError(f"{constant} is no JSON")
 
     written = json.loads((large.folder / "generation.json").read_text("utf-8"), parse_constant=refuse)
-    assert written == large.generation_metrics() | {CHECKSUM: written[CHECKSUM]}
+    assert written == large.generation_metrics()
     assert written["settings"] == evaluation.settings
     assert written["notes"] == evaluation.notes
     (note,) = evaluation.notes
@@ -155,7 +153,6 @@ def test_too_few_texts_for_mauve_are_told(large: Run):
 
 def test_fewer_prompts_than_asked_for_are_told(tiny_run: Run, tmp_path: Path):
     run = Run.open(shutil.copytree(tiny_run.folder, tmp_path / "run"))
-    forget_checksums(run.folder)
     evaluation = evaluate_generation(run, few({"mixing.variants": ["fixed"]}), quiet=True)
     assert evaluation.notes[0].startswith("16 prompts in place of 20: no more test documents are long enough")
 
@@ -169,7 +166,6 @@ def test_too_few_long_documents_write_nothing(tiny_run: Run):
 
 def test_an_encoder_that_is_gone_is_told_before_work_begins(tiny_run: Run, tmp_path: Path):
     run = Run.open(shutil.copytree(tiny_run.folder, tmp_path / "run"))
-    forget_checksums(run.folder)
     lengths = {"generation.context": 8, "generation.lengths": [8]}
     check_generation(run, lengths)
     gone = {"kind": "pretrained", "name": str(tmp_path / "gone"), "revision": None}

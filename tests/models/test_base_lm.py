@@ -19,7 +19,7 @@ from probekit.errors import ProbekitError
 from probekit.io import read_tensors, write_tensors
 from probekit.models.base_lm import LORA_WEIGHTS, TUNINGS, BaseLM, Tuning
 from probekit.models.conditioning import new_adapter
-from probekit.models.hook_points import BridgedPass, PlainPass, forward_pass
+from probekit.models.hook_points import BridgeBackend, HFBackend
 from probekit.models.language_model import load_model
 from probekit.models.mixing import Oracle
 from probekit.models.planner_lm import PlannedLM, token_losses
@@ -48,10 +48,10 @@ def tuned(base: BaseLM, batch: Batch, chosen: BaseSettings, steps: int = 4) -> t
     """A model whose adapter and LM were trained on a batch, and what became of the LM."""
     tuning = TUNINGS[chosen.tuning](load_model(base.plain.name_or_path), chosen, 0)
     codebook = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
-    adapter = new_adapter(ConditioningSettings(skip_layers=1), codebook, base.bridged, seed=0)
-    road = forward_pass(base.bridged, tuning.model, adapter.names)
-    assert isinstance(road, PlainPass)
-    model = PlannedLM(base.bridged, None, adapter, 1.0, road)
+    adapter = new_adapter(ConditioningSettings(skip_layers=1), codebook, base, seed=0)
+    backend = base.forward_pass(adapter.names, tuning.model)
+    assert isinstance(backend, HFBackend)
+    model = PlannedLM(backend, None, adapter, 1.0)
     for parameter in tuning.parameters:
         parameter.requires_grad_(True)
     optimiser = torch.optim.AdamW([*adapter.parameters(), *tuning.parameters], lr=0.02)
@@ -95,13 +95,13 @@ def test_a_tuned_lm_is_found_again_plain_and_bridged(
         lambda: TUNINGS[tuning].load(tmp_path / "tuned", load_model(name), chosen),
         tokenizer,
         "own",
-        alike=base,
+        like=base,
     )
     expected = predictions(model, batch)
-    for road in (own.forward_pass(model.adapter.names), BridgedPass(own.bridged)):
-        found = predictions(PlannedLM(own.bridged, None, model.adapter, 1.0, road), batch)
+    for backend in (own.forward_pass(model.adapter.names), BridgeBackend(own.bridged)):
+        found = predictions(PlannedLM(backend, None, model.adapter, 1.0), batch)
         torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
-    untuned = predictions(PlannedLM(base.bridged, None, model.adapter, 1.0), batch)
+    untuned = predictions(PlannedLM(BridgeBackend(base.bridged), None, model.adapter, 1.0), batch)
     assert not torch.allclose(untuned, expected, atol=1e-2)
     with torch.no_grad():
         assert torch.equal(base.plain(batch.tokens).logits, before)

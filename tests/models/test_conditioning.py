@@ -16,8 +16,10 @@ from probekit.config import ConditioningSettings, PlannerSettings
 from probekit.data.corpus import Corpus
 from probekit.data.windows import Batch, collate, cut_windows
 from probekit.errors import ProbekitError
+from probekit.models.base_lm import BaseLM
 from probekit.models.conditioning import LayerAdapter, location_width, new_adapter
-from probekit.models.language_model import OUTSIDE_BLOCKS, bridge, hook_name, locations
+from probekit.models.hook_points import BridgeBackend
+from probekit.models.language_model import OUTSIDE_BLOCKS, hook_name
 from probekit.models.mixing import GumbelSoftmax, Mixing, Oracle, Soft, StraightThrough
 from probekit.models.planner import Planner
 from probekit.models.planner_lm import PlannedLM, token_losses
@@ -32,6 +34,7 @@ LOCATIONS = [
 DOCUMENTS = [[3, 2, 4], [1, 1, 5, 2]]  # tokens in each sentence
 
 MakeCorpus = Callable[..., Corpus]
+Base = Callable[[str], BaseLM]
 
 
 def batch_of(corpus: Corpus, window: int = 32) -> Batch:
@@ -39,7 +42,7 @@ def batch_of(corpus: Corpus, window: int = 32) -> Batch:
 
 
 def adapter_for(
-    lm: object, corpus: Corpus, *, seed: int = 0, size: float = 1.0, **chosen: object
+    lm: BaseLM, corpus: Corpus, *, seed: int = 0, size: float = 1.0, **chosen: object
 ) -> LayerAdapter:
     """An adapter whose projections are large enough to matter beside the LM's activations."""
     settings = ConditioningSettings(**{"skip_layers": 1, **chosen})
@@ -49,9 +52,9 @@ def adapter_for(
     return adapter
 
 
-def logits(lm: object, batch: Batch, hooks: list) -> Tensor:
-    with lm.hooks(fwd_hooks=hooks):
-        return lm(batch.tokens)
+def logits(lm: BaseLM, batch: Batch, hooks: list) -> Tensor:
+    with lm.bridged.hooks(fwd_hooks=hooks):
+        return lm.bridged(batch.tokens)
 
 
 def recorder(into: dict[str, Tensor], names: list[str]) -> list:
@@ -66,9 +69,9 @@ def recorder(into: dict[str, Tensor], names: list[str]) -> list:
 @pytest.mark.parametrize("skip", [0, 1, 2])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_layer_gets_its_projection_of_the_tokens_action(
-    family: str, skip: int, bridged: dict, make_corpus: MakeCorpus
+    family: str, skip: int, base: Base, make_corpus: MakeCorpus
 ):
-    lm, corpus = bridged[family], make_corpus(DOCUMENTS)
+    lm, corpus = base(family), make_corpus(DOCUMENTS)
     batch, adapter = batch_of(corpus), adapter_for(lm, corpus, skip_layers=skip)
     embeddings = torch.randn(len(batch.touched), 3, generator=torch.Generator().manual_seed(1))
     names = [hook_name("attn.hook_z", layer) for layer in range(LAYERS)]
@@ -94,9 +97,9 @@ def test_each_layer_gets_its_projection_of_the_tokens_action(
 
 
 def test_layers_below_are_untouched_and_the_projection_enters_before_the_output_matrix(
-    bridged: dict, folders: dict, make_corpus: MakeCorpus
+    base: Base, folders: dict, make_corpus: MakeCorpus
 ):
-    lm, corpus = bridged["gpt2"], make_corpus(DOCUMENTS)
+    lm, corpus = base("gpt2"), make_corpus(DOCUMENTS)
     batch, adapter = batch_of(corpus), adapter_for(lm, corpus, skip_layers=1)
     embeddings = Oracle()(torch.empty(0), batch.actions, adapter.codebook, 1.0)
     names = ["blocks.0.hook_resid_post", "blocks.1.hook_attn_out", "blocks.2.hook_resid_pre"]
@@ -115,8 +118,8 @@ def test_layers_below_are_untouched_and_the_projection_enters_before_the_output_
 @pytest.mark.parametrize("location", LOCATIONS)
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.filterwarnings("ignore:A forward hook edited")
-def test_other_locations_condition_too(family: str, location: str, bridged: dict, make_corpus: MakeCorpus):
-    lm, corpus = bridged[family], make_corpus(DOCUMENTS)
+def test_other_locations_condition_too(family: str, location: str, base: Base, make_corpus: MakeCorpus):
+    lm, corpus = base(family), make_corpus(DOCUMENTS)
     batch, adapter = batch_of(corpus), adapter_for(lm, corpus, location=location)
     one_head = family == "llama" and location in (
         "attn.hook_k",
@@ -136,9 +139,9 @@ def test_other_locations_condition_too(family: str, location: str, bridged: dict
 @pytest.mark.parametrize(
     "location", ["attn.hook_pattern", "attn.hook_attn_scores", "attn.hook_result", "nothing"]
 )
-def test_locations_without_a_vector_for_each_position_are_refused(location: str, bridged: dict):
+def test_locations_without_a_vector_for_each_position_are_refused(location: str, base: Base):
     with pytest.raises(ProbekitError) as raised:
-        location_width(bridged["gpt2"], ConditioningSettings(location=location))
+        location_width(base("gpt2"), ConditioningSettings(location=location))
     message = str(raised.value)
     assert message.startswith(f"conditioning.location is {location!r}")
     assert "hook_resid_pre" in message
@@ -146,27 +149,27 @@ def test_locations_without_a_vector_for_each_position_are_refused(location: str,
 
 
 @pytest.mark.parametrize("location", OUTSIDE_BLOCKS)
-def test_locations_that_are_in_no_layer_are_refused(location: str, bridged: dict):
+def test_locations_that_are_in_no_layer_are_refused(location: str, base: Base):
     """They can be probed, but no projection of a layer can be added there."""
-    assert location in locations(bridged["gpt2"])
+    assert location in base("gpt2").locations
     with pytest.raises(ProbekitError) as raised:
-        location_width(bridged["gpt2"], ConditioningSettings(location=location))
+        location_width(base("gpt2"), ConditioningSettings(location=location))
     message = str(raised.value)
     assert message.startswith(f"conditioning.location is {location!r}, which is in no layer")
     assert "\n" not in message
 
 
-def test_some_layer_must_be_left(bridged: dict, make_corpus: MakeCorpus):
+def test_some_layer_must_be_left(base: Base, make_corpus: MakeCorpus):
     corpus = make_corpus(DOCUMENTS)
-    assert len(adapter_for(bridged["gpt2"], corpus, skip_layers=LAYERS - 1).projections) == 1
+    assert len(adapter_for(base("gpt2"), corpus, skip_layers=LAYERS - 1).projections) == 1
     for skip in (LAYERS, LAYERS + 5):
         with pytest.raises(ProbekitError, match=rf"conditioning.skip_layers is {skip}.*at most {LAYERS - 1}"):
-            adapter_for(bridged["gpt2"], corpus, skip_layers=skip)
+            adapter_for(base("gpt2"), corpus, skip_layers=skip)
 
 
-def test_every_layer_starts_different_and_the_seed_decides_how(bridged: dict, make_corpus: MakeCorpus):
+def test_every_layer_starts_different_and_the_seed_decides_how(base: Base, make_corpus: MakeCorpus):
     """The first authors' projections all start identical (reference.md, section 4, number 5)."""
-    lm, corpus = bridged["gpt2"], make_corpus(DOCUMENTS)
+    lm, corpus = base("gpt2"), make_corpus(DOCUMENTS)
     torch.manual_seed(0)
     state = torch.get_rng_state()
     one = adapter_for(lm, corpus, skip_layers=0, seed=1).projections
@@ -193,12 +196,12 @@ def test_an_adapter_trains_its_own_codebook():
 @pytest.mark.parametrize("mixing", [Soft(), StraightThrough(), GumbelSoftmax()])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_in_every_family_the_loss_reaches_adapter_and_planner_and_not_the_lm(
-    family: str, mixing: Mixing, bridged: dict, make_corpus: MakeCorpus
+    family: str, mixing: Mixing, base: Base, make_corpus: MakeCorpus
 ):
-    lm, corpus = bridged[family], make_corpus(DOCUMENTS)
+    lm, corpus = base(family), make_corpus(DOCUMENTS)
     batch, adapter = batch_of(corpus), adapter_for(lm, corpus)
     planner = Planner(PlannerSettings(width=8), adapter.codebook.detach(), seed=0)
-    model = PlannedLM(lm, planner, adapter, temperature=1.0)
+    model = PlannedLM(BridgeBackend(lm.bridged), planner, adapter, temperature=1.0)
     losses = token_losses(model(batch, mixing), batch.targets)
     losses.sum().backward()
     for gradient in (*adapter.projections.grad, adapter.codebook.grad):
@@ -206,7 +209,7 @@ def test_in_every_family_the_loss_reaches_adapter_and_planner_and_not_the_lm(
         assert gradient.abs().max() > 1e-3
     for name, parameter in planner.named_parameters():
         assert parameter.grad.abs().max() > 0, name
-    assert all(parameter.grad is None for parameter in lm.parameters())
+    assert all(parameter.grad is None for parameter in lm.bridged.parameters())
 
 
 @pytest.fixture
@@ -216,12 +219,12 @@ def exact(
     """A planned GPT-2 and a batch, all in float64."""
     corpus = make_corpus([[2, 2, 3], [1, 4]], actions=4, dimensions=2)
     model = make_model("GPT2", len(tokenizer), hidden_size=4, num_hidden_layers=2).double()
-    lm = bridge(model, tokenizer, "exact")
+    lm = BaseLM(lambda: model, tokenizer, "exact")
     adapter = adapter_for(lm, corpus)
     planner = Planner(PlannerSettings(width=4), adapter.codebook.detach(), seed=0).eval()
     batch = batch_of(corpus)
     batch = replace(batch, context=batch.context.double())
-    return PlannedLM(lm, planner, adapter, temperature=0.7).double(), batch
+    return PlannedLM(BridgeBackend(lm.bridged), planner, adapter, temperature=0.7).double(), batch
 
 
 @pytest.mark.parametrize("part", ["adapter.projections", "adapter.codebook", "planner."])

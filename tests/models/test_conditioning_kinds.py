@@ -13,6 +13,7 @@ from probekit.config import ConditioningSettings, PlannerSettings
 from probekit.data.corpus import Corpus
 from probekit.data.windows import Batch, collate, cut_windows
 from probekit.errors import ProbekitError
+from probekit.models.base_lm import BaseLM
 from probekit.models.conditioning import (
     CONDITIONINGS,
     Adapter,
@@ -21,8 +22,8 @@ from probekit.models.conditioning import (
     location_width,
     new_adapter,
 )
-from probekit.models.hook_points import BridgedPass, ForwardPass, PlainPass, forward_pass
-from probekit.models.language_model import Hook, bridge, load_model
+from probekit.models.hook_points import Backend, BridgeBackend, HFBackend
+from probekit.models.language_model import Hook, load_model
 from probekit.models.mixing import Oracle, Soft
 from probekit.models.planner import Planner
 from probekit.models.planner_lm import PlannedLM, token_losses
@@ -32,6 +33,7 @@ DOCUMENTS = [[3, 2, 4], [1, 1, 5, 2]]  # tokens in each sentence
 SIZES = [size for document in DOCUMENTS for size in document]
 
 MakeCorpus = Callable[..., Corpus]
+Base = Callable[[str], BaseLM]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,7 @@ def plain(folders: dict[str, Path]) -> dict[str, PreTrainedModel]:
     return {family: load_model(str(folders[family])) for family in FAMILIES}
 
 
-def adapter_for(lm: object, kind: str) -> Adapter:
+def adapter_for(lm: BaseLM, kind: str) -> Adapter:
     """An adapter whose projections are large enough to matter beside the LM's activations."""
     codebook = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
     adapter = new_adapter(ConditioningSettings(kind=kind, skip_layers=1), codebook, lm, seed=0)
@@ -58,8 +60,8 @@ def windows_of(corpus: Corpus, window: int) -> Batch:
     return collate(corpus, cut_windows(corpus, np.arange(len(corpus.split)), window, window))
 
 
-def logits(road: ForwardPass, read: Conditioned, *more: Hook) -> Tensor:
-    found = road.logits(read.tokens, [*read.hooks, *more], read.positions)
+def logits(backend: Backend, read: Conditioned, *more: Hook) -> Tensor:
+    found = backend.logits(read.tokens, [*read.hooks, *more], read.positions)
     return found if read.slots is None else read.slots.predictions(found)
 
 
@@ -94,17 +96,17 @@ def adapter_for_width(width: int) -> PlanningToken:
 @pytest.mark.parametrize("kind", ["embedding", "token"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_is_the_lm_on_embeddings_made_by_hand(
-    family: str, kind: str, bridged: dict, plain: dict, make_corpus: MakeCorpus
+    family: str, kind: str, base: Base, plain: dict, make_corpus: MakeCorpus
 ):
     """Window by window, with a mask that says itself what may be seen."""
     batch, model = windows_of(make_corpus(DOCUMENTS), 7), plain[family]
-    adapter, embeddings = adapter_for(bridged[family], kind), embeddings_of(batch)
+    adapter, embeddings = adapter_for(base(family), kind), embeddings_of(batch)
     table = model.get_input_embeddings().weight
     with torch.no_grad():
         read = adapter.conditioned(batch.tokens, embeddings, batch.sentence)
-        road = forward_pass(bridged[family], model, [*adapter.names, "ln_final.hook_out"])
-        assert isinstance(road, PlainPass)
-        fast, slow = logits(road, read), logits(BridgedPass(bridged[family]), read)
+        backend = base(family).forward_pass([*adapter.names, "ln_final.hook_out"], model)
+        assert isinstance(backend, HFBackend)
+        fast, slow = logits(backend, read), logits(BridgeBackend(base(family).bridged), read)
         for row, tokens in enumerate(batch.tokens):
             carried = (embeddings @ adapter.projection)[batch.sentence[row]]
             vectors, positions, predicting = [], [], []
@@ -125,7 +127,7 @@ def test_it_is_the_lm_on_embeddings_made_by_hand(
             scored = batch.targets[row] >= 0
             torch.testing.assert_close(fast[row, scored], expected[scored], atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(slow[row, scored], expected[scored], atol=1e-4, rtol=1e-4)
-    base = BridgedPass(bridged[family]).logits(batch.tokens, [])
+    base = BridgeBackend(base(family).bridged).logits(batch.tokens, [])
     assert not torch.allclose(fast, base, atol=0.1)
 
 
@@ -133,15 +135,15 @@ def test_it_is_the_lm_on_embeddings_made_by_hand(
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama"])
 @pytest.mark.parametrize("window", [32, 5])
 def test_an_action_reaches_no_token_before_its_sentence(
-    family: str, kind: str, window: int, bridged: dict, make_corpus: MakeCorpus
+    family: str, kind: str, window: int, base: Base, make_corpus: MakeCorpus
 ):
     """By gradient: the prediction of a token sees the actions of its sentence and of those before it."""
-    lm, corpus = bridged[family], make_corpus(DOCUMENTS)
+    lm, corpus = base(family), make_corpus(DOCUMENTS)
     windows = cut_windows(corpus, np.arange(2), window, window)
     batch, adapter = collate(corpus, windows), adapter_for(lm, kind)
     embeddings = embeddings_of(batch).requires_grad_()
     read = adapter.conditioned(batch.tokens, embeddings, batch.sentence)
-    conditioned = logits(BridgedPass(lm), read)
+    conditioned = logits(BridgeBackend(lm.bridged), read)
     weights = torch.randn(conditioned.shape[-1], generator=torch.Generator().manual_seed(2))
     # `touched` counts rows of the padded context; these are the documents and the numbers in the corpus.
     document, within = np.divmod(batch.touched.numpy(), batch.context.shape[1])
@@ -163,10 +165,10 @@ def test_an_action_reaches_no_token_before_its_sentence(
 @pytest.mark.parametrize("kind", list(CONDITIONINGS))
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama"])
 def test_a_prediction_sees_every_token_before_it_and_none_behind(
-    family: str, kind: str, fast: bool, bridged: dict, plain: dict, make_corpus: MakeCorpus
+    family: str, kind: str, fast: bool, base: Base, plain: dict, make_corpus: MakeCorpus
 ):
     """By gradient, through what is added to the embeddings of the windows' own tokens."""
-    lm, batch = bridged[family], windows_of(make_corpus(DOCUMENTS), 8)
+    lm, batch = base(family), windows_of(make_corpus(DOCUMENTS), 8)
     adapter = adapter_for(lm, kind)
     read = adapter.conditioned(batch.tokens, embeddings_of(batch), batch.sentence)
     added = torch.zeros(*batch.tokens.shape, 16, requires_grad=True)
@@ -178,9 +180,9 @@ def test_a_prediction_sees_every_token_before_it_and_none_behind(
         return activation.index_put((windows, read.slots.own), added, accumulate=True)
 
     names = [*adapter.names, "hook_embed"]
-    road = forward_pass(lm, plain[family], names) if fast else BridgedPass(lm)
-    assert isinstance(road, PlainPass if fast else BridgedPass)
-    found = logits(road, read, ("hook_embed", add))
+    backend = lm.forward_pass(names, plain[family]) if fast else BridgeBackend(lm.bridged)
+    assert isinstance(backend, HFBackend if fast else BridgeBackend)
+    found = logits(backend, read, ("hook_embed", add))
     weights = torch.randn(found.shape[-1], generator=torch.Generator().manual_seed(2))
     for row, targets in enumerate(batch.targets):
         for position in range(int((targets >= 0).sum())):
@@ -194,12 +196,12 @@ def test_a_prediction_sees_every_token_before_it_and_none_behind(
 @pytest.mark.parametrize("kind", ["embedding", "token"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_loss_reaches_adapter_and_planner_and_not_the_lm(
-    family: str, kind: str, bridged: dict, plain: dict, make_corpus: MakeCorpus
+    family: str, kind: str, base: Base, plain: dict, make_corpus: MakeCorpus
 ):
-    batch, adapter = windows_of(make_corpus(DOCUMENTS), 32), adapter_for(bridged[family], kind)
+    batch, adapter = windows_of(make_corpus(DOCUMENTS), 32), adapter_for(base(family), kind)
     planner = Planner(PlannerSettings(width=8), adapter.codebook.detach(), seed=0)
-    road = forward_pass(bridged[family], plain[family], adapter.names)
-    model = PlannedLM(bridged[family], planner, adapter, 1.0, road)
+    backend = base(family).forward_pass(adapter.names, plain[family])
+    model = PlannedLM(backend, planner, adapter, 1.0)
     token_losses(model(batch, Soft()), batch.targets).sum().backward()
     for name, parameter in [*adapter.named_parameters(), *planner.named_parameters()]:
         assert parameter.grad.isfinite().all(), name
@@ -215,7 +217,7 @@ def test_gradients_are_finite_differences(
     make_corpus: MakeCorpus,
 ):
     model = make_model("GPT2", len(tokenizer), hidden_size=4, num_hidden_layers=2).double()
-    lm = bridge(model, tokenizer, "exact")
+    lm = BaseLM(lambda: model, tokenizer, "exact")
     batch, adapter = windows_of(make_corpus([[2, 2, 3], [1, 4]]), 32), adapter_for(lm, kind).double()
 
     def loss(projection: Tensor, codebook: Tensor) -> Tensor:
@@ -226,7 +228,9 @@ def test_gradients_are_finite_differences(
         read = torch.func.functional_call(
             _Conditioning(adapter), {"adapter.projection": projection}, (batch, embeddings)
         )
-        return logits(BridgedPass(lm), read).log_softmax(-1).gather(2, batch.tokens[..., None]).sum()
+        return (
+            logits(BridgeBackend(lm.bridged), read).log_softmax(-1).gather(2, batch.tokens[..., None]).sum()
+        )
 
     start = tuple(p.detach().clone().requires_grad_() for p in (adapter.projection, adapter.codebook))
     assert torch.autograd.gradcheck(loss, start)
@@ -243,38 +247,38 @@ class _Conditioning(torch.nn.Module):
         return self.adapter.conditioned(batch.tokens, embeddings, batch.sentence)
 
 
-def test_a_window_as_long_as_the_table_of_positions_is_read(bridged: dict, make_corpus: MakeCorpus):
-    lm = bridged["gpt2"]
-    longest = lm.original_model.config.max_position_embeddings
+def test_a_window_as_long_as_the_table_of_positions_is_read(base: Base, make_corpus: MakeCorpus):
+    lm = base("gpt2")
+    longest = lm.config.max_position_embeddings
     batch = windows_of(make_corpus([[3] * 20]), longest)
     adapter = adapter_for(lm, "token")
     read = adapter.conditioned(batch.tokens, embeddings_of(batch), batch.sentence)
     assert read.tokens.shape[1] > longest == batch.tokens.shape[1]
-    assert logits(BridgedPass(lm), read).shape[:2] == batch.tokens.shape
+    assert logits(BridgeBackend(lm.bridged), read).shape[:2] == batch.tokens.shape
 
 
 def test_an_lm_that_takes_no_positions_is_refused(
     make_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerBase
 ):
-    lm = bridge(make_model("Bloom", len(tokenizer), n_layer=2, n_head=2), tokenizer, "bloom")
+    lm = BaseLM(lambda: make_model("Bloom", len(tokenizer), n_layer=2, n_head=2), tokenizer, "bloom")
     for kind in ("adapter", "embedding"):
         location_width(lm, ConditioningSettings(kind=kind, skip_layers=1))
     with pytest.raises(ProbekitError) as raised:
         location_width(lm, ConditioningSettings(kind="token"))
     message = str(raised.value)
-    assert message.startswith("conditioning.kind is 'token', but BloomForCausalLM cannot be told")
+    assert message.startswith("conditioning.kind is 'token', but BloomForCausalLM takes no positions")
     assert "\n" not in message
 
 
-def test_layers_are_skipped_by_adapters_alone(bridged: dict):
+def test_layers_are_skipped_by_adapters_alone(base: Base):
     for kind in ("embedding", "token"):
-        assert location_width(bridged["gpt2"], ConditioningSettings(kind=kind, skip_layers=99)) == 16
+        assert location_width(base("gpt2"), ConditioningSettings(kind=kind, skip_layers=99)) == 16
 
 
 @pytest.mark.parametrize("kind", ["embedding", "token"])
-def test_the_seed_decides_how_an_adapter_begins(kind: str, bridged: dict):
+def test_the_seed_decides_how_an_adapter_begins(kind: str, base: Base):
     first, same, other = (
-        new_adapter(ConditioningSettings(kind=kind), torch.randn(5, 3), bridged["gpt2"], seed).projection
+        new_adapter(ConditioningSettings(kind=kind), torch.randn(5, 3), base("gpt2"), seed).projection
         for seed in (1, 1, 2)
     )
     assert torch.equal(first, same)

@@ -13,6 +13,7 @@ from probekit.data.windows import cut_windows
 from probekit.models.base_lm import BaseLM
 from probekit.models.conditioning import new_adapter
 from probekit.models.decoding import Decoder, PlainDecoder, Text, WholeDecoder, new_decoder, window_start
+from probekit.models.hook_points import BridgeBackend
 from probekit.models.planner_lm import PlannedLM
 
 FAMILIES = ["gpt2", "gpt_neox", "llama", "olmo", "olmo2", "qwen2", "qwen3"]
@@ -21,13 +22,11 @@ WINDOW = 12
 
 def conditioned(lm: BaseLM, **settings: object) -> tuple[PlannedLM, Decoder, Decoder]:
     """A conditioned LM whose actions matter, its fastest decoder, and the one that reads everything again."""
-    adapter = new_adapter(
-        ConditioningSettings(**{"skip_layers": 1, **settings}), codebook(), lm.bridged, seed=0
-    )
+    adapter = new_adapter(ConditioningSettings(**{"skip_layers": 1, **settings}), codebook(), lm, seed=0)
     with torch.no_grad():
         for parameter in adapter.parameters():
             parameter *= 5
-    model = PlannedLM(lm.bridged, None, adapter, 1.0).eval()
+    model = PlannedLM(BridgeBackend(lm.bridged), None, adapter, 1.0).eval()
     return (
         model,
         new_decoder(model, lm.forward_pass(adapter.names), WINDOW),
@@ -80,7 +79,7 @@ def test_kept_keys_and_values_change_nothing(family: str, base: Callable[[str], 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_nothing_is_conditioned_without_an_adapter(family: str, base: Callable[[str], BaseLM]):
     lm = base(family)
-    model = PlannedLM(lm.bridged, None, None, 1.0)
+    model = PlannedLM(BridgeBackend(lm.bridged), None, None, 1.0)
     fast = new_decoder(model, lm.forward_pass(["ln_final.hook_out"]), WINDOW)
     assert fast.cached
     texts = [Text(text.tokens, [0] * len(text.tokens), []) for text in new_texts([3, 9])]

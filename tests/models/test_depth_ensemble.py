@@ -11,6 +11,7 @@ from probekit.errors import ProbekitError
 from probekit.models.base_lm import BaseLM
 from probekit.models.decoding import PlainDecoder, Text, WholeDecoder, new_decoder
 from probekit.models.depth_ensemble import DepthEnsemble, final_norm, new_ensemble
+from probekit.models.hook_points import BridgeBackend
 from probekit.models.language_model import bridge
 from probekit.models.mixing import Fixed
 from probekit.models.planner_lm import PlannedLM
@@ -26,7 +27,7 @@ def batch(make_corpus):
 
 
 def ensemble_on(lm: BaseLM, member: MemberName = "ensemble", **settings: object) -> DepthEnsemble:
-    return new_ensemble(member, DepthSettings(**{"layers": DEPTH, **settings}), lm.bridged, lm.plain, seed=0)
+    return new_ensemble(member, DepthSettings(**{"layers": DEPTH, **settings}), lm, lm.plain, seed=0)
 
 
 def scrambled(ensemble: DepthEnsemble) -> DepthEnsemble:
@@ -84,8 +85,8 @@ def naive(lm: BaseLM, ensemble: DepthEnsemble, tokens: Tensor, top_k: int | None
 def test_all_weight_on_the_last_layer_gives_the_lm_s_logits(family: str, fast: bool, base, batch):
     lm = base(family)
     ensemble = forced(ensemble_on(lm))
-    road = lm.forward_pass(ensemble.names) if fast else None
-    model = PlannedLM(lm.bridged, None, None, 1.0, road, depth=ensemble)
+    backend = lm.forward_pass(ensemble.names) if fast else BridgeBackend(lm.bridged)
+    model = PlannedLM(backend, None, None, 1.0, depth=ensemble)
     with torch.no_grad():
         expected = lm.plain(batch.tokens, use_cache=False).logits
         torch.testing.assert_close(model(batch, Fixed()), expected, rtol=1e-5, atol=1e-5)
@@ -94,7 +95,7 @@ def test_all_weight_on_the_last_layer_gives_the_lm_s_logits(family: str, fast: b
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_last_layer_alone_is_the_lm_before_training(family: str, base, batch):
     lm = base(family)
-    model = PlannedLM(lm.bridged, None, None, 1.0, depth=ensemble_on(lm, "plain"))
+    model = PlannedLM(BridgeBackend(lm.bridged), None, None, 1.0, depth=ensemble_on(lm, "plain"))
     with torch.no_grad():
         expected = lm.plain(batch.tokens, use_cache=False).logits
         torch.testing.assert_close(model(batch, Fixed()), expected, rtol=1e-5, atol=1e-5)
@@ -107,8 +108,8 @@ def test_logits_are_the_weighted_sum_of_layers_logits(family: str, top_k: int | 
     ensemble = scrambled(ensemble_on(lm, top_k=top_k))
     with torch.no_grad():
         expected = naive(lm, ensemble, batch.tokens, top_k)
-        for road in (None, lm.forward_pass(ensemble.names)):
-            model = PlannedLM(lm.bridged, None, None, 1.0, road, depth=ensemble)
+        for backend in (BridgeBackend(lm.bridged), lm.forward_pass(ensemble.names)):
+            model = PlannedLM(backend, None, None, 1.0, depth=ensemble)
             torch.testing.assert_close(model(batch, Fixed()), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -134,7 +135,7 @@ def test_a_layer_that_is_repeated_is_weighed_as_often(base, batch):
         expected = sum(
             weights[..., i : i + 1] * head(state * ensemble.scale[i] + ensemble.shift[i]) for i in range(3)
         )
-        model = PlannedLM(lm.bridged, None, None, 1.0, depth=ensemble)
+        model = PlannedLM(BridgeBackend(lm.bridged), None, None, 1.0, depth=ensemble)
         torch.testing.assert_close(model(batch, Fixed()), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -142,7 +143,7 @@ def test_a_layer_that_is_repeated_is_weighed_as_often(base, batch):
 def test_the_router_begins_about_where_it_is_told_to(last_weight: float, base, batch):
     lm = base("gpt2")
     ensemble = ensemble_on(lm, last_weight=last_weight)
-    model = PlannedLM(lm.bridged, None, None, 1.0, depth=ensemble)
+    model = PlannedLM(BridgeBackend(lm.bridged), None, None, 1.0, depth=ensemble)
     with torch.no_grad():
         weights = ensemble(model.late_hidden(batch, Fixed())).weights
     assert weights[..., -1].mean().item() == pytest.approx(last_weight, abs=0.05)
@@ -152,7 +153,7 @@ def test_the_router_begins_about_where_it_is_told_to(last_weight: float, base, b
 @pytest.mark.parametrize("family", ["gpt2", "llama", "olmo2"])
 def test_growing_texts_with_keys_and_values_kept(family: str, base):
     lm = base(family)
-    model = PlannedLM(lm.bridged, None, None, 1.0, depth=scrambled(ensemble_on(lm))).eval()
+    model = PlannedLM(BridgeBackend(lm.bridged), None, None, 1.0, depth=scrambled(ensemble_on(lm))).eval()
     fast = new_decoder(model, lm.forward_pass(model.names), 8)
     assert isinstance(fast, PlainDecoder)
     assert fast.cached
@@ -192,7 +193,7 @@ def test_a_model_that_caps_its_logits(make_model, tokenizer: PreTrainedTokenizer
 def test_the_bridge_is_left_as_it_was(base, batch):
     lm = base("gpt_neox")
     before = lm.bridged(batch.tokens)
-    model = PlannedLM(lm.bridged, None, None, 1.0, depth=scrambled(ensemble_on(lm)))
+    model = PlannedLM(BridgeBackend(lm.bridged), None, None, 1.0, depth=scrambled(ensemble_on(lm)))
     assert not torch.allclose(model(batch, Fixed()), before)
     torch.testing.assert_close(lm.bridged(batch.tokens), before)
     assert bridge(lm._load(), lm._tokenizer, "again") is not lm.bridged

@@ -14,11 +14,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from probekit.config import LanguageModelSettings
 from probekit.errors import ProbekitError
-from probekit.models.hook_points import find_tap
+from probekit.models.hook_points import find_hook_point
 from probekit.models.language_model import (
     OUTSIDE_BLOCKS,
     bridge,
-    bridge_without_weights,
     check_location,
     hook_name,
     layer_of,
@@ -28,7 +27,6 @@ from probekit.models.language_model import (
     new_model,
     random_weights,
     shallow,
-    without_weights,
 )
 
 FAMILIES = ["gpt2", "gpt_neox", "llama", "olmo", "olmo2", "qwen2", "qwen3"]
@@ -65,7 +63,7 @@ def test_bridging_changes_no_logit(family: str, folders: dict[str, Path], tokeni
     bridged = bridge(model, tokenizer, family)
     assert not any(module.training for module in bridged.modules())
     assert not any(parameter.requires_grad for parameter in bridged.parameters())
-    for shape in [(1, 1), (3, 17), (2, longest_window(plain))]:
+    for shape in [(1, 1), (3, 17), (2, longest_window(plain.config))]:
         with torch.no_grad():
             expected = plain(tokens(*shape)).logits
             torch.testing.assert_close(bridged(tokens(*shape)), expected, atol=1e-5, rtol=0)
@@ -85,12 +83,12 @@ def test_weights_are_the_saved_ones_in_float32(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_longest_window(family: str, folders: dict[str, Path]):
-    assert longest_window(load_model(str(folders[family]))) == 32
+    assert longest_window(load_model(str(folders[family])).config) == 32
 
 
 def test_a_model_without_a_table_of_positions_has_no_longest_window(tokenizer: PreTrainedTokenizerBase):
     config = transformers.BloomConfig(vocab_size=len(tokenizer), hidden_size=8, n_layer=1, n_head=1)
-    assert longest_window(transformers.BloomForCausalLM(config)) > 10**9
+    assert longest_window(config) > 10**9
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -161,22 +159,20 @@ MIXTURES = {
     "Phi3": {"num_key_value_heads": 2, "pad_token_id": 0},
     "GPT2": {"num_hidden_layers": 1},
 }
-"""Architectures that cannot be run without weights, alternate two kinds of layers, or fuse some weights."""
+"""Architectures that alternate two kinds of layers, or fuse some weights."""
 
 
 @pytest.mark.parametrize("name", MIXTURES)
-def test_an_lm_without_weights_has_the_hooks_of_one_with_them(
+def test_a_shallow_lm_has_the_hooks_of_the_deep_one(
     name: str, make_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerBase
 ):
     model = make_model(name, len(tokenizer), **MIXTURES[name])
-    outline = bridge_without_weights(without_weights(model.config), tokenizer, name)
-    assert all(parameter.is_meta for parameter in outline.original_model.parameters())
+    like = bridge(shallow(model.config), tokenizer, name)
     bridged, plain = bridge(copy.deepcopy(model), tokenizer, name), model
-    assert locations(outline) == locations(bridged)
-    assert outline.cfg.n_layers == bridged.cfg.n_layers
+    assert locations(like) == locations(bridged)
     for location in locations(bridged):
         hook = hook_name(location, bridged.cfg.n_layers - 1)
-        assert find_tap(outline, plain, hook) == find_tap(bridged, plain, hook), hook
+        assert find_hook_point(like, plain, hook) == find_hook_point(bridged, plain, hook), hook
 
 
 def test_a_shallow_lm_has_a_layer_of_every_kind(make_model: Callable[..., PreTrainedModel]):
@@ -226,7 +222,7 @@ def test_a_new_model_has_the_settings_sizes_and_no_dropout(tokenizer: PreTrained
     model = new_model(SMALL, tokenizer, seed=1)
     config = model.config
     assert (config.n_layer, config.n_embd, config.n_head) == (2, 16, 2)
-    assert longest_window(model) == 24
+    assert longest_window(model.config) == 24
     assert config.vocab_size == len(tokenizer)
     assert config.bos_token_id == config.eos_token_id == tokenizer.bos_token_id
     model.train()

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from probekit.models.hook_points import BridgedPass, ForwardPass, PlainPass, find_tap, forward_pass
+from probekit.models.hook_points import Backend, BridgeBackend, HFBackend, find_hook_point, forward_pass
 from probekit.models.language_model import Hook, bridge, hook_name, load_model, locations, random_weights
 from probekit.probing.locations import BEFORE, LOCATIONS
 
@@ -31,7 +31,7 @@ def table_names(lm: TransformerBridge) -> list[str]:
     return sorted({hook_name(name, layer) for name in names for layer in range(LAYERS)})
 
 
-def seen_by(road: ForwardPass, names: Sequence[str], changes: Sequence[Hook] = ()) -> dict[str, Tensor]:
+def seen_by(backend: Backend, names: Sequence[str], changes: Sequence[Hook] = ()) -> dict[str, Tensor]:
     """What hooks at some names see, behind hooks that change activations."""
     seen: dict[str, Tensor] = {}
 
@@ -39,7 +39,7 @@ def seen_by(road: ForwardPass, names: Sequence[str], changes: Sequence[Hook] = (
         return name, lambda x: seen.update({name: x.flatten(2).clone()})
 
     with torch.no_grad():
-        road(TOKENS, [*changes, *map(look, names)], len(names))
+        backend(TOKENS, [*changes, *map(look, names)], len(names))
     return seen
 
 
@@ -63,9 +63,9 @@ def shift(name: str, seed: int) -> Hook:
 def test_every_location_of_the_table_is_read_alike(family: str, bridged: dict, plain: dict):
     names = table_names(bridged[family])
     assert len(names) == 2 + LAYERS * (5 if family == "gpt_neox" else 6)
-    road = forward_pass(bridged[family], plain[family], names)
-    assert isinstance(road, PlainPass)
-    assert_alike(seen_by(road, names), seen_by(BridgedPass(bridged[family]), names))
+    backend = forward_pass(bridged[family], plain[family], names)
+    assert isinstance(backend, HFBackend)
+    assert_alike(seen_by(backend, names), seen_by(BridgeBackend(bridged[family]), names))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -87,10 +87,10 @@ def test_a_change_anywhere_reaches_all_that_is_behind_it(
         return
     names = table_names(bridged[family])
     changes = [shift(name, seed) for seed, name in enumerate({hook_name(location, n): 0 for n in (0, 2)})]
-    road = forward_pass(bridged[family], plain[family], names)
-    found = seen_by(road, names, changes)
-    assert_alike(found, seen_by(BridgedPass(bridged[family]), names, changes))
-    untouched = seen_by(road, names)
+    backend = forward_pass(bridged[family], plain[family], names)
+    found = seen_by(backend, names, changes)
+    assert_alike(found, seen_by(BridgeBackend(bridged[family]), names, changes))
+    untouched = seen_by(backend, names)
     changed = {name for name in names if not torch.equal(found[name], untouched[name])}
     assert "ln_final.hook_out" in changed
     assert {name for name, _ in changes} <= changed
@@ -107,10 +107,10 @@ def test_hooks_run_in_their_order(bridged: dict, plain: dict):
         (name, lambda x: x + 1),
         (name, lambda x: seen.append(x.flatten(2).clone())),
     ]
-    for road in (forward_pass(bridged["gpt2"], plain["gpt2"], [name]), BridgedPass(bridged["gpt2"])):
+    for backend in (forward_pass(bridged["gpt2"], plain["gpt2"], [name]), BridgeBackend(bridged["gpt2"])):
         seen.clear()
         with torch.no_grad():
-            road(TOKENS, hooks, 2)
+            backend(TOKENS, hooks, 2)
         before, after = seen
         torch.testing.assert_close(after, 2 * before + 1)
 
@@ -131,15 +131,15 @@ def test_nothing_behind_the_last_read_is_computed(
     names: list[str], called: list[str], bridged: dict, folders: dict[str, Path]
 ):
     model = load_model(str(folders["gpt2"]))
-    road = forward_pass(bridged["gpt2"], model, names)
-    assert isinstance(road, PlainPass)
+    backend = forward_pass(bridged["gpt2"], model, names)
+    assert isinstance(backend, HFBackend)
     done: list[str] = []
     for path, module in model.named_modules():
         short = path.removeprefix("transformer.h.")
         if short in {f"{layer}.{part}" for layer in range(LAYERS) for part in ("attn", "mlp")}:
             module.register_forward_hook(lambda *_, short=short: done.append(short))
     model.lm_head.register_forward_hook(lambda *_: done.append("head"))
-    seen = seen_by(road, names)
+    seen = seen_by(backend, names)
     assert sorted(seen) == sorted(names)
     assert done == called
     with torch.no_grad():  # a pass that was broken off leaves a whole model
@@ -152,7 +152,7 @@ def test_nothing_behind_the_last_read_is_computed(
 
 def test_a_change_alone_runs_to_the_end(bridged: dict, plain: dict):
     """Nothing is read, so nothing ends the pass early."""
-    road = forward_pass(bridged["gpt2"], plain["gpt2"], ["blocks.2.hook_mlp_out"])
+    backend = forward_pass(bridged["gpt2"], plain["gpt2"], ["blocks.2.hook_mlp_out"])
     times: list[int] = []
 
     def change(activation: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ def test_a_change_alone_runs_to_the_end(bridged: dict, plain: dict):
         return activation
 
     with torch.no_grad():
-        road(TOKENS, [("blocks.2.hook_mlp_out", change)], 0)
+        backend(TOKENS, [("blocks.2.hook_mlp_out", change)], 0)
     assert times == [1]
 
 
@@ -176,7 +176,7 @@ def test_the_bridge_stops_behind_the_last_layer_with_a_hook(folders: dict[str, P
         ("ln_final.hook_out", [0, 1, 2]),
     ]:
         done.clear()
-        assert list(seen_by(BridgedPass(lm), [name])) == [name]
+        assert list(seen_by(BridgeBackend(lm), [name])) == [name]
         assert done == layers, name
 
 
@@ -195,11 +195,11 @@ def test_hooks_without_a_module_are_left_to_the_bridge(
     family: str, location: str, bridged: dict, plain: dict
 ):
     names = ["blocks.1.hook_resid_pre", f"blocks.1.{location}"]
-    assert find_tap(bridged[family], plain[family], names[0]) is not None
-    assert find_tap(bridged[family], plain[family], names[1]) is None
-    road = forward_pass(bridged[family], plain[family], names)
-    assert isinstance(road, BridgedPass)
-    seen = seen_by(road, names)
+    assert find_hook_point(bridged[family], plain[family], names[0]) is not None
+    assert find_hook_point(bridged[family], plain[family], names[1]) is None
+    backend = forward_pass(bridged[family], plain[family], names)
+    assert isinstance(backend, BridgeBackend)
+    seen = seen_by(backend, names)
     assert seen.keys() == {*names}
     alone = seen_by(forward_pass(bridged[family], plain[family], names[:1]), names[:1])
     torch.testing.assert_close(seen[names[0]], alone[names[0]], rtol=1e-4, atol=1e-5)
@@ -208,7 +208,7 @@ def test_hooks_without_a_module_are_left_to_the_bridge(
 @pytest.mark.parametrize("location", ["blocks.0.hook_mlp_out", "blocks.2.hook_resid_post", "hook_embed"])
 def test_two_models_that_differ_are_found_out(location: str, bridged: dict, plain: dict):
     other = random_weights(plain["gpt2"], seed=5)
-    assert isinstance(forward_pass(bridged["gpt2"], other, [location]), BridgedPass)
+    assert isinstance(forward_pass(bridged["gpt2"], other, [location]), BridgeBackend)
 
 
 def test_a_difference_in_what_changes_do_is_found_out(bridged: dict, folders: dict[str, Path]):
@@ -216,7 +216,7 @@ def test_a_difference_in_what_changes_do_is_found_out(bridged: dict, folders: di
     model = load_model(str(folders["gpt2"]))
     block = model.transformer.h[1]
     names = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_pre"]
-    assert isinstance(forward_pass(bridged["gpt2"], model, names), PlainPass)
+    assert isinstance(forward_pass(bridged["gpt2"], model, names), HFBackend)
     unchanged: list[Tensor] = []
 
     def ignore_changes(_: object, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -224,7 +224,7 @@ def test_a_difference_in_what_changes_do_is_found_out(bridged: dict, folders: di
         return (unchanged[0], *inputs[1:])
 
     block.register_forward_pre_hook(ignore_changes)
-    assert isinstance(forward_pass(bridged["gpt2"], model, names), BridgedPass)
+    assert isinstance(forward_pass(bridged["gpt2"], model, names), BridgeBackend)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -232,13 +232,13 @@ def test_other_weights_take_the_same_taps(
     family: str, bridged: dict, plain: dict, tokenizer: PreTrainedTokenizerBase
 ):
     names = table_names(bridged[family])
-    road = forward_pass(bridged[family], plain[family], names)
-    assert isinstance(road, PlainPass)
+    backend = forward_pass(bridged[family], plain[family], names)
+    assert isinstance(backend, HFBackend)
     weights = [random_weights(plain[family], seed=3) for _ in range(2)]
-    found = seen_by(road.with_weights(weights[0]), names)
-    expected = seen_by(BridgedPass(bridge(weights[1], tokenizer, family)), names)
+    found = seen_by(backend.with_weights(weights[0]), names)
+    expected = seen_by(BridgeBackend(bridge(weights[1], tokenizer, family)), names)
     assert_alike(found, expected)
-    assert not torch.allclose(found[names[-1]], seen_by(road, names)[names[-1]], atol=1e-2)
+    assert not torch.allclose(found[names[-1]], seen_by(backend, names)[names[-1]], atol=1e-2)
 
 
 def hooked(model: torch.nn.Module) -> list[str]:
@@ -253,8 +253,8 @@ def test_no_hook_stays_behind(fast: bool, fails: bool, folders: dict[str, Path],
     lm = bridge(load_model(str(folders["llama"])), tokenizer, "tiny")
     names = table_names(lm)
     before = hooked(model), hooked(lm)
-    road = forward_pass(lm, model, names) if fast else BridgedPass(lm)
-    assert isinstance(road, PlainPass) == fast
+    backend = forward_pass(lm, model, names) if fast else BridgeBackend(lm)
+    assert isinstance(backend, HFBackend) == fast
     assert (hooked(model), hooked(lm)) == before
 
     def look(activation: Tensor) -> None:
@@ -266,9 +266,9 @@ def test_no_hook_stays_behind(fast: bool, fails: bool, folders: dict[str, Path],
         clean = model(TOKENS).logits, lm(TOKENS)
         if fails:
             with pytest.raises(RuntimeError, match="out of memory"):
-                road(TOKENS, hooks, len(names))
+                backend(TOKENS, hooks, len(names))
         else:
-            road(TOKENS, hooks, len(names))
+            backend(TOKENS, hooks, len(names))
         assert (hooked(model), hooked(lm)) == before
         assert not any(point.fwd_hooks for point in lm.hook_dict.values())
         assert torch.equal(model(TOKENS).logits, clean[0])
@@ -279,9 +279,9 @@ def test_a_plain_pass_is_frozen_and_without_dropout(
     bridged: dict, make_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerBase
 ):
     model = make_model("GPT2", len(tokenizer), resid_pdrop=0.5).train()
-    road = forward_pass(bridged["gpt2"], model, ["blocks.2.hook_resid_post"])
+    backend = forward_pass(bridged["gpt2"], model, ["blocks.2.hook_resid_post"])
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    first, second = (seen_by(road, ["blocks.2.hook_resid_post"]) for _ in range(2))
+    first, second = (seen_by(backend, ["blocks.2.hook_resid_post"]) for _ in range(2))
     assert torch.equal(*first.values(), *second.values())
 
 
@@ -292,7 +292,7 @@ def test_an_lm_of_two_positions(
     size = {"num_hidden_layers": 1, "max_position_embeddings": 2}
     lm = bridge(make_model("GPT2", len(tokenizer), **size), tokenizer, "tiny")
     model = make_model("GPT2", len(tokenizer), **size)
-    assert isinstance(forward_pass(lm, model, ["blocks.0.hook_mlp_out"]), PlainPass)
+    assert isinstance(forward_pass(lm, model, ["blocks.0.hook_mlp_out"]), HFBackend)
 
 
 def test_a_module_that_sees_another_shape_is_left_to_the_bridge(
@@ -303,6 +303,6 @@ def test_a_module_that_sees_another_shape_is_left_to_the_bridge(
     lm = bridge(make_model("OPT", len(tokenizer), **size), tokenizer, "facebook/opt-125m")
     model = make_model("OPT", len(tokenizer), **size)
     name = "blocks.1.hook_resid_mid"
-    road = forward_pass(lm, model, [name])
-    assert isinstance(road, BridgedPass)
-    assert seen_by(road, [name])[name].shape == (*TOKENS.shape, 16)
+    backend = forward_pass(lm, model, [name])
+    assert isinstance(backend, BridgeBackend)
+    assert seen_by(backend, [name])[name].shape == (*TOKENS.shape, 16)

@@ -13,8 +13,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from probekit.config import ConditioningSettings, MixingSettings, PlannerSettings
 from probekit.data.corpus import Corpus
 from probekit.data.windows import IGNORE, Batch, collate, cut_windows
+from probekit.models.base_lm import BaseLM
 from probekit.models.conditioning import new_adapter
-from probekit.models.language_model import bridge, hook_name, load_model
+from probekit.models.hook_points import BridgeBackend
+from probekit.models.language_model import hook_name, load_model
 from probekit.models.mixing import (
     VARIANTS,
     Fixed,
@@ -28,6 +30,7 @@ from probekit.models.mixing import (
 from probekit.models.planner import Planner
 from probekit.models.planner_lm import PlannedLM, token_losses
 
+Base = Callable[[str], BaseLM]
 DOCUMENTS = [[3, 2, 4, 2], [2, 6], [1, 1, 5, 2, 3, 1]]
 WINDOW = 6
 
@@ -42,43 +45,44 @@ def batch(corpus: Corpus) -> Batch:
     return collate(corpus, cut_windows(corpus, np.arange(3), WINDOW, WINDOW))
 
 
-def planned(lm: object, corpus: Corpus, *, size: float = 10.0) -> PlannedLM:
+def planned(lm: BaseLM, corpus: Corpus, *, size: float = 10.0) -> PlannedLM:
     codebook = torch.from_numpy(corpus.codebook.centroids)
     adapter = new_adapter(ConditioningSettings(skip_layers=1), codebook, lm, seed=0)
     with torch.no_grad():
         adapter.projections *= size
     planner = Planner(PlannerSettings(width=8), codebook, seed=0)
-    return PlannedLM(lm, planner, adapter, temperature=1.0).eval()
+    return PlannedLM(BridgeBackend(lm.bridged), planner, adapter, temperature=1.0).eval()
 
 
 @pytest.fixture
-def model(bridged: dict, corpus: Corpus) -> PlannedLM:
+def model(base: Base, corpus: Corpus) -> PlannedLM:
     """A planned GPT-2 with an adapter that matters; the LM in it is shared."""
-    return planned(bridged["gpt2"], corpus)
+    return planned(base("gpt2"), corpus)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama", "olmo2", "qwen2", "qwen3"])
 def test_with_no_adapter_or_a_zero_one_it_is_the_base_lm(
-    family: str, folders: dict, bridged: dict, corpus: Corpus, batch: Batch
+    family: str, folders: dict, base: Base, corpus: Corpus, batch: Batch
 ):
-    lm = bridged[family]
+    lm = base(family)
     zeroed = planned(lm, corpus, size=0.0)
-    bare = PlannedLM(lm, zeroed.planner, None, temperature=1.0)
+    bare = PlannedLM(BridgeBackend(lm.bridged), zeroed.planner, None, temperature=1.0)
     with torch.no_grad():
-        base = lm(batch.tokens)
-        assert torch.equal(bare(batch, Soft()), base)
-        assert torch.equal(zeroed(batch, Soft()), base)
+        alone = lm.bridged(batch.tokens)
+        assert torch.equal(bare(batch, Soft()), alone)
+        assert torch.equal(zeroed(batch, Soft()), alone)
         plain = AutoModelForCausalLM.from_pretrained(folders[family]).eval()(batch.tokens).logits
-        torch.testing.assert_close(base, plain, atol=1e-5, rtol=0)
-        assert not torch.allclose(planned(lm, corpus)(batch, Soft()), base, atol=0.1)
+        torch.testing.assert_close(alone, plain, atol=1e-5, rtol=0)
+        assert not torch.allclose(planned(lm, corpus)(batch, Soft()), alone, atol=0.1)
 
 
 def test_training_moves_adapter_and_planner_and_not_a_bit_of_the_lm(
     folders: dict, tokenizer: PreTrainedTokenizerBase, corpus: Corpus, batch: Batch
 ):
-    lm = bridge(load_model(str(folders["gpt2"])), tokenizer, "gpt2")
-    model = planned(lm, corpus)
+    base = BaseLM(lambda: load_model(str(folders["gpt2"])), tokenizer, "gpt2")
+    lm, model = base.bridged, planned(base, corpus)
     before = {name: value.clone() for name, value in model.state_dict().items()}
+    untrained = {name: value.clone() for name, value in lm.state_dict().items()}
     optimiser = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
     losses = []
     for _ in range(5):
@@ -89,8 +93,9 @@ def test_training_moves_adapter_and_planner_and_not_a_bit_of_the_lm(
         losses.append(loss.item())
     assert losses == sorted(losses, reverse=True)
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-    trained = {name for name, _ in model.named_parameters() if not name.startswith("bridged.")}
+    trained = {name for name, _ in model.named_parameters()}
     assert changed == trained
+    assert all(torch.equal(value, untrained[name]) for name, value in lm.state_dict().items())
     assert {"adapter.codebook", "adapter.projections", "planner.start"} <= trained
 
 
@@ -130,15 +135,15 @@ def test_known_scores_are_used_and_certain_ones_make_predicted_the_oracle(model:
         assert torch.equal(model(batch, Predicted()), model(batch, Predicted(), model.scores(batch)))
 
 
-def test_the_temperature_is_the_one_given(bridged: dict, corpus: Corpus, batch: Batch):
+def test_the_temperature_is_the_one_given(base: Base, corpus: Corpus, batch: Batch):
     def model(temperature: float, learned: bool) -> PlannedLM:
-        like = planned(bridged["gpt2"], corpus)
+        like = planned(base("gpt2"), corpus)
         return PlannedLM(
-            like.bridged, like.planner, like.adapter, temperature, learn_temperature=learned
+            like.backend, like.planner, like.adapter, temperature, learn_temperature=learned
         ).eval()
 
     with torch.no_grad():
-        soft = planned(bridged["gpt2"], corpus)(batch, Soft())
+        soft = planned(base("gpt2"), corpus)(batch, Soft())
         for learned in (False, True):
             cold, hot = model(1e-5, learned), model(1e7, learned)
             torch.testing.assert_close(cold(batch, Soft()), cold(batch, Predicted()), atol=1e-4, rtol=1e-4)

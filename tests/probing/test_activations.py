@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PreTr
 
 from probekit.config import Config
 from probekit.errors import ProbekitError
-from probekit.models.hook_points import BridgedPass, PlainPass
+from probekit.models.hook_points import BridgeBackend, HFBackend
 from probekit.models.language_model import random_weights
 from probekit.models.planner_lm import PlannedLM
 from probekit.probing import activations
@@ -229,7 +229,7 @@ def test_the_bridge_reads_the_same(tiny_run: Run, variant: str, monkeypatch: pyt
     examples = at_anchors(run, DOCUMENTS, count=3)
     places = [*PLACES, BEFORE]
     taken: list[type] = []
-    for road in (PlainPass, BridgedPass):
+    for road in (HFBackend, BridgeBackend):
         call = road.__call__
         monkeypatch.setattr(
             road, "__call__", lambda self, *given, call=call: (taken.append(type(self)), call(self, *given))
@@ -238,10 +238,10 @@ def test_the_bridge_reads_the_same(tiny_run: Run, variant: str, monkeypatch: pyt
     slow = Reader(run, variant, [*places, ("attn.hook_q", 1)], DISTANCES, seed=3)
     taken.clear()
     found = read(fast, examples)
-    assert {*taken} == {PlainPass}
+    assert {*taken} == {HFBackend}
     taken.clear()
     expected = read(slow, examples)
-    assert {*taken} == {BridgedPass}
+    assert {*taken} == {BridgeBackend}
     for place, values in found.items():
         torch.testing.assert_close(values, expected[place], rtol=1e-4, atol=1e-4)
 
@@ -433,13 +433,13 @@ def test_activations_that_are_not_finite_are_named(
     run = settings(tiny_run)
     places: list[HookPoint] = [("hook_resid_post", 0), ("hook_mlp_out", 1), ("hook_resid_post", 2)]
     reader, before = Reader(run, "none", places, [1]), Reader(run, "none", places[:1], [1])
-    call = PlainPass.__call__
+    call = HFBackend.__call__
 
-    def broken(self: PlainPass, tokens: Tensor, hooks: Sequence[Any], *more: Any) -> None:
+    def broken(self: HFBackend, tokens: Tensor, hooks: Sequence[Any], *more: Any) -> None:
         breaks = [("blocks.1.hook_mlp_out", lambda x: x * value)] if len(hooks) > 1 else []
         call(self, tokens, [*breaks, *hooks], *more)
 
-    monkeypatch.setattr(PlainPass, "__call__", broken)
+    monkeypatch.setattr(HFBackend, "__call__", broken)
     examples = at_anchors(run, np.array([4]))
     with pytest.raises(ProbekitError, match=r"activations at hook_mlp_out, layer 1, are not all finite"):
         read(reader, examples)

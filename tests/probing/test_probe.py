@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from running import forget_checksums
 from scipy.stats import binom
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
@@ -22,6 +21,7 @@ from probekit.errors import ProbekitError
 from probekit.evaluation.baselines import planner_log_probabilities
 from probekit.io import read_tensors, write_tensors
 from probekit.models.conditioning import new_adapter
+from probekit.models.hook_points import BridgeBackend
 from probekit.models.mixing import VARIANTS, Oracle, Variant
 from probekit.models.planner_lm import PlannedLM
 from probekit.planted.ceilings import ceiling_log_probabilities, position_ceiling
@@ -70,7 +70,6 @@ def rewritten(run: Run, folder: Path, file: str, change) -> Run:
     run = copied(run, folder)
     path = run.folder / "corpus" / file
     np.save(path, change(np.array(np.load(path))))
-    forget_checksums(run.folder)
     return run
 
 
@@ -104,7 +103,6 @@ def loud_run(tiny_run: Run, tmp_path_factory) -> Run:
         tensors = read_tensors(path)
         tensors["adapter.projections"] *= 300
         write_tensors(path, tensors)
-    forget_checksums(run.folder)
     return run
 
 
@@ -567,10 +565,10 @@ def test_an_action_written_into_a_layer_is_found_from_there_on(
     monkeypatch.setitem(VARIANTS, "oracle", Variant(Oracle(), Oracle()))
     run = copied(learned_run, tmp_path).with_settings({"mixing.variants": ["oracle"]})
     centroids = torch.from_numpy(run.corpus.codebook.centroids)
-    adapter = new_adapter(run.config.conditioning, centroids, run.bridged, seed=0)
+    adapter = new_adapter(run.config.conditioning, centroids, run.base_lm(), seed=0)
     adapter.projections.data[0] *= 1000
     adapter.projections.data[1] = 0  # layers 1 and 2 are conditioned
-    run.save_adapter("oracle", PlannedLM(run.bridged, None, adapter, 1.0))
+    run.save_adapter("oracle", PlannedLM(BridgeBackend(run.bridged), None, adapter, 1.0))
     run.mark_finished("adapter/oracle", {})
     settings = PLAIN | {
         "probe.variants": ["oracle"],

@@ -8,7 +8,6 @@ import pandas as pd
 import pytest
 from IPython.core.formatters import DisplayFormatter
 from matplotlib.figure import Figure
-from running import forget_checksums
 from synthetic_probes import BASELINES, DISTANCES, LAYERS, accuracy_of, probe_table
 
 import probekit
@@ -17,7 +16,7 @@ from probekit.errors import ProbekitError
 from probekit.io import write_json
 from probekit.reports.figures import METRICS
 from probekit.run.run import Run
-from probekit.sweep import Sweep
+from probekit.sweeps import Sweep
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +54,6 @@ def test_training_draws_every_stage(tiny_run: Run):
 def test_training_smooths_over_a_twentieth(tiny_run: Run, tmp_path: Path):
     run = Run.open(shutil.copytree(tiny_run.folder, tmp_path / "run"))
     (run.folder / "metrics.jsonl").unlink()
-    forget_checksums(run.folder)
     for step in range(1, 61):
         run.log({"stage": "lm", "step": step, "loss": float(step % 3)})
     _, losses = lines_of(probekit.plot_training(run))["lm"]
@@ -150,7 +148,6 @@ def test_runs_without_results_are_told(tiny_run: Run, tmp_path: Path):
         probekit.plot_probes(tiny_run)
     run = Run.open(shutil.copytree(tiny_run.folder, tmp_path / "run"))
     (run.folder / "metrics.jsonl").write_text("")
-    forget_checksums(run.folder)
     with pytest.raises(ProbekitError, match="no training losses"):
         probekit.plot_training(run)
 

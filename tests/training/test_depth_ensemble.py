@@ -61,7 +61,7 @@ def training(run: Run, member: str, **settings: Any) -> tuple[DepthTraining, lis
     config = run.config.override({name.replace("__", "."): value for name, value in settings.items()})
     trainer = Trainer(config, run.corpus, run.device, rows.append, QUIET)
     base = TUNINGS[config.training.base.tuning](run.plain_model(), config.training.base, config.seed)
-    return DepthTraining(trainer, member, run.model("none"), base), rows  # type: ignore[arg-type]
+    return DepthTraining(trainer, member, run.base_lm(), run.model("none"), base), rows  # type: ignore[arg-type]
 
 
 def validation_loss(run: Run, name: str) -> float:
@@ -229,7 +229,7 @@ def test_planners_of_folds_score_training_documents(make_run: MakeRun, monkeypat
     trainer = Trainer(run.config, run.corpus, run.device, lambda row: None, QUIET)
     base = TUNINGS["frozen"](run.plain_model(), run.config.training.base, 0)
     folds = [run.fold_planner(fold) for fold in range(2)]
-    trained = DepthTraining(trainer, "plain", conditioned, base, folds)
+    trained = DepthTraining(trainer, "plain", run.base_lm("soft"), conditioned, base, folds)
     monkeypatch.setattr(
         conditioned.planner, "forward", lambda *_: pytest.fail("the planner of all documents")
     )

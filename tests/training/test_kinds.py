@@ -75,11 +75,11 @@ def trained(run: Run, *, plain: bool, **settings: Any) -> tuple[PlannedLM, list[
     )
     trainer = Trainer(config, run.corpus, run.device, rows.append, QUIET)
     base = TUNINGS["frozen"](run.plain_model(), config.training.base, 0) if plain else None
-    return AdapterTraining(trainer, "soft", run.bridged, run.planner(), base).run(), rows
+    return AdapterTraining(trainer, "soft", run.base_lm(), run.planner(), base).run(), rows
 
 
 @pytest.mark.parametrize("kind", ["adapter", "embedding", "token"])
-def test_both_roads_train_alike(tiny_run: Run, kind: str):
+def test_both_backends_train_the_same(tiny_run: Run, kind: str):
     (fast, quick_rows), (slow, rows) = (
         trained(tiny_run, plain=plain, conditioning__kind=kind) for plain in (True, False)
     )
@@ -151,7 +151,7 @@ def test_a_base_lm_is_tuned_at_its_own_learning_rate(tiny_run: Run):
         QUIET,
     )
     base = TUNINGS["full"](tiny_run.plain_model(), trainer.config.training.base, 0)
-    groups = AdapterTraining(trainer, "soft", tiny_run.bridged, tiny_run.planner(), base).groups()
+    groups = AdapterTraining(trainer, "soft", tiny_run.base_lm(), tiny_run.planner(), base).groups()
     (group,) = (group for group in groups if group.parameters[0] is base.parameters[0])
     assert group.learning_rate == 3e-5
     assert len(group.parameters) == len(list(base.model.parameters()))

@@ -80,7 +80,7 @@ def _killed_behind(stage: str, step: int) -> object:
 
     def killing(path: Path, tensors: object, metadata: dict[str, str]) -> None:
         write(path, tensors, metadata)
-        if str(path.parent).endswith(f"checkpoints/{stage}") and f'"step": {step},' in metadata["standing"]:
+        if str(path.parent).endswith(f"checkpoints/{stage}") and f'"step": {step},' in metadata["state"]:
             raise Killed
 
     return killing

@@ -1,0 +1,161 @@
+"""Settings as command-line options: every setting by its dotted name, with its documentation as help."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pydantic import Field, create_model
+from pydantic_settings import BaseSettings, CliSettingsSource
+
+from probekit.config.config import Config, merge, preset_values, setting_names, unknown_setting, yaml_values
+from probekit.errors import ProbekitError
+
+ALL = tuple(Config.model_fields)
+"""All sections of the settings."""
+
+SINGLE = tuple(name for name in ALL if name in setting_names())
+"""Settings that are in no section."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, like all errors of the commands."""
+
+    def __init__(self, prog: str, **arguments: Any) -> None:
+        arguments.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(prog=prog, allow_abbrev=False, **arguments)
+
+    def error(self, message: str) -> NoReturn:
+        """Raises the error instead of printing the whole usage."""
+        raise ProbekitError(f"{message}; see `{self.prog} --help`")
+
+
+def add_sources(parser: Parser) -> None:
+    """Adds `--preset` and `--config`, on top of which single settings are given."""
+    group = parser.add_argument_group("settings", "the preset, then the file, then single settings")
+    group.add_argument("--preset", metavar="NAME", help="a shipped set of settings")
+    group.add_argument("--config", metavar="FILE", help="a YAML file, such as a run's config.yaml")
+
+
+def parse(
+    parser: Parser, words: Sequence[str], sections: Iterable[str] = (), preset: str | None = None
+) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Parses a command line whose options are the parser's own and settings.
+
+    Several values of a setting are separated by blanks or commas; `null` unsets a setting that can be unset.
+
+    Args:
+        parser: The command's parser; the settings are added to it, after its own options.
+        words: What was typed after the command.
+        sections: Fields of `Config`, or single settings such as `lm.device_map`, that are options.
+        preset: Whose values the help shows as defaults, where neither `--preset` nor `--config` is given.
+
+    Returns:
+        The values of the command's own options, and the settings that were given, nested by section.
+
+    Raises:
+        ProbekitError: An option does not exist (the nearest one is named) or lacks its value.
+    """
+    asks_help = bool({"-h", "--help"} & {*words})
+    defaults = _shown_defaults(parser.prog, words, preset) if asks_help else Config()
+    settings: CliSettingsSource[Any] = CliSettingsSource(
+        _model_of(sections, defaults),
+        root_parser=parser,
+        add_argument_method=_add_argument,
+        cli_avoid_json=True,
+        cli_enforce_required=False,
+        cli_hide_none_type=True,
+        cli_parse_none_str="null",
+    )
+    parsed, unknown = parser.parse_known_args(words)
+    if unknown:
+        wrong = next((word for word in unknown if word.startswith("--")), unknown[0])
+        if not wrong.startswith("--"):
+            parser.error(f"unexpected {wrong!r}")
+        known = [option[2:] for action in parser._actions for option in action.option_strings]
+        raise unknown_setting(wrong[2:].split("=")[0], known)
+    # A section and an option of the command may have one name, such as `corpus`.
+    typed = {name: value for name, value in vars(parsed).items() if "." in name or name in SINGLE}
+    for name, words_of in typed.items():
+        if isinstance(words_of, list):  # as JSON, so that whatever was typed is for `Config` to refuse
+            typed[name] = json.dumps([value for word in words_of for value in word.split(",")])
+    return parsed, _unset(settings(parsed_args=argparse.Namespace(**typed))())
+
+
+def _shown_defaults(prog: str, words: Sequence[str], preset: str | None) -> Config:
+    """The settings of `--preset` and `--config` alone."""
+    parser = Parser(prog, add_help=False)
+    add_sources(parser)
+    sources, _ = parser.parse_known_args(words)
+    if not (sources.preset or sources.config):
+        sources.preset = preset
+    return chosen_config(sources, {}) or Config()
+
+
+def _model_of(sections: Iterable[str], defaults: Config) -> type[BaseSettings]:
+    """A model of some sections of `Config`, without its validators: `Config` itself validates."""
+    fields: dict[str, Any] = {}
+    for name in sections:
+        section, _, setting = name.partition(".")
+        field, default = Config.model_fields[section], getattr(defaults, section)
+        kind: Any = field.annotation
+        if setting:
+            inner = kind.model_fields[setting]
+            only: dict[str, Any] = {setting: (inner.annotation, inner)}
+            kind = create_model(kind.__name__, __doc__=kind.__doc__, **only)
+            default = kind(**{setting: getattr(default, setting)})
+        fields[section] = (kind, Field(default, description=field.description))
+    return create_model("Settings", __base__=BaseSettings, **fields)
+
+
+def _unset(given: dict[str, Any]) -> dict[str, Any]:
+    """Reads `null` given to a setting that takes several values as no value."""
+    return {
+        name: _unset(value) if isinstance(value, dict) else None if value == ["null"] else value
+        for name, value in given.items()
+    }
+
+
+def _add_argument(parser: argparse.ArgumentParser, *names: str, **arguments: Any) -> argparse.Action | None:
+    """Adds the option of a setting; one that takes several values takes them as several words, too."""
+    if arguments.get("const") == "{}":  # a whole section as JSON, whose name may be an option of the command
+        return None
+    if arguments.get("action") == "append":
+        arguments |= {"action": "store", "nargs": "+"}
+    return argparse.ArgumentParser.add_argument(parser, *names, **arguments)
+
+
+def dotted(given: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name."""
+    found: dict[str, Any] = {}
+    for name, value in given.items():
+        nested = isinstance(value, dict)
+        found |= dotted(value, f"{prefix}{name}.") if nested else {prefix + name: value}
+    return found
+
+
+def chosen_config(
+    parsed: argparse.Namespace, given: dict[str, Any], begun: Path | None = None
+) -> Config | None:
+    """The config that preset, file and single settings make; None if none of them is given.
+
+    Args:
+        parsed: The command's own options, with those of `add_sources`.
+        given: Single settings, nested.
+        begun: The settings file of a run to continue, used where neither preset nor file is given.
+    """
+    if not (given or parsed.preset or parsed.config):
+        return None
+    values = preset_values(parsed.preset) if parsed.preset else {}
+    file = parsed.config or (None if parsed.preset else begun)
+    if file:
+        values = merge(values, yaml_values(file))
+    return Config.from_dict(merge(values, given))
+
+
+def seed_list(given: Sequence[int], first: int) -> list[int]:
+    """The seeds that `--seeds` names: one number is how many, from `first` on; several are the seeds."""
+    return list(range(first, first + given[0])) if len(given) == 1 else list(given)

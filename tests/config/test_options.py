@@ -1,0 +1,250 @@
+"""Settings on the command line: every one can be given, as itself, and wins over file and preset."""
+
+import argparse
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from probekit.config import Config, preset_names, setting_names, settings_of
+from probekit.config.options import ALL, Parser, add_sources, chosen_config, dotted, parse
+from probekit.errors import ProbekitError
+
+
+def typed(*words: str) -> tuple[argparse.Namespace, dict[str, Any]]:
+    parser = Parser("probekit test")
+    add_sources(parser)
+    return parse(parser, words, ALL)
+
+
+def chosen(*words: str, begun: Path | None = None) -> Config | None:
+    return chosen_config(*typed(*words), begun)
+
+
+def refusal(*words: str) -> str:
+    with pytest.raises(ProbekitError) as caught:
+        chosen(*words)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def as_words(name: str, value: Any) -> list[str]:
+    """How a user would type a value."""
+    if isinstance(value, tuple):
+        return [f"--{name}", *map(str, value)]
+    return [f"--{name}", "null" if value is None else str(value)]
+
+
+def value_of(config: Config, name: str) -> Any:
+    value: Any = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_every_setting_of_a_preset_can_be_typed(preset: str):
+    config = Config.from_preset(preset)
+    words = [word for name in setting_names() for word in as_words(name, value_of(config, name))]
+    assert chosen(*words) == config
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "value"),
+    [
+        (["--seed", "7"], "seed", 7),
+        (["--seed=7"], "seed", 7),
+        (["--training.lm.learning_rate", "1e-5"], "training.lm.learning_rate", 1e-5),
+        (["--training.lm.epochs", "2"], "training.lm.epochs", 2.0),
+        (["--lm.trust_remote_code", "true"], "lm.trust_remote_code", True),
+        (["--lm.trust_remote_code", "no"], "lm.trust_remote_code", False),
+        (["--probe.layers", "0", "2"], "probe.layers", (0, 2)),
+        (["--probe.layers", "null"], "probe.layers", None),
+        (["--probe.l2", "0.1"], "probe.l2", (0.1,)),
+        (["--probe.variants", "none"], "probe.variants", ("none",)),
+        (["--probe.variants", "random", "soft"], "probe.variants", ("random", "soft")),
+        (["--probe.solvers", "lda", "mlp"], "probe.solvers", ("lda", "mlp")),
+        (["--probe.seeds", "0", "7"], "probe.seeds", (0, 7)),
+        (["--probe.seeds", "null"], "probe.seeds", None),
+        (["--probe.labels", "null"], "probe.labels", None),
+        (["--probe.control", "false"], "probe.control", False),
+        (["--probe.locations", "attn.hook_z:before"], "probe.locations", ("attn.hook_z:before",)),
+        (["--mixing.variants", "none"], "mixing.variants", ("none",)),
+        (["--mixing.variants", "soft", "straight-through"], "mixing.variants", ("soft", "straight-through")),
+        (["--training.lm.patience", "null"], "training.lm.patience", None),
+        (["--training.lm.patience", "4"], "training.lm.patience", 4),
+        (["--evaluation.window", "64"], "evaluation.window", 64),
+        (["--corpus.path", "null"], "corpus.path", None),
+        (["--corpus.path", "a b.txt"], "corpus.path", "a b.txt"),
+        (["--corpus.subset", "20231101.en"], "corpus.subset", "20231101.en"),
+        (["--seed", "1", "--seed", "2"], "seed", 2),
+    ],
+)
+def test_a_typed_setting_has_its_type(words: list[str], name: str, value: object):
+    config = chosen(*words)
+    assert config == Config().override({name: value})
+    assert config is not None
+    assert type(value_of(config, name)) is type(value)
+
+
+def test_the_command_line_wins_over_the_file_and_it_over_the_preset(tmp_path: Path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("lm: {layers: 6, width: 32}\nseed: 5\n", "utf-8")
+    config = chosen("--lm.layers", "7", "--preset", "demo", "--config", str(file))
+    expected = Config.from_preset("demo").override({"lm.layers": 7, "lm.width": 32, "seed": 5})
+    assert config == expected
+
+
+def test_nothing_given_is_no_config():
+    assert chosen() is None
+
+
+def test_single_settings_alone_change_the_run_that_is_resumed(tmp_path: Path):
+    begun = tmp_path / "config.yaml"
+    config = Config.from_preset("demo").override({"seed": 9})
+    begun.write_text(config.to_yaml(), "utf-8")
+    assert chosen("--device", "cpu", begun=begun) == config.override({"device": "cpu"})
+    assert chosen(begun=begun) is None
+    assert chosen("--preset", "demo", "--seed", "9", begun=begun) == config
+    assert chosen("--config", str(begun), "--seed", "8", begun=begun) == config.override({"seed": 8})
+
+
+def test_only_what_is_given_is_given():
+    _, given = typed("--lm.layers", "3", "--probe.layers", "null")
+    assert dotted(given) == {"lm.layers": "3", "probe.layers": None}
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--lm.layer", "3"], "unknown setting 'lm.layer'; did you mean 'lm.layers'?"),
+        (["--lm.layer=3"], "unknown setting 'lm.layer'; did you mean 'lm.layers'?"),
+        (["--presets", "demo"], "unknown setting 'presets'; did you mean 'preset'?"),
+        (["--qqqqqqqqqqqq"], "unknown setting 'qqqqqqqqqqqq'"),
+        (["stray"], "unexpected 'stray'; see `probekit test --help`"),
+        (["-x"], "unexpected '-x'; see `probekit test --help`"),
+        (["--lm.layers"], "argument --lm.layers: expected one argument; see `probekit test --help`"),
+        (
+            ["--probe.layers"],
+            "argument --probe.layers: expected at least one argument; see `probekit test --help`",
+        ),
+    ],
+)
+def test_what_is_not_understood_is_told(words: list[str], said: str):
+    assert refusal(*words) == said
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--seed", "-1"], ["seed", "'-1'"]),
+        (["--lm.layers", "2.5"], ["lm.layers", "'2.5'"]),
+        (["--lm.layers", "null"], ["lm.layers", "None"]),
+        (["--lm.layers", "true"], ["lm.layers", "'true'"]),
+        (["--training.lm.learning_rate=-1e-3"], ["training.lm.learning_rate", "'-1e-3'"]),
+        (["--training.lm.learning_rate", "nan"], ["training.lm.learning_rate", "'nan'"]),
+        (["--training.lm.epochs", "inf"], ["training.lm.epochs", "'inf'"]),
+        (["--mixing.variants", "soft,joit"], ["mixing.variants.1", "'joit'"]),
+        (["--probe.layers", "0", "x"], ["probe.layers.1", "'x'"]),
+        (["--corpus.reader", "pdf"], ["corpus.reader", "'pdf'"]),
+        (["--probe.solvers", "svm"], ["probe.solvers.0", "'svm'", "'softmax'"]),
+        (["--probe.shrinkage", "0"], ["probe.shrinkage.0", "'0'"]),
+        (["--lm.heads", "5"], ["heads 5", "width 128"]),
+        (["--preset", "demos"], ["unknown preset 'demos'", "did you mean 'demo'?"]),
+        (["--config", "/no/such.yaml"], ["config file /no/such.yaml"]),
+    ],
+)
+def test_wrong_values_name_setting_and_value(words: list[str], said: list[str]):
+    line = refusal(*words)
+    assert all(part in line for part in said), line
+
+
+def test_abbreviations_are_not_guessed():
+    # An abbreviation that works today is another setting's name tomorrow.
+    assert "did you mean 'seed'" in refusal("--see", "1")
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    typed_settings=st.lists(
+        st.tuples(st.sampled_from(setting_names()), st.text(max_size=8)), min_size=1, max_size=3
+    )
+)
+def test_any_text_for_any_setting_is_taken_or_refused(typed_settings: list[tuple[str, str]]):
+    try:
+        config = chosen(*(f"--{name}={value}" for name, value in typed_settings))
+    except ProbekitError as error:
+        line = str(error)
+    else:
+        assert isinstance(config, Config)
+        return
+    assert "\n" not in line
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    words=st.lists(
+        st.sampled_from(["--seed", "--probe.layers", "--config"]) | st.text(max_size=5), max_size=4
+    )
+)
+def test_any_command_line_is_taken_or_refused(words: list[str]):
+    try:
+        config = chosen(*words)
+    except (ProbekitError, SystemExit) as caught:  # -h ends in help
+        end = caught
+    else:
+        assert config is None or isinstance(config, Config)
+        return
+    assert isinstance(end, ProbekitError) or end.code == 0
+
+
+# Help
+
+
+def help_of(capsys: pytest.CaptureFixture[str], *words: str, **arguments: Any) -> str:
+    parser = Parser("probekit test")
+    add_sources(parser)
+    with pytest.raises(SystemExit):
+        parse(parser, [*words, "--help"], **({"sections": ALL} | arguments))
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("preset", [None, "demo", "gpt2-wikipedia"])
+def test_help_shows_what_every_setting_does_and_its_default(
+    preset: str | None, capsys: pytest.CaptureFixture[str]
+):
+    defaults = Config.from_preset(preset) if preset else Config()
+    text = help_of(capsys, *(["--preset", preset] if preset else []))
+    assert text == help_of(capsys, preset=preset), "a preset of the command's own is shown in the same way"
+    text = "".join(text.partition("options:")[2].split())
+    for name, field in settings_of(Config).items():
+        # Long words are broken at hyphens.
+        assert "".join(str(field.description).split()) in text, name
+        if isinstance(default := value_of(defaults, name), int | float) and name not in ("seed", "device"):
+            start = text.index(f"--{name}")
+            assert text[start:].partition("(default:")[2].startswith(f"{default})"), name
+
+
+def test_help_of_some_sections_has_only_those(capsys: pytest.CaptureFixture[str]):
+    text = help_of(capsys, sections=["device", "evaluation", "lm.layers"])
+    assert "--evaluation.stride" in text
+    assert "--device" in text
+    assert "--lm.layers" in text
+    assert "--lm.width" not in text
+    assert "--seed" not in text
+
+
+def test_choices_are_listed(capsys: pytest.CaptureFixture[str]):
+    text = help_of(capsys)
+    for name, field in settings_of(Config).items():
+        if typing.get_origin(field.annotation) is typing.Literal:
+            assert f"--{name} {{{','.join(typing.get_args(field.annotation))}}}" in text
+
+
+# Sweeps

@@ -1,0 +1,181 @@
+"""Display tables: every number of the results in its cell, to the digits that its interval allows."""
+
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+import synthetic_results as made
+from read_tables import shows
+
+from probekit.reports.describe import (
+    best_by_step,
+    by_metric,
+    described,
+    display,
+    heading,
+    intervention_notes,
+    intervention_tables,
+    ordered,
+    over_training_table,
+    subnetwork_notes,
+    subnetwork_table,
+    sweep_tables,
+    visible,
+    with_interval,
+)
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ((25.9616, 25.5909, 26.3494), "25.962 [25.591, 26.349]"),
+        ((0.003149, 0.000801, 0.005539), "0.0031 [0.0008, 0.0055]"),
+        ((12345.6, 11000.0, 14000.0), "12,345.600 [11,000.000, 14,000.000]"),
+        ((0.5, 0.5, 0.5), "0.500 [0.500, 0.500]"),
+        ((-0.00001, -0.02, 0.02), "0.000 [-0.020, 0.020]"),
+        ((0.25, None, None), "0.250 (no interval)"),
+        ((0.25, np.nan, np.nan), "0.250 (no interval)"),
+        ((1.0, 0.5, np.inf), "1.000 (no interval)"),
+        ((None, None, None), ""),
+        ((np.nan, 0.0, 1.0), ""),
+        ((1.0, 1.0 - 1e-12, 1.0 + 1e-12), "1.000000 [1.000000, 1.000000]"),
+    ],
+)
+def test_values_have_the_digits_that_their_intervals_allow(values: tuple, text: str):
+    assert with_interval(*values) == text
+
+
+def test_differences_have_a_sign():
+    assert with_interval(0.5, -0.5, 1.5, signed=True) == "+0.500 [-0.500, +1.500]"
+
+
+def test_columns_are_described_once_and_the_others_by_their_name():
+    assert heading("cross_entropy") == "cross-entropy (nats) ↓"
+    assert heading("accuracy") == "accuracy ↑"
+    assert heading("some_new_metric") == "some new metric"
+    assert ordered(["some_new_metric", "top5", "accuracy", "top5"]) == ["accuracy", "top5", "some_new_metric"]
+    assert [described(name).better for name in ("perplexity", "bits", "documents")] == [-1, 1, 0]
+
+
+def test_cells_are_text_and_optional_columns_are_dropped_or_told_in_the_caption():
+    table = pd.DataFrame(
+        {"variant": ["a", "b"], "seed": [1, 1], "step": [1000, 20], "seconds": [1.25, np.nan]}
+    )
+    table = table.assign(layer=pd.array([None, 2], dtype="Int64"), taken_from=None)
+    shown = display("Caption", table, [*table], optional=["seed", "taken_from", "missing", "layer"])
+    assert shown.caption == "Caption; seed 1"
+    assert shown.cells.to_dict("list") == {
+        "variant": ["a", "b"],
+        "step": ["1,000", "20"],
+        "seconds": ["1.2", ""],
+        "layer": ["", "2"],
+    }
+    assert display("x", table, ["variant", "step"]).numeric == [False, True]
+
+
+def test_metrics_become_columns_with_their_bounds_and_conditions_keep_their_order():
+    rows = [("b", None, "accuracy", 0.5, 9), ("a", 1.0, "accuracy", 0.25, 8), ("b", None, "top5", 0.75, 7)]
+    table = pd.DataFrame(rows, columns=["reader", "strength", "metric", "value", "documents"])
+    wide = by_metric(table.assign(value_low=0.1, value_high=0.9, seed_spread=0.2), ["reader", "strength"])
+    assert wide.reader.tolist() == ["b", "a"]
+    assert wide.documents.tolist() == [9, 8]
+    assert wide.accuracy.tolist() == [0.5, 0.25]
+    assert wide.top5.isna().tolist() == [False, True]
+    assert (wide.accuracy_low[0], wide.top5_high[0], wide.accuracy_spread[1]) == (0.1, 0.9, 0.2)
+
+
+def test_invisible_characters_leave_a_mark():
+    assert visible("a\x07b\x1b[31m\u202e\udc80\u00a0\tc\nd") == "a\ufffdb\ufffd[31m\ufffd\ufffd\u00a0\tc\nd"
+
+
+@pytest.mark.parametrize("variant", ["none", "soft"])
+def test_every_number_of_interventions(variant: str):
+    results = made.interventions(variant)
+    tables = intervention_tables(results)
+    assert [re.split(r"[:;]", table.caption)[0] for table in tables] == [
+        "erase",
+        "steer",
+        "Accuracy of a linear probe where actions were erased",
+        "Share of sentences written anew that have the action aimed at",
+    ]
+    checked = 0
+    for table, kind in zip(tables, ("erase", "steer", "erase", "steer"), strict=True):
+        assert f"variant {variant}, distance 2, 4" in table.caption
+        for row in results[results.kind == kind].itertuples():
+            condition = row.condition + ("" if np.isnan(row.strength) else f" × {row.strength:g}")
+            found = table.cells[
+                (table.cells.condition == condition) & (table.cells.distance == str(row.distance))
+            ]
+            if heading(row.metric) in found:
+                checked += 1
+                assert found.layer.tolist() == ["resid post 1*" + "+" * (variant == "soft")]
+                assert shows(found[heading(row.metric)].item(), (row.value, row.value_low, row.value_high))
+    assert checked == len(results)
+    notes = " ".join(intervention_notes(results))
+    assert "* the edit changes the activation" in notes
+    assert ("+ the adapter" in notes) == (variant == "soft")
+
+
+def test_every_number_of_a_subnetwork():
+    results = made.subnetwork()
+    table = subnetwork_table(results)
+    assert table.caption.startswith("Without some of 6 components, on 50 test documents")
+    assert table.cells.condition.tolist() == ["nothing", "the subnetwork", "best alone", "random"]
+    assert table.cells.components.tolist() == ["0", "2", "2", "2"]
+    means = results[results.draw.isna()].set_index(["condition", "metric"])
+    for (_, cells), condition in zip(table.cells.iterrows(), made.CONDITIONS, strict=True):
+        for metric in made.SUBNETWORK:
+            if (condition, metric) in means.index:
+                row = means.loc[(condition, metric)]
+                assert shows(cells[heading(metric)], (row.value, row.value_low, row.value_high))
+            else:
+                assert (condition, cells[heading(metric)]) == ("whole", "")
+    mask = pd.DataFrame({"component": ["head 0", "head 1", "mlp 0"], "removed": [True, False, True]})
+    alone, _, which = subnetwork_notes(results, mask)
+    assert "the mean of 2 draws" in alone
+    assert which == "The subnetwork (2 of 3): head 0, mlp 0"
+
+
+def test_the_best_layer_of_every_step_is_chosen_on_validation_documents():
+    results = made.over_training()
+    best = best_by_step(results)
+    assert best.layer.tolist() == [0, 1, 2]
+    assert set(best.distance) == {1}
+    first = results[(results.step == made.STEPS[0]) & (results.reader == "probe") & (results.distance == 1)]
+    assert first.loc[first.accuracy.idxmax()].layer != 0  # on test documents another is
+    table = over_training_table(results, "lm")
+    assert table.cells.step.tolist() == [str(step) for step in made.STEPS]
+    for (_, cells), row in zip(table.cells.iterrows(), best.itertuples(), strict=True):
+        assert shows(cells[heading("accuracy")], (row.accuracy, row.accuracy_low, row.accuracy_high))
+        assert shows(cells[heading("gain")], (row.gain, row.gain_low, row.gain_high))
+
+
+def test_every_mean_of_a_sweep():
+    rows = [
+        {"member": member, "variant": "soft", "actions": "planner", "metric": metric, "texts": texts}
+        | {
+            "length": length,
+            "seed": seed,
+            "value": number + 0.5,
+            "value_low": number,
+            "value_high": number + 1.0,
+        }
+        | {"seed_spread": 0.25 if seed is None else None, "seeds": 2, "documents": 50}
+        for number, (member, (metric, texts, length), seed) in enumerate(
+            (member, measured, seed)
+            for member in ("a", "b")
+            for measured in (("perplexity", "test documents", 0), ("rouge2", "continuations", 1200))
+            for seed in (0, 1, None)
+        )
+    ]
+    results = pd.DataFrame(rows)
+    perplexity, rouge = sweep_tables(results)
+    assert perplexity.caption.startswith("perplexity ↓ of test documents, mean over seeds")
+    assert rouge.caption.startswith("ROUGE-2 ↑ of continuations of 1,200 tokens, mean over seeds")
+    for table, metric in ((perplexity, "perplexity"), (rouge, "rouge2")):
+        means = results[results.seed.isna() & (results.metric == metric)]
+        assert table.cells.member.tolist() == ["a", "b"]
+        assert table.cells["spread over seeds"].tolist() == ["0.250", "0.250"]
+        for cell, row in zip(table.cells["mean over seeds"], means.itertuples(), strict=True):
+            assert shows(cell, (row.value, row.value_low, row.value_high))
