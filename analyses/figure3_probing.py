@@ -41,15 +41,15 @@ from probekit.reports.figures import (
     METRICS,
     Panel,
     best_layer,
-    beyond,
+    colour_map,
     colour_scale,
-    colours,
     draw_baselines,
     draw_curve,
     draw_heat_map,
     draw_layers,
-    dress_distance_axis,
+    extend_of,
     mean_over_seeds,
+    set_distance_axis,
 )
 
 RUN_APART = {"seed", "device", "probe", "evaluation"}
@@ -169,8 +169,8 @@ def draw_heat_maps(
             )
     part.supxlabel(DISTANCE + "   (* target's own action was added;  – too few examples)", fontsize=7.5)
     part.supylabel("layer", fontsize=7.5)
-    colour = ScalarMappable(scale, colours(metric))
-    bar = part.colorbar(colour, ax=grid, extend=beyond(means, scale), aspect=30, pad=0.01)
+    colour = ScalarMappable(scale, colour_map(metric))
+    bar = part.colorbar(colour, ax=grid, extend=extend_of(means, scale), aspect=30, pad=0.01)
     bar.set_label(METRICS[metric], fontsize=7.5)
     bar.ax.tick_params(labelsize=6.5)
 
@@ -194,7 +194,7 @@ def draw_lines(axes: Axes, table: pd.DataFrame, row: list[Panel], metric: str) -
         "\n" + textwrap.fill(f"best layer: {', '.join(layers)}", 50) if layers and per_layer(location) else ""
     )
     axes.set_title(label(location) + said, fontsize=7.5)
-    dress_distance_axis(axes, sorted(table.distance[table.reader == "probe"].unique()), metric)
+    set_distance_axis(axes, sorted(table.distance[table.reader == "probe"].unique()), metric)
     axes.tick_params(labelsize=6.5)
     axes.xaxis.label.set_size(7)
     axes.yaxis.label.set_size(7)

@@ -25,7 +25,7 @@ from manifest import save_figure
 from scripts import run_script, script_parser
 
 import probekit
-from probekit.reports.causal_figure import causal_numbers, draw_causal
+from probekit.reports.plots import draw_interventions, intervention_numbers
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -42,14 +42,16 @@ def main() -> None:
     """Reads the run, draws, saves."""
     given = parse()
     run = probekit.load_run(given.run)
-    numbers = causal_numbers(run, given.variant, given.location, given.strength)
+    numbers = intervention_numbers(run, given.variant, given.location, given.strength)
     settings = {
         "variant": numbers.variant.iloc[0],
         "location": given.location,
         "strength": given.strength,
     }
     script = "analyses/figure5_causal.py"
-    path = save_figure(draw_causal(numbers), numbers, given.out, script=script, settings=settings, runs=[run])
+    path = save_figure(
+        draw_interventions(numbers), numbers, given.out, script=script, settings=settings, runs=[run]
+    )
     print(path)  # noqa: T201 - a script tells what it wrote
 
 

@@ -20,7 +20,7 @@ from scripts import run_script, script_parser
 
 import probekit
 from probekit.reports.figures import METRICS
-from probekit.reports.over_training import draw_over_training, over_training
+from probekit.reports.plots import draw_over_training, over_training_numbers
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -37,7 +37,7 @@ def main() -> None:
     """Reads the run, draws, saves."""
     given = parse()
     run = probekit.load_run(given.run)
-    numbers = over_training(run.probes_over_training(given.stage), given.metric, given.location)
+    numbers = over_training_numbers(run.probes_over_training(given.stage), given.metric, given.location)
     settings = {"stage": given.stage, "metric": given.metric, "location": given.location}
     path = save_figure(
         draw_over_training(numbers, run.losses_of(given.stage)),

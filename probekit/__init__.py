@@ -26,10 +26,16 @@ if TYPE_CHECKING:
     from probekit.generation.prompts import Prompt
     from probekit.probing.over_training import TrainingProbes, probe_checkpoints
     from probekit.probing.probe import ProbeResults, probe
-    from probekit.reports.causal_figure import plot_interventions
     from probekit.reports.lens import lens
-    from probekit.reports.over_training import plot_over_training
-    from probekit.reports.plots import plot_curve, plot_perplexity, plot_probes, plot_sweep, plot_training
+    from probekit.reports.plots import (
+        plot_curve,
+        plot_interventions,
+        plot_over_training,
+        plot_perplexity,
+        plot_probes,
+        plot_sweep,
+        plot_training,
+    )
     from probekit.reports.report import report
     from probekit.run.run import Run
     from probekit.sweeps import Sweep, sweep
@@ -59,8 +65,8 @@ _HOME = {
     "load_run": "probekit.run.run:Run.open",
     "lens": "probekit.reports.lens",
     "plot_curve": "probekit.reports.plots",
-    "plot_interventions": "probekit.reports.causal_figure",
-    "plot_over_training": "probekit.reports.over_training",
+    "plot_interventions": "probekit.reports.plots",
+    "plot_over_training": "probekit.reports.plots",
     "plot_perplexity": "probekit.reports.plots",
     "plot_probes": "probekit.reports.plots",
     "plot_sweep": "probekit.reports.plots",

@@ -199,7 +199,7 @@ def _probed_config(parsed: argparse.Namespace, given: dict[str, Any]) -> Config:
 
 def _probe_checkpoints(parsed: argparse.Namespace, given: dict[str, Any]) -> None:
     from probekit.probing.over_training import probe_checkpoints
-    from probekit.reports.over_training import save_over_training
+    from probekit.reports.plots import save_over_training
     from probekit.reports.terminal import print_over_training
 
     results = probe_checkpoints(parsed.run, dotted(given), parsed.stage, quiet=parsed.quiet)

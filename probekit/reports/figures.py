@@ -1,18 +1,17 @@
-"""Figures from the probe grid, each a picture with the numbers behind it (CSV) beside it.
+"""Drawing: intervals, heat maps and curves of the probe grid, and the pictures saved beside its results.
 
-Probes of several seeds are drawn as their mean: value and interval are means over seeds. The interval tells
-of other test documents; of other seeds tell the thin lines, one for each.
+Several seeds are drawn as their mean: value and interval are means over seeds, thin lines are single seeds.
+Intervals describe other test documents, not other seeds.
 """
 
 from __future__ import annotations
 
-import io
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
 from io import BytesIO
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -21,69 +20,12 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.typing import ColorType, LineStyleType
+from matplotlib.typing import ColorType
 
 from probekit.io import atomic_path, write_text
 from probekit.probing.locations import label, per_layer
 
-
-class NotebookFigure(Figure):
-    """A figure that notebooks show, also where nobody has set up pyplot."""
-
-    def _repr_png_(self) -> bytes:
-        picture = io.BytesIO()
-        self.savefig(picture, format="png")
-        return picture.getvalue()
-
-
-def svg_of(figure: Figure) -> bytes:
-    """A figure as SVG, letters as outlines: it looks the same whatever fonts there are."""
-    buffer = BytesIO()
-    with mpl.rc_context({"svg.hashsalt": "probekit", "svg.fonttype": "path"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()
-
-
 COLOUR, SEED_COLOUR = "#1f4e79", "#9bb8d3"
-
-
-def draw_intervals(
-    axes: Axes, table: pd.DataFrame, names: Sequence[str], labels: Mapping[str, str] | None = None
-) -> None:
-    """Draws a line for each name, the first at the top.
-
-    Args:
-        axes: Where.
-        table: Columns `name`, `seed` (missing over all seeds), `value`, `value_low` and `value_high`.
-        names: Which lines, in their order; one that the table has not stays empty.
-        labels: What names are called, if not by themselves.
-    """
-    for y, name in enumerate(names):
-        rows = table[table.name == name]
-        seeds, whole = rows[rows.seed.notna()], rows[rows.seed.isna()]
-        axes.plot(seeds.value, [y] * len(seeds), "|", color=SEED_COLOUR, markersize=9, markeredgewidth=1.4)
-        for value, low, high in whole[["value", "value_low", "value_high"]].to_numpy(float):
-            errors = [[value - low], [high - value]]
-            axes.errorbar([value], [y], xerr=errors, fmt="o", color=COLOUR, markersize=4.5, capsize=3)
-            place = axes.get_yaxis_transform()
-            axes.text(1.02, y, _numbers(value, low, high), transform=place, va="center", fontsize=8)
-    axes.set_yticks(range(len(names)), [(labels or {}).get(name, name) for name in names])
-    axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.grid(axis="x", color="0.9")
-    axes.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.tick_params(axis="y", length=0)
-
-
-def _numbers(value: float, low: float, high: float) -> str:
-    """A value and its interval, if it has one, to the digits that the interval's width leaves a meaning."""
-    if math.isnan(low):
-        return f"{value:.3g}".replace("-", "−")
-    digits = 3 if high - low < 0.3 else 2 if high - low < 10 else 0
-    shown = (f"{number:.{digits}f}".replace("-", "−") for number in (value, low, high))
-    return "{} [{}, {}]".format(*shown)
-
 
 METRICS = {
     "accuracy": "test accuracy",
@@ -93,10 +35,10 @@ METRICS = {
     "selectivity": "selectivity (accuracy\nover the control task)",
     "compression": "compression",
 }
-"""What can be drawn, all of it the higher the better, and how axes call it."""
+"""Metrics that can be drawn, with their axis labels; higher is better for all of them."""
 
 SIGNED = ("gain", "selectivity")
-"""Metrics whose sign matters: their colours part at zero."""
+"""Metrics that are drawn with diverging colours around zero."""
 
 BASELINE_STYLES = {
     "prior": ("0.55", ":"),
@@ -112,14 +54,84 @@ BASELINE_STYLES = {
     "ceiling (words)": ("black", "--"),
     "ceiling (actions)": ("black", "-"),
 }
-"""Colour and line of the readers that need no activation."""
+"""Colour and line style of the baselines and ceilings."""
 
 DISTANCE = "distance: tokens before the target"
+INJECTED = "the target's own action was added"
 
 
-@dataclass(frozen=True)
-class Panel:
-    """What one picture shows of the grid: all layers and distances of a variant at a location."""
+class NotebookFigure(Figure):
+    """A figure that notebooks display even where pyplot was never imported."""
+
+    def _repr_png_(self) -> bytes:
+        picture = BytesIO()
+        self.savefig(picture, format="png")
+        return picture.getvalue()
+
+
+def svg_of(figure: Figure) -> bytes:
+    """Renders a figure as SVG with text as outlines, so that it does not depend on installed fonts."""
+    buffer = BytesIO()
+    with mpl.rc_context({"svg.hashsalt": "probekit", "svg.fonttype": "path"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
+
+
+# Points and lines with intervals
+
+
+def draw_intervals(
+    axes: Axes, table: pd.DataFrame, names: Sequence[str], labels: Mapping[str, str] | None = None
+) -> None:
+    """Draws a row with a point and its interval for each name, the first at the top.
+
+    Args:
+        axes: Where to draw.
+        table: Columns `name`, `seed` (missing over all seeds), `value`, `value_low` and `value_high`.
+        names: The rows, in order; a name that the table lacks leaves an empty row.
+        labels: Tick labels of names that are not labelled by themselves.
+    """
+    for y, name in enumerate(names):
+        rows = table[table.name == name]
+        seeds, overall = rows[rows.seed.notna()], rows[rows.seed.isna()]
+        axes.plot(seeds.value, [y] * len(seeds), "|", color=SEED_COLOUR, markersize=9, markeredgewidth=1.4)
+        for value, low, high in overall[["value", "value_low", "value_high"]].to_numpy(float):
+            errors = [[value - low], [high - value]]
+            axes.errorbar([value], [y], xerr=errors, fmt="o", color=COLOUR, markersize=4.5, capsize=3)
+            text = _value_with_interval(value, low, high)
+            axes.text(1.02, y, text, transform=axes.get_yaxis_transform(), va="center", fontsize=8)
+    axes.set_yticks(range(len(names)), [(labels or {}).get(name, name) for name in names])
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.grid(axis="x", color="0.9")
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+
+
+def _value_with_interval(value: float, low: float, high: float) -> str:
+    """The value and its interval, with as many digits as the interval's width justifies."""
+    if math.isnan(low):
+        return f"{value:.3g}".replace("-", "−")
+    digits = 3 if high - low < 0.3 else 2 if high - low < 10 else 0
+    number = f"{{:.{digits}f}}"
+    return f"{number} [{number}, {number}]".format(value, low, high).replace("-", "−")
+
+
+def draw_line(axes: Axes, rows: pd.DataFrame, x: str, name: str, colour: ColorType, **style: Any) -> None:
+    """Draws `value` against a column, with a band from `low` to `high` where there are intervals."""
+    style = {"linewidth": 1.4} | style
+    at = rows[x].to_numpy()
+    axes.plot(at, rows.value, color=colour, label=name, **style)
+    if rows.low.notna().any():
+        axes.fill_between(at, rows.low, rows.high, color=colour, alpha=0.15, linewidth=0)
+
+
+# Panels of the probe grid
+
+
+class Panel(NamedTuple):
+    """One picture's part of the probe grid: all layers and distances of a variant at a location."""
 
     variant: str
     location: str
@@ -128,36 +140,35 @@ class Panel:
     target: str = "action"
 
     def cells(self, table: pd.DataFrame) -> pd.DataFrame:
-        """The probes of the panel."""
-        wanted = [table[field.name] == getattr(self, field.name) for field in fields(self)]
+        """The panel's probes."""
+        wanted = [table[name] == value for name, value in self._asdict().items()]
         return table[np.logical_and.reduce(wanted, axis=0) & (table.reader == "probe")]
 
     def baselines(self, table: pd.DataFrame) -> pd.DataFrame:
-        """The other readers of the panel's target and horizon."""
-        return table[
-            (table.reader != "probe") & (table.target == self.target) & (table.horizon == self.horizon)
-        ]
+        """The baselines and ceilings of the panel's target and horizon."""
+        same = (table.target == self.target) & (table.horizon == self.horizon)
+        return table[same & (table.reader != "probe")]
 
     @property
     def title(self) -> str:
-        """What is shown, in words."""
+        """A title for figures."""
         return f"{self.variant}: {label(self.location)}, {self.target}, horizon {self.horizon}, {self.solver}"
 
     @property
     def name(self) -> str:
-        """What is shown, as part of a file's name."""
+        """A name for files."""
         words = [self.variant, self.location, self.target, self.solver, f"h{self.horizon}"]
         return "_".join(re.sub(r"[^\w-]+", "_", word) for word in words)
 
 
 def panels(table: pd.DataFrame) -> list[Panel]:
-    """Every panel of a table that has a cell that is not empty."""
+    """Returns every panel of a table with at least one cell that is not empty."""
     probes = table[(table.reader == "probe") & table.accuracy.notna()]
-    return [Panel(*row) for row in probes[[f.name for f in fields(Panel)]].drop_duplicates().to_numpy()]
+    return [Panel(*row) for row in probes[list(Panel._fields)].drop_duplicates().to_numpy()]
 
 
 def mean_over_seeds(cells: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """A metric of cells by layer and distance, with its interval.
+    """Averages a metric and its interval over seeds, by layer and distance.
 
     Returns:
         Columns `layer`, `distance`, `value`, `low`, `high` (NaN where the metric has no interval) and
@@ -180,22 +191,30 @@ def mean_over_seeds(cells: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 
 def best_layer(cells: pd.DataFrame) -> int | None:
-    """The layer with the lowest mean cross-entropy on validation documents; None if all cells are empty.
+    """Returns the layer with the lowest mean cross-entropy on validation documents; None if all are empty.
 
-    The mean is over the distances at which no layer is injected, and over all if there is none.
+    The mean is over the distances at which no layer is injected, or over all if there is no such distance.
     """
-    read = cells[cells.validation_cross_entropy.notna()]
-    injected = read.groupby("distance").injected.transform("any").astype(bool)
-    read = read if injected.all() else read[~injected]
-    means = read.groupby("layer").validation_cross_entropy.mean()
+    fitted = cells[cells.validation_cross_entropy.notna()]
+    injected = fitted.groupby("distance").injected.transform("any").astype(bool)
+    fitted = fitted if injected.all() else fitted[~injected]
+    means = fitted.groupby("layer").validation_cross_entropy.mean()
     return None if means.empty else int(means.index[int(means.argmin())])
 
 
-def colour_scale(means: Sequence[pd.DataFrame], metric: str) -> Normalize:
-    """A scale of colours for several heat maps.
+# Heat maps
 
-    It spans the cells that are not injected, if there are any: injected ones read what was put there, and
-    would leave all others one colour.
+
+def colour_map(metric: str) -> str:
+    """Returns the name of the colour map of a metric."""
+    return "RdBu_r" if metric in SIGNED else "viridis"
+
+
+def colour_scale(means: Sequence[pd.DataFrame], metric: str) -> Normalize:
+    """Returns the colour scale for several heat maps, from their `mean_over_seeds`.
+
+    It spans the cells that are not injected, if there are any: injected ones recover the action that was put
+    there, and would leave all others one colour.
     """
     cells = pd.concat(means)
     shown = cells.value[~cells.injected & cells.value.notna()]
@@ -204,6 +223,13 @@ def colour_scale(means: Sequence[pd.DataFrame], metric: str) -> Normalize:
     if metric in SIGNED:
         low, high = -max(-low, high), max(-low, high)
     return Normalize(low, high)
+
+
+def extend_of(means: Sequence[pd.DataFrame], scale: Normalize) -> str:
+    """Returns the ends of a colour scale that values exceed, as matplotlib's `extend`."""
+    values = pd.concat(means).value.dropna()
+    below, above = bool((values < scale.vmin).any()), bool((values > scale.vmax).any())
+    return {(0, 0): "neither", (1, 0): "min", (0, 1): "max", (1, 1): "both"}[below, above]
 
 
 def draw_heat_map(
@@ -215,87 +241,95 @@ def draw_heat_map(
     numbers: bool = True,
     bar: bool = True,
 ) -> None:
-    """A metric of the probes of one panel by layer and distance.
+    """Draws a metric of one panel's probes by layer and distance.
 
-    Cells where the target's own action was injected carry a star, empty ones a dash. Injected cells have no
-    gain, for they are compared with no baseline: the star is all that is shown.
+    A star marks cells where the target's own action was injected, a dash empty cells. Injected cells have no
+    gain, since they are compared with no baseline: they show the star alone.
 
     Args:
-        axes: Where.
+        axes: Where to draw.
         cells: Probes of one panel, of one seed or several.
         metric: One of `METRICS`.
-        scale: Colours shared with other heat maps; None: its own.
-        numbers: Whether values are written into cells.
-        bar: Whether a bar beside it explains the colours.
+        scale: A colour scale shared with other heat maps; None: its own.
+        numbers: Write the values into the cells.
+        bar: Draw a colour bar.
     """
     means = mean_over_seeds(cells, metric)
-    stars = means.injected.map({True: "*", False: ""})
-    written = means.value.map("{:.2f}".format) + stars if numbers else stars
-    table = means.assign(text=written, star=stars)
-    value, text, star = (
-        table.pivot_table(column, "layer", "distance", aggfunc="first", dropna=False).iloc[::-1, ::-1]
-        for column in ("value", "text", "star")
-    )
-    own = scale or colour_scale([means], metric)
-    sns.heatmap(
-        value.astype(float),
-        annot=text,
-        fmt="",
-        cmap=colours(metric),
-        norm=own,
+    star = means.injected.map({True: "*", False: ""})
+    text = means.value.map("{:.2f}".format) + star if numbers else star
+    scale = scale or colour_scale([means], metric)
+    values, _, stars = heat_map(
+        axes,
+        means.assign(text=text, star=star),
+        ["value", "text", "star"],
+        cmap=colour_map(metric),
+        norm=scale,
         cbar=bar,
-        cbar_kws={"label": METRICS[metric], "extend": beyond([means], own)},
-        ax=axes,
+        cbar_kws={"label": METRICS[metric], "extend": extend_of([means], scale)},
     )
-    for row, column in np.argwhere(value.isna().to_numpy()):
-        mark = "*" if star.iloc[row, column] == "*" else "–"
+    for row, column in np.argwhere(values.isna().to_numpy()):
+        mark = "*" if stars.iloc[row, column] == "*" else "–"
         axes.text(column + 0.5, row + 0.5, mark, ha="center", va="center")
     axes.set_xlabel(DISTANCE)
     axes.set_ylabel("layer")
     axes.tick_params(axis="y", rotation=0)
 
 
-def colours(metric: str) -> str:
-    """The colour map of a metric."""
-    return "RdBu_r" if metric in SIGNED else "viridis"
+def heat_map(axes: Axes, cells: pd.DataFrame, columns: Sequence[str], **style: Any) -> list[pd.DataFrame]:
+    """Draws the first column by layer (upwards) and distance (leftwards), annotated with the second.
+
+    Returns:
+        Each column as a table of layers and distances, in the order in which they are drawn.
+    """
+    tables = [
+        cells.pivot_table(column, "layer", "distance", aggfunc="first", dropna=False).iloc[::-1, ::-1]
+        for column in columns
+    ]
+    sns.heatmap(tables[0].astype(float), annot=tables[1], fmt="", ax=axes, **style)
+    return tables
 
 
-def beyond(means: Sequence[pd.DataFrame], scale: Normalize) -> str:
-    """On which ends of a colour scale values lie beyond it, in matplotlib's word."""
-    values = pd.concat(means).value.dropna()
-    below, above = bool((values < scale.vmin).any()), bool((values > scale.vmax).any())
-    return {(0, 0): "neither", (1, 0): "min", (0, 1): "max", (1, 1): "both"}[below, above]
+# Curves against distance
 
 
 def draw_curve(
-    axes: Axes, cells: pd.DataFrame, metric: str, name: str, colour: ColorType, style: LineStyleType = "-"
+    axes: Axes, cells: pd.DataFrame, metric: str, name: str, colour: ColorType, style: Any = "-"
 ) -> None:
-    """A metric of the probes of one layer against distance, with its 95 % interval.
+    """Draws a metric of one layer's probes against distance, with its 95 % interval.
 
-    Points where the target's own action was injected are hollow. With several seeds, each is a thin line.
+    Points where the target's own action was injected are hollow. Several seeds are thin lines, too.
     """
-    means = mean_over_seeds(cells, metric).sort_values("distance")
-    seeds = [seed.sort_values("distance") for _, seed in cells.groupby(_replicate(cells))]
+    repetitions = [column for column in ("run", "seed") if column in cells]
+    seeds = [seed.sort_values("distance") for _, seed in cells.groupby(repetitions)]
     for seed in seeds if len(seeds) > 1 else ():
         axes.plot(seed.distance, seed[metric], color=colour, linewidth=0.5, alpha=0.6, label="_seed")
-    axes.plot(means.distance, means.value, color=colour, linestyle=style, linewidth=1.4, label=name)
+    means = mean_over_seeds(cells, metric).sort_values("distance")
+    draw_line(axes, means, "distance", name, colour, linestyle=style)
     for injected, points in means.groupby("injected"):
         face = "white" if injected else colour
         axes.scatter(points.distance, points.value, s=16, facecolors=[face], edgecolors=[colour], zorder=3)
-    if means.low.notna().any():
-        axes.fill_between(means.distance, means.low, means.high, color=colour, alpha=0.15, linewidth=0)
+
+
+def draw_layers(axes: Axes, cells: pd.DataFrame, metric: str) -> None:
+    """Draws a curve for each layer of one panel."""
+    layers = sorted(cells.layer.unique())
+    for i, layer in enumerate(layers):
+        colour = mpl.colormaps["viridis"](0.9 * i / max(1, len(layers) - 1))
+        location = cells.location.iloc[0]
+        name = f"layer {layer}" if per_layer(location) else label(location)
+        draw_curve(axes, cells[cells.layer == layer], metric, name, colour)
 
 
 def draw_baselines(axes: Axes, baselines: pd.DataFrame, metric: str) -> None:
-    """A line for each reader that needs no activation and has the metric; its mean over runs and seeds."""
+    """Draws a line for each baseline or ceiling that has the metric, averaged over runs and seeds."""
     for reader, (shade, style) in BASELINE_STYLES.items():
         line = baselines[baselines.reader == reader].groupby("distance")[metric].mean().dropna()
         if len(line):
             axes.plot(line.index, line, color=shade, linestyle=style, linewidth=1.2, label=reader)
 
 
-def dress_distance_axis(axes: Axes, distances: Sequence[int], metric: str) -> None:
-    """Distance from far to near, on a log scale; the metric with its zero in sight."""
+def set_distance_axis(axes: Axes, distances: Sequence[int], metric: str) -> None:
+    """Labels the axes of curves: distance from far to near on a log scale, and the metric."""
     axes.set_xscale("log", base=2)
     axes.set_xticks(distances, map(str, distances))
     axes.set_xticks([], minor=True)
@@ -305,47 +339,38 @@ def dress_distance_axis(axes: Axes, distances: Sequence[int], metric: str) -> No
     axes.set_ylabel(METRICS[metric])
 
 
+# Pictures beside the results of `probekit probe`
+
+
 def probe_heat_map(table: pd.DataFrame, panel: Panel, metric: str = "accuracy") -> Figure:
-    """`draw_heat_map` on a figure of its own; all panels of a table have the same colours."""
+    """Draws a panel's heat map; all panels of a table share one colour scale."""
     cells = panel.cells(table)
     scale = colour_scale([mean_over_seeds(each.cells(table), metric) for each in panels(table)], metric)
     size = (2.4 + 0.75 * cells.distance.nunique(), 1.6 + 0.45 * cells.layer.nunique())
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots()
-    draw_heat_map(axes, cells, metric, scale=scale)
-    star = "\n* the target's own action was added" if cells.injected.any() else ""
+    draw_heat_map(figure.subplots(), cells, metric, scale=scale)
+    star = f"\n* {INJECTED}" if cells.injected.any() else ""
     figure.suptitle(panel.title + star, fontsize=10, parse_math=False)
     return figure
 
 
 def probe_lines(table: pd.DataFrame, panel: Panel, metric: str = "accuracy") -> Figure:
-    """A metric against distance, a line for each layer with its 95 % interval, between the baselines."""
+    """Draws a panel's curves against distance, one for each layer, and the baselines."""
     cells = panel.cells(table)
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
     axes = figure.subplots()
     draw_layers(axes, cells, metric)
     draw_baselines(axes, panel.baselines(table), metric)
-    dress_distance_axis(axes, sorted(cells.distance.unique()), metric)
-    hollow = "; hollow: the target's own action was added" if cells.injected.any() else ""
-    axes.set_title(
-        f"{panel.title}\n{int(cells.documents.max())} test documents{hollow}", fontsize=9, parse_math=False
-    )
+    set_distance_axis(axes, sorted(cells.distance.unique()), metric)
+    hollow = f"; hollow: {INJECTED}" if cells.injected.any() else ""
+    title = f"{panel.title}\n{int(cells.documents.max())} test documents{hollow}"
+    axes.set_title(title, fontsize=9, parse_math=False)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     return figure
 
 
-def draw_layers(axes: Axes, cells: pd.DataFrame, metric: str) -> None:
-    """`draw_curve` for each layer of one panel."""
-    layers = sorted(cells.layer.unique())
-    for i, layer in enumerate(layers):
-        colour = mpl.colormaps["viridis"](0.9 * i / max(1, len(layers) - 1))
-        location = cells.location.iloc[0]
-        name = f"layer {layer}" if per_layer(location) else label(location)
-        draw_curve(axes, cells[cells.layer == layer], metric, name, colour)
-
-
 def save_probe_figures(table: pd.DataFrame, folder: Path) -> list[Path]:
-    """Draws every variant, location, horizon, solver and target into a folder, each with its CSV.
+    """Draws every panel of a table into a folder, with the numbers as CSV beside it.
 
     Returns:
         The pictures.
@@ -360,8 +385,3 @@ def save_probe_figures(table: pd.DataFrame, folder: Path) -> list[Path]:
         numbers = pd.concat([panel.cells(table), panel.baselines(table)])
         write_text(folder / f"{panel.name}.csv", numbers.to_csv(index=False))
     return pictures
-
-
-def _replicate(cells: pd.DataFrame) -> list[str]:
-    """The columns that tell repetitions of a cell apart: the seed, and the run where there are several."""
-    return [column for column in ("run", "seed") if column in cells]

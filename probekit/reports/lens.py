@@ -5,140 +5,37 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Iterable, Sequence
-from html import escape
-from importlib.resources import files
+import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import numpy as np
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from probekit.errors import ProbekitError
 from probekit.io import write_text
 from probekit.progress import Progress
-from probekit.reports.lens_reading import LensData, Quality, read_text
-from probekit.reports.lens_text import LIMIT, given_text, visible
+from probekit.reports.lens_reading import LIMIT, LensData, given_text, read_text
 from probekit.run.run import Run
 
-NOTHING = 65535
-"""What stands for a probability that there is none; the others are steps of 1 / 65,534."""
+MISSING = 65535
+"""Stands for a missing probability; the others are steps of 1 / 65,534."""
 
-SHOWN = 160
-"""Characters of a sentence that shows what an action is."""
+SHOWN_CHARACTERS = 160
+"""Characters shown of a sentence that illustrates an action."""
 
 SCALES = (0.1, 0.2, 0.5, 1.0)
-"""Probabilities at which the scale of colours may end."""
+"""Probabilities at which the colour scale may end: the first with 99 % of all probabilities below it."""
 
-COVERED = 0.99
-"""The scale ends where at least this share of what is read lies below it."""
+JOINERS = "\u200c\u200d"
+"""Invisible characters that scripts and emoji need to be displayed correctly."""
 
+SYMBOLS = {"\t": "⇥", "\n": "↵", "\r": "↩", "\u2028": "↵", "\u2029": "↵"}
 
-def page(data: LensData) -> str:
-    """The page that shows a text as it was read."""
-    return _template("lens_page.html").substitute(
-        title=escape(visible(f"{data.facts['Run']}, {data.probes.variant}: probekit lens")),
-        style=_template("lens_page.css").template,
-        script=_template("lens_page.js").template,
-        facts="".join(
-            f"<div><dt>{escape(k)}</dt><dd>{escape(visible(v))}</dd></div>" for k, v in data.facts.items()
-        ),
-        notes="".join(f'<p class="warning">{escape(note)}</p>' for note in data.notes),
-        truth=escape(data.truth),
-        language=escape(data.language),
-        text="\n".join(_sentences(data)),
-        data=_json(_numbers(data)),
-    )
-
-
-def _template(name: str) -> Template:
-    return Template(files("probekit.reports").joinpath(name).read_text("utf-8"))
-
-
-def _sentences(data: LensData) -> Iterable[str]:
-    ends = [*data.first_token[1:], len(data.pieces)]
-    for number, (start, end, action) in enumerate(zip(data.first_token, ends, data.actions, strict=True), 1):
-        texts = data.examples.get(int(action), [])
-        likes = " ".join(["like", *(f"“{_clipped(text)}”" for text in texts)]) if texts else ""
-        named = "no known action" if action < 0 else f"action {action}"
-        yield (
-            f'<div class="s" role="group" aria-label="Sentence {number}, {named}">'
-            f'<div class="n" aria-hidden="true"><b>{number}</b> {named}</div>'
-            f'<div class="x" dir="auto">{"".join(map(_token, data.pieces[start:end]))}</div>'
-            f'<div class="e" dir="auto" aria-hidden="true">{escape(likes)}</div></div>'
-        )
-
-
-def _token(piece: str) -> str:
-    """A token; one that adds no visible character, as a part of one may not, has a name nonetheless."""
-    name = "" if piece.strip() else f' aria-label="{"white space" if piece else "part of a character"}"'
-    shown = escape(visible(piece)) or "·"
-    return f'<span class="t" role="option" aria-selected="false" tabindex="-1"{name}>{shown}</span>'
-
-
-def _numbers(data: LensData) -> dict[str, Any]:
-    """What the script reads; where there are many numbers, they are packed."""
-    probes = data.probes
-    return {
-        "first": data.first_token.tolist(),
-        "actions": data.actions.tolist(),
-        "over": data.over,
-        "places": [
-            {"location": location, "label": f"{label} ({location})", "layer": layer}
-            for (location, layer), label in zip(probes.places, data.labels, strict=True)
-        ],
-        "distances": probes.distances,
-        "best": probes.best,
-        "quality": [[_interval(q), q.documents, q.examples, q.injected] for q in probes.quality],
-        "baselines": {
-            name: [_interval(quality) for quality in by_distance]
-            for name, by_distance in probes.baselines.items()
-        },
-        "top": _packed(data.top),
-        "read": _packed(_steps(data.probability)),
-        "right": _packed(_steps(data.true_probability)),
-        "scale": _scale(data.probability),
-        "planner": data.planner and vars(data.planner),
-        "told": data.told and vars(data.told),
-        "examples": {action: list(map(_clipped, texts)) for action, texts in data.examples.items()},
-    }
-
-
-def _clipped(text: str) -> str:
-    shown = visible(text)
-    return shown if len(shown) <= SHOWN else shown[:SHOWN].rstrip() + "…"
-
-
-def _interval(quality: Quality) -> list[float | None]:
-    """Accuracy and its interval; one document alone has none."""
-    return [None if math.isnan(value) else round(value, 5) for value in quality.accuracy]
-
-
-def _steps(probabilities: np.ndarray) -> np.ndarray:
-    steps = np.rint(np.nan_to_num(probabilities) * (NOTHING - 1))
-    return np.where(np.isnan(probabilities), NOTHING, steps)
-
-
-def _packed(values: np.ndarray) -> str:
-    """Base64 of 16-bit unsigned integers, the low byte first."""
-    return base64.b64encode(values.astype("<u2").tobytes()).decode("ascii")
-
-
-def _scale(probabilities: np.ndarray) -> float:
-    most = np.quantile(probabilities, COVERED)
-    return next((end for end in SCALES if most <= end), 1.0)
-
-
-def _listed(values: np.ndarray) -> list[Any]:
-    return values.tolist() if values.dtype.kind in "iub" else np.round(values.astype(np.float64), 5).tolist()
-
-
-def _json(value: Any) -> str:
-    """JSON that no HTML parser and no old script parser takes for anything else."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=_listed)
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text
+FOLDER = Path(__file__).parent
 
 
 def lens(
@@ -152,39 +49,36 @@ def lens(
     limit: int = LIMIT,
     quiet: bool = False,
 ) -> Path:
-    """Reads a text with a run's probes and writes the page that shows what they read.
+    """Reads a text with a run's probes and writes a page that shows what they read.
 
     Args:
-        run: The run or its folder, with linear probes for the next sentence's action in it.
-        text: The text, or the name of a file of it (see `lens_text.given_text`).
+        run: The run or its folder, with linear probes for the next sentence's action.
+        text: The text, or the name of its file (see `lens_reading.given_text`).
         out: The page, ending in .html; None: `lens.html` in the run's folder.
         variant: Whose activations; None: those of the first variant that was probed.
         locations: Read only these.
         layers: Read only these.
-        limit: The most tokens.
+        limit: The largest number of tokens.
         quiet: Show no progress.
 
     Returns:
-        Where the page is.
+        The page's path.
 
     Raises:
-        ProbekitError: There are no such probes, the text is blank, too long or cannot be read, or the page
-            cannot be written there.
+        ProbekitError: There are no such probes; the text is blank, too long or cannot be read; or the page
+            cannot be written.
     """
     run = Run.at(run)
-    path = run.folder / "lens.html" if out is None else _checked(Path(out))
+    path = run.folder / "lens.html" if out is None else Path(out)
+    if path.suffix != ".html" or path.is_dir():
+        raise ProbekitError(f"--out {path}: must be a file that ends in .html")
+    if not path.parent.is_dir():
+        raise ProbekitError(f"--out {path}: there is no folder {path.parent}")
     if limit < 1:
-        raise ProbekitError(f"--limit is {limit}; give the most tokens that a text may have, 1 or more")
+        raise ProbekitError(f"--limit is {limit}; give the largest number of tokens of a text, 1 or more")
     progress = Progress(quiet=quiet)
-    data = read_text(
-        run,
-        given_text(text),
-        variant,
-        locations=locations,
-        layers=layers,
-        limit=limit,
-        progress=progress,
-    )
+    chosen: dict[str, Any] = {"locations": locations, "layers": layers, "limit": limit}
+    data = read_text(run, given_text(text), variant, **chosen, progress=progress)
     for note in data.notes:
         progress.say(note)
     try:
@@ -194,9 +88,113 @@ def lens(
     return path
 
 
-def _checked(path: Path) -> Path:
-    if path.suffix != ".html" or path.is_dir():
-        raise ProbekitError(f"--out {path}: must be a file that ends in .html")
-    if not path.parent.is_dir():
-        raise ProbekitError(f"--out {path}: there is no folder {path.parent}")
-    return path
+def page(data: LensData) -> str:
+    """Renders the page."""
+    ends = [*data.first_token[1:], len(data.pieces)]
+    sentences = [
+        {
+            "name": "no known action" if action < 0 else f"action {action}",
+            "tokens": [(piece, visible(piece) or "·") for piece in data.pieces[start:end]],
+            "examples": map(_shortened, data.examples.get(int(action), [])),
+        }
+        for start, end, action in zip(data.first_token, ends, data.actions, strict=True)
+    ]
+    environment = Environment(
+        loader=FileSystemLoader(FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    script, style = ((FOLDER / name).read_text("utf-8") for name in ("lens_page.js", "lens_page.css"))
+    return environment.get_template("lens_page.html").render(
+        title=visible(f"{data.facts['Run']}, {data.probes.variant}: probekit lens"),
+        facts={name: visible(value) for name, value in data.facts.items()},
+        notes=data.notes,
+        truth=data.truth,
+        language=data.language,
+        sentences=sentences,
+        data=Markup(_json(_numbers(data))),  # noqa: S704 - escaped by _json
+        script=Markup(script),  # noqa: S704 - our own file
+        style=Markup(style),  # noqa: S704 - our own file
+    )
+
+
+def visible(text: str) -> str:
+    """Replaces control characters, line breaks and changes of direction by visible symbols."""
+
+    def symbol(character: str) -> str:
+        if character in SYMBOLS:
+            return SYMBOLS[character]
+        if unicodedata.category(character) in ("Cc", "Cf") and character not in JOINERS:
+            return f"‹U+{ord(character):04X}›"
+        return character
+
+    return "".join(map(symbol, text))
+
+
+def _shortened(text: str) -> str:
+    shown = visible(text)
+    return shown if len(shown) <= SHOWN_CHARACTERS else shown[:SHOWN_CHARACTERS].rstrip() + "…"
+
+
+def _numbers(data: LensData) -> dict[str, Any]:
+    """What the script reads; large arrays are packed."""
+    probes = data.probes
+    quality = zip(
+        _accuracies(probes.quality),
+        probes.quality.documents.tolist(),
+        probes.quality.examples.tolist(),
+        probes.quality.injected.tolist(),
+        strict=True,
+    )
+    largest = np.quantile(data.probability, 0.99)
+    return {
+        "first": data.first_token,
+        "actions": data.actions,
+        "complete": data.complete,
+        "points": [
+            {"location": location, "label": f"{label} ({location})", "layer": layer}
+            for (location, layer), label in zip(probes.points, data.labels, strict=True)
+        ],
+        "distances": probes.distances,
+        "best": probes.best,
+        "quality": [*quality],
+        "baselines": {name: _accuracies(rows) for name, rows in probes.baselines.items()},
+        "top": _packed(data.top),
+        "read": _packed(_steps(data.probability)),
+        "right": _packed(_steps(data.true_probability)),
+        "scale": next((end for end in SCALES if largest <= end), 1.0),
+        "planner": data.planner,
+        "conditioning": data.conditioning,
+        "examples": {action: [*map(_shortened, texts)] for action, texts in data.examples.items()},
+    }
+
+
+def _accuracies(rows: pd.DataFrame) -> list[list[float | None]]:
+    """Accuracies with the ends of their intervals, which a single document does not have."""
+    values = rows[["accuracy", "accuracy_low", "accuracy_high"]].to_numpy(float).tolist()
+    return [[None if math.isnan(value) else round(value, 5) for value in row] for row in values]
+
+
+def _steps(probabilities: np.ndarray) -> np.ndarray:
+    steps = np.rint(np.nan_to_num(probabilities) * (MISSING - 1))
+    return np.where(np.isnan(probabilities), MISSING, steps)
+
+
+def _packed(values: np.ndarray) -> str:
+    """Base64 of 16-bit unsigned integers, low byte first."""
+    return base64.b64encode(values.astype("<u2").tobytes()).decode("ascii")
+
+
+def _json(value: Any) -> str:
+    """JSON that contains nothing an HTML or script parser could mistake for its own syntax."""
+
+    def listed(values: np.ndarray) -> list[Any]:
+        return values.tolist() if values.dtype.kind in "iub" else np.round(values.astype(float), 5).tolist()
+
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=listed)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text

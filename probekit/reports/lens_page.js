@@ -5,10 +5,10 @@
   const tokens = [...document.querySelectorAll("#text .t")];
   const number = new Map(tokens.map((token, i) => [token, i]));
   const N = tokens.length;
-  const { first, actions, places, distances } = data;
+  const { first, actions, points, distances } = data;
   const S = actions.length;
   const labelled = (s) => s < S && actions[s] >= 0;
-  const NOTHING = 65535;
+  const MISSING = 65535;
   const [top, read, right] = [data.top, data.read, data.right].map(unpack);
 
   // The sentence of each token; the next one begins behind it. Sentence S would come after the text.
@@ -20,8 +20,8 @@
   const begins = (s) => (s < S ? first[s] : N);
 
   const chosen = {
-    location: places[Math.floor(data.best / distances.length)].location,
-    layer: places[Math.floor(data.best / distances.length)].layer,
+    location: points[Math.floor(data.best / distances.length)].location,
+    layer: points[Math.floor(data.best / distances.length)].layer,
     distance: String(distances[data.best % distances.length]),
     colour: "top",
   };
@@ -34,25 +34,25 @@
     return view;
   }
 
-  const share = (value) => (value === NOTHING ? null : value / (NOTHING - 1));
+  const share = (value) => (value === MISSING ? null : value / (MISSING - 1));
   const percent = (p) => (p < 0.0005 ? "<0.1 %" : `${(100 * p).toFixed(p < 0.1 ? 1 : 0)} %`);
   const interval = ([value, low, high]) => {
     const [a, b, c] = [value, low, high].map((p) => (100 * p).toFixed(1));
     return low === null ? `${a} %` : `${a} % [${b}, ${c}]`;
   };
 
-  // Cells are numbered place by place and, within a place, distance by distance.
-  const placeOf = (layer) => places.findIndex((p) => p.location === chosen.location && p.layer === layer);
-  const cell = (place, d) => place * distances.length + d;
+  // Cells are numbered point by point and, within a point, distance by distance.
+  const pointOf = (layer) => points.findIndex((p) => p.location === chosen.location && p.layer === layer);
+  const cell = (point, d) => point * distances.length + d;
   const ahead = (i) => begins(sentence[i] + 1) - i;
   function distanceAt(i) {
     const asked = chosen.distance === "own" ? ahead(i) : Number(chosen.distance);
-    if (chosen.distance === "own" && sentence[i] + 1 >= S && !data.over) return -1;
+    if (chosen.distance === "own" && sentence[i] + 1 >= S && !data.complete) return -1;
     return distances.indexOf(asked);
   }
   function cellAt(i) {
     const d = distanceAt(i);
-    return d < 0 ? -1 : cell(placeOf(chosen.layer), d);
+    return d < 0 ? -1 : cell(pointOf(chosen.layer), d);
   }
   // Within a text nothing was fitted before its first sentence or where no sentence follows.
   const fitted = (i, d) => d >= 0 && sentence[i] + 1 < S && ahead(i) === distances[d];
@@ -82,7 +82,7 @@
       paintOne(token, c < 0 ? null : share(values[c * N + i]));
       token.classList.toggle("fit", fitted(i, distanceAt(i)));
     });
-    tellTrust();
+    showQuality();
     show();
   }
 
@@ -98,30 +98,30 @@
   function like(action) {
     return make("ul", {}, ...sentences(action).map((text) => make("li", { dir: "auto" }, quoted(text))));
   }
-  const part = (title, ...children) => [make("h3", {}, title), ...children];
+  const section = (title, ...children) => [make("h3", {}, title), ...children];
   const textOf = (s) => tokens.slice(first[s], begins(s + 1)).map((token) => token.textContent).join("").trim();
 
-  function tellTrust() {
-    const place = placeOf(chosen.layer);
-    const [, documents, examples] = data.quality[cell(place, 0)];
-    const tested = `of ${examples.toLocaleString("en")} next sentences in ${documents.toLocaleString("en")} test documents`;
+  function showQuality() {
+    const point = pointOf(chosen.layer);
+    const [, documents, examples] = data.quality[cell(point, 0)];
+    const tested = `on ${examples.toLocaleString("en")} next sentences in ${documents.toLocaleString("en")} test documents`;
     if (chosen.distance === "own") {
       const by = distances.flatMap((distance, d) => [
-        `${d ? ";" : ""} distance ${distance}: ${interval(data.quality[cell(place, d)][0])}`,
-        doubt(place, d) && warning(` (${doubt(place, d)})`),
+        `${d ? ";" : ""} distance ${distance}: ${interval(data.quality[cell(point, d)][0])}`,
+        caveat(point, d) && warning(` (${caveat(point, d)})`),
       ]);
-      $("trust").replaceChildren(`Shown is each token's own distance. These probes name the action ${tested}, at`, ...by, ".");
+      $("trust").replaceChildren(`Each token is shown at its own distance. Accuracy ${tested}, at`, ...by, ".");
       return;
     }
     const d = distances.indexOf(Number(chosen.distance));
-    const rivals = Object.entries(data.baselines).map(([name, by]) => `${name} ${interval(by[d])}`).join(", ");
-    $("trust").replaceChildren(`Shown is distance ${distances[d]}. This probe names the action of ${interval(data.quality[cell(place, d)][0])} ${tested}`
-      + `${rivals && `; beside it: ${rivals}`}.`, doubt(place, d) && warning(` Beware: ${doubt(place, d)}.`));
+    const baselines = Object.entries(data.baselines).map(([name, by]) => `${name} ${interval(by[d])}`).join(", ");
+    $("trust").replaceChildren(`Distance ${distances[d]}. Accuracy ${tested}: `
+      + `${interval(data.quality[cell(point, d)][0])}${baselines && `; baselines: ${baselines}`}.`, caveat(point, d) && warning(` Beware: ${caveat(point, d)}.`));
   }
-  function doubt(place, d) {
-    const [[, low], , , injected] = data.quality[cell(place, d)];
+  function caveat(point, d) {
+    const [[, low], , , injected] = data.quality[cell(point, d)];
     const free = ["prior", "bigram"].filter((name) => data.baselines[name]?.[d][2] >= low);
-    if (injected) return "the LM had been told this very action there";
+    if (injected) return "the LM was conditioned on this very action there";
     return free.length ? `not clearly better than the ${free.join(" and the ")}` : "";
   }
   const warning = (text) => make("span", { class: "warning" }, text);
@@ -137,20 +137,20 @@
       ...heatMap(i, next),
       ...following(next),
       ...planner(next),
-      ...told(i, next),
+      ...conditioning(i, next),
     );
   }
   function summary(i) {
     const c = cellAt(i);
-    if (c < 0) return "No probe of this distance.";
-    return `Reads action ${top[c * N + i]}, ${percent(share(read[c * N + i]))}`;
+    if (c < 0) return "No probe for this distance.";
+    return `Action ${top[c * N + i]}, ${percent(share(read[c * N + i]))}`;
   }
   function reading(i) {
     const c = cellAt(i);
-    if (c < 0) return part("Read here", `No probe was fitted ${ahead(i)} tokens before a sentence.`);
+    if (c < 0) return section("Read here", `No probe was fitted ${ahead(i)} tokens before a sentence.`);
     const d = distanceAt(i);
     const where = fitted(i, d) ? "Fitted at such positions." : "Not fitted at such positions.";
-    return part(
+    return section(
       `Read here by ${chosen.location}, layer ${chosen.layer}, distance ${distances[d]}`,
       `Action ${top[c * N + i]}, ${percent(share(read[c * N + i]))}. ${where}`,
       like(top[c * N + i]),
@@ -158,16 +158,16 @@
   }
   function heatMap(i, next) {
     const known = labelled(next);
-    const rows = places.flatMap((place, p) => (place.location === chosen.location ? [p] : []));
+    const rows = points.flatMap((point, p) => (point.location === chosen.location ? [p] : []));
     const head = make("tr", {}, make("th", { scope: "col" }, "layer"), ...distances.map((distance) =>
       make("th", { scope: "col", ...(known && ahead(i) === distance ? { class: "own" } : {}) }, String(distance))));
-    const own = toldOwn(i, next);
-    const body = rows.reverse().map((p) => make("tr", {}, make("th", { scope: "row" }, String(places[p].layer)),
+    const own = ownAction(i, next);
+    const body = rows.reverse().map((p) => make("tr", {}, make("th", { scope: "row" }, String(points[p].layer)),
       ...distances.map((_, d) => {
         const c = cell(p, d) * N + i;
         const value = share(known ? right[c] : read[c]);
-        const mark = (known && top[c] === actions[next] ? " ✓" : "") + (own && data.told.changed[p] ? " †" : "");
-        const box = make("td", { "data-place": p, "data-distance": distances[d] }, percent(value),
+        const mark = (known && top[c] === actions[next] ? " ✓" : "") + (own && data.conditioning.changed[p] ? " †" : "");
+        const box = make("td", { "data-point": p, "data-distance": distances[d] }, percent(value),
           make("small", {}, `${top[c]}${mark}`));
         paintOne(box, value);
         if (cell(p, d) === cellAt(i)) box.classList.add("chosen");
@@ -178,20 +178,20 @@
       : "Probability of the action that is read; below it that action.";
     const marks = [
       known && distances.includes(ahead(i)) ? " The underlined distance was fitted at such positions." : "",
-      own ? " †: told of this very action here." : "",
+      own ? " †: conditioned on this very action here." : "",
     ].join("");
-    return part("Layers by distances", make("p", { class: "note" }, what + marks), make("div", { class: "scroll" },
+    return section("Layers by distances", make("p", { class: "note" }, what + marks), make("div", { class: "scroll" },
       make("table", { class: "map", "aria-label": "Layers by distances" },
         make("thead", {}, head), make("tbody", {}, ...body))));
   }
   function following(next) {
-    if (next >= S) return part("What comes next", data.over ? "The text ends here." : "The text ends within this sentence.");
+    if (next >= S) return section("What comes next", data.complete ? "The text ends here." : "The text ends within this sentence.");
     const action = actions[next];
     if (!labelled(next)) {
-      return part(`What comes next: sentence ${next + 1}, of no known action`,
+      return section(`What comes next: sentence ${next + 1}, of no known action`,
         make("p", { dir: "auto" }, quoted(textOf(next))), "The encoder knows none of its words.");
     }
-    return part(`What comes next: sentence ${next + 1}, action ${action}`,
+    return section(`What comes next: sentence ${next + 1}, action ${action}`,
       make("p", { dir: "auto" }, quoted(textOf(next))), "Its action is that of sentences such as", like(action));
   }
   function planner(next) {
@@ -202,16 +202,16 @@
       make("span", {}, percent(probability[next][k])),
       make("span", { class: "like", dir: "auto" }, sentences(action).map(quoted).join(" "))));
     const truth = labelled(next) ? `It gives the true action ${percent(ofTrue[next])}.` : "";
-    return part("The planner's own forecast of the next sentence", make("ol", { class: "plan" }, ...items), truth);
+    return section("The planner's own forecast of the next sentence", make("ol", { class: "plan" }, ...items), truth);
   }
-  const toldOwn = (i, next) => Boolean(data.told?.planned && data.told.carried[i] === next);
-  function told(i, next) {
-    if (!data.told) return [];
-    const { action, weight, carried, planned } = data.told;
+  const ownAction = (i, next) => Boolean(data.conditioning?.planned && data.conditioning.carried[i] === next);
+  function conditioning(i, next) {
+    if (!data.conditioning) return [];
+    const { action, weight, carried, planned } = data.conditioning;
     const s = carried[i];
-    if (!planned) return part("What the LM was told", "The same whatever the text: this variant has no plan.");
-    const whose = toldOwn(i, next) ? "the next sentence: the target's own action" : `sentence ${s + 1}, not the next one`;
-    return part("What the LM was told here",
+    if (!planned) return section("What the LM was conditioned on", "The same for every text: this variant has no plan.");
+    const whose = ownAction(i, next) ? "the next sentence: the target's own action" : `sentence ${s + 1}, not the next one`;
+    return section("What the LM was conditioned on here",
       `Action ${action[s]}, weight ${percent(weight[s])} in the mix, planned for ${whose}.`, like(action[s]));
   }
 
@@ -280,20 +280,20 @@
   $("panel").addEventListener("click", (event) => {
     const box = event.target.closest(".map td");
     if (!box) return;
-    chosen.layer = places[box.dataset.place].layer;
+    chosen.layer = points[box.dataset.point].layer;
     chosen.distance = box.dataset.distance;
     offer();
     paint();
   });
 
   // Choosing what is shown.
-  const layers = () => places.filter((p) => p.location === chosen.location).map((p) => p.layer);
+  const layers = () => points.filter((p) => p.location === chosen.location).map((p) => p.layer);
   function fill(select, options, value) {
     select.replaceChildren(...options.map(([key, label]) => make("option", { value: key }, label)));
     select.value = value;
   }
   function offer() {
-    const names = new Map(places.map((p) => [p.location, p.label]));
+    const names = new Map(points.map((p) => [p.location, p.label]));
     fill($("location"), [...names], chosen.location);
     fill($("layer"), layers().map((layer) => [layer, String(layer)]), chosen.layer);
     fill($("distance"), [...distances.map((d) => [d, `${d} before`]), ["own", "each token's own"]], chosen.distance);

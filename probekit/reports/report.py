@@ -40,10 +40,10 @@ from probekit.reports.checks import (
 )
 from probekit.reports.describe import Table, visible
 from probekit.reports.figures import panels, svg_of
-from probekit.reports.over_training import plot_over_training
 from probekit.reports.plots import (
     PREFERRED,
     plot_curve,
+    plot_over_training,
     plot_perplexity,
     plot_probes,
     plot_training,

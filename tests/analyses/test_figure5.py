@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from synthetic_probes import accuracy_of, probe_table
 
 import probekit
-from probekit.reports.causal_figure import draw_causal
+from probekit.reports.plots import draw_interventions
 from probekit.run.run import Run
 
 SCRIPT = Path(__file__).parents[2] / "analyses" / "figure5_causal.py"
@@ -115,12 +115,15 @@ def test_the_title_tells_of_how_many_documents_the_numbers_are(
 ):
     numbers, figure, _ = drawn(monkeypatch, tmp_path / "figure5.png", run)
     probed = probe_table().documents.max()
-    assert f"read on {probed} test documents, changed in 12 scenes, one of each" in figure.get_suptitle()
+    assert f"read on {probed} test documents, changed at 12 boundaries, one of each" in figure.get_suptitle()
     assert set(numbers[numbers.panel == "erase"].documents) == {12}
-    # Of some scenes a patch has no donor.
+    # At some boundaries a patch has no donor.
     patched = numbers.assign(documents=numbers.documents.where(numbers.panel != "patch", 9))
-    told = draw_causal(patched).get_suptitle()
-    assert "scenes, one of each document: erased in 12, patched in 9, steered to a wrong action in 12" in told
+    told = draw_interventions(patched).get_suptitle()
+    assert (
+        "boundaries, one of each document: erased at 12, patched at 9, steered to a wrong action at 12"
+        in told
+    )
 
 
 def test_one_line_draws_the_same(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -139,7 +142,7 @@ def test_marks_and_strength(run: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert steer.value.max() == pytest.approx(effect_of("wrong action", 2, 2, 3.0) - 0.3)
     texts = [text.get_text() for text in figure.axes[1].texts]
     assert [text.endswith("+") for text in texts] == [True, True, False, False, False, False]
-    assert "told" in figure.get_suptitle()
+    assert "conditioned" in figure.get_suptitle()
     # Within its interval of 0: 0.01 * 5 + 0.5 - 0.3 is not, and so no brackets.
     assert not any(text.startswith("(") for text in texts)
 
@@ -147,8 +150,8 @@ def test_marks_and_strength(run: Path, tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--variant", "joint"], "nothing was changed of joint at hook_resid_post, but of none at hook_"),
-        (["--location", "attn.hook_z"], "nothing was changed of none at attn.hook_z"),
+        (["--variant", "joint"], "no interventions on joint at hook_resid_post, but on none at hook_"),
+        (["--location", "attn.hook_z"], "no interventions on none at attn.hook_z"),
         (["--strength", "2"], "strength 2 was not tried; 1, 3 were"),
     ],
 )

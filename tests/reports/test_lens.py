@@ -1,19 +1,162 @@
-"""`probekit lens` as it is typed: one page, or one line for whatever is wrong."""
+"""`probekit lens`: what it writes and refuses, and a page on which no text is ever markup."""
 
+import base64
 import json
+import re
 import shutil
+import unicodedata
+from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import probekit
 from probekit.cli import main
-from probekit.io import read_json, write_json
+from probekit.data.corpus import SPLITS
 from probekit.probing.probe import probe
+from probekit.reports.lens import MISSING, page, visible
+from probekit.reports.lens_reading import LensData, read_text
 from probekit.run.run import Run
 
 Capture = pytest.CaptureFixture[str]
+EVIL = "<script>alert(1)</script> </script><img onerror=alert(2)> & \"'\u2028\u2029\x00\u202e <!-- ]]>"
+
+
+class Parsed(HTMLParser):
+    """Elements and texts of a page as a browser's parser sees them."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[tuple[str, dict]] = []
+        self.tags: list[str] = []
+        self.attributes: set[str] = set()
+        self.tokens: list[str] = []
+        self.scripts: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.tags.append(tag)
+        self.attributes |= {name for name, _ in attrs}
+        if tag in ("script", "style", "span"):
+            self.open.append((tag, dict(attrs)))
+        if tag == "script":
+            self.scripts.append("")
+        if tag == "span" and dict(attrs).get("role") == "option":
+            self.tokens.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        if self.open and self.open[-1][0] == tag:
+            self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1][0] == "script":
+            self.scripts[-1] += data
+        elif self.open and self.open[-1][1].get("role") == "option":
+            self.tokens[-1] += data
+
+
+@pytest.fixture(scope="module")
+def evil(probed_run: Run) -> LensData:
+    """A text, training sentences and facts that would be markup if they could."""
+    data = read_text(probed_run, f"{EVIL} Noni noni. \U0001f469\u200d\U0001f467 Mumi", "soft")
+    examples = {action: [EVIL] for action in data.examples}
+    return replace(data, examples=examples, facts=data.facts | {"Run": EVIL}, language='"><script>')
+
+
+def unpacked(text: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), "<u2")
+
+
+def test_whatever_is_shown_is_text(evil: LensData):
+    written = page(evil)
+    parsed = Parsed(written)
+    assert parsed.tags.count("script") == 2
+    assert not {"img", "a", "link", "iframe", "base", "object"} & set(parsed.tags)
+    assert not {"src", "href", "onerror", "action", "srcset"} & parsed.attributes
+    assert [shown for shown in parsed.tokens if shown != "·"] == [visible(p) for p in evil.pieces if p]
+    assert len(parsed.tokens) == len(evil.pieces)
+    assert "alert(1)" not in parsed.scripts[1]
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202e]", written)
+
+
+def test_embedded_json_ends_nothing_and_says_the_same(evil: LensData):
+    raw, _ = Parsed(page(evil)).scripts
+    assert not set("<>&\u2028\u2029") & set(raw)
+    data = json.loads(raw)
+    assert data["examples"] == {str(action): [visible(EVIL)] for action in evil.examples}
+    assert data["first"] == evil.first_token.tolist()
+    assert data["conditioning"]["carried"] == evil.conditioning["carried"].tolist()
+
+
+def test_numbers_survive_the_packing(evil: LensData):
+    data = json.loads(Parsed(page(evil)).scripts[0])
+    np.testing.assert_array_equal(unpacked(data["top"]), evil.top.ravel())
+    np.testing.assert_allclose(
+        unpacked(data["read"]) / (MISSING - 1), evil.probability.ravel(), atol=0.6 / MISSING
+    )
+    right, true = unpacked(data["right"]), evil.true_probability.ravel()
+    np.testing.assert_array_equal(right == MISSING, np.isnan(true))
+    known = ~np.isnan(true)
+    assert known.any()
+    assert not known.all()
+    np.testing.assert_allclose(right[known] / (MISSING - 1), true[known], atol=0.6 / MISSING)
+
+
+def test_one_file_that_fetches_nothing(probed_run: Run, text: str):
+    written = page(read_text(probed_run, text))
+    for reference in ("http:", "https:", "src=", "href=", "url(", "@import", "fetch(", "innerHTML"):
+        assert reference not in written
+    policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+    assert f'<meta http-equiv="Content-Security-Policy" content="{policy}">' in written
+    for named in (
+        "tiny",
+        "none",
+        "new GPT-2, 3 layers of width 32",
+        "planted (160 documents)",
+        "fitted on 32",
+    ):
+        assert named in written
+
+
+def test_the_page_says_where_true_actions_come_from(probed_run: Run, document: int, text: str):
+    split = SPLITS[probed_run.corpus.split[document]]
+    own = f"The text is document {document:,} of the corpus, of the split &#39;{split}&#39;"
+    nearest = "true action is the one whose centroid is nearest to it"
+    of_corpus, other = (page(read_text(probed_run, given)) for given in (text, f"{text} And more."))
+    assert own in of_corpus
+    assert nearest not in of_corpus
+    assert nearest in other
+    assert own not in other
+
+
+def test_the_same_text_gives_the_same_page(probed_run: Run, text: str):
+    first, again = (page(read_text(Run.open(probed_run.folder), text, "soft")) for _ in range(2))
+    assert first == again
+
+
+def test_an_interval_that_does_not_exist_is_null(evil: LensData):
+    quality = evil.probes.quality.assign(accuracy=0.5, accuracy_low=np.nan, accuracy_high=np.nan)
+    data = json.loads(Parsed(page(replace(evil, probes=replace(evil.probes, quality=quality)))).scripts[0])
+    first = quality.iloc[0]
+    assert data["quality"][0] == [[0.5, None, None], first.documents, first.examples, first.injected]
+
+
+@given(st.text())
+def test_nothing_invisible_is_left(text: str):
+    shown = visible(text)
+    assert not {unicodedata.category(c) for c in shown if c not in "\u200c\u200d"} & {"Cc", "Cf", "Zl", "Zp"}
+    assert shown.isprintable() or shown != text or not text.isprintable()
+
+
+def test_visible_symbols():
+    assert visible("a\tb\r\n\0\x85\u202e\u2028") == "a⇥b↩↵‹U+0000›‹U+0085›‹U+202E›↵"
+    plain = "Straße, 12 € “naïve” 👩\u200d👧 नमस्ते"
+    assert visible(plain) == plain
 
 
 def test_a_page_is_written(probed_run: Run, tmp_path: Path, capsys: Capture):
@@ -52,7 +195,7 @@ def test_the_page_is_in_the_run_if_not_said_otherwise(probed_run: Run, tmp_path:
         ([], "the following arguments are required: --text; see `probekit lens --help`"),
     ],
 )
-def test_bad_input_is_told_in_one_line(
+def test_bad_input_is_refused_in_one_line(
     words: list[str],
     said: str,
     probed_run: Run,
@@ -85,29 +228,6 @@ def test_probes_for_something_else_are_refused(
     assert "read 'sentence-position' at every sentence" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"evaluation": 0.5},
-        {"documents": {"0": {"test": "x"}}},
-        {"documents": {}},
-        {"probe": {"variants": ["fixed"]}},
-        {"probe": {"distances": {"a": 1}}},
-    ],
-)
-def test_a_record_of_something_else_is_told_in_one_line(
-    change: dict[str, Any], probed_run: Run, tmp_path: Path, capsys: Capture
-):
-    folder = shutil.copytree(probed_run.folder, tmp_path / "run")
-    record = folder / "probes" / "settings.json"
-    write_json(record, read_json(record) | change)
-    assert main(["lens", str(folder), "--text", "A word.", "--quiet"]) == 2
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1
-    assert "settings.json" in told
-    assert f"probekit probe {folder}" in told
-
-
 def test_closed_form_probes_will_do(tiny_run: Run, quick_probes: dict[str, Any], tmp_path: Path):
     folder = shutil.copytree(tiny_run.folder, tmp_path / "run")
     settings = {"probe.layers": [1], "probe.variants": ["random"], "probe.solvers": ["lda", "ridge"]}
@@ -116,7 +236,7 @@ def test_closed_form_probes_will_do(tiny_run: Run, quick_probes: dict[str, Any],
     assert "<dd>random</dd>" in written
     assert "ridge, seed 2, for one of 8 actions" in written
     raw = written.split('id="data">')[1].split("</script>")[0]
-    assert json.loads(raw)["told"] is None
+    assert json.loads(raw)["conditioning"] is None
 
 
 def test_a_page_that_is_there_stays_where_the_text_is_bad(probed_run: Run, tmp_path: Path):

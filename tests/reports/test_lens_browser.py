@@ -62,7 +62,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator["webdriver.Chr
 
 @pytest.fixture(scope="module")
 def data(probed_run: Run) -> LensData:
-    # Words that the encoder knows: of others, no action is told as true.
+    # Words that the encoder knows: of others, no action is shown as true.
     begins, ends = probed_run.corpus.sentence_texts([0, 1])
     text = f"Noni <script>alert(1)</script> mumi. {begins.strip()} Moru\n\n{ends.strip()[:-1]}"
     return read_text(probed_run, text, "soft")
@@ -171,23 +171,23 @@ def test_what_is_shown_is_what_was_read(opened: "webdriver.Chrome", data: LensDa
     """Every cell of the heat map, in words and colours, at a token that a sentence follows."""
     t, distances = int(data.first_token[1]) - 1, data.probes.distances
     opened.execute_script("document.querySelectorAll('#text .t')[arguments[0]].focus()", t)
-    places = [n for n, place in enumerate(data.probes.places) if place[0] == "hook_resid_post"]
+    points = [n for n, point in enumerate(data.probes.points) if point[0] == "hook_resid_post"]
     choose(opened, "location", "hook_resid_post")
     cells = opened.execute_script(
         "return [...document.querySelectorAll('.map td')]"
         ".map((box) => [box.firstChild.data, box.lastChild.textContent])"
     )
-    order = [(place, d) for place in reversed(places) for d in range(len(distances))]
+    order = [(point, d) for point in reversed(points) for d in range(len(distances))]
     assert len(cells) == len(order)
-    for (shown, below), (place, d) in zip(cells, order, strict=True):
-        cell = place * len(distances) + d
+    for (shown, below), (point, d) in zip(cells, order, strict=True):
+        cell = point * len(distances) + d
         value = 100 * data.true_probability[cell, t]
         assert shown == ("<0.1 %" if value < 0.05 else f"{value:.{1 if value < 10 else 0}f} %")
         marks = below.split()
         assert int(marks[0]) == data.top[cell, t]
         assert ("✓" in marks) == (data.top[cell, t] == data.actions[1])
         # The last token before a sentence carries that sentence's plan.
-        assert ("†" in marks) == data.told.changed[place]
+        assert ("†" in marks) == data.conditioning["changed"][point]
     assert f"action {data.actions[1]}" in text_of(opened, "#panel")
 
 

@@ -6,7 +6,7 @@ import pytest
 from synthetic_probes import DISTANCES, LAYERS, accuracy_of, probe_table
 
 from probekit.errors import ProbekitError
-from probekit.reports.over_training import draw_over_training, over_training
+from probekit.reports.plots import draw_over_training, over_training_numbers
 
 STEPS = (0, 1, 10, 100)
 
@@ -34,7 +34,7 @@ LOSSES = pd.DataFrame(
 
 
 def test_numbers_are_means_over_seeds(table: pd.DataFrame):
-    numbers = over_training(table, location="attn.hook_z", solver="ridge")
+    numbers = over_training_numbers(table, location="attn.hook_z", solver="ridge")
     probes = numbers[numbers.reader == "probe"].set_index(["step", "layer", "distance"]).value
     for place, step in enumerate(STEPS):
         for layer in LAYERS:
@@ -47,7 +47,7 @@ def test_numbers_are_means_over_seeds(table: pd.DataFrame):
 
 
 def test_lines_go_through_the_numbers(table: pd.DataFrame):
-    numbers = over_training(table)
+    numbers = over_training_numbers(table)
     figure = draw_over_training(numbers, LOSSES)
     by_layer, by_distance, losses, _ = figure.axes
     assert by_distance.get_title() == "by distance, layer 2"
@@ -64,10 +64,10 @@ def test_lines_go_through_the_numbers(table: pd.DataFrame):
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ({"metric": "f1"}, "metric is 'f1'; it can be accuracy"),
+        ({"metric": "f1"}, "metric is 'f1'; it must be one of accuracy"),
         ({"location": "hook_q"}, "nothing was probed at 'hook_q'"),
     ],
 )
 def test_what_is_not_there_is_named(table: pd.DataFrame, asked: dict[str, str], said: str):
     with pytest.raises(ProbekitError, match=said):
-        over_training(table, **asked)
+        over_training_numbers(table, **asked)

@@ -11,12 +11,10 @@ from matplotlib.figure import Figure
 from synthetic_probes import BASELINES, DISTANCES, LAYERS, accuracy_of, probe_table
 
 import probekit
-from probekit.config import Config
 from probekit.errors import ProbekitError
 from probekit.io import write_json
 from probekit.reports.figures import METRICS
 from probekit.run.run import Run
-from probekit.sweeps import Sweep
 
 
 @pytest.fixture(scope="module")
@@ -174,27 +172,24 @@ MEASURED = {
 
 
 @pytest.fixture
-def swept(tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sweep:
-    """A sweep over shares, not in their order, with made-up results."""
-    members = {f"f={share}": {"mixing.fraction": share} for share in (1.0, 0.0, 0.5)}
-    sweep = Sweep.of(tmp_path, tiny_config, members, [0, 1])
+def swept() -> pd.DataFrame:
+    """The table of a sweep over shares, not in their order."""
     rows = [
-        {"member": member, **settings, "variant": variant, "actions": actions, "metric": metric}
-        | {"texts": "samples" if metric == "mauve" else "test documents", "length": length, "documents": 16}
-        | {"seed": seed, "value": value - 0.5 * (seed or 0) - settings["mixing.fraction"] - length}
-        for member, settings in sweep.members.items()
+        {"member": f"f={share}", "mixing.fraction": share, "variant": variant, "actions": actions}
+        | {"metric": metric, "texts": "samples" if metric == "mauve" else "test documents"}
+        | {"length": length, "documents": 16, "seed": seed}
+        | {"value": value - 0.5 * (seed or 0) - share - length}
+        for share in (1.0, 0.0, 0.5)
         for (variant, actions, metric), value in MEASURED.items()
         for length in ((8, 16) if metric == "mauve" else (0,))
         for seed in (0, 1, None)
     ]
     table = pd.DataFrame(rows).astype({"seed": "Int64"})
     bounds = np.where(table.metric == "mauve", np.nan, 1.0)
-    table = table.assign(value_low=table.value - bounds, value_high=table.value + 2 * bounds)
-    monkeypatch.setattr(Sweep, "table", lambda _: table)
-    return sweep
+    return table.assign(value_low=table.value - bounds, value_high=table.value + 2 * bounds)
 
 
-def test_a_sweep_is_a_line_for_each_variant_with_its_intervals(swept: Sweep):
+def test_a_sweep_is_a_line_for_each_variant_with_its_intervals(swept: pd.DataFrame):
     figure = probekit.plot_sweep(swept)
     axes, lines = figure.axes[0], lines_of(figure)
     assert {*lines} == {"none", "mixed", "_seed"}
@@ -211,17 +206,24 @@ def test_a_sweep_is_a_line_for_each_variant_with_its_intervals(swept: Sweep):
     assert axes.get_title() == "16 test documents, 2 seeds"
 
 
-def test_a_sweep_of_what_has_no_interval_shows_the_longest_texts(swept: Sweep):
+def test_a_sweep_of_what_has_no_interval_shows_the_longest_texts(swept: pd.DataFrame):
     figure = probekit.plot_sweep(swept, "mauve")
     assert not figure.axes[0].collections
     np.testing.assert_allclose(lines_of(figure)["mixed, samples"][1], [-15.5, -16.0, -16.5])
 
 
-def test_what_a_sweep_has_no_curve_of_is_told(swept: Sweep, tiny_config: Config, tmp_path: Path):
-    with pytest.raises(ProbekitError, match=r"metric is 'rouge2', but .* has perplexity, mauve"):
+def test_only_metrics_of_a_sweep_over_one_setting_are_plotted(swept: pd.DataFrame):
+    with pytest.raises(ProbekitError, match=r"metric is 'rouge2', but the sweep has perplexity, mauve"):
         probekit.plot_sweep(swept, "rouge2")
-    members = {"a": {"mixing.fraction": 0.5, "lm.layers": 2}}
-    with pytest.raises(ProbekitError, match=r"sweeps over mixing\.fraction, lm\.layers; there is a curve"):
-        probekit.plot_sweep(Sweep.of(tmp_path, tiny_config, members, [0]))
-    with pytest.raises(ProbekitError, match="sweeps over nothing"):
-        probekit.plot_sweep(Sweep.of(tmp_path, tiny_config, {"a": {}}, [0]))
+    with pytest.raises(ProbekitError, match=r"the sweep is over mixing\.fraction, lm\.layers; only"):
+        probekit.plot_sweep(swept.assign(**{"lm.layers": 2}))
+    with pytest.raises(ProbekitError, match="the sweep is over nothing"):
+        probekit.plot_sweep(swept.drop(columns="mixing.fraction"))
+
+
+def test_words_are_swept_in_their_order(swept: pd.DataFrame):
+    names = {0.0: "mean", 0.5: "cls", 1.0: "last"}
+    words = swept.assign(**{"mixing.fraction": swept["mixing.fraction"].map(names)})
+    words = words.rename(columns={"mixing.fraction": "actions.encoder"})
+    _, values = lines_of(probekit.plot_sweep(words))["mixed"]
+    np.testing.assert_allclose(values, [24.5, 24.0, 25.0])
