@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from probekit.causal.intervene import InterventionResults, intervene
     from probekit.causal.subnetwork import SubnetworkResults, subnetwork
-    from probekit.cli import run_demo as demo
     from probekit.config import Config
     from probekit.errors import ProbekitError
     from probekit.evaluation.evaluate import evaluate

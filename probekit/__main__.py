@@ -1,9 +1,5 @@
 """`python -m probekit`, the same as the command `probekit`."""
 
-from __future__ import annotations
+from runpy import run_module
 
-import sys
-
-from probekit.cli import main
-
-sys.exit(main())
+run_module("probekit.cli", run_name="__main__")
