@@ -78,42 +78,7 @@ _HOME = {
     "sweep": "probekit.sweeps",
     "train": "probekit.training.train",
 }
-__all__ = [
-    "Config",
-    "Evaluation",
-    "Generated",
-    "GenerationEvaluation",
-    "InterventionResults",
-    "ProbeResults",
-    "ProbekitError",
-    "Prompt",
-    "Run",
-    "SubnetworkResults",
-    "Sweep",
-    "TrainingProbes",
-    "build_corpus",
-    "demo",
-    "evaluate",
-    "evaluate_generation",
-    "generate",
-    "intervene",
-    "lens",
-    "load_run",
-    "plot_curve",
-    "plot_interventions",
-    "plot_over_training",
-    "plot_perplexity",
-    "plot_probes",
-    "plot_sweep",
-    "plot_training",
-    "prepare",
-    "probe",
-    "probe_checkpoints",
-    "report",
-    "subnetwork",
-    "sweep",
-    "train",
-]
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
