@@ -96,7 +96,8 @@ def generate(words: list[str]) -> None:
     )
     parser.add_argument("--out", metavar="FILE", help="also write the texts as JSON lines")
     parsed, given = parse(parser, words, ("seed", "device", "generation"))
-    from probekit.generation.texts import check_out, read_prompts, write_texts
+    from probekit.generation.generate import check_out, write_texts
+    from probekit.generation.prompts import read_prompts
     from probekit.progress import Progress
     from probekit.reports.terminal import print_texts
     from probekit.run.run import Run

@@ -21,7 +21,7 @@ from probekit.errors import ProbekitError
 from probekit.evaluation.action_metrics import NO_ACTION
 from probekit.evaluation.perplexity import window_and_stride
 from probekit.generation.generate import draw
-from probekit.generation.true_texts import Labeller
+from probekit.generation.labelling import Labeller
 from probekit.io import atomic_folder, write_json, write_table
 from probekit.models.conditioning import CONDITIONINGS
 from probekit.models.language_model import OUTSIDE_BLOCKS, check_location

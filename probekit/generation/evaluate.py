@@ -1,15 +1,15 @@
-"""`probekit evaluate --generation`: generated text against true text, its words and its plan.
+"""`probekit evaluate --generation`: generated text against true text, in its words and in its plan.
 
-Every variant goes on with the beginnings of test documents, and makes texts from nothing. Continuations are
-compared with the documents' own, cut at the same numbers of tokens: ROUGE-2, edit distance of the two
-sequences of actions, whether sentences have the actions that they were given. Texts from nothing (samples)
-are compared with the beginnings of test documents as a whole, by MAUVE. Latent perplexity, of both, tells how
-usual a sequence of actions is. Beside them stands what true text gets in generated text's place.
+Every variant continues the beginnings of test documents, and writes samples from nothing. Continuations are
+compared with the documents' own, cut at the same numbers of tokens: ROUGE-2, edit distance of the sequences
+of actions, and whether sentences have the actions that were planned. Samples are compared as a whole with
+beginnings of test documents, by MAUVE. Latent perplexity measures how usual a sequence of actions is. True
+text in the place of generated text gives the reference.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,27 +17,46 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from probekit.config import Config
+from probekit.data.corpus import Corpus
 from probekit.data.encoders import check_encoder
+from probekit.errors import ProbekitError
+from probekit.evaluation.action_metrics import (
+    NO_ACTION,
+    Bigram,
+    Floats,
+    Integers,
+    bigram_of_counts,
+    log_shares,
+)
+from probekit.evaluation.baselines import count_labels
 from probekit.evaluation.evaluate import variants_and_actions
 from probekit.evaluation.perplexity import window_and_stride
 from probekit.generation.generate import Generated, generate
+from probekit.generation.labelling import LabelledTexts, Labeller
 from probekit.generation.metrics import (
     FEATURES,
     FEW_TEXTS,
     LEAST_TEXTS,
+    MetricSums,
     cluster_texts,
+    edit_distances,
+    latent_losses,
     mauve_interval,
+    normalised_edit_distances,
+    plans_followed,
+    plans_followed_by_chance,
+    rouge2,
     text_features,
 )
-from probekit.generation.prompts import Plan, Prompt
-from probekit.generation.true_texts import Tokens, TrueTexts, beginnings, continued_documents
+from probekit.generation.prompts import Prompt, document_prompts
 from probekit.io import write_json, write_table
 from probekit.progress import Progress
 from probekit.run.run import Run
 from probekit.statistics import over_seeds
 
 TRANSFORMS = {"latent_perplexity": np.exp}
-"""What makes a metric of its mean, where it is not the mean itself."""
+"""Applied to the mean that a metric is made from, where the metric is not the mean itself."""
 
 ACTIONS = {
     "none": "no actions",
@@ -45,24 +64,27 @@ ACTIONS = {
     "planner": "the planner's actions",
     "true": "true actions",
 }
-"""Whose actions a text is conditioned on, as progress tells it."""
+"""Whose actions a text is conditioned on, as the progress display says it."""
 
 KEYS = ["variant", "actions", "texts", "length", "metric"]
-"""What tells a row of the results from the others."""
+"""Columns that identify a row of the results."""
+
+Tokens = Sequence[np.ndarray]
+"""Token ids of each text, without the separator."""
 
 
 @dataclass(frozen=True)
 class GenerationEvaluation:
-    """What was found of generated text.
+    """Metrics of generated text.
 
     Attributes:
         metrics: One row for each variant, source of actions, kind of texts (continuations, samples), length
             and metric: `value` over all seeds with a 95 % interval from resampling documents (`value_low`,
             `value_high`), `seed_spread`, the standard deviation of the seeds' own values, and how many of the
-            texts were `empty`. Variant "true" is true text in generated text's place, "other document" the
-            true continuation of another document.
-        values: What they are made of, MAUVE aside, by seed and document: `sum` and `count`. Samples have a
-            number for a document.
+            texts were `empty`. Variant "true" is true text in the place of generated text, "other document"
+            the true continuation of another document.
+        values: The same, MAUVE aside, by seed and document: `sum` and `count`. Samples have a number for a
+            document.
         settings: How it was measured.
         notes: What could not be measured as asked.
     """
@@ -89,29 +111,50 @@ def evaluate_generation(
     run = Run.at(run, settings)
     if run.config.method == "planner":
         run.require("planner")
-    progress = Progress(quiet=quiet)
+    progress, chosen = Progress(quiet=quiet), run.config.generation
+    seeds = list(chosen.seeds or (run.config.seed,))
     with progress.task("label true texts"):
         true = TrueTexts.of(run)
-    mauve = _Mauve(run, true.samples, progress)
-    values = [
-        frame.assign(variant=name, actions="true", seed=_seeds(run)[0]) for name, frame in true.references()
-    ]
-    rows = mauve.reference()
+    values = [frame.assign(variant=name, actions="true", seed=seeds[0]) for name, frame in true.references()]
+    samples: dict[tuple[str, str], list[Tokens]] = {}
     for variant, actions, _ in variants_and_actions(run):
-        measured, samples = _measured(run, variant, actions, true, progress)
+        measured, samples[variant, actions] = _measured(run, variant, actions, seeds, true, progress)
         values += measured
-        rows += mauve.row(variant, actions, samples)
     table = pd.concat(values, ignore_index=True)
-    metrics = pd.concat([_metrics(run, table), pd.DataFrame(rows)], ignore_index=True)
+    resampling = {"resamples": run.config.evaluation.resamples, "seed": run.config.seed}
+    rows = over_seeds(table, KEYS, TRANSFORMS, **resampling)
+    empty = table.groupby(KEYS)["empty"].sum().reset_index()
+    metrics = rows[rows.seed.isna()].drop(columns="seed").merge(empty, on=KEYS)
+    mauve, mauve_notes = _mauve(run, true.samples, samples, progress)
+    notes = []
+    if (found := len(true.prompts)) < (wanted := chosen.prompts):
+        notes.append(f"{found:,} prompts in place of {wanted:,}: no more test documents are long enough")
     evaluation = GenerationEvaluation(
-        metrics, table, _how(run, true), [*_few_prompts(run, true), *mauve.notes]
+        pd.concat([metrics, pd.DataFrame(mauve)], ignore_index=True),
+        table,
+        chosen.model_dump(mode="json")
+        | {
+            "split": "test",
+            "prompts": found,
+            "true_samples": len(true.samples),
+            "seeds": seeds,
+            "resamples": run.config.evaluation.resamples,
+            "rouge2": "F-measure, no stemming",
+            "labels": "nearest centroid",
+            "features": FEATURES,
+        },
+        [*notes, *mauve_notes],
     )
-    _write(run, evaluation)
+    write_table(run.folder / "generation.parquet", table)
+    # What does not exist is null: JSON knows no NaN.
+    records = evaluation.metrics.astype(object).replace({np.nan: None}).to_dict(orient="records")
+    record = {"settings": evaluation.settings, "notes": evaluation.notes, "metrics": records}
+    write_json(run.folder / "generation.json", record)
     return evaluation
 
 
 def check_generation(run: Run | str | Path, settings: Mapping[str, Any] | None = None) -> None:
-    """Refuses what `evaluate_generation` would refuse for want of something, before work begins.
+    """Checks before any other work that text can be generated and measured.
 
     Raises:
         ProbekitError: Fewer than two test documents are long enough, or the corpus's encoder is gone.
@@ -122,140 +165,268 @@ def check_generation(run: Run | str | Path, settings: Mapping[str, Any] | None =
 
 
 def _measured(
-    run: Run, variant: Any, actions: str, true: TrueTexts, progress: Progress
+    run: Run, variant: Any, actions: str, seeds: Sequence[int], true: TrueTexts, progress: Progress
 ) -> tuple[list[pd.DataFrame], list[Tokens]]:
     """Values of all that a variant writes, and its samples `[seeds]`; none where it needs true actions."""
     nothing = [Prompt(np.array([run.corpus.separator]), "")] * run.config.generation.samples
     values: list[pd.DataFrame] = []
     samples: list[Tokens] = []
-    for seed in _seeds(run):
+    for seed in seeds:
 
-        def texts(what: str, prompts: Sequence[Prompt], seed: int = seed) -> list[Generated]:
-            plan: Plan = "given" if actions == "true" else "planner"
+        def texts(kind: str, prompts: Sequence[Prompt], seed: int = seed) -> list[Generated]:
             return generate(
                 run,
                 prompts,
                 variant=variant,
                 tokens=true.longest,
-                plan=plan,
+                plan="given" if actions == "true" else "planner",
                 seed=seed,
                 progress=progress,
-                title=f"{what} ({variant}, {ACTIONS[actions]})",
+                title=f"{kind} ({variant}, {ACTIONS[actions]})",
             )
 
         row = {"variant": variant, "actions": actions, "seed": seed}
         continued = texts("continuations", true.prompts)
         tokens, plans = [text.tokens for text in continued], [text.plan for text in continued]
         values.append(true.continuation_values(tokens, plans).assign(**row))
-        if actions != "true":  # what begins with nothing has no true plan
+        if actions != "true":  # a text from nothing has no true plan
             samples.append([text.tokens for text in texts("samples", nothing)])
             values.append(true.sample_values(samples[-1]).assign(**row))
     return values, samples
 
 
-class _Mauve:
-    """MAUVE of samples against the beginnings of test documents, as many of one as of the other.
+def _mauve(
+    run: Run, true: Tokens, samples: Mapping[tuple[str, str], Sequence[Tokens]], progress: Progress
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """MAUVE of samples `[seeds]` against as many beginnings of test documents, and notes.
+
+    The reference, variant "true", is other true text, from the split `probe`, which no training has seen.
+    """
+    settings, seed = run.config.generation, run.config.seed
+    size, length = min(len(true), settings.samples), max(settings.lengths)
+    if size < LEAST_TEXTS:
+        return [], [
+            f"No MAUVE: it needs {LEAST_TEXTS} texts of {length:,} tokens on either side, and {len(true):,} "
+            f"test documents are that long, of generation.samples {settings.samples:,}; lower "
+            "generation.lengths, or raise what is too low"
+        ]
+    notes = []
+    if size < FEW_TEXTS:
+        notes.append(
+            f"MAUVE of {size:,} texts on either side does not tell variants apart; it takes {FEW_TEXTS}: "
+            "generation.samples, and as many test documents that are long enough"
+        )
+    _, other = beginnings(run, "probe")
+    if len(other) < size:
+        notes.append(
+            f"No MAUVE of true text: it needs {size:,} documents of {length:,} tokens in the split probe, "
+            f"and there are {len(other):,}"
+        )
+    else:
+        samples = {("true", "true"): [other], **samples}
+    window, _ = window_and_stride(run)
+
+    def features(name: str, texts: Tokens) -> np.ndarray:
+        with progress.task(f"features of {name}", total=size) as task:
+            return text_features(run, texts[:size], window, task)
+
+    true_features, rows = features("test documents", true), []
+    for (variant, actions), of_seeds in samples.items():
+        if not of_seeds:
+            continue
+        clustered = [
+            cluster_texts(features(f"texts ({variant})", texts), true_features, seed) for texts in of_seeds
+        ]
+        interval = mauve_interval(clustered, resamples=run.config.evaluation.resamples, seed=seed)
+        each = [one.mauve for one in clustered]
+        rows.append(
+            dict(zip(KEYS, (variant, actions, "samples", length, "mauve"), strict=True))
+            | {
+                "value": interval.value,
+                "value_low": interval.low,
+                "value_high": interval.high,
+                "seed_spread": float(np.std(each, ddof=1)) if len(each) > 1 else np.nan,
+                "seeds": len(each),
+                "documents": interval.documents,
+                "empty": sum(not len(ids) for texts in of_seeds for ids in texts[:size]),
+            }
+        )
+    return rows, notes
+
+
+@dataclass(frozen=True)
+class TrueTexts:
+    """True texts, against which generated ones are measured.
 
     Attributes:
-        notes: What could not be measured.
+        labeller: Gives texts their actions.
+        bigram: Action after action, counted over training documents that are labelled as generated text is.
+        prior: How often an action occurs there, documents' first sentences aside `[actions]`.
+        lengths: Tokens at which continuations are cut.
+        prompts: Beginnings of test documents.
+        tokens: Their continuations, as many tokens as the longest length.
+        cuts: The continuations by length, labelled.
+        previous: The action of each prompt's last sentence.
+        samples: Beginnings of test documents, cut at the longest length.
+        sampled: The documents that they begin.
     """
 
-    def __init__(self, run: Run, true: Tokens, progress: Progress) -> None:
-        self.notes: list[str] = []
-        self._run, self._progress = run, progress
-        self._size = min(len(true), run.config.generation.samples)
-        self._length = max(run.config.generation.lengths)
-        if self._size < LEAST_TEXTS:
-            self.notes.append(
-                f"No MAUVE: it needs {LEAST_TEXTS} texts of {self._length:,} tokens on either side, and "
-                f"{len(true):,} test documents are that long, of generation.samples "
-                f"{run.config.generation.samples:,}; lower generation.lengths, or raise what is too low"
-            )
-            return
-        if self._size < FEW_TEXTS:
-            self.notes.append(
-                f"MAUVE of {self._size:,} texts on either side does not tell variants apart; it takes "
-                f"{FEW_TEXTS}: generation.samples, and as many test documents that are long enough"
-            )
-        self._true = self._features("test documents", true)
+    labeller: Labeller
+    bigram: Bigram
+    prior: Floats
+    lengths: tuple[int, ...]
+    prompts: list[Prompt]
+    tokens: list[np.ndarray]
+    cuts: dict[int, LabelledTexts]
+    previous: Integers
+    samples: list[np.ndarray]
+    sampled: np.ndarray
 
-    def row(self, variant: str, actions: str, samples: Sequence[Tokens]) -> list[dict[str, Any]]:
-        """The row of a variant's samples `[seeds]`; none where there are too few, or none."""
-        if self._size < LEAST_TEXTS or not samples:
-            return []
-        seed = self._run.config.seed
-        clustered = [
-            cluster_texts(self._features(f"texts ({variant})", texts), self._true, seed) for texts in samples
-        ]
-        interval = mauve_interval(clustered, resamples=self._run.config.evaluation.resamples, seed=seed)
-        keys = (variant, actions, "samples", self._length, "mauve")
-        each = [one.mauve for one in clustered]
-        found = {
-            "value": interval.value,
-            "value_low": interval.low,
-            "value_high": interval.high,
-            "seed_spread": float(np.std(each, ddof=1)) if len(each) > 1 else np.nan,
-            "seeds": len(each),
-            "documents": interval.documents,
-            "empty": sum(not len(ids) for texts in samples for ids in texts[: self._size]),
-        }
-        return [dict(zip(KEYS, keys, strict=True)) | found]
+    @classmethod
+    def of(cls, run: Run) -> TrueTexts:
+        """The true texts of a run under its settings `generation`.
 
-    def reference(self) -> list[dict[str, Any]]:
-        """The row of other true texts, from the split `probe`, which no training has seen either."""
-        _, other = beginnings(self._run, "probe")
-        if self._size >= LEAST_TEXTS and len(other) < self._size:
-            self.notes.append(
-                f"No MAUVE of true text: it needs {self._size:,} documents of {self._length:,} tokens in the "
-                f"split probe, and there are {len(other):,}"
-            )
-            return []
-        return self.row("true", "true", [other])
+        Raises:
+            ProbekitError: Fewer than two test documents are long enough.
+        """
+        lengths = run.config.generation.lengths
+        prompts, tokens = continued_documents(run)
+        contexts = [prompt.tokens[1:] for prompt in prompts]
+        labeller = Labeller(run)
+        sampled, samples = beginnings(run, "test")
+        return cls(
+            labeller,
+            *count_actions(run.corpus, run.config),
+            lengths,
+            prompts,
+            tokens,
+            labeller.cut(tokens, lengths, contexts),
+            labeller.last_actions([prompt.text for prompt in prompts]),
+            samples,
+            sampled,
+        )
 
-    def _features(self, name: str, texts: Tokens) -> np.ndarray:
-        window, _ = window_and_stride(self._run)
-        with self._progress.task(f"features of {name}", total=self._size) as task:
-            return text_features(self._run, texts[: self._size], window, task)
+    @property
+    def longest(self) -> int:
+        """Tokens of a text before it is cut."""
+        return max(self.lengths)
+
+    def continuation_values(self, tokens: Tokens, plans: Sequence[Integers] | None = None) -> pd.DataFrame:
+        """The metrics of continuations of the prompts, and of the plans that they were given."""
+        cuts = self.labeller.cut(tokens, self.lengths, [prompt.tokens[1:] for prompt in self.prompts])
+        documents = np.array([prompt.document for prompt in self.prompts])
+        rows = []
+        for length, cut in cuts.items():
+            true = self.cuts[length]
+            rouge = np.array([rouge2(*pair) for pair in zip(true.texts, cut.texts, strict=True)])
+            metrics = {
+                "rouge2": MetricSums(rouge, np.ones(len(rouge))),
+                "levenshtein": edit_distances(true.actions, cut.actions),
+                "levenshtein_normalised": normalised_edit_distances(true.actions, cut.actions),
+                "latent_perplexity": latent_losses(self.bigram, cut.actions, self.previous),
+            }
+            rows.append(_values("continuations", length, documents, cut, metrics))
+        if plans is not None and any(map(len, plans)):
+            cut = cuts[self.longest]
+            actions = [own[merged:] for own, merged in zip(cut.actions, cut.merged, strict=True)]
+            metrics = {
+                "plan_following": plans_followed(plans, actions),
+                "plan_following_by_chance": plans_followed_by_chance(plans, actions, self.prior),
+            }
+            rows.append(_values("continuations", self.longest, documents, cut, metrics))
+        return pd.concat(rows, ignore_index=True)
+
+    def sample_values(self, tokens: Tokens, documents: np.ndarray | None = None) -> pd.DataFrame:
+        """The metrics of texts from nothing, which are numbered in place of documents if none are given."""
+        cut = self.labeller.cut(tokens, [self.longest])[self.longest]
+        losses = latent_losses(self.bigram, cut.actions, np.full(len(tokens), NO_ACTION))
+        documents = np.arange(len(tokens)) if documents is None else documents
+        return _values("samples", self.longest, documents, cut, {"latent_perplexity": losses})
+
+    def references(self) -> Iterator[tuple[str, pd.DataFrame]]:
+        """Values of true text in the place of generated text, by the name of the variant.
+
+        "true" has only metrics that compare a text with nothing else, as true text is equal to itself;
+        "other document", another document's continuation, shows what is reached by chance.
+        """
+        plans = [prompt.plan for prompt in self.prompts if prompt.plan is not None]
+        true = self.continuation_values(self.tokens, plans)
+        alone = ["latent_perplexity", "plan_following", "plan_following_by_chance"]
+        samples = self.sample_values(self.samples, self.sampled)
+        yield "true", pd.concat([true[true.metric.isin(alone)], samples])
+        other = self.continuation_values([*self.tokens[1:], self.tokens[0]])
+        yield "other document", other[other.metric != "latent_perplexity"]
 
 
-def _metrics(run: Run, values: pd.DataFrame) -> pd.DataFrame:
-    """Values over seeds and documents."""
-    rows = over_seeds(
-        values, KEYS, TRANSFORMS, resamples=run.config.evaluation.resamples, seed=run.config.seed
+def _values(
+    texts: str, length: int, documents: np.ndarray, cut: LabelledTexts, metrics: Mapping[str, MetricSums]
+) -> pd.DataFrame:
+    common = {"texts": texts, "length": length, "document": documents, "empty": cut.empty}
+    parts: Iterable[pd.DataFrame] = (
+        pd.DataFrame(common | {"metric": name, "sum": found.sums, "count": found.counts})
+        for name, found in metrics.items()
     )
-    empty = values.groupby(KEYS)["empty"].sum().reset_index()
-    return rows[rows.seed.isna()].drop(columns="seed").merge(empty, on=KEYS)
+    return pd.concat(parts, ignore_index=True)
 
 
-def _seeds(run: Run) -> tuple[int, ...]:
-    return run.config.generation.seeds or (run.config.seed,)
-
-
-def _how(run: Run, true: TrueTexts) -> dict[str, Any]:
-    return run.config.generation.model_dump(mode="json") | {
-        "split": "test",
-        "prompts": len(true.prompts),
-        "true_samples": len(true.samples),
-        "seeds": list(_seeds(run)),
-        "resamples": run.config.evaluation.resamples,
-        "rouge2": "F-measure, no stemming",
-        "labels": "nearest centroid",
-        "features": FEATURES,
-    }
-
-
-def _few_prompts(run: Run, true: TrueTexts) -> list[str]:
-    wanted, found = run.config.generation.prompts, len(true.prompts)
-    if found == wanted:
-        return []
-    return [f"{found:,} prompts in place of {wanted:,}: no more test documents are long enough"]
-
-
-def _write(run: Run, evaluation: GenerationEvaluation) -> None:
-    # What does not exist is null: JSON knows no NaN.
-    rows = evaluation.metrics.astype(object).replace({np.nan: None}).to_dict(orient="records")
-    write_table(run.folder / "generation.parquet", evaluation.values)
-    write_json(
-        run.folder / "generation.json",
-        {"settings": evaluation.settings, "notes": evaluation.notes, "metrics": rows},
+def count_actions(corpus: Corpus, config: Config) -> tuple[Bigram, Floats]:
+    """The bigram and the prior `[actions]` of training documents, labelled as generated text is."""
+    labels = corpus.actions
+    if config.actions.labels != "clusters":
+        labels = corpus.codebook.nearest(corpus.embeddings)
+    (pairs, later), (validation, _) = (
+        count_labels(corpus, corpus.documents(split), labels, corpus.k) for split in ("train", "validation")
     )
+    return bigram_of_counts(pairs, validation), np.exp(log_shares(later))
+
+
+def beginnings(run: Run, split: str) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Documents of a split and their first tokens, as many as the longest of `generation.lengths`.
+
+    At most `generation.samples` documents, drawn at random; shorter ones are passed over.
+    """
+    corpus, settings = run.corpus, run.config.generation
+    length = max(settings.lengths)
+    documents = _shuffled(run, split, length)[: settings.samples]
+    starts = corpus.document_tokens[documents] + 1
+    return documents, [corpus.tokens[start : start + length] for start in starts]
+
+
+def continued_documents(run: Run) -> tuple[list[Prompt], list[np.ndarray]]:
+    """Beginnings of test documents, drawn at random, and their true continuations.
+
+    Raises:
+        ProbekitError: Fewer than two are long enough.
+    """
+    corpus, settings = run.corpus, run.config.generation
+    longest, wanted = max(settings.lengths), settings.prompts
+    candidates = _shuffled(run, "test", settings.context + longest)
+    prompts: list[Prompt] = []
+    tokens: list[np.ndarray] = []
+    for start in range(0, len(candidates), wanted):
+        part, language = candidates[start : start + wanted], run.config.corpus.language
+        found = document_prompts(corpus, part, settings.context, longest, language)
+        prompts, tokens = prompts + found[0], tokens + found[1]
+        if len(prompts) >= wanted:
+            break
+    if len(prompts) < 2:
+        test = corpus.documents("test")
+        raise ProbekitError(
+            f"{len(prompts)} of the {len(test):,} test documents go on for {longest:,} tokens behind the "
+            f"first end of a sentence after {settings.context:,} (the longest has "
+            f"{_sizes(corpus, test).max():,}), and it takes two; lower generation.lengths or "
+            "generation.context"
+        )
+    return prompts[:wanted], tokens[:wanted]
+
+
+def _shuffled(run: Run, split: str, least: int) -> np.ndarray:
+    """Documents of a split with at least so many tokens, in a random order that the corpus's seed fixes."""
+    documents = run.corpus.documents(split)
+    long = documents[_sizes(run.corpus, documents) >= least]
+    return np.random.default_rng(run.config.corpus.seed).permutation(long)
+
+
+def _sizes(corpus: Corpus, documents: np.ndarray) -> np.ndarray:
+    """Tokens of documents, without the separator."""
+    return corpus.document_tokens[documents + 1] - corpus.document_tokens[documents] - 1

@@ -1,14 +1,14 @@
 """Text from a trained run, each sentence conditioned on the action that is planned for it.
 
-As in training, position t carries the action of the sentence that holds token t + 1. So before a token is
-drawn, it is decided whether the last sentence of the text so far is over (`corpus.sentences.complete_spans`
-has the rule, and how hindsight may differ); where it is, that sentence is embedded with the run's own encoder
-and the planner scores the next one's action from all sentences so far, those of the prompt too.
+As in training, position t carries the action of the sentence that holds token t + 1. So before each token is
+drawn, the splitter decides whether the text's last sentence is complete (`data.sentences.complete_spans`). If
+so, the run's encoder embeds it, and the planner scores the next sentence's action from all sentences so far.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,25 +19,37 @@ import torch
 from torch import Tensor
 
 from probekit.config import GenerationSettings, ModelName
+from probekit.data.sentences import complete_spans, sentence_spans
 from probekit.distributed import autocast
 from probekit.errors import ProbekitError
-from probekit.generation.prompts import Plan, Prompt, planned_prompts
-from probekit.models.decoding import Decoder, new_decoder
+from probekit.generation.prompts import Plan, Prompt, document_prompts, planned_prompts, text_prompt
+from probekit.io import write_text
+from probekit.models.decoding import new_decoder
 from probekit.models.language_model import longest_window
+from probekit.models.mixing import VARIANTS, Soft
 from probekit.models.replanning import Conditioner, Draft, conditioner_of
 from probekit.progress import Progress, Task
 from probekit.run.run import Run
+
+TOKENS = 128
+"""Tokens that are written for a prompt by default."""
+
+DOCUMENTS = 4
+"""Test documents whose beginnings `probekit generate` continues by default."""
+
+LAST = "ln_final.hook_out"
+"""A hook that any LM has, for running one that nothing conditions."""
 
 
 def draw(logits: Tensor, uniforms: Tensor, settings: GenerationSettings) -> Tensor:
     """Draws a token for each text `[texts]`.
 
-    `top_p` counts what `top_k` leaves as all there is, and keeps the token that crosses it.
+    `top_p` renormalises what `top_k` leaves, and keeps the token that crosses it.
 
     Args:
         logits: `[texts, vocabulary]`; minus infinity is never drawn.
-        uniforms: Numbers from 0 to 1, without 1, one for each text `[texts]`: what is drawn of a text depends
-            on its own alone. Not used where the temperature is 0.
+        uniforms: A number in [0, 1) for each text `[texts]`, on which alone its draw depends. Not used where
+            the temperature is 0.
         settings: Temperature, `top_k`, `top_p`.
     """
     if settings.temperature == 0.0:
@@ -51,16 +63,9 @@ def draw(logits: Tensor, uniforms: Tensor, settings: GenerationSettings) -> Tens
         probabilities = probabilities.masked_fill(before >= settings.top_p, 0.0)
     reached = probabilities.cumsum(dim=-1)
     wanted = uniforms[:, None] * reached[:, -1:]
-    # The first that reaches beyond: one of probability 0 never is.
-    place = (reached > wanted).to(torch.uint8).argmax(dim=-1, keepdim=True)
-    return (place if tokens is None else tokens.gather(1, place))[:, 0]
-
-
-TOKENS = 128
-"""Tokens that are written for a prompt if nothing else is asked for."""
-
-LAST = "ln_final.hook_out"
-"""A hook that any LM has, to run one that nothing conditions."""
+    # The first that reaches beyond, which is never one of probability 0.
+    drawn = (reached > wanted).to(torch.uint8).argmax(dim=-1, keepdim=True)
+    return (drawn if tokens is None else tokens.gather(1, drawn))[:, 0]
 
 
 @dataclass(frozen=True)
@@ -68,10 +73,10 @@ class Generated:
     """A continuation.
 
     Attributes:
-        tokens: Ids behind the prompt.
+        tokens: Token ids behind the prompt.
         text: The same as text.
-        plan: The action given to each of its sentences, in their order, the planner's most probable one where
-            it was mixed with others; empty where nothing is planned.
+        plan: The action given to each of its sentences, the planner's most probable one where actions are
+            mixed; empty where nothing is planned.
         ended: Why it ended: `length`, or `plan` where the given plan ran out.
     """
 
@@ -82,16 +87,16 @@ class Generated:
 
 
 def reading_window(run: Run) -> int:
-    """Tokens that the LM reads at once when it writes: all its positions, if these are trained.
+    """Tokens that the LM reads at once when it writes.
 
-    A new LM has seen no more of them than the training window has.
+    All its positions, but no more than the training window if the LM was trained here.
     """
     positions = longest_window(run.base_lm().config)
     return positions if run.config.lm.name else min(positions, run.config.training.window)
 
 
 def usual_variant(run: Run) -> ModelName:
-    """What writes if nothing is named: `soft` or the last variant that is trained, or the last ensemble."""
+    """The variant that writes by default: `soft`, the last that is trained, or the last ensemble."""
     if run.config.method == "depth-ensemble" and (members := run.members):
         return members[-1]
     trained = run.variants
@@ -117,123 +122,276 @@ def generate(
 
     Args:
         run: The run or its folder.
-        prompts: What is continued: texts or prompts, or a single one.
-        variant: Which variant, or member of a depth ensemble, writes; the scores become embeddings as when
-            it is evaluated. Unset: `usual_variant`.
-        settings: Temperature, `top_k`, `top_p` and the batch size, or settings to replace by dotted name,
-            such as `generation.top_k`; unset: the run's own.
+        prompts: Texts or prompts to be continued, or a single one.
+        variant: The variant, or member of a depth ensemble, that writes; scores are mixed as in its
+            evaluation. Unset: `usual_variant`.
+        settings: Temperature, `top_k` and `top_p`, or settings to replace by dotted name, such as
+            `generation.top_k`; unset: the run's own.
         tokens: How many are written for each prompt.
-        plan: `planner`; `given`: each prompt has a plan, which is obeyed; or actions, the plan of every
-            prompt. With a plan, the sentences of a prompt carry their own action, the nearest centroid.
-        seed: Seed of what is drawn. For a text it depends on this and on its number among the prompts, not on
-            what else is written.
-        cache: Keep the LM's keys and values from token to token. Without, writing takes longer. Neither
-            this nor the batch changes what is written but by rounding: hardly ever in float32, where two
-            tokens are as good as equal; now and then in bfloat16 (`training.precision`).
+        plan: `planner`; `given`, where each prompt has a plan; or actions, the plan of every prompt. With a
+            plan, the sentences of a prompt carry their own action, the nearest centroid.
+        seed: Seed of the draws. A text's draws depend on this and on its number among the prompts alone.
+        cache: Keep the LM's keys and values from token to token, which is faster. This and the batch size
+            change what is written only by rounding: hardly ever in float32, now and then in bfloat16.
         progress: Shows how far it is.
-        title: What progress calls it.
+        title: Name of the task in the progress display.
 
     Returns:
         A continuation of each prompt, in their order.
 
     Raises:
-        ProbekitError: The variant is not trained or obeys no plan, something is no prompt, no token is to be
-            written, or a plan is missing, empty, or has unknown actions.
+        ProbekitError: The variant is not trained or follows no plan, something is no prompt, no token is to
+            be written, or a plan is missing, empty, or has unknown actions.
     """
     run = Run.at(run)
     if isinstance(settings, Mapping):
         run, settings = run.with_settings(settings), None
     settings = settings or run.config.generation
     progress = progress or Progress(quiet=True)
-    _check_tokens(tokens)
+    if not isinstance(tokens, int | np.integer) or isinstance(tokens, bool) or tokens < 1:
+        raise ProbekitError(f"tokens is {tokens!r}; it must be a whole number, 1 or more")
     known = planned_prompts(run.corpus, prompts, plan)
     variant = variant or usual_variant(run)
-    model = run.model(variant)
+    model, conditioning = run.model(variant), run.variant_of(variant)
     given = not (isinstance(plan, str) and plan == "planner")
-    planned = run.variant_of(variant)
     # Given plans are the corpus's actions: its own encoder labels the sentences of the prompts.
-    encoder = partial(run.encoder, "none" if given else planned)
-    conditioned = conditioner_of(
-        model, planned, encoder, run.config.training.precision, run.corpus.codebook if given else None
-    )
+    encoder = partial(run.encoder, "none" if given else conditioning)
+    precision, codebook = run.config.training.precision, run.corpus.codebook if given else None
+    condition = conditioner_of(model, conditioning, encoder, precision, codebook)
     backend = run.forward_pass(model.names or [LAST], variant)
     decoder = new_decoder(model, backend, reading_window(run), cache=cache)
     if cache and not decoder.cached:
         inserts = model.adapter is not None and model.adapter.inserts
         why = "there are planning tokens between a text's own" if inserts else "this LM gives none"
         progress.say(f"no keys and values are kept ({why}): each token reads the whole window again")
-    scribe = _Scribe(run, decoder, conditioned, settings, tokens)
-    # Texts of a length go together, so that little is padded.
+    tokenizer = run.corpus.tokenizer
+    special = torch.tensor(tokenizer.all_special_ids, device=run.device)
+
+    def next_logits(drafts: Sequence[Draft]) -> Tensor:
+        with autocast(run.device, precision):
+            logits = decoder([draft.text for draft in drafts]).float()
+        logits[:, len(tokenizer) :] = -torch.inf  # rows of the embedding without a token
+        logits[:, special[special < logits.shape[1]]] = -torch.inf
+        return logits
+
+    # Texts of about the same length share a batch, so that little is padded.
     order = np.argsort([len(prompt.tokens) for prompt in known], kind="stable")
-    results: dict[int, Generated] = {}
     batch_size = run.config.evaluation.batch_size
+    results: dict[int, Generated] = {}
     title = title or f"generate ({variant})"
     with progress.task(title, total=tokens * len(known)) as task, torch.no_grad():
         for start in range(0, len(order), batch_size):
             numbers = order[start : start + batch_size].tolist()
             drafts = [
-                Draft(
-                    known[n].tokens.tolist(), run.corpus.tokenizer, run.config.corpus.language, known[n].plan
-                )
+                Draft(known[n].tokens.tolist(), tokenizer, run.config.corpus.language, known[n].plan)
                 for n in numbers
             ]
-            scribe.write(drafts, [np.random.default_rng([seed, n]) for n in numbers], task)
-            results |= {n: _result(draft) for n, draft in zip(numbers, drafts, strict=True)}
+            generators = [np.random.default_rng([seed, n]) for n in numbers]
+            _write(drafts, generators, condition, next_logits, settings, tokens, task)
+            for n, draft in zip(numbers, drafts, strict=True):
+                text, actions = draft.whole[len(draft.prompt) :], np.array(draft.plan, dtype=np.int64)
+                written = np.array(draft.written, dtype=np.int64)
+                results[n] = Generated(written, text, actions, draft.ended or "length")
     return [results[n] for n in range(len(known))]
 
 
-def _check_tokens(tokens: object) -> None:
-    whole = isinstance(tokens, int | np.integer) and not isinstance(tokens, bool)
-    if not (whole and tokens >= 1):  # type: ignore[operator]
-        raise ProbekitError(f"tokens is {tokens!r}; it must be a whole number, 1 or more")
+def _write(
+    drafts: Sequence[Draft],
+    generators: Sequence[np.random.Generator],
+    condition: Conditioner,
+    next_logits: Callable[[Sequence[Draft]], Tensor],
+    settings: GenerationSettings,
+    tokens: int,
+    task: Task,
+) -> None:
+    """Adds a token to each text at a time until all have ended; each draws from a generator of its own."""
+    generator = dict(zip(drafts, generators, strict=True))
+    going = list(drafts)
+    while going:
+        condition(going)
+        going = [draft for draft in going if draft.ended is None]
+        if not going:
+            return
+        logits = next_logits(going)
+        # In float32 a number just below 1 would be 1.
+        uniforms = torch.tensor([generator[draft].random() for draft in going], dtype=torch.float64)
+        drawn = draw(logits, uniforms.to(logits.device), settings).tolist()
+        for draft, token in zip(going, drawn, strict=True):
+            draft.text.tokens.append(token)
+            draft.ended = "length" if len(draft.written) == tokens else None
+        task.advance(len(going))
+        going = [draft for draft in going if draft.ended is None]
 
 
-class _Scribe:
-    """Writes on drafts, a token of each at a time."""
+@dataclass(frozen=True)
+class Written:
+    """Texts that a variant wrote.
 
-    def __init__(
-        self,
-        run: Run,
-        decoder: Decoder,
-        conditioner: Conditioner,
-        settings: GenerationSettings,
-        tokens: int,
-    ) -> None:
-        self._decoder, self._conditioner = decoder, conditioner
-        self._settings, self._tokens = settings, tokens
-        self._device, self._precision = run.device, run.config.training.precision
-        self._special = torch.tensor(run.corpus.tokenizer.all_special_ids, device=run.device)
-        self._known = len(run.corpus.tokenizer)
+    Attributes:
+        variant: The variant.
+        prompts: The prompts.
+        continuations: Their continuations.
+        sentences: The sentences of each continuation, with the action given to each; None where none was.
+        window: Tokens that the LM reads at once.
+        mixed: Whether actions were mixed, so that a sentence's is only the most probable one.
+        lacking: How many of the texts asked for lack a test document that is long enough.
+    """
 
-    def write(self, drafts: Sequence[Draft], generators: Sequence[np.random.Generator], task: Task) -> None:
-        """Writes until every draft has ended; each draws from a generator of its own."""
-        generator = dict(zip(drafts, generators, strict=True))
-        going = list(drafts)
-        while going:
-            self._conditioner(going)
-            going = [draft for draft in going if draft.ended is None]
-            if not going:
-                return
-            # In float32 a number just below 1 would be 1.
-            uniforms = torch.tensor([generator[draft].random() for draft in going], dtype=torch.float64)
-            for draft, token in zip(going, self._drawn(going, uniforms.to(self._device)), strict=True):
-                draft.text.tokens.append(token)
-                draft.ended = "length" if len(draft.written) == self._tokens else None
-            task.advance(len(going))
-            going = [draft for draft in going if draft.ended is None]
+    variant: ModelName
+    prompts: list[Prompt]
+    continuations: list[Generated]
+    sentences: list[list[tuple[str, int | None]]]
+    window: int
+    mixed: bool = False
+    lacking: int = 0
 
-    def _drawn(self, drafts: Sequence[Draft], uniforms: Tensor) -> list[int]:
-        with autocast(self._device, self._precision):
-            logits = self._decoder([draft.text for draft in drafts]).float()
-        logits[:, self._known :] = -torch.inf  # rows of the embedding that no token has
-        logits[:, self._special[self._special < logits.shape[1]]] = -torch.inf
-        return draw(logits, uniforms, self._settings).tolist()
+    @property
+    def slid(self) -> int:
+        """How many texts grew longer than the LM reads at once."""
+        pairs = zip(self.prompts, self.continuations, strict=True)
+        return sum(len(prompt.tokens) + len(more.tokens) - 1 > self.window for prompt, more in pairs)
+
+    def save(self, path: str | Path) -> None:
+        """Writes a line of JSON for each text.
+
+        Raises:
+            ProbekitError: The file cannot be written.
+        """
+        rows = [
+            {
+                "document": None if prompt.document < 0 else prompt.document,
+                "variant": self.variant,
+                "prompt": prompt.text,
+                "text": more.text,
+                "sentences": [{"text": text, "action": action} for text, action in sentences],
+                "ended": more.ended,
+                "tokens": more.tokens.tolist(),
+            }
+            for prompt, more, sentences in zip(self.prompts, self.continuations, self.sentences, strict=True)
+        ]
+        try:
+            write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        except OSError as error:  # which names a temporary file
+            raise ProbekitError(f"--out {path}: cannot be written ({error.strerror})") from None
 
 
-def _result(draft: Draft) -> Generated:
-    return Generated(
-        np.array(draft.written, dtype=np.int64),
-        draft.whole[len(draft.prompt) :],
-        np.array(draft.plan, dtype=np.int64),
-        draft.ended or "length",
+def check_out(path: str | Path) -> None:
+    """Refuses a path where no file can be written.
+
+    Raises:
+        ProbekitError: Its folder does not exist, or it is a folder itself.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ProbekitError(f"--out {path}: is a folder; give the name of a file")
+    if not path.parent.is_dir():
+        raise ProbekitError(f"--out {path}: there is no folder {path.parent}")
+
+
+def write_texts(
+    run: Run,
+    texts: Sequence[str] | None = None,
+    *,
+    documents: int | None = None,
+    samples: int | None = None,
+    variant: ModelName | None = None,
+    tokens: int = TOKENS,
+    plan: str | None = None,
+    progress: Progress | None = None,
+) -> Written:
+    """Continues texts, the beginnings of test documents, or nothing at all, as `probekit generate` does.
+
+    Args:
+        run: The run; its settings `generation` and its seed count.
+        texts: Prompts, which may be empty.
+        documents: How many test documents are continued, if no texts are; 4 by default.
+        samples: How many texts are written from nothing, in place of both.
+        variant: The variant that writes; `usual_variant` by default.
+        tokens: Tokens written for each.
+        plan: Actions with commas between them, for every text, or `oracle`, a document's own; unset: the
+            planner's.
+        progress: Shows how far it is.
+
+    Raises:
+        ProbekitError: The plan cannot be read or does not fit, or no document is long enough.
+    """
+    variant = variant or usual_variant(run)
+    for name, count in (("samples", samples), ("documents", documents)):
+        if count is not None and count < 1:
+            raise ProbekitError(f"--{name} is {count}; it must be 1 or more")
+    if samples is not None:
+        texts = [""] * samples
+    if plan == "oracle" and texts is not None:
+        raise ProbekitError("--plan oracle is the plan of a document: it goes with --documents")
+    if texts is None:
+        wanted = documents or DOCUMENTS
+        prompts = _beginnings(run, wanted)
+    else:
+        wanted, prompts = len(texts), [text_prompt(run.corpus, text) for text in texts]
+    continuations = generate(
+        run,
+        prompts,
+        variant=variant,
+        tokens=tokens,
+        plan=_parsed_plan(plan),
+        seed=run.config.seed,
+        progress=progress,
     )
+    language = run.config.corpus.language
+    sentences = [
+        sentences_of(prompt, more, language) for prompt, more in zip(prompts, continuations, strict=True)
+    ]
+    conditioning = run.variant_of(variant)
+    soft = conditioning in VARIANTS and isinstance(VARIANTS[conditioning].evaluation, Soft)
+    return Written(
+        variant,
+        prompts,
+        continuations,
+        sentences,
+        reading_window(run),
+        mixed=plan is None and soft,
+        lacking=wanted - len(prompts),
+    )
+
+
+def _beginnings(run: Run, count: int) -> list[Prompt]:
+    """Beginnings of the first test documents that are long enough."""
+    context, language = run.config.generation.context, run.config.corpus.language
+    prompts: list[Prompt] = []
+    for document in run.corpus.documents("test"):
+        prompts += document_prompts(run.corpus, np.array([document]), context, 1, language)[0]
+        if len(prompts) == count:
+            return prompts
+    if not prompts:
+        raise ProbekitError(
+            f"no test document goes on behind its first {context} tokens; lower generation.context"
+        )
+    return prompts
+
+
+def _parsed_plan(plan: str | None) -> Plan:
+    if plan is None or plan == "oracle":
+        return "planner" if plan is None else "given"
+    try:
+        return [int(action) for action in plan.split(",")]
+    except ValueError:
+        raise ProbekitError(
+            f"--plan is {plan!r}; give actions with commas between them, such as 12,7,7,40, or oracle"
+        ) from None
+
+
+def sentences_of(prompt: Prompt, generated: Generated, language: str) -> list[tuple[str, int | None]]:
+    """The sentences of a finished continuation, each with the action given to it.
+
+    The first may go on with a sentence that the prompt began. The action is None where nothing was planned,
+    and for a sentence that the splitter did not separate while the text was written.
+    """
+    text, behind = prompt.text + generated.text, len(prompt.text)
+    first = len(complete_spans(prompt.text, language))
+    found = []
+    for number, (start, end) in enumerate(sentence_spans(text, language)):
+        planned = number - first
+        if (shown := text[max(start, behind) : end].strip()) and end > behind:
+            known = 0 <= planned < len(generated.plan)
+            found.append((shown, int(generated.plan[planned]) if known else None))
+    return found

@@ -1,4 +1,7 @@
-"""What MAUVE compares texts by: the mean of the base LM's last hidden states over a text's tokens."""
+"""Metrics of written text: ROUGE-2, MAUVE, and those of its sequence of actions.
+
+Metrics by text are held as a sum and a count for each text, so that texts can be resampled.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from probekit.data.encoders import WORD
 from probekit.distributed import autocast
@@ -26,36 +30,35 @@ from probekit.progress import Task
 from probekit.run.run import Run
 from probekit.statistics import Floats, Interval, resample_weights
 
+Integers = NDArray[np.int64]
 
-class Sums(NamedTuple):
+
+class MetricSums(NamedTuple):
     """A metric by text: its value is the ratio of the two sums over texts.
 
     Attributes:
         sums: `[texts]`.
-        counts: What the sums are over, such as sentences `[texts]`; a text without any has no part.
+        counts: What the sums are over, such as sentences `[texts]`; a text without any does not count.
     """
 
     sums: Floats
     counts: Floats
 
 
-def edit_distances(true: Sequence[Integers], generated: Sequence[Integers]) -> Sums:
-    """Levenshtein distance of each pair of sequences: insertions, deletions and substitutions, 1 each.
-
-    The distance from an empty sequence is the length of the other.
-    """
+def edit_distances(true: Sequence[Integers], generated: Sequence[Integers]) -> MetricSums:
+    """Levenshtein distance of each pair of sequences: insertions, deletions and substitutions, 1 each."""
     distances = [Levenshtein.distance(a.tolist(), b.tolist()) for a, b in zip(true, generated, strict=True)]
-    return Sums(np.array(distances, np.float64), np.ones(len(distances)))
+    return MetricSums(np.array(distances, np.float64), np.ones(len(distances)))
 
 
-def normalised_edit_distances(true: Sequence[Integers], generated: Sequence[Integers]) -> Sums:
-    """The same as a share of the longer sequence's length, from 0 to 1; 0 where both are empty."""
+def normalised_edit_distances(true: Sequence[Integers], generated: Sequence[Integers]) -> MetricSums:
+    """`edit_distances` as a share of the longer sequence's length; 0 where both are empty."""
     distances, counts = edit_distances(true, generated)
     longer = [max(len(a), len(b), 1) for a, b in zip(true, generated, strict=True)]
-    return Sums(distances / np.array(longer), counts)
+    return MetricSums(distances / np.array(longer), counts)
 
 
-def latent_losses(bigram: Bigram, sequences: Sequence[Integers], previous: Integers) -> Sums:
+def latent_losses(bigram: Bigram, sequences: Sequence[Integers], previous: Integers) -> MetricSums:
     """Negative log-probability of sequences under a bigram; exp of the ratio is the latent perplexity.
 
     Args:
@@ -65,32 +68,32 @@ def latent_losses(bigram: Bigram, sequences: Sequence[Integers], previous: Integ
     """
     lengths = np.array([len(sequence) for sequence in sequences], np.int64)
     text = np.repeat(np.arange(len(lengths)), lengths)
-    actions = np.concatenate([np.zeros(0, np.int64), *sequences])
-    before = np.concatenate([np.zeros(0, np.int64), *_before(sequences, previous)])
+    nothing = np.zeros(0, np.int64)
+    actions = np.concatenate([nothing, *sequences])
+    shifted = (np.append(first, own)[:-1] for first, own in zip(previous, sequences, strict=True))
+    before = np.concatenate([nothing, *shifted]).astype(np.int64)
     losses = -bigram.table[before, actions]  # NO_ACTION, -1, is the table's last row
     sums = np.bincount(text, weights=losses, minlength=len(lengths))
-    return Sums(sums.astype(np.float64), lengths.astype(np.float64))
+    return MetricSums(sums.astype(np.float64), lengths.astype(np.float64))
 
 
-def plans_followed(plans: Sequence[Integers], sequences: Sequence[Integers]) -> Sums:
-    """How many sentences have the action they were given: the j-th of a plan is that of the j-th sentence.
+def plans_followed(plans: Sequence[Integers], sequences: Sequence[Integers]) -> MetricSums:
+    """How many sentences have the action that was planned for them.
 
-    Sentences that no plan reaches, and planned ones that are not there, do not count.
+    Sentences beyond the plan, and planned ones that were not written, do not count.
     """
-    pairs = list(_paired(plans, sequences))
-    return Sums(
-        np.array([(plan == actions).sum() for plan, actions in pairs], np.float64),
-        np.array([len(plan) for plan, _ in pairs], np.float64),
-    )
+    pairs = _paired(plans, sequences)
+    hits = np.array([(plan == actions).sum() for plan, actions in pairs], np.float64)
+    return MetricSums(hits, np.array([len(plan) for plan, _ in pairs], np.float64))
 
 
-def plans_followed_by_chance(plans: Sequence[Integers], sequences: Sequence[Integers], prior: Floats) -> Sums:
-    """The same as it is to be expected of sentences whose actions are drawn from a prior `[actions]`."""
+def plans_followed_by_chance(
+    plans: Sequence[Integers], sequences: Sequence[Integers], prior: Floats
+) -> MetricSums:
+    """`plans_followed` as expected of sentences whose actions are drawn from a prior `[actions]`."""
     planned = [plan for plan, _ in _paired(plans, sequences)]
-    return Sums(
-        np.array([prior[plan].sum() for plan in planned]),
-        np.array([len(plan) for plan in planned], np.float64),
-    )
+    hits = np.array([prior[plan].sum() for plan in planned])
+    return MetricSums(hits, np.array([len(plan) for plan in planned], np.float64))
 
 
 def _paired(plans: Sequence[Integers], sequences: Sequence[Integers]) -> list[tuple[Integers, Integers]]:
@@ -98,16 +101,7 @@ def _paired(plans: Sequence[Integers], sequences: Sequence[Integers]) -> list[tu
     return [(plan[: len(actions)], actions[: len(plan)]) for plan, actions in pairs]
 
 
-def _before(sequences: Sequence[Integers], previous: Integers) -> list[Integers]:
-    """The action before each of a sequence's own."""
-    return [
-        np.concatenate([[first], sequence])[:-1].astype(np.int64)
-        for sequence, first in zip(sequences, previous, strict=True)
-    ]
-
-
-Integers = NDArray[np.int64]
-
+# MAUVE (Pillutla et al. 2021, arXiv 2102.01454)
 SCALING = 5.0
 """The constant c, by which divergences are multiplied."""
 MIXTURE_WEIGHTS = np.linspace(1e-6, 1 - 1e-6, 25)
@@ -117,19 +111,18 @@ VARIANCE_KEPT = 0.9
 TEXTS_PER_CLUSTER = 10
 """Texts of a sample for each cluster."""
 CLUSTERINGS = 5
-"""K-means from so many beginnings, and the mean of what they give; the authors keep the tightest of five."""
+"""Runs of k-means whose MAUVE is averaged; the authors keep the tightest of five."""
 LEAST_TEXTS = 50
-"""Fewest texts of a sample: five clusters. Two distributions that 500 texts put at 0.63 (standard deviation
-0.04), 50 put at 0.85 (0.09), and equal ones at 0.97 (0.03): fewer tell hardly anything (simulated)."""
+"""Fewest texts of a sample: five clusters. In simulations, distributions of MAUVE 0.63 (standard deviation
+0.04) by 500 texts get 0.85 (0.09) by 50, and equal ones 0.97 (0.03)."""
 FEW_TEXTS = 500
-"""Below so many texts of a sample, differences of MAUVE are not to be read."""
+"""With fewer texts of a sample, MAUVE cannot tell variants apart."""
 
 
 class _Words:
-    """ROUGE's words, but in every script: lower-case runs of letters and digits; no stemming."""
+    """ROUGE's words, but in every script: lower-case runs of letters and digits, not stemmed."""
 
     def tokenize(self, text: str) -> list[str]:
-        """The words of a text, in order."""
         return WORD.findall(text.lower().replace("_", " "))
 
 
@@ -137,16 +130,16 @@ _SCORER = RougeScorer(["rouge2"], tokenizer=_Words())
 
 
 def rouge2(true: str, generated: str) -> float:
-    """ROUGE-2 (Lin 2004): F-measure of the pairs of neighbouring words that both texts have; 0 without any.
+    """ROUGE-2 (Lin 2004): F-measure of the bigrams of words that two texts share; 0 without any.
 
-    On English text it equals the library's own, whose words know only a to z.
+    On ASCII text it equals the library's own, whose words have only the letters a to z.
     """
     return float(_SCORER.score(true, generated)["rouge2"].fmeasure)
 
 
 @dataclass(frozen=True)
 class Clustered:
-    """Two samples of texts, clustered together some times.
+    """Two samples of texts, clustered together several times.
 
     Attributes:
         first: Cluster of each text of one sample `[clusterings, texts]`.
@@ -160,12 +153,12 @@ class Clustered:
 
     @property
     def mauve(self) -> float:
-        """MAUVE of the two samples, the mean over clusterings."""
+        """MAUVE of the two samples, averaged over clusterings."""
         weights = (np.ones((1, sample.shape[1])) for sample in (self.first, self.second))
         return float(self.weighted_mauve(*weights)[0])
 
     def weighted_mauve(self, first: Floats, second: Floats) -> Floats:
-        """The same with each text of the samples counted some times `[resamples, texts]`."""
+        """MAUVE `[resamples]` with every text counted as often as its weight `[resamples, texts]`."""
         each = [
             mauve_of_histograms(first @ np.eye(self.clusters)[a], second @ np.eye(self.clusters)[b])
             for a, b in zip(self.first, self.second, strict=True)
@@ -191,7 +184,7 @@ def cluster_texts(first: Floats, second: Floats, seed: int) -> Clustered:
     norms = np.linalg.norm(together, axis=1, keepdims=True)
     clusters = round(least / TEXTS_PER_CLUSTER)
     seeds = np.random.default_rng(seed).integers(2**31, size=CLUSTERINGS)
-    # Threads add up partial sums in whichever order they finish: one thread, the same bits every time.
+    # Several threads add partial sums in no fixed order; one gives the same bits every time.
     with threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct texts than clusters
         reduced = principal_components(together / np.where(norms > 0, norms, 1.0))
@@ -201,7 +194,7 @@ def cluster_texts(first: Floats, second: Floats, seed: int) -> Clustered:
 
 
 def principal_components(features: Floats) -> Floats:
-    """The fewest principal components that hold `VARIANCE_KEPT` of the variance `[texts, components]`."""
+    """The fewest principal components with `VARIANCE_KEPT` of the variance `[texts, components]`."""
     centred = features - features.mean(axis=0)
     _, scale, directions = np.linalg.svd(centred, full_matrices=False)
     held = np.cumsum(scale**2)
@@ -210,7 +203,7 @@ def principal_components(features: Floats) -> Floats:
 
 
 def mauve_of_histograms(first: ArrayLike, second: ArrayLike) -> Floats:
-    """The area under the divergence curve of two histograms `[..., clusters]`, each of any positive sum."""
+    """Area under the divergence curve of two histograms `[..., clusters]`, each of any positive sum."""
     p, q = (np.asarray(h, np.float64) / np.sum(h, axis=-1, keepdims=True) for h in (first, second))
     x, y = [np.ones(p.shape[:-1])], [np.zeros(p.shape[:-1])]
     for weight in MIXTURE_WEIGHTS:
@@ -219,7 +212,7 @@ def mauve_of_histograms(first: ArrayLike, second: ArrayLike) -> Floats:
         y.append(np.exp(-SCALING * rel_entr(p, mixture).sum(axis=-1)))
     x.append(np.zeros(p.shape[:-1]))
     y.append(np.ones(p.shape[:-1]))
-    # The curve goes from (1, 0) to (0, 1); with the origin it is a polygon, for the shoelace formula.
+    # The curve from (1, 0) to (0, 1) forms a polygon with the origin: the shoelace formula.
     x_points, y_points = np.stack(x), np.stack(y)
     return 0.5 * (x_points[:-1] * y_points[1:] - x_points[1:] * y_points[:-1]).sum(axis=0)
 
@@ -227,14 +220,13 @@ def mauve_of_histograms(first: ArrayLike, second: ArrayLike) -> Floats:
 def mauve_interval(clustered: Sequence[Clustered], *, resamples: int, seed: int) -> Interval:
     """The mean MAUVE of several samples against the same true texts, and its 95 % interval.
 
-    Texts of both sides are resampled, each keeping its cluster. A resample adds the chance of drawing to
-    that of the sample, which lowers MAUVE, so its quantiles lie too low; only their spread is used: the
-    interval is the value give or take Student's t times the resamples' standard deviation, within 0 and 1.
-    It is meant for samples of this size, and covers what they give on average in 88 to 100 % of simulations,
-    in 75 to 83 % where MAUVE is below 0.1.
+    Texts of both sides are resampled, each keeping its cluster. Resampling lowers MAUVE as drawing the sample
+    did, so that the resamples' quantiles lie too low; only their spread is used: the interval is the value
+    give or take Student's t times their standard deviation, within 0 and 1. In simulations it covers the mean
+    MAUVE of samples of this size in 88 to 100 % of cases, in 75 to 83 % where MAUVE is below 0.1.
 
     Args:
-        clustered: Generated texts (first), clustered with the true ones (second), once for every seed.
+        clustered: Generated texts (first), clustered with the true ones (second), for every seed.
         resamples: Number of resamples.
         seed: Seed of the draws.
     """
@@ -253,13 +245,12 @@ def mauve_interval(clustered: Sequence[Clustered], *, resamples: int, seed: int)
 
 
 LOCATION = "ln_final.hook_out"
-"""Behind the last block and the last normalisation."""
-
 FEATURES = "last hidden state of the run's base LM (behind the last normalisation), mean over tokens"
+"""What MAUVE compares texts by, as it is recorded."""
 
 
 def text_features(run: Run, texts: Sequence[np.ndarray], window: int, task: Task) -> np.ndarray:
-    """Features of texts `[texts, width]`.
+    """Features of texts `[texts, width]`: the mean of the base LM's last hidden states over a text's tokens.
 
     A text is read in windows that do not overlap, the separator before its first token, so that a text
     without tokens has features too.
@@ -273,24 +264,19 @@ def text_features(run: Run, texts: Sequence[np.ndarray], window: int, task: Task
     backend, size = run.forward_pass((LOCATION,)), run.config.evaluation.batch_size
     sums = np.zeros((len(texts), run.locations[LOCATION]))
     for start in range(0, len(texts), size):
+        part = texts[start : start + size]
         rows: list[int] = []
-        windows: list[list[int]] = []
-        for row, ids in enumerate(texts[start : start + size], start):
-            read = [run.corpus.separator, *ids.tolist()]
-            windows += [read[at : at + window] for at in range(0, len(read), window)]
+        windows: list[Tensor] = []
+        for row, ids in enumerate(part, start):
+            read = torch.tensor([run.corpus.separator, *ids.tolist()])
+            windows += read.split(window)
             rows += [row] * (len(windows) - len(rows))
+        # Padded at the end, which a causal LM's earlier states do not see.
+        tokens = pad_sequence(windows, batch_first=True, padding_value=run.corpus.separator)
+        there = torch.arange(tokens.shape[1]) < torch.tensor([[len(ids)] for ids in windows])
         seen: list[Tensor] = []
-        tokens, there = _padded(windows, run.corpus.separator)
         with torch.no_grad(), autocast(run.device, run.config.training.precision):
             backend(tokens.to(run.device), [(LOCATION, seen.append)], 1)
         np.add.at(sums, rows, (seen[0].float().cpu() * there[..., None]).sum(dim=1).double().numpy())
-        task.advance(len(texts[start : start + size]))
+        task.advance(len(part))
     return sums / np.array([[1 + len(ids)] for ids in texts])
-
-
-def _padded(windows: Sequence[Sequence[int]], padding: int) -> tuple[Tensor, Tensor]:
-    """Windows padded at the end, which a causal LM's earlier states do not see, and what is no padding."""
-    longest = max(map(len, windows))
-    tokens = torch.tensor([[*ids, *[padding] * (longest - len(ids))] for ids in windows])
-    lengths = torch.tensor([[len(ids)] for ids in windows])
-    return tokens, torch.arange(longest) < lengths

@@ -1,10 +1,12 @@
-"""What is continued: any text, beginnings of documents, and the plans for what is to come."""
+"""Prompts: any text, beginnings of documents, and the plans for what is to come."""
 
 from __future__ import annotations
 
+import json
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -16,14 +18,15 @@ from probekit.models.replanning import decoded, encoded
 
 Actions = Sequence[int] | np.ndarray
 Plan = Literal["planner", "given"] | Actions
+"""`planner`: the planner plans; `given`: each prompt has its own plan; or actions, for every prompt."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is continued.
+    """A text to be continued.
 
     Attributes:
-        tokens: Ids, the separator first; just the separator where text is to begin from nothing.
+        tokens: Token ids, the separator first; the separator alone where text is to begin from nothing.
         text: The same as text, without the separator.
         plan: Actions of the sentences to come, first that of the sentence that the next token is in.
         document: The document of the corpus that it begins, -1 for none.
@@ -36,35 +39,33 @@ class Prompt:
 
 
 def text_prompt(corpus: Corpus, text: str, plan: Actions | None = None) -> Prompt:
-    """A prompt of any text, the empty one too, and any plan.
+    """A prompt of any text, which may be empty, and any plan.
 
-    What reads like a special token, such as the separator, is text like all else.
+    A special token that is written out in the text, such as the separator, is plain text.
 
     Raises:
-        ProbekitError: The plan is none, or the text no valid Unicode.
+        ProbekitError: The plan has no actions or unknown ones, or the text is not valid Unicode.
     """
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell it, and a command line
-        raise ProbekitError(
-            f"a prompt has half a surrogate pair at character {error.start}; correct it"
-        ) from None
+    except UnicodeEncodeError as error:  # a command line can hold half a surrogate pair
+        raise ProbekitError(f"a prompt is not valid Unicode at character {error.start}; correct it") from None
     ids = encoded(corpus.tokenizer, text)
-    actions = None if plan is None else _actions(corpus, plan, "the plan")
+    actions = None if plan is None else _checked(corpus, plan, "the plan")
     return Prompt(np.array([corpus.separator, *ids], dtype=np.int64), decoded(corpus.tokenizer, ids), actions)
 
 
 def document_prompts(
     corpus: Corpus, documents: np.ndarray, context: int, tokens: int, language: str = "en"
 ) -> tuple[list[Prompt], list[np.ndarray]]:
-    """Beginnings of documents, and how they truly go on.
+    """Beginnings of documents, and their true continuations.
 
     Args:
         corpus: The corpus.
         documents: Numbers of documents; those too short are passed over.
-        context: A prompt goes on to the first end of a sentence behind this many tokens, one that is told
-            as such by what stands before it.
-        tokens: Tokens of the true continuation, which has to have as many.
+        context: A prompt ends at the first end of a sentence after this many tokens that the splitter finds
+            without seeing what follows.
+        tokens: Tokens of the true continuation; documents with fewer are too short.
         language: The setting `corpus.language`.
 
     Returns:
@@ -79,7 +80,8 @@ def document_prompts(
             if cut + tokens > end:
                 break
             text = decoded(corpus.tokenizer, corpus.tokens[begin + 1 : cut])
-            if cut - begin - 1 >= context and _is_over(text, language):
+            complete = len(complete_spans(text, language)) == len(sentence_spans(text, language))
+            if cut - begin - 1 >= context and complete:
                 plan = corpus.actions[sentence:last].astype(np.int64)
                 prompts.append(Prompt(corpus.tokens[begin:cut].astype(np.int64), text, plan, int(document)))
                 continuations.append(corpus.tokens[cut : cut + tokens].astype(np.int64))
@@ -90,42 +92,33 @@ def document_prompts(
 def planned_prompts(
     corpus: Corpus, prompts: str | Prompt | Iterable[str | Prompt], plan: Plan
 ) -> list[Prompt]:
-    """What was asked for as prompts, each with its plan where plans are given.
-
-    Args:
-        corpus: The corpus.
-        prompts: Texts or prompts, or a single one.
-        plan: `planner`: none is needed; `given`: each has its own; or actions, for every prompt.
+    """Texts or prompts, or a single one, as prompts that have a plan where plans are given.
 
     Raises:
         ProbekitError: Something is no prompt, or a plan is missing, empty, or has unknown actions.
     """
     if not isinstance(prompts, Iterable) or isinstance(prompts, str):
         prompts = [prompts]
-    known = [_prompt(corpus, prompt, number) for number, prompt in enumerate(prompts)]
+    known: list[Prompt] = []
+    for number, prompt in enumerate(prompts):
+        if not isinstance(prompt, str | Prompt):
+            raise ProbekitError(f"prompt {number} is a {type(prompt).__name__}; give a text or a Prompt")
+        known.append(text_prompt(corpus, prompt) if isinstance(prompt, str) else prompt)
     if not isinstance(plan, str):
-        actions = _actions(corpus, plan, "the plan")
+        actions = _checked(corpus, plan, "the plan")
         return [replace(prompt, plan=actions) for prompt in known]
     if plan not in ("planner", "given"):
         raise ProbekitError(f"plan is {plan!r}; give planner, given, or actions such as [12, 7, 7]")
     if plan == "planner":
         return known
     return [
-        replace(prompt, plan=_actions(corpus, prompt.plan, f"the plan of prompt {number}"))
+        replace(prompt, plan=_checked(corpus, prompt.plan, f"the plan of prompt {number}"))
         for number, prompt in enumerate(known)
     ]
 
 
-def _prompt(corpus: Corpus, prompt: object, number: int) -> Prompt:
-    if isinstance(prompt, Prompt):
-        return prompt
-    if isinstance(prompt, str):
-        return text_prompt(corpus, prompt)
-    raise ProbekitError(f"prompt {number} is a {type(prompt).__name__}; give a text or a Prompt")
-
-
-def _actions(corpus: Corpus, plan: object, name: str) -> np.ndarray:
-    """Actions that the codebook has, at least one."""
+def _checked(corpus: Corpus, plan: object, name: str) -> np.ndarray:
+    """The actions of a plan: at least one, and each known to the codebook."""
     try:
         actions = [operator.index(action) for action in plan]  # type: ignore[attr-defined]
     except TypeError:
@@ -140,6 +133,27 @@ def _actions(corpus: Corpus, plan: object, name: str) -> np.ndarray:
     return np.array(actions, dtype=np.int64)
 
 
-def _is_over(text: str, language: str) -> bool:
-    """Whether the last sentence of a text is complete."""
-    return len(complete_spans(text, language)) == len(sentence_spans(text, language))
+def read_prompts(path: str | Path) -> list[str]:
+    """The prompts in a file: a line each or, where the name ends in `.jsonl`, the `text` of each line.
+
+    Raises:
+        ProbekitError: The file cannot be read, is empty, or a line holds no text.
+    """
+    try:
+        lines = [line for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise ProbekitError(f"--prompts {path}: cannot be read as UTF-8 text ({error})") from None
+    if not lines:
+        raise ProbekitError(f"--prompts {path}: holds no prompt; give one a line")
+    if Path(path).suffix != ".jsonl":
+        return lines
+    texts = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+            raise ProbekitError(f'--prompts {path}: line {number} is no JSON object with a "text"')
+        texts.append(row["text"])
+    return texts

@@ -13,7 +13,7 @@ from rich.text import Text
 from probekit.data.corpus import Corpus, too_few
 from probekit.evaluation.perplexity import Evaluation
 from probekit.generation.evaluate import GenerationEvaluation
-from probekit.generation.texts import Written
+from probekit.generation.generate import Written
 from probekit.probing.over_training import TrainingProbes
 from probekit.probing.probe import ProbeResults
 from probekit.reports import describe

@@ -65,7 +65,7 @@ def test_cache_and_batches_change_nothing(variant: str, run: Run, prompts: list[
     found = generate(run, prompts, variant=variant, tokens=60, seed=3)
     assert all(len(g.tokens) == 60 and g.ended == "length" for g in found)
     assert same(found, generate(run, prompts, variant=variant, tokens=60, seed=3, cache=False))
-    by_two = GenerationSettings(batch_size=2)
+    by_two = {"evaluation.batch_size": 2}
     assert same(found, generate(run, prompts, variant=variant, settings=by_two, tokens=60, seed=3))
     assert not same(found, generate(run, prompts, variant=variant, tokens=60, seed=4))
 

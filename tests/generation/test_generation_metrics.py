@@ -11,10 +11,15 @@ import pytest
 
 from probekit.errors import ProbekitError
 from probekit.generation import evaluate as generation_metrics
-from probekit.generation.evaluate import GenerationEvaluation, check_generation, evaluate_generation
+from probekit.generation.evaluate import (
+    GenerationEvaluation,
+    TrueTexts,
+    beginnings,
+    check_generation,
+    evaluate_generation,
+)
 from probekit.generation.generate import Generated
 from probekit.generation.prompts import Prompt
-from probekit.generation.true_texts import TrueTexts, beginnings
 from probekit.io import write_json
 from probekit.progress import Progress
 from probekit.run.run import Run

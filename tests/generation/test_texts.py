@@ -11,10 +11,9 @@ import pytest
 from probekit.cli import main
 from probekit.data.sentences import complete_spans
 from probekit.errors import ProbekitError
-from probekit.generation import texts
-from probekit.generation.generate import Generated, generate
-from probekit.generation.prompts import Prompt
-from probekit.generation.texts import read_prompts, sentences_of, write_texts
+from probekit.generation import generate as texts
+from probekit.generation.generate import Generated, generate, sentences_of, write_texts
+from probekit.generation.prompts import Prompt, read_prompts
 from probekit.io import read_json, write_json
 from probekit.run.run import Run
 

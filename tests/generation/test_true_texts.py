@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from probekit.errors import ProbekitError
-from probekit.generation.true_texts import TrueTexts, beginnings
+from probekit.generation.evaluate import TrueTexts, beginnings
 from probekit.run.run import Run
 
 SETTINGS = {
