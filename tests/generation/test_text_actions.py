@@ -99,19 +99,19 @@ def test_what_is_counted_is_labelled_like_generated_text(tiny_run: Run, labels: 
     corpus = tiny_run.corpus
     config = tiny_run.config.override({"actions.labels": labels})
     actions = np.array(corpus.actions if labels == "clusters" else nearest(corpus, slice(None)))
-    found = TrueActions.count(corpus, config)
+    bigram, shares = count_actions(corpus, config)
     counts, prior, pairs = np.zeros((9, 8)), np.full(8, 0.5), []
     for document in corpus.documents("train"):
         own = actions[corpus.sentences(np.array([document]))]
         np.add.at(counts, ([8, *own[:-1]], own), 1)
         np.add.at(prior, own[1:], 1)
-    assert found.prior == pytest.approx(prior / prior.sum())
+    assert shares == pytest.approx(prior / prior.sum())
     smooth = (counts.sum(0) + 0.5) / (counts.sum(0) + 0.5).sum()
     tables = [np.log((counts + s * smooth) / (counts.sum(1, keepdims=True) + s)) for s in STRENGTHS]
     for document in corpus.documents("validation"):
         own = actions[corpus.sentences(np.array([document]))]
         pairs += list(zip([8, *own[:-1]], own, strict=True))
     losses = [-sum(table[pair] for pair in pairs) for table in tables]
-    assert found.bigram.table == pytest.approx(tables[int(np.argmin(losses))])
+    assert bigram.table == pytest.approx(tables[int(np.argmin(losses))])
     # The two ways of labelling differ: what is measured alike was not measured so by chance.
     assert (np.array(corpus.actions) == nearest(corpus, slice(None))).mean() < 1
