@@ -29,7 +29,7 @@ LESS = (
 )
 FEW = "--probe.layers 0 2 --probe.l2 0.01 0.1 --probe.max_iterations 30 --evaluation.resamples 100"
 LESS_CHANGED = (
-    "--intervene.layers 2 --intervene.distances 1 --intervene.scenes 6 --intervene.strengths 1 "
+    "--intervene.layers 2 --intervene.distances 1 --intervene.boundaries 6 --intervene.strengths 1 "
     "--intervene.samples 2 --evaluation.resamples 100"
 )
 LESS_REMOVED = "--subnetwork.steps 2 --subnetwork.documents 4 --evaluation.resamples 100"

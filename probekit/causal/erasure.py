@@ -1,4 +1,4 @@
-"""Sums over activations of the split that probes are fitted on, at every place and distance."""
+"""Linear erasure from sums over activations: LEACE, INLP, random subspaces, and refitted probes."""
 
 from __future__ import annotations
 
@@ -17,17 +17,20 @@ from probekit.progress import Progress
 from probekit.run.run import Run
 
 RANK_TOLERANCE = 1e-8
-"""Singular values below this share of the largest are rounding."""
+"""Singular values below this share of the largest are rounding errors."""
+
+PENALTY = 1e-3
+"""Ridge penalty as a share of the mean variance: rounding errors in erased dimensions must not count."""
 
 
 @dataclass(frozen=True)
 class Eraser:
-    """An affine map x - left right (x - mean).
+    """The affine map x - left right (x - mean).
 
     Attributes:
         left: `[width, rank]`.
         right: `[rank, width]`.
-        mean: Of the activations it was fitted on, which it leaves where they are `[width]`.
+        mean: Mean of the activations that it was fitted on, which it keeps `[width]`.
     """
 
     left: Tensor
@@ -36,7 +39,7 @@ class Eraser:
 
     @property
     def rank(self) -> int:
-        """Dimensions that are taken away."""
+        """Number of erased dimensions."""
         return self.left.shape[1]
 
     def __call__(self, activations: Tensor) -> Tensor:
@@ -45,44 +48,58 @@ class Eraser:
         return (activations.to(self.mean) - centred @ self.right.T @ self.left.T).to(activations.dtype)
 
 
-def leace(moments: Moments) -> list[Eraser]:
-    """The LEACE eraser of every probe of a batch.
+def leace(moments: Moments) -> Eraser:
+    """The LEACE eraser (Belrose et al. 2023), which changes activations least of all that erase.
 
     Args:
-        moments: Sums over the examples to fit on; classes without examples take no part.
+        moments: Sums over the examples to fit on, of one probe; classes without examples play no part.
     """
-    erasers = []
-    for mean, covariance, cross in _covariances(moments):
-        whiten, colour = _whitening(covariance)
-        basis = _range(whiten @ cross)
-        erasers.append(Eraser((colour @ basis).float(), (basis.T @ whiten).float(), mean.float()))
-    return erasers
+    mean, covariance, cross = _covariances(moments)
+    whiten, colour = _whitening(covariance)
+    basis = _range(whiten @ cross)
+    return Eraser((colour @ basis).float(), (basis.T @ whiten).float(), mean.float())
 
 
-class RandomErasers:
-    """LEACE's maps of a probe with a random projection in place of Q: what it costs to lose some dimensions.
-
-    Every activation loses dimensions of its own, drawn among those that vary, so that the mean over many is
-    that over draws too. What a vector z loses to a random subspace of r of m dimensions is drawn without the
-    subspace: b z + sqrt(b (1 - b)) |z| u, with b from the Beta distribution (r / 2, (m - r) / 2) and u a
-    random direction at a right angle to z.
+def inlp(moments: Moments, rounds: int) -> Eraser:
+    """Iterative null-space projection (Ravfogel et al. 2020) with least-squares probes.
 
     Args:
         moments: Sums over the examples to fit on, of one probe.
-        rank: How many dimensions are taken away.
+        rounds: How often a probe is fitted to what is left, and its weights are projected out.
+    """
+    mean, covariance, cross = _covariances(moments)
+    removed = covariance.new_zeros(len(covariance), 0)
+    for _ in range(rounds):
+        left = torch.eye(len(covariance)).to(covariance) - removed @ removed.T
+        weights = torch.linalg.pinv(left @ covariance @ left, rtol=1e-7, hermitian=True) @ left @ cross
+        removed = torch.linalg.qr(torch.cat([removed, _range(left @ weights)], dim=1)).Q
+    return Eraser(removed.float(), removed.T.float(), mean.float())
+
+
+class RandomErasers:
+    """The control of LEACE: erases equally many random dimensions of the whitened activations.
+
+    Every activation has a random subspace of its own, among the dimensions that vary, so that a mean over
+    many activations is one over draws too. The subspace itself is never made: the projection of a vector z
+    onto a random subspace of r of m dimensions has the distribution of b z + sqrt(b (1 - b)) |z| u, where b
+    is Beta(r / 2, (m - r) / 2) and u a random unit vector orthogonal to z.
+
+    Args:
+        moments: Sums over the examples to fit on, of one probe.
+        rank: How many dimensions to erase.
     """
 
     def __init__(self, moments: Moments, rank: int) -> None:
-        ((self._mean, covariance, _),) = _covariances(moments)
+        self._mean, covariance, _ = _covariances(moments)
         self._whiten, self._colour = _whitening(covariance)
         self._varying = self._whiten @ self._colour
         self.dimensions = round(self._varying.trace().item())
         self.rank = min(rank, self.dimensions)
 
     def __call__(self, activations: Tensor, generators: Sequence[np.random.Generator]) -> Tensor:
-        """Activations `[activations, width]` without some dimensions, each drawn by its own generator."""
+        """Activations `[activations, width]` without random dimensions, each drawn by its own generator."""
         z = (activations.to(self._mean) - self._mean) @ self._whiten
-        drawn = [(self._share(own), own.normal(size=z.shape[1])) for own in generators]
+        drawn = [(self._draw_share(own), own.normal(size=z.shape[1])) for own in generators]
         share = torch.tensor([b for b, _ in drawn]).to(z)[:, None]
         direction = torch.from_numpy(np.stack([normal for _, normal in drawn])).to(z) @ self._varying
         length, tiny = z.norm(dim=1, keepdim=True), torch.finfo(z.dtype).tiny
@@ -92,34 +109,15 @@ class RandomErasers:
         lost = share * z + (share * (1 - share)).sqrt() * length * across
         return (activations.to(self._mean) - lost @ self._colour).to(activations.dtype)
 
-    def _share(self, generator: np.random.Generator) -> float:
-        """Of a vector's squared length, what it loses."""
+    def _draw_share(self, generator: np.random.Generator) -> float:
+        """The share of a vector's squared length that its projection has."""
         if not 0 < self.rank < self.dimensions:
             return float(self.rank > 0)
         return float(generator.beta(self.rank / 2, (self.dimensions - self.rank) / 2))
 
 
-def inlp(moments: Moments, rounds: int) -> list[Eraser]:
-    """Iterative null-space projection for every probe of a batch, with least-squares probes.
-
-    Args:
-        moments: Sums over the examples to fit on.
-        rounds: How often a probe is fitted on what is left, and its weights are projected out.
-    """
-    erasers = []
-    for mean, covariance, cross in _covariances(moments):
-        removed = covariance.new_zeros(len(covariance), 0)
-        for _ in range(rounds):
-            left = torch.eye(len(covariance)).to(covariance) - removed @ removed.T
-            weights = torch.linalg.pinv(left @ covariance @ left, rtol=1e-7, hermitian=True) @ left @ cross
-            fresh = _range(left @ weights)
-            removed = torch.linalg.qr(torch.cat([removed, fresh], dim=1)).Q
-        erasers.append(Eraser(removed.float(), removed.T.float(), mean.float()))
-    return erasers
-
-
-def erased(moments: Moments, eraser: Eraser) -> Moments:
-    """The sums of one probe over the same examples, their activations erased."""
+def erased_moments(moments: Moments, eraser: Eraser) -> Moments:
+    """The sums of one probe over the same examples after their activations are erased."""
     left, right, mean = (part.to(moments.mean) for part in (eraser.left, eraser.right, eraser.mean))
     kept = torch.eye(len(mean)).to(mean) - left @ right
     shift = mean - kept @ mean
@@ -132,81 +130,52 @@ def erased(moments: Moments, eraser: Eraser) -> Moments:
     )
 
 
-def _whitening(covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """The square root's pseudo-inverse and the square root; what does not vary is 0 in both."""
-    values, vectors = torch.linalg.eigh(covariance)
-    kept = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
-    roots = values.clamp(min=0).sqrt()
-    whiten = vectors * torch.where(kept, 1.0 / roots, 0.0) @ vectors.T
-    return whiten, vectors * torch.where(kept, roots, 0.0) @ vectors.T
-
-
-def _covariances(moments: Moments) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Of every probe the mean, the covariance, and the covariance with one-hot classes, in float64."""
-    count = moments.count[:, None, None]
-    shares = moments.class_counts[..., None]
-    centred = moments.class_sums - shares * moments.mean[:, None]
-    return list(zip(moments.mean, moments.scatter / count, centred.mT / count, strict=True))
-
-
-def _range(matrix: Tensor) -> Tensor:
-    """An orthonormal basis of a matrix's columns `[rows, rank]`."""
-    left, values, _ = torch.linalg.svd(matrix, full_matrices=False)
-    return left[:, values > RANK_TOLERANCE * values.max().clamp(min=1e-300)]
-
-
-PENALTY = 1e-3
-"""On weights, as a share of the mean variance: what was erased is zero but for rounding."""
-
-
-def predictions(moments: Moments, activations: Tensor) -> np.ndarray:
-    """The class that a least-squares probe tells for activations `[examples, width]`: `[examples]`."""
-    count = moments.count[0]
-    shares = moments.class_counts[0] / count
-    covariance = moments.scatter[0] / count
-    cross = (moments.class_sums[0] / count - shares[:, None] * moments.mean[0]).mT
+def least_squares_predictions(moments: Moments, activations: Tensor) -> np.ndarray:
+    """The classes that a least-squares probe predicts for activations `[examples, width]`: `[examples]`."""
+    shares = moments.class_counts[0] / moments.count[0]
+    mean, covariance, cross = _covariances(moments)
     ridge = PENALTY * covariance.diagonal().mean().clamp(min=1e-30)
     weights = torch.linalg.solve(covariance + ridge * torch.eye(len(covariance)).to(covariance), cross)
-    scores = shares + (activations.to(covariance) - moments.mean[0]) @ weights
+    scores = shares + (activations.to(covariance) - mean) @ weights
     return scores.argmax(dim=-1).cpu().numpy()
 
 
-def accuracies(
-    moments: Moments, eraser: Eraser, activations: Tensor, true: np.ndarray
+def erasure_accuracies(
+    moments: Moments, eraser: Eraser, activations: Tensor, labels: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Which of some examples are told right, by metric `[examples]`.
+    """Whether least-squares probes predict examples correctly before and after erasure.
 
     Args:
         moments: Sums to fit on, of one probe.
-        eraser: What is taken away.
-        activations: Of the examples, as they are `[examples, width]`.
-        true: Their classes `[examples]`.
+        eraser: The eraser.
+        activations: Of the examples, before erasure `[examples, width]`.
+        labels: Their classes `[examples]`.
 
     Returns:
-        `fitted_accuracy` of a probe on activations as they are, `refitted_accuracy` of one on erased ones,
-        and `prior_accuracy` of the most frequent class.
+        `fitted_accuracy` of a probe of the activations, `refitted_accuracy` of one that is fitted to erased
+        activations, and `prior_accuracy` of the most frequent class, each 0 or 1 `[examples]`.
     """
-    told = {
-        "fitted_accuracy": predictions(moments, activations),
-        "refitted_accuracy": predictions(erased(moments, eraser), eraser(activations)),
-        "prior_accuracy": np.full(len(true), int(moments.class_counts[0].argmax())),
+    predicted = {
+        "fitted_accuracy": least_squares_predictions(moments, activations),
+        "refitted_accuracy": least_squares_predictions(erased_moments(moments, eraser), eraser(activations)),
+        "prior_accuracy": np.full(len(labels), int(moments.class_counts[0].argmax())),
     }
-    return {name: (classes == true).astype(float) for name, classes in told.items()}
+    return {name: (classes == labels).astype(float) for name, classes in predicted.items()}
 
 
-def moments_at(
-    run: Run, variant: ProbedName, places: Sequence[HookPoint], grid: Grid, progress: Progress
+def read_moments(
+    run: Run, variant: ProbedName, points: Sequence[HookPoint], grid: Grid, progress: Progress
 ) -> dict[tuple[HookPoint, int], Moments]:
-    """The sums of one probe each, by place and distance, in one forward pass over the examples.
+    """Sums over the activations that probes are fitted on, by hook point and distance, from one forward pass.
 
     Args:
         run: The run.
         variant: Whose activations.
-        places: Where.
-        grid: The examples, with the action of the sentence at their anchor, and the distances.
-        progress: Shows how far it is.
+        points: Which ones.
+        grid: The examples, labelled with the action of the sentence at their anchor, and the distances.
+        progress: Shows how far the pass is.
     """
-    reader = Reader(run, variant, places, grid.distances)
+    reader = Reader(run, variant, points, grid.distances)
     distances, classes = len(grid.distances), grid.target.classes
     sums = [
         Moments.zeros(len(block.points) * distances, block.width, classes, run.device)
@@ -219,20 +188,37 @@ def moments_at(
                 moments.add(values.flatten(0, 1), labels[rows])
             task.advance(rows.stop - rows.start)
     return {
-        (place, distance): _one(moments, distances * p + d)
+        (point, distance): _select(moments, distances * p + d)
         for block, moments in zip(reader.stacks, sums, strict=True)
-        for p, place in enumerate(block.points)
+        for p, point in enumerate(block.points)
         for d, distance in enumerate(grid.distances)
     }
 
 
-def _one(moments: Moments, probe: int) -> Moments:
-    """The sums of one probe of a batch, as a batch of its own."""
-    at = slice(probe, probe + 1)
-    return Moments(
-        moments.class_counts[at],
-        moments.class_sums[at],
-        moments.mean[at],
-        moments.scatter[at],
-        moments.dtype,
-    )
+def _select(moments: Moments, probe: int) -> Moments:
+    """The sums of one probe of a batch."""
+    totals = moments.class_counts, moments.class_sums, moments.mean, moments.scatter
+    counts, sums, mean, scatter = (total[probe : probe + 1] for total in totals)
+    return Moments(counts, sums, mean, scatter, moments.dtype)
+
+
+def _covariances(moments: Moments) -> tuple[Tensor, Tensor, Tensor]:
+    """One probe's mean, covariance, and covariance with one-hot classes, in float64."""
+    count, shares = moments.count[0], moments.class_counts[0, :, None]
+    centred = moments.class_sums[0] - shares * moments.mean[0]
+    return moments.mean[0], moments.scatter[0] / count, centred.mT / count
+
+
+def _whitening(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """The pseudo-inverse of the covariance's square root, and the root; constant directions are 0 in both."""
+    values, vectors = torch.linalg.eigh(covariance)
+    kept = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
+    roots = values.clamp(min=0).sqrt()
+    whiten = vectors * torch.where(kept, 1.0 / roots, 0.0) @ vectors.T
+    return whiten, vectors * torch.where(kept, roots, 0.0) @ vectors.T
+
+
+def _range(matrix: Tensor) -> Tensor:
+    """An orthonormal basis of a matrix's columns `[rows, rank]`."""
+    left, values, _ = torch.linalg.svd(matrix, full_matrices=False)
+    return left[:, values > RANK_TOLERANCE * values.max().clamp(min=1e-300)]

@@ -1,153 +1,80 @@
-"""What a subnetwork is compared with: others of as many components, and a probe that is fitted again."""
+"""Masks over components: how they are learned, measured and chosen, and their controls."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from probekit.causal import components as gates
-from probekit.causal.components import Component, MaskedLM, Scored
+from probekit.causal.components import Component, MaskedLM, ScoredWindows
+from probekit.causal.runner import MetricSums
 from probekit.config import ProbeSettings, SubnetworkSettings
 from probekit.data.windows import Windows, chunks
 from probekit.models.planner_lm import token_losses
-from probekit.probing.results import LinearProbe
 from probekit.probing.solvers import SoftmaxProbes
 from probekit.progress import Task
 
-Sums = dict[str, tuple[np.ndarray, np.ndarray]]
-"""By metric its sums `[masks, documents]`, and counts `[documents]`."""
+LOW, HIGH = -0.1, 1.1
+"""Range that the sigmoid of hard concrete gates is stretched to, before it is clamped to 0 and 1."""
+
+TEMPERATURE = 2 / 3
+"""Of that sigmoid: low enough for most draws to be near 0 or 1, high enough for a gradient."""
+
+START = -2.0
+"""Initial log alpha: little is removed, but every component is now and then."""
+
+BATCH_SIZE = 16
+"""Windows in each step of learning a mask."""
+
+REMOVED = 0.5
+"""A component is removed if at least so much of it is without noise."""
 
 
-@dataclass(frozen=True)
-class Readout:
-    """A probe of the next action, and what is known without one.
-
-    Attributes:
-        probe: Reads the last layer right before a sentence.
-        prior: Log-probabilities of actions `[actions]`.
-    """
-
-    probe: LinearProbe
-    prior: Tensor
-
-    def told(self, states: Tensor) -> Tensor:
-        """The probe's log-probabilities `[sentences, actions]` of states `[sentences, width]`."""
-        # Minus infinity, of a class that was not there to fit on, times its probability is not 0.
-        return self.probe.log_probabilities(states).clamp(min=-1e4)
-
-    def information(self, told: Tensor) -> Tensor:
-        """KL(told || prior) in nats `[sentences]`: how much the probe makes of what it reads.
-
-        It is 0 where the probe tells the prior, so that less cannot be asked for, unlike a higher loss.
-        """
-        return (told.exp() * (told - self.prior)).sum(dim=1)
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What some masks leave, on the same windows.
-
-    Attributes:
-        sums: By metric. `first_loss`, `rest_loss`, `other_loss`: of the next token in nats, where `Scored`
-            has it; `kept_kl`: KL in nats from the whole LM's next token, but for sentences' first ones; of
-            the probe, `information`, `bits` over the prior, the probability of the true action `true`, and
-            `accuracy`.
-        states: What the probe reads `[masks, sentences, width]`.
-        actions: The true actions `[sentences]`.
-        document: Of every sentence, which column of the sums it is in `[sentences]`.
-    """
-
-    sums: Sums
-    states: Tensor
-    actions: np.ndarray
-    document: np.ndarray
-
-
-def measure(
-    masked: MaskedLM, windows: Windows, masks: Tensor, readout: Readout, batch_size: int, task: Task
-) -> Measured:
-    """Runs windows once with all components and once with every mask.
+def draw_removal(log_alpha: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Draws hard concrete variables (Louizos et al. 2018), how much of each component is removed.
 
     Args:
-        masked: The LM.
-        windows: Where.
-        masks: What is removed `[masks, components]`.
-        readout: The probe.
-        batch_size: Windows in one forward pass.
-        task: Told of every mask and batch.
+        log_alpha: Parameters `[components]`, on any device; draws are differentiable by them.
+        count: Number of draws.
+        generator: On the CPU, so that draws are equal on every device.
+
+    Returns:
+        `[count, components]`, from 0 to 1.
     """
-    documents, column = np.unique(windows.document, return_inverse=True)
-    found: list[list[dict[str, np.ndarray]]] = [[] for _ in masks]
-    counts: list[dict[str, np.ndarray]] = []
-    states: list[Tensor] = []
-    actions, rows_of = [], []
-    for rows in chunks(len(windows), batch_size):
-        scored = masked.scored(windows[rows])
-        with torch.no_grad():
-            whole = masked(scored, masked.nothing)[0].log_softmax(dim=-1)
-            read = []
-            for number, mask in enumerate(masks):
-                logits, state = masked(scored, mask[None])
-                found[number].append(_values(scored, logits, whole, readout, state))
-                read.append(state.cpu())
-                task.advance()
-        states.append(torch.stack(read))
-        counts.append(_counts(scored))
-        actions.append(scored.actions)
-        rows_of.append(rows.start + scored.row)
-
-    def by_document(parts: Sequence[Mapping[str, np.ndarray]], name: str) -> np.ndarray:
-        return np.bincount(column, np.concatenate([part[name] for part in parts]), minlength=len(documents))
-
-    sums: Sums = {
-        name: (np.stack([by_document(parts, name) for parts in found]), by_document(counts, name))
-        for name in found[0][0]
-    }
-    return Measured(sums, torch.cat(states, dim=1), np.concatenate(actions), column[np.concatenate(rows_of)])
+    uniform = torch.rand(count, len(log_alpha), generator=generator).clamp(1e-6, 1 - 1e-6)
+    return hard_sigmoid((uniform.logit().to(log_alpha) + log_alpha) / TEMPERATURE)
 
 
-def probe_values(told: Tensor, actions: Tensor, prior: Tensor) -> dict[str, Tensor]:
-    """How well log-probabilities `[sentences, actions]` tell true actions, by metric `[sentences]`."""
-    true = told.gather(1, actions[:, None])[:, 0]
+def hard_sigmoid(scores: Tensor) -> Tensor:
+    """The stretched and clamped sigmoid; of log alpha, how much is removed without noise."""
+    return (LOW + (HIGH - LOW) * scores.sigmoid()).clamp(0.0, 1.0)
+
+
+def expected_removals(log_alpha: Tensor) -> Tensor:
+    """Expected number of components of which anything is removed."""
+    return (log_alpha - TEMPERATURE * math.log(-LOW / HIGH)).sigmoid().sum()
+
+
+def information(log_p: Tensor, prior: Tensor) -> Tensor:
+    """KL(probe || prior) in nats `[sentences]`: how far what it reads moves the probe from the prior.
+
+    Unlike a loss, which can always grow, it is minimal where the probe predicts the prior.
+    """
+    return (log_p.exp() * (log_p - prior)).sum(dim=1)
+
+
+def probe_metrics(log_p: Tensor, actions: Tensor, prior: Tensor) -> dict[str, Tensor]:
+    """By metric, how well log-probabilities `[sentences, actions]` predict true actions `[sentences]`."""
+    true = log_p.gather(1, actions[:, None])[:, 0]
     return {
         "bits": (true - prior[actions]) / np.log(2),
         "true": true.exp(),
-        "accuracy": (told.argmax(dim=1) == actions).float(),
+        "accuracy": (log_p.argmax(dim=1) == actions).float(),
     }
-
-
-def _values(
-    scored: Scored, logits: Tensor, whole: Tensor, readout: Readout, state: Tensor
-) -> dict[str, np.ndarray]:
-    """Every metric summed over each window `[windows]`."""
-    losses = token_losses(logits, scored.batch.targets)
-    parts = {"first_loss": scored.first, "rest_loss": scored.rest, "other_loss": scored.other}
-    found = {name: (losses * part).sum(1).double().cpu().numpy() for name, part in parts.items()}
-    found["kept_kl"] = (divergence(whole, logits) * _kept(scored)).sum(1).double().cpu().numpy()
-    told = readout.told(state)
-    actions = torch.from_numpy(scored.actions).to(told.device)
-    of_probe = {"information": readout.information(told)} | probe_values(told, actions, readout.prior)
-    for name, values in of_probe.items():
-        found[name] = np.bincount(scored.row, values.double().cpu().numpy(), minlength=len(losses))
-    return found
-
-
-def _counts(scored: Scored) -> dict[str, np.ndarray]:
-    """Tokens or sentences of each window that every metric is summed over `[windows]`."""
-    first, rest, other, kept = (
-        part.sum(1).double().cpu().numpy()
-        for part in (scored.first, scored.rest, scored.other, _kept(scored))
-    )
-    losses = {"first_loss": first, "rest_loss": rest, "other_loss": other, "kept_kl": kept}
-    return losses | dict.fromkeys(("information", "bits", "true", "accuracy"), first)
-
-
-def _kept(scored: Scored) -> Tensor:
-    return scored.rest | scored.other
 
 
 def divergence(whole: Tensor, logits: Tensor) -> Tensor:
@@ -155,20 +82,94 @@ def divergence(whole: Tensor, logits: Tensor) -> Tensor:
     return (whole.exp() * (whole - logits.log_softmax(dim=-1))).sum(dim=-1)
 
 
-BATCH_SIZE = 16
-"""Windows in each step of learning a mask."""
+@dataclass(frozen=True)
+class Measured:
+    """Effects of some masks on the same windows.
 
-REMOVED = 0.5
-"""A component is removed if, without noise, at least so much of it is."""
+    Attributes:
+        sums: By metric, sums `[masks, documents]` and counts `[documents]`. `first_loss`, `rest_loss`,
+            `other_loss`: losses of next tokens in nats, by the positions of `ScoredWindows`; `kept_kl`: KL in
+            nats from the whole LM's next tokens, except sentences' first ones; of the final-layer probe:
+            `information`, `bits` over the prior, the probability of the true action `true`, and `accuracy`.
+        states: The activations that the probe reads `[masks, sentences, width]`.
+        actions: The true actions `[sentences]`.
+        document: The column of the sums that each sentence belongs to `[sentences]`.
+    """
+
+    sums: MetricSums
+    states: Tensor
+    actions: np.ndarray
+    document: np.ndarray
+
+
+@torch.no_grad()
+def measure(
+    masked: MaskedLM, windows: Windows, masks: Tensor, prior: Tensor, batch_size: int, task: Task
+) -> Measured:
+    """Runs windows with all components, and without those that each mask removes.
+
+    Args:
+        masked: The LM.
+        windows: What it reads.
+        masks: How much each mask removes of each component `[masks, components]`.
+        prior: Log-probabilities of actions without a probe `[actions]`.
+        batch_size: Windows in a forward pass.
+        task: Advances with every mask of every batch.
+    """
+    documents, column = np.unique(windows.document, return_inverse=True)
+    sums: MetricSums = {}
+    states, actions, document = [], [], []
+    for rows in chunks(len(windows), batch_size):
+        scored = masked.scored(windows[rows])
+        whole = masked(scored, masked.nothing)[0].log_softmax(dim=-1)
+        read = []
+        for number, mask in enumerate(masks):
+            logits, state = masked(scored, mask[None])
+            log_p = masked.action_log_probabilities(state)
+            for name, (values, counts) in _window_sums(scored, logits, whole, log_p, prior).items():
+                if name not in sums:
+                    sums[name] = np.zeros((len(masks), len(documents))), np.zeros(len(documents))
+                np.add.at(sums[name][0][number], column[rows], values)
+                if number == 0:
+                    np.add.at(sums[name][1], column[rows], counts)
+            read.append(state.cpu())
+            task.advance()
+        states.append(torch.stack(read))
+        actions.append(scored.actions)
+        document.append(column[rows][scored.row])
+    return Measured(sums, torch.cat(states, dim=1), np.concatenate(actions), np.concatenate(document))
+
+
+def _window_sums(
+    scored: ScoredWindows, logits: Tensor, whole: Tensor, log_p: Tensor, prior: Tensor
+) -> MetricSums:
+    """Every metric summed over each window, and the number of tokens or sentences `[windows]`."""
+    losses = token_losses(logits, scored.batch.targets)
+    by_position = {
+        "first_loss": (losses, scored.first),
+        "rest_loss": (losses, scored.rest),
+        "other_loss": (losses, scored.other),
+        "kept_kl": (divergence(whole, logits), scored.kept),
+    }
+    sums: MetricSums = {
+        name: ((values * mask).sum(1).double().cpu().numpy(), mask.sum(1).double().cpu().numpy())
+        for name, (values, mask) in by_position.items()
+    }
+    actions = torch.from_numpy(scored.actions).to(log_p.device)
+    by_sentence = {"information": information(log_p, prior)} | probe_metrics(log_p, actions, prior)
+    for name, values in by_sentence.items():
+        total = np.bincount(scored.row, values.double().cpu().numpy(), minlength=len(losses))
+        sums[name] = total, sums["first_loss"][1]
+    return sums
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A mask that was learned.
+    """A learned mask.
 
     Attributes:
         penalty: On every removed component, in nats; None for the mask that removes nothing.
-        gates: How much of each component is kept, without noise `[components]`.
+        gates: How much of each component is kept without noise `[components]`.
     """
 
     penalty: float | None
@@ -183,89 +184,87 @@ class Candidate:
 def learn(
     masked: MaskedLM,
     windows: Windows,
-    readout: Readout,
+    prior: Tensor,
     settings: SubnetworkSettings,
     penalty: float,
     seed: int,
     task: Task,
 ) -> Candidate:
-    """Learns a mask.
+    """Learns which components to remove, so that the probe is left with the prior and other tokens stay.
 
     Args:
         masked: The LM.
         windows: To learn on.
-        readout: The probe.
-        settings: Steps, rate and the weight of what is to stay.
+        prior: Log-probabilities of actions without a probe `[actions]`.
+        settings: Steps, learning rate and weight of the tokens that are to stay.
         penalty: On every removed component, in nats.
-        seed: Of noise and of the windows drawn; equal seeds draw equally whatever the penalty.
-        task: Told of every step.
+        seed: Of noise and of the windows drawn, which do not depend on the penalty.
+        task: Advances with every step.
     """
     noise, rows = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
     size = min(BATCH_SIZE, len(windows))
-    locations = nn.Parameter(gates.begun(len(masked.components)).to(masked.nothing.device))
-    optimiser = torch.optim.Adam([locations], lr=settings.learning_rate)
+    log_alpha = nn.Parameter(torch.full((len(masked.components),), START).to(masked.device))
+    optimiser = torch.optim.Adam([log_alpha], lr=settings.learning_rate)
     for _ in range(settings.steps):
         scored = masked.scored(windows[rows.choice(len(windows), size, replace=False)])
         with torch.no_grad():
             whole = masked(scored, masked.nothing)[0].log_softmax(dim=-1)
-        logits, states = masked(scored, gates.drawn(locations, size, noise))
-        kept = scored.rest | scored.other
-        information = readout.information(readout.told(states)).sum() / max(len(states), 1)
-        loss = information + settings.keep * divergence(whole[kept], logits[kept]).mean()
-        count = gates.expected_count(locations)
+        logits, states = masked(scored, draw_removal(log_alpha, size, noise))
+        carried = information(masked.action_log_probabilities(states), prior).sum() / max(len(states), 1)
+        loss = carried + settings.keep * divergence(whole[scored.kept], logits[scored.kept]).mean()
+        count = expected_removals(log_alpha)
         optimiser.zero_grad()
         (loss + penalty * count).backward()
         optimiser.step()
         task.advance(note=f"loss {loss.item():.3f}, removed {count.item():.1f}")
-    return Candidate(penalty, 1 - gates.settled(locations.detach()).cpu().numpy())
+    return Candidate(penalty, 1 - hard_sigmoid(log_alpha.detach()).cpu().numpy())
 
 
-def objectives(measured: Measured, keep: float) -> tuple[np.ndarray, np.ndarray]:
-    """What masks are learned for but the penalty, and each document's part in how far it may be off.
+def objectives(sums: MetricSums, keep: float) -> tuple[np.ndarray, np.ndarray]:
+    """The objective that masks are learned for, without the penalty, and each document's deviation from it.
+
+    Args:
+        sums: Those of `measure`.
+        keep: Weight of the tokens that are to stay.
 
     Returns:
-        Values `[masks]`, and parts `[masks, documents]`: the root of their summed squares is a standard
-        error, that of differences of parts one of a difference.
+        Values `[masks]`, and deviations `[masks, documents]`. The root of their summed squares is the value's
+        standard error, that of differences of deviations the standard error of a difference.
     """
-    value, off = np.zeros(()), np.zeros(())
+    value, deviation = np.zeros(()), np.zeros(())
     for name, weight in (("information", 1.0), ("kept_kl", keep)):
-        sums, counts = measured.sums[name]
-        ratio = sums.sum(1) / max(counts.sum(), 1)
+        total, counts = sums[name]
+        ratio = total.sum(1) / max(counts.sum(), 1)
         value = value + weight * ratio
-        off = off + weight * (sums - ratio[:, None] * counts) / max(counts.sum(), 1)
-    return value, off
+        deviation = deviation + weight * (total - ratio[:, None] * counts) / max(counts.sum(), 1)
+    return value, deviation
 
 
-def choose(candidates: Sequence[Candidate], measured: Measured, keep: float) -> int:
-    """The number of the mask that removes least of those within one standard error of the best.
+def choose(candidates: Sequence[Candidate], sums: MetricSums, keep: float) -> int:
+    """The number of the smallest mask within one standard error of the best one.
 
-    The error is that of the difference, for all were measured on the same documents.
+    The error is that of the difference, since all masks are measured on the same documents.
 
     Args:
         candidates: The masks.
-        measured: What they leave, on documents that they were not learned on.
-        keep: The weight of what is to stay.
+        sums: Those of `measure` on documents that the masks were not learned on.
+        keep: Weight of the tokens that are to stay.
     """
-    value, off = objectives(measured, keep)
+    value, deviation = objectives(sums, keep)
     best = int(value.argmin())
-    error = np.linalg.norm(off - off[best], axis=1)
+    error = np.linalg.norm(deviation - deviation[best], axis=1)
     removed = np.array([candidate.removed.sum() for candidate in candidates])
     # Of masks that remove as many, the better one.
     good = np.where(value <= value[best] + error, removed + value / (1 + value.max()), np.inf)
     return int(good.argmin())
 
 
-def draw_alike(components: Sequence[Component], removed: np.ndarray, draws: int, seed: int) -> np.ndarray:
-    """Random masks that remove as many heads and as many parts of the adapter in every layer.
+def draw_random_masks(
+    components: Sequence[Component], removed: np.ndarray, draws: int, seed: int
+) -> np.ndarray:
+    """Masks that remove as many random heads and parts of the adapter in every layer as a given one.
 
-    Args:
-        components: All of them.
-        removed: Which ones the mask removes that they stand beside `[components]`, bool.
-        draws: How many.
-        seed: Of the draws.
-
-    Returns:
-        `[draws, components]`, bool.
+    All masks are bool: `removed` `[components]`, the result `[draws, components]`.
     """
     generator = np.random.default_rng(seed)
     groups: dict[tuple[str, int | None], list[int]] = {}
@@ -278,64 +277,48 @@ def draw_alike(components: Sequence[Component], removed: np.ndarray, draws: int,
     return masks
 
 
-def first_alone(objective: np.ndarray, count: int) -> np.ndarray:
-    """Removes as many components as asked for, those that are best removed alone `[components]`, bool.
-
-    Args:
-        objective: What is left when each is removed alone `[components]`; less is better.
-        count: How many.
-    """
+def best_removed_alone(objective: np.ndarray, count: int) -> np.ndarray:
+    """Removes the `count` components with the lowest objective when removed alone `[components]`, bool."""
     mask = np.zeros(len(objective), dtype=bool)
     mask[np.argsort(objective, kind="stable")[:count]] = True
     return mask
 
 
-def states_of(
+def masked_states(
     masked: MaskedLM, windows: Windows, masks: Tensor, batch_size: int, task: Task
 ) -> tuple[Tensor, Tensor]:
-    """What a probe reads without some components, and the true actions.
-
-    Args:
-        masked: The LM.
-        windows: Where.
-        masks: What is removed `[masks, components]`.
-        batch_size: Windows in one forward pass.
-        task: Told of every mask and batch.
-
-    Returns:
-        `[masks, sentences, width]` and `[sentences]`, on the CPU.
-    """
-    found, actions = [], []
+    """What `measure` returns as states and actions, on the CPU, without the cost of logits."""
+    states, actions = [], []
     for rows in chunks(len(windows), batch_size):
         scored = masked.scored(windows[rows])
         read = []
         for mask in masks:
             read.append(masked.states(scored, mask[None]).cpu())
             task.advance()
-        found.append(torch.stack(read))
+        states.append(torch.stack(read))
         actions.append(torch.from_numpy(scored.actions))
-    return torch.cat(found, dim=1), torch.cat(actions)
+    return torch.cat(states, dim=1), torch.cat(actions)
 
 
-def refitted(
+def refit_probes(
     settings: ProbeSettings,
     classes: int,
-    fit: tuple[Tensor, Tensor],
-    chosen: tuple[Tensor, Tensor],
-    asked: Tensor,
+    fitted_on: tuple[Tensor, Tensor],
+    chosen_on: tuple[Tensor, Tensor],
+    states: Tensor,
 ) -> Tensor:
-    """What probes tell that are fitted again without some components: whether information has only moved.
+    """Fits a new probe to what each mask leaves, which finds information that has only moved.
 
     Args:
         settings: Penalties and iterations.
-        classes: How many actions there are.
-        fit: States `[masks, examples, width]` and actions `[examples]` to fit on.
-        chosen: The same to choose penalties on.
-        asked: The same states of the examples that are asked `[masks, sentences, width]`.
+        classes: Number of actions.
+        fitted_on: Activations `[masks, examples, width]` and actions `[examples]`.
+        chosen_on: The same to choose penalties on.
+        states: Activations to predict from `[masks, sentences, width]`.
 
     Returns:
         Log-probabilities `[masks, sentences, actions]`.
     """
     probes = SoftmaxProbes(settings.l2, settings.max_iterations)
-    (X, y), (X_chosen, y_chosen) = fit, chosen
-    return probes.fit(X, y, classes, X_chosen, y_chosen).log_probabilities(asked)
+    (X, y), (X_chosen, y_chosen) = fitted_on, chosen_on
+    return probes.fit(X, y, classes, X_chosen, y_chosen).log_probabilities(states)

@@ -1,8 +1,8 @@
-"""`probekit subnetwork`: which components of the LM the next action's information needs."""
+"""`probekit subnetwork`: which components of the LM carry the information about the next action?"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,143 +13,267 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from probekit.causal.components import Component, MaskedLM, documents_of
-from probekit.causal.intervene import last_probe
+from probekit.causal.components import Component, MaskedLM
 from probekit.causal.masks import (
     Candidate,
     Measured,
-    Readout,
-    Sums,
+    best_removed_alone,
     choose,
-    draw_alike,
-    first_alone,
+    draw_random_masks,
     learn,
+    masked_states,
     measure,
     objectives,
-    probe_values,
-    refitted,
-    states_of,
+    probe_metrics,
+    refit_probes,
 )
+from probekit.causal.runner import MetricSums, interval_columns, open_run, write_results
 from probekit.data.windows import Windows, chunks, cut_windows
 from probekit.errors import ProbekitError
 from probekit.evaluation.action_metrics import prior_log_probabilities
 from probekit.evaluation.perplexity import window_and_stride
-from probekit.io import atomic_folder, write_json, write_table
 from probekit.probing.grid import CHOSEN_ON, FITTED_ON, TESTED_ON
-from probekit.probing.results import LinearProbe, read_probe_record
+from probekit.probing.results import read_probe_record
 from probekit.progress import Progress, Task
 from probekit.run.run import Run
-from probekit.statistics import Interval, Resampling, bootstrap_ratios, mean_over_draws
+from probekit.statistics import Resampling, bootstrap_ratios, mean_over_draws
 
 WHOLE, SUBNETWORK, ALONE, RANDOM = "whole", "subnetwork", "alone", "random"
 """Conditions: nothing removed, the learned mask, as many components that are best removed alone, and as many
 drawn at random in every layer."""
 
 CONDITIONS = (WHOLE, SUBNETWORK, ALONE)
-"""Those of one mask each, in the order of their masks; random ones come behind."""
+"""Conditions of one mask each, in the order of their masks; the masks of random draws follow."""
 
-PROBES = ("bits", "refitted_bits")
-"""What the saved probe reads, and one that is fitted again."""
+ALONE_WINDOWS = 128
+"""Windows on which every component is removed alone, which takes a forward pass for each component."""
 
-FEW_LOST = 0.5
-"""A probe that is fitted again loses little if it loses less than this share of what the first one does,
-each as a share of what it had."""
+SMALL_LOSS = 0.5
+"""A refitted probe loses little if its relative loss of bits is below this share of the saved probe's."""
 
 
-def results_table(sums: Sums, masks: np.ndarray, resampling: Resampling) -> pd.DataFrame:
+@dataclass(frozen=True)
+class SubnetworkResults:
+    """A learned subnetwork and what it is compared with.
+
+    Attributes:
+        table: One row for each condition, draw and metric, with its 95 % interval from resampling test
+            documents. Conditions: `whole`, nothing removed; `subnetwork`; `alone`, as many components, those
+            that are best removed alone; `random`, as many drawn in every layer: each draw, and their mean,
+            which has no draw. Metrics: `first_loss`, `rest_loss` and `other_loss` (nats a token, of
+            sentences' first tokens, of their others, and of documents' first sentences), `kept_kl` (nats a
+            token, from the whole LM's next tokens, except sentences' first ones), and of the final-layer
+            probe `information` (KL from the prior to its prediction, in nats), `bits` over the prior, the
+            probability of the `true` action, and `accuracy`; `refitted_bits` and the like are those of a
+            probe fitted again without the components. `_change` is the difference from `whole`,
+            `_over_random` that from the mean of random draws; intervals of that mean are over draws and
+            documents. `removed` of `components` are removed, `shared` of them with the subnetwork.
+        mask: One row for each component: its `gate` (1 is open), whether it is `removed`, and by how much
+            `information` and `kept_kl` change when it is removed alone (on documents to learn on).
+        candidates: One row for each penalty: components removed, the objective on validation documents and
+            its standard error, and which one was chosen; the one without penalty removes nothing.
+        folder: Where it was written.
+        notes: Remarks on all rows together.
+    """
+
+    table: pd.DataFrame
+    mask: pd.DataFrame
+    candidates: pd.DataFrame
+    folder: Path
+    notes: list[str]
+
+
+def subnetwork(
+    run: Run | str | Path, settings: Mapping[str, Any] | None = None, *, quiet: bool = False
+) -> SubnetworkResults:
+    """Learns which components to remove; writes `subnetworks/<variant>/`, in place of earlier results.
+
+    Masks are learned on the split "probe", chosen on "validation" and measured on "test".
+
+    Args:
+        run: The run or its folder; it needs probes of the variant.
+        settings: Settings to replace, by dotted name, such as `subnetwork.keep`.
+        quiet: Show no progress.
+
+    Raises:
+        ProbekitError: The run has no suitable probes, or a setting does not fit the LM.
+    """
+    run = open_run(run, settings, "subnetwork")
+    variant = run.config.subnetwork.variant
+    search = _Search(run, Progress(quiet=quiet))
+    candidates, chosen, objective, error = search.learn()
+    masks, alone = search.compared_masks(candidates[chosen])
+    resampling: Resampling = {"resamples": run.config.evaluation.resamples, "seed": run.config.seed}
+    table = results_table(search.test(masks), masks, resampling)
+    candidate_table = pd.DataFrame(
+        {
+            "penalty": [candidate.penalty for candidate in candidates],
+            "removed": [int(candidate.removed.sum()) for candidate in candidates],
+            "objective": objective,
+            "error": error,
+            "chosen": np.arange(len(candidates)) == chosen,
+        }
+    ).astype({"penalty": "float64"})
+    tables = {
+        "results": table.assign(variant=variant),
+        "mask": mask_table(search.components, candidates[chosen], alone, resampling).assign(variant=variant),
+        "candidates": candidate_table,
+    }
+    folder, notes = run.folder / "subnetworks" / variant, checks(table, masks)
+    write_results(folder, tables, run, notes)
+    return SubnetworkResults(tables["results"], tables["mask"], candidate_table, folder, notes)
+
+
+class _Search:
+    """Learns masks, chooses one, and measures it beside its controls."""
+
+    def __init__(self, run: Run, progress: Progress) -> None:
+        self._run, self._progress, self._settings = run, progress, run.config.subnetwork
+        self._masked = MaskedLM(run, self._settings.variant)
+        self.components = self._masked.components.all
+        corpus, (window, stride) = run.corpus, window_and_stride(run)
+        documents = {split: self._draw_documents(split) for split in (FITTED_ON, CHOSEN_ON, TESTED_ON)}
+        self._windows = {
+            split: cut_windows(corpus, numbers, window, stride) for split, numbers in documents.items()
+        }
+        # Documents' first sentences are not predicted.
+        first = corpus.document_sentences[documents[FITTED_ON]]
+        sentences = np.setdiff1d(corpus.sentences(documents[FITTED_ON]), first)
+        prior = prior_log_probabilities(corpus.actions[sentences], corpus.k)
+        self._prior = torch.from_numpy(prior).float().to(run.device)
+        self._batch_size = run.config.evaluation.batch_size
+        self._masked.measure_means(self._windows[FITTED_ON], self._batch_size, progress)
+
+    def _draw_documents(self, split: str) -> np.ndarray:
+        """At most `subnetwork.documents` documents of a split, in order."""
+        documents = self._run.corpus.documents(split)
+        if not len(documents):
+            raise ProbekitError(
+                f"the corpus has no documents in the split {split!r}; build it with a "
+                f"corpus.{split}_fraction above 0"
+            )
+        drawn = np.random.default_rng(self._run.config.seed).permutation(documents)
+        return np.sort(drawn[: self._settings.documents])
+
+    def learn(self) -> tuple[list[Candidate], int, np.ndarray, np.ndarray]:
+        """All candidates, the number of the chosen one, their objectives and the standard errors of these."""
+        settings, seed = self._settings, self._run.config.seed
+        candidates = [Candidate(None, np.ones(len(self.components)))]
+        total = len(settings.penalties) * settings.steps
+        with self._progress.task(f"{settings.variant}: learn masks", total=total) as task:
+            for penalty in settings.penalties:
+                windows = self._windows[FITTED_ON]
+                found = learn(self._masked, windows, self._prior, settings, penalty, seed, task)
+                candidates.append(found)
+        masks = np.stack([candidate.removed for candidate in candidates])
+        sums = self._measure("choose", self._windows[CHOSEN_ON], masks).sums
+        objective, deviation = objectives(sums, settings.keep)
+        chosen = choose(candidates, sums, settings.keep)
+        return candidates, chosen, objective, np.linalg.norm(deviation, axis=1)
+
+    def compared_masks(self, mask: Candidate) -> tuple[np.ndarray, MetricSums]:
+        """All masks to measure, in the order of `CONDITIONS`, and metrics without each component alone."""
+        settings, seed, count = self._settings, self._run.config.seed, len(self.components)
+        windows = self._windows[FITTED_ON]
+        rows = np.sort(np.random.default_rng(seed).permutation(len(windows))[:ALONE_WINDOWS])
+        each = np.concatenate([np.eye(count, dtype=bool), np.zeros((1, count), bool)])
+        alone = self._measure("remove each alone", windows[rows], each).sums
+        objective, _ = objectives(alone, settings.keep)
+        best = best_removed_alone(objective[:-1], int(mask.removed.sum()))
+        random = draw_random_masks(self.components, mask.removed, settings.draws, seed)
+        return np.stack([np.zeros_like(best), mask.removed, best, *random]), alone
+
+    def test(self, masks: np.ndarray) -> MetricSums:
+        """Every metric on the test documents; probes are fitted again as the saved ones were."""
+        measured = self._measure("measure", self._windows[TESTED_ON], masks)
+        states: dict[str, tuple[Tensor, Tensor]] = {}
+        for split in (FITTED_ON, CHOSEN_ON):
+            with self._task(f"read the split {split!r}", self._windows[split], masks) as task:
+                states[split] = masked_states(
+                    self._masked, self._windows[split], self._tensor(masks), self._batch_size, task
+                )
+        probing = read_probe_record(self._run.folder).config.probe
+        with self._progress.task(f"{self._settings.variant}: fit probes again", total=len(masks)) as task:
+            classes = self._run.corpus.k
+            log_p = refit_probes(probing, classes, states[FITTED_ON], states[CHOSEN_ON], measured.states)
+            task.advance(len(masks))
+        actions, prior = torch.from_numpy(measured.actions), self._prior.cpu()
+        by_mask = [probe_metrics(own, actions, prior) for own in log_p]
+        sums, (_, counts) = dict(measured.sums), measured.sums["bits"]
+        for name in by_mask[0]:
+            totals = [
+                np.bincount(measured.document, values[name].double(), len(counts)) for values in by_mask
+            ]
+            sums[f"refitted_{name}"] = np.stack(totals), counts
+        return sums
+
+    def _measure(self, what: str, windows: Windows, masks: np.ndarray) -> Measured:
+        with self._task(what, windows, masks) as task:
+            return measure(self._masked, windows, self._tensor(masks), self._prior, self._batch_size, task)
+
+    def _task(self, what: str, windows: Windows, masks: np.ndarray) -> AbstractContextManager[Task]:
+        passes = len(chunks(len(windows), self._batch_size)) * len(masks)
+        return self._progress.task(f"{self._settings.variant}: {what}", total=passes)
+
+    def _tensor(self, masks: np.ndarray) -> Tensor:
+        return torch.from_numpy(masks).float().to(self._run.device)
+
+
+def results_table(sums: MetricSums, masks: np.ndarray, resampling: Resampling) -> pd.DataFrame:
     """A row for every condition, draw and metric.
 
     Args:
-        sums: By metric; masks in the order of `CONDITIONS`, then one for each draw.
+        sums: Metrics of masks in the order of `CONDITIONS`, then of one for each draw.
         masks: What they remove `[masks, components]`, bool.
         resampling: How intervals are made.
     """
-    rows = [
-        {"condition": name, "draw": draw, "metric": metric}
-        | {"value": interval.value, "value_low": interval.low, "value_high": interval.high}
-        | {"documents": interval.documents}
-        for name, draw, metric, interval in _intervals(sums, resampling)
-    ]
+    rows: list[dict[str, Any]] = []
+    for metric, (values, counts) in sums.items():
+        whole, own, drawn = values[0], values[CONDITIONS.index(SUBNETWORK)], values[len(CONDITIONS) :]
+        lines: list[tuple[str, int | None, np.ndarray]] = [
+            *((name, None, values[number]) for number, name in enumerate(CONDITIONS)),
+            *((RANDOM, draw, line) for draw, line in enumerate(drawn)),
+        ]
+        cells = [(name, draw, metric, line) for name, draw, line in lines]
+        cells += [(name, draw, f"{metric}_change", line - whole) for name, draw, line in lines[1:]]
+        found = bootstrap_ratios(np.stack([line for *_, line in cells], axis=1), counts, **resampling)
+        intervals = [(*cell[:3], found[number]) for number, cell in enumerate(cells)]
+        over_draws = [
+            (RANDOM, metric, drawn),
+            (RANDOM, f"{metric}_change", drawn - whole),
+            # Of the subnetwork alone, whose numbers of components by layer the draws have.
+            (SUBNETWORK, f"{metric}_over_random", own - drawn),
+        ]
+        intervals += [
+            (name, None, called, mean_over_draws(line, counts)) for name, called, line in over_draws
+        ]
+        rows += [
+            {"condition": name, "draw": draw, "metric": called, **interval_columns(interval)}
+            for name, draw, called, interval in intervals
+        ]
     table = pd.DataFrame(rows).astype({"draw": "Int64"})
-    subnetwork = masks[CONDITIONS.index(SUBNETWORK)]
-    # Equal in all draws, as the number of removed components is.
-    number = {name: masks[n] for n, name in enumerate(CONDITIONS)} | {RANDOM: masks[-1]}
-    shared = {name: (mask & subnetwork).sum() for name, mask in number.items()}
-    shared[RANDOM] = (masks[len(CONDITIONS) :] & subnetwork).sum(1).mean()
+    subnetwork, random = masks[CONDITIONS.index(SUBNETWORK)], masks[len(CONDITIONS) :]
+    by_condition = {name: masks[n] for n, name in enumerate(CONDITIONS)}
+    # All draws remove equally many.
+    removed = {name: int(mask.sum()) for name, mask in (by_condition | {RANDOM: random[-1]}).items()}
+    shared = {name: float((mask & subnetwork).sum()) for name, mask in by_condition.items()}
+    shared[RANDOM] = float((random & subnetwork).sum(1).mean())
     return table.assign(
-        removed=table.condition.map({name: int(mask.sum()) for name, mask in number.items()}),
-        shared=table.condition.map(shared).astype(float),
+        removed=table.condition.map(removed),
+        shared=table.condition.map(shared),
         components=masks.shape[1],
     )
 
 
-def cautions(table: pd.DataFrame, masks: np.ndarray) -> list[str]:
-    """What speaks against a subnetwork, from its rows and the masks that they are of."""
-    subnetwork, drawn = masks[CONDITIONS.index(SUBNETWORK)], masks[len(CONDITIONS) :]
-    if not subnetwork.any():
-        return ["no mask was better than to remove nothing, on validation documents"]
-    found = []
-    forced = drawn.all(axis=0) & subnetwork
-    if len(drawn) and 2 * forced.sum() >= subnetwork.sum():
-        found.append(
-            f"{forced.sum()} of the {subnetwork.sum()} components are in every random draw, too, for so few "
-            "others are in their layers: over random there is little to see"
-        )
-    rows = table[table.condition == SUBNETWORK].set_index("metric")
-    # As shares of what each had: one that is fitted on few documents has less to lose.
-    lost, gone = (rows.value[f"{of}_change"] / (rows.value[f"{of}_change"] - rows.value[of]) for of in PROBES)
-    if lost > 0 and gone < FEW_LOST * lost:
-        found.append(
-            f"the probe loses {lost:.0%} of its bits, but one that is fitted again only {gone:.0%} of its "
-            "own: much of it has not gone, but moved"
-        )
-    over = rows.value_high["refitted_bits_over_random"]
-    if np.isnan(over):
-        found.append(
-            f"over random there is no interval: it takes two draws and two documents, and of draws there are "
-            f"{len(drawn)}"
-        )
-    elif over >= 0:
-        found.append(
-            "a probe that is fitted again does not lose more than with as many components removed at random "
-            "in the same layers"
-        )
-    return found
-
-
-def _intervals(sums: Sums, resampling: Resampling) -> Iterator[tuple[str, int | None, str, Interval]]:
-    """Conditions, draws (none for the mean over draws), metrics and their values."""
-    first, whole, own = (len(CONDITIONS), *(CONDITIONS.index(name) for name in (WHOLE, SUBNETWORK)))
-    for metric, (values, counts) in sums.items():
-        lines: list[tuple[str, int | None, np.ndarray]] = [
-            *((name, None, values[number]) for number, name in enumerate(CONDITIONS)),
-            *((RANDOM, draw, drawn) for draw, drawn in enumerate(values[first:])),
-        ]
-        cells = [(name, draw, metric, line) for name, draw, line in lines]
-        cells += [
-            (name, draw, f"{metric}_change", line - values[whole])
-            for name, draw, line in lines
-            if name != WHOLE
-        ]
-        found = bootstrap_ratios(np.stack([line for *_, line in cells], axis=1), counts, **resampling)
-        for number, (name, draw, called, _) in enumerate(cells):
-            yield name, draw, called, found[number]
-        drawn = values[first:]
-        yield RANDOM, None, metric, mean_over_draws(drawn, counts)
-        yield RANDOM, None, f"{metric}_change", mean_over_draws(drawn - values[whole], counts)
-        # Of the subnetwork alone: the numbers by layer are its own.
-        yield SUBNETWORK, None, f"{metric}_over_random", mean_over_draws(values[own] - drawn, counts)
-
-
 def mask_table(
-    components: Sequence[Component], mask: Candidate, alone: Sums, resampling: Resampling
+    components: Sequence[Component], mask: Candidate, alone: MetricSums, resampling: Resampling
 ) -> pd.DataFrame:
     """A row for every component.
 
     Args:
-        components: All of them.
+        components: All components.
         mask: The learned mask.
-        alone: What is left when each is removed alone; the last one is of the whole LM.
+        alone: Metrics when each component is removed alone; the last mask is the whole LM's.
         resampling: How intervals are made.
     """
     table = pd.DataFrame(
@@ -165,197 +289,38 @@ def mask_table(
     return table
 
 
-def candidate_table(
-    candidates: Sequence[Candidate], chosen: int, objective: np.ndarray, error: np.ndarray
-) -> pd.DataFrame:
-    """A row for every mask that was tried, with its objective and standard error `[candidates]`."""
-    return pd.DataFrame(
-        {
-            "penalty": [candidate.penalty for candidate in candidates],
-            "removed": [int(candidate.removed.sum()) for candidate in candidates],
-            "objective": objective,
-            "error": error,
-            "chosen": np.arange(len(candidates)) == chosen,
-        }
-    ).astype({"penalty": "float64"})
-
-
-ALONE_WINDOWS = 128
-"""Windows on which every component is removed alone: one pass for each of them."""
-
-
-@dataclass(frozen=True)
-class SubnetworkResults:
-    """A learned subnetwork and what it is compared with.
-
-    Attributes:
-        table: One row for each condition, draw and metric, with its 95 % interval from resampling test
-            documents. Conditions: `whole`, nothing removed; `subnetwork`; `alone`, as many components, those
-            that are best removed alone; `random`, as many drawn in every layer, each draw and their mean,
-            which has no draw. Metrics: `first_loss`, `rest_loss` and `other_loss` (nats a token, of
-            sentences' first tokens, of their others, and of documents' first sentences), `kept_kl` (nats a
-            token, from the whole LM's next tokens but for sentences' first ones), and of the last layer's
-            probe `information` (KL from the prior of what it tells, in nats), `bits` over the prior, the
-            probability of the `true` action, and `accuracy`; `refitted_bits` and the like are those of a
-            probe that is fitted again without the components. `_change` is the difference from `whole`,
-            `_over_random` that from the mean of random draws; intervals of that mean are over draws and
-            documents. `removed` of so many `components` are removed, `shared` of them with the subnetwork.
-        mask: One row for each component: its `gate` (1 open), whether it is `removed`, and by how much
-            `information` and `kept_kl` change when it is removed alone (on documents to learn on).
-        candidates: One row for each penalty: components removed, the objective on validation documents and
-            its standard error, and which one was chosen; the one without penalty removes nothing.
-        folder: Where it was written.
-        notes: What to know of all rows together.
-    """
-
-    table: pd.DataFrame
-    mask: pd.DataFrame
-    candidates: pd.DataFrame
-    folder: Path
-    notes: list[str]
-
-
-def subnetwork(
-    run: Run | str | Path, settings: Mapping[str, Any] | None = None, *, quiet: bool = False
-) -> SubnetworkResults:
-    """Learns which components to remove; writes `subnetworks/<variant>/`, in place of what was there.
-
-    Masks are learned on the split "probe" and chosen on "validation"; what is told is of test documents.
-
-    Args:
-        run: The run or its folder; its probes are needed.
-        settings: Settings to replace, by dotted name, such as `subnetwork.keep`.
-        quiet: Show no progress.
-
-    Raises:
-        ProbekitError: The run has no probes that fit, or a setting does not fit the LM.
-    """
-    run = Run.at(run, settings)
-    run.require("lm")
-    chosen, progress = run.config.subnetwork, Progress(quiet=quiet)
-    if chosen.variant not in (known := ("none", *run.variants)):
-        raise ProbekitError(
-            f"subnetwork.variant is {chosen.variant!r}, which this run has not trained; it has "
-            f"{', '.join(known)}"
+def checks(table: pd.DataFrame, masks: np.ndarray) -> list[str]:
+    """Notes on what speaks against a subnetwork, from its table and masks."""
+    subnetwork, drawn = masks[CONDITIONS.index(SUBNETWORK)], masks[len(CONDITIONS) :]
+    if not subnetwork.any():
+        return ["no mask was better than to remove nothing, on validation documents"]
+    notes = []
+    forced = drawn.all(axis=0) & subnetwork
+    if 2 * forced.sum() >= subnetwork.sum():
+        notes.append(
+            f"{forced.sum()} of the {subnetwork.sum()} components are in every random draw too, because "
+            "their layers have few others: the comparison with random masks shows little"
         )
-    search = _Search(run, progress)
-    candidates, at, value, error = search.learned()
-    masks, alone = search.compared(candidates[at])
-    sums = search.tested(masks)
-    resampling: Resampling = {"resamples": run.config.evaluation.resamples, "seed": run.config.seed}
-    table = results_table(sums, masks, resampling)
-    mask = mask_table(search.masked.components.all, candidates[at], alone, resampling)
-    results = SubnetworkResults(
-        table.assign(variant=chosen.variant),
-        mask.assign(variant=chosen.variant),
-        candidate_table(candidates, at, value, error),
-        run.folder / "subnetworks" / chosen.variant,
-        cautions(table, masks),
+    rows = table[table.condition == SUBNETWORK].set_index("metric")
+    # Relative losses, since a probe that is fitted on few documents has less to lose.
+    lost, lost_again = (
+        rows.value[f"{name}_change"] / (rows.value[f"{name}_change"] - rows.value[name])
+        for name in ("bits", "refitted_bits")
     )
-    with atomic_folder(results.folder) as folder:
-        write_table(folder / "results.parquet", results.table)
-        write_table(folder / "mask.parquet", results.mask)
-        write_table(folder / "candidates.parquet", results.candidates)
-        write_json(folder / "settings.json", run.config.model_dump(mode="json") | {"notes": results.notes})
-    return results
-
-
-class _Search:
-    """The search for a subnetwork: what it is learned, chosen and measured on."""
-
-    def __init__(self, run: Run, progress: Progress) -> None:
-        self._run, self._progress, self._settings = run, progress, run.config.subnetwork
-        place, probe = last_probe(run, self._settings.variant)
-        # Probes that are fitted again are fitted as that one was.
-        self._probing = read_probe_record(run.folder).config.probe
-        self.masked = MaskedLM(run, self._settings.variant, place)
-        corpus, seed = run.corpus, run.config.seed
-        window, stride = window_and_stride(run)
-        documents = {
-            split: documents_of(corpus, split, self._settings.documents, seed)
-            for split in (FITTED_ON, CHOSEN_ON, TESTED_ON)
-        }
-        self._windows = {
-            split: cut_windows(corpus, numbers, window, stride) for split, numbers in documents.items()
-        }
-        sentences = corpus.sentences(documents[FITTED_ON])
-        # A document's first sentence is read nowhere.
-        next_ones = np.setdiff1d(sentences, corpus.document_sentences[documents[FITTED_ON]])
-        prior = prior_log_probabilities(corpus.actions[next_ones], corpus.k)
-        self._readout = Readout(
-            LinearProbe(probe.coef.to(run.device), probe.intercept.to(run.device)),
-            torch.from_numpy(prior).float().to(run.device),
+    if lost > 0 and lost_again < SMALL_LOSS * lost:
+        notes.append(
+            f"the probe loses {lost:.0%} of its bits, but one that is fitted again only {lost_again:.0%}: "
+            "much of the information is not gone, but moved"
         )
-        self.masked.measure_means(self._windows[FITTED_ON], run.config.evaluation.batch_size, progress)
-
-    def learned(self) -> tuple[list[Candidate], int, np.ndarray, np.ndarray]:
-        """All candidates, the number of the chosen one, and their objectives and standard errors."""
-        settings, windows = self._settings, self._windows[FITTED_ON]
-        candidates = [Candidate(None, np.ones(len(self.masked.components)))]
-        with self._progress.task(
-            f"{settings.variant}: learn masks", total=len(settings.penalties) * settings.steps
-        ) as task:
-            for penalty in settings.penalties:
-                candidates.append(
-                    learn(self.masked, windows, self._readout, settings, penalty, self._run.config.seed, task)
-                )
-        masks = np.stack([candidate.removed for candidate in candidates])
-        measured = self._measured("choose", self._windows[CHOSEN_ON], masks)
-        at = choose(candidates, measured, settings.keep)
-        value, off = objectives(measured, settings.keep)
-        return candidates, at, value, np.linalg.norm(off, axis=1)
-
-    def compared(self, mask: Candidate) -> tuple[np.ndarray, Sums]:
-        """All masks to measure, as `CONDITIONS` has them, and what is left without each component alone."""
-        settings, seed = self._settings, self._run.config.seed
-        windows, components = self._windows[FITTED_ON], self.masked.components.all
-        rows = np.random.default_rng(seed).permutation(len(windows))[:ALONE_WINDOWS]
-        each = np.concatenate([np.eye(len(components), dtype=bool), np.zeros((1, len(components)), bool)])
-        alone = self._measured("remove each alone", windows[np.sort(rows)], each)
-        best = first_alone(objectives(alone, settings.keep)[0][:-1], int(mask.removed.sum()))
-        nothing = np.zeros_like(best)
-        drawn = draw_alike(components, mask.removed, settings.draws, seed)
-        return np.stack([nothing, mask.removed, best, *drawn]), alone.sums
-
-    def tested(self, masks: np.ndarray) -> Sums:
-        """Every metric on the test documents."""
-        measured = self._measured("measure", self._windows[TESTED_ON], masks)
-        told = self._refitted(masks, measured.states)
-        true = torch.from_numpy(measured.actions)
-        counts, documents = measured.sums["bits"][1], len(measured.sums["bits"][1])
-        parts = [probe_values(one, true, self._readout.prior.cpu()) for one in told]
-        refitted_sums: Sums = {
-            f"refitted_{name}": (
-                np.stack([np.bincount(measured.document, part[name].double(), documents) for part in parts]),
-                counts,
-            )
-            for name in parts[0]
-        }
-        return measured.sums | refitted_sums
-
-    def _measured(self, what: str, windows: Windows, masks: np.ndarray) -> Measured:
-        with self._task(what, windows, masks) as task:
-            return measure(self.masked, windows, self._tensor(masks), self._readout, self._size, task)
-
-    def _refitted(self, masks: np.ndarray, asked: Tensor) -> Tensor:
-        """Log-probabilities of probes fitted without the components `[masks, sentences, actions]`."""
-        held: dict[str, tuple[Tensor, Tensor]] = {}
-        for split in (FITTED_ON, CHOSEN_ON):
-            with self._task(f"read the split {split!r}", self._windows[split], masks) as task:
-                tensor = self._tensor(masks)
-                held[split] = states_of(self.masked, self._windows[split], tensor, self._size, task)
-        with self._progress.task(f"{self._settings.variant}: fit probes again", total=len(masks)) as task:
-            told = refitted(self._probing, self._run.corpus.k, held[FITTED_ON], held[CHOSEN_ON], asked)
-            task.advance(len(masks))
-        return told
-
-    def _task(self, what: str, windows: Windows, masks: np.ndarray) -> AbstractContextManager[Task]:
-        passes = len(chunks(len(windows), self._size)) * len(masks)
-        return self._progress.task(f"{self._settings.variant}: {what}", total=passes)
-
-    @property
-    def _size(self) -> int:
-        return self._run.config.evaluation.batch_size
-
-    def _tensor(self, masks: np.ndarray) -> Tensor:
-        return torch.from_numpy(masks).float().to(self._run.device)
+    over = rows.value_high["refitted_bits_over_random"]
+    if np.isnan(over):
+        notes.append(
+            "the comparison with random masks has no interval, which needs two draws and two documents; "
+            f"subnetwork.draws is {len(drawn)}"
+        )
+    elif over >= 0:
+        notes.append(
+            "a probe that is fitted again does not lose more than with as many components removed at random "
+            "in the same layers"
+        )
+    return notes

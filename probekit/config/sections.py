@@ -517,7 +517,7 @@ class InterventionSettings(Settings):
     """Steps along the gradient (gradient)."""
     strengths: Several[float] = (1.0, 2.0, 4.0)
     """By how much directions are multiplied."""
-    scenes: Annotated[int, Field(ge=2)] = 300
+    boundaries: Annotated[int, Field(ge=2)] = 300
     """Test documents in which one sentence boundary each is changed."""
     samples: Annotated[int, Field(ge=0)] = 0
     """Of so many of them the next sentence is written anew, to see which action it has; this takes long."""

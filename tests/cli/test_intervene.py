@@ -9,7 +9,7 @@ from running import Capture, refused, told
 from probekit.cli import main
 from probekit.run.run import Run
 
-FAST = ["--intervene.layers", "0", "2", "--intervene.distances", "2", "1", "--intervene.scenes", "10"]
+FAST = ["--intervene.layers", "0", "2", "--intervene.distances", "2", "1", "--intervene.boundaries", "10"]
 FAST += ["--intervene.strengths", "2", "--evaluation.resamples", "100"]
 
 
@@ -31,7 +31,7 @@ def test_it_ends_with_every_layer_at_the_nearest_distance(probed_copy: Run, caps
     assert "Accuracy of a linear probe where actions were erased" in out
     fewest = table[table.distance == 1].documents.min()
     assert f"Only {fewest} test documents: intervals from resampling so few are too narrow" in out
-    assert "raise intervene.scenes" in out
+    assert "raise intervene.boundaries" in out
     assert f"All {len(table):,} rows: " in out
     assert "written anew" not in out
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from probekit.causal.components import MaskedLM, documents_of
-from probekit.data.windows import collate, cut_windows
+from probekit.causal.components import MaskedLM
+from probekit.data.windows import Windows, collate, cut_windows
 from probekit.errors import ProbekitError
 from probekit.models.conditioning import CONDITIONINGS, new_adapter
 from probekit.models.mixing import VARIANTS
@@ -18,18 +18,17 @@ from probekit.probing.targets import find_target
 from probekit.progress import Progress
 from probekit.run.run import Run
 
-LAST = ("hook_resid_post", 2)
 SIZE, WIDTH = 16, 32
-QUIET = Progress(quiet=True)
+"""Of a head, and of both together."""
 
 
-def windows_of(run: Run, split: str, count: int = 6, stride: int = 24) -> Any:
+def windows_of(run: Run, split: str, count: int = 6, stride: int = 24) -> Windows:
     return cut_windows(run.corpus, run.corpus.documents(split)[:count], 48, stride)
 
 
 def masked_lm(run: Run, variant: str, batch_size: int = 4) -> MaskedLM:
-    masked = MaskedLM(run, variant, LAST)
-    masked.measure_means(windows_of(run, "probe"), batch_size, QUIET)
+    masked = MaskedLM(run, variant)
+    masked.measure_means(windows_of(run, "probe"), batch_size, Progress(quiet=True))
     return masked
 
 
@@ -43,15 +42,10 @@ def soft(probed_run: Run) -> MaskedLM:
     return masked_lm(probed_run, "soft")
 
 
-def test_components_are_all_heads_and_what_the_adapter_adds_to_each(plain: MaskedLM, soft: MaskedLM):
-    heads = [f"head {layer}.{head}" for layer in range(3) for head in range(2)]
-    assert [str(component) for component in plain.components.all] == heads
-    # The adapter is in the last layer alone.
-    assert [str(component) for component in soft.components.all] == [*heads, "adapter 2.0", "adapter 2.1"]
-
-
 @pytest.mark.parametrize("variant", ["none", "soft"])
-def test_with_nothing_removed_it_is_the_lm_to_the_bit(variant: str, probed_run: Run, plain, soft):
+def test_with_nothing_removed_it_is_the_lm_to_the_bit(
+    variant: str, probed_run: Run, plain: MaskedLM, soft: MaskedLM
+):
     masked = plain if variant == "none" else soft
     windows = windows_of(probed_run, "test")
     scored = masked.scored(windows)
@@ -63,44 +57,41 @@ def test_with_nothing_removed_it_is_the_lm_to_the_bit(variant: str, probed_run: 
     assert torch.equal(states, masked.states(scored, masked.nothing))
 
 
-def test_positions_are_those_of_sentences(probed_run: Run, plain: MaskedLM):
+@pytest.mark.parametrize("stride", [24, 48])
+def test_positions_are_those_of_sentences(stride: int, probed_run: Run, plain: MaskedLM):
     corpus = probed_run.corpus
-    for stride in (24, 48):
-        windows = windows_of(probed_run, "test", stride=stride)
-        scored = plain.scored(windows)
-        kinds: dict[str, list[int]] = {"first": [], "rest": [], "other": []}
-        for name, found in kinds.items():
-            window, column = getattr(scored, name).nonzero(as_tuple=True)
-            found += (windows.start[window] + column.numpy() + 1).tolist()
-        begins, ends = corpus.document_sentences[:-1], corpus.document_sentences[1:]
-        expected: dict[str, list[int]] = {"first": [], "rest": [], "other": []}
-        for document in corpus.documents("test")[:6]:
-            sentences = range(begins[document], ends[document])
-            edges = [int(corpus.first_token[n]) for n in sentences] + [
-                int(corpus.document_tokens[document + 1])
-            ]
-            for number, (start, stop) in enumerate(itertools.pairwise(edges)):
-                expected["other" if number == 0 else "first"] += [start] if number else range(start, stop)
-                expected["rest"] += range(start + 1, stop) if number else []
-        assert {name: sorted(found) for name, found in kinds.items()} == expected
-        at = windows.start[scored.row] + scored.first.nonzero()[:, 1].numpy() + 1
-        sentence = np.searchsorted(corpus.first_token, at, side="right") - 1
-        np.testing.assert_array_equal(scored.actions, corpus.actions[sentence])
+    windows = windows_of(probed_run, "test", stride=stride)
+    scored = plain.scored(windows)
+    found = {}
+    for name in ("first", "rest", "other"):
+        window, column = getattr(scored, name).nonzero(as_tuple=True)
+        found[name] = sorted((windows.start[window] + column.numpy() + 1).tolist())
+    expected: dict[str, list[int]] = {"first": [], "rest": [], "other": []}
+    for document in corpus.documents("test")[:6]:
+        sentences = range(*corpus.document_sentences[document : document + 2])
+        edges = [*corpus.first_token[sentences].tolist(), int(corpus.document_tokens[document + 1])]
+        for number, (start, stop) in enumerate(itertools.pairwise(edges)):
+            expected["other" if number == 0 else "first"] += [start] if number else range(start, stop)
+            expected["rest"] += range(start + 1, stop) if number else []
+    assert found == {name: sorted(tokens) for name, tokens in expected.items()}
+    at = windows.start[scored.row] + scored.first.nonzero()[:, 1].numpy() + 1
+    sentence = np.searchsorted(corpus.first_token, at, side="right") - 1
+    np.testing.assert_array_equal(scored.actions, corpus.actions[sentence])
 
 
 def test_states_are_what_probes_are_fitted_on(probed_run: Run, plain: MaskedLM):
     settings = probed_run.config.probe.model_copy(update={"distances": (1,)})
     grid = make_grid(probed_run.corpus, settings, find_target(probed_run.corpus, "action"), 0)
     examples = grid.examples["test"]
-    (expected,) = Reader(probed_run, "none", [LAST], (1,)).read(examples)
+    (expected,) = Reader(probed_run, "none", [("hook_resid_post", 2)], (1,)).read(examples)
     every = len(probed_run.corpus.documents("test"))
     scored = plain.scored(windows_of(probed_run, "test", every))
     torch.testing.assert_close(plain.states(scored, plain.nothing), expected[0, 0], atol=1e-4, rtol=1e-4)
     np.testing.assert_array_equal(scored.actions, examples.labels[:, 0])
 
 
-def heads_by_hand(run: Run, windows: Any, change: Any) -> list[torch.Tensor]:
-    """Logits of each window, one at a time; `change(layer, z)` has all heads `[positions, width]`."""
+def heads_by_hand(run: Run, windows: Windows, change: Any) -> list[torch.Tensor]:
+    """Logits of each window, one at a time; `change(layer, z)` takes all heads `[positions, width]`."""
     model = run.plain_model().eval()
     found = []
     for start, length in zip(windows.start, windows.length, strict=True):
@@ -161,21 +152,19 @@ def test_every_window_may_have_a_mask_of_its_own(probed_run: Run, plain: MaskedL
 def test_without_the_adapters_parts_all_tokens_carry_the_mean_plan(probed_run: Run, soft: MaskedLM):
     """By hand on the bridge: what the adapter adds is replaced by its mean over tokens; heads stay."""
     mixing, model = VARIANTS["soft"].evaluation, probed_run.model("soft")
-    projection = model.adapter.projections[0]
-    total, count = torch.zeros(WIDTH).double(), 0
-    for batch in (collate(probed_run.corpus, windows_of(probed_run, "probe")),):
+
+    def carried(batch: Any) -> torch.Tensor:
         with torch.no_grad():
             plans = mixing(model.scores(batch), batch.actions, model.adapter.codebook, model.temperature)
-        carried = (plans @ projection)[batch.sentence][batch.targets != -100].double()
-        total, count = total + carried.sum(0), count + len(carried)
+            return (plans @ model.adapter.projections[0])[batch.sentence]
+
+    fitted_on = collate(probed_run.corpus, windows_of(probed_run, "probe"))
+    mean = carried(fitted_on)[fitted_on.targets != -100].double().mean(0).float()
     windows = windows_of(probed_run, "test", 3)
     batch = collate(probed_run.corpus, windows)
-    mean = (total / count).float()
 
     def add(activation: torch.Tensor, hook: Any) -> torch.Tensor:
-        with torch.no_grad():
-            plans = mixing(model.scores(batch), batch.actions, model.adapter.codebook, model.temperature)
-        own = (plans @ projection)[batch.sentence]
+        own = carried(batch)
         own[..., SIZE:] = mean[SIZE:]
         return activation + own.view_as(activation)
 
@@ -190,8 +179,8 @@ def test_without_the_adapters_parts_all_tokens_carry_the_mean_plan(probed_run: R
 
 def test_batches_change_no_mean(probed_run: Run, plain: MaskedLM):
     other = masked_lm(probed_run, "none", batch_size=7)
-    for name, mean in plain.means.own.items():
-        torch.testing.assert_close(other.means.own[name], mean)
+    for name, (mean, _) in plain.means.items():
+        torch.testing.assert_close(other.means[name][0], mean)
 
 
 @pytest.mark.parametrize("location", ["hook_resid_post", "attn.hook_z"])
@@ -206,17 +195,20 @@ def test_every_kind_of_conditioning_has_its_parts(
     monkeypatch.setattr(Run, "model", lambda self, name: model)
     if kind == "token":
         with pytest.raises(ProbekitError, match=r"conditioning\.kind is 'token'.*subnetwork\.variant none"):
-            MaskedLM(run, "soft", LAST)
+            MaskedLM(run, "soft")
         return
     masked = masked_lm(run, "soft")
-    parts = [str(c) for c in masked.components.all if c.kind == "adapter"]
-    expected = {
+    # All heads, and the adapter's parts in the last layer, where it is.
+    parts = {
         ("embedding", location): ["adapter"],
         ("adapter", "hook_resid_post"): ["adapter 2"],
         ("adapter", "attn.hook_z"): ["adapter 2.0", "adapter 2.1"],
-    }
-    assert parts == expected[kind, location]
-    # All parts removed, plans no longer matter: other ones give the same logits.
+    }[kind, location]
+    names = [str(component) for component in masked.components.all]
+    assert sorted(names) == sorted(
+        [f"head {layer}.{head}" for layer in range(3) for head in range(2)] + parts
+    )
+    # Without all parts, plans no longer matter: other ones give the same logits.
     removed = torch.tensor([[float(c.kind == "adapter") for c in masked.components.all]])
     windows = windows_of(run, "test", 2)
     with torch.no_grad():
@@ -227,12 +219,3 @@ def test_every_kind_of_conditioning_has_its_parts(
     assert not torch.allclose(whole, logits, atol=1e-5)
     torch.testing.assert_close(other, logits, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(other_states, states, atol=1e-4, rtol=1e-4)
-
-
-def test_documents_are_some_of_the_splits(probed_run: Run):
-    corpus = probed_run.corpus
-    found = documents_of(corpus, "test", 5, 0)
-    assert len(found) == 5
-    assert (np.diff(found) > 0).all()
-    assert np.isin(found, corpus.documents("test")).all()
-    np.testing.assert_array_equal(documents_of(corpus, "test", 10**6, 0), corpus.documents("test"))

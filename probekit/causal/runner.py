@@ -1,0 +1,130 @@
+"""What interventions and subnetworks share: the LM run with hooks, the final-layer probe, result files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from torch import Tensor
+
+from probekit.config import VariantName
+from probekit.data.windows import Batch, Windows, collate
+from probekit.distributed import autocast
+from probekit.errors import ProbekitError
+from probekit.io import atomic_folder, write_json, write_table
+from probekit.models.conditioning import Conditioned
+from probekit.models.language_model import Hook, hook_name
+from probekit.models.mixing import evaluation_mixing
+from probekit.probing.activations import HookPoint
+from probekit.probing.results import Cell, LinearProbe, SavedProbes, read_probe_record
+from probekit.run.run import Run
+from probekit.statistics import Interval
+
+FINAL_LOCATION = "hook_resid_post"
+"""The location that the final-layer probe reads."""
+
+MetricSums = dict[str, tuple[np.ndarray, np.ndarray]]
+"""By metric, its sums `[..., documents]` and the number of tokens or sentences in them `[documents]`."""
+
+
+def open_run(
+    run: Run | str | Path, settings: Mapping[str, Any] | None, section: Literal["intervene", "subnetwork"]
+) -> Run:
+    """Opens a run with replaced settings.
+
+    Raises:
+        ProbekitError: The run has no LM, or the section names a variant that it has not trained.
+    """
+    run = Run.at(run, settings)
+    run.require("lm")
+    variant, known = getattr(run.config, section).variant, ("none", *run.variants)
+    if variant not in known:
+        raise ProbekitError(
+            f"{section}.variant is {variant!r}, which this run has not trained; it has {', '.join(known)}"
+        )
+    return run
+
+
+def final_layer_probe(run: Run, variant: VariantName) -> tuple[HookPoint, LinearProbe]:
+    """The saved probe of the next action in the final layer, right before a sentence, and where it reads.
+
+    Raises:
+        ProbekitError: The run has no such probe, or its probes have another target.
+    """
+    folder, point = run.folder / "probes", (FINAL_LOCATION, run.base_lm().layers - 1)
+    saved = SavedProbes(folder, variant, run.config.seed)
+    probed = read_probe_record(run.folder).config.probe
+    if (probed.target, probed.labels, probed.anchors) != ("action", None, "sentence"):
+        raise ProbekitError(
+            f"{folder} holds probes of {probed.target!r} before every {probed.anchors}, but causal tests "
+            "need those of the next sentence's action; run "
+            f"`probekit probe {run.folder} --probe.variants {variant}`"
+        )
+    probe = saved[Cell(*point, 1)]
+    return point, LinearProbe(probe.coef.to(run.device), probe.intercept.to(run.device))
+
+
+class VariantLM:
+    """A variant of a run's LM, run with hooks, and the final-layer probe of the next sentence's action.
+
+    Subclasses call `use_hooks` before the first forward pass.
+
+    Args:
+        run: The run; it needs probes of the variant.
+        variant: `none`, or a trained variant, conditioned as in evaluation.
+
+    Raises:
+        ProbekitError: The run has no such probe.
+    """
+
+    def __init__(self, run: Run, variant: VariantName) -> None:
+        self.run, self.variant, self.device = run, variant, run.device
+        self.model, self.mixing = run.model(variant), evaluation_mixing(variant)
+        self.corpus = run.corpus_of(variant)
+        point, self.probe = final_layer_probe(run, variant)
+        self.probe_hook = hook_name(*point)
+
+    def use_hooks(self, names: Sequence[str]) -> None:
+        """Prepares forward passes with hooks of these full TransformerLens names."""
+        every = dict.fromkeys([*names, *self.model.names, self.probe_hook])
+        self._backend = self.run.forward_pass([*every], self.variant)
+
+    def read(self, windows: Windows) -> Batch:
+        """Windows of the corpus as the variant reads them."""
+        return collate(self.corpus, windows).to(self.device)
+
+    def logits(self, read: Conditioned, hooks: Sequence[Hook]) -> Tensor:
+        """Next-token logits `[windows, positions, vocabulary]` of a forward pass with hooks."""
+        with self._autocast():
+            logits = self._backend.logits(read.tokens, hooks, read.positions)
+        return logits if read.slots is None else read.slots.predictions(logits)
+
+    def run_hooks(self, read: Conditioned, hooks: Sequence[Hook], readers: int) -> None:
+        """Runs a forward pass up to the last of the `readers` hooks that change nothing; makes no logits."""
+        with self._autocast():
+            self._backend(read.tokens, hooks, readers, read.positions)
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        return autocast(self.device, self.run.config.training.precision)
+
+
+def interval_columns(interval: Interval) -> dict[str, float]:
+    """A metric's value and interval under the names of the results' columns."""
+    return {
+        "value": interval.value,
+        "value_low": interval.low,
+        "value_high": interval.high,
+        "documents": interval.documents,
+    }
+
+
+def write_results(folder: Path, tables: Mapping[str, pd.DataFrame], run: Run, notes: list[str]) -> None:
+    """Writes tables, and the settings and notes that they come with, in place of an earlier folder."""
+    with atomic_folder(folder) as made:
+        for name, table in tables.items():
+            write_table(made / f"{name}.parquet", table)
+        write_json(made / "settings.json", run.config.model_dump(mode="json") | {"notes": notes})

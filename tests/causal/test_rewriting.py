@@ -1,0 +1,111 @@
+"""Newly written sentences: how tokens are drawn, where sentences end, and which action they have."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from probekit.causal.boundaries import Edit, EditedLM, draw_boundaries
+from probekit.causal.rewriting import MAX_TOKENS, SentenceWriter
+from probekit.data.sentences import complete_spans
+from probekit.models.conditioning import CONDITIONINGS, new_adapter
+from probekit.models.replanning import decoded
+from probekit.run.run import Run
+
+WINDOW = 48
+PLACE = ("hook_resid_post", 0)
+
+
+def edited_lm(run: Run, variant: str, count: int = 8) -> EditedLM:
+    boundaries = draw_boundaries(run.corpus, run.corpus.documents("test"), count, WINDOW, 3, 0)
+    return EditedLM(run, variant, boundaries, [PLACE])
+
+
+@pytest.fixture(scope="module")
+def written(probed_run: Run) -> tuple[EditedLM, SentenceWriter, list[np.ndarray]]:
+    lm = edited_lm(probed_run, "none")
+    writer = SentenceWriter(lm, 8, WINDOW)
+    return lm, writer, writer.write(np.arange(8), None)
+
+
+@pytest.mark.parametrize("edited", [False, True])
+def test_tokens_depend_on_the_boundarys_number_and_edits_keep_their_place(
+    edited: bool, probed_run: Run, written
+):
+    lm, writer, texts = written
+    added = 3 * torch.randn(32, generator=torch.Generator().manual_seed(0))
+    if edited:
+        plain, texts = texts, writer.write(np.arange(8), Edit(PLACE, (1, 3), lambda x, n, d: x + added / d))
+        assert not all(np.array_equal(a, b) for a, b in zip(plain, texts, strict=True))
+    model, boundaries, corpus = probed_run.plain_model().eval(), lm.boundaries, probed_run.corpus
+    special = torch.tensor(corpus.tokenizer.all_special_ids)
+    for n, text in enumerate(texts):
+        uniforms = np.random.default_rng([0, n]).random(MAX_TOKENS)
+        start = boundaries.windows.start[n]
+        tokens = corpus.tokens[start : corpus.first_token[boundaries.sentence[n]]].astype(np.int64).tolist()
+        boundary = len(tokens)
+
+        def change(module: Any, inputs: Any, output: Any, boundary: int = boundary) -> Any:
+            hidden = (output[0] if isinstance(output, tuple) else output).clone()
+            for distance in (1, 3):
+                hidden[0, boundary - distance] += added / distance
+            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+        handle = model.transformer.h[0].register_forward_hook(change) if edited else None
+        for step, token in enumerate(text):
+            with torch.no_grad():
+                logits = model(torch.tensor([tokens])).logits[0, -1].double()
+            logits[special] = -torch.inf
+            reached = logits.softmax(-1).cumsum(-1)
+            assert token == int((reached > uniforms[step] * reached[-1]).to(torch.int8).argmax())
+            tokens.append(int(token))
+        if handle:
+            handle.remove()
+
+
+def test_texts_end_with_the_sentence(probed_run: Run, written):
+    _, writer, texts = written
+    assert any(len(text) < writer.max_tokens for text in texts)
+    for n, text in enumerate(texts):
+        context = writer.context(n)
+
+        def finished(tokens: np.ndarray, context: np.ndarray = context) -> int:
+            """Sentences that are complete with the tokens, less those that are without."""
+            texts = (decoded(probed_run.corpus.tokenizer, part) for part in ([*context, *tokens], context))
+            whole, before = (len(complete_spans(text)) for text in texts)
+            return whole - before
+
+        assert finished(text) == 1 or len(text) == writer.max_tokens
+        assert all(finished(text[:length]) <= 0 for length in range(1, len(text)))
+
+
+def test_actions_are_the_nearest_centroids(probed_run: Run, written):
+    _, writer, texts = written
+    corpus = probed_run.corpus
+    found = writer.actions()
+    whole = [n for n, text in enumerate(texts) if len(text) < writer.max_tokens]
+    sentences = [decoded(corpus.tokenizer, texts[n]).strip() for n in whole]
+    expected = corpus.codebook.nearest(probed_run.encoder().encode(sentences))
+    np.testing.assert_array_equal(found[whole], expected)
+
+
+@pytest.mark.parametrize("kind", sorted(CONDITIONINGS))
+def test_every_kind_of_conditioning_reads_a_growing_text_as_the_true_one(kind: str, probed_run: Run):
+    lm = edited_lm(probed_run, "soft", 4)
+    if kind != probed_run.config.conditioning.kind:
+        run = probed_run.with_settings({"conditioning.kind": kind})
+        centroids = torch.from_numpy(run.corpus.codebook.centroids)
+        adapter = new_adapter(run.config.conditioning, centroids, run.base_lm(), 0)
+        lm.model.adapter = adapter.requires_grad_(False)
+        lm.use_hooks([])
+    boundaries, rows = lm.boundaries, np.arange(4)
+    true = lm.read(boundaries.windows[rows])
+    growing = SentenceWriter(lm, 4, WINDOW).growing_batch(rows)
+    for n in rows:
+        own = slice(boundaries.column[n] + 1, boundaries.last[n] + 1)
+        growing.tokens[n, own] = true.tokens[n, own]
+    whole, grown = (lm.predict(batch, rows, None)[0] for batch in (true, growing))
+    for n in rows:
+        own = slice(boundaries.column[n], boundaries.last[n] + 1)
+        torch.testing.assert_close(grown[n, own], whole[n, own], atol=1e-4, rtol=1e-4)
