@@ -291,7 +291,7 @@ def stages_table(stages: Mapping[str, Mapping[str, Any]]) -> Table:
     table = pd.DataFrame(rows, columns=["stage", *names], dtype=object)
     table["seconds"] = table.seconds.astype(float)
     caption = (
-        f"Finished stages, {table.seconds.sum():,.0f} seconds in all; parameters are those that were trained"
+        f"Training stages, {table.seconds.sum():,.0f} seconds in all; parameters are those that were trained"
     )
     known = [name for name in names if table[name].notna().any() or name == "seconds"]
     return display(caption, table, ["stage", *known])

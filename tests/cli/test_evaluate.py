@@ -1,9 +1,9 @@
 """`probekit evaluate` as it is typed: what it writes is what it prints."""
 
 import json
-import re
 from pathlib import Path
 
+from read_tables import rows_of, shows
 from running import Capture, refused, told
 
 from probekit.io import read_json
@@ -18,7 +18,9 @@ def test_evaluating_writes_and_prints_the_same_numbers(capsys: Capture, copy: Pa
         "none", "fixed", "oracle", "oracle", "predicted", "soft", "joint",
     ]  # fmt: skip
     for row in written["perplexity"]:
-        assert re.search(rf"{row['variant']} +│ +{row['actions']} +│ +{row['perplexity']:.3f} ", out)
+        words = [row["variant"], row["actions"]]
+        (cell,) = [cells[2] for cells in rows_of(out) if cells[:2] == words and len(cells) == 4]
+        assert shows(cell, (row["perplexity"], row["perplexity_low"], row["perplexity_high"]))
     assert Run.open(copy).config.evaluation.resamples == 200, "a setting of one evaluation is not the run's"
 
 

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from read_tables import rows_of, shows
 from running import Capture, refused, told
 
 from probekit.cli import main
@@ -18,16 +19,17 @@ def test_it_ends_with_every_layer_at_the_nearest_distance(probed_copy: Run, caps
     table = probed_copy.interventions()
     assert sorted(table.distance.unique()) == [1, 2]
     for kind in ("erase", "steer", "patch"):
-        assert f"{kind}, distance 1: changes of losses in nats a token" in out
+        assert f"{kind}: changes of losses in nats a token" in out
     for condition in ("erase", "random subspace", "same action", "wrong action × 2", "random (true) × 2"):
         assert len(re.findall(rf"resid post [02]\*? +│ {re.escape(condition)} ", out)) >= 2, condition
     rows = table[(table.distance == 1) & (table.condition == "patch") & (table.layer == 2)]
     values = rows.set_index("metric")
     for metric in ("next_loss", "next_loss_over_random", "other_loss", "readout_true"):
         row = values.loc[metric]
-        assert f"{row.value:.3f} [{row.value_low:.3f}, {row.value_high:.3f}]" in out
+        bounds = (row.value, row.value_low, row.value_high)
+        assert any(shows(cell, bounds) for cells in rows_of(out) for cell in cells)
     assert "resid post 2*" in out
-    assert "* the probe reads what was changed itself: no effect of it" in out
+    assert "* the edit changes the activation that the probe reads" in out
     assert "Accuracy of a linear probe where actions were erased" in out
     fewest = table[table.distance == 1].documents.min()
     assert f"Only {fewest} test documents: intervals from resampling so few are too narrow" in out
@@ -41,9 +43,9 @@ def test_plans_of_a_conditioned_variant(probed_copy: Run, capsys: Capture):
     assert main(["intervene", str(probed_copy.folder), *FAST, *words]) == 0
     out, err = capsys.readouterr()
     assert "intervene: done" in err
-    assert "codebook, distance 1" in out
+    assert "codebook: changes of losses" in out
     assert "Share of sentences written anew that have the action aimed at" in out
-    assert "+ the adapter had told the LM" in out
+    assert "+ the adapter has already given the LM" in out
     assert set(probed_copy.interventions().location) == {"plan"}
 
 

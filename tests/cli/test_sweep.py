@@ -1,10 +1,10 @@
 """`probekit sweep` as it is typed: what is swept over, what is told of it."""
 
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from read_tables import rows_of, shows
 from running import Capture, refused, told
 
 from probekit.cli import _parse_sweep, _swept
@@ -26,8 +26,9 @@ def test_sweeping_trains_prints_and_goes_on(capsys: Capture, tmp_path: Path, tin
         (fraction, variant) for fraction in (0.0, 0.5, 1.0) for variant in ("none", "mixed")
     }
     for row in means.itertuples():
-        shown = f"{row.value:.3f} [{row.value_low:.3f}, {row.value_high:.3f}]"
-        assert re.search(rf"{row.member} +│ +{row.variant} +│ +{row.actions} +│ +{re.escape(shown)}", text)
+        named = [row.member, row.variant, row.actions]
+        (cell,) = [cells[3] for cells in rows_of(text) if cells[:3] == named]
+        assert shows(cell, (row.value, row.value_low, row.value_high))
     assert "Not finished" not in text
     assert "results.parquet" in text
     # Every other command works on a member.

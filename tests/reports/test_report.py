@@ -160,7 +160,7 @@ def test_what_the_run_is(full: Run, written: tuple[Page, Page]):
     assert facts["vocabulary"] == f"{corpus['vocabulary']:,}"
     whole = page.tables["Corpus by split"][-1]
     assert whole == ["all", "160", f"{corpus['sentences']:,}", f"{corpus['tokens']:,}"]
-    stages = next(rows for name, rows in page.tables.items() if name.startswith("Finished stages"))
+    stages = next(rows for name, rows in page.tables.items() if name.startswith("Training stages"))
     assert [row[0] for row in stages[1:]] == [*read_json(full.folder / "run.json")["stages"]]
     losses = next(rows for name, rows in page.tables.items() if name.startswith("Losses"))
     metrics = full.metrics()
