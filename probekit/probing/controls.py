@@ -1,8 +1,12 @@
-"""Prequential code length of probes: in how few bits labels are told to someone who has the activations.
+"""Controls for what accuracy alone does not show: a control task, and the code length of the labels.
 
-The online code of Voita and Titov (2020, arXiv 2003.12298, section 3.2.2). Labels are sent block by block,
-the first with the uniform code, log2(classes) bits a label, each other one with a probe fitted on all blocks
-before it. A probe that needs many examples to read a label pays for them, which accuracy does not show.
+Control task (Hewitt and Liang 2019, arXiv 1909.03368): random labels that are tied to tokens, so that a probe
+can only predict them by memorising tokens. Selectivity is the accuracy less that on the control task.
+
+Online code length (Voita and Titov 2020, arXiv 2003.12298, section 3.2.2): the bits per label that it takes
+to transmit the labels to someone who has the activations. Labels are sent block by block, the first with the
+uniform code, log2(classes) bits a label, each other one with a probe fitted on all blocks before it. A probe
+that needs many examples to predict a label pays for them.
 
 The penalty is a Gaussian prior of the weights. Its precision, l2 times the number of examples, is the same on
 every prefix: with l2 itself the same, codes were 0.01 to 0.9 bits longer, some longer than the uniform one.
@@ -12,10 +16,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -25,11 +28,15 @@ from torch import Tensor
 from probekit.data.corpus import Corpus
 from probekit.errors import ProbekitError
 from probekit.evaluation.action_metrics import prior_log_probabilities
-from probekit.probing.solvers.base import labels, losses
+from probekit.probing.solvers.base import expand_labels, losses
 from probekit.probing.solvers.softmax import SoftmaxProbes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+SHARES = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.0625, 0.125, 0.25, 0.5, 1.0)
+"""Where blocks end, as shares of the examples: those of the paper."""
 
 
 def control_labels(corpus: Corpus, positions: np.ndarray, prior: ArrayLike, seed: int) -> NDArray[np.int64]:
@@ -39,42 +46,28 @@ def control_labels(corpus: Corpus, positions: np.ndarray, prior: ArrayLike, seed
     A token's label depends on the token, the prior and the seed, not on which positions are asked for.
 
     Args:
-        corpus: The corpus, whose tokens may be memory-mapped.
+        corpus: The corpus.
         positions: Where activations are read, in `corpus.tokens` `[rows]`.
-        prior: Probability of each class, as the target has them `[classes]`.
+        prior: Probability of each class of the target `[classes]`.
         seed: Seed of the draws.
 
     Returns:
         Labels `[rows]`. Where the document holds no letter or digit up to the position, the label is that of
         the position's own token.
-
-    Raises:
-        ProbekitError: The prior is no distribution.
     """
-    p = np.asarray(prior, np.float64)
-    if not (p.ndim == 1 and (p >= 0).all() and np.isclose(p.sum(), 1.0)):
-        raise ProbekitError(
-            f"the control task's prior sums to {p.sum():g}: it must hold the probability of each class"
-        )
     word_like = word_like_tokens(corpus.tokenizer)
-    points = np.random.default_rng(seed).random(len(word_like))
-    label = np.searchsorted(np.cumsum(p)[:-1], points, side="right")
-    return label[corpus.tokens[_last_word_like(corpus, np.asarray(positions, np.int64), word_like)]]
-
-
-def _last_word_like(
-    corpus: Corpus, positions: NDArray[np.int64], word_like: NDArray[np.bool_]
-) -> NDArray[np.int64]:
-    """The last position with a word-like token at or before each, or the position itself `[rows]`."""
+    positions = np.asarray(positions, np.int64)
     first = corpus.document_tokens[np.searchsorted(corpus.document_tokens, positions, side="right") - 1]
-    found, place = positions.copy(), positions.copy()
+    found, current = positions.copy(), positions.copy()
     searching = np.arange(len(positions))
     while len(searching):
-        hit = word_like[corpus.tokens[place[searching]]]
-        found[searching[hit]] = place[searching[hit]]
-        place[searching] -= 1
-        searching = searching[~hit & (place[searching] >= first[searching])]
-    return found
+        hit = word_like[corpus.tokens[current[searching]]]
+        found[searching[hit]] = current[searching[hit]]
+        current[searching] -= 1
+        searching = searching[~hit & (current[searching] >= first[searching])]
+    points = np.random.default_rng(seed).random(len(word_like))
+    label = np.searchsorted(np.cumsum(np.asarray(prior, np.float64))[:-1], points, side="right")
+    return label[corpus.tokens[found]]
 
 
 @lru_cache(maxsize=4)
@@ -87,18 +80,8 @@ def word_like_tokens(tokenizer: PreTrainedTokenizerBase) -> NDArray[np.bool_]:
     return word_like
 
 
-SHARES = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.0625, 0.125, 0.25, 0.5, 1.0)
-"""Where blocks end, as shares of the examples: those of the paper."""
-
-
-@dataclass(frozen=True)
-class CodeLength:
-    """Code lengths of a batch of probes, in bits.
-
-    Attributes:
-        blocks: Per example of each block, [probes, blocks].
-        total: Per example of all blocks, [probes].
-    """
+class CodeLength(NamedTuple):
+    """Code lengths of a batch of probes in bits per example: by block `[probes, blocks]`, and `[probes]`."""
 
     blocks: Tensor
     total: Tensor
@@ -108,14 +91,12 @@ def block_ends(documents: np.ndarray, shares: Sequence[float] = SHARES) -> list[
     """Numbers of examples after which a block ends: the first end of a document at or after each share.
 
     Args:
-        documents: Document of each example, in the order in which they are sent, [examples].
-        shares: Of the examples, increasing, the last of them 1.
+        documents: Document of each example, in the order in which labels are sent `[examples]`.
+        shares: Shares of the examples, increasing to 1.
 
     Raises:
-        ProbekitError: Shares do not increase to 1, or the examples of a document are not together.
+        ProbekitError: The examples of a document are not together.
     """
-    if not all(0 < a < b for a, b in pairwise(shares)) or shares[-1] != 1:
-        raise ProbekitError(f"shares are {list(shares)}; they must increase from above 0 to 1")
     ends = np.append(np.flatnonzero(np.diff(documents)) + 1, len(documents))
     if len(ends) != len(np.unique(documents)):
         raise ProbekitError(f"{len(np.unique(documents))} documents come in {len(ends)} pieces: sort them")
@@ -124,10 +105,10 @@ def block_ends(documents: np.ndarray, shares: Sequence[float] = SHARES) -> list[
 
 
 def prior_code(labels: np.ndarray, classes: int, ends: Sequence[int]) -> float:
-    """The same code of a reader without activations, who counts labels, in bits per example.
+    """The code length in bits per example without activations: each block is sent with the shares before it.
 
     Args:
-        labels: Classes in the order in which they are sent, [examples].
+        labels: Classes in the order in which they are sent `[examples]`.
         classes: Number of classes.
         ends: See `prequential_code`.
     """
@@ -146,7 +127,7 @@ def prequential_code(
     max_iterations: int = 200,
     tolerance: float = 1e-4,
 ) -> CodeLength:
-    """Code length of the labels by softmax probes.
+    """Code length of the labels with softmax probes.
 
     Args:
         X: Activations in the order in which labels are sent, [probes, examples, width].
@@ -158,9 +139,9 @@ def prequential_code(
         tolerance: As in `SoftmaxProbes`.
 
     Raises:
-        ProbekitError: The ends do not increase to the number of examples, or as `SoftmaxProbes.fit_at`.
+        ProbekitError: The ends do not increase to the number of examples.
     """
-    y = labels(X, y, classes)
+    y = expand_labels(X, y, classes)
     examples = X.shape[1]
     if not all(0 < a < b for a, b in pairwise(ends)) or list(ends)[-1:] != [examples]:
         raise ProbekitError(f"block ends are {list(ends)}; they must increase to the {examples} examples")

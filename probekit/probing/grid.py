@@ -1,13 +1,13 @@
-"""The probe grid: which documents, anchors, distances and horizons, shared by every reader that is compared.
+"""The probe grid: the examples that all of its cells share.
 
-All cells use the same anchors, those that every distance and horizon can use, so that a difference between
-two cells is never one of their examples. Distances and horizons that too few anchors can use are empty.
+These are the anchors that every distance and horizon can use, so that cells never differ by their examples.
+Distances and horizons that too few anchors can use are empty.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -23,10 +23,10 @@ MINIMUM_EXAMPLES = 20
 """A cell with fewer examples in any of its splits stays empty."""
 
 LEAST_SHARED = 0.1
-"""And so does one that would leave less than this share of the nearest cell's anchors to all."""
+"""So does one that would leave less than this share of the nearest cell's anchors to all."""
 
 LEAST_DOCUMENTS = 20
-"""Examples are drawn from no fewer documents than these, if there are so many."""
+"""Examples are drawn from this many documents at least, if there are so many."""
 
 FEW_SHARED = 0.5
 """Below this share of the anchors that some cell can use, a note says what the farthest distance costs."""
@@ -34,15 +34,15 @@ FEW_SHARED = 0.5
 
 @dataclass(frozen=True)
 class Grid:
-    """What a grid is measured on.
+    """The examples of a grid.
 
     Attributes:
-        target: What is read.
+        target: What is predicted.
         distances: Distances that are not empty.
         horizons: Horizons that are not empty.
         examples: For every split its examples, with labels of these horizons.
-        empty: Test examples of every distance and horizon that is empty.
-        notes: Lines to tell the user.
+        empty: Number of test examples of every distance and horizon that is empty.
+        notes: Lines to show the user.
     """
 
     target: Target
@@ -52,102 +52,85 @@ class Grid:
     empty: Mapping[tuple[int, int], int]
     notes: tuple[str, ...]
 
-    def positions(self, split: str, distance: int) -> np.ndarray:
-        """Where probes read at a distance, in `corpus.tokens` `[examples]`."""
-        return self.examples[split].anchor - distance
-
     def labels(self, split: str, horizon: int) -> np.ndarray:
         """Labels at a horizon `[examples]`."""
         return self.examples[split].labels[:, self.horizons.index(horizon)]
 
 
 def make_grid(corpus: Corpus, settings: ProbeSettings, target: Target, seed: int) -> Grid:
-    """Draws the documents, and finds the anchors that all cells share.
+    """Draws documents, and finds the anchors that all cells share.
 
     Args:
         corpus: The corpus.
-        settings: Distances, horizons, anchors and the most examples.
-        target: What is read.
-        seed: Of the draw of documents to fit on and to choose on; all test documents are used.
+        settings: Distances, horizons, anchors and the largest number of examples.
+        target: What is predicted.
+        seed: Seed of the draw of documents to fit on and to choose on; all test documents are used.
 
     Raises:
         ProbekitError: A split has no documents, or no cell has enough examples.
     """
-    documents = {
-        FITTED_ON: _drawn(corpus, FITTED_ON, settings, seed),
-        CHOSEN_ON: _drawn(corpus, CHOSEN_ON, settings, seed),
-        TESTED_ON: _documents(corpus, TESTED_ON),
-    }
-    every = {
-        split: find_examples(corpus, numbers, target, settings.horizons, settings.anchors)
-        for split, numbers in documents.items()
-    }
-    usable = {split: _usable(corpus, settings, examples) for split, examples in every.items()}
-    cells = [(d, h) for d in range(len(settings.distances)) for h in range(len(settings.horizons))]
-    alive_d, alive_h, shared = _shared(usable, settings)
-    kept = {(d, h) for d in alive_d for h in alive_h}
-    if not kept:
-        raise ProbekitError(
-            f"no distance and horizon has {MINIMUM_EXAMPLES} examples in each of the splits "
-            f"{', '.join(documents)}; lower probe.distances or probe.horizons, raise probe.max_examples, or "
-            "give more documents"
-        )
-    shared |= {split: _thinned(shared[split], settings.max_examples) for split in (FITTED_ON, CHOSEN_ON)}
-    examples = {split: _selected(every[split], rows, sorted(alive_h)) for split, rows in shared.items()}
-    empty = {
-        (settings.distances[d], settings.horizons[h]): int(usable[TESTED_ON][:, d, h].sum())
-        for d, h in cells
-        if (d, h) not in kept
-    }
-    distances = tuple(settings.distances[d] for d in sorted(alive_d))
-    horizons = tuple(settings.horizons[h] for h in sorted(alive_h))
-    shared_note = _shared_note(usable, shared, distances, horizons)
-    notes = (*_empty_note(empty), *shared_note, *_rare_note(examples, target))
-    return Grid(target, distances, horizons, examples, empty, notes)
+    every: dict[str, Examples] = {}
+    usable: dict[str, np.ndarray] = {}
+    for split in (FITTED_ON, CHOSEN_ON, TESTED_ON):
+        documents = corpus.documents(split)
+        if not len(documents):
+            raise ProbekitError(
+                f"the corpus keeps no documents in the split {split!r}; build it with a "
+                f"corpus.{split}_fraction above 0"
+            )
+        if split != TESTED_ON:
+            documents = _drawn(corpus, documents, settings, seed)
+        every[split] = find_examples(corpus, documents, target, settings.horizons, settings.anchors)
+        near = [reached(corpus, every[split], distance) for distance in settings.distances]
+        labelled = every[split].labels != NO_LABEL
+        usable[split] = np.stack(near, axis=1)[:, :, None] & labelled[:, None, :]
+
+    d_kept, h_kept = _filled(usable, settings)
+    examples = {}
+    for split, whole in every.items():
+        rows = np.flatnonzero(usable[split][:, d_kept][:, :, h_kept].all((1, 2)))
+        if split != TESTED_ON:  # of a few long documents every n-th example
+            rows = rows[:: max(1, -(-len(rows) // settings.max_examples))]
+        kept = whole[rows]
+        examples[split] = Examples(kept.document, kept.anchor, kept.sentence, kept.labels[:, h_kept])
+    grid = Grid(
+        target,
+        tuple(settings.distances[d] for d in d_kept),
+        tuple(settings.horizons[h] for h in h_kept),
+        examples,
+        empty={
+            (distance, horizon): int(usable[TESTED_ON][:, d, h].sum())
+            for d, distance in enumerate(settings.distances)
+            for h, horizon in enumerate(settings.horizons)
+            if d not in d_kept or h not in h_kept
+        },
+        notes=(),
+    )
+    most = int(usable[TESTED_ON].any((1, 2)).sum())
+    return replace(grid, notes=tuple(_notes(grid, most)))
 
 
-def _drawn(corpus: Corpus, split: str, settings: ProbeSettings, seed: int) -> np.ndarray:
-    """Whole documents of a split in random order, as long as they hold at most `max_examples` anchors.
+def _drawn(corpus: Corpus, documents: np.ndarray, settings: ProbeSettings, seed: int) -> np.ndarray:
+    """Documents in random order, as long as they hold `max_examples` anchors at most.
 
-    But at least `LEAST_DOCUMENTS` or all that there are; their anchors are thinned out later.
+    But at least `LEAST_DOCUMENTS`, or all that there are; their anchors are thinned out later.
     """
-    order = np.random.default_rng(seed).permutation(_documents(corpus, split))
+    order = np.random.default_rng(seed).permutation(documents)
     ends = corpus.document_sentences if settings.anchors == "sentence" else corpus.document_tokens
-    # The first sentence is no anchor, as nothing is before it; a document without any has none.
+    # Nothing is before the first sentence, so it is no anchor.
     anchors = np.cumsum(np.maximum(ends[order + 1] - ends[order] - 1, 0))
     return order[: max(LEAST_DOCUMENTS, int((anchors <= settings.max_examples).sum()))]
 
 
-def _thinned(rows: np.ndarray, most: int) -> np.ndarray:
-    """Every n-th of the chosen rows `[examples]`, bool, so that at most as many as asked for are left."""
-    chosen = np.flatnonzero(rows)
-    thinned = np.zeros_like(rows)
-    thinned[chosen[:: max(1, -(-len(chosen) // most))]] = True
-    return thinned
+def _filled(usable: Mapping[str, np.ndarray], settings: ProbeSettings) -> tuple[list[int], list[int]]:
+    """Numbers of the distances and horizons that are not empty.
 
+    The farthest distance is dropped until enough anchors are left to all, then the farthest horizon.
 
-def _documents(corpus: Corpus, split: str) -> np.ndarray:
-    documents = corpus.documents(split)
-    if not len(documents):
-        raise ProbekitError(
-            f"the corpus keeps no documents in the split {split!r}; build it with a corpus.{split}_fraction "
-            "above 0"
-        )
-    return documents
-
-
-def _usable(corpus: Corpus, settings: ProbeSettings, examples: Examples) -> np.ndarray:
-    """Which anchors each distance and horizon can use `[examples, distances, horizons]`, bool."""
-    near = np.stack([reached(corpus, examples, distance) for distance in settings.distances], axis=1)
-    return near[:, :, None] & (examples.labels != NO_LABEL)[:, None, :]
-
-
-def _shared(
-    usable: Mapping[str, np.ndarray], settings: ProbeSettings
-) -> tuple[set[int], set[int], dict[str, np.ndarray]]:
-    """Distances and horizons that are not empty, by number, and the anchors that all of them can use.
-
-    The farthest distance gives way until enough anchors are left, then the farthest horizon.
+    Args:
+        usable: By split, whether each distance and horizon can use each anchor, bool
+            `[examples, distances, horizons]`.
+        settings: The distances and horizons.
     """
     distances = sorted(range(len(settings.distances)), key=settings.distances.__getitem__)
     horizons = sorted(range(len(settings.horizons)), key=settings.horizons.__getitem__)
@@ -168,50 +151,40 @@ def _shared(
     while len(horizons) > 1 and not enough(distances, horizons):
         horizons.pop()
     if not enough(distances, horizons):
-        return set(), set(), {}
-    rows = {
-        split: np.asarray(part[:, distances][:, :, horizons].all((1, 2))) for split, part in usable.items()
-    }
-    return set(distances), set(horizons), rows
+        raise ProbekitError(
+            f"no distance and horizon has {MINIMUM_EXAMPLES} examples in each of the splits "
+            f"{', '.join(usable)}; lower probe.distances or probe.horizons, raise probe.max_examples, or "
+            "give more documents"
+        )
+    return sorted(distances), sorted(horizons)
 
 
-def _selected(examples: Examples, rows: np.ndarray, horizons: list[int]) -> Examples:
-    chosen = examples[rows]
-    return Examples(chosen.document, chosen.anchor, chosen.sentence, chosen.labels[:, horizons])
-
-
-def _empty_note(empty: Mapping[tuple[int, int], int]) -> list[str]:
-    return [
-        f"distance {distance}, horizon {horizon} is empty: {count:,} test examples, and in some "
-        f"split fewer than {MINIMUM_EXAMPLES}, or {LEAST_SHARED:.0%} of the nearest cell's"
-        for (distance, horizon), count in empty.items()
-    ]
-
-
-def _shared_note(
-    usable: Mapping[str, np.ndarray],
-    shared: Mapping[str, np.ndarray],
-    distances: tuple[int, ...],
-    horizons: tuple[int, ...],
-) -> list[str]:
-    most, left = usable[TESTED_ON].any((1, 2)).sum(), shared[TESTED_ON].sum()
-    if left >= FEW_SHARED * most:
-        return []
-    return [
-        f"all cells share the {left:,} of {most:,} test anchors that distance {max(distances)} and horizon "
-        f"{max(horizons)} leave; give far ones a run of their own to keep more"
-    ]
-
-
-def _rare_note(examples: Mapping[str, Examples], target: Target) -> list[str]:
-    counts = np.bincount(examples[FITTED_ON].labels[:, 0], minlength=target.classes)
+def _notes(grid: Grid, most: int) -> Iterator[str]:
+    """What a user should know of the examples, of which some cell could use `most` test anchors."""
+    for (distance, horizon), count in grid.empty.items():
+        yield (
+            f"distance {distance}, horizon {horizon} is empty: {count:,} test examples, and in some "
+            f"split fewer than {MINIMUM_EXAMPLES}, or {LEAST_SHARED:.0%} of the nearest cell's"
+        )
+    left = len(grid.examples[TESTED_ON])
+    if left < FEW_SHARED * most:
+        yield (
+            f"all cells share the {left:,} of {most:,} test anchors that distance {max(grid.distances)} and "
+            f"horizon {max(grid.horizons)} leave; give far ones a run of their own to keep more"
+        )
+    target = grid.target
+    counts = np.bincount(grid.examples[FITTED_ON].labels[:, 0], minlength=target.classes)
     rare = np.flatnonzero(counts < 2)
-    tested = np.isin(examples[TESTED_ON].labels[:, 0], rare)
-    if not len(rare) or not tested.any():
-        return []
-    named = ", ".join(target.names[c] if target.names else str(c) for c in rare[:5])
-    return [
-        f"{len(rare):,} of {target.classes:,} classes have fewer than two examples to fit on ({named}"
-        f"{', …' if len(rare) > 5 else ''}): no probe can learn them; they stay classes, and count in the "
-        f"{tested.sum():,} of {len(tested):,} test examples that have them"
-    ]
+    tested = np.isin(grid.examples[TESTED_ON].labels[:, 0], rare)
+    if tested.any():
+        named = ", ".join(target.names[c] if target.names else str(c) for c in rare[:5])
+        yield (
+            f"{len(rare):,} of {target.classes:,} classes have fewer than two examples to fit on ({named}"
+            f"{', …' if len(rare) > 5 else ''}): no probe can learn them; they stay classes, and count in "
+            f"the {tested.sum():,} of {len(tested):,} test examples that have them"
+        )
+
+
+def document_numbers(document: np.ndarray) -> np.ndarray:
+    """Numbers the documents of examples `[examples]` from 0, in the order in which they appear."""
+    return np.cumsum(np.diff(document, prepend=document[:1]) != 0)

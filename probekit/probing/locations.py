@@ -1,54 +1,40 @@
-"""The standard places of a Transformer that probes read: one table for settings, figures and the README.
+"""The standard locations of a Transformer: one table for settings, figures and the README.
 
 A location is a TransformerLens hook name without `blocks.L.`. Any hook that holds a vector for each position
-can be probed; those of the table have a short name, and a place in the drawing (`reports/block_diagram.py`).
+can be probed; those of the table have a short name, and a point in the drawing (`analyses/block_diagram.py`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from probekit.models.language_model import OUTSIDE_BLOCKS
 
 BEFORE = ":before"
-"""Put behind the conditioned location: the activation as it was before the adapter added the action."""
-
-Point = Literal[
-    "embedding",
-    "block input",
-    "heads",
-    "heads conditioned",
-    "attention output",
-    "between",
-    "mlp output",
-    "block output",
-    "final norm",
-]
-"""Where a location is in the drawing; the drawings say where on the paper that is."""
+"""Suffix of the conditioned location: the activation as it was before the adapter added the action."""
 
 
 @dataclass(frozen=True)
 class Location:
-    """A standard place.
+    """A standard location.
 
     Attributes:
-        name: TransformerLens hook without the block, or with `BEFORE`.
+        name: TransformerLens hook without the block, perhaps with `BEFORE`.
         label: Short name for figures.
-        text: What is there, in one sentence.
-        point: Where it is in the drawing.
-        parallel: Whether blocks have it whose attention and MLP read the same input, as GPT-NeoX's do.
+        text: What it holds, in one sentence.
+        point: Where it is in the drawing of a block.
+        parallel: Whether blocks whose attention and MLP read the same input, as GPT-NeoX's, have it.
     """
 
     name: str
     label: str
     text: str
-    point: Point
+    point: str
     parallel: bool = True
 
     @property
     def per_layer(self) -> bool:
-        """Whether every layer has it, or the model has it once."""
+        """Whether every layer has it, not the model once."""
         return per_layer(self.name)
 
 
@@ -91,16 +77,16 @@ _TABLE = (
 )
 
 LOCATIONS: dict[str, Location] = {location.name: location for location in _TABLE}
-"""The standard places by name, in the order in which a token passes them."""
+"""The standard locations by name, in the order in which a token passes them."""
 
 
 def per_layer(location: str) -> bool:
-    """Whether a location, standard or not, is in every layer, or once in the model."""
+    """Whether every layer has a location, standard or not, or the model has it once."""
     return location.removesuffix(BEFORE) not in OUTSIDE_BLOCKS
 
 
 def label(location: str) -> str:
-    """The short name of a location for figures; a hook that is not in the table goes by its own name."""
+    """The short name of a location for figures; a hook that is not in the table keeps its own name."""
     if location in LOCATIONS:
         return LOCATIONS[location].label
     if location.endswith(BEFORE):
@@ -109,7 +95,7 @@ def label(location: str) -> str:
 
 
 def table_rows() -> list[dict[str, str]]:
-    """The table in words: number, location, label, how often the model has it, and what is there."""
+    """The table in words: number, location, label, how often the model has it, and what it holds."""
     return [
         {
             "number": str(number),

@@ -1,4 +1,4 @@
-"""`probekit probe --checkpoints`: the same grid at every checkpoint, to see when a plan can be read."""
+"""`probekit probe --checkpoints`: the same grid at every checkpoint, which shows when a plan can be read."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ import pandas as pd
 
 from probekit import distributed
 from probekit.errors import ProbekitError
-from probekit.io import read_json, write_table
-from probekit.probing.probe import ProbeResults, probe
+from probekit.io import write_table
+from probekit.probing.probe import ProbeResults, origin, probe
 from probekit.probing.results import SETTINGS, read_probe_record
-from probekit.probing.unfinished import origin
 from probekit.progress import Progress
 from probekit.run.run import Run
 from probekit.run.stages import stages_of
@@ -22,14 +21,14 @@ from probekit.run.stages import stages_of
 
 @dataclass(frozen=True)
 class TrainingProbes:
-    """What probes read at every checkpoint of a stage.
+    """Results of probes at every checkpoint of a stage.
 
     Attributes:
-        table: The rows of `ProbeResults.table`, with the stage's `step` behind which they were read.
+        table: The rows of `ProbeResults.table`, with the stage's `step` of their checkpoint.
         stage: The stage.
         path: Where the table was written.
         losses: The stage's losses in training, by step.
-        notes: Lines to tell the user.
+        notes: Lines to show the user.
     """
 
     table: pd.DataFrame
@@ -53,8 +52,8 @@ def probe_checkpoints(
 
     Args:
         run: The run or its folder.
-        settings: Settings to replace, by dotted name. Without `probe.variants`, what the stage trains is
-            read: `none` of the stage `lm`, the variant of an adapter's.
+        settings: Settings to replace, by dotted name. `probe.variants` defaults to what the stage trains:
+            `none` for the stage `lm`, the variant for that of an adapter.
         stage: `lm`, or `adapter/` and a variant; None: the first one that keeps checkpoints.
         quiet: Show no progress.
 
@@ -81,13 +80,11 @@ def probe_checkpoints(
 
 
 def _probed(run: Run) -> ProbeResults:
-    """The results of a checkpoint, as they are if they are those of its settings."""
-    folder = run.folder / "probes"
-    if (folder / SETTINGS).exists():
-        record, recorded = read_probe_record(run.folder), read_json(folder / SETTINGS)
-        wanted = run.config.model_dump(mode="json") | {"of": origin(run)}
-        if all(recorded.get(name) == value for name, value in wanted.items()):
-            return ProbeResults(run.probes(), folder, record.notes)
+    """The results of a checkpoint; those that exist are used if they have the same settings and origin."""
+    if (run.folder / "probes" / SETTINGS).exists():
+        record = read_probe_record(run.folder)
+        if (record.config, record.origin) == (run.config, origin(run)):
+            return ProbeResults(run.probes(), run.folder / "probes", record.notes)
     return probe(run, quiet=True)
 
 

@@ -2,44 +2,46 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from torch import Tensor
 
 from probekit import distributed
-from probekit.config import ConditioningSettings, ProbedName
-from probekit.data.corpus import Corpus
+from probekit.config import ProbedName
 from probekit.errors import ProbekitError
-from probekit.io import atomic_folder, write_json, write_table
+from probekit.io import atomic_folder, read_metadata, read_tensors, write_json, write_table, write_tensors
 from probekit.models.conditioning import CONDITIONINGS
 from probekit.models.language_model import OUTSIDE_BLOCKS, check_location
 from probekit.models.mixing import VARIANTS
-from probekit.probing.activations import Activations, HookPoint, Reader
-from probekit.probing.baselines import baseline_tallies
-from probekit.probing.fitting import CLOSED_FORM, Work, control_question, document_numbers, fit, score
-from probekit.probing.grid import CHOSEN_ON, FITTED_ON, TESTED_ON, Grid, make_grid
+from probekit.probing.activations import Activations, HookPoint, Reader, Store, stacks_of, write_store
+from probekit.probing.baselines import baseline_sums
+from probekit.probing.fitting import CLOSED_FORM, FitJob, control_task, fit, score
+from probekit.probing.grid import CHOSEN_ON, FITTED_ON, TESTED_ON, Grid, document_numbers, make_grid
 from probekit.probing.locations import BEFORE, per_layer
-from probekit.probing.results import Row, Tally, table_of, weights_of, write_probes
-from probekit.probing.store import Store, identity, write_store
-from probekit.probing.targets import Examples, Target, find_target
-from probekit.probing.unfinished import Probed, Unfinished, origin
+from probekit.probing.results import SETTINGS, DocumentSums, Facts, probes_file, table_of
+from probekit.probing.targets import Target, find_target
 from probekit.progress import Progress
+from probekit.run.provenance import digest_of
 from probekit.run.run import Run
 from probekit.statistics import Resampling
 
-Weights = dict[tuple[ProbedName, int], dict[str, Tensor]]
-"""Weights of linear probes by the names they are kept under, for every variant and seed."""
+Probed = tuple[list[DocumentSums], dict[str, Tensor]]
+"""Scores of probes, and the weights of those that are linear by the names they are saved under."""
 
 
 @dataclass(frozen=True)
 class ProbeResults:
-    """What probes and baselines read.
+    """Results of probes and baselines.
 
     Attributes:
         table: One row for each reader (probes, baselines, ceilings) and cell, see `results.COLUMNS`. Metrics
@@ -49,7 +51,7 @@ class ProbeResults:
             its intervals hold for all cells together). `injected` marks cells where the target's own action
             had been added by the time of the reading. Cells with too few examples are empty.
         folder: Where it was written.
-        notes: Lines to tell the user.
+        notes: Lines to show the user.
     """
 
     table: pd.DataFrame
@@ -59,8 +61,8 @@ class ProbeResults:
     def best_cells(self) -> pd.DataFrame:
         """The best cell of each variant, location, solver and horizon, a row for each seed.
 
-        Chosen by cross-entropy on validation documents, averaged over seeds. Cells where the target's own
-        action was injected, and empty ones, take no part.
+        It is chosen by cross-entropy on validation documents, averaged over seeds. Empty cells, and those
+        where the target's own action was injected, are left out.
         """
         probes = self.table[(self.table.reader == "probe") & ~self.table.injected]
         probes = probes[probes.validation_cross_entropy.notna()]
@@ -78,17 +80,16 @@ def probe(
     store: bool = False,
     quiet: bool = False,
 ) -> ProbeResults:
-    """Fits the probe grid of a run and writes it into `probes/`, in place of what was there.
-
-    What one that was stopped had done with the same settings is not done again.
+    """Fits the probe grid of a run and writes it into `probes/`, replacing what was there.
 
     Probes are fitted on the documents of the split "probe", chosen on "validation" and measured on "test";
-    the LM and the planner were trained on none of these.
+    the LM and the planner were trained on none of these. An interrupted probing continues after the last
+    variant and seed that it finished, if settings and weights are the same.
 
     Args:
         run: The run or its folder; a corpus and an LM are enough.
         settings: Settings to replace, by dotted name, such as `probe.distances`.
-        store: Keep activations in `activations/`, and read them from there where they are.
+        store: Keep activations in `activations/`, and read them from there if they exist.
         quiet: Show no progress.
 
     Raises:
@@ -98,39 +99,98 @@ def probe(
     run.check_writable()
     run.require("lm")
     config = run.config.probe
-    _check_variants(run)
-    places = _places(run)
+    known = ["none", "random", *run.variants]
+    for variant in config.variants:
+        if variant not in known:
+            raise ProbekitError(
+                f"probe.variants has {variant!r}, which this run has not trained; it has {', '.join(known)}"
+            )
+    points = _hook_points(run)
     target = find_target(run.corpus, config.target, config.labels)
-    progress = Progress(quiet=quiet)
     grids = _grids(run, target)
+    progress = Progress(quiet=quiet)
     shared = next(iter(grids.values()))
     with progress.task("score baselines"):
-        tallies = baseline_tallies(run, shared)
-    notes = list(shared.notes)
-    weights: Weights = {}
-    unfinished = Unfinished(run)
+        scored = baseline_sums(run, shared)
+    weights: dict[Path, dict[str, Tensor]] = {}
+    finished = _FinishedParts(run)
+    results = run.folder / "probes"
     for seed, grid in grids.items():
         embedding = partial(_token_embedding, run, grid, seed, progress)
-        tallies += unfinished.once(f"token-embedding-seed{seed}", "none", embedding)[0]
+        scored += finished.once(f"token-embedding-seed{seed}", "none", embedding)[0]
         for variant in config.variants:
-            probed = partial(_probed, run, grid, variant, places, seed, progress, store=store)
-            found, weights[variant, seed] = unfinished.once(f"{variant}-seed{seed}", variant, probed)
-            tallies += found
-    results = ProbeResults(
-        table_of(
-            tallies,
-            np.bincount(document_numbers(shared.examples[TESTED_ON].document)),
-            _empty_rows(run, shared, list(grids), places),
-            Resampling(resamples=run.config.evaluation.resamples, seed=run.config.seed),
-        ).assign(target=target.name),
-        run.folder / "probes",
-        [*notes, *_constant_note(tallies)],
-    )
+            probed = partial(_probed, run, grid, variant, points, seed, progress, store=store)
+            sums, kept = finished.once(f"{variant}-seed{seed}", variant, probed)
+            scored += sums
+            weights[probes_file(Path(), variant, seed)] = kept
+
+    empty: list[Facts] = [
+        {"reader": "probe", "solver": solver, "variant": variant, "seed": seed, "location": location}
+        | {"layer": layer, "distance": distance, "horizon": horizon, "examples": count}
+        for (distance, horizon), count in shared.empty.items()
+        for seed in grids
+        for variant in config.variants
+        for solver in config.solvers
+        for location, layer in points
+    ]
+    counts = np.bincount(document_numbers(shared.examples[TESTED_ON].document))
+    resampling = Resampling(resamples=run.config.evaluation.resamples, seed=run.config.seed)
+    table = table_of(scored, counts, empty, resampling).assign(target=target.name)
+    constant = {
+        f"constant activations, which hold no information: {known['location']}, layer {known['layer']}, "
+        f"distance {known['distance']} ({known['variant'] or known['reader']})"
+        for sums in scored
+        for known in sums.readers
+        if known.get("constant")
+    }
+    notes = [*shared.notes, *sorted(constant)]
     if distributed.is_first():
-        _write(run, results, grids, weights)
-        unfinished.forget()
+        documents = {
+            seed: {split: len(np.unique(e.document)) for split, e in grid.examples.items()}
+            for seed, grid in grids.items()
+        }
+        with atomic_folder(results) as folder:
+            for file, tensors in weights.items():
+                if tensors:
+                    write_tensors(folder / file, tensors)
+            write_table(folder / "results.parquet", table)
+            record = {"notes": notes, "of": origin(run), "documents": documents}
+            write_json(folder / SETTINGS, run.config.model_dump(mode="json") | record)
+        finished.forget()
     distributed.wait()
-    return results
+    return ProbeResults(table, results, notes)
+
+
+def _hook_points(run: Run) -> list[HookPoint]:
+    """Every location at every layer of the settings; one outside the blocks at the nearest layer."""
+    settings, layers = run.config.probe, run.base_lm().layers
+    conditioning = run.config.conditioning
+    conditioned = CONDITIONINGS[conditioning.kind].location(conditioning)
+    for location in settings.locations:
+        check_location(run.locations, location.removesuffix(BEFORE), "probe.locations")
+        if location.endswith(BEFORE) and conditioned is None:
+            raise ProbekitError(
+                f"probe.locations has {location!r}, but with conditioning.kind {conditioning.kind!r} nothing "
+                f"is added to activations; give it without {BEFORE!r}"
+            )
+        if location.endswith(BEFORE) and location != f"{conditioned}{BEFORE}":
+            raise ProbekitError(
+                f"probe.locations has {location!r}, but actions are added at {conditioned!r} "
+                f"(conditioning); only {conditioned}{BEFORE} differs from its hook"
+            )
+    for layer in settings.layers or ():
+        if layer >= layers:
+            raise ProbekitError(f"probe.layers has {layer}, but the LM's layers are 0 to {layers - 1}")
+    nearest = dict(zip(OUTSIDE_BLOCKS, (0, layers - 1), strict=True))
+    return [
+        (location, layer)
+        for location in settings.locations
+        for layer in (
+            settings.layers or range(layers)
+            if per_layer(location)
+            else [nearest[location.removesuffix(BEFORE)]]
+        )
+    ]
 
 
 def _grids(run: Run, target: Target) -> dict[int, Grid]:
@@ -147,185 +207,139 @@ def _grids(run: Run, target: Target) -> dict[int, Grid]:
 
 
 def _token_embedding(run: Run, grid: Grid, seed: int, progress: Progress) -> Probed:
-    """The baseline that knows which token is there, and nothing before it: probes on its embedding.
-
-    Softmax probes, unless none of the grid's own holds its examples: then it does not either.
-    """
+    """The baseline that knows the token at the position and nothing before it: probes on its embedding."""
     solvers = run.config.probe.solvers
+    # Softmax probes, unless no solver of the grid holds its examples: then they are not held here either.
     solver = solvers[0] if CLOSED_FORM.issuperset(solvers) else "softmax"
     plain = {"probe.control": False, "probe.code_length": False, "probe.solvers": [solver]}
-    alone = run.with_settings(plain)
-    tallies, _ = _probed(alone, grid, "none", [("hook_embed", 0)], seed, progress, name="token embedding")
-    for tally in tallies:
-        tally.heads = [head | {"reader": "token embedding", "variant": None} for head in tally.heads]
-    return tallies, {}
+    points, name = [("hook_embed", 0)], "token embedding"
+    scored, _ = _probed(run.with_settings(plain), grid, "none", points, seed, progress, name=name)
+    for sums in scored:
+        sums.readers = [known | {"reader": name, "variant": None} for known in sums.readers]
+    return scored, {}
 
 
 def _probed(
     run: Run,
     grid: Grid,
     variant: ProbedName,
-    places: Sequence[HookPoint],
+    points: Sequence[HookPoint],
     seed: int,
     progress: Progress,
     *,
     name: str | None = None,
     store: bool = False,
 ) -> Probed:
-    """Reads, fits and scores all places of a variant, in as few passes as the memory allows.
-
-    Returns:
-        What the probes got right, and the weights of those that are linear.
-    """
-    config, examples = run.config.probe, grid.examples
-    source: Callable[[list[HookPoint]], Activations]
-    source = partial(Reader, run, variant, distances=grid.distances, seed=seed)
+    """Reads, fits and scores all hook points of a variant, in as few passes as memory allows."""
+    config = run.config.probe
+    folder = run.folder / "activations" / f"{variant}-seed{seed}"
     if store:
-        folder = run.folder / "activations" / f"{variant}-seed{seed}"
-        write_store(source(list(places)), examples, folder, identity(run, variant, seed, grid), progress)
-        distributed.wait()
-        source = partial(Store, folder, run.device)
-    control = control_question(run.corpus, grid, seed) if config.control else None
-    head: Row = {"reader": "probe", "variant": variant, "seed": seed}
-    tallies: list[Tally] = []
+        write_store(Reader(run, variant, points, grid.distances, seed), grid.examples, folder, progress)
+    control = control_task(run.corpus, grid, seed) if config.control else None
+    facts: Facts = {"reader": "probe", "variant": variant, "seed": seed}
+    scored: list[DocumentSums] = []
     weights: dict[str, Tensor] = {}
-    for group in _groups(run, grid, places):
-        activations = source(group)
-        work = Work(grid, config, control, seed, run.device, progress, name or variant)
-        fitted = fit(activations, work)
-        tallies += score(activations, work, fitted, head)
-        weights |= weights_of(fitted, activations.stacks, grid.distances)
-    _mark_injected(run, grid, variant, places, tallies)
-    return tallies, weights
+    for group in _groups(run, grid, points):
+        activations: Activations
+        if store:
+            activations = Store(folder, stacks_of(group, run.locations), run.device)
+        else:
+            activations = Reader(run, variant, group, grid.distances, seed)
+        job = FitJob(grid, config, control, seed, run.device, progress, name or variant)
+        fitted = fit(activations, job)
+        scored += score(activations, job, fitted, facts)
+        for batch in fitted:
+            weights |= batch.weights(activations.stacks, grid)
+    _mark_injected(run, grid, variant, points, scored)
+    return scored, weights
 
 
-def _groups(run: Run, grid: Grid, places: Sequence[HookPoint]) -> Iterator[list[HookPoint]]:
-    """Cuts places into groups whose held examples, or sums, stay within `probe.memory`."""
-    config, widths = run.config.probe, run.locations
+def _groups(run: Run, grid: Grid, points: Sequence[HookPoint]) -> Iterator[list[HookPoint]]:
+    """Hook points that are read together: their examples, or sums, stay within `probe.memory`."""
+    config = run.config.probe
     examples = len(grid.examples[FITTED_ON]) + len(grid.examples[CHOSEN_ON])
     closed_form = CLOSED_FORM.issuperset(config.solvers)
     sums = grid.target.classes * (len(grid.horizons) + config.control)
     group: list[HookPoint] = []
     held = 0
-    for place in places:
-        width = widths[place[0].removesuffix(BEFORE)]
+    for point in points:
+        width = run.locations[point[0].removesuffix(BEFORE)]
         # The sums are float64, and held once more by every solver.
         numbers = 2 * (1 + len(config.solvers)) * (width + sums) if closed_form else examples
         size = 4 * len(grid.distances) * width * numbers
         if group and held + size > config.memory * 1e9:
             yield group
             group, held = [], 0
-        group.append(place)
+        group.append(point)
         held += size
     yield group
 
 
 def _mark_injected(
-    run: Run, grid: Grid, variant: ProbedName, places: Sequence[HookPoint], tallies: Sequence[Tally]
+    run: Run, grid: Grid, variant: ProbedName, points: Sequence[HookPoint], scored: Sequence[DocumentSums]
 ) -> None:
-    """Marks the rows whose readings had already been told of the target's own action.
+    """Marks the rows of probes whose activations already depended on the target's own action.
 
-    What is no sentence's own, such as a document's type, every action that was planned tells of.
+    Where the target is no sentence's own, such as a document's type, any planned action can reveal it.
     """
-    told = variant in VARIANTS and VARIANTS[variant].evaluation.needs_scores
-    changed = Reader(run, variant, places, grid.distances).changed_by_conditioning() if told else set()
+    changed: set[HookPoint] = set()
+    if variant in VARIANTS and VARIANTS[variant].evaluation.needs_scores:
+        changed = Reader(run, variant, points, grid.distances).changed_by_conditioning()
     lag = CONDITIONINGS[run.config.conditioning.kind].lag
     test = grid.examples[TESTED_ON]
-    for tally in tallies:
-        for head in tally.heads:
-            head["injected"] = False
-            if (head["location"], head["layer"]) in changed:
-                head["injected"] = grid.target.of_sentences is None or _carried(run.corpus, test, head, lag)
+    for known in (known for sums in scored for known in sums.readers):
+        known["injected"] = (known["location"], known["layer"]) in changed
+        if known["injected"] and grid.target.of_sentences is not None:
+            first = run.corpus.first_token[test.sentence + known["horizon"] - 1]
+            known["injected"] = bool((test.positions(known["distance"]) >= first - 1 + lag).any())
 
 
-def _carried(corpus: Corpus, examples: Examples, head: Row, lag: int) -> bool:
-    """Whether some example reads where the LM was told the action of the very sentence that it asks about."""
-    asked = examples.sentence + head["horizon"] - 1
-    return bool((examples.anchor - head["distance"] >= corpus.first_token[asked] - 1 + lag).any())
-
-
-def _empty_rows(run: Run, grid: Grid, seeds: list[int], places: Sequence[HookPoint]) -> list[Row]:
-    """Rows of the cells that have too few examples."""
-    return [
-        {"reader": "probe", "solver": solver, "variant": variant, "seed": seed, "location": location}
-        | {"layer": layer, "distance": distance, "horizon": horizon, "examples": count}
-        for (distance, horizon), count in grid.empty.items()
-        for seed in seeds
-        for variant in run.config.probe.variants
-        for solver in run.config.probe.solvers
-        for location, layer in places
-    ]
-
-
-def _constant_note(tallies: Sequence[Tally]) -> list[str]:
-    heads = [head for tally in tallies for head in tally.heads if head.get("constant")]
-    cells = {
-        f"{head['location']}, layer {head['layer']}, distance {head['distance']} "
-        f"({head['variant'] or head['reader']})"
-        for head in heads
+def origin(run: Run) -> dict[str, Any]:
+    """What results depend on beside settings and weights; a file of labels may have been edited."""
+    labels = run.config.probe.labels
+    return {
+        "version": version("probekit-lm"),
+        "corpus": run.corpus.facts["fingerprint"],
+        "device": run.device.type,
+        "labels": None if labels is None else digest_of([Path(labels).expanduser()]),
     }
-    return [f"constant activations, which tell nothing: {cell}" for cell in sorted(cells)]
 
 
-def _write(run: Run, results: ProbeResults, grids: Mapping[int, Grid], weights: Weights) -> None:
-    with atomic_folder(results.folder) as folder:
-        for (variant, seed), tensors in weights.items():
-            if tensors:
-                write_probes(folder, variant, seed, tensors)
-        write_table(folder / "results.parquet", results.table)
-        write_json(
-            folder / "settings.json",
-            run.config.model_dump(mode="json")
-            | {"notes": results.notes, "of": origin(run)}
-            | {
-                "documents": {
-                    seed: {split: len(np.unique(e.document)) for split, e in grid.examples.items()}
-                    for seed, grid in grids.items()
-                }
-            },
-        )
+class _FinishedParts:
+    """Finished parts of a grid, a file for each, kept until the whole grid is written."""
 
+    def __init__(self, run: Run) -> None:
+        self._run, self._folder = run, run.folder / "checkpoints" / "probe"
+        self._identity = origin(run) | {"settings": run.config.model_dump(mode="json")}
 
-def _check_variants(run: Run) -> None:
-    known = ["none", "random", *run.variants]
-    for variant in run.config.probe.variants:
-        if variant not in known:
-            raise ProbekitError(
-                f"probe.variants has {variant!r}, which this run has not trained; it has {', '.join(known)}"
-            )
+    def once(self, name: str, variant: str, probed: Callable[[], Probed]) -> Probed:
+        """Reads a part that is finished, or makes it and keeps it."""
+        path = self._folder / f"{name}.safetensors"
+        identity = json.dumps(self._identity | {"weights": self._run.weights_digest(variant)})
+        kept = path.exists() and read_metadata(path).get("identity") == identity
+        # All processes look before one writes. They must decide alike, or they would wait for each other.
+        if distributed.total(float(kept), self._run.device) == distributed.count():
+            scored = [DocumentSums(readers, 0, ()) for readers in json.loads(read_metadata(path)["readers"])]
+            weights = {}
+            for key, tensor in read_tensors(path).items():
+                kind, _, rest = key.partition("|")
+                if kind == "weights":
+                    weights[rest] = tensor
+                else:
+                    number, _, of = rest.partition("|")
+                    scored[int(number)].sums[of] = tensor.numpy()
+            return scored, weights
+        scored, weights = probed()
+        if distributed.is_first():
+            tensors = {f"weights|{key}": tensor for key, tensor in weights.items()} | {
+                f"sums|{number}|{of}": torch.from_numpy(values)
+                for number, part in enumerate(scored)
+                for of, values in part.sums.items()
+            }
+            readers = json.dumps([part.readers for part in scored])
+            write_tensors(path, tensors, {"identity": identity, "readers": readers})
+        return scored, weights
 
-
-def _places(run: Run) -> list[HookPoint]:
-    """Every location at every layer of the settings; one outside the blocks at the layer beside it."""
-    settings, layers = run.config.probe, run.base_lm().layers
-    for location in settings.locations:
-        check_location(run.locations, location.removesuffix(BEFORE), "probe.locations")
-        if location.endswith(BEFORE):
-            _check_before(run.config.conditioning, location)
-    for layer in settings.layers or ():
-        if layer >= layers:
-            raise ProbekitError(f"probe.layers has {layer}, but the LM's layers are 0 to {layers - 1}")
-    beside = dict(zip(OUTSIDE_BLOCKS, (0, layers - 1), strict=True))
-    return [
-        (location, layer)
-        for location in settings.locations
-        for layer in (
-            settings.layers or range(layers)
-            if per_layer(location)
-            else [beside[location.removesuffix(BEFORE)]]
-        )
-    ]
-
-
-def _check_before(settings: ConditioningSettings, location: str) -> None:
-    conditioned = CONDITIONINGS[settings.kind].location(settings)
-    if conditioned is None:
-        raise ProbekitError(
-            f"probe.locations has {location!r}, but with conditioning.kind {settings.kind!r} nothing is "
-            f"added to activations; give it without {BEFORE!r}"
-        )
-    if location != conditioned + BEFORE:
-        raise ProbekitError(
-            f"probe.locations has {location!r}, but actions are added at {conditioned!r} "
-            f"(conditioning); only {conditioned + BEFORE!r} differs from its hook"
-        )
+    def forget(self) -> None:
+        """Removes all parts."""
+        shutil.rmtree(self._folder, ignore_errors=True)

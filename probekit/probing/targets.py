@@ -1,4 +1,8 @@
-"""Targets: what a probe is asked to read, and the examples on which it is asked."""
+"""Targets: what probes predict. A target makes the examples; all later code only sees those.
+
+An example is a text, a place to read and a label: here a document, an anchor token in it (probes read some
+tokens before that) and one label for every horizon.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +20,17 @@ from probekit.io import read_table
 if TYPE_CHECKING:
     import pandas as pd
 
-
 NO_LABEL = -1
-"""Label of an example that has none: it takes no part."""
+"""The label of an example that has none; it is left out."""
 
 MOST_TOKENS = 1000
-"""The target `token` has as classes this many tokens, the most frequent ones of the training documents."""
+"""The target `token` has this many classes at most: the most frequent tokens of the training documents."""
 
 MOST_CLASSES = 4096
-"""More classes than this are taken for a column that holds no labels, such as texts or numbers of rows."""
+"""A column of labels with more classes than this is taken for texts or row numbers, and refused."""
 
 LAST_POSITION = 15
-"""The target `sentence-position` counts sentences from 0 to here, where all later ones are too."""
+"""The target `sentence-position` counts sentences from 0 to this one, which stands for all later ones."""
 
 Labels = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
 """Labels of examples, given their anchor tokens, the sentences that hold these, and the horizon."""
@@ -35,15 +38,15 @@ Labels = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
 
 @dataclass(frozen=True)
 class Target:
-    """Something to read.
+    """What probes predict.
 
     Attributes:
-        name: What it is called.
-        classes: Its number of classes.
-        labels: The labels `[examples]` of anchors `[examples]` and their sentences `[examples]` at a horizon;
-            `NO_LABEL` where there is none.
-        of_sentences: The label of every sentence of the corpus, memory-mapped or small, where it has one.
-        names: What the classes are called; empty where a number says it all.
+        name: The setting `probe.target`.
+        classes: Number of classes.
+        labels: Labels `[examples]` of anchors `[examples]` in sentences `[examples]` at a horizon; `NO_LABEL`
+            where there is none.
+        of_sentences: The label of every sentence of the corpus, if the target labels sentences.
+        names: Names of the classes; empty where numbers are enough.
     """
 
     name: str
@@ -55,13 +58,13 @@ class Target:
 
 @dataclass(frozen=True)
 class Examples:
-    """Examples that all cells of a grid share; documents are in the order in which they were drawn.
+    """Examples that all cells of a grid share.
 
     Attributes:
-        document: Document of each `[examples]`.
-        anchor: The target token, in `corpus.tokens`; probes read some tokens before it `[examples]`.
+        document: Document of each example `[examples]`; those of one document are together.
+        anchor: The target token, in `corpus.tokens` `[examples]`.
         sentence: The sentence that holds the anchor `[examples]`.
-        labels: For every horizon its label `[examples, horizons]`.
+        labels: One label for every horizon `[examples, horizons]`.
     """
 
     document: np.ndarray
@@ -75,6 +78,10 @@ class Examples:
     def __getitem__(self, rows: slice | np.ndarray) -> Examples:
         return Examples(*(getattr(self, field.name)[rows] for field in fields(self)))
 
+    def positions(self, distance: int) -> np.ndarray:
+        """Where probes read at a distance before the anchor, in `corpus.tokens` `[examples]`."""
+        return self.anchor - distance
+
 
 def find_examples(
     corpus: Corpus,
@@ -83,12 +90,12 @@ def find_examples(
     horizons: Sequence[int],
     anchors: Literal["sentence", "token"] = "sentence",
 ) -> Examples:
-    """Every anchor of some documents, in their order; labels that do not exist are `NO_LABEL`.
+    """Makes an example of every anchor of some documents; labels that do not exist are `NO_LABEL`.
 
     Args:
         corpus: The corpus.
-        documents: Their numbers `[documents]`.
-        target: What is read.
+        documents: Numbers of the documents, in the order of the examples `[documents]`.
+        target: What is predicted.
         horizons: 1 is the anchor's own sentence (or token), 2 the next one.
         anchors: The first token of every sentence, or every token of a sentence.
     """
@@ -109,15 +116,15 @@ def find_examples(
 
 
 def reached(corpus: Corpus, examples: Examples, distance: int) -> np.ndarray:
-    """Whether there is a token of the document at a distance before each anchor `[examples]`, bool.
+    """Whether the document has a token at a distance before each anchor `[examples]`, bool.
 
-    The separator in front of a document is none: nothing has been read there.
+    The separator in front of a document is not one of its tokens: nothing has been read there.
     """
-    return examples.anchor - distance > corpus.document_tokens[examples.document]
+    return examples.positions(distance) > corpus.document_tokens[examples.document]
 
 
 def find_target(corpus: Corpus, name: str, file: str | None = None) -> Target:
-    """The target of a name: one of `TARGETS`, or a column of a file of labels.
+    """Finds a target by name: one of `TARGETS`, or a column of a file of labels.
 
     Args:
         corpus: The corpus.
@@ -159,10 +166,9 @@ def _token(corpus: Corpus) -> Target:
     class_of[frequent] = np.arange(len(frequent))
 
     def labels(anchor: np.ndarray, sentence: np.ndarray, horizon: int) -> np.ndarray:
-        end = corpus.document_tokens[corpus.document_of(sentence) + 1]
         token = anchor + horizon - 1
-        there = token < end
-        return np.where(there, class_of[corpus.tokens[np.where(there, token, 0)]], NO_LABEL)
+        exists = token < corpus.document_tokens[corpus.document_of(sentence) + 1]
+        return np.where(exists, class_of[corpus.tokens[np.where(exists, token, 0)]], NO_LABEL)
 
     names = tuple(corpus.tokenizer.convert_ids_to_tokens(frequent.tolist()))
     return Target("token", len(frequent), labels, names=names)
@@ -171,27 +177,23 @@ def _token(corpus: Corpus) -> Target:
 def _sentence_position(corpus: Corpus) -> Target:
     def labels(anchor: np.ndarray, sentence: np.ndarray, horizon: int) -> np.ndarray:
         document = corpus.document_of(sentence)
-        position = sentence + horizon - 1 - corpus.document_sentences[document]
-        there = sentence + horizon - 1 < corpus.document_sentences[document + 1]
-        return np.where(there, np.minimum(position, LAST_POSITION), NO_LABEL)
+        asked = sentence + horizon - 1
+        position = np.minimum(asked - corpus.document_sentences[document], LAST_POSITION)
+        return np.where(asked < corpus.document_sentences[document + 1], position, NO_LABEL)
 
     return Target("sentence-position", LAST_POSITION + 1, labels)
 
 
 def _document_type(corpus: Corpus) -> Target:
-    kinds = np.concatenate(
-        [
-            [NO_LABEL if document.kind is None else document.kind for document in documents]
-            for _, documents in corpus.texts.batches()
-        ]
-    ).astype(np.int64)
-    if (kinds == NO_LABEL).all():
+    kinds = [document.kind for _, documents in corpus.texts.batches() for document in documents]
+    types = np.array([NO_LABEL if kind is None else kind for kind in kinds], dtype=np.int64)
+    if (types == NO_LABEL).all():
         raise ProbekitError("probe.target is 'document-type', which only the planted corpus knows")
 
     def labels(anchor: np.ndarray, sentence: np.ndarray, horizon: int) -> np.ndarray:
-        return kinds[corpus.document_of(sentence)]
+        return types[corpus.document_of(sentence)]
 
-    return Target("document-type", int(kinds.max()) + 1, labels)
+    return Target("document-type", int(types.max()) + 1, labels)
 
 
 TARGETS: dict[str, Callable[[Corpus], Target]] = {
@@ -200,59 +202,68 @@ TARGETS: dict[str, Callable[[Corpus], Target]] = {
     "sentence-position": _sentence_position,
     "document-type": _document_type,
 }
-"""What can be read of any corpus: the action of a sentence, a token (as in Future Lens, arXiv 2311.04897), a
-sentence's number in its document, and the planted corpus's hidden type."""
+"""Targets that need no file: a sentence's action, a token (as in Future Lens, arXiv 2311.04897), a sentence's
+number in its document, and the planted corpus's hidden document type."""
+
+
+def _sentence_target(
+    corpus: Corpus, name: str, classes: int, of_sentences: np.ndarray, names: tuple[str, ...] = ()
+) -> Target:
+    def labels(anchor: np.ndarray, sentence: np.ndarray, horizon: int) -> np.ndarray:
+        asked = sentence + horizon - 1
+        exists = asked < corpus.document_sentences[corpus.document_of(sentence) + 1]
+        return np.where(exists, of_sentences[np.where(exists, asked, 0)], NO_LABEL).astype(np.int64)
+
+    return Target(name, classes, labels, of_sentences, names)
 
 
 def _from_file(corpus: Corpus, name: str, path: Path) -> Target:
+    """A column of a table with a row for every sentence of the corpus."""
     table = _read_table(path)
     if name not in table.columns:
         raise ProbekitError(
             f"probe.labels {path} has no column {name!r} (probe.target); it has "
             f"{', '.join(map(str, table.columns))}"
         )
-    sentences = len(corpus.first_token)
-    if len(table) != sentences:
+    sentence = np.arange(len(corpus.first_token))
+    if len(table) != len(sentence):
         raise ProbekitError(
-            f"probe.labels {path} has {len(table):,} rows, but the corpus has {sentences:,} sentences; "
+            f"probe.labels {path} has {len(table):,} rows, but the corpus has {len(sentence):,} sentences; "
             "write the table to fill in with `probekit corpus RUN --export FILE`"
         )
-    _check_order(corpus, table, path)
-    codes, classes = _classes(table[name], f"probe.labels {path}: column {name!r}")
-    target = _sentence_target(corpus, name, len(classes), codes.astype(np.int64))
-    return Target(name, target.classes, target.labels, target.of_sentences, tuple(map(str, classes)))
-
-
-def _check_order(corpus: Corpus, table: pd.DataFrame, path: Path) -> None:
-    """Refuses a table whose own columns tell that its rows are not the sentences in their order."""
-    sentence = np.arange(len(corpus.first_token))
-    document = corpus.document_of(sentence)
-    order = {"document": document, "sentence": sentence - corpus.document_sentences[document]}
-    if set(order) <= set(table.columns):
-        wrong = np.logical_or.reduce([table[name].to_numpy() != values for name, values in order.items()])
+    if {"document", "sentence"} <= set(table.columns):
+        document = corpus.document_of(sentence)
+        within = sentence - corpus.document_sentences[document]
+        wrong = (table["document"].to_numpy() != document) | (table["sentence"].to_numpy() != within)
         if wrong.any():
             raise ProbekitError(
                 f"probe.labels {path}: row {int(wrong.argmax()) + 1} is not the corpus's sentence of that "
                 "number, by its columns document and sentence; sort the rows as they were exported"
             )
+    codes, classes = _classes(table[name], f"probe.labels {path}: column {name!r}")
+    return _sentence_target(corpus, name, len(classes), codes.astype(np.int64), tuple(map(str, classes)))
 
 
-def _classes(column: pd.Series, called: str) -> tuple[np.ndarray, pd.Index]:
+def _classes(column: pd.Series, described: str) -> tuple[np.ndarray, pd.Index]:
     """The class of every row, -1 where there is none, and the classes, sorted."""
     import pandas as pd
 
-    if pd.api.types.is_float_dtype(column):  # whole numbers, some of them missing
+    if pd.api.types.is_float_dtype(column):  # integers of which some are missing
         if (column.dropna() % 1 != 0).any():
-            raise ProbekitError(f"{called} holds fractions; labels are classes")
+            raise ProbekitError(f"{described} holds fractions; labels are classes")
         column = column.astype("Int64")
     try:
         codes, classes = pd.factorize(column, sort=True)
     except TypeError:
-        raise ProbekitError(f"{called} holds lists or objects; give words or whole numbers") from None
+        raise ProbekitError(f"{described} holds lists or objects; give words or whole numbers") from None
     if len(classes) > MOST_CLASSES:
-        raise ProbekitError(f"{called} has {len(classes):,} classes; at most {MOST_CLASSES:,} can be probed")
+        raise ProbekitError(
+            f"{described} has {len(classes):,} classes; at most {MOST_CLASSES:,} can be probed"
+        )
     if len(classes) < 2:
-        raise ProbekitError(f"{called} has fewer than two classes: {', '.join(map(str, classes)) or 'none'}")
+        raise ProbekitError(
+            f"{described} has fewer than two classes: {', '.join(map(str, classes)) or 'none'}"
+        )
     return codes, classes
 
 
@@ -260,7 +271,7 @@ def _read_table(path: Path) -> pd.DataFrame:
     import pandas as pd
 
     readers: dict[str, Callable[[Path], pd.DataFrame]] = {
-        # A class may be called None or NA. All of a column is read before its type is chosen.
+        # A class may be called None or NA; low_memory would guess the type of each part of a column.
         ".csv": lambda file: pd.read_csv(
             file, keep_default_na=False, na_values=["", "nan", "NaN"], low_memory=False
         ),
@@ -274,14 +285,3 @@ def _read_table(path: Path) -> pd.DataFrame:
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ProbekitError(f"probe.labels {path} cannot be read ({reason})") from None
-
-
-def _sentence_target(corpus: Corpus, name: str, classes: int, of_sentences: np.ndarray) -> Target:
-    def labels(anchor: np.ndarray, sentence: np.ndarray, horizon: int) -> np.ndarray:
-        last = corpus.document_sentences[corpus.document_of(sentence) + 1]
-        there = sentence + horizon - 1 < last
-        return np.where(there, of_sentences[np.where(there, sentence + horizon - 1, 0)], NO_LABEL).astype(
-            np.int64
-        )
-
-    return Target(name, classes, labels, of_sentences)

@@ -229,7 +229,7 @@ class KeptProbes:
     points: list[HookPoint]
     distances: list[int]
     config: Config
-    documents: Any
+    documents: Mapping[str, int]
     quality: pd.DataFrame
     baselines: dict[str, pd.DataFrame]
     best: int
@@ -566,8 +566,8 @@ def _facts(run: Run, probes: KeptProbes) -> dict[str, str]:
         "Model": lm.name or f"new GPT-2, {lm.layers} layers of width {lm.width}",
         "Corpus": corpus.path or f"{corpus.reader} ({run.corpus.facts['documents']:,} documents)",
         "Probes": f"{probes.solver}, seed {probes.seed}, for one of {run.corpus.k:,} actions; fitted on "
-        f"{documents.probe:,} documents, selected on {documents.validation:,}, tested on "
-        f"{documents.test:,}",
+        f"{documents['probe']:,} documents, selected on {documents['validation']:,}, tested on "
+        f"{documents['test']:,}",
     }
-    few = too_few(documents.test)
+    few = too_few(documents['test'])
     return facts | ({"Beware": few} if few else {})

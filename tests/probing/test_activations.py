@@ -246,22 +246,6 @@ def test_the_bridge_reads_the_same(tiny_run: Run, variant: str, monkeypatch: pyt
         torch.testing.assert_close(values, expected[place], rtol=1e-4, atol=1e-4)
 
 
-def test_first_windows_equal_hidden_states(tiny_run: Run):
-    run, corpus = settings(tiny_run, 48, 48), tiny_run.corpus
-    documents = np.array([2, 0, 1])
-    starts = corpus.document_tokens[documents]
-    anchor = np.concatenate([np.arange(start + 2, start + 49) for start in starts])
-    empty = np.zeros(len(anchor), np.int64)
-    examples = Examples(np.repeat(documents, 47), anchor, empty, empty[:, None])
-    found = read(Reader(run, "none", [("hook_resid_post", layer) for layer in range(2)], [1]), examples)
-    tokens = torch.tensor(np.stack([corpus.tokens[start : start + 48] for start in starts]).astype(np.int64))
-    with torch.no_grad():
-        states = run.plain_model().eval()(tokens, output_hidden_states=True).hidden_states
-    for layer in range(2):
-        expected = states[layer + 1][:, 1:].flatten(0, 1)
-        torch.testing.assert_close(found["hook_resid_post", layer][0], expected, rtol=1e-4, atol=1e-4)
-
-
 # What does not matter
 
 
@@ -290,11 +274,6 @@ def test_what_else_is_read_does_not_matter(tiny_run: Run):
         alone = read(Reader(run, "soft", [place], (17, 2)), examples[few])
         assert list(alone) == [place]
         torch.testing.assert_close(alone[place], whole[place][[3, 1]][:, few], rtol=1e-4, atol=1e-4)
-
-
-def test_no_examples_no_chunks(tiny_run: Run):
-    examples = at_anchors(tiny_run, DOCUMENTS)[:0]
-    assert list(Reader(tiny_run, "none", PLACES[:1], [1]).chunks(examples)) == []
 
 
 def test_places_of_one_width_go_together():
@@ -476,12 +455,3 @@ def test_chunks_cover_all_and_cut_long_documents_alone(counts: list[int], most: 
         whole = (document[following.start :] == first).sum()
         starts_there = following.start == np.flatnonzero(document == first)[0]
         assert not (starts_there and part.stop - part.start + whole <= most)
-
-
-@pytest.mark.parametrize(
-    ("size", "expected"), [(3, [3, 6, 9]), (2, [2, 3, 5, 7, 9]), (5, [3, 8, 9]), (6, [3, 9]), (9, [9])]
-)
-def test_chunks_by_hand(size: int, expected: list[int], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(activations, "CHUNK_EXAMPLES", size)
-    document = np.repeat([7, 2, 5], [3, 5, 1])
-    assert [part.stop for part in chunk_slices(document)] == expected

@@ -12,7 +12,7 @@ from probekit.evaluation.action_metrics import STRENGTHS
 from probekit.evaluation.baselines import SkipNgram, planner_log_probabilities
 from probekit.planted.ceilings import ceiling_log_probabilities, position_ceiling
 from probekit.probing import baselines
-from probekit.probing.baselines import ORDER, baseline_tallies
+from probekit.probing.baselines import ORDER, baseline_sums
 from probekit.probing.grid import Grid, make_grid
 from probekit.probing.targets import find_target
 from probekit.run.run import Run
@@ -68,8 +68,8 @@ def rows(run: Run, grid: Grid) -> dict[tuple[str, int, int], dict[str, Any]]:
 def rows_of(run: Run, grid: Grid) -> dict[tuple[str, int, int], dict[str, Any]]:
     """Head and sums by document, by reader, distance and horizon."""
     found: dict[tuple[str, int, int], dict[str, Any]] = {}
-    for tally in baseline_tallies(run, grid):
-        for number, head in enumerate(tally.heads):
+    for tally in baseline_sums(run, grid):
+        for number, head in enumerate(tally.readers):
             key = head["reader"], head["distance"], head["horizon"]
             assert key not in found
             found[key] = {"head": head} | {name: sums[:, number] for name, sums in tally.sums.items()}
@@ -208,16 +208,6 @@ def test_ceilings(rows: dict, walked: dict, run: Run, distance: int, horizon: in
     check(rows["ceiling (tokens read)", distance, horizon], read, labels, document)
 
 
-def test_what_is_predicted_a_chunk_at_a_time_is_the_same(
-    rows: dict, run: Run, grid: Grid, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr("probekit.probing.activations.CHUNK_EXAMPLES", 4)
-    for key, row in rows_of(run, grid).items():
-        for name in ("correct", "top5"):
-            assert row[name].tolist() == rows[key][name].tolist()
-        np.testing.assert_allclose(row["cross_entropy"], rows[key]["cross_entropy"], rtol=1e-6)
-
-
 # Other targets
 
 
@@ -303,18 +293,10 @@ def test_a_run_that_trained_nothing_has_what_counting_gives(tiny_run: Run, monke
     assert {key[0] for key in rows_of(run, grid_of(run))} == counted
 
 
-def test_baselines_are_fitted_on_so_many_examples_and_whole_documents(
-    run: Run, grid: Grid, monkeypatch: pytest.MonkeyPatch
-):
-    fitted = {}
+def test_baselines_are_counted_on_whole_documents(run: Run, grid: Grid, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(baselines, "MOST_EXAMPLES", 500)
-    monkeypatch.setattr(baselines, "_by_sentence", lambda *given: fitted.setdefault("on", given[2]) and {})
-    monkeypatch.setattr(baselines, "_skip_ngram", lambda *given: (lambda rows: np.zeros((1, 8)), 0.0))
-    monkeypatch.setattr(baselines, "_tally", lambda *given: None)
-    baseline_tallies(run, grid)
-    training = fitted["on"]
+    training = baselines.counted_examples(run.corpus, run.config.probe, grid, run.config.seed)
     drawn = np.unique(training.document)
     assert set(drawn) < set(counted_in(run))
     assert columns(walk(run, drawn))[1].tolist() == training.anchor.tolist()
-    sentences = len(run.corpus.sentences(drawn))
-    assert 500 - 16 < sentences <= 500
+    assert 500 - 16 < len(run.corpus.sentences(drawn)) <= 500

@@ -13,16 +13,14 @@ from probekit.config import Config
 from probekit.probing.activations import Stack
 from probekit.probing.controls import block_ends, prequential_code, prior_code
 from probekit.probing.fitting import (
-    CLOSED_FORM,
-    Question,
-    Work,
-    document_numbers,
+    FitJob,
+    Task,
     fit,
     score,
-    target_questions,
+    target_tasks,
 )
-from probekit.probing.grid import CHOSEN_ON, FITTED_ON, TESTED_ON, Grid
-from probekit.probing.results import Row, Tally
+from probekit.probing.grid import CHOSEN_ON, FITTED_ON, TESTED_ON, Grid, document_numbers
+from probekit.probing.results import DocumentSums, Facts
 from probekit.probing.solvers import LDAProbes, MLPProbes, RidgeProbes, SoftmaxProbes
 from probekit.probing.targets import Examples, Target
 from probekit.progress import Progress
@@ -73,17 +71,17 @@ def grid() -> Grid:
 
 
 @pytest.fixture(scope="module")
-def control(grid: Grid) -> Question:
+def control(grid: Grid) -> Task:
     """Labels of the control task that differ by distance."""
     generator = np.random.default_rng(5)
-    return Question(
+    return Task(
         None,
         {split: generator.integers(CLASSES, size=(2, len(e))) for split, e in grid.examples.items()},
     )
 
 
 @pytest.fixture(scope="module")
-def activations(grid: Grid, control: Question) -> Held:
+def activations(grid: Grid, control: Task) -> Held:
     """Noise, in which every cell tells something else: one or the other horizon, or the control task."""
     generator = torch.Generator().manual_seed(1)
     values: dict[str, list[Tensor]] = {}
@@ -100,24 +98,24 @@ def activations(grid: Grid, control: Question) -> Held:
     return Held(values, grid.examples, BLOCKS)
 
 
-def work(grid: Grid, control: Question | None, **settings: Any) -> Work:
+def make_job(grid: Grid, control: Task | None, **settings: Any) -> FitJob:
     probe = Config().override({f"probe.{name}": value for name, value in settings.items()}).probe
-    return Work(grid, probe, control, 3, torch.device("cpu"), Progress(quiet=True), "test")
+    return FitJob(grid, probe, control, 3, torch.device("cpu"), Progress(quiet=True), "test")
 
 
-def rows_of(tallies: list[Tally]) -> dict[tuple[Any, ...], tuple[Row, dict[str, np.ndarray]]]:
+def rows_of(tallies: list[DocumentSums]) -> dict[tuple[Any, ...], tuple[Facts, dict[str, np.ndarray]]]:
     """Head and sums by document of every row, by solver, place, distance and horizon."""
     found = {}
     for tally in tallies:
-        for number, head in enumerate(tally.heads):
+        for number, head in enumerate(tally.readers):
             key = (head["solver"], (head["location"], head["layer"]), head["distance"], head["horizon"])
             assert key not in found
             found[key] = head, {name: sums[:, number] for name, sums in tally.sums.items()}
     return found
 
 
-def fitted_rows(activations: Held, work: Work) -> dict[tuple[Any, ...], tuple[Row, dict[str, np.ndarray]]]:
-    return rows_of(score(activations, work, fit(activations, work), {"seed": 3}))
+def fitted_rows(activations: Held, job: FitJob) -> dict[tuple[Any, ...], tuple[Facts, dict[str, np.ndarray]]]:
+    return rows_of(score(activations, job, fit(activations, job), {"seed": 3}))
 
 
 def alone(activations: Held, cell: tuple[int, int, int], split: str) -> Tensor:
@@ -141,14 +139,14 @@ SETTINGS = {"l2": [0.01, 0.3], "shrinkage": [0.1, 0.9], "hidden": 6}
 
 
 @pytest.fixture(scope="module")
-def together(activations: Held, grid: Grid, control: Question) -> dict:
+def together(activations: Held, grid: Grid, control: Task) -> dict:
     """Rows of all solvers in one go, with control task and code length."""
-    return fitted_rows(activations, work(grid, control, solvers=list(MAKE), **SETTINGS))
+    return fitted_rows(activations, make_job(grid, control, solvers=list(MAKE), **SETTINGS))
 
 
 @pytest.mark.parametrize("solver", MAKE)
 def test_every_cell_is_as_if_it_were_fitted_alone(
-    solver: str, together: dict, activations: Held, grid: Grid, control: Question
+    solver: str, together: dict, activations: Held, grid: Grid, control: Task
 ):
     for cell in CELLS:
         X = {split: alone(activations, cell, split) for split in SPLITS}
@@ -228,11 +226,11 @@ def test_code_length_is_that_of_the_documents_in_their_order(together: dict, act
 
 @pytest.mark.parametrize("solvers", [["ridge"], ["lda"], ["lda", "ridge"]])
 def test_streaming_equals_holding(
-    solvers: list[str], together: dict, activations: Held, grid: Grid, control: Question
+    solvers: list[str], together: dict, activations: Held, grid: Grid, control: Task
 ):
     """Sums over chunks give the probes that all examples at once give, the control task's too."""
     before = activations.passes
-    streamed = fitted_rows(activations, work(grid, control, solvers=solvers, **SETTINGS))
+    streamed = fitted_rows(activations, make_job(grid, control, solvers=solvers, **SETTINGS))
     assert activations.passes == before + 3, "a pass for each split feeds every solver and horizon"
     held = {key: row for key, row in together.items() if key[0] in solvers}
     assert set(streamed) == set(held)
@@ -252,46 +250,29 @@ def test_streaming_equals_holding(
 @pytest.mark.parametrize("solvers", [["softmax"], ["ridge"], ["lda", "softmax"]])
 def test_without_control_there_is_no_control(activations: Held, grid: Grid, solvers: list[str]):
     settings = {"solvers": solvers, "code_length": False}
-    for head, sums in fitted_rows(activations, work(grid, None, **settings)).values():
+    for head, sums in fitted_rows(activations, make_job(grid, None, **settings)).values():
         assert set(sums) == {"correct", "top5", "cross_entropy"}
         assert "code_length" not in head
 
 
 @pytest.mark.parametrize("solvers", [["softmax"], ["ridge"]])
-def test_constant_activations_are_told(activations: Held, grid: Grid, control: Question, solvers: list[str]):
+def test_constant_activations_are_told(activations: Held, grid: Grid, control: Task, solvers: list[str]):
     values = {split: [block.clone() for block in blocks] for split, blocks in activations.values.items()}
     for blocks in values.values():
         blocks[0][1, 0] = torch.tensor([0.1, -7.3, 1e-4, 1e4, 0.0])
     constant = Held(values, grid.examples, BLOCKS)
-    rows = fitted_rows(constant, work(grid, control, solvers=solvers, code_length=False))
+    rows = fitted_rows(constant, make_job(grid, control, solvers=solvers, code_length=False))
     for (_, place, distance, _), (head, _) in rows.items():
         assert head["constant"] == ((place, distance) == (("a", 1), 1))
 
 
-def test_chunks_make_no_difference(activations: Held, grid: Grid, control: Question):
-    parts = [
-        fitted_rows(
-            Held(activations.values, grid.examples, BLOCKS, rows=rows),
-            work(grid, control, solvers=["ridge", *(["softmax"] if held else [])], code_length=False),
-        )
-        for rows in (1, 1000)
-        for held in (True, False)
-    ]
-    for one, other in ((parts[0], parts[2]), (parts[1], parts[3])):
-        for key, (head, sums) in one.items():
-            assert head["validation_cross_entropy"] == pytest.approx(
-                other[key][0]["validation_cross_entropy"], rel=1e-4
-            )
-            np.testing.assert_allclose(sums["cross_entropy"], other[key][1]["cross_entropy"], rtol=1e-4)
-
-
-def test_questions_have_a_label_for_every_probe(grid: Grid, control: Question):
-    first, second = target_questions(grid)
+def test_questions_have_a_label_for_every_probe(grid: Grid, control: Task):
+    first, second = target_tasks(grid)
     assert (first.horizon, second.horizon) == HORIZONS
     cpu = torch.device("cpu")
-    shared = second.asked(TESTED_ON, slice(2, 6), 3, cpu)
+    shared = second.of(TESTED_ON, slice(2, 6), 3, cpu)
     assert shared.tolist() == grid.examples[TESTED_ON].labels[2:6, 1].tolist()
-    own = control.asked(TESTED_ON, slice(2, 6), 3, cpu)
+    own = control.of(TESTED_ON, slice(2, 6), 3, cpu)
     assert own.shape == (6, 4)  # three places, two distances
     for place in range(3):
         for distance in range(2):
@@ -302,8 +283,3 @@ def test_questions_have_a_label_for_every_probe(grid: Grid, control: Question):
 def test_documents_are_numbered_as_they_appear():
     assert document_numbers(np.array([7, 7, 2, 9, 9, 9])).tolist() == [0, 0, 1, 2, 2, 2]
     assert document_numbers(np.array([3])).tolist() == [0]
-
-
-def test_closed_form_solvers_are_those_that_take_sums():
-    for name, make in MAKE.items():
-        assert hasattr(make(), "fit_moments") == (name in CLOSED_FORM)

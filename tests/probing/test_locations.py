@@ -44,23 +44,12 @@ def test_locations_outside_the_blocks_are_there_once():
     assert per_layer("attn.hook_z" + BEFORE)
 
 
-def test_names_labels_and_points_are_unlike():
-    for attribute in ("name", "label", "point", "text"):
-        assert len({getattr(location, attribute) for location in LOCATIONS.values()}) == len(LOCATIONS)
-    assert [location.name for location in LOCATIONS.values()] == list(LOCATIONS)
-
-
 @given(st.text())
 def test_a_hook_that_is_not_in_the_table_goes_by_its_name(name: str):
     known = {location + BEFORE for location in LOCATIONS} | {*LOCATIONS}
     if name not in known and not name.endswith(BEFORE):
         assert label(name) == name
         assert label(name + BEFORE) == f"{name}, before"
-
-
-def test_labels_of_the_conditioned_location_wherever_it_is():
-    assert label("attn.hook_z" + BEFORE) == f"{label('attn.hook_z')}, before"
-    assert label("hook_mlp_out" + BEFORE) == "mlp out, before"
 
 
 def test_rows_are_the_table():

@@ -1,6 +1,5 @@
 """The same grid at every checkpoint: what stands there equals a probe of that checkpoint alone."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -69,14 +68,6 @@ def test_what_is_probed_is_not_probed_again(run: Run, results: over_training.Tra
     )
     probe_checkpoints(run, FAST | {"probe.distances": [1]}, quiet=True)
     assert asked == [*run.checkpoints("lm").values()]
-
-
-def test_a_record_of_other_types_is_refused(run: Run, results: over_training.TrainingProbes, tmp_path: Path):
-    copy = Run.open(shutil.copytree(run.folder, tmp_path / "copy"))
-    path = next(iter(copy.checkpoints("lm").values())) / "probes" / "settings.json"
-    path.write_text(json.dumps([*json.loads(path.read_text())]))
-    with pytest.raises(ProbekitError, match=r"settings.json is no record of a probing"):
-        probe_checkpoints(copy, FAST, quiet=True)
 
 
 def test_a_variant_is_read_at_its_own_steps(run: Run):

@@ -1,6 +1,5 @@
 """The probe grid against scikit-learn, planted signals, shuffled labels and the planted ceilings."""
 
-import itertools
 import json
 import shutil
 from pathlib import Path
@@ -12,22 +11,20 @@ import pytest
 import torch
 from scipy.stats import binom
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
+from sklearn.metrics import accuracy_score, log_loss
 from sklearn.preprocessing import StandardScaler
 
 from probekit.config import Config
 from probekit.data.corpus import export_sentences
 from probekit.errors import ProbekitError
-from probekit.evaluation.baselines import planner_log_probabilities
 from probekit.io import read_tensors, write_tensors
 from probekit.models.conditioning import new_adapter
 from probekit.models.hook_points import BridgeBackend
 from probekit.models.mixing import VARIANTS, Oracle, Variant
 from probekit.models.planner_lm import PlannedLM
-from probekit.planted.ceilings import ceiling_log_probabilities, position_ceiling
 from probekit.probing import grid as grid_module
 from probekit.probing.activations import Reader
-from probekit.probing.controls import SHARES, control_labels
+from probekit.probing.controls import control_labels
 from probekit.probing.grid import Grid, make_grid
 from probekit.probing.probe import ProbeResults, probe
 from probekit.probing.results import COLUMNS
@@ -220,15 +217,6 @@ def test_cells_with_too_few_examples_are_empty(wide: ProbeResults):
         assert any(f"distance 500, horizon {horizon} is empty" in note for note in wide.notes)
 
 
-def test_every_metric_is_within_its_interval(wide: ProbeResults):
-    near = wide.table[wide.table.accuracy.notna()]
-    for metric in (*METRICS, "selectivity", "shortfall", "gain"):
-        known = near[near[metric].notna()]
-        assert len(known)
-        assert (known[f"{metric}_low"] <= known[metric]).all()
-        assert (known[metric] <= known[f"{metric}_high"]).all()
-
-
 def test_what_is_constant_is_told(wide: ProbeResults):
     """At distance 1 there is a full stop, always, and its embedding tells nothing."""
     constant = wide.table[wide.table.constant.fillna(False)]
@@ -241,20 +229,6 @@ def test_what_is_constant_is_told(wide: ProbeResults):
 
 
 # Again, in parts, from a store
-
-
-def test_the_same_seed_gives_the_same_table(small: pd.DataFrame, loud_run: Run, tmp_path: Path):
-    same(table_of(loud_run, tmp_path, SMALL), small, check_exact=True)
-
-
-def test_mlps_of_a_seed_are_the_same_and_of_another_others(loud_run: Run, tmp_path: Path):
-    settings = PLAIN | {"probe.solvers": ["mlp"], "probe.hidden": 4, "probe.layers": [1]}
-    settings |= {"probe.distances": [1], "probe.seeds": [2, 3]}
-    first, again = (table_of(loud_run, tmp_path / name, settings) for name in ("first", "again"))
-    same(first, again, check_exact=True)
-    one, other = (cell(first, reader="probe", seed=seed) for seed in (2, 3))
-    assert one.fitted_on == other.fitted_on, "all documents, whatever the seed"
-    assert one.cross_entropy != other.cross_entropy
 
 
 def test_places_that_do_not_fit_into_memory_are_read_in_turn(
@@ -307,32 +281,6 @@ def test_each_seed_is_a_grid_of_its_own(small: pd.DataFrame, loud_run: Run, tmp_
         same(probes, expected, rtol=1e-9, atol=1e-12)
     losses = [cells(small, reader="probe", seed=seed).cross_entropy.to_numpy() for seed in (0, 5)]
     assert (losses[0] != losses[1]).all(), "other documents, other random weights"
-
-
-def test_sums_alone_give_the_closed_form_probes_that_all_examples_give(loud_run: Run, tmp_path: Path):
-    settings = {
-        "probe.variants": ["soft"],
-        "probe.distances": [1, 4],
-        "probe.locations": ["hook_resid_post", "mlp.hook_post"],
-        "probe.l2": [0.01, 0.3],
-        "probe.code_length": False,
-    }
-    solvers = {"summed": ["ridge", "lda"], "held": ["lda", "softmax", "ridge"]}
-    tables = {
-        name: table_of(loud_run, tmp_path / name, settings | {"probe.solvers": given})
-        for name, given in solvers.items()
-    }
-    summed, held = (
-        cells(table, reader="probe")[lambda rows: rows.solver != "softmax"].drop(
-            columns=["gain_low", "gain_high"]
-        )
-        for table in tables.values()
-    )
-    baseline = {name: cells(table, reader="token embedding").solver for name, table in tables.items()}
-    assert set(baseline["summed"]) == {"ridge"}, "it holds no examples where the grid holds none"
-    assert set(baseline["held"]) == {"softmax"}
-    assert len(summed) == 2 * 2 * 3 * 2
-    same(summed, held, rtol=1e-3, atol=1e-4)
 
 
 # Each number by hand
@@ -409,34 +357,6 @@ def test_control_task_and_selectivity_by_hand(wide: ProbeResults, loud_run: Run,
     assert row.selectivity == pytest.approx(row.accuracy - row.control_accuracy)
 
 
-def test_code_length_by_hand(wide: ProbeResults, loud_run: Run, grid: Grid):
-    """Blocks of whole documents, each told by a probe that has seen those before it."""
-    at = {"variant": "none", "location": "hook_resid_post", "layer": 2, "distance": 1, "horizon": 1}
-    row = cell(wide.table, reader="probe", solver="softmax", **at)
-    X = activations(loud_run, grid, "none", ("hook_resid_post", 2), 1)["probe"]
-    y, document = grid.labels("probe", 1), grid.examples["probe"].document
-    lasts = [n + 1 for n in range(len(y)) if n + 1 == len(y) or document[n + 1] != document[n]]
-    ends = sorted({min(end for end in lasts if end >= share * len(y)) for share in SHARES})
-    bits = ends[0] * np.log2(8)
-    for end, following in itertools.pairwise(ends):
-        absent = np.setdiff1d(np.arange(8), y[:end])
-        # One more example at the mean, shared by the classes that were never seen.
-        more = np.tile(X[:end].mean(axis=0), (len(absent), 1))
-        weights = np.concatenate([np.ones(end), np.full(len(absent), 1 / max(1, len(absent)) - 1e-12)])
-        inputs = np.concatenate([X[:end], more])
-        l2 = row.l2 * len(y) / len(inputs)  # the same prior of the weights, whatever the number of examples
-        predict = logistic(inputs, np.concatenate([y[:end], absent]), l2, weights)
-        p = predict(X[end:following])[np.arange(following - end), y[end:following]]
-        bits -= np.log2(p).sum()
-    assert row.code_length == pytest.approx(bits / len(y), rel=1e-3)
-    counted = ends[0] * np.log2(8)
-    for end, following in itertools.pairwise(ends):
-        shares = (np.bincount(y[:end], minlength=8) + 0.5) / (end + 4)
-        counted -= np.log2(shares[y[end:following]]).sum()
-    assert row.compression == pytest.approx(counted / len(y) / row.code_length)
-    assert wide.table[wide.table.solver != "softmax"].code_length.isna().all()
-
-
 def test_the_token_embedding_by_hand(wide: ProbeResults, loud_run: Run, grid: Grid):
     embedding = loud_run.plain_model().get_input_embeddings().weight.detach().double().numpy()
     tokens = {split: loud_run.corpus.tokens[e.anchor - 3] for split, e in grid.examples.items()}
@@ -453,50 +373,6 @@ def test_the_token_embedding_by_hand(wide: ProbeResults, loud_run: Run, grid: Gr
     assert row.cross_entropy == pytest.approx(losses[best][1], rel=1e-3)
     rows = cells(wide.table, reader="token embedding")
     assert rows[["variant", "control_accuracy", "code_length", "gain"]].isna().all(axis=None)
-
-
-@pytest.mark.parametrize("distance", DISTANCES)
-@pytest.mark.parametrize("horizon", HORIZONS)
-def test_baselines_are_scored_on_the_same_examples(
-    wide: ProbeResults, loud_run: Run, grid: Grid, distance: int, horizon: int
-):
-    corpus, test = loud_run.corpus, grid.examples["test"]
-    documents, actions = corpus.documents("test"), grid.labels("test", horizon)
-    rows = np.searchsorted(corpus.sentences(documents), test.sentence)
-    readers = {
-        name: log_p[rows]
-        for name, log_p in ceiling_log_probabilities(loud_run.config, corpus, documents, horizon).items()
-    }
-    read = test.anchor - distance
-    readers["ceiling (tokens read)"] = position_ceiling(
-        loud_run.config, corpus, read, test.sentence + horizon - 1
-    )
-    if horizon == 1:
-        readers["planner"] = planner_log_probabilities(loud_run.planner(), corpus, documents)[rows]
-    prior = cell(wide.table, reader="prior", distance=distance, horizon=horizon)
-    assert (prior.bits, prior.bits_low, prior.bits_high) == (0, 0, 0)
-    for reader, log_p in readers.items():
-        row = cell(wide.table, reader=reader, distance=distance, horizon=horizon)
-        p = np.exp(log_p) / np.exp(log_p).sum(axis=1, keepdims=True)
-        loss = log_loss(actions, p, labels=range(8))
-        assert row.accuracy == accuracy_score(actions, p.argmax(axis=1))
-        assert row.top5 == top_k_accuracy_score(actions, p, k=5, labels=range(8))
-        assert row.cross_entropy == pytest.approx(loss)
-        assert row.bits == pytest.approx((prior.cross_entropy - loss) / np.log(2))
-
-
-def test_gain_is_over_the_strongest_baseline_without_a_model(wide: ProbeResults):
-    for distance, horizon in itertools.product(DISTANCES, HORIZONS):
-        rows = cells(wide.table, distance=distance, horizon=horizon)
-        free = [cell(rows, reader=reader) for reader in ("prior", "bigram", "skip n-gram")]
-        strongest = min(free, key=lambda baseline: baseline.validation_cross_entropy)
-        compared = rows[rows.gain.notna()]
-        assert len(compared)
-        assert (compared.gain_over == strongest.reader).all()
-        np.testing.assert_allclose(compared.gain, compared.bits - strongest.bits, atol=1e-9)
-    probes = wide.table[(wide.table.reader == "probe") & wide.table.accuracy.notna()]
-    assert (probes.gain.isna() == probes.injected).all()
-    assert wide.table[wide.table.reader != "probe"].gain.isna().all()
 
 
 # Conditioning
@@ -746,14 +622,6 @@ def test_best_cells_are_chosen_on_validation():
         ["softmax", "none", "b", 0, 0],
         ["softmax", "soft", "a", 1, 0],
     ]
-
-
-def test_probes_are_fitted_on_the_documents_drawn(small: pd.DataFrame):
-    probes = small[small.reader == "probe"]
-    for seed in (0, 5):
-        fitted_on = set(cells(probes, seed=seed).fitted_on)
-        assert len(fitted_on) == 1
-        assert 150 - 16 - 32 < fitted_on.pop() <= 150
 
 
 def test_layers_of_the_settings_and_locations_without_one(loud_run: Run, tmp_path: Path):

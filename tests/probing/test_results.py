@@ -1,13 +1,38 @@
-"""The table of results against each number worked out by hand from sums by document."""
+"""Results against sums over every example, numbers worked out by hand, and what was scored before."""
 
 import itertools
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from probekit.probing.results import COLUMNS, METRICS, Row, Tally, table_of
+from probekit.config import Config
+from probekit.errors import ProbekitError
+from probekit.io import write_json
+from probekit.probing import results
+from probekit.probing.activations import Reader
+from probekit.probing.grid import TESTED_ON, make_grid
+from probekit.probing.probe import probe
+from probekit.probing.results import (
+    COLUMNS,
+    METRICS,
+    SCORES,
+    Cell,
+    DocumentSums,
+    Facts,
+    SavedProbes,
+    read_probe_record,
+    row_slices,
+    table_of,
+)
+from probekit.probing.targets import find_target
+from probekit.run.run import Run
 from probekit.statistics import Resampling, bootstrap_ratio, simultaneous_ratios
 
 COUNTS = np.array([9, 4, 12, 7, 8, 3, 10, 6, 5, 11])
@@ -17,26 +42,18 @@ FREE = {"prior": 2.0, "bigram": 1.6, "skip n-gram": 1.8}
 """Model-free baselines and what each loses on the test, in nats."""
 
 
-def sums_of(loss: float, readers: int, generator: np.random.Generator, *, control: bool) -> dict[str, Any]:
-    shape = len(COUNTS), readers
-    correct = generator.binomial(COUNTS[:, None], 0.4, size=shape).astype(float)
-    sums = {
-        "correct": correct,
-        "top5": np.minimum(COUNTS[:, None], correct + 2),
-        "cross_entropy": COUNTS[:, None] * (loss + 0.2 * generator.normal(size=shape)),
-    }
+def sums_of(readers: list[Facts], loss: float, generator: Any, *, control: bool = False) -> DocumentSums:
+    shape = len(COUNTS), len(readers)
+    made = DocumentSums(readers, len(COUNTS))
+    made.sums["correct"] = generator.binomial(COUNTS[:, None], 0.4, size=shape).astype(float)
+    made.sums["top5"] = np.minimum(COUNTS[:, None], made.sums["correct"] + 2)
+    made.sums["cross_entropy"] = COUNTS[:, None] * (loss + 0.2 * generator.normal(size=shape))
     if control:
-        sums["control_correct"] = generator.binomial(COUNTS[:, None], 0.2, size=shape).astype(float)
-    return sums
-
-
-def tally(heads: list[Row], loss: float, generator: np.random.Generator, *, control: bool = False) -> Tally:
-    made = Tally(heads, len(COUNTS))
-    made.sums = sums_of(loss, len(heads), generator, control=control)
+        made.sums["control_correct"] = generator.binomial(COUNTS[:, None], 0.2, size=shape).astype(float)
     return made
 
 
-def make_tallies(seed: int = 0, **validation: float) -> list[Tally]:
+def make_scored(seed: int = 0, **validation: float) -> list[DocumentSums]:
     """Baselines, and probes at two layers in two variants; that of soft at layer 1 is injected."""
     generator = np.random.default_rng(seed)
     known = {"prior": 2.1, "bigram": 1.7, "skip n-gram": 1.9} | validation
@@ -44,13 +61,13 @@ def make_tallies(seed: int = 0, **validation: float) -> list[Tally]:
     for horizon, distance in itertools.product(HORIZONS, DISTANCES):
         cell = {"distance": distance, "horizon": horizon}
         for reader, loss in FREE.items():
-            head = {"reader": reader, "validation_cross_entropy": known[reader]} | cell
-            made.append(tally([head], loss, generator))
-        made.append(tally([{"reader": "planner"} | cell], 1.2, generator))
-        made.append(tally([{"reader": "ceiling (tokens read)"} | cell], 1.0, generator))
+            loss_known = {"reader": reader, "validation_cross_entropy": known[reader]}
+            made.append(sums_of([loss_known | cell], loss, generator))
+        made.append(sums_of([{"reader": "planner"} | cell], 1.2, generator))
+        made.append(sums_of([{"reader": "ceiling (tokens read)"} | cell], 1.0, generator))
     for variant in ("soft", "none"):
         for horizon in reversed(HORIZONS):
-            heads = [
+            readers = [
                 {"reader": "probe", "solver": "softmax", "variant": variant, "seed": 7}
                 | {"location": "hook_resid_post", "layer": layer, "distance": distance, "horizon": horizon}
                 | {"injected": variant == "soft" and layer == 1 and distance == 1, "constant": False}
@@ -59,11 +76,11 @@ def make_tallies(seed: int = 0, **validation: float) -> list[Tally]:
                 for layer in (1, 0)
                 for distance in DISTANCES
             ]
-            made.append(tally(heads, 1.5, generator, control=True))
+            made.append(sums_of(readers, 1.5, generator, control=True))
     return made
 
 
-EMPTY: list[Row] = [
+EMPTY: list[Facts] = [
     {"reader": "probe", "solver": "softmax", "variant": "none", "seed": 7, "location": "hook_resid_post"}
     | {"layer": layer, "distance": 9, "horizon": 1, "examples": 3}
     for layer in (0, 1)
@@ -71,20 +88,20 @@ EMPTY: list[Row] = [
 
 
 @pytest.fixture(scope="module")
-def tallies() -> list[Tally]:
-    return make_tallies()
+def scored() -> list[DocumentSums]:
+    return make_scored()
 
 
 @pytest.fixture(scope="module")
-def table(tallies: list[Tally]) -> pd.DataFrame:
-    return table_of(tallies, COUNTS, EMPTY, RESAMPLING)
+def table(scored: list[DocumentSums]) -> pd.DataFrame:
+    return table_of(scored, COUNTS, EMPTY, RESAMPLING)
 
 
-def sums_by_row(tallies: list[Tally]) -> dict[tuple[Any, ...], tuple[Row, dict[str, np.ndarray]]]:
+def sums_by_row(scored: list[DocumentSums]) -> dict[tuple[Any, ...], tuple[Facts, dict[str, np.ndarray]]]:
     """Head and sums of every row, by what names it."""
     found = {}
-    for one in tallies:
-        for number, head in enumerate(one.heads):
+    for one in scored:
+        for number, head in enumerate(one.readers):
             key = head["reader"], head.get("variant"), head.get("layer"), head["distance"], head["horizon"]
             found[key] = head, {name: sums[:, number] for name, sums in one.sums.items()}
     return found
@@ -99,8 +116,8 @@ def row_of(table: pd.DataFrame, key: tuple[Any, ...]) -> pd.Series:
     return row
 
 
-def test_every_metric_and_its_interval(table: pd.DataFrame, tallies: list[Tally]):
-    rows = sums_by_row(tallies)
+def test_every_metric_and_its_interval(table: pd.DataFrame, scored: list[DocumentSums]):
+    rows = sums_by_row(scored)
     for key, (_, sums) in rows.items():
         row = row_of(table, key)
         prior = rows["prior", None, None, *key[3:]][1]
@@ -125,9 +142,11 @@ def test_every_metric_and_its_interval(table: pd.DataFrame, tallies: list[Tally]
         assert (row.examples, row.documents) == (COUNTS.sum(), len(COUNTS))
 
 
-def test_gain_is_over_the_strongest_baseline_that_needs_no_model(table: pd.DataFrame, tallies: list[Tally]):
+def test_gain_is_over_the_strongest_baseline_that_needs_no_model(
+    table: pd.DataFrame, scored: list[DocumentSums]
+):
     """The planner is stronger than the bigram, and needs a model."""
-    rows = sums_by_row(tallies)
+    rows = sums_by_row(scored)
     probes = [key for key, (head, _) in rows.items() if key[0] == "probe" and not head["injected"]]
     bigrams = [rows["bigram", None, None, *key[3:]][1]["cross_entropy"] for key in probes]
     own = [rows[key][1]["cross_entropy"] for key in probes]
@@ -142,23 +161,9 @@ def test_gain_is_over_the_strongest_baseline_that_needs_no_model(table: pd.DataF
         assert row.gain_high == pytest.approx(together.high[number])
 
 
-def test_an_interval_for_all_cells_together_holds_that_of_each(table: pd.DataFrame, tallies: list[Tally]):
-    rows = sums_by_row(tallies)
-    compared = table[table.gain.notna()]
-    assert len(compared) == 2 * 2 * 2 * 2 - 2
-    for row in compared.itertuples():
-        bigram = rows["bigram", None, None, row.distance, row.horizon][1]["cross_entropy"]
-        own = rows["probe", row.variant, row.layer, row.distance, row.horizon][1]["cross_entropy"]
-        alone = simultaneous_ratios((bigram - own)[:, None] / np.log(2), COUNTS, **RESAMPLING)
-        assert row.gain_low < alone.low[0] < row.gain < alone.high[0] < row.gain_high
-        single = bootstrap_ratio((bigram - own) / np.log(2), COUNTS, **RESAMPLING)
-        assert row.gain_low < single.low
-        assert single.high < row.gain_high
-
-
 def test_the_strongest_baseline_is_chosen_on_validation():
     """Not on the test, where the bigram remains the strongest."""
-    table = table_of(make_tallies(**{"skip n-gram": 1.0}), COUNTS, [], RESAMPLING)
+    table = table_of(make_scored(**{"skip n-gram": 1.0}), COUNTS, [], RESAMPLING)
     probes = table[(table.reader == "probe") & ~table.injected]
     assert (probes.gain_over == "skip n-gram").all()
     for row in probes.itertuples():
@@ -177,33 +182,23 @@ def test_only_probes_that_nothing_was_told_have_a_gain(table: pd.DataFrame):
 
 
 def test_a_cell_that_is_told_changes_no_other_cells_gain(table: pd.DataFrame):
-    tallies = make_tallies()
-    for one in tallies:
-        for number, head in enumerate(one.heads):
+    scored = make_scored()
+    for one in scored:
+        for number, head in enumerate(one.readers):
             if head.get("injected"):
                 one.sums["cross_entropy"][:, number] = np.random.default_rng(8).exponential(9, len(COUNTS))
-    again = table_of(tallies, COUNTS, EMPTY, RESAMPLING)
+    again = table_of(scored, COUNTS, EMPTY, RESAMPLING)
     columns = ["gain", "gain_low", "gain_high", "gain_over"]
     pd.testing.assert_frame_equal(again[columns], table[columns])
 
 
 def test_without_a_ceiling_nothing_falls_short(table: pd.DataFrame):
-    tallies = [one for one in make_tallies() if one.heads[0]["reader"] != "ceiling (tokens read)"]
-    without = table_of(tallies, COUNTS, EMPTY, RESAMPLING)
+    scored = [one for one in make_scored() if one.readers[0]["reader"] != "ceiling (tokens read)"]
+    without = table_of(scored, COUNTS, EMPTY, RESAMPLING)
     known = [name for name in COLUMNS if not name.startswith("shortfall")]
     assert without.drop(columns=known).isna().all(axis=None)
     others = table[table.reader != "ceiling (tokens read)"].reset_index(drop=True)
     pd.testing.assert_frame_equal(without[known], others[known])
-
-
-def test_columns_and_types(table: pd.DataFrame):
-    assert list(table.columns) == list(COLUMNS)
-    for name, kind in COLUMNS.items():
-        assert str(table[name].dtype) == kind, name
-    baselines = table[table.reader != "probe"]
-    unknown = ["solver", "variant", "seed", "location", "layer", "constant", "l2", "iterations", "converged"]
-    assert baselines[unknown].isna().all(axis=None)
-    assert not baselines.injected.any()
 
 
 def test_empty_cells_have_counts_and_nothing_else(table: pd.DataFrame):
@@ -218,7 +213,153 @@ def test_empty_cells_have_counts_and_nothing_else(table: pd.DataFrame):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_order_of_the_readers_makes_no_difference(table: pd.DataFrame, seed: int):
-    tallies = make_tallies()
-    order = np.random.default_rng(seed).permutation(len(tallies))
-    again = table_of([tallies[number] for number in order], COUNTS, EMPTY[::-1], RESAMPLING)
+    scored = make_scored()
+    order = np.random.default_rng(seed).permutation(len(scored))
+    again = table_of([scored[number] for number in order], COUNTS, EMPTY[::-1], RESAMPLING)
     pd.testing.assert_frame_equal(again, table)
+
+
+# Sums by document
+
+
+def random_case(readers: int, lengths: list[int], classes: int, seed: int = 0) -> tuple[np.ndarray, ...]:
+    """Documents of examples, log-probabilities and labels."""
+    generator = np.random.default_rng(seed)
+    document = np.repeat(np.arange(len(lengths)), lengths)
+    logits = torch.from_numpy(generator.normal(size=(readers, len(document), classes)))
+    return document, logits.log_softmax(-1).numpy(), generator.integers(classes, size=len(document))
+
+
+def slow_sums(document: np.ndarray, log_p: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
+    sums = {score: np.zeros((document.max() + 1, len(log_p))) for score in SCORES}
+    for reader, rows in enumerate(log_p):
+        own = np.broadcast_to(labels, log_p.shape[:2])[reader]
+        for row, (number, label) in enumerate(zip(document, own, strict=True)):
+            rank = list(np.argsort(-rows[row])).index(label)
+            sums["correct"][number, reader] += rank == 0
+            sums["top5"][number, reader] += rank < 5
+            sums["cross_entropy"][number, reader] -= rows[row, label]
+    return sums
+
+
+@given(
+    lengths=st.lists(st.integers(1, 4), min_size=1, max_size=6),
+    readers=st.integers(1, 3),
+    cuts=st.lists(st.integers(0, 24), max_size=4),
+    seed=st.integers(0, 99),
+)
+def test_parts_add_up_to_the_sums_of_each_document(
+    lengths: list[int], readers: int, cuts: list[int], seed: int
+):
+    """However examples are cut into parts, within documents too."""
+    document, log_p, labels = random_case(readers, lengths, 7, seed)
+    found = DocumentSums([{}] * readers, len(lengths))
+    edges = sorted({0, len(document), *(cut for cut in cuts if cut < len(document))})
+    for start, stop in itertools.pairwise(edges):
+        found.add(document[start:stop], log_p[:, start:stop], labels[start:stop])
+    for score, sums in slow_sums(document, log_p, labels).items():
+        np.testing.assert_allclose(found.sums[score], sums, rtol=1e-12, atol=1e-12)
+
+
+def test_readers_may_have_labels_of_their_own_and_tensors():
+    document, log_p, _ = random_case(3, [2, 5, 1], 6)
+    labels = np.random.default_rng(1).integers(6, size=(3, 8))
+    found = DocumentSums([{"a": i} for i in range(3)], 3)
+    found.add(document, torch.from_numpy(log_p), torch.from_numpy(labels))
+    for score, sums in slow_sums(document, log_p, labels).items():
+        np.testing.assert_allclose(found.sums[score], sums)
+    assert found.readers == [{"a": 0}, {"a": 1}, {"a": 2}]
+
+
+@pytest.mark.parametrize(("readers", "examples", "classes"), [(1, 1, 1), (3, 100, 7), (50, 9, 10)])
+def test_slices_cover_all_examples_and_stay_small(
+    readers: int, examples: int, classes: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(results, "ELEMENTS", 100)
+    slices = row_slices(readers, examples, classes)
+    assert np.concatenate([np.arange(examples)[part] for part in slices]).tolist() == list(range(examples))
+    for part in slices[:-1]:
+        size = part.stop - part.start
+        assert size == 1 or size * readers * classes <= 100
+        assert (size + 1) * readers * classes > 100
+
+
+# Saved probes
+
+
+@pytest.fixture(scope="module")
+def probed(tiny_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = Run.open(shutil.copytree(tiny_run.folder, tmp_path_factory.mktemp("kept") / "run"))
+    settings = {
+        "probe.solvers": ["softmax", "ridge", "mlp"],
+        "probe.locations": ["hook_resid_post", "attn.hook_z"],
+        "probe.variants": ["none", "soft"],
+        "probe.control": False,
+        "probe.code_length": False,
+    }
+    probe(run, settings, quiet=True)
+    return run.with_settings(settings)
+
+
+@pytest.mark.parametrize("solver", ["softmax", "ridge"])
+@pytest.mark.parametrize("variant", ["none", "soft"])
+def test_kept_probes_have_the_accuracy_of_the_table(variant: str, solver: str, probed: Run):
+    table = probed.probes()
+    grid = make_grid(probed.corpus, probed.config.probe, find_target(probed.corpus, "action", None), 0)
+    saved = SavedProbes(probed.folder / "probes", variant, 0)
+    places = [("hook_resid_post", 2), ("attn.hook_z", 1)]
+    (blocks,) = [Reader(probed, variant, places, grid.distances).read(grid.examples[TESTED_ON])]
+    labels = torch.from_numpy(grid.labels(TESTED_ON, 1))
+    for (location, layer), activations in zip(places, (part for b in blocks for part in b), strict=True):
+        for distance, X in zip(grid.distances, activations, strict=True):
+            found = saved[Cell(location, layer, distance, solver=solver)].log_probabilities(X)
+            row = table[
+                (table.reader == "probe") & (table.variant == variant) & (table.solver == solver)
+                & (table.location == location) & (table.layer == layer) & (table.distance == distance)
+            ]  # fmt: skip
+            accuracy = (found.argmax(-1) == labels).float().mean().item()
+            assert accuracy == pytest.approx(row.accuracy.item(), abs=1e-6)
+
+
+def test_only_linear_probes_are_kept(probed: Run):
+    saved = SavedProbes(probed.folder / "probes", "none", 0)
+    assert {cell.solver for cell in saved.cells} == {"softmax", "ridge"}
+    assert len(saved.cells) == 2 * 2 * 3 * len(probed.config.probe.distances)
+    assert all(Cell.of(cell.key) == cell for cell in saved.cells)
+    cells = [Cell("hook_resid_post", layer, 1) for layer in range(3)]
+    X = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(0))
+    together = saved.stacked(cells).log_probabilities(X)
+    for one, cell, x in zip(together, cells, X, strict=True):
+        np.testing.assert_allclose(one, saved[cell].log_probabilities(x), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("variant", "seed", "cell", "said"),
+    [
+        ("joint", 0, None, r"no linear probes of 'joint' with seed 0 .*probekit probe"),
+        ("none", 7, None, r"with seed 7"),
+        ("none", 0, Cell("hook_resid_post", 9, 1), r"layer 9.*layers 0, 1, 2"),
+        ("none", 0, Cell("hook_resid_mid", 1, 1), r"locations attn\.hook_z, hook_resid_post"),
+    ],
+)
+def test_what_is_not_kept(variant: str, seed: int, cell: Cell | None, said: str, probed: Run):
+    with pytest.raises(ProbekitError, match=said):
+        SavedProbes(Path(probed.folder) / "probes", variant, seed)[cell or Cell("x", 0, 1)]
+
+
+# The record of settings
+
+
+def test_a_record_is_read_back(tmp_path: Path):
+    config = Config().override({"probe.distances": [1, 5]})
+    documents = {"3": {"probe": 4, "validation": 2, "test": 1}}
+    record = {"notes": ["one"], "of": {"version": "0"}, "documents": documents}
+    write_json(tmp_path / "probes" / "settings.json", config.model_dump(mode="json") | record)
+    found = read_probe_record(tmp_path)
+    assert (found.config, found.notes, found.documents) == (config, ["one"], documents)
+    assert found.origin == {"version": "0"}
+
+
+def test_a_run_that_was_not_probed(tmp_path: Path):
+    with pytest.raises(ProbekitError, match=r"settings\.json does not exist; run `probekit probe "):
+        read_probe_record(tmp_path)

@@ -15,7 +15,7 @@ from probekit.data.codebook import Codebook
 from probekit.data.corpus import Corpus
 from probekit.errors import ProbekitError
 from probekit.probing import targets
-from probekit.probing.targets import NO_LABEL, TARGETS, Examples, Target, find_examples, find_target, reached
+from probekit.probing.targets import NO_LABEL, TARGETS, Target, find_examples, find_target, reached
 from probekit.run.run import Run
 
 DOCUMENTS = np.array([40, 3, 159, 8, 41])
@@ -66,10 +66,6 @@ def frequent_tokens(corpus: Corpus) -> dict[int, int]:
     return {token: rank for rank, token in enumerate(ranked[: targets.MOST_TOKENS])}
 
 
-def test_the_table_has_the_documented_targets():
-    assert list(TARGETS) == ["action", "token", "sentence-position", "document-type"]
-
-
 @pytest.mark.parametrize("anchors", ["sentence", "token"])
 @pytest.mark.parametrize("name", list(TARGETS))
 def test_examples_equal_the_walk(tiny_run: Run, name: str, anchors: str, monkeypatch: pytest.MonkeyPatch):
@@ -91,16 +87,6 @@ def test_examples_equal_the_walk(tiny_run: Run, name: str, anchors: str, monkeyp
         assert found.labels[row].tolist() == labels, expected[row]
     assert found.labels.dtype == np.int64
     assert found.labels.max() < target.classes
-
-
-def test_the_walk_meets_every_edge(tiny_run: Run):
-    """The cases above hold sentences that nothing follows, and documents that are not long enough."""
-    found = find_examples(tiny_run.corpus, DOCUMENTS, find_target(tiny_run.corpus, "action"), HORIZONS)
-    without = (found.labels == NO_LABEL).sum(axis=0)
-    sentences = len(tiny_run.corpus.sentences(DOCUMENTS))
-    assert without[:2].tolist() == [0, len(DOCUMENTS)]
-    assert len(DOCUMENTS) < without[2] < sentences
-    assert without[3] == sentences == len(found)
 
 
 @pytest.mark.parametrize("anchors", ["sentence", "token"])
@@ -170,22 +156,6 @@ def test_documents_of_any_shape(documents, lead: int, horizon: int, anchors: str
     assert [tuple(map(int, row)) for row in rows] == expected
 
 
-def test_no_documents_no_examples(tiny_run: Run):
-    found = find_examples(tiny_run.corpus, DOCUMENTS[:0], find_target(tiny_run.corpus, "action"), [1, 2])
-    assert len(found) == len(found.document) == len(found.sentence) == 0
-    assert found.labels.shape == (0, 2)
-
-
-@pytest.mark.parametrize("rows", [slice(2, 4), np.array([3, 0]), np.array([True, False, False, True])])
-def test_rows_of_examples(rows):
-    document, anchor, sentence, labels = (np.arange(4) + 10 * n for n in range(4))
-    chosen = Examples(document, anchor, sentence, labels[:, None])[rows]
-    assert len(chosen) == 2
-    for name, values in (("document", document), ("anchor", anchor), ("sentence", sentence)):
-        assert getattr(chosen, name).tolist() == values[rows].tolist()
-    assert chosen.labels.tolist() == labels[rows][:, None].tolist()
-
-
 # Built-in targets
 
 
@@ -196,14 +166,6 @@ def test_tokens_are_named_and_most_frequent_first(tiny_run: Run):
     assert target.classes == len(ranks) == len(target.names)
     assert target.of_sentences is None
     assert list(target.names) == corpus.tokenizer.convert_ids_to_tokens(list(ranks))
-
-
-def test_what_targets_tell_of_themselves(tiny_run: Run):
-    action = find_target(tiny_run.corpus, "action")
-    assert (action.name, action.classes) == ("action", 8)
-    assert np.array_equal(action.of_sentences, tiny_run.corpus.actions)
-    assert find_target(tiny_run.corpus, "document-type").classes == 4
-    assert find_target(tiny_run.corpus, "sentence-position").classes == 16
 
 
 def test_a_document_type_that_nobody_knows(tiny_run: Run):
@@ -291,13 +253,6 @@ def test_whole_numbers_are_in_their_own_order(tiny_run: Run, tmp_path: Path):
     assert target.names == ("2", "9", "10")
 
 
-def test_words_that_look_like_numbers_stay_words_where_the_file_says_so(tiny_run: Run, tmp_path: Path):
-    corpus = tiny_run.corpus
-    for suffix in (".jsonl", ".parquet"):
-        path = written(tmp_path, suffix, code=cycled(["1", "01", "1"], corpus))
-        assert find_target(corpus, "code", path).names == ("01", "1")
-
-
 def test_a_large_csv_is_of_one_type_throughout(tiny_run: Run, tmp_path: Path):
     """Its reader would guess the type of each part of the file by itself; wide rows make the parts short."""
     corpus = tiny_run.corpus
@@ -371,9 +326,3 @@ def test_an_unreadable_file_is_named(tiny_run: Run, tmp_path: Path, suffix: str,
         path.write_bytes(content)
     line = refusal(tiny_run.corpus, "kind", path)
     assert "cannot be read" in line or "has no column" in line
-
-
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_folder_is_no_file_of_labels(tiny_run: Run, tmp_path: Path, suffix: str):
-    (tmp_path / f"labels{suffix}").mkdir()
-    refusal(tiny_run.corpus, "kind", tmp_path / f"labels{suffix}")

@@ -1,4 +1,4 @@
-"""Solvers of probes, a batch at a time.
+"""Solvers: each fits a batch of probes at once.
 
 All have `fit(X, y, classes, X_validation, y_validation)` and `log_probabilities(X)`.
 """

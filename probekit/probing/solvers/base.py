@@ -1,4 +1,4 @@
-"""What all solvers share: a batch of probes, taken in pieces that bound the working memory."""
+"""What all solvers share: a batch of probes, worked on in pieces that bound the memory."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 from probekit.errors import ProbekitError
 
 CHUNK_BYTES = defaultdict(lambda: 1 << 30, cpu=1 << 25)
-"""Working memory by which a batch is split into pieces, taken in turn; on a CPU, to stay in its cache."""
+"""Working memory of a piece of a batch, by device type; on a CPU a piece should stay in the cache."""
 
 
-def labels(X: Tensor, y: Tensor, classes: int) -> Tensor:
+def expand_labels(X: Tensor, y: Tensor, classes: int) -> Tensor:
     """The classes `y` of activations `X` [probes, examples, width] as [probes, examples], checked."""
     if X.ndim != 3 or not X.numel() or y.shape not in (X.shape[:2], X.shape[1:2]):
         raise ProbekitError(
@@ -26,20 +26,32 @@ def labels(X: Tensor, y: Tensor, classes: int) -> Tensor:
     return y.expand(X.shape[:2])
 
 
-def solved_in(X: Tensor) -> torch.dtype:
-    """The type in which activations are solved: float64 if they are that, else float32."""
+def solver_dtype(X: Tensor) -> torch.dtype:
+    """The type in which activations are solved: float64 if they are float64, else float32."""
     return torch.float64 if X.dtype == torch.float64 else torch.float32
 
 
-def pieces(X: Tensor, numbers: int) -> Iterator[tuple[slice, slice]]:
+def probe_slices(probes: int, elements: int, like: Tensor) -> list[slice]:
+    """Slices of probes whose working memory stays within bounds.
+
+    Args:
+        probes: Number of probes.
+        elements: Numbers of working memory that one probe needs.
+        like: A tensor on the device; the numbers are of its `solver_dtype`.
+    """
+    size = max(1, CHUNK_BYTES[like.device.type] // (elements * solver_dtype(like).itemsize))
+    return [slice(first, first + size) for first in range(0, probes, size)]
+
+
+def pieces(X: Tensor, elements: int) -> Iterator[tuple[slice, slice]]:
     """Slices of probes and of examples that cover activations [probes, examples, width].
 
     Args:
         X: The activations.
-        numbers: Numbers of working memory that an example of a probe needs.
+        elements: Numbers of working memory that one example of a probe needs.
     """
     probes, examples, _ = X.shape
-    size = max(1, CHUNK_BYTES[X.device.type] // (numbers * solved_in(X).itemsize))
+    size = max(1, CHUNK_BYTES[X.device.type] // (elements * solver_dtype(X).itemsize))
     rows = min(size, examples)
     for first in range(0, probes, size // rows):
         for start in range(0, examples, rows):
@@ -47,7 +59,7 @@ def pieces(X: Tensor, numbers: int) -> Iterator[tuple[slice, slice]]:
 
 
 def log_softmax(X: Tensor, coef: Tensor, intercept: Tensor) -> Tensor:
-    """Log-probabilities [probes, examples, classes] of a linear probe, in the type of its weights."""
+    """Log-probabilities [probes, examples, classes] of linear probes, in the type of their weights."""
     return torch.log_softmax(torch.baddbmm(intercept[:, None], X.to(coef.dtype), coef), -1)
 
 
@@ -60,12 +72,21 @@ def losses(X: Tensor, y: Tensor, coef: Tensor, intercept: Tensor) -> Tensor:
     return found
 
 
+def check_validation(losses: Tensor, first: int = 0) -> None:
+    """Refuses validation losses [probes, ...] that are not finite; names the probe, numbered from `first`."""
+    if len(broken := (~losses.isfinite()).nonzero()):
+        raise ProbekitError(f"probe {first + int(broken[0, 0])}: its validation loss is not finite")
+
+
 def standardised(X: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Standardised activations, and the means and scales, both [probes, 1, width], that made them so.
+    """Standardises activations by each probe's own means and deviations.
 
     Args:
         X: Activations, [probes, examples, width].
         first: Number of the first of these probes, for the error.
+
+    Returns:
+        The standardised activations, the means and the scales they were divided by, [probes, 1, width].
 
     Raises:
         ProbekitError: An activation is not finite; names the probe.
@@ -75,8 +96,8 @@ def standardised(X: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
     scale = Z.square().mean(1, keepdim=True).sqrt()
     if len(broken := (~scale.isfinite()).nonzero()):
         raise ProbekitError(f"probe {first + int(broken[0, 0])}: its activations are not all finite")
-    # A constant feature deviates from its mean by rounding, which must not be blown up to a deviation of 1.
-    # With an infinite scale it is zero exactly, and so are its weights.
+    # A constant feature deviates from its mean by rounding, which must not be scaled up to a deviation of 1.
+    # With an infinite scale it is exactly zero, and so are its weights.
     scale = torch.where(scale <= 16 * torch.finfo(X.dtype).eps * mean.abs(), torch.inf, scale)
     return Z.div_(scale), mean, scale
 

@@ -6,15 +6,15 @@ examples, the score of class c is linear in z, with weights
     ridge   (Z'Z / n + l2 I)^-1 sqrt(K p_c) z_c         regression on one-hot labels times sqrt(K / p_c)
     LDA     ((1 - s) V + s tr(V) / width I)^-1 z_c      V the covariance within classes, s the shrinkage
 
-The ridge penalty means what it means in `SoftmaxProbes`, scikit-learn's `alpha` over n; the shrinkage is that
+The ridge penalty is per example, as in `SoftmaxProbes`: scikit-learn's `alpha` over n. The shrinkage is that
 of scikit-learn's `LinearDiscriminantAnalysis(solver="lsqr")`. Scores become probabilities by
 
     log p(c | z) = log p_c + score_c(z) / T + constant
 
 at a temperature T chosen for each probe, with its penalty, on validation examples. An infinite T, the class
-prior, is a candidate. Of several ways to turn a regression's scores into probabilities, this one lost least
-to a softmax probe, and LDA at T = 1 is far too sure of itself (LOG.md). Classes without examples have no
-score: together they get the probability 1 / (n + 1) at every activation, the others share the rest.
+prior, is a candidate. Of several maps from a regression's scores to probabilities, this one came closest to
+a softmax probe, and LDA at T = 1 is far overconfident (LOG.md). Classes without examples have no score:
+together they get the probability 1 / (n + 1) at every activation, the others share the rest.
 """
 
 from __future__ import annotations
@@ -29,20 +29,30 @@ from torch import Tensor
 
 from probekit import distributed
 from probekit.errors import ProbekitError
-from probekit.probing.solvers.base import CHUNK_BYTES, absent_classes, labels, log_softmax, pieces, solved_in
+from probekit.probing.solvers.base import (
+    absent_classes,
+    check_validation,
+    expand_labels,
+    log_softmax,
+    pieces,
+    probe_slices,
+    solver_dtype,
+)
 
 
 @dataclass
 class Moments:
-    """Sufficient statistics of a batch of probes.
+    """Sufficient statistics of a batch of closed-form probes, in float64; those of disjoint examples merge.
+
+    Means and scatter are updated as in Chan, Golub and LeVeque (1979), which avoids cancellation.
 
     Attributes:
         class_counts: Examples of each class, [probes, classes].
-        class_sums: Their activations, summed, [probes, classes, width].
-        mean: Of all activations, [probes, width].
+        class_sums: Sum of their activations, [probes, classes, width].
+        mean: Mean of all activations, [probes, width].
         scatter: Sum of (x - mean)(x - mean)', [probes, width, width].
-        dtype: Of the products within a chunk and of what is solved from the moments; float32, or float64
-            where the activations are that.
+        dtype: Type of the products within a chunk, and of the solutions: float32, or float64 for activations
+            in float64.
     """
 
     class_counts: Tensor
@@ -85,22 +95,22 @@ class Moments:
             raise ProbekitError(
                 f"activations {list(X.shape)} do not fit moments of {probes} probes, width {width}"
             )
-        y = labels(X, y, classes)
+        y = expand_labels(X, y, classes)
         for at in pieces(X, 4 * width):
             self._add_piece(at[0], X[at], y[at])
         return self
 
     def relabelled(self) -> Self:
-        """Moments of the same activations, whose mean and scatter they share, under labels of their own.
+        """Moments of the same activations under other labels; they share mean and scatter.
 
-        What is added to these moments is part of those too, but for its labels, which `add_labels` adds.
+        Examples added to these moments count in those too, except for their labels: see `add_labels`.
         """
         own = torch.zeros_like(self.class_counts), torch.zeros_like(self.class_sums)
         return type(self)(*own, self.mean, self.scatter, self.dtype)
 
     def add_labels(self, X: Tensor, y: Tensor) -> Self:
-        """Adds labels of examples that were added to the moments of which these are `relabelled`."""
-        y = labels(X, y, self.class_counts.shape[1])
+        """Adds labels of examples whose activations were added to the moments that were `relabelled`."""
+        y = expand_labels(X, y, self.class_counts.shape[1])
         for at in pieces(X, 4 * X.shape[2]):
             self._add_classes(at[0], X[at].double(), y[at])
         return self
@@ -117,11 +127,10 @@ class Moments:
         return self
 
     def over_processes(self, *, labels_alone: bool = False) -> Self:
-        """Takes in the examples of all processes.
+        """Merges the moments of all processes.
 
         Args:
-            labels_alone: Mean and scatter are those of the moments of which these are `relabelled`, which
-                have taken them in already.
+            labels_alone: Leave mean and scatter, which are shared with moments that are merged already.
         """
         own, means = self.count, self.mean * self.count[:, None]
         distributed.add_up([self.class_counts, self.class_sums])
@@ -138,7 +147,7 @@ class Moments:
         n = X.shape[1]
         exact = X.double()
         mean = exact.mean(1)
-        centre = mean.to(self.dtype)  # rounded: its distance from the mean is made good below
+        centre = mean.to(self.dtype)  # rounded; the scatter is corrected for its offset from the mean
         centred = X.to(self.dtype) - centre[:, None]
         offset = mean - centre
         self._move_mean(probes, torch.full_like(mean[:, 0], n), mean)
@@ -150,14 +159,14 @@ class Moments:
         """Adds float64 examples [some probes, examples, width] to the sums of their classes."""
         classes = self.class_counts.shape[1]
         # Measured on a CPU, ns an example of width 768: 140 at 24 classes, 440 at 1,024 (a product with
-        # one-hot classes: 260 and 9,000) against 6,200 for the scatter. There is no speed left to win here.
+        # one-hot classes: 260 and 9,000), against 6,200 for the scatter.
         row = (classes * torch.arange(len(y), device=y.device)[:, None] + y).flatten()
         self.class_sums[probes].flatten(0, 1).index_add_(0, row, X.flatten(0, 1))
         counts = torch.bincount(row, minlength=len(y) * classes)
         self.class_counts[probes] += counts.view(len(y), classes)
 
     def _move_mean(self, probes: slice, count: Tensor, mean: Tensor) -> None:
-        """Moves the mean, before the counts are added, to that with further examples of a given mean."""
+        """Updates mean and scatter for further examples of a given mean, before their counts are added."""
         before = self.class_counts[probes].sum(1)
         share = (count / (before + count).clamp(min=1))[:, None]
         delta = mean - self.mean[probes]
@@ -166,7 +175,7 @@ class Moments:
 
 
 def leave_one_out(folds: Sequence[Moments]) -> Iterator[tuple[Moments, Moments]]:
-    """For each fold the moments of all others together, and its own."""
+    """Yields for each fold the moments of all other folds together, and its own."""
     for left_out, fold in enumerate(folds):
         probes, classes, width = fold.class_sums.shape
         rest = Moments.zeros(probes, width, classes, fold.mean.device, fold.dtype)
@@ -180,7 +189,7 @@ def _outer(a: Tensor) -> Tensor:
 
 
 TEMPERATURES = (float("inf"), *(2.0 ** (step / 2) for step in range(12, -7, -1)))
-"""The candidates. Steps of sqrt(2) cost up to 0.005 nats against finer ones, steps of 2 up to 0.03."""
+"""Candidates. Steps of sqrt(2) cost up to 0.005 nats against finer ones, steps of 2 up to 0.03."""
 
 CONSTANT = 1e-9
 """A feature that deviates from its mean by at most this share of it is constant and takes no part."""
@@ -199,17 +208,17 @@ class _Solved(NamedTuple):
 
 
 class ClosedFormProbes(ABC):
-    """What ridge and LDA probes share.
+    """Base class of ridge and LDA probes.
 
-    `fit` is `fit_moments`, `observe_validation` and `choose` in a row. For examples that are too many to be
-    held, the second can be called for one part of the validation examples after the other.
+    `fit` calls `fit_moments`, `observe_validation` and `choose`. Where memory is too small for all examples,
+    call `observe_validation` with one part of the validation examples after the other.
 
     Attributes:
-        coef_: Weights on raw activations, scaling and temperature folded in, [probes, width, classes].
-        intercept_: The same for the intercept, [probes, classes]; minus infinity for an absent class.
-        absent_: Probability of each class without examples, 0 of the others, [probes, classes].
-        temperature_: By which scores were divided, [probes]; infinite where the class prior was best.
-        penalty_: The penalty kept, [probes].
+        coef_: Weights on raw activations, temperature included, [probes, width, classes].
+        intercept_: Intercepts, likewise, [probes, classes]; minus infinity for a class without examples.
+        absent_: Probability of each class without examples, 0 for the others, [probes, classes].
+        temperature_: What scores were divided by, [probes]; infinite where the class prior was best.
+        penalty_: The penalty or shrinkage kept, [probes].
         validation_cross_entropy_: In nats, at the best temperature, [probes, penalties].
         classes_: Number of classes.
     """
@@ -219,8 +228,8 @@ class ClosedFormProbes(ABC):
 
     def fit(self, X: Tensor, y: Tensor, classes: int, X_validation: Tensor, y_validation: Tensor) -> Self:
         """Fits all probes; the arguments are those of `SoftmaxProbes.fit`."""
-        y = labels(X, y, classes)
-        moments = Moments.zeros(len(X), X.shape[2], classes, X.device, solved_in(X)).add(X, y)
+        y = expand_labels(X, y, classes)
+        moments = Moments.zeros(len(X), X.shape[2], classes, X.device, solver_dtype(X)).add(X, y)
         return self.fit_moments(moments).observe_validation(X_validation, y_validation).choose()
 
     def fit_moments(self, moments: Moments) -> Self:
@@ -230,9 +239,8 @@ class ClosedFormProbes(ABC):
             ProbekitError: There is no example, or an activation was not finite; names the probe.
         """
         probes, classes, width = moments.class_sums.shape
-        numbers = 4 * width * (width + classes)
-        size = max(1, CHUNK_BYTES[moments.mean.device.type] // (numbers * moments.mean.itemsize))
-        parts = [self._solve(moments, slice(first, first + size)) for first in range(0, probes, size)]
+        slices = probe_slices(probes, 4 * width * (width + classes), moments.mean)
+        parts = [self._solve(moments, at) for at in slices]
         self._solved = _Solved(*(torch.cat(part) for part in zip(*parts, strict=True)))
         self._losses = moments.mean.new_zeros(probes, len(self.penalties), len(TEMPERATURES))
         self._observed, self.classes_ = 0, classes
@@ -244,7 +252,7 @@ class ClosedFormProbes(ABC):
         Raises:
             ProbekitError: A shape or a class is wrong.
         """
-        solved, y = self._solved, labels(X, y, self.classes_)
+        solved, y = self._solved, expand_labels(X, y, self.classes_)
         for at in pieces(X, 2 * X.shape[2] + 3 * self.classes_):
             mean, basis, targets = (part[at[0]] for part in solved[:3])
             prior, absent = solved.prior[at[0]], solved.absent[at[0]]
@@ -257,9 +265,9 @@ class ClosedFormProbes(ABC):
         return self
 
     def choose(self) -> Self:
-        """Keeps for each probe the penalty and the temperature that are best on the validation examples.
+        """Keeps for each probe the penalty and temperature with the least loss on validation examples.
 
-        They are those that all processes have observed.
+        Those observed by other processes count too.
 
         Raises:
             ProbekitError: The loss on them is not finite; names the probe.
@@ -267,8 +275,7 @@ class ClosedFormProbes(ABC):
         distributed.add_up([self._losses])
         observed = distributed.total(self._observed, self._losses.device)
         found = self._losses / observed  # [probes, penalties, temperatures]
-        if len(broken := (~found.isfinite()).nonzero()):
-            raise ProbekitError(f"probe {int(broken[0, 0])}: its validation loss is not finite")
+        check_validation(found)
         best, each = found.flatten(1).argmin(1), torch.arange(len(found), device=found.device)
         penalty, temperature = best // len(TEMPERATURES), best % len(TEMPERATURES)
         self.validation_cross_entropy_ = found.amin(2)
@@ -296,7 +303,7 @@ class ClosedFormProbes(ABC):
         scale = (scatter.diagonal(dim1=1, dim2=2)[:, None] / count).clamp(min=0).sqrt()
         if len(broken := (~scale.isfinite() | (count == 0)).nonzero()):
             probe = at.start + int(broken[0, 0])
-            raise ProbekitError(f"probe {probe}: its activations are none or not all finite")
+            raise ProbekitError(f"probe {probe}: it has no examples, or activations that are not finite")
         scale = torch.where(scale <= CONSTANT * mean.abs(), torch.inf, scale)
         means = (moments.class_sums[at] / counts.clamp(min=1) - mean) / scale
         means = torch.where(counts > 0, means, 0.0)
@@ -312,7 +319,7 @@ class ClosedFormProbes(ABC):
 
     @abstractmethod
     def _system(self, covariance: Tensor, means: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
-        """The symmetric matrix to invert, and what its inverse is multiplied by, [probes, width, classes].
+        """The symmetric matrix to invert [probes, width, width] and its right side [probes, width, classes].
 
         Args:
             covariance: Of the standardised activations, [probes, width, width].
@@ -375,7 +382,7 @@ class LDAProbes(ClosedFormProbes):
     def _inverse(self, spectrum: Tensor) -> Tensor:
         even = spectrum.mean(1, keepdim=True)
         shrunk = torch.stack([(1 - s) * spectrum + s * even for s in self.penalties], 1)
-        # Nothing varies within classes where all features are constant, or tell the class without fail.
+        # No feature varies within classes where all are constant, or determine the class.
         return 1 / shrunk.clamp(min=torch.finfo(torch.float32).eps)
 
     def _base(self, targets: Tensor, inverse: Tensor) -> Tensor:
@@ -391,7 +398,7 @@ def _losses(scores: Tensor, y: Tensor, prior: Tensor, absent: Tensor) -> Tensor:
         prior: Class shares, [probes, 1, classes].
         absent: The part of them that classes without examples have, [probes, 1, classes].
     """
-    # Their scores take no part, but in an infinite temperature they must stay finite.
+    # Scores of absent classes are not used, but must be finite for an infinite temperature.
     scores.masked_fill_(absent > 0, torch.finfo(scores.dtype).min)
     scores -= scores.amax(2, keepdim=True)
     own, scored = scores.gather(2, y), absent.expand_as(scores).gather(2, y) == 0
@@ -399,8 +406,8 @@ def _losses(scores: Tensor, y: Tensor, prior: Tensor, absent: Tensor) -> Tensor:
     shares = ((prior - absent) / (1 - absent.sum(2, keepdim=True))).mT
     found = []
     for temperature in TEMPERATURES:
-        # The best class has score 0 and no less than one example's share: the sum is not 0. Numbers below
-        # the smallest normal one would take several times as long.
+        # The best class has score 0 and at least the share of one example, so the sum is not 0. The clamp
+        # avoids subnormal numbers, which are several times as slow.
         total = torch.bmm((scores / temperature).clamp_(min=-60).exp_(), shares)
         above_prior = torch.where(scored, own / temperature - total.log(), 0.0)
         found.append(-(above_prior + of_prior).double().sum((1, 2)))

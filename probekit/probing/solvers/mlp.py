@@ -1,10 +1,10 @@
-"""MLP probes: one hidden layer, a batch of probes trained together. Is it there, but not to be read linearly?
+"""MLP probes: one hidden layer, for information that is there but not linearly; a batch is trained together.
 
     log p(c | z) = log softmax(gelu(z W1 + b1) W2 + b2)_c,        z the standardised activations
 
 All probes take minibatch steps of AdamW at once; each keeps its state after the epoch that was best on its
-validation examples. They begin as the class prior (W2 = 0) and share all draws, first weights and order of
-the examples, so that what a probe becomes does not depend on its company.
+validation examples. They start as the class prior (W2 = 0) and share all draws, initial weights and order of
+the examples, so that the result of a probe does not depend on the others in the batch.
 """
 
 from __future__ import annotations
@@ -17,19 +17,27 @@ from torch import Tensor
 from torch.nn import functional
 
 from probekit.errors import ProbekitError
-from probekit.probing.solvers.base import CHUNK_BYTES, absent_classes, labels, pieces, solved_in, standardised
+from probekit.probing.solvers.base import (
+    absent_classes,
+    check_validation,
+    expand_labels,
+    pieces,
+    probe_slices,
+    solver_dtype,
+    standardised,
+)
 
 
 class MLPProbes:
     """A batch of probes with one hidden layer.
 
     Attributes:
-        hidden_coef_: Weights on raw activations, with the scaling folded in, [probes, width, hidden].
-        hidden_intercept_: The same for the intercepts, [probes, hidden].
+        hidden_coef_: Weights on raw activations, [probes, width, hidden].
+        hidden_intercept_: Intercepts for raw activations, [probes, hidden].
         coef_: Weights of the output, [probes, hidden, classes].
         intercept_: Its intercepts, [probes, classes].
-        n_iter_: Epochs after which the kept state was reached, [probes].
-        converged_: Whether the validation loss had stopped falling before the last epoch allowed, [probes].
+        n_iter_: The epoch whose state was kept, [probes].
+        converged_: Whether the validation loss stopped falling before the last epoch allowed, [probes].
         validation_cross_entropy_: Of the kept state in nats, [probes, 1].
         classes_: Number of classes.
     """
@@ -49,9 +57,9 @@ class MLPProbes:
 
         Args:
             hidden: Width of the hidden layer.
-            seed: Of first weights and order of examples.
-            learning_rate: Of AdamW.
-            weight_decay: Of AdamW, on weights but not on intercepts.
+            seed: Seed of the initial weights and the order of examples.
+            learning_rate: Learning rate of AdamW.
+            weight_decay: Weight decay of AdamW, on weights but not on intercepts.
             batch_size: Examples in a step.
             max_epochs: Most passes over the examples.
             patience: A probe stops after so many epochs without a better validation loss.
@@ -67,14 +75,12 @@ class MLPProbes:
 
     def fit(self, X: Tensor, y: Tensor, classes: int, X_validation: Tensor, y_validation: Tensor) -> Self:
         """Fits all probes; the arguments are those of `SoftmaxProbes.fit`."""
-        y, y_validation = labels(X, y, classes), labels(X_validation, y_validation, classes)
+        y, y_validation = expand_labels(X, y, classes), expand_labels(X_validation, y_validation, classes)
         width, examples = X.shape[2], X.shape[1] + X_validation.shape[1]
-        numbers = 2 * examples * width + 6 * self.hidden * (width + classes)
-        size = max(1, CHUNK_BYTES[X.device.type] // (numbers * solved_in(X).itemsize))
-        chunks = [slice(first, first + size) for first in range(0, len(X), size)]
+        elements = 2 * examples * width + 6 * self.hidden * (width + classes)
         parts = [
             self._fit_chunk(at.start, classes, X[at], y[at], X_validation[at], y_validation[at])
-            for at in chunks
+            for at in probe_slices(len(X), elements, X)
         ]
         layers, losses, epochs, converged = (list(part) for part in zip(*parts, strict=True))
         kept = (torch.cat(part) for part in zip(*layers, strict=True))
@@ -92,10 +98,10 @@ class MLPProbes:
         self, first: int, classes: int, X: Tensor, y: Tensor, X_validation: Tensor, y_validation: Tensor
     ) -> tuple[_Layers, Tensor, Tensor, Tensor]:
         """Layers, validation losses, epochs and whether they converged, of the probes from `first` on."""
-        Z, mean, scale = standardised(X.to(solved_in(X)), first)
+        Z, mean, scale = standardised(X.to(solver_dtype(X)), first)
         Z_validation = (X_validation.to(Z.dtype) - mean) / scale
         generator = torch.Generator().manual_seed(self.seed)
-        layers = self._first(Z, y, classes, generator)
+        layers = self._initial(Z, y, classes, generator)
         weights, intercepts = layers[::2], layers[1::2]
         groups: list[dict[str, Any]] = [
             {"params": weights, "weight_decay": self.weight_decay},
@@ -120,12 +126,11 @@ class MLPProbes:
             running = epoch - epochs < self.patience
             if not running.any():
                 break
-        if len(broken := (~best.isfinite()).nonzero()):
-            raise ProbekitError(f"probe {first + int(broken[0, 0])}: its validation loss is not finite")
+        check_validation(best, first)
         return kept.on_raw(mean, scale), best, epochs, ~running
 
-    def _first(self, Z: Tensor, y: Tensor, classes: int, generator: torch.Generator) -> _Layers:
-        """Layers that tell the class prior."""
+    def _initial(self, Z: Tensor, y: Tensor, classes: int, generator: torch.Generator) -> _Layers:
+        """Layers whose predictions are the class prior."""
         probes, _, width = Z.shape
         drawn = torch.rand(width, self.hidden, generator=generator, dtype=torch.float64)
         first = ((2 * drawn - 1) / math.sqrt(width)).to(Z).repeat(probes, 1, 1)

@@ -7,13 +7,14 @@ A probe minimises, over weights W [width, classes] and intercept b [classes],
 where z are the features standardised by the probe's own training mean and deviation. The penalty is on the
 weights of the *standardised* features, the intercept is free: scikit-learn's `C` is 1 / (examples * l2).
 
-The solver is memoryless BFGS (L-BFGS with one pair), preconditioned by the exact Hessian of the model that
-knows only the class prior p, (diag(p) - p p') (x) Z'Z / n + l2 I: the usual probe, of little signal, is a few
-steps away from there. One eigendecomposition of Z'Z inverts that Hessian for every penalty.
+The solver is memoryless BFGS (L-BFGS with one pair of vectors; Nocedal and Wright, Numerical Optimization,
+section 7.2), preconditioned by the exact Hessian of the model that knows only the class prior p,
+(diag(p) - p p') (x) Z'Z / n + l2 I. The usual probe, of little signal, is a few steps away from that model.
+One eigendecomposition of Z'Z inverts this Hessian for every penalty.
 
 A class without a training example would send its intercept to minus infinity. Such probes get one more
-example, at the mean activation, its label spread evenly over the absent classes: together they keep a
-probability of about 1 / (n + 1) there. Probes that have seen every class are untouched by it.
+example, at the mean activation, with a label spread evenly over the absent classes, which together keep a
+probability of about 1 / (n + 1) there. Probes that have seen every class are not affected.
 """
 
 from __future__ import annotations
@@ -26,29 +27,30 @@ from torch import Tensor
 
 from probekit.errors import ProbekitError
 from probekit.probing.solvers.base import (
-    CHUNK_BYTES,
     absent_classes,
-    labels,
+    check_validation,
+    expand_labels,
     log_softmax,
     losses,
-    solved_in,
+    probe_slices,
+    solver_dtype,
     standardised,
 )
 
 COMPACT = 0.75
-"""Finished probes leave the batch once at most this share of it is unfinished: to rebuild it costs a copy."""
+"""The batch is rebuilt without its finished probes, at the cost of a copy, once this share is unfinished."""
 
 
 class SoftmaxProbes:
     """A batch of softmax probes; each keeps the penalty that is best on its validation examples.
 
     Attributes:
-        coef_: Weights on raw activations, with the scaling folded in, [probes, width, classes].
-        intercept_: The same for the intercept, [probes, classes].
-        n_iter_: Iterations that the kept penalty took from its warm start, [probes].
+        coef_: Weights on raw activations, [probes, width, classes].
+        intercept_: Intercepts for raw activations, [probes, classes].
+        n_iter_: Iterations at the kept penalty, from its warm start, [probes].
         converged_: Whether the kept fit met the tolerance, [probes], bool.
         l2_: The penalty kept, [probes].
-        validation_cross_entropy_: In nats, [probes, penalties], penalties in the order given; of `fit` alone.
+        validation_cross_entropy_: In nats, [probes, penalties] in the order given; only after `fit`.
         classes_: Number of classes.
     """
 
@@ -56,8 +58,8 @@ class SoftmaxProbes:
         """Sets the penalties to try and when the solver stops.
 
         Args:
-            l2: Penalties, all positive; fitted from strong to weak, each from the last one's result.
-            max_iterations: Most iterations for each penalty; an iteration is one evaluation of the gradient.
+            l2: Penalties, all positive; fitted from strong to weak, each from the solution of the last.
+            max_iterations: Most evaluations of the gradient for each penalty.
             tolerance: A probe stops when its gradient norm is at most this share of that at zero weights.
         """
         if not l2 or min(l2) <= 0:
@@ -77,7 +79,7 @@ class SoftmaxProbes:
         Raises:
             ProbekitError: A shape, a class or an activation is wrong; for an activation it names the probe.
         """
-        y, y_validation = labels(X, y, classes), labels(X_validation, y_validation, classes)
+        y, y_validation = expand_labels(X, y, classes), expand_labels(X_validation, y_validation, classes)
         order = sorted(range(len(self.l2)), key=lambda column: -self.l2[column])
         path = torch.tensor([self.l2[column] for column in order], dtype=torch.float64, device=X.device)
         best, validation = [], []
@@ -88,15 +90,14 @@ class SoftmaxProbes:
             rows = validation[-1].argmin(1), torch.arange(len(found[0]), device=X.device)
             best.append(_Fitted(*(torch.stack(parts)[rows] for parts in zip(*fits, strict=True))))
         self._keep(best)
-        along = torch.cat(validation)
-        if len(broken := (~along.isfinite()).nonzero()):
-            raise ProbekitError(f"probe {int(broken[0, 0])}: its validation loss is not finite")
-        self.l2_, self.classes_ = path[along.argmin(1)], classes
-        self.validation_cross_entropy_ = along[:, torch.tensor(order).argsort()]
+        along_path = torch.cat(validation)
+        check_validation(along_path)
+        self.l2_, self.classes_ = path[along_path.argmin(1)], classes
+        self.validation_cross_entropy_ = along_path[:, torch.tensor(order).argsort()]
         return self
 
     def fit_at(self, X: Tensor, y: Tensor, classes: int, l2: Tensor) -> Self:
-        """Fits all probes, each at one penalty that was chosen elsewhere; takes no validation examples.
+        """Fits all probes, each at one given penalty.
 
         Args:
             X: Activations, [probes, examples, width].
@@ -107,7 +108,7 @@ class SoftmaxProbes:
         Raises:
             ProbekitError: A shape, a class, a penalty or an activation is wrong.
         """
-        y = labels(X, y, classes)
+        y = expand_labels(X, y, classes)
         if l2.shape != X.shape[:1] or not l2.min() > 0:
             raise ProbekitError(f"l2 {l2.tolist()} must be a penalty above 0 for each of {len(X)} probes")
         chunks = self._chunks(X, classes, 0)
@@ -120,18 +121,16 @@ class SoftmaxProbes:
         return log_softmax(X, self.coef_, self.intercept_)
 
     def _chunks(self, X: Tensor, classes: int, validation: int) -> list[slice]:
-        """Slices of probes whose working memory stays within bounds."""
         examples, width = max(X.shape[1], validation), X.shape[2]
-        numbers = examples * (3 * width + 2 * classes) + (2 * len(self.l2) + 10) * width * classes
-        size = max(1, CHUNK_BYTES[X.device.type] // (numbers * solved_in(X).itemsize))
-        return [slice(first, first + size) for first in range(0, len(X), size)]
+        elements = examples * (3 * width + 2 * classes) + (2 * len(self.l2) + 10) * width * classes
+        return probe_slices(len(X), elements, X)
 
     def _solutions(self, at: slice, X: Tensor, y: Tensor, classes: int, path: Tensor) -> Iterator[_Fitted]:
         """The fits of a chunk of probes at each penalty of a path [penalties, probes], each from the last."""
-        Z, mean, scale = standardised(X[at].to(solved_in(X)), at.start)
+        Z, mean, scale = standardised(X[at].to(solver_dtype(X)), at.start)
         problem, basis = _rotated(Z, y[at], classes)
         weights = torch.cat([basis.new_zeros(len(Z), Z.shape[2], classes), problem.prior.log()], 1)
-        rounding = 8 * torch.finfo(Z.dtype).eps  # all the gradient there is where no feature varies
+        rounding = 8 * torch.finfo(Z.dtype).eps  # where no feature varies, the gradient is rounding alone
         threshold = (self.tolerance * _norm(problem.gradient(weights)[1])).clamp(min=rounding)
         for l2 in path[:, at, None, None].to(Z):
             weights, *status = _minimise(problem._replace(l2=l2), weights, threshold, self.max_iterations)
@@ -189,7 +188,7 @@ class _Problem(NamedTuple):
 
 
 class _State(NamedTuple):
-    """Where the search stands, a line search for each probe."""
+    """The state of the search; every probe has a line search of its own."""
 
     weights: Tensor  # [probes, width + 1, classes], as are gradient and direction
     objective: Tensor  # [probes, 1, 1], as is step
@@ -199,7 +198,7 @@ class _State(NamedTuple):
 
 
 def _advance(problem: _Problem, at: _State) -> _State:
-    """One evaluation for each probe: it moves on if the objective fell enough; if not, its step shrinks."""
+    """Evaluates every probe once; it moves if its objective fell enough, otherwise its step shrinks."""
     move = at.step * at.direction
     objective, gradient = problem.gradient(at.weights + move)
     eps = torch.finfo(move.dtype).eps
@@ -222,7 +221,11 @@ def _advance(problem: _Problem, at: _State) -> _State:
 def _minimise(
     problem: _Problem, start: Tensor, threshold: Tensor, max_iterations: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs each probe until its gradient norm is at most its threshold: weights, iterations, converged."""
+    """Runs each probe until its gradient norm is at most its threshold.
+
+    Returns:
+        Weights [probes, width + 1, classes], iterations [probes], and whether the probe converged [probes].
+    """
     # A step of zero from an infinite objective: the first call of _advance evaluates the start.
     zero, infinite = torch.zeros_like(start), start.new_full((len(start), 1, 1), torch.inf)
     state = _State(start, infinite, zero, zero, torch.zeros_like(infinite))
@@ -258,7 +261,7 @@ def _rotated(Z: Tensor, y: Tensor, classes: int) -> tuple[_Problem, Tensor]:
 
 
 def _eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors; in float64 where float32 does not come to an end."""
+    """Eigenvalues and eigenvectors; in float64 where float32 does not converge."""
     try:
         found = torch.linalg.eigh(gram)
     except torch.linalg.LinAlgError:

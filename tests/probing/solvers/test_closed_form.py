@@ -35,7 +35,7 @@ def planted(probes=40, examples=400, signal=0.5, seed=0, dtype=torch.float64):
 
 def in_parts(X: torch.Tensor, y: torch.Tensor) -> Moments:
     """Moments by way of uneven chunks in three folds."""
-    dtype = batch.solved_in(X)
+    dtype = batch.solver_dtype(X)
     folds = [Moments.zeros(len(X), WIDTH, CLASSES, dtype=dtype) for _ in range(3)]
     for i, rows in enumerate(torch.arange(X.shape[1]).split([7, 150, 1, 42, 100, 60, 40])):
         folds[i % 3].add(X[:, rows], y[:, rows])

@@ -1,4 +1,4 @@
-"""A probing that was stopped goes on to the same results."""
+"""An interrupted probing continues to the same results."""
 
 import contextlib
 import shutil
@@ -19,7 +19,6 @@ FEW = {
     "probe.l2": [0.1],
     "probe.solvers": ["softmax", "ridge"],
     "probe.variants": ["none", "soft", "random"],
-    "probe.seeds": [0, 1],
     "probe.max_examples": 400,
     "evaluation.resamples": 100,
 }
@@ -30,11 +29,7 @@ def run(tiny_run: Run, tmp_path: Path) -> Run:
     return Run.open(shutil.copytree(tiny_run.folder, tmp_path / "run"))
 
 
-def weights(run: Run) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (run.folder / "probes").glob("*.safetensors")}
-
-
-def stopped(run: Run, after: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def interrupted(run: Run, after: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Probes until so many variants are done; the variants that were probed."""
     done, probed = [], module._probed
 
@@ -51,21 +46,23 @@ def stopped(run: Run, after: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return done
 
 
-def test_it_goes_on_to_the_same_results(run: Run, monkeypatch: pytest.MonkeyPatch):
-    whole, kept = probe(run, FEW, quiet=True).table, weights(run)
-    assert not (run.folder / "checkpoints" / "probe").exists()
-    assert len(stopped(run, 3, monkeypatch)) == 3
-    assert len([*(run.folder / "checkpoints" / "probe").iterdir()]) == 3
-    again = stopped(run, 99, monkeypatch)
-    assert again == ["random", "none", "none", "soft", "random"], "the token embedding is read of none"
+def test_it_continues_to_the_same_results(run: Run, monkeypatch: pytest.MonkeyPatch):
+    def weights() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in (run.folder / "probes").glob("*.safetensors")}
+
+    whole, parts = probe(run, FEW, quiet=True).table, run.folder / "checkpoints" / "probe"
+    kept = weights()
+    assert not parts.exists()
+    assert len(interrupted(run, 2, monkeypatch)) == len([*parts.iterdir()]) == 2
+    assert interrupted(run, 99, monkeypatch) == ["soft", "random"], "not the token embedding, nor none"
     pd.testing.assert_frame_equal(run.probes(), whole)
-    assert weights(run) == kept
-    assert not (run.folder / "checkpoints" / "probe").exists()
+    assert weights() == kept
+    assert not parts.exists()
 
 
 @pytest.mark.parametrize("changed", ["settings", "weights"])
-def test_what_other_settings_or_weights_left_is_not_taken(run: Run, changed: str, monkeypatch):
-    stopped(run, 2, monkeypatch)
+def test_parts_of_other_settings_or_weights_are_not_used(run: Run, changed: str, monkeypatch):
+    interrupted(run, 2, monkeypatch)
     settings = dict(FEW)
     if changed == "settings":
         settings["probe.l2"] = [0.2]
@@ -75,5 +72,4 @@ def test_what_other_settings_or_weights_left_is_not_taken(run: Run, changed: str
         save_file(tensors, run.folder / name, {"format": "pt"})
     run = Run.open(run.folder)
     found = probe(run, settings, quiet=True).table
-    fresh = probe(run, settings, quiet=True).table
-    pd.testing.assert_frame_equal(found, fresh)
+    pd.testing.assert_frame_equal(found, probe(run, settings, quiet=True).table)
