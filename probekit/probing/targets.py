@@ -15,7 +15,6 @@ import numpy as np
 
 from probekit.data.corpus import Corpus, ranges
 from probekit.errors import ProbekitError
-from probekit.io import read_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -276,7 +275,7 @@ def _read_table(path: Path) -> pd.DataFrame:
             file, keep_default_na=False, na_values=["", "nan", "NaN"], low_memory=False
         ),
         ".jsonl": lambda file: pd.read_json(file, lines=True, dtype=False, convert_dates=False),
-        ".parquet": read_table,
+        ".parquet": pd.read_parquet,
     }
     if path.suffix not in readers:
         raise ProbekitError(f"probe.labels is {str(path)!r}; it must end in {', '.join(readers)}")

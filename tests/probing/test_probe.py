@@ -217,13 +217,14 @@ def test_cells_with_too_few_examples_are_empty(wide: ProbeResults):
         assert any(f"distance 500, horizon {horizon} is empty" in note for note in wide.notes)
 
 
-def test_what_is_constant_is_told(wide: ProbeResults):
-    """At distance 1 there is a full stop, always, and its embedding tells nothing."""
+def test_constant_activations_are_noted(wide: ProbeResults):
+    """At distance 1 there is a full stop, always, whose embedding holds no information."""
     constant = wide.table[wide.table.constant.fillna(False)]
     assert set(constant.reader) == {"token embedding"}
     assert set(constant.distance) == {1}
-    assert "constant activations, which tell nothing: hook_embed, layer 0, distance 1 (token embedding)" in (
-        wide.notes
+    assert (
+        "constant activations, which hold no information: hook_embed, layer 0, distance 1 (token embedding)"
+        in (wide.notes)
     )
     assert constant.bits.abs().max() < 0.05
 

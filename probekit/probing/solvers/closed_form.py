@@ -20,7 +20,7 @@ together they get the probability 1 / (n + 1) at every activation, the others sh
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
@@ -172,16 +172,6 @@ class Moments:
         delta = mean - self.mean[probes]
         self.scatter[probes] += _outer(delta) * (before[:, None] * share)[..., None]
         self.mean[probes] += delta * share
-
-
-def leave_one_out(folds: Sequence[Moments]) -> Iterator[tuple[Moments, Moments]]:
-    """Yields for each fold the moments of all other folds together, and its own."""
-    for left_out, fold in enumerate(folds):
-        probes, classes, width = fold.class_sums.shape
-        rest = Moments.zeros(probes, width, classes, fold.mean.device, fold.dtype)
-        for other in (*folds[:left_out], *folds[left_out + 1 :]):
-            rest.merge(other)
-        yield rest, fold
 
 
 def _outer(a: Tensor) -> Tensor:

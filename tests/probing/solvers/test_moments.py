@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from probekit.errors import ProbekitError
-from probekit.probing.solvers import Moments, leave_one_out
+from probekit.probing.solvers import Moments
 from probekit.probing.solvers import base as batch
 
 PROBES, WIDTH, CLASSES = 2, 4, 5
@@ -78,18 +78,6 @@ def test_nothing_is_neutral():
     expected = at_once(X, y)
     assert_equal(empty().merge(empty().add(X, y)), expected, 1e-9)
     assert_equal(empty().add(X, y).merge(empty()), expected, 1e-9)
-
-
-def test_leave_one_out_leaves_one_out():
-    X, y = examples(60, 1)
-    parts = list(zip(X.split(12, 1), y.split(12, 1), strict=True))
-    folds = [empty().add(*part) for part in parts]
-    for i, (rest, fold) in enumerate(leave_one_out(folds)):
-        others = [part for j, part in enumerate(parts) if j != i]
-        expected = at_once(torch.cat([X for X, _ in others], 1), torch.cat([y for _, y in others], 1))
-        assert_equal(rest, expected, 1e-9)
-        assert fold is folds[i]
-        assert_equal(fold, at_once(*parts[i]), 1e-9)
 
 
 @pytest.mark.parametrize("limit", [1, 1000])
