@@ -569,5 +569,5 @@ def _facts(run: Run, probes: KeptProbes) -> dict[str, str]:
         f"{documents['probe']:,} documents, selected on {documents['validation']:,}, tested on "
         f"{documents['test']:,}",
     }
-    few = too_few(documents['test'])
+    few = too_few(documents["test"])
     return facts | ({"Beware": few} if few else {})
