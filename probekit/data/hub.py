@@ -64,7 +64,9 @@ def find(
     try:
         return Source(name, request(name, revision=revision, timeout=TIMEOUT_SECONDS).sha, local_only=False)
     except HFValidationError:
-        raise ProbekitError(f"{setting} is {name!r}: neither a local folder nor a valid hub name") from None
+        raise ProbekitError(
+            f"{setting} is {name!r}: neither a folder here nor a name the hub could have"
+        ) from None
     except HfHubHTTPError as error:
         status = error.response.status_code
         if status < 500 and status != 429:
@@ -73,9 +75,8 @@ def find(
                 f"the hub answers {status}; check the spelling, or log in with `hf auth login` if it is "
                 "private"
             ) from None
-    except Exception as error:  # no network shows as one of many errors, of several libraries
-        if isinstance(error, MemoryError):
-            raise
+    except Exception:  # noqa: BLE001, S110 - no network shows as one of many errors, of several libraries
+        pass
     return Source(name, _cached_commit(name, setting, revision, kind), local_only=True)
 
 

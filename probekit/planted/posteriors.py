@@ -42,7 +42,8 @@ def posterior_given_actions(
     """
     # A sentence with a known action is a sentence of one word that only this action can emit.
     shown = [[(action,) for action in actions] for actions in documents]
-    return _posterior(replace(model, emission=np.eye(len(model.emission))), shown, horizon)
+    seen = replace(model, emission=np.eye(len(model.emission)))
+    return posterior_given_words(seen, shown, horizon)
 
 
 def posterior_given_words(
@@ -62,7 +63,16 @@ def posterior_given_words(
     Raises:
         ProbekitError: A document is impossible under the model, or the horizon is below 1.
     """
-    return _posterior(model, documents, horizon)
+    if horizon < 1:
+        raise ProbekitError(f"horizon is {horizon}: it must be at least 1, the next sentence")
+    lengths = np.array([len(document) for document in documents], dtype=np.int64)
+    starts = np.concatenate([[0], lengths.cumsum()])
+    document = np.repeat(np.arange(len(lengths)), lengths)
+    sentence = np.arange(starts[-1]) - starts[document]
+    nothing = np.broadcast_to(0.0, (len(sentence), len(model.emission)))
+    ahead = np.full(len(sentence), horizon - 1)
+    rows = posterior_at(model, documents, document, sentence, nothing, ahead)
+    return [rows[start:stop] for start, stop in itertools.pairwise(starts.tolist())]
 
 
 def posterior_at(
@@ -102,20 +112,6 @@ def posterior_at(
                     _check_possible(joint, j, document[part])
                     posterior[part] = _marginal(joint, powers[n])
     return posterior
-
-
-def _posterior(model: PlantedModel, documents: Sequence[Sequence[Ids]], horizon: int) -> list[FloatArray]:
-    """The posterior at the start of every sentence."""
-    if horizon < 1:
-        raise ProbekitError(f"horizon is {horizon}: it must be at least 1, the next sentence")
-    lengths = np.array([len(document) for document in documents], dtype=np.int64)
-    starts = np.concatenate([[0], lengths.cumsum()])
-    document = np.repeat(np.arange(len(lengths)), lengths)
-    sentence = np.arange(starts[-1]) - starts[document]
-    nothing = np.broadcast_to(0.0, (len(sentence), len(model.emission)))
-    ahead = np.full(len(sentence), horizon - 1)
-    rows = posterior_at(model, documents, document, sentence, nothing, ahead)
-    return [rows[start:stop] for start, stop in itertools.pairwise(starts.tolist())]
 
 
 def _filtered(model: PlantedModel, documents: Sequence[Sequence[Ids]], first: int) -> Iterator[FloatArray]:

@@ -96,32 +96,25 @@ def test_a_folder_is_used_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert hub.find(str(tmp_path), setting="x") == Source(str(tmp_path), None, local_only=True)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "gpt2").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert hub.find("~/gpt2", setting="x") == Source(str(tmp_path / "gpt2"), None, local_only=True)
     for name in (".", "gpt2", "./gpt2"):
         assert hub.find(name, setting="x", revision="ignored") == Source(name, None, local_only=True)
 
 
-def test_the_home_folder_has_its_short_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "model").mkdir()
-    assert hub.find("~/model", setting="x") == Source(str(tmp_path / "model"), None, local_only=True)
-
-
-@pytest.mark.parametrize("name", ["./model", "../model", "/no/such", "~/model", "models/gpt2/final"])
-def test_what_can_only_be_a_folder_is_not_asked_of_the_hub(name: str, fake: FakeHub):
+@pytest.mark.parametrize("name", ["./model", "../model", "/no/such", "~/model", "a/b/c", "a_file"])
+def test_what_can_only_be_a_folder_is_not_looked_up_on_the_hub(
+    name: str, fake: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("a_file").touch()
     assert "no such folder" in refusal(name)
     assert fake.asked == []
 
 
-def test_a_file_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake: FakeHub):
-    monkeypatch.chdir(tmp_path)
-    Path("model.safetensors").touch()
-    assert "no such folder" in refusal("model.safetensors")
-    assert fake.asked == []
-
-
 @pytest.mark.parametrize("name", ["two words", "a--b", "-x", "ümlaut", "a..b"])
-def test_what_the_hub_could_not_have(name: str, fake: FakeHub):
-    assert "neither a local folder" in refusal(name)
+def test_invalid_names_are_not_looked_up_on_the_hub(name: str, fake: FakeHub):
+    assert "neither a folder" in refusal(name)
     assert fake.asked == []
 
 
@@ -222,7 +215,3 @@ def test_a_commit_that_no_name_stands_for_is_offered(offline_cache: Path, monkey
     cache(offline_cache, "someone/something", {OLD_SHA: []})
     assert OLD_SHA in refusal("someone/something")
     assert hub.find("someone/something", setting="x", revision=OLD_SHA).revision == OLD_SHA
-
-
-def test_arguments_of_a_folder():
-    assert Source("folder", None, local_only=True).arguments == {"revision": "main", "local_files_only": True}

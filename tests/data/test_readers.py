@@ -349,6 +349,17 @@ def test_documents_are_read_back_by_number_and_by_batch(
         file[len(file)]
 
 
+def test_the_fingerprint_changes_with_content_alone(tmp_path):
+    def fingerprint(name: str, *parts: str) -> str:
+        for number, part in enumerate(parts):
+            write(tmp_path / name / f"{number}.txt", part)
+        settings = CorpusSettings(reader="text", path=str(tmp_path / name))
+        return write_documents(settings, tmp_path / f"{name}.arrow", Progress(quiet=True))[0]["fingerprint"]
+
+    assert fingerprint("a", "One.", "Two.") == fingerprint("b", "One.", "Two.")
+    assert fingerprint("c", "One.", "Two. ") != fingerprint("a")
+
+
 def test_a_file_of_documents_that_is_cut_off_or_missing(tmp_path):
     written(tmp_path, [3, 4])
     path = tmp_path / "documents.arrow"

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -45,27 +47,10 @@ HARD = {
 }
 BLANK = ["", " ", "\n\n\r\n\t", "\u2028\u3000\u00a0"]
 PIECES = [
-    *[
-        ".",
-        "!",
-        "?",
-        "...",
-        "\u3002",
-        '"',
-        "'",
-        "\u201c",
-        "\u201d",
-        "(",
-        ")",
-        "Dr.",
-        "e.g.",
-        "U.S.",
-        "A",
-        "b",
-    ],
-    *["Word", "2.", "3.5", "[1]", "e\u0301", "\u0301", "\u00df", "\u200b", "\U0001d518", "\U0001f600"],
-    *["\U0001f469\u200d\U0001f680", "\U0001f1e9\U0001f1ea"],
-]
+    ".", "!", "?", "...", "\u3002", '"', "'", "\u201c", "\u201d", "(", ")", "Dr.", "e.g.", "U.S.", "A", "b",
+    "Word", "2.", "3.5", "[1]", "e\u0301", "\u0301", "\u00df", "\u200b", "\U0001d518", "\U0001f600",
+    "\U0001f469\u200d\U0001f680", "\U0001f1e9\U0001f1ea",
+]  # fmt: skip
 SPACES = [" ", "  ", "\n", "\r\n", "\r", "\t", "\u00a0", "\u3000", "\u0085", "\u2028", "\x1c"]
 LANGUAGES = ["en", "de", "fr", "ja", "hi", "my", "el", "pt-br", "xx"]
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=60) | st.lists(
@@ -312,3 +297,8 @@ def test_a_batch_has_the_tokens_of_transformers(tmp_path: Path, split_special_to
         written[owner][a:b].strip() for owner, (a, b) in zip(owners, found.spans, strict=True)
     ]
     assert sentences_of_batch(tmp_path, 0, 1) == texts_of_sentences
+
+
+def test_what_processes_import_does_not_import_torch():
+    script = "import sys, probekit.data.encoders, probekit.data.sentences; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True)

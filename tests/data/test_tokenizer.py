@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, GPT2Config, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GPT2Config, PreTrainedTokenizerBase
 
 from probekit.config import LanguageModelSettings
 from probekit.data.tokenizer import (
@@ -125,32 +125,6 @@ def test_other_programs_load_the_folder(folder: Path, tokenizer: PreTrainedToken
     assert plain.bos_token == plain.eos_token == SEPARATOR
 
 
-def test_no_token_is_added_around_a_text(tokenizer: PreTrainedTokenizerBase):
-    assert tokenizer("").input_ids == []
-    assert separator_id(tokenizer) not in tokenizer("The plan").input_ids
-
-
-def test_interrupted_training_leaves_no_folder(tmp_path: Path):
-    def texts():
-        yield "some text"
-        raise KeyError("the corpus broke")
-
-    with pytest.raises(KeyError):
-        train_tokenizer(texts(), 300, tmp_path / "t")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_failed_save_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def half(_: object, folder: Path) -> None:
-        (Path(folder) / "tokenizer.json").write_text("{")
-        raise OSError("the disk is full")
-
-    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", half)
-    with pytest.raises(OSError, match="full"):
-        train_tokenizer(TEXTS, 300, tmp_path / "t")
-    assert not (tmp_path / "t").exists()
-
-
 def test_the_separator_is_the_beginning_token_else_the_end_token(tokenizer: PreTrainedTokenizerBase):
     assert separator_id(tokenizer) == tokenizer.convert_tokens_to_ids(SEPARATOR) == 0  # 0 is a token too
     tokenizer.eos_token = "a"  # noqa: S105 - a token of text, no password
@@ -170,18 +144,11 @@ def test_a_slow_tokenizer_is_refused(folder: Path, monkeypatch: pytest.MonkeyPat
     assert "fast tokenizer" in refusal(folder)
 
 
-def test_an_empty_folder(tmp_path: Path):
-    assert "tokenizer.json" in refusal(tmp_path)
-
-
-def test_a_folder_that_is_not_there(tmp_path: Path):
-    refusal(tmp_path / "nowhere")
-
-
-@pytest.mark.parametrize("content", ["", "{", "{}", "[]", '{"model": 3}'])
-def test_a_damaged_file(content: str, folder: Path, tmp_path: Path):
-    (tmp_path / "tokenizer.json").write_text(content)
-    (tmp_path / "tokenizer_config.json").write_bytes((folder / "tokenizer_config.json").read_bytes())
+@pytest.mark.parametrize("content", [None, "", "{", "{}", "[]", '{"model": 3}'])
+def test_a_folder_without_a_usable_tokenizer_is_refused(content: str | None, folder: Path, tmp_path: Path):
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_text(content)
+        (tmp_path / "tokenizer_config.json").write_bytes((folder / "tokenizer_config.json").read_bytes())
     assert "tokenizer.json" in refusal(tmp_path)
 
 
