@@ -234,11 +234,7 @@ class MaskedLM(VariantLM):
         )
 
     def __call__(self, scored: ScoredWindows, removed: Tensor) -> tuple[Tensor, Tensor]:
-        """One forward pass without some components.
-
-        Args:
-            scored: The windows.
-            removed: How much of each component is removed `[windows, components]` or `[1, components]`.
+        """One forward pass without as much of each component as `removed`; see `Components.removing`.
 
         Returns:
             Logits of the next token `[windows, positions, vocabulary]`, and the activations that the

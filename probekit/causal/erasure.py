@@ -51,8 +51,7 @@ class Eraser:
 def leace(moments: Moments) -> Eraser:
     """The LEACE eraser (Belrose et al. 2023), which changes activations least of all that erase.
 
-    Args:
-        moments: Sums over the examples to fit on, of one probe; classes without examples play no part.
+    It is fitted to one probe's sums; classes without examples play no part.
     """
     mean, covariance, cross = _covariances(moments)
     whiten, colour = _whitening(covariance)
@@ -63,9 +62,7 @@ def leace(moments: Moments) -> Eraser:
 def inlp(moments: Moments, rounds: int) -> Eraser:
     """Iterative null-space projection (Ravfogel et al. 2020) with least-squares probes.
 
-    Args:
-        moments: Sums over the examples to fit on, of one probe.
-        rounds: How often a probe is fitted to what is left, and its weights are projected out.
+    In every round a probe is fitted to what is left, and its weights are projected out.
     """
     mean, covariance, cross = _covariances(moments)
     removed = covariance.new_zeros(len(covariance), 0)
@@ -166,15 +163,7 @@ def erasure_accuracies(
 def read_moments(
     run: Run, variant: ProbedName, points: Sequence[HookPoint], grid: Grid, progress: Progress
 ) -> dict[tuple[HookPoint, int], Moments]:
-    """Sums over the activations that probes are fitted on, by hook point and distance, from one forward pass.
-
-    Args:
-        run: The run.
-        variant: Whose activations.
-        points: Which ones.
-        grid: The examples, labelled with the action of the sentence at their anchor, and the distances.
-        progress: Shows how far the pass is.
-    """
+    """Sums over the activations that probes are fitted on, by hook point and distance."""
     reader = Reader(run, variant, points, grid.distances)
     distances, classes = len(grid.distances), grid.target.classes
     sums = [

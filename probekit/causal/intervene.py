@@ -278,13 +278,9 @@ def plan_following(condition: Condition, plain: np.ndarray, written: Mapping[str
 def metric_rows(
     head: Mapping[str, Any], sums: MetricSums, included: np.ndarray | None, resampling: Resampling
 ) -> list[dict[str, Any]]:
-    """A row for each metric, with its interval.
+    """A row for each metric, with its interval over the included boundaries, and with the columns of `head`.
 
-    Args:
-        head: Columns that all rows share.
-        sums: The metrics, by boundary; shorter ones are of the first boundaries.
-        included: Which boundaries take part, bool `[boundaries]`; None for all.
-        resampling: How intervals are made.
+    Metrics are sums by boundary; shorter ones are of the first boundaries.
     """
     rows = []
     for size in sorted({len(values) for values, _ in sums.values()}):

@@ -37,13 +37,8 @@ REMOVED = 0.5
 def draw_removal(log_alpha: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Draws hard concrete variables (Louizos et al. 2018), how much of each component is removed.
 
-    Args:
-        log_alpha: Parameters `[components]`, on any device; draws are differentiable by them.
-        count: Number of draws.
-        generator: On the CPU, so that draws are equal on every device.
-
-    Returns:
-        `[count, components]`, from 0 to 1.
+    Draws `[count, components]`, from 0 to 1, are differentiable by the parameters `[components]`. The
+    generator is on the CPU, so that they are equal on every device.
     """
     uniform = torch.rand(count, len(log_alpha), generator=generator).clamp(1e-6, 1 - 1e-6)
     return hard_sigmoid((uniform.logit().to(log_alpha) + log_alpha) / TEMPERATURE)
@@ -223,10 +218,6 @@ def learn(
 def objectives(sums: MetricSums, keep: float) -> tuple[np.ndarray, np.ndarray]:
     """The objective that masks are learned for, without the penalty, and each document's deviation from it.
 
-    Args:
-        sums: Those of `measure`.
-        keep: Weight of the tokens that are to stay.
-
     Returns:
         Values `[masks]`, and deviations `[masks, documents]`. The root of their summed squares is the value's
         standard error, that of differences of deviations the standard error of a difference.
@@ -241,14 +232,9 @@ def objectives(sums: MetricSums, keep: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def choose(candidates: Sequence[Candidate], sums: MetricSums, keep: float) -> int:
-    """The number of the smallest mask within one standard error of the best one.
+    """The number of the smallest mask within one standard error of the best one, by sums of `measure`.
 
     The error is that of the difference, since all masks are measured on the same documents.
-
-    Args:
-        candidates: The masks.
-        sums: Those of `measure` on documents that the masks were not learned on.
-        keep: Weight of the tokens that are to stay.
     """
     value, deviation = objectives(sums, keep)
     best = int(value.argmin())

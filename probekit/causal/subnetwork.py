@@ -220,12 +220,9 @@ class _Search:
 
 
 def results_table(sums: MetricSums, masks: np.ndarray, resampling: Resampling) -> pd.DataFrame:
-    """A row for every condition, draw and metric.
+    """A row for every condition, draw and metric, from masks in the order of `CONDITIONS`, then of draws.
 
-    Args:
-        sums: Metrics of masks in the order of `CONDITIONS`, then of one for each draw.
-        masks: What they remove `[masks, components]`, bool.
-        resampling: How intervals are made.
+    Masks are what is removed `[masks, components]`, bool.
     """
     rows: list[dict[str, Any]] = []
     for metric, (values, counts) in sums.items():
@@ -268,14 +265,7 @@ def results_table(sums: MetricSums, masks: np.ndarray, resampling: Resampling) -
 def mask_table(
     components: Sequence[Component], mask: Candidate, alone: MetricSums, resampling: Resampling
 ) -> pd.DataFrame:
-    """A row for every component.
-
-    Args:
-        components: All components.
-        mask: The learned mask.
-        alone: Metrics when each component is removed alone; the last mask is the whole LM's.
-        resampling: How intervals are made.
-    """
+    """A row for every component; `alone` has metrics without each one alone, and last the whole LM's."""
     table = pd.DataFrame(
         [{"component": str(c), "kind": c.kind, "layer": c.layer, "head": c.head} for c in components]
     ).astype({"layer": "Int64", "head": "Int64"})

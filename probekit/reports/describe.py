@@ -28,7 +28,7 @@ MANY_ROWS = 12
 """Longer tables of differences are folded on a page."""
 
 
-MORE_BOUNDARIES = "raise intervene.scenes, or intervene.samples where that is fewer"
+MORE_BOUNDARIES = "raise intervene.boundaries, or intervene.samples where that is fewer"
 """What to do where interventions are measured in few documents."""
 
 MORE_SUBNETWORK_DOCUMENTS = "raise subnetwork.documents, or give more documents"

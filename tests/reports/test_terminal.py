@@ -346,7 +346,7 @@ def test_interventions_at_the_nearest_distance(documents: int, few: bool, capsys
     for row in near.itertuples():
         assert any(shows(cell, (row.value, row.value_low, row.value_high)) for cell in shown)
     assert f"note {HOSTILE}\n" in printed
-    assert ("raise intervene.scenes" in printed) == few
+    assert ("raise intervene.boundaries" in printed) == few
 
 
 def test_a_subnetwork(capsys):
