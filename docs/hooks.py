@@ -138,7 +138,7 @@ def presets_page() -> str:
         "What a preset leaves out has its default.\n"
     ]
     for name in preset_names():
-        text = (resources.files("probekit") / "presets" / f"{name}.yaml").read_text("utf-8")
+        text = (resources.files("probekit.config") / "presets" / f"{name}.yaml").read_text("utf-8")
         parts.append(f"## {name}\n\n```yaml\n{text}```\n")
     return "\n".join(parts)
 

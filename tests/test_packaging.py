@@ -75,7 +75,7 @@ def test_the_wheel_runs_where_nothing_else_of_the_repository_is(wheel: zipfile.Z
     )
     place, *methods = ran.stdout.split()
     assert Path(place).is_relative_to(tmp_path)
-    assert len(methods) == len(list((PACKAGE / "presets").glob("*.yaml")))
+    assert len(methods) == len(list((PACKAGE / "config" / "presets").glob("*.yaml")))
 
 
 def test_the_source_archive_has_what_tests_and_documentation_need(tmp_path: Path):

@@ -1,4 +1,4 @@
-"""All settings together."""
+"""All settings together: from presets, YAML files and single values, with errors that name the setting."""
 
 from __future__ import annotations
 
@@ -29,6 +29,111 @@ from probekit.config.sections import (
     TrainingSettings,
 )
 from probekit.errors import ProbekitError
+
+PRESETS = resources.files("probekit.config") / "presets"
+
+
+class Config(Settings):
+    """All settings of a run."""
+
+    method: Literal["planner", "depth-ensemble"] = "planner"
+    """What is trained: a planner and an adapter for each variant (arXiv 2410.12492), or the members of a
+    depth ensemble (arXiv 2410.13077)."""
+    seed: Seed = 0
+    """Seed of everything random after the corpus, which has its own."""
+    device: str = "auto"
+    """Where to compute: auto (a GPU where there is one), cpu, cuda, cuda:1."""
+    corpus: CorpusSettings = CorpusSettings()
+    actions: ActionSettings = ActionSettings()
+    lm: LanguageModelSettings = LanguageModelSettings()
+    planner: PlannerSettings = PlannerSettings()
+    conditioning: ConditioningSettings = ConditioningSettings()
+    mixing: MixingSettings = MixingSettings()
+    depth: DepthSettings = DepthSettings()
+    training: TrainingSettings = TrainingSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    generation: GenerationSettings = GenerationSettings()
+    probe: ProbeSettings = ProbeSettings()
+    intervene: InterventionSettings = InterventionSettings()
+    subnetwork: SubnetworkSettings = SubnetworkSettings()
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> Self:
+        if self.lm.device_map is not None:
+            given = f"lm.device_map is {self.lm.device_map!r}, but"
+            if self.method == "depth-ensemble":
+                raise ValueError(f"{given} method is 'depth-ensemble', which needs the LM on one device")
+            if self.training.base.tuning == "full":
+                raise ValueError(
+                    f"{given} training.base.tuning is 'full', which takes an LM on one device; give lora"
+                )
+        if self.depth.variant not in ("none", *self.mixing.variants):
+            raise ValueError(
+                f"depth.variant is {self.depth.variant!r}, which is not among mixing.variants: "
+                f"{', '.join(self.mixing.variants)}"
+            )
+        return self
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Builds a validated config from nested plain values.
+
+        Raises:
+            ProbekitError: One line that names the first setting that is wrong, its value and the remedy.
+        """
+        try:
+            # Over the defaults of `Config`: those of a section's class differ, as in `training.lm.epochs`.
+            return cls.model_validate(merge(cls().model_dump(), values))
+        except ValidationError as error:
+            raise ProbekitError(_explain(error)) from None
+
+    @classmethod
+    def from_preset(cls, name: str) -> Self:
+        """The config of a shipped preset, by name (see `preset_names`)."""
+        return cls.from_dict(preset_values(name))
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Self:
+        """The config in a YAML file; settings that it leaves out have their defaults."""
+        return cls.from_dict(yaml_values(path))
+
+    def to_yaml(self) -> str:
+        """The complete config as YAML text, which `from_yaml` reads back to an equal config."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    def override(self, values: Mapping[str, Any]) -> Self:
+        """A copy with settings replaced, given by dotted name: `config.override({"lm.layers": 2})`."""
+        return self.from_dict(merge(self.model_dump(), nest(values)))
+
+
+def preset_names() -> list[str]:
+    """Names of the shipped presets, sorted."""
+    return sorted(
+        path.name.removesuffix(".yaml") for path in PRESETS.iterdir() if path.name.endswith(".yaml")
+    )
+
+
+def preset_values(name: str) -> dict[str, Any]:
+    """The nested values that a preset sets."""
+    names = preset_names()
+    if name not in names:
+        raise ProbekitError(f"unknown preset {name!r}{_nearest(name, names)}; there are {', '.join(names)}")
+    return yaml.safe_load((PRESETS / f"{name}.yaml").read_text("utf-8"))
+
+
+def yaml_values(path: str | Path) -> dict[str, Any]:
+    """The nested values in a YAML file of settings."""
+    try:
+        values = yaml.safe_load(Path(path).read_text("utf-8"))
+    except OSError as error:
+        raise ProbekitError(f"config file {path}: {error.strerror or error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ProbekitError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict | None):
+        raise ProbekitError(
+            f"config file {path} holds a {type(values).__name__}; it must hold named settings"
+        )
+    return values or {}
 
 
 def nest(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,6 +171,11 @@ def settings_of(section: type[BaseModel], prefix: str = "") -> dict[str, Any]:
     return fields
 
 
+def setting_names() -> list[str]:
+    """Dotted names of all settings."""
+    return list(settings_of(Config))
+
+
 def setting_value(config: BaseModel, name: str) -> Any:
     """The value of a setting, given by its dotted name."""
     value: Any = config
@@ -76,143 +186,25 @@ def setting_value(config: BaseModel, name: str) -> Any:
 
 def unknown_setting(name: str, known: list[str]) -> ProbekitError:
     """The error for a setting that does not exist, with the nearest that does."""
-    return ProbekitError(f"unknown setting {name!r}{suggestion(name, known)}")
+    return ProbekitError(f"unknown setting {name!r}{_nearest(name, known)}")
 
 
-def suggestion(name: str, known: list[str]) -> str:
-    """What ends an error about a wrong name: the nearest whose last part is much like its own, if any.
+def _nearest(name: str, known: list[str]) -> str:
+    """The end of an error about a wrong name: the most similar known one, if its last part is similar too."""
 
-    Equal sections tell little.
-    """
-    alike = [other for other in known if _likeness(_last_part(name), _last_part(other)) >= 0.6]
-    close = max(alike, key=lambda other: _likeness(name, other), default="")
-    return f"; did you mean {close!r}?" if _likeness(name, close) >= 0.5 else ""
+    def similarity(one: str, other: str) -> float:
+        return difflib.SequenceMatcher(None, one, other).ratio()
 
+    def last(name: str) -> str:
+        return name.rpartition(".")[2]
 
-def _likeness(name: str, other: str) -> float:
-    return difflib.SequenceMatcher(None, name, other).ratio()
-
-
-def _last_part(name: str) -> str:
-    return name.rpartition(".")[2]
-
-
-def preset_names() -> list[str]:
-    """Names of the shipped presets, sorted."""
-    folder = resources.files("probekit") / "presets"
-    return sorted(
-        entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml")
-    )
-
-
-def preset_values(name: str) -> dict[str, Any]:
-    """The nested values that a preset sets."""
-    names = preset_names()
-    if name not in names:
-        raise ProbekitError(f"unknown preset {name!r}{suggestion(name, names)}; there are {', '.join(names)}")
-    return yaml.safe_load((resources.files("probekit") / "presets" / f"{name}.yaml").read_text("utf-8"))
-
-
-def yaml_values(path: str | Path) -> dict[str, Any]:
-    """The nested values in a YAML file of settings."""
-    try:
-        values = yaml.safe_load(Path(path).read_text("utf-8"))
-    except OSError as error:
-        raise ProbekitError(f"config file {path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise ProbekitError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict | None):
-        raise ProbekitError(
-            f"config file {path} holds a {type(values).__name__}; it must hold named settings"
-        )
-    return values or {}
-
-
-class Config(Settings):
-    """All settings of a run."""
-
-    method: Literal["planner", "depth-ensemble"] = "planner"
-    """What is trained: a planner and an adapter for each variant (arXiv 2410.12492), or the members of a
-    depth ensemble (arXiv 2410.13077)."""
-    seed: Seed = 0
-    """Seed of everything random after the corpus, which has its own."""
-    device: str = "auto"
-    """Where to compute: auto (a GPU where there is one), cpu, cuda, cuda:1."""
-    corpus: CorpusSettings = CorpusSettings()
-    actions: ActionSettings = ActionSettings()
-    lm: LanguageModelSettings = LanguageModelSettings()
-    planner: PlannerSettings = PlannerSettings()
-    conditioning: ConditioningSettings = ConditioningSettings()
-    mixing: MixingSettings = MixingSettings()
-    depth: DepthSettings = DepthSettings()
-    training: TrainingSettings = TrainingSettings()
-    evaluation: EvaluationSettings = EvaluationSettings()
-    generation: GenerationSettings = GenerationSettings()
-    probe: ProbeSettings = ProbeSettings()
-    intervene: InterventionSettings = InterventionSettings()
-    subnetwork: SubnetworkSettings = SubnetworkSettings()
-
-    @model_validator(mode="after")
-    def _places_what_can_be(self) -> Self:
-        asked = f"lm.device_map is {self.lm.device_map!r}, but"
-        if self.lm.device_map is not None and self.method == "depth-ensemble":
-            raise ValueError(f"{asked} method is 'depth-ensemble', which needs the LM on one device")
-        if self.lm.device_map is not None and self.training.base.tuning == "full":
-            raise ValueError(
-                f"{asked} training.base.tuning is 'full', which takes an LM on one device; give lora"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _knows_the_variant(self) -> Self:
-        if self.depth.variant not in ("none", *self.mixing.variants):
-            raise ValueError(
-                f"depth.variant is {self.depth.variant!r}, which mixing.variants has not; it has "
-                f"{', '.join(self.mixing.variants)}"
-            )
-        return self
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Builds a validated config from nested plain values.
-
-        Raises:
-            ProbekitError: One line that names the first setting that is wrong, its value and the remedy.
-        """
-        try:
-            # Over the defaults of the whole: a section's own may be others, as the epochs of the LM's stage.
-            return cls.model_validate(merge(cls().model_dump(), values))
-        except ValidationError as error:
-            raise ProbekitError(_explain(error)) from None
-
-    @classmethod
-    def from_preset(cls, name: str) -> Self:
-        """The config of a shipped preset, by name (see `preset_names`)."""
-        return cls.from_dict(preset_values(name))
-
-    @classmethod
-    def from_yaml(cls, path: str | Path) -> Self:
-        """The config in a YAML file; settings that it leaves out have their defaults."""
-        return cls.from_dict(yaml_values(path))
-
-    def to_yaml(self) -> str:
-        """The complete, resolved config as YAML text that `from_yaml` reads back to an equal config.
-
-        It ends in YAML's own mark of an end, so that a file that was cut off can be told.
-        """
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, explicit_end=True)
-
-    def override(self, values: Mapping[str, Any]) -> Self:
-        """A copy with settings replaced, given by dotted name: `config.override({"lm.layers": 2})`."""
-        return self.from_dict(merge(self.model_dump(), nest(values)))
-
-
-def setting_names() -> list[str]:
-    """Dotted names of all settings."""
-    return list(settings_of(Config))
+    similar = [other for other in known if similarity(last(name), last(other)) >= 0.6]
+    best = max(similar, key=lambda other: similarity(name, other), default="")
+    return f"; did you mean {best!r}?" if similarity(name, best) >= 0.5 else ""
 
 
 def _explain(error: ValidationError) -> str:
+    """One line for the first of pydantic's errors."""
     first = error.errors(include_url=False)[0]
     name = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":

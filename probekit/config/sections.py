@@ -1,20 +1,19 @@
-"""Settings of probes, and of the causal tests of what they read."""
+"""Every setting, by section: its type, default and documentation, which is the help text of the commands."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
-    ValidationInfo,
-    field_validator,
     model_validator,
 )
 
 T = TypeVar("T")
+S = TypeVar("S")
 
 
 def _distinct(values: tuple[T, ...]) -> tuple[T, ...]:
@@ -30,12 +29,29 @@ def _ascending(values: tuple[int, int]) -> tuple[int, int]:
     return values
 
 
+def _not_one(value: int) -> int:
+    if value == 1:
+        raise ValueError("1 is not enough; give 0, or 2 and more")
+    return value
+
+
+def _no_overflow(temperature: float) -> float:
+    if 0.0 < temperature < 1e-3:
+        raise ValueError(f"{temperature:g} is too low to divide by; give 0.001 or more, or 0")
+    return temperature
+
+
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
-SomeShare = Annotated[float, Field(gt=0.0, lt=1.0)]
+PositiveShare = Annotated[float, Field(gt=0.0, lt=1.0)]
 Positive = Annotated[int, Field(ge=1)]
+AtLeastTwo = Annotated[int, Field(ge=2)]
+Count = Annotated[int, Field(ge=0)]
+PositiveNumber = Annotated[float, Field(gt=0.0)]
+Weight = Annotated[float, Field(ge=0.0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Range = Annotated[tuple[Positive, Positive], AfterValidator(_ascending)]
 Several = Annotated[tuple[T, ...], Field(min_length=1), AfterValidator(_distinct)]
+
 VariantName = Literal[
     "none",
     "fixed",
@@ -59,12 +75,12 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
-    @field_validator("*", mode="before")
-    @classmethod
-    def _truth_values_are_no_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
-            raise ValueError(f"{str(value).lower()} is not what this setting takes")
-        return value
+
+def _heads_divide_width(section: S) -> S:
+    width, heads = section.width, section.heads  # type: ignore[attr-defined]
+    if width % heads:
+        raise ValueError(f"heads {heads} does not divide width {width}")
+    return section
 
 
 class PlantedSettings(Settings):
@@ -82,9 +98,9 @@ class PlantedSettings(Settings):
     """Fewest and most sentences in a document, at least 2."""
     words: Range = (4, 8)
     """Fewest and most words in a sentence."""
-    vocabulary: Annotated[int, Field(ge=2)] = 240
+    vocabulary: AtLeastTwo = 240
     """Number of distinct words."""
-    concentration: Annotated[float, Field(gt=0.0)] = 0.05
+    concentration: PositiveNumber = 0.05
     """Dirichlet concentration of an action's distribution over words; smaller means words that say more."""
     seed: Seed = 0
     """Seed of the planted plan and its documents."""
@@ -122,11 +138,11 @@ class CorpusSettings(Settings):
     max_documents: Positive | None = None
     """Read at most this many documents."""
     probe_fraction: Share = 0.2
-    """Share of documents kept from all training of LM and planner; probes are fitted on them."""
-    validation_fraction: SomeShare = 0.1
-    """Share of documents on which whatever is chosen is chosen."""
-    test_fraction: SomeShare = 0.1
-    """Share of documents on which every reported number is computed."""
+    """Share of documents that LM and planner are not trained on; probes are fitted on them."""
+    validation_fraction: PositiveShare = 0.1
+    """Share of documents that hyperparameters and early stopping are chosen on."""
+    test_fraction: PositiveShare = 0.1
+    """Share of documents that every reported number is computed on."""
     seed: Seed = 0
     """Seed of the splits, the encoder and the codebook. It is separate from the run's seed,
     so that runs with different seeds share the corpus."""
@@ -177,16 +193,12 @@ class LanguageModelSettings(Settings):
     """Residual stream width (d_model) of a new LM."""
     heads: Positive = 4
     """Attention heads of a new LM."""
-    positions: Annotated[int, Field(ge=2)] = 128
+    positions: AtLeastTwo = 128
     """Positions of a new LM: the longest window it can read, in tokens."""
     vocabulary: Annotated[int, Field(ge=257)] = 4096
     """Vocabulary size of the byte-level BPE tokenizer trained for a new LM."""
 
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> Self:
-        if self.width % self.heads:
-            raise ValueError(f"heads {self.heads} does not divide width {self.width}")
-        return self
+    _check_heads = model_validator(mode="after")(_heads_divide_width)
 
 
 class PlannerSettings(Settings):
@@ -203,11 +215,7 @@ class PlannerSettings(Settings):
     dropout: Share = 0.1
     """Dropout during planner training."""
 
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> Self:
-        if self.width % self.heads:
-            raise ValueError(f"heads {self.heads} does not divide width {self.width}")
-        return self
+    _check_heads = model_validator(mode="after")(_heads_divide_width)
 
 
 class ConditioningSettings(Settings):
@@ -218,17 +226,17 @@ class ConditioningSettings(Settings):
     embedding of every token; token: a planning token before every sentence, whose embedding it is."""
     location: str = "attn.hook_z"
     """TransformerLens hook, without the `blocks.L.` before it, where an adapter adds the projected action."""
-    skip_layers: Annotated[int, Field(ge=0)] = 2
-    """Layers at the bottom that get no projection from an adapter."""
+    skip_layers: Count = 2
+    """Number of bottom layers to which an adapter adds nothing."""
 
 
 class MixingSettings(Settings):
-    """Which ways of choosing the action are trained and compared."""
+    """How the action that conditions the LM is chosen."""
 
     variants: Several[VariantName] = ("fixed", "oracle", "predicted", "soft", "joint")
     """Variants to train and compare, each with its own adapter; soft keeps the planner frozen, joint is soft
     mixing with the planner trained too. The base LM alone (none) is always evaluated."""
-    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    temperature: PositiveNumber = 1.0
     """Temperature of the softmax over scores (soft, joint, straight-through, gumbel)."""
     learn_temperature: bool = False
     """Train the temperature with the adapter, from that value on."""
@@ -238,12 +246,12 @@ class MixingSettings(Settings):
 
 
 class DistillationSettings(Settings):
-    """How late layers learn from the last one (member distilled)."""
+    """Distillation from the last layer into the earlier ones (member distilled)."""
 
-    weight: Annotated[float, Field(ge=0.0)] = 0.1
-    """Weight of the divergences, summed over layers, beside the ensemble's cross-entropy."""
+    weight: Weight = 0.1
+    """Weight of the divergences, summed over layers, added to the ensemble's cross-entropy."""
     direction: Literal["layer-from-last", "last-from-layer"] = "layer-from-last"
-    """KL(layer || last), which the paper has, or KL(last || layer), usual in distillation."""
+    """KL(layer || last), as in the paper, or KL(last || layer), usual in distillation."""
 
 
 class DepthSettings(Settings):
@@ -256,16 +264,16 @@ class DepthSettings(Settings):
     layers: Positive = 3
     """How many of the last layers are in an ensemble."""
     top_k: Positive | None = None
-    """How many of a token's router weights are kept and renormalised; unset: all. A single one is always 1,
-    so that with 1 the router learns nothing."""
-    last_weight: SomeShare = 0.9
-    """Weight that the last layer has before training; the others share the rest."""
-    layer_loss: Annotated[float, Field(ge=0.0)] = 0.0
-    """Weight of the cross-entropy of every single layer, beside the ensemble's."""
+    """Router weights of a token that are kept and renormalised; unset: all. With 1, that weight is always 1,
+    and the router learns nothing."""
+    last_weight: PositiveShare = 0.9
+    """Weight of the last layer before training; the others share the rest."""
+    layer_loss: Weight = 0.0
+    """Weight of every single layer's cross-entropy, added to the ensemble's."""
     distillation: DistillationSettings = DistillationSettings()
     variant: VariantName = "none"
-    """Which LM it is made on: none, the base LM, or one that is conditioned by that variant's adapter, which
-    is trained first and stays as it is."""
+    """LM of the ensemble: none, the base LM; or the LM conditioned by this variant's adapter, which is
+    trained first and then frozen."""
 
     @model_validator(mode="after")
     def _no_more_weights_than_layers(self) -> Self:
@@ -277,13 +285,13 @@ class DepthSettings(Settings):
 class StageSettings(Settings):
     """One stage of training."""
 
-    epochs: Annotated[float, Field(gt=0.0)] = 1.0
+    epochs: PositiveNumber = 1.0
     """Passes over the training documents."""
     batch_size: Positive = 32
     """Windows (LM and adapter) or documents (planner) per optimiser step."""
-    learning_rate: Annotated[float, Field(gt=0.0)] = 1e-3
+    learning_rate: PositiveNumber = 1e-3
     """Peak learning rate of AdamW."""
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    weight_decay: Weight = 0.0
     """AdamW weight decay, on matrices only."""
     patience: Positive | None = None
     """Stop after this many passes without a better validation loss; unset: never. In any case, validation
@@ -293,51 +301,36 @@ class StageSettings(Settings):
 class CheckpointedStageSettings(StageSettings):
     """A stage of training that can keep checkpoints."""
 
-    checkpoints: Annotated[int, Field(ge=0)] = 0
-    """How many checkpoints are kept on the way, from before the first step to the last, evenly in the
-    logarithm of the step: each a run of its own, which `probekit probe --checkpoints` probes."""
-
-    @field_validator("checkpoints")
-    @classmethod
-    def _first_and_last(cls, value: int) -> int:
-        if value == 1:
-            raise ValueError("one checkpoint would be that of no step; give 0, or 2 and more")
-        return value
+    checkpoints: Annotated[Count, AfterValidator(_not_one)] = 0
+    """How many checkpoints to keep, from before the first step to the last, evenly spaced in the logarithm of
+    the step. Each is a run of its own, which `probekit probe --checkpoints` probes."""
 
 
 class PlannerStageSettings(StageSettings):
     """Training of the planner."""
 
-    target_temperature: Annotated[float, Field(ge=0.0)] = 0.0
+    target_temperature: Weight = 0.0
     """0: the target is the sentence's action. Above 0, such as 0.1: a softmax with this temperature over the
     negative squared distances of the sentence's embedding to all centroids."""
-    folds: Annotated[int, Field(ge=0)] = 0
-    """Out-of-fold predictions, for small corpora: adapters whose planner stays frozen are trained on scores
-    of planners that have not seen the document, one for each of so many folds; 0: on the planner's own."""
-
-    @field_validator("folds")
-    @classmethod
-    def _one_fold_is_none(cls, value: int) -> int:
-        if value == 1:
-            raise ValueError("one fold leaves no documents to train on; give 0, or 2 and more")
-        return value
+    folds: Annotated[Count, AfterValidator(_not_one)] = 0
+    """Folds of out-of-fold planners, for small corpora: adapters with a frozen planner are trained on the
+    scores of a planner that has not seen the document. 0: on the planner's own scores."""
 
 
 class JointSettings(Settings):
     """What joint training (planner and adapter together) adds to the adapter stage."""
 
-    planner_frozen: Annotated[float, Field(ge=0.0)] = 0.0
+    planner_frozen: Weight = 0.0
     """How long the planner, and an encoder that is trained with it, stay frozen: up to 1 a share of the steps
-    (0: never, 1: to the end), above 1 a number of steps. Their warm-up begins after that."""
-    planner_learning_rate: Annotated[float, Field(ge=0.0)] = 1e-4
+    (0: never, 1: to the end), above 1 a number of steps. Their warm-up follows."""
+    planner_learning_rate: Weight = 1e-4
     """Peak learning rate of the planner during joint training; gentler than the adapter's."""
-    planner_loss_weight: Annotated[float, Field(ge=0.0)] = 1.0
-    """Weight of the planner's own cross-entropy, kept beside the next-token loss and part of the training
-    loss that is shown; 0 drops it."""
+    planner_loss_weight: Weight = 1.0
+    """Weight of the planner's own cross-entropy, which is added to the next-token loss."""
     end_to_end: bool = True
-    """Whether the next-token loss trains the planner too. Without it the planner has its own cross-entropy
-    alone: what joint training owes to more training of the planner."""
-    encoder_learning_rate: Annotated[float, Field(ge=0.0)] = 0.0
+    """Whether the next-token loss trains the planner too. If not, only its own cross-entropy does: a control
+    for the effect of training the planner longer."""
+    encoder_learning_rate: Weight = 0.0
     """Peak learning rate of the sentence encoder, such as 1e-5, which is then trained with the planner, while
     actions stay those of the frozen encoder; 0: the encoder stays frozen."""
 
@@ -362,12 +355,12 @@ class JointSettings(Settings):
 
 
 class BaseSettings(Settings):
-    """What becomes of the base LM while an adapter or depth ensemble is trained; each then has its own."""
+    """Tuning of the base LM together with an adapter or depth ensemble, each of which then has its own LM."""
 
     tuning: Literal["frozen", "lora", "full"] = "frozen"
     """frozen: the adapter alone is trained; lora: low-rank updates of the linear maps too (Hu et al. 2021);
     full: all weights too."""
-    learning_rate: Annotated[float, Field(gt=0.0)] = 1e-4
+    learning_rate: PositiveNumber = 1e-4
     """Peak learning rate of the base LM (lora, full)."""
     rank: Positive = 8
     """Rank of the updates (lora)."""
@@ -378,12 +371,12 @@ class BaseSettings(Settings):
 class TrainingSettings(Settings):
     """The stages of training, in their order."""
 
-    window: Annotated[int, Field(ge=2)] = 128
+    window: AtLeastTwo = 128
     """Tokens in a training window."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the forward pass; auto is bfloat16 autocast on a GPU that has it, float32 elsewhere."""
-    save_minutes: Annotated[float, Field(ge=0.0)] = 5.0
-    """Minutes of a stage between the states that --resume goes on from, which a kill at most costs."""
+    save_minutes: Weight = 5.0
+    """Minutes between saved states of a stage, which --resume continues from."""
     accumulate: Positive = 1
     """Micro-batches in an optimiser step, in every stage: less memory, the same gradient."""
     lm: CheckpointedStageSettings = CheckpointedStageSettings(epochs=4.0)
@@ -394,16 +387,10 @@ class TrainingSettings(Settings):
     base: BaseSettings = BaseSettings()
 
 
-def _no_overflow(temperature: float) -> float:
-    if 0.0 < temperature < 1e-3:
-        raise ValueError(f"{temperature:g} is too low to divide by; give 0.001 or more, or 0")
-    return temperature
-
-
 class EvaluationSettings(Settings):
     """How perplexity is measured and resampled."""
 
-    window: Annotated[int, Field(ge=2)] | None = None
+    window: AtLeastTwo | None = None
     """Tokens in an evaluation window; unset: the training window."""
     stride: Positive | None = None
     """Tokens by which windows advance; each window scores its last `stride` tokens. Unset: half a window."""
@@ -422,9 +409,9 @@ class GenerationSettings(Settings):
     """How text is generated, and how generated text is measured."""
 
     prompts: Positive = 200
-    """Test documents whose beginnings are continued, for the metrics; those too short are passed over."""
+    """Test documents whose beginnings are continued; documents that are too short are skipped."""
     context: Positive = 128
-    """A prompt goes on to the first end of a sentence behind this many tokens of its document."""
+    """A prompt ends at the first end of a sentence after this many tokens of its document."""
     lengths: Several[Positive] = (128, 256)
     """Tokens of a continuation at which it is compared with the true one; the longest is how many are
     generated."""
@@ -435,9 +422,9 @@ class GenerationSettings(Settings):
     top_k: Positive | None = None
     """Draw among this many most probable tokens only."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
-    """Draw among the fewest most probable tokens whose probabilities add up to this."""
+    """Draw among the smallest set of most probable tokens whose probabilities add up to this."""
     seeds: Several[Seed] | None = None
-    """Seeds of what is drawn; metrics are told for each. Unset: the run's seed."""
+    """Seeds of the drawn tokens; metrics are reported for each. Unset: the run's seed."""
 
 
 class ProbeSettings(Settings):
@@ -457,7 +444,7 @@ class ProbeSettings(Settings):
     locations: Several[str] = ("hook_resid_post",)
     """TransformerLens hooks, without the `blocks.L.` before them, that are read. With `:before` behind it,
     the conditioned location as it was before the action was added."""
-    layers: Several[Annotated[int, Field(ge=0)]] | None = None
+    layers: Several[Count] | None = None
     """Layers that are read; unset: all."""
     distances: Several[Positive] = (1, 2, 3, 4, 6, 8)
     """Tokens before the target token at which activations are read; 1 is the token right before. All
@@ -466,8 +453,8 @@ class ProbeSettings(Settings):
     """Sentences ahead: 1 is the sentence that the target token is in, 2 the one after it."""
     solvers: Several[SolverName] = ("softmax",)
     """softmax: softmax regression; ridge, lda: closed form, at the cost of about one forward pass; mlp: one
-    hidden layer, for what is there but not linearly."""
-    l2: Several[Annotated[float, Field(gt=0.0)]] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+    hidden layer, for information that is not linearly readable."""
+    l2: Several[PositiveNumber] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
     """L2 penalties tried (softmax, ridge); each probe keeps the best on validation documents. Unit: per
     example, on standardised activations."""
     shrinkage: Several[Annotated[float, Field(gt=0.0, le=1.0)]] = (0.01, 0.1, 0.3, 0.6, 0.9)
@@ -487,58 +474,58 @@ class ProbeSettings(Settings):
     """Fit every probe on a control task too: random labels tied to tokens (Hewitt and Liang 2019)."""
     code_length: bool = True
     """Measure the prequential code length of softmax probes (Voita and Titov 2020)."""
-    memory: Annotated[float, Field(gt=0.0)] = 4.0
-    """Gigabytes that held activations may take; places beyond that are read in further passes."""
+    memory: PositiveNumber = 4.0
+    """Gigabytes of activations held at once; further hook points are read in further passes."""
 
 
 class InterventionSettings(Settings):
     """Causal tests of what probes read."""
 
     variant: VariantName = "none"
-    """Whose activations are changed; its probes have to be there."""
+    """Variant whose activations are changed; it must have been probed."""
     locations: Several[str] = ("hook_resid_post",)
     """TransformerLens hooks, without the `blocks.L.` before them, that are changed."""
-    layers: Several[Annotated[int, Field(ge=0)]] | None = None
+    layers: Several[Count] | None = None
     """Layers that are changed, one at a time; unset: all."""
     distances: Several[Positive] = (1, 2, 4)
     """Tokens before the next sentence at which activations are changed."""
     span: bool = True
-    """Change all tokens from that distance on to the next sentence, at once; or else the one alone."""
+    """Change all tokens from that distance up to the next sentence at once; false: only the token there."""
     kinds: Several[Literal["erase", "steer", "patch", "codebook"]] = ("erase", "steer", "patch")
     """erase: what a linear probe can read is taken away; steer: the direction of an action is added; patch:
     another document's activation is put in place; codebook: a conditioned variant is given another plan."""
     eraser: Literal["leace", "inlp"] = "leace"
     """LEACE (Belrose et al. 2023), or iterative null-space projection (Ravfogel et al. 2020)."""
     direction: Literal["means", "probe", "gradient"] = "means"
-    """An action's direction: from the mean of all activations to the action's; its probe's weights, as long
-    as that way; or in steps along the gradient of the probe's log-probability, as long in all (Dathathri et
-    al. 2020)."""
+    """An action's direction: means, from the mean of all activations to the action's mean; probe, the weights
+    of its probe; gradient, steps along the gradient of the probe's log-probability (Dathathri et al. 2020).
+    All have the length of means."""
     steps: Positive = 3
     """Steps along the gradient (gradient)."""
     strengths: Several[float] = (1.0, 2.0, 4.0)
-    """By how much directions are multiplied."""
-    boundaries: Annotated[int, Field(ge=2)] = 300
-    """Test documents in which one sentence boundary each is changed."""
-    samples: Annotated[int, Field(ge=0)] = 0
-    """Of so many of them the next sentence is written anew, to see which action it has; this takes long."""
+    """Factors that directions are multiplied by."""
+    boundaries: AtLeastTwo = 300
+    """Test documents, in each of which one sentence boundary is changed."""
+    samples: Count = 0
+    """Boundaries after which the next sentence is also generated, to see which action it has; slow."""
 
 
 class SubnetworkSettings(Settings):
     """Which components (attention heads, parts of the adapter) the next action's information needs."""
 
     variant: VariantName = "none"
-    """Whose components are removed; its probes have to be there."""
-    keep: Annotated[float, Field(ge=0.0)] = 1.0
-    """Weight of what is to stay, the divergence from the whole LM's next tokens but for sentences' first
-    ones, beside what a probe makes of the last layer; both in nats."""
-    penalties: Several[Annotated[float, Field(ge=0.0)]] = (0.003, 0.01, 0.03)
+    """Variant whose components are removed; it must have been probed."""
+    keep: Weight = 1.0
+    """Weight of the divergence (nats) from the whole LM's predictions of all tokens but the first ones of
+    sentences, relative to the information (nats) that a probe reads from the last layer."""
+    penalties: Several[Weight] = (0.003, 0.01, 0.03)
     """Penalties tried on every removed component, in nats; a mask is learned with each, and validation
     documents choose."""
     steps: Positive = 100
     """Steps of learning each mask."""
-    learning_rate: Annotated[float, Field(gt=0.0)] = 0.1
+    learning_rate: PositiveNumber = 0.1
     """Learning rate of Adam on the gates."""
     draws: Positive = 5
-    """Random masks that the learned one is compared with."""
-    documents: Annotated[int, Field(ge=2)] = 300
-    """At most so many documents of each split, to learn on, to choose on and to measure on."""
+    """Random masks that the learned mask is compared with."""
+    documents: AtLeastTwo = 300
+    """Most documents of each split, to learn, to choose and to measure on."""

@@ -204,7 +204,7 @@ def test_ensembles_are_added_to_a_run_that_has_a_planner(tiny_run: Run, make_run
     [
         ({"depth.layers": 4}, "depth.layers is 4, but lm.layers is 3"),
         ({"depth.layers": 2, "depth.top_k": 3}, "top_k 3 exceeds layers 2"),
-        ({"depth.variant": "gumbel"}, "depth.variant is 'gumbel', which mixing.variants has not"),
+        ({"depth.variant": "gumbel"}, "depth.variant is 'gumbel', which is not among mixing.variants"),
         ({"depth.last_weight": 1.0}, "depth.last_weight is 1.0"),
         ({"depth.members": []}, "depth.members"),
     ],

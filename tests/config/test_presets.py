@@ -17,7 +17,7 @@ def test_the_presets_that_are_shipped():
 @pytest.mark.parametrize("name", preset_names())
 def test_preset_loads_and_begins_with_what_it_is_for(name: str):
     assert isinstance(Config.from_preset(name), Config)
-    text = (resources.files("probekit") / "presets" / f"{name}.yaml").read_text("utf-8")
+    text = (resources.files("probekit.config") / "presets" / f"{name}.yaml").read_text("utf-8")
     assert text.startswith("# ")
 
 
