@@ -42,11 +42,11 @@ def train(words: list[str]) -> None:
     parsed, given = _parse_new_run("train", train, words)
     config = _new_config(parsed, given)
     from probekit.reports.terminal import print_training
-    from probekit.run.stages import HOW_ALONE, why_idle
+    from probekit.run.stages import EXECUTION_ONLY, why_idle
     from probekit.training import train as training
 
     for name in dotted(given) if distributed.is_first() else ():
-        trains = name.split(".")[0] in TRAINING_SECTIONS and name not in HOW_ALONE
+        trains = name.split(".")[0] in TRAINING_SECTIONS and name not in EXECUTION_ONLY
         if config and trains and (reason := why_idle(config, name)):
             sys.stderr.write(f"probekit: note: {name} changes nothing here: {reason}\n")
     run = training.train(config, parsed.out, existing=_existing(parsed), quiet=parsed.quiet)

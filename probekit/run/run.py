@@ -1,4 +1,4 @@
-"""A run: its folder, and what its stages left there as models that can be used."""
+"""A run: its folder, and the models that its stages left there, loaded and frozen."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 LOADED = ("device", "corpus", "locations", "_base")
-"""What a run keeps in memory once it was asked for."""
+"""Properties that are loaded once and kept in memory."""
 
 
 class Run(RunFolder):
@@ -53,9 +53,9 @@ class Run(RunFolder):
         return run.with_settings(settings) if settings else run
 
     def with_settings(self, settings: Mapping[str, Any]) -> Run:
-        """The same run, with settings replaced by dotted name for what is done with it now.
+        """The same run with settings replaced by dotted name, for what is done with it now.
 
-        What is loaded already is shared, unless a setting says where or what to load.
+        What is loaded is shared, unless a setting changes what to load or where.
         """
         run = Run(self.folder, self.config.override(settings))
         if (run.config.device, run.config.lm) == (self.config.device, self.config.lm):
@@ -84,7 +84,7 @@ class Run(RunFolder):
         return [member for member in self.config.depth.members if self.finished(f"depth/{member}")]
 
     def variant_of(self, name: ModelName) -> VariantName:
-        """The variant that conditions a model: of a depth ensemble's member, that of the LM beneath it."""
+        """The variant that conditions a model; for a member of a depth ensemble, that of the LM below it."""
         return self.config.depth.variant if name in MEMBERS else name  # type: ignore[return-value]
 
     @property
@@ -94,7 +94,7 @@ class Run(RunFolder):
 
     @cached_property
     def locations(self) -> dict[str, int]:
-        """Every location of the LM that holds a vector for each position, and the vector's features."""
+        """Locations of the LM with one vector for each position, and the number of its features."""
         return self._base.locations
 
     def plain_model(self, name: ModelName = "none") -> PreTrainedModel:
@@ -102,41 +102,30 @@ class Run(RunFolder):
         settings, stage = self.config.training.base, _stage_of(name)
         if stage is not None and settings.tuning != "frozen":
             self.require(stage)
-            beneath = self.plain_model(self.variant_of(name) if name in MEMBERS else "none")
-            return TUNINGS[settings.tuning].load(self.tuned_folder(name), beneath, settings)
+            below = self.plain_model(self.variant_of(name) if name in MEMBERS else "none")
+            return TUNINGS[settings.tuning].load(self.tuned_folder(name), below, settings)
         if name in MEMBERS:
             return self.plain_model(self.variant_of(name))
-        source = self._source()
-        if source["name"] != str((self.folder / "lm").resolve()):
-            self._check_source(source["name"])
+        self.require("lm")
+        source: dict[str, Any] = {"name": str((self.folder / "lm").resolve()), "revision": None}
+        if (self.folder / "lm" / "source.json").exists():
+            source = read_json(self.folder / "lm" / "source.json")
+            trained_with = self.stages["lm"].get("weights")
+            if trained_with is not None and lm_digest(source["name"]) not in (trained_with, None):
+                raise ProbekitError(
+                    f"{source['name']} is not the LM that {self.folder} was made with: its files have "
+                    "changed; restore them, or train another run"
+                )
+        lm = self.config.lm
         with without_bars_of_transformers():
-            return load_model(**source)
+            return load_model(**source, trust_remote_code=lm.trust_remote_code, device_map=lm.device_map)
 
     def placed_model(self, name: ModelName = "none") -> PreTrainedModel:
         """A fresh copy of a model's LM on the device, or where accelerate placed it (`lm.device_map`)."""
-        return self._on_device(self.plain_model(name))
+        return self._placed(self.plain_model(name))
 
-    def _on_device(self, model: PreTrainedModel) -> PreTrainedModel:
+    def _placed(self, model: PreTrainedModel) -> PreTrainedModel:
         return model if is_placed(model) else model.to(self.device)
-
-    def _source(self) -> dict[str, Any]:
-        """Where the LM is, as `load_model` takes it."""
-        self.require("lm")
-        folder = self.folder / "lm"
-        recorded: dict[str, Any] = {"name": str(folder.resolve()), "revision": None}
-        if (folder / "source.json").exists():
-            recorded = read_json(folder / "source.json")
-        settings = self.config.lm
-        return recorded | {"trust_remote_code": settings.trust_remote_code, "device_map": settings.device_map}
-
-    def _check_source(self, name: str) -> None:
-        """Refuses a folder of a pre-trained LM that is not what it was in training."""
-        trained_with = self.stages["lm"].get("weights")
-        if trained_with is not None and lm_digest(name) not in (trained_with, None):
-            raise ProbekitError(
-                f"{name} is not the LM that {self.folder} was made with: its files have changed; put back "
-                "what they were, or train another run"
-            )
 
     @cached_property
     def _base(self) -> BaseLM:
@@ -150,17 +139,17 @@ class Run(RunFolder):
         return BaseLM(load, self.corpus.tokenizer, name, like, device)
 
     def base_lm(self, name: ProbedName | MemberName = "none", seed: int = 0) -> BaseLM:
-        """The LM of a model, without adapter and ensemble: plain, bridged, and with hooks.
+        """The LM of a model, without its adapter and ensemble.
 
         Args:
-            name: `none`, a trained variant or member of a depth ensemble, whose LM is its own where that was
-                tuned with it (`training.base`), or `random`.
-            seed: Of random weights.
+            name: `none`, `random`, or a trained variant or member of a depth ensemble, which has an LM of
+                its own if that was tuned with it (`training.base`).
+            seed: Seed of random weights.
         """
         base = self._base
         if name == "random":
             return self._base_lm(
-                lambda: self._on_device(random_weights(base.plain, seed)), "random weights", base
+                lambda: self._placed(random_weights(base.plain, seed)), "random weights", base
             )
         if (stage := _stage_of(name)) is None or self.config.training.base.tuning == "frozen":
             return base
@@ -173,32 +162,31 @@ class Run(RunFolder):
 
     @cached_property
     def _latest(self) -> dict[str, BaseLM]:
-        """The tuned LM that was asked for last: all of them may not fit into memory."""
+        """The last tuned LM that was loaded: all of them may not fit into memory."""
         return {}
 
     def tuned_folder(self, name: ModelName) -> Path:
-        """Where a model's own base LM is, if it has one."""
+        """Where a model's own tuned LM is, if it has one."""
         return self.folder / ("depth" if name in MEMBERS else "adapters") / name
 
     def forward_pass(
         self, names: Sequence[str], name: ProbedName | MemberName = "none", seed: int = 0
     ) -> Backend:
-        """The fastest way to run a model's LM with some hooks.
+        """The fastest backend that runs a model's LM with some hooks.
 
         Args:
             names: The hooks' full TransformerLens names.
-            name: Whose LM, as `base_lm` has it.
-            seed: Of random weights.
+            name: The model, as in `base_lm`.
+            seed: Seed of random weights.
         """
         return self.base_lm(name, seed).forward_pass(names)
 
     def weights_digest(self, variant: str) -> str:
-        """A digest of the files that hold a variant's weights, or that name where the LM's are."""
+        """A digest of the files that hold the weights of a variant or of a member of a depth ensemble."""
         files = sorted((self.folder / "lm").glob("*"))
         if (self.folder / "lm" / "source.json").exists():
             source = Path(read_json(self.folder / "lm" / "source.json")["name"])
-            if source.is_dir():
-                files += sorted(path for path in source.iterdir() if path.suffix in WEIGHTS)
+            files += sorted(path for path in source.glob("*") if path.suffix in WEIGHTS)
         if variant in MEMBERS:
             files += [self._ensemble_file(variant), *sorted(self.folder.glob(f"depth/{variant}/*"))]
             variant = self.config.depth.variant
@@ -208,7 +196,7 @@ class Run(RunFolder):
         return digest_of(files)
 
     def planner(self, variant: VariantName | None = None) -> Planner:
-        """A copy of the planner as its own stage left it, or as a joint variant did."""
+        """A copy of the planner: of the planner stage, or of a joint variant."""
         self.require("planner")
         planner = self._planner("model")
         if variant in VARIANTS and VARIANTS[variant].joint:
@@ -235,7 +223,7 @@ class Run(RunFolder):
 
         Args:
             name: Which one.
-            fast: Run it without the bridge where that can be, so that nobody else's hooks are seen.
+            fast: Run it without the bridge where possible; hooks of others on the bridge are then not seen.
 
         Raises:
             ProbekitError: The settings have no such variant or member, or it is not trained yet.
@@ -271,20 +259,14 @@ class Run(RunFolder):
         write_tensors(self._ensemble_file(member), ensemble.state_dict())
 
     def temperature(self, variant: VariantName) -> float:
-        """Of a variant's mixing: as it was trained, or the setting's."""
+        """The temperature of a variant's mixing: learned, or the setting's."""
         settings = self.config.mixing
         if not settings.learn_temperature or variant not in VARIANTS or not VARIANTS[variant].tempered:
             return settings.temperature
-        learned = read_tensors(path := self._adapter_file(variant)).get("log_temperature")
-        if learned is None:
-            raise ProbekitError(
-                f"{path} holds no temperature, but mixing.learn_temperature is true; delete it and train "
-                "that stage again"
-            )
-        return learned.exp().item()
+        return read_tensors(self._adapter_file(variant))["log_temperature"].exp().item()
 
     def encoder(self, variant: VariantName = "none") -> SentenceEncoder | TrainableEncoder:
-        """What embeds the sentences that a variant's planner reads: the corpus's encoder, or its own."""
+        """The encoder of the sentences that a variant's planner reads: the corpus's, or the variant's own."""
         with without_bars_of_transformers():
             encoder = load_encoder(self.folder / "corpus" / "encoder", str(self.device))
         if not self._has_own_encoder(variant):
@@ -294,17 +276,14 @@ class Run(RunFolder):
         return trained.to(self.device).eval().requires_grad_(False)
 
     def corpus_of(self, variant: VariantName) -> Corpus:
-        """The corpus as a variant's planner reads it: with the embeddings of its own encoder, if it has one.
-
-        All else is the same: the actions stay those of the corpus's encoder.
-        """
+        """The corpus with the embeddings that a variant's planner reads; actions are those of the corpus."""
         if not self._has_own_encoder(variant):
             return self.corpus
         self.require(f"adapter/{variant}")
         return replace(self.corpus, embeddings=read_array(self.embeddings_file(variant)))
 
     def embeddings_file(self, variant: VariantName) -> Path:
-        """Where the embeddings of all sentences by a variant's own encoder are."""
+        """The file of all sentences' embeddings by a variant's own encoder."""
         return self.folder / "adapters" / f"{variant}.embeddings.npy"
 
     def _has_own_encoder(self, variant: VariantName) -> bool:
@@ -312,7 +291,7 @@ class Run(RunFolder):
         return joint and self.config.training.joint.encoder_learning_rate > 0
 
     def save_adapter(self, variant: VariantName, model: PlannedLM) -> None:
-        """Writes a variant's adapter, and its planner, temperature and encoder if they were trained too."""
+        """Writes a variant's adapter, with the planner, temperature and encoder that were trained with it."""
         assert model.adapter is not None  # noqa: S101 - only trained variants are saved
         tensors = {f"adapter.{name}": value for name, value in model.adapter.state_dict().items()}
         if VARIANTS[variant].joint and model.planner is not None:

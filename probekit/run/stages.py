@@ -1,7 +1,7 @@
-"""Which settings decide what a stage of training leaves.
+"""Which settings each stage of training uses.
 
-Stages with equal `stage_settings` leave equal files: a resumed run keeps a stage only while they are equal,
-and the runs of a sweep share it.
+Stages with equal `stage_settings` leave equal files: a resumed run keeps a stage only while its settings are
+equal, and the runs of a sweep share it.
 """
 
 from __future__ import annotations
@@ -62,14 +62,14 @@ USED_BY: dict[str, tuple[str, ...]] = {
     "training.depth": DEPTH,
     "training.base": (*ADAPTERS, *DEPTH),
 }
-"""The stages that use a setting, or all settings of a section; more special names win over their sections.
-`lm/new` is the stage `lm` of a LM that is trained, not pre-trained."""
+"""The stages that use a setting, or all settings of a section; a setting's own row wins over its section's.
+`lm/new` is the stage `lm` of an LM that is trained, not pre-trained."""
 
-HOW_ALONE = ("training.save_minutes", "lm.device_map")
-"""Settings of training that say how it is done, and change nothing that it leaves."""
+EXECUTION_ONLY = ("training.save_minutes", "lm.device_map")
+"""Settings of training that change how it runs, and nothing of its results."""
 
 CHOOSE_STAGES = ("method", "mixing.variants", "depth.members")
-"""Settings that no stage uses, but that say which stages there are."""
+"""Settings that no stage uses, but that decide which stages there are."""
 
 ONLY_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
     "lm.vocabulary": ("lm.name", (None,)),
@@ -79,7 +79,7 @@ ONLY_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
     "training.base.rank": ("training.base.tuning", ("lora",)),
     "training.base.last_layers": ("training.base.tuning", ("lora",)),
 }
-"""Settings that do nothing unless another one has one of some values."""
+"""Settings that have an effect only if another setting has one of these values."""
 
 
 def stage_settings(config: Config, stage: str) -> dict[str, Any]:

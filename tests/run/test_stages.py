@@ -11,7 +11,7 @@ from probekit.run.run import Run
 from probekit.run.stages import (
     CHOOSE_STAGES,
     DEPTH,
-    HOW_ALONE,
+    EXECUTION_ONLY,
     JOINT,
     ONLY_WITH,
     TEMPERED,
@@ -25,7 +25,7 @@ from probekit.training.train import train
 
 NOT_TRAINED_WITH = (
     "device", "evaluation", "generation", "probe", "intervene", "subnetwork",
-    *HOW_ALONE, *CHOOSE_STAGES,
+    *EXECUTION_ONLY, *CHOOSE_STAGES,
 )  # fmt: skip
 
 

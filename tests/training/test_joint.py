@@ -236,11 +236,6 @@ def test_evaluation_reads_the_embeddings_of_each_variant(everything: Run):
     assert told == pytest.approx(losses[later].mean(), rel=1e-6)
 
 
-def test_a_temperature_that_is_not_there_is_told(tiny_run: Run):
-    with pytest.raises(ProbekitError, match=r"soft.safetensors holds no temperature, but mixing.learn_"):
-        tiny_run.with_settings({"mixing.learn_temperature": True}).model("soft")
-
-
 # What makes no sense
 
 
