@@ -407,7 +407,7 @@ def test_a_sentence_transformers_encoder(tmp_path: Path):
         ({"lm.name": "./nowhere"}, None, "lm.name is .*: no such folder"),
     ],
 )
-def test_what_is_missing_is_told_before_a_text_is_read(
+def test_what_is_missing_is_refused_before_a_text_is_read(
     setting: dict, package: str | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def read(*_: object) -> None:

@@ -158,7 +158,7 @@ def test_a_saved_codebook_comes_back_bit_for_bit(tmp_path: Path):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_an_embedding_that_is_not_finite_is_told(value: float):
+def test_an_embedding_that_is_not_finite_is_refused(value: float):
     embeddings, labels = blobs(100, 8)
     embeddings[17, 3] = value
     codebook = Codebook(embeddings[:8])
@@ -182,7 +182,7 @@ def test_label_centroids_are_class_means(data, rows: int, k: int):
         np.testing.assert_allclose(centroids[label], own.mean(axis=0), atol=1e-6)
 
 
-def test_a_label_past_k_is_told():
+def test_a_label_past_k_is_refused():
     with pytest.raises(
         ProbekitError, match=r"^actions.k is 8, but the labels go up to 30; set it to 31 or more"
     ):

@@ -107,7 +107,7 @@ def test_the_same_seed_fits_the_same_bits_and_settings_are_heeded():
     assert first.shape == (300, 5)
 
 
-def test_too_many_dimensions_are_told_with_the_most_that_would_do():
+def test_too_many_dimensions_are_refused_with_the_most_that_would_do():
     with pytest.raises(
         ProbekitError, match=r"^actions.dimensions is 64, but 2 sentences with 4 .* at most 2;"
     ):
@@ -119,7 +119,7 @@ def test_too_many_dimensions_are_told_with_the_most_that_would_do():
     assert TfidfEncoder.fit(["one", "two", "one two"], 2, seed=0).dimensions == 2
 
 
-def test_text_without_words_is_told():
+def test_text_without_words_is_refused():
     with pytest.raises(ProbekitError, match="3 sentences to fit the encoder on hold no word"):
         TfidfEncoder.fit(["...", "", "!?"], 2, seed=0)
 
@@ -155,7 +155,7 @@ def test_a_real_model_puts_paraphrases_together_and_is_saved_by_name(minilm: Pat
         load_encoder(tmp_path / "encoder", "cpu")
 
 
-def test_a_folder_that_holds_no_model_is_told(tmp_path: Path):
+def test_a_folder_that_holds_no_model_is_refused(tmp_path: Path):
     pytest.importorskip("sentence_transformers")
     with pytest.raises(ProbekitError, match=r"^actions.encoder is .* cannot load"):
         PretrainedEncoder(str(tmp_path), "cpu")
@@ -175,13 +175,13 @@ def test_without_network_a_hub_name_fails_within_seconds(name: str, monkeypatch:
     assert time.perf_counter() - start < 5
 
 
-def test_a_missing_package_is_told(monkeypatch: pytest.MonkeyPatch):
+def test_a_missing_package_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(ProbekitError, match=r"pip install 'probekit-lm\[encoders\]'"):
         PretrainedEncoder("any/model", "cpu")
 
 
-def test_a_saved_encoder_that_cannot_be_loaded_is_told_beforehand(
+def test_a_saved_encoder_that_cannot_be_loaded_is_refused_beforehand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     io.write_json(tmp_path / "encoder.json", {"kind": "tfidf"})

@@ -121,7 +121,7 @@ def test_words_are_distinct_and_long_enough(vocabulary):
     assert all(len(word) >= 4 and word.isalpha() and word.islower() for word in words)
 
 
-def test_bad_input_is_told_in_one_line(corpus, documents):
+def test_bad_input_is_refused_in_one_line(corpus, documents):
     model = corpus.model
     with pytest.raises(ProbekitError, match=r"the word 'house' .* corpus\.planted settings"):
         model.parse(documents[0].text + " House.")
