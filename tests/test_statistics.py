@@ -1,9 +1,11 @@
-"""Intervals against simulation, a slow reference and cases with known answers."""
+"""Intervals against simulation, slow references and closed forms."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from scipy.stats import norm, t
 
 from probekit import statistics
@@ -12,6 +14,8 @@ from probekit.statistics import (
     Interval,
     bootstrap_ratio,
     bootstrap_ratios,
+    mean_over_draws,
+    over_seeds,
     paired_difference,
     paired_differences,
     simultaneous_ratios,
@@ -139,12 +143,6 @@ def test_pairing_narrows_the_interval_of_a_difference():
     assert paired.high - paired.low < 0.5 * max(each.high - each.low for each in apart)
 
 
-def test_seed_decides():
-    sums, counts = np.random.default_rng(6).gamma(2.0, size=40), np.ones(40)
-    draws = [bootstrap_ratio(sums, counts, resamples=300, seed=seed) for seed in (0, 0, 1)]
-    assert draws[0] == draws[1] != draws[2]
-
-
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 2**31), st.floats(0.1, 100.0), st.floats(-50.0, 50.0))
 def test_scaling_and_shifting_carry_over(seed, factor, shift):
@@ -216,16 +214,6 @@ def test_simultaneous_intervals_of_a_slow_loop():
         assert [found.value[cell], found.low[cell], found.high[cell]] == pytest.approx(expected)
 
 
-def test_of_one_cell_the_simultaneous_interval_is_nearly_its_own():
-    sums, counts = correlated_cells(1, documents=300, cells=1)
-    options = {"resamples": 4000, "seed": 2}
-    one, own = simultaneous_ratios(sums, counts, **options)[0], bootstrap_ratio(sums[:, 0], counts, **options)
-    width = own.high - own.low
-    assert one.value == pytest.approx(own.value)
-    assert one.low == pytest.approx(own.low, abs=0.06 * width)
-    assert one.high == pytest.approx(own.high, abs=0.06 * width)
-
-
 def test_cells_that_say_the_same_cost_nothing_and_others_do():
     sums, counts = correlated_cells(5, cells=50)
     one = simultaneous_ratios(sums[:, :1], counts, **RESAMPLES)[0]
@@ -259,3 +247,145 @@ def test_cells_without_doubt_or_documents_do_not_spoil_the_others():
     assert (found.low[2], found.high[2]) == pytest.approx((0.1, 0.1), abs=1e-12)
     assert np.isnan([found.value[3], found.low[3], found.low[4], found.high[4]]).all()
     assert found.documents.tolist() == [60, 60, 60, 0, 1]
+
+
+# Over documents and random draws
+
+
+@pytest.mark.parametrize(
+    ("documents", "draws", "spreads"),
+    [
+        (40, 5, (1.0, 0.3, 0.3)),
+        (40, 5, (0.1, 1.0, 0.3)),
+        (40, 5, (1.0, 0.0, 1.0)),
+        (200, 5, (1.0, 0.3, 1.0)),
+        (10, 3, (1.0, 0.5, 1.0)),
+    ],
+)
+def test_intervals_cover_the_truth_as_often_as_they_say(
+    documents: int, draws: int, spreads: tuple[float, float, float]
+):
+    """Spreads of documents, of draws and of both together; documents' lengths are not alike."""
+    generator, tried = np.random.default_rng(1), 1000
+    covered, exact = 0, 0
+    for _ in range(tried):
+        counts = generator.integers(5, 30, documents).astype(float)
+        values = sum(
+            spread * generator.normal(size=size)
+            for spread, size in zip(spreads, ((1, documents), (draws, 1), (draws, documents)), strict=True)
+        )
+        found = mean_over_draws(values * counts, counts)
+        covered += found.low <= 0 <= found.high
+        # The same with draws taken for all there are.
+        error = np.std(values.mean(0), ddof=1) / np.sqrt(documents)
+        exact += abs(values.mean()) < 2 * error
+    assert 0.92 < covered / tried < 0.98
+    assert spreads[1] == 0 or exact / tried < 0.9
+
+
+def test_draws_that_are_all_alike_add_nothing():
+    generator = np.random.default_rng(0)
+    counts, one = generator.integers(1, 9, 300).astype(float), generator.normal(size=300)
+    found = mean_over_draws(np.stack([one * counts] * 4), counts)
+    alone = bootstrap_ratio(one * counts, counts, resamples=20_000, seed=0)
+    assert found.value == pytest.approx(alone.value)
+    assert (found.low, found.high) == pytest.approx(
+        (alone.low, alone.high), abs=0.05 * (alone.high - alone.low)
+    )
+    assert found.documents == alone.documents == 300
+
+
+def test_documents_that_are_all_alike_leave_the_interval_of_the_draws():
+    draws = np.array([0.3, 1.0, 0.1, -0.4, 0.9])
+    counts = np.arange(1.0, 13.0)
+    found = mean_over_draws(draws[:, None] * counts, counts, level=0.9)
+    half = stats.sem(draws) * stats.t.ppf(0.95, 4)
+    assert (found.low, found.high) == pytest.approx((draws.mean() - half, draws.mean() + half))
+
+
+def test_documents_without_examples_take_no_part():
+    sums = np.random.default_rng(0).normal(size=(3, 6))
+    found = mean_over_draws(sums, np.ones(6))
+    more = mean_over_draws(np.pad(sums, ((0, 0), (0, 2)), constant_values=np.nan), [1.0] * 6 + [0.0] * 2)
+    assert more.documents == found.documents == 6
+    assert (more.value, more.low, more.high) == pytest.approx((found.value, found.low, found.high))
+
+
+@pytest.mark.parametrize(("shape", "documents"), [((1, 5), 5), ((4, 1), 1)])
+def test_one_draw_or_one_document_tells_no_interval(shape: tuple[int, int], documents: int):
+    found = mean_over_draws(np.ones(shape), np.ones(shape[1]))
+    assert (found.value, found.documents) == (1.0, documents)
+    assert np.isnan([found.low, found.high]).all()
+
+
+def test_nothing_at_all():
+    found = mean_over_draws(np.ones((2, 3)), np.zeros(3))
+    assert found.documents == 0
+    assert np.isnan([found.value, found.low, found.high]).all()
+    assert mean_over_draws(np.zeros((2, 3)), np.ones(3)).high == 0
+
+
+@pytest.mark.parametrize(("sums", "counts"), [((3,), (3,)), ((2, 3), (2,)), ((0, 3), (3,))])
+def test_other_shapes_are_refused(sums: tuple[int, ...], counts: tuple[int, ...]):
+    with pytest.raises(ProbekitError, match=r"\[draws, documents\]"):
+        mean_over_draws(np.ones(sums), np.ones(counts))
+
+
+# Over seeds
+
+
+KEYS = ["member", "metric"]
+
+
+OPTIONS = {"resamples": 300, "seed": 3}
+
+
+def values(seeds: int = 3, documents: int = 20, members: tuple[str, ...] = ("a", "b")) -> pd.DataFrame:
+    """Losses of documents, and a score that some documents have in some seeds only."""
+    generator = np.random.default_rng(0)
+    tokens = generator.integers(5, 50, size=documents)
+    rows = []
+    for member in members:
+        for seed in range(seeds):
+            losses = tokens * generator.uniform(1.0, 2.0, size=documents)
+            rows += [(member, "perplexity", seed, d, losses[d], tokens[d]) for d in range(documents)]
+            counts = generator.integers(0, 3, size=documents)
+            rows += [(member, "score", seed, d, counts[d] * 0.5 * (1 + seed), counts[d])
+                     for d in range(documents) if counts[d]]  # fmt: skip
+    return pd.DataFrame(rows, columns=[*KEYS, "seed", "document", "sum", "count"])
+
+
+def test_each_seed_and_their_mean_are_as_computed_by_hand():
+    table = values()
+    found = over_seeds(table, KEYS, {"perplexity": np.exp}, **OPTIONS)
+    assert len(found) == 2 * 2 * 4
+    for member in ("a", "b"):
+        own = table[(table.member == member) & (table.metric == "perplexity")]
+        rows = found[(found.member == member) & (found.metric == "perplexity")].set_index("seed")
+        by_seed = own.groupby("seed")[["sum", "count"]].sum()
+        each = np.exp(by_seed["sum"] / by_seed["count"])
+        for seed in range(3):
+            assert rows.loc[seed].value == pytest.approx(each[seed])
+            assert (rows.loc[seed].seeds, rows.loc[seed].documents) == (1, 20)
+            assert np.isnan(rows.loc[seed].seed_spread)
+        mean = rows[rows.index.isna()].iloc[0]
+        of_document = own.groupby("document")[["sum", "count"]].mean()
+        assert mean.value == pytest.approx(np.exp(of_document["sum"].sum() / of_document["count"].sum()))
+        interval = bootstrap_ratio(of_document["sum"], of_document["count"], transform=np.exp, **OPTIONS)
+        assert (mean.value_low, mean.value_high) == pytest.approx((interval.low, interval.high))
+        assert mean.seed_spread == pytest.approx(np.sqrt(((each - each.mean()) ** 2).sum() / 2))
+        assert (mean.seeds, mean.documents) == (3, 20)
+        # All seeds are wrong alike about a hard document: the mean's interval does not shrink to nothing.
+        assert mean.value_low < mean.value < mean.value_high
+
+
+def test_documents_that_a_seed_lacks_count_where_they_are():
+    table = values()
+    found = over_seeds(table, KEYS, {}, **OPTIONS).query("metric == 'score'")
+    for member, rows in found.groupby("member"):
+        own = table[(table.member == member) & (table.metric == "score")]
+        mean = rows[rows.seed.isna()].iloc[0]
+        assert mean.value == pytest.approx(own["sum"].sum() / own["count"].sum())
+        assert rows[rows.seed.notna()].value.tolist() == pytest.approx([0.5, 1.0, 1.5])
+        assert mean.seed_spread == pytest.approx(0.5)
+        assert mean.documents == own.document.nunique()

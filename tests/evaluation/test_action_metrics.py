@@ -6,22 +6,12 @@ import torch
 
 from probekit.errors import ProbekitError
 from probekit.evaluation.action_metrics import (
-    NO_ACTION,
     bigram_of_counts,
     fit_bigram,
     pair_counts,
     prior_log_probabilities,
     score_actions,
 )
-
-
-def test_scores_of_a_case_worked_by_hand():
-    p = np.array([[0.5, 0.3, 0.2, 0.0], [0.1, 0.2, 0.3, 0.4]])
-    with np.errstate(divide="ignore"):
-        scores = score_actions(np.log(p), np.array([0, 2]))
-    assert scores.correct.tolist() == [True, False]
-    assert scores.top5.tolist() == [True, True]
-    assert scores.cross_entropy == pytest.approx([np.log(2), -np.log(0.3)])
 
 
 def test_scores_equal_brute_force_with_ties():
@@ -72,14 +62,6 @@ def test_counts_of_parts_add_up():
     np.testing.assert_array_equal(one.table, other.table)
     without = fit_bigram(previous[labelled], target[labelled], 5, (previous[:50], target[:50]))
     np.testing.assert_array_equal(one.table, without.table)
-
-
-def test_bigram_of_a_case_worked_by_hand():
-    previous, target = [NO_ACTION, 0, 0, 1], [0, 1, 1, 0]
-    bigram = fit_bigram(previous, target, 2, validation=([0], [1]), strengths=[2.0])
-    # The prior is even; each row is (counts + 1) / (total + 2).
-    p = np.exp(bigram.log_probabilities([0, 1, NO_ACTION]))
-    assert p == pytest.approx(np.array([[1 / 4, 3 / 4], [2 / 3, 1 / 3], [2 / 3, 1 / 3]]))
 
 
 def test_bigram_equals_brute_force_and_keeps_the_best_strength():

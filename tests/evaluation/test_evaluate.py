@@ -14,7 +14,6 @@ from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 from probekit.data.corpus import SPLITS
 from probekit.data.windows import cut_windows
 from probekit.errors import ProbekitError
-from probekit.evaluation.action_metrics import STRENGTHS
 from probekit.evaluation.evaluate import evaluate
 from probekit.evaluation.perplexity import Evaluation, Pass, own_losses
 from probekit.io import read_json, write_json
@@ -100,11 +99,6 @@ def test_losses_by_document(evaluated: tuple[Run, Evaluation]):
         assert np.exp(own.loss.sum() / own.tokens.sum()) == pytest.approx(row.perplexity)
 
 
-def test_each_way_of_choosing_gives_its_own_perplexity(evaluated: tuple[Run, Evaluation]):
-    values = np.sort(evaluated[1].perplexity.perplexity.to_numpy())
-    assert (np.diff(values) > 1e-5).all()
-
-
 def test_differences_are_those_of_the_perplexities(evaluated: tuple[Run, Evaluation]):
     _, evaluation = evaluated
     labels = [
@@ -167,30 +161,6 @@ def test_planners_against_scikit_learn(evaluated: tuple[Run, Evaluation], reader
     expected = scikit_learn(actions, slow_planner(run, variant))
     assert metrics(evaluation, reader) == pytest.approx(expected, rel=1e-5)
     assert set(evaluation.planner.sentences) == {len(actions)}
-
-
-def test_prior_and_bigram_count_training_documents(evaluated: tuple[Run, Evaluation]):
-    run, evaluation = evaluated
-    corpus = run.corpus
-    actions = corpus.actions[later_sentences(run)]
-    train = corpus.actions[later_sentences(run, "train")]
-    prior = (np.bincount(train, minlength=8) + 0.5) / (len(train) + 4)
-    cross_entropy = -np.log(prior[actions]).mean()
-    assert metrics(evaluation, "prior")["cross_entropy"] == pytest.approx(cross_entropy)
-    assert metrics(evaluation, "prior")["accuracy"] == (actions == prior.argmax()).mean()
-
-    counts = np.zeros((8, 8))
-    pairs = later_sentences(run, "train")
-    np.add.at(counts, (corpus.actions[pairs - 1], corpus.actions[pairs]), 1)
-    tables = [(counts + s * prior) / (counts.sum(axis=1, keepdims=True) + s) for s in STRENGTHS]
-    losses = []
-    for split in ("validation", "test"):
-        pairs = later_sentences(run, split)
-        losses.append([-np.log(t[corpus.actions[pairs - 1], corpus.actions[pairs]]).mean() for t in tables])
-    # The strength is that of validation; shares are smoothed towards a prior that knows first sentences too.
-    best = losses[1][int(np.argmin(losses[0]))]
-    assert metrics(evaluation, "bigram")["cross_entropy"] == pytest.approx(best, rel=1e-2)
-    assert metrics(evaluation, "bigram")["cross_entropy"] < cross_entropy
 
 
 def test_nobody_beats_the_ceiling(evaluated: tuple[Run, Evaluation]):

@@ -29,6 +29,8 @@ from probekit.progress import Progress
 from probekit.run.run import Run
 
 WINDOW = 36
+
+
 CONDITIONED = ["fixed", "oracle", "soft", "joint"]
 
 
@@ -124,28 +126,6 @@ def test_losses_do_not_depend_on_the_batch(size: int, variant: str, run: Run, qu
     np.testing.assert_allclose(losses_of(other, variant, questions), expected, rtol=1e-4)
     turned = losses_of(run, variant, questions[::-1])[:, ::-1]
     np.testing.assert_allclose(turned, expected, rtol=1e-4)
-
-
-def test_each_context_is_embedded_once(run: Run, questions: list[Question], monkeypatch: pytest.MonkeyPatch):
-    seen: list[str] = []
-    encoder = run.encoder()
-
-    class Counting:
-        dimensions = encoder.dimensions
-
-        def encode(self, sentences: Sequence[str]) -> np.ndarray:
-            seen.extend(sentences)
-            return encoder.encode(sentences)
-
-    monkeypatch.setattr(Run, "encoder", lambda self, variant: Counting())
-    losses_of(run, "soft", questions)
-    corpus = run.corpus
-    expected = []
-    for question in questions:
-        own = corpus.sentences(np.array([question.document]))
-        cut = corpus.document_tokens[question.document] + len(question.context)
-        expected += corpus.sentence_texts(own[corpus.first_token[own] < cut])
-    assert sorted(seen) == sorted(expected)
 
 
 def test_every_reader_has_its_losses(run: Run, questions: list[Question]):

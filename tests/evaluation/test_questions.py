@@ -21,6 +21,8 @@ from probekit.progress import Progress
 from probekit.run.run import Run
 
 WORDS = ["river", "stone", "bird", "cloud", "winter", "garden", "letter", "engine", "music", "window"]
+
+
 WINDOW = 48
 
 
@@ -181,6 +183,7 @@ def test_no_question_is_an_error(corpus: Corpus):
 
 
 # Questions of a file
+
 
 SKY = {"question": "Bolura at night?", "choices": ["Red.", "Black, mostly.", " Green"]}
 

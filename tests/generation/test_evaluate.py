@@ -1,6 +1,8 @@
-"""The protocol on a tiny run: who is measured on what, and true text in place of generated text."""
+"""The protocol on a tiny run: who is measured on what, and true text in the place of generated text."""
 
+import itertools
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +33,8 @@ SETTINGS = {
     "generation.samples": 52,
     "evaluation.resamples": 100,
 }
+
+
 WRITERS = [
     ("none", "none"),
     ("fixed", "constant"),
@@ -40,7 +44,11 @@ WRITERS = [
     ("soft", "planner"),
     ("joint", "planner"),
 ]
+
+
 PLANNED = [pair for pair in WRITERS if pair[1] in ("planner", "true")]
+
+
 COMPARED = ["rouge2", "levenshtein", "levenshtein_normalised", "latent_perplexity"]
 
 
@@ -119,12 +127,6 @@ def test_the_file_holds_what_is_returned(evaluation: GenerationEvaluation, large
     assert "last hidden state" in evaluation.settings["features"]
 
 
-def test_the_same_run_is_measured_the_same(evaluation: GenerationEvaluation, large: Run):
-    again = evaluate_generation(large, SETTINGS | {"mixing.variants": ["soft"]}, quiet=True)
-    rows = evaluation.metrics[evaluation.metrics.variant.isin(["true", "other document", "none", "soft"])]
-    pd.testing.assert_frame_equal(again.metrics, rows.reset_index(drop=True))
-
-
 def few(settings: dict) -> dict:
     return SETTINGS | {"mixing.variants": ["oracle"], "generation.samples": 6} | settings
 
@@ -154,19 +156,6 @@ def test_too_few_texts_for_mauve_are_told(large: Run):
         "No MAUVE: it needs 50 texts of 30 tokens on either side, and 6 test documents are that long, of "
         "generation.samples 6; lower generation.lengths, or raise what is too low"
     ]
-
-
-def test_fewer_prompts_than_asked_for_are_told(tiny_run: Run, tmp_path: Path):
-    run = Run.open(shutil.copytree(tiny_run.folder, tmp_path / "run"))
-    evaluation = evaluate_generation(run, few({"mixing.variants": ["fixed"]}), quiet=True)
-    assert evaluation.notes[0].startswith("16 prompts in place of 20: no more test documents are long enough")
-
-
-def test_too_few_long_documents_write_nothing(tiny_run: Run):
-    before = sorted(path.name for path in tiny_run.folder.iterdir())
-    with pytest.raises(ProbekitError, match=r"0 of the 16 test documents .* lower generation\.lengths"):
-        evaluate_generation(tiny_run, {"generation.lengths": [5000]}, quiet=True)
-    assert sorted(path.name for path in tiny_run.folder.iterdir()) == before
 
 
 def test_an_encoder_that_is_gone_is_told_before_work_begins(tiny_run: Run, tmp_path: Path):
@@ -255,3 +244,120 @@ def test_who_writes_nothing_gets_no_nan_but_where_nothing_is_to_be_measured(
     written = pd.DataFrame(large.generation_metrics()["metrics"])
     counted = written[(written.variant == "oracle") & (written.metric == "levenshtein")]
     assert counted["empty"].tolist() == [20] * 4
+
+
+# True texts
+
+
+SHORT = {
+    "generation.prompts": 12,
+    "generation.context": 24,
+    "generation.lengths": [10, 40],
+    "generation.samples": 9,
+}
+
+
+@pytest.fixture(scope="module")
+def run(tiny_run: Run) -> Run:
+    return tiny_run.with_settings(SHORT)
+
+
+@pytest.fixture(scope="module")
+def true(run: Run) -> TrueTexts:
+    return TrueTexts.of(run)
+
+
+def means(values: pd.DataFrame, length: int = 40) -> pd.Series:
+    sums = values[values.length == length].groupby("metric")[["sum", "count"]].sum()
+    return sums["sum"] / sums["count"]
+
+
+@pytest.mark.parametrize("split", ["test", "probe"])
+def test_beginnings(run: Run, split: str):
+    corpus, (documents, found) = run.corpus, beginnings(run, split)
+    assert len(found) == len({*documents}) == 9
+    assert {*documents} <= {*corpus.documents(split)}
+    for document, tokens in zip(documents, found, strict=True):
+        start = corpus.document_tokens[document] + 1
+        assert tokens.tolist() == corpus.tokens[start : start + 40].tolist()
+
+
+def test_all_runs_on_a_corpus_have_the_same_documents(run: Run, true: TrueTexts):
+    """Whatever their own seed; the corpus's decides."""
+    other = TrueTexts.of(run.with_settings({"seed": 1}))
+    assert [p.document for p in other.prompts] == [p.document for p in true.prompts]
+    assert other.sampled.tolist() == true.sampled.tolist()
+    assert other.sampled.tolist() != sorted(other.sampled)
+    other = TrueTexts.of(run.with_settings({"corpus.seed": 1}))
+    assert [p.document for p in other.prompts] != [p.document for p in true.prompts]
+
+
+def test_true_text_is_perfect_and_labelled_as_planted_but_for_the_labeller(run: Run, true: TrueTexts):
+    plans = [prompt.plan for prompt in true.prompts]
+    found = means(true.continuation_values(true.tokens, plans))
+    assert found["rouge2"] == 1.0
+    assert found["levenshtein"] == found["levenshtein_normalised"] == 0.0
+    agreement = [
+        (actions == plan[: len(actions)]) for actions, plan in zip(true.cuts[40].actions, plans, strict=True)
+    ]
+    assert found["plan_following"] == pytest.approx(np.concatenate(agreement).mean())
+    assert found["plan_following"] > 0.9
+    assert found["plan_following_by_chance"] < 0.3
+
+
+def test_nothing_in_place_of_text_is_as_far_as_can_be_and_never_nan(true: TrueTexts):
+    nothing = [tokens[:0] for tokens in true.tokens]
+    values = true.continuation_values(nothing, [np.zeros(0, np.int64) for _ in nothing])
+    assert values["empty"].all()
+    assert not values.isna().any(axis=None)
+    found = means(values)
+    assert found["rouge2"] == 0.0
+    assert found["levenshtein"] == np.mean([len(actions) for actions in true.cuts[40].actions])
+    assert found["levenshtein_normalised"] == 1.0
+    samples = true.sample_values(nothing)
+    assert samples["empty"].all()
+    assert (samples["count"] == 0).all()
+    assert set(values.metric) == {"rouge2", "levenshtein", "levenshtein_normalised", "latent_perplexity"}
+
+
+def shuffled(true: TrueTexts, run: Run) -> list[np.ndarray]:
+    """True continuations with their whole sentences in another order."""
+    corpus, generator, texts = run.corpus, np.random.default_rng(0), []
+    for prompt, tokens in zip(true.prompts, true.tokens, strict=True):
+        begin = corpus.document_tokens[prompt.document] + len(prompt.tokens)
+        first = corpus.first_token[corpus.sentences(np.array([prompt.document]))] - begin
+        cuts = [*first[(first >= 0) & (first < len(tokens))], len(tokens)]
+        parts = [tokens[a:b] for a, b in itertools.pairwise(cuts)]
+        order = generator.permutation(len(parts) - 1)
+        texts.append(np.concatenate([*(parts[i] for i in order), parts[-1]]))
+    return texts
+
+
+def test_sentences_in_another_order_are_worse(run: Run, true: TrueTexts):
+    right, wrong = (means(true.continuation_values(t)) for t in (true.tokens, shuffled(true, run)))
+    assert wrong["levenshtein_normalised"] > 0.3
+    assert wrong["latent_perplexity"] > right["latent_perplexity"] + 0.3
+    assert 0.3 < wrong["rouge2"] < 1.0
+
+
+def test_references(true: TrueTexts):
+    found = dict(true.references())
+    own, other = found["true"], found["other document"]
+    assert {*own.metric} == {"latent_perplexity", "plan_following", "plan_following_by_chance"}
+    assert {*own.texts} == {"continuations", "samples"}
+    assert {*other.metric} == {"rouge2", "levenshtein", "levenshtein_normalised"}
+    assert means(other)["levenshtein_normalised"] > 0.5
+    assert means(other)["rouge2"] < 0.3
+
+
+@pytest.mark.parametrize(("context", "length"), [(24, 4000), (4000, 10)])
+def test_too_few_long_documents_are_refused_in_one_line(tiny_run: Run, context: int, length: int):
+    run = tiny_run.with_settings({"generation.context": context, "generation.lengths": [8, length]})
+    sizes = np.diff(run.corpus.document_tokens)[run.corpus.documents("test")] - 1
+    message = (
+        f"0 of the 16 test documents go on for {length:,} tokens behind the first end of a sentence after "
+        f"{context:,} (the longest has {sizes.max():,}), and it takes two; lower generation.lengths or "
+        "generation.context"
+    )
+    with pytest.raises(ProbekitError, match=re.escape(message)):
+        TrueTexts.of(run)
