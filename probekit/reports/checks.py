@@ -105,11 +105,7 @@ def changed_settings(run: Run, file: str) -> dict[str, Any]:
         return {}
     record, config = read_json(run.folder / file), run.config
     if file == EVALUATION:
-        own = {
-            f"evaluation.{name}": value
-            for name, value in evaluation_record(config).items()
-            if name != "split"
-        }
+        own = {f"evaluation.{name}": value for name, value in evaluation_record(config).items()}
     elif file == GENERATION:
         generation = config.generation.model_dump(mode="json")
         generation["seeds"] = generation["seeds"] or [config.seed]
@@ -119,10 +115,8 @@ def changed_settings(run: Run, file: str) -> dict[str, Any]:
         own |= {f"generation.{name}": value for name, value in generation.items()}
     else:
         made_with = Config.from_dict({k: v for k, v in record.items() if k in Config.model_fields})
-        both = (
-            (name, setting_value(made_with, name), setting_value(config, name)) for name in setting_names()
-        )
-        return {name: used for name, used, own_value in both if used != own_value}
+        used = {name: setting_value(made_with, name) for name in setting_names()}
+        return {name: value for name, value in used.items() if value != setting_value(config, name)}
     used = record["settings"]
     keys = {name: name.split(".")[1] for name in own}
     return {name: used[key] for name, key in keys.items() if key in used and used[key] != own[name]}
