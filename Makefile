@@ -84,9 +84,9 @@ $(BIN)/python:
 	$(PYTHON) -m venv .venv
 
 .venv/base: $(BIN)/python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[figures]'
 	@touch $@
 
 .venv/dev: .venv/base
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs,encoders]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs,encoders,figures]'
 	@touch $@

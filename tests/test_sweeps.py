@@ -470,7 +470,7 @@ def test_a_member_that_was_evaluated_in_another_way_is_told(copy: Path):
     evaluate(copy / "mixing.fraction=1" / "seed1", {"evaluation.stride": 7}, quiet=True)
     assert read_again(copy) == (
         f"{copy}: mixing.fraction=1/seed1 was evaluated with evaluation.stride 7, and the sweep has 24; "
-        "delete its evaluation.json, and go on with the command that began the sweep"
+        "delete its evaluation.json, and repeat the command that began the sweep"
     )
 
 
@@ -509,8 +509,8 @@ def test_what_nothing_uses_may_be_other(copy: Path, swept: tuple[Sweep, Counter[
 @pytest.mark.parametrize(
     ("fact", "said"),
     [
-        ("precision", "training.precision 'auto' came to float32 in mixing.fraction=0/seed0 and to other in"),
-        ("weights", "lm.name None came to"),
+        ("precision", "training.precision 'auto' was float32 in mixing.fraction=0/seed0 and other in"),
+        ("weights", "lm.name None was other"),
     ],
 )
 def test_runs_that_were_made_in_other_ways_are_not_compared(fact: str, said: str, copy: Path):

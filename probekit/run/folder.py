@@ -90,7 +90,11 @@ class RunFolder:
                 f"{folder} has run format {found}, this probekit reads format {FORMAT}; use the version that "
                 "its provenance.json names, or train it again"
             )
-        return cls(folder, Config.from_yaml(folder / "config.yaml"))
+        settings = folder / "config.yaml"
+        # The end mark that `to_yaml` writes: the first half of a YAML file may be a valid file of other settings.
+        if settings.is_file() and not settings.read_bytes().rstrip().endswith(b"\n..."):
+            raise ProbekitError(f"{settings} is cut off: it must end in a line '...'; copy the run again")
+        return cls(folder, Config.from_yaml(settings))
 
     @classmethod
     @contextmanager

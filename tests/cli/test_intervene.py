@@ -60,7 +60,7 @@ def test_plans_of_a_conditioned_variant(probed_copy: Run, capsys: Capture):
         (["--intervene.distances", "0"], "intervene.distances"),
         (["--intervene.strengths", "1e30"], "lower intervene.strengths, which has 1e+30"),
         (["--intervene.strengths", "nan"], "intervene.strengths"),
-        (["--intervene.kinds", "erase", "codebook"], "told no actions"),
+        (["--intervene.kinds", "erase", "codebook"], "is not conditioned on actions"),
         (["--intervene.sample", "3"], "unknown setting 'intervene.sample'; did you mean 'intervene.samples'"),
         (["--probe.layers", "1"], "unknown setting 'probe.layers'"),
     ],

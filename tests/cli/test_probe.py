@@ -47,7 +47,7 @@ def test_a_store_of_activations_is_used_again(capsys: Capture, copy: Path):
     assert [path.stat().st_mtime_ns for path in shards] == times
     assert Run.open(copy).probes().equals(first)
     line = refused(capsys, *words, "--probe.distances", "2", "3")
-    assert "none-seed0 stores activations of another distances: [1], and [2, 3]" in line
+    assert "none-seed0 stores activations of another distances: [1], but [2, 3]" in line
     assert "delete it, or run without --store" in line
 
 
