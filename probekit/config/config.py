@@ -98,7 +98,7 @@ class Config(Settings):
         return cls.from_dict(yaml_values(path))
 
     def to_yaml(self) -> str:
-        """The complete config as YAML text that `from_yaml` reads back to an equal config; it ends in `...`."""
+        """The complete config as YAML text that `from_yaml` reads back to an equal config."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, explicit_end=True)
 
     def override(self, values: Mapping[str, Any]) -> Self:

@@ -91,7 +91,7 @@ class RunFolder:
                 "its provenance.json names, or train it again"
             )
         settings = folder / "config.yaml"
-        # `to_yaml` writes an end mark, because the first half of a YAML file may be valid, with other settings.
+        # `to_yaml` writes an end mark: the first half of a YAML file may be valid, with other settings.
         if settings.is_file() and not settings.read_bytes().rstrip().endswith(b"\n..."):
             raise ProbekitError(f"{settings} is cut off: it must end in a line '...'; copy the run again")
         return cls(folder, Config.from_yaml(settings))
