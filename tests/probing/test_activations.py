@@ -185,17 +185,6 @@ def test_every_place_equals_a_pass_over_the_tokens_before(
     assert_equal_to_slow(found, Watched(run, run.plain_model()), examples, window, stride)
 
 
-@pytest.mark.parametrize(("window", "stride", "batch"), [(40, 40, 2), (13, 5, 3), (40, 1, 100)])
-def test_documents_of_unlike_lengths(tiny_run: Run, window: int, stride: int, batch: int):
-    """Some are shorter than a window: windows of like length go through the LM together."""
-    run = settings(tiny_run, window, stride, **{"evaluation.batch_size": batch})
-    lengths = np.array([60, 22, 35, 20, 90, 41, 23, 42])
-    run.corpus = replace(run.corpus, document_tokens=np.concatenate([[0], np.cumsum(lengths)]))
-    examples = at_anchors(run, np.array([4, 1, 0, 7, 3, 2, 6]), count=0)
-    found = read(Reader(run, "none", PLACES, DISTANCES), examples)
-    assert_equal_to_slow(found, Watched(run, run.plain_model()), examples, window, stride)
-
-
 @pytest.mark.parametrize("variant", ["soft", "joint"])
 @pytest.mark.parametrize(("window", "stride"), [(48, 24), (20, 7)])
 def test_conditioned_variants_equal_adding_each_action_by_hand(

@@ -197,18 +197,6 @@ def test_each_cell_reads_what_was_written_there(together: dict, grid: Grid):
             assert on_control > 0.5 * len(grid.examples[TESTED_ON])
 
 
-def test_facts_that_a_solver_does_not_know_stay_away(together: dict):
-    known = {
-        "softmax": {"l2", "iterations", "converged", "code_length", "compression"},
-        "ridge": {"l2"},
-        "lda": {"shrinkage"},
-        "mlp": {"iterations", "converged"},
-    }
-    for (solver, *_), (head, _) in together.items():
-        every = {"l2", "shrinkage", "iterations", "converged", "code_length", "compression"}
-        assert every & set(head) == known[solver]
-
-
 def test_code_length_is_that_of_the_documents_in_their_order(together: dict, activations: Held, grid: Grid):
     examples = grid.examples[FITTED_ON]
     ends = block_ends(examples.document)

@@ -1,17 +1,16 @@
 """The grid against walking through every anchor: what all cells share, what is empty, what is told."""
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from bare_corpora import bare_corpus
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from probekit.config import ProbeSettings
-from probekit.data.codebook import Codebook
 from probekit.data.corpus import SPLITS, Corpus
 from probekit.errors import ProbekitError
 from probekit.probing import grid as grid_module
@@ -20,29 +19,6 @@ from probekit.probing.targets import NO_LABEL, Target, find_examples, find_targe
 from probekit.run.run import Run
 
 USED = (FITTED_ON, CHOSEN_ON, TESTED_ON)
-
-
-def bare_corpus(documents: list[tuple[str, list[int]]], actions: int = 3) -> Corpus:
-    """A corpus of numbers alone: of each document its split and the tokens of each sentence."""
-    starts = np.cumsum([0, *(1 + sum(sentences) for _, sentences in documents)])
-    first = [
-        start + 1 + sum(sentences[:j])
-        for start, (_, sentences) in zip(starts, documents, strict=False)
-        for j in range(len(sentences))
-    ]
-    return Corpus(
-        folder=Path("nowhere"),
-        tokens=np.arange(starts[-1]),
-        document_tokens=starts,
-        document_sentences=np.cumsum([0, *(len(sentences) for _, sentences in documents)]),
-        first_token=np.array(first, dtype=np.int64),
-        spans=np.zeros((len(first), 2), dtype=np.int64),
-        split=np.array([SPLITS.index(split) for split, _ in documents], dtype=np.uint8),
-        embeddings=np.zeros((len(first), 1), dtype=np.float32),
-        actions=np.random.default_rng(0).integers(actions, size=len(first)).astype(np.int32),
-        codebook=Codebook(np.zeros((actions, 1), dtype=np.float32)),
-        facts={},
-    )
 
 
 def grid_of(corpus: Corpus, seed: int = 0, target: Target | None = None, **settings: Any) -> Grid:

@@ -134,18 +134,6 @@ def test_an_interrupted_store_continues(stored: Path, tiny_run: Run, tmp_path: P
     assert contents(folder) == contents(stored)
 
 
-def test_the_size_that_is_printed_is_the_size_written(
-    tiny_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    folder = tmp_path / "store"
-    write(tiny_run, folder, progress=Progress())
-    printed = float(capsys.readouterr().err.split("store ")[1].split(" GB")[0])
-    expected = 4 * 2 * sum(map(len, grid_of(tiny_run).examples.values())) * (3 * 32 + 2 * 128)
-    written = sum(path.stat().st_size for path in folder.iterdir())
-    assert expected < written < 1.05 * expected
-    assert printed == pytest.approx(expected / 1e9, abs=0.005)
-
-
 def test_a_shard_that_is_missing_or_cut_short_is_named_and_read_again(stored: Path, tiny_run: Run):
     def read() -> None:
         for part in grid_of(tiny_run).examples.values():

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from bare_corpora import bare_corpus
 from hypothesis import given
 from hypothesis import strategies as st
 
-from probekit.data.codebook import Codebook
 from probekit.data.corpus import Corpus
 from probekit.errors import ProbekitError
 from probekit.probing import targets
@@ -110,30 +110,6 @@ def test_the_first_token_of_a_document_is_reached_but_not_its_separator(tiny_run
     assert reached(corpus, found, length + 1)[:2].tolist() == [False, False]
 
 
-def bare_corpus(documents: list[list[int]], lead: int = 0) -> Corpus:
-    """A corpus of numbers alone: tokens of each sentence, and tokens before each document's first one."""
-    sizes = [1 + (lead + sum(sentences) if sentences else 0) for sentences in documents]
-    starts = np.cumsum([0, *sizes])
-    first = [
-        start + 1 + lead + sum(sentences[:j])
-        for start, sentences in zip(starts, documents, strict=False)
-        for j in range(len(sentences))
-    ]
-    return Corpus(
-        folder=Path("nowhere"),
-        tokens=np.arange(starts[-1]),
-        document_tokens=starts,
-        document_sentences=np.cumsum([0, *map(len, documents)]),
-        first_token=np.array(first, dtype=np.int64),
-        spans=np.zeros((len(first), 2), dtype=np.int64),
-        split=np.zeros(len(documents), dtype=np.uint8),
-        embeddings=np.zeros((len(first), 1), dtype=np.float32),
-        actions=np.arange(len(first), dtype=np.int32),
-        codebook=Codebook(np.zeros((max(1, len(first)), 1), dtype=np.float32)),
-        facts={},
-    )
-
-
 @given(
     st.lists(st.lists(st.integers(1, 4), max_size=4), min_size=1, max_size=6),
     st.integers(0, 2),
@@ -143,7 +119,7 @@ def bare_corpus(documents: list[list[int]], lead: int = 0) -> Corpus:
 )
 def test_documents_of_any_shape(documents, lead: int, horizon: int, anchors: str, seed: int):
     """Documents without a sentence, and tokens in front of the first one, are no anchors."""
-    corpus = bare_corpus(documents, lead)
+    corpus = bare_corpus([("train", sentences) for sentences in documents], None, lead)
     numbers = np.random.default_rng(seed).permutation(len(documents))
     found = find_examples(corpus, numbers, find_target(corpus, "action"), [horizon], anchors)
     expected = []

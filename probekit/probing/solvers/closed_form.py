@@ -39,6 +39,12 @@ from probekit.probing.solvers.base import (
     solver_dtype,
 )
 
+TEMPERATURES = (float("inf"), *(2.0 ** (step / 2) for step in range(12, -7, -1)))
+"""Candidates. Steps of sqrt(2) cost up to 0.005 nats against finer ones, steps of 2 up to 0.03."""
+
+CONSTANT = 1e-9
+"""A feature that deviates from its mean by at most this share of it is constant and takes no part."""
+
 
 @dataclass
 class Moments:
@@ -176,13 +182,6 @@ class Moments:
 
 def _outer(a: Tensor) -> Tensor:
     return a[:, :, None] * a[:, None, :]
-
-
-TEMPERATURES = (float("inf"), *(2.0 ** (step / 2) for step in range(12, -7, -1)))
-"""Candidates. Steps of sqrt(2) cost up to 0.005 nats against finer ones, steps of 2 up to 0.03."""
-
-CONSTANT = 1e-9
-"""A feature that deviates from its mean by at most this share of it is constant and takes no part."""
 
 
 class _Solved(NamedTuple):
