@@ -317,7 +317,7 @@ class _FinishedParts:
         path = self._folder / f"{name}.safetensors"
         identity = json.dumps(self._identity | {"weights": self._run.weights_digest(variant)})
         kept = path.exists() and read_metadata(path).get("identity") == identity
-        # All processes look before one writes. They must decide alike, or they would wait for each other.
+        # All processes look before one writes. They must decide the same, or they would deadlock.
         if distributed.total(float(kept), self._run.device) == distributed.count():
             scored = [DocumentSums(readers, 0, ()) for readers in json.loads(read_metadata(path)["readers"])]
             weights = {}

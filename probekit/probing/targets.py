@@ -1,6 +1,6 @@
 """Targets: what probes predict. A target makes the examples; all later code only sees those.
 
-An example is a text, a place to read and a label: here a document, an anchor token in it (probes read some
+An example is a text, a position to read and a label: here a document, an anchor token in it (probes read some
 tokens before that) and one label for every horizon.
 """
 

@@ -213,15 +213,15 @@ def test_random_weights_are_those_of_the_seed(tiny_run: Run):
 
 @pytest.mark.parametrize("variant", ["none", "random", "soft"])
 def test_the_bridge_reads_the_same(tiny_run: Run, variant: str, monkeypatch: pytest.MonkeyPatch):
-    """A hook that no plain module has sends all of them over the bridge."""
+    """A hook that no plain module has makes all of them go through the bridge."""
     run = loud(settings(tiny_run))
     examples = at_anchors(run, DOCUMENTS, count=3)
     places = [*PLACES, BEFORE]
     taken: list[type] = []
-    for road in (HFBackend, BridgeBackend):
-        call = road.__call__
+    for kind in (HFBackend, BridgeBackend):
+        call = kind.__call__
         monkeypatch.setattr(
-            road, "__call__", lambda self, *given, call=call: (taken.append(type(self)), call(self, *given))
+            kind, "__call__", lambda self, *given, call=call: (taken.append(type(self)), call(self, *given))
         )
     fast = Reader(run, variant, places, DISTANCES, seed=3)
     slow = Reader(run, variant, [*places, ("attn.hook_q", 1)], DISTANCES, seed=3)
@@ -366,7 +366,7 @@ SIZE = {
 
 
 def test_places_that_an_action_changes_in_parallel_blocks(tiny_config: Config, tiny_run: Run, tmp_path: Path):
-    """GPT-NeoX's MLP reads what its attention reads: the first conditioned layer's is told nothing."""
+    """GPT-NeoX's MLP reads what its attention reads: that of the first conditioned layer gets nothing."""
     run = conditioned_run(
         tiny_config, tmp_path, GPTNeoXConfig(**SIZE), tiny_run.corpus.tokenizer, "attn.hook_z", skip=1
     )

@@ -68,11 +68,11 @@ def rows(run: Run, grid: Grid) -> dict[tuple[str, int, int], dict[str, Any]]:
 def rows_of(run: Run, grid: Grid) -> dict[tuple[str, int, int], dict[str, Any]]:
     """Head and sums by document, by reader, distance and horizon."""
     found: dict[tuple[str, int, int], dict[str, Any]] = {}
-    for tally in baseline_sums(run, grid):
-        for number, head in enumerate(tally.readers):
+    for part in baseline_sums(run, grid):
+        for number, head in enumerate(part.readers):
             key = head["reader"], head["distance"], head["horizon"]
             assert key not in found
-            found[key] = {"head": head} | {name: sums[:, number] for name, sums in tally.sums.items()}
+            found[key] = {"head": head} | {name: sums[:, number] for name, sums in part.sums.items()}
     return found
 
 
@@ -148,11 +148,11 @@ def test_bigram(rows: dict, walked: dict, run: Run, grid: Grid, distance: int, h
     pairs = np.zeros((9, 8))
     np.add.at(pairs, (given(train_anchors, train), actions[train + horizon - 1]), 1)
     examples = grid.examples["validation"]
-    chosen, told = examples.sentence, given(examples.anchor, examples.sentence)
+    chosen, known = examples.sentence, given(examples.anchor, examples.sentence)
     losses = {}
     for strength in STRENGTHS:
         table = np.log((pairs + strength * prior) / (pairs.sum(axis=1, keepdims=True) + strength))
-        losses[strength] = -table[told, actions[chosen + horizon - 1]].mean(), table
+        losses[strength] = -table[known, actions[chosen + horizon - 1]].mean(), table
     loss, table = min(losses.values(), key=lambda found: found[0])
     row = rows[reader, distance, horizon]
     check(row, table[given(anchors, sentence)], actions[sentence + horizon - 1], document)
@@ -274,7 +274,7 @@ def test_every_token_as_anchor(tiny_run: Run):
     rows = rows_of(run, grid)
     counted = {"prior", "bigram", "bigram (current action)", "skip n-gram"}
     assert {key[0] for key in rows if key[1] == 1} == counted | {"ceiling (tokens read)"}
-    # The ceiling is told how many sentences ahead the anchor's is, which two tokens before it is news.
+    # The ceiling is given how many sentences ahead the anchor's is, which is news two tokens before it.
     assert {key[0] for key in rows if key[1] == 2} == counted
     corpus, test = run.corpus, grid.examples["test"]
     assert len(test) > 4 * len(corpus.sentences(corpus.documents("test")))

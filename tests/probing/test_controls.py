@@ -100,7 +100,7 @@ def test_each_block_is_the_shortest_that_holds_its_share(sizes: list[int]):
 
 
 def test_by_hand_where_only_the_counts_can_be_read():
-    """A probe without features tells shares of the labels so far; an absent class has one more example's."""
+    """A probe without features predicts the shares of the labels so far; absent classes share one more."""
     X, y = torch.zeros(2, 5, 1), torch.tensor([[0, 0, 1, 0, 0], [1, 1, 1, 1, 1]])
     code = prequential_code(X, y, 2, torch.ones(2), [1, 2, 3, 5])
     first = [1.0, 1.0, math.log2(3), 2 * math.log2(3 / 2)]

@@ -82,7 +82,7 @@ def control(grid: Grid) -> Task:
 
 @pytest.fixture(scope="module")
 def activations(grid: Grid, control: Task) -> Held:
-    """Noise, in which every cell tells something else: one or the other horizon, or the control task."""
+    """Noise, in which every cell encodes something else: one or the other horizon, or the control task."""
     generator = torch.Generator().manual_seed(1)
     values: dict[str, list[Tensor]] = {}
     for split, examples in grid.examples.items():
@@ -92,8 +92,8 @@ def activations(grid: Grid, control: Task) -> Held:
             shape = len(block.points), len(DISTANCES), len(examples), block.width
             X = torch.randn(shape, generator=generator)
             for number, (_, p, d) in enumerate(cell for cell in CELLS if cell[0] == b):
-                told = labels[number % 2] if b == 0 else labels[2 + d]
-                X[p, d, :, :3] += (2 + number) * torch.nn.functional.one_hot(told, CLASSES)[:, :3]
+                encoded = labels[number % 2] if b == 0 else labels[2 + d]
+                X[p, d, :, :3] += (2 + number) * torch.nn.functional.one_hot(encoded, CLASSES)[:, :3]
             values[split].append(3 * X + 10)
     return Held(values, grid.examples, BLOCKS)
 
@@ -103,14 +103,14 @@ def make_job(grid: Grid, control: Task | None, **settings: Any) -> FitJob:
     return FitJob(grid, probe, control, 3, torch.device("cpu"), Progress(quiet=True), "test")
 
 
-def rows_of(tallies: list[DocumentSums]) -> dict[tuple[Any, ...], tuple[Facts, dict[str, np.ndarray]]]:
+def rows_of(scored: list[DocumentSums]) -> dict[tuple[Any, ...], tuple[Facts, dict[str, np.ndarray]]]:
     """Head and sums by document of every row, by solver, place, distance and horizon."""
     found = {}
-    for tally in tallies:
-        for number, head in enumerate(tally.readers):
+    for part in scored:
+        for number, head in enumerate(part.readers):
             key = (head["solver"], (head["location"], head["layer"]), head["distance"], head["horizon"])
             assert key not in found
-            found[key] = head, {name: sums[:, number] for name, sums in tally.sums.items()}
+            found[key] = head, {name: sums[:, number] for name, sums in part.sums.items()}
     return found
 
 
@@ -189,8 +189,8 @@ def test_each_cell_reads_what_was_written_there(together: dict, grid: Grid):
         ]
         on_control = together["softmax", place, distance, 1][1]["control_correct"].sum()
         if b == 0:
-            told = number % 2
-            assert accuracy[told] > accuracy[1 - told] + 0.15
+            encoded = number % 2
+            assert accuracy[encoded] > accuracy[1 - encoded] + 0.15
             assert on_control < 0.5 * len(grid.examples[TESTED_ON])
         else:
             assert max(accuracy) < 0.5
@@ -244,7 +244,7 @@ def test_without_control_there_is_no_control(activations: Held, grid: Grid, solv
 
 
 @pytest.mark.parametrize("solvers", [["softmax"], ["ridge"]])
-def test_constant_activations_are_told(activations: Held, grid: Grid, control: Task, solvers: list[str]):
+def test_constant_activations_are_flagged(activations: Held, grid: Grid, control: Task, solvers: list[str]):
     values = {split: [block.clone() for block in blocks] for split, blocks in activations.values.items()}
     for blocks in values.values():
         blocks[0][1, 0] = torch.tensor([0.1, -7.3, 1e-4, 1e4, 0.0])

@@ -1,4 +1,4 @@
-"""The grid against walking through every anchor: what all cells share, what is empty, what is told."""
+"""The grid against walking through every anchor: what all cells share, what is empty, what the notes say."""
 
 from collections import Counter
 from typing import Any
@@ -184,22 +184,22 @@ def test_seeds_draw_different_documents_and_the_same_seed_the_same(tiny_run: Run
     assert tested == [tested[0]] * 4
 
 
-# What is told
+# Notes
 
 
-def test_empty_cells_are_told(tiny_run: Run):
+def test_empty_cells_are_noted(tiny_run: Run):
     grid = grid_of(tiny_run.corpus, distances=[1, 500, 2], horizons=[90, 1])
     assert (grid.distances, grid.horizons) == ((1, 2), (1,))
     assert grid.empty == {(1, 90): 0, (500, 90): 0, (500, 1): 0, (2, 90): 0}
-    told = [note for note in grid.notes if "is empty" in note]
-    assert told == [
+    noted = [note for note in grid.notes if "is empty" in note]
+    assert noted == [
         f"distance {d}, horizon {h} is empty: 0 test examples, and in some split fewer than "
         f"{MINIMUM_EXAMPLES}, or 10% of the nearest cell's"
         for d, h in grid.empty
     ]
 
 
-def test_the_price_of_a_far_distance_is_told():
+def test_the_price_of_a_far_distance_is_noted():
     """Documents of five sentences of four tokens: distance 13 reaches back from the last one alone."""
     corpus = bare_corpus([(split, [4] * 5) for split in USED for _ in range(30)])
     assert grid_of(corpus, distances=[1, 8]).notes == ()
@@ -208,7 +208,7 @@ def test_the_price_of_a_far_distance_is_told():
 
 
 @pytest.mark.parametrize("named", [False, True])
-def test_classes_that_nobody_can_learn_are_told(named: bool):
+def test_classes_that_nobody_can_learn_are_noted(named: bool):
     corpus = bare_corpus([(split, [3] * 5) for split in USED for _ in range(30)])
     fitted = np.flatnonzero(corpus.split[corpus.document_of(np.arange(450))] == SPLITS.index(FITTED_ON))
     codes = np.arange(450) % 2

@@ -383,18 +383,18 @@ def test_injected_marks_where_the_targets_action_was_added(wide: ProbeResults, l
     """Position t carries the action of the sentence that holds token t + 1, in the top layer alone."""
     first_token, test = loud_run.corpus.first_token, grid.examples["test"]
     for row in wide.table[wide.table.accuracy.notna()].itertuples():
-        told = row.reader == "probe" and row.variant == "soft"  # fixed tells the same of every action
+        conditioned = row.reader == "probe" and row.variant == "soft"  # fixed adds the same for every action
         # conditioning.skip_layers leaves the top layer alone.
-        told = told and row.layer == 2 and row.location != "attn.hook_z:before"
+        conditioned = conditioned and row.layer == 2 and row.location != "attn.hook_z:before"
         carried = [
             first_token[sentence + row.horizon - 1] <= anchor - row.distance + 1
             for anchor, sentence in zip(test.anchor, test.sentence, strict=True)
         ]
-        assert row.injected == (told and any(carried))
+        assert row.injected == (conditioned and any(carried))
     assert wide.table.injected.sum() == 2 * 2  # locations, solvers; at distance and horizon 1
 
 
-def test_every_token_as_anchor_is_told_of_its_own_sentence(loud_run: Run, tmp_path: Path):
+def test_every_token_as_anchor_depends_on_its_own_sentence(loud_run: Run, tmp_path: Path):
     """Most tokens lie within their sentence, whose action was added long before."""
     settings = PLAIN | {
         "probe.variants": ["soft", "none"],
@@ -438,7 +438,7 @@ def _gains() -> list[str]:
 def test_an_action_written_into_a_layer_is_found_from_there_on(
     learned_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Every position is told the true action of the next token's sentence by the heads of layer 1."""
+    """The heads of layer 1 get the true action of the sentence of the next token at every position."""
     monkeypatch.setitem(VARIANTS, "oracle", Variant(Oracle(), Oracle()))
     run = copied(learned_run, tmp_path).with_settings({"mixing.variants": ["oracle"]})
     centroids = torch.from_numpy(run.corpus.codebook.centroids)
@@ -457,7 +457,7 @@ def test_an_action_written_into_a_layer_is_found_from_there_on(
     written = {("attn.hook_z", 1), ("hook_resid_post", 1), ("hook_resid_pre", 2), ("hook_resid_post", 2)}
     probes = cells(table, reader="probe")
     assert len(probes) == 4 * 3 * 2
-    # The heads of layer 2 mix what their own position was told with what earlier ones were.
+    # The heads of layer 2 mix what was added at their own position with what was added at earlier ones.
     probes = probes[(probes.layer < 2) | ~probes.location.str.startswith("attn")]
     for row in probes.itertuples():
         ceiling = cell(table, reader="ceiling (tokens read)", distance=row.distance)
@@ -503,14 +503,14 @@ def test_a_trained_model_is_read_and_one_with_random_weights_is_not(learned: pd.
     assert random.bits_low <= 0
     assert abs(random.bits) < 0.05
     assert trained.bits_low > 0.3
-    assert trained.gain_high < 0, "what the last tokens tell by counting is more"
+    assert trained.gain_high < 0, "counting the last tokens gives more"
     assert trained.code_length < random.code_length
-    # At distance 3 there are words, whose embeddings tell something even under random weights.
+    # At distance 3 there are words, whose embeddings hold information even under random weights.
     assert cell(learned, location="hook_resid_pre", variant="random", **at | {"distance": 3}).bits_low > 0.3
 
 
 def test_shuffled_labels_are_not_read(learned_run: Run, tmp_path: Path):
-    """Probes of labels that nothing tells end up beyond the prior as often as chance has it."""
+    """Probes of labels that nothing predicts exceed the prior as often as chance allows."""
     settings = PLAIN | {
         "actions.labels": "clusters",  # shuffled actions are impossible under the planted model
         "probe.locations": ["hook_resid_post", "attn.hook_z"],
@@ -545,7 +545,7 @@ def test_shuffled_labels_are_not_read(learned_run: Run, tmp_path: Path):
 # Other targets
 
 
-def test_a_column_of_labels_that_the_token_before_tells(learned_run: Run, tmp_path: Path):
+def test_a_column_of_labels_that_the_token_before_determines(learned_run: Run, tmp_path: Path):
     """Labels of a sentence are which token came two tokens before it: there to be read at distance 2."""
     run = copied(learned_run, tmp_path)
     corpus, path = run.corpus, tmp_path / "labels.csv"
@@ -562,7 +562,7 @@ def test_a_column_of_labels_that_the_token_before_tells(learned_run: Run, tmp_pa
     assert (found.target == "before").all()
     counted = {"prior", "bigram", "bigram (current action)", "skip n-gram"}
     assert set(found.reader) == counted | {"probe", "token embedding"}
-    assert (cells(found, reader="skip n-gram").accuracy > 0.99).all(), "the tokens before tell it all"
+    assert (cells(found, reader="skip n-gram").accuracy > 0.99).all(), "the tokens before determine it"
     for reader in ("probe", "token embedding"):
         rows = cells(found, reader=reader, location="hook_embed")
         assert cell(rows, distance=2).accuracy > 0.99

@@ -171,7 +171,7 @@ def test_the_strongest_baseline_is_chosen_on_validation():
         assert row.gain == pytest.approx(row.bits - bits)
 
 
-def test_only_probes_that_nothing_was_told_have_a_gain(table: pd.DataFrame):
+def test_only_probes_without_injection_have_a_gain(table: pd.DataFrame):
     without = table[table.gain.isna()]
     assert without.gain_over.isna().all()
     assert without[["gain_low", "gain_high"]].isna().all(axis=None)
@@ -181,7 +181,7 @@ def test_only_probes_that_nothing_was_told_have_a_gain(table: pd.DataFrame):
     assert probes.injected.sum() == 2
 
 
-def test_a_cell_that_is_told_changes_no_other_cells_gain(table: pd.DataFrame):
+def test_a_cell_that_is_injected_changes_no_other_cells_gain(table: pd.DataFrame):
     scored = make_scored()
     for one in scored:
         for number, head in enumerate(one.readers):

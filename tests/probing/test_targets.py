@@ -54,7 +54,7 @@ def slow_label(run: Run, target: str, document: int, anchor: int, sentence: int,
 
 
 def frequent_tokens(corpus: Corpus) -> dict[int, int]:
-    """The rank of each token of the training documents, no separators; of two alike the lower id first."""
+    """The rank of each token of the training documents, without separators; ties by id."""
     counts: Counter[int] = Counter()
     for document in corpus.documents("train"):
         counts.update(
@@ -160,7 +160,7 @@ def test_an_action_beyond_the_codebook(tiny_run: Run):
     assert "\n" not in str(caught.value)
 
 
-def test_an_unknown_target_is_told_with_those_that_there_are(tiny_run: Run):
+def test_an_unknown_target_is_refused_with_those_that_exist(tiny_run: Run):
     with pytest.raises(ProbekitError, match=r"probe\.target is 'acton'") as caught:
         find_target(tiny_run.corpus, "acton")
     assert all(name in str(caught.value) for name in TARGETS)
@@ -252,7 +252,7 @@ def refusal(corpus: Corpus, name: str, path: str | Path) -> str:
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_missing_column_is_told_with_those_that_there_are(tiny_run: Run, tmp_path: Path, suffix: str):
+def test_a_missing_column_is_refused_with_those_that_exist(tiny_run: Run, tmp_path: Path, suffix: str):
     corpus = tiny_run.corpus
     path = written(tmp_path, suffix, kind=cycled([1, 2], corpus), action=cycled([1, 2], corpus))
     assert "has no column 'knid' (probe.target); it has kind, action" in refusal(corpus, "knid", path)
@@ -288,7 +288,7 @@ def test_what_is_no_label_is_refused(tiny_run: Run, tmp_path: Path, values: list
 
 
 @pytest.mark.parametrize("name", ["labels.tsv", "labels", "labels.csv.gz", ""])
-def test_a_bad_suffix_is_told_with_the_good_ones(tiny_run: Run, tmp_path: Path, name: str):
+def test_a_bad_suffix_is_refused_with_the_good_ones(tiny_run: Run, tmp_path: Path, name: str):
     assert "must end in .csv, .jsonl, .parquet" in refusal(tiny_run.corpus, "kind", tmp_path / name)
 
 

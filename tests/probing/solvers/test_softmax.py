@@ -102,7 +102,7 @@ def test_results_do_not_depend_on_the_batch(limit, monkeypatch):
 
 def test_each_probe_keeps_the_penalty_that_is_best_on_validation():
     X, y, X_validation, y_validation = planted(probes=6, examples=150, classes=5)
-    for data, share in ((X, 1), (X_validation, 0)):  # ever more noise, on training and validation alike
+    for data, share in ((X, 1), (X_validation, 0)):  # ever more noise, on training and validation
         noise = torch.randn(data.shape, generator=torch.Generator().manual_seed(share), dtype=data.dtype)
         data += noise * data.std(1, keepdim=True) * torch.logspace(-2, 1.5, 6)[:, None, None]
     l2 = [1e-3, 1.0, 1e-2, 1e-1]
