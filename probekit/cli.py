@@ -95,7 +95,9 @@ def generate(words: list[str]) -> None:
         help="the action of each coming sentence, such as 12,7,7,40; oracle: the document's true actions",
     )
     parser.add_argument("--out", metavar="FILE", help="also write the texts as JSON lines")
-    parsed, given = parse(parser, words, ("seed", "device", "generation"))
+    drawing = ("context", "temperature", "top_k", "top_p")
+    sections = ("seed", "device", "evaluation.batch_size", *(f"generation.{name}" for name in drawing))
+    parsed, given = parse(parser, words, sections)
     from probekit.generation.generate import check_out, write_texts
     from probekit.generation.prompts import read_prompts
     from probekit.progress import Progress

@@ -6,7 +6,7 @@ import argparse
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from pydantic import Field, create_model
 from pydantic_settings import BaseSettings, CliSettingsSource
@@ -97,16 +97,18 @@ def _shown_defaults(prog: str, words: Sequence[str], preset: str | None) -> Conf
 
 def _model_of(sections: Iterable[str], defaults: Config) -> type[BaseSettings]:
     """A model of some sections of `Config`, without its validators: `Config` itself validates."""
-    fields: dict[str, Any] = {}
+    wanted: dict[str, list[str]] = {}
     for name in sections:
         section, _, setting = name.partition(".")
+        wanted.setdefault(section, []).extend([setting] if setting else [])
+    fields: dict[str, Any] = {}
+    for section, settings in wanted.items():
         field, default = Config.model_fields[section], getattr(defaults, section)
         kind: Any = field.annotation
-        if setting:
-            inner = kind.model_fields[setting]
-            only: dict[str, Any] = {setting: (inner.annotation, inner)}
-            kind = create_model(kind.__name__, __doc__=kind.__doc__, **only)
-            default = kind(**{setting: getattr(default, setting)})
+        if settings:
+            only = {name: (kind.model_fields[name].annotation, kind.model_fields[name]) for name in settings}
+            kind = create_model(kind.__name__, __doc__=kind.__doc__, **cast(Any, only))
+            default = kind(**{name: getattr(default, name) for name in settings})
         fields[section] = (kind, Field(default, description=field.description))
     return create_model("Settings", __base__=BaseSettings, **fields)
 

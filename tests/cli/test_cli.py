@@ -42,7 +42,12 @@ def test_version(capsys: Capture):
         ("evaluate", ("method", "device", "evaluation.", "generation.")),
         (
             "generate",
-            ("seed", "device", "generation."),
+            (
+                "seed",
+                "device",
+                "evaluation.batch_size",
+                *(f"generation.{name}" for name in ("context", "temp", "top_")),
+            ),
         ),
         ("probe", ("device", "evaluation.", "probe.", "lm.device_map")),
         ("lens", ("device",)),
