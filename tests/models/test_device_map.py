@@ -95,7 +95,7 @@ def test_random_weights_are_the_same(family: str, pair: Callable, batch: Batch):
 @pytest.mark.parametrize("kind", CONDITIONINGS)
 @pytest.mark.parametrize("family", DEVICE_MAPS)
 def test_gradients_are_the_same(family: str, kind: str, tuning: str, pair: Callable, batch: Batch):
-    settings = BaseSettings(tuning=tuning, rank=2, dropout=0.0)
+    settings = BaseSettings(tuning=tuning, rank=2)
     codebook = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
     gradients: list[list[Tensor]] = []
     for lm in pair(family):
