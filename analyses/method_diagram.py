@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from probekit.config import VariantName
 from probekit.models import mixing
-from probekit.models.language_model import layer_of
+from probekit.models.hook_points import layer_of
 from probekit.run.run import Run
 
 PLAN, BUS, STACK = 0.0, 4.1, 8.2

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from probekit.config import DistillationSettings
-from probekit.models.depth_ensemble import DepthEnsemble, LateLoss
+from probekit.models.depth_ensemble import DepthEnsemble, DepthLoss
 
 ALL = "all logits"
 PLAIN = "plain LM"
@@ -126,7 +126,7 @@ class Scene:
 
 def probekit(scene: Scene) -> Tensor:
     """One head for the mixed states, and the layers' logits a few tokens at a time."""
-    return LateLoss(scene.distillation)(scene.head, scene.ensemble(scene.hidden), scene.targets)
+    return DepthLoss(scene.distillation)(scene.head, scene.ensemble(scene.hidden), scene.targets)
 
 
 def all_logits(scene: Scene) -> Tensor:

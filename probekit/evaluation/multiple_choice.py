@@ -25,8 +25,9 @@ from probekit.data.windows import IGNORE
 from probekit.distributed import autocast
 from probekit.errors import ProbekitError
 from probekit.evaluation.perplexity import TokenLosses, window_and_stride
-from probekit.models.decoding import Known, Text, read_windows
-from probekit.models.replanning import Constant, Draft, conditioner_of, decoded, encoded
+from probekit.models.decoding import GrowingText, read_windows
+from probekit.models.mixing import Precomputed
+from probekit.models.replanning import Constant, GenerationState, conditioner_of, decoded, encoded
 from probekit.progress import Task
 from probekit.run.run import Run
 
@@ -297,15 +298,15 @@ def choice_losses(
             contexts = [questions[number].context for number in numbers]
             if isinstance(condition, Constant):  # which needs no sentences of what is not read
                 contexts = [context[-window:] for context in contexts]
-            drafts = [
-                Draft(context.tolist(), run.corpus.tokenizer, run.config.corpus.language)
+            states = [
+                GenerationState(context.tolist(), run.corpus.tokenizer, run.config.corpus.language)
                 for context in contexts
             ]
-            condition(drafts)
+            condition(states)
             readings = [
                 reading
-                for number, draft in zip(numbers, drafts, strict=True)
-                for reading in _readings(number, questions[number], draft.text, window)
+                for number, state in zip(numbers, states, strict=True)
+                for reading in _readings(number, questions[number], state.text, window)
             ]
             readings.sort(key=lambda reading: len(reading.text.tokens))
             for first in range(0, len(readings), size):
@@ -332,17 +333,17 @@ class _Reading(NamedTuple):
 
     question: int
     choice: int
-    text: Text
+    text: GrowingText
     ids: np.ndarray
 
 
-def _readings(number: int, question: Question, context: Text, window: int) -> Iterator[_Reading]:
+def _readings(number: int, question: Question, context: GrowingText, window: int) -> Iterator[_Reading]:
     """The choices of a question behind its context, which is cut from the left."""
     kept = window + 1 - question.longest
     tokens, carried = context.tokens[-kept:], context.carried[-kept:]
     for choice, ids in enumerate(question.choices):
         inputs = [*tokens, *ids[:-1].tolist()]
-        text = Text(inputs, carried + carried[-1:] * (len(ids) - 1), context.embeddings)
+        text = GrowingText(inputs, carried + carried[-1:] * (len(ids) - 1), context.embeddings)
         yield _Reading(number, choice, text, ids)
 
 
@@ -356,7 +357,7 @@ def _mean_losses(
         end = len(reading.text.tokens)
         targets[row, end - len(reading.ids) : end] = torch.from_numpy(reading.ids)
     with autocast(run.device, run.config.training.precision):
-        losses = token_losses(read.batch(targets.to(run.device)), Known(read.embeddings))
+        losses = token_losses(read.batch(targets.to(run.device)), Precomputed(read.embeddings))
     sums = losses.double().sum(dim=-1).cpu().numpy()
     return (sums / [len(reading.ids) for reading in readings]).T
 

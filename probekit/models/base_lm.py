@@ -1,8 +1,8 @@
-"""A base LM in the two forms in which it is used, and what training makes of it (`training.base`).
+"""The base LM, plain and bridged, and what training makes of it: frozen, LoRA, or all weights.
 
-Training and reading use the plain Hugging Face module where hooks allow; a tuned one is saved, loaded and
-bridged as any other LM is. Tuning through the bridge would train its own copies of some weights, those of a
-fused attention, say, which nobody could save.
+Training and reading use the plain Hugging Face module where its hooks allow; a tuned one is saved, loaded and
+bridged like any other LM. Tuning through the bridge would train its own copies of some weights, such as those
+of a fused attention, which nobody could save.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -26,11 +26,12 @@ from probekit.models.hook_points import (
     Backend,
     BridgeBackend,
     HFBackend,
-    blocks_of,
     find_hook_point,
     forward_pass,
+    layer_of,
+    locations,
 )
-from probekit.models.language_model import bridge, in_layers, is_placed, locations, shallow
+from probekit.models.language_model import bridge, is_placed, shallow
 from probekit.progress import without_bars_of_transformers
 
 if TYPE_CHECKING:
@@ -67,8 +68,8 @@ class BaseLM:
         like: BaseLM | None = None,
         device: torch.device | None = None,
     ) -> None:
-        self._load, self._tokenizer, self._name, self._like = load, tokenizer, name, like
-        self._device = device
+        self._load, self._tokenizer, self._name = load, tokenizer, name
+        self._like, self._device = like, device
 
     @cached_property
     def plain(self) -> PreTrainedModel:
@@ -84,7 +85,7 @@ class BaseLM:
         """
         if self._device is not None:
             raise ProbekitError(
-                "lm.device_map is set, but TransformerLens takes no LM that accelerate placed"
+                "lm.device_map is set, but TransformerLens takes no LM that accelerate placed; leave it unset"
             )
         return bridge(self._load(), self._tokenizer, self._name)
 
@@ -99,7 +100,7 @@ class BaseLM:
 
     @property
     def config(self) -> PreTrainedConfig:
-        """The settings of the LM's text model."""
+        """The configuration of the LM, or of its part that reads text."""
         model = self.bridged.original_model if self._device is None else self.plain
         return model.config.get_text_config()
 
@@ -145,44 +146,46 @@ class BaseLM:
             return found.with_weights(model) if isinstance(found, HFBackend) else BridgeBackend(self.bridged)
         if self._device is None:
             return forward_pass(self.bridged, model, names)
-        like, depth = self._looked_up_on, self._looked_up_on.layers
-        found = like.forward_pass(list(dict.fromkeys(in_layers(name, depth) for name in names)))
+
+        like = self._looked_up_on
         points = {name: find_hook_point(like.bridged, model, name) for name in names}
-        missing = [name for name, point in points.items() if point is None]
-        if missing or not isinstance(found, HFBackend):
+        known = {name: point for name, point in points.items() if point is not None}
+        compared = dict.fromkeys(_in_layers(name, like.layers) for name in names)
+        if len(known) < len(points) or not isinstance(like.forward_pass(list(compared)), HFBackend):
+            missing = [name for name in names if name not in known] or names
             raise ProbekitError(
-                f"lm.device_map is set, but only TransformerLens has all of {', '.join(missing or names)}, "
-                "and it takes no LM that accelerate placed; choose other locations (conditioning.location, "
+                f"lm.device_map is set, but only TransformerLens has all of {', '.join(missing)}, and it "
+                "takes no LM that accelerate placed; choose other locations (conditioning.location, "
                 "probe.locations), or leave lm.device_map unset"
             )
-        known = {name: point for name, point in points.items() if point is not None}
         return HFBackend(model, known, self._device)
 
 
-class Tuning(Protocol):
-    """What becomes of the plain LM that an adapter is trained on.
+def _in_layers(name: str, layers: int) -> str:
+    """The hook of an LM of fewer layers that stands for another one's."""
+    layer = layer_of(name) if name.startswith("blocks.") else None
+    return name if layer is None else name.replace(f".{layer}.", f".{layer % layers}.", 1)
+
+
+class Tuning:
+    """What training makes of the plain LM: here nothing, it stays frozen.
+
+    Args:
+        model: The LM, changed in place by training.
+        settings: Rank and layers of LoRA.
+        seed: Seed of what is new.
 
     Attributes:
-        model: The LM, changed in place by training.
+        model: The LM.
         parameters: What is trained.
     """
 
-    model: PreTrainedModel
-    parameters: list[nn.Parameter]
+    def __init__(self, model: PreTrainedModel, settings: BaseSettings, seed: int) -> None:
+        self.model = model
+        self.parameters: list[nn.Parameter] = []
 
-    def __init__(self, model: PreTrainedModel, settings: BaseSettings, seed: int) -> None: ...
-
-    def train(self, mode: bool) -> None:
-        """Begins, or ends, what happens in training alone."""
-        ...
-
-    def weights(self) -> dict[str, Tensor]:
-        """What was trained, by name."""
-        ...
-
-    def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        """Writes weights to a folder of their own, if anything was trained."""
-        ...
+    def save(self, folder: Path) -> None:
+        """Writes what was trained, if anything, to a folder of its own."""
 
     @staticmethod
     def load(folder: Path, model: PreTrainedModel, settings: BaseSettings) -> PreTrainedModel:
@@ -191,44 +194,17 @@ class Tuning(Protocol):
         Raises:
             ProbekitError: What is in the folder does not fit the LM.
         """
-        ...
-
-
-class Frozen:
-    """The LM stays as it is."""
-
-    def __init__(self, model: PreTrainedModel, settings: BaseSettings, seed: int) -> None:
-        self.model = model
-        self.parameters: list[nn.Parameter] = []
-
-    def train(self, mode: bool) -> None:
-        """As `Tuning` has it."""
-
-    def weights(self) -> dict[str, Tensor]:
-        """As `Tuning` has it: none."""
-        return {}
-
-    def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        """As `Tuning` has it."""
-
-    @staticmethod
-    def load(folder: Path, model: PreTrainedModel, settings: BaseSettings) -> PreTrainedModel:
-        """As `Tuning` has it."""
         return model
 
 
-class Lora:
+class Lora(Tuning):
     """Low-rank updates of linear maps, never of the unembedding (Hu et al. 2021, arXiv 2106.09685).
 
-    Args:
-        model: Its linear maps are wrapped in place.
-        settings: Rank and layers.
-        seed: Seed of the updates' first halves; the second ones are zero, so nothing is changed at first.
+    The second halves of the updates begin as zero, so nothing is changed at first.
     """
 
     def __init__(self, model: PreTrainedModel, settings: BaseSettings, seed: int) -> None:
         from peft import LoraConfig, get_peft_model
-        from peft.tuners.lora import LoraLayer
 
         self._settings = LoraConfig(
             r=settings.rank,
@@ -236,39 +212,28 @@ class Lora:
             target_modules=_maps(model, settings.last_layers),
             task_type="CAUSAL_LM",
         )
-        with torch.random.fork_rng(), warnings.catch_warnings():
+        with torch.random.fork_rng(), warnings.catch_warnings(), _on_their_devices(model):
             torch.manual_seed(seed)
-            # GPT-2's maps are transposed, as peft finds out by itself, and says.
+            # GPT-2's maps are transposed, which peft finds out and warns of.
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
-            with _on_their_devices(model):
-                self._tuned = get_peft_model(model, self._settings)
+            self._tuned = get_peft_model(model, self._settings)
         if Path(self._settings.base_model_name_or_path or "").is_absolute():
             self._settings.base_model_name_or_path = None  # a run may be moved: the LM is in its own lm/
         self.model = model
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._dropouts = [layer.lora_dropout for layer in model.modules() if isinstance(layer, LoraLayer)]
 
-    def train(self, mode: bool) -> None:
-        """As `Tuning` has it: dropout before the updates."""
-        for dropout in self._dropouts:
-            dropout.train(mode)
-
-    def weights(self) -> dict[str, Tensor]:
-        """As `Tuning` has it: the updates."""
+    def save(self, folder: Path) -> None:
+        """Writes the updates in peft's own format, for `PeftModel.from_pretrained`."""
         from peft import get_peft_model_state_dict
 
-        return get_peft_model_state_dict(self._tuned)
-
-    def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        """As `Tuning` has it: in peft's own format, for `PeftModel.from_pretrained`."""
         with atomic_folder(folder) as temporary:
             self._settings.save_pretrained(temporary)
-            write_tensors(temporary / LORA_WEIGHTS, weights)
+            write_tensors(temporary / LORA_WEIGHTS, get_peft_model_state_dict(self._tuned))
 
     @staticmethod
     def load(folder: Path, model: PreTrainedModel, settings: BaseSettings) -> PreTrainedModel:
-        """As `Tuning` has it: the updates are merged into the LM's weights, if these are at hand."""
+        """The LM with the updates merged into its weights, unless accelerate placed these."""
         from peft import set_peft_model_state_dict
 
         tuned = Lora(model, settings, seed=0)._tuned
@@ -279,28 +244,21 @@ class Lora:
         return model if is_placed(model) else tuned.merge_and_unload()
 
 
-class Full:
-    """All weights are trained; the LM's own dropout stays off, as the adapter's training has it."""
+class Full(Tuning):
+    """All weights are trained; the LM's own dropout stays off."""
 
     def __init__(self, model: PreTrainedModel, settings: BaseSettings, seed: int) -> None:
         self.model = model
         self.parameters = list(model.requires_grad_(True).parameters())
 
-    def train(self, mode: bool) -> None:
-        """As `Tuning` has it."""
-
-    def weights(self) -> dict[str, Tensor]:
-        """As `Tuning` has it: all of the LM's."""
-        once: dict[int, tuple[str, Tensor]] = {}  # tied ones under the first of their names
+    def save(self, folder: Path) -> None:
+        """Writes all weights in Hugging Face format, for `AutoModelForCausalLM.from_pretrained`."""
+        weights: dict[int, tuple[str, Tensor]] = {}  # tied ones under the first of their names
         for name, tensor in self.model.state_dict(keep_vars=True).items():
-            once.setdefault(id(tensor), (name, tensor))
-        return {name: tensor.detach() for name, tensor in once.values()}
-
-    def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        """As `Tuning` has it: in Hugging Face format, for `AutoModelForCausalLM.from_pretrained`."""
+            weights.setdefault(id(tensor), (name, tensor.detach()))
         with atomic_folder(folder) as temporary:
             with without_bars_of_transformers():
-                self.model.save_pretrained(temporary, state_dict=weights)
+                self.model.save_pretrained(temporary, state_dict=dict(weights.values()))
             # safetensors lets only a file's owner read it; a run may be shared.
             mode = (temporary / "config.json").stat().st_mode
             for path in temporary.glob("*.safetensors"):
@@ -308,7 +266,7 @@ class Full:
 
     @staticmethod
     def load(folder: Path, model: PreTrainedModel, settings: BaseSettings) -> PreTrainedModel:
-        """As `Tuning` has it."""
+        """The LM with all weights of the folder."""
         with _fitting(folder), without_bars_of_transformers():
             tuned, report = type(model).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
             if report["missing_keys"]:
@@ -316,7 +274,7 @@ class Full:
             return tuned
 
 
-TUNINGS: dict[str, type[Tuning]] = {"frozen": Frozen, "lora": Lora, "full": Full}
+TUNINGS: dict[str, type[Tuning]] = {"frozen": Tuning, "lora": Lora, "full": Full}
 """The kinds of `training.base.tuning`."""
 
 
@@ -327,16 +285,19 @@ def _maps(model: PreTrainedModel, last_layers: int | None) -> str | list[str]:
     from transformers.pytorch_utils import Conv1D
 
     depth = model.config.get_text_config().num_hidden_layers
-    blocks = blocks_of(model)
-    if last_layers > depth or blocks is None:
-        what = f"has {depth} layers" if last_layers > depth else "does not list its layers in one place"
-        raise ProbekitError(f"training.base.last_layers is {last_layers}, but the LM {what}")
-    return [
-        f"{path}.{name}"
-        for path, block in list(blocks.items())[depth - last_layers :]
-        for name, module in block.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
-    ]
+    if last_layers > depth:
+        raise ProbekitError(f"training.base.last_layers is {last_layers}, but the LM has {depth} layers")
+    for path, blocks in model.named_modules():
+        if isinstance(blocks, nn.ModuleList) and len(blocks) == depth:
+            return [
+                f"{path}.{number}.{name}"
+                for number in range(depth - last_layers, depth)
+                for name, module in blocks[number].named_modules()
+                if isinstance(module, nn.Linear | Conv1D)
+            ]
+    raise ProbekitError(
+        f"training.base.last_layers is {last_layers}, but the LM does not list its layers in one place"
+    )
 
 
 @contextmanager

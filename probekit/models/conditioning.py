@@ -1,19 +1,19 @@
-"""Conditioning: how mixed action embeddings enter the LM, as TransformerLens hooks; a small class a kind."""
+"""Conditioning: how mixed action embeddings enter the LM, as TransformerLens hooks; a class for each kind."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from probekit.config import ConditioningSettings
 from probekit.errors import ProbekitError
-from probekit.models.language_model import OUTSIDE_BLOCKS, Hook, check_location, hook_name
+from probekit.models.hook_points import OUTSIDE_BLOCKS, Hook, check_location, hook_name
 
 if TYPE_CHECKING:
     from probekit.models.base_lm import BaseLM
@@ -39,8 +39,25 @@ class Slots:
     position: Tensor
     planning: Tensor
 
+    @classmethod
+    def of(cls, sentence: Tensor) -> Slots:
+        """Slots of windows, given the sentence of every position `[windows, positions]`."""
+        begins = torch.ones_like(sentence)
+        begins[:, 1:] = sentence[:, 1:] != sentence[:, :-1]
+        windows, length = sentence.shape
+        place = torch.arange(length, device=sentence.device).expand(windows, -1)
+        own = place + begins.cumsum(dim=1) - begins
+        predicting = own + begins
+
+        # Slots behind a window's last are padding, which repeats its last token.
+        slots = int(predicting.max()) + 1
+        position = sentence.new_full((windows, slots), length - 1)
+        position = position.scatter(1, own, place).scatter(1, predicting, place)
+        planning = torch.zeros_like(position).scatter(1, predicting, begins)
+        return cls(own, predicting, position, planning.bool())
+
     def spread(self, values: Tensor) -> Tensor:
-        """What positions have, for every slot: `[windows, positions]` to `[windows, slots]`."""
+        """Values of positions for every slot: `[windows, positions]` to `[windows, slots]`."""
         return values.gather(1, self.position)
 
     def predictions(self, logits: Tensor) -> Tensor:
@@ -67,7 +84,7 @@ class Conditioned:
 
     @property
     def positions(self) -> Tensor | None:
-        """Where the tokens are for the LM, if not one behind the other `[windows, slots]`."""
+        """Position ids of the tokens `[windows, slots]`; None where they are 0, 1, 2 and so on."""
         return None if self.slots is None else self.slots.position
 
 
@@ -81,7 +98,7 @@ class Adapter(nn.Module, ABC):
         lag: From how many positions behind the one that predicts a sentence's first token its action is seen.
     """
 
-    names: tuple[str, ...]
+    names: Sequence[str]
     inserts = False
     lag = 0
 
@@ -89,38 +106,19 @@ class Adapter(nn.Module, ABC):
         super().__init__()
         self.codebook = nn.Parameter(codebook.clone())
 
-    @staticmethod
-    @abstractmethod
-    def width(lm: BaseLM, settings: ConditioningSettings) -> int:
-        """Features that an action's embedding is projected to.
-
-        Raises:
-            ProbekitError: The LM cannot be conditioned in this way.
-        """
-
-    @classmethod
-    @abstractmethod
-    def fitting(cls, settings: ConditioningSettings, codebook: Tensor, lm: BaseLM, seed: int) -> Self:
-        """An untrained one that fits the LM."""
-
-    @staticmethod
-    @abstractmethod
-    def location(settings: ConditioningSettings) -> str | None:
-        """Where an activation is one before the action is added and another behind; None if nowhere."""
-
     @abstractmethod
     def hooks(self, embeddings: Tensor, sentence: Tensor) -> list[Hook]:
-        """The hooks of one forward pass.
+        """The hooks of one forward pass over the tokens of `conditioned`.
 
         A sentence is projected once, however many tokens carry it.
 
         Args:
             embeddings: Mixed action embeddings `[sentences, dimensions]`.
-            sentence: For every position, which row of `embeddings` it carries `[windows, positions]`.
+            sentence: For every position, the row of `embeddings` that it carries `[windows, positions]`.
         """
 
     def conditioned(self, tokens: Tensor, embeddings: Tensor, sentence: Tensor) -> Conditioned:
-        """Windows as the LM reads them, given their tokens `[windows, positions]` and the same as `hooks`."""
+        """What the LM reads for tokens `[windows, positions]`; the other arguments are those of `hooks`."""
         return Conditioned(tokens, self.hooks(embeddings, sentence))
 
 
@@ -128,52 +126,19 @@ class LayerAdapter(Adapter):
     """A linear projection of the action embedding for every conditioned layer (arXiv 2410.12492, section 3).
 
     Args:
-        settings: Location, and how many layers at the bottom to skip.
         codebook: Action embeddings `[actions, dimensions]`, copied.
-        layers: Layers of the LM.
+        names: The hooks at which the projections are added, one for each layer.
         width: Features at the location, all its dimensions after batch and position together.
         seed: Seed of the projections, which all start different and small.
     """
 
-    def __init__(
-        self, settings: ConditioningSettings, codebook: Tensor, *, layers: int, width: int, seed: int
-    ) -> None:
+    def __init__(self, codebook: Tensor, names: Sequence[str], *, width: int, seed: int) -> None:
         super().__init__(codebook)
-        self.layers = range(settings.skip_layers, layers)
-        self.names = tuple(hook_name(settings.location, layer) for layer in self.layers)
-        self.projections = nn.Parameter(_small(len(self.names), codebook.shape[1], width, seed=seed))
-
-    @staticmethod
-    def width(lm: BaseLM, settings: ConditioningSettings) -> int:
-        """As `Adapter` has it: no layer may be left over, or the location hold no vector a position."""
-        layers = lm.layers
-        if settings.skip_layers >= layers:
-            raise ProbekitError(
-                f"conditioning.skip_layers is {settings.skip_layers}, but the LM has {layers} layers; "
-                f"it must be at most {layers - 1}"
-            )
-        widths = lm.locations
-        check_location(widths, settings.location, "conditioning.location")
-        if settings.location in OUTSIDE_BLOCKS:
-            raise ProbekitError(
-                f"conditioning.location is {settings.location!r}, which is in no layer; give a hook of the "
-                "blocks, such as attn.hook_z"
-            )
-        return widths[settings.location]
-
-    @classmethod
-    def fitting(cls, settings: ConditioningSettings, codebook: Tensor, lm: BaseLM, seed: int) -> Self:
-        """As `Adapter` has it."""
-        width = cls.width(lm, settings)
-        return cls(settings, codebook, layers=lm.layers, width=width, seed=seed)
-
-    @staticmethod
-    def location(settings: ConditioningSettings) -> str | None:
-        """As `Adapter` has it."""
-        return settings.location
+        self.names = names
+        self.projections = nn.Parameter(_small(len(names), codebook.shape[1], width, seed=seed))
 
     def hooks(self, embeddings: Tensor, sentence: Tensor) -> list[Hook]:
-        """As `Adapter` has it."""
+        """One hook for every conditioned layer."""
         projected = torch.einsum("sd,ldw->lsw", embeddings, self.projections)
         return [(name, _add(part, sentence)) for name, part in zip(self.names, projected, strict=True)]
 
@@ -193,25 +158,8 @@ class EmbeddingAdapter(Adapter):
         super().__init__(codebook)
         self.projection = nn.Parameter(_small(codebook.shape[1], width, seed=seed))
 
-    @staticmethod
-    def width(lm: BaseLM, settings: ConditioningSettings) -> int:
-        """As `Adapter` has it."""
-        widths = lm.locations
-        check_location(widths, EMBEDDING, f"conditioning.kind is {settings.kind!r}: its location")
-        return widths[EMBEDDING]
-
-    @classmethod
-    def fitting(cls, settings: ConditioningSettings, codebook: Tensor, lm: BaseLM, seed: int) -> Self:
-        """As `Adapter` has it."""
-        return cls(codebook, width=cls.width(lm, settings), seed=seed)
-
-    @staticmethod
-    def location(settings: ConditioningSettings) -> str | None:
-        """As `Adapter` has it."""
-        return EMBEDDING
-
     def hooks(self, embeddings: Tensor, sentence: Tensor) -> list[Hook]:
-        """As `Adapter` has it."""
+        """One hook at the tokens' embeddings."""
         return [(EMBEDDING, _add(embeddings @ self.projection, sentence))]
 
 
@@ -225,52 +173,22 @@ class PlanningToken(EmbeddingAdapter):
     inserts = True
     lag = 1  # a token that predicts has its own slot before the planning one
 
-    @staticmethod
-    def width(lm: BaseLM, settings: ConditioningSettings) -> int:
-        """As `Adapter` has it: the LM has to take positions."""
-        if not lm.takes_positions:
-            raise ProbekitError(
-                f"conditioning.kind is {settings.kind!r}, but {lm.architecture} takes no positions of tokens "
-                "(position_ids), which planning tokens need; give adapter or embedding"
-            )
-        return EmbeddingAdapter.width(lm, settings)
-
-    @staticmethod
-    def location(settings: ConditioningSettings) -> str | None:
-        """As `Adapter` has it: tokens keep their own embeddings."""
-        return None
-
     def conditioned(self, tokens: Tensor, embeddings: Tensor, sentence: Tensor) -> Conditioned:
-        """As `Adapter` has it."""
-        slots = self._slots(sentence)
-        return Conditioned(slots.spread(tokens), [self._planned(slots, embeddings, sentence)], slots)
+        """The windows with planning tokens."""
+        slots = Slots.of(sentence)
+        return Conditioned(slots.spread(tokens), self._hooks(slots, embeddings, sentence), slots)
 
     def hooks(self, embeddings: Tensor, sentence: Tensor) -> list[Hook]:
-        """As `Adapter` has it; they fit the tokens of `conditioned`."""
-        return [self._planned(self._slots(sentence), embeddings, sentence)]
+        """One hook that replaces the embeddings of the planning tokens."""
+        return self._hooks(Slots.of(sentence), embeddings, sentence)
 
-    @staticmethod
-    def _slots(sentence: Tensor) -> Slots:
-        begins = torch.ones_like(sentence)
-        begins[:, 1:] = sentence[:, 1:] != sentence[:, :-1]
-        windows, length = sentence.shape
-        place = torch.arange(length, device=sentence.device).expand(windows, -1)
-        own = place + begins.cumsum(dim=1) - begins
-        predicting = own + begins
-        # Slots behind a window's last are padding, which repeats its last token.
-        slots = int(predicting.max()) + 1
-        position = sentence.new_full((windows, slots), length - 1)
-        position = position.scatter(1, own, place).scatter(1, predicting, place)
-        planning = torch.zeros_like(position).scatter(1, predicting, begins)
-        return Slots(own, predicting, position, planning.bool())
-
-    def _planned(self, slots: Slots, embeddings: Tensor, sentence: Tensor) -> Hook:
+    def _hooks(self, slots: Slots, embeddings: Tensor, sentence: Tensor) -> list[Hook]:
         carried = nn.functional.embedding(slots.spread(sentence), embeddings @ self.projection)
 
         def replace(activation: Tensor, hook: Any = None) -> Tensor:
             return torch.where(slots.planning[..., None], carried.to(activation.dtype), activation)
 
-        return EMBEDDING, replace
+        return [(EMBEDDING, replace)]
 
 
 CONDITIONINGS: dict[str, type[Adapter]] = {
@@ -281,18 +199,47 @@ CONDITIONINGS: dict[str, type[Adapter]] = {
 """The kinds of `conditioning.kind`."""
 
 
-def new_adapter(settings: ConditioningSettings, codebook: Tensor, lm: BaseLM, seed: int) -> Adapter:
-    """An untrained adapter that fits the LM; the same seed gives every variant the same beginning."""
-    return CONDITIONINGS[settings.kind].fitting(settings, codebook, lm, seed)
+def conditioned_location(settings: ConditioningSettings) -> str | None:
+    """Where the action is added to an activation, which there is before and after it; None if nowhere."""
+    return {"adapter": settings.location, "embedding": EMBEDDING, "token": None}[settings.kind]
 
 
 def location_width(lm: BaseLM, settings: ConditioningSettings) -> int:
     """Features per position where the action enters.
 
     Raises:
-        ProbekitError: The LM cannot be conditioned in this way.
+        ProbekitError: The LM cannot be conditioned as the settings ask.
     """
-    return CONDITIONINGS[settings.kind].width(lm, settings)
+    if settings.kind != "adapter":
+        if settings.kind == "token" and not lm.takes_positions:
+            raise ProbekitError(
+                f"conditioning.kind is {settings.kind!r}, but {lm.architecture} takes no positions of tokens "
+                "(position_ids), which planning tokens need; give adapter or embedding"
+            )
+        check_location(lm.locations, EMBEDDING, f"conditioning.kind is {settings.kind!r}: its location")
+        return lm.locations[EMBEDDING]
+    if settings.skip_layers >= lm.layers:
+        raise ProbekitError(
+            f"conditioning.skip_layers is {settings.skip_layers}, but the LM has {lm.layers} layers; "
+            f"it must be at most {lm.layers - 1}"
+        )
+    check_location(lm.locations, settings.location, "conditioning.location")
+    if settings.location in OUTSIDE_BLOCKS:
+        raise ProbekitError(
+            f"conditioning.location is {settings.location!r}, which is in no layer; give a hook of the "
+            "blocks, such as attn.hook_z"
+        )
+    return lm.locations[settings.location]
+
+
+def new_adapter(settings: ConditioningSettings, codebook: Tensor, lm: BaseLM, seed: int) -> Adapter:
+    """An untrained adapter that fits the LM; the same seed gives every variant the same beginning."""
+    width = location_width(lm, settings)
+    if settings.kind == "adapter":
+        names = [hook_name(settings.location, layer) for layer in range(settings.skip_layers, lm.layers)]
+        return LayerAdapter(codebook, names, width=width, seed=seed)
+    kind = PlanningToken if settings.kind == "token" else EmbeddingAdapter
+    return kind(codebook, width=width, seed=seed)
 
 
 def _small(*shape: int, seed: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Logits of the next token of texts that grow: conditioned as in training, with keys and values kept.
+"""Next-token logits of growing texts: conditioned as in training, with keys and values kept.
 
 What the LM reads of a text is decided by the text's length alone: when the window is full, its last half is
 kept and filled up again. So every token is predicted from what it would be evaluated on in windows that
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from probekit.data.windows import IGNORE, Batch
 from probekit.models.conditioning import Conditioned
-from probekit.models.hook_points import TOLERANCE, Backend, HFBackend, position_arguments
-from probekit.models.language_model import Hook
+from probekit.models.hook_points import TOLERANCE, Backend, HFBackend, Hook, position_arguments
+from probekit.models.mixing import Precomputed
 from probekit.models.planner_lm import PlannedLM
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(eq=False)
-class Text:
+class GrowingText:
     """A text that grows, as the LM reads it.
 
     Attributes:
@@ -63,22 +63,22 @@ class GrowingWindows:
     Attributes:
         tokens: `[texts, positions]`.
         sentence: For every position, the row of `embeddings` that it carries `[texts, positions]`.
-        embeddings: `[sentences, dimensions]`; None where nothing is conditioned.
+        embeddings: `[sentences, dimensions]`; empty where nothing is conditioned.
         lengths: Tokens of each that are no padding `[texts]`.
     """
 
     tokens: Tensor
     sentence: Tensor
-    embeddings: Tensor | None
+    embeddings: Tensor
     lengths: Tensor
 
     def batch(self, targets: Tensor | None = None) -> Batch:
-        """The same as a batch, which is to be mixed by `Known(embeddings)`.
+        """The same as a batch, whose mixing is `Precomputed(embeddings)`.
 
         Args:
             targets: Next tokens, `IGNORE` where not scored `[texts, positions]`; unset: nothing is scored.
         """
-        sentences = torch.zeros(0 if self.embeddings is None else len(self.embeddings)).to(self.tokens)
+        sentences = torch.zeros(len(self.embeddings)).to(self.tokens)
         return Batch(
             tokens=self.tokens,
             targets=torch.full_like(self.tokens, IGNORE) if targets is None else targets,
@@ -91,25 +91,7 @@ class GrowingWindows:
         )
 
 
-class Known:
-    """The mixing of embeddings that are mixed already.
-
-    Args:
-        embeddings: `[sentences, dimensions]`; None where nothing is conditioned, and so nothing mixed.
-    """
-
-    needs_scores = False
-
-    def __init__(self, embeddings: Tensor | None) -> None:
-        self._embeddings = embeddings
-
-    def __call__(self, scores: Tensor, actions: Tensor, codebook: Tensor, temperature: Any) -> Tensor:
-        """Mixes as `Mixing` has it."""
-        assert self._embeddings is not None  # noqa: S101 - nothing is mixed where nothing is conditioned
-        return self._embeddings
-
-
-def read_windows(texts: Sequence[Text], window: int, device: torch.device) -> GrowingWindows:
+def read_windows(texts: Sequence[GrowingText], window: int, device: torch.device) -> GrowingWindows:
     """What is read of some texts.
 
     Args:
@@ -131,80 +113,67 @@ def read_windows(texts: Sequence[Text], window: int, device: torch.device) -> Gr
     return GrowingWindows(
         torch.from_numpy(tokens).to(device),
         torch.from_numpy(sentence).to(device),
-        torch.stack(embeddings) if embeddings else None,
+        torch.stack(embeddings) if embeddings else torch.zeros(0, device=device),
         torch.from_numpy(lengths).to(device),
     )
+
+
+class Decoder:
+    """Reads the whole window of every text for every token, as the conditioned LM itself does.
+
+    Args:
+        model: The conditioned LM.
+        window: Most tokens that are read at once.
+
+    Attributes:
+        cached: Whether keys and values of a text are kept until it has grown.
+    """
+
+    cached = False
+
+    def __init__(self, model: PlannedLM, window: int) -> None:
+        self._model, self._window = model, window
+        self._device = model.backend.device
+
+    def __call__(self, texts: Sequence[GrowingText]) -> Tensor:
+        """Logits of the token behind each text `[texts, vocabulary]`.
+
+        Args:
+            texts: At least one. Those that were given in the call before, and have grown by a token since,
+                are recognised by identity.
+        """
+        read = read_windows(texts, self._window, self._device)
+        logits = self._model(read.batch(), Precomputed(read.embeddings))
+        return logits[torch.arange(len(texts), device=self._device), read.lengths - 1]
 
 
 KeysAndValues = list[tuple[Tensor, Tensor]]
 """Of every layer `[texts, heads, positions, features]`; each text's stand at the end of its row."""
 
 
-class Decoder(Protocol):
-    """Reads texts that grow.
-
-    Attributes:
-        cached: Whether what was read of a text is kept until it has grown.
-    """
-
-    cached: bool
-
-    def __call__(self, texts: Sequence[Text]) -> Tensor:
-        """Logits of the token behind each text `[texts, vocabulary]`.
-
-        Args:
-            texts: At least one. Those that were given in the call before, and have grown by a token since,
-                are told by identity.
-        """
-        ...
-
-
-class WholeDecoder:
-    """Reads the whole window for every token, as the conditioned LM itself does.
+class HFDecoder(Decoder):
+    """Reads with the plain module, and keeps what it has read if asked to.
 
     Args:
-        model: The conditioned LM.
+        model: Whose adapter conditions it, and whose depth ensemble computes the logits, if there are such.
         window: Most tokens that are read at once.
-    """
-
-    cached = False
-
-    def __init__(self, model: PlannedLM, window: int) -> None:
-        self._model = model
-        self._window = window
-        self._device = model.backend.device
-
-    def __call__(self, texts: Sequence[Text]) -> Tensor:
-        """As `Decoder` has it."""
-        read = read_windows(texts, self._window, self._device)
-        logits = self._model(read.batch(), Known(read.embeddings))
-        return logits[torch.arange(len(texts), device=self._device), read.lengths - 1]
-
-
-class PlainDecoder:
-    """Reads with the plain module, and, where that is asked for, keeps what it has read.
-
-    Args:
         backend: The plain module.
-        model: Whose adapter conditions it, and whose depth ensemble makes the logits, if there are such.
-        window: Most tokens that are read at once.
         cache: Keep keys and values of the texts of one call for the next.
     """
 
-    def __init__(self, backend: HFBackend, model: PlannedLM, window: int, *, cache: bool) -> None:
+    def __init__(self, model: PlannedLM, window: int, backend: HFBackend, *, cache: bool) -> None:
         self.cached = cache
-        self._backend = backend
+        self._backend, self._device, self._window = backend, backend.device, window
         self._adapter = model.adapter
         self._late = [] if model.depth is None else model.depth.hooks()
-        self._window = window
-        self._texts: list[Text] = []
+        self._texts: list[GrowingText] = []
         self._read: list[int] = []
         self._cache: DynamicCache | None = None
         self._carried: list[Tensor] = []
         self._hooks: list[Hook] = []
 
-    def __call__(self, texts: Sequence[Text]) -> Tensor:
-        """As `Decoder` has it."""
+    def __call__(self, texts: Sequence[GrowingText]) -> Tensor:
+        """Logits of the token behind each text `[texts, vocabulary]`; see `Decoder`."""
         if not self.cached:
             return self._fill(texts, cache=None)
         held = [text for text in self._texts if text in texts and self._goes_on(text)]
@@ -214,50 +183,47 @@ class PlainDecoder:
             logits.append(self._begin(held, fresh))
         self._texts = held + fresh
         self._read = [len(text.tokens) for text in self._texts]
-        order = [self._texts.index(text) for text in texts]
-        return torch.cat(logits)[order]
+        return torch.cat(logits)[[self._texts.index(text) for text in texts]]
 
-    def _goes_on(self, text: Text) -> bool:
+    def _goes_on(self, text: GrowingText) -> bool:
         """Whether the text has grown by a token since it was read, and is read from where it was."""
         read, length = self._read[self._texts.index(text)], len(text.tokens)
         return length == read + 1 and window_start(length, self._window) == window_start(read, self._window)
 
-    def _length(self, text: Text) -> int:
+    def _length(self, text: GrowingText) -> int:
         return len(text.tokens) - window_start(len(text.tokens), self._window)
 
-    def _step(self, texts: list[Text]) -> Tensor:
+    def _step(self, texts: list[GrowingText]) -> Tensor:
         """Reads the last token of texts that are held; other texts are no longer held then."""
         assert self._cache is not None  # noqa: S101 - texts are held in it
-        device = self._backend.device
         if len(texts) < len(self._texts):
-            rows = torch.tensor([self._texts.index(text) for text in texts])
-            self._cache.batch_select_indices(rows)
+            self._cache.batch_select_indices(torch.tensor([self._texts.index(text) for text in texts]))
         # Columns of the cache that no text reaches any more are masked, and cut off when texts join.
         width, lengths = self._cache.get_seq_length() + 1, [self._length(text) for text in texts]
-        read = torch.tensor(lengths, device=device)[:, None]
-        mask = (torch.arange(width, device=device) >= width - read).long()
-        with self._backend.hooked([*self._last_hooks(texts, device), *self._late]) as model:
+        read = torch.tensor(lengths, device=self._device)[:, None]
+        mask = (torch.arange(width, device=self._device) >= width - read).long()
+        with self._backend.hooked([*self._last_hooks(texts), *self._late]) as model:
             return model(
-                input_ids=torch.tensor([[text.tokens[-1]] for text in texts], device=device),
+                input_ids=torch.tensor([[text.tokens[-1]] for text in texts], device=self._device),
                 position_ids=read - 1,
                 attention_mask=mask if min(lengths) < width else None,
                 past_key_values=self._cache,
                 use_cache=True,
             ).logits[:, -1]
 
-    def _last_hooks(self, texts: list[Text], device: torch.device) -> list[Hook]:
-        """Hooks for the last position of each text; the projections are made anew when a sentence begins."""
+    def _last_hooks(self, texts: list[GrowingText]) -> list[Hook]:
+        """Hooks for the last position of each text; projected again only when a sentence begins."""
         if self._adapter is None:
             return []
         carried = [text.embeddings[text.carried[-1]] for text in texts]
         same = len(carried) == len(self._carried)
         if not (same and all(new is old for new, old in zip(carried, self._carried, strict=True))):
-            rows = torch.arange(len(texts), device=device)[:, None]
+            rows = torch.arange(len(texts), device=self._device)[:, None]
             self._hooks = self._adapter.hooks(torch.stack(carried), rows)
             self._carried = carried
         return self._hooks
 
-    def _begin(self, held: list[Text], fresh: list[Text]) -> Tensor:
+    def _begin(self, held: list[GrowingText], fresh: list[GrowingText]) -> Tensor:
         """Reads whole windows, and holds them behind what is held."""
         from transformers import DynamicCache
 
@@ -267,26 +233,26 @@ class PlainDecoder:
         width = max(map(self._length, [*held, *fresh]))
         layers = _to_the_end(_layers(cache), [self._length(text) for text in fresh], width)
         if held and self._cache is not None:
-            beside = [(_cut(keys, width), _cut(values, width)) for keys, values in _layers(self._cache)]
             layers = [
-                (torch.cat([keys, new_keys]), torch.cat([values, new_values]))
-                for (keys, values), (new_keys, new_values) in zip(beside, layers, strict=True)
+                (torch.cat([_cut(keys, width), new_keys]), torch.cat([_cut(values, width), new_values]))
+                for (keys, values), (new_keys, new_values) in zip(_layers(self._cache), layers, strict=True)
             ]
         self._cache = DynamicCache(layers)
         return logits
 
-    def _fill(self, texts: Sequence[Text], cache: DynamicCache | None) -> Tensor:
+    def _fill(self, texts: Sequence[GrowingText], cache: DynamicCache | None) -> Tensor:
         """Reads whole windows; a cache that is given holds their keys and values then."""
-        read = read_windows(texts, self._window, self._backend.device)
+        read = read_windows(texts, self._window, self._device)
         shown = Conditioned(read.tokens)
-        if self._adapter is not None and read.embeddings is not None:
+        if self._adapter is not None:
             shown = self._adapter.conditioned(read.tokens, read.embeddings, read.sentence)
-        rows, last = torch.arange(len(texts), device=self._backend.device), read.lengths - 1
+        rows, last = torch.arange(len(texts), device=self._device), read.lengths - 1
         if shown.slots is not None:
             last = shown.slots.predicting[rows, last]
 
         def only_last(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (inputs[0][rows, last][:, None], *inputs[1:])
+            states = inputs[0]
+            return (states[rows.to(states.device), last.to(states.device)][:, None], *inputs[1:])
 
         with self._backend.hooked([*shown.hooks, *self._late]) as model:
             # Logits of whole windows may not fit, and nobody reads them.
@@ -327,9 +293,7 @@ def _cut(states: Tensor, width: int) -> Tensor:
 
 
 def new_decoder(model: PlannedLM, backend: Backend, window: int, *, cache: bool = True) -> Decoder:
-    """The fastest way to read growing texts.
-
-    The plain module is compared with the conditioned LM itself on a few tokens, the cache too.
+    """The fastest decoder that agrees with the conditioned LM on a few tokens.
 
     Args:
         model: The conditioned LM.
@@ -338,37 +302,36 @@ def new_decoder(model: PlannedLM, backend: Backend, window: int, *, cache: bool 
         cache: Whether to keep what was read; it is not kept where the plain module cannot, nor between
             planning tokens.
     """
-    whole = WholeDecoder(model, window)
+    whole = Decoder(model, window)
     if not isinstance(backend, HFBackend):
         return whole
     inserts = model.adapter is not None and model.adapter.inserts
     for kept in (True, False) if cache and not inserts else (False,):
-        plain = PlainDecoder(backend, model, window, cache=kept)
-        if _same(plain, whole, model, window):
-            return PlainDecoder(backend, model, window, cache=kept)
+        if _agree(HFDecoder(model, window, backend, cache=kept), whole, model, window):
+            return HFDecoder(model, window, backend, cache=kept)
     return whole
 
 
-def _same(plain: Decoder, whole: Decoder, model: PlannedLM, window: int) -> bool:
-    """Whether two decoders say the same of two texts of different lengths, and when these have grown."""
+def _agree(decoder: Decoder, whole: Decoder, model: PlannedLM, window: int) -> bool:
+    """Whether two decoders agree on two texts of different lengths, and when these have grown."""
     vocabulary = model.backend.model.config.get_text_config().vocab_size
     embeddings = [] if model.adapter is None else list(model.adapter.codebook.detach()[:2])
     longer = min(window - 1, 3)
     texts = [
-        Text([i % vocabulary for i in range(length)], [i % 2 for i in range(length)], embeddings)
+        GrowingText([i % vocabulary for i in range(length)], [i % 2 for i in range(length)], embeddings)
         for length in (longer, max(1, longer - 1))
     ]
-    with torch.no_grad():
-        for _ in range(2):
+    for _ in range(2):
+        with torch.no_grad():
             try:
-                found = plain(texts)
+                found = decoder(texts)
             except (TypeError, ValueError, AttributeError, IndexError, KeyError, RuntimeError):
                 return False  # a module that takes no positions, or keeps something else than keys and values
             expected = whole(texts)
-            scale = expected.abs().max().clamp(min=1e-6)
-            if found.shape != expected.shape or (found - expected).abs().max() > TOLERANCE * scale:
-                return False
-            for text in texts:
-                text.tokens.append(len(text.tokens) % vocabulary)
-                text.carried.append(0)
+        scale = expected.abs().max().clamp(min=1e-6)
+        if found.shape != expected.shape or (found - expected).abs().max() > TOLERANCE * scale:
+            return False
+        for text in texts:
+            text.tokens.append(len(text.tokens) % vocabulary)
+            text.carried.append(0)
     return True

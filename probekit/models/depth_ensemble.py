@@ -1,8 +1,7 @@
-"""Losses of late layers' logits, which are never all there at once.
+"""Depth ensembles: normalisations of late layers, a router that weighs them, and their losses.
 
-The logits of k layers over a vocabulary of 50,000 take k times the memory of the LM's own. Here the head is
-applied to a few tokens at a time, and where gradients are wanted they are taken at once: what is kept is of
-the size of the hidden states.
+The logits of k layers over a vocabulary of 50,000 take k times the memory of the LM's own. The losses apply
+the head to a few tokens at a time and take gradients at once: what is kept is as large as the hidden states.
 """
 
 from __future__ import annotations
@@ -19,8 +18,7 @@ from torch import Tensor, nn
 
 from probekit.config import DepthSettings, DistillationSettings, MemberName
 from probekit.errors import ProbekitError
-from probekit.models.hook_points import TOLERANCE, find_hook_point
-from probekit.models.language_model import OUTSIDE_BLOCKS, Hook, hook_name
+from probekit.models.hook_points import OUTSIDE_BLOCKS, TOLERANCE, Hook, find_hook_point, hook_name
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -30,15 +28,18 @@ if TYPE_CHECKING:
 
 
 NORM_IN = "ln_final.hook_in"
-"""What the last layer gives, as the final norm gets it."""
+"""The output of the last layer, which the final norm reads."""
 
 NORM_OUT = OUTSIDE_BLOCKS[1]
-"""What the head gets."""
+"""The output of the final norm, which the head reads."""
+
+LOGITS = 1 << 24
+"""Logits that are in memory at once, of all layers together, whatever the number of layers."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """A way of tuning that is trained and compared.
+    """A kind of tuning that is trained and compared.
 
     Attributes:
         reads: Which layers it reads: `last`, the last one alone; `late`, the last k; `repeated`, the last one
@@ -65,8 +66,8 @@ MEMBERS: dict[MemberName, Member] = {
 
 
 @dataclass(frozen=True)
-class Late:
-    """What an ensemble makes of late layers.
+class LateLayers:
+    """Late layers, normalised and mixed.
 
     Attributes:
         states: Every layer's normalised states, which the head turns into its logits `[layers, ..., width]`.
@@ -82,12 +83,12 @@ class Late:
 class DepthEnsemble(nn.Module):
     """Normalisations of late layers, and the router.
 
-    A layer's normalisation is the LM's own final norm, kept as it was, with a trainable scale and shift
-    behind it: as expressive as one with its own weights, whatever the norm, and at first the LM's.
+    A layer's normalisation is the LM's own final norm, frozen, with a trainable scale and shift after it: as
+    expressive as one with its own weights, whatever the norm, and equal to the LM's before training.
 
     Args:
         norm: The LM's final norm; copied.
-        layers: Which layer each normalisation reads, the last one last; a layer may come several times.
+        layers: Which layer each normalisation reads, the last one last; a layer may appear several times.
         depth: Layers of the LM.
         width: Features of the residual stream.
         top_k: How many weights of a token are kept; None keeps all.
@@ -96,7 +97,9 @@ class DepthEnsemble(nn.Module):
 
     Attributes:
         layers: As given.
-        names: Full TransformerLens names of the hooks it needs.
+        read_names: Hooks that are read, each once, in the order in which they fire.
+        names: Full TransformerLens names of all hooks it needs: those that are read, and the one it changes.
+        trained: The trained parameters.
     """
 
     def __init__(
@@ -113,7 +116,9 @@ class DepthEnsemble(nn.Module):
         super().__init__()
         k = len(layers)
         self.layers = tuple(layers)
-        self._places = [NORM_IN if i == depth - 1 else hook_name("hook_resid_post", i) for i in layers]
+        self._hook_of = [NORM_IN if i == depth - 1 else hook_name("hook_resid_post", i) for i in layers]
+        self.read_names = tuple(dict.fromkeys(self._hook_of))
+        self.names = (*self.read_names, NORM_OUT)
         self._top_k = None if top_k is None or top_k >= k else top_k
         self.norm = copy.deepcopy(norm).requires_grad_(False)
         self.scale = nn.Parameter(torch.ones(k, width))
@@ -128,36 +133,22 @@ class DepthEnsemble(nn.Module):
                 self.router.bias[-1] = math.log(last_weight)
 
     @property
-    def read_names(self) -> tuple[str, ...]:
-        """Hooks that are read, each once, in the order in which they fire."""
-        return tuple(dict.fromkeys(self._places))
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Hooks that are read, and the one that is changed."""
-        return (*self.read_names, NORM_OUT)
-
-    @property
     def trained(self) -> list[nn.Parameter]:
-        """What is trained."""
+        """Scales, shifts, and the router's weights."""
         router = [] if self.router is None else [*self.router.parameters()]
         return [self.scale, self.shift, *router]
 
-    def forward(self, hidden: Mapping[str, Tensor]) -> Late:
-        """Normalises, weighs and mixes.
-
-        Args:
-            hidden: What every one of `read_names` holds `[..., width]`.
-        """
+    def forward(self, hidden: Mapping[str, Tensor]) -> LateLayers:
+        """Normalises, weighs and mixes the activations `[..., width]` at all of `read_names`."""
         normed = {name: self.norm(hidden[name]) for name in self.read_names}
-        each = zip(self._places, self.scale, self.shift, strict=True)
-        states = torch.stack([normed[place] * scale + shift for place, scale, shift in each])
+        each = zip(self._hook_of, self.scale, self.shift, strict=True)
+        states = torch.stack([normed[hook] * scale + shift for hook, scale, shift in each])
         weights = self._weights(normed[NORM_IN])
         mixed = torch.einsum("...k,k...d->...d", weights.to(states.dtype), states)
-        return Late(states, weights, mixed)
+        return LateLayers(states, weights, mixed)
 
     def hooks(self) -> list[Hook]:
-        """The hooks with which a forward pass gives the ensemble's logits."""
+        """The hooks with which a forward pass computes the ensemble's logits."""
         hidden: dict[str, Tensor] = {}
 
         def mix(activation: Tensor, hook: Any = None) -> Tensor:
@@ -166,7 +157,7 @@ class DepthEnsemble(nn.Module):
         return [*self.readers(hidden), (NORM_OUT, mix)]
 
     def readers(self, hidden: dict[str, Tensor]) -> list[Hook]:
-        """Hooks that put what `forward` needs into a mapping."""
+        """Hooks that put the activations that `forward` needs into a dictionary."""
 
         def reader(name: str) -> Hook:
             def keep(activation: Tensor, hook: Any = None) -> None:
@@ -176,30 +167,26 @@ class DepthEnsemble(nn.Module):
 
         return [reader(name) for name in self.read_names]
 
-    def _weights(self, read: Tensor) -> Tensor:
-        """Weights of the layers for tokens whose last layer, normalised, is given `[..., layers]`."""
+    def _weights(self, last: Tensor) -> Tensor:
+        """Weights of the layers for tokens, given their normalised last layer `[..., layers]`."""
         if self.router is None:
-            return read.new_ones(*read.shape[:-1], 1)
-        scores = self.router(read).float()
+            return last.new_ones(*last.shape[:-1], 1)
+        scores = self.router(last).float()
         if self._top_k is not None:
+            # A softmax over the kept scores alone keeps the largest weights and renormalises them.
             kept = scores.topk(self._top_k, dim=-1)
-            # A softmax over the kept scores alone is what keeping the weights and renormalising comes to.
             scores = torch.full_like(scores, -torch.inf).scatter(-1, kept.indices, kept.values)
         return scores.softmax(dim=-1)
 
 
 def new_ensemble(
-    member: MemberName,
-    settings: DepthSettings,
-    lm: BaseLM,
-    model: PreTrainedModel,
-    seed: int,
+    member: MemberName, settings: DepthSettings, lm: BaseLM, model: PreTrainedModel, seed: int
 ) -> DepthEnsemble:
     """An untrained ensemble that fits an LM.
 
     Args:
         member: Which layers it reads.
-        settings: Their number, and the router's.
+        settings: Their number, and the router's settings.
         lm: The LM.
         model: The same LM, not bridged.
         seed: Seed of the router.
@@ -212,9 +199,8 @@ def new_ensemble(
         raise ProbekitError(
             f"depth.layers is {settings.layers}, but the LM has {depth} layers; it must be at most {depth}"
         )
-    norm = final_norm(lm.bridged, model)
     return DepthEnsemble(
-        norm,
+        final_norm(lm.bridged, model),
         MEMBERS[member].layers(depth, settings.layers),
         depth=depth,
         width=model.get_output_embeddings().in_features,
@@ -228,7 +214,7 @@ def final_norm(bridged: TransformerBridge, model: PreTrainedModel) -> nn.Module:
     """The norm before the head of an LM whose logits are the head of that norm.
 
     Raises:
-        ProbekitError: There is none, or the logits are capped or scaled behind the head.
+        ProbekitError: There is none, or the logits are capped or scaled after the head.
     """
     point = find_hook_point(bridged, model, NORM_OUT)
     if point is None:
@@ -237,15 +223,14 @@ def final_norm(bridged: TransformerBridge, model: PreTrainedModel) -> nn.Module:
             "normalisations begin; choose an LM that has one before its head, as GPT-2, Llama, OLMo and Qwen "
             "have, or give --method planner"
         )
-    norm = model.get_submodule(point.module)
+    norm, head = model.get_submodule(point.module), model.get_output_embeddings()
     seen: list[Tensor] = []
     handle = norm.register_forward_hook(lambda _, __, output: seen.append(output))
     with torch.no_grad():
         tokens = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
         logits = model(tokens, use_cache=False).logits
-    handle.remove()
-    with torch.no_grad():
-        own = model.get_output_embeddings()(seen[-1])
+        handle.remove()
+        own = head(seen[-1])
     if own.shape != logits.shape or (own - logits).abs().max() > TOLERANCE * logits.abs().max():
         raise ProbekitError(
             f"{type(model).__name__} does more to its logits than its head does (it caps or scales them), so "
@@ -254,30 +239,26 @@ def final_norm(bridged: TransformerBridge, model: PreTrainedModel) -> nn.Module:
     return norm
 
 
-LOGITS = 1 << 24
-"""Logits that are there at once, of all layers together: bounds the memory, whatever the number of layers."""
-
-
 @dataclass(frozen=True)
-class LateLoss:
-    """What a depth ensemble is trained on (arXiv 2410.13077).
+class DepthLoss:
+    """The training loss of a depth ensemble (arXiv 2410.13077).
 
     Attributes:
         distillation: How the layers learn from the last one; None: not at all.
         layer_loss: Weight of every layer's own cross-entropy.
-        logits: Most logits at once.
+        logits: Most logits in memory at once.
     """
 
     distillation: DistillationSettings | None = None
     layer_loss: float = 0.0
     logits: int = LOGITS
 
-    def __call__(self, head: nn.Module, late: Late, targets: Tensor) -> Tensor:
+    def __call__(self, head: nn.Module, late: LateLayers, targets: Tensor) -> Tensor:
         """The loss summed over tokens, in nats.
 
         Args:
             head: The LM's head, a linear map.
-            late: Of the tokens, `states` `[layers, tokens, width]`.
+            late: The layers at the tokens, `states` `[layers, tokens, width]`.
             targets: The next tokens `[tokens]`.
         """
         distilled = self.distillation if late.states.shape[0] > 1 else None
@@ -286,29 +267,43 @@ class LateLoss:
 
         def loss(mixed: Tensor, states: Tensor, targets: Tensor, *weights: Tensor) -> Tensor:
             total = F.cross_entropy(F.linear(mixed, *weights).float(), targets, reduction="sum")
-            if by_layer:
-                # Flat: of a batch that is not contiguous, the head would be read anew for every token.
-                logits = F.linear(states.flatten(0, 1), *weights).float().unflatten(0, states.shape[:2])
-                if self.layer_loss:
-                    each = targets[:, None].expand(-1, logits.shape[1])
-                    own = F.cross_entropy(logits.flatten(0, 1), each.flatten(), reduction="sum")
-                    total = total + self.layer_loss * own
-                if distilled is not None:
-                    total = total + distilled.weight * _distillation(logits, distilled)
+            if not by_layer:
+                return total
+            # Flat: of a batch that is not contiguous, the head would be read anew for every token.
+            logits = F.linear(states.flatten(0, 1), *weights).float().unflatten(0, states.shape[:2])
+            if self.layer_loss:
+                each = targets[:, None].expand(-1, logits.shape[1])
+                own = F.cross_entropy(logits.flatten(0, 1), each.flatten(), reduction="sum")
+                total = total + self.layer_loss * own
+            if distilled is not None:
+                total = total + distilled.weight * _distillation(logits, distilled)
             return total
 
         at_once = max(1, self.logits // (_vocabulary(head) * (1 + states.shape[1])))
         return chunked_sum(loss, (late.mixed, states, targets), tuple(head.parameters()), at_once)
 
 
-def reader_losses(head: nn.Module, late: Late, targets: Tensor, *, logits: int = LOGITS) -> Tensor:
-    """Next-token losses of the ensemble, and behind it of every layer, in nats `[1 + layers, tokens]`.
+def _distillation(logits: Tensor, settings: DistillationSettings) -> Tensor:
+    """Divergence of the layers from the last one, summed over tokens and layers, in nats.
+
+    Args:
+        logits: `[tokens, layers, vocabulary]`.
+        settings: The direction.
+    """
+    log_p = logits.log_softmax(dim=-1)
+    layers, last = log_p[:, :-1], log_p[:, -1:].detach()  # the last layer only teaches
+    p, q = (layers, last) if settings.direction == "layer-from-last" else (last, layers)
+    return (p.exp() * (p - q)).sum()
+
+
+def reader_losses(head: nn.Module, late: LateLayers, targets: Tensor, *, logits: int = LOGITS) -> Tensor:
+    """Next-token losses of the ensemble and of every layer, in nats `[1 + layers, tokens]`.
 
     Args:
         head: The LM's head, a linear map.
-        late: Of the tokens, `states` `[layers, tokens, width]`.
+        late: The layers at the tokens, `states` `[layers, tokens, width]`.
         targets: The next tokens `[tokens]`.
-        logits: Most logits at once.
+        logits: Most logits in memory at once.
     """
     readers = torch.cat([late.mixed[None], late.states])
     losses = torch.empty(readers.shape[:2], device=targets.device)
@@ -321,15 +316,19 @@ def reader_losses(head: nn.Module, late: Late, targets: Tensor, *, logits: int =
     return losses
 
 
+def _vocabulary(head: nn.Module) -> int:
+    return int(next(iter(head.parameters())).shape[0])
+
+
 def chunked_sum(
     function: Callable[..., Tensor], rows: Sequence[Tensor], weights: Sequence[Tensor], size: int
 ) -> Tensor:
     """The sum of a function's values over chunks of rows, with its gradients.
 
     Args:
-        function: Called with a chunk of every one of `rows`, and all `weights`; gives a number.
+        function: Called with a chunk of every one of `rows`, and all `weights`; returns a number.
         rows: Tensors whose first axis is cut.
-        weights: What is given whole.
+        weights: Tensors that are passed whole.
         size: Rows of a chunk.
     """
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*rows, *weights)):
@@ -341,14 +340,14 @@ def chunked_sum(
 
 
 class _ChunkedSum(torch.autograd.Function):
-    """Takes a chunk's gradients as soon as its value is there, and gives all that it held back."""
+    """Takes a chunk's gradients as soon as its value is computed, and scales them in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, function: Callable[..., Tensor], split: int, size: int, *tensors: Tensor) -> Tensor:
         wanted = ctx.needs_input_grad[3:]
         gradients = [torch.zeros_like(t) if w else None for t, w in zip(tensors, wanted, strict=True)]
         total = tensors[0].new_zeros((), dtype=torch.float32)
-        # Made once: autocast keeps what it casts a leaf to as long as it is on, a copy for each.
+        # Made once: autocast keeps its copy of every leaf as long as it is on.
         weights = [t.detach().requires_grad_(w) for t, w in zip(tensors[split:], wanted[split:], strict=True)]
         for start in range(0, len(tensors[0]), size):
             parts = zip(tensors[:split], wanted[:split], strict=True)
@@ -369,20 +368,3 @@ class _ChunkedSum(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> Any:
         scaled = (None if g is None else g * upstream[0] for g in ctx.saved_tensors)
         return (None, None, None, *scaled)
-
-
-def _distillation(logits: Tensor, settings: DistillationSettings) -> Tensor:
-    """Divergence of the layers from the last one, summed over tokens and layers, in nats.
-
-    Args:
-        logits: `[tokens, layers, vocabulary]`.
-        settings: The direction.
-    """
-    log_p = logits.log_softmax(dim=-1)
-    layers, last = log_p[:, :-1], log_p[:, -1:].detach()  # the last layer only teaches
-    p, q = (layers, last) if settings.direction == "layer-from-last" else (last, layers)
-    return (p.exp() * (p - q)).sum()
-
-
-def _vocabulary(head: nn.Module) -> int:
-    return int(next(iter(head.parameters())).shape[0])

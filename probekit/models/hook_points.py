@@ -1,13 +1,15 @@
-"""Two backends that run an LM with some hooks, by the hooks' TransformerLens names.
+"""Hook points by their TransformerLens names, and two backends that run an LM with hooks on them.
 
-The bridge has every hook there is, and computes attention maps in every layer so that hooks can see them.
-Where nobody looks at them, the plain Hugging Face module computes the same in less time with its fused
-attention kernel: there, a hook point is the input or output of a submodule. `forward_pass` compares the two
-on a few tokens, and takes the bridge wherever they differ.
+The bridge has every hook point, and computes attention maps in every layer so that hooks can see them. Where
+nobody looks at them, the plain Hugging Face module computes the same in less time with its fused attention
+kernel: there, a hook point is the input or output of a submodule. `forward_pass` compares the two on a few
+tokens, and takes the bridge wherever they differ.
 """
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -16,20 +18,84 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
-from probekit.models.language_model import Hook, layer_of, main_device
+from probekit.errors import ProbekitError
+from probekit.models.language_model import main_device
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import PreTrainedModel
 
 
+Hook = tuple[str, Callable[..., Tensor | None]]
+"""A full TransformerLens hook name, and a function of the activation there; it may return another."""
+
+OUTSIDE_BLOCKS = ("hook_embed", "ln_final.hook_out")
+"""Locations that a model has once: before its first block, and behind its last."""
+
 TOLERANCE = 1e-3
 """Largest difference between the two backends, as a share of the largest activation."""
 
 
+def hook_name(location: str, layer: int) -> str:
+    """The full TransformerLens hook name of a location at a layer."""
+    return location if location in OUTSIDE_BLOCKS else f"blocks.{layer}.{location}"
+
+
+def layer_of(name: str) -> int | None:
+    """The last layer that has to be run for a hook to fire; None where all of the model has to."""
+    if name == OUTSIDE_BLOCKS[0]:
+        return 0
+    first, _, rest = name.partition(".")
+    return int(rest.partition(".")[0]) if first == "blocks" else None
+
+
+def locations(bridged: TransformerBridge) -> dict[str, int]:
+    """Every location that holds a vector for each position, and the vector's features.
+
+    Some hooks never fire, some hold attention patterns, some have the heads before the positions. Where there
+    is a vector for each position, one more token makes the second axis longer and changes no other. Blocks
+    are taken to be like the first.
+    """
+    short, long = (_shapes(bridged, length) for length in (1, 2))
+    return {
+        location: math.prod(shape[2:])
+        for location, shape in sorted(short.items())
+        if (*shape[:2], *long[location]) == (1, 1, 1, 2, *shape[2:])
+    }
+
+
+def _shapes(bridged: TransformerBridge, length: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of all that fires in the first block, and around the blocks, over a text of some tokens."""
+    prefix = hook_name("", 0)
+    tokens = torch.zeros(1, length, dtype=torch.long, device=bridged.original_model.device)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*gated-off hook")
+        _, cache = bridged.run_with_cache(
+            tokens,
+            names_filter=lambda name: name.startswith(prefix) or name in OUTSIDE_BLOCKS,
+            output_attentions=False,
+        )
+    return {
+        name.removeprefix(prefix): tuple(value.shape) for name, value in cache.items() if value is not None
+    }
+
+
+def check_location(known: dict[str, int], location: str, setting: str) -> None:
+    """Refuses a location that this architecture lacks, or that does not hold a vector for each position.
+
+    Raises:
+        ProbekitError: Names the setting, and lists the locations that there are.
+    """
+    if location not in known:
+        raise ProbekitError(
+            f"{setting} is {location!r}, where this architecture holds no vector for each position; it "
+            f"does at {', '.join(known)}"
+        )
+
+
 @dataclass(frozen=True)
-class HookPoint:
-    """Where a hook is in the plain module.
+class ModuleHook:
+    """A hook point of the plain module.
 
     Attributes:
         module: Path of a submodule.
@@ -50,7 +116,7 @@ class HFBackend:
     """
 
     def __init__(
-        self, model: PreTrainedModel, points: dict[str, HookPoint], device: torch.device | None = None
+        self, model: PreTrainedModel, points: dict[str, ModuleHook], device: torch.device | None = None
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.points = points
@@ -106,7 +172,7 @@ class HFBackend:
         inputs = {"input_ids": tokens} | position_arguments(positions)
         return {name: value.to(device) for name, value in inputs.items()}
 
-    def _attach(self, point: HookPoint, function: Callable[[Tensor], Tensor | None]) -> Any:
+    def _attach(self, point: ModuleHook, function: Callable[[Tensor], Tensor | None]) -> Any:
         module = self.model.get_submodule(point.module)
 
         def called(activation: Tensor) -> Tensor | None:
@@ -131,16 +197,12 @@ class HFBackend:
 
 
 class BridgeBackend:
-    """Runs the bridge, which has every hook there is."""
+    """Runs the bridge, with the interface of `HFBackend`."""
 
     def __init__(self, bridged: TransformerBridge) -> None:
         self.bridged = bridged
-        self.device: torch.device = bridged.original_model.device
-
-    @property
-    def model(self) -> PreTrainedModel:
-        """The Hugging Face module that was bridged."""
-        return self.bridged.original_model
+        self.model: PreTrainedModel = bridged.original_model
+        self.device: torch.device = self.model.device
 
     def __call__(
         self, tokens: Tensor, hooks: Sequence[Hook], reads: int, positions: Tensor | None = None
@@ -180,7 +242,7 @@ def position_arguments(positions: Tensor | None) -> dict[str, Tensor]:
     return {"position_ids": positions, "attention_mask": torch.ones_like(positions)}
 
 
-def find_hook_point(bridged: TransformerBridge, model: PreTrainedModel, name: str) -> HookPoint | None:
+def find_hook_point(bridged: TransformerBridge, model: PreTrainedModel, name: str) -> ModuleHook | None:
     """Where a hook of the bridge is in the plain module; None where the plain module has no such place.
 
     Args:
@@ -208,7 +270,7 @@ def find_hook_point(bridged: TransformerBridge, model: PreTrainedModel, name: st
             return point
     sides = {"hook_in": True, "hook_out": False}
     known = ".".join(modules) in dict(model.named_modules())
-    return HookPoint(".".join(modules), sides[hook]) if modules and known and hook in sides else None
+    return ModuleHook(".".join(modules), sides[hook]) if modules and known and hook in sides else None
 
 
 def forward_pass(bridged: TransformerBridge, model: PreTrainedModel, names: Sequence[str]) -> Backend:
@@ -227,18 +289,14 @@ def forward_pass(bridged: TransformerBridge, model: PreTrainedModel, names: Sequ
     fast = HFBackend(model, points)
     tokens = torch.arange(6, device=fast.device).view(3, 2) % model.config.get_text_config().vocab_size
     with torch.no_grad():
-        (seen, changed), (true, truly_changed) = (_probed(backend, tokens, names) for backend in (fast, slow))
-    same = all(
-        _close(seen[name], true[name]) and _close(changed[name], truly_changed[name]) for name in names
-    )
+        pairs = zip(_probed(fast, tokens, names), _probed(slow, tokens, names), strict=True)
+    same = all(_close(seen[name], true[name]) for seen, true in pairs for name in names)
     return fast if same else slow
 
 
-def _probed(
-    backend: Backend, tokens: Tensor, names: Sequence[str]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _probed(backend: Backend, tokens: Tensor, names: Sequence[str]) -> tuple[dict[str, Tensor], ...]:
     """What hooks see, and what they see when every one of them changes what it saw."""
-    seen: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+    seen: tuple[dict[str, Tensor], ...] = ({}, {})
 
     def look(name: str, activation: Tensor) -> None:
         seen[0][name] = activation.clone()
@@ -261,12 +319,3 @@ def _close(first: Tensor, second: Tensor) -> bool:
     return first.shape == second.shape and bool(
         (first - second).abs().max() <= TOLERANCE * second.abs().max().clamp(min=1e-6)
     )
-
-
-def blocks_of(model: PreTrainedModel) -> dict[str, nn.Module] | None:
-    """An LM's blocks by path, in their order; None where it does not list them in one place."""
-    depth = model.config.get_text_config().num_hidden_layers
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return {f"{path}.{number}": block for number, block in enumerate(module)}
-    return None

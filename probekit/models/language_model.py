@@ -1,22 +1,14 @@
-"""The base LM: built new or loaded, and bridged to TransformerLens.
-
-Training a new LM uses the plain Hugging Face module with its fast attention kernel; bridging rewires a module
-in place, so what is saved is always the plain one.
-"""
+"""The base LM: built new or loaded as a Hugging Face module, placed over devices, bridged to TransformerLens."""
 
 from __future__ import annotations
 
 import copy
-import math
 import sys
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from probekit import distributed
 from probekit.config import LanguageModelSettings
@@ -53,43 +45,6 @@ def new_model(
         return GPT2LMHeadModel(config)
 
 
-def random_weights(model: PreTrainedModel, seed: int) -> PreTrainedModel:
-    """A model of the same architecture with random weights, placed as the model is.
-
-    The same seed gives the same weights.
-    """
-    from accelerate import dispatch_model
-
-    made = _random(model.config, seed)
-    if not is_placed(model):
-        return made
-    folder = TemporaryDirectory(prefix="probekit-")
-    made.offload_folder = folder  # removed with the model
-    return dispatch_model(made, model.hf_device_map, offload_dir=folder.name, force_hooks=True)
-
-
-def _random(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
-    with torch.random.fork_rng():
-        # Not the seed itself: an untrained model of that seed would come out again.
-        torch.manual_seed(seed + 2**40)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-
-
-def shallow(config: PreTrainedConfig) -> PreTrainedModel:
-    """A small LM of the same architecture with random weights: the first layers, with one of every kind."""
-    config = copy.deepcopy(config)
-    text = config.get_text_config()
-    depth, kinds = text.num_hidden_layers, getattr(text, "layer_types", None) or [None]
-    layers = min(depth, max(2, 1 + max(kinds.index(kind) for kind in kinds)))
-    for name, value in vars(text).items():
-        if isinstance(value, list) and len(value) == depth:
-            setattr(text, name, value[:layers])
-    text.num_hidden_layers = layers
-    return _random(config, 0)
-
-
 def load_model(
     name: str,
     *,
@@ -111,7 +66,6 @@ def load_model(
         ProbekitError: There is no such folder or hub name, the hub is out of reach, some or all weights of a
             causal LM are not there, what is there is no causal LM, or it cannot be placed.
     """
-    from accelerate import dispatch_model
     from transformers import AutoModelForCausalLM
 
     if device_map is not None and (processes := distributed.count()) > 1:
@@ -120,17 +74,16 @@ def load_model(
             "one process, or leave lm.device_map unset"
         )
     source = hub.find(name, setting="lm.name", revision=revision)
-    arguments: dict[str, Any] = source.arguments
-    if device_map is not None:
-        folder = TemporaryDirectory(prefix="probekit-")
-        arguments = arguments | {"device_map": device_map, "offload_folder": folder.name}
+    offloaded = None if device_map is None else TemporaryDirectory(prefix="probekit-")
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             source.name,
             dtype=torch.float32,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
-            **arguments,
+            device_map=device_map,
+            offload_folder=None if offloaded is None else offloaded.name,
+            **source.arguments,
         )
     except Exception as error:
         placing = "" if device_map is None else f" with lm.device_map {device_map!r}"
@@ -138,22 +91,36 @@ def load_model(
             f"lm.name {name!r}: no causal LM could be loaded from it{placing}; it needs a config.json and "
             f"model.safetensors ({_reason(error)})"
         ) from error
-    if device_map is not None:
-        model.offload_folder = folder  # removed with the model
-        found = getattr(model, "hf_device_map", {"": str(model.device)})
-        if len({*found.values()}) == 1:  # accelerate left out what moves tokens there
-            dispatch_model(model, found, force_hooks=True)
     if missing := sorted(report["missing_keys"]):
         raise ProbekitError(
             f"lm.name {name!r}: its weights lack {missing[0]} and {len(missing) - 1} more that "
             f"{type(model).__name__} needs; give a folder or name with all weights of a causal LM"
         )
+    if offloaded is not None:
+        found = getattr(model, "hf_device_map", {"": str(model.device)})
+        if len({*found.values()}) == 1:  # Transformers leaves out the hooks that move tokens to the device
+            _place(model, found)
+        model.offload_folder = offloaded  # removed with the model
     if _reads_ahead(model):
         raise ProbekitError(
             f"lm.name {name!r}: {type(model).__name__} reads the tokens that it should predict; "
             "give a causal LM"
         )
     return model
+
+
+def _place(model: PreTrainedModel, device_map: dict[str, Any]) -> PreTrainedModel:
+    from accelerate import dispatch_model
+
+    model.offload_folder = TemporaryDirectory(prefix="probekit-")
+    return dispatch_model(model, device_map, offload_dir=model.offload_folder.name, force_hooks=True)
+
+
+def _reads_ahead(model: PreTrainedModel) -> bool:
+    """Whether the next token changes a position's logits, as in a BERT, which loads as a causal LM too."""
+    with torch.no_grad():
+        one, other = model(torch.tensor([[0, 0], [0, 1]], device=main_device(model))).logits[:, 0]
+    return bool((one - other).abs().max() > 1e-4 * one.abs().max())
 
 
 def is_placed(model: PreTrainedModel) -> bool:
@@ -167,6 +134,42 @@ def main_device(model: PreTrainedModel) -> torch.device:
         return model.device
     devices = [device for device in model.hf_device_map.values() if device not in ("cpu", "disk")]
     return torch.device(devices[0] if devices else "cpu")
+
+
+def random_weights(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """A model of the same architecture with random weights, placed as the model is.
+
+    The same seed gives the same weights.
+    """
+    made = _random(model.config, seed)
+    return _place(made, model.hf_device_map) if is_placed(model) else made
+
+
+def shallow(config: PreTrainedConfig) -> PreTrainedModel:
+    """A small LM of the same architecture with random weights: the first layers, with one of every kind."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    depth, kinds = text.num_hidden_layers, getattr(text, "layer_types", None) or [None]
+    layers = min(depth, max(2, 1 + max(kinds.index(kind) for kind in kinds)))
+    for name, value in vars(text).items():
+        if isinstance(value, list) and len(value) == depth:
+            setattr(text, name, value[:layers])
+    text.num_hidden_layers = layers
+    return _random(config, 0)
+
+
+def _random(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng():
+        # Not the seed itself: an untrained model of that seed would come out again.
+        torch.manual_seed(seed + 2**40)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def longest_window(config: PreTrainedConfig) -> int:
+    """Positions that the LM can read at once, in tokens; without bound where it has no table of positions."""
+    return int(getattr(config.get_text_config(), "max_position_embeddings", sys.maxsize))
 
 
 def bridge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str | Path) -> TransformerBridge:
@@ -194,88 +197,6 @@ def bridge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str
     bridged.eval()
     bridged.original_model.requires_grad_(False)
     return bridged
-
-
-def longest_window(config: PreTrainedConfig) -> int:
-    """Positions that the LM can read at once, in tokens; without bound where it has no table of positions."""
-    return int(getattr(config.get_text_config(), "max_position_embeddings", sys.maxsize))
-
-
-Hook = tuple[str, Callable[..., Tensor | None]]
-"""A full TransformerLens hook name, and what is called with the activation there; it may return another."""
-
-OUTSIDE_BLOCKS = ("hook_embed", "ln_final.hook_out")
-"""Locations that a model has once: before its first block, and behind its last."""
-
-
-def hook_name(location: str, layer: int) -> str:
-    """The full TransformerLens hook name of a location at a layer."""
-    return location if location in OUTSIDE_BLOCKS else f"blocks.{layer}.{location}"
-
-
-def layer_of(name: str) -> int | None:
-    """The last layer that has to be run for a hook to fire; None where all of the model has to."""
-    if name == OUTSIDE_BLOCKS[0]:
-        return 0
-    first, _, rest = name.partition(".")
-    return int(rest.partition(".")[0]) if first == "blocks" else None
-
-
-def in_layers(name: str, layers: int) -> str:
-    """The hook that stands for one in an LM of fewer layers."""
-    layer = layer_of(name) if name.startswith("blocks.") else None
-    return name if layer is None else name.replace(f".{layer}.", f".{layer % layers}.", 1)
-
-
-def locations(bridged: TransformerBridge) -> dict[str, int]:
-    """Every location that holds a vector for each position, and the vector's features.
-
-    Some hooks never fire, some hold attention patterns, some have the heads before the positions. Where there
-    is a vector for each position, one more token makes the second axis longer and changes no other. Blocks
-    are taken to be like the first.
-    """
-    short, long = (_shapes(bridged, length) for length in (1, 2))
-    return {
-        location: math.prod(shape[2:])
-        for location, shape in sorted(short.items())
-        if (*shape[:2], *long[location]) == (1, 1, 1, 2, *shape[2:])
-    }
-
-
-def check_location(known: dict[str, int], location: str, setting: str) -> None:
-    """Refuses a location that this architecture lacks, or that does not hold a vector for each position.
-
-    Raises:
-        ProbekitError: Names the setting, and lists the locations that there are.
-    """
-    if location not in known:
-        raise ProbekitError(
-            f"{setting} is {location!r}, where this architecture holds no vector for each position; it "
-            f"does at {', '.join(known)}"
-        )
-
-
-def _shapes(bridged: TransformerBridge, length: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of all that fires in the first block, and around the blocks, over a text of some tokens."""
-    prefix = hook_name("", 0)
-    tokens = torch.zeros(1, length, dtype=torch.long, device=bridged.original_model.device)
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*gated-off hook")
-        _, cache = bridged.run_with_cache(
-            tokens,
-            names_filter=lambda name: name.startswith(prefix) or name in OUTSIDE_BLOCKS,
-            output_attentions=False,
-        )
-    return {
-        name.removeprefix(prefix): tuple(value.shape) for name, value in cache.items() if value is not None
-    }
-
-
-def _reads_ahead(model: PreTrainedModel) -> bool:
-    """Whether the next token changes a position's logits, as in a BERT, which loads as a causal LM too."""
-    with torch.no_grad():
-        one, other = model(torch.tensor([[0, 0], [0, 1]], device=main_device(model))).logits[:, 0]
-    return bool((one - other).abs().max() > 1e-4 * one.abs().max())
 
 
 def _reason(error: Exception) -> str:

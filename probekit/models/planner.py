@@ -1,14 +1,14 @@
-"""Sentence encoders with gradients, to be trained with the planner that reads their embeddings.
+"""The planner, and the sentence encoders with gradients that may be trained with it.
 
-Before training they give the embeddings that the corpus holds. Actions stay those of the frozen encoder.
+Before training, such an encoder gives the embeddings that the corpus holds. Actions stay those of the frozen
+encoder.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ from probekit.data.encoders import PretrainedEncoder, SentenceEncoder, TfidfEnco
 from probekit.data.windows import Batch
 from probekit.io import ArrayAppender, atomic_path
 from probekit.progress import Progress
+
+SENTENCES_AT_ONCE = 256
+"""Sentences in one forward pass of a pre-trained encoder; like lengths go together, for little padding."""
 
 
 class Planner(nn.Module):
@@ -70,8 +73,7 @@ class Planner(nn.Module):
         """
         documents, sentences, dimensions = embeddings.shape
         start = self.start.expand(documents, 1, dimensions)
-        context = torch.cat([start, embeddings[:, :-1]], dim=1)
-        hidden = self.read(context)
+        hidden = self.read(torch.cat([start, embeddings[:, :-1]], dim=1))
         hidden = hidden + sinusoidal_positions(sentences, hidden.shape[-1]).to(hidden)
         causal = nn.Transformer.generate_square_subsequent_mask(
             sentences, device=hidden.device, dtype=hidden.dtype
@@ -93,10 +95,6 @@ def sinusoidal_positions(length: int, width: int) -> Tensor:
     return table
 
 
-SENTENCES_AT_ONCE = 256
-"""Sentences in one forward pass of a pre-trained encoder; like lengths go together, for little padding."""
-
-
 class TrainableEncoder(nn.Module):
     """A sentence encoder as a module: sentences in, embeddings with gradients out.
 
@@ -114,7 +112,7 @@ class TrainableEncoder(nn.Module):
         return F.normalize(self.vectors(sentences), dim=-1)
 
     def encode(self, sentences: Sequence[str]) -> np.ndarray:
-        """The same without gradients, as `SentenceEncoder` has it: float32 `[sentences, dimensions]`."""
+        """The same without gradients: float32 `[sentences, dimensions]`."""
         if not len(sentences):
             return np.zeros((0, self.dimensions), dtype=np.float32)
         with torch.no_grad():
@@ -146,27 +144,21 @@ class _ModelVectors(nn.Module):
         assert isinstance(encoder, PretrainedEncoder)  # noqa: S101 - there are two kinds
         self.model = encoder.model.eval()
         # Called `tokenize` before version 5.2 of the library.
-        self._prepare: Callable[[list[str]], dict[str, Any]] = (
-            getattr(self.model, "preprocess", None) or self.model.tokenize
-        )
+        self._prepare = getattr(self.model, "preprocess", None) or self.model.tokenize
 
     def forward(self, sentences: Sequence[str]) -> Tensor:
         device = next(self.model.parameters()).device
         order = np.argsort([-len(sentence) for sentence in sentences], kind="stable")
         parts = []
         for start in range(0, len(order), SENTENCES_AT_ONCE):
-            chunk = [sentences[i] for i in order[start : start + SENTENCES_AT_ONCE]]
-            features = {name: _moved(value, device) for name, value in self._prepare(chunk).items()}
+            features = self._prepare([sentences[i] for i in order[start : start + SENTENCES_AT_ONCE]])
+            features = {n: f.to(device) if isinstance(f, Tensor) else f for n, f in features.items()}
             parts.append(self.model(features)["sentence_embedding"])
         return torch.cat(parts)[torch.from_numpy(np.argsort(order)).to(device)]
 
 
-def _moved(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
-
-
 def embedded_context(encoder: TrainableEncoder, corpus: Corpus, batch: Batch) -> Tensor:
-    """A batch's context as an encoder embeds it now `[documents, sentences, dimensions]`.
+    """A batch's context, embedded by an encoder `[documents, sentences, dimensions]`.
 
     Every sentence that the planner reads is embedded, each once; the last ones that windows touch are not
     read, and keep the embeddings of the corpus.

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from probekit.data.windows import IGNORE, Batch
 from probekit.models.conditioning import Adapter, Conditioned
 from probekit.models.depth_ensemble import DepthEnsemble
-from probekit.models.hook_points import Backend
-from probekit.models.language_model import Hook
+from probekit.models.hook_points import Backend, Hook
 from probekit.models.mixing import Mixing
 from probekit.models.planner import Planner, TrainableEncoder
 
@@ -31,7 +30,7 @@ class PlannedLM(nn.Module):
         temperature: Of the softmax over scores.
         learn_temperature: Train the temperature, from that value on.
         encoder: The sentence encoder that is trained with the planner; unset: embeddings are the corpus's.
-        depth: Makes the logits of several layers; None: they are the last layer's.
+        depth: Computes the logits from several layers; None: they are the last layer's.
     """
 
     def __init__(
@@ -46,16 +45,13 @@ class PlannedLM(nn.Module):
         depth: DepthEnsemble | None = None,
     ) -> None:
         super().__init__()
-        self.backend = backend
-        self.planner = planner
-        self.adapter = adapter
-        self.encoder = encoder
-        self.depth = depth
+        self.backend, self.planner, self.adapter = backend, planner, adapter
+        self.encoder, self.depth = encoder, depth
+        self._temperature = temperature
         self.log_temperature: nn.Parameter | None = None
         if learn_temperature:
             device = None if adapter is None else adapter.codebook.device
             self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature), device=device))
-        self._temperature = temperature
 
     @property
     def bridged(self) -> TransformerBridge:
@@ -65,8 +61,7 @@ class PlannedLM(nn.Module):
     @property
     def names(self) -> tuple[str, ...]:
         """Full TransformerLens names of all hooks that are used."""
-        parts = (self.adapter, self.depth)
-        return tuple(name for part in parts if part is not None for name in part.names)
+        return tuple(name for part in (self.adapter, self.depth) if part is not None for name in part.names)
 
     @property
     def temperature(self) -> float | Tensor:
@@ -78,9 +73,11 @@ class PlannedLM(nn.Module):
         assert self.planner is not None  # noqa: S101 - only what needs scores asks for them
         return self.planner(batch.context).flatten(0, 1)[batch.touched]
 
-    def hooks(self, batch: Batch, mixing: Mixing, scores: Tensor | None = None) -> list[Hook]:
-        """The hooks of `conditioned`; they fit its tokens."""
-        return self.conditioned(batch, mixing, scores).hooks
+    def forward(self, batch: Batch, mixing: Mixing, scores: Tensor | None = None) -> Tensor:
+        """Next-token logits `[windows, positions, vocabulary]`; the arguments are those of `conditioned`."""
+        read = self.conditioned(batch, mixing, scores)
+        logits = self.backend.logits(read.tokens, read.hooks, read.positions)
+        return logits if read.slots is None else read.slots.predictions(logits)
 
     def conditioned(self, batch: Batch, mixing: Mixing, scores: Tensor | None = None) -> Conditioned:
         """What the LM reads in one forward pass over a batch.
@@ -93,10 +90,14 @@ class PlannedLM(nn.Module):
         read = self._planned(batch, mixing, scores)
         return read if self.depth is None else replace(read, hooks=[*read.hooks, *self.depth.hooks()])
 
+    def hooks(self, batch: Batch, mixing: Mixing, scores: Tensor | None = None) -> list[Hook]:
+        """The hooks of `conditioned`; they fit its tokens."""
+        return self.conditioned(batch, mixing, scores).hooks
+
     def late_hidden(self, batch: Batch, mixing: Mixing, scores: Tensor | None = None) -> dict[str, Tensor]:
         """What the depth ensemble reads at every position, by hook `[windows, positions, width]`.
 
-        No logits are made; the arguments are those of `conditioned`.
+        No logits are computed; the arguments are those of `conditioned`.
         """
         assert self.depth is not None  # noqa: S101 - only ensembles are asked
         read = self._planned(batch, mixing, scores)
@@ -115,12 +116,6 @@ class PlannedLM(nn.Module):
             scores = self.scores(batch) if mixing.needs_scores else batch.context.new_empty(0)
         embeddings = mixing(scores, batch.actions, self.adapter.codebook, self.temperature)
         return self.adapter.conditioned(batch.tokens, embeddings, batch.sentence)
-
-    def forward(self, batch: Batch, mixing: Mixing, scores: Tensor | None = None) -> Tensor:
-        """Next-token logits `[windows, positions, vocabulary]`."""
-        read = self.conditioned(batch, mixing, scores)
-        logits = self.backend.logits(read.tokens, read.hooks, read.positions)
-        return logits if read.slots is None else read.slots.predictions(logits)
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:

@@ -1,11 +1,11 @@
-"""Texts that are being written: their sentences so far, and the action that each position carries."""
+"""Texts that are being generated: their sentences so far, and the action that each position carries."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from probekit.data.sentences import align, complete_spans, sentence_spans
 from probekit.distributed import autocast
 from probekit.errors import ProbekitError
 from probekit.models.conditioning import Adapter
-from probekit.models.decoding import Text
+from probekit.models.decoding import GrowingText
 from probekit.models.mixing import VARIANTS, Mixing, Oracle
 from probekit.models.planner import Planner, TrainableEncoder
 from probekit.models.planner_lm import PlannedLM
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-# Tokens that are decoded to tell what a next one adds.
 _NEAR = 64
+"""Tokens that are decoded to find what the next one adds to the text."""
 
 
 def encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -56,25 +56,25 @@ def _ends(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> list[int
     return ends[1:]
 
 
-class Draft:
-    """A text that is being written, and its sentences.
+class GenerationState:
+    """A text that is being generated, and its sentences.
 
     Args:
         prompt: Ids, the separator first.
-        tokenizer: Tells what text tokens are.
+        tokenizer: Decodes tokens.
         language: Of the sentence splitter.
         given: The plan that is given for the sentences behind the prompt, if one is.
 
     Attributes:
         text: What the LM reads.
         prompt: The prompt as text.
-        sentences: The sentences that are over, surrounding white space removed.
+        sentences: The sentences that are complete, surrounding white space removed.
         embeddings: Their embeddings, as far as they are known.
         actions: The action of every sentence from the first to the one that the next token is in, as far as
             they are known.
         first: The sentence that the token behind the prompt is in.
         given: The plan that is given for the sentences behind the prompt, empty where none is.
-        ended: Why nothing more is to be written; None as long as something is.
+        ended: Why nothing more is to be generated; None as long as something is.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Draft:
         language: str,
         given: np.ndarray | None = None,
     ) -> None:
-        self.text = Text(list(prompt), [], [])
+        self.text = GrowingText(list(prompt), [], [])
         self.prompt = decoded(tokenizer, prompt[1:])
         self.sentences: list[str] = []
         self.embeddings: list[np.ndarray] = []
@@ -92,9 +92,9 @@ class Draft:
         self.ended: str | None = None
         self.given = np.zeros(0, dtype=np.int64) if given is None else given
         self._rows: list[int] = []
-        self._prompt = len(prompt)
+        self._prompt_tokens = len(prompt)
         self._tokenizer, self._language = tokenizer, language
-        # Lines are split into sentences each on its own: what is above the current one is done with.
+        # Lines are split into sentences each on its own: what is above the current one does not change.
         self._above, self._sentences_above, self._line = "", 0, 1
         self.read()
         self.first = len(self.sentences)
@@ -103,7 +103,7 @@ class Draft:
     @property
     def written(self) -> list[int]:
         """Ids of the tokens behind the prompt."""
-        return self.text.tokens[self._prompt :]
+        return self.text.tokens[self._prompt_tokens :]
 
     @property
     def whole(self) -> str:
@@ -112,15 +112,17 @@ class Draft:
 
     @property
     def plan(self) -> list[int]:
-        """The action of each sentence behind the prompt, of those that the text as it is has."""
+        """The action of each sentence behind the prompt, of those that the text has so far."""
         sentences = len(sentence_spans(self.whole, self._language))
         return self.actions[self.first : max(sentences, self.first)]
 
-    def read(self) -> None:
-        """Finds the sentences that are over.
+    @property
+    def unplanned(self) -> range:
+        """The sentences, up to the one that the next token is in, that have no action yet."""
+        return range(len(self.actions), len(self.sentences) + 1)
 
-        What was known of sentences that the last token made others is forgotten.
-        """
+    def read(self) -> None:
+        """Finds the complete sentences; forgets what was known of sentences that the last token changed."""
         line = decoded(self._tokenizer, self.text.tokens[self._line :])
         found = [line[a:b].strip() for a, b in complete_spans(line, self._language)]
         same = self._sentences_above
@@ -136,12 +138,7 @@ class Draft:
             self._above, self._line = self._above + line, len(self.text.tokens)
             self._sentences_above = len(self.sentences)
 
-    @property
-    def unplanned(self) -> range:
-        """The sentences, up to the one that the next token is in, that have no action yet."""
-        return range(len(self.actions), len(self.sentences) + 1)
-
-    def plan_on(self, actions: Sequence[int], embeddings: Sequence[Tensor]) -> None:
+    def add_actions(self, actions: Sequence[int], embeddings: Sequence[Tensor]) -> None:
         """Gives the unplanned sentences their actions and mixed embeddings `[dimensions]`."""
         self._rows += range(len(self.text.embeddings), len(self.text.embeddings) + len(embeddings))
         self.actions += actions
@@ -169,19 +166,19 @@ class Draft:
         return np.minimum(owner[sentence], self.first).tolist() if len(owner) else [self.first] * len(ids)
 
 
-class Conditioner(Protocol):
-    """Gives the positions of drafts the action embeddings that they carry."""
+class Conditioner(ABC):
+    """Gives the positions of texts the action embeddings that they carry."""
 
-    def __call__(self, drafts: Sequence[Draft]) -> None:
-        """Has the last position of every draft carry one, and those before it that carry none yet.
+    @abstractmethod
+    def __call__(self, states: Sequence[GenerationState]) -> None:
+        """Has the last position of every text carry an embedding, and those before it that carry none yet.
 
-        It ends drafts whose plan has run out.
+        It ends texts whose plan has run out.
         """
-        ...
 
 
-class Constant:
-    """The same for every position, whatever is written.
+class Constant(Conditioner):
+    """The same embedding for every position, whatever is written.
 
     Args:
         embedding: `[dimensions]`; None where nothing is conditioned.
@@ -190,16 +187,16 @@ class Constant:
     def __init__(self, embedding: Tensor | None) -> None:
         self._embeddings = [] if embedding is None else [embedding]
 
-    def __call__(self, drafts: Sequence[Draft]) -> None:
-        """As `Conditioner` has it."""
-        for draft in drafts:
-            text = draft.text
+    def __call__(self, states: Sequence[GenerationState]) -> None:
+        """Has every position carry it."""
+        for state in states:
+            text = state.text
             text.embeddings = self._embeddings
             text.carried += [0] * (len(text.tokens) - len(text.carried))
 
 
-class ConstantBySentence:
-    """The same for every sentence, each told from the one before it, as planning tokens need it.
+class ConstantBySentence(Conditioner):
+    """The same embedding for every sentence, each told apart from the one before it, for planning tokens.
 
     Args:
         embedding: `[dimensions]`.
@@ -208,17 +205,17 @@ class ConstantBySentence:
     def __init__(self, embedding: Tensor) -> None:
         self._embedding = embedding
 
-    def __call__(self, drafts: Sequence[Draft]) -> None:
-        """As `Conditioner` has it."""
-        for draft in drafts:
-            draft.read()
-            draft.alternate([self._embedding, self._embedding])
-            draft.carry()
+    def __call__(self, states: Sequence[GenerationState]) -> None:
+        """Has the positions of every sentence carry it."""
+        for state in states:
+            state.read()
+            state.alternate([self._embedding, self._embedding])
+            state.carry()
 
 
 @dataclass(frozen=True)
-class _BySentence(ABC):
-    """One embedding for each sentence, chosen when all before it are over.
+class _BySentence(Conditioner):
+    """One embedding for each sentence, chosen when all before it are complete.
 
     Attributes:
         adapter: Whose codebook it is.
@@ -230,35 +227,34 @@ class _BySentence(ABC):
     encoder: SentenceEncoder | TrainableEncoder
     device: torch.device
 
-    def __call__(self, drafts: Sequence[Draft]) -> None:
-        """As `Conditioner` has it."""
-        for draft in drafts:
-            draft.read()
-        going = [draft for draft in drafts if not self._ends(draft)]
-        new = [sentence for draft in going for sentence in draft.sentences[len(draft.embeddings) :]]
+    def __call__(self, states: Sequence[GenerationState]) -> None:
+        for state in states:
+            state.read()
+        going = [state for state in states if not self._ends(state)]
+        new = [sentence for state in going for sentence in state.sentences[len(state.embeddings) :]]
         found = iter(self.encoder.encode(new) if new else [])
-        for draft in going:
-            draft.embeddings += [next(found) for _ in draft.sentences[len(draft.embeddings) :]]
-        if unplanned := [draft for draft in going if draft.unplanned]:
+        for state in going:
+            state.embeddings += [next(found) for _ in state.sentences[len(state.embeddings) :]]
+        if unplanned := [state for state in going if state.unplanned]:
             self._plan(unplanned)
-        for draft in going:
-            draft.carry()
+        for state in going:
+            state.carry()
 
-    def _ends(self, draft: Draft) -> bool:
+    def _ends(self, state: GenerationState) -> bool:
         return False
 
     @abstractmethod
-    def _plan(self, drafts: Sequence[Draft]) -> None:
-        """Gives the unplanned sentences of drafts, which have some, their actions and embeddings."""
+    def _plan(self, states: Sequence[GenerationState]) -> None:
+        """Gives the unplanned sentences of texts, which have some, their actions and embeddings."""
 
 
 @dataclass(frozen=True)
 class Planned(_BySentence):
-    """What the planner makes of the sentences so far.
+    """Actions that the planner predicts from the sentences so far.
 
     Attributes:
         planner: Scores the next sentence's action.
-        mixing: Makes an embedding of the scores.
+        mixing: Turns the scores into an embedding.
         temperature: Of the softmax over scores.
         precision: The setting `training.precision`.
     """
@@ -268,22 +264,21 @@ class Planned(_BySentence):
     temperature: float | Tensor
     precision: str
 
-    def _plan(self, drafts: Sequence[Draft]) -> None:
-        most = max(len(draft.sentences) for draft in drafts)
-        context = np.zeros((len(drafts), most + 1, self.encoder.dimensions), dtype=np.float32)
-        for row, draft in enumerate(drafts):
-            if draft.embeddings:
-                context[row, : len(draft.embeddings)] = draft.embeddings
+    def _plan(self, states: Sequence[GenerationState]) -> None:
+        most = max(len(state.sentences) for state in states)
+        context = np.zeros((len(states), most + 1, self.encoder.dimensions), dtype=np.float32)
+        for row, state in enumerate(states):
+            if state.embeddings:
+                context[row, : len(state.embeddings)] = state.embeddings
         with autocast(self.device, self.precision):
             every = self.planner(torch.from_numpy(context).to(self.device))
-            scores = torch.cat([every[row, draft.unplanned] for row, draft in enumerate(drafts)])
+            scores = torch.cat([every[row, state.unplanned] for row, state in enumerate(states)])
             none = scores.new_zeros(len(scores), dtype=torch.long)
             embeddings = self.mixing(scores, none, self.adapter.codebook, self.temperature)
-        sizes = [len(draft.unplanned) for draft in drafts]
-        for draft, actions, rows in zip(
-            drafts, scores.argmax(dim=-1).split(sizes), embeddings.split(sizes), strict=True
-        ):
-            draft.plan_on(actions.tolist(), list(rows))
+        sizes = [len(state.unplanned) for state in states]
+        actions = scores.argmax(dim=-1).split(sizes)
+        for state, own_actions, rows in zip(states, actions, embeddings.split(sizes), strict=True):
+            state.add_actions(own_actions.tolist(), list(rows))
 
 
 @dataclass(frozen=True)
@@ -291,27 +286,26 @@ class Given(_BySentence):
     """A plan that is given for the sentences behind the prompt; those of the prompt have their own action.
 
     Attributes:
-        codebook: Tells a sentence's own action: its nearest centroid.
+        codebook: Finds a sentence's own action, its nearest centroid.
     """
 
     codebook: Codebook
 
-    def _ends(self, draft: Draft) -> bool:
-        if len(draft.sentences) - draft.first >= len(draft.given):
-            draft.ended = "plan"
-        return draft.ended is not None
+    def _ends(self, state: GenerationState) -> bool:
+        if len(state.sentences) - state.first >= len(state.given):
+            state.ended = "plan"
+        return state.ended is not None
 
-    def _plan(self, drafts: Sequence[Draft]) -> None:
-        for draft in drafts:
-            past = np.array(draft.embeddings[: draft.first]).reshape(-1, self.encoder.dimensions)
-            own, plan = self.codebook.nearest(past), draft.given
+    def _plan(self, states: Sequence[GenerationState]) -> None:
+        for state in states:
+            past = np.array(state.embeddings[: state.first]).reshape(-1, self.encoder.dimensions)
+            own, plan = self.codebook.nearest(past), state.given
             actions = [
-                int(own[sentence] if sentence < len(own) else plan[max(sentence - draft.first, 0)])
-                for sentence in draft.unplanned
+                int(own[sentence] if sentence < len(own) else plan[max(sentence - state.first, 0)])
+                for sentence in state.unplanned
             ]
             chosen = torch.tensor(actions, device=self.device)
-            none = torch.zeros(0, device=self.device)
-            draft.plan_on(actions, list(Oracle()(none, chosen, self.adapter.codebook, 1.0)))
+            state.add_actions(actions, list(Oracle()(chosen, chosen, self.adapter.codebook, 1.0)))
 
 
 def conditioner_of(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from probekit.models.language_model import OUTSIDE_BLOCKS
+from probekit.models.hook_points import OUTSIDE_BLOCKS
 
 BEFORE = ":before"
 """Suffix of the conditioned location: the activation as it was before the adapter added the action."""

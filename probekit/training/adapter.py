@@ -17,9 +17,8 @@ from probekit.data.windows import Batch, Windows, begun_sentences, collate
 from probekit.errors import ProbekitError
 from probekit.models.base_lm import BaseLM, Tuning
 from probekit.models.conditioning import Adapter, new_adapter
-from probekit.models.hook_points import Backend, BridgeBackend, HFBackend
-from probekit.models.language_model import OUTSIDE_BLOCKS
-from probekit.models.mixing import VARIANTS, Mixed, training_mixing
+from probekit.models.hook_points import OUTSIDE_BLOCKS, Backend, BridgeBackend, HFBackend
+from probekit.models.mixing import VARIANTS, training_mixing
 from probekit.models.planner import Planner, TrainableEncoder, embedded_context
 from probekit.models.planner_lm import PlannedLM, token_losses
 from probekit.progress import without_bars_of_transformers
@@ -114,7 +113,7 @@ class AdapterTraining:
                 keep=keep and partial(keep, self.model),
                 checkpoints=settings.checkpoints,
                 documents=self._train.document,
-                generators=self._mixing.generators if isinstance(self._mixing, Mixed) else (),
+                generators=self._mixing.generators,
             )
         )
         for module in (self._planner, self.model.encoder):
@@ -143,7 +142,6 @@ class AdapterTraining:
     def loss(self, rows: np.ndarray, step: np.ndarray) -> Tensor:
         """Next-token loss of some windows, with the planner's own loss; scaled as `Stage.loss` asks."""
         batch = collate(self._trainer.corpus, self._train[rows]).to(self._trainer.device)
-        self._tune(True)
         with self._trainer.autocast():
             scores = self._scores(batch) if self._mixing.needs_scores else None
             logits = self.model(batch, self._mixing, self._mixed(scores))
@@ -153,14 +151,9 @@ class AdapterTraining:
     def validation_losses(self, windows: Windows) -> Tensor:
         """Next-token losses of windows `[windows, positions]`, actions chosen as in evaluation."""
         batch = collate(self._trainer.corpus, windows).to(self._trainer.device)
-        self._tune(False)
         with self._trainer.autocast():
             logits = self.model(self._read(batch), VARIANTS[self._variant].evaluation)
         return token_losses(logits, batch.targets)
-
-    def _tune(self, mode: bool) -> None:
-        if self._base is not None:
-            self._base.train(mode)
 
     def _mixed(self, scores: Tensor | None) -> Tensor | None:
         """The scores as they are mixed: without a gradient where the next-token loss is not to train them."""

@@ -15,7 +15,14 @@ from probekit.config import MemberName
 from probekit.data.windows import IGNORE, Batch, Windows, collate
 from probekit.errors import ProbekitError
 from probekit.models.base_lm import BaseLM, Tuning
-from probekit.models.depth_ensemble import MEMBERS, DepthEnsemble, Late, LateLoss, new_ensemble, reader_losses
+from probekit.models.depth_ensemble import (
+    MEMBERS,
+    DepthEnsemble,
+    DepthLoss,
+    LateLayers,
+    new_ensemble,
+    reader_losses,
+)
 from probekit.models.hook_points import HFBackend
 from probekit.models.mixing import evaluation_mixing
 from probekit.models.planner import Planner
@@ -84,8 +91,8 @@ class DepthTraining:
         )
         self._trainer, self._member, self._base = trainer, member, base
         self._mixing = evaluation_mixing(depth.variant)
-        self._loss = LateLoss(depth.distillation if MEMBERS[member].distilled else None, depth.layer_loss)
-        self._task_loss = LateLoss()
+        self._loss = DepthLoss(depth.distillation if MEMBERS[member].distilled else None, depth.layer_loss)
+        self._task_loss = DepthLoss()
         self._train, self._validation = trainer.windows("train"), trainer.windows("validation")
         self._out_of_fold: OutOfFold | None = None
         if fold_planners:
@@ -117,13 +124,11 @@ class DepthTraining:
 
     def loss(self, rows: np.ndarray, step: np.ndarray) -> Tensor:
         """Loss of some windows, as `Stage.loss` has it."""
-        self._base.train(True)
         total = self._summed(self._loss, self._batch(self._train[rows]), training=True)
         return total / int(self._train.scored[step].sum())
 
     def validation_loss(self, windows: Windows) -> Tensor:
         """The ensemble's next-token loss, summed over windows; nothing else is selected by."""
-        self._base.train(False)
         return self._summed(self._task_loss, self._batch(windows))
 
     @torch.no_grad()
@@ -133,7 +138,6 @@ class DepthTraining:
         `sparsity` is 1 less the entropy of a token's weights as a share of the largest there can be, averaged
         over tokens: 0 where all layers weigh the same, 1 where one has all weight.
         """
-        self._base.train(False)
         batch = self._batch(self._train[rows])
         with self._trainer.autocast():
             late, targets = self._scored(batch, training=True)
@@ -147,13 +151,13 @@ class DepthTraining:
             found |= {f"layer_loss{number}": losses[1 + place].item(), f"weight{number}": weight}
         return found
 
-    def _summed(self, loss: LateLoss, batch: Batch, *, training: bool = False) -> Tensor:
+    def _summed(self, loss: DepthLoss, batch: Batch, *, training: bool = False) -> Tensor:
         with self._trainer.autocast():
             late, targets = self._scored(batch, training=training)
             return loss(self._base.model.get_output_embeddings(), late, targets)
 
-    def _scored(self, batch: Batch, *, training: bool) -> tuple[Late, Tensor]:
-        """Late layers, and next tokens, at the positions that are scored."""
+    def _scored(self, batch: Batch, *, training: bool) -> tuple[LateLayers, Tensor]:
+        """LateLayers layers, and next tokens, at the positions that are scored."""
         scores = self._out_of_fold.scores(batch) if training and self._out_of_fold is not None else None
         # A frozen LM needs no graph: what is trained lies behind it.
         frozen = contextlib.nullcontext() if self._base.parameters else torch.no_grad()

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
 
 from probekit import distributed
 from probekit.config import Config, MemberName, VariantName
@@ -240,30 +239,26 @@ class Saving(Generic[T]):
     Attributes:
         run: The run.
         stage: The stage's name.
-        save: Writes the model, and the tuned weights of its LM, to a run.
-        tuned: Returns the tuned weights of its LM, on the first process.
+        save: Writes the model, and what was tuned of its LM, to a run.
         begun: When the stage began.
     """
 
     run: Run
     stage: str
-    save: Callable[[Run, T, dict[str, Tensor]], None]
-    tuned: Callable[[], dict[str, Tensor]] = dict
+    save: Callable[[Run, T], None]
     begun: float = field(default_factory=time.monotonic)
 
     def checkpoint(self, model: T, step: int) -> None:
         """Writes the model as it is after a step, as a run of its own."""
-        tuned = self.tuned()
         if distributed.is_first():
             facts = {"seconds": round(time.monotonic() - self.begun, 1)} | _precision(self.run, self.stage)
             with self.run.checkpoint(self.stage, step, facts) as checkpoint:
-                self.save(checkpoint, model, tuned)
+                self.save(checkpoint, model)
 
     def final(self, model: T) -> None:
         """Writes the trained model."""
-        tuned = self.tuned()
         if distributed.is_first():
-            self.save(self.run, model, tuned)
+            self.save(self.run, model)
 
 
 def _trainer(run: Run, progress: Progress, stage: str) -> Trainer:
@@ -310,7 +305,7 @@ def _language_model(run: Run, progress: Progress) -> dict[str, Any]:
     return facts
 
 
-def _save_language_model(run: Run, model: PreTrainedModel, _: dict[str, Tensor]) -> None:
+def _save_language_model(run: Run, model: PreTrainedModel) -> None:
     with without_bars_of_transformers(), atomic_folder(run.folder / "lm") as folder:
         model.save_pretrained(folder)
         # safetensors lets only a file's owner read it; a run may be shared.
@@ -321,7 +316,7 @@ def _save_language_model(run: Run, model: PreTrainedModel, _: dict[str, Tensor])
 def _planner(run: Run, progress: Progress, fold: int | None = None) -> None:
     stage = "planner" if fold is None else f"planner/fold{fold}"
 
-    def save(run: Run, planner: Planner, _: dict[str, Tensor]) -> None:
+    def save(run: Run, planner: Planner) -> None:
         run.save_planner(planner, fold)
 
     saving = Saving(run, stage, save)
@@ -334,13 +329,13 @@ def _adapter(run: Run, progress: Progress, variant: VariantName) -> dict[str, An
     folds = range(folds_of(run.config) if VARIANTS[variant].out_of_fold else 0)
     fold_planners = [run.fold_planner(fold) for fold in folds]
 
-    def save(run: Run, model: PlannedLM, tuned: dict[str, Tensor]) -> None:
+    def save(run: Run, model: PlannedLM) -> None:
         run.save_adapter(variant, model)
         if model.encoder is not None:
             write_embeddings(run.embeddings_file(variant), model.encoder, run.corpus, progress)
-        base.save(run.tuned_folder(variant), tuned)
+        base.save(run.tuned_folder(variant))
 
-    saving = Saving(run, stage, save, base.weights)
+    saving = Saving(run, stage, save)
     model = train_adapter(
         _trainer(run, progress, stage),
         variant,
@@ -367,11 +362,11 @@ def _ensemble(run: Run, progress: Progress, member: MemberName) -> dict[str, Any
     out_of_fold = variant in VARIANTS and VARIANTS[variant].out_of_fold
     fold_planners = [run.fold_planner(fold) for fold in range(folds_of(run.config) if out_of_fold else 0)]
 
-    def save(run: Run, ensemble: DepthEnsemble, tuned: dict[str, Tensor]) -> None:
+    def save(run: Run, ensemble: DepthEnsemble) -> None:
         run.save_ensemble(member, ensemble)
-        base.save(run.tuned_folder(member), tuned)
+        base.save(run.tuned_folder(member))
 
-    saving = Saving(run, stage, save, base.weights)
+    saving = Saving(run, stage, save)
     ensemble = train_ensemble(
         trainer, member, run.base_lm(variant), run.model(variant), base, fold_planners, saving.checkpoint
     )

@@ -8,7 +8,7 @@ from torch.nn.functional import softmax
 from probekit.config import VariantName
 from probekit.data.windows import cut_windows
 from probekit.evaluation.perplexity import Pass, own_losses
-from probekit.models.hook_points import BridgeBackend
+from probekit.models.hook_points import BridgeBackend, layer_of
 from probekit.models.language_model import bridge, new_model
 from probekit.models.mixing import VARIANTS, Fixed, Mixing, Oracle
 from probekit.models.planner_lm import PlannedLM
@@ -71,7 +71,7 @@ def slow_losses(
     plain, corpus = run.plain_model().eval(), run.corpus
     added: dict[int, torch.Tensor] = {}
     if choice is not None:
-        for i, layer in enumerate(model.adapter.layers):
+        for i, layer in enumerate(map(layer_of, model.adapter.names)):
             plain.transformer.h[layer].attn.c_proj.register_forward_pre_hook(
                 lambda module, inputs, i=i: (inputs[0] + added[i],)
             )
@@ -88,7 +88,7 @@ def slow_losses(
             if choice is not None:
                 # A position carries the action of the sentence that holds the next token.
                 carried = [int((first_token <= p + 1).sum()) - 1 for p in range(begin, start + token)]
-                for i in range(len(model.adapter.layers)):
+                for i in range(len(model.adapter.names)):
                     added[i] = embeddings[carried] @ model.adapter.projections[i]
             log_p = plain(inputs[None]).logits[0, -1].double().log_softmax(dim=0)
             total -= log_p[int(corpus.tokens[start + token])].item()

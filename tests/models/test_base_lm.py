@@ -89,7 +89,7 @@ def test_a_tuned_lm_is_found_again_plain_and_bridged(
     with torch.no_grad():
         before = base.plain(batch.tokens).logits
     model, trained = tuned(base, batch, chosen)
-    trained.save(tmp_path / "tuned", trained.weights())
+    trained.save(tmp_path / "tuned")
     name = base.plain.name_or_path
     own = BaseLM(
         lambda: TUNINGS[tuning].load(tmp_path / "tuned", load_model(name), chosen),
@@ -131,7 +131,7 @@ def test_the_update_is_scaled_by_two(fresh: Callable, tmp_path: Path):
     lora = TUNINGS["lora"](copy.deepcopy(base.plain), chosen, 0)
     for parameter in lora.parameters:
         torch.nn.init.normal_(parameter)
-    lora.save(tmp_path / "lora", lora.weights())
+    lora.save(tmp_path / "lora")
     updates = read_tensors(tmp_path / "lora" / LORA_WEIGHTS)
     merged = TUNINGS["lora"].load(tmp_path / "lora", copy.deepcopy(base.plain), chosen)
     name = "model.layers.1.mlp.up_proj"
@@ -156,9 +156,9 @@ def test_others_read_what_was_tuned(fresh: Callable, batch: Batch, tmp_path: Pat
     """Low-rank updates with peft alone, all weights with Transformers alone."""
     base = fresh("gpt2")
     _, lora = tuned(base, batch, settings("lora"))
-    lora.save(tmp_path / "lora", lora.weights())
+    lora.save(tmp_path / "lora")
     _, full = tuned(base, batch, settings("full"))
-    full.save(tmp_path / "full", full.weights())
+    full.save(tmp_path / "full")
     models = {
         lora: PeftModel.from_pretrained(load_model(base.plain.name_or_path), tmp_path / "lora"),
         full: AutoModelForCausalLM.from_pretrained(tmp_path / "full"),
@@ -182,7 +182,7 @@ def test_a_frozen_lm_trains_and_writes_nothing(fresh: Callable, batch: Batch, tm
     before = {name: value.clone() for name, value in base.plain.state_dict().items()}
     _, tuning = tuned(base, batch, chosen)
     assert tuning.parameters == []
-    tuning.save(tmp_path / "tuned", tuning.weights())
+    tuning.save(tmp_path / "tuned")
     assert not (tmp_path / "tuned").exists()
     for name, value in tuning.model.state_dict().items():
         assert torch.equal(value, before[name]), name
@@ -215,7 +215,7 @@ def test_what_does_not_fit_is_refused(harm: Callable, fresh: Callable, tmp_path:
     base = fresh("gpt2")
     tuning = "full" if harm is no_weights else "lora"
     trained = TUNINGS[tuning](copy.deepcopy(base.plain), settings(tuning), 0)
-    trained.save(tmp_path / "tuned", trained.weights())
+    trained.save(tmp_path / "tuned")
     chosen = harm(tmp_path / "tuned", base.plain)
     with pytest.raises(ProbekitError, match=r"tuned does not fit the run's LM and settings") as raised:
         TUNINGS[tuning].load(tmp_path / "tuned", copy.deepcopy(base.plain), chosen)
@@ -228,7 +228,7 @@ def test_saving_and_loading_show_no_bars(fresh: Callable, tmp_path: Path, capsys
     model = copy.deepcopy(base.plain)
     capsys.readouterr()
     trained = TUNINGS["full"](model, settings("full"), 0)
-    trained.save(tmp_path / "tuned", trained.weights())
+    trained.save(tmp_path / "tuned")
     TUNINGS["full"].load(tmp_path / "tuned", model, settings("full"))
     assert not capsys.readouterr().err
     type(model).from_pretrained(tmp_path / "tuned")

@@ -18,8 +18,7 @@ from probekit.data.windows import Batch, collate, cut_windows
 from probekit.errors import ProbekitError
 from probekit.models.base_lm import BaseLM
 from probekit.models.conditioning import LayerAdapter, location_width, new_adapter
-from probekit.models.hook_points import BridgeBackend
-from probekit.models.language_model import OUTSIDE_BLOCKS, hook_name
+from probekit.models.hook_points import OUTSIDE_BLOCKS, BridgeBackend, hook_name
 from probekit.models.mixing import GumbelSoftmax, Mixing, Oracle, Soft, StraightThrough
 from probekit.models.planner import Planner
 from probekit.models.planner_lm import PlannedLM, token_losses
@@ -185,7 +184,7 @@ def test_every_layer_starts_different_and_the_seed_decides_how(base: Base, make_
 
 def test_an_adapter_trains_its_own_codebook():
     codebook = torch.randn(5, 3)
-    adapter = LayerAdapter(ConditioningSettings(), codebook, layers=3, width=4, seed=0)
+    adapter = LayerAdapter(codebook, [f"blocks.{layer}.attn.hook_z" for layer in (1, 2)], width=4, seed=0)
     assert torch.equal(adapter.codebook, codebook)
     assert {name for name, _ in adapter.named_parameters()} == {"codebook", "projections"}
     with torch.no_grad():

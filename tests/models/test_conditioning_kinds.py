@@ -22,8 +22,8 @@ from probekit.models.conditioning import (
     location_width,
     new_adapter,
 )
-from probekit.models.hook_points import Backend, BridgeBackend, HFBackend
-from probekit.models.language_model import Hook, load_model
+from probekit.models.hook_points import Backend, BridgeBackend, HFBackend, Hook
+from probekit.models.language_model import load_model
 from probekit.models.mixing import Oracle, Soft
 from probekit.models.planner import Planner
 from probekit.models.planner_lm import PlannedLM, token_losses

@@ -12,7 +12,7 @@ from probekit.data.corpus import Corpus
 from probekit.data.windows import cut_windows
 from probekit.models.base_lm import BaseLM
 from probekit.models.conditioning import new_adapter
-from probekit.models.decoding import Decoder, PlainDecoder, Text, WholeDecoder, new_decoder, window_start
+from probekit.models.decoding import Decoder, GrowingText, HFDecoder, new_decoder, window_start
 from probekit.models.hook_points import BridgeBackend
 from probekit.models.planner_lm import PlannedLM
 
@@ -30,7 +30,7 @@ def conditioned(lm: BaseLM, **settings: object) -> tuple[PlannedLM, Decoder, Dec
     return (
         model,
         new_decoder(model, lm.forward_pass(adapter.names), WINDOW),
-        WholeDecoder(model, WINDOW),
+        Decoder(model, WINDOW),
     )
 
 
@@ -38,20 +38,22 @@ def codebook() -> torch.Tensor:
     return torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
 
 
-def new_texts(lengths: list[int], seed: int = 0) -> list[Text]:
+def new_texts(lengths: list[int], seed: int = 0) -> list[GrowingText]:
     rng = np.random.default_rng(seed)
     rows = list(codebook())
-    return [Text(rng.integers(1, 200, n).tolist(), rng.integers(5, size=n).tolist(), rows) for n in lengths]
+    return [
+        GrowingText(rng.integers(1, 200, n).tolist(), rng.integers(5, size=n).tolist(), rows) for n in lengths
+    ]
 
 
-def grow(texts: list[Text], rng: np.random.Generator) -> None:
+def grow(texts: list[GrowingText], rng: np.random.Generator) -> None:
     for text in texts:
         text.tokens.append(int(rng.integers(1, 200)))
         text.carried.append(int(rng.integers(5)))
 
 
 @torch.no_grad()
-def assert_same(fast: Decoder, slow: Decoder, texts: list[Text]) -> None:
+def assert_same(fast: Decoder, slow: Decoder, texts: list[GrowingText]) -> None:
     torch.testing.assert_close(fast(texts), slow(texts), rtol=1e-4, atol=1e-4)
 
 
@@ -59,7 +61,7 @@ def assert_same(fast: Decoder, slow: Decoder, texts: list[Text]) -> None:
 def test_kept_keys_and_values_change_nothing(family: str, base: Callable[[str], BaseLM]):
     """Texts of all lengths grow through two slides of the window, some end, others come."""
     _, fast, slow = conditioned(base(family))
-    assert isinstance(fast, PlainDecoder)
+    assert isinstance(fast, HFDecoder)
     assert fast.cached
     rng = np.random.default_rng(1)
     texts = new_texts([1, 4, 11, 12, 30])
@@ -82,10 +84,10 @@ def test_nothing_is_conditioned_without_an_adapter(family: str, base: Callable[[
     model = PlannedLM(BridgeBackend(lm.bridged), None, None, 1.0)
     fast = new_decoder(model, lm.forward_pass(["ln_final.hook_out"]), WINDOW)
     assert fast.cached
-    texts = [Text(text.tokens, [0] * len(text.tokens), []) for text in new_texts([3, 9])]
+    texts = [GrowingText(text.tokens, [0] * len(text.tokens), []) for text in new_texts([3, 9])]
     rng = np.random.default_rng(0)
     for _ in range(6):
-        assert_same(fast, WholeDecoder(model, WINDOW), texts)
+        assert_same(fast, Decoder(model, WINDOW), texts)
         with torch.no_grad():
             expected = lm.plain(torch.tensor([texts[0].tokens])).logits[0, -1]
             torch.testing.assert_close(fast(texts)[0], expected, rtol=1e-4, atol=1e-4)
@@ -101,7 +103,7 @@ def test_what_a_position_carries_matters(kind: str, base: Callable[[str], BaseLM
         with torch.no_grad():
             before = fast(texts)
             texts[0].carried[place] = (texts[0].carried[place] + 1) % 5
-            texts = [Text(**vars(texts[0]))]
+            texts = [GrowingText(**vars(texts[0]))]
             assert not torch.allclose(fast(texts), before, atol=1e-3)
         assert_same(fast, slow, texts)
 
@@ -128,7 +130,7 @@ def test_planning_tokens_are_read_by_the_plain_module(family: str, base: Callabl
     """With logits for the last slot alone; nothing is kept."""
     lm = base(family)
     _, fast, slow = conditioned(lm, kind="token")
-    assert isinstance(fast, PlainDecoder)
+    assert isinstance(fast, HFDecoder)
     assert not fast.cached
     rows: list[tuple[int, ...]] = []
     handle = lm.plain.get_output_embeddings().register_forward_hook(
@@ -144,7 +146,7 @@ def test_planning_tokens_are_read_by_the_plain_module(family: str, base: Callabl
 
 def test_where_the_plain_module_cannot_the_bridge_reads(base: Callable[[str], BaseLM]):
     _, found, _ = conditioned(base("gpt2"), location="attn.hook_q")
-    assert isinstance(found, WholeDecoder)
+    assert isinstance(found, Decoder)
     texts = new_texts([3, 8])
     with torch.no_grad():
         together = found(texts)
@@ -164,7 +166,7 @@ def test_a_cache_that_is_no_use_is_found_out(base: Callable[[str], BaseLM], monk
 
     monkeypatch.setattr(lm.plain, "forward", forgetful)
     _, found, slow = conditioned(lm)
-    assert isinstance(found, PlainDecoder)
+    assert isinstance(found, HFDecoder)
     assert not found.cached
     assert_same(found, slow, new_texts([3, 20]))
 

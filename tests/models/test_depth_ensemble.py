@@ -9,7 +9,7 @@ from probekit.config import DepthSettings, MemberName
 from probekit.data.windows import collate, cut_windows
 from probekit.errors import ProbekitError
 from probekit.models.base_lm import BaseLM
-from probekit.models.decoding import PlainDecoder, Text, WholeDecoder, new_decoder
+from probekit.models.decoding import Decoder, GrowingText, HFDecoder, new_decoder
 from probekit.models.depth_ensemble import DepthEnsemble, final_norm, new_ensemble
 from probekit.models.hook_points import BridgeBackend
 from probekit.models.language_model import bridge
@@ -155,10 +155,10 @@ def test_growing_texts_with_keys_and_values_kept(family: str, base):
     lm = base(family)
     model = PlannedLM(BridgeBackend(lm.bridged), None, None, 1.0, depth=scrambled(ensemble_on(lm))).eval()
     fast = new_decoder(model, lm.forward_pass(model.names), 8)
-    assert isinstance(fast, PlainDecoder)
+    assert isinstance(fast, HFDecoder)
     assert fast.cached
-    slow = WholeDecoder(model, 8)
-    texts = [Text([3, 1, 4], [0] * 3, []), Text([5], [0], [])]
+    slow = Decoder(model, 8)
+    texts = [GrowingText([3, 1, 4], [0] * 3, []), GrowingText([5], [0], [])]
     with torch.no_grad():
         for step in range(9):
             torch.testing.assert_close(fast(texts), slow(texts), rtol=1e-4, atol=1e-4)

@@ -18,9 +18,9 @@ from probekit.evaluation.evaluate import evaluate
 from probekit.generation.generate import generate
 from probekit.models.base_lm import TUNINGS, BaseLM
 from probekit.models.conditioning import CONDITIONINGS, new_adapter
-from probekit.models.decoding import Text, new_decoder
-from probekit.models.hook_points import HFBackend
-from probekit.models.language_model import hook_name, load_model, random_weights
+from probekit.models.decoding import GrowingText, new_decoder
+from probekit.models.hook_points import HFBackend, hook_name
+from probekit.models.language_model import load_model, random_weights
 from probekit.models.mixing import Oracle
 from probekit.models.planner_lm import PlannedLM, token_losses
 from probekit.probing.probe import probe
@@ -123,7 +123,7 @@ def test_lora_begins_the_same_and_is_found_again(family: str, pair: Callable, ba
         for parameter in lora.parameters:
             generator = torch.Generator().manual_seed(parameter.numel())
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-        lora.save(tmp_path / str(i), lora.weights())
+        lora.save(tmp_path / str(i))
         again = TUNINGS["lora"].load(tmp_path / str(i), lm._load(), settings)
         with torch.no_grad():
             logits += [model.eval()(batch.tokens).logits for model in (lora.model, again)]
@@ -139,7 +139,7 @@ def test_growing_texts_are_read_with_a_cache(pair: Callable):
         backend = lm.forward_pass(adapter.names)
         decoder = new_decoder(PlannedLM(backend, None, adapter, 1.0), backend, 8)
         assert decoder.cached
-        texts = [Text([5, 6, 7], [0, 1, 1], list(codebook)), Text([8], [2], list(codebook))]
+        texts = [GrowingText([5, 6, 7], [0, 1, 1], list(codebook)), GrowingText([8], [2], list(codebook))]
         with torch.no_grad():
             for token in range(9):
                 found.append(decoder(texts))

@@ -14,15 +14,17 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from probekit.config import LanguageModelSettings
 from probekit.errors import ProbekitError
-from probekit.models.hook_points import find_hook_point
-from probekit.models.language_model import (
+from probekit.models.hook_points import (
     OUTSIDE_BLOCKS,
-    bridge,
     check_location,
+    find_hook_point,
     hook_name,
     layer_of,
-    load_model,
     locations,
+)
+from probekit.models.language_model import (
+    bridge,
+    load_model,
     longest_window,
     new_model,
     random_weights,

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from probekit.config import DistillationSettings
-from probekit.models.depth_ensemble import Late, LateLoss, chunked_sum, reader_losses
+from probekit.models.depth_ensemble import DepthLoss, LateLayers, chunked_sum, reader_losses
 
 K, TOKENS, WIDTH, VOCABULARY = 3, 11, 5, 13
 
@@ -24,12 +24,12 @@ def parts(k: int = K, *, bias: bool = False) -> tuple[nn.Linear, dict[str, Tenso
     return head, leaves, torch.randint(VOCABULARY, (TOKENS,))
 
 
-def late(leaves: dict[str, Tensor]) -> Late:
+def late(leaves: dict[str, Tensor]) -> LateLayers:
     weights = leaves["scores"].softmax(-1)
-    return Late(leaves["states"], weights, torch.einsum("nk,knd->nd", weights, leaves["states"]))
+    return LateLayers(leaves["states"], weights, torch.einsum("nk,knd->nd", weights, leaves["states"]))
 
 
-def plainly(head: nn.Linear, leaves: dict[str, Tensor], targets: Tensor, loss: LateLoss) -> Tensor:
+def plainly(head: nn.Linear, leaves: dict[str, Tensor], targets: Tensor, loss: DepthLoss) -> Tensor:
     """The paper's loss with all logits at once, token by token and layer by layer."""
     weights = leaves["scores"].softmax(-1)
     logits = [head(state) for state in leaves["states"]]
@@ -49,24 +49,24 @@ def plainly(head: nn.Linear, leaves: dict[str, Tensor], targets: Tensor, loss: L
 
 
 LOSSES = [
-    LateLoss(),
-    LateLoss(layer_loss=0.3),
-    LateLoss(DistillationSettings(weight=0.7)),
-    LateLoss(DistillationSettings(weight=0.7, direction="last-from-layer")),
-    LateLoss(DistillationSettings(weight=0.7), layer_loss=0.1),
-    LateLoss(DistillationSettings(weight=0.0)),
+    DepthLoss(),
+    DepthLoss(layer_loss=0.3),
+    DepthLoss(DistillationSettings(weight=0.7)),
+    DepthLoss(DistillationSettings(weight=0.7, direction="last-from-layer")),
+    DepthLoss(DistillationSettings(weight=0.7), layer_loss=0.1),
+    DepthLoss(DistillationSettings(weight=0.0)),
 ]
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("at_once", [1, 4 * VOCABULARY, 10**9])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_value_and_gradients_are_those_of_all_logits_at_once(loss: LateLoss, at_once: int, bias: bool):
+def test_value_and_gradients_are_those_of_all_logits_at_once(loss: DepthLoss, at_once: int, bias: bool):
     head, leaves, targets = parts(bias=bias)
     asked = [*leaves.values(), *head.parameters()]
     expected = plainly(head, leaves, targets, loss)
     wanted = torch.autograd.grad(expected, asked)
-    found = LateLoss(loss.distillation, loss.layer_loss, at_once)(head, late(leaves), targets)
+    found = DepthLoss(loss.distillation, loss.layer_loss, at_once)(head, late(leaves), targets)
     gradients = torch.autograd.grad(3.0 * found, asked)
     assert found.item() == pytest.approx(expected.item(), rel=1e-6)
     for one, other in zip(gradients, wanted, strict=True):
@@ -76,14 +76,14 @@ def test_value_and_gradients_are_those_of_all_logits_at_once(loss: LateLoss, at_
 def test_a_frozen_head_gets_no_gradient_and_takes_no_place():
     head, leaves, targets = parts()
     head.requires_grad_(False)
-    LateLoss(layer_loss=0.5)(head, late(leaves), targets).backward()
+    DepthLoss(layer_loss=0.5)(head, late(leaves), targets).backward()
     assert head.weight.grad is None
     assert leaves["states"].grad.abs().min() > 0
 
 
 def test_one_layer_is_not_distilled():
     head, leaves, targets = parts(k=1)
-    found = LateLoss(DistillationSettings(weight=5.0))(head, late(leaves), targets)
+    found = DepthLoss(DistillationSettings(weight=5.0))(head, late(leaves), targets)
     assert found.item() == pytest.approx(
         F.cross_entropy(head(leaves["states"][0]), targets, reduction="sum").item()
     )
@@ -91,7 +91,7 @@ def test_one_layer_is_not_distilled():
 
 def test_without_gradients_the_same_number():
     head, leaves, targets = parts()
-    loss = LateLoss(DistillationSettings(), layer_loss=0.2, logits=40)
+    loss = DepthLoss(DistillationSettings(), layer_loss=0.2, logits=40)
     with torch.no_grad():
         bare = loss(head, late(leaves), targets)
     assert bare.item() == pytest.approx(loss(head, late(leaves), targets).item())

@@ -9,8 +9,17 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from probekit.models.hook_points import Backend, BridgeBackend, HFBackend, find_hook_point, forward_pass
-from probekit.models.language_model import Hook, bridge, hook_name, load_model, locations, random_weights
+from probekit.models.hook_points import (
+    Backend,
+    BridgeBackend,
+    HFBackend,
+    Hook,
+    find_hook_point,
+    forward_pass,
+    hook_name,
+    locations,
+)
+from probekit.models.language_model import bridge, load_model, random_weights
 from probekit.probing.locations import BEFORE, LOCATIONS
 
 FAMILIES = ["gpt2", "gpt_neox", "llama", "olmo", "olmo2", "qwen2", "qwen3"]

@@ -15,8 +15,8 @@ from probekit.data.corpus import Corpus
 from probekit.data.windows import IGNORE, Batch, collate, cut_windows
 from probekit.models.base_lm import BaseLM
 from probekit.models.conditioning import new_adapter
-from probekit.models.hook_points import BridgeBackend
-from probekit.models.language_model import hook_name, load_model
+from probekit.models.hook_points import BridgeBackend, hook_name
+from probekit.models.language_model import load_model
 from probekit.models.mixing import (
     VARIANTS,
     Fixed,

@@ -9,7 +9,15 @@ import torch
 from probekit.data.sentences import complete_spans, sentence_spans
 from probekit.data.windows import collate, cut_windows
 from probekit.models.mixing import Predicted
-from probekit.models.replanning import Constant, ConstantBySentence, Draft, Given, Planned, _ends, decoded
+from probekit.models.replanning import (
+    Constant,
+    ConstantBySentence,
+    GenerationState,
+    Given,
+    Planned,
+    _ends,
+    decoded,
+)
 from probekit.run.run import Run
 
 TEXT = (
@@ -36,9 +44,9 @@ def ids_of(run: Run, text: str) -> list[int]:
     return run.corpus.tokenizer(text, add_special_tokens=False).input_ids
 
 
-def start(run: Run, text: str = "", given: list[int] | None = None) -> Draft:
+def start(run: Run, text: str = "", given: list[int] | None = None) -> GenerationState:
     plan = None if given is None else np.array(given)
-    return Draft([run.corpus.separator, *ids_of(run, text)], run.corpus.tokenizer, "en", plan)
+    return GenerationState([run.corpus.separator, *ids_of(run, text)], run.corpus.tokenizer, "en", plan)
 
 
 def planned(run: Run) -> tuple[Planned, Counting]:
@@ -50,17 +58,17 @@ def planned(run: Run) -> tuple[Planned, Counting]:
 
 def test_sentences_are_those_of_the_text_so_far(tiny_run: Run):
     """Bytes that are no whole character yet, and lines that are done with, change nothing."""
-    draft = start(tiny_run)
+    state = start(tiny_run)
     ids = ids_of(tiny_run, TEXT)
     counts = []
     for n, token in enumerate(ids):
-        draft.text.tokens.append(token)
-        draft.read()
+        state.text.tokens.append(token)
+        state.read()
         text = decoded(tiny_run.corpus.tokenizer, ids[: n + 1])
-        assert draft.whole == text
-        assert draft.sentences == [text[a:b].strip() for a, b in complete_spans(text)]
-        counts.append(len(draft.sentences))
-    assert draft.whole == TEXT
+        assert state.whole == text
+        assert state.sentences == [text[a:b].strip() for a, b in complete_spans(text)]
+        counts.append(len(state.sentences))
+    assert state.whole == TEXT
     assert (np.diff(counts) < 0).any()  # what looked like an end was none
     assert counts[-1] == len(sentence_spans(TEXT)) - 1
 
@@ -69,11 +77,11 @@ def test_positions_of_a_prompt_carry_their_sentence_as_in_training(tiny_run: Run
     corpus, conditioner = tiny_run.corpus, planned(tiny_run)[0]
     for document in corpus.documents("test")[:5]:
         begin, end = corpus.document_tokens[document : document + 2]
-        draft = Draft(corpus.tokens[begin : end - 1].tolist(), corpus.tokenizer, "en")
+        state = GenerationState(corpus.tokens[begin : end - 1].tolist(), corpus.tokenizer, "en")
         with torch.no_grad():
-            conditioner([draft])
+            conditioner([state])
         batch = collate(corpus, cut_windows(corpus, np.array([document]), end - begin, end - begin))
-        carried = np.array(draft.text.carried)
+        carried = np.array(state.text.carried)
         expected = batch.sentence[0, : end - begin - 1].numpy()
         # The last one's sentence is decided before its token is there.
         assert carried[:-1].tolist() == (expected - expected[0])[: len(carried) - 1].tolist()
@@ -81,14 +89,14 @@ def test_positions_of_a_prompt_carry_their_sentence_as_in_training(tiny_run: Run
 
 def test_each_sentence_is_embedded_once(tiny_run: Run):
     conditioner, encoder = planned(tiny_run)
-    drafts = [start(tiny_run), start(tiny_run, "One thing. Two things. And")]
+    states = [start(tiny_run), start(tiny_run, "One thing. Two things. And")]
     more = [ids_of(tiny_run, " It goes. On and on. Then more."), ids_of(tiny_run, " three. Four. Five.")]
     with torch.no_grad():
         for step in range(max(map(len, more))):
-            conditioner(drafts)
-            for draft, ids in zip(drafts, more, strict=True):
-                draft.text.tokens += ids[step : step + 1] or ids_of(tiny_run, " a")
-        conditioner(drafts)
+            conditioner(states)
+            for state, ids in zip(states, more, strict=True):
+                state.text.tokens += ids[step : step + 1] or ids_of(tiny_run, " a")
+        conditioner(states)
     assert len(encoder.seen) == len(set(encoder.seen))
     assert {"One thing.", "Two things.", "And three.", "It goes.", "On and on."} < set(encoder.seen)
 
@@ -96,45 +104,45 @@ def test_each_sentence_is_embedded_once(tiny_run: Run):
 def test_a_position_carries_what_the_planner_makes_of_the_sentences_before(tiny_run: Run):
     conditioner, encoder = planned(tiny_run)
     model = tiny_run.model("predicted")
-    draft = start(tiny_run, "One thing.")
+    state = start(tiny_run, "One thing.")
     text = " Two. Or 3.14 things! So it"
     with torch.no_grad():
         for token in ids_of(tiny_run, text):
-            conditioner([draft])
-            so_far = decoded(tiny_run.corpus.tokenizer, draft.text.tokens[1:])
+            conditioner([state])
+            so_far = decoded(tiny_run.corpus.tokenizer, state.text.tokens[1:])
             over = [so_far[a:b].strip() for a, b in complete_spans(so_far)]
             context = np.concatenate([encoder.encode(over), np.zeros((1, 16), np.float32)])
             best = model.planner(torch.from_numpy(context)[None])[0, -1].argmax()
-            carried = draft.text.embeddings[draft.text.carried[-1]]
+            carried = state.text.embeddings[state.text.carried[-1]]
             assert torch.equal(carried, model.adapter.codebook[best])
-            assert draft.actions[len(over)] == best
-            draft.text.tokens.append(token)
-    assert draft.plan == draft.actions[1:]
-    assert len(draft.text.carried) == len(draft.text.tokens) - 1
+            assert state.actions[len(over)] == best
+            state.text.tokens.append(token)
+    assert state.plan == state.actions[1:]
+    assert len(state.text.carried) == len(state.text.tokens) - 1
 
 
 def test_a_given_plan_is_obeyed_also_where_a_sentence_was_none(tiny_run: Run):
     corpus, model = tiny_run.corpus, tiny_run.model("oracle")
     encoder = tiny_run.encoder()
-    draft = start(tiny_run, "One thing. It cost", [3, 5, 2])
+    state = start(tiny_run, "One thing. It cost", [3, 5, 2])
     own = corpus.codebook.nearest(encoder.encode(["One thing."]))[0]
     conditioner = Given(model.adapter, encoder, tiny_run.device, corpus.codebook)
     told = []
     for token in ids_of(tiny_run, " 3.14 in all. Well. Yes. No."):
-        conditioner([draft])
-        if draft.ended:
+        conditioner([state])
+        if state.ended:
             break
-        carried = draft.text.embeddings[draft.text.carried[-1]]
+        carried = state.text.embeddings[state.text.carried[-1]]
         told.append(int((model.adapter.codebook == carried).all(1).nonzero()[0, 0]))
-        draft.text.tokens.append(token)
-    assert draft.ended == "plan"
-    assert draft.whole == "One thing. It cost 3.14 in all. Well. Yes."
-    assert draft.actions == [own, 3, 5, 2]
-    assert draft.plan == [3, 5, 2]
+        state.text.tokens.append(token)
+    assert state.ended == "plan"
+    assert state.whole == "One thing. It cost 3.14 in all. Well. Yes."
+    assert state.actions == [own, 3, 5, 2]
+    assert state.plan == [3, 5, 2]
     prompt = model.adapter.codebook[[own, 3]]
-    carried = torch.stack([draft.text.embeddings[row] for row in draft.text.carried])
+    carried = torch.stack([state.text.embeddings[row] for row in state.text.carried])
     first = next(i for i, row in enumerate(carried) if not torch.equal(row, prompt[0]))
-    assert decoded(corpus.tokenizer, draft.text.tokens[1 : first + 1]).strip() == "One thing."
+    assert decoded(corpus.tokenizer, state.text.tokens[1 : first + 1]).strip() == "One thing."
     changes = [a for a, b in zip(told, [*told[1:], -1], strict=True) if a != b]
     assert changes == [3, 5, 3, 5, 2]  # `3.` was taken for an end, until 14 came
 
@@ -144,13 +152,13 @@ def test_constants_are_carried_everywhere():
         def decode(self, ids: list[int], **_: object) -> str:
             return "x" * len(ids)
 
-    draft, row = Draft([0, 1, 2], Tokenizer(), "en"), torch.ones(3)
-    Constant(row)([draft])
-    assert (draft.text.carried, draft.text.embeddings) == ([0, 0, 0], [row])
-    draft.text.tokens.append(4)
-    Constant(row)([draft])
-    assert draft.text.carried == [0] * 4
-    assert draft.plan == []
+    state, row = GenerationState([0, 1, 2], Tokenizer(), "en"), torch.ones(3)
+    Constant(row)([state])
+    assert (state.text.carried, state.text.embeddings) == ([0, 0, 0], [row])
+    state.text.tokens.append(4)
+    Constant(row)([state])
+    assert state.text.carried == [0] * 4
+    assert state.plan == []
 
 
 def test_constants_by_sentence_change_where_the_corpus_has_a_new_sentence(tiny_run: Run):
@@ -159,16 +167,16 @@ def test_constants_by_sentence_change_where_the_corpus_has_a_new_sentence(tiny_r
         begin, end = corpus.document_tokens[document : document + 2]
         first = corpus.first_token[slice(*corpus.document_sentences[document : document + 2])]
         cut = first[len(first) // 2]  # a prompt of whole sentences; the rest is written token by token
-        draft = Draft(corpus.tokens[begin:cut].tolist(), corpus.tokenizer, "en")
+        state = GenerationState(corpus.tokens[begin:cut].tolist(), corpus.tokenizer, "en")
         for token in [*corpus.tokens[cut : end - 1].tolist(), None]:
-            ConstantBySentence(torch.ones(3))([draft])
+            ConstantBySentence(torch.ones(3))([state])
             if token is not None:
-                draft.text.tokens.append(token)
-        carried = np.array(draft.text.carried)
+                state.text.tokens.append(token)
+        carried = np.array(state.text.carried)
         changes = 1 + np.flatnonzero(carried[1:] != carried[:-1])
         # Position t carries the sentence of token t + 1.
         assert changes.tolist() == (first[1:] - begin - 1).tolist()
-        assert draft.plan == []
+        assert state.plan == []
 
 
 def test_ends_of_tokens_are_those_of_all_tokens_before_them(tiny_run: Run):
@@ -182,11 +190,11 @@ def test_ends_of_tokens_are_those_of_all_tokens_before_them(tiny_run: Run):
 
 @pytest.mark.parametrize("text", ["", " ", "\n\n", "\u00e9"])
 def test_texts_of_next_to_nothing(text: str, tiny_run: Run):
-    draft = start(tiny_run, text)
+    state = start(tiny_run, text)
     conditioner, _ = planned(tiny_run)
     with torch.no_grad():
-        conditioner([draft])
-    assert draft.first == 0
-    assert len(draft.actions) == 1
-    assert set(draft.text.carried) == {0}
-    assert len(draft.text.carried) == len(draft.text.tokens)
+        conditioner([state])
+    assert state.first == 0
+    assert len(state.actions) == 1
+    assert set(state.text.carried) == {0}
+    assert len(state.text.carried) == len(state.text.tokens)

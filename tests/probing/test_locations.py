@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from probekit.models.language_model import OUTSIDE_BLOCKS, hook_name
+from probekit.models.hook_points import OUTSIDE_BLOCKS, hook_name
 from probekit.probing.locations import BEFORE, LOCATIONS, label, per_layer, table_rows
 
 
