@@ -1,4 +1,4 @@
-"""The base LM: built new or loaded as a Hugging Face module, placed over devices, bridged to TransformerLens."""
+"""The base LM as a Hugging Face module: new, loaded, placed over devices, or bridged to TransformerLens."""
 
 from __future__ import annotations
 
