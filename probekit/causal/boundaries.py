@@ -15,7 +15,7 @@ from probekit.config import VariantName
 from probekit.data.corpus import Corpus
 from probekit.data.windows import Batch, Windows
 from probekit.errors import ProbekitError
-from probekit.models.language_model import Hook, hook_name
+from probekit.models.hook_points import Hook, hook_name
 from probekit.models.mixing import Fixed, Mixing, Uniform
 from probekit.models.planner_lm import token_losses
 from probekit.probing.activations import HookPoint
@@ -272,15 +272,14 @@ class EditedLM(VariantLM):
         )
 
 
-class _ReplannedMixing:
+class _ReplannedMixing(Mixing):
     """A mixing that changes the embeddings of some sentences."""
 
     def __init__(self, mixing: Mixing, at: Tensor, change: Callable[[Tensor], Tensor]) -> None:
         self.needs_scores = mixing.needs_scores
         self._mixing, self._at, self._change = mixing, at, change
 
-    def __call__(self, scores: Tensor, actions: Tensor, codebook: Tensor, temperature: Any) -> Tensor:
-        """See `Mixing`."""
+    def _mix(self, scores: Tensor, actions: Tensor, codebook: Tensor, temperature: Any) -> Tensor:
         embeddings = self._mixing(scores, actions, codebook, temperature).clone()
         embeddings[self._at] = self._change(embeddings[self._at])
         return embeddings

@@ -15,7 +15,7 @@ from probekit.config import VariantName
 from probekit.data.windows import IGNORE, Batch, Windows, chunks
 from probekit.errors import ProbekitError
 from probekit.models.conditioning import Adapter, Conditioned
-from probekit.models.language_model import OUTSIDE_BLOCKS, Hook, check_location, hook_name, layer_of
+from probekit.models.hook_points import OUTSIDE_BLOCKS, Hook, check_location, hook_name, layer_of
 from probekit.progress import Progress
 from probekit.run.run import Run
 

@@ -26,7 +26,7 @@ from probekit.causal.steering import (
 from probekit.errors import ProbekitError
 from probekit.evaluation.perplexity import window_and_stride
 from probekit.models.conditioning import CONDITIONINGS
-from probekit.models.language_model import OUTSIDE_BLOCKS, check_location
+from probekit.models.hook_points import OUTSIDE_BLOCKS, check_location
 from probekit.models.mixing import VARIANTS
 from probekit.probing.activations import HookPoint, Reader
 from probekit.probing.grid import Grid, make_grid

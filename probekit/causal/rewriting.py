@@ -14,7 +14,7 @@ from probekit.data.windows import IGNORE, Batch, Windows
 from probekit.evaluation.action_metrics import NO_ACTION
 from probekit.generation.generate import draw
 from probekit.generation.labelling import Labeller
-from probekit.models.replanning import Draft
+from probekit.models.replanning import GenerationState
 
 MAX_TOKENS = 24
 """A sentence that is not finished after so many tokens is cut."""
@@ -61,8 +61,10 @@ class SentenceWriter:
     def write(self, rows: np.ndarray, edit: Edit | None) -> list[np.ndarray]:
         """The tokens of the next sentence of some boundaries."""
         corpus, column = self._run.corpus, torch.from_numpy(self._lm.boundaries.column[rows])
-        drafts = [
-            Draft([corpus.separator, *self.context(row)], corpus.tokenizer, self._run.config.corpus.language)
+        states = [
+            GenerationState(
+                [corpus.separator, *self.context(row)], corpus.tokenizer, self._run.config.corpus.language
+            )
             for row in rows.tolist()
         ]
         seed, unfinished = self._run.config.seed, list(range(len(rows)))
@@ -76,13 +78,13 @@ class SentenceWriter:
             last = logits[torch.arange(len(rows)), column + step].float()
             tokens = self._draw(last, torch.from_numpy(uniforms[:, step]))
             for number in unfinished:
-                drafts[number].text.tokens.append(int(tokens[number]))
-                drafts[number].read()
-            unfinished = [n for n in unfinished if len(drafts[n].sentences) <= drafts[n].first]
+                states[number].text.tokens.append(int(tokens[number]))
+                states[number].read()
+            unfinished = [n for n in unfinished if len(states[n].sentences) <= states[n].first]
             if not unfinished or step + 1 == self.max_tokens:
                 break
             batch.tokens[torch.arange(len(rows)), column + step + 1] = tokens
-        return [np.array(draft.written, dtype=np.int64) for draft in drafts]
+        return [np.array(state.written, dtype=np.int64) for state in states]
 
     def growing_batch(self, rows: np.ndarray) -> Batch:
         """The windows up to the boundary, padded for the tokens to be written, all of the next sentence."""

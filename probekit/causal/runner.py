@@ -17,7 +17,7 @@ from probekit.distributed import autocast
 from probekit.errors import ProbekitError
 from probekit.io import atomic_folder, write_json, write_table
 from probekit.models.conditioning import Conditioned
-from probekit.models.language_model import Hook, hook_name
+from probekit.models.hook_points import Hook, hook_name
 from probekit.models.mixing import evaluation_mixing
 from probekit.probing.activations import HookPoint
 from probekit.probing.results import Cell, LinearProbe, SavedProbes, read_probe_record

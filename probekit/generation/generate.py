@@ -27,7 +27,7 @@ from probekit.io import write_text
 from probekit.models.decoding import new_decoder
 from probekit.models.language_model import longest_window
 from probekit.models.mixing import VARIANTS, Soft
-from probekit.models.replanning import Conditioner, Draft, conditioner_of
+from probekit.models.replanning import Conditioner, GenerationState, conditioner_of
 from probekit.progress import Progress, Task
 from probekit.run.run import Run
 
@@ -167,9 +167,9 @@ def generate(
     tokenizer = run.corpus.tokenizer
     special = torch.tensor(tokenizer.all_special_ids, device=run.device)
 
-    def next_logits(drafts: Sequence[Draft]) -> Tensor:
+    def next_logits(states: Sequence[GenerationState]) -> Tensor:
         with autocast(run.device, precision):
-            logits = decoder([draft.text for draft in drafts]).float()
+            logits = decoder([state.text for state in states]).float()
         logits[:, len(tokenizer) :] = -torch.inf  # rows of the embedding without a token
         logits[:, special[special < logits.shape[1]]] = -torch.inf
         return logits
@@ -182,45 +182,47 @@ def generate(
     with progress.task(title, total=tokens * len(known)) as task, torch.no_grad():
         for start in range(0, len(order), batch_size):
             numbers = order[start : start + batch_size].tolist()
-            drafts = [
-                Draft(known[n].tokens.tolist(), tokenizer, run.config.corpus.language, known[n].plan)
+            states = [
+                GenerationState(
+                    known[n].tokens.tolist(), tokenizer, run.config.corpus.language, known[n].plan
+                )
                 for n in numbers
             ]
             generators = [np.random.default_rng([seed, n]) for n in numbers]
-            _write(drafts, generators, condition, next_logits, settings, tokens, task)
-            for n, draft in zip(numbers, drafts, strict=True):
-                text, actions = draft.whole[len(draft.prompt) :], np.array(draft.plan, dtype=np.int64)
-                written = np.array(draft.written, dtype=np.int64)
-                results[n] = Generated(written, text, actions, draft.ended or "length")
+            _write(states, generators, condition, next_logits, settings, tokens, task)
+            for n, state in zip(numbers, states, strict=True):
+                text, actions = state.whole[len(state.prompt) :], np.array(state.plan, dtype=np.int64)
+                written = np.array(state.written, dtype=np.int64)
+                results[n] = Generated(written, text, actions, state.ended or "length")
     return [results[n] for n in range(len(known))]
 
 
 def _write(
-    drafts: Sequence[Draft],
+    states: Sequence[GenerationState],
     generators: Sequence[np.random.Generator],
     condition: Conditioner,
-    next_logits: Callable[[Sequence[Draft]], Tensor],
+    next_logits: Callable[[Sequence[GenerationState]], Tensor],
     settings: GenerationSettings,
     tokens: int,
     task: Task,
 ) -> None:
     """Adds a token to each text at a time until all have ended; each draws from a generator of its own."""
-    generator = dict(zip(drafts, generators, strict=True))
-    going = list(drafts)
+    generator = dict(zip(states, generators, strict=True))
+    going = list(states)
     while going:
         condition(going)
-        going = [draft for draft in going if draft.ended is None]
+        going = [state for state in going if state.ended is None]
         if not going:
             return
         logits = next_logits(going)
         # In float32 a number just below 1 would be 1.
-        uniforms = torch.tensor([generator[draft].random() for draft in going], dtype=torch.float64)
+        uniforms = torch.tensor([generator[state].random() for state in going], dtype=torch.float64)
         drawn = draw(logits, uniforms.to(logits.device), settings).tolist()
-        for draft, token in zip(going, drawn, strict=True):
-            draft.text.tokens.append(token)
-            draft.ended = "length" if len(draft.written) == tokens else None
+        for state, token in zip(going, drawn, strict=True):
+            state.text.tokens.append(token)
+            state.ended = "length" if len(state.written) == tokens else None
         task.advance(len(going))
-        going = [draft for draft in going if draft.ended is None]
+        going = [state for state in going if state.ended is None]
 
 
 @dataclass(frozen=True)

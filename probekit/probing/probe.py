@@ -19,15 +19,9 @@ from torch import Tensor
 from probekit import distributed
 from probekit.config import ProbedName
 from probekit.errors import ProbekitError
-<<<<<<< HEAD
 from probekit.io import atomic_folder, read_metadata, read_tensors, write_json, write_table, write_tensors
-from probekit.models.conditioning import CONDITIONINGS
-from probekit.models.language_model import OUTSIDE_BLOCKS, check_location
-=======
-from probekit.io import atomic_folder, write_json, write_table
 from probekit.models.conditioning import CONDITIONINGS, conditioned_location
 from probekit.models.hook_points import OUTSIDE_BLOCKS, check_location
->>>>>>> ceba915 (Models rewritten: hook points with their names, one class for tuning, growing texts and generation states)
 from probekit.models.mixing import VARIANTS
 from probekit.probing.activations import Activations, HookPoint, Reader, Store, stacks_of, write_store
 from probekit.probing.baselines import baseline_sums
@@ -171,7 +165,7 @@ def _hook_points(run: Run) -> list[HookPoint]:
     """Every location at every layer of the settings; one outside the blocks at the nearest layer."""
     settings, layers = run.config.probe, run.base_lm().layers
     conditioning = run.config.conditioning
-    conditioned = CONDITIONINGS[conditioning.kind].location(conditioning)
+    conditioned = conditioned_location(conditioning)
     for location in settings.locations:
         check_location(run.locations, location.removesuffix(BEFORE), "probe.locations")
         if location.endswith(BEFORE) and conditioned is None:
@@ -346,44 +340,6 @@ class _FinishedParts:
             write_tensors(path, tensors, {"identity": identity, "readers": readers})
         return scored, weights
 
-<<<<<<< HEAD
     def forget(self) -> None:
         """Removes all parts."""
         shutil.rmtree(self._folder, ignore_errors=True)
-=======
-
-def _places(run: Run) -> list[HookPoint]:
-    """Every location at every layer of the settings; one outside the blocks at the layer beside it."""
-    settings, layers = run.config.probe, run.base_lm().layers
-    for location in settings.locations:
-        check_location(run.locations, location.removesuffix(BEFORE), "probe.locations")
-        if location.endswith(BEFORE):
-            _check_before(run.config.conditioning, location)
-    for layer in settings.layers or ():
-        if layer >= layers:
-            raise ProbekitError(f"probe.layers has {layer}, but the LM's layers are 0 to {layers - 1}")
-    beside = dict(zip(OUTSIDE_BLOCKS, (0, layers - 1), strict=True))
-    return [
-        (location, layer)
-        for location in settings.locations
-        for layer in (
-            settings.layers or range(layers)
-            if per_layer(location)
-            else [beside[location.removesuffix(BEFORE)]]
-        )
-    ]
-
-
-def _check_before(settings: ConditioningSettings, location: str) -> None:
-    conditioned = conditioned_location(settings)
-    if conditioned is None:
-        raise ProbekitError(
-            f"probe.locations has {location!r}, but with conditioning.kind {settings.kind!r} nothing is "
-            f"added to activations; give it without {BEFORE!r}"
-        )
-    if location != conditioned + BEFORE:
-        raise ProbekitError(
-            f"probe.locations has {location!r}, but actions are added at {conditioned!r} "
-            f"(conditioning); only {conditioned + BEFORE!r} differs from its hook"
-        )
->>>>>>> ceba915 (Models rewritten: hook points with their names, one class for tuning, growing texts and generation states)

@@ -219,11 +219,6 @@ def test_a_planner_is_trained_along_exactly_where_a_gradient_reaches_it_or_it_is
 # A share of the planner's actions
 
 
-def test_the_draws_of_the_table_are_nobodys():
-    with pytest.raises(TypeError, match="training_mixing makes one that has"):
-        VARIANTS["mixed"].training(*inputs(), 1.0)
-
-
 @pytest.mark.parametrize(("fraction", "kind"), [(0.0, Oracle), (1.0, Predicted)])
 def test_all_or_none_of_the_planners_actions(fraction: float, kind: type):
     scores, actions, codebook = inputs(sentences=500)

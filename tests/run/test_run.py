@@ -456,26 +456,26 @@ def test_a_run_may_be_moved(tiny_run: Run, tmp_path: Path, monkeypatch: pytest.M
 TOKENS = torch.arange(24).view(2, 12)
 
 
-def states(road: Backend, names: list[str]) -> list[torch.Tensor]:
+def states(backend: Backend, names: list[str]) -> list[torch.Tensor]:
     """What hooks of those names see."""
     seen: list[torch.Tensor] = []
     with torch.no_grad():
-        road(TOKENS, [(name, lambda x: seen.append(x.flatten(2).clone())) for name in names], len(names))
+        backend(TOKENS, [(name, lambda x: seen.append(x.flatten(2).clone())) for name in names], len(names))
     return seen
 
 
 @pytest.mark.parametrize("variant", ["none", "soft", "random"])
 @pytest.mark.parametrize("beside", [[], ["blocks.1.attn.hook_q"]])
 def test_a_forward_pass_of_the_base_lm_or_of_random_weights(tiny_run: Run, variant: str, beside: list[str]):
-    """On the plain road, and on the bridge for a hook that no module has."""
+    """On the plain backend, and on the bridge for a hook that no module has."""
     names = [f"blocks.{layer}.hook_resid_pre" for layer in range(3)] + ["ln_final.hook_out"]
-    road = tiny_run.forward_pass([*names, *beside], variant, seed=5)
-    assert isinstance(road, BridgeBackend if beside else HFBackend)
+    backend = tiny_run.forward_pass([*names, *beside], variant, seed=5)
+    assert isinstance(backend, BridgeBackend if beside else HFBackend)
     plain = tiny_run.plain_model()
     plain = random_weights(plain, 5) if variant == "random" else plain
     with torch.no_grad():
         expected = plain.eval()(TOKENS, output_hidden_states=True).hidden_states
-    for found, state in zip(states(road, names), expected, strict=True):
+    for found, state in zip(states(backend, names), expected, strict=True):
         torch.testing.assert_close(found, state, rtol=1e-4, atol=1e-4)
 
 
