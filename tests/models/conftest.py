@@ -95,6 +95,12 @@ def base(folders: dict[str, Path], tokenizer: PreTrainedTokenizerBase) -> Callab
 
 
 @pytest.fixture(scope="session")
+def plain(folders: dict[str, Path]) -> dict[str, PreTrainedModel]:
+    """The plain LM of every family; tests must not change them."""
+    return {family: load_model(str(folder)) for family, folder in folders.items()}
+
+
+@pytest.fixture(scope="session")
 def make_corpus() -> Callable[..., Corpus]:
     """Builds a corpus from the number of tokens in each sentence of each document."""
 

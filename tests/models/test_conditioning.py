@@ -1,4 +1,4 @@
-"""The adapter: what it adds, where, to which token, and its gradients through the whole LM."""
+"""Conditioning: what each kind adds, which token it reaches, and its gradients through the whole LM."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,9 +17,17 @@ from probekit.data.corpus import Corpus
 from probekit.data.windows import Batch, collate, cut_windows
 from probekit.errors import ProbekitError
 from probekit.models.base_lm import BaseLM
-from probekit.models.conditioning import LayerAdapter, location_width, new_adapter
-from probekit.models.hook_points import OUTSIDE_BLOCKS, BridgeBackend, hook_name
-from probekit.models.mixing import GumbelSoftmax, Mixing, Oracle, Soft, StraightThrough
+from probekit.models.conditioning import (
+    CONDITIONINGS,
+    Adapter,
+    Conditioned,
+    LayerAdapter,
+    PlanningToken,
+    location_width,
+    new_adapter,
+)
+from probekit.models.hook_points import Backend, BridgeBackend, HFBackend, Hook, hook_name
+from probekit.models.mixing import Oracle, Soft
 from probekit.models.planner import Planner
 from probekit.models.planner_lm import PlannedLM, token_losses
 
@@ -135,35 +143,71 @@ def test_other_locations_condition_too(family: str, location: str, base: Base, m
         assert gradient.abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("kind", CONDITIONINGS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_loss_reaches_adapter_and_planner_and_not_the_lm(
+    family: str, kind: str, base: Base, plain: dict, make_corpus: MakeCorpus
+):
+    batch, adapter = batch_of(make_corpus(DOCUMENTS)), kind_adapter(base(family), kind)
+    planner = Planner(PlannerSettings(width=8), adapter.codebook.detach(), seed=0)
+    model = PlannedLM(base(family).forward_pass(adapter.names, plain[family]), planner, adapter, 1.0)
+    token_losses(model(batch, Soft()), batch.targets).sum().backward()
+    for name, parameter in [*adapter.named_parameters(), *planner.named_parameters()]:
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().max() > 0, name
+    assert all(parameter.grad is None for parameter in plain[family].parameters())
+
+
+@pytest.mark.parametrize("part", ["adapter.projection", "adapter.codebook", "planner."])
+@pytest.mark.parametrize("kind", CONDITIONINGS)
+def test_gradients_through_the_whole_lm_are_finite_differences(
+    kind: str,
+    part: str,
+    make_model: Callable[..., PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    make_corpus: MakeCorpus,
+):
+    """In float64; along random directions for the planner, which has the most parameters."""
+    tiny = make_model("GPT2", len(tokenizer), hidden_size=4, num_hidden_layers=2).double()
+    lm, batch = BaseLM(lambda: tiny, tokenizer, "exact"), batch_of(make_corpus([[2, 2, 3], [1, 4]]))
+    batch = replace(batch, context=batch.context.double())
+    adapter = kind_adapter(lm, kind)
+    planner = Planner(PlannerSettings(width=4), adapter.codebook.detach(), seed=0).eval()
+    model = PlannedLM(BridgeBackend(lm.bridged), planner, adapter, temperature=0.7).double()
+    chosen = {
+        name: p for name, p in model.named_parameters() if part in name.partition(".")[::2][part != "planner"]
+    }
+
+    def loss(*values: Tensor) -> Tensor:
+        conditioned = functional_call(model, dict(zip(chosen, values, strict=True)), (batch, Soft()))
+        return conditioned.log_softmax(-1).gather(2, batch.tokens[..., None]).sum()
+
+    start = tuple(p.detach().clone().requires_grad_() for p in chosen.values())
+    assert sum(gradient.abs().sum() for gradient in torch.autograd.grad(loss(*start), start)) > 1e-2
+    assert gradcheck(loss, start, fast_mode=part == "planner.")
+
+
 @pytest.mark.parametrize(
-    "location", ["attn.hook_pattern", "attn.hook_attn_scores", "attn.hook_result", "nothing"]
+    ("settings", "message"),
+    [
+        (
+            {"location": "attn.hook_pattern"},
+            "conditioning.location is 'attn.hook_pattern', where .* hook_resid_pre",
+        ),
+        ({"location": "hook_embed"}, "conditioning.location is 'hook_embed', which is in no layer"),
+        (
+            {"location": "ln_final.hook_out"},
+            "conditioning.location is 'ln_final.hook_out', which is in no layer",
+        ),
+        ({"skip_layers": LAYERS}, rf"skip_layers is {LAYERS}.*at most {LAYERS - 1}"),
+    ],
 )
-def test_locations_without_a_vector_for_each_position_are_refused(location: str, base: Base):
-    with pytest.raises(ProbekitError) as raised:
-        location_width(base("gpt2"), ConditioningSettings(location=location))
-    message = str(raised.value)
-    assert message.startswith(f"conditioning.location is {location!r}")
-    assert "hook_resid_pre" in message
-    assert "\n" not in message
-
-
-@pytest.mark.parametrize("location", OUTSIDE_BLOCKS)
-def test_locations_that_are_in_no_layer_are_refused(location: str, base: Base):
-    """They can be probed, but no projection of a layer can be added there."""
-    assert location in base("gpt2").locations
-    with pytest.raises(ProbekitError) as raised:
-        location_width(base("gpt2"), ConditioningSettings(location=location))
-    message = str(raised.value)
-    assert message.startswith(f"conditioning.location is {location!r}, which is in no layer")
-    assert "\n" not in message
-
-
-def test_some_layer_must_be_left(base: Base, make_corpus: MakeCorpus):
-    corpus = make_corpus(DOCUMENTS)
-    assert len(adapter_for(base("gpt2"), corpus, skip_layers=LAYERS - 1).projections) == 1
-    for skip in (LAYERS, LAYERS + 5):
-        with pytest.raises(ProbekitError, match=rf"conditioning.skip_layers is {skip}.*at most {LAYERS - 1}"):
-            adapter_for(base("gpt2"), corpus, skip_layers=skip)
+def test_what_does_not_fit_the_lm_is_refused(settings: dict, message: str, base: Base):
+    with pytest.raises(ProbekitError, match=message) as raised:
+        location_width(base("gpt2"), ConditioningSettings(**settings))
+    assert "\n" not in str(raised.value)
+    for kind in ("embedding", "token"):  # which have no location or layers of their own
+        assert location_width(base("gpt2"), ConditioningSettings(kind=kind, **settings)) == 16
 
 
 def test_every_layer_starts_different_and_the_seed_decides_how(base: Base, make_corpus: MakeCorpus):
@@ -192,57 +236,6 @@ def test_an_adapter_trains_its_own_codebook():
     assert codebook.any()
 
 
-@pytest.mark.parametrize("mixing", [Soft(), StraightThrough(), GumbelSoftmax()])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_in_every_family_the_loss_reaches_adapter_and_planner_and_not_the_lm(
-    family: str, mixing: Mixing, base: Base, make_corpus: MakeCorpus
-):
-    lm, corpus = base(family), make_corpus(DOCUMENTS)
-    batch, adapter = batch_of(corpus), adapter_for(lm, corpus)
-    planner = Planner(PlannerSettings(width=8), adapter.codebook.detach(), seed=0)
-    model = PlannedLM(BridgeBackend(lm.bridged), planner, adapter, temperature=1.0)
-    losses = token_losses(model(batch, mixing), batch.targets)
-    losses.sum().backward()
-    for gradient in (*adapter.projections.grad, adapter.codebook.grad):
-        assert gradient.isfinite().all()
-        assert gradient.abs().max() > 1e-3
-    for name, parameter in planner.named_parameters():
-        assert parameter.grad.abs().max() > 0, name
-    assert all(parameter.grad is None for parameter in lm.bridged.parameters())
-
-
-@pytest.fixture
-def exact(
-    make_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerBase, make_corpus: MakeCorpus
-) -> tuple[PlannedLM, Batch]:
-    """A planned GPT-2 and a batch, all in float64."""
-    corpus = make_corpus([[2, 2, 3], [1, 4]], actions=4, dimensions=2)
-    model = make_model("GPT2", len(tokenizer), hidden_size=4, num_hidden_layers=2).double()
-    lm = BaseLM(lambda: model, tokenizer, "exact")
-    adapter = adapter_for(lm, corpus)
-    planner = Planner(PlannerSettings(width=4), adapter.codebook.detach(), seed=0).eval()
-    batch = batch_of(corpus)
-    batch = replace(batch, context=batch.context.double())
-    return PlannedLM(BridgeBackend(lm.bridged), planner, adapter, temperature=0.7).double(), batch
-
-
-@pytest.mark.parametrize("part", ["adapter.projections", "adapter.codebook", "planner."])
-def test_gradients_through_the_whole_lm_are_finite_differences(part: str, exact: tuple[PlannedLM, Batch]):
-    model, batch = exact
-    chosen = {name: p for name, p in model.named_parameters() if name.startswith(part)}
-    assert chosen
-
-    def loss(*values: Tensor) -> Tensor:
-        conditioned = functional_call(model, dict(zip(chosen, values, strict=True)), (batch, Soft()))
-        return conditioned.log_softmax(-1).gather(2, batch.tokens[..., None]).sum()
-
-    start = tuple(p.detach().clone().requires_grad_() for p in chosen.values())
-    gradients = torch.autograd.grad(loss(*start), start)
-    assert sum(gradient.abs().sum() for gradient in gradients) > 1e-2
-    # Along random directions for the planner, which has the most parameters; one by one for the others.
-    assert gradcheck(loss, start, fast_mode=part == "planner.")
-
-
 @pytest.mark.parametrize("window", [32, 4, 1])
 def test_a_position_carries_the_action_of_the_next_tokens_sentence(window: int, make_corpus: MakeCorpus):
     """Table made by hand: the last token of a sentence already carries the next sentence's action."""
@@ -255,3 +248,176 @@ def test_a_position_carries_the_action_of_the_next_tokens_sentence(window: int, 
     ]
     # separator a a | a b | b c c c, each under the sentence of the token that comes next; the last c has none
     assert scored == [0, 0, 0, 1, 1, 2, 2, 2, 2]
+
+
+SIZES = [size for document in DOCUMENTS for size in document]
+
+
+def kind_adapter(lm: BaseLM, kind: str) -> Adapter:
+    """An adapter whose projections are large enough to matter beside the LM's activations."""
+    codebook = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    adapter = new_adapter(ConditioningSettings(kind=kind, skip_layers=1), codebook, lm, seed=0)
+    with torch.no_grad():
+        for name, parameter in adapter.named_parameters():
+            parameter *= 1 if name == "codebook" else 20
+    return adapter
+
+
+def embeddings_of(batch: Batch) -> Tensor:
+    return torch.randn(len(batch.touched), 3, generator=torch.Generator().manual_seed(1))
+
+
+def logits_of(backend: Backend, read: Conditioned, *more: Hook) -> Tensor:
+    found = backend.logits(read.tokens, [*read.hooks, *more], read.positions)
+    return found if read.slots is None else read.slots.predictions(found)
+
+
+def test_slots_made_by_hand():
+    sentence = torch.tensor([[0, 0, 1, 1, 1], [2, 2, 2, 2, 3]])
+    read = token_adapter(4).conditioned(
+        torch.arange(10, 20).view(2, 5), torch.arange(12.0).view(4, 3), sentence
+    )
+    slots = read.slots
+    # t is a token, p a planning one: t p t t p t t, and t p t t t t p
+    assert slots.planning.int().tolist() == [[0, 1, 0, 0, 1, 0, 0], [0, 1, 0, 0, 0, 0, 1]]
+    assert slots.own.tolist() == [[0, 2, 3, 5, 6], [0, 2, 3, 4, 5]]
+    assert slots.predicting.tolist() == [[1, 2, 4, 5, 6], [1, 2, 3, 4, 6]]
+    assert read.positions.tolist() == [[0, 0, 1, 2, 2, 3, 4], [0, 0, 1, 2, 3, 4, 4]]
+    assert read.tokens.tolist() == [[10, 10, 11, 12, 12, 13, 14], [15, 15, 16, 17, 18, 19, 19]]
+    values = torch.randn(2, 7, 6)
+    expected = torch.stack([values[0, [1, 2, 4, 5, 6]], values[1, [1, 2, 3, 4, 6]]])
+    assert torch.equal(slots.predictions(values), expected)
+
+
+def test_windows_with_fewer_planning_tokens_are_padded_at_the_end():
+    sentence = torch.tensor([[0, 1, 2], [3, 3, 3]])
+    read = token_adapter(4).conditioned(torch.arange(6).view(2, 3), torch.randn(4, 3), sentence)
+    assert read.positions.tolist() == [[0, 0, 1, 1, 2, 2], [0, 0, 1, 2, 2, 2]]
+    assert read.slots.planning.int().tolist() == [[0, 1, 0, 1, 0, 1], [0, 1, 0, 0, 0, 0]]
+
+
+def token_adapter(width: int) -> PlanningToken:
+    return PlanningToken(torch.randn(5, 3), width=width, seed=0)
+
+
+@pytest.mark.parametrize("kind", ["embedding", "token"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_is_the_lm_on_embeddings_made_by_hand(
+    family: str, kind: str, base: Base, plain: dict, make_corpus: MakeCorpus
+):
+    """Window by window, with a mask that says itself what may be seen."""
+    batch, model = batch_of(make_corpus(DOCUMENTS), 7), plain[family]
+    adapter, embeddings = kind_adapter(base(family), kind), embeddings_of(batch)
+    table = model.get_input_embeddings().weight
+    with torch.no_grad():
+        read = adapter.conditioned(batch.tokens, embeddings, batch.sentence)
+        backend = base(family).forward_pass([*adapter.names, "ln_final.hook_out"], model)
+        assert isinstance(backend, HFBackend)
+        fast, slow = logits_of(backend, read), logits_of(BridgeBackend(base(family).bridged), read)
+        for row, tokens in enumerate(batch.tokens):
+            carried = (embeddings @ adapter.projection)[batch.sentence[row]]
+            vectors, positions, predicting = [], [], []
+            for t, token in enumerate(tokens):
+                vectors.append(table[token] + (carried[t] if kind == "embedding" else 0))
+                positions.append(t)
+                if kind == "token" and (t == 0 or batch.sentence[row, t] != batch.sentence[row, t - 1]):
+                    vectors.append(carried[t])
+                    positions.append(t)
+                predicting.append(len(vectors) - 1)
+            hidden = torch.full((len(vectors), len(vectors)), torch.finfo(torch.float32).min).triu(1)
+            expected = model(
+                inputs_embeds=torch.stack(vectors)[None],
+                position_ids=torch.tensor([positions]),
+                attention_mask=hidden[None, None],
+                use_cache=False,
+            ).logits[0, predicting]
+            scored = batch.targets[row] >= 0
+            torch.testing.assert_close(fast[row, scored], expected[scored], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(slow[row, scored], expected[scored], atol=1e-4, rtol=1e-4)
+    base = BridgeBackend(base(family).bridged).logits(batch.tokens, [])
+    assert not torch.allclose(fast, base, atol=0.1)
+
+
+@pytest.mark.parametrize("kind", list(CONDITIONINGS))
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama"])
+@pytest.mark.parametrize("window", [32, 5])
+def test_an_action_reaches_no_token_before_its_sentence(
+    family: str, kind: str, window: int, base: Base, make_corpus: MakeCorpus
+):
+    """By gradient: the prediction of a token sees the actions of its sentence and of those before it."""
+    lm, corpus = base(family), make_corpus(DOCUMENTS)
+    windows = cut_windows(corpus, np.arange(2), window, window)
+    batch, adapter = collate(corpus, windows), kind_adapter(lm, kind)
+    embeddings = embeddings_of(batch).requires_grad_()
+    read = adapter.conditioned(batch.tokens, embeddings, batch.sentence)
+    conditioned = logits_of(BridgeBackend(lm.bridged), read)
+    weights = torch.randn(conditioned.shape[-1], generator=torch.Generator().manual_seed(2))
+    # `touched` counts rows of the padded context; these are the documents and the numbers in the corpus.
+    document, within = np.divmod(batch.touched.numpy(), batch.context.shape[1])
+    numbers = corpus.document_sentences[document] + within
+    for row in range(len(windows)):
+        start, length = windows.start[row], windows.length[row]
+        for position in range(length):
+            (gradient,) = torch.autograd.grad(
+                conditioned[row, position] @ weights, embeddings, retain_graph=True
+            )
+            for i, sees in enumerate(gradient.any(-1)):
+                begins = corpus.first_token[numbers[i]]
+                last = begins + SIZES[numbers[i]] - 1
+                carried = begins - 1 <= start + position and last - 1 >= start
+                assert sees == (carried and document[i] == windows.document[row]), (row, position, numbers[i])
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("kind", list(CONDITIONINGS))
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama"])
+def test_a_prediction_sees_every_token_before_it_and_none_behind(
+    family: str, kind: str, fast: bool, base: Base, plain: dict, make_corpus: MakeCorpus
+):
+    """By gradient, through what is added to the embeddings of the windows' own tokens."""
+    lm, batch = base(family), batch_of(make_corpus(DOCUMENTS), 8)
+    adapter = kind_adapter(lm, kind)
+    read = adapter.conditioned(batch.tokens, embeddings_of(batch), batch.sentence)
+    added = torch.zeros(*batch.tokens.shape, 16, requires_grad=True)
+
+    def add(activation: Tensor, hook: object = None) -> Tensor:
+        if read.slots is None:
+            return activation + added
+        windows = torch.arange(len(added))[:, None]
+        return activation.index_put((windows, read.slots.own), added, accumulate=True)
+
+    names = [*adapter.names, "hook_embed"]
+    backend = lm.forward_pass(names, plain[family]) if fast else BridgeBackend(lm.bridged)
+    assert isinstance(backend, HFBackend if fast else BridgeBackend)
+    found = logits_of(backend, read, ("hook_embed", add))
+    weights = torch.randn(found.shape[-1], generator=torch.Generator().manual_seed(2))
+    for row, targets in enumerate(batch.targets):
+        for position in range(int((targets >= 0).sum())):
+            (gradient,) = torch.autograd.grad(found[row, position] @ weights, added, retain_graph=True)
+            seen = [(row, t) for t in range(position + 1)]
+            assert (
+                list(zip(*map(Tensor.tolist, gradient.any(-1).nonzero(as_tuple=True)), strict=True)) == seen
+            )
+
+
+def test_a_window_as_long_as_the_table_of_positions_is_read(base: Base, make_corpus: MakeCorpus):
+    lm = base("gpt2")
+    longest = lm.config.max_position_embeddings
+    batch = batch_of(make_corpus([[3] * 20]), longest)
+    adapter = kind_adapter(lm, "token")
+    read = adapter.conditioned(batch.tokens, embeddings_of(batch), batch.sentence)
+    assert read.tokens.shape[1] > longest == batch.tokens.shape[1]
+    assert logits_of(BridgeBackend(lm.bridged), read).shape[:2] == batch.tokens.shape
+
+
+def test_an_lm_that_takes_no_positions_is_refused(
+    make_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerBase
+):
+    lm = BaseLM(lambda: make_model("Bloom", len(tokenizer), n_layer=2, n_head=2), tokenizer, "bloom")
+    for kind in ("adapter", "embedding"):
+        location_width(lm, ConditioningSettings(kind=kind, skip_layers=1))
+    with pytest.raises(ProbekitError) as raised:
+        location_width(lm, ConditioningSettings(kind="token"))
+    message = str(raised.value)
+    assert message.startswith("conditioning.kind is 'token', but BloomForCausalLM takes no positions")
+    assert "\n" not in message

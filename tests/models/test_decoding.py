@@ -146,7 +146,7 @@ def test_planning_tokens_are_read_by_the_plain_module(family: str, base: Callabl
 
 def test_where_the_plain_module_cannot_the_bridge_reads(base: Callable[[str], BaseLM]):
     _, found, _ = conditioned(base("gpt2"), location="attn.hook_q")
-    assert isinstance(found, Decoder)
+    assert type(found) is Decoder
     texts = new_texts([3, 8])
     with torch.no_grad():
         together = found(texts)

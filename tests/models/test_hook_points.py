@@ -1,5 +1,6 @@
 """Two roads through a model: the plain module's equals the bridge's, and neither leaves traces."""
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -9,28 +10,26 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from probekit.errors import ProbekitError
 from probekit.models.hook_points import (
+    OUTSIDE_BLOCKS,
     Backend,
     BridgeBackend,
     HFBackend,
     Hook,
+    check_location,
     find_hook_point,
     forward_pass,
     hook_name,
+    layer_of,
     locations,
 )
-from probekit.models.language_model import bridge, load_model, random_weights
+from probekit.models.language_model import bridge, load_model, random_weights, shallow
 from probekit.probing.locations import BEFORE, LOCATIONS
 
 FAMILIES = ["gpt2", "gpt_neox", "llama", "olmo", "olmo2", "qwen2", "qwen3"]
 LAYERS = 3
 TOKENS = torch.randint(200, (4, 11), generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(scope="module")
-def plain(folders: dict[str, Path]) -> dict[str, PreTrainedModel]:
-    """The plain LM of every family; tests must not change them."""
-    return {family: load_model(str(folders[family])) for family in FAMILIES}
 
 
 def table_names(lm: TransformerBridge) -> list[str]:
@@ -294,16 +293,6 @@ def test_a_plain_pass_is_frozen_and_without_dropout(
     assert torch.equal(*first.values(), *second.values())
 
 
-def test_an_lm_of_two_positions(
-    make_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerBase
-):
-    """The comparison of the two roads asks for no more than an LM can read."""
-    size = {"num_hidden_layers": 1, "max_position_embeddings": 2}
-    lm = bridge(make_model("GPT2", len(tokenizer), **size), tokenizer, "tiny")
-    model = make_model("GPT2", len(tokenizer), **size)
-    assert isinstance(forward_pass(lm, model, ["blocks.0.hook_mlp_out"]), HFBackend)
-
-
 def test_a_module_that_sees_another_shape_is_left_to_the_bridge(
     make_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerBase
 ):
@@ -315,3 +304,135 @@ def test_a_module_that_sees_another_shape_is_left_to_the_bridge(
     backend = forward_pass(lm, model, [name])
     assert isinstance(backend, BridgeBackend)
     assert seen_by(backend, [name])[name].shape == (*TOKENS.shape, 16)
+
+
+def tokens(rows: int, columns: int) -> torch.Tensor:
+    return torch.randint(200, (rows, columns), generator=torch.Generator().manual_seed(0))
+
+
+COMMON = {
+    "hook_resid_pre",
+    "hook_resid_post",
+    "hook_attn_out",
+    "hook_mlp_out",
+    "attn.hook_z",
+    "mlp.hook_post",
+    *OUTSIDE_BLOCKS,
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_location_fires_in_every_layer_with_a_vector_for_each_position(family: str, bridged: dict):
+    lm = bridged[family]
+    found = locations(lm)
+    assert found.keys() >= COMMON
+    assert [found[name] for name in ("hook_resid_pre", "hook_attn_out", "hook_mlp_out")] == [16] * 3
+    assert [found[name] for name in OUTSIDE_BLOCKS] == [16] * 2
+    assert found["attn.hook_z"] == (12 if family == "qwen3" else 16)
+    assert found["mlp.hook_post"] == (64 if family == "gpt2" else 24)
+    seen = {}
+    hooks = [
+        (hook_name(location, layer), lambda x, hook, at=(location, layer): seen.update({at: x.shape}))
+        for location in found
+        for layer in range(3)
+    ]
+    with torch.no_grad(), lm.hooks(fwd_hooks=hooks):
+        lm(tokens(1, 5))
+    for location, features in found.items():
+        for layer in range(3):
+            assert seen[location, layer][:2] == (1, 5)
+            assert seen[location, layer][2:].numel() == features
+
+
+def test_hooks_by_location_and_layer():
+    names = [hook_name(location, 12) for location in ("attn.hook_z", "hook_resid_pre", *OUTSIDE_BLOCKS)]
+    assert names == ["blocks.12.attn.hook_z", "blocks.12.hook_resid_pre", "hook_embed", "ln_final.hook_out"]
+    assert [layer_of(name) for name in names] == [12, 12, 0, None]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_locations_outside_the_blocks_are_the_models_first_and_last_word(
+    family: str, bridged: dict, folders: dict[str, Path]
+):
+    plain = load_model(str(folders[family])).eval()
+    with torch.no_grad():
+        states = plain(tokens(2, 9), output_hidden_states=True).hidden_states
+        _, cache = bridged[family].run_with_cache(
+            tokens(2, 9), names_filter=list(OUTSIDE_BLOCKS), output_attentions=False
+        )
+        embedded = plain.get_input_embeddings()(tokens(2, 9))
+    torch.testing.assert_close(cache["hook_embed"], embedded)
+    torch.testing.assert_close(cache["ln_final.hook_out"], states[-1], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 4])
+def test_positions_are_never_taken_for_heads(
+    heads: int, make_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerBase
+):
+    model = make_model("GPT2", len(tokenizer), hidden_size=12, num_attention_heads=heads)
+    found = locations(bridge(model, tokenizer, "tiny"))
+    assert [found[f"attn.hook_{name}"] for name in "qkvz"] == [12] * 4
+    assert "attn.hook_pattern" not in found
+    assert "attn.hook_attn_scores" not in found
+
+
+MIXTURES = {
+    "Mixtral": {"num_key_value_heads": 1, "num_local_experts": 2},
+    "Qwen3Moe": {
+        "num_key_value_heads": 1,
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 8,
+        "head_dim": 8,
+    },
+    "Gemma2": {"num_key_value_heads": 1, "head_dim": 8},
+    "Phi3": {"num_key_value_heads": 2, "pad_token_id": 0},
+    "GPT2": {"num_hidden_layers": 1},
+}
+"""Architectures that alternate two kinds of layers, or fuse some weights."""
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_shallow_lm_has_the_hooks_of_the_deep_one(
+    name: str, make_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerBase
+):
+    model = make_model(name, len(tokenizer), **MIXTURES[name])
+    like = bridge(shallow(model.config), tokenizer, name)
+    bridged, plain = bridge(copy.deepcopy(model), tokenizer, name), model
+    assert locations(like) == locations(bridged)
+    for location in locations(bridged):
+        hook = hook_name(location, bridged.cfg.n_layers - 1)
+        assert find_hook_point(like, plain, hook) == find_hook_point(bridged, plain, hook), hook
+
+
+def test_locations_of_an_lm_of_one_layer_and_two_positions(
+    make_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerBase
+):
+    model = make_model("GPT2", len(tokenizer), num_hidden_layers=1, max_position_embeddings=2)
+    assert locations(bridge(model, tokenizer, "tiny"))["hook_resid_pre"] == 16
+
+
+@pytest.mark.parametrize(
+    ("family", "location"),
+    [
+        ("gpt_neox", "hook_resid_mid"),  # its attention and MLP are parallel
+        ("llama", "attn.hook_pattern"),  # heads before positions
+        ("qwen3", "attn.hook_q_normed"),  # the same
+        ("gpt2", "hook_mlp_in"),  # switched off
+        ("gpt2", "attn.qkv.hook_out"),  # never fires
+        ("gpt2", "attn"),  # a module
+        ("gpt2", "blocks.0.hook_resid_pre"),  # with its layer
+        ("gpt2", ""),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_unusable_locations_are_refused_and_usable_ones_listed(family: str, location: str, bridged: dict):
+    with pytest.raises(ProbekitError) as raised:
+        check_location(locations(bridged[family]), location, "probe.locations")
+    message = str(raised.value)
+    assert message.startswith(f"probe.locations is {location!r}")
+    assert "\n" not in message
+    listed = set(message.split(" at ")[-1].split(", "))
+    assert listed == locations(bridged[family]).keys()
+    for name in listed:
+        check_location(locations(bridged[family]), name, "probe.locations")
