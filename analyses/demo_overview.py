@@ -1,26 +1,24 @@
-"""Draws the demo in one picture: perplexity of every variant, and where the next action is read.
+"""Draws the demo in one picture: perplexity of every variant, and where the next action can be read.
 
     python analyses/demo_overview.py runs/demo
 
-The run has to be evaluated and probed, as `probekit demo` leaves it.
+The run has to be evaluated and probed, as after `probekit demo`.
 """
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import pandas as pd
-from manifest import save_figure
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from shared.script import run_script, save_figure, script_parser
 
 import probekit
-from probekit.reports.figures import Panel, draw_heat_map
+from probekit.errors import ProbekitError
+from probekit.reports.figures import INJECTED, Panel, draw_heat_map
 
 
 def draw_perplexity(axes: Axes, table: pd.DataFrame) -> None:
-    """A dot with its interval for every variant, worst on top."""
+    """Draws a dot with its interval for every variant, the worst at the top."""
     table = table.sort_values("perplexity").reset_index(drop=True)
     names = [
         f"{row.variant}\n({row.actions} actions)" if row.variant == "oracle" else row.variant
@@ -36,36 +34,24 @@ def draw_perplexity(axes: Axes, table: pd.DataFrame) -> None:
 
 def main() -> None:
     """Reads the run, draws, saves."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__, "figures/demo_overview.png")
     parser.add_argument("run", help="an evaluated and probed run")
     parser.add_argument("--variant", default="none", help="whose activations the heat map shows (none)")
-    parser.add_argument("--out", default="figures/demo_overview.png", type=Path)
-    arguments = parser.parse_args()
-    run = probekit.load_run(arguments.run)
+    given = parser.parse_args()
+    run = probekit.load_run(given.run)
     perplexity = pd.DataFrame(run.evaluation()["perplexity"])
-    panel = Panel(arguments.variant, "hook_resid_post")
+    panel = Panel(given.variant, "hook_resid_post")
     cells = panel.cells(run.probes())
     if cells.empty:
-        parser.error(f"{arguments.run} has no probes of {panel.title}")
+        raise ProbekitError(f"{given.run} has no probes of {panel.title}")
     figure = Figure(figsize=(11, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1, 1.4])
     draw_perplexity(left, perplexity)
     draw_heat_map(right, cells)
-    star = "\n* the target's own action was added" if cells.injected.any() else ""
-    right.set_title(panel.title + star, fontsize=10)
+    right.set_title(panel.title + (f"\n* {INJECTED}" if cells.injected.any() else ""), fontsize=10)
     numbers = pd.concat([perplexity.assign(panel="perplexity"), cells.assign(panel="probes")])
-    path = save_figure(
-        figure,
-        numbers,
-        arguments.out,
-        script="analyses/demo_overview.py",
-        settings={"variant": arguments.variant},
-        runs=[run],
-    )
-    print(path)  # noqa: T201 - a script tells what it wrote
+    save_figure(figure, numbers, given.out, {"variant": given.variant}, [run])
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -3,36 +3,35 @@
     python analyses/depth_figure4_routing.py runs/depth --window 15
     python analyses/depth_figure4_routing.py --preset demo --seeds 3 --runs runs/depth
 
-A folder is a single run, or a sweep, of which the seeds of each member are taken together. With `--preset`
-the sweep is trained first, into `RUNS/PRESET`, or gone on with: one member for each of `--tunings`. Sparsity
-is 1 less the entropy of a token's weights as a share of the largest there can be, averaged over tokens: 0
-where all layers weigh the same, 1 where one has all weight. Lines are moving averages over logged rows of the
-mean over seeds, thin lines are single seeds.
+A folder is a single run, or a sweep whose seeds of each member are taken together. With `--preset` the sweep
+is trained or continued in `RUNS/PRESET` first, with one member for each of `--tunings`. Sparsity is
+1 minus the entropy of a token's weights as a share of its maximum, averaged over tokens: 0 where all layers
+have the same weight, 1 where one has all of it. Lines are moving averages over logged rows of the mean over
+seeds, thin lines are single seeds.
 """
 
 from __future__ import annotations
 
 import pandas as pd
-from late_layers import (
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from shared.depth import (
     MEMBER_STYLES,
-    Groups,
-    draw_line,
+    draw_curve,
     draw_over_steps,
     layer_name,
     layer_style,
     members_of,
     training_curves,
 )
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from scripts import run_script
+from shared.script import Groups, run_script
 
 COPIES = "repeated"
 """The member whose layers are all the last one."""
 
 
 def routing(groups: Groups, window: int) -> pd.DataFrame:
-    """Sparsity and weights of the members that have a router; columns `runs` and `member` tell them apart."""
+    """Collects sparsity and weights of the members that have a router; see `training_curves`."""
     parts = []
     for name, runs in groups.items():
         needed = "a router, which members repeated, ensemble and distilled have from depth.layers 2 on"
@@ -45,7 +44,7 @@ def routing(groups: Groups, window: int) -> pd.DataFrame:
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """A row for each group: sparsity of all members, then the weights of each."""
+    """Draws a row for each group: sparsity of all members, then the weights of each."""
     groups, members = (list(dict.fromkeys(table[column])) for column in ("runs", "member"))
     size = (3.4 * (1 + len(members)) + 1.6, 3.0 * len(groups) + 0.4)
     figure = Figure(figsize=size, layout="constrained")
@@ -53,7 +52,7 @@ def draw(table: pd.DataFrame) -> Figure:
     for (first, *others), group in zip(panels, groups, strict=True):
         own = table[table.runs == group]
         for member, rows in own[own.quantity == "sparsity"].groupby("member", sort=False):
-            draw_line(first, rows, str(member), MEMBER_STYLES[str(member)])
+            draw_curve(first, rows, str(member), MEMBER_STYLES[str(member)])
         for axes, member in zip(others, members, strict=True):
             _draw_weights(axes, own[(own.member == member) & (own.quantity == "weight")], member)
         first.set_title("sparsity of the routing", fontsize=11)
@@ -73,9 +72,9 @@ def _draw_weights(axes: Axes, table: pd.DataFrame, member: str) -> None:
         number = int(str(layer))
         if member == COPIES:
             dashes = (0, (2 * -number, 1.5)) if number < -1 else "-"
-            draw_line(axes, rows, f"copy {-number} of the last", layer_style(-1) | {"linestyle": dashes})
+            draw_curve(axes, rows, f"copy {-number} of the last", layer_style(-1) | {"linestyle": dashes})
         else:
-            draw_line(axes, rows, layer_name(number), layer_style(number))
+            draw_curve(axes, rows, layer_name(number), layer_style(number))
     axes.set_title(f"{member}: mean weight", fontsize=11)
 
 

@@ -4,10 +4,10 @@
     python analyses/depth_figure5_grid.py --runs runs/depth-grid
 
 With a preset, what is missing in the folder is trained and measured: member `ensemble` for every k
-(`depth.layers`) and every Top-K (`depth.top_k`) up to it, and `plain` once. Without, what is there is drawn,
-of a sweep that was stopped too; any sweep over these settings will do. Cells are means over seeds of a
-document's sums. All of them are measured on test documents, so the best cell is not to be chosen here; the
-CSV has each cell's interval, and its difference from `plain`, paired over documents, with its own.
+(`depth.layers`) and every Top-K (`depth.top_k`) up to it, and `plain` once. Without, what exists is drawn;
+any sweep over these settings will do. Cells are means over seeds of a document's sums. All of them are
+measured on test documents, so the best cell must not be chosen here; the CSV has each cell's interval, and
+its difference from `plain`, paired over documents, with its own.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ from typing import Any
 
 import pandas as pd
 import seaborn as sns
-from late_layers import check_method, differences_of, sums_of, values_of
-from manifest import save_figure
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from scripts import add_training_options, run_script, script_parser, training_config
+from shared.depth import check_method, differences_of, sums_of, values_of
+from shared.script import add_training_options, run_script, save_figure, script_parser, training_config
 
 import probekit
 from probekit.config import Config
 from probekit.errors import ProbekitError
+from probekit.run.run import Run
 
 LAYERS, TOP_K, MEMBERS = "depth.layers", "depth.top_k", "depth.members"
 REFERENCE, CELL = "plain", "ensemble"
@@ -33,11 +32,11 @@ REFERENCE, CELL = "plain", "ensemble"
 METRICS = {"perplexity": "test perplexity", "accuracy": "accuracy on questions"}
 
 Cell = tuple[int, int]
-"""Number of layers and of weights that are kept."""
+"""Numbers of layers and of weights kept."""
 
 
 def members(config: Config, layers: list[int] | None) -> dict[str, dict[str, Any]]:
-    """The sweep's members: the reference, and every cell."""
+    """Returns the sweep's members: the reference and every cell."""
     if layers is None and config.lm.name is not None:
         raise ProbekitError(f"lm.name is {config.lm.name}; give --layers, the numbers of layers to train")
     numbers = layers or range(1, config.lm.layers + 1)
@@ -50,7 +49,7 @@ def members(config: Config, layers: list[int] | None) -> dict[str, dict[str, Any
 
 
 def swept(given: argparse.Namespace) -> probekit.Sweep:
-    """The sweep in the folder; what is missing is trained first where a preset says how."""
+    """Returns the sweep in the folder; with a preset, trains what is missing first."""
     if given.preset is None:
         return probekit.Sweep.open(given.runs)
     config, seeds = training_config(given)
@@ -58,18 +57,18 @@ def swept(given: argparse.Namespace) -> probekit.Sweep:
     return probekit.sweep(config, members(config, given.layers), seeds, given.runs)
 
 
-def cells_of(sweep: probekit.Sweep) -> tuple[dict[Cell, dict[int, probekit.Run]], dict[int, probekit.Run]]:
-    """Runs by seed: of every cell, and of the reference.
+def cells_of(sweep: probekit.Sweep) -> tuple[dict[Cell, dict[int, Run]], dict[int, Run]]:
+    """Returns runs by seed: of every cell, and of the reference.
 
     Raises:
-        ProbekitError: The sweep is over something else, or has no ensemble; two members are of one cell.
+        ProbekitError: The sweep is over something else or has no ensemble; two members have one cell.
     """
     if others := {*sweep.settings} - {LAYERS, TOP_K, MEMBERS}:
         over = ", ".join(sorted(others))
-        raise ProbekitError(f"{sweep.folder} sweeps over {over} too, and not over {LAYERS} and {TOP_K} alone")
+        raise ProbekitError(f"{sweep.folder} sweeps over {over} too, not over {LAYERS} and {TOP_K} alone")
     names: dict[Cell, str] = {}
-    cells: dict[Cell, dict[int, probekit.Run]] = {}
-    references: dict[int, probekit.Run] = {}
+    cells: dict[Cell, dict[int, Run]] = {}
+    references: dict[int, Run] = {}
     for place, run in sweep.runs.items():
         check_method(run)
         depth = run.config.depth
@@ -79,7 +78,7 @@ def cells_of(sweep: probekit.Sweep) -> tuple[dict[Cell, dict[int, probekit.Run]]
             cell = depth.layers, depth.top_k or depth.layers
             if names.setdefault(cell, place.member) != place.member:
                 raise ProbekitError(
-                    f"{sweep.folder}: {names[cell]} and {place.member} are both of {LAYERS} {cell[0]} and "
+                    f"{sweep.folder}: {names[cell]} and {place.member} both have {LAYERS} {cell[0]} and "
                     f"{TOP_K} {cell[1]}; leave one out"
                 )
             cells.setdefault(cell, {})[place.seed] = run
@@ -92,7 +91,7 @@ def cells_of(sweep: probekit.Sweep) -> tuple[dict[Cell, dict[int, probekit.Run]]
 
 
 def grid(sweep: probekit.Sweep) -> pd.DataFrame:
-    """Values of all cells, and their differences from the reference; the column `what` tells them apart."""
+    """Measures all cells, and their differences from the reference, as the column `what` says."""
     cells, references = cells_of(sweep)
     resamples = sweep.config.evaluation.resamples
     plain = _sums(references, REFERENCE)
@@ -112,22 +111,35 @@ def grid(sweep: probekit.Sweep) -> pd.DataFrame:
     )
 
 
-def _sums(runs: dict[int, probekit.Run], name: str) -> pd.DataFrame:
+def _sums(runs: dict[int, Run], name: str) -> pd.DataFrame:
     sums = sums_of([*runs.values()])
     return sums[sums.name == name]
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """A heat map for each metric."""
+    """Draws a heat map for each metric."""
     means = table[table.seed.isna() & (table.what == "value")]
-    size = 1.1 + 0.62 * means.layers.nunique()
-    figure = Figure(
-        figsize=(2 * (1.6 + 0.95 * means.top_k.nunique()) + 1.6, size + 1.0), layout="constrained"
-    )
-    for axes, metric in zip(figure.subplots(1, 2), METRICS, strict=True):
-        _draw_map(axes, means[means.metric == metric], metric)
-    whole = means[means.name == CELL].groupby("metric")[["seeds", "documents"]].max()
-    seeds, documents = int(whole.seeds.max()), whole.documents
+    cells = means[means.name == CELL]
+    width = 2 * (1.6 + 0.95 * means.top_k.nunique()) + 1.6
+    figure = Figure(figsize=(width, 2.1 + 0.62 * means.layers.nunique()), layout="constrained")
+    for axes, (metric, title) in zip(figure.subplots(1, 2), METRICS.items(), strict=True):
+        digits = 2 if metric == "perplexity" else 3
+        values = cells[cells.metric == metric].pivot_table("value", "layers", "top_k")
+        sns.heatmap(
+            values.sort_index(ascending=False).astype(float),
+            annot=True,
+            fmt=f".{digits}f",
+            annot_kws={"fontsize": 10},
+            cmap="cividis",
+            linewidths=1,
+            cbar_kws={"label": title},
+            ax=axes,
+        )
+        reference = means[(means.name == REFERENCE) & (means.metric == metric)].value.item()
+        axes.set_title(f"{title} (plain: {reference:.{digits}f})", fontsize=11)
+        axes.set(xlabel="weights kept, Top-K", ylabel="layers k")
+        axes.tick_params(axis="y", rotation=0)
+    documents, seeds = cells.groupby("metric").documents.max(), int(cells.seeds.max())
     figure.supxlabel(
         f"mean of {seeds} seed{'s' * (seeds > 1)}; {documents['perplexity']} documents, questions on "
         f"{documents['accuracy']}",
@@ -136,51 +148,21 @@ def draw(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def _draw_map(axes: Axes, means: pd.DataFrame, metric: str) -> None:
-    values = means[means.name == CELL].pivot_table("value", "layers", "top_k").sort_index(ascending=False)
-    digits = 2 if metric == "perplexity" else 3
-    sns.heatmap(
-        values.astype(float),
-        annot=True,
-        fmt=f".{digits}f",
-        annot_kws={"fontsize": 10},
-        cmap="cividis",
-        linewidths=1,
-        cbar_kws={"label": METRICS[metric]},
-        ax=axes,
-    )
-    reference = means[means.name == REFERENCE].value.item()
-    axes.set_title(f"{METRICS[metric]} (plain: {reference:.{digits}f})", fontsize=11)
-    axes.set_xlabel("weights kept, Top-K")
-    axes.set_ylabel("layers k")
-    axes.tick_params(axis="y", rotation=0)
-
-
 def main() -> None:
     """Trains what is missing, compares, saves."""
     parser = script_parser(__doc__, "figures/depth_figure5_grid.png")
     add_training_options(parser, "runs/depth-grid", preset=None, seeds=3)
     parser.add_argument(
-        "--layers",
-        type=int,
-        nargs="+",
-        help="with --preset: the k to train; by default all up to the LM's layers",
+        "--layers", type=int, nargs="+", help="with --preset: the k to train (all up to the LM's layers)"
     )
     given = parser.parse_args()
     sweep = swept(given)
     table = grid(sweep)
-    path = save_figure(
-        draw(table),
-        table,
-        given.out,
-        script="analyses/depth_figure5_grid.py",
-        settings={"preset": given.preset, "seeds": list(sweep.seeds)},
-        runs=[*sweep.runs.values()],
-    )
-    print(table[table.seed.isna()].drop(columns="seed").to_string(index=False))  # noqa: T201 - tells what it found
+    settings = {"preset": given.preset, "seeds": list(sweep.seeds)}
+    shown = table[table.seed.isna()].drop(columns="seed")
+    save_figure(draw(table), table, given.out, settings, [*sweep.runs.values()], shown)
     if sweep.missing:
         print(f"not finished, and not drawn: {', '.join(map(str, sweep.missing))}")  # noqa: T201
-    print(path)  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -1,37 +1,36 @@
-"""Table 1 of arXiv 2410.13077: what do trained parameters buy, by way of tuning and member?
+"""Table 1 of arXiv 2410.13077: what trained parameters gain, by tuning and member.
 
     python analyses/depth_table1_parameters.py runs/depth/demo
     python analyses/depth_table1_parameters.py --preset demo --seeds 3 --runs runs/depth
 
-A folder is a single run, or a sweep, of which the seeds of each member are taken together. With `--preset`
-the sweep is trained first, into `RUNS/PRESET`, or gone on with: one member for each of `--tunings`. Of every
-member: the trained parameters and their share of the LM's, test perplexity, accuracy on multiple-choice
-questions, and differences that are paired over documents. `repeated` has as many parameters as an ensemble,
-and no depth. Points are means over seeds of a document's sums with 95 % intervals from resampling documents,
-thin marks are single seeds.
+A folder is a single run, or a sweep whose seeds of each member are taken together. With `--preset` the sweep
+is trained or continued in `RUNS/PRESET` first, with one member for each of `--tunings`. For every member: the
+trained parameters and their share of the LM's, test perplexity, accuracy on multiple-choice questions, and
+differences paired over documents. `repeated` has as many parameters as an ensemble, and no depth. Points are
+means over seeds of a document's sums with 95 % intervals from resampling documents, thin marks single seeds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import pandas as pd
-from late_layers import PAIRS, Groups, add_run_options, depth_runs, differences_of, sums_of, values_of
-from manifest import save_figure
 from matplotlib.figure import Figure
-from scripts import run_script, script_parser
+from shared.depth import PAIRS, depth_parser, depth_runs, differences_of, sums_of, values_of
+from shared.script import run_script, save_figure
 
-import probekit
 from probekit.io import read_json
 from probekit.reports.figures import draw_intervals
+from probekit.run.run import Run
 
 METRICS = {"perplexity": "test perplexity", "accuracy": "accuracy on questions"}
 BETTER = {"perplexity": "left", "accuracy": "right"}
-"""On which side of 0 the first is better."""
+"""The side of 0 on which the first is better."""
 
 
-def trained(run: probekit.Run, name: str) -> dict[str, float]:
-    """Trained parameters of a model of a run, and their share of the LM's."""
+def trained(run: Run, name: str) -> dict[str, float]:
+    """Counts the trained parameters of a model, and their share of the LM's."""
     run.require("lm")
     stages = read_json(run.folder / "run.json")["stages"]
     facts = {}
@@ -42,8 +41,8 @@ def trained(run: probekit.Run, name: str) -> dict[str, float]:
     return {"parameters": parameters, "share": parameters / stages["lm"]["parameters"]}
 
 
-def measured(runs: Sequence[probekit.Run]) -> pd.DataFrame:
-    """Values and differences of runs that differ in their seed; the column `what` tells them apart."""
+def measured(runs: Sequence[Run]) -> pd.DataFrame:
+    """Measures runs that differ in their seed: values and differences, as the column `what` says."""
     first = runs[0].config
     names = [first.depth.variant, *first.depth.members]
     sums = sums_of(runs)
@@ -57,13 +56,8 @@ def measured(runs: Sequence[probekit.Run]) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def table_of(groups: Groups) -> pd.DataFrame:
-    """`measured` of every group; the column `runs` tells them apart."""
-    return pd.concat([measured(runs).assign(runs=name) for name, runs in groups.items()], ignore_index=True)
-
-
 def draw(table: pd.DataFrame) -> Figure:
-    """A row for each group: values of both metrics, then their differences."""
+    """Draws a row for each group: values of both metrics, then their differences."""
     groups = list(dict.fromkeys(table.runs))
     lines = max(len(set(rows.name)) for _, rows in table[table.what == "value"].groupby("runs"))
     figure = Figure(figsize=(17, (0.36 * lines + 1.1) * len(groups)), layout="constrained")
@@ -71,7 +65,11 @@ def draw(table: pd.DataFrame) -> Figure:
     for row, group in zip(panels, groups, strict=True):
         own = table[table.runs == group]
         values, differences = own[own.what == "value"], own[own.what == "difference"]
-        labels = {rows.name: _with_parameters(rows) for rows in values.itertuples()}
+        labels = {
+            row.name: f"{row.name}\n{int(row.parameters):,} trained ({100 * row.share:.3g} %)"
+            for row in values.itertuples()
+            if row.parameters
+        }
         for axes, metric in zip(row, [*METRICS, *METRICS], strict=True):
             left = axes in row[:2]
             part = (values if left else differences).query("metric == @metric")
@@ -96,32 +94,14 @@ def draw(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def _with_parameters(row: pd.Series) -> str:
-    return (
-        f"{row.name}\n{int(row.parameters):,} trained ({100 * row.share:.3g} %)"
-        if row.parameters
-        else str(row.name)
-    )
-
-
 def main() -> None:
     """Trains what is missing, measures, saves."""
-    parser = script_parser(__doc__, "figures/depth_table1_parameters.png")
-    add_run_options(parser)
+    parser = depth_parser(__doc__, "depth_table1_parameters")
     given = parser.parse_args()
     groups = depth_runs(given, parser)
-    table = table_of(groups)
-    path = save_figure(
-        draw(table),
-        table,
-        given.out,
-        script="analyses/depth_table1_parameters.py",
-        settings={"preset": given.preset},
-        runs=[run for runs in groups.values() for run in runs],
-    )
+    table = pd.concat([measured(runs).assign(runs=name) for name, runs in groups.items()], ignore_index=True)
     shown = table[table.seed.isna()].drop(columns=["seed", "first", "second"], errors="ignore")
-    print(shown.to_string(index=False))  # noqa: T201 - a script tells what it found
-    print(path)  # noqa: T201
+    save_figure(draw(table), table, given.out, {"preset": given.preset}, [*chain(*groups.values())], shown)
 
 
 if __name__ == "__main__":

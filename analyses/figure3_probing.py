@@ -3,18 +3,18 @@
     python analyses/figure3_probing.py runs/demo
     python analyses/figure3_probing.py runs/seed0 runs/seed1 --variants none soft random --metric bits
 
-Above, a heat map for each variant (column) and location (row), layers over distances, all on one scale of
-colours, which spans the cells that are not injected. A star marks injected cells, where the target's own
-action has been added at or below the place that is read, a dash those with too few examples.
+Above, a heat map for each variant (column) and location (row), layers by distances, all on one colour scale
+that spans the cells that are not injected. A star marks injected cells, where the target's own action was
+added at or below the point that is read, a dash those with too few examples.
 
-Below, for each location the score against distance: a line for each variant, at the layer that is best on
+Below, for each location the metric against distance: a line for each variant at the layer that is best on
 validation documents (lowest mean cross-entropy over the distances at which no layer is injected), or a line
 for each layer if there is one variant. Bands are 95 % intervals from resampling test documents, hollow points
 are injected, the variant with random weights is dashed, lines without points are baselines and ceilings.
 
-Runs that differ in their seed alone, and several seeds of a run, are averaged: the mean value, the mean of
-the bounds of the intervals, and a thin line for each seed. The CSV has them one by one. Other runs stand side
-by side; all have to be of the same corpus, or their scores could not be compared.
+Runs that differ only in their seed, and several seeds of a run, are averaged: the mean value, the mean of the
+bounds of the intervals, and a thin line for each seed. The CSV has them one by one. Other runs are drawn side
+by side; all must have the same corpus, since their scores could not be compared otherwise.
 """
 
 from __future__ import annotations
@@ -22,15 +22,14 @@ from __future__ import annotations
 import argparse
 import textwrap
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from manifest import save_figure
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure, SubFigure
+from shared.script import run_script, save_figure, script_parser
 
 import probekit
 from probekit.errors import ProbekitError
@@ -51,24 +50,25 @@ from probekit.reports.figures import (
     mean_over_seeds,
     set_distance_axis,
 )
+from probekit.run.run import Run
 
 RUN_APART = {"seed", "device", "probe", "evaluation"}
-"""Settings that runs may differ in and still be repetitions of one another."""
+"""Settings in which repetitions of a run may differ."""
 
 
-def read(runs: Sequence[probekit.Run]) -> pd.DataFrame:
-    """The results of all runs.
+def read(runs: Sequence[Run]) -> pd.DataFrame:
+    """Reads the results of all runs.
 
     Returns:
-        The tables, one under the other, with the columns `run`, the run's folder, and `kind`: empty if the
-        runs are repetitions of one another, and else the folder of the first run of the kind.
+        The tables, concatenated, with the columns `run`, the run's folder, and `kind`: empty if the runs are
+        repetitions of one another, else the folder of the first of its repetitions.
 
     Raises:
-        ProbekitError: The runs cannot be told apart, or not be compared.
+        ProbekitError: The runs have the same name, or different corpora.
     """
     names = [run.folder.name for run in runs]
     if len(set(names)) < len(names):
-        raise ProbekitError(f"the runs' folders need names of their own, and not {', '.join(names)}")
+        raise ProbekitError(f"the runs' folders need names of their own, not {', '.join(names)}")
     if len({run.corpus.facts["fingerprint"] for run in runs}) > 1:
         raise ProbekitError("the runs have different corpora: their probes cannot be compared in one figure")
     settings = [run.config.model_dump(mode="json", exclude=RUN_APART) for run in runs]
@@ -79,10 +79,10 @@ def read(runs: Sequence[probekit.Run]) -> pd.DataFrame:
 
 
 def choose(table: pd.DataFrame, arguments: argparse.Namespace) -> pd.DataFrame:
-    """The rows of the figure: probes of what was asked for, and the baselines beside them.
+    """Selects the rows of the figure: the probes asked for, and the baselines beside them.
 
     Raises:
-        ProbekitError: Something asked for is not in the runs.
+        ProbekitError: The runs have no such probes.
     """
     wanted = {"target": [arguments.target], "horizon": [arguments.horizon], "solver": [arguments.solver]}
     wanted |= {"variant": arguments.variants, "location": arguments.locations}
@@ -99,7 +99,7 @@ def choose(table: pd.DataFrame, arguments: argparse.Namespace) -> pd.DataFrame:
 
 
 def panels_of(table: pd.DataFrame, arguments: argparse.Namespace) -> list[list[Panel]]:
-    """For each location (row) a panel for each variant (column), in the order asked for or the usual one."""
+    """Returns a panel for each location (row) and variant (column), in the order asked for or the default."""
     probes = table[table.reader == "probe"]
     variants = ordered(probes.variant.unique(), arguments.variants or ("none", "random", *VARIANTS))
     locations = ordered(probes.location.unique(), arguments.locations or LOCATIONS)
@@ -108,17 +108,17 @@ def panels_of(table: pd.DataFrame, arguments: argparse.Namespace) -> list[list[P
 
 
 def ordered(values: Iterable[str], known: Iterable[str]) -> list[str]:
-    """Values in the order of known ones, others behind them; a run's name before a variant does not count."""
+    """Sorts values like the known ones, others last; a run's name before a variant is ignored."""
     rank = {name: number for number, name in enumerate(known)}
     return sorted(values, key=lambda value: rank.get(value.rpartition(": ")[2], len(rank)))
 
 
 def draw(table: pd.DataFrame, panels: list[list[Panel]], metric: str) -> Figure:
-    """The whole figure: heat maps above, lines below.
+    """Draws heat maps above, lines below.
 
     Args:
-        table: Rows of `choose`.
-        panels: For each location (row) one for each variant (column).
+        table: Rows from `choose`.
+        panels: For each location (row) a panel for each variant (column).
         metric: One of `METRICS`.
     """
     probes = table[table.reader == "probe"]
@@ -148,7 +148,7 @@ def draw(table: pd.DataFrame, panels: list[list[Panel]], metric: str) -> Figure:
 def draw_heat_maps(
     part: SubFigure, table: pd.DataFrame, panels: list[list[Panel]], metric: str, heights: list[float]
 ) -> None:
-    """A heat map for each panel, on one scale of colours."""
+    """Draws a heat map for each panel, on one colour scale."""
     grid = part.subplots(len(panels), len(panels[0]), squeeze=False, height_ratios=heights)
     cells = [[panel.cells(table) for panel in row] for row in panels]
     means = [mean_over_seeds(one, metric) for row in cells for one in row]
@@ -176,7 +176,7 @@ def draw_heat_maps(
 
 
 def draw_lines(axes: Axes, table: pd.DataFrame, row: list[Panel], metric: str) -> None:
-    """The score at one location against distance, and the baselines."""
+    """Draws the metric at one location against distance, and the baselines."""
     draw_baselines(axes, row[0].baselines(table), metric)
     layers = []
     if len(row) == 1:
@@ -185,26 +185,23 @@ def draw_lines(axes: Axes, table: pd.DataFrame, row: list[Panel], metric: str) -
         cells = panel.cells(table)
         layer = best_layer(cells)
         if len(row) > 1 and layer is not None:
-            chance = panel.variant.endswith("random")
-            shade, style = ("0.3", (0, (4, 2))) if chance else (colour, "-")
+            random = panel.variant.endswith("random")
+            shade, style = ("0.3", (0, (4, 2))) if random else (colour, "-")
             draw_curve(axes, cells[cells.layer == layer], metric, panel.variant, shade, style)
             layers.append(f"{panel.variant} {layer}")
-    location = row[0].location
-    said = (
-        "\n" + textwrap.fill(f"best layer: {', '.join(layers)}", 50) if layers and per_layer(location) else ""
-    )
-    axes.set_title(label(location) + said, fontsize=7.5)
+    title = label(row[0].location)
+    if layers and per_layer(row[0].location):
+        title += "\n" + textwrap.fill(f"best layer: {', '.join(layers)}", 50)
+    axes.set_title(title, fontsize=7.5)
     set_distance_axis(axes, sorted(table.distance[table.reader == "probe"].unique()), metric)
     axes.tick_params(labelsize=6.5)
     axes.xaxis.label.set_size(7)
     axes.yaxis.label.set_size(7)
 
 
-def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main() -> None:
+    """Reads the runs, draws, saves."""
+    parser = script_parser(__doc__, "figures/figure3_probing.png")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="probed runs")
     parser.add_argument("--variants", nargs="+", help="which variants, in this order (all)")
     parser.add_argument("--locations", nargs="+", help="which locations, in this order (all)")
@@ -212,29 +209,13 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser.add_argument("--horizon", type=int, default=1, help="sentences ahead (1)")
     parser.add_argument("--solver", default="softmax", help="how the probes were fitted (softmax)")
     parser.add_argument("--target", default="action", help="what the probes read (action)")
-    parser.add_argument("--out", type=Path, default=Path("figures/figure3_probing.png"))
-    return parser, parser.parse_args()
-
-
-def main() -> None:
-    """Reads the runs, draws, saves."""
-    parser, arguments = parse()
-    try:
-        runs = [probekit.load_run(run) for run in arguments.runs]
-        table = choose(read(runs), arguments)
-    except ProbekitError as error:
-        parser.error(str(error))
-    settings = {name: value for name, value in vars(arguments).items() if name not in ("runs", "out")}
-    path = save_figure(
-        draw(table, panels_of(table, arguments), arguments.metric),
-        table,
-        arguments.out,
-        script="analyses/figure3_probing.py",
-        settings=settings,
-        runs=runs,
-    )
-    print(path)  # noqa: T201 - a script tells what it wrote
+    given = parser.parse_args()
+    runs = [probekit.load_run(run) for run in given.runs]
+    table = choose(read(runs), given)
+    figure = draw(table, panels_of(table, given), given.metric)
+    settings = {name: value for name, value in vars(given).items() if name not in ("runs", "out")}
+    save_figure(figure, table, given.out, settings, runs)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

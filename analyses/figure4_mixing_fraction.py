@@ -1,14 +1,14 @@
-"""Figure 4 of arXiv 2410.12492: training with a share f of the planner's actions, the others being true ones.
+"""Figure 4 of arXiv 2410.12492: training with a share f of predicted actions, the others true.
 
     python analyses/figure4_mixing_fraction.py --preset demo --seeds 3 --generation --runs runs/fractions
     python analyses/figure4_mixing_fraction.py --runs runs/fractions
 
-With a preset, what is missing in the folder is trained and measured; without, what is there is drawn, of a
-sweep that was stopped too. For every metric: how much better it is than after training on true actions alone
-(f = 0), in percent of its value there; the sign is turned where less is better, so that up is always better.
-In evaluation all actions are the planner's. The line is of the mean over seeds of a document's losses, with
-its interval from resampling documents (MAUVE, of all texts at once, has none); the band goes from the worst
-seed to the best. Of generated text, the longest is drawn.
+With a preset, what is missing in the folder is trained and measured; without, what exists is drawn. For
+every metric: the improvement over training on true actions alone (f = 0), in percent of its value there; the
+sign is reversed where less is better, so that up is always better. In evaluation all actions are the
+planner's. The line is the mean over seeds of a document's losses, with its interval from resampling
+documents (MAUVE, of all texts together, has none); the band spans the worst and the best seed. Of generated
+text, the longest is drawn.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from manifest import save_figure
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from scripts import add_training_options, run_script, script_parser, training_config
+from shared.script import add_training_options, run_script, save_figure, script_parser, training_config
 
 import probekit
+from probekit.errors import ProbekitError
 from probekit.generation.evaluate import TRANSFORMS
+from probekit.reports.figures import COLOUR
 from probekit.statistics import paired_differences
-from probekit.sweeps import STUDIES, grid
+from probekit.sweeps import grid
 
-STUDY = STUDIES["mixing-fraction"]
+SETTING, SHARES, VARIANT = "mixing.fraction", (0, 0.25, 0.5, 0.75, 1), "mixed"
 
 # What is drawn where it was measured, and whether more of it is better.
 METRICS = {
@@ -45,37 +46,37 @@ LOGARITHMS = {"perplexity", *TRANSFORMS}
 
 KEYS = ["metric", "texts", "length"]
 RESAMPLES = 5000
-PANELS_IN_A_ROW = 3
+COLUMNS = 3
 
 
 def swept(given: argparse.Namespace) -> probekit.Sweep:
-    """The sweep in the folder; what is missing is trained first where a preset says how."""
+    """Returns the sweep in the folder; with a preset, trains what is missing first."""
     if given.preset is None:
         return probekit.Sweep.open(given.runs)
     config, seeds = training_config(given)
-    config = config.override({"mixing.variants": [STUDY.variant]})
-    members = grid(config, {STUDY.setting: given.values})
+    config = config.override({"mixing.variants": [VARIANT]})
+    members = grid(config, {SETTING: given.values})
     return probekit.sweep(config, members, seeds, given.runs, generation=given.generation)
 
 
 def improvements(sweep: probekit.Sweep) -> pd.DataFrame:
-    """One row for each metric, share and seed, and one for the mean over seeds.
+    """Measures a row for each metric, share and seed, and one for the mean over seeds.
 
     Raises:
-        ProbekitError: The sweep is over something else, or f = 0 is not there.
+        ProbekitError: The sweep is over something else, or has no run with f = 0.
     """
-    if sweep.settings != [STUDY.setting]:
+    if sweep.settings != [SETTING]:
         over = ", ".join(sweep.settings) or "nothing"
-        raise probekit.ProbekitError(f"{sweep.folder} sweeps over {over}, and not over {STUDY.setting} alone")
-    shares = {member: settings[STUDY.setting] for member, settings in sweep.members.items()}
-    drawn = f"variant == '{STUDY.variant}' and actions == 'planner' and metric in {[*METRICS]}"
+        raise ProbekitError(f"{sweep.folder} sweeps over {over}, not over {SETTING} alone")
+    shares = {member: settings[SETTING] for member, settings in sweep.members.items()}
+    drawn = f"variant == '{VARIANT}' and actions == 'planner' and metric in {[*METRICS]}"
     values, table = (
         part.assign(fraction=part.member.map(shares)).query(drawn) for part in (sweep.values(), sweep.table())
     )
     seeds = {*table[table.fraction == 0.0].seed.dropna()}
     if not seeds:
-        raise probekit.ProbekitError(
-            f"{sweep.folder} has no finished run with {STUDY.setting} 0, with which the others are compared"
+        raise ProbekitError(
+            f"{sweep.folder} has no finished run with {SETTING} 0, with which the others are compared"
         )
     rows = []
     longest = table.length == table.groupby(["metric", "texts"]).length.transform("max")
@@ -89,13 +90,13 @@ def improvements(sweep: probekit.Sweep) -> pd.DataFrame:
                     for share in (fraction, 0.0)
                     for part in [sums if len(sums) else own]
                 )
-                compare = _of_documents if len(sums) else _of_wholes
+                compare = _from_sums if len(sums) else _from_values
                 rows.append(row | {"seeds": len(of)} | compare(str(metric), measured, reference))
     return pd.DataFrame(rows)
 
 
-def _of_documents(metric: str, measured: pd.DataFrame, reference: pd.DataFrame) -> dict[str, Any]:
-    """Improvement of a metric that is made of sums over documents, with its interval."""
+def _from_sums(metric: str, measured: pd.DataFrame, reference: pd.DataFrame) -> dict[str, Any]:
+    """Improvement of a metric with sums for each document, with its interval."""
     tables = [part.groupby("document")[["sum", "count"]].sum() for part in (measured, reference)]
     documents = tables[0].index.union(tables[1].index)
     first, second = (part.reindex(documents, fill_value=0) for part in tables)
@@ -120,8 +121,8 @@ def _of_documents(metric: str, measured: pd.DataFrame, reference: pd.DataFrame) 
     }
 
 
-def _of_wholes(metric: str, measured: pd.DataFrame, reference: pd.DataFrame) -> dict[str, Any]:
-    """Improvement of a metric that is of all texts at once."""
+def _from_values(metric: str, measured: pd.DataFrame, reference: pd.DataFrame) -> dict[str, Any]:
+    """Improvement of a metric of all texts together."""
     value = measured.value.mean()
     return {
         "value": value,
@@ -133,14 +134,14 @@ def _of_wholes(metric: str, measured: pd.DataFrame, reference: pd.DataFrame) -> 
 
 
 def _percent(metric: str, ratio: float) -> float:
-    """What a ratio to the reference means in percent, up being better."""
+    """The improvement in percent, from a ratio to the reference."""
     return 100.0 * (ratio - 1.0 if METRICS[metric] else 1.0 - ratio)
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """A panel for each metric."""
+    """Draws a panel for each metric."""
     panels = [*table.groupby(KEYS, sort=False)]
-    columns = min(PANELS_IN_A_ROW, len(panels))
+    columns = min(COLUMNS, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(max(6.0, 4.2 * columns), max(3.6, 3.2 * rows)), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
@@ -160,20 +161,12 @@ def _draw_panel(axes: Axes, table: pd.DataFrame) -> None:
     mean, single = table[table.seed == "mean"], table[table.seed != "mean"]
     spread = single.groupby("fraction").improvement.agg(["min", "max"])
     if mean.seeds.max() > 1:
-        axes.fill_between(
-            spread.index,
-            spread["min"],
-            spread["max"],
-            color="#1f4e79",
-            alpha=0.18,
-            lw=0,
-            label="worst to best seed",
-        )
+        band = {"color": COLOUR, "alpha": 0.18, "linewidth": 0, "label": "worst to best seed"}
+        axes.fill_between(spread.index, spread["min"], spread["max"], **band)
     errors = np.nan_to_num([mean.improvement - mean.low, mean.high - mean.improvement])
-    label = f"mean of {mean.seeds.max()} seeds, 95 % over documents"
-    axes.errorbar(
-        mean.fraction, mean.improvement, yerr=errors, fmt="o-", color="#1f4e79", capsize=3, ms=4, label=label
-    )
+    line = {"fmt": "o-", "color": COLOUR, "capsize": 3, "markersize": 4}
+    line["label"] = f"mean of {mean.seeds.max()} seeds, 95 % over documents"
+    axes.errorbar(mean.fraction, mean.improvement, yerr=errors, **line)
     axes.axhline(0.0, color="0.4", linewidth=0.8)
 
 
@@ -181,23 +174,16 @@ def main() -> None:
     """Trains what is missing, compares, saves."""
     parser = script_parser(__doc__, "figures/figure4_mixing_fraction.png")
     add_training_options(parser, "runs/fractions", preset=None, seeds=3)
-    parser.add_argument("--values", type=float, nargs="+", default=STUDY.values, help="shares, with 0")
+    parser.add_argument("--values", type=float, nargs="+", default=SHARES, help="shares, with 0")
     parser.add_argument("--generation", action="store_true", help="measure generated text, too")
     given = parser.parse_args()
     sweep = swept(given)
     table = improvements(sweep)
-    path = save_figure(
-        draw(table),
-        table,
-        given.out,
-        script="analyses/figure4_mixing_fraction.py",
-        settings={"values": sorted({*table.fraction}), "seeds": list(sweep.seeds)},
-        runs=[*sweep.runs.values()],
-    )
-    print(table[table.seed == "mean"].to_string(index=False))  # noqa: T201 - a script tells what it found
+    settings = {"values": sorted({*table.fraction}), "seeds": list(sweep.seeds)}
+    shown = table[table.seed == "mean"]
+    save_figure(draw(table), table, given.out, settings, [*sweep.runs.values()], shown)
     if sweep.missing:
         print(f"not finished, and not drawn: {', '.join(map(str, sweep.missing))}")  # noqa: T201
-    print(path)  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -4,55 +4,38 @@
     python analyses/figure5_causal.py runs/demo
     python analyses/figure5_causal.py runs/demo --variant soft --strength 2
 
-Above, heat maps of layers over distances. Left, what a linear probe reads of the next sentence's action.
-Beside it, by how much the next sentence's loss rises (nats a token) when that is erased, when the activation
-of a document that goes on with another action is put in its place, and when it is steered to a wrong action:
-each less what as large a change in a random direction does in the same scenes. Brackets say that 0 is within
-the 95 % interval, a plus that the adapter had told the LM of the next action.
+Above, heat maps of layers by distances. Left, what a linear probe reads of the next sentence's action.
+Beside it, by how much the next sentence's loss rises (nats a token) when that action is erased, when the
+activation of a document that continues with another action is patched in, and when it is steered to a wrong
+action: each beyond an equally large change in a random direction at the same boundaries. Brackets mean that
+the 95 % interval contains 0, a plus that the LM was conditioned on the next action.
 
-Below, the same against layers at the nearest distance, with 95 % intervals from resampling documents, and
-every control on its own: random directions, random subspaces of as many dimensions as are erased, a donor
-with the same action, steering to the true action. The left one shows least-squares probes on the same scenes,
-before and after erasing. The title tells of how many documents all that is.
+Below, the same against layers at the nearest distance, with 95 % intervals from resampling documents and
+every control: random directions, random subspaces of the erased dimension, a donor with the same action,
+steering to the true action. The left panel shows least-squares probes at the same boundaries, before and
+after erasing.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
-
-from manifest import save_figure
-from scripts import run_script, script_parser
+from shared.script import run_script, save_figure, script_parser
 
 import probekit
 from probekit.reports.plots import draw_interventions, intervention_numbers
 
 
-def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+def main() -> None:
+    """Reads the run, draws, saves."""
     parser = script_parser(__doc__, "figures/figure5_causal.png")
     parser.add_argument("run", metavar="RUN", help="a run with probes and interventions")
     parser.add_argument("--variant", help="whose activations were changed (none, if they were)")
     parser.add_argument("--location", default="hook_resid_post", help="where (hook_resid_post)")
-    parser.add_argument("--strength", type=float, help="of steering (the least)")
-    return parser.parse_args(words)
-
-
-def main() -> None:
-    """Reads the run, draws, saves."""
-    given = parse()
+    parser.add_argument("--strength", type=float, help="of steering (the smallest)")
+    given = parser.parse_args()
     run = probekit.load_run(given.run)
     numbers = intervention_numbers(run, given.variant, given.location, given.strength)
-    settings = {
-        "variant": numbers.variant.iloc[0],
-        "location": given.location,
-        "strength": given.strength,
-    }
-    script = "analyses/figure5_causal.py"
-    path = save_figure(
-        draw_interventions(numbers), numbers, given.out, script=script, settings=settings, runs=[run]
-    )
-    print(path)  # noqa: T201 - a script tells what it wrote
+    settings = {"variant": numbers.variant.iloc[0], "location": given.location, "strength": given.strength}
+    save_figure(draw_interventions(numbers), numbers, given.out, settings, [run])
 
 
 if __name__ == "__main__":

@@ -1,39 +1,37 @@
-"""Table 1: perplexity of every way of choosing the action, by base LM, and the differences that are claimed.
+"""Table 1: perplexity of every variant by base LM, and the differences that the paper claims.
 
     python analyses/table1_perplexity.py runs/table1/planted runs/table1/wikitext
     python analyses/table1_perplexity.py --preset demo --seeds 5 --runs runs/table1
 
-A folder is a single run, or a sweep, of which the seeds of each member are taken together. With `--preset`
-the sweep is trained first, into `RUNS/PRESET`, or gone on with. Points are means over seeds of a document's
-losses with 95 % intervals from resampling documents, thin marks are single seeds.
+A folder is a single run, or a sweep whose seeds of each member are taken together. With `--preset` the sweep
+is trained or continued in `RUNS/PRESET` first. Points are means over seeds of a document's losses with 95 %
+intervals from resampling documents, thin marks are single seeds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from manifest import save_figure
 from matplotlib.figure import Figure
-from scripts import add_training_options, run_script, script_parser, training_config
+from shared.script import (
+    add_training_options,
+    run_script,
+    runs_in,
+    save_figure,
+    script_parser,
+    training_config,
+)
 
 import probekit
 from probekit.reports.figures import draw_intervals
+from probekit.run.run import Run
 from probekit.statistics import differences_over_seeds, over_seeds
 
-VARIANTS = (
-    "none",
-    "fixed",
-    "uniform",
-    "oracle",
-    "predicted",
-    "straight-through",
-    "gumbel",
-    "soft",
-    "joint",
-)
+TRAINED = ("fixed", "uniform", "oracle", "predicted", "straight-through", "gumbel", "soft", "joint")
 TRUE = "oracle (true actions)"
 
 CLAIMS = (
@@ -43,27 +41,14 @@ CLAIMS = (
     ("predicted", "oracle"),
     ("straight-through", "predicted"),
 )
-"""The first is claimed to have the lower perplexity; of the last, that it makes no difference."""
+"""The first should have the lower perplexity; for the last pair, the claim is that there is no difference."""
 
 
-def read(folder: Path) -> dict[str, list[probekit.Run]]:
-    """The runs of each base LM in a folder: of a single run, or of every member of a sweep."""
-    if not probekit.Sweep.is_in(folder):
-        return {folder.name: [probekit.load_run(folder)]}
-    members: dict[str, list[probekit.Run]] = {}
-    for place, run in probekit.Sweep.open(folder).runs.items():
-        members.setdefault(place.member, []).append(run)
-    return {
-        folder.name if len(members) == 1 else f"{folder.name}, {member}": runs
-        for member, runs in members.items()
-    }
-
-
-def measured(runs: Sequence[probekit.Run]) -> pd.DataFrame:
-    """Perplexities and differences of one base LM; the column `what` tells them apart."""
+def measured(runs: Sequence[Run]) -> pd.DataFrame:
+    """Measures one base LM: perplexities and differences, as the column `what` says."""
     losses = pd.concat([run.losses().assign(seed=run.config.seed) for run in runs], ignore_index=True)
     losses["name"] = losses.variant.where(losses.actions != "true", TRUE)
-    names = [name for name in (*VARIANTS, TRUE) if name in set(losses.name)]
+    names = [name for name in ("none", *TRAINED, TRUE) if name in set(losses.name)]
     sums = losses.rename(columns={"loss": "sum", "tokens": "count"}).assign(metric="perplexity")
     resampling = {"resamples": runs[0].config.evaluation.resamples, "seed": 0}
     values = over_seeds(sums, ["name", "metric"], {"perplexity": np.exp}, **resampling)
@@ -76,7 +61,7 @@ def measured(runs: Sequence[probekit.Run]) -> pd.DataFrame:
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """A row of two panels for each base LM."""
+    """Draws a row of two panels for each base LM."""
     models = list(dict.fromkeys(table["base LM"]))
     figure = Figure(figsize=(12.5, 3.1 * len(models)), layout="constrained")
     panels = figure.subplots(len(models), 2, squeeze=False)
@@ -104,24 +89,15 @@ def main() -> None:
     if given.preset:
         config, seeds = training_config(given)
         folders.append(given.runs / given.preset)
-        everything = {"all": {"mixing.variants": VARIANTS[1:]}}
+        everything = {"all": {"mixing.variants": TRAINED}}
         probekit.sweep(config, everything, seeds, folders[-1])
     if not folders:
         parser.error("give sweeps or runs, or --preset to train one")
-    models = {name: runs for folder in folders for name, runs in read(folder).items()}
+    models = {name: runs for folder in folders for name, runs in runs_in(folder).items()}
     tables = [measured(runs).assign(**{"base LM": name}) for name, runs in models.items()]
     table = pd.concat(tables, ignore_index=True)
-    path = save_figure(
-        draw(table),
-        table,
-        given.out,
-        script="analyses/table1_perplexity.py",
-        settings={"preset": given.preset},
-        runs=[run for runs in models.values() for run in runs],
-    )
     shown = table[table.seed.isna()].drop(columns=["seed", "first", "second", "below"], errors="ignore")
-    print(shown.to_string(index=False))  # noqa: T201 - a script tells what it found
-    print(path)  # noqa: T201
+    save_figure(draw(table), table, given.out, {"preset": given.preset}, [*chain(*models.values())], shown)
 
 
 if __name__ == "__main__":

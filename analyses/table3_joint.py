@@ -1,10 +1,10 @@
-"""Table 3: which ingredients make joint training win? One is changed at a time, all against soft mixing.
+"""Table 3: which parts of joint training matter; one is changed at a time, all against soft mixing.
 
     python analyses/table3_joint.py --preset demo --seeds 5 --runs runs/table3
     python analyses/table3_joint.py --runs runs/table3 --only joint "no planner loss"
 
 Every row is an adapter (and, where it is joint, a planner) trained on the same base LM and from the same
-planner; the sweep in RUNS shares these. Left: test perplexity less that of soft mixing with a frozen
+planner; the sweep in RUNS shares these. Left: test perplexity minus that of soft mixing with a frozen
 planner, paired over documents. Right: the planner's accuracy afterwards. Points are means over seeds, thin
 marks are single seeds; intervals are at 95 %, from resampling documents (of an accuracy, the mean of the
 seeds' intervals).
@@ -13,13 +13,11 @@ seeds' intervals).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
-from manifest import save_figure
 from matplotlib.figure import Figure
-from scripts import add_training_options, run_script, script_parser, training_config
+from shared.script import add_training_options, run_script, save_figure, script_parser, training_config
 
 import probekit
 from probekit.config import Config, VariantName
@@ -27,24 +25,18 @@ from probekit.reports.figures import draw_intervals
 from probekit.statistics import differences_over_seeds
 
 
-@dataclass(frozen=True)
-class Row:
-    """A row of the table.
-
-    Attributes:
-        variant: What is trained.
-        settings: What is changed, by dotted name.
-    """
+class Row(NamedTuple):
+    """A row of the table: the variant that is trained, and changed settings by dotted name."""
 
     variant: VariantName = "joint"
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = {}
 
 
 REFERENCE = "soft, planner frozen"
 
 
 def rows(config: Config) -> dict[str, Row]:
-    """The rows by name; rates are multiples of the preset's own."""
+    """Returns the rows by name; rates are multiples of the preset's own."""
     rate = config.training.joint.planner_learning_rate
     adapter_rate = config.training.adapter.learning_rate
 
@@ -70,7 +62,7 @@ def rows(config: Config) -> dict[str, Row]:
 
 
 def members(table: Mapping[str, Row]) -> dict[str, dict[str, Any]]:
-    """The sweep's members; folders have names without blanks."""
+    """Returns the sweep's members; names of folders have no spaces."""
     return {_folder(name): {"mixing.variants": [row.variant], **row.settings} for name, row in table.items()}
 
 
@@ -79,7 +71,7 @@ def _folder(name: str) -> str:
 
 
 def compare(sweep: probekit.Sweep, table: Mapping[str, Row]) -> pd.DataFrame:
-    """Differences from soft mixing, and planners' accuracies; the column `what` tells them apart."""
+    """Measures differences from soft mixing, and planners' accuracies, as the column `what` says."""
     names = {_folder(name): name for name in table}
     losses = sweep.losses()
     losses = losses[(losses.variant != "none") & (losses.actions != "true")]
@@ -101,7 +93,7 @@ def compare(sweep: probekit.Sweep, table: Mapping[str, Row]) -> pd.DataFrame:
 
 
 def _planner(row: Row) -> str:
-    """What the row's planner is called in an evaluation."""
+    """The name of the row's planner in an evaluation."""
     return "planner" if row.variant == "soft" else f"planner after {row.variant}"
 
 
@@ -118,13 +110,13 @@ def _means(accuracies: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw(table: pd.DataFrame, names: Sequence[str]) -> Figure:
-    """Differences beside accuracies, a line for each row."""
+    """Draws differences beside accuracies, a line for each row."""
     figure = Figure(figsize=(13, 0.34 * len(names) + 1.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     draw_intervals(right, table[table.what == "planner accuracy"], names)
     draw_intervals(left, table[table.what == "difference"], names)
     left.axvline(0.0, color="0.4", linewidth=0.8)
-    left.set_xlabel("test perplexity less that of soft mixing (left of 0: better)")
+    left.set_xlabel("test perplexity minus that of soft mixing (left of 0: better)")
     right.set_xlabel("accuracy of the planner afterwards")
     return figure
 
@@ -143,17 +135,9 @@ def main() -> None:
         table = {name: row for name, row in table.items() if name in (REFERENCE, *given.only)}
     sweep = probekit.sweep(config, members(table), seeds, given.runs)
     found = compare(sweep, table)
-    path = save_figure(
-        draw(found, list(table)),
-        found,
-        given.out,
-        script="analyses/table3_joint.py",
-        settings={"preset": given.preset},
-        runs=[run for place, run in sweep.runs.items() if place.member in members(table)],
-    )
+    runs = [run for place, run in sweep.runs.items() if place.member in members(table)]
     shown = found[found.seed.isna()].drop(columns=["seed", "first", "second"])
-    print(shown.to_string(index=False))  # noqa: T201 - a script tells what it found
-    print(path)  # noqa: T201
+    save_figure(draw(found, list(table)), found, given.out, {"preset": given.preset}, runs, shown)
 
 
 if __name__ == "__main__":

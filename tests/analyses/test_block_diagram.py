@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from block_diagram import block_figure
+from figure2_locations import block_figure
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyBboxPatch

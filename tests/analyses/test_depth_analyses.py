@@ -7,13 +7,13 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import late_layers
-import manifest
 import numpy as np
 import pandas as pd
 import pytest
-from late_layers import layer_style
+import shared.depth
+import shared.script
 from matplotlib.figure import Figure
+from shared.depth import layer_style
 from test_analyses import assert_belongs_together, run_script
 
 import probekit
@@ -64,13 +64,13 @@ def draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Draw:
     """Runs a script; its numbers and the figure."""
 
     def run(name: str, *words: object) -> tuple[pd.DataFrame, Figure]:
-        kept, save, out = [], manifest.save_figure, tmp_path / "figure.png"
-        for module in (manifest, late_layers):
+        kept, save, out = [], shared.script.save_figure, tmp_path / "figure.png"
+        for module in (shared.script, shared.depth):
             monkeypatch.setattr(
                 module, "save_figure", lambda figure, *a, **b: kept.append(figure) or save(figure, *a, **b)
             )
         run_script(name, *words, "--out", out, monkeypatch=monkeypatch)
-        for module in (manifest, late_layers):
+        for module in (shared.script, shared.depth):
             monkeypatch.setattr(module, "save_figure", save)
         assert_belongs_together(out)
         return pd.read_csv(out.with_suffix(".csv")), kept[0]
@@ -408,7 +408,7 @@ def test_figure_5_needs_cells_and_a_reference(grid: Path, tmp_path: Path, capsys
     again = record | {"members": record["members"] | {"another": record["members"]["layers=2,top_k=2"]}}
     write_json(folder / "sweep.json", again)
     name = "depth_figure5_grid.py"
-    message = "layers=2,top_k=2 and another are both of depth.layers 2 and depth.top_k 2"
+    message = "layers=2,top_k=2 and another both have depth.layers 2 and depth.top_k 2"
     assert message in refused(name, "--runs", folder, capsys=capsys)
     write_json(folder / "sweep.json", record)
     shutil.rmtree(folder / "plain")

@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import manifest
 import numpy as np
 import pandas as pd
 import pytest
+import shared.script
 from matplotlib.figure import Figure
 from synthetic_probes import accuracy_of, probe_table
 
@@ -70,13 +70,13 @@ def drawn(
     monkeypatch: pytest.MonkeyPatch, out: Path, *words: object
 ) -> tuple[pd.DataFrame, Figure, dict[str, Any]]:
     kept: list[Figure] = []
-    save = manifest.save_figure
+    save = shared.script.save_figure
     monkeypatch.setattr(
-        manifest, "save_figure", lambda figure, *a, **b: kept.append(figure) or save(figure, *a, **b)
+        shared.script, "save_figure", lambda figure, *a, **b: kept.append(figure) or save(figure, *a, **b)
     )
     monkeypatch.setattr(sys, "argv", [SCRIPT.name, *map(str, words), "--out", str(out)])
     runpy.run_path(str(SCRIPT), run_name="__main__")
-    monkeypatch.setattr(manifest, "save_figure", save)
+    monkeypatch.setattr(shared.script, "save_figure", save)
     return pd.read_csv(out.with_suffix(".csv")), kept[0], json.loads(out.with_suffix(".json").read_text())
 
 

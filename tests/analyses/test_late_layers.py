@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from late_layers import differences_of, layer_name, layer_style, training_curves
+from shared.depth import differences_of, layer_name, layer_style, training_curves
 
 from probekit.config import Config
 from probekit.errors import ProbekitError

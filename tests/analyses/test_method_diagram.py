@@ -1,6 +1,6 @@
 """Figure 1: every way of mixing that a variant trains with is told."""
 
-from method_diagram import MIXING
+from figure1_method import MIXING
 
 from probekit.models.mixing import VARIANTS
 

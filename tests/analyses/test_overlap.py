@@ -5,9 +5,9 @@ import itertools
 import numpy as np
 import pandas as pd
 import pytest
+from depth_figure2_solved import BARS, draw_upset, draw_venn, intersections, sizes
 from matplotlib.colors import same_color
 from matplotlib.figure import Figure
-from overlap import BARS, draw_upset, draw_venn, intersections, sizes
 
 
 def random_sets(number: int, things: int = 200) -> pd.DataFrame:

@@ -1,9 +1,9 @@
-"""Drawings of boxes and wires: what the figures of models are made of."""
+"""Drawings of boxes and wires, for the figures of models."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -17,7 +17,7 @@ INCHES = 0.56
 SUM = 0.2
 """Radius of the circles that add."""
 FRAME = "#eef2f6"
-"""Colour behind what belongs together."""
+"""Colour behind parts that belong together."""
 
 _STYLES: dict[Kind, tuple[str, str, str]] = {
     "model": ("white", "0.25", "-"),
@@ -28,30 +28,27 @@ _STYLES: dict[Kind, tuple[str, str, str]] = {
 """Face of the boxes, colour of edges and wires, their line."""
 
 
-@dataclass(frozen=True)
-class Box:
-    """A part of the model: its centre, words and width."""
+class Box(NamedTuple):
+    """A part of the model: its centre, text and size."""
 
-    at: XY
+    centre: XY
     text: str
     width: float = 2.5
     kind: Kind = "model"
     height: float = 0.72
 
 
-@dataclass(frozen=True)
-class Wire:
+class Wire(NamedTuple):
     """A line through some corners, with an arrow at its end."""
 
     corners: tuple[XY, ...]
     kind: Kind = "model"
 
 
-@dataclass(frozen=True)
-class Spot:
-    """Where a point of the model is, and on which side of it its name stands."""
+class Spot(NamedTuple):
+    """Where a point of the model is drawn, and on which side of it its name is."""
 
-    at: XY
+    point: XY
     side: Literal["left", "right"]
 
 
@@ -76,7 +73,7 @@ class Drawing:
 
 
 def empty_figure(left: float, right: float, bottom: float, top: float) -> tuple[Figure, Axes]:
-    """A figure for a drawing of some extent, and its only axes, which fill it and show no frame."""
+    """Makes a figure for a drawing of some extent, filled by axes without a frame."""
     figure = Figure(figsize=(INCHES * (right - left), INCHES * (top - bottom)))
     axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
     axes.set(xlim=(left, right), ylim=(bottom, top), aspect="equal")
@@ -85,22 +82,13 @@ def empty_figure(left: float, right: float, bottom: float, top: float) -> tuple[
 
 
 def frame(axes: Axes, corner: XY, width: float, height: float) -> None:
-    """A rounded area behind what belongs together, from its lower left corner."""
-    axes.add_patch(
-        FancyBboxPatch(
-            corner,
-            width,
-            height,
-            boxstyle="round,pad=0,rounding_size=0.25",
-            facecolor=FRAME,
-            edgecolor="0.7",
-            zorder=0,
-        )
-    )
+    """Draws a rounded area behind parts that belong together, from its lower left corner."""
+    style = {"boxstyle": "round,pad=0,rounding_size=0.25", "facecolor": FRAME, "edgecolor": "0.7"}
+    axes.add_patch(FancyBboxPatch(corner, width, height, zorder=0, **style))
 
 
 def draw(axes: Axes, drawing: Drawing) -> None:
-    """Draws all but the spots."""
+    """Draws everything but the spots."""
     arrow = {"arrowstyle": "-|>", "shrinkA": 0.0, "shrinkB": 0.0, "mutation_scale": 13}
     for wire in drawing.wires:
         _, colour, dashes = _STYLES[wire.kind]
@@ -114,19 +102,10 @@ def draw(axes: Axes, drawing: Drawing) -> None:
             axes.plot([x - dx, x + dx], [y - dy, y + dy], color="0.25", linewidth=1.4, zorder=4)
     for box in drawing.boxes:
         face, edge, dashes = _STYLES[box.kind]
-        axes.add_patch(
-            FancyBboxPatch(
-                (box.at[0] - box.width / 2, box.at[1] - box.height / 2),
-                box.width,
-                box.height,
-                boxstyle="round,pad=0,rounding_size=0.12",
-                facecolor=face,
-                edgecolor=edge,
-                linestyle=dashes,
-                linewidth=1.3,
-                zorder=2,
-            )
-        )
-        axes.text(*box.at, box.text, ha="center", va="center", fontsize=13, zorder=3)
+        corner = (box.centre[0] - box.width / 2, box.centre[1] - box.height / 2)
+        style = {"facecolor": face, "edgecolor": edge, "linestyle": dashes, "linewidth": 1.3}
+        style["boxstyle"] = "round,pad=0,rounding_size=0.12"
+        axes.add_patch(FancyBboxPatch(corner, box.width, box.height, zorder=2, **style))
+        axes.text(*box.centre, box.text, ha="center", va="center", fontsize=13, zorder=3)
     for (x, y), text in drawing.notes:
         axes.text(x, y, text, ha="center", va="center", fontsize=12.5, style="italic")

@@ -1,0 +1,163 @@
+"""What the scripts share: options, the runs of a folder, and figures saved with their numbers and origin."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from probekit.config import Config
+from probekit.config.options import seed_list
+from probekit.errors import ProbekitError
+from probekit.io import atomic_path, read_json, write_json, write_text
+from probekit.run.folder import SWEEP
+from probekit.run.run import Run
+from probekit.sweeps import Sweep
+
+PICTURES = (".png", ".pdf", ".svg")
+"""Formats of pictures."""
+
+Groups = dict[str, list[Run]]
+"""Runs by name; those of one name differ in their seed alone."""
+
+
+def script_parser(description: str | None, picture: str) -> argparse.ArgumentParser:
+    """Makes a parser with the option `--out`."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+    def path(word: str) -> Path:
+        if Path(word).suffix not in PICTURES:
+            raise argparse.ArgumentTypeError(f"{word!r} must end in {', '.join(PICTURES)}")
+        return Path(word)
+
+    parser.add_argument("--out", type=path, default=Path(picture), help=f"the picture ({picture})")
+    return parser
+
+
+def add_training_options(
+    parser: argparse.ArgumentParser, runs: str, *, preset: str | None, seeds: int
+) -> None:
+    """Adds the options of a script that trains missing runs: preset, settings, seeds and folder."""
+    default = f" ({preset})" if preset else "; without it, only existing runs are used"
+    parser.add_argument("--runs", type=Path, default=Path(runs), help=f"the folder of the runs ({runs})")
+    parser.add_argument("--preset", default=preset, help=f"train missing runs with these settings{default}")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar=("SETTING", "VALUE"),
+        help="change the preset",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[seeds],
+        help=f"one number: how many seeds, from the preset's on ({seeds}); several: the seeds",
+    )
+
+
+def training_config(given: argparse.Namespace) -> tuple[Config, list[int]]:
+    """Returns the settings and seeds that the options of `add_training_options` ask for.
+
+    Raises:
+        ProbekitError: A setting or its value is wrong.
+    """
+    settings = {name: words[0] if len(words) == 1 else words for name, *words in given.set}
+    config = Config.from_preset(given.preset).override(settings)
+    return config, seed_list(given.seeds, config.seed)
+
+
+def is_sweep(folder: Path) -> bool:
+    """Whether a folder holds a sweep."""
+    return (folder / SWEEP).is_file()
+
+
+def runs_in(folder: Path, members: Iterable[str] | None = None) -> Groups:
+    """Returns the runs of a folder: a single one, or those of each member of a sweep.
+
+    Raises:
+        ProbekitError: The folder is no run or sweep, or the sweep has no finished run.
+    """
+    name = folder.resolve().name
+    if not is_sweep(folder):
+        return {name: [Run.open(folder)]}
+    sweep = Sweep.open(folder)
+    if not sweep.runs:
+        raise ProbekitError(f"{folder} has no finished run yet; go on with the command that began it")
+    wanted = list(members or dict.fromkeys(place.member for place in sweep.runs))
+    return {
+        name if len(sweep.members) == 1 else f"{name}, {member}": [
+            run for place, run in sweep.runs.items() if place.member == member
+        ]
+        for member in wanted
+    }
+
+
+def save_figure(
+    figure: Figure,
+    numbers: pd.DataFrame,
+    out: Path,
+    settings: dict[str, Any],
+    runs: Sequence[Run],
+    printed: pd.DataFrame | None = None,
+) -> None:
+    """Saves a figure, the numbers that it shows (CSV) and how it was made (JSON), and prints the path.
+
+    Args:
+        figure: The figure.
+        numbers: The numbers.
+        out: The picture; the others have the same name with other suffixes.
+        settings: The options of the script that matter for the numbers.
+        runs: The runs that were read.
+        printed: A table to print.
+    """
+    with atomic_path(out) as temporary:
+        figure.savefig(temporary, dpi=150)
+    table = numbers.to_csv(index=False)
+    write_text(out.with_suffix(".csv"), table)
+    write_json(
+        out.with_suffix(".json"),
+        {
+            "script": f"analyses/{Path(sys.argv[0]).name}",
+            "settings": settings,
+            "numbers_sha256": hashlib.sha256(table.encode()).hexdigest(),
+            "runs": [_origin(run) for run in runs],
+        },
+    )
+    if printed is not None:
+        print(printed.to_string(index=False))  # noqa: T201
+    print(out)  # noqa: T201
+
+
+def _origin(run: Run) -> dict[str, Any]:
+    recorded = read_json(run.folder / "provenance.json")
+    config = run.config.model_dump(mode="json")
+    for section, name in (("corpus", "path"), ("lm", "name")):
+        path = config[section][name]
+        if path and Path(path).is_absolute():  # means nothing on another machine
+            config[section][name] = Path(path).name
+    return {
+        "run": run.folder.name,
+        "corpus": run.corpus.facts["fingerprint"],
+        "config": config,
+        **{key: recorded[key] for key in ("versions", "git_commit", "seeds", "device", "machine")},
+    }
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Runs a script; bad input ends it with one line and exit code 2, as in the commands."""
+    try:
+        main()
+    except ProbekitError as error:
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {error}\n")
+        sys.exit(2)
