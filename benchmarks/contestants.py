@@ -1,10 +1,9 @@
-"""The ways to fit a grid of linear probes: probekit's, all together, and what a user would do instead."""
+"""Solvers for a grid of linear probes: probekit's, all together, and what a user would use instead."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -20,9 +19,9 @@ from probekit.probing.solvers import LDAProbes, RidgeProbes, SoftmaxProbes
 from probekit.probing.solvers.closed_form import TEMPERATURES
 
 MAX_ITERATIONS = 2000
-"""For all: no contestant is to stop for another reason than its tolerance."""
+"""High enough that every contestant stops by its tolerance."""
 LADDER = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
-"""Tolerances that an alternative may use; scikit-learn's default is 1e-4."""
+"""Tolerances of the alternatives; scikit-learn's default is 1e-4."""
 
 
 class Fit(NamedTuple):
@@ -47,27 +46,18 @@ class Fit(NamedTuple):
 
 
 FitAll = Callable[[Data, tuple[float, ...], float | None], Fit]
-"""Fits the probes of some data with penalties, of which each probe keeps the best on validation examples, to
-a tolerance in the solver's own unit."""
+"""Fits all probes to a tolerance in the solver's unit; each keeps the penalty that is best on validation."""
 FitOne = Callable[[Data, float, float | None], Fit]
 """Fits the one probe of some data with one penalty."""
 
 
-@dataclass(frozen=True)
-class Solver:
-    """A contestant.
-
-    Attributes:
-        fit: How it fits.
-        tolerances: Those that may be used, loosest first; None where the solution is exact.
-        one_by_one: Whether it fits one probe after the other, so that its time can be scaled by their number.
-        on_cpu: Whether it computes on the CPU, whatever the device.
-    """
+class Solver(NamedTuple):
+    """A contestant."""
 
     fit: FitAll
-    tolerances: tuple[float | None, ...] = (None,)
-    one_by_one: bool = True
-    on_cpu: bool = False
+    tolerances: tuple[float | None, ...] = (None,)  # loosest first; None where the solution is exact
+    one_by_one: bool = True  # whether probes are fitted separately, so that the time scales with their number
+    on_cpu: bool = False  # whether it always computes on the CPU
 
 
 # All together
@@ -124,7 +114,7 @@ def logistic_regression(data: Data, penalty: float, tolerance: float | None) -> 
     scaler, Z, y = _standardised(data)
     model = LogisticRegression(C=1 / (len(y) * penalty), tol=tolerance, max_iter=MAX_ITERATIONS)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # at tight tolerances float32 ends before them, and says so
+        warnings.simplefilter("ignore")  # float32 cannot reach tight tolerances
         model.fit(Z, y)
     # Two products an evaluation, and at least one evaluation an iteration.
     flops = 4.0 * Z.size * data.classes * float(model.n_iter_.sum())
@@ -180,7 +170,7 @@ def lda(data: Data, penalty: float, tolerance: float | None) -> Fit:
     """scikit-learn's LinearDiscriminantAnalysis with shrinkage, calibrated as probekit's is."""
     scaler, Z, y = _standardised(data)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a class with one example, it asks whether that is meant
+        warnings.simplefilter("ignore")  # about classes with one example
         model = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=penalty).fit(Z, y)
     base = model.intercept_ - np.log(model.priors_)
     flops = 2.0 * Z.size * Z.shape[1]  # the covariance within classes
@@ -195,7 +185,7 @@ def _standardised(data: Data) -> tuple[StandardScaler, np.ndarray, np.ndarray]:
 def _on_raw(
     scaler: StandardScaler, coef: np.ndarray, intercept: np.ndarray, penalty: float, flops: float
 ) -> Fit:
-    """One probe on raw activations, from weights `[width, classes]` on what a scaler makes of them."""
+    """A probe on raw activations, from weights `[width, classes]` on standardised ones."""
     coef = coef / scaler.scale_[:, None]
     intercept = intercept - scaler.mean_ @ coef
     weights, offset = (torch.from_numpy(part.astype(np.float32))[None] for part in (coef, intercept))
@@ -227,7 +217,7 @@ def cross_entropies(fit: Fit, data: Data, split: str = "test") -> Tensor:
 
 
 def objectives(fit: Fit, data: Data) -> Tensor:
-    """What softmax probes minimise, at the penalty that each kept `[probes]`."""
+    """The objective of softmax probes, at the penalty that each chose `[probes]`."""
     standardised = fit.coef * data.X["probe"].std(1, correction=0)[..., None]
     return cross_entropies(fit, data, "probe") + fit.penalty / 2 * standardised.square().sum((1, 2))
 
@@ -254,4 +244,4 @@ QUALITIES: dict[str, dict[str, Callable[[Fit, Data], Tensor]]] = {
     "ridge": {"cross_entropy": cross_entropies},
     "lda": {"cross_entropy": cross_entropies},
 }
-"""By kind of probe what has to be the same, `[probes]`; the first is what ratios are refused by."""
+"""By kind of probe the qualities that must agree, `[probes]`; ratios are refused by the first."""

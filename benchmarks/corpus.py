@@ -2,11 +2,10 @@
 
     python benchmarks/corpus.py [--quick] [--repeats 3] [--only sentences] [--out FOLDER]
 
-Made-up text, once, twice and four times as much of it, is built into a corpus by the command itself. Memory
-is what all processes of the command have resident, pages that they share counted for each. `cores_used` is
-seconds of CPU by seconds of the clock, less where the machine does other work;
-`cores_wanted` counts the time, too, that threads which could run waited
-for a core. It reads /proc: Linux alone. Of several repeats the fastest is told, and of memory the most.
+Random text, once, twice and four times as much of it, is built into a corpus by the command itself. Memory is
+the resident memory of all processes of the command, shared pages counted for each. `cores_used` is seconds of
+CPU over seconds of the clock; `cores_wanted` also counts the time that runnable threads waited for a core. It
+reads /proc and needs Linux. Of several repeats the fastest is reported, and the largest memory.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from harness import Options, Row, keep, parse_options
@@ -38,7 +37,7 @@ WORDS, TOPICS, TOPIC_WORDS = 200_000, 200, 400
 """Words of the language; topics of documents, and words that belong to each."""
 DONE = re.compile(r"(?P<stage>.+): done in (?P<seconds>[\d.]+) s")
 INTERVAL = 0.05
-"""Seconds between looks at the processes."""
+"""Seconds between samples."""
 
 
 def write_text(path: Path, sentences: int, seed: int = 0) -> None:
@@ -77,45 +76,31 @@ def _zipf(rng: np.random.Generator, ranks: int, size: int) -> np.ndarray:
     return np.searchsorted(heights, heights[-1] * rng.random(size))
 
 
-@dataclass(frozen=True)
-class Look:
-    """What the processes of a command had at a moment.
+class Sample(NamedTuple):
+    """What the processes of a command had used at a moment."""
 
-    Attributes:
-        time: The moment, as `time.monotonic` has it.
-        cpu: Seconds of CPU so far, of those that have ended too.
-        waited: Seconds for which their threads have waited for a core.
-        resident: Bytes of memory.
-    """
-
-    time: float
-    cpu: float
-    waited: float
-    resident: int
+    time: float  # of `time.monotonic`
+    cpu: float  # seconds so far, including processes that have ended
+    waited: float  # seconds for which threads have waited for a core
+    resident: int  # bytes of memory
 
 
-@dataclass(frozen=True)
-class Watched:
-    """A command that was watched.
-
-    Attributes:
-        begun: When it was begun.
-        ended: When it had ended.
-        stages: Of each stage that it told of: name, when it was done, seconds.
-        looks: What was seen, in order.
-    """
+class Watched(NamedTuple):
+    """A command that was watched: begin and end, its stages (name, when done, seconds), and the samples."""
 
     begun: float
     ended: float
     stages: list[tuple[str, float, float]]
-    looks: list[Look]
+    samples: list[Sample]
 
     def row(self, begin: float, end: float) -> Row:
-        """What a stretch of time took."""
-        times = [look.time for look in self.looks]
-        spent = np.array([[look.cpu, look.waited] for look in self.looks])
+        """Summarises a stretch of time."""
+        times = [sample.time for sample in self.samples]
+        spent = np.array([[sample.cpu, sample.waited] for sample in self.samples])
         cpu, waited = (float(np.diff(np.interp([begin, end], times, column))[0]) for column in spent.T)
-        peaks = [look.resident for look in self.looks if begin - INTERVAL <= look.time <= end + INTERVAL]
+        peaks = [
+            sample.resident for sample in self.samples if begin - INTERVAL <= sample.time <= end + INTERVAL
+        ]
         return {
             "seconds": end - begin,
             "cpu_seconds": cpu,
@@ -126,7 +111,7 @@ class Watched:
 
 
 def watch(command: Sequence[str], environment: dict[str, str]) -> Watched:
-    """Runs a command of probekit and looks at all its processes meanwhile.
+    """Runs a command of probekit and samples all its processes meanwhile.
 
     Raises:
         RuntimeError: It failed.
@@ -148,27 +133,27 @@ def watch(command: Sequence[str], environment: dict[str, str]) -> Watched:
     listener.start()
     cpu: dict[int, float] = {}
     waited: dict[int, float] = {}
-    looks = [Look(begun, 0.0, 0.0, 0)]
+    samples = [Sample(begun, 0.0, 0.0, 0)]
     while process.poll() is None:
         family = _family(process.pid)
         cpu |= {pid: _cpu(stat) for pid, stat in family.items()}
         for pid in family:
             waited |= _waited(pid)
         resident = sum(int(stat[21]) for stat in family.values()) * os.sysconf("SC_PAGE_SIZE")
-        looks.append(Look(time.monotonic(), sum(cpu.values()), sum(waited.values()), resident))
+        samples.append(Sample(time.monotonic(), sum(cpu.values()), sum(waited.values()), resident))
         time.sleep(INTERVAL)
     listener.join()
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{''.join(said)}")
-    return Watched(begun, time.monotonic(), stages, looks)
+    return Watched(begun, time.monotonic(), stages, samples)
 
 
 def _family(root: int) -> dict[int, list[str]]:
-    """What /proc says of a process and of all that it has begun, from `state` on."""
+    """The fields of /proc/PID/stat, from `state` on, of a process and all its descendants."""
     found: dict[int, list[str]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # it has ended
-            # Behind the name, which may hold anything.
+            # After the name, which may contain anything.
             found[int(path.parent.name)] = path.read_text("utf-8", "replace").rpartition(")")[2].split()
     family = {root}
     while more := {pid for pid, stat in found.items() if int(stat[1]) in family} - family:
@@ -177,7 +162,7 @@ def _family(root: int) -> dict[int, list[str]]:
 
 
 def _cpu(stat: list[str]) -> float:
-    """User's and system's seconds."""
+    """Seconds of CPU, user and system."""
     return (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
 
 
@@ -191,7 +176,7 @@ def _waited(pid: int) -> dict[int, float]:
 
 
 def measure(sentences: int, options: Options, folder: Path) -> list[Row]:
-    """The rows of a size: a summary, and one for each stage."""
+    """Measures a size: a summary, and a row for each stage."""
     text = folder / f"{sentences}.jsonl"
     write_text(text, sentences)
     settings = QUICK_SETTINGS if options.quick else SETTINGS
@@ -204,7 +189,7 @@ def measure(sentences: int, options: Options, folder: Path) -> list[Row]:
     first = min(builds, key=lambda build: build.ended - build.begun)
     size = {"sentences": sentences, "megabytes_of_text": text.stat().st_size / 1e6}
     total = first.row(first.begun, first.ended)
-    total["peak_megabytes"] = max(look.resident for build in builds for look in build.looks) / 1e6
+    total["peak_megabytes"] = max(sample.resident for build in builds for sample in build.samples) / 1e6
     rows = [{"workload": "all"} | size | total]
     for stage, done, seconds in first.stages:
         rows.append(

@@ -1,15 +1,14 @@
-"""Depth ensemble: time and memory of its loss with gradients, against all layers' logits at once.
+"""Depth ensemble: time and memory of its loss with gradients, against computing all layers' logits.
 
     python benchmarks/depth_ensemble.py [--device cuda] [--quick] [--repeats 3] [--out FOLDER]
         [--only distilled] [--tokens 1024] [--vocabulary 50000] [--width 768] [--layers 1 2 4 8]
 
-Random hidden states of k layers, as a tuned LM gives them, go in; the loss and its gradients with respect to
-these states, the layers' norms and the router come out; the head is frozen. "All logits" computes what the
-paper writes: k times the head, PyTorch's cross-entropy of the weighted sum, its divergences, autograd. With
-k = 8 and distillation that takes about 7 GB for the 1,024 tokens that a CPU is given here; a GPU is given
-8,192, which take eight times as much. "Plain LM" is the cross-entropy of the last layer alone. Gradients have
-to agree: `difference` is the largest one in any tensor, as a share of that tensor's largest entry. Memory is
-what one call adds, in a process of its own.
+From random hidden states of k layers, the loss and its gradients with respect to these states, the layers'
+norms and the router are computed; the head is frozen. "All logits" computes the paper's formulas: k times the
+head, PyTorch's cross-entropy of the weighted sum, its divergences, autograd. With k = 8 and distillation that
+takes about 7 GB for 1,024 tokens on a CPU; a GPU gets 8,192 tokens, which take eight times as much. "Plain
+LM" is the cross-entropy of the last layer alone. Gradients must agree: `difference` is the largest one in any
+tensor, relative to that tensor's largest entry. Memory is what one call adds, in a process of its own.
 """
 
 from __future__ import annotations
@@ -17,7 +16,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from harness import (
@@ -27,11 +27,12 @@ from harness import (
     Row,
     best_matrix_rate,
     compare,
-    keep,
     parse_options,
     peak_memory,
     race,
+    run_workloads,
 )
+from random_lm import product_dtype
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -46,25 +47,17 @@ SAME = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 @dataclass(frozen=True)
 class Sizes:
-    """What goes in.
-
-    Attributes:
-        tokens: Tokens whose loss is summed.
-        vocabulary: Logits of a token and layer.
-        width: Features of a hidden state.
-        layers: Late layers, k.
-        distilled: Whether they learn from the last one.
-    """
+    """Sizes of a workload."""
 
     tokens: int = 1024
     vocabulary: int = 50_000
-    width: int = 768
-    layers: int = 1
-    distilled: bool = False
+    width: int = 768  # of the hidden states
+    layers: int = 1  # late layers, k
+    distilled: bool = False  # whether layers are distilled from the last one
 
     @property
     def name(self) -> str:
-        """The workload's."""
+        """The workload's name."""
         return f"k = {self.layers}, distilled" if self.distilled else f"k = {self.layers}"
 
 
@@ -74,13 +67,7 @@ GPU_TOKENS = 8192
 
 
 class Scene:
-    """Hidden states, an untrained ensemble and a head.
-
-    Attributes:
-        sizes: As given.
-        ensemble: Of the late layers, or of the last one alone.
-        leaves: What gradients are wanted of.
-    """
+    """Hidden states, an untrained ensemble (of the last layer alone, if asked for) and a head."""
 
     def __init__(self, sizes: Sizes, device: torch.device, *, last_only: bool = False) -> None:
         self.sizes, self._device = sizes, device
@@ -105,23 +92,22 @@ class Scene:
 
     @property
     def distillation(self) -> DistillationSettings | None:
-        """How the layers learn from the last one."""
+        """The settings of distillation, if there is any."""
         return DistillationSettings() if self.sizes.distilled else None
 
     def gradients(self, loss: Callable[[Scene], Tensor]) -> list[Tensor]:
-        """The gradients of a loss with respect to all leaves, in the arithmetic that training has."""
+        """Computes the gradients of a loss with respect to states, norms and router, as in training."""
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             value = loss(self)
         return list(torch.autograd.grad(value, self.leaves))
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the head's products: what `training.precision: auto` takes."""
-        half = self._device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if half else torch.float32
+        """The type of the head's products."""
+        return product_dtype(self._device, "auto")
 
 
-# Contestants: each takes a scene and gives the summed loss, through which gradients flow.
+# Contestants: each takes a scene and returns the summed loss, through which gradients flow.
 
 
 def probekit(scene: Scene) -> Tensor:
@@ -130,7 +116,7 @@ def probekit(scene: Scene) -> Tensor:
 
 
 def all_logits(scene: Scene) -> Tensor:
-    """The logits of all layers, their weighted sum, and autograd, as the paper's formulas are written."""
+    """The logits of all layers, their weighted sum, and autograd: the paper's formulas."""
     late = scene.ensemble(scene.hidden)
     logits = [scene.head(state).float() for state in late.states]
     mixed = sum((late.weights[:, [i]] * one for i, one in enumerate(logits)), torch.zeros(()))
@@ -144,61 +130,55 @@ def all_logits(scene: Scene) -> Tensor:
 
 
 def plain(scene: Scene) -> Tensor:
-    """The loss that the LM has without an ensemble, behind the same trainable norm."""
+    """The LM's loss without an ensemble, after the same trainable norm."""
     (state,) = scene.ensemble(scene.hidden).states
     return F.cross_entropy(scene.head(state).float(), scene.targets, reduction="sum")
 
 
-@dataclass(frozen=True)
-class Way:
-    """A contestant.
-
-    Attributes:
-        loss: Its loss.
-        heads: How often it applies the head to all tokens.
-        last_only: Whether it reads the last layer alone.
-    """
+class Method(NamedTuple):
+    """A contestant: its loss, how often it applies the head to all tokens, and whether it needs one layer."""
 
     loss: Callable[[Scene], Tensor]
     heads: Callable[[Sizes], int]
     last_only: bool = False
 
 
-CONTESTANTS: Mapping[str, Way] = {
-    REFERENCE: Way(probekit, lambda sizes: 1 + sizes.distilled * sizes.layers),
-    ALL: Way(all_logits, lambda sizes: sizes.layers),
-    PLAIN: Way(plain, lambda _: 1, last_only=True),
+CONTESTANTS: Mapping[str, Method] = {
+    REFERENCE: Method(probekit, lambda sizes: 1 + sizes.distilled * sizes.layers),
+    ALL: Method(all_logits, lambda sizes: sizes.layers),
+    PLAIN: Method(plain, lambda _: 1, last_only=True),
 }
 
 
 def prepare_loss(device: str, contestant: str, sizes: dict[str, Any]) -> Callable[[], Any]:
-    """The call takes a loss and its gradients; a smaller one, before, has loaded what the libraries need."""
-    way, place = CONTESTANTS[contestant], torch.device(device)
+    """Prepares a loss and its gradients; libraries load code in a smaller one before."""
+    method, place = CONTESTANTS[contestant], torch.device(device)
     Scene(TINY, place, last_only=True).gradients(plain)
-    scene = Scene(Sizes(**sizes), place, last_only=way.last_only)
-    return lambda: scene.gradients(way.loss)
+    scene = Scene(Sizes(**sizes), place, last_only=method.last_only)
+    return lambda: scene.gradients(method.loss)
 
 
-def measure(sizes: Sizes, options: Options) -> list[Row]:
-    """The rows of a workload."""
+def measure(name: str, sizes: Sizes, options: Options) -> list[Row]:
+    """Measures a workload."""
     scenes = {
-        name: Scene(sizes, options.device, last_only=way.last_only) for name, way in CONTESTANTS.items()
+        each: Scene(sizes, options.device, last_only=method.last_only) for each, method in CONTESTANTS.items()
     }
-    works = {name: _work(scenes[name], way) for name, way in CONTESTANTS.items()}
-    outcomes = race({n: Contestant(work, work) for n, work in works.items()}, options.repeats, options.device)
+    works = {
+        each: Contestant(partial(scenes[each].gradients, method.loss)) for each, method in CONTESTANTS.items()
+    }
+    outcomes = race(works, options.repeats, options.device)
     dtype = scenes[REFERENCE].dtype
-    shape = (sizes.tokens, sizes.width, sizes.vocabulary)
-    rate = best_matrix_rate(options, options.device, dtype, shape)
+    rate = best_matrix_rate(options, options.device, dtype, (sizes.tokens, sizes.width, sizes.vocabulary))
     rows = []
-    for name, outcome in outcomes.items():
-        row = {"workload": sizes.name} | asdict(sizes)
-        row |= {"dtype": str(dtype).removeprefix("torch."), "contestant": name} | outcome.columns()
+    for each, outcome in outcomes.items():
+        row = {"workload": name} | asdict(sizes)
+        row |= {"dtype": str(dtype).removeprefix("torch."), "contestant": each} | outcome.columns()
         # Two operations a multiplication; the backward pass, to the states alone, is another product.
-        flops = 2.0 * 2.0 * sizes.tokens * sizes.width * sizes.vocabulary * CONTESTANTS[name].heads(sizes)
+        flops = 2.0 * 2.0 * sizes.tokens * sizes.width * sizes.vocabulary * CONTESTANTS[each].heads(sizes)
         row["matrix_rate_share"] = flops / row["seconds"] / rate
-        alike = name != PLAIN or sizes.layers == 1
-        row["difference"] = difference(outcome.result, outcomes[REFERENCE].result) if alike else None
-        row |= peak_memory(prepare_loss, options.device, contestant=name, sizes=asdict(sizes))
+        same_loss = each != PLAIN or sizes.layers == 1
+        row["difference"] = difference(outcome.result, outcomes[REFERENCE].result) if same_loss else None
+        row |= peak_memory(prepare_loss, options.device, contestant=each, sizes=asdict(sizes))
         rows.append(row)
     compare(rows, SAME[dtype])
     added = "added_device_megabytes" if options.device.type == "cuda" else "added_megabytes"
@@ -210,18 +190,14 @@ def measure(sizes: Sizes, options: Options) -> list[Row]:
     return rows
 
 
-def _work(scene: Scene, way: Way) -> Callable[[], list[Tensor]]:
-    return lambda: scene.gradients(way.loss)
-
-
 def difference(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    """The largest difference of any two tensors, as a share of the second one's largest entry."""
+    """Returns the largest difference of two tensors, relative to the second one's largest entry."""
     pairs = zip(found, wanted, strict=True)
     return max(((one - other).abs().max() / other.abs().max()).item() for one, other in pairs)
 
 
 def parse(arguments: Sequence[str] | None = None) -> tuple[Options, list[Sizes]]:
-    """What all benchmarks take from a command line, and the workloads."""
+    """Parses the options, and the sizes of the workloads."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("tokens", "vocabulary", "width"):
         parser.add_argument(f"--{name}", type=int)
@@ -240,27 +216,22 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Options, list[Sizes]]
         replace(base, layers=k, distilled=distilled)
         for distilled in (False, True)
         for k in layers
-        if k > 1 or not distilled  # one layer has nobody to learn from
+        if k > 1 or not distilled  # one layer cannot be distilled
     ]
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
     """Measures all workloads, prints and writes them."""
     options, workloads = parse(arguments)
-    rows = []
-    for sizes in workloads:
-        if options.only not in sizes.name:
-            continue
-        print(f"{sizes.name} ...", flush=True)
-        rows += measure(sizes, options)
-    told = {
+    settings = {
         "ratio": f"seconds over those of {REFERENCE}",
         "memory_ratio": f"added memory over that of {REFERENCE}",
         "time_of_plain": f"seconds over those of {PLAIN}",
         "memory_of_plain": f"added memory over that of {PLAIN}",
     }
-    keep("depth_ensemble", options, told, rows)
-    return rows
+    return run_workloads(
+        "depth_ensemble", options, {each.name: each for each in workloads}, measure, settings
+    )
 
 
 if __name__ == "__main__":

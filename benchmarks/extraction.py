@@ -2,11 +2,11 @@
 
     python benchmarks/extraction.py [--device cuda] [--quick] [--repeats 3] [--out FOLDER]
 
-A GPT-2 with random weights reads random tokens, every document one window. What is read are residual
-streams of the first layers at a few positions of every window. All readers but the bare forward pass, which
-is the limit, add up what they read; the sums have to agree. A sweep of closed-form probes costs reading and
-adding, which grows with the documents as the bare forward pass does, and solving, which does not. All shares
-of the matrix rate are of the operations of the bare forward pass.
+A GPT-2 with random weights reads random tokens, every document one window; what is read are residual streams
+of the first layers at a few positions of every window. All readers but the bare forward pass, the limit, add
+up what they read; the sums must agree. A sweep of closed-form probes costs reading and adding, which grow
+with the documents as the bare forward pass does, and solving, which does not. All shares of the matrix rate
+are shares of the operations of the bare forward pass.
 """
 
 from __future__ import annotations
@@ -28,17 +28,15 @@ from harness import (
     Row,
     best_matrix_rate,
     compare,
-    keep,
     parse_options,
     peak_memory,
     race,
+    run_workloads,
 )
+from random_lm import forward_flops, product_dtype, random_corpus, random_gpt2
 from torch import Tensor, nn
 
 from probekit.config import Config, ProbeSettings
-from probekit.data.codebook import Codebook
-from probekit.data.corpus import Corpus
-from probekit.data.tokenizer import train_tokenizer
 from probekit.distributed import autocast
 from probekit.models.language_model import bridge
 from probekit.probing.activations import Reader
@@ -55,48 +53,29 @@ SAME = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
 
 @dataclass(frozen=True)
 class Shape:
-    """The LM and what is read of it.
-
-    Attributes:
-        layers: Layers of the LM.
-        width: Its width.
-        heads: Its attention heads.
-        vocabulary: Its vocabulary.
-        window: Tokens in a window.
-        documents: Documents to read, of one window each.
-        batch: Windows in one forward pass.
-        read_layers: The first layers, that are read.
-        spacing: Tokens from one anchor to the next.
-        distances: Tokens before an anchor at which is read.
-        classes: Classes of the closed-form probes.
-    """
+    """The LM and what is read of it; a document is one window."""
 
     layers: int
     width: int
     heads: int
     vocabulary: int
-    window: int
+    window: int  # tokens
     documents: int
-    batch: int
-    read_layers: int
-    spacing: int = 16
+    batch: int  # windows in one forward pass
+    read_layers: int  # the first layers, which are read
+    spacing: int = 16  # tokens from one anchor to the next
     distances: tuple[int, ...] = (1, 2, 4, 8)
-    classes: int = 256
+    classes: int = 256  # of the closed-form probes
 
     @property
     def anchors(self) -> np.ndarray:
-        """Where in a document's tokens the anchors are `[anchors]`."""
+        """Positions of the anchors in a document `[anchors]`."""
         return np.arange(max(self.spacing, *self.distances), self.window, self.spacing)
 
     @property
     def flops(self) -> float:
-        """Of the bare forward pass: 12 width^2 weights in a layer, and scores and mix over the whole window.
-
-        A product's multiplication and addition count as two. Attention is counted as it is commonly computed,
-        future positions included.
-        """
-        per_token = 24 * self.width**2 + 4 * self.window * self.width
-        return float(self.read_layers * per_token * self.documents * self.window)
+        """Operations of the bare forward pass."""
+        return forward_flops(self.read_layers, self.width, self.window, self.documents * self.window)
 
 
 GPT2 = Shape(
@@ -112,7 +91,7 @@ QUICK = Shape(
 
 
 def workloads(options: Options) -> dict[str, Shape]:
-    """All layers, and half of them, behind which a reader can stop; on a GPU a whole grid, too."""
+    """Returns all layers, and half of them, after which a reader can stop; on a GPU also a whole grid."""
     if options.quick:
         return {"every layer": QUICK, "lower layers": replace(QUICK, read_layers=2)}
     if options.device.type == "cpu":
@@ -126,39 +105,37 @@ class Scene:
     """The LM and the documents, as each contestant needs them."""
 
     def __init__(self, shape: Shape, device: torch.device, folder: Path) -> None:
-        self.shape, self.device = shape, device
+        self.shape, self.device, self.folder = shape, device, folder
         generator = np.random.default_rng(0)
         tokens = generator.integers(1, shape.vocabulary, (shape.documents, shape.window + 1))
         tokens[:, 0] = 0
-        self.corpus = self._corpus(tokens, folder, generator)
+        starts = np.arange(shape.documents + 1) * tokens.shape[1]
+        sentences = shape.documents * len(shape.anchors)
+        self.corpus = random_corpus(
+            folder / "corpus",
+            tokens.ravel(),
+            starts,
+            [start + shape.anchors for start in starts[:-1]],
+            split=np.zeros(shape.documents),
+            embeddings=np.zeros((sentences, 1)),
+            actions=generator.integers(shape.classes, size=sentences),
+            centroids=np.zeros((shape.classes, 1)),
+        )
         self.windows = torch.from_numpy(tokens[:, :-1]).to(device)
         self.columns = torch.from_numpy(shape.anchors - np.array(shape.distances)[:, None]).to(device)
-        self.folder = folder
 
     @cached_property
     def model(self) -> Any:
         """The plain Hugging Face LM, with its fused attention kernel."""
-        from transformers import GPT2Config, GPT2LMHeadModel
-
         shape = self.shape
-        config = GPT2Config(
-            vocab_size=shape.vocabulary,
-            n_positions=shape.window,
-            n_embd=shape.width,
-            n_layer=shape.layers,
-            n_head=shape.heads,
-            bos_token_id=0,
-            eos_token_id=0,
-            attn_implementation="sdpa",
-            architectures=["GPT2LMHeadModel"],
+        model = random_gpt2(
+            shape.layers, shape.width, shape.heads, shape.vocabulary, shape.window, attn_implementation="sdpa"
         )
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            return GPT2LMHeadModel(config).to(self.device).eval().requires_grad_(False)
+        return model.to(self.device).eval().requires_grad_(False)
 
     @cached_property
     def run(self) -> Run:
-        """A run that holds the LM and the documents, and nothing else."""
+        """A run with only the LM and the documents."""
         shape = self.shape
         settings = {
             "device": str(self.device),
@@ -181,7 +158,7 @@ class Scene:
         return Examples(document, corpus.first_token, np.arange(len(document)), labels)
 
     def batches(self) -> Iterator[Tensor]:
-        """Tokens `[windows, positions]`, a batch at a time."""
+        """Yields tokens `[windows, positions]`, a batch at a time."""
         yield from self.windows.split(self.shape.batch)
 
     def arithmetic(self) -> Any:
@@ -199,26 +176,8 @@ class Scene:
         """Adds up one layer's activations `[windows, positions, width]` at the positions that are read."""
         sums[layer] += activations[:, self.columns].float().sum((0, 2), dtype=torch.float64)
 
-    def _corpus(self, tokens: np.ndarray, folder: Path, generator: np.random.Generator) -> Corpus:
-        shape, anchors = self.shape, len(self.shape.anchors)
-        starts = np.arange(shape.documents + 1) * tokens.shape[1]
-        train_tokenizer(["no text is read"], 257, folder / "corpus" / "tokenizer")
-        return Corpus(
-            folder=folder / "corpus",
-            tokens=tokens.ravel().astype(np.uint16),
-            document_tokens=starts,
-            document_sentences=np.arange(shape.documents + 1) * anchors,
-            first_token=(starts[:-1, None] + shape.anchors).ravel(),
-            spans=np.zeros((shape.documents * anchors, 2), dtype=np.int64),
-            split=np.zeros(shape.documents, dtype=np.uint8),
-            embeddings=np.zeros((shape.documents * anchors, 1), dtype=np.float32),
-            actions=generator.integers(shape.classes, size=shape.documents * anchors).astype(np.int32),
-            codebook=Codebook(np.zeros((shape.classes, 1), dtype=np.float32)),
-            facts={},
-        )
 
-
-# Contestants: each is given the scene and returns the work, which returns the sums of what it read.
+# Contestants: each takes the scene and returns the work, which returns the sums of what it read.
 
 Work = Callable[[], Tensor | None]
 
@@ -236,7 +195,7 @@ def bare_forward(scene: Scene) -> Work:
 
 
 def hidden_states(scene: Scene) -> Work:
-    """Hugging Face's own way; it runs all layers, whatever is wanted of them."""
+    """Hugging Face's `output_hidden_states`; it runs all layers, whichever are wanted."""
     model = _body(scene, scene.shape.layers)
 
     def work() -> Tensor:
@@ -254,7 +213,7 @@ def hidden_states(scene: Scene) -> Work:
 def transformer_lens(scene: Scene) -> Work:
     """`run_with_cache`, of the residual streams alone and without attention maps.
 
-    It stops behind the last layer that is read, but computes logits where that is the LM's last.
+    It stops after the last layer that is read, but computes logits where that is the LM's last.
     """
     names = [f"blocks.{layer}.{LOCATION}" for layer in range(scene.shape.read_layers)]
     bridged = bridge(copy.deepcopy(scene.model), scene.corpus.tokenizer, "gpt2")
@@ -278,7 +237,7 @@ def transformer_lens(scene: Scene) -> Work:
 
 
 def probekit_reader(scene: Scene) -> Work:
-    """What `probekit probe` reads with."""
+    """The reader of `probekit probe`."""
     reader = _reader(scene)
 
     def work() -> Tensor:
@@ -291,7 +250,7 @@ def probekit_reader(scene: Scene) -> Work:
 
 
 def closed_form_sums(scene: Scene) -> Work:
-    """What a grid of closed-form probes adds to reading: sums, of which the probes are solved."""
+    """Reading, and adding up the sums from which closed-form probes are solved."""
     reader = _reader(scene)
 
     def work() -> None:
@@ -346,19 +305,14 @@ def _moments(scene: Scene, reader: Reader) -> Moments:
 
 
 def measure(name: str, shape: Shape, options: Options) -> list[Row]:
-    """The rows of a workload."""
+    """Measures a workload."""
+    dtype = product_dtype(options.device, PRECISION)
     with tempfile.TemporaryDirectory() as folder:
         scene = Scene(shape, options.device, Path(folder))
-        works = {contestant: make(scene) for contestant, make in CONTESTANTS.items()}
-        outcomes = race(
-            {n: Contestant(work, work) for n, work in works.items()}, options.repeats, options.device
-        )
-        with scene.arithmetic():
-            dtype = torch.get_autocast_dtype(options.device.type)
-            dtype = dtype if torch.is_autocast_enabled(options.device.type) else torch.float32
-    rate = best_matrix_rate(
-        options, options.device, dtype, (shape.batch * shape.window, shape.width, 4 * shape.width)
-    )
+        works = {contestant: Contestant(make(scene)) for contestant, make in CONTESTANTS.items()}
+        outcomes = race(works, options.repeats, options.device)
+    product = (shape.batch * shape.window, shape.width, 4 * shape.width)
+    rate = best_matrix_rate(options, options.device, dtype, product)
     sums = outcomes[REFERENCE].result
     rows = []
     for contestant, outcome in outcomes.items():
@@ -385,13 +339,13 @@ def _difference(sums: Tensor, reference: Tensor) -> float:
 
 
 def prepare(device: str, shape: dict[str, Any], name: str) -> Callable[[], Any]:
-    """Makes a scene ready; the call is one contestant's work."""
+    """Prepares a scene; the call is one contestant's work."""
     folder = tempfile.TemporaryDirectory()
     distances = tuple(shape["distances"])
     scene = Scene(Shape(**(shape | {"distances": distances})), torch.device(device), Path(folder.name))
     work = CONTESTANTS[name](scene)
 
-    def call(_: Any = folder) -> None:  # which is removed with the call
+    def call(_: Any = folder) -> None:  # the folder is removed with the call
         work()
 
     return call
@@ -400,14 +354,8 @@ def prepare(device: str, shape: dict[str, Any], name: str) -> Callable[[], Any]:
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
     """Measures all workloads, prints and writes them."""
     options = parse_options(__doc__, arguments)
-    rows = []
-    for name, shape in workloads(options).items():
-        if options.only not in name:
-            continue
-        print(f"{name} ...", flush=True)
-        rows += measure(name, shape, options)
-    keep("extraction", options, {"location": LOCATION, "ratio": f"seconds over those of {REFERENCE}"}, rows)
-    return rows
+    settings = {"location": LOCATION, "ratio": f"seconds over those of {REFERENCE}"}
+    return run_workloads("extraction", options, workloads(options), measure, settings)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
-"""Fitting the grid of probes: probekit, all together, against scikit-learn and PyTorch, one after the other.
+"""Fitting the grid of probes: probekit, all together, against scikit-learn and PyTorch, one by one.
 
     python benchmarks/fit_grid.py [--device cuda] [--quick] [--repeats 3] [--out FOLDER]
 
 All contestants get the same activations, on the device, and the same penalties. Each alternative runs at the
 loosest of its tolerances that comes within half a percent of probekit's quality, so that none works longer
-than it must; where the results still differ by more than 1 % the ratio is refused (left out). The times of
-contestants that go through the probes one by one are measured on `measured_probes` of them and scaled by
-their number.
+than needed; where the results still differ by more than 1 %, there is no ratio. Contestants that fit one
+probe after the other are timed on `measured_probes` of them, and the time is scaled to all.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ from harness import (
     Row,
     best_matrix_rate,
     compare,
-    keep,
     parse_options,
     peak_memory,
     race,
+    run_workloads,
 )
 from planted_activations import Data, Size, plant
 
@@ -38,59 +37,41 @@ from probekit.config import ProbeSettings
 PATHS = {kind: ProbeSettings().l2 for kind in SOLVERS} | {"lda": ProbeSettings().shrinkage}
 """Penalties of a grid with default settings, by kind of probe."""
 ONE = {"softmax": (1e-3,), "ridge": (1e-2,), "lda": (0.1,)}
-"""One penalty, so that all work on the same problem."""
+"""One penalty, so that all solve the same problem."""
 ONE_OF_MANY = {"softmax": (1e-2,), "ridge": (1e-1,), "lda": (0.3,)}
-"""The same where classes are many, and examples of each are few."""
+"""The same for many classes with few examples of each."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A table of results.
-
-    Attributes:
-        name: Its title.
-        kind: Which probes: a name in `SOLVERS`.
-        sizes: What is fitted; of several, how time grows from one to the next is told too.
-        penalties: L2 penalties, or shrinkages for LDA.
-        memory: Whether peak memory is measured too, in processes of their own.
-    """
+    """A table of results."""
 
     name: str
-    kind: str
-    sizes: tuple[Size, ...]
-    penalties: tuple[float, ...]
-    memory: bool = False
+    kind: str  # of probes: a name in `SOLVERS`
+    sizes: tuple[Size, ...]  # of several, the growth of the time from one to the next is reported
+    penalties: tuple[float, ...]  # L2, or shrinkages of LDA
+    memory: bool = False  # whether peak memory is measured, in processes of their own
 
 
 def workloads(size: Size, wide: Size, base: Size, doublings: int) -> list[Workload]:
-    """All workloads.
+    """Makes all workloads.
 
     Args:
-        size: Of the main one.
+        size: Of the main ones.
         wide: Many classes, wide activations.
-        base: Where growth begins.
-        doublings: How often each of its axes is doubled.
+        base: The smallest size of those that show growth.
+        doublings: How often each axis of `base` is doubled.
     """
     fewer = replace(size, one_by_one=min(size.one_by_one, 6))  # five penalties take five times as long
-    kinds = [
-        workload
-        for kind in SOLVERS
-        for workload in (
-            Workload(f"{kind}, one penalty", kind, (size,), ONE[kind], memory=True),
-            Workload(f"{kind}, default penalties", kind, (fewer,), PATHS[kind]),
-            Workload(f"{kind}, many classes", kind, (wide,), ONE_OF_MANY[kind], memory=True),
-        )
-    ]
-    growth = [
-        Workload(
-            f"growth with {axis}",
-            "softmax",
-            tuple(replace(base, **{axis: getattr(base, axis) * 2**i}) for i in range(doublings + 1)),
-            ONE["softmax"],
-        )
-        for axis in ("examples", "layers", "distances", "classes")
-    ]
-    return kinds + growth
+    made = []
+    for kind in SOLVERS:
+        made.append(Workload(f"{kind}, one penalty", kind, (size,), ONE[kind], memory=True))
+        made.append(Workload(f"{kind}, default penalties", kind, (fewer,), PATHS[kind]))
+        made.append(Workload(f"{kind}, many classes", kind, (wide,), ONE_OF_MANY[kind], memory=True))
+    for axis in ("examples", "layers", "distances", "classes"):
+        sizes = tuple(replace(base, **{axis: getattr(base, axis) * 2**i}) for i in range(doublings + 1))
+        made.append(Workload(f"growth with {axis}", "softmax", sizes, ONE["softmax"]))
+    return made
 
 
 SIZES = {
@@ -116,8 +97,8 @@ QUICK = workloads(
 QUICK = [replace(workload, memory=workload.memory and number == 0) for number, workload in enumerate(QUICK)]
 
 
-def measure(workload: Workload, options: Options) -> list[Row]:
-    """The rows of a workload, size by size."""
+def measure(name: str, workload: Workload, options: Options) -> list[Row]:
+    """Measures a workload, size by size."""
     rows: list[Row] = []
     for size in workload.sizes:
         before = rows[-len(SOLVERS[workload.kind]) :]
@@ -146,12 +127,23 @@ def _measure_size(workload: Workload, size: Size, options: Options) -> list[Row]
     for name, solver in solvers.items():
         measured = size.one_by_one if solver.one_by_one else size.probes
         fit, scale = outcomes[name].result, size.probes / measured
-        row = _head(workload, size, name, tolerances[name], measured) | outcomes[name].columns(scale)
+        row = {"workload": workload.name, "probes": size.probes}
+        row |= {axis: getattr(size, axis) for axis in ("layers", "distances", "examples", "width", "classes")}
+        row |= {"penalties": list(workload.penalties), "contestant": name, "tolerance": tolerances[name]}
+        row |= {"measured_probes": measured} | outcomes[name].columns(scale)
         row |= _quality(workload, fit, data.only(slice(size.one_by_one)))
         rate = rates[torch.device("cpu") if solver.on_cpu else options.device]
         row["matrix_rate_share"] = fit.flops * scale / row["seconds"] / rate if fit.flops else None
         if workload.memory and (name == REFERENCE or not options.quick):
-            row |= _memory(workload, size, name, tolerances[name], options)
+            row |= peak_memory(
+                prepare_fit,
+                options.device,
+                kind=workload.kind,
+                size=asdict(replace(size, one_by_one=1)),  # one by one takes the memory of one
+                penalties=list(workload.penalties),
+                name=name,
+                tolerance=tolerances[name],
+            )
         rows.append(row)
     quality = next(iter(QUALITIES[workload.kind]))
     (reference,) = (row[quality] for row in rows if row["contestant"] == REFERENCE)
@@ -159,18 +151,6 @@ def _measure_size(workload: Workload, size: Size, options: Options) -> list[Row]
         row["difference"] = abs(row[quality] / reference - 1)
     compare(rows)
     return rows
-
-
-def _head(workload: Workload, size: Size, name: str, tolerance: float | None, measured: int) -> Row:
-    return {
-        "workload": workload.name,
-        "probes": size.probes,
-        **{axis: getattr(size, axis) for axis in ("layers", "distances", "examples", "width", "classes")},
-        "penalties": list(workload.penalties),
-        "contestant": name,
-        "tolerance": tolerance,
-        "measured_probes": measured,
-    }
 
 
 def _fit(
@@ -184,15 +164,15 @@ def _fit(
 
 
 def _share(solver: Solver, data: Data, size: Size) -> Data:
-    """The part of the data that a contestant is measured on, where it computes."""
+    """The part of the data on which a contestant is measured, on its device."""
     part = data.only(slice(size.one_by_one)) if solver.one_by_one else data
     return part.to("cpu") if solver.on_cpu else part
 
 
 def _tolerances(workload: Workload, data: Data, size: Size) -> dict[str, float | None]:
-    """For each contestant the loosest tolerance of the reference's quality on two probes, or its tightest."""
+    """Each contestant's loosest tolerance with the reference's quality on two probes, or its tightest."""
     part = data.only(slice(min(2, size.one_by_one)))
-    # Solvers that keep different ones of several penalties minimise different things.
+    # Solvers that choose different penalties minimise different objectives.
     same = list(QUALITIES[workload.kind])[: 1 if len(workload.penalties) > 1 else None]
     solvers = SOLVERS[workload.kind]
     chosen = {name: solver.tolerances[-1] for name, solver in solvers.items()}
@@ -208,23 +188,9 @@ def _tolerances(workload: Workload, data: Data, size: Size) -> dict[str, float |
 
 
 def _quality(workload: Workload, fit: Fit, data: Data) -> Row:
-    """Means over the probes of some data, which are the first that were fitted."""
+    """Means over the probes of some data, the first that were fitted."""
     fit = fit.first(len(data.X["test"]), data.y["test"].device)
     return {key: float(of(fit, data).mean()) for key, of in QUALITIES[workload.kind].items()}
-
-
-def _memory(
-    workload: Workload, size: Size, name: str, tolerance: float | None, options: Options
-) -> dict[str, float]:
-    return peak_memory(
-        prepare_fit,
-        options.device,
-        kind=workload.kind,
-        size=asdict(replace(size, one_by_one=1)),  # of one by one, the memory is that of one
-        penalties=list(workload.penalties),
-        name=name,
-        tolerance=tolerance,
-    )
 
 
 def prepare_fit(
@@ -235,7 +201,7 @@ def prepare_fit(
     name: str,
     tolerance: float | None,
 ) -> Callable[[], Any]:
-    """Draws the data of a workload; the call fits one contestant to it."""
+    """Prepares the data of a workload; the call fits one contestant to it."""
     solver, planted = SOLVERS[kind][name], Size(**size)
     data = _share(solver, plant(planted, torch.device(device)), planted)
     tiny = _share(solver, plant(Size(1, 1, 50, 4, 2, 1), torch.device(device)), planted)
@@ -246,14 +212,9 @@ def prepare_fit(
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
     """Measures all workloads, prints and writes them."""
     options = parse_options(__doc__, arguments)
-    rows = []
-    workloads = QUICK if options.quick else SIZES[options.device.type]
-    for workload in (workload for workload in workloads if options.only in workload.name):
-        print(f"{workload.name} ...", flush=True)
-        rows += measure(workload, options)
+    wanted = {each.name: each for each in (QUICK if options.quick else SIZES[options.device.type])}
     settings = {"dtype": "float32", "same": SAME, "ratio": f"seconds over those of {REFERENCE}"}
-    keep("fit_grid", options, settings, rows)
-    return rows
+    return run_workloads("fit_grid", options, wanted, measure, settings)
 
 
 if __name__ == "__main__":

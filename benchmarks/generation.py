@@ -1,13 +1,13 @@
-"""Writing text with keys and values kept and without; perplexity by windows and by a pass for each token.
+"""Generating text with and without cached keys and values; perplexity by windows and token by token.
 
     python benchmarks/generation.py [--device cuda] [--quick] [--repeats 3] [--out FOLDER] [--only TEXT]
 
-A GPT-2 with random weights, and a planner and an adapter of one training step, write from nothing with soft
-mixing; without the cache the plain module reads the whole window again for every token. Both perplexities
-score the same tokens in windows of one length, as many in a batch: one with windows that advance by half
-their length, the other with a window that ends right before each token. The time of the latter is that of
-some documents, scaled to the tokens of all. Random weights make nothing of their context, so how far the two
-are apart in value is told for a small LM that was trained.
+A GPT-2 with random weights, and a planner and an adapter of one training step, generate text from nothing
+with soft mixing; without the cache the plain module reads the whole window again for every token. Both
+perplexities score the same tokens in windows of one length, as many in a batch: one with windows that
+advance by half their length, the other with a window that ends right before each token, timed on some
+documents and scaled to the tokens of all. How far their values are apart is reported for a small trained LM,
+since random weights make nothing of their context.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 from harness import REFERENCE, Contestant, Options, Row, compare, keep, parse_options, race
+from random_lm import random_gpt2
 
-from probekit.config import Config, CorpusSettings
+from probekit.config import Config
 from probekit.data.readers import read_documents
 from probekit.data.tokenizer import train_tokenizer
 from probekit.data.windows import cut_windows
@@ -41,31 +42,18 @@ SOFT = VARIANTS["soft"].evaluation
 
 @dataclass(frozen=True)
 class Shape:
-    """The LM, and how much it writes and reads.
-
-    Attributes:
-        layers: Layers of the LM.
-        width: Its width.
-        heads: Its attention heads.
-        vocabulary: Its vocabulary.
-        positions: Its positions.
-        batches: Texts written at once, and the tokens of each.
-        window: Tokens in a window of the perplexities.
-        documents: Planted documents, a fifth of them for testing.
-        sentences: Sentences in each.
-        sampled: Test documents that are scored with a pass for each token.
-    """
+    """The LM, and how much it generates and scores."""
 
     layers: int
     width: int
     heads: int
     vocabulary: int
     positions: int
-    batches: tuple[tuple[int, int], ...]
-    window: int
-    documents: int
-    sentences: int
-    sampled: int
+    batches: tuple[tuple[int, int], ...]  # texts generated at once, and tokens of each
+    window: int  # tokens in a window of the perplexities
+    documents: int  # planted, a fifth of them for testing
+    sentences: int  # in each
+    sampled: int  # test documents that are scored with a pass for each token
 
     @property
     def corpus(self) -> dict[str, Any]:
@@ -80,74 +68,36 @@ class Shape:
 
 
 GPT2 = Shape(
-    layers=12,
-    width=768,
-    heads=12,
-    vocabulary=50_257,
-    positions=1024,
-    batches=((1, 512), (8, 128)),
-    window=128,
-    documents=60,
-    sentences=50,
-    sampled=1,
-)
+    layers=12, width=768, heads=12, vocabulary=50_257, positions=1024, batches=((1, 512), (8, 128)),
+    window=128, documents=60, sentences=50, sampled=1,
+)  # fmt: skip
 SMALL = Shape(
-    layers=4,
-    width=64,
-    heads=4,
-    vocabulary=1024,
-    positions=64,
-    batches=(),
-    window=64,
-    documents=800,
-    sentences=50,
-    sampled=20,
-)
+    layers=4, width=64, heads=4, vocabulary=1024, positions=64, batches=(),
+    window=64, documents=800, sentences=50, sampled=20,
+)  # fmt: skip
 QUICK = Shape(
-    layers=2,
-    width=16,
-    heads=2,
-    vocabulary=400,
-    positions=32,
-    batches=((1, 24), (2, 12)),
-    window=32,
-    documents=40,
-    sentences=12,
-    sampled=2,
-)
+    layers=2, width=16, heads=2, vocabulary=400, positions=32, batches=((1, 24), (2, 12)),
+    window=32, documents=40, sentences=12, sampled=2,
+)  # fmt: skip
 
 
 def random_run(shape: Shape, device: torch.device, folder: Path) -> Run:
-    """A run whose LM has random weights; planner and adapter are trained for a step."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
+    """Makes a run whose LM has random weights; planner and adapter are trained for a step."""
     settings = Config.from_preset("demo").override(shape.corpus | {"device": str(device)})
-    lm = folder / "lm"
-    tokenizer = train_tokenizer(_texts(settings.corpus), min(shape.vocabulary, 1024), lm)
-    size = GPT2Config(
-        vocab_size=shape.vocabulary,
-        n_positions=shape.positions,
-        n_embd=shape.width,
-        n_layer=shape.layers,
-        n_head=shape.heads,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        architectures=["GPT2LMHeadModel"],
-    )
-    torch.manual_seed(0)
+    lm, texts = folder / "lm", [document.text for document in read_documents(settings.corpus)]
+    tokenizer = train_tokenizer(texts, min(shape.vocabulary, 1024), lm)
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    sizes = shape.layers, shape.width, shape.heads, shape.vocabulary, shape.positions
     with without_bars_of_transformers():
-        GPT2LMHeadModel(size).save_pretrained(lm)
-    hardly = {
-        f"training.{stage}.{name}": value
-        for stage in ("planner", "adapter")
-        for name, value in {"epochs": 1e-6, "batch_size": 1}.items()
-    }
-    skipped = {"conditioning.skip_layers": min(2, shape.layers - 1)}
-    return train(settings.override({"lm.name": str(lm), **hardly, **skipped}), folder / "random", quiet=True)
+        random_gpt2(*sizes, **ends).save_pretrained(lm)
+    changed = {"lm.name": str(lm), "conditioning.skip_layers": min(2, shape.layers - 1)}
+    for stage in ("planner", "adapter"):
+        changed |= {f"training.{stage}.epochs": 1e-6, f"training.{stage}.batch_size": 1}
+    return train(settings.override(changed), folder / "random", quiet=True)
 
 
 def trained_run(shape: Shape, quick: bool, device: torch.device, folder: Path) -> Run:
-    """A run whose small LM was trained, on the same kind of text."""
+    """Makes a run whose small LM is trained, on the same kind of text."""
     size = {
         "lm.layers": shape.layers,
         "lm.width": shape.width,
@@ -163,15 +113,11 @@ def trained_run(shape: Shape, quick: bool, device: torch.device, folder: Path) -
     return train(settings, folder / "trained", quiet=True)
 
 
-def _texts(settings: CorpusSettings) -> list[str]:
-    return [document.text for document in read_documents(settings)]
-
-
 # Writing
 
 
 def writing(run: Run, shape: Shape, options: Options) -> list[Row]:
-    """A row for each number of texts, with the cache and without."""
+    """Measures generation for each number of texts, with the cache and without."""
     rows: list[Row] = []
     for texts, tokens in shape.batches:
         workload = f"{tokens} tokens, batch {texts}"
@@ -212,7 +158,7 @@ def _ids(texts: list[Generated]) -> np.ndarray:
 
 
 def perplexities(name: str, run: Run, shape: Shape, options: Options) -> list[Row]:
-    """A row for windows that advance by half their length, and one for a pass for each token."""
+    """Measures perplexity with windows that advance by half their length, and with a pass for each token."""
     workload = f"perplexity, {name}"
     if options.only not in workload:
         return []
@@ -252,7 +198,7 @@ def perplexities(name: str, run: Run, shape: Shape, options: Options) -> list[Ro
             "sample_tokens": int(passes[SINGLY].tokens.sum()),
             "sample_perplexity": values[each],
             "perplexity_difference": values[each] - values[REFERENCE],
-            # A longer context is no error: both are perplexities of the same tokens.
+            # Not comparable as an error: a longer context gives another perplexity.
             "difference": None,
         }
         for each, outcome in outcomes.items()

@@ -1,9 +1,9 @@
-"""All that one GPU is to show, in ten minutes: the tests marked gpu, the benchmarks, one table at the end.
+"""Everything to measure on one GPU, in ten minutes: the tests marked gpu, the benchmarks, one table.
 
     python benchmarks/gpu.py [--minutes 10] [--device cuda] [--quick] [--out FOLDER]
 
-The table shows each contestant's time beside probekit's, and its memory; all else is in the files that the
-benchmarks leave in benchmarks/results. What no time was left for is named.
+The table shows each contestant's time relative to probekit's, and its memory; the rest is in the files in
+benchmarks/results. Benchmarks for which no time was left are named.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BENCHMARKS = {
     "generation": ("--repeats", "1"),
     "memory": ("--repeats", "1"),
 }
-"""In the order of what matters most, for the last ones may find no time left."""
+"""In the order of importance, since time may run out."""
 
 COLUMNS = {
     "seconds": "{:.3g}",
@@ -43,15 +43,15 @@ COLUMNS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs all; the exit code is 1 if a test or a benchmark failed."""
+    """Runs everything; the exit code is 1 if a test or a benchmark failed."""
     given = _options(arguments)
     until = time.monotonic() + 60 * given.minutes
     tests = [sys.executable, "-m", "pytest", "-m", "gpu", "-n", "0", str(HERE.parent / "tests")]
-    told: dict[str, str] = {"tests": _run(tests, until)}
+    outcomes: dict[str, str] = {"tests": _run(tests, until)}
     for name, options in BENCHMARKS.items():
         command = [sys.executable, str(HERE / f"{name}.py"), "--device", given.device, *options]
         command += ["--out", str(given.out), *(["--quick"] if given.quick else [])]
-        told[name] = _run(command, until)
+        outcomes[name] = _run(command, until)
     kind = given.device.partition(":")[0]
     table = Table(
         "benchmark", "workload", "contestant", *(c.replace("_", " ") for c in COLUMNS), title="One GPU"
@@ -61,16 +61,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             table.add_row(*row)
     console = Console()
     (console if console.is_terminal else Console(width=200)).print(table)
-    for name, how in told.items():
+    for name, how in outcomes.items():
         print(f"{name}: {how}")
-    return int(any(how.startswith("failed") for how in told.values()))
+    return int(any(how.startswith("failed") for how in outcomes.values()))
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=10.0, help="all the time that there is (10)")
+    parser.add_argument("--minutes", type=float, default=10.0, help="the time for everything (10)")
     parser.add_argument("--device", default="cuda", help="cuda or cuda:1; cpu tries the script (cuda)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes that say nothing about speed")
     parser.add_argument("--out", type=Path, default=RESULTS, help=f"folder of results ({RESULTS.name})")
@@ -78,7 +78,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _run(command: list[str], until: float) -> str:
-    """Runs a command in the time that is left; how it went."""
+    """Runs a command in the time that is left, and describes the outcome."""
     begun, left = time.monotonic(), until - time.monotonic()
     if left <= 0:
         return "no time was left"

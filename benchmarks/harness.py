@@ -1,8 +1,8 @@
-"""What all benchmarks share: options, races, the machine's own limit, peak memory, and how results are kept.
+"""What all benchmarks share: options, races, the machine's own limit, peak memory, and results.
 
-A claim of speed is a ratio between contestants that ran in turns in one run, and a share of the rate at
-which this machine multiplies matrices, measured in the same run. Neither says anything where the results of
-the contestants differ: `compare` refuses such ratios.
+A claim of speed is a ratio between contestants that ran in turns in one run, and a share of the rate at which
+this machine multiplies matrices, measured in the same run. Where the results of contestants differ, `compare`
+refuses the ratio.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ from torch import Tensor
 
 from probekit.config import Config
 from probekit.distributed import compute_device
-from probekit.io import write_json
+from probekit.io import read_json, write_json
 from probekit.run.provenance import provenance
 
 RESULTS = Path(__file__).parent / "results"
 SAME = 0.01
-"""Contestants whose quality differs by more than this share are not compared."""
+"""The largest relative difference in quality at which contestants are compared."""
 REFERENCE = "probekit"
 """The contestant whose time is the unit of all ratios."""
 
 SQUARE = (2048, 2048, 2048)
-"""A product that any machine does well."""
+"""A product that every machine computes fast."""
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Options:
-    """What every benchmark takes from its command line."""
+    """The options of every benchmark."""
 
     device: torch.device
     quick: bool
@@ -61,13 +61,13 @@ class Options:
 
 
 def parse_options(description: str | None, arguments: Sequence[str] | None = None) -> Options:
-    """Options from a command line; None takes the process's own."""
+    """Parses a command line; None takes the process's own."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 or auto (cpu)")
     parser.add_argument(
-        "--quick", action="store_true", help="tiny sizes that say nothing about speed, in seconds"
+        "--quick", action="store_true", help="tiny sizes, in seconds; says nothing about speed"
     )
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each contestant (3)")
     parser.add_argument(
@@ -75,7 +75,7 @@ def parse_options(description: str | None, arguments: Sequence[str] | None = Non
         type=Path,
         help=f"folder of results ({RESULTS.parent.name}/{RESULTS.name}; none with --quick)",
     )
-    parser.add_argument("--only", default="", help="workloads whose name holds this; all by default")
+    parser.add_argument("--only", default="", help="only workloads whose name contains this")
     given = parser.parse_args(arguments)
     if given.repeats < 1:
         parser.error(f"--repeats is {given.repeats}; it must be 1 or more")
@@ -88,40 +88,30 @@ def parse_options(description: str | None, arguments: Sequence[str] | None = Non
 
 @dataclass(frozen=True)
 class Contestant:
-    """Something to be timed.
-
-    Attributes:
-        run: The work.
-        warm_up: Run once before any timing; a smaller piece of the same work where that is long.
-    """
+    """Work to be timed, and what is run once before: by default the same work."""
 
     run: Callable[[], Any]
-    warm_up: Callable[[], Any]
+    warm_up: Callable[[], Any] | None = None
 
 
 @dataclass
 class Outcome:
-    """Seconds of every timed run, and what the last one returned."""
+    """Seconds of every timed run, and the result of the last."""
 
     times: list[float] = field(default_factory=list)
     result: Any = None
 
     def columns(self, scale: float = 1.0) -> Row:
-        """The least and the median time in seconds, times `scale`."""
-        return {
-            "seconds": min(self.times) * scale,
-            "median_seconds": statistics.median(self.times) * scale,
-        }
+        """The smallest and the median time in seconds, times `scale`."""
+        median = statistics.median(self.times)
+        return {"seconds": min(self.times) * scale, "median_seconds": median * scale}
 
 
 def race(contestants: Mapping[str, Contestant], repeats: int, device: torch.device) -> dict[str, Outcome]:
-    """Times contestants in turns, so that a machine that slows down or is disturbed slows all of them.
-
-    Every other round goes through them backwards.
-    """
+    """Times contestants in turns, every other round backwards, so that disturbances affect all of them."""
     outcomes = {name: Outcome() for name in contestants}
     for contestant in contestants.values():
-        contestant.warm_up()
+        (contestant.warm_up or contestant.run)()
     gc.collect()
     for turn in range(repeats):
         for name in list(contestants)[:: -1 if turn % 2 else 1]:
@@ -132,7 +122,7 @@ def race(contestants: Mapping[str, Contestant], repeats: int, device: torch.devi
 
 
 def timed(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    """Seconds that a call took, the device's work included, and what it returned."""
+    """Returns the seconds that a call took, including the device's work, and its result."""
     _synchronise(device)
     begun = time.perf_counter()
     result = call()
@@ -148,16 +138,14 @@ def matrix_rate(
     batch: int = 1,
     repeats: int = 5,
 ) -> float:
-    """Floating-point operations a second of [batch, m, k] x [batch, k, n], the largest of several repeats.
-
-    It is measured once in a process.
+    """Measures floating-point operations a second of [batch, m, k] x [batch, k, n]: the largest of repeats.
 
     Args:
         device: Where.
         dtype: Of the factors.
         shape: m, k and n.
         batch: Products in one call.
-        repeats: How many times it is measured, each over enough calls to be timed well.
+        repeats: Measurements, each over enough calls to be timed well.
     """
     m, k, n = shape
     a = torch.ones(batch, m, k, device=device, dtype=dtype)
@@ -173,7 +161,7 @@ def matrix_rate(
 def best_matrix_rate(
     options: Options, device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int]
 ) -> float:
-    """The larger of the rates at a shape and at a square one: the limit that shares are given of."""
+    """Measures the larger of the rates at a shape and at a square one: the limit for shares."""
     if options.quick:
         return matrix_rate(device, dtype, (64, 64, 64), repeats=1)
     return max(matrix_rate(device, dtype, each) for each in (shape, SQUARE))
@@ -191,36 +179,30 @@ def _synchronise(device: torch.device) -> None:
 
 # Memory
 
-# As Linux counts, a process begins with the peak of the one that starts it (ru_maxrss survives exec): a small
-# one starts the one that is measured.
+# On Linux a process inherits the peak of the one that starts it (ru_maxrss survives exec), so a small process
+# starts the one that is measured.
 _STARTER = "import subprocess, sys; sys.exit(subprocess.run(sys.argv[1:]).returncode)"
 
 
 def peak_memory(
     prepare: Callable[..., Callable[[], Any]], device: torch.device, **arguments: Any
 ) -> dict[str, float]:
-    """Peak memory of a call, alone in a fresh process.
+    """Measures the peak memory of a call in a fresh process.
 
     Args:
-        prepare: A function at the top of a benchmark's file; it makes ready what is not measured and returns
+        prepare: A function at the top of a benchmark's file that prepares what is not measured and returns
             the call. It is given the device's name and the arguments.
         device: Where the call computes.
         arguments: Plain values that can be written as JSON.
 
     Returns:
-        `peak_megabytes` is the process's resident memory at its peak, `added_megabytes` how far that is above
-        what was resident before the call (off Linux: above the peak before the call); on a GPU
-        `peak_device_megabytes` and `added_device_megabytes` tell the same of what PyTorch allocated there.
+        `peak_megabytes`, the process's peak resident memory, and `added_megabytes`, how far that is above the
+        memory before the call (not on Linux: above the peak before the call); on a GPU also
+        `peak_device_megabytes` and `added_device_megabytes`, the same of what PyTorch allocated there.
     """
-    job = json.dumps(
-        {
-            "file": prepare.__code__.co_filename,
-            "function": prepare.__name__,
-            "device": str(device),
-            "arguments": arguments,
-        }
-    )
-    command = [sys.executable, "-c", _STARTER, sys.executable, __file__, job]
+    job = {"file": prepare.__code__.co_filename, "function": prepare.__name__}
+    job |= {"device": str(device), "arguments": arguments}
+    command = [sys.executable, "-c", _STARTER, sys.executable, __file__, json.dumps(job)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - ourselves
     if done.returncode:
         raise RuntimeError(f"the process whose memory was measured failed:\n{done.stderr}")
@@ -233,17 +215,17 @@ def _measure(job: Row) -> dict[str, float]:
     if spec is None or spec.loader is None:
         raise RuntimeError(f"{job['file']} cannot be loaded")
     module = importlib.util.module_from_spec(spec)
-    sys.modules["measured"] = module  # where dataclasses look for the types of their fields
+    sys.modules["measured"] = module  # dataclasses look up types there
     spec.loader.exec_module(module)
     call = getattr(module, job["function"])(job["device"], **job["arguments"])
     gc.collect()
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # what is free is resident otherwise, and the call would use it
+        ctypes.CDLL(None).malloc_trim(0)  # or the call would use resident free memory
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         held = torch.cuda.memory_allocated(device)
     with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _peak_resident()
     call()
     found = {"peak_megabytes": _peak_resident(), "added_megabytes": _peak_resident() - before}
@@ -261,12 +243,29 @@ def _peak_resident() -> float:
 # Results
 
 
+def run_workloads(
+    benchmark: str,
+    options: Options,
+    workloads: Mapping[str, Any],
+    measure: Callable[[str, Any, Options], list[Row]],
+    settings: Row,
+) -> list[Row]:
+    """Measures the workloads that `--only` leaves, and keeps their rows."""
+    rows = []
+    for name, workload in workloads.items():
+        if options.only in name:
+            print(f"{name} ...", flush=True)
+            rows += measure(name, workload, options)
+    keep(benchmark, options, settings, rows)
+    return rows
+
+
 def compare(rows: list[Row], same: float = SAME) -> None:
-    """Adds to the rows of one workload how many times longer each took than the reference.
+    """Adds `ratio`, the time over the reference's, to the rows of one workload.
 
     Args:
-        rows: One for each contestant, with `contestant`, `seconds` and `difference`, the share by which its
-            result differs from the reference's, None where it has none; changed in place. `ratio` stays None
+        rows: A row for each contestant, with `contestant`, `seconds` and `difference`, the share by which its
+            result differs from the reference's (None where it has none); changed in place. `ratio` is None
             where the difference is larger than `same`.
         same: The largest difference.
     """
@@ -277,7 +276,7 @@ def compare(rows: list[Row], same: float = SAME) -> None:
 
 
 def machine(device: torch.device) -> Row:
-    """What the benchmark runs on, and how busy that is with other things."""
+    """Describes the machine, and how busy it is."""
     origin = provenance(Config.from_dict({"device": str(device)}))
     found = {
         "processor": _processor(),
@@ -297,7 +296,7 @@ def machine(device: torch.device) -> Row:
 def keep(name: str, options: Options, settings: Row, rows: list[Row]) -> Path | None:
     """Prints the results and writes them to `<out>/<name>-<cpu|cuda>.json`, unless `out` is None.
 
-    Workloads that `--only` left out keep the rows that an earlier run of that machine and kind wrote.
+    Workloads that `--only` left out keep their rows of an earlier run.
     """
     where = machine(options.device)
     show(name, where, rows)
@@ -306,32 +305,18 @@ def keep(name: str, options: Options, settings: Row, rows: list[Row]) -> Path | 
     path = options.out / f"{name}-{options.device.type}.json"
     how = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "repeats": options.repeats}
     how |= {"threads": where["threads"], "load_average": where["load_average"]}
-    measured = [*(_others(path, options, rows) if options.only else []), *(row | how for row in rows)]
-    write_json(
-        path,
-        {
-            "benchmark": name,
-            "quick": options.quick,
-            "machine": where,
-            "settings": settings,
-            "rows": measured,
-        },
-    )
+    kept: list[Row] = []
+    if options.only and path.exists() and (earlier := read_json(path))["quick"] == options.quick:
+        again = {row["workload"] for row in rows}
+        kept = [row for row in earlier["rows"] if row["workload"] not in again]
+    results = {"benchmark": name, "quick": options.quick, "machine": where, "settings": settings}
+    write_json(path, results | {"rows": [*kept, *(row | how for row in rows)]})
     print(path)
     return path
 
 
-def _others(path: Path, options: Options, rows: list[Row]) -> list[Row]:
-    """The rows of other workloads that are in a file of results."""
-    earlier = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    if earlier.get("quick") != options.quick:
-        return []
-    again = {row["workload"] for row in rows}
-    return [row for row in earlier["rows"] if row["workload"] not in again]
-
-
 def show(name: str, where: Row, rows: list[Row]) -> None:
-    """Prints a table for each workload; what is the same in all its rows goes into the title."""
+    """Prints a table for each workload; values that all its rows share are in the title."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=200)

@@ -4,8 +4,8 @@
 
 Two planted corpora, one eight times as large, with a barely trained tiny LM each; each command runs in a
 process of its own. Softmax probes hold the examples they are fitted on, up to `probe.max_examples`, here as
-many as the smaller corpus has; closed-form probes hold none and take all. Importing the libraries alone takes
-memory too, and is told apart.
+many as the smaller corpus has; closed-form probes hold none and take all. The memory of importing the
+libraries is reported separately.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ COMMANDS = {
 
 
 def train_barely(documents: int, share: float, quick: bool, device: torch.device, folder: Path) -> Run:
-    """A run on a planted corpus of some documents.
+    """Makes a run on a planted corpus.
 
     Args:
         documents: How many.
-        share: Of a pass over them, that each stage takes.
+        share: Share of a pass over them that each stage takes.
         quick: Make the LM tiny.
         device: Where to train.
         folder: The run's folder.
@@ -64,7 +64,7 @@ def train_barely(documents: int, share: float, quick: bool, device: torch.device
 
 
 def prepare_imports(device: str) -> Callable[[], Any]:
-    """The call imports what the command does, and nothing else."""
+    """The call imports what the command does."""
 
     def call() -> None:
         for name in ("probekit.probing.probe", "transformer_lens.model_bridge", "transformers"):
@@ -84,7 +84,7 @@ def prepare_probe(device: str, folder: str, options: list[str]) -> Callable[[], 
 
 
 def measure(runs: dict[int, Run], commands: dict[str, list[str]], options: Options) -> list[Row]:
-    """A row for each command and corpus; ratios are to the smallest corpus."""
+    """Measures each command on each corpus; ratios are to the smallest corpus."""
     imports = _highest([peak_memory(prepare_imports, options.device) for _ in range(options.repeats)])
     rows = [{"workload": "imports alone"} | imports]
     for workload, words in commands.items():
@@ -115,7 +115,7 @@ def measure(runs: dict[int, Run], commands: dict[str, list[str]], options: Optio
 
 
 def _highest(measured: list[dict[str, float]]) -> Row:
-    """Of several measurements the highest peaks."""
+    """The highest peaks of several measurements."""
     return {key: max(each[key] for each in measured) for key in measured[0] if key.startswith("peak")}
 
 

@@ -1,4 +1,4 @@
-"""Activations to fit probes on: made up, but shaped like those of an LM.
+"""Random activations to fit probes on, shaped like those of an LM.
 
 A few directions hold most of the variance, all positions share a large mean, features are correlated, layers
 see one and the same example each in its own basis, and the class is a linear signal that fades with the
@@ -22,25 +22,14 @@ MASSIVE = 3
 
 @dataclass(frozen=True)
 class Size:
-    """How much there is to fit.
-
-    Attributes:
-        layers: Layers.
-        distances: Distances; there is a probe for each layer and distance.
-        examples: Training examples, which all probes share; a fifth as many more for validation, and as many
-            for the test.
-        width: Features.
-        classes: Classes.
-        one_by_one: On how many of the probes the contestants that fit one probe after the other are
-            measured; their time is scaled to all.
-    """
+    """How much there is to fit; there is a probe for each layer and distance."""
 
     layers: int
     distances: int
-    examples: int
+    examples: int  # for training, shared by all probes; a fifth as many each for validation and test
     width: int
     classes: int
-    one_by_one: int
+    one_by_one: int  # the number of probes that contestants which fit them separately are measured on
 
     @property
     def probes(self) -> int:

@@ -4,9 +4,9 @@
 
 A GPT-2 with random weights reads random tokens: the same windows in batches of the same size, AdamW, clipped
 gradients. Plain fine-tuning trains all weights of the Hugging Face module with its fused attention kernel,
-and knows nothing of sentences. probekit trains an adapter on soft mixing, with the planner frozen or trained
-too (`joint`). Through the bridge, the same adapter is trained with TransformerLens hooks; its losses have to
-agree with those of the plain module, on which probekit trains where hooks allow.
+without sentences. probekit trains an adapter on soft mixing, with the planner frozen or trained (`joint`).
+Through the bridge, the same adapter is trained with TransformerLens hooks; its losses must agree with those
+of the plain module, which probekit uses where hooks allow.
 """
 
 from __future__ import annotations
@@ -28,15 +28,14 @@ from harness import (
     Row,
     best_matrix_rate,
     compare,
-    keep,
     parse_options,
     race,
+    run_workloads,
 )
+from random_lm import forward_flops, product_dtype, random_corpus, random_gpt2
 
 from probekit.config import Config, VariantName
-from probekit.data.codebook import Codebook
 from probekit.data.corpus import SPLITS, Corpus
-from probekit.data.tokenizer import train_tokenizer
 from probekit.data.windows import Windows, input_tokens
 from probekit.models.base_lm import TUNINGS, BaseLM
 from probekit.models.planner import Planner
@@ -52,48 +51,30 @@ SAME = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
 
 @dataclass(frozen=True)
 class Shape:
-    """The LM, the planner's actions, and the windows.
-
-    Attributes:
-        layers: Layers of the LM.
-        width: Its width.
-        heads: Its attention heads.
-        vocabulary: Its vocabulary.
-        window: Tokens in a window.
-        batch: Windows in an optimiser step.
-        steps: Optimiser steps.
-        document_windows: Windows in a document.
-        sentence: Tokens in a sentence.
-        actions: Actions of the codebook.
-        dimensions: Dimensions of sentence embeddings.
-    """
+    """The LM, the planner's actions, and the windows."""
 
     layers: int
     width: int
     heads: int
     vocabulary: int
-    window: int
-    batch: int
-    steps: int
-    document_windows: int = 2
-    sentence: int = 16
+    window: int  # tokens
+    batch: int  # windows in an optimiser step
+    steps: int  # of the optimiser
+    document_windows: int = 2  # windows in a document
+    sentence: int = 16  # tokens in a sentence
     actions: int = 24
-    dimensions: int = 64
+    dimensions: int = 64  # of sentence embeddings
 
     @property
     def tokens(self) -> int:
-        """Tokens that are trained on in one run."""
+        """Tokens in one run."""
         return self.steps * self.batch * self.window
 
     @property
     def flops(self) -> float:
-        """Of plain fine-tuning: the backward pass takes twice what the forward pass takes.
-
-        A product's multiplication and addition count as two. Attention is counted as it is commonly computed,
-        future positions included.
-        """
-        layer = 24 * self.width**2 + 4 * self.window * self.width
-        return 3.0 * self.tokens * (self.layers * layer + 2 * self.width * self.vocabulary)
+        """Operations of plain fine-tuning; the backward pass takes twice those of the forward pass."""
+        head = 2.0 * self.width * self.vocabulary * self.tokens
+        return 3.0 * (forward_flops(self.layers, self.width, self.window, self.tokens) + head)
 
 
 DEMO = Shape(layers=4, width=64, heads=4, vocabulary=1024, window=64, batch=32, steps=60, sentence=8)
@@ -102,21 +83,13 @@ GPT2 = Shape(
     document_windows=4, actions=1024, dimensions=768,
 )  # fmt: skip
 QUICK = Shape(
-    layers=3,
-    width=16,
-    heads=2,
-    vocabulary=300,
-    window=16,
-    batch=4,
-    steps=3,
-    sentence=5,
-    actions=8,
-    dimensions=8,
-)
+    layers=3, width=16, heads=2, vocabulary=300, window=16, batch=4, steps=3,
+    sentence=5, actions=8, dimensions=8,
+)  # fmt: skip
 
 
 def workloads(options: Options) -> dict[str, Shape]:
-    """The demo's LM, and one of GPT-2's width; on a GPU with all of its layers."""
+    """Returns the demo's LM, and one of GPT-2's width; on a GPU with all of its layers."""
     if options.quick:
         return {"tiny": QUICK}
     if options.device.type == "cpu":
@@ -144,26 +117,16 @@ class Scene:
     @cached_property
     def model(self) -> Any:
         """The plain Hugging Face LM, with its fused attention kernel."""
-        from transformers import GPT2Config, GPT2LMHeadModel
-
-        shape = self.shape
-        config = GPT2Config(
-            vocab_size=shape.vocabulary,
-            n_positions=shape.window,
-            n_embd=shape.width,
-            n_layer=shape.layers,
-            n_head=shape.heads,
-            bos_token_id=0,
-            eos_token_id=0,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
+        shape, off = self.shape, dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+        return random_gpt2(
+            shape.layers,
+            shape.width,
+            shape.heads,
+            shape.vocabulary,
+            shape.window,
             attn_implementation="sdpa",
-            architectures=["GPT2LMHeadModel"],
-        )
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            return GPT2LMHeadModel(config).to(self.device)
+            **off,
+        ).to(self.device)
 
     @cached_property
     def base(self) -> BaseLM:
@@ -189,34 +152,25 @@ class Scene:
         tokens = generator.integers(1, shape.vocabulary, starts[-1])
         tokens[starts[:-1]] = 0
         sentences = int(counts.sum())
-        train_tokenizer(["no text is read"], 257, folder / "tokenizer")
-        return Corpus(
-            folder=folder,
-            tokens=tokens.astype(np.uint16),
-            document_tokens=starts,
-            document_sentences=np.concatenate([[0], np.cumsum(counts)]),
-            first_token=np.concatenate(
-                [1 + begin + shape.sentence * np.arange(n) for begin, n in zip(starts, counts, strict=False)]
-            ),
-            spans=np.zeros((sentences, 2), dtype=np.int64),
-            split=np.append(np.zeros(len(lengths) - 1), SPLITS.index("validation")).astype(np.uint8),
-            embeddings=generator.normal(size=(sentences, shape.dimensions)).astype(np.float32),
-            actions=generator.integers(shape.actions, size=sentences).astype(np.int32),
-            codebook=Codebook(
-                generator.normal(size=(shape.actions, shape.dimensions)).astype(np.float32)
-                / shape.dimensions**0.5
-            ),
-            facts={},
+        return random_corpus(
+            folder,
+            tokens,
+            starts,
+            [1 + start + shape.sentence * np.arange(n) for start, n in zip(starts, counts, strict=False)],
+            split=np.append(np.zeros(len(lengths) - 1), SPLITS.index("validation")),
+            embeddings=generator.normal(size=(sentences, shape.dimensions)),
+            actions=generator.integers(shape.actions, size=sentences),
+            centroids=generator.normal(size=(shape.actions, shape.dimensions)) / shape.dimensions**0.5,
         )
 
 
-# Contestants: each is given the scene and returns the work, which returns the last loss if that compares.
+# Contestants: each takes the scene and returns the work, which returns the last loss if it is comparable.
 
 Work = Callable[[], float | None]
 
 
 def plain(scene: Scene) -> Work:
-    """Fine-tuning of all weights: Hugging Face's own loss, in the loop that anybody would write."""
+    """Fine-tuning of all weights: Hugging Face's own loss in a plain loop."""
     model = copy.deepcopy(scene.model).train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
     train = scene.trainer().windows("train")
@@ -231,7 +185,7 @@ def plain(scene: Scene) -> Work:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
-            loss.item()  # as is shown
+            loss.item()
 
     return work
 
@@ -263,20 +217,15 @@ CONTESTANTS: dict[str, Callable[[Scene], Work]] = {
 
 
 def measure(name: str, shape: Shape, options: Options) -> list[Row]:
-    """The rows of a workload."""
+    """Measures a workload."""
     with tempfile.TemporaryDirectory() as folder:
         scene = Scene(shape, options.device, Path(folder))
-        works = {contestant: make(scene) for contestant, make in CONTESTANTS.items()}
-        # Every run goes on with the weights that the one before left, as all contestants' do.
-        outcomes = race(
-            {n: Contestant(work, work) for n, work in works.items()}, options.repeats, options.device
-        )
-        with scene.trainer().autocast():
-            device = options.device.type
-            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
-    rate = best_matrix_rate(
-        options, options.device, dtype, (shape.batch * shape.window, shape.width, 4 * shape.width)
-    )
+        works = {contestant: Contestant(make(scene)) for contestant, make in CONTESTANTS.items()}
+        # Every run continues from the weights of the one before, for all contestants.
+        outcomes = race(works, options.repeats, options.device)
+        dtype = product_dtype(options.device, scene.config.training.precision)
+    product = (shape.batch * shape.window, shape.width, 4 * shape.width)
+    rate = best_matrix_rate(options, options.device, dtype, product)
     rows = []
     for contestant, outcome in outcomes.items():
         row = {"workload": name} | asdict(shape)
@@ -297,18 +246,11 @@ def measure(name: str, shape: Shape, options: Options) -> list[Row]:
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
     """Measures all workloads, prints and writes them."""
     options = parse_options(__doc__, arguments)
-    rows = []
-    for name, shape in workloads(options).items():
-        if options.only not in name:
-            continue
-        print(f"{name} ...", flush=True)
-        rows += measure(name, shape, options)
-    told = {
+    settings = {
         "ratio": f"seconds over those of {REFERENCE}",
         "speed_of_plain": f"tokens a second over those of {PLAIN}",
     }
-    keep("training", options, told, rows)
-    return rows
+    return run_workloads("training", options, workloads(options), measure, settings)
 
 
 if __name__ == "__main__":
