@@ -1,4 +1,4 @@
-"""The benchmarks run, and refuse what they must; how fast anything is, is no matter for a test."""
+"""The benchmarks run, and refuse what they must; speed itself is not tested."""
 
 import importlib.metadata
 import json
@@ -342,7 +342,7 @@ def test_peak_memory_is_that_of_the_call_alone(harness: ModuleType):
     assert found["peak_megabytes"] > found["added_megabytes"]
 
 
-def test_a_process_that_fails_is_told(harness: ModuleType):
+def test_a_process_that_fails_is_reported(harness: ModuleType):
     with pytest.raises(RuntimeError, match="unexpected keyword argument 'kilobytes'"):
         harness.peak_memory(prepare_megabytes, CPU, kilobytes=1)
 
@@ -370,7 +370,7 @@ def test_a_race_alternates_after_a_warm_up(harness: ModuleType):
     assert [len(outcome.times) for outcome in outcomes.values()] == [3, 3]
 
 
-def test_times_are_told_by_minimum_and_median(harness: ModuleType):
+def test_times_are_reported_by_minimum_and_median(harness: ModuleType):
     columns = harness.Outcome([3.0, 1.0, 8.0]).columns(scale=2.0)
     assert columns == {"seconds": 2.0, "median_seconds": 6.0}
 

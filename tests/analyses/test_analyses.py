@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import shared.script
+from figure1_method import MIXING
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from synthetic_probes import BASELINES, accuracy_of, probe_table
@@ -212,7 +213,7 @@ def test_runs_of_other_corpora_are_not_compared(tiny_run: Run, tmp_path: Path, f
     assert "names of their own" in capsys.readouterr().err
 
 
-def test_figure_1_tells_the_structure_of_the_model(
+def test_figure_1_shows_the_structure_of_the_model(
     tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     out = tmp_path / "method.png"
@@ -224,6 +225,10 @@ def test_figure_1_tells_the_structure_of_the_model(
     assert int(facts.adapter_parameters) == sum(p.numel() for p in model.adapter.parameters())
     assert facts.conditioned == str(tuple(range(tiny_run.config.conditioning.skip_layers, int(facts.layers))))
     assert_belongs_together(out)
+
+
+def test_every_mixing_has_a_description():
+    assert set(MIXING) == {type(variant.training) for variant in VARIANTS.values()}
 
 
 def test_table_1(tiny_config: Config, tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -256,7 +261,7 @@ def test_table_1(tiny_config: Config, tiny_run: Run, tmp_path: Path, monkeypatch
     assert_belongs_together(out)
 
 
-def test_bad_input_of_a_script_is_told_in_one_line(
+def test_bad_input_of_a_script_is_refused_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     for words, message in (

@@ -288,19 +288,8 @@ def test_figure_2_of_four_layers_is_an_upset_diagram(
 def grid(depth_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sweep over k and Top-K as the script of Figure 5 trains it."""
     folder = tmp_path_factory.mktemp("grids") / "grid"
-    words = [
-        "--preset",
-        "demo",
-        "--seeds",
-        2,
-        "--layers",
-        1,
-        2,
-        "--runs",
-        folder,
-        "--out",
-        folder.parent / "a.png",
-    ]
+    words = ["--preset", "demo", "--seeds", 2, "--layers", 1, 2, "--runs", folder]
+    words += ["--out", folder.parent / "a.png"]
     with pytest.MonkeyPatch.context() as patch:
         run_script("depth_figure5_grid.py", *words, monkeypatch=patch)
     shuffle_choices(folder)
@@ -365,7 +354,7 @@ SCRIPTS = (
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_bad_folders_are_told_in_one_line(name: str, tiny_run: Run, table_1, tmp_path: Path, capsys):
+def test_bad_folders_are_refused_in_one_line(name: str, tiny_run: Run, table_1, tmp_path: Path, capsys):
     assert "give sweeps or runs, or --preset" in refused(name, capsys=capsys)
     assert "nothing does not exist" in refused(name, tmp_path / "nothing", capsys=capsys)
     assert "is a run by method planner, which has no depth ensemble" in refused(
@@ -376,7 +365,7 @@ def test_bad_folders_are_told_in_one_line(name: str, tiny_run: Run, table_1, tmp
     assert "several folders are called seed0" in same
 
 
-def test_what_a_run_lacks_is_told_in_one_line(grid: Path, table_1, tmp_path: Path, capsys):
+def test_what_a_run_lacks_is_refused_in_one_line(grid: Path, table_1, tmp_path: Path, capsys):
     lone, one_layer = grid / "plain" / "seed0", grid / "layers=1,top_k=1" / "seed0"
     for name, folder, message in (
         (SCRIPTS[0], lone, "has depth.members plain; ensemble is needed too"),

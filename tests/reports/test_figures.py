@@ -21,6 +21,7 @@ from probekit.reports.figures import (
     Panel,
     colour_scale,
     draw_heat_map,
+    draw_intervals,
     mean_over_seeds,
     panels,
     probe_heat_map,
@@ -269,3 +270,17 @@ def test_the_name_of_a_target_is_no_mathematics_and_no_path(tmp_path: Path):
     pictures = save_probe_figures(numbers.assign(target="../a $\\frac$ b"), tmp_path / "figures")
     assert len(pictures) == 2
     assert {picture.parent for picture in pictures} == {tmp_path / "figures"}
+
+
+def test_values_intervals_and_seeds_are_drawn_where_they_are():
+    rows = [("a", None, 1.0, 0.5, 1.75), ("a", 0, 0.9, 0.4, 1.6), ("a", 1, 1.1, 0.6, 1.9)]
+    rows += [("b", None, -0.25, np.nan, np.nan)]
+    table = pd.DataFrame(rows, columns=["name", "seed", "value", "value_low", "value_high"])
+    axes = Figure().subplots()
+    draw_intervals(axes, table, ["b", "a", "not there"], {"a": "first"})
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["b", "first", "not there"]
+    assert [text.get_text() for text in axes.texts] == ["−0.25", "1.00 [0.50, 1.75]"]
+    points = {tuple(map(tuple, line.get_xydata())) for line in axes.lines if line.get_marker() in ("o", "|")}
+    assert ((1.0, 1.0),) in points
+    assert ((0.9, 1.0), (1.1, 1.0)) in points
+    assert axes.get_ylim()[0] > axes.get_ylim()[1], "the first name is at the top"

@@ -1,4 +1,4 @@
-"""What the figures of depth ensembles share, where the scripts' own tests do not reach."""
+"""Shared functions of the depth figures, where the scripts' own tests do not reach."""
 
 import json
 from pathlib import Path
@@ -46,7 +46,7 @@ def test_the_mean_of_curves_is_of_steps_that_all_seeds_have(tmp_path: Path):
     assert set(table[table.quantity == "weight"].layer) == {-1}
 
 
-def test_a_stage_that_logged_no_losses_of_layers_is_told(tmp_path: Path):
+def test_a_stage_that_logged_no_losses_of_layers_is_refused(tmp_path: Path):
     run = run_with([{"stage": "depth/ensemble", "step": 1, "loss": 1.0}], tmp_path / "old", 0)
     with pytest.raises(ProbekitError, match=r"metrics\.jsonl has no losses of depth/ensemble"):
         training_curves([run], "ensemble", 1)
