@@ -3,7 +3,6 @@
 import importlib.metadata
 import json
 import os
-import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -136,19 +135,6 @@ def test_at_their_tightest_all_contestants_agree(kind: str, planted):
         assert loss.tolist() == pytest.approx(losses["probekit"].tolist(), rel=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["softmax", "ridge", "lda"])
-def test_one_by_one_keeps_the_penalty_that_validation_prefers(kind: str, planted):
-    contestants = import_module("contestants")
-    _, data = planted
-    penalties = (1e-4, 1e-2, 1.0)
-    solver = contestants.SOLVERS[kind]["scikit-learn"]
-    found = solver.fit(data, penalties, solver.tolerances[-1])
-    alone = [solver.fit(data, (penalty,), solver.tolerances[-1]) for penalty in penalties]
-    losses = torch.stack([contestants.cross_entropies(fit, data, "validation") for fit in alone])
-    assert found.penalty.tolist() == pytest.approx([penalties[i] for i in losses.argmin(0)])
-    assert contestants.cross_entropies(found, data, "validation").tolist() == losses.amin(0).tolist()
-
-
 def test_the_loosest_tolerance_of_equal_quality_is_taken(planted, monkeypatch: pytest.MonkeyPatch):
     fit_grid = import_module("fit_grid")
     size, data = planted
@@ -279,28 +265,6 @@ def test_losses_have_the_same_gradients_and_others_are_found_out(distilled: bool
     assert bench.difference(other.gradients(bench.all_logits), wanted) > max(bench.SAME.values())
 
 
-def test_an_ensemble_of_one_layer_is_the_plain_lm():
-    bench = import_module("depth_ensemble")
-    sizes = bench.Sizes(40, 90, 16, 1)
-    of_one, plain = bench.Scene(sizes, CPU), bench.Scene(sizes, CPU, last_only=True)
-    assert bench.difference(of_one.gradients(bench.probekit), plain.gradients(bench.plain)) < 1e-5
-    more = bench.Scene(bench.Sizes(40, 90, 16, 4), CPU)
-    assert torch.equal(more.hidden["ln_final.hook_in"], plain.hidden["ln_final.hook_in"])
-
-
-def test_sizes_come_from_the_command_line():
-    bench = import_module("depth_ensemble")
-    options, workloads = bench.parse(["--layers", "1", "3", "--tokens", "64", "--only", "k = 3"])
-    assert options.only == "k = 3"
-    assert [(each.name, each.tokens, each.width) for each in workloads] == [
-        ("k = 1", 64, 768),
-        ("k = 3", 64, 768),
-        ("k = 3, distilled", 64, 768),
-    ]
-    with pytest.raises(SystemExit):
-        bench.parse(["--tokens", "0"])
-
-
 # generation
 
 
@@ -342,11 +306,6 @@ def test_peak_memory_is_that_of_the_call_alone(harness: ModuleType):
     assert found["peak_megabytes"] > found["added_megabytes"]
 
 
-def test_a_process_that_fails_is_reported(harness: ModuleType):
-    with pytest.raises(RuntimeError, match="unexpected keyword argument 'kilobytes'"):
-        harness.peak_memory(prepare_megabytes, CPU, kilobytes=1)
-
-
 def test_ratios_of_unequal_results_are_refused(harness: ModuleType):
     rows = [
         {"contestant": "probekit", "seconds": 2.0, "difference": 0.0},
@@ -370,11 +329,6 @@ def test_a_race_alternates_after_a_warm_up(harness: ModuleType):
     assert [len(outcome.times) for outcome in outcomes.values()] == [3, 3]
 
 
-def test_times_are_reported_by_minimum_and_median(harness: ModuleType):
-    columns = harness.Outcome([3.0, 1.0, 8.0]).columns(scale=2.0)
-    assert columns == {"seconds": 2.0, "median_seconds": 6.0}
-
-
 def test_matrix_rate_counts_two_operations_for_each_multiplication(
     harness: ModuleType, monkeypatch: pytest.MonkeyPatch
 ):
@@ -382,28 +336,7 @@ def test_matrix_rate_counts_two_operations_for_each_multiplication(
     assert harness.matrix_rate(CPU, torch.float32, (3, 5, 7), batch=2) == 2 * 2 * 3 * 5 * 7 / 0.5
 
 
-def test_without_out_quick_runs_write_nothing(harness: ModuleType):
-    assert harness.parse_options("", ["--quick"]).out is None
-    assert harness.parse_options("", []).out == FOLDER / "results"
-
-
-def test_a_script_runs_alone():
-    command = [sys.executable, str(FOLDER / "fit_grid.py"), "--help"]
-    ran = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "python benchmarks/fit_grid.py" in ran.stdout
-
-
 # corpus
-
-
-def test_made_up_text_has_so_many_sentences(tmp_path: Path):
-    corpus = import_module("corpus")
-    corpus.write_text(tmp_path / "text.jsonl", 230)
-    texts = [json.loads(line)["text"] for line in (tmp_path / "text.jsonl").read_text().splitlines()]
-    sizes = [text.count(". ") + text.count(".\n") for text in texts]
-    assert sum(sizes) == 230
-    assert all(10 <= size <= 60 for size in sizes[:-1])
-    assert len({*texts}) == len(texts)
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="/proc is read")

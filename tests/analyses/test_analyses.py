@@ -409,26 +409,6 @@ def test_figure_4_of_generated_text_is_as_computed_by_hand(
         assert row.improvement == pytest.approx(100 * sign * (value["0.5"] / value["0"] - 1))
 
 
-def test_figure_4_trains_what_is_missing(
-    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(Config, "from_preset", lambda name: tiny_config)
-    out, runs = tmp_path / "figure4.png", tmp_path / "runs"
-    words = ["--preset", "demo", "--set", "corpus.planted.documents", 120, "--seeds", 1, "--runs", runs]
-    words += ["--values", 0, 1, "--out", out]
-    run_script("figure4_mixing_fraction.py", *words, monkeypatch=monkeypatch)
-    assert [str(place) for place in probekit.Sweep.open(runs).runs] == [
-        "mixing.fraction=0/seed0",
-        "mixing.fraction=1/seed0",
-    ]
-    assert_belongs_together(out)
-    # A sweep that was stopped is drawn as far as it is; without the reference nothing can be.
-    shutil.rmtree(runs / "mixing.fraction=1")
-    words = ["--runs", runs, "--out", out]
-    run_script("figure4_mixing_fraction.py", *words, monkeypatch=monkeypatch)
-    assert set(pd.read_csv(out.with_suffix(".csv")).fraction) == {0.0}
-
-
 def test_figure_4_needs_its_sweep(
     fractions: probekit.Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ):

@@ -2,7 +2,6 @@
 
 import itertools
 
-import numpy as np
 import pytest
 from figure2_locations import block_figure
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -58,35 +57,6 @@ def test_no_text_covers_another_or_leaves_the_picture(figure: Figure):
     for text, extent in zip(shown, boxes, strict=True):
         assert figure.bbox.contains(*extent.min), text.get_text()
         assert figure.bbox.contains(*extent.max), text.get_text()
-
-
-def test_text_is_in_a_box_or_clear_of_it(figure: Figure):
-    axes = figure.axes[0]
-    _, *boxes = [box(patch, figure) for patch in axes.patches if isinstance(patch, FancyBboxPatch)]
-    for text in (text for text in axes.texts if not isinstance(text, Annotation)):
-        extent = box(text, figure)
-        for frame in boxes:
-            inside = frame.contains(*extent.min) and frame.contains(*extent.max)
-            assert inside or not frame.overlaps(extent), text.get_text()
-
-
-def test_every_dot_is_on_a_line_and_clear_of_boxes_and_sums(figure: Figure):
-    axes = figure.axes[0]
-    numbers = {text.get_position()[0]: text for text in axes.texts if text.get_text().isdigit()}
-    assert numbers
-    circles = [patch for patch in axes.patches if isinstance(patch, Circle)]
-    sums = [circle for circle in circles if circle.radius < 0.25]
-    lines = [line.get_xydata() for line in axes.lines]
-    lines += [np.array([t.xyann, t.xy]) for t in axes.texts if isinstance(t, Annotation)]
-    for dot in (circle for circle in circles if circle.radius >= 0.25):
-        x, y = dot.center
-        assert any(
-            (line[:, 0] == x).all() and line[:, 1].min() < y < line[:, 1].max()
-            for line in lines
-            if len(line) == 2
-        ), (x, y)
-        for other in sums:
-            assert np.hypot(x - other.center[0], y - other.center[1]) > dot.radius + other.radius
 
 
 def test_the_action_enters_between_the_two_places_of_the_heads(figure: Figure):

@@ -45,25 +45,6 @@ def test_a_venn_diagram_writes_every_count(number: int):
     assert written == sorted(expected)
 
 
-@pytest.mark.parametrize(
-    ("rows", "written"),
-    [
-        ([(1, 1), (1, 1)], {"2", "none: 0"}),
-        ([(1, 0), (0, 0)], {"1", "none: 1"}),
-        pytest.param(
-            [(0, 0)],
-            {"none: 1"},
-            marks=pytest.mark.filterwarnings("ignore:Both circles have zero area"),
-        ),
-    ],
-)
-def test_a_venn_diagram_of_sets_that_are_equal_or_empty(rows: list[tuple[int, int]], written: set[str]):
-    axes = Figure().subplots()
-    counts = intersections(pd.DataFrame(rows, columns=["a", "b"]).astype(bool))
-    draw_venn(axes, counts, ["a", "b"], ["red", "blue"])
-    assert written <= {text.get_text() for text in axes.texts}
-
-
 def test_an_upset_diagram_shows_counts_members_and_sizes():
     counts = intersections(random_sets(4))
     counts["count"] = counts["count"] / 2  # a mean of two seeds

@@ -20,7 +20,6 @@ from probekit.reports.figures import (
     METRICS,
     Panel,
     colour_scale,
-    draw_heat_map,
     draw_intervals,
     mean_over_seeds,
     panels,
@@ -88,14 +87,6 @@ def test_the_heat_map_has_each_cell_in_its_place(variant: str, horizon: int):
     assert ("* the target's own action" in figure.get_suptitle()) == star
 
 
-def test_cells_without_numbers_keep_their_marks():
-    axes = Figure().subplots()
-    cells = Panel("soft", "attn.hook_z").cells(table())
-    scale = colour_scale([mean_over_seeds(cells, "bits")], "bits")
-    draw_heat_map(axes, cells, numbers=False, scale=scale, bar=False)
-    assert {cell: text for cell, text in drawn_cells(axes).items() if text} == {EMPTY: "–", INJECTED: "*"}
-
-
 def test_injected_cells_have_no_gain_and_still_their_star():
     cells = drawn_cells(probe_heat_map(table(), Panel("soft", "attn.hook_z"), "gain").axes[0])
     assert (cells[INJECTED], cells[EMPTY]) == ("*", "–")
@@ -130,12 +121,6 @@ def test_signed_metrics_part_their_colours_at_zero():
         scale = colour_scale([mean_over_seeds(cells, metric)], metric)
         assert (scale.vmin == -scale.vmax) == (metric in ("gain", "selectivity"))
         assert scale.vmin <= 0.0 < scale.vmax
-
-
-def test_only_injected_cells_still_have_a_scale():
-    cells = Panel("soft", "attn.hook_z").cells(table())
-    means = mean_over_seeds(cells[cells.injected], "accuracy")
-    assert (colour_scale([means], "accuracy").vmin, colour_scale([means], "accuracy").vmax) == (0.0, 0.95)
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -255,14 +240,6 @@ def test_figures_are_saved_with_their_numbers(tmp_path: Path):
         baselines = written[written.reader != "probe"]
         assert set(baselines.horizon) == {panel.horizon}
         assert len(baselines) == len(numbers.query("reader != 'probe' and horizon == @panel.horizon"))
-
-
-def test_saving_twice_leaves_the_same(tmp_path: Path):
-    numbers = probe_table(("none",), ("hook_resid_post",), horizons=(1,), solvers=("softmax",))
-    save_probe_figures(numbers, tmp_path)
-    first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    save_probe_figures(numbers, tmp_path)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == first
 
 
 def test_the_name_of_a_target_is_no_mathematics_and_no_path(tmp_path: Path):

@@ -134,11 +134,6 @@ def test_the_page_says_where_true_actions_come_from(probed_run: Run, document: i
     assert own not in other
 
 
-def test_the_same_text_gives_the_same_page(probed_run: Run, text: str):
-    first, again = (page(read_text(Run.open(probed_run.folder), text, "soft")) for _ in range(2))
-    assert first == again
-
-
 def test_an_interval_that_does_not_exist_is_null(evil: LensData):
     quality = evil.probes.quality.assign(accuracy=0.5, accuracy_low=np.nan, accuracy_high=np.nan)
     data = json.loads(Parsed(page(replace(evil, probes=replace(evil.probes, quality=quality)))).scripts[0])
@@ -237,11 +232,3 @@ def test_closed_form_probes_will_do(tiny_run: Run, quick_probes: dict[str, Any],
     assert "ridge, seed 2, for one of 8 actions" in written
     raw = written.split('id="data">')[1].split("</script>")[0]
     assert json.loads(raw)["conditioning"] is None
-
-
-def test_a_page_that_is_there_stays_where_the_text_is_bad(probed_run: Run, tmp_path: Path):
-    out = tmp_path / "page.html"
-    out.write_text("old", "utf-8")
-    with pytest.raises(probekit.ProbekitError):
-        probekit.lens(probed_run, "", out, quiet=True)
-    assert out.read_text("utf-8") == "old"

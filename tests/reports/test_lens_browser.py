@@ -39,14 +39,6 @@ FLAGS = [
     "--window-size=1400,900",
 ]
 
-PAINTED = """
-  const tell = arguments[0];
-  new PerformanceObserver((list, observer) => {
-    const [paint] = list.getEntriesByName("first-contentful-paint");
-    if (paint) { observer.disconnect(); tell(paint.startTime); }
-  }).observe({ type: "paint", buffered: true });
-"""
-
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator["webdriver.Chrome"]:
@@ -252,25 +244,3 @@ def test_colours_are_readable_in_light_and_dark(opened: "webdriver.Chrome"):
     opened.find_element(By.ID, "theme").click()
     backs.append(opened.execute_script("return getComputedStyle(document.body).backgroundColor"))
     assert backs[0] == backs[2] != backs[1]
-
-
-def test_two_thousand_tokens(
-    browser: "webdriver.Chrome",
-    probed_run: Run,
-    text: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-):
-    data = read_text(probed_run, "\n".join([text] * 17), "soft", limit=4000)
-    tokens = len(data.pieces)
-    assert tokens > 2000
-    written = page(data)
-    load(browser, written, tmp_path)
-    painted = browser.execute_async_script(PAINTED)
-    with capsys.disabled():
-        print(f"\n{tokens:,} tokens: {len(written.encode()):,} bytes, first paint after {painted:.0f} ms")  # noqa: T201
-    assert browser.get_log("browser") == []
-    colours = (
-        "return new Set([...document.querySelectorAll('#text .t')].map(t => t.style.backgroundColor)).size"
-    )
-    assert browser.execute_script(colours) > 10

@@ -17,7 +17,7 @@ from probekit.probing.activations import Reader
 from probekit.probing.probe import probe
 from probekit.probing.results import Cell, SavedProbes
 from probekit.probing.targets import Examples
-from probekit.reports.lens_reading import LensData, TextRun, cut_text, given_text, kept_probes, read_text
+from probekit.reports.lens_reading import LensData, cut_text, given_text, kept_probes, read_text
 from probekit.run.run import Run
 from probekit.training.train import train
 
@@ -93,12 +93,6 @@ def test_a_sentence_that_goes_on_keeps_the_token_behind_it(probed_run: Run):
     assert len(cut.corpus.first_token) == len(cut.actions) == 2
 
 
-def test_a_special_token_is_text(probed_run: Run):
-    cut = cut_text(probed_run, "Some <|endoftext|> words.", "none")
-    separators = np.flatnonzero(cut.corpus.tokens == probed_run.corpus.separator)
-    np.testing.assert_array_equal(separators, [0, len(cut.corpus.tokens) - 1])
-
-
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(max_size=60))
 def test_pieces_are_the_text(probed_run: Run, text: str):
@@ -123,15 +117,6 @@ def test_too_long_or_blank(probed_run: Run):
     tokens = len(cut_text(probed_run, "Some words.", "none").pieces)
     with pytest.raises(ProbekitError, match=rf"^--text has {tokens} tokens, more than --limit {tokens - 1};"):
         cut_text(probed_run, "Some words.", "none", limit=tokens - 1)
-
-
-def test_the_run_of_a_text_shares_what_is_loaded(probed_run: Run):
-    cut = cut_text(probed_run, "Some words.", "none")
-    bridged = probed_run.bridged
-    alone = TextRun(probed_run, cut)
-    assert alone.corpus is cut.corpus
-    assert alone.corpus_of("joint") is cut.corpus
-    assert alone.bridged is bridged
 
 
 LAYERS, DISTANCES = 3, [1, 2, 4]
@@ -209,10 +194,6 @@ def test_conditioned_readings_are_those_of_the_corpus(probed_run: Run, document:
                 read = saved[Cell(location, layer, distance)].log_probabilities(by_distance[d]).exp()
                 at = anchors - distance - begin
                 np.testing.assert_allclose(data.probability[cell, at], read.max(1).values, atol=1e-5)
-
-
-def test_conditioning_changes_what_is_read(plain: LensData, conditioned: LensData):
-    assert np.abs(plain.probability - conditioned.probability).max() > 1e-3
 
 
 def test_plan_and_conditioning(probed_run: Run, document: int, conditioned: LensData):

@@ -50,15 +50,6 @@ def test_training_draws_every_stage(tiny_run: Run):
         assert own.loss.min() <= losses.min() <= losses.max() <= own.loss.max()
 
 
-def test_training_smooths_over_a_twentieth(tiny_run: Run, tmp_path: Path):
-    run = Run.open(shutil.copytree(tiny_run.folder, tmp_path / "run"))
-    (run.folder / "metrics.jsonl").unlink()
-    for step in range(1, 61):
-        run.log({"stage": "lm", "step": step, "loss": float(step % 3)})
-    _, losses = lines_of(probekit.plot_training(run))["lm"]
-    np.testing.assert_allclose(losses[1:-1], 1.0)
-
-
 def test_perplexity_has_a_line_for_each_model(tiny_run: Run, tmp_path: Path):
     run = Run.open(shutil.copytree(tiny_run.folder, tmp_path / "run"))
     rows = [
@@ -220,14 +211,6 @@ def test_only_metrics_of_a_sweep_over_one_setting_are_plotted(swept: pd.DataFram
         probekit.plot_sweep(swept.assign(**{"lm.layers": 2}))
     with pytest.raises(ProbekitError, match="the sweep is over nothing"):
         probekit.plot_sweep(swept.drop(columns="mixing.fraction"))
-
-
-def test_words_are_swept_in_their_order(swept: pd.DataFrame):
-    names = {0.0: "mean", 0.5: "cls", 1.0: "last"}
-    words = swept.assign(**{"mixing.fraction": swept["mixing.fraction"].map(names)})
-    words = words.rename(columns={"mixing.fraction": "actions.encoder"})
-    _, values = lines_of(probekit.plot_sweep(words))["mixed"]
-    np.testing.assert_allclose(values, [24.5, 24.0, 25.0])
 
 
 STEPS = (0, 1, 10, 100)
