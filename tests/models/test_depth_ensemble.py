@@ -23,7 +23,6 @@ from probekit.models.depth_ensemble import (
     reader_losses,
 )
 from probekit.models.hook_points import BridgeBackend
-from probekit.models.language_model import bridge
 from probekit.models.mixing import Fixed
 from probekit.models.planner_lm import PlannedLM
 
@@ -199,15 +198,6 @@ def test_a_model_that_caps_its_logits(make_model, tokenizer: PreTrainedTokenizer
     lm = BaseLM(lambda: make_model("Gemma2", len(tokenizer), **settings).eval(), tokenizer, "gemma")
     with pytest.raises(ProbekitError, match="caps or scales"):
         ensemble_on(lm, layers=1)
-
-
-def test_the_bridge_is_left_as_it_was(base, batch):
-    lm = base("gpt_neox")
-    before = lm.bridged(batch.tokens)
-    model = PlannedLM(BridgeBackend(lm.bridged), None, None, 1.0, depth=scrambled(ensemble_on(lm)))
-    assert not torch.allclose(model(batch, Fixed()), before)
-    torch.testing.assert_close(lm.bridged(batch.tokens), before)
-    assert bridge(lm._load(), lm._tokenizer, "again") is not lm.bridged
 
 
 K, TOKENS, WIDTH, VOCABULARY = 3, 11, 5, 13

@@ -145,44 +145,6 @@ def test_an_architecture_that_cannot_be_bridged(tokenizer: PreTrainedTokenizerBa
     assert len(message) < 500
 
 
-def test_without_a_network_nothing_is_tried_twice(monkeypatch: pytest.MonkeyPatch):
-    """The hub's own loader would retry for most of a minute."""
-    calls = []
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: calls.append("loader"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-
-    def unreachable(*_: object, **arguments: object) -> None:
-        calls.append(arguments["timeout"])
-        raise ConnectionError("no network")
-
-    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
-    with pytest.raises(ProbekitError, match="cannot be reached") as raised:
-        load_model("nobody/nothing")
-    assert "nobody/nothing" in str(raised.value)
-    assert len(calls) == 1
-    assert calls[0] <= 5
-
-
-def test_a_cached_model_loads_without_a_network(
-    tmp_path: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-):
-    """By a branch's name and by commit, from a cache as the hub's client leaves it."""
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    repository = tmp_path / "models--someone--tiny"
-    shutil.copytree(folders["gpt2"], repository / "snapshots" / commit)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(commit)
-    monkeypatch.setattr("huggingface_hub.utils._cache_manager.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    expected = load_model(str(folders["gpt2"])).state_dict()
-    for revision in (None, "main", commit):
-        loaded = load_model("someone/tiny", revision=revision).state_dict()
-        assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
-    with pytest.raises(ProbekitError, match=f"only revision {commit}"):
-        load_model("someone/tiny", revision="v2")
-
-
 def without_config(folder: Path) -> str:
     (folder / "config.json").unlink()
     return "config.json"

@@ -104,14 +104,6 @@ def test_scores_are_needed_exactly_where_they_count(kind: type):
         assert torch.equal(mixed(scores), mixed(torch.empty(0)))
 
 
-@pytest.mark.parametrize("kind", [Fixed, Uniform])
-def test_constants_tell_nothing(kind: type):
-    scores, actions, codebook = inputs()
-    mixed = kind()(scores, actions, codebook, 1.0)
-    assert torch.equal(mixed, mixed[:1].expand_as(mixed))
-    assert torch.equal(mixed, kind()(-scores, actions.flip(0), codebook, 3.0))
-
-
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 @pytest.mark.parametrize("kind", [Soft, GumbelSoftmax])
 def test_gradients_of_soft_choices_are_finite_differences(kind: type, temperature: float):
@@ -186,14 +178,6 @@ def test_limits_of_the_temperature():
     at = {temperature: Soft()(scores, actions, codebook, temperature) for temperature in (1e-4, 1e8)}
     torch.testing.assert_close(at[1e-4], Predicted()(scores, actions, codebook, 1.0))
     torch.testing.assert_close(at[1e8], Uniform()(scores, actions, codebook, 1.0))
-
-
-def test_certain_scores_make_every_informed_choice_the_oracle():
-    scores, actions, codebook = inputs()
-    certain = 1e4 * torch.nn.functional.one_hot(actions, 5).double()
-    oracle = Oracle()(scores, actions, codebook, 1.0)
-    for kind in (Predicted, Soft, StraightThrough, GumbelSoftmax):
-        torch.testing.assert_close(kind()(certain, actions, codebook, 1.0), oracle)
 
 
 def test_the_table_of_variants():
