@@ -33,8 +33,8 @@ from shared.script import run_script, save_figure, script_parser
 
 import probekit
 from probekit.errors import ProbekitError
+from probekit.models.hook_points import LOCATIONS, label, per_layer
 from probekit.models.mixing import VARIANTS
-from probekit.probing.locations import LOCATIONS, label, per_layer
 from probekit.reports.figures import (
     DISTANCE,
     METRICS,

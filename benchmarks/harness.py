@@ -35,7 +35,7 @@ from torch import Tensor
 from probekit.config import Config
 from probekit.distributed import compute_device
 from probekit.io import read_json, write_json
-from probekit.run.provenance import provenance
+from probekit.run.folder import provenance
 
 RESULTS = Path(__file__).parent / "results"
 SAME = 0.01

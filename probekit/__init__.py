@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     from probekit.generation.evaluate import GenerationEvaluation, evaluate_generation
     from probekit.generation.generate import Generated, generate
     from probekit.generation.prompts import Prompt
-    from probekit.probing.over_training import TrainingProbes, probe_checkpoints
-    from probekit.probing.probe import ProbeResults, probe
+    from probekit.probing.probe import ProbeResults, TrainingProbes, probe, probe_checkpoints
     from probekit.reports.lens import lens
     from probekit.reports.plots import (
         plot_curve,
@@ -54,7 +53,7 @@ _HOME = {
     "Run": "probekit.run.run",
     "SubnetworkResults": "probekit.causal.subnetwork",
     "Sweep": "probekit.sweeps",
-    "TrainingProbes": "probekit.probing.over_training",
+    "TrainingProbes": "probekit.probing.probe",
     "build_corpus": "probekit.training.train",
     "demo": "probekit.cli:run_demo",
     "evaluate": "probekit.evaluation.evaluate",
@@ -72,7 +71,7 @@ _HOME = {
     "plot_training": "probekit.reports.plots",
     "prepare": "probekit.training.train",
     "probe": "probekit.probing.probe",
-    "probe_checkpoints": "probekit.probing.over_training",
+    "probe_checkpoints": "probekit.probing.probe",
     "report": "probekit.reports.report",
     "subnetwork": "probekit.causal.subnetwork",
     "sweep": "probekit.sweeps",

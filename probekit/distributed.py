@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from accelerate import PartialState
     from torch import Tensor
 
+
 T = TypeVar("T")
 
 LONGEST_WAIT = timedelta(days=7)

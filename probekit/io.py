@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
+
 TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{12}-(.+)")
 """Names of files and folders that are not whole yet; the group is the final name."""
 

@@ -29,6 +29,7 @@ from probekit.progress import Progress
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+
 T = TypeVar("T")
 
 TOKENIZER_CHARACTERS = 100_000_000

@@ -1,7 +1,9 @@
-"""`probekit evaluate`: perplexity of every model on the same tokens, and how well planners plan."""
+"""`probekit evaluate`: perplexity of every model on the same tokens, planners, and depth ensembles."""
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,12 +11,26 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
+from torch import Tensor
 
+from probekit.config import ModelName
+from probekit.data.windows import IGNORE, Batch
 from probekit.evaluation.action_metrics import METRICS, score_actions
 from probekit.evaluation.baselines import action_predictions
-from probekit.evaluation.depth_ensemble import evaluate_ensembles
+from probekit.evaluation.multiple_choice import (
+    Question,
+    TooShortError,
+    by_document,
+    check_lengths,
+    choice_losses,
+    corpus_questions,
+    read_questions,
+    solved,
+)
 from probekit.evaluation.perplexity import (
     Evaluation,
+    TokenLosses,
     differences_table,
     evaluation_record,
     interval_columns,
@@ -24,10 +40,141 @@ from probekit.evaluation.perplexity import (
     scoring_pass,
     source_of_actions,
 )
+from probekit.models.depth_ensemble import MEMBERS, reader_losses
 from probekit.models.mixing import VARIANTS, Fixed, Mixing, Oracle
+from probekit.models.planner_lm import PlannedLM
 from probekit.progress import Progress
 from probekit.run.run import Run
-from probekit.statistics import bootstrap_ratio
+from probekit.statistics import Resampling, bootstrap_ratio, bootstrap_ratios, paired_difference
+
+Parts = dict[str, tuple[ModelName, int | None]]
+"""Member and layer of each model that predicts, by the name under which it stands in the tables."""
+
+
+def evaluate_ensembles(run: Run, progress: Progress) -> Evaluation:
+    """Evaluates a run's depth ensemble, beside the LM beneath it, on its test documents.
+
+    Args:
+        run: The run.
+        progress: Shows how far it is, and says what is left out.
+
+    Returns:
+        The evaluation, without multiple choice if no question can be asked about the documents.
+
+    Raises:
+        ProbekitError: A member is not trained, or the file of questions cannot be used.
+    """
+    config, variant = run.config, run.config.depth.variant
+    for member in config.depth.members:
+        run.require(f"depth/{member}")
+    scoring = replace(scoring_pass(run), corpus=run.corpus_of(variant))
+    questions = _questions(run, progress)
+    check_lengths(questions, evaluation_record(config)["window"])
+    actions, mixing = source_of_actions(variant)
+
+    parts: Parts = {}
+    losses: dict[tuple[str, str], np.ndarray] = {}
+    answered: dict[str, np.ndarray] = {}
+    for name in (variant, *config.depth.members):
+        own, token_losses = _readers(run, name, run.model(name, fast=True))
+        parts |= own
+        with progress.task(f"evaluate {name}", total=len(scoring.windows)) as task:
+            sums = scoring.document_losses(token_losses, mixing, task)
+        losses |= {(reader, actions): row for reader, row in zip(own, sums, strict=True)}
+        if questions:
+            with progress.task(f"ask {name}", total=len(questions)) as task:
+                right = solved(choice_losses(run, name, questions, token_losses, task), questions)
+            answered |= dict(zip(own, right, strict=True))
+
+    whole = {key: sums for key, sums in losses.items() if parts[key[0]][1] is None}
+    evaluation = Evaluation(
+        _with_parts(perplexity_table(config, losses, scoring.tokens), parts),
+        differences_table(config, whole, scoring.tokens),
+        losses_table(losses, scoring),
+        evaluation_record(config),
+    )
+    if not questions:
+        return evaluation
+    accuracy, accuracy_differences = _accuracies(run, answered, parts, questions)
+    choices = pd.DataFrame(
+        {"question": number, "document": question.document, "variant": reader, "solved": bool(right)}
+        for reader, rights in answered.items()
+        for number, (question, right) in enumerate(zip(questions, rights, strict=True))
+    ).assign(actions=actions)
+    return replace(
+        evaluation,
+        settings=evaluation.settings | {"asked": _digest(questions)},
+        accuracy=_with_parts(accuracy, parts),
+        accuracy_differences=accuracy_differences,
+        choices=_with_parts(choices, parts),
+    )
+
+
+def _readers(run: Run, name: ModelName, model: PlannedLM) -> tuple[Parts, TokenLosses]:
+    """What a model predicts with, all of it and each of its layers, and their losses."""
+    depth = model.depth
+    if name not in MEMBERS or MEMBERS[name].reads != "late" or depth is None:
+        return {name: (name, None)}, own_losses(model)
+    head = run.base_lm(name).plain.get_output_embeddings()
+
+    def losses(batch: Batch, mixing: Mixing) -> Tensor:
+        scored = batch.targets != IGNORE
+        hidden = {hook: h[scored] for hook, h in model.late_hidden(batch, mixing).items()}
+        found = reader_losses(head, depth(hidden), batch.targets[scored])
+        placed = torch.zeros(len(found), *scored.shape, device=found.device)
+        placed[:, scored] = found
+        return placed
+
+    return {name: (name, None)} | {f"{name}, layer {layer}": (name, layer) for layer in depth.layers}, losses
+
+
+def _questions(run: Run, progress: Progress) -> list[Question]:
+    """Those of `evaluation.questions_file`, else of the corpus; none where its documents are too short."""
+    settings = run.config.evaluation
+    if settings.questions_file is not None:
+        return read_questions(settings.questions_file, run.corpus)
+    window, seed = evaluation_record(run.config)["window"], run.config.corpus.seed
+    try:
+        return corpus_questions(run.corpus, run.corpus.documents("test"), settings.questions, window, seed)
+    except TooShortError as error:
+        progress.say(f"no multiple choice: {error}")
+        return []
+
+
+def _digest(questions: list[Question]) -> str:
+    """A digest of the questions: runs of a sweep can be compared only if it is the same."""
+    digest = hashlib.blake2b(digest_size=16)
+    for question in questions:
+        for part in (question.context, *question.choices, np.array([question.answer])):
+            digest.update(np.ascontiguousarray(part, dtype=np.int64).tobytes() + b"|")
+    return digest.hexdigest()
+
+
+def _accuracies(
+    run: Run, answered: dict[str, np.ndarray], parts: Parts, questions: list[Question]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Accuracies, and their differences between every two members."""
+    options: Resampling = {"resamples": run.config.evaluation.resamples, "seed": run.config.seed}
+    sums, counts = by_document(np.stack(list(answered.values())), questions)
+    found = bootstrap_ratios(sums, counts, **options)
+    chance = float(np.mean([1 / len(question.choices) for question in questions]))
+    accuracies = pd.DataFrame(
+        {"variant": reader, "questions": len(questions), "chance": chance}
+        | interval_columns("accuracy", found[number])
+        for number, reader in enumerate(answered)
+    )
+    whole = {reader: own for reader, own in zip(answered, sums.T, strict=True) if parts[reader][1] is None}
+    differences = pd.DataFrame(
+        {"first": first, "second": second}
+        | interval_columns("difference", paired_difference(whole[first], whole[second], counts, **options))
+        for first, second in itertools.combinations(whole, 2)
+    )
+    return accuracies, differences
+
+
+def _with_parts(table: pd.DataFrame, parts: Parts) -> pd.DataFrame:
+    members, layers = zip(*(parts[name] for name in table.variant), strict=True)
+    return table.assign(member=members, layer=pd.array(layers, dtype="Int64"))
 
 
 def evaluate(

@@ -33,11 +33,12 @@ from probekit.evaluation.baselines import count_labels
 from probekit.evaluation.evaluate import variants_and_actions
 from probekit.evaluation.perplexity import window_and_stride
 from probekit.generation.generate import Generated, generate
-from probekit.generation.labelling import LabelledTexts, Labeller
 from probekit.generation.metrics import (
     FEATURES,
     FEW_TEXTS,
     LEAST_TEXTS,
+    LabelledTexts,
+    Labeller,
     MetricSums,
     cluster_texts,
     edit_distances,

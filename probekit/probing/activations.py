@@ -26,9 +26,8 @@ from probekit.errors import ProbekitError
 from probekit.evaluation.perplexity import window_and_stride
 from probekit.io import read_json, write_json, write_tensors
 from probekit.models.conditioning import Conditioned
-from probekit.models.hook_points import Hook, hook_name
+from probekit.models.hook_points import BEFORE, Hook, hook_name
 from probekit.models.mixing import VARIANTS, evaluation_mixing
-from probekit.probing.locations import BEFORE
 from probekit.probing.targets import Examples
 from probekit.progress import Progress
 from probekit.run.run import Run

@@ -1,20 +1,29 @@
-"""The probe grid: the examples that all of its cells share.
+"""The grid of probes: its cells, the examples they share, and fitting and scoring all cells of a variant.
 
-These are the anchors that every distance and horizon can use, so that cells never differ by their examples.
-Distances and horizons that too few anchors can use are empty.
+Solvers that need all their examples at once hold those of the two splits they are fitted and chosen on, which
+`probe.max_examples` bounds; closed-form solvers hold sums alone. Test examples are scored as they are read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from probekit.config import ProbeSettings
+from probekit import distributed
+from probekit.config import ProbeSettings, SolverName
 from probekit.data.corpus import Corpus
 from probekit.errors import ProbekitError
+from probekit.evaluation.action_metrics import prior_log_probabilities
+from probekit.probing.activations import Activations, Stack
+from probekit.probing.controls import block_ends, control_labels, prequential_code, prior_code
+from probekit.probing.results import LINEAR_SOLVERS, Cell, DocumentSums, Facts, row_slices
+from probekit.probing.solvers import LDAProbes, MLPProbes, Moments, RidgeProbes, SoftmaxProbes
 from probekit.probing.targets import NO_LABEL, Examples, Target, find_examples, reached
+from probekit.progress import Progress
 
 FITTED_ON, CHOSEN_ON, TESTED_ON = "probe", "validation", "test"
 """The splits that probes use; none of them trained the LM or the planner."""
@@ -188,3 +197,313 @@ def _notes(grid: Grid, most: int) -> Iterator[str]:
 def document_numbers(document: np.ndarray) -> np.ndarray:
     """Numbers the documents of examples `[examples]` from 0, in the order in which they appear."""
     return np.cumsum(np.diff(document, prepend=document[:1]) != 0)
+
+
+ClosedForm = RidgeProbes | LDAProbes
+Probes = SoftmaxProbes | MLPProbes | ClosedForm
+
+CLOSED_FORM: frozenset[SolverName] = frozenset({"ridge", "lda"})
+"""Solvers that need sums over their examples, not the examples."""
+
+FACTS = {"l2": "l2_", "shrinkage": "shrinkage_", "iterations": "n_iter_", "converged": "converged_"}
+"""Columns of the results, and the attributes in which solvers that have such a thing keep it."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a batch of probes predicts: the target at a horizon, or the control task.
+
+    Attributes:
+        horizon: Horizon of the target; None for the control task.
+        labels: By split, `[examples]`, or `[distances, examples]` where they depend on what is read.
+    """
+
+    horizon: int | None
+    labels: Mapping[str, np.ndarray]
+
+    def of(self, split: str, rows: slice, points: int, device: torch.device) -> Tensor:
+        """Labels of some examples `[examples]`, or `[points * distances, examples]`, a row for each probe."""
+        labels = torch.from_numpy(np.ascontiguousarray(self.labels[split][..., rows])).to(device)
+        return labels if labels.ndim == 1 else labels.repeat(points, 1)
+
+
+def target_tasks(grid: Grid) -> list[Task]:
+    """The grid's target at every horizon."""
+    return [
+        Task(horizon, {split: grid.labels(split, horizon) for split in grid.examples})
+        for horizon in grid.horizons
+    ]
+
+
+def control_task(corpus: Corpus, grid: Grid, seed: int) -> Task:
+    """The control task: labels that can only be predicted by memorising tokens; see `control_labels`."""
+    prior = np.exp(prior_log_probabilities(grid.labels(FITTED_ON, grid.horizons[0]), grid.target.classes))
+    return Task(
+        None,
+        {
+            split: np.stack(
+                [control_labels(corpus, examples.positions(d), prior, seed) for d in grid.distances]
+            )
+            for split, examples in grid.examples.items()
+        },
+    )
+
+
+@dataclass(frozen=True)
+class FitJob:
+    """What is fitted for one variant.
+
+    Attributes:
+        grid: The grid.
+        settings: Solvers and penalties.
+        control: The control task, or None.
+        seed: Seed of the solvers that need one.
+        device: Where to fit and score.
+        progress: Shows the examples that are read and the probes that are fitted.
+        name: What the job is called there.
+    """
+
+    grid: Grid
+    settings: ProbeSettings
+    control: Task | None
+    seed: int
+    device: torch.device
+    progress: Progress
+    name: str
+
+    def read(self, activations: Activations, split: str) -> Iterator[tuple[slice, list[Tensor]]]:
+        """Reads this process's share of a split, a chunk at a time; every stack `[probes, chunk, width]`."""
+        examples = self.grid.examples[split]
+        with self.progress.task(f"{self.name}: read the split {split!r}", total=len(examples)) as task:
+            for rows, stacks in activations.chunks(examples):
+                yield rows, [values.flatten(0, 1) for values in stacks]
+                task.advance((rows.stop - rows.start) * distributed.count())  # others read as many
+
+    def solver(self, name: SolverName) -> Probes:
+        """A new batch of probes, not fitted."""
+        if name in CLOSED_FORM:
+            return self.closed_form(name)
+        if name == "mlp":
+            return MLPProbes(self.settings.hidden, seed=self.seed)
+        return SoftmaxProbes(self.settings.l2, self.settings.max_iterations)
+
+    def closed_form(self, name: SolverName) -> ClosedForm:
+        """A new batch of ridge or LDA probes, not fitted."""
+        return RidgeProbes(self.settings.l2) if name == "ridge" else LDAProbes(self.settings.shrinkage)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A batch of fitted probes, one for each hook point of a stack and each distance, in this order.
+
+    Attributes:
+        stack: Number of the stack.
+        solver: How they were fitted.
+        horizon: What they predict.
+        probes: The probes.
+        control: The same for the control task; None where there is none.
+        code: Prequential code length in bits per example `[probes]`; None where it was not measured.
+        constant: Whether a probe's activations are the same in all examples `[probes]`, bool.
+    """
+
+    stack: int
+    solver: SolverName
+    horizon: int
+    probes: Probes
+    control: Probes | None
+    code: Tensor | None
+    constant: Tensor
+
+    def cells(self, stacks: Sequence[Stack], grid: Grid) -> list[Cell]:
+        """The cell of each probe."""
+        return [
+            Cell(location, layer, distance, self.horizon, self.solver)
+            for location, layer in stacks[self.stack].points
+            for distance in grid.distances
+        ]
+
+    def weights(self, stacks: Sequence[Stack], grid: Grid) -> dict[str, Tensor]:
+        """The weights by the names they are saved under, if the probes are linear."""
+        weights: dict[str, Tensor] = {}
+        if self.solver in LINEAR_SOLVERS:
+            rows = zip(self.cells(stacks, grid), self.probes.coef_, self.probes.intercept_, strict=True)
+            for cell, coef, intercept in rows:
+                # Cloned: a view of a row would keep the whole batch in memory.
+                weights[f"{cell.key}|coef"] = coef.detach().float().cpu().clone()
+                weights[f"{cell.key}|intercept"] = intercept.detach().float().cpu().clone()
+        return weights
+
+
+def fit(activations: Activations, job: FitJob) -> list[Fitted]:
+    """Fits every solver of the settings at all hook points, distances and horizons."""
+    if CLOSED_FORM.issuperset(job.settings.solvers):
+        return _fit_sums(activations, job)
+    return _fit_examples(activations, job)
+
+
+def _fit_examples(activations: Activations, job: FitJob) -> list[Fitted]:
+    """Holds the examples of two splits, for solvers that need them all at once."""
+    held = {split: _held(activations, job, split) for split in (FITTED_ON, CHOSEN_ON)}
+    tasks, solvers = target_tasks(job.grid), job.settings.solvers
+    total = len(tasks) * len(solvers) * sum(len(X) for X in held[FITTED_ON])
+    fitted = []
+    with job.progress.task(f"{job.name}: fit probes", total=total) as progress:
+        for stack, (X, X_chosen) in enumerate(zip(held[FITTED_ON], held[CHOSEN_ON], strict=True)):
+            constant = torch.stack([(x == x[:1]).all() for x in X])
+            points = len(activations.stacks[stack].points)
+            for solver in solvers:
+                for task in tasks:
+                    found = _fit_batch(job, solver, task, X, X_chosen, points)
+                    fitted.append(Fitted(stack, solver, task.horizon or 0, *found, constant))
+                    progress.advance(len(constant))
+    return fitted
+
+
+def _held(activations: Activations, job: FitJob, split: str) -> list[Tensor]:
+    """All activations of a split, for every stack `[probes, examples, width]`."""
+    examples, distances = len(job.grid.examples[split]), len(job.grid.distances)
+    held = [
+        torch.zeros(len(stack.points) * distances, examples, stack.width, device=job.device)
+        for stack in activations.stacks
+    ]
+    for rows, chunk in job.read(activations, split):
+        for whole, part in zip(held, chunk, strict=True):
+            whole[:, rows] = part
+    distributed.add_up(held)  # what another process has read is zero here
+    return held
+
+
+def _fit_batch(
+    job: FitJob, solver: SolverName, task: Task, X: Tensor, X_chosen: Tensor, points: int
+) -> tuple[Probes, Probes | None, Tensor | None]:
+    """The probes of a stack, those of the control task, and the code lengths."""
+
+    def labels(task: Task) -> tuple[Tensor, Tensor]:
+        return (
+            task.of(FITTED_ON, slice(None), points, job.device),
+            task.of(CHOSEN_ON, slice(None), points, job.device),
+        )
+
+    settings, classes = job.settings, job.grid.target.classes
+    y, y_chosen = labels(task)
+    probes = job.solver(solver).fit(X, y, classes, X_chosen, y_chosen)
+    control = code = None
+    if job.control is not None:
+        control = job.solver(solver)
+        y_control, y_control_chosen = labels(job.control)
+        if isinstance(probes, SoftmaxProbes) and isinstance(control, SoftmaxProbes):
+            # With the penalty of the real task: selectivity compares probes of one and the same family.
+            control.fit_at(X, y_control, classes, probes.l2_)
+        else:
+            control.fit(X, y_control, classes, X_chosen, y_control_chosen)
+    if settings.code_length and isinstance(probes, SoftmaxProbes):
+        ends = block_ends(job.grid.examples[FITTED_ON].document)
+        code = prequential_code(X, y, classes, probes.l2_, ends, settings.max_iterations).total
+    return probes, control, code
+
+
+def _fit_sums(activations: Activations, job: FitJob) -> list[Fitted]:
+    """Holds sums alone: one pass over the examples to fit on, one over those to choose on."""
+    grid, stacks, solvers = job.grid, activations.stacks, job.settings.solvers
+    tasks = [*target_tasks(grid), *([job.control] if job.control else [])]
+    points = [len(stack.points) for stack in stacks]
+    moments: dict[tuple[int, int], Moments] = {}  # by stack and task; tasks share mean and scatter
+    for s, stack in enumerate(stacks):
+        shape = points[s] * len(grid.distances), stack.width, grid.target.classes
+        moments[s, 0] = Moments.zeros(*shape, job.device)
+        moments |= {(s, t): moments[s, 0].relabelled() for t in range(1, len(tasks))}
+    for rows, chunk in job.read(activations, FITTED_ON):
+        for (s, t), sums in moments.items():
+            add = sums.add_labels if t else sums.add
+            add(chunk[s], tasks[t].of(FITTED_ON, rows, points[s], job.device))
+    for (_, t), sums in moments.items():
+        sums.over_processes(labels_alone=t > 0)
+    solved = {
+        (solver, *key): job.closed_form(solver).fit_moments(sums)
+        for key, sums in moments.items()
+        for solver in solvers
+    }
+    for rows, chunk in job.read(activations, CHOSEN_ON):
+        for (_, s, t), probes in solved.items():
+            probes.observe_validation(chunk[s], tasks[t].of(CHOSEN_ON, rows, points[s], job.device))
+    for probes in solved.values():
+        probes.choose()
+    return [
+        Fitted(
+            s,
+            solver,
+            horizon,
+            solved[solver, s, t],
+            control=solved[solver, s, len(tasks) - 1] if job.control else None,
+            code=None,
+            constant=moments[s, t].scatter.diagonal(dim1=1, dim2=2).sum(1) == 0,
+        )
+        for solver in solvers
+        for s in range(len(stacks))
+        for t, horizon in enumerate(grid.horizons)
+    ]
+
+
+def score(
+    activations: Activations, job: FitJob, fitted: Sequence[Fitted], facts: Facts
+) -> list[DocumentSums]:
+    """Scores fitted probes on the test examples as they are read.
+
+    Args:
+        activations: Where activations come from.
+        job: What is fitted.
+        fitted: The probes.
+        facts: What every row of results begins with.
+
+    Returns:
+        The scores of every batch, `control_correct` among them if there is a control task.
+    """
+    grid, stacks = job.grid, activations.stacks
+    number = document_numbers(grid.examples[TESTED_ON].document)
+    documents = int(number.max()) + 1
+    tasks = {task.horizon: task for task in target_tasks(grid)}
+    scored, controls = [], []
+    for batch in fitted:
+        readers = [facts | known for known in _facts(batch, batch.cells(stacks, grid), grid)]
+        scored.append(DocumentSums(readers, documents))
+        controls.append(DocumentSums(readers, documents, ["correct"]))
+    for rows, chunk in job.read(activations, TESTED_ON):
+        for batch, sums, control_sums in zip(fitted, scored, controls, strict=True):
+            X, points = chunk[batch.stack], len(stacks[batch.stack].points)
+            for probes, task, into in (
+                (batch.probes, tasks[batch.horizon], sums),
+                (batch.control, job.control, control_sums),
+            ):
+                if probes is not None and task is not None:
+                    labels = task.of(TESTED_ON, rows, points, job.device)
+                    for part in row_slices(X.shape[0], X.shape[1], grid.target.classes):
+                        predicted = probes.log_probabilities(X[:, part])
+                        into.add(number[rows][part], predicted, labels[..., part])
+    for batch, sums, control_sums in zip(fitted, scored, controls, strict=True):
+        sums.over_processes(job.device)
+        control_sums.over_processes(job.device)
+        if batch.control is not None:
+            sums.sums["control_correct"] = control_sums.sums["correct"]
+    return scored
+
+
+def _facts(fitted: Fitted, cells: Sequence[Cell], grid: Grid) -> Iterator[Facts]:
+    """The cell and the fit of each probe of a batch."""
+    columns = {name: getattr(fitted.probes, attribute, None) for name, attribute in FACTS.items()}
+    examples = grid.examples[FITTED_ON]
+    if fitted.code is not None:
+        ends = block_ends(examples.document)
+        prior = prior_code(grid.labels(FITTED_ON, fitted.horizon), grid.target.classes, ends)
+        columns |= {"code_length": fitted.code, "compression": prior / fitted.code}
+    losses = fitted.probes.validation_cross_entropy_
+    for i, cell in enumerate(cells):
+        known = {name: column[i].item() for name, column in columns.items() if column is not None}
+        yield (
+            vars(cell)
+            | {"fitted_on": len(examples)}
+            | known
+            | {
+                "validation_cross_entropy": float(losses[i].min()),
+                "constant": bool(fitted.constant[i]),
+            }
+        )

@@ -1,4 +1,7 @@
-"""`probekit probe`: probes by variant, location, layer, distance and horizon, with baselines and controls."""
+"""`probekit probe`: fits and scores probes of a run, and repeats the grid at every checkpoint of a training.
+
+Finished parts of an interrupted probing are kept, and not repeated while settings and weights are the same.
+"""
 
 from __future__ import annotations
 
@@ -21,18 +24,29 @@ from probekit.config import ProbedName
 from probekit.errors import ProbekitError
 from probekit.io import atomic_folder, read_metadata, read_tensors, write_json, write_table, write_tensors
 from probekit.models.conditioning import CONDITIONINGS, conditioned_location
-from probekit.models.hook_points import OUTSIDE_BLOCKS, check_location
+from probekit.models.hook_points import BEFORE, OUTSIDE_BLOCKS, check_location, per_layer
 from probekit.models.mixing import VARIANTS
 from probekit.probing.activations import Activations, HookPoint, Reader, Store, stacks_of, write_store
 from probekit.probing.baselines import baseline_sums
-from probekit.probing.fitting import CLOSED_FORM, FitJob, control_task, fit, score
-from probekit.probing.grid import CHOSEN_ON, FITTED_ON, TESTED_ON, Grid, document_numbers, make_grid
-from probekit.probing.locations import BEFORE, per_layer
-from probekit.probing.results import SETTINGS, DocumentSums, Facts, probes_file, table_of
+from probekit.probing.grid import (
+    CHOSEN_ON,
+    CLOSED_FORM,
+    FITTED_ON,
+    TESTED_ON,
+    FitJob,
+    Grid,
+    control_task,
+    document_numbers,
+    fit,
+    make_grid,
+    score,
+)
+from probekit.probing.results import SETTINGS, DocumentSums, Facts, probes_file, read_probe_record, table_of
 from probekit.probing.targets import Target, find_target
 from probekit.progress import Progress
-from probekit.run.provenance import digest_of
+from probekit.run.folder import digest_of
 from probekit.run.run import Run
+from probekit.run.stages import stages_of
 from probekit.statistics import Resampling
 
 Probed = tuple[list[DocumentSums], dict[str, Tensor]]
@@ -343,3 +357,88 @@ class _FinishedParts:
     def forget(self) -> None:
         """Removes all parts."""
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class TrainingProbes:
+    """Results of probes at every checkpoint of a stage.
+
+    Attributes:
+        table: The rows of `ProbeResults.table`, with the stage's `step` of their checkpoint.
+        stage: The stage.
+        path: Where the table was written.
+        losses: The stage's losses in training, by step.
+        notes: Lines to show the user.
+    """
+
+    table: pd.DataFrame
+    stage: str
+    path: Path
+    losses: pd.DataFrame
+    notes: list[str]
+
+
+def probe_checkpoints(
+    run: Run | str | Path,
+    settings: Mapping[str, Any] | None = None,
+    stage: str | None = None,
+    *,
+    quiet: bool = False,
+) -> TrainingProbes:
+    """Probes every checkpoint of a stage with one grid, and gathers the results.
+
+    Each checkpoint is a run of its own and keeps its own results in `probes/`; one that was probed with the
+    same settings is not probed again. Examples are the same at every step, and so are seeds.
+
+    Args:
+        run: The run or its folder.
+        settings: Settings to replace, by dotted name. `probe.variants` defaults to what the stage trains:
+            `none` for the stage `lm`, the variant for that of an adapter.
+        stage: `lm`, or `adapter/` and a variant; None: the first one that keeps checkpoints.
+        quiet: Show no progress.
+
+    Raises:
+        ProbekitError: No such checkpoints are kept, or as `probe` raises.
+    """
+    run = Run.at(run)
+    stage = _stage(run, stage)
+    wanted = {"probe.variants": ["none" if stage == "lm" else stage.removeprefix("adapter/")]}
+    wanted |= settings or {}
+    progress, kept = Progress(quiet=quiet), run.checkpoints(stage)
+    tables, notes = [], dict[str, None]()
+    with progress.task(f"probe checkpoints of {stage}", total=len(kept)) as task:
+        for step, folder in kept.items():
+            found = _probed_checkpoint(Run.at(folder, wanted))
+            tables.append(found.table.assign(step=step))
+            notes |= dict.fromkeys(found.notes)
+            task.advance(note=f"step {step:,}")
+    table = pd.concat(tables, ignore_index=True)
+    results = TrainingProbes(table, stage, run.probes_file(stage), run.losses_of(stage), [*notes])
+    if distributed.is_first():
+        write_table(results.path, results.table)
+    return results
+
+
+def _probed_checkpoint(run: Run) -> ProbeResults:
+    """The results of a checkpoint; those that exist are used if they have the same settings and origin."""
+    if (run.folder / "probes" / SETTINGS).exists():
+        record = read_probe_record(run.folder)
+        if (record.config, record.origin) == (run.config, origin(run)):
+            return ProbeResults(run.probes(), run.folder / "probes", record.notes)
+    return probe(run, quiet=True)
+
+
+def _stage(run: Run, stage: str | None) -> str:
+    """The stage whose checkpoints are probed."""
+    read = [name for name in stages_of(run.config) if name == "lm" or name.startswith("adapter/")]
+    kept = [name for name in read if run.checkpoints(name)]
+    if not kept:
+        raise ProbekitError(
+            f"{run.folder} keeps no checkpoints; train a run that does, with --training.lm.checkpoints 10 or "
+            "--training.adapter.checkpoints 10"
+        )
+    if stage is not None and stage not in kept:
+        raise ProbekitError(
+            f"--stage is {stage!r}, of which no checkpoints are kept; there are {', '.join(kept)}"
+        )
+    return stage or kept[0]

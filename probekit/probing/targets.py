@@ -19,6 +19,7 @@ from probekit.errors import ProbekitError
 if TYPE_CHECKING:
     import pandas as pd
 
+
 NO_LABEL = -1
 """The label of an example that has none; it is left out."""
 

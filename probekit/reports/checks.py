@@ -21,7 +21,7 @@ from probekit.reports.describe import (
     described,
     unreliable_probes,
 )
-from probekit.run.provenance import installed_versions
+from probekit.run.folder import installed_versions
 from probekit.run.run import Run
 from probekit.run.stages import stages_of
 

@@ -14,7 +14,7 @@ from unicodedata import category
 import pandas as pd
 
 from probekit.data.corpus import Corpus, action_table, sentence_lengths, sizes
-from probekit.probing.locations import label
+from probekit.models.hook_points import label
 
 INTERVALS = "95 % intervals from resampling documents"
 

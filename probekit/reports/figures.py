@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.typing import ColorType
 
 from probekit.io import atomic_path, write_text
-from probekit.probing.locations import label, per_layer
+from probekit.models.hook_points import label, per_layer
 
 COLOUR, SEED_COLOUR = "#1f4e79", "#9bb8d3"
 

@@ -20,8 +20,8 @@ from jinja2 import Environment, FileSystemLoader, select_autoescape
 from probekit.errors import ProbekitError
 from probekit.io import atomic_path, read_json, write_text
 from probekit.models.depth_ensemble import MEMBERS
+from probekit.models.hook_points import label
 from probekit.models.mixing import VARIANTS
-from probekit.probing.locations import label
 from probekit.probing.probe import ProbeResults
 from probekit.reports import describe
 from probekit.reports.checks import (

@@ -25,8 +25,7 @@ from probekit.models.mixing import VARIANTS
 from probekit.models.planner import Planner, TrainableEncoder
 from probekit.models.planner_lm import PlannedLM
 from probekit.progress import without_bars_of_transformers
-from probekit.run.folder import RunFolder
-from probekit.run.provenance import WEIGHTS, digest_of, lm_digest
+from probekit.run.folder import WEIGHTS, RunFolder, digest_of, lm_digest
 from probekit.run.stages import stages_of
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ from synthetic_probes import BASELINES, accuracy_of, probe_table
 import probekit
 from probekit.config import Config
 from probekit.io import read_json, write_json
+from probekit.models.hook_points import LOCATIONS
 from probekit.models.mixing import VARIANTS
-from probekit.probing.locations import LOCATIONS
 from probekit.reports.figures import Panel
 from probekit.run.run import Run
 from probekit.sweeps import grid

@@ -10,6 +10,9 @@ import torch
 from probekit.causal.changes import (
     NO_DONOR,
     Condition,
+    Steering,
+    along_gradient,
+    along_vectors,
     draw_donors,
     draw_wrong,
     erasing,
@@ -18,7 +21,6 @@ from probekit.causal.changes import (
     steering,
 )
 from probekit.causal.erasure import Eraser, RandomErasers
-from probekit.causal.steering import Steering, along_gradient, along_vectors
 from probekit.probing.results import LinearProbe
 from probekit.probing.solvers import Moments
 

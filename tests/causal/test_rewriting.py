@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from probekit.causal.boundaries import Edit, EditedLM, draw_boundaries
-from probekit.causal.rewriting import MAX_TOKENS, SentenceWriter
+from probekit.causal.intervene import MAX_TOKENS, SentenceWriter
 from probekit.data.sentences import complete_spans
 from probekit.models.conditioning import CONDITIONINGS, new_adapter
 from probekit.models.replanning import decoded

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from probekit.causal.steering import along_gradient, along_vectors, along_weights, log_odds_gradient
+from probekit.causal.changes import along_gradient, along_vectors, along_weights, log_odds_gradient
 from probekit.probing.results import LinearProbe
 
 WIDTH, CLASSES, EXAMPLES = 6, 5, 40

@@ -14,7 +14,7 @@ import probekit
 from probekit.cli import main
 from probekit.data.windows import IGNORE, collate, cut_windows
 from probekit.errors import ProbekitError
-from probekit.evaluation import depth_ensemble
+from probekit.evaluation import evaluate as depth_ensemble
 from probekit.evaluation.evaluate import evaluate
 from probekit.evaluation.multiple_choice import corpus_questions
 from probekit.evaluation.perplexity import Evaluation

@@ -14,13 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from probekit.data.windows import Batch, Windows, collate
 from probekit.errors import ProbekitError
-from probekit.evaluation.multiple_choice import (
-    Question,
-    by_document,
-    choice_losses,
-    corpus_questions,
-    solved,
-)
+from probekit.evaluation.multiple_choice import Question, by_document, choice_losses, corpus_questions, solved
 from probekit.evaluation.perplexity import own_losses
 from probekit.io import read_tensors, write_tensors
 from probekit.models.mixing import VARIANTS, Mixing

@@ -6,7 +6,7 @@ import pytest
 from probekit.data.corpus import Corpus
 from probekit.evaluation.action_metrics import STRENGTHS
 from probekit.generation.evaluate import count_actions
-from probekit.generation.labelling import Labeller
+from probekit.generation.metrics import Labeller
 from probekit.run.run import Run
 
 

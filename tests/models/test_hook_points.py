@@ -1,4 +1,4 @@
-"""Hook points, and the two backends: the plain module gives what the bridge gives, and neither leaves traces."""
+"""Hook points, and the two backends: the plain module gives what the bridge gives; neither leaves traces."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -12,6 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from probekit.errors import ProbekitError
 from probekit.models.hook_points import (
+    BEFORE,
+    LOCATIONS,
     OUTSIDE_BLOCKS,
     Backend,
     BridgeBackend,
@@ -25,7 +27,6 @@ from probekit.models.hook_points import (
     locations,
 )
 from probekit.models.language_model import bridge, load_model, random_weights, shallow
-from probekit.probing.locations import BEFORE, LOCATIONS
 
 FAMILIES = ["gpt2", "gpt_neox", "llama", "olmo", "olmo2", "qwen2", "qwen3"]
 LAYERS = 3

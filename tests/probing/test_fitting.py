@@ -12,14 +12,18 @@ from torch import Tensor
 from probekit.config import Config
 from probekit.probing.activations import Stack
 from probekit.probing.controls import block_ends, prequential_code, prior_code
-from probekit.probing.fitting import (
+from probekit.probing.grid import (
+    CHOSEN_ON,
+    FITTED_ON,
+    TESTED_ON,
     FitJob,
+    Grid,
     Task,
+    document_numbers,
     fit,
     score,
     target_tasks,
 )
-from probekit.probing.grid import CHOSEN_ON, FITTED_ON, TESTED_ON, Grid, document_numbers
 from probekit.probing.results import DocumentSums, Facts
 from probekit.probing.solvers import LDAProbes, MLPProbes, RidgeProbes, SoftmaxProbes
 from probekit.probing.targets import Examples, Target

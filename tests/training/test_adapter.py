@@ -17,7 +17,7 @@ from probekit.models.base_lm import BaseLM
 from probekit.models.mixing import VARIANTS, Oracle, Predicted
 from probekit.run.run import Run
 from probekit.training.adapter import train_adapter
-from probekit.training.language_model import train_language_model
+from probekit.training.train import train_language_model
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -5,8 +5,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from probekit.models.hook_points import OUTSIDE_BLOCKS, hook_name
-from probekit.probing.locations import BEFORE, LOCATIONS, label, per_layer, table_rows
+from probekit.models.hook_points import (
+    BEFORE,
+    LOCATIONS,
+    OUTSIDE_BLOCKS,
+    hook_name,
+    label,
+    per_layer,
+    table_rows,
+)
 
 
 @pytest.fixture(scope="module")
