@@ -1,7 +1,7 @@
 """Hook points: TransformerLens names as inputs or outputs of a plain module, or through the bridge.
 
-A location is a hook name without `blocks.L.`. Any hook that holds a vector for each position can be probed; the
-table of standard locations gives some of them a short name and a point in the drawing of a block.
+A location is a hook name without `blocks.L.`. Any hook that holds a vector for each position can be probed;
+the table of standard locations gives some of them a short name and a point in the drawing of a block.
 """
 
 from __future__ import annotations
