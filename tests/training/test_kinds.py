@@ -93,7 +93,7 @@ def test_both_backends_train_the_same(tiny_run: Run, kind: str):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"training__base__tuning": "lora", "training__base__dropout": 0.3},
+        {"training__base__tuning": "lora"},
         {"training__base__tuning": "full"},
         {"training__base__tuning": "lora", "conditioning__kind": "token"},
         {"conditioning__kind": "embedding"},
@@ -191,7 +191,7 @@ PLACES: list[HookPoint] = [("hook_embed", 0), ("attn.hook_z", 1), ("hook_resid_p
     [
         {"conditioning__kind": "embedding"},
         {"conditioning__kind": "token"},
-        {"training__base__tuning": "lora", "training__base__dropout": 0.3},
+        {"training__base__tuning": "lora"},
         {"training__base__tuning": "lora", "conditioning__kind": "token"},
     ],
 )
