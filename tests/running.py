@@ -66,7 +66,7 @@ def ran(*words: object) -> Ran:
 
 
 def in_two_processes(*words: str | Path) -> str:
-    """What a script, or a module behind `-m`, prints in two processes that work together."""
+    """What a script, or a module after `-m`, prints in two processes that work together."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([*launch, *map(str, words)], env=environment, capture_output=True, text=True)

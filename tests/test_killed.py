@@ -47,7 +47,7 @@ def killed_and_done(
     seconds: float,
     draw: random.Random,
 ) -> int:
-    """Kills a command twice at a random moment behind its beginning, then lets it end; how many kills hit."""
+    """Kills a command twice at a random moment after its beginning, then lets it end; how many kills hit."""
     hits = 0
     for _ in range(2):
         with run_command(*command()) as process:

@@ -74,7 +74,7 @@ def pictures(notebook: NotebookNode) -> list[bytes]:
 
 
 def with_parameters(notebook: NotebookNode, values: dict[str, Any]) -> NotebookNode:
-    """The notebook with a cell behind the tagged one that sets other values."""
+    """The notebook with a cell after the tagged one that sets other values."""
     (place,) = (
         number for number, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])
     )

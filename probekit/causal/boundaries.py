@@ -88,7 +88,7 @@ def draw_boundaries(
         rows.append((document, start, length, anchor - 1 - start, last_column, sentence))
     if not rows:
         raise ProbekitError(
-            f"no test document has a sentence that begins behind its first {reach} tokens; lower "
+            f"no test document has a sentence that begins after its first {reach} tokens; lower "
             "intervene.distances"
         )
     document, start, length, column, last_column, sentence = np.array(sorted(rows), dtype=np.int64).T
@@ -125,7 +125,7 @@ class Outcomes:
         next_loss: Loss of the next sentence, summed, in nats `[boundaries]`.
         next_tokens: Its number of tokens `[boundaries]`.
         first_loss: Loss of its first token `[boundaries]`.
-        other_loss: Summed loss of the tokens behind it `[boundaries]`.
+        other_loss: Summed loss of the tokens after it `[boundaries]`.
         other_tokens: Their number, zero where the window ends with the sentence `[boundaries]`.
         first: Log-probabilities of the next sentence's first token `[boundaries, vocabulary]`.
         action: The final-layer probe's log-probabilities of its action `[boundaries, actions]`.

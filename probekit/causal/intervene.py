@@ -154,7 +154,7 @@ class InterventionResults:
         table: One row for each kind, condition, strength, location, layer, distance and metric, with its 95 %
             interval from resampling documents, one sentence boundary each. Metrics are differences from the
             same boundaries without an edit: `next_loss`, `rest_loss` and `other_loss` (nats a token, of the
-            next sentence, of it without its first token, and of the tokens behind it), `first_kl` and
+            next sentence, of it without its first token, and of the tokens after it), `first_kl` and
             `readout_kl` (nats, from the LM's distribution over the next token, and from the final-layer
             probe's over the next action), `readout_true` and `readout_target` (that probe's probability of
             the true action, and of the target). `next_loss_over_random` and the like are differences from a
@@ -446,7 +446,7 @@ def _grid(run: Run) -> Grid:
     grid = make_grid(run.corpus, settings, find_target(run.corpus, "action"), run.config.seed)
     if missing := sorted({*distances} - {*grid.distances}):
         raise ProbekitError(
-            f"intervene.distances has {farthest}, but too few sentences begin behind so many tokens to fit "
+            f"intervene.distances has {farthest}, but too few sentences begin after so many tokens to fit "
             f"anything at distance {missing[0]}; give smaller distances"
         )
     return grid

@@ -436,7 +436,7 @@ class ProbeSettings(Settings):
     """Variants whose activations are read; none is the base LM without conditioning, random is the same
     architecture with random weights."""
     locations: Several[str] = ("hook_resid_post",)
-    """TransformerLens hooks, without the `blocks.L.` before them, that are read. With `:before` behind it,
+    """TransformerLens hooks, without the `blocks.L.` before them, that are read. With `:before` after it,
     the conditioned location as it was before the action was added."""
     layers: Several[Count] | None = None
     """Layers that are read; unset: all."""

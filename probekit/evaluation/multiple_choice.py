@@ -1,7 +1,7 @@
 """Multiple choice: whether an LM finds the true choice less surprising than the others.
 
 A choice's loss is the mean over its tokens, in nats, so that short and long choices compare. All choices of a
-question are read behind the same context. A conditioned model plans from the context alone, as in generation:
+question are read after the same context. A conditioned model plans from the context alone, as in generation:
 all tokens of a choice carry the action that is planned for the next sentence before it is known.
 """
 
@@ -45,7 +45,7 @@ class Question:
 
     Attributes:
         context: Token ids, the separator first.
-        choices: Token ids of each choice, as they stand behind the context.
+        choices: Token ids of each choice, as they stand after the context.
         answer: Which of them is true.
         document: The document that it comes from; of a file, the line, as if each question were a document.
     """
@@ -67,7 +67,7 @@ def corpus_questions(
     """Questions which sentence of a document comes next.
 
     They depend on nothing but the arguments, and those of a smaller `count` are the first of a larger one's.
-    Wrong choices come from behind the true sentence where there are enough, else also from before the window.
+    Wrong choices come from the text after the true one where there are enough, else also from before the window.
 
     Args:
         corpus: The corpus.
@@ -118,7 +118,7 @@ class _Sentence(NamedTuple):
         begin: Where its tokens begin, counted from the document's separator.
         ids: Its tokens.
         text: Its text without surrounding white space.
-        spaces: The white space before and behind it in the text, and at both ends of its own tokens.
+        spaces: The white space before and after it in the text, and at both ends of its own tokens.
     """
 
     begin: int
@@ -184,7 +184,7 @@ def read_questions(path: str | Path, corpus: Corpus) -> list[Question]:
     """The questions of a file, one to a line of JSON.
 
     A line has a `question`, its `choices`, a list of texts, and the `answer`, the number of the true choice
-    counted from 0. A choice is read behind the question, after a space where there is no white space.
+    counted from 0. A choice is read after the question, after a space where there is no white space.
 
     Args:
         path: The file, UTF-8.
@@ -228,7 +228,7 @@ def _parsed(line: str, number: int, corpus: Corpus, where: str) -> Question:
     for text in texts:
         choice = space + text if space or text[0].isspace() else f" {text}"
         whole = [corpus.separator, *encoded(corpus.tokenizer, asked + choice)]
-        # The tokens behind the question's own, unless the tokenizer merges the two.
+        # The tokens after the question's own, unless the tokenizer merges the two.
         apart = len(whole) > len(context) and whole[: len(context)] == context
         ids = whole[len(context) :] if apart else encoded(corpus.tokenizer, choice)
         if ids in choices:
@@ -322,7 +322,7 @@ def choice_losses(
 
 
 class _Reading(NamedTuple):
-    """A choice behind its context, as it is read.
+    """A choice after its context, as it is read.
 
     Attributes:
         question: Number of its question.
@@ -338,7 +338,7 @@ class _Reading(NamedTuple):
 
 
 def _readings(number: int, question: Question, context: GrowingText, window: int) -> Iterator[_Reading]:
-    """The choices of a question behind its context, which is cut from the left."""
+    """The choices of a question after its context, which is cut from the left."""
     kept = window + 1 - question.longest
     tokens, carried = context.tokens[-kept:], context.carried[-kept:]
     for choice, ids in enumerate(question.choices):

@@ -413,7 +413,7 @@ def continued_documents(run: Run) -> tuple[list[Prompt], list[np.ndarray]]:
     if len(prompts) < 2:
         test = corpus.documents("test")
         raise ProbekitError(
-            f"{len(prompts)} of the {len(test):,} test documents go on for {longest:,} tokens behind the "
+            f"{len(prompts)} of the {len(test):,} test documents go on for {longest:,} tokens after the "
             f"first end of a sentence after {settings.context:,} (the longest has "
             f"{_sizes(corpus, test).max():,}), and it takes two; lower generation.lengths or "
             "generation.context"

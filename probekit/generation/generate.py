@@ -73,7 +73,7 @@ class Generated:
     """A continuation.
 
     Attributes:
-        tokens: Token ids behind the prompt.
+        tokens: Token ids after the prompt.
         text: The same as text.
         plan: The action given to each of its sentences, the planner's most probable one where actions are
             mixed; empty where nothing is planned.
@@ -366,7 +366,7 @@ def _beginnings(run: Run, count: int) -> list[Prompt]:
             return prompts
     if not prompts:
         raise ProbekitError(
-            f"no test document goes on behind its first {context} tokens; lower generation.context"
+            f"no test document goes on after its first {context} tokens; lower generation.context"
         )
     return prompts
 

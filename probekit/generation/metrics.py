@@ -125,7 +125,7 @@ class Labeller:
 
 
 class _Split(NamedTuple):
-    """The sentences of a text behind its context.
+    """The sentences of a text after its context.
 
     Attributes:
         begin: Characters of the context.
@@ -356,7 +356,7 @@ def mauve_interval(clustered: Sequence[Clustered], *, resamples: int, seed: int)
 
 
 LOCATION = "ln_final.hook_out"
-FEATURES = "last hidden state of the run's base LM (behind the last normalisation), mean over tokens"
+FEATURES = "last hidden state of the run's base LM (after the last normalisation), mean over tokens"
 """What MAUVE compares texts by, as it is recorded."""
 
 

@@ -30,7 +30,7 @@ class Slots:
     Attributes:
         own: The slot of every token `[windows, positions]`.
         predicting: The slot at which the token after it is predicted `[windows, positions]`.
-        position: The position whose token a slot holds, or right behind which it plans `[windows, slots]`.
+        position: The position whose token a slot holds, or right after which it plans `[windows, slots]`.
         planning: Whether a slot plans `[windows, slots]`.
     """
 
@@ -49,7 +49,7 @@ class Slots:
         own = place + begins.cumsum(dim=1) - begins
         predicting = own + begins
 
-        # Slots behind a window's last are padding, which repeats its last token.
+        # Slots after a window's last are padding, which repeats its last token.
         slots = int(predicting.max()) + 1
         position = sentence.new_full((windows, slots), length - 1)
         position = position.scatter(1, own, place).scatter(1, predicting, place)
@@ -95,7 +95,7 @@ class Adapter(nn.Module, ABC):
         codebook: Action embeddings `[actions, dimensions]`; every adapter trains its own.
         names: The full TransformerLens names of the hooks it changes.
         inserts: Whether the LM reads tokens that are not the text's.
-        lag: From how many positions behind the one that predicts a sentence's first token its action is seen.
+        lag: From how many positions after the one that predicts a sentence's first token its action is seen.
     """
 
     names: Sequence[str]
@@ -164,10 +164,10 @@ class EmbeddingAdapter(Adapter):
 
 
 class PlanningToken(EmbeddingAdapter):
-    """A planning token before every sentence, and at the beginning of a window behind its first token.
+    """A planning token before every sentence, and at the beginning of a window after its first token.
 
     Its embedding is the projected action embedding, its position that of the token before it, so that windows
-    may be as long as without. The token behind it is predicted where it stands.
+    may be as long as without. The token after it is predicted where it stands.
     """
 
     inserts = True

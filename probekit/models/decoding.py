@@ -136,7 +136,7 @@ class Decoder:
         self._device = model.backend.device
 
     def __call__(self, texts: Sequence[GrowingText]) -> Tensor:
-        """Logits of the token behind each text `[texts, vocabulary]`.
+        """Logits of the token after each text `[texts, vocabulary]`.
 
         Args:
             texts: At least one. Those that were given in the call before, and have grown by a token since,
@@ -173,7 +173,7 @@ class HFDecoder(Decoder):
         self._hooks: list[Hook] = []
 
     def __call__(self, texts: Sequence[GrowingText]) -> Tensor:
-        """Logits of the token behind each text `[texts, vocabulary]`; see `Decoder`."""
+        """Logits of the token after each text `[texts, vocabulary]`; see `Decoder`."""
         if not self.cached:
             return self._fill(texts, cache=None)
         held = [text for text in self._texts if text in texts and self._goes_on(text)]
@@ -224,7 +224,7 @@ class HFDecoder(Decoder):
         return self._hooks
 
     def _begin(self, held: list[GrowingText], fresh: list[GrowingText]) -> Tensor:
-        """Reads whole windows, and holds them behind what is held."""
+        """Reads whole windows, and holds them after what is held."""
         from transformers import DynamicCache
 
         # Without the model's config no layer drops what its own sliding window leaves behind: masks hide it.

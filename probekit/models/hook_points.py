@@ -28,7 +28,7 @@ Hook = tuple[str, Callable[..., Tensor | None]]
 """A full TransformerLens hook name, and a function of the activation there; it may return another."""
 
 OUTSIDE_BLOCKS = ("hook_embed", "ln_final.hook_out")
-"""Locations that a model has once: before its first block, and behind its last."""
+"""Locations that a model has once: before its first block, and after its last."""
 
 TOLERANCE = 1e-3
 """Largest difference between the two backends, as a share of the largest activation."""
@@ -128,7 +128,7 @@ class HFBackend:
         Args:
             tokens: `[windows, positions]`.
             hooks: Those that read return nothing, those that change an activation return it.
-            reads: How many hooks read; nothing behind the last of them is computed.
+            reads: How many hooks read; nothing after the last of them is computed.
             positions: The tokens' position ids `[windows, positions]`; unset: 0, 1, 2 and so on.
         """
         left = reads
@@ -205,7 +205,7 @@ class BridgeBackend:
     def __call__(
         self, tokens: Tensor, hooks: Sequence[Hook], reads: int, positions: Tensor | None = None
     ) -> None:
-        """Runs hooks as `HFBackend` does; stops behind the last layer that a hook is in."""
+        """Runs hooks as `HFBackend` does; stops after the last layer that a hook is in."""
         layers = [layer_of(name) for name, _ in hooks]
         stop = None if None in layers else max(layer for layer in layers if layer is not None) + 1
         if stop == self.bridged.cfg.n_layers:

@@ -63,7 +63,7 @@ class GenerationState:
         prompt: Ids, the separator first.
         tokenizer: Decodes tokens.
         language: Of the sentence splitter.
-        given: The plan that is given for the sentences behind the prompt, if one is.
+        given: The plan that is given for the sentences after the prompt, if one is.
 
     Attributes:
         text: What the LM reads.
@@ -72,8 +72,8 @@ class GenerationState:
         embeddings: Their embeddings, as far as they are known.
         actions: The action of every sentence from the first to the one that the next token is in, as far as
             they are known.
-        first: The sentence that the token behind the prompt is in.
-        given: The plan that is given for the sentences behind the prompt, empty where none is.
+        first: The sentence that the token after the prompt is in.
+        given: The plan that is given for the sentences after the prompt, empty where none is.
         ended: Why nothing more is to be generated; None as long as something is.
     """
 
@@ -102,7 +102,7 @@ class GenerationState:
 
     @property
     def written(self) -> list[int]:
-        """Ids of the tokens behind the prompt."""
+        """Ids of the tokens after the prompt."""
         return self.text.tokens[self._prompt_tokens :]
 
     @property
@@ -112,7 +112,7 @@ class GenerationState:
 
     @property
     def plan(self) -> list[int]:
-        """The action of each sentence behind the prompt, of those that the text has so far."""
+        """The action of each sentence after the prompt, of those that the text has so far."""
         sentences = len(sentence_spans(self.whole, self._language))
         return self.actions[self.first : max(sentences, self.first)]
 
@@ -283,7 +283,7 @@ class Planned(_BySentence):
 
 @dataclass(frozen=True)
 class Given(_BySentence):
-    """A plan that is given for the sentences behind the prompt; those of the prompt have their own action.
+    """A plan that is given for the sentences after the prompt; those of the prompt have their own action.
 
     Attributes:
         codebook: Finds a sentence's own action, its nearest centroid.
@@ -343,5 +343,5 @@ def conditioner_of(
         return ConstantBySentence(embedding) if adapter.inserts else Constant(embedding)
     if plan_codebook is not None:
         return Given(adapter, encoder(), device, plan_codebook)
-    assert model.planner is not None  # noqa: S101 - an adapter is trained behind its planner
+    assert model.planner is not None  # noqa: S101 - an adapter is trained after its planner
     return Planned(adapter, encoder(), device, model.planner, mixing, model.temperature, precision)

@@ -84,7 +84,7 @@ def position_ceiling(
         Log-probabilities in nats, `[rows, actions]`.
 
     Raises:
-        ProbekitError: A position is not in the sentence's document or lies behind the sentence, the planted
+        ProbekitError: A position is not in the sentence's document or lies after the sentence, the planted
             settings are not those of the corpus, or the tokenizer does not separate words.
     """
     documents, document = np.unique(corpus.document_of(sentences), return_inverse=True)
@@ -101,7 +101,7 @@ def position_ceiling(
     if wrong.any():
         row = int(wrong.argmax())
         raise ProbekitError(
-            f"position {positions[row]} is not in the document of sentence {sentences[row]} or behind that "
+            f"position {positions[row]} is not in the document of sentence {sentences[row]} or after that "
             "sentence; a ceiling is for positions within the sentence or before it"
         )
 

@@ -465,5 +465,5 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _files_of(stage: str) -> str:
-    """Where a stage's files are in a run's folder: one of this name, others with suffixes behind it."""
+    """Where a stage's files are in a run's folder: one of this name, others with suffixes after it."""
     return {"planner": "planner/model"}.get(stage, stage.replace("adapter/", "adapters/"))

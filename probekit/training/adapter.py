@@ -46,7 +46,7 @@ def train_adapter(
             the bridge.
         fold_planners: For every fold a planner that has not seen its documents; scores them in training,
             unless the variant is joint.
-        keep: Keeps the model as it is behind a step.
+        keep: Keeps the model as it is after a step.
 
     Raises:
         ProbekitError: The base LM is to be tuned, or accelerate placed it, but actions enter where only the
@@ -194,7 +194,7 @@ def _backend(lm: BaseLM, base: Tuning | None, adapter: Adapter) -> Backend:
     """How the LM is run in training: the plain one where it has the adapter's hooks, or else the bridge."""
     if base is None:
         return BridgeBackend(lm.bridged)
-    # The last hook shows that the two agree in all that lies behind the adapter's.
+    # The last hook shows that the two agree in all that lies after the adapter's.
     backend = lm.forward_pass([*adapter.names, OUTSIDE_BLOCKS[1]], base.model)
     if base.parameters:
         check_tunable(backend, adapter)

@@ -49,7 +49,7 @@ def train_ensemble(
         conditioned: The same, conditioned by an adapter or not.
         base: The same LM, not bridged, and what is to be trained of it.
         fold_planners: For every fold a planner that has not seen its documents; scores them in training.
-        keep: Keeps the ensemble as it is behind a step.
+        keep: Keeps the ensemble as it is after a step.
 
     Raises:
         ProbekitError: The LM does not bear an ensemble; or it is to be tuned, but only TransformerLens has
@@ -159,7 +159,7 @@ class DepthTraining:
     def _scored(self, batch: Batch, *, training: bool) -> tuple[LateLayers, Tensor]:
         """LateLayers layers, and next tokens, at the positions that are scored."""
         scores = self._out_of_fold.scores(batch) if training and self._out_of_fold is not None else None
-        # A frozen LM needs no graph: what is trained lies behind it.
+        # A frozen LM needs no graph: what is trained lies after it.
         frozen = contextlib.nullcontext() if self._base.parameters else torch.no_grad()
         scored = batch.targets != IGNORE
         with frozen:

@@ -115,7 +115,7 @@ def train_planner(
     Args:
         trainer: What every stage needs.
         fold: Train on the documents outside this one of `training.planner.folds` folds; None: on all.
-        keep: Keeps the planner as it is behind a step.
+        keep: Keeps the planner as it is after a step.
 
     Raises:
         ProbekitError: A split, or what is outside the fold, has no other documents.

@@ -50,7 +50,7 @@ def train_language_model(
 
     Args:
         trainer: What every stage needs.
-        keep: Keeps the LM as it is behind a step.
+        keep: Keeps the LM as it is after a step.
     """
     config, corpus = trainer.config, trainer.corpus
     settings = config.training.lm

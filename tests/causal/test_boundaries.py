@@ -26,7 +26,7 @@ FIELDS = ("next_loss", "first_loss", "other_loss", "first", "action")
 
 
 def corpus_of(documents: list[list[int]]) -> Any:
-    """A corpus whose documents have sentences of these lengths, behind a separator."""
+    """A corpus whose documents have sentences of these lengths, after a separator."""
     begins = np.concatenate([[0], np.cumsum([1 + sum(lengths) for lengths in documents])])
     first = [
         begin + 1 + sum(lengths[:n])
@@ -69,7 +69,7 @@ def test_columns_are_right(documents: list[list[int]], window: int, reach: int, 
         assert start + length <= end - 1
         assert length <= window
         assert drawn.windows.scored[n] == length
-        # The token behind the column is the sentence's first.
+        # The token after the column is the sentence's first.
         anchor = start + column + 1
         assert anchor == corpus.first_token[sentence]
         assert column < length
@@ -263,7 +263,7 @@ def test_edits_of_a_conditioned_variant_come_behind_the_adapter(
 ):
     assert "blocks.2.attn.hook_z" in probed_run.model("soft").adapter.names
     assert_outcomes(soft.outcomes(), conditioned_by_hand(probed_run, boundaries, None))
-    # What replaces the activation behind the adapter is all that is there: the plan is gone.
+    # What replaces the activation after the adapter is all that is there: the plan is gone.
     for change in (pushed, lambda x, n, d: torch.zeros_like(x)):
         found = soft.outcomes(Edit(HEADS, (1,), change))
         assert_outcomes(found, conditioned_by_hand(probed_run, boundaries, change))

@@ -119,7 +119,7 @@ def test_wrong_choices_stand_behind_where_enough_do(articles: Corpus):
     narrow = corpus_questions(articles, articles.documents("train"), 200, WINDOW, 0)
 
     def begins(question: Question) -> list[bool]:
-        """Whether each wrong choice begins behind the true one."""
+        """Whether each wrong choice begins after the true one."""
         tokens, own = tokens_of(articles, question.document), places(articles, question.document)
         last = {tuple(tokens[a:b]): a for a, b in own}
         wrong = [c for i, c in enumerate(question.choices) if i != question.answer]

@@ -355,7 +355,7 @@ def test_too_few_long_documents_are_refused_in_one_line(tiny_run: Run, context: 
     run = tiny_run.with_settings({"generation.context": context, "generation.lengths": [8, length]})
     sizes = np.diff(run.corpus.document_tokens)[run.corpus.documents("test")] - 1
     message = (
-        f"0 of the 16 test documents go on for {length:,} tokens behind the first end of a sentence after "
+        f"0 of the 16 test documents go on for {length:,} tokens after the first end of a sentence after "
         f"{context:,} (the longest has {sizes.max():,}), and it takes two; lower generation.lengths or "
         "generation.context"
     )

@@ -182,7 +182,7 @@ def told_in_time(run: Run, prompt: Prompt, tokens: np.ndarray, corpus: Corpus) -
 
 
 def own_logits(run: Run, variant: str, corpus: Corpus, given: bool) -> torch.Tensor:
-    """Logits behind every token, in windows as in an evaluation `[tokens, vocabulary]`."""
+    """Logits after every token, in windows as in an evaluation `[tokens, vocabulary]`."""
     windows = cut_windows(corpus, np.array([0]), WINDOW, WINDOW - WINDOW // 2)
     if len(windows) > 1:
         windows = windows[:-1]  # it is full at a document's end, and so longer than what was read in time

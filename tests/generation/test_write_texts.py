@@ -183,7 +183,7 @@ def test_sentences_are_told_by_hindsight():
         (["--plan", "1", "--variant", "none"], "variant 'none' follows no plan"),
         (["--prompts", "/no/file"], "--prompts /no/file: cannot be read as UTF-8 text"),
         (["--prompt", "a", "--samples", "1"], "not allowed with argument"),
-        (["--generation.context", "9999"], "no test document goes on behind its first 9999 tokens; lower"),
+        (["--generation.context", "9999"], "no test document goes on after its first 9999 tokens; lower"),
         (["--generation.temperature", "-1"], "generation.temperature is '-1'"),
         (["--generation.temperature", "1e-309"], "1e-309 is too low to divide by; give 0.001 or more, or 0"),
         (

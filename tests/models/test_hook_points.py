@@ -41,7 +41,7 @@ def table_names(lm: TransformerBridge) -> list[str]:
 
 
 def seen_by(backend: Backend, names: Sequence[str], changes: Sequence[Hook] = ()) -> dict[str, Tensor]:
-    """What hooks at some names see, behind hooks that change activations."""
+    """What hooks at some names see, after hooks that change activations."""
     seen: dict[str, Tensor] = {}
 
     def look(name: str) -> Hook:

@@ -205,7 +205,7 @@ def test_rows_do_not_depend_on_each_other(planted: tuple[Config, Corpus]):
 def test_positions_that_no_ceiling_is_for_are_refused(
     planted: tuple[Config, Corpus], offset: int, sentence: int
 ):
-    """In the document before, in one before that of the sentence, and behind the sentence."""
+    """In the document before, in one before that of the sentence, and after the sentence."""
     config, corpus = planted
     position = corpus.document_tokens[5] + offset
     if offset == 9:

@@ -171,7 +171,7 @@ def test_reading_less_of_the_last_sentence_costs(corpus, documents):
 
 
 def test_an_unlikely_type_survives_until_it_is_confirmed():
-    """Type 1 is behind by 600 orders of magnitude, until an action that only it can have appears."""
+    """Type 1 is after by 600 orders of magnitude, until an action that only it can have appears."""
     stay = np.eye(3)
     leave = np.array([[1 - 1e-9, 1e-9, 0], [0, 1, 0], [0, 0, 1]])
     start = np.array([[1.0, 0, 0], [1e-300, 0, 1 - 1e-300]])

@@ -133,7 +133,7 @@ class Watched:
 
     @torch.no_grad()
     def at(self, position: int, window: int, stride: int) -> dict[HookPoint, Tensor]:
-        """All places at a position, in the window that scores its next token, cut off behind the position."""
+        """All places at a position, in the window that scores its next token, cut off after the position."""
         corpus = self._run.corpus
         document = int(np.searchsorted(corpus.document_tokens, position, side="right")) - 1
         start = int(corpus.document_tokens[document])

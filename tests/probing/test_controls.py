@@ -22,7 +22,7 @@ PRIOR = np.full(1000, 1e-3)
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory):
-    """Three documents behind separators; words are single tokens."""
+    """Three documents after separators; words are single tokens."""
     folder: Path = tmp_path_factory.mktemp("control")
     tokenizer = train_tokenizer(TEXTS * 20, 400, folder / "tokenizer")
     ids = [[tokenizer.bos_token_id, *tokenizer(text).input_ids] for text in TEXTS]

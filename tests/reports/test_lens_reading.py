@@ -64,7 +64,7 @@ def test_a_document_of_the_corpus_is_cut_as_the_corpus_was(probed_run: Run, docu
     assert cut.document == document
     np.testing.assert_array_equal(cut.actions, corpus.actions[sentences])
     assert cut.complete
-    # The sentence to come begins at the token behind the text.
+    # The sentence to come begins at the token after the text.
     np.testing.assert_array_equal(cut.corpus.first_token, [*(cut.first_token + 1), end - begin])
     assert (cut.corpus.embeddings[-1] == 0).all()
 
@@ -303,7 +303,7 @@ def test_planning_tokens_and_encoders_of_their_own(
     np.testing.assert_allclose(
         data.planner["true"], chances[np.arange(len(sentences)), data.actions], atol=1e-5
     )
-    # The planning token of a sentence comes behind the token that predicts its first one.
+    # The planning token of a sentence comes after the token that predicts its first one.
     carried = np.searchsorted(data.first_token, np.arange(len(data.pieces)), side="right") - 1
     np.testing.assert_array_equal(data.conditioning["carried"], carried)
     assert not data.probes.quality.injected.any()

@@ -98,7 +98,7 @@ def copy(full: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 def rows_below(page: Page, caption: str, words: list[str]) -> list[list[str]]:
-    """The rows of tables whose captions begin so, behind the words with which the rows begin."""
+    """The rows of tables whose captions begin so, after the words with which the rows begin."""
     tables = [rows for name, rows in page.tables.items() if name.startswith(caption)]
     return [row[len(words) :] for rows in tables for row in rows if row[: len(words)] == words]
 

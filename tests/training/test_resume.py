@@ -1,4 +1,4 @@
-"""Training that was stopped within a stage, by whatever, and runs as they were behind a step."""
+"""Training that was stopped within a stage, by whatever, and runs as they were after a step."""
 
 from pathlib import Path
 
