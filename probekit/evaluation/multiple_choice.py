@@ -67,7 +67,7 @@ def corpus_questions(
     """Questions which sentence of a document comes next.
 
     They depend on nothing but the arguments, and those of a smaller `count` are the first of a larger one's.
-    Wrong choices come from the text after the true one where there are enough, else also from before the window.
+    Wrong choices come from the text after the true one, and where it has too few also from before the window.
 
     Args:
         corpus: The corpus.
