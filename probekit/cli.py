@@ -515,7 +515,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         number = stop.signal if isinstance(stop, Stopped) else signal.SIGINT
         stopped = "terminated" if number == signal.SIGTERM else "interrupted"
-        again = CONTINUED.get(words[0], "nothing was written; start it again")
+        again = CONTINUED.get(words[0], "start it again")
         sys.stderr.write(f"probekit: {stopped}; {again}\n")
         return 128 + number
     return 0

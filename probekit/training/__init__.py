@@ -1,1 +1,1 @@
-"""Training, a file for each stage."""
+"""Training: the loop, and the stages of a run."""
