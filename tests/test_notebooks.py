@@ -51,7 +51,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "04_depth_ensemble.ipynb": {"SETTINGS": TINY, "LAYERS": 3},
     "05_causal_tests.ipynb": {
         "SETTINGS": TINY | {"mixing.variants": ["soft"]},
-        "SCENES": 8,
+        "BOUNDARIES": 8,
         "SAMPLES": 3,
     },
 }
