@@ -74,15 +74,15 @@ def read_documents(settings: CorpusSettings) -> Iterator[Document]:
     empty = True
     for document in itertools.islice(documents, settings.max_documents):
         empty = False
-        yield _encodable(document, settings)
+        yield _encodable(document)
     if empty:
         raise ProbekitError(
             f"corpus.path is {settings.path!r}: the {settings.reader} reader finds no document there"
         )
 
 
-def _encodable(document: Document, settings: CorpusSettings) -> Document:
-    """Refuses or replaces halves of surrogate pairs, which JSON can spell but no tokenizer accepts."""
+def _encodable(document: Document) -> Document:
+    """Refuses halves of surrogate pairs, which JSON can spell but no tokenizer accepts."""
     try:
         document.text.encode()
     except UnicodeEncodeError as error:

@@ -48,10 +48,10 @@ def baseline_sums(run: Run, grid: Grid) -> list[DocumentSums]:
     scored = []
     for horizon in grid.horizons:
         for name, baseline in _of_sentences(run, grid, training, horizon).items():
-            scored.append(_scored(run.corpus, grid, horizon, grid.distances, name, baseline))
+            scored.append(_scored(grid, horizon, grid.distances, name, baseline))
         for distance in grid.distances:
             for name, baseline in _of_positions(run, grid, training, horizon, distance).items():
-                scored.append(_scored(run.corpus, grid, horizon, [distance], name, baseline))
+                scored.append(_scored(grid, horizon, [distance], name, baseline))
     return scored
 
 
@@ -157,7 +157,7 @@ def _bigram(
 
 
 def _scored(
-    corpus: Corpus, grid: Grid, horizon: int, distances: tuple[int, ...] | list[int], name: str, of: Baseline
+    grid: Grid, horizon: int, distances: tuple[int, ...] | list[int], name: str, of: Baseline
 ) -> DocumentSums:
     """The scores of a baseline that predicts the same at all of the distances."""
     readers: list[Facts] = [

@@ -69,7 +69,7 @@ def provenance(config: Config) -> dict[str, Any]:
         "versions": installed_versions(),
         "git_commit": _git_commit(),
         "seeds": {"run": config.seed, "corpus": config.corpus.seed, "planted": config.corpus.planted.seed},
-        "device": str(distributed.compute_device(config.device)),
+        "device": str(compute_device(config.device)),
         "machine": {
             "processor": platform.machine(),
             "system": platform.system(),

@@ -152,7 +152,7 @@ def train(
         ProbekitError: The input is bad; what was written before stays whole.
     """
     progress = Progress(quiet=quiet)
-    with _begun(config, out, existing, progress) as run:
+    with _begun(config, out, existing) as run:
         _train(run, progress)
     return run
 
@@ -195,7 +195,7 @@ def build_corpus(
 ) -> Run:
     """Begins a run and builds its corpus, the first stage of training; the arguments are `train`'s."""
     progress = Progress(quiet=quiet)
-    with _begun(config, out, existing, progress) as run:
+    with _begun(config, out, existing) as run:
         _stage(run, "corpus", partial(_corpus, run, progress))
     return run
 
@@ -221,14 +221,14 @@ def prepare(
     if config.lm.name is None:
         raise ProbekitError("lm.name is not set; give the hub name or folder of the LM to probe (--model)")
     progress = Progress(quiet=quiet)
-    with _begun(config, out, existing, progress) as run:
+    with _begun(config, out, existing) as run:
         _stage(run, "lm", partial(_language_model, run, progress))
         _stage(run, "corpus", partial(_corpus, run, progress))
     return run
 
 
 @contextlib.contextmanager
-def _begun(config: Config | None, out: str | Path, existing: Existing, progress: Progress) -> Iterator[Run]:
+def _begun(config: Config | None, out: str | Path, existing: Existing) -> Iterator[Run]:
     """The run, begun or resumed by the first process and then opened by the others."""
     if config is not None and config.lm.name is None:
         check_new_model(config)
