@@ -68,6 +68,36 @@ def test_a_refitted_probe_is_at_the_prior(data):
     assert (cross / len(y)).abs().max() < 1e-5 * x.std()
 
 
+def ill_conditioned() -> tuple[torch.Tensor, torch.Tensor]:
+    """Activations in float32 with variances from 2e-6 to 349, as an LM's embeddings have, and their classes."""
+    generator = torch.Generator().manual_seed(1)
+    y = torch.randint(CLASSES, (EXAMPLES,), generator=generator)
+    noise = torch.randn(EXAMPLES, WIDTH, generator=generator, dtype=torch.double)
+    noise += torch.randn(CLASSES, WIDTH, generator=generator, dtype=torch.double)[y]
+    rotation = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=generator, dtype=torch.double)).Q
+    scale = torch.logspace(np.log10(2e-6), np.log10(349), WIDTH, dtype=torch.double).sqrt()
+    return (noise * scale @ rotation + 3).float(), y
+
+
+def test_ill_conditioned_activations_are_erased_as_in_float64():
+    """Against P = W^-1 U U' W with W = cov^-1/2 and U of the whitened class means, from all examples at once."""
+    x, y = ill_conditioned()
+    exact = x.double()
+    centred = exact - exact.mean(0)
+    values, vectors = np.linalg.eigh((centred.T @ centred / len(x)).numpy())
+    whiten, colour = (vectors * values**power @ vectors.T for power in (-0.5, 0.5))
+    one_hot = torch.nn.functional.one_hot(y, CLASSES).double()
+    left, singular, _ = np.linalg.svd(whiten @ (centred.T @ one_hot).numpy(), full_matrices=False)
+    basis = left[:, singular > 1e-8 * singular[0]]
+    eraser = leace(moments_of(x, y))
+    projection = (eraser.left @ eraser.right).numpy()
+    expected = colour @ basis @ basis.T @ whiten
+    assert np.linalg.norm(projection - expected) < 1e-6 * np.linalg.norm(expected)
+    erased = eraser(exact)
+    cross = torch.from_numpy(whiten) @ (erased - erased.mean(0)).T @ one_hot / len(x)
+    assert cross.abs().max() < 1e-6
+
+
 def test_rounds_of_null_space_projection_erase_more_and_more(data):
     x, y = data
     accuracies = [refitted(x, y)]

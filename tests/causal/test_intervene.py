@@ -217,6 +217,7 @@ def erased(run: Run, activations: torch.Tensor) -> torch.Tensor:
     one = run.config.probe.model_copy(update={"distances": (1,), "horizons": (1,)})
     grid = make_grid(run.corpus, one, find_target(run.corpus, "action"), 0)
     moments = read_moments(run, "oracle", [HEADS], grid, Progress(quiet=True))
+    assert moments[HEADS, 1].dtype == torch.float64
     return leace(moments[HEADS, 1])(activations)
 
 
