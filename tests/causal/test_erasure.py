@@ -69,7 +69,7 @@ def test_a_refitted_probe_is_at_the_prior(data):
 
 
 def ill_conditioned() -> tuple[torch.Tensor, torch.Tensor]:
-    """Activations in float32 with variances from 2e-6 to 349, as an LM's embeddings have, and their classes."""
+    """Activations in float32 with variances from 2e-6 to 349, as of an LM's embeddings; classes."""
     generator = torch.Generator().manual_seed(1)
     y = torch.randint(CLASSES, (EXAMPLES,), generator=generator)
     noise = torch.randn(EXAMPLES, WIDTH, generator=generator, dtype=torch.double)
