@@ -75,7 +75,8 @@ def inlp(moments: Moments, rounds: int) -> Eraser:
     removed = covariance.new_zeros(len(covariance), 0)
     for _ in range(rounds):
         left = torch.eye(len(covariance)).to(covariance) - removed @ removed.T
-        weights = torch.linalg.pinv(left @ covariance @ left, rtol=VARIANCE_TOLERANCE, hermitian=True) @ left @ cross
+        inverse = torch.linalg.pinv(left @ covariance @ left, rtol=VARIANCE_TOLERANCE, hermitian=True)
+        weights = inverse @ left @ cross
         removed = torch.linalg.qr(torch.cat([removed, _range(left @ weights)], dim=1)).Q
     return Eraser(removed, removed.T, mean)
 

@@ -80,7 +80,7 @@ def ill_conditioned() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_ill_conditioned_activations_are_erased_as_in_float64():
-    """Against P = W^-1 U U' W with W = cov^-1/2 and U of the whitened class means, from all examples at once."""
+    """Against P = W^-1 U U' W with W = cov^-1/2 and U of whitened class means, from all examples at once."""
     x, y = ill_conditioned()
     exact = x.double()
     centred = exact - exact.mean(0)
