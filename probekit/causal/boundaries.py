@@ -82,7 +82,7 @@ def draw_boundaries(
         sentence = int(generator.choice(usable))
         anchor = int(corpus.first_token[sentence])
         following = int(corpus.first_token[sentence + 1]) if sentence + 1 < last else int(end)
-        start = max(int(begin), anchor - max(window // 2, reach))
+        start = max(int(begin) + (corpus.bos == "none"), anchor - max(window // 2, reach))
         length = min(window, int(end) - 1 - start)
         last_column = min(following - 2 - start, length - 1)
         rows.append((document, start, length, anchor - 1 - start, last_column, sentence))

@@ -86,7 +86,8 @@ class SentenceWriter:
         corpus, boundaries = self._run.corpus, self._lm.boundaries
         start = boundaries.windows.start[row]
         end = start + boundaries.column[row] + 1
-        first = start + (start == corpus.document_tokens[boundaries.windows.document[row]])
+        begins_document = start == corpus.document_tokens[boundaries.windows.document[row]]
+        first = start + (begins_document or corpus.bos == "every-window")
         return np.asarray(corpus.tokens[first:end], dtype=np.int64)
 
     def write(self, rows: np.ndarray, edit: Edit | None) -> list[np.ndarray]:

@@ -18,6 +18,7 @@ from probekit.config.config import (
 from probekit.config.sections import (
     ActionSettings,
     BaseSettings,
+    BosRule,
     ConditioningSettings,
     CorpusSettings,
     DepthSettings,
@@ -45,6 +46,7 @@ from probekit.config.sections import (
 __all__ = [
     "ActionSettings",
     "BaseSettings",
+    "BosRule",
     "ConditioningSettings",
     "Config",
     "CorpusSettings",

@@ -169,6 +169,10 @@ class ActionSettings(Settings):
     """The encoder and k-means are fitted on at most this many training sentences, drawn at random."""
 
 
+BosRule = Literal["every-window", "document", "none"]
+"""Where an LM reads a beginning-of-sequence token."""
+
+
 class LanguageModelSettings(Settings):
     """The base LM: a pre-trained one by name, or a new GPT-2 of the given size."""
 
@@ -178,6 +182,11 @@ class LanguageModelSettings(Settings):
     """Revision (branch, tag or commit) of a hub model."""
     trust_remote_code: bool = False
     """Let the model's folder run its own Python code. Only for models whose code you have read."""
+    bos: BosRule | Literal["auto"] = "auto"
+    """Where the LM reads the beginning-of-sequence token (for want of one, the end-of-sequence token): at the
+    start of every window, only at that of a document, or never. auto: every-window where the tokenizer adds
+    it by itself (Llama, Gemma), document where it is also the end-of-sequence token (GPT-2, any new LM), else
+    none (Qwen, BLOOM)."""
     device_map: str | None = None
     """Where accelerate places an LM that one GPU cannot hold: auto (GPUs, then main memory, then disk), or
     a device; unset: all of it on `device`."""

@@ -21,7 +21,7 @@ from probekit.data.corpus import SPLITS, Corpus, ranges
 from probekit.data.encoders import EMBEDDED_AT_ONCE, PretrainedEncoder, TfidfEncoder, embed_batch
 from probekit.data.readers import DocumentFile, write_documents
 from probekit.data.sentences import sentences_of_batch, tokenize_batch
-from probekit.data.tokenizer import pretrained_tokenizer, separator_id, train_tokenizer
+from probekit.data.tokenizer import bos_rule, pretrained_tokenizer, separator_id, train_tokenizer
 from probekit.errors import ProbekitError
 from probekit.io import ArrayAppender, atomic_folder, read_array, write_array, write_json
 from probekit.progress import Progress
@@ -76,6 +76,7 @@ def write_corpus(config: Config, folder: Path, progress: Progress, device: str =
                 tokenizer = train_tokenizer(texts, config.lm.vocabulary, partial / "tokenizer")
         else:
             tokenizer.save_pretrained(partial / "tokenizer")
+        facts["bos"] = bos_rule(tokenizer, config.lm.bos)
         facts |= _write_tokens(partial, config.corpus, tokenizer, documents, processes, progress)
 
         document_sentences = read_array(partial / "document_sentences.npy")
@@ -150,7 +151,7 @@ def _write_tokens(
 ) -> dict[str, Any]:
     """Writes tokens and sentences, and their bounds in documents; returns facts about them."""
     token_type = np.uint16 if len(tokenizer) < 2**16 else np.uint32
-    shared = (separator_id(tokenizer), settings.language, tokenizer.split_special_tokens)
+    shared = (separator_id(tokenizer), settings.language)
     calls = ((folder, batch, *shared) for batch in range(len(documents.starts) - 1))
     document_tokens, document_sentences = [], []
     total = 0

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from probekit.config import BosRule
 from probekit.data.codebook import Codebook, nearest_sentences
 from probekit.data.readers import DocumentFile
 from probekit.data.sentences import sentences_of_batch
@@ -95,6 +96,12 @@ class Corpus:
     def separator(self) -> int:
         """Id of the token before every document."""
         return separator_id(self.tokenizer)
+
+    @property
+    def bos(self) -> BosRule:
+        """Where the LM reads the separator."""
+        rule: BosRule = self.facts.get("bos", "document")
+        return rule
 
     def documents(self, split: str) -> np.ndarray:
         """Numbers of the documents of a split, in order."""

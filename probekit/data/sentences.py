@@ -174,23 +174,22 @@ class TokenizedBatch(NamedTuple):
     planted_actions: NDArray[np.int32] | None
 
 
-def tokenize_batch(
-    folder: Path, batch: int, separator: int, language: str, split_special_tokens: bool
-) -> TokenizedBatch:
+def tokenize_batch(folder: Path, batch: int, separator: int, language: str) -> TokenizedBatch:
     """Tokenises a batch of the documents of a corpus that is being built, and splits them into sentences.
+
+    A special token that is written out in a text is plain text.
 
     Args:
         folder: The corpus, with its documents and its tokenizer.
         batch: Number of the batch in the file of documents.
         separator: The token put before every document.
         language: Of the sentence splitter.
-        split_special_tokens: Whether special tokens that are spelled out in a text are tokenised as text.
 
     Raises:
         ProbekitError: The splitter finds other sentences than were planted.
     """
     documents = read_batch(folder / "documents.arrow", batch)
-    tokenizer = _tokenizer(folder / "tokenizer" / "tokenizer.json", split_special_tokens)
+    tokenizer = _tokenizer(folder / "tokenizer" / "tokenizer.json")
     tokens, first_token, spans = [], [], []
     begin = 0
     for document in documents:
@@ -213,11 +212,11 @@ def tokenize_batch(
 
 
 @lru_cache(maxsize=1)
-def _tokenizer(file: Path, split_special_tokens: bool) -> Tokenizer:
+def _tokenizer(file: Path) -> Tokenizer:
     tokenizer = Tokenizer.from_file(str(file))
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    tokenizer.encode_special_tokens = split_special_tokens
+    tokenizer.encode_special_tokens = True
     return tokenizer
 
 

@@ -47,16 +47,23 @@ def cut_windows(corpus: Corpus, documents: np.ndarray, window: int, stride: int)
 
     A document's first window scores all its targets, each later one its last `stride`. The last one is
     shorter: if it were moved back to full length, its last position would always be a document's end, and an
-    LM would learn so. A document without tokens has no window.
+    LM would learn so. A document without targets has no window.
+
+    An LM that never reads the separator begins with a document's first token, which it does not predict. For
+    one that reads it in every window, a later window's first input, which must not be scored, is replaced by
+    it (`input_tokens`): such windows advance by less than their length.
     """
-    targets = corpus.document_tokens[documents + 1] - corpus.document_tokens[documents] - 1
+    begin = corpus.document_tokens[documents] + (corpus.bos == "none")
+    targets = np.maximum(corpus.document_tokens[documents + 1] - begin - 1, 0)
+    if corpus.bos == "every-window":
+        stride = min(stride, window - 1)
     windows = (targets > 0) + np.ceil(np.maximum(targets - window, 0) / stride).astype(np.int64)
     document = np.repeat(documents, windows)
     number = ranges(np.zeros_like(windows), windows)
     start = number * stride
     length = np.minimum(window, np.repeat(targets, windows) - start)
     scored = np.where(number == 0, length, length - (window - stride))
-    return Windows(document, corpus.document_tokens[document] + start, length, scored)
+    return Windows(document, np.repeat(begin, windows) + start, length, scored)
 
 
 def begun_sentences(corpus: Corpus, windows: Windows) -> np.ndarray:
@@ -107,9 +114,14 @@ class Batch:
 
 
 def input_tokens(corpus: Corpus, windows: Windows) -> Tensor:
-    """The inputs of windows alone, padded at the end `[windows, positions]`."""
-    index, _ = _indices(windows)
-    return torch.from_numpy(corpus.tokens[index].astype(np.int64))
+    """The inputs of windows alone, padded at the end `[windows, positions]`.
+
+    For an LM that reads the separator in every window, it takes the place of a later window's first token.
+    """
+    tokens = corpus.tokens[_indices(windows)[0]].astype(np.int64)
+    if corpus.bos == "every-window":
+        tokens[:, 0] = corpus.separator
+    return torch.from_numpy(tokens)
 
 
 def collate(corpus: Corpus, windows: Windows) -> Batch:
@@ -130,7 +142,7 @@ def collate(corpus: Corpus, windows: Windows) -> Batch:
     context = np.zeros((len(documents), needed.max(), corpus.embeddings.shape[1]), dtype=np.float32)
     context[np.arange(needed.max()) < needed[:, None]] = corpus.embeddings[ranges(first, first + needed)]
     return Batch(
-        tokens=torch.from_numpy(corpus.tokens[index].astype(np.int64)),
+        tokens=input_tokens(corpus, windows),
         targets=torch.from_numpy(np.where(scored, next_tokens, IGNORE)),
         document=windows.document,
         context=torch.from_numpy(context),

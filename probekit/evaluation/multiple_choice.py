@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from probekit.config import ModelName
+from probekit.config import BosRule, ModelName
 from probekit.data.corpus import Corpus
 from probekit.data.windows import IGNORE
 from probekit.distributed import autocast
@@ -297,7 +297,7 @@ def choice_losses(
             numbers = order[start : start + size]
             contexts = [questions[number].context for number in numbers]
             if isinstance(condition, Constant):  # which needs no sentences of what is not read
-                contexts = [context[-window:] for context in contexts]
+                contexts = [context[[0, *range(-min(window, len(context) - 1), 0)]] for context in contexts]
             states = [
                 GenerationState(context.tolist(), run.corpus.tokenizer, run.config.corpus.language)
                 for context in contexts
@@ -306,7 +306,7 @@ def choice_losses(
             readings = [
                 reading
                 for number, state in zip(numbers, states, strict=True)
-                for reading in _readings(number, questions[number], state.text, window)
+                for reading in _readings(number, questions[number], state.text, window, run.corpus.bos)
             ]
             readings.sort(key=lambda reading: len(reading.text.tokens))
             for first in range(0, len(readings), size):
@@ -337,10 +337,14 @@ class _Reading(NamedTuple):
     ids: np.ndarray
 
 
-def _readings(number: int, question: Question, context: GrowingText, window: int) -> Iterator[_Reading]:
+def _readings(
+    number: int, question: Question, context: GrowingText, window: int, bos: BosRule
+) -> Iterator[_Reading]:
     """The choices of a question after its context, which is cut from the left."""
-    kept = window + 1 - question.longest
+    kept = min(window + 1 - question.longest, len(context.tokens) - (bos == "none"))
     tokens, carried = context.tokens[-kept:], context.carried[-kept:]
+    if bos == "every-window":
+        tokens[0] = context.tokens[0]
     for choice, ids in enumerate(question.choices):
         inputs = [*tokens, *ids[:-1].tolist()]
         text = GrowingText(inputs, carried + carried[-1:] * (len(ids) - 1), context.embeddings)

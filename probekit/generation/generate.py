@@ -159,7 +159,7 @@ def generate(
     precision, codebook = run.config.training.precision, run.corpus.codebook if given else None
     condition = conditioner_of(model, conditioning, encoder, precision, codebook)
     backend = run.forward_pass(model.names or [LAST], variant)
-    decoder = new_decoder(model, backend, reading_window(run), cache=cache)
+    decoder = new_decoder(model, backend, reading_window(run), run.corpus.bos, cache=cache)
     if cache and not decoder.cached:
         inserts = model.adapter is not None and model.adapter.inserts
         why = "there are planning tokens between a text's own" if inserts else "this LM gives none"

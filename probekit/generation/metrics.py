@@ -363,8 +363,8 @@ FEATURES = "last hidden state of the run's base LM (after the last normalisation
 def text_features(run: Run, texts: Sequence[np.ndarray], window: int, task: Task) -> np.ndarray:
     """Features of texts `[texts, width]`: the mean of the base LM's last hidden states over a text's tokens.
 
-    A text is read in windows that do not overlap, the separator before its first token, so that a text
-    without tokens has features too.
+    A text is read in windows that do not overlap, with the separator where the LM reads it. Of a text without
+    tokens, the separator is read.
 
     Args:
         run: Its base LM reads.
@@ -373,14 +373,18 @@ def text_features(run: Run, texts: Sequence[np.ndarray], window: int, task: Task
         task: Advanced by each text.
     """
     backend, size = run.forward_pass((LOCATION,)), run.config.evaluation.batch_size
-    sums = np.zeros((len(texts), run.locations[LOCATION]))
+    separator, bos = torch.tensor([run.corpus.separator]), run.corpus.bos
+    sums, counts = np.zeros((len(texts), run.locations[LOCATION])), np.zeros(len(texts))
     for start in range(0, len(texts), size):
         part = texts[start : start + size]
         rows: list[int] = []
         windows: list[Tensor] = []
         for row, ids in enumerate(part, start):
-            read = torch.tensor([run.corpus.separator, *ids.tolist()])
-            windows += read.split(window)
+            own = torch.tensor(ids.tolist(), dtype=torch.long)
+            if bos == "every-window":
+                windows += [torch.cat([separator, part]) for part in own.split(window - 1)]
+            else:
+                windows += (own if bos == "none" and len(own) else torch.cat([separator, own])).split(window)
             rows += [row] * (len(windows) - len(rows))
         # Padded at the end, which a causal LM's earlier states do not see.
         tokens = pad_sequence(windows, batch_first=True, padding_value=run.corpus.separator)
@@ -388,6 +392,7 @@ def text_features(run: Run, texts: Sequence[np.ndarray], window: int, task: Task
         seen: list[Tensor] = []
         with torch.no_grad(), autocast(run.device, run.config.training.precision):
             backend(tokens.to(run.device), [(LOCATION, seen.append)], 1)
+        np.add.at(counts, rows, there.sum(dim=1).numpy())
         np.add.at(sums, rows, (seen[0].float().cpu() * there[..., None]).sum(dim=1).double().numpy())
         task.advance(len(part))
-    return sums / np.array([[1 + len(ids)] for ids in texts])
+    return sums / counts[:, None]

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from probekit.config import BosRule
 from probekit.data.windows import IGNORE, Batch
 from probekit.models.conditioning import Conditioned
 from probekit.models.hook_points import TOLERANCE, Backend, HFBackend, Hook, position_arguments
@@ -45,15 +46,17 @@ class GrowingText:
     embeddings: list[Tensor]
 
 
-def window_start(length: int, window: int) -> int:
+def window_start(length: int, window: int, bos: BosRule = "document") -> int:
     """First of the tokens that are read of a text to predict the one after it.
 
     Args:
-        length: Tokens of the text.
+        length: Tokens of the text, the separator included.
         window: Most tokens that are read at once.
+        bos: Where the LM reads the separator. If never, it is read where there is nothing else.
     """
+    first = int(bos == "none" and length > 1)
     step = window - window // 2
-    return step * max(0, -(-(length - window) // step))
+    return first + step * max(0, -(-(length - first - window) // step))
 
 
 @dataclass(frozen=True)
@@ -91,18 +94,24 @@ class GrowingWindows:
         )
 
 
-def read_windows(texts: Sequence[GrowingText], window: int, device: torch.device) -> GrowingWindows:
+def read_windows(
+    texts: Sequence[GrowingText], window: int, device: torch.device, bos: BosRule = "document"
+) -> GrowingWindows:
     """What is read of some texts.
 
     Args:
         texts: At least one.
         window: Most tokens that are read at once.
         device: Where the tensors are to be.
+        bos: Where the LM reads the separator. If in every window, it takes the place of a later one's first
+            token.
     """
-    starts = [window_start(len(text.tokens), window) for text in texts]
+    starts = [window_start(len(text.tokens), window, bos) for text in texts]
     lengths = np.array([len(text.tokens) for text in texts]) - starts
     places = np.minimum(np.arange(lengths.max()), lengths[:, None] - 1) + np.array(starts)[:, None]
     tokens = np.stack([np.array(text.tokens)[place] for text, place in zip(texts, places, strict=True)])
+    if bos == "every-window":
+        tokens[:, 0] = [text.tokens[0] for text in texts]
     sentence = np.zeros_like(places)
     embeddings: list[Tensor] = []
     for row, text in enumerate(texts):
@@ -124,6 +133,7 @@ class Decoder:
     Args:
         model: The conditioned LM.
         window: Most tokens that are read at once.
+        bos: Where the LM reads the separator.
 
     Attributes:
         cached: Whether keys and values of a text are kept until it has grown.
@@ -131,8 +141,8 @@ class Decoder:
 
     cached = False
 
-    def __init__(self, model: PlannedLM, window: int) -> None:
-        self._model, self._window = model, window
+    def __init__(self, model: PlannedLM, window: int, bos: BosRule = "document") -> None:
+        self._model, self._window, self._bos = model, window, bos
         self._device = model.backend.device
 
     def __call__(self, texts: Sequence[GrowingText]) -> Tensor:
@@ -142,7 +152,7 @@ class Decoder:
             texts: At least one. Those that were given in the call before, and have grown by a token since,
                 are recognised by identity.
         """
-        read = read_windows(texts, self._window, self._device)
+        read = read_windows(texts, self._window, self._device, self._bos)
         logits = self._model(read.batch(), Precomputed(read.embeddings))
         return logits[torch.arange(len(texts), device=self._device), read.lengths - 1]
 
@@ -158,12 +168,22 @@ class HFDecoder(Decoder):
         model: Whose adapter conditions it, and whose depth ensemble computes the logits, if there are such.
         window: Most tokens that are read at once.
         backend: The plain module.
+        bos: Where the LM reads the separator.
         cache: Keep keys and values of the texts of one call for the next.
     """
 
-    def __init__(self, model: PlannedLM, window: int, backend: HFBackend, *, cache: bool) -> None:
+    def __init__(
+        self,
+        model: PlannedLM,
+        window: int,
+        backend: HFBackend,
+        bos: BosRule = "document",
+        *,
+        cache: bool,
+    ) -> None:
+        super().__init__(model, window, bos)
         self.cached = cache
-        self._backend, self._device, self._window = backend, backend.device, window
+        self._backend, self._device = backend, backend.device
         self._adapter = model.adapter
         self._late = [] if model.depth is None else model.depth.hooks()
         self._texts: list[GrowingText] = []
@@ -188,10 +208,13 @@ class HFDecoder(Decoder):
     def _goes_on(self, text: GrowingText) -> bool:
         """Whether the text has grown by a token since it was read, and is read from where it was."""
         read, length = self._read[self._texts.index(text)], len(text.tokens)
-        return length == read + 1 and window_start(length, self._window) == window_start(read, self._window)
+        return length == read + 1 and self._start(length) == self._start(read)
+
+    def _start(self, length: int) -> int:
+        return window_start(length, self._window, self._bos)
 
     def _length(self, text: GrowingText) -> int:
-        return len(text.tokens) - window_start(len(text.tokens), self._window)
+        return len(text.tokens) - self._start(len(text.tokens))
 
     def _step(self, texts: list[GrowingText]) -> Tensor:
         """Reads the last token of texts that are held; other texts are no longer held then."""
@@ -242,7 +265,7 @@ class HFDecoder(Decoder):
 
     def _fill(self, texts: Sequence[GrowingText], cache: DynamicCache | None) -> Tensor:
         """Reads whole windows; a cache that is given holds their keys and values then."""
-        read = read_windows(texts, self._window, self._device)
+        read = read_windows(texts, self._window, self._device, self._bos)
         shown = Conditioned(read.tokens)
         if self._adapter is not None:
             shown = self._adapter.conditioned(read.tokens, read.embeddings, read.sentence)
@@ -292,23 +315,26 @@ def _cut(states: Tensor, width: int) -> Tensor:
     return nn.functional.pad(states[:, :, -width:], (0, 0, max(0, width - states.shape[2]), 0))
 
 
-def new_decoder(model: PlannedLM, backend: Backend, window: int, *, cache: bool = True) -> Decoder:
+def new_decoder(
+    model: PlannedLM, backend: Backend, window: int, bos: BosRule = "document", *, cache: bool = True
+) -> Decoder:
     """The fastest decoder that agrees with the conditioned LM on a few tokens.
 
     Args:
         model: The conditioned LM.
         backend: How the LM runs the model's hooks (`Run.forward_pass`).
         window: Most tokens that are read at once, at least two.
+        bos: Where the LM reads the separator.
         cache: Whether to keep what was read; it is not kept where the plain module cannot, nor between
             planning tokens.
     """
-    whole = Decoder(model, window)
+    whole = Decoder(model, window, bos)
     if not isinstance(backend, HFBackend):
         return whole
     inserts = model.adapter is not None and model.adapter.inserts
     for kept in (True, False) if cache and not inserts else (False,):
-        if _agree(HFDecoder(model, window, backend, cache=kept), whole, model, window):
-            return HFDecoder(model, window, backend, cache=kept)
+        if _agree(HFDecoder(model, window, backend, bos, cache=kept), whole, model, window):
+            return HFDecoder(model, window, backend, bos, cache=kept)
     return whole
 
 

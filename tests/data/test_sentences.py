@@ -255,8 +255,7 @@ DOCUMENTS = [
 ]
 
 
-@pytest.mark.parametrize("split_special_tokens", [False, True])
-def test_a_batch_has_the_tokens_of_transformers(tmp_path: Path, split_special_tokens: bool):
+def test_a_batch_has_the_tokens_of_transformers(tmp_path: Path):
     tokenizer = train_tokenizer(DOCUMENTS, 400, tmp_path / "tokenizer")
     # Settings of a tokenizer's file that must neither truncate nor pad texts.
     tokenizer.backend_tokenizer.enable_truncation(8)
@@ -268,7 +267,7 @@ def test_a_batch_has_the_tokens_of_transformers(tmp_path: Path, split_special_to
     corpus_settings = CorpusSettings(reader="jsonl", path=str(source))
     write_documents(corpus_settings, tmp_path / "documents.arrow", Progress(quiet=True))
     separator = tokenizer.bos_token_id
-    found = tokenize_batch(tmp_path, 0, separator, "en", split_special_tokens)
+    found = tokenize_batch(tmp_path, 0, separator, "en")
 
     written = [text for text in DOCUMENTS if text.strip()]
     begins = [0, *itertools.accumulate(found.document_tokens.tolist())]
@@ -279,15 +278,14 @@ def test_a_batch_has_the_tokens_of_transformers(tmp_path: Path, split_special_to
             text,
             add_special_tokens=False,
             return_offsets_mapping=True,
-            split_special_tokens=split_special_tokens,
+            split_special_tokens=True,
         )
         assert found.tokens[begins[n] : begins[n + 1]].tolist() == [separator, *expected["input_ids"]]
         aligned = align(text, sentence_spans(text), expected["offset_mapping"])
         here = slice(sentences[n], sentences[n + 1])
         np.testing.assert_array_equal(found.spans[here], aligned.spans)
         np.testing.assert_array_equal(found.first_token[here], begins[n] + 1 + aligned.first_token)
-    special = (found.tokens == separator).sum() - len(written)
-    assert special == (0 if split_special_tokens else 1)
+    assert (found.tokens == separator).sum() == len(written)  # one that is written out is plain text
     assert found.planted_actions is None
 
     np.save(tmp_path / "document_sentences.npy", np.array([0, *sentences]))  # as if one came before

@@ -1,5 +1,6 @@
 """Windows and batches against slow references, on random corpora made of numbers alone."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from probekit.config import BosRule
 from probekit.data.codebook import Codebook
 from probekit.data.corpus import Corpus
 from probekit.data.windows import (
@@ -24,7 +26,7 @@ Documents = list[list[int]]
 """Lengths of each sentence in tokens, for each document."""
 
 
-def corpus_of(documents: Documents) -> Corpus:
+def corpus_of(documents: Documents, bos: BosRule = "document") -> Corpus:
     """A corpus whose token at index i has the id 1000 + i, or 7 where it is a separator."""
     rng = np.random.default_rng(0)
     lengths = [sum(sentences) for sentences in documents]
@@ -48,7 +50,7 @@ def corpus_of(documents: Documents) -> Corpus:
         embeddings=rng.normal(size=(sentences, 3)).astype(np.float32),
         actions=rng.integers(9, size=sentences).astype(np.int32),
         codebook=Codebook(np.zeros((9, 3), dtype=np.float32)),
-        facts={},
+        facts={"bos": bos},
     )
 
 
@@ -111,6 +113,35 @@ def test_whole_windows_advance_by_the_stride(cut):
         assert own.start.tolist() == starts.tolist(), "no position of a window tells where the document ends"
         # One window more would have nothing left to score.
         assert len(own) == (1 if targets <= window else 1 + -(-(targets - window) // stride))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.just([]) | SENTENCES, min_size=1, max_size=4), st.integers(2, 9), st.data())
+def test_the_separator_is_read_where_the_rule_says(documents: Documents, window: int, data: st.DataObject):
+    stride = data.draw(st.integers(1, window))
+    for bos in ("document", "every-window", "none"):
+        corpus = corpus_of(documents, bos)
+        windows = cut_windows(corpus, np.arange(len(documents)), window, stride)
+        if not len(windows):
+            continue
+        batch, inputs = collate(corpus, windows), input_tokens(corpus, windows)
+        assert torch.equal(batch.tokens, inputs)
+        begin = corpus.document_tokens[windows.document]
+        first = windows.start == begin + (bos == "none")
+        separators = {"document": first, "every-window": np.ones_like(first), "none": np.zeros_like(first)}
+        assert (inputs[:, 0] == 7).tolist() == separators[bos].tolist()
+        assert (inputs[:, 1:][batch.targets[:, 1:] != IGNORE] != 7).all()
+        # Every token is scored once, but the first of a document before which nothing is read; and what was
+        # replaced was not asked for its next token.
+        scored = batch.targets[batch.targets != IGNORE].tolist()
+        wanted = [
+            1000 + index
+            for start, stop in itertools.pairwise(corpus.document_tokens.tolist())
+            for index in range(start + 1 + (bos == "none"), stop)
+        ]
+        assert sorted(scored) == wanted
+        if bos == "every-window":
+            assert (batch.targets[~torch.from_numpy(first), 0] == IGNORE).all()
 
 
 def test_inputs_by_hand():

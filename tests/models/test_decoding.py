@@ -1,18 +1,19 @@
 """Growing texts: the same logits with and without keys and values kept, whatever else is read with them."""
 
 from collections.abc import Callable
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 from transformers import DynamicCache
 
-from probekit.config import ConditioningSettings
+from probekit.config import BosRule, ConditioningSettings
 from probekit.data.corpus import Corpus
-from probekit.data.windows import cut_windows
+from probekit.data.windows import cut_windows, input_tokens
 from probekit.models.base_lm import BaseLM
 from probekit.models.conditioning import new_adapter
-from probekit.models.decoding import Decoder, GrowingText, HFDecoder, new_decoder, window_start
+from probekit.models.decoding import Decoder, GrowingText, HFDecoder, new_decoder, read_windows, window_start
 from probekit.models.hook_points import BridgeBackend
 from probekit.models.planner_lm import PlannedLM
 
@@ -179,12 +180,36 @@ def test_no_hook_stays_behind(base: Callable[[str], BaseLM]):
     assert not [name for name, m in lm.plain.named_modules() if m._forward_hooks or m._forward_pre_hooks]
 
 
+@pytest.mark.parametrize("bos", get_args(BosRule))
 @pytest.mark.parametrize("window", [2, 3, 4, 7, 12])
-def test_windows_are_those_of_an_evaluation_by_half_a_window(window: int, make_corpus: Callable[..., Corpus]):
+def test_windows_are_those_of_an_evaluation_by_half_a_window(
+    window: int, bos: BosRule, make_corpus: Callable[..., Corpus]
+):
     """A token is predicted from what it is scored on in windows that advance by half their length."""
     corpus = make_corpus([[40]])
+    corpus.facts["bos"] = bos
+    text = corpus.tokens.tolist()
     windows = cut_windows(corpus, np.array([0]), window, window - window // 2)
     windows = windows[:-1]  # the last one of a document goes back, to be full
-    for start, length, scored in zip(windows.start, windows.length, windows.scored, strict=True):
+    for number, (start, length, scored) in enumerate(
+        zip(windows.start, windows.length, windows.scored, strict=True)
+    ):
         for read in range(start + length - scored + 1, start + length + 1):
-            assert window_start(int(read), window) == start
+            assert window_start(int(read), window, bos) == start
+            grown = [GrowingText(text[:read], [], [])]
+            expected = input_tokens(corpus, windows[number : number + 1])[:, : read - start]
+            assert torch.equal(read_windows(grown, window, expected.device, bos).tokens, expected)
+
+
+@pytest.mark.parametrize("bos", ["every-window", "none"])
+def test_kept_keys_and_values_change_nothing_wherever_the_separator_is_read(
+    bos: BosRule, base: Callable[[str], BaseLM]
+):
+    lm = base("llama")
+    model = PlannedLM(BridgeBackend(lm.bridged), None, None, 1.0)
+    fast = new_decoder(model, lm.forward_pass(["ln_final.hook_out"]), WINDOW, bos)
+    assert fast.cached
+    texts, rng = new_texts([1, 4, 11, 30]), np.random.default_rng(1)
+    for _ in range(2 * WINDOW):
+        assert_same(fast, Decoder(model, WINDOW, bos), texts)
+        grow(texts, rng)
