@@ -120,7 +120,7 @@ def input_tokens(corpus: Corpus, windows: Windows) -> Tensor:
     """
     tokens = corpus.tokens[_indices(windows)[0]].astype(np.int64)
     if corpus.bos == "every-window":
-        tokens[:, 0] = corpus.separator
+        tokens[:, 0] = corpus.tokens[corpus.document_tokens[windows.document]]
     return torch.from_numpy(tokens)
 
 

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from probekit.config import BosRule
 from probekit.data.windows import Batch, Windows, collate
 from probekit.errors import ProbekitError
 from probekit.evaluation.multiple_choice import Question, by_document, choice_losses, corpus_questions, solved
@@ -57,18 +59,26 @@ def losses_of(run: Run, variant: str, questions: Sequence[Question]) -> np.ndarr
         return choice_losses(run, variant, questions, own_losses(run.model(variant)), task)
 
 
-def read_of(question: Question) -> np.ndarray:
+def read_of(question: Question, bos: BosRule = "document") -> np.ndarray:
     """What is read of a context: what leaves room for the longest choice, whose last token is not."""
-    return question.context[-(WINDOW - question.longest + 1) :]
+    context = question.context[1:] if bos == "none" else question.context
+    read = context[-(WINDOW - question.longest + 1) :].copy()
+    if bos == "every-window":
+        read[0] = question.context[0]
+    return read
 
 
+@pytest.mark.parametrize("bos", get_args(BosRule))
 @torch.no_grad()
-def test_losses_equal_the_plain_models(run: Run, questions: list[Question]):
+def test_losses_equal_the_plain_models(
+    bos: BosRule, run: Run, questions: list[Question], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(run.corpus.facts, "bos", bos)
     plain = run.plain_model().eval()
     found = losses_of(run, "none", questions)
     assert found.shape == (1, len(questions), 4)
     for number, question in enumerate(questions):
-        context = read_of(question)
+        context = read_of(question, bos)
         for choice, ids in enumerate(question.choices):
             inputs = torch.tensor([*context, *ids])
             assert len(inputs) <= WINDOW + 1

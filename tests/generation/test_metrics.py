@@ -2,6 +2,7 @@
 
 import math
 from functools import cache
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 from scipy.integrate import quad
 
+from probekit.config import BosRule
 from probekit.errors import ProbekitError
 from probekit.evaluation.action_metrics import Bigram, bigram_of_counts, pair_counts
 from probekit.generation.metrics import (
@@ -279,11 +281,14 @@ def features_of(run: Run, texts: list[np.ndarray], window: int = 48) -> np.ndarr
 def plain(run: Run, text: np.ndarray, window: int = 48) -> np.ndarray:
     """The mean of the last hidden states, one window at a time."""
     model = run.plain_model().eval()
-    tokens = torch.tensor([[run.corpus.separator, *text.tolist()]])
+    separator, own, bos = run.corpus.separator, text.tolist(), run.corpus.bos
+    tokens = own if bos != "document" and own else [separator, *own]
+    step = window - (bos == "every-window")
+    parts = [tokens[start : start + step] for start in range(0, len(tokens), step)]
+    if bos == "every-window" and own:
+        parts = [[separator, *part] for part in parts]
     with torch.no_grad():
-        states = [
-            model(part, output_hidden_states=True).hidden_states[-1] for part in tokens.split(window, 1)
-        ]
+        states = [model(torch.tensor([part]), output_hidden_states=True).hidden_states[-1] for part in parts]
     return torch.cat(states, dim=1)[0].mean(dim=0).numpy()
 
 
@@ -292,8 +297,12 @@ def random_texts(run: Run, *lengths: int) -> list[np.ndarray]:
     return [generator.integers(1, run.corpus.facts["vocabulary"], size=length) for length in lengths]
 
 
+@pytest.mark.parametrize("bos", get_args(BosRule))
 @pytest.mark.parametrize("window", [48, 11])
-def test_features_are_means_of_last_hidden_states(tiny_run: Run, window: int):
+def test_features_are_means_of_last_hidden_states(
+    tiny_run: Run, window: int, bos: BosRule, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(tiny_run.corpus.facts, "bos", bos)
     texts = random_texts(tiny_run, 30, 1, 47, 48, 100, 0)
     found = features_of(tiny_run, texts, window)
     assert found.shape == (6, 32)
