@@ -1,7 +1,7 @@
 """Boundaries of made-up corpora, and edits against hooks made by hand on the plain Hugging Face model."""
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from probekit.causal.boundaries import Boundaries, Change, Edit, EditedLM, Outcomes, draw_boundaries
+from probekit.config import BosRule
 from probekit.data.windows import collate
 from probekit.errors import ProbekitError
 from probekit.models.mixing import VARIANTS
@@ -25,7 +26,7 @@ PLACES = [("hook_resid_post", 0), ("hook_resid_post", 1), LAST]
 FIELDS = ("next_loss", "first_loss", "other_loss", "first", "action")
 
 
-def corpus_of(documents: list[list[int]]) -> Any:
+def corpus_of(documents: list[list[int]], bos: BosRule = "document") -> Any:
     """A corpus whose documents have sentences of these lengths, after a separator."""
     begins = np.concatenate([[0], np.cumsum([1 + sum(lengths) for lengths in documents])])
     first = [
@@ -38,18 +39,28 @@ def corpus_of(documents: list[list[int]]) -> Any:
         document_sentences=np.concatenate([[0], np.cumsum([len(lengths) for lengths in documents])]),
         first_token=np.array(first, dtype=np.int64),
         actions=np.arange(len(first), dtype=np.int16),
+        bos=bos,
     )
 
 
 @settings(max_examples=150, deadline=None)
-@given(DOCUMENTS, st.integers(2, 12), st.integers(1, 12), st.integers(1, 15), st.integers(0, 5))
-def test_columns_are_right(documents: list[list[int]], window: int, reach: int, count: int, seed: int):
-    corpus = corpus_of(documents)
+@given(
+    DOCUMENTS,
+    st.sampled_from(get_args(BosRule)),
+    st.integers(2, 12),
+    st.integers(1, 12),
+    st.integers(1, 15),
+    st.integers(0, 5),
+)
+def test_columns_are_right(
+    documents: list[list[int]], bos: BosRule, window: int, reach: int, count: int, seed: int
+):
+    corpus = corpus_of(documents, bos)
     numbers = np.arange(len(documents))
     possible = [
         any(1 + sum(lengths[:n]) - reach > 0 for n in range(1, len(lengths))) for lengths in documents
     ]
-    if reach > window or not any(possible):
+    if reach + (bos == "every-window") > window or not any(possible):
         with pytest.raises(ProbekitError, match=r"intervene\.distances"):
             draw_boundaries(corpus, numbers, count, window, reach, seed)
         return
@@ -65,7 +76,7 @@ def test_columns_are_right(documents: list[list[int]], window: int, reach: int, 
         assert sentence in of_document[1:]
         assert drawn.action[n] == corpus.actions[sentence]
         # Inputs and their targets are tokens of the document, in one window.
-        assert begin <= start
+        assert begin + (bos == "none") <= start
         assert start + length <= end - 1
         assert length <= window
         assert drawn.windows.scored[n] == length
@@ -74,7 +85,7 @@ def test_columns_are_right(documents: list[list[int]], window: int, reach: int, 
         assert anchor == corpus.first_token[sentence]
         assert column < length
         # Every distance reads a token in the window that is not the separator.
-        assert column - (reach - 1) >= 0
+        assert column - (reach - 1) >= (bos == "every-window")
         assert start + column - (reach - 1) > begin
         # The last predicted token is the sentence's last one, or the window's.
         behind = corpus.first_token[sentence + 1] if sentence + 1 in of_document else end
