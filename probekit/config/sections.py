@@ -111,16 +111,21 @@ class PlantedSettings(Settings):
 class CorpusSettings(Settings):
     """Where text comes from and how documents are split."""
 
-    reader: Literal["planted", "text", "wikitext", "jsonl", "parquet", "huggingface"] = "text"
-    """Format: the planted corpus, text files (a document each), WikiText files (articles split at
-    ` = Title = `), JSON lines or Parquet with a text column, or a Hugging Face dataset."""
+    reader: Literal[
+        "auto", "planted", "text", "lines", "wikitext", "jsonl", "csv", "parquet", "huggingface"
+    ] = "auto"
+    """Format: the planted corpus, text files (a document each, or one a line), WikiText files (articles split
+    at ` = Title = `), JSON lines, CSV (or TSV) or Parquet with a text column, or a Hugging Face dataset;
+    auto: by the ending of each file, which may be compressed (.gz, .zst)."""
     path: str | None = None
     """File or folder to read; for `huggingface`, the dataset's hub name or local folder."""
     separator: str | None = None
     """Line that separates documents in text files, such as <|endoftext|>, or an empty text for blank lines;
     unset: a file is one document."""
     text_column: str = "text"
-    """Column that holds the text (jsonl, parquet, huggingface)."""
+    """Column that holds the text (jsonl, csv, parquet, huggingface)."""
+    missing: Literal["refuse", "skip"] = "refuse"
+    """What to do with rows that hold no text; those that are skipped are counted among the blank ones."""
     subset: str | None = None
     """Configuration name of a Hugging Face dataset, such as 20231101.en."""
     dataset_split: str = "train"

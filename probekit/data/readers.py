@@ -1,23 +1,27 @@
 """Reads the documents of a corpus from any format as a lazy stream, and keeps them in one Arrow file.
 
-A new format of files is a function from a path to documents and an entry in `_FORMATS`. Nothing here imports
+A new format of files is a function from a path to documents and an entry in `FORMATS`. Nothing here imports
 torch, so that the processes that tokenise documents stay small.
 """
 
 from __future__ import annotations
 
 import codecs
+import csv
 import hashlib
+import io
 import itertools
 import json
 import os
 import re
 import stat
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import IO, TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 import pyarrow as pa
@@ -136,23 +140,60 @@ def _dataset(path: str, settings: CorpusSettings) -> Iterable[dict[str, Any]]:
 
 
 def _from_files(settings: CorpusSettings) -> Iterator[Document]:
-    suffixes, read = _FORMATS[settings.reader]
-    for path, name in _files(Path(_path(settings)), suffixes):
-        yield from read(path, name, settings)
+    for path, name in _files(settings):
+        yield from FORMATS[_format_of(path, settings)][1](path, name, settings)
 
 
-def _files(root: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[Path, str]]:
-    """A file, or all files with these suffixes below a folder, sorted; each with its short name."""
+def formats_read(settings: CorpusSettings) -> dict[str, int]:
+    """How many files are read in each format; none where the corpus is not read from files.
+
+    Raises:
+        ProbekitError: There is no such file or folder, or a file of no known format.
+    """
+    if settings.reader in ("planted", "huggingface"):
+        return {}
+    return dict(Counter(_format_of(path, settings) for path, _ in _files(settings)))
+
+
+def _format_of(path: Path, settings: CorpusSettings) -> str:
+    """The name in `FORMATS` of a file's format."""
+    if settings.reader != "auto":
+        return settings.reader
+    suffix = _suffix(path)
+    if suffix == ".txt":
+        with _opened(path, settings) as file:
+            first = next((line for line in file if not line.isspace()), "")
+        return "wikitext" if _TITLE.fullmatch(first) else "text"
+    for name, (suffixes, _) in FORMATS.items():
+        if suffix in suffixes:
+            return name
+    raise ProbekitError(
+        f"corpus.path is {str(path)!r}, whose ending says no format; set corpus.reader to "
+        f"{', '.join(FORMATS)} or huggingface"
+    )
+
+
+def _suffix(path: Path) -> str:
+    """The ending of a file, without that of its compression, in lower case."""
+    return Path(path.stem if path.suffix.lower() in COMPRESSIONS else path.name).suffix.lower()
+
+
+def _files(settings: CorpusSettings) -> Iterator[tuple[Path, str]]:
+    """The file, or all files of the reader's formats below the folder, sorted; each with its short name."""
+    root = Path(_path(settings))
+    names = FORMATS if settings.reader == "auto" else (settings.reader,)
+    suffixes = dict.fromkeys(suffix for name in names for suffix in FORMATS[name][0])
     try:
         is_folder = stat.S_ISDIR(root.stat().st_mode)
     except (OSError, ValueError) as error:
         raise ProbekitError(
-            f"corpus.path is {str(root)!r}: {_reason(error)}; name a file or folder"
+            f"corpus.path is {str(root)!r}: {_reason(error)}; name a file or folder (or, for a "
+            "dataset on the hub, set corpus.reader huggingface)"
         ) from None
     if not is_folder:
         root, files = root.parent, [root]
     else:
-        files = sorted(path for path in root.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
+        files = sorted(path for path in root.rglob("*") if _suffix(path) in suffixes and path.is_file())
     if not files:
         raise ProbekitError(
             f"corpus.path is {str(root)!r}: a folder with no file that ends in {' or '.join(suffixes)}; name "
@@ -202,6 +243,25 @@ def _read_wikitext(path: Path, name: str, settings: CorpusSettings) -> Iterator[
         yield Document("".join(lines), title)
 
 
+def _read_lines(path: Path, name: str, settings: CorpusSettings) -> Iterator[Document]:
+    with _opened(path, settings) as file:
+        yield from (Document(line, f"{name}:{number}") for number, line in enumerate(file, 1))
+
+
+def _read_csv(path: Path, name: str, settings: CorpusSettings) -> Iterator[Document]:
+    csv.field_size_limit(sys.maxsize)
+    with _opened(path, settings) as file:
+        rows = csv.DictReader(file, delimiter="\t" if _suffix(path) == ".tsv" else ",")
+        _require("text_column", rows.fieldnames or (), path, settings)
+        try:
+            for row, record in enumerate(rows, 1):
+                if record[settings.text_column] == "":
+                    record[settings.text_column] = None
+                yield Document(_text(record, f"{path}: row {row}", settings), f"{name}:{row}")
+        except csv.Error as error:
+            raise ProbekitError(f"{path}:{rows.line_num}: not a line of CSV: {_reason(error)}") from None
+
+
 def _read_jsonl(path: Path, name: str, settings: CorpusSettings) -> Iterator[Document]:
     with _opened(path, settings) as file:
         for number, line in enumerate(file, 1):
@@ -227,20 +287,23 @@ def _read_parquet(path: Path, name: str, settings: CorpusSettings) -> Iterator[D
         raise ProbekitError(f"{path}: not a readable Parquet file: {_reason(error)}") from error
 
 
-_FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Path, str, CorpusSettings], Iterator[Document]]]] = {
+FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Path, str, CorpusSettings], Iterator[Document]]]] = {
     "text": ((".txt",), _read_text),
-    "wikitext": ((".txt", ".tokens", ".raw"), _read_wikitext),
-    "jsonl": ((".jsonl",), _read_jsonl),
+    "lines": ((".txt",), _read_lines),
+    "wikitext": ((".tokens", ".raw", ".txt"), _read_wikitext),
+    "jsonl": ((".jsonl", ".ndjson"), _read_jsonl),
+    "csv": ((".csv", ".tsv"), _read_csv),
     "parquet": ((".parquet",), _read_parquet),
 }
 """By the name of a reader: the suffixes looked for in a folder, and how one file is read."""
 
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+"""How a file of text is compressed, by its last suffix."""
+
 
 def _path(settings: CorpusSettings) -> str:
     if not settings.path:
-        raise ProbekitError(
-            f"corpus.path is not set, and the {settings.reader} reader needs one: give it with --corpus.path"
-        )
+        raise ProbekitError("corpus.path is not set; give the file, folder or dataset to read")
     return os.path.expanduser(settings.path)  # noqa: PTH111 - Path makes `name`, as on the hub, of `./name`
 
 
@@ -254,8 +317,12 @@ def _text(record: object, where: str, settings: CorpusSettings) -> str:
     """The text of a record."""
     if not isinstance(record, dict):
         raise ProbekitError(f"{where}: {type(record).__name__} where a JSON object should be")
+    text = record.get(settings.text_column)
+    if text is None and settings.missing == "skip":
+        return ""  # dropped and counted like any blank document
     _require("text_column", record, where, settings)
-    text = record[settings.text_column]
+    if text is None:
+        raise ProbekitError(f"{where}: no {settings.text_column!r}; --corpus.missing skip drops such rows")
     if not isinstance(text, str):
         raise ProbekitError(
             f"{where}: {settings.text_column!r} holds {type(text).__name__}, not a string; correct it, or "
@@ -277,8 +344,8 @@ def _opened(path: Path, settings: CorpusSettings) -> Iterator[TextIO]:
     if codecs.lookup(encoding).name == "utf-8":
         encoding = "utf-8-sig"  # takes the byte order mark that some editors write, and needs none
     try:
-        with path.open(encoding=encoding, newline="") as file:
-            yield file
+        with _bytes(path) as file:
+            yield io.TextIOWrapper(file, encoding, newline="")
     except UnicodeError:
         raise ProbekitError(
             f"{path}: byte {_bad_byte(path, encoding)} is not valid {settings.encoding}; set "
@@ -288,10 +355,19 @@ def _opened(path: Path, settings: CorpusSettings) -> Iterator[TextIO]:
         raise ProbekitError(f"{path}: cannot be read: {_reason(error)}") from None
 
 
+def _bytes(path: Path) -> IO[bytes]:
+    """The bytes of a file, uncompressed."""
+    compression = COMPRESSIONS.get(path.suffix.lower())
+    if compression is None:
+        return path.open("rb")
+    stream: IO[bytes] = pa.CompressedInputStream(pa.OSFile(str(path)), compression)
+    return stream
+
+
 def _bad_byte(path: Path, encoding: str) -> int:
     """The offset at which decoding fails: a text stream counts from its current buffer, so decode again."""
     decoder, read = codecs.getincrementaldecoder(encoding)(), 0
-    with path.open("rb") as file:
+    with _bytes(path) as file:
         for chunk in itertools.chain(iter(lambda: file.read(_BYTES_AT_ONCE), b""), [b""]):
             read += len(chunk)
             try:
@@ -382,6 +458,9 @@ def write_documents(
     """
     digests = bytearray()
     blank = characters = 0
+    if settings.reader == "auto":
+        formats = ", ".join(f"{count:,} as {name}" for name, count in formats_read(settings).items())
+        progress.say(f"corpus.reader auto: files read: {formats}")
     with (
         progress.task("read documents") as task,
         pa.OSFile(str(path), "wb") as sink,
