@@ -32,12 +32,12 @@ from harness import (
     race,
     run_workloads,
 )
+from probekit.models.base_lm import TUNINGS, BaseLM
 from random_lm import forward_flops, product_dtype, random_corpus, random_gpt2
 
 from probekit.config import Config, VariantName
 from probekit.data.corpus import SPLITS, Corpus
 from probekit.data.windows import Windows, input_tokens
-from probekit.models.base_lm import TUNINGS, BaseLM
 from probekit.models.planner import Planner
 from probekit.progress import Progress
 from probekit.training.adapter import AdapterTraining

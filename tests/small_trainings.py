@@ -4,11 +4,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from probekit.models.base_lm import BaseLM
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from probekit.data.corpus import Corpus
-from probekit.models.base_lm import BaseLM
 from probekit.models.planner import Planner
 from probekit.progress import Progress
 from probekit.run.run import Run

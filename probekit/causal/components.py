@@ -15,7 +15,7 @@ from probekit.config import VariantName
 from probekit.data.windows import IGNORE, Batch, Windows, chunks
 from probekit.errors import ProbekitError
 from probekit.models.conditioning import Adapter, Conditioned
-from probekit.models.hook_points import OUTSIDE_BLOCKS, Hook, check_location, hook_name, layer_of
+from probekit.models.hook_points import OUTSIDE_BLOCKS, Hook, hook_name, layer_of
 from probekit.progress import Progress
 from probekit.run.run import Run
 
@@ -201,8 +201,8 @@ class MaskedLM(VariantLM):
                 "that a mean could replace; give a run that is conditioned by adapter or embedding, or "
                 "subnetwork.variant none"
             )
-        check_location(run.locations, HEADS, "the attention heads' location")
-        lm = run.base_lm()
+        lm = run.frozen_lm()
+        lm.architecture.check(HEADS, "the attention heads' location")
         self.components = Components(lm.layers, lm.heads, adapter)
         self.use_hooks([hook.name for hook in self.components.hooks])
         self.means: Means = {}

@@ -35,7 +35,7 @@ from probekit.evaluation.perplexity import window_and_stride
 from probekit.generation.generate import draw
 from probekit.generation.metrics import Labeller
 from probekit.models.conditioning import CONDITIONINGS
-from probekit.models.hook_points import OUTSIDE_BLOCKS, check_location, per_layer
+from probekit.models.hook_points import OUTSIDE_BLOCKS, per_layer
 from probekit.models.mixing import VARIANTS
 from probekit.models.replanning import GenerationState
 from probekit.probing.activations import HookPoint, Reader
@@ -321,7 +321,7 @@ class _Trials:
 
     def _head(self, kind: str, site: Site, condition: Condition) -> dict[str, Any]:
         location, layer = site.point or (PLAN, None)
-        final = (FINAL_LOCATION, self._run.base_lm().layers - 1)
+        final = (FINAL_LOCATION, self._run.frozen_lm().layers - 1)
         return {
             "kind": kind,
             "condition": condition.name,
@@ -455,9 +455,9 @@ def _grid(run: Run) -> Grid:
 
 def _points(run: Run) -> list[HookPoint]:
     """Every location at every layer of the settings; one outside the blocks at the layer next to it."""
-    chosen, layers = run.config.intervene, run.base_lm().layers
+    chosen, layers = run.config.intervene, run.frozen_lm().layers
     for location in chosen.locations:
-        check_location(run.locations, location, "intervene.locations")
+        run.frozen_lm().architecture.check(location, "intervene.locations")
     for layer in chosen.layers or ():
         if layer >= layers:
             raise ProbekitError(f"intervene.layers has {layer}, but the LM's layers are 0 to {layers - 1}")

@@ -55,7 +55,7 @@ def final_layer_probe(run: Run, variant: VariantName) -> tuple[HookPoint, Linear
     Raises:
         ProbekitError: The run has no such probe, or its probes have another target.
     """
-    folder, point = run.folder / "probes", (FINAL_LOCATION, run.base_lm().layers - 1)
+    folder, point = run.folder / "probes", (FINAL_LOCATION, run.frozen_lm().layers - 1)
     saved = SavedProbes(folder, variant, run.config.seed)
     probed = read_probe_record(run.folder).config.probe
     if (probed.target, probed.labels, probed.anchors) != ("action", None, "sentence"):
@@ -91,7 +91,7 @@ class VariantLM:
     def use_hooks(self, names: Sequence[str]) -> None:
         """Prepares forward passes with hooks of these full TransformerLens names."""
         every = dict.fromkeys([*names, *self.model.names, self.probe_hook])
-        self._backend = self.run.forward_pass([*every], self.variant)
+        self._backend = self.run.backend_for([*every], self.variant)
 
     def read(self, windows: Windows) -> Batch:
         """Windows of the corpus as the variant reads them."""

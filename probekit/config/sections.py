@@ -182,7 +182,8 @@ class LanguageModelSettings(Settings):
     """The base LM: a pre-trained one by name, or a new GPT-2 of the given size."""
 
     name: str | None = None
-    """Hub name or local folder of a causal LM that TransformerLens can bridge; unset: train a new GPT-2."""
+    """Hub name, local folder or GGUF file of a causal LM that TransformerLens can bridge; unset: train a new
+    GPT-2."""
     revision: str | None = None
     """Revision (branch, tag or commit) of a hub model."""
     trust_remote_code: bool = False
@@ -192,6 +193,9 @@ class LanguageModelSettings(Settings):
     start of every window, only at that of a document, or never. auto: every-window where the tokenizer adds
     it by itself (Llama, Gemma), document where it is also the end-of-sequence token (GPT-2, any new LM), else
     none (Qwen, BLOOM)."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Numbers in which the LM's weights are held. auto: those of the checkpoint, but on a CPU bfloat16 in place of
+    any half precision where the CPU has units for it, else float32. Whatever is trained stays float32."""
     device_map: str | None = None
     """Where accelerate places an LM that one GPU cannot hold: auto (GPUs, then main memory, then disk), or
     a device; unset: all of it on `device`."""

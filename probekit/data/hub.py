@@ -14,6 +14,9 @@ from probekit.errors import ProbekitError
 
 TIMEOUT_SECONDS = 5.0
 
+GGUF = ".gguf"
+"""The suffix of files that hold a whole model, its weights quantised."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -23,16 +26,24 @@ class Source:
         name: Local folder or hub name.
         revision: Commit of the hub repository; None for a local folder.
         local_only: Whether it is read from disk alone: a folder, or the hub's cache when there is no network.
+        file: A GGUF file there that holds the model; None: the model is all of it.
     """
 
     name: str
     revision: str | None
     local_only: bool
+    file: str | None = None
+
+    @property
+    def path(self) -> Path:
+        """The local folder or file."""
+        return Path(self.name, self.file or "")
 
     @property
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments for `from_pretrained`."""
-        return {"revision": self.revision or "main", "local_files_only": self.local_only}
+        found = {"revision": self.revision or "main", "local_files_only": self.local_only}
+        return found | ({"gguf_file": self.file} if self.file else {})
 
 
 def find(
@@ -41,7 +52,7 @@ def find(
     """Finds a local folder, or asks the hub for the exact revision of a name.
 
     Args:
-        name: Local folder, which wins, or hub name.
+        name: Local folder or GGUF file, which win, or hub name.
         setting: The setting that holds the name, for messages.
         revision: Branch, tag or commit on the hub; its main branch if None.
         kind: What kind of repository the name is.
@@ -54,8 +65,12 @@ def find(
     folder = str(Path(name).expanduser()) if name.startswith("~") else name
     if Path(folder).is_dir():
         return Source(folder, None, local_only=True)
+    if kind == "model" and name.endswith(GGUF) and Path(folder).is_file():
+        return Source(str(Path(folder).parent), None, local_only=True, file=Path(folder).name)
     if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ProbekitError(f"{setting} is {name!r}: no such folder")
+        raise ProbekitError(
+            f"{setting} is {name!r}: no such folder{f' or {GGUF} file' if kind == 'model' else ''}"
+        )
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 

@@ -76,7 +76,7 @@ def evaluate_ensembles(run: Run, progress: Progress) -> Evaluation:
     losses: dict[tuple[str, str], np.ndarray] = {}
     answered: dict[str, np.ndarray] = {}
     for name in (variant, *config.depth.members):
-        own, token_losses = _readers(run, name, run.model(name, fast=True))
+        own, token_losses = _readers(run, name, run.model(name))
         parts |= own
         with progress.task(f"evaluate {name}", total=len(scoring.windows)) as task:
             sums = scoring.document_losses(token_losses, mixing, task)
@@ -115,7 +115,7 @@ def _readers(run: Run, name: ModelName, model: PlannedLM) -> tuple[Parts, TokenL
     depth = model.depth
     if name not in MEMBERS or MEMBERS[name].reads != "late" or depth is None:
         return {name: (name, None)}, own_losses(model)
-    head = run.base_lm(name).plain.get_output_embeddings()
+    head = model.backend.model.get_output_embeddings()
 
     def losses(batch: Batch, mixing: Mixing) -> Tensor:
         scored = batch.targets != IGNORE
@@ -206,7 +206,7 @@ def _evaluate_planners(run: Run, progress: Progress) -> Evaluation:
     for variant, actions, mixing in variants_and_actions(run):
         with progress.task(f"evaluate {variant} ({actions})", total=len(scoring.windows)) as task:
             read = replace(scoring, corpus=run.corpus_of(variant))
-            model = run.model(variant, fast=True)
+            model = run.model(variant)
             (losses[variant, actions],) = read.document_losses(own_losses(model), mixing, task)
     with progress.task("evaluate planners"):
         planner = _planner_table(run)

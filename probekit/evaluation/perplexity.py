@@ -163,7 +163,7 @@ def window_and_stride(run: Run) -> tuple[int, int]:
     """
     record = evaluation_record(run.config)
     window, stride = record["window"], record["stride"]
-    positions = longest_window(run.base_lm().config)
+    positions = longest_window(run.frozen_lm().config)
     if window > positions:
         raise ProbekitError(f"evaluation.window is {window}, but the LM reads at most {positions} positions")
     if stride > window:

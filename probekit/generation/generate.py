@@ -91,7 +91,7 @@ def reading_window(run: Run) -> int:
 
     All its positions, but no more than the training window if the LM was trained here.
     """
-    positions = longest_window(run.base_lm().config)
+    positions = longest_window(run.frozen_lm().config)
     return positions if run.config.lm.name else min(positions, run.config.training.window)
 
 
@@ -158,8 +158,7 @@ def generate(
     encoder = partial(run.encoder, "none" if given else conditioning)
     precision, codebook = run.config.training.precision, run.corpus.codebook if given else None
     condition = conditioner_of(model, conditioning, encoder, precision, codebook)
-    backend = run.forward_pass(model.names or [LAST], variant)
-    decoder = new_decoder(model, backend, reading_window(run), run.corpus.bos, cache=cache)
+    decoder = new_decoder(model, model.backend, reading_window(run), run.corpus.bos, cache=cache)
     if cache and not decoder.cached:
         inserts = model.adapter is not None and model.adapter.inserts
         why = "there are planning tokens between a text's own" if inserts else "this LM gives none"

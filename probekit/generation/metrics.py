@@ -372,7 +372,7 @@ def text_features(run: Run, texts: Sequence[np.ndarray], window: int, task: Task
         window: Tokens that the LM reads at once.
         task: Advanced by each text.
     """
-    backend, size = run.forward_pass((LOCATION,)), run.config.evaluation.batch_size
+    backend, size = run.backend_for((LOCATION,)), run.config.evaluation.batch_size
     separator, bos = torch.tensor([run.corpus.separator]), run.corpus.bos
     sums, counts = np.zeros((len(texts), run.locations[LOCATION])), np.zeros(len(texts))
     for start in range(0, len(texts), size):

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from probekit.config import ConditioningSettings
 from probekit.errors import ProbekitError
-from probekit.models.hook_points import OUTSIDE_BLOCKS, Hook, check_location, hook_name
+from probekit.models.hook_points import OUTSIDE_BLOCKS, Hook, hook_name
 
 if TYPE_CHECKING:
-    from probekit.models.base_lm import BaseLM
+    from probekit.models.frozen_lm import FrozenLM
 
 
 EMBEDDING = OUTSIDE_BLOCKS[0]
@@ -204,35 +204,35 @@ def conditioned_location(settings: ConditioningSettings) -> str | None:
     return {"adapter": settings.location, "embedding": EMBEDDING, "token": None}[settings.kind]
 
 
-def location_width(lm: BaseLM, settings: ConditioningSettings) -> int:
+def location_width(lm: FrozenLM, settings: ConditioningSettings) -> int:
     """Features per position where the action enters.
 
     Raises:
         ProbekitError: The LM cannot be conditioned as the settings ask.
     """
     if settings.kind != "adapter":
-        if settings.kind == "token" and not lm.takes_positions:
+        if settings.kind == "token" and not lm.architecture.takes_positions:
             raise ProbekitError(
-                f"conditioning.kind is {settings.kind!r}, but {lm.architecture} takes no positions of tokens "
+                f"conditioning.kind is {settings.kind!r}, but {lm.architecture.name} takes no positions of tokens "
                 "(position_ids), which planning tokens need; give adapter or embedding"
             )
-        check_location(lm.locations, EMBEDDING, f"conditioning.kind is {settings.kind!r}: its location")
-        return lm.locations[EMBEDDING]
+        lm.architecture.check(EMBEDDING, f"conditioning.kind is {settings.kind!r}: its location")
+        return lm.architecture.locations[EMBEDDING]
     if settings.skip_layers >= lm.layers:
         raise ProbekitError(
             f"conditioning.skip_layers is {settings.skip_layers}, but the LM has {lm.layers} layers; "
             f"it must be at most {lm.layers - 1}"
         )
-    check_location(lm.locations, settings.location, "conditioning.location")
+    lm.architecture.check(settings.location, "conditioning.location")
     if settings.location in OUTSIDE_BLOCKS:
         raise ProbekitError(
             f"conditioning.location is {settings.location!r}, which is in no layer; give a hook of the "
             "blocks, such as attn.hook_z"
         )
-    return lm.locations[settings.location]
+    return lm.architecture.locations[settings.location]
 
 
-def new_adapter(settings: ConditioningSettings, codebook: Tensor, lm: BaseLM, seed: int) -> Adapter:
+def new_adapter(settings: ConditioningSettings, codebook: Tensor, lm: FrozenLM, seed: int) -> Adapter:
     """An untrained adapter that fits the LM; the same seed gives every variant the same beginning."""
     width = location_width(lm, settings)
     if settings.kind == "adapter":

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from probekit.config import BosRule
 from probekit.data.windows import IGNORE, Batch
 from probekit.models.conditioning import Conditioned
-from probekit.models.hook_points import TOLERANCE, Backend, HFBackend, Hook, position_arguments
+from probekit.models.hook_points import Backend, HFBackend, Hook, in_float32, position_arguments, tolerance
 from probekit.models.mixing import Precomputed
 from probekit.models.planner_lm import PlannedLM
 
@@ -226,13 +226,14 @@ class HFDecoder(Decoder):
         read = torch.tensor(lengths, device=self._device)[:, None]
         mask = (torch.arange(width, device=self._device) >= width - read).long()
         with self._backend.hooked([*self._last_hooks(texts), *self._late]) as model:
-            return model(
+            logits = model(
                 input_ids=torch.tensor([[text.tokens[-1]] for text in texts], device=self._device),
                 position_ids=read - 1,
                 attention_mask=mask if min(lengths) < width else None,
                 past_key_values=self._cache,
                 use_cache=True,
             ).logits[:, -1]
+        return in_float32(logits)
 
     def _last_hooks(self, texts: list[GrowingText]) -> list[Hook]:
         """Hooks for the last position of each text; projected again only when a sentence begins."""
@@ -289,7 +290,7 @@ class HFDecoder(Decoder):
                 )
             finally:
                 handle.remove()
-        return found.logits[:, -1]
+        return in_float32(found.logits[:, -1])
 
 
 def _layers(cache: DynamicCache) -> KeysAndValues:
@@ -322,7 +323,7 @@ def new_decoder(
 
     Args:
         model: The conditioned LM.
-        backend: How the LM runs the model's hooks (`Run.forward_pass`).
+        backend: How the LM runs the model's hooks (`Run.backend_for`).
         window: Most tokens that are read at once, at least two.
         bos: Where the LM reads the separator.
         cache: Whether to keep what was read; it is not kept where the plain module cannot, nor between
@@ -354,8 +355,8 @@ def _agree(decoder: Decoder, whole: Decoder, model: PlannedLM, window: int) -> b
             except (TypeError, ValueError, AttributeError, IndexError, KeyError, RuntimeError):
                 return False  # a module that takes no positions, or keeps something else than keys and values
             expected = whole(texts)
-        scale = expected.abs().max().clamp(min=1e-6)
-        if found.shape != expected.shape or (found - expected).abs().max() > TOLERANCE * scale:
+        close = tolerance(model.backend.model.dtype) * expected.abs().max().clamp(min=1e-6)
+        if found.shape != expected.shape or (found - expected).abs().max() > close:
             return False
         for text in texts:
             text.tokens.append(len(text.tokens) % vocabulary)

@@ -18,20 +18,13 @@ from torch import Tensor, nn
 
 from probekit.config import DepthSettings, DistillationSettings, MemberName
 from probekit.errors import ProbekitError
-from probekit.models.hook_points import OUTSIDE_BLOCKS, TOLERANCE, Hook, find_hook_point, hook_name
+from probekit.models.hook_points import NORM_IN, NORM_OUT, Hook, hook_name, in_float32, tolerance
 
 if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
     from transformers import PreTrainedModel
 
-    from probekit.models.base_lm import BaseLM
+    from probekit.models.frozen_lm import FrozenLM
 
-
-NORM_IN = "ln_final.hook_in"
-"""The output of the last layer, which the final norm reads."""
-
-NORM_OUT = OUTSIDE_BLOCKS[1]
-"""The output of the final norm, which the head reads."""
 
 LOGITS = 1 << 24
 """Logits that are in memory at once, of all layers together, whatever the number of layers."""
@@ -120,7 +113,7 @@ class DepthEnsemble(nn.Module):
         self.read_names = tuple(dict.fromkeys(self._hook_of))
         self.names = (*self.read_names, NORM_OUT)
         self._top_k = None if top_k is None or top_k >= k else top_k
-        self.norm = copy.deepcopy(norm).requires_grad_(False)
+        self.norm = copy.deepcopy(norm).float().requires_grad_(False)
         self.scale = nn.Parameter(torch.ones(k, width))
         self.shift = nn.Parameter(torch.zeros(k, width))
         self.router: nn.Linear | None = None
@@ -180,7 +173,7 @@ class DepthEnsemble(nn.Module):
 
 
 def new_ensemble(
-    member: MemberName, settings: DepthSettings, lm: BaseLM, model: PreTrainedModel, seed: int
+    member: MemberName, settings: DepthSettings, lm: FrozenLM, model: PreTrainedModel, seed: int
 ) -> DepthEnsemble:
     """An untrained ensemble that fits an LM.
 
@@ -200,7 +193,7 @@ def new_ensemble(
             f"depth.layers is {settings.layers}, but the LM has {depth} layers; it must be at most {depth}"
         )
     return DepthEnsemble(
-        final_norm(lm.bridged, model),
+        final_norm(lm, model),
         MEMBERS[member].layers(depth, settings.layers),
         depth=depth,
         width=model.get_output_embeddings().in_features,
@@ -210,28 +203,28 @@ def new_ensemble(
     )
 
 
-def final_norm(bridged: TransformerBridge, model: PreTrainedModel) -> nn.Module:
+def final_norm(lm: FrozenLM, model: PreTrainedModel) -> nn.Module:
     """The norm before the head of an LM whose logits are the head of that norm.
 
     Raises:
         ProbekitError: There is none, or the logits are capped or scaled after the head.
     """
-    point = find_hook_point(bridged, model, NORM_OUT)
-    if point is None:
+    points = lm.architecture.points([NORM_OUT])
+    if points is None:
         raise ProbekitError(
             f"{type(model).__name__} has no final norm (no {NORM_OUT}), from which a depth ensemble's "
             "normalisations begin; choose an LM that has one before its head, as GPT-2, Llama, OLMo and Qwen "
             "have, or give --method planner"
         )
-    norm, head = model.get_submodule(point.module), model.get_output_embeddings()
+    norm, head = model.get_submodule(points[NORM_OUT].module), model.get_output_embeddings()
     seen: list[Tensor] = []
     handle = norm.register_forward_hook(lambda _, __, output: seen.append(output))
     with torch.no_grad():
         tokens = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
-        logits = model(tokens, use_cache=False).logits
+        logits = in_float32(model(tokens, use_cache=False).logits)
         handle.remove()
-        own = head(seen[-1])
-    if own.shape != logits.shape or (own - logits).abs().max() > TOLERANCE * logits.abs().max():
+        own = in_float32(head(seen[-1]))
+    if own.shape != logits.shape or (own - logits).abs().max() > tolerance(model.dtype) * logits.abs().max():
         raise ProbekitError(
             f"{type(model).__name__} does more to its logits than its head does (it caps or scales them), so "
             "late layers have no logits of their own by that head alone; choose an LM whose head comes last"
@@ -266,11 +259,11 @@ class DepthLoss:
         states = late.states.transpose(0, 1) if by_layer else late.states.new_empty(len(targets), 0, 1)
 
         def loss(mixed: Tensor, states: Tensor, targets: Tensor, *weights: Tensor) -> Tensor:
-            total = F.cross_entropy(F.linear(mixed, *weights).float(), targets, reduction="sum")
+            total = F.cross_entropy(_logits(mixed, weights), targets, reduction="sum")
             if not by_layer:
                 return total
             # Flat: of a batch that is not contiguous, the head would be read anew for every token.
-            logits = F.linear(states.flatten(0, 1), *weights).float().unflatten(0, states.shape[:2])
+            logits = _logits(states.flatten(0, 1), weights).unflatten(0, states.shape[:2])
             if self.layer_loss:
                 each = targets[:, None].expand(-1, logits.shape[1])
                 own = F.cross_entropy(logits.flatten(0, 1), each.flatten(), reduction="sum")
@@ -310,10 +303,15 @@ def reader_losses(head: nn.Module, late: LateLayers, targets: Tensor, *, logits:
     at_once = max(1, logits // (_vocabulary(head) * len(readers)))
     for start in range(0, len(targets), at_once):
         part = slice(start, start + at_once)
-        found = head(readers[:, part].flatten(0, 1)).float()
+        found = _logits(readers[:, part].flatten(0, 1), tuple(head.parameters()))
         wanted = targets[part].expand(len(readers), -1)
         losses[:, part] = F.cross_entropy(found, wanted.flatten(), reduction="none").view_as(wanted)
     return losses
+
+
+def _logits(states: Tensor, head: Sequence[Tensor]) -> Tensor:
+    """Float32 logits of a head, given as its weights, which may be of half precision."""
+    return F.linear(states.to(head[0].dtype), *head).float()
 
 
 def _vocabulary(head: nn.Module) -> int:

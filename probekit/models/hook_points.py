@@ -6,17 +6,14 @@ the table of standard locations gives some of them a short name and a point in t
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from probekit.errors import ProbekitError
 from probekit.models.language_model import main_device
 
 if TYPE_CHECKING:
@@ -30,8 +27,19 @@ Hook = tuple[str, Callable[..., Tensor | None]]
 OUTSIDE_BLOCKS = ("hook_embed", "ln_final.hook_out")
 """Locations that a model has once: before its first block, and after its last."""
 
+NORM_IN = "ln_final.hook_in"
+"""The output of the last layer, which the final norm reads."""
+
+NORM_OUT = OUTSIDE_BLOCKS[1]
+"""The output of the final norm, which the head reads."""
+
 TOLERANCE = 1e-3
-"""Largest difference between the two backends, as a share of the largest activation."""
+"""Largest difference of what is computed in float32 in two ways, as a share of the largest number."""
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """`TOLERANCE`, or more for weights of half precision, which keep two or three digits."""
+    return max(TOLERANCE, 8 * torch.finfo(dtype).eps)
 
 
 def hook_name(location: str, layer: int) -> str:
@@ -45,50 +53,6 @@ def layer_of(name: str) -> int | None:
         return 0
     first, _, rest = name.partition(".")
     return int(rest.partition(".")[0]) if first == "blocks" else None
-
-
-def locations(bridged: TransformerBridge) -> dict[str, int]:
-    """Every location that holds a vector for each position, and the vector's features.
-
-    Some hooks never fire, some hold attention patterns, some have the heads before the positions. Where there
-    is a vector for each position, one more token makes the second axis longer and changes no other. Blocks
-    are taken to be like the first.
-    """
-    short, long = (_shapes(bridged, length) for length in (1, 2))
-    return {
-        location: math.prod(shape[2:])
-        for location, shape in sorted(short.items())
-        if (*shape[:2], *long[location]) == (1, 1, 1, 2, *shape[2:])
-    }
-
-
-def _shapes(bridged: TransformerBridge, length: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of all that fires in the first block, and around the blocks, over a text of some tokens."""
-    prefix = hook_name("", 0)
-    tokens = torch.zeros(1, length, dtype=torch.long, device=bridged.original_model.device)
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*gated-off hook")
-        _, cache = bridged.run_with_cache(
-            tokens,
-            names_filter=lambda name: name.startswith(prefix) or name in OUTSIDE_BLOCKS,
-            output_attentions=False,
-        )
-    return {
-        name.removeprefix(prefix): tuple(value.shape) for name, value in cache.items() if value is not None
-    }
-
-
-def check_location(known: dict[str, int], location: str, setting: str) -> None:
-    """Refuses a location that this architecture lacks, or that does not hold a vector for each position.
-
-    Raises:
-        ProbekitError: Names the setting, and lists the locations that there are.
-    """
-    if location not in known:
-        raise ProbekitError(
-            f"{setting} is {location!r}, where this architecture holds no vector for each position; it "
-            f"does at {', '.join(known)}"
-        )
 
 
 @dataclass(frozen=True)
@@ -105,7 +69,7 @@ class ModuleHook:
 
 
 class HFBackend:
-    """Runs the plain Hugging Face module.
+    """Runs the plain Hugging Face module; hooks see float32, whatever the weights are.
 
     Args:
         model: Frozen and put into evaluation mode.
@@ -151,7 +115,8 @@ class HFBackend:
     def logits(self, tokens: Tensor, hooks: Sequence[Hook], positions: Tensor | None = None) -> Tensor:
         """Next-token logits `[windows, positions, vocabulary]`, with hooks that change activations."""
         with self.hooked(hooks) as model:
-            return model(use_cache=False, **self._inputs(tokens, positions)).logits.to(self.device)
+            logits = model(use_cache=False, **self._inputs(tokens, positions)).logits
+        return in_float32(logits).to(self.device)
 
     @contextmanager
     def hooked(self, hooks: Sequence[Hook]) -> Iterator[PreTrainedModel]:
@@ -160,10 +125,6 @@ class HFBackend:
             for name, function in hooks:
                 stack.callback(self._attach(self.points[name], function).remove)
             yield self.model
-
-    def with_weights(self, model: PreTrainedModel) -> Self:
-        """The same for another model of the architecture."""
-        return type(self)(model, self.points, self.device)
 
     def _inputs(self, tokens: Tensor, positions: Tensor | None) -> dict[str, Tensor]:
         device = main_device(self.model)
@@ -174,8 +135,8 @@ class HFBackend:
         module = self.model.get_submodule(point.module)
 
         def called(activation: Tensor) -> Tensor | None:
-            changed = function(activation.to(self.device))  # layers may be on several devices
-            return None if changed is None else changed.to(activation.device)
+            changed = function(in_float32(activation).to(self.device))  # layers may be on several devices
+            return None if changed is None else changed.to(activation)
 
         def before(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
             changed = called(inputs[0] if inputs else named["hidden_states"])
@@ -212,7 +173,7 @@ class BridgeBackend:
             stop = None
         self.bridged.run_with_hooks(
             tokens,
-            fwd_hooks=[(name, lambda x, hook, function=function: function(x)) for name, function in hooks],
+            fwd_hooks=[(name, _called(function)) for name, function in hooks],
             stop_at_layer=stop,
             return_type=None,
             **position_arguments(positions),
@@ -220,8 +181,23 @@ class BridgeBackend:
 
     def logits(self, tokens: Tensor, hooks: Sequence[Hook], positions: Tensor | None = None) -> Tensor:
         """Next-token logits `[windows, positions, vocabulary]`, with hooks that change activations."""
-        with self.bridged.hooks(fwd_hooks=list(hooks)):
-            return self.bridged(tokens, return_type="logits", **position_arguments(positions))
+        with self.bridged.hooks(fwd_hooks=[(name, _called(function)) for name, function in hooks]):
+            return in_float32(self.bridged(tokens, return_type="logits", **position_arguments(positions)))
+
+
+def _called(function: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
+    """A hook of the bridge that calls a function with float32."""
+
+    def call(activation: Tensor, hook: Any) -> Tensor | None:
+        changed = function(in_float32(activation))
+        return None if changed is None else changed.to(activation)
+
+    return call
+
+
+def in_float32(values: Tensor) -> Tensor:
+    """Activations or logits in float32 where they are of half precision: sums and softmax lose digits there."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 Backend = HFBackend | BridgeBackend
@@ -238,85 +214,6 @@ def position_arguments(positions: Tensor | None) -> dict[str, Tensor]:
     # Without a mask, Transformers takes two tokens of one position for the end of a text and the next one's
     # beginning, and lets none see across.
     return {"position_ids": positions, "attention_mask": torch.ones_like(positions)}
-
-
-def find_hook_point(bridged: TransformerBridge, model: PreTrainedModel, name: str) -> ModuleHook | None:
-    """Where a hook of the bridge is in the plain module; None where the plain module has no such place.
-
-    Args:
-        bridged: The bridge of the LM, or of one with fewer layers: later layers are taken to be like its own.
-        model: The LM, not bridged.
-        name: The hook's full TransformerLens name.
-    """
-    *path, hook = name.split(".")
-    component: Any = bridged
-    modules: list[str] = []
-    for part in path:
-        if part.isdigit():
-            component = component[int(part) % len(component)]
-            modules.append(part)
-            continue
-        wrapped = bridged.adapter.component_mapping.get(part) if component is bridged else None
-        component = getattr(component, part, None)
-        wrapped = wrapped if wrapped is not None else component
-        if component is None or not getattr(wrapped, "name", None):
-            return None
-        modules += wrapped.name.split(".")
-    aliases = (getattr(component, "hook_aliases", None) or {}).get(hook, ())
-    for alias in [aliases] if isinstance(aliases, str) else aliases:
-        if point := find_hook_point(bridged, model, ".".join([*path, alias])):
-            return point
-    sides = {"hook_in": True, "hook_out": False}
-    known = ".".join(modules) in dict(model.named_modules())
-    return ModuleHook(".".join(modules), sides[hook]) if modules and known and hook in sides else None
-
-
-def forward_pass(bridged: TransformerBridge, model: PreTrainedModel, names: Sequence[str]) -> Backend:
-    """The fastest backend that runs some hooks as the bridge does.
-
-    Args:
-        bridged: The bridged LM.
-        model: The same LM, not bridged.
-        names: The hooks' full TransformerLens names.
-    """
-    found = {name: find_hook_point(bridged, model, name) for name in names}
-    points = {name: point for name, point in found.items() if point is not None}
-    slow = BridgeBackend(bridged)
-    if len(points) < len(found):
-        return slow
-    fast = HFBackend(model, points)
-    tokens = torch.arange(6, device=fast.device).view(3, 2) % model.config.get_text_config().vocab_size
-    with torch.no_grad():
-        pairs = zip(_probed(fast, tokens, names), _probed(slow, tokens, names), strict=True)
-    same = all(_close(seen[name], true[name]) for seen, true in pairs for name in names)
-    return fast if same else slow
-
-
-def _probed(backend: Backend, tokens: Tensor, names: Sequence[str]) -> tuple[dict[str, Tensor], ...]:
-    """What hooks see, and what they see when every one of them changes what it saw."""
-    seen: tuple[dict[str, Tensor], ...] = ({}, {})
-
-    def look(name: str, activation: Tensor) -> None:
-        seen[0][name] = activation.clone()
-
-    def scale(name: str, activation: Tensor) -> Tensor:
-        seen[1][name] = activation.clone()
-        return 1.1 * activation
-
-    for see in (look, scale):
-        hooks = [(name, lambda x, see=see, name=name: see(name, x)) for name in names]
-        backend(tokens, hooks, len(names) + 1)
-    return seen
-
-
-def _close(first: Tensor, second: Tensor) -> bool:
-    """Whether two activations agree, position by position; heads may be an axis of their own or not."""
-    if first.shape[:2] != second.shape[:2]:
-        return False
-    first, second = (x.reshape(*x.shape[:2], -1) for x in (first, second))
-    return first.shape == second.shape and bool(
-        (first - second).abs().max() <= TOLERANCE * second.abs().max().clamp(min=1e-6)
-    )
 
 
 BEFORE = ":before"

@@ -15,10 +15,17 @@ from probekit.config import LanguageModelSettings
 from probekit.data import hub
 from probekit.data.tokenizer import separator_id
 from probekit.errors import ProbekitError
+from probekit.io import one_line
+from probekit.models.checkpoint import check_memory, contents, load_config, text_tower
+from probekit.progress import without_bars_of_transformers
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+SHALLOW_VOCABULARY = 64
+"""Rows of a shallow LM's embedding; that of the LM itself may be its largest part."""
 
 
 def new_model(
@@ -51,20 +58,22 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     device_map: str | dict[str, str | int] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
-    """Loads a causal LM in float32 from a local folder or the hub.
+    """Loads a causal LM from a local folder, a GGUF file or the hub.
 
     Args:
-        name: The folder, or the name on the hub.
+        name: The folder, the file, or the name on the hub.
         revision: Branch, tag or commit of a hub model.
         trust_remote_code: Let the model's folder run its own code.
         device_map: How accelerate places the weights over GPUs, main memory and disk (its `device_map`).
             What is offloaded to disk lies in a temporary folder as long as the model is used. Unset: all are
             in main memory.
+        dtype: Of the weights in memory.
 
     Raises:
         ProbekitError: There is no such folder or hub name, the hub is out of reach, some or all weights of a
-            causal LM are not there, what is there is no causal LM, or it cannot be placed.
+            causal LM are not there, they do not fit into memory, or cannot be placed.
     """
     from transformers import AutoModelForCausalLM
 
@@ -74,22 +83,30 @@ def load_model(
             "one process, or leave lm.device_map unset"
         )
     source = hub.find(name, setting="lm.name", revision=revision)
+    config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
+    if device_map is None:
+        check_memory(name, source, config, dtype)
     offloaded = None if device_map is None else TemporaryDirectory(prefix="probekit-")
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            source.name,
-            dtype=torch.float32,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            device_map=device_map,
-            offload_folder=None if offloaded is None else offloaded.name,
-            **source.arguments,
-        )
+        with without_bars_of_transformers():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source.name,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                device_map=device_map,
+                offload_folder=None if offloaded is None else offloaded.name,
+                **({} if source.file else {"use_safetensors": True}),
+                **text_tower(config),
+                **source.arguments,
+            )
     except Exception as error:
         placing = "" if device_map is None else f" with lm.device_map {device_map!r}"
+        found = (
+            contents(Path(source.name)) or f"it needs a config.json and model.safetensors ({_reason(error)})"
+        )
         raise ProbekitError(
-            f"lm.name {name!r}: no causal LM could be loaded from it{placing}; it needs a config.json and "
-            f"model.safetensors ({_reason(error)})"
+            f"lm.name {name!r}: no causal LM could be loaded from it{placing}; {found}"
         ) from error
     if missing := sorted(report["missing_keys"]):
         raise ProbekitError(
@@ -97,15 +114,11 @@ def load_model(
             f"{type(model).__name__} needs; give a folder or name with all weights of a causal LM"
         )
     if offloaded is not None:
-        found = getattr(model, "hf_device_map", {"": str(model.device)})
-        if len({*found.values()}) == 1:  # Transformers leaves out the hooks that move tokens to the device
-            _place(model, found)
-        model.offload_folder = offloaded  # removed with the model
-    if _reads_ahead(model):
-        raise ProbekitError(
-            f"lm.name {name!r}: {type(model).__name__} reads the tokens that it should predict; "
-            "give a causal LM"
-        )
+        placed = getattr(model, "hf_device_map", {"": str(model.device)})
+        if len({*placed.values()}) == 1:  # Transformers leaves out the hooks that move tokens to the device
+            model = _place(model, placed)
+        else:
+            model.offload_folder = offloaded  # removed with the model
     return model
 
 
@@ -116,11 +129,16 @@ def _place(model: PreTrainedModel, device_map: dict[str, Any]) -> PreTrainedMode
     return dispatch_model(model, device_map, offload_dir=model.offload_folder.name, force_hooks=True)
 
 
-def _reads_ahead(model: PreTrainedModel) -> bool:
-    """Whether the next token changes a position's logits, as in a BERT, which loads as a causal LM too."""
-    with torch.no_grad():
-        one, other = model(torch.tensor([[0, 0], [0, 1]], device=main_device(model))).logits[:, 0]
-    return bool((one - other).abs().max() > 1e-4 * one.abs().max())
+def save_model(model: PreTrainedModel, folder: Path) -> None:
+    """Writes a model in Hugging Face format, with weights that whoever reads its config may read."""
+    weights: dict[int, tuple[str, torch.Tensor]] = {}  # tied ones under the first of their names
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        weights.setdefault(id(tensor), (name, tensor.detach()))
+    with without_bars_of_transformers():
+        model.save_pretrained(folder, state_dict=dict(weights.values()))
+    mode = (folder / "config.json").stat().st_mode
+    for path in folder.glob("*.safetensors"):  # which safetensors lets only their owner read
+        path.chmod(mode)
 
 
 def is_placed(model: PreTrainedModel) -> bool:
@@ -136,35 +154,69 @@ def main_device(model: PreTrainedModel) -> torch.device:
     return torch.device(devices[0] if devices else "cpu")
 
 
-def random_weights(model: PreTrainedModel, seed: int) -> PreTrainedModel:
-    """A model of the same architecture with random weights, placed as the model is.
+def random_weights(
+    config: PreTrainedConfig,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    device_map: dict[str, Any] | None = None,
+) -> PreTrainedModel:
+    """A model of the same architecture with random weights; the same seed gives the same weights.
 
-    The same seed gives the same weights.
+    Args:
+        config: The LM's.
+        seed: Seed of the weights.
+        dtype: Of the weights.
+        device_map: Where accelerate is to place them, module by module; unset: in main memory.
     """
-    made = _random(model.config, seed)
-    return _place(made, model.hf_device_map) if is_placed(model) else made
-
-
-def shallow(config: PreTrainedConfig) -> PreTrainedModel:
-    """A small LM of the same architecture with random weights: the first layers, with one of every kind."""
-    config = copy.deepcopy(config)
-    text = config.get_text_config()
-    depth, kinds = text.num_hidden_layers, getattr(text, "layer_types", None) or [None]
-    layers = min(depth, max(2, 1 + max(kinds.index(kind) for kind in kinds)))
-    for name, value in vars(text).items():
-        if isinstance(value, list) and len(value) == depth:
-            setattr(text, name, value[:layers])
-    text.num_hidden_layers = layers
-    return _random(config, 0)
-
-
-def _random(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     with torch.random.fork_rng():
         # Not the seed itself: an untrained model of that seed would come out again.
         torch.manual_seed(seed + 2**40)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+    return model if device_map is None else _place(model, device_map)
+
+
+def layers_like(config: PreTrainedConfig) -> tuple[int, ...]:
+    """For every layer the first one that its configuration makes of the same kind `[layers]`.
+
+    Layers are of one kind where all that is listed for every layer, such as the kind of its attention, is equal.
+    """
+    text = config.get_text_config()
+    depth = text.num_hidden_layers
+    listed = [value for value in vars(text).values() if isinstance(value, list) and len(value) == depth]
+    kinds = [*zip(*listed, strict=True)] or [()] * depth
+    dense = getattr(text, "first_k_dense_replace", 0) or 0  # of a mixture of experts, these layers have none
+    kinds = [(*kind, layer < dense) for layer, kind in enumerate(kinds)]
+    return tuple(kinds.index(kind) for kind in kinds)
+
+
+def shallow(config: PreTrainedConfig) -> PreTrainedModel:
+    """A small LM of the same architecture, in float32: the first layers, with one of every kind.
+
+    All of its weights are random, also those that begin as zeros and ones, so that none of them can be left out
+    unnoticed.
+    """
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    depth = text.num_hidden_layers
+    layers = min(depth, max(2, 1 + max(layers_like(config))))
+    for name, value in vars(text).items():
+        if isinstance(value, list) and len(value) == depth:
+            setattr(text, name, value[:layers])
+    text.num_hidden_layers = layers
+    text.vocab_size = min(text.vocab_size, SHALLOW_VOCABULARY)
+    for part in {id(part): part for part in (config, text)}.values():
+        part.tie_word_embeddings = getattr(part, "tie_word_embeddings", False)
+        if (getattr(part, "pad_token_id", None) or 0) >= text.vocab_size:
+            part.pad_token_id = 0
+    model = random_weights(config, 0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model.eval().requires_grad_(False)
 
 
 def longest_window(config: PreTrainedConfig) -> int:
@@ -185,9 +237,14 @@ def bridge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str
     """
     from transformer_lens.model_bridge import TransformerBridge
 
+    if any(hasattr(module, "lora_A") for module in model.modules()):
+        raise ProbekitError(
+            f"lm.name {str(name)!r}: TransformerLens cannot run LoRA's updates beside weights of "
+            f"{str(model.dtype).removeprefix('torch.')}; give lm.dtype float32, or other locations"
+        )
     try:
         bridged = TransformerBridge.boot_transformers(
-            str(name), hf_model=model, tokenizer=tokenizer, device=model.device
+            str(name), hf_model=model, tokenizer=tokenizer, device=model.device, dtype=model.dtype
         )
     except (ValueError, NotImplementedError, KeyError, AttributeError) as error:
         architectures = ", ".join(model.config.architectures or [type(model).__name__])
@@ -200,4 +257,4 @@ def bridge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str
 
 
 def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+    return one_line(error)[:200]

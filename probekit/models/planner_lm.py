@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +15,12 @@ from probekit.models.hook_points import Backend, Hook
 from probekit.models.mixing import Mixing
 from probekit.models.planner import Planner, TrainableEncoder
 
-if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
-
 
 class PlannedLM(nn.Module):
     """An LM whose every token is conditioned on its sentence's action.
 
     Args:
-        backend: Runs the base LM, which is frozen; a `BridgeBackend` where anybody may add hooks.
+        backend: Runs the base LM, which is frozen.
         planner: Scores actions; trained here only where the variant is joint. None where nothing is planned.
         adapter: Codebook and projections; None leaves the base LM alone.
         temperature: Of the softmax over scores.
@@ -52,11 +48,6 @@ class PlannedLM(nn.Module):
         if learn_temperature:
             device = None if adapter is None else adapter.codebook.device
             self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature), device=device))
-
-    @property
-    def bridged(self) -> TransformerBridge:
-        """The bridge that runs it, to which anybody may add hooks."""
-        return self.backend.bridged  # type: ignore[union-attr]
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -110,7 +110,7 @@ class Reader:
         self._mixing = evaluation_mixing(variant)
         adapter = None if self._model is None else self._model.adapter
         names = [_hook_name(point) for point in points] + list(adapter.names if adapter is not None else ())
-        self._forward = run.forward_pass(names, variant, seed)
+        self._forward = run.backend_for(names, variant, seed)
 
     def chunks(self, examples: Examples) -> Iterator[tuple[slice, list[Tensor]]]:
         """Reads this process's share of the examples; see `Activations.chunks`."""

@@ -24,7 +24,7 @@ from probekit.config import ProbedName
 from probekit.errors import ProbekitError
 from probekit.io import atomic_folder, read_metadata, read_tensors, write_json, write_table, write_tensors
 from probekit.models.conditioning import CONDITIONINGS, conditioned_location
-from probekit.models.hook_points import BEFORE, OUTSIDE_BLOCKS, check_location, per_layer
+from probekit.models.hook_points import BEFORE, OUTSIDE_BLOCKS, per_layer
 from probekit.models.mixing import VARIANTS
 from probekit.probing.activations import Activations, HookPoint, Reader, Store, stacks_of, write_store
 from probekit.probing.baselines import baseline_sums
@@ -177,11 +177,11 @@ def probe(
 
 def _hook_points(run: Run) -> list[HookPoint]:
     """Every location at every layer of the settings; one outside the blocks at the nearest layer."""
-    settings, layers = run.config.probe, run.base_lm().layers
+    settings, layers = run.config.probe, run.frozen_lm().layers
     conditioning = run.config.conditioning
     conditioned = conditioned_location(conditioning)
     for location in settings.locations:
-        check_location(run.locations, location.removesuffix(BEFORE), "probe.locations")
+        run.frozen_lm().architecture.check(location.removesuffix(BEFORE), "probe.locations")
         if location.endswith(BEFORE) and conditioned is None:
             raise ProbekitError(
                 f"probe.locations has {location!r}, but with conditioning.kind {conditioning.kind!r} nothing "

@@ -93,8 +93,10 @@ def installed_version(package: str) -> str | None:
 
 
 def lm_digest(folder: str | Path) -> str | None:
-    """A digest of a pre-trained LM's files; None where there is no such folder, as for hub names."""
+    """A digest of a pre-trained LM's files; None where there is no such folder or file, as for hub names."""
     folder = Path(folder).expanduser()
+    if folder.is_file():
+        return digest_of([folder])
     if not folder.is_dir():
         return None
     return digest_of(sorted(path for path in folder.iterdir() if path.suffix in WEIGHTS))

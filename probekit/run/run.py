@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,24 +16,25 @@ from probekit.data.encoders import SentenceEncoder, load_encoder
 from probekit.distributed import compute_device
 from probekit.errors import ProbekitError
 from probekit.io import read_array, read_json, read_tensors, write_tensors
-from probekit.models.base_lm import TUNINGS, BaseLM
+from probekit.models.checkpoint import dtype_of, load_config
 from probekit.models.conditioning import new_adapter
-from probekit.models.depth_ensemble import MEMBERS, NORM_OUT, DepthEnsemble, new_ensemble
-from probekit.models.hook_points import Backend, BridgeBackend
+from probekit.models.depth_ensemble import MEMBERS, DepthEnsemble, new_ensemble
+from probekit.models.frozen_lm import FrozenLM
+from probekit.models.hook_points import NORM_OUT, Backend
 from probekit.models.language_model import is_placed, load_model, random_weights
 from probekit.models.mixing import VARIANTS
 from probekit.models.planner import Planner, TrainableEncoder
 from probekit.models.planner_lm import PlannedLM
+from probekit.models.tuning import TUNINGS
 from probekit.progress import without_bars_of_transformers
 from probekit.run.folder import WEIGHTS, RunFolder, digest_of, lm_digest
 from probekit.run.stages import stages_of
 
 if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
-LOADED = ("device", "corpus", "locations", "_base")
+LOADED = ("device", "corpus", "_lm_config", "_lms")
 """Properties that are loaded once and kept in memory."""
 
 
@@ -87,98 +88,127 @@ class Run(RunFolder):
         return self.config.depth.variant if name in MEMBERS else name  # type: ignore[return-value]
 
     @property
-    def bridged(self) -> TransformerBridge:
-        """The base LM, frozen and bridged."""
-        return self._base.bridged
-
-    @cached_property
     def locations(self) -> dict[str, int]:
         """Locations of the LM with one vector for each position, and the number of its features."""
-        return self._base.locations
+        return self.frozen_lm().architecture.locations
 
-    def plain_model(self, name: ModelName = "none") -> PreTrainedModel:
-        """A fresh copy of a model's LM as a plain Hugging Face module: the base LM, or as it was tuned."""
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the LM's weights are held."""
+        return dtype_of(self.config.lm.dtype, self._lm_config, self.device)
+
+    @cached_property
+    def _lm_config(self) -> PreTrainedConfig:
+        return load_config(**self._lm_source(), trust_remote_code=self.config.lm.trust_remote_code)
+
+    def _lm_source(self) -> dict[str, Any]:
+        """Where the base LM is: a folder, or a name and revision on the hub."""
+        self.require("lm")
+        if not (self.folder / "lm" / "source.json").exists():
+            return {"name": str((self.folder / "lm").resolve()), "revision": None}
+        source = read_json(self.folder / "lm" / "source.json")
+        trained_with = self.stages["lm"].get("weights")
+        if trained_with is not None and lm_digest(source["name"]) not in (trained_with, None):
+            raise ProbekitError(
+                f"{source['name']} is not the LM that {self.folder} was made with: its files have "
+                "changed; restore them, or train another run"
+            )
+        return source
+
+    def plain_model(self, name: ModelName = "none", dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """A fresh copy of a model's LM as a plain Hugging Face module: the base LM, or as it was tuned.
+
+        Args:
+            name: Which one.
+            dtype: Of its weights; unset: `Run.dtype`, but float32 for an LM all of whose weights were trained.
+        """
         settings, stage = self.config.training.base, _stage_of(name)
         if stage is not None and settings.tuning != "frozen":
             self.require(stage)
-            below = self.plain_model(self.variant_of(name) if name in MEMBERS else "none")
-            return TUNINGS[settings.tuning].load(self.tuned_folder(name), below, settings)
+            below = self.variant_of(name) if name in MEMBERS else "none"
+            trained = (
+                torch.float32 if (settings.tuning, self.config.lm.dtype) == ("full", "auto") else self.dtype
+            )
+            return TUNINGS[settings.tuning].load(
+                self.tuned_folder(name), partial(self.plain_model, below, dtype), settings, dtype or trained
+            )
         if name in MEMBERS:
-            return self.plain_model(self.variant_of(name))
-        self.require("lm")
-        source: dict[str, Any] = {"name": str((self.folder / "lm").resolve()), "revision": None}
-        if (self.folder / "lm" / "source.json").exists():
-            source = read_json(self.folder / "lm" / "source.json")
-            trained_with = self.stages["lm"].get("weights")
-            if trained_with is not None and lm_digest(source["name"]) not in (trained_with, None):
-                raise ProbekitError(
-                    f"{source['name']} is not the LM that {self.folder} was made with: its files have "
-                    "changed; restore them, or train another run"
-                )
-        lm = self.config.lm
-        with without_bars_of_transformers():
-            return load_model(**source, trust_remote_code=lm.trust_remote_code, device_map=lm.device_map)
+            return self.plain_model(self.variant_of(name), dtype)
+        return load_model(
+            **self._lm_source(),
+            trust_remote_code=self.config.lm.trust_remote_code,
+            device_map=self.config.lm.device_map,
+            dtype=dtype or self.dtype,
+        )
 
-    def placed_model(self, name: ModelName = "none") -> PreTrainedModel:
-        """A fresh copy of a model's LM on the device, or where accelerate placed it (`lm.device_map`)."""
-        return self._placed(self.plain_model(name))
+    def placed_model(self, name: ModelName = "none", dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """`plain_model` on the device, or where accelerate placed it; other weights are let go first."""
+        self._let_go()
+        return self._placed(self.plain_model(name, dtype))
 
     def _placed(self, model: PreTrainedModel) -> PreTrainedModel:
         return model if is_placed(model) else model.to(self.device)
 
+    def _random_model(self, seed: int) -> PreTrainedModel:
+        """The architecture with random weights, made after those of the LM are let go."""
+        device_map = None
+        if self.config.lm.device_map is not None:
+            device_map = self.frozen_lm().plain.hf_device_map
+        self._let_go()
+        return self._placed(random_weights(self._lm_config, seed, self.dtype, device_map))
+
     @cached_property
-    def _base(self) -> BaseLM:
-        self.require("lm")
-        return self._base_lm(self.placed_model, self.folder / "lm")
+    def _lms(self) -> dict[tuple[Any, ...], FrozenLM]:
+        """Every LM that was asked for. The weights of one are in memory: all of them may not fit."""
+        return {}
 
-    def _base_lm(
-        self, load: Callable[[], PreTrainedModel], name: str | Path, like: BaseLM | None = None
-    ) -> BaseLM:
-        device = None if self.config.lm.device_map is None else self.device
-        return BaseLM(load, self.corpus.tokenizer, name, like, device)
+    def _let_go(self) -> None:
+        for lm in self._lms.values():
+            lm.let_go()
 
-    def base_lm(self, name: ProbedName | MemberName = "none", seed: int = 0) -> BaseLM:
-        """The LM of a model, without its adapter and ensemble.
+    def frozen_lm(self, name: ProbedName | MemberName = "none", seed: int = 0) -> FrozenLM:
+        """The LM of a model, without its adapter and ensemble; weights of others are let go when its own are loaded.
 
         Args:
             name: `none`, `random`, or a trained variant or member of a depth ensemble, which has an LM of
                 its own if that was tuned with it (`training.base`).
             seed: Seed of random weights.
         """
-        base = self._base
-        if name == "random":
-            return self._base_lm(
-                lambda: self._placed(random_weights(base.plain, seed)), "random weights", base
+        stage, settings = _stage_of(name), self.config.training.base
+        tuned = stage is not None and settings.tuning != "frozen"
+        if tuned and stage is not None:
+            self.require(stage)
+        key = (name, settings) if tuned else (name, seed) if name == "random" else ("none",)
+        if key not in self._lms:
+            load = partial(self._random_model, seed)
+            folder = self.tuned_folder(name) if tuned else self.folder / "lm"  # type: ignore[arg-type]
+            if name != "random":
+                load = partial(self.placed_model, name if tuned else "none")  # type: ignore[arg-type]
+            self._lms[key] = FrozenLM(
+                load,
+                self._lm_config,
+                self.corpus.tokenizer,
+                "random weights" if name == "random" else folder,
+                None if key == ("none",) else self.frozen_lm(),
+                None if self.config.lm.device_map is None else self.device,
             )
-        if (stage := _stage_of(name)) is None or self.config.training.base.tuning == "frozen":
-            return base
-        self.require(stage)
-        if name not in self._latest:
-            self._latest.clear()
-            load = partial(self.placed_model, name)
-            self._latest[name] = self._base_lm(load, self.tuned_folder(name), base)
-        return self._latest[name]
-
-    @cached_property
-    def _latest(self) -> dict[str, BaseLM]:
-        """The last tuned LM that was loaded: all of them may not fit into memory."""
-        return {}
+        return self._lms[key]
 
     def tuned_folder(self, name: ModelName) -> Path:
         """Where a model's own tuned LM is, if it has one."""
         return self.folder / ("depth" if name in MEMBERS else "adapters") / name
 
-    def forward_pass(
+    def backend_for(
         self, names: Sequence[str], name: ProbedName | MemberName = "none", seed: int = 0
     ) -> Backend:
         """The fastest backend that runs a model's LM with some hooks.
 
         Args:
             names: The hooks' full TransformerLens names.
-            name: The model, as in `base_lm`.
+            name: The model, as in `frozen_lm`.
             seed: Seed of random weights.
         """
-        return self.base_lm(name, seed).forward_pass(names)
+        return self.frozen_lm(name, seed).backend_for(names)
 
     def weights_digest(self, variant: str) -> str:
         """A digest of the files that hold the weights of a variant or of a member of a depth ensemble."""
@@ -186,6 +216,7 @@ class Run(RunFolder):
         if (self.folder / "lm" / "source.json").exists():
             source = Path(read_json(self.folder / "lm" / "source.json")["name"])
             files += sorted(path for path in source.glob("*") if path.suffix in WEIGHTS)
+            files += [source] if source.is_file() else []
         if variant in MEMBERS:
             files += [self._ensemble_file(variant), *sorted(self.folder.glob(f"depth/{variant}/*"))]
             variant = self.config.depth.variant
@@ -217,12 +248,11 @@ class Run(RunFolder):
         name = "model" if fold is None else f"fold{fold}"
         write_tensors(self.folder / "planner" / f"{name}.safetensors", planner.state_dict())
 
-    def model(self, name: ModelName, *, fast: bool = False) -> PlannedLM:
+    def model(self, name: ModelName) -> PlannedLM:
         """The trained, frozen model of a variant, or of a member of a depth ensemble; `none` is the base LM.
 
         Args:
             name: Which one.
-            fast: Run it without the bridge where possible; hooks of others on the bridge are then not seen.
 
         Raises:
             ProbekitError: The settings have no such variant or member, or it is not trained yet.
@@ -230,11 +260,11 @@ class Run(RunFolder):
         trained = ["none", *self.variants, *self.members]
         if name not in trained and _stage_of(name) not in stages_of(self.config):
             raise ProbekitError(f"{self.folder} has no variant {name!r}; it has {', '.join(trained)}")
-        base = self.base_lm(name)
+        lm = self.frozen_lm(name)
         variant, adapter, depth = self.variant_of(name), None, None
         if variant != "none":
             self.require(f"adapter/{variant}")
-            adapter = new_adapter(self.config.conditioning, self._centroids, base, self.config.seed)
+            adapter = new_adapter(self.config.conditioning, self._centroids, lm, self.config.seed)
             _load(adapter, self._adapter_file(variant), "adapter.")
             adapter.to(self.device).requires_grad_(False)
         if name in MEMBERS:
@@ -242,14 +272,14 @@ class Run(RunFolder):
         planner = self.planner(variant) if self.finished("planner") else None
         parts = [part for part in (adapter, depth) if part is not None]
         names = [hook for part in parts for hook in part.names] or [NORM_OUT]
-        fast = fast or self.config.lm.device_map is not None
-        backend = base.forward_pass(names) if fast else BridgeBackend(base.bridged)
-        return PlannedLM(backend, planner, adapter, self.temperature(variant), depth=depth).eval()
+        return PlannedLM(
+            lm.backend_for(names), planner, adapter, self.temperature(variant), depth=depth
+        ).eval()
 
     def _ensemble(self, member: MemberName) -> DepthEnsemble:
         self.require(f"depth/{member}")
-        base = self.base_lm(member)
-        ensemble = new_ensemble(member, self.config.depth, base, base.plain, self.config.seed)
+        lm = self.frozen_lm(member)
+        ensemble = new_ensemble(member, self.config.depth, lm, lm.plain, self.config.seed)
         _load(ensemble, self._ensemble_file(member))
         return ensemble.to(self.device).requires_grad_(False)
 

@@ -14,13 +14,12 @@ from probekit import distributed
 from probekit.config import VariantName
 from probekit.data.encoders import load_encoder
 from probekit.data.windows import Batch, Windows, begun_sentences, collate
-from probekit.errors import ProbekitError
-from probekit.models.base_lm import BaseLM, Tuning
-from probekit.models.conditioning import Adapter, new_adapter
-from probekit.models.hook_points import OUTSIDE_BLOCKS, Backend, BridgeBackend, HFBackend
+from probekit.models.conditioning import new_adapter
+from probekit.models.frozen_lm import FrozenLM
 from probekit.models.mixing import VARIANTS, training_mixing
 from probekit.models.planner import Planner, TrainableEncoder, embedded_context
 from probekit.models.planner_lm import PlannedLM, token_losses
+from probekit.models.tuning import Tuning
 from probekit.progress import without_bars_of_transformers
 from probekit.training.planner import OutOfFold, PlannerLoss, fold_of_documents
 from probekit.training.trainer import Group, Stage, Trainer
@@ -29,9 +28,9 @@ from probekit.training.trainer import Group, Stage, Trainer
 def train_adapter(
     trainer: Trainer,
     variant: VariantName,
-    lm: BaseLM,
+    lm: FrozenLM,
     planner: Planner,
-    base: Tuning | None = None,
+    tuning: Tuning | None = None,
     fold_planners: Sequence[Planner] = (),
     keep: Callable[[PlannedLM, int], None] | None = None,
 ) -> PlannedLM:
@@ -42,8 +41,7 @@ def train_adapter(
         variant: Which way of choosing the action.
         lm: The frozen base LM.
         planner: Trained in place where the variant is joint.
-        base: The same LM, not bridged, and what is to be trained of it; without it, training runs through
-            the bridge.
+        tuning: The same LM, and what is to be trained of it; None: nothing.
         fold_planners: For every fold a planner that has not seen its documents; scores them in training,
             unless the variant is joint.
         keep: Keeps the model as it is after a step.
@@ -52,7 +50,7 @@ def train_adapter(
         ProbekitError: The base LM is to be tuned, or accelerate placed it, but actions enter where only the
             bridge has a hook.
     """
-    return AdapterTraining(trainer, variant, lm, planner, base, fold_planners).run(keep)
+    return AdapterTraining(trainer, variant, lm, planner, tuning, fold_planners).run(keep)
 
 
 class AdapterTraining:
@@ -66,9 +64,9 @@ class AdapterTraining:
         self,
         trainer: Trainer,
         variant: VariantName,
-        lm: BaseLM,
+        lm: FrozenLM,
         planner: Planner,
-        base: Tuning | None = None,
+        tuning: Tuning | None = None,
         fold_planners: Sequence[Planner] = (),
     ) -> None:
         config, corpus = trainer.config, trainer.corpus
@@ -77,7 +75,7 @@ class AdapterTraining:
         adapter = new_adapter(config.conditioning, codebook, lm, config.seed).to(trainer.device)
         trains_encoder = chosen.joint and config.training.joint.encoder_learning_rate > 0
         self.model = PlannedLM(
-            _backend(lm, base, adapter),
+            lm.backend_for(adapter.names, None if tuning is None else tuning.model),
             planner,
             adapter,
             config.mixing.temperature,
@@ -85,7 +83,7 @@ class AdapterTraining:
             encoder=_encoder(trainer) if trains_encoder else None,
         )
         self._trainer, self._variant = trainer, variant
-        self._adapter, self._planner, self._base = adapter, planner, base
+        self._adapter, self._planner, self._tuning = adapter, planner, tuning
         self._mixing = training_mixing(variant, config.mixing, config.seed + distributed.rank())
         self._joint = chosen.joint
         self._out_of_fold = None
@@ -135,8 +133,8 @@ class AdapterTraining:
         ):
             if module is not None:
                 groups.append(Group(list(module.parameters()), rate, joint.planner_frozen))
-        if self._base is not None and self._base.parameters:
-            groups.append(Group(self._base.parameters, training.base.learning_rate))
+        if self._tuning is not None:
+            groups.append(Group(self._tuning.parameters, training.base.learning_rate))
         return groups
 
     def loss(self, rows: np.ndarray, step: np.ndarray) -> Tensor:
@@ -188,28 +186,3 @@ def _encoder(trainer: Trainer) -> TrainableEncoder:
     with without_bars_of_transformers():
         encoder = load_encoder(trainer.corpus.folder / "encoder", str(trainer.device))
     return TrainableEncoder(encoder).to(trainer.device)
-
-
-def _backend(lm: BaseLM, base: Tuning | None, adapter: Adapter) -> Backend:
-    """How the LM is run in training: the plain one where it has the adapter's hooks, or else the bridge."""
-    if base is None:
-        return BridgeBackend(lm.bridged)
-    # The last hook shows that the two agree in all that lies after the adapter's.
-    backend = lm.forward_pass([*adapter.names, OUTSIDE_BLOCKS[1]], base.model)
-    if base.parameters:
-        check_tunable(backend, adapter)
-    return backend
-
-
-def check_tunable(backend: Backend, adapter: Adapter) -> None:
-    """Refuses to tune a base LM with an adapter whose hooks only the bridge has.
-
-    Raises:
-        ProbekitError: It says where actions enter.
-    """
-    if not isinstance(backend, HFBackend):
-        raise ProbekitError(
-            f"actions enter at {adapter.names[0]}, which only TransformerLens has, and no base LM can be "
-            "tuned there; choose another conditioning.location, such as attn.hook_z, or give "
-            "training.base.tuning frozen"
-        )

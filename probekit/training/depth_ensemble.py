@@ -13,8 +13,6 @@ from torch import Tensor
 
 from probekit.config import MemberName
 from probekit.data.windows import IGNORE, Batch, Windows, collate
-from probekit.errors import ProbekitError
-from probekit.models.base_lm import BaseLM, Tuning
 from probekit.models.depth_ensemble import (
     MEMBERS,
     DepthEnsemble,
@@ -23,7 +21,6 @@ from probekit.models.depth_ensemble import (
     new_ensemble,
     reader_losses,
 )
-from probekit.models.hook_points import HFBackend
 from probekit.models.mixing import evaluation_mixing
 from probekit.models.planner import Planner
 from probekit.models.planner_lm import PlannedLM
@@ -34,9 +31,9 @@ from probekit.training.trainer import Group, Stage, Trainer
 def train_ensemble(
     trainer: Trainer,
     member: MemberName,
-    lm: BaseLM,
+    lm: FrozenLM,
     conditioned: PlannedLM,
-    base: Tuning,
+    tuning: Tuning | None = None,
     fold_planners: Sequence[Planner] = (),
     keep: Callable[[DepthEnsemble, int], None] | None = None,
 ) -> DepthEnsemble:
@@ -47,7 +44,7 @@ def train_ensemble(
         member: Which layers it reads, and whether they learn from the last one.
         lm: The LM, frozen.
         conditioned: The same, conditioned by an adapter or not.
-        base: The same LM, not bridged, and what is to be trained of it.
+        tuning: The same LM, and what is to be trained of it; None: nothing.
         fold_planners: For every fold a planner that has not seen its documents; scores them in training.
         keep: Keeps the ensemble as it is after a step.
 
@@ -55,7 +52,7 @@ def train_ensemble(
         ProbekitError: The LM does not bear an ensemble; or it is to be tuned, but only TransformerLens has
             the places that are read.
     """
-    return DepthTraining(trainer, member, lm, conditioned, base, fold_planners).run(keep)
+    return DepthTraining(trainer, member, lm, conditioned, tuning, fold_planners).run(keep)
 
 
 class DepthTraining:
@@ -70,26 +67,23 @@ class DepthTraining:
         self,
         trainer: Trainer,
         member: MemberName,
-        lm: BaseLM,
+        lm: FrozenLM,
         conditioned: PlannedLM,
-        base: Tuning,
+        tuning: Tuning | None = None,
         fold_planners: Sequence[Planner] = (),
     ) -> None:
         config = trainer.config
         depth = config.depth
-        self.ensemble = new_ensemble(member, depth, lm, base.model, config.seed).to(trainer.device)
+        model = lm.plain if tuning is None else tuning.model
+        self.ensemble = new_ensemble(member, depth, lm, model, config.seed).to(trainer.device)
         adapter = conditioned.adapter
         names = [*(() if adapter is None else adapter.names), *self.ensemble.names]
-        backend = lm.forward_pass(names, base.model)
-        if base.parameters and not isinstance(backend, HFBackend):
-            raise ProbekitError(
-                f"only TransformerLens has all of {', '.join(names)}, and no base LM can be tuned there; "
-                "give training.base.tuning frozen"
-            )
+        backend = lm.backend_for(names, model)
         self.model = PlannedLM(
             backend, conditioned.planner, adapter, float(conditioned.temperature), depth=self.ensemble
         )
-        self._trainer, self._member, self._base = trainer, member, base
+        self._trainer, self._member, self._tuning = trainer, member, tuning
+        self._head = model.get_output_embeddings()
         self._mixing = evaluation_mixing(depth.variant)
         self._loss = DepthLoss(depth.distillation if MEMBERS[member].distilled else None, depth.layer_loss)
         self._task_loss = DepthLoss()
@@ -103,8 +97,8 @@ class DepthTraining:
         """Trains the ensemble and leaves it in evaluation mode."""
         training = self._trainer.config.training
         groups = [Group(self.ensemble.trained, training.depth.learning_rate)]
-        if self._base.parameters:
-            groups.append(Group(self._base.parameters, training.base.learning_rate))
+        if self._tuning is not None:
+            groups.append(Group(self._tuning.parameters, training.base.learning_rate))
         self._trainer.optimise(
             Stage(
                 f"depth/{self._member}",
@@ -141,7 +135,7 @@ class DepthTraining:
         batch = self._batch(self._train[rows])
         with self._trainer.autocast():
             late, targets = self._scored(batch, training=True)
-            losses = reader_losses(self._base.model.get_output_embeddings(), late, targets).mean(dim=1)
+            losses = reader_losses(self._head, late, targets).mean(dim=1)
         found: dict[str, Any] = {"ensemble_loss": losses[0].item()}
         if (count := len(self.ensemble.layers)) > 1:
             entropy = torch.special.entr(late.weights).sum(dim=-1).mean().item()
@@ -154,13 +148,13 @@ class DepthTraining:
     def _summed(self, loss: DepthLoss, batch: Batch, *, training: bool = False) -> Tensor:
         with self._trainer.autocast():
             late, targets = self._scored(batch, training=training)
-            return loss(self._base.model.get_output_embeddings(), late, targets)
+            return loss(self._head, late, targets)
 
     def _scored(self, batch: Batch, *, training: bool) -> tuple[LateLayers, Tensor]:
         """LateLayers layers, and next tokens, at the positions that are scored."""
         scores = self._out_of_fold.scores(batch) if training and self._out_of_fold is not None else None
         # A frozen LM needs no graph: what is trained lies after it.
-        frozen = contextlib.nullcontext() if self._base.parameters else torch.no_grad()
+        frozen = torch.no_grad() if self._tuning is None else contextlib.nullcontext()
         scored = batch.targets != IGNORE
         with frozen:
             hidden = self.model.late_hidden(batch, self._mixing, scores)

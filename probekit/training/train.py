@@ -14,27 +14,31 @@ import torch
 from torch import Tensor
 
 from probekit import distributed
-from probekit.config import Config, MemberName, VariantName
+from probekit.config import Config, MemberName, ModelName, VariantName
 from probekit.data import hub
 from probekit.data.build import write_corpus
 from probekit.data.corpus import too_few
 from probekit.data.encoders import check_encoder
+from probekit.data.tokenizer import pretrained_tokenizer
 from probekit.data.windows import Windows, collate
 from probekit.distributed import precision_of
 from probekit.errors import ProbekitError
 from probekit.io import atomic_folder, write_json
-from probekit.models.base_lm import TUNINGS, BaseLM
+from probekit.models.architecture import examine
+from probekit.models.checkpoint import check_tokenizer, dtype_of, load_config
 from probekit.models.conditioning import location_width, new_adapter
 from probekit.models.depth_ensemble import DepthEnsemble, new_ensemble
-from probekit.models.language_model import load_model, longest_window, new_model
+from probekit.models.frozen_lm import FrozenLM
+from probekit.models.language_model import load_model, longest_window, new_model, save_model
 from probekit.models.mixing import VARIANTS
 from probekit.models.planner import Planner, write_embeddings
 from probekit.models.planner_lm import PlannedLM, token_losses
-from probekit.progress import Progress, without_bars_of_transformers
+from probekit.models.tuning import TUNINGS, Tuning
+from probekit.progress import Progress
 from probekit.run.folder import Existing, lm_digest
 from probekit.run.run import Run
 from probekit.run.stages import folds_of, stage_settings, stages_of, variants_of
-from probekit.training.adapter import check_tunable, train_adapter
+from probekit.training.adapter import train_adapter
 from probekit.training.depth_ensemble import train_ensemble
 from probekit.training.planner import train_planner
 from probekit.training.trainer import Group, Stage, StateFile, Trainer
@@ -109,16 +113,15 @@ def check_adapters(run: Run) -> None:
     if joint and run.config.training.joint.encoder_learning_rate > 0:
         check_encoder(run.folder / "corpus" / "encoder")
     codebook = torch.from_numpy(run.corpus.codebook.centroids)
-    lm = run.base_lm()
+    lm = run.frozen_lm()
     adapter = new_adapter(run.config.conditioning, codebook, lm, run.config.seed)
     if run.config.training.base.tuning != "frozen":
-        check_tunable(lm.forward_pass(adapter.names), adapter)
-        del lm.plain  # training has a copy of its own
+        lm.check_tunable(adapter.names)
 
 
 def check_ensembles(run: Run) -> None:
     """Refuses ensembles that do not fit the LM while nothing is trained on it yet."""
-    base = run.base_lm()
+    base = run.frozen_lm()
     for member in run.config.depth.members:
         new_ensemble(member, run.config.depth, base, base.plain, run.config.seed)
 
@@ -317,7 +320,7 @@ def _language_model(run: Run, progress: Progress) -> dict[str, Any]:
     if settings.name is None:
         untrained = new_model(settings, run.corpus.tokenizer, run.config.seed)
         # Refuses a location that is not there while little is lost.
-        lm = BaseLM(lambda: untrained, run.corpus.tokenizer, "a new GPT-2")
+        lm = FrozenLM(lambda: untrained, untrained.config, run.corpus.tokenizer, "a new GPT-2")
         location_width(lm, run.config.conditioning)
         saving = Saving(run, "lm", _save_language_model)
         model = train_language_model(_trainer(run, progress, "lm"), saving.checkpoint)
@@ -326,15 +329,15 @@ def _language_model(run: Run, progress: Progress) -> dict[str, Any]:
         return {}
     else:
         source = hub.find(settings.name, setting="lm.name", revision=settings.revision)
-        name = str(Path(source.name).resolve()) if source.revision is None else source.name
-        with without_bars_of_transformers():
-            model = load_model(
-                name,
-                revision=source.revision,
-                trust_remote_code=settings.trust_remote_code,
-                device_map=settings.device_map,
-            )
-        check_positions(run.config, longest_window(model.config))
+        name = str(source.path.resolve()) if source.revision is None else source.name
+        where: dict[str, Any] = {"revision": source.revision, "trust_remote_code": settings.trust_remote_code}
+        config = load_config(name, **where)
+        check_positions(run.config, longest_window(config))
+        tokenizer = pretrained_tokenizer(settings)
+        check_tokenizer(tokenizer, config, name)
+        examine(config, tokenizer, name)  # refuses what is no causal LM, or cannot be bridged
+        dtype = dtype_of(settings.dtype, config, run.device)
+        model = load_model(name, **where, device_map=settings.device_map, dtype=dtype)
         with atomic_folder(run.folder / "lm") as folder:
             write_json(folder / "source.json", {"name": name, "revision": source.revision})
     facts: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
@@ -344,10 +347,8 @@ def _language_model(run: Run, progress: Progress) -> dict[str, Any]:
 
 
 def _save_language_model(run: Run, model: PreTrainedModel) -> None:
-    with without_bars_of_transformers(), atomic_folder(run.folder / "lm") as folder:
-        model.save_pretrained(folder)
-        # safetensors lets only a file's owner read it; a run may be shared.
-        (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
+    with atomic_folder(run.folder / "lm") as folder:
+        save_model(model, folder)
         run.corpus.tokenizer.save_pretrained(folder)
 
 
@@ -361,9 +362,17 @@ def _planner(run: Run, progress: Progress, fold: int | None = None) -> None:
     saving.final(train_planner(_trainer(run, progress, stage), fold, saving.checkpoint))
 
 
+def _tuning(run: Run, name: ModelName) -> Tuning | None:
+    """A fresh copy of a model's LM, and what is to be trained of it; None: nothing. All weights train in float32."""
+    settings = run.config.training.base
+    if settings.tuning == "frozen":
+        return None
+    dtype = torch.float32 if settings.tuning == "full" else run.dtype
+    return TUNINGS[settings.tuning](run.placed_model(name, dtype), settings, run.config.seed)
+
+
 def _adapter(run: Run, progress: Progress, variant: VariantName) -> dict[str, Any]:
-    settings, stage = run.config.training.base, f"adapter/{variant}"
-    base = TUNINGS[settings.tuning](run.placed_model(), settings, run.config.seed)
+    stage, tuning = f"adapter/{variant}", _tuning(run, "none")
     folds = range(folds_of(run.config) if VARIANTS[variant].out_of_fold else 0)
     fold_planners = [run.fold_planner(fold) for fold in folds]
 
@@ -371,45 +380,47 @@ def _adapter(run: Run, progress: Progress, variant: VariantName) -> dict[str, An
         run.save_adapter(variant, model)
         if model.encoder is not None:
             write_embeddings(run.embeddings_file(variant), model.encoder, run.corpus, progress)
-        base.save(run.tuned_folder(variant))
+        if tuning is not None:
+            tuning.save(run.tuned_folder(variant))
 
     saving = Saving(run, stage, save)
     model = train_adapter(
         _trainer(run, progress, stage),
         variant,
-        run.base_lm(),
+        run.frozen_lm(),
         run.planner(),
-        base,
+        tuning,
         fold_planners,
         saving.checkpoint,
     )
     saving.final(model)
     assert model.adapter is not None  # noqa: S101 - only trained variants come here
     facts: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in model.adapter.parameters())}
-    if base.parameters:
-        facts["tuned_parameters"] = sum(parameter.numel() for parameter in base.parameters)
+    if tuning is not None:
+        facts["tuned_parameters"] = sum(parameter.numel() for parameter in tuning.parameters)
     if model.log_temperature is not None:
         facts["temperature"] = model.log_temperature.exp().item()
     return facts
 
 
 def _ensemble(run: Run, progress: Progress, member: MemberName) -> dict[str, Any]:
-    settings, variant, stage = run.config.training.base, run.config.depth.variant, f"depth/{member}"
-    base = TUNINGS[settings.tuning](run.placed_model(variant), settings, run.config.seed)
+    variant, stage = run.config.depth.variant, f"depth/{member}"
+    tuning = _tuning(run, variant)
     trainer = replace(_trainer(run, progress, stage), corpus=run.corpus_of(variant))
     out_of_fold = variant in VARIANTS and VARIANTS[variant].out_of_fold
     fold_planners = [run.fold_planner(fold) for fold in range(folds_of(run.config) if out_of_fold else 0)]
 
     def save(run: Run, ensemble: DepthEnsemble) -> None:
         run.save_ensemble(member, ensemble)
-        base.save(run.tuned_folder(member))
+        if tuning is not None:
+            tuning.save(run.tuned_folder(member))
 
     saving = Saving(run, stage, save)
     ensemble = train_ensemble(
-        trainer, member, run.base_lm(variant), run.model(variant), base, fold_planners, saving.checkpoint
+        trainer, member, run.frozen_lm(variant), run.model(variant), tuning, fold_planners, saving.checkpoint
     )
     saving.final(ensemble)
     facts: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in ensemble.trained)}
-    if base.parameters:
-        facts["tuned_parameters"] = sum(parameter.numel() for parameter in base.parameters)
+    if tuning is not None:
+        facts["tuned_parameters"] = sum(parameter.numel() for parameter in tuning.parameters)
     return facts

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from probekit.models.base_lm import BaseLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from probekit.data.codebook import Codebook
 from probekit.data.corpus import Corpus
 from probekit.data.tokenizer import train_tokenizer
-from probekit.models.base_lm import BaseLM
 from probekit.models.language_model import bridge, load_model
 
 transformers.logging.disable_progress_bar()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from probekit.models.base_lm import LORA_WEIGHTS, TUNINGS, BaseLM, Tuning
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -17,7 +18,6 @@ from probekit.data.corpus import Corpus
 from probekit.data.windows import Batch, collate, cut_windows
 from probekit.errors import ProbekitError
 from probekit.io import read_tensors, write_tensors
-from probekit.models.base_lm import LORA_WEIGHTS, TUNINGS, BaseLM, Tuning
 from probekit.models.conditioning import new_adapter
 from probekit.models.hook_points import BridgeBackend, HFBackend
 from probekit.models.language_model import load_model

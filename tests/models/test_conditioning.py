@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from probekit.models.base_lm import BaseLM
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.autograd import gradcheck
@@ -16,7 +17,6 @@ from probekit.config import ConditioningSettings, PlannerSettings
 from probekit.data.corpus import Corpus
 from probekit.data.windows import Batch, collate, cut_windows
 from probekit.errors import ProbekitError
-from probekit.models.base_lm import BaseLM
 from probekit.models.conditioning import (
     CONDITIONINGS,
     Adapter,

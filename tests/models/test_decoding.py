@@ -6,12 +6,12 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+from probekit.models.base_lm import BaseLM
 from transformers import DynamicCache
 
 from probekit.config import BosRule, ConditioningSettings
 from probekit.data.corpus import Corpus
 from probekit.data.windows import cut_windows, input_tokens
-from probekit.models.base_lm import BaseLM
 from probekit.models.conditioning import new_adapter
 from probekit.models.decoding import Decoder, GrowingText, HFDecoder, new_decoder, read_windows, window_start
 from probekit.models.hook_points import BridgeBackend

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from probekit.models.base_lm import BaseLM
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -11,7 +12,6 @@ from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel, PreTrainedT
 from probekit.config import DepthSettings, DistillationSettings, MemberName
 from probekit.data.windows import collate, cut_windows
 from probekit.errors import ProbekitError
-from probekit.models.base_lm import BaseLM
 from probekit.models.decoding import Decoder, GrowingText, HFDecoder, new_decoder
 from probekit.models.depth_ensemble import (
     DepthEnsemble,

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from probekit.models.base_lm import TUNINGS, BaseLM
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -16,7 +17,6 @@ from probekit.data.windows import Batch, collate, cut_windows
 from probekit.errors import ProbekitError
 from probekit.evaluation.evaluate import evaluate
 from probekit.generation.generate import generate
-from probekit.models.base_lm import TUNINGS, BaseLM
 from probekit.models.conditioning import CONDITIONINGS, new_adapter
 from probekit.models.decoding import GrowingText, new_decoder
 from probekit.models.hook_points import HFBackend, hook_name

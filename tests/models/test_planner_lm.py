@@ -6,12 +6,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from probekit.models.base_lm import BaseLM
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from probekit.config import ConditioningSettings, MixingSettings, PlannerSettings
 from probekit.data.corpus import Corpus
 from probekit.data.windows import IGNORE, Batch, collate, cut_windows
-from probekit.models.base_lm import BaseLM
 from probekit.models.conditioning import new_adapter
 from probekit.models.hook_points import BridgeBackend, hook_name
 from probekit.models.language_model import load_model

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from probekit.models.base_lm import BaseLM
 from small_trainings import base_lm, first_loss, flat, mean_action_loss, one_step, trainer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from probekit.data.windows import IGNORE, begun_sentences, collate, cut_windows
 from probekit.errors import ProbekitError
-from probekit.models.base_lm import BaseLM
 from probekit.models.mixing import VARIANTS, Oracle, Predicted
 from probekit.run.run import Run
 from probekit.training.adapter import train_adapter

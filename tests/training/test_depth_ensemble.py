@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from probekit.models.base_lm import TUNINGS
 from small_trainings import ALL, QUIET
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
@@ -15,7 +16,6 @@ from probekit.errors import ProbekitError
 from probekit.evaluation.evaluate import evaluate
 from probekit.generation.generate import generate
 from probekit.io import read_json
-from probekit.models.base_lm import TUNINGS
 from probekit.models.depth_ensemble import MEMBERS, final_norm
 from probekit.models.mixing import VARIANTS, Fixed
 from probekit.run.run import Run

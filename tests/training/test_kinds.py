@@ -8,12 +8,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from probekit.models.base_lm import TUNINGS
 
 from probekit.data.windows import collate, cut_windows
 from probekit.errors import ProbekitError
 from probekit.evaluation.evaluate import evaluate
 from probekit.io import read_json
-from probekit.models.base_lm import TUNINGS
 from probekit.models.mixing import VARIANTS
 from probekit.models.planner_lm import PlannedLM, token_losses
 from probekit.probing.activations import HookPoint, Reader
