@@ -194,8 +194,8 @@ class LanguageModelSettings(Settings):
     it by itself (Llama, Gemma), document where it is also the end-of-sequence token (GPT-2, any new LM), else
     none (Qwen, BLOOM)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Numbers in which the LM's weights are held. auto: those of the checkpoint, but on a CPU bfloat16 in place of
-    any half precision where the CPU has units for it, else float32. Whatever is trained stays float32."""
+    """Numbers in which the LM's weights are held. auto: the checkpoint's own, but on a CPU bfloat16 in place
+    of any half precision if the CPU has units for it, else float32. Whatever is trained stays float32."""
     device_map: str | None = None
     """Where accelerate places an LM that one GPU cannot hold: auto (GPUs, then main memory, then disk), or
     a device; unset: all of it on `device`."""

@@ -213,8 +213,8 @@ def location_width(lm: FrozenLM, settings: ConditioningSettings) -> int:
     if settings.kind != "adapter":
         if settings.kind == "token" and not lm.architecture.takes_positions:
             raise ProbekitError(
-                f"conditioning.kind is {settings.kind!r}, but {lm.architecture.name} takes no positions of tokens "
-                "(position_ids), which planning tokens need; give adapter or embedding"
+                f"conditioning.kind is {settings.kind!r}, but {lm.architecture.name} takes no positions of "
+                "tokens (position_ids), which planning tokens need; give adapter or embedding"
             )
         lm.architecture.check(EMBEDDING, f"conditioning.kind is {settings.kind!r}: its location")
         return lm.architecture.locations[EMBEDDING]

@@ -196,7 +196,7 @@ def _called(function: Callable[..., Tensor | None]) -> Callable[..., Tensor | No
 
 
 def in_float32(values: Tensor) -> Tensor:
-    """Activations or logits in float32 where they are of half precision: sums and softmax lose digits there."""
+    """Activations or logits in float32 where they are of half precision, in which sums lose digits."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 

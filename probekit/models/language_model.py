@@ -180,7 +180,7 @@ def random_weights(
 def layers_like(config: PreTrainedConfig) -> tuple[int, ...]:
     """For every layer the first one that its configuration makes of the same kind `[layers]`.
 
-    Layers are of one kind where all that is listed for every layer, such as the kind of its attention, is equal.
+    Two layers are of one kind if all that is listed layer by layer, such as the kind of attention, is equal.
     """
     text = config.get_text_config()
     depth = text.num_hidden_layers
@@ -194,7 +194,7 @@ def layers_like(config: PreTrainedConfig) -> tuple[int, ...]:
 def shallow(config: PreTrainedConfig) -> PreTrainedModel:
     """A small LM of the same architecture, in float32: the first layers, with one of every kind.
 
-    All of its weights are random, also those that begin as zeros and ones, so that none of them can be left out
+    All of its weights are random, also those that begin as zeros and ones, so that none can be left out
     unnoticed.
     """
     config = copy.deepcopy(config)

@@ -1,7 +1,7 @@
 """Tuning of the base LM together with an adapter or depth ensemble: low-rank updates, or all weights.
 
-The plain Hugging Face module is tuned, never the bridge: that would train its own copies of some weights, such as
-those of a fused attention, which nobody could save.
+The plain Hugging Face module is tuned, never the bridge: that would train its own copies of some weights,
+such as those of a fused attention, which nobody could save.
 """
 
 from __future__ import annotations

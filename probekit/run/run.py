@@ -120,7 +120,7 @@ class Run(RunFolder):
 
         Args:
             name: Which one.
-            dtype: Of its weights; unset: `Run.dtype`, but float32 for an LM all of whose weights were trained.
+            dtype: Of its weights; unset: `Run.dtype`, or float32 if all of its weights were trained.
         """
         settings, stage = self.config.training.base, _stage_of(name)
         if stage is not None and settings.tuning != "frozen":
@@ -167,7 +167,9 @@ class Run(RunFolder):
             lm.let_go()
 
     def frozen_lm(self, name: ProbedName | MemberName = "none", seed: int = 0) -> FrozenLM:
-        """The LM of a model, without its adapter and ensemble; weights of others are let go when its own are loaded.
+        """The LM of a model, without its adapter and ensemble.
+
+        When its weights are loaded, those of other models are let go.
 
         Args:
             name: `none`, `random`, or a trained variant or member of a depth ensemble, which has an LM of
@@ -180,15 +182,16 @@ class Run(RunFolder):
             self.require(stage)
         key = (name, settings) if tuned else (name, seed) if name == "random" else ("none",)
         if key not in self._lms:
-            load = partial(self._random_model, seed)
-            folder = self.tuned_folder(name) if tuned else self.folder / "lm"  # type: ignore[arg-type]
-            if name != "random":
-                load = partial(self.placed_model, name if tuned else "none")  # type: ignore[arg-type]
+            load, label = partial(self.placed_model, "none"), str(self.folder / "lm")
+            if name == "random":
+                load, label = partial(self._random_model, seed), "random weights"
+            elif tuned:
+                load, label = partial(self.placed_model, name), str(self.tuned_folder(name))
             self._lms[key] = FrozenLM(
                 load,
                 self._lm_config,
                 self.corpus.tokenizer,
-                "random weights" if name == "random" else folder,
+                label,
                 None if key == ("none",) else self.frozen_lm(),
                 None if self.config.lm.device_map is None else self.device,
             )

@@ -363,7 +363,7 @@ def _planner(run: Run, progress: Progress, fold: int | None = None) -> None:
 
 
 def _tuning(run: Run, name: ModelName) -> Tuning | None:
-    """A fresh copy of a model's LM, and what is to be trained of it; None: nothing. All weights train in float32."""
+    """A fresh copy of a model's LM with what is to be trained of it, float32; None: nothing."""
     settings = run.config.training.base
     if settings.tuning == "frozen":
         return None
