@@ -94,7 +94,7 @@ def structure_of(run: Run, variant: VariantName) -> Structure:
     Raises:
         ProbekitError: The run has no such variant, or it is not trained.
     """
-    model = run.model(variant)
+    model, lm = run.model(variant), run.frozen_lm(variant)
     assert model.adapter is not None and model.planner is not None  # noqa: S101, PT018 - it is trained
     names, planner, chosen = model.adapter.names, model.planner, mixing.VARIANTS[variant]
     actions, dimensions = model.adapter.codebook.shape
@@ -113,9 +113,9 @@ def structure_of(run: Run, variant: VariantName) -> Structure:
         planner_heads=run.config.planner.heads,
         planner_width=planner.read.out_features,
         planner_parameters=_count(planner),
-        layers=model.bridged.cfg.n_layers,
-        width=model.bridged.cfg.d_model,
-        lm_parameters=_count(model.bridged.original_model),
+        layers=lm.layers,
+        width=lm.config.hidden_size,
+        lm_parameters=_count(model.backend.model),
         tuning=run.config.training.base.tuning,
         conditioned=conditioned,
         enters="planning token\nbefore a sentence" if model.adapter.inserts else f"added at\n{location}",

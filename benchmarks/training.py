@@ -32,12 +32,13 @@ from harness import (
     race,
     run_workloads,
 )
-from probekit.models.base_lm import TUNINGS, BaseLM
 from random_lm import forward_flops, product_dtype, random_corpus, random_gpt2
 
 from probekit.config import Config, VariantName
 from probekit.data.corpus import SPLITS, Corpus
 from probekit.data.windows import Windows, input_tokens
+from probekit.models.frozen_lm import FrozenLM
+from probekit.models.hook_points import BridgeBackend
 from probekit.models.planner import Planner
 from probekit.progress import Progress
 from probekit.training.adapter import AdapterTraining
@@ -129,9 +130,9 @@ class Scene:
         ).to(self.device)
 
     @cached_property
-    def base(self) -> BaseLM:
+    def base(self) -> FrozenLM:
         """The frozen LM, plain and bridged."""
-        return BaseLM(lambda: copy.deepcopy(self.model), self.corpus.tokenizer, "gpt2")
+        return FrozenLM(lambda: copy.deepcopy(self.model), self.model.config, self.corpus.tokenizer, "gpt2")
 
     def trainer(self) -> Trainer:
         """What a stage needs; its rows are kept."""
@@ -198,8 +199,9 @@ def _adapter(scene: Scene, variant: VariantName, *, bridged: bool) -> Work:
     trainer = scene.trainer()
     codebook = torch.from_numpy(scene.corpus.codebook.centroids)
     planner = Planner(scene.config.planner, codebook, seed=0).to(scene.device)
-    base = TUNINGS["frozen"](scene.base.plain, scene.config.training.base, 0)
-    training = AdapterTraining(trainer, variant, scene.base, planner, None if bridged else base)
+    training = AdapterTraining(trainer, variant, scene.base, planner)
+    if bridged:
+        training.model.backend = BridgeBackend(scene.base.bridged)
 
     def work() -> float | None:
         training.run()

@@ -4,11 +4,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from probekit.models.base_lm import BaseLM
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from probekit.data.corpus import Corpus
+from probekit.models.frozen_lm import FrozenLM
 from probekit.models.planner import Planner
 from probekit.progress import Progress
 from probekit.run.run import Run
@@ -36,9 +36,9 @@ def first_loss(rows: list[dict[str, Any]]) -> float:
     return next(row["loss"] for row in rows if "loss" in row)
 
 
-def base_lm(run: Run) -> BaseLM:
+def base_lm(run: Run) -> FrozenLM:
     """The run's LM, of a test's own."""
-    return BaseLM(run.plain_model, run.corpus.tokenizer, "lm")
+    return FrozenLM(run.plain_model, run.frozen_lm().config, run.corpus.tokenizer, "lm")
 
 
 def flat(module: torch.nn.Module) -> Tensor:

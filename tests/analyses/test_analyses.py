@@ -220,7 +220,7 @@ def test_figure_1_shows_the_structure_of_the_model(
     run_script("figure1_method.py", tiny_run.folder, "--out", out, monkeypatch=monkeypatch)
     facts = pd.read_csv(out.with_suffix(".csv"), index_col="fact").value
     model = tiny_run.model("joint")
-    assert int(facts.layers) == model.bridged.cfg.n_layers
+    assert int(facts.layers) == tiny_run.config.lm.layers
     assert int(facts.actions) == tiny_run.corpus.k
     assert int(facts.adapter_parameters) == sum(p.numel() for p in model.adapter.parameters())
     assert facts.conditioned == str(tuple(range(tiny_run.config.conditioning.skip_layers, int(facts.layers))))

@@ -251,8 +251,9 @@ def conditioned_by_hand(
                 return activation
 
             hooks = [*hooks, ("blocks.2.attn.hook_z", edit)]
-        with torch.no_grad(), model.bridged.hooks(fwd_hooks=hooks):
-            log_p = model.bridged(batch.tokens, return_type="logits")[0].log_softmax(-1)
+        bridged = run.frozen_lm("soft").bridged
+        with torch.no_grad(), bridged.hooks(fwd_hooks=hooks):
+            log_p = bridged(batch.tokens, return_type="logits")[0].log_softmax(-1)
         own = -log_p.gather(1, batch.targets[0, :, None])[:, 0].double()
         losses.append(own[boundaries.column[n] : boundaries.last[n] + 1].sum().item())
         first.append(log_p[at].numpy())

@@ -51,7 +51,7 @@ def test_with_nothing_removed_it_is_the_lm_to_the_bit(
     scored = masked.scored(windows)
     with torch.no_grad():
         logits, states = masked(scored, masked.nothing)
-        model = probed_run.model(variant, fast=True)
+        model = probed_run.model(variant)
         expected = model(collate(probed_run.corpus, windows), VARIANTS["soft"].evaluation)
     assert torch.equal(logits, expected)
     assert torch.equal(states, masked.states(scored, masked.nothing))
@@ -168,8 +168,9 @@ def test_without_the_adapters_parts_all_tokens_carry_the_mean_plan(probed_run: R
         own[..., SIZE:] = mean[SIZE:]
         return activation + own.view_as(activation)
 
-    with torch.no_grad(), model.bridged.hooks(fwd_hooks=[("blocks.2.attn.hook_z", add)]):
-        expected = model.bridged(batch.tokens, return_type="logits")
+    bridged = probed_run.frozen_lm("soft").bridged
+    with torch.no_grad(), bridged.hooks(fwd_hooks=[("blocks.2.attn.hook_z", add)]):
+        expected = bridged(batch.tokens, return_type="logits")
     removed = torch.zeros(1, 8)
     removed[0, 7] = 1
     with torch.no_grad():
@@ -191,7 +192,7 @@ def test_every_kind_of_conditioning_has_its_parts(
     run = probed_run.with_settings({"conditioning.kind": kind, "conditioning.location": location})
     model = probed_run.model("soft")
     centroids = torch.from_numpy(run.corpus.codebook.centroids)
-    model.adapter = new_adapter(run.config.conditioning, centroids, run.base_lm(), 0).requires_grad_(False)
+    model.adapter = new_adapter(run.config.conditioning, centroids, run.frozen_lm(), 0).requires_grad_(False)
     monkeypatch.setattr(Run, "model", lambda self, name: model)
     if kind == "token":
         with pytest.raises(ProbekitError, match=r"conditioning\.kind is 'token'.*subnetwork\.variant none"):

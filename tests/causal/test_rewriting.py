@@ -96,7 +96,7 @@ def test_every_kind_of_conditioning_reads_a_growing_text_as_the_true_one(kind: s
     if kind != probed_run.config.conditioning.kind:
         run = probed_run.with_settings({"conditioning.kind": kind})
         centroids = torch.from_numpy(run.corpus.codebook.centroids)
-        adapter = new_adapter(run.config.conditioning, centroids, run.base_lm(), 0)
+        adapter = new_adapter(run.config.conditioning, centroids, run.frozen_lm(), 0)
         lm.model.adapter = adapter.requires_grad_(False)
         lm.use_hooks([])
     boundaries, rows = lm.boundaries, np.arange(4)

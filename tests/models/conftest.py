@@ -1,18 +1,21 @@
 """Tiny random LMs of every family, saved as a user would have them, corpora small enough to check by hand."""
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from probekit.models.base_lm import BaseLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from probekit.data.codebook import Codebook
 from probekit.data.corpus import Corpus
 from probekit.data.tokenizer import train_tokenizer
+from probekit.models.architecture import Architecture, examine
+from probekit.models.checkpoint import load_config
+from probekit.models.frozen_lm import FrozenLM
 from probekit.models.language_model import bridge, load_model
 
 transformers.logging.disable_progress_bar()
@@ -82,16 +85,26 @@ def bridged(folders: dict[str, Path], tokenizer: PreTrainedTokenizerBase) -> dic
 
 
 @pytest.fixture(scope="session")
-def base(folders: dict[str, Path], tokenizer: PreTrainedTokenizerBase) -> Callable[[str], BaseLM]:
+def base(folders: dict[str, Path], tokenizer: PreTrainedTokenizerBase) -> Callable[[str], FrozenLM]:
     """The LM of a family, plain and bridged."""
-    found: dict[str, BaseLM] = {}
+    found: dict[str, FrozenLM] = {}
 
-    def make(family: str) -> BaseLM:
+    def make(family: str) -> FrozenLM:
         if family not in found:
-            found[family] = BaseLM(lambda: load_model(str(folders[family])), tokenizer, family)
+            found[family] = FrozenLM(
+                lambda: load_model(str(folders[family])), load_config(str(folders[family])), tokenizer, family
+            )
         return found[family]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def architectures(
+    folders: dict[str, Path], tokenizer: PreTrainedTokenizerBase
+) -> Callable[[str], Architecture]:
+    """The hook points of a family."""
+    return cache(lambda family: examine(load_config(str(folders[family])), tokenizer, family))
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from probekit.models.base_lm import BaseLM
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.autograd import gradcheck
@@ -26,6 +25,7 @@ from probekit.models.conditioning import (
     location_width,
     new_adapter,
 )
+from probekit.models.frozen_lm import FrozenLM
 from probekit.models.hook_points import Backend, BridgeBackend, HFBackend, Hook, hook_name
 from probekit.models.mixing import Oracle, Soft
 from probekit.models.planner import Planner
@@ -41,7 +41,7 @@ LOCATIONS = [
 DOCUMENTS = [[3, 2, 4], [1, 1, 5, 2]]  # tokens in each sentence
 
 MakeCorpus = Callable[..., Corpus]
-Base = Callable[[str], BaseLM]
+Base = Callable[[str], FrozenLM]
 
 
 def batch_of(corpus: Corpus, window: int = 32) -> Batch:
@@ -49,7 +49,7 @@ def batch_of(corpus: Corpus, window: int = 32) -> Batch:
 
 
 def adapter_for(
-    lm: BaseLM, corpus: Corpus, *, seed: int = 0, size: float = 1.0, **chosen: object
+    lm: FrozenLM, corpus: Corpus, *, seed: int = 0, size: float = 1.0, **chosen: object
 ) -> LayerAdapter:
     """An adapter whose projections are large enough to matter beside the LM's activations."""
     settings = ConditioningSettings(**{"skip_layers": 1, **chosen})
@@ -59,7 +59,7 @@ def adapter_for(
     return adapter
 
 
-def logits(lm: BaseLM, batch: Batch, hooks: list) -> Tensor:
+def logits(lm: FrozenLM, batch: Batch, hooks: list) -> Tensor:
     with lm.bridged.hooks(fwd_hooks=hooks):
         return lm.bridged(batch.tokens)
 
@@ -150,7 +150,7 @@ def test_the_loss_reaches_adapter_and_planner_and_not_the_lm(
 ):
     batch, adapter = batch_of(make_corpus(DOCUMENTS)), kind_adapter(base(family), kind)
     planner = Planner(PlannerSettings(width=8), adapter.codebook.detach(), seed=0)
-    model = PlannedLM(base(family).forward_pass(adapter.names, plain[family]), planner, adapter, 1.0)
+    model = PlannedLM(base(family).backend_for(adapter.names, plain[family]), planner, adapter, 1.0)
     token_losses(model(batch, Soft()), batch.targets).sum().backward()
     for name, parameter in [*adapter.named_parameters(), *planner.named_parameters()]:
         assert parameter.grad.isfinite().all(), name
@@ -169,7 +169,10 @@ def test_gradients_through_the_whole_lm_are_finite_differences(
 ):
     """In float64; along random directions for the planner, which has the most parameters."""
     tiny = make_model("GPT2", len(tokenizer), hidden_size=4, num_hidden_layers=2).double()
-    lm, batch = BaseLM(lambda: tiny, tokenizer, "exact"), batch_of(make_corpus([[2, 2, 3], [1, 4]]))
+    lm, batch = (
+        FrozenLM(lambda: tiny, tiny.config, tokenizer, "exact"),
+        batch_of(make_corpus([[2, 2, 3], [1, 4]])),
+    )
     batch = replace(batch, context=batch.context.double())
     adapter = kind_adapter(lm, kind)
     planner = Planner(PlannerSettings(width=4), adapter.codebook.detach(), seed=0).eval()
@@ -251,7 +254,7 @@ def test_a_position_carries_the_action_of_the_next_tokens_sentence(window: int, 
 SIZES = [size for document in DOCUMENTS for size in document]
 
 
-def kind_adapter(lm: BaseLM, kind: str) -> Adapter:
+def kind_adapter(lm: FrozenLM, kind: str) -> Adapter:
     """An adapter whose projections are large enough to matter beside the LM's activations."""
     codebook = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
     adapter = new_adapter(ConditioningSettings(kind=kind, skip_layers=1), codebook, lm, seed=0)
@@ -309,7 +312,7 @@ def test_it_is_the_lm_on_embeddings_made_by_hand(
     table = model.get_input_embeddings().weight
     with torch.no_grad():
         read = adapter.conditioned(batch.tokens, embeddings, batch.sentence)
-        backend = base(family).forward_pass([*adapter.names, "ln_final.hook_out"], model)
+        backend = base(family).backend_for([*adapter.names, "ln_final.hook_out"], model)
         assert isinstance(backend, HFBackend)
         fast, slow = logits_of(backend, read), logits_of(BridgeBackend(base(family).bridged), read)
         for row, tokens in enumerate(batch.tokens):
@@ -385,7 +388,7 @@ def test_a_prediction_sees_every_token_before_it_and_none_behind(
         return activation.index_put((windows, read.slots.own), added, accumulate=True)
 
     names = [*adapter.names, "hook_embed"]
-    backend = lm.forward_pass(names, plain[family]) if fast else BridgeBackend(lm.bridged)
+    backend = lm.backend_for(names, plain[family]) if fast else BridgeBackend(lm.bridged)
     assert isinstance(backend, HFBackend if fast else BridgeBackend)
     found = logits_of(backend, read, ("hook_embed", add))
     weights = torch.randn(found.shape[-1], generator=torch.Generator().manual_seed(2))
@@ -411,7 +414,8 @@ def test_a_window_as_long_as_the_table_of_positions_is_read(base: Base, make_cor
 def test_an_lm_that_takes_no_positions_is_refused(
     make_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerBase
 ):
-    lm = BaseLM(lambda: make_model("Bloom", len(tokenizer), n_layer=2, n_head=2), tokenizer, "bloom")
+    model = make_model("Bloom", len(tokenizer), n_layer=2, n_head=2)
+    lm = FrozenLM(lambda: model, model.config, tokenizer, "bloom")
     for kind in ("adapter", "embedding"):
         location_width(lm, ConditioningSettings(kind=kind, skip_layers=1))
     with pytest.raises(ProbekitError) as raised:

@@ -6,7 +6,6 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from probekit.models.base_lm import BaseLM
 from transformers import DynamicCache
 
 from probekit.config import BosRule, ConditioningSettings
@@ -14,6 +13,7 @@ from probekit.data.corpus import Corpus
 from probekit.data.windows import cut_windows, input_tokens
 from probekit.models.conditioning import new_adapter
 from probekit.models.decoding import Decoder, GrowingText, HFDecoder, new_decoder, read_windows, window_start
+from probekit.models.frozen_lm import FrozenLM
 from probekit.models.hook_points import BridgeBackend
 from probekit.models.planner_lm import PlannedLM
 
@@ -21,7 +21,7 @@ FAMILIES = ["gpt2", "gpt_neox", "llama", "olmo", "olmo2", "qwen2", "qwen3"]
 WINDOW = 12
 
 
-def conditioned(lm: BaseLM, **settings: object) -> tuple[PlannedLM, Decoder, Decoder]:
+def conditioned(lm: FrozenLM, **settings: object) -> tuple[PlannedLM, Decoder, Decoder]:
     """A conditioned LM whose actions matter, its fastest decoder, and the one that reads everything again."""
     adapter = new_adapter(ConditioningSettings(**{"skip_layers": 1, **settings}), codebook(), lm, seed=0)
     with torch.no_grad():
@@ -30,7 +30,7 @@ def conditioned(lm: BaseLM, **settings: object) -> tuple[PlannedLM, Decoder, Dec
     model = PlannedLM(BridgeBackend(lm.bridged), None, adapter, 1.0).eval()
     return (
         model,
-        new_decoder(model, lm.forward_pass(adapter.names), WINDOW),
+        new_decoder(model, lm.backend_for(adapter.names), WINDOW),
         Decoder(model, WINDOW),
     )
 
@@ -59,7 +59,7 @@ def assert_same(fast: Decoder, slow: Decoder, texts: list[GrowingText]) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_kept_keys_and_values_change_nothing(family: str, base: Callable[[str], BaseLM]):
+def test_kept_keys_and_values_change_nothing(family: str, base: Callable[[str], FrozenLM]):
     """Texts of all lengths grow through two slides of the window, some end, others come."""
     _, fast, slow = conditioned(base(family))
     assert isinstance(fast, HFDecoder)
@@ -80,10 +80,10 @@ def test_kept_keys_and_values_change_nothing(family: str, base: Callable[[str], 
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_nothing_is_conditioned_without_an_adapter(family: str, base: Callable[[str], BaseLM]):
+def test_nothing_is_conditioned_without_an_adapter(family: str, base: Callable[[str], FrozenLM]):
     lm = base(family)
     model = PlannedLM(BridgeBackend(lm.bridged), None, None, 1.0)
-    fast = new_decoder(model, lm.forward_pass(["ln_final.hook_out"]), WINDOW)
+    fast = new_decoder(model, lm.backend_for(["ln_final.hook_out"]), WINDOW)
     assert fast.cached
     texts = [GrowingText(text.tokens, [0] * len(text.tokens), []) for text in new_texts([3, 9])]
     rng = np.random.default_rng(0)
@@ -96,7 +96,7 @@ def test_nothing_is_conditioned_without_an_adapter(family: str, base: Callable[[
 
 
 @pytest.mark.parametrize("kind", ["adapter", "embedding"])
-def test_what_a_position_carries_matters(kind: str, base: Callable[[str], BaseLM]):
+def test_what_a_position_carries_matters(kind: str, base: Callable[[str], FrozenLM]):
     _, fast, slow = conditioned(base("gpt2"), kind=kind)
     assert fast.cached
     for place in range(4):
@@ -109,7 +109,7 @@ def test_what_a_position_carries_matters(kind: str, base: Callable[[str], BaseLM
         assert_same(fast, slow, texts)
 
 
-def test_one_token_is_read_where_the_text_goes_on(base: Callable[[str], BaseLM]):
+def test_one_token_is_read_where_the_text_goes_on(base: Callable[[str], FrozenLM]):
     lm = base("gpt2")
     _, fast, _ = conditioned(lm)
     read: list[tuple[int, ...]] = []
@@ -127,7 +127,7 @@ def test_one_token_is_read_where_the_text_goes_on(base: Callable[[str], BaseLM])
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_planning_tokens_are_read_by_the_plain_module(family: str, base: Callable[[str], BaseLM]):
+def test_planning_tokens_are_read_by_the_plain_module(family: str, base: Callable[[str], FrozenLM]):
     """With logits for the last slot alone; nothing is kept."""
     lm = base(family)
     _, fast, slow = conditioned(lm, kind="token")
@@ -145,7 +145,7 @@ def test_planning_tokens_are_read_by_the_plain_module(family: str, base: Callabl
     assert {*rows} == {(5, 1)}
 
 
-def test_where_the_plain_module_cannot_the_bridge_reads(base: Callable[[str], BaseLM]):
+def test_where_the_plain_module_cannot_the_bridge_reads(base: Callable[[str], FrozenLM]):
     _, found, _ = conditioned(base("gpt2"), location="attn.hook_q")
     assert type(found) is Decoder
     texts = new_texts([3, 8])
@@ -155,7 +155,9 @@ def test_where_the_plain_module_cannot_the_bridge_reads(base: Callable[[str], Ba
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
 
 
-def test_a_cache_that_is_no_use_is_found_out(base: Callable[[str], BaseLM], monkeypatch: pytest.MonkeyPatch):
+def test_a_cache_that_is_no_use_is_found_out(
+    base: Callable[[str], FrozenLM], monkeypatch: pytest.MonkeyPatch
+):
     """A module that forgets what it was given is read whole, but not by the bridge."""
     lm = base("gpt2")
     forward = lm.plain.forward
@@ -172,7 +174,7 @@ def test_a_cache_that_is_no_use_is_found_out(base: Callable[[str], BaseLM], monk
     assert_same(found, slow, new_texts([3, 20]))
 
 
-def test_no_hook_stays_behind(base: Callable[[str], BaseLM]):
+def test_no_hook_stays_behind(base: Callable[[str], FrozenLM]):
     lm = base("llama")
     _, fast, _ = conditioned(lm)
     with torch.no_grad():
@@ -203,11 +205,11 @@ def test_windows_are_those_of_an_evaluation_by_half_a_window(
 
 @pytest.mark.parametrize("bos", ["every-window", "none"])
 def test_kept_keys_and_values_change_nothing_wherever_the_separator_is_read(
-    bos: BosRule, base: Callable[[str], BaseLM]
+    bos: BosRule, base: Callable[[str], FrozenLM]
 ):
     lm = base("llama")
     model = PlannedLM(BridgeBackend(lm.bridged), None, None, 1.0)
-    fast = new_decoder(model, lm.forward_pass(["ln_final.hook_out"]), WINDOW, bos)
+    fast = new_decoder(model, lm.backend_for(["ln_final.hook_out"]), WINDOW, bos)
     assert fast.cached
     texts, rng = new_texts([1, 4, 11, 30]), np.random.default_rng(1)
     for _ in range(2 * WINDOW):

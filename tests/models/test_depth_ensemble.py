@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from probekit.models.base_lm import BaseLM
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -22,6 +21,7 @@ from probekit.models.depth_ensemble import (
     new_ensemble,
     reader_losses,
 )
+from probekit.models.frozen_lm import FrozenLM
 from probekit.models.hook_points import BridgeBackend
 from probekit.models.mixing import Fixed
 from probekit.models.planner_lm import PlannedLM
@@ -36,7 +36,7 @@ def batch(make_corpus):
     return collate(corpus, cut_windows(corpus, torch.arange(2).numpy(), 32, 32))
 
 
-def ensemble_on(lm: BaseLM, member: MemberName = "ensemble", **settings: object) -> DepthEnsemble:
+def ensemble_on(lm: FrozenLM, member: MemberName = "ensemble", **settings: object) -> DepthEnsemble:
     return new_ensemble(member, DepthSettings(**{"layers": DEPTH, **settings}), lm, lm.plain, seed=0)
 
 
@@ -72,9 +72,9 @@ def hidden_states(model: PreTrainedModel, tokens: Tensor) -> list[Tensor]:
     return seen
 
 
-def naive(lm: BaseLM, ensemble: DepthEnsemble, tokens: Tensor, top_k: int | None) -> Tensor:
+def naive(lm: FrozenLM, ensemble: DepthEnsemble, tokens: Tensor, top_k: int | None) -> Tensor:
     """All layers' logits, weighted one by one, as the paper writes it."""
-    norm = final_norm(lm.bridged, lm.plain)
+    norm = final_norm(lm, lm.plain)
     head = lm.plain.get_output_embeddings()
     states = [norm(h) for h in hidden_states(lm.plain, tokens)]
     scores = states[-1] @ ensemble.router.weight.T + ensemble.router.bias
@@ -95,7 +95,7 @@ def naive(lm: BaseLM, ensemble: DepthEnsemble, tokens: Tensor, top_k: int | None
 def test_all_weight_on_the_last_layer_gives_the_lm_s_logits(family: str, fast: bool, base, batch):
     lm = base(family)
     ensemble = forced(ensemble_on(lm))
-    backend = lm.forward_pass(ensemble.names) if fast else BridgeBackend(lm.bridged)
+    backend = lm.backend_for(ensemble.names) if fast else BridgeBackend(lm.bridged)
     model = PlannedLM(backend, None, None, 1.0, depth=ensemble)
     with torch.no_grad():
         expected = lm.plain(batch.tokens, use_cache=False).logits
@@ -118,7 +118,7 @@ def test_logits_are_the_weighted_sum_of_layers_logits(family: str, top_k: int | 
     ensemble = scrambled(ensemble_on(lm, top_k=top_k))
     with torch.no_grad():
         expected = naive(lm, ensemble, batch.tokens, top_k)
-        for backend in (BridgeBackend(lm.bridged), lm.forward_pass(ensemble.names)):
+        for backend in (BridgeBackend(lm.bridged), lm.backend_for(ensemble.names)):
             model = PlannedLM(backend, None, None, 1.0, depth=ensemble)
             torch.testing.assert_close(model(batch, Fixed()), expected, rtol=1e-4, atol=1e-4)
 
@@ -138,7 +138,7 @@ def test_members_read_the_layers_they_say(base):
 def test_a_layer_that_is_repeated_is_weighed_as_often(base, batch):
     lm = base("llama")
     ensemble = scrambled(ensemble_on(lm, "repeated"))
-    norm, head = final_norm(lm.bridged, lm.plain), lm.plain.get_output_embeddings()
+    norm, head = final_norm(lm, lm.plain), lm.plain.get_output_embeddings()
     with torch.no_grad():
         state = norm(hidden_states(lm.plain, batch.tokens)[-1])
         weights = torch.softmax(state @ ensemble.router.weight.T + ensemble.router.bias, dim=-1)
@@ -164,7 +164,7 @@ def test_the_router_begins_about_where_it_is_told_to(last_weight: float, base, b
 def test_growing_texts_with_keys_and_values_kept(family: str, base):
     lm = base(family)
     model = PlannedLM(BridgeBackend(lm.bridged), None, None, 1.0, depth=scrambled(ensemble_on(lm))).eval()
-    fast = new_decoder(model, lm.forward_pass(model.names), 8)
+    fast = new_decoder(model, lm.backend_for(model.names), 8)
     assert isinstance(fast, HFDecoder)
     assert fast.cached
     slow = Decoder(model, 8)
@@ -188,14 +188,15 @@ def test_a_model_without_a_final_norm(tokenizer: PreTrainedTokenizerBase):
         num_attention_heads=2, ffn_dim=24, max_position_embeddings=32, do_layer_norm_before=False,
         architectures=["OPTForCausalLM"],
     )  # fmt: skip
-    lm = BaseLM(lambda: OPTForCausalLM(config).eval(), tokenizer, "facebook/opt-125m")
+    lm = FrozenLM(lambda: OPTForCausalLM(config).eval(), config, tokenizer, "facebook/opt-125m")
     with pytest.raises(ProbekitError, match=r"no final norm.*--method planner"):
         ensemble_on(lm, layers=1)
 
 
 def test_a_model_that_caps_its_logits(make_model, tokenizer: PreTrainedTokenizerBase):
     settings = {"num_key_value_heads": 1, "head_dim": 8, "final_logit_softcapping": 0.5}
-    lm = BaseLM(lambda: make_model("Gemma2", len(tokenizer), **settings).eval(), tokenizer, "gemma")
+    model = make_model("Gemma2", len(tokenizer), **settings).eval()
+    lm = FrozenLM(lambda: model, model.config, tokenizer, "gemma")
     with pytest.raises(ProbekitError, match="caps or scales"):
         ensemble_on(lm, layers=1)
 

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from probekit.models.base_lm import TUNINGS, BaseLM
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -17,12 +16,15 @@ from probekit.data.windows import Batch, collate, cut_windows
 from probekit.errors import ProbekitError
 from probekit.evaluation.evaluate import evaluate
 from probekit.generation.generate import generate
+from probekit.models.checkpoint import load_config
 from probekit.models.conditioning import CONDITIONINGS, new_adapter
 from probekit.models.decoding import GrowingText, new_decoder
+from probekit.models.frozen_lm import FrozenLM
 from probekit.models.hook_points import HFBackend, hook_name
 from probekit.models.language_model import load_model, random_weights
 from probekit.models.mixing import Oracle
 from probekit.models.planner_lm import PlannedLM, token_losses
+from probekit.models.tuning import TUNINGS
 from probekit.probing.probe import probe
 from probekit.run.run import Run
 from probekit.training.train import train
@@ -49,21 +51,24 @@ def batch(make_corpus: Callable[..., Corpus]) -> Batch:
 
 
 @pytest.fixture(scope="module")
-def pair(folders: dict[str, Path], tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[BaseLM]]:
+def pair(folders: dict[str, Path], tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[FrozenLM]]:
     """An LM in main memory, and the same over main memory and disk."""
 
-    def make(family: str) -> list[BaseLM]:
+    def make(family: str) -> list[FrozenLM]:
         name, device_map = str(folders[family]), DEVICE_MAPS[family]
-        placed = BaseLM(lambda: load_model(name, device_map=device_map), tokenizer, family, device=CPU)
+        config = load_config(name)
+        placed = FrozenLM(
+            lambda: load_model(name, device_map=device_map), config, tokenizer, family, device=CPU
+        )
         assert any(parameter.is_meta for parameter in placed.plain.parameters())
-        return [BaseLM(lambda: load_model(name), tokenizer, family), placed]
+        return [FrozenLM(lambda: load_model(name), config, tokenizer, family), placed]
 
     return make
 
 
-def activations(lm: BaseLM, batch: Batch) -> dict[str, Tensor]:
+def activations(lm: FrozenLM, batch: Batch) -> dict[str, Tensor]:
     seen: dict[str, Tensor] = {}
-    backend = lm.forward_pass(NAMES)
+    backend = lm.backend_for(NAMES)
     assert isinstance(backend, HFBackend)
     with torch.no_grad():
         backend(batch.tokens, [(n, lambda x, n=n: seen.update({n: x.clone()})) for n in NAMES], len(NAMES))
@@ -74,18 +79,18 @@ def activations(lm: BaseLM, batch: Batch) -> dict[str, Tensor]:
 def test_logits_and_activations_are_the_same(family: str, pair: Callable, batch: Batch):
     whole, placed = pair(family)
     assert (placed.layers, placed.heads) == (whole.layers, whole.heads) == (3, 2)
-    assert placed.locations == whole.locations
-    assert placed.takes_positions
+    assert placed.architecture == whole.architecture
     expected, found = (activations(lm, batch) for lm in (whole, placed))
     assert all(found[name].equal(value) for name, value in expected.items())
     with torch.no_grad():
-        expected, found = (lm.forward_pass(NAMES).logits(batch.tokens, []) for lm in (whole, placed))
+        expected, found = (lm.backend_for(NAMES).logits(batch.tokens, []) for lm in (whole, placed))
     assert expected.equal(found)
 
 
 @pytest.mark.parametrize("family", DEVICE_MAPS)
 def test_random_weights_are_the_same(family: str, pair: Callable, batch: Batch):
-    expected, found = (random_weights(lm.plain, 3) for lm in pair(family))
+    maps = [getattr(lm.plain, "hf_device_map", None) for lm in pair(family)]
+    expected, found = (random_weights(pair(family)[0].config, 3, torch.float32, each) for each in maps)
     assert any(parameter.is_meta for parameter in found.parameters())
     with torch.no_grad():
         assert expected.eval()(batch.tokens).logits.equal(found.eval()(batch.tokens).logits)
@@ -100,14 +105,15 @@ def test_gradients_are_the_same(family: str, kind: str, tuning: str, pair: Calla
     gradients: list[list[Tensor]] = []
     for lm in pair(family):
         adapter = new_adapter(ConditioningSettings(kind=kind, skip_layers=1), codebook, lm, seed=0)
-        base = TUNINGS[tuning](lm.plain, settings, 0)
-        model = PlannedLM(lm.forward_pass(adapter.names, base.model), None, adapter, 1.0)
-        for i, parameter in enumerate(base.parameters):  # updates' second halves are zero at first
+        base = None if tuning == "frozen" else TUNINGS[tuning](lm.plain, settings, 0)
+        model = PlannedLM(lm.backend_for(adapter.names, lm.plain), None, adapter, 1.0)
+        tuned = [] if base is None else base.parameters
+        for i, parameter in enumerate(tuned):  # updates' second halves are zero at first
             parameter.requires_grad_(True)
             generator = torch.Generator().manual_seed(i)
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
         token_losses(model(batch, Oracle()), batch.targets).mean().backward()
-        gradients.append([p.grad for p in [*adapter.parameters(), *base.parameters]])
+        gradients.append([p.grad for p in [*adapter.parameters(), *tuned]])
     expected, found = gradients
     assert len(expected) == len(found) >= (2 + 24 if tuning == "lora" else 2)
     assert all(gradient.any() for gradient in expected)
@@ -124,7 +130,7 @@ def test_lora_begins_the_same_and_is_found_again(family: str, pair: Callable, ba
             generator = torch.Generator().manual_seed(parameter.numel())
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
         lora.save(tmp_path / str(i))
-        again = TUNINGS["lora"].load(tmp_path / str(i), lm._load(), settings)
+        again = TUNINGS["lora"].load(tmp_path / str(i), lm._load, settings, torch.float32)
         with torch.no_grad():
             logits += [model.eval()(batch.tokens).logits for model in (lora.model, again)]
     for found in logits[1:]:
@@ -136,7 +142,7 @@ def test_growing_texts_are_read_with_a_cache(pair: Callable):
     found = []
     for lm in pair("llama"):
         adapter = new_adapter(ConditioningSettings(skip_layers=1), codebook, lm, seed=0)
-        backend = lm.forward_pass(adapter.names)
+        backend = lm.backend_for(adapter.names)
         decoder = new_decoder(PlannedLM(backend, None, adapter, 1.0), backend, 8)
         assert decoder.cached
         texts = [GrowingText([5, 6, 7], [0, 1, 1], list(codebook)), GrowingText([8], [2], list(codebook))]
@@ -152,8 +158,8 @@ def test_growing_texts_are_read_with_a_cache(pair: Callable):
 
 def test_a_hook_that_only_the_bridge_has_is_refused(pair: Callable):
     _, placed = pair("gpt2")
-    with pytest.raises(ProbekitError, match=r"lm.device_map is set, but only TransformerLens has all of"):
-        placed.forward_pass(["blocks.2.attn.hook_pattern"])
+    with pytest.raises(ProbekitError, match=r"lm.device_map is set, but only TransformerLens has blocks"):
+        placed.backend_for(["blocks.2.attn.hook_pattern"])
 
 
 def test_every_command_runs_a_placed_lm(

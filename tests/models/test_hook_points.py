@@ -1,6 +1,5 @@
 """Hook points, and the two backends: the plain module gives what the bridge gives; neither leaves traces."""
 
-import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from probekit.errors import ProbekitError
+from probekit.models.architecture import Architecture, examine
 from probekit.models.hook_points import (
     BEFORE,
     LOCATIONS,
@@ -19,23 +18,34 @@ from probekit.models.hook_points import (
     BridgeBackend,
     HFBackend,
     Hook,
-    check_location,
-    find_hook_point,
-    forward_pass,
     hook_name,
     layer_of,
-    locations,
 )
-from probekit.models.language_model import bridge, load_model, random_weights, shallow
+from probekit.models.language_model import bridge, load_model
 
 FAMILIES = ["gpt2", "gpt_neox", "llama", "olmo", "olmo2", "qwen2", "qwen3"]
 LAYERS = 3
 TOKENS = torch.randint(200, (4, 11), generator=torch.Generator().manual_seed(0))
 
 
+KNOWN: dict[str, Architecture] = {}
+
+
+def architecture_of(lm: TransformerBridge) -> Architecture:
+    config = lm.original_model.config
+    if config.model_type not in KNOWN:
+        KNOWN[config.model_type] = examine(config, lm.tokenizer, "tiny")
+    return KNOWN[config.model_type]
+
+
+def backend_for(lm: TransformerBridge, model: PreTrainedModel, names: Sequence[str]) -> Backend:
+    points = architecture_of(lm).points(names)
+    return BridgeBackend(lm) if points is None else HFBackend(model, points)
+
+
 def table_names(lm: TransformerBridge) -> list[str]:
     """Full names of the table's locations at all layers, as far as the architecture has them."""
-    there = locations(lm)
+    there = architecture_of(lm).locations
     names = [name.removesuffix(BEFORE) for name in LOCATIONS if name.removesuffix(BEFORE) in there]
     return sorted({hook_name(name, layer) for name in names for layer in range(LAYERS)})
 
@@ -72,7 +82,7 @@ def shift(name: str, seed: int) -> Hook:
 def test_every_location_of_the_table_is_read_the_same(family: str, bridged: dict, plain: dict):
     names = table_names(bridged[family])
     assert len(names) == 2 + LAYERS * (5 if family == "gpt_neox" else 6)
-    backend = forward_pass(bridged[family], plain[family], names)
+    backend = backend_for(bridged[family], plain[family], names)
     assert isinstance(backend, HFBackend)
     assert_same(seen_by(backend, names), seen_by(BridgeBackend(bridged[family]), names))
 
@@ -80,7 +90,7 @@ def test_every_location_of_the_table_is_read_the_same(family: str, bridged: dict
 @pytest.mark.parametrize("family", FAMILIES)
 def test_reads_are_hugging_faces_hidden_states(family: str, bridged: dict, plain: dict):
     names = [f"blocks.{layer}.hook_resid_pre" for layer in range(LAYERS)] + ["ln_final.hook_out"]
-    seen = seen_by(forward_pass(bridged[family], plain[family], names), names)
+    seen = seen_by(backend_for(bridged[family], plain[family], names), names)
     with torch.no_grad():
         states = plain[family](TOKENS, output_hidden_states=True).hidden_states
     assert_same(seen, dict(zip(names, states, strict=True)))
@@ -91,12 +101,12 @@ def test_reads_are_hugging_faces_hidden_states(family: str, bridged: dict, plain
 def test_a_change_anywhere_reaches_all_that_is_behind_it(
     family: str, location: str, bridged: dict, plain: dict
 ):
-    if location not in locations(bridged[family]):
+    if location not in architecture_of(bridged[family]).locations:
         assert (family, location) == ("gpt_neox", "hook_resid_mid")
         return
     names = table_names(bridged[family])
     changes = [shift(name, seed) for seed, name in enumerate({hook_name(location, n): 0 for n in (0, 2)})]
-    backend = forward_pass(bridged[family], plain[family], names)
+    backend = backend_for(bridged[family], plain[family], names)
     found = seen_by(backend, names, changes)
     assert_same(found, seen_by(BridgeBackend(bridged[family]), names, changes))
     untouched = seen_by(backend, names)
@@ -116,7 +126,7 @@ def test_hooks_run_in_their_order(bridged: dict, plain: dict):
         (name, lambda x: x + 1),
         (name, lambda x: seen.append(x.flatten(2).clone())),
     ]
-    for backend in (forward_pass(bridged["gpt2"], plain["gpt2"], [name]), BridgeBackend(bridged["gpt2"])):
+    for backend in (backend_for(bridged["gpt2"], plain["gpt2"], [name]), BridgeBackend(bridged["gpt2"])):
         seen.clear()
         with torch.no_grad():
             backend(TOKENS, hooks, 2)
@@ -140,7 +150,7 @@ def test_nothing_behind_the_last_read_is_computed(
     names: list[str], called: list[str], bridged: dict, folders: dict[str, Path]
 ):
     model = load_model(str(folders["gpt2"]))
-    backend = forward_pass(bridged["gpt2"], model, names)
+    backend = backend_for(bridged["gpt2"], model, names)
     assert isinstance(backend, HFBackend)
     done: list[str] = []
     for path, module in model.named_modules():
@@ -161,7 +171,7 @@ def test_nothing_behind_the_last_read_is_computed(
 
 def test_a_change_alone_runs_to_the_end(bridged: dict, plain: dict):
     """Nothing is read, so nothing ends the pass early."""
-    backend = forward_pass(bridged["gpt2"], plain["gpt2"], ["blocks.2.hook_mlp_out"])
+    backend = backend_for(bridged["gpt2"], plain["gpt2"], ["blocks.2.hook_mlp_out"])
     times: list[int] = []
 
     def change(activation: Tensor) -> Tensor:
@@ -189,67 +199,6 @@ def test_the_bridge_stops_behind_the_last_layer_with_a_hook(folders: dict[str, P
         assert done == layers, name
 
 
-@pytest.mark.parametrize(
-    ("family", "location"),
-    [
-        ("gpt2", "attn.hook_q"),
-        ("gpt2", "attn.hook_pattern"),
-        ("gpt2", "ln1.hook_normalized"),
-        ("llama", "attn.hook_rot_q"),
-        ("olmo2", "attn.hook_q_normed"),
-        ("gpt_neox", "attn.hook_v"),
-    ],
-)
-def test_hooks_without_a_module_are_left_to_the_bridge(
-    family: str, location: str, bridged: dict, plain: dict
-):
-    names = ["blocks.1.hook_resid_pre", f"blocks.1.{location}"]
-    assert find_hook_point(bridged[family], plain[family], names[0]) is not None
-    assert find_hook_point(bridged[family], plain[family], names[1]) is None
-    backend = forward_pass(bridged[family], plain[family], names)
-    assert isinstance(backend, BridgeBackend)
-    seen = seen_by(backend, names)
-    assert seen.keys() == {*names}
-    alone = seen_by(forward_pass(bridged[family], plain[family], names[:1]), names[:1])
-    torch.testing.assert_close(seen[names[0]], alone[names[0]], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("location", ["blocks.0.hook_mlp_out", "blocks.2.hook_resid_post", "hook_embed"])
-def test_two_models_that_differ_are_found_out(location: str, bridged: dict, plain: dict):
-    other = random_weights(plain["gpt2"], seed=5)
-    assert isinstance(forward_pass(bridged["gpt2"], other, [location]), BridgeBackend)
-
-
-def test_a_difference_in_what_changes_do_is_found_out(bridged: dict, folders: dict[str, Path]):
-    """Both see the same where they look, but what one changes does not reach its next layer."""
-    model = load_model(str(folders["gpt2"]))
-    block = model.transformer.h[1]
-    names = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_pre"]
-    assert isinstance(forward_pass(bridged["gpt2"], model, names), HFBackend)
-    unchanged: list[Tensor] = []
-
-    def ignore_changes(_: object, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        unchanged.append(inputs[0].clone())
-        return (unchanged[0], *inputs[1:])
-
-    block.register_forward_pre_hook(ignore_changes)
-    assert isinstance(forward_pass(bridged["gpt2"], model, names), BridgeBackend)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_other_weights_have_the_same_hook_points(
-    family: str, bridged: dict, plain: dict, tokenizer: PreTrainedTokenizerBase
-):
-    names = table_names(bridged[family])
-    backend = forward_pass(bridged[family], plain[family], names)
-    assert isinstance(backend, HFBackend)
-    weights = [random_weights(plain[family], seed=3) for _ in range(2)]
-    found = seen_by(backend.with_weights(weights[0]), names)
-    expected = seen_by(BridgeBackend(bridge(weights[1], tokenizer, family)), names)
-    assert_same(found, expected)
-    assert not torch.allclose(found[names[-1]], seen_by(backend, names)[names[-1]], atol=1e-2)
-
-
 def hooked(model: torch.nn.Module) -> list[str]:
     """Modules with hooks."""
     return [path for path, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks]
@@ -262,7 +211,7 @@ def test_no_hook_stays_behind(fast: bool, fails: bool, folders: dict[str, Path],
     lm = bridge(load_model(str(folders["llama"])), tokenizer, "tiny")
     names = table_names(lm)
     before = hooked(model), hooked(lm)
-    backend = forward_pass(lm, model, names) if fast else BridgeBackend(lm)
+    backend = backend_for(lm, model, names) if fast else BridgeBackend(lm)
     assert isinstance(backend, HFBackend) == fast
     assert (hooked(model), hooked(lm)) == before
 
@@ -288,126 +237,13 @@ def test_a_plain_pass_is_frozen_and_without_dropout(
     bridged: dict, make_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerBase
 ):
     model = make_model("GPT2", len(tokenizer), resid_pdrop=0.5).train()
-    backend = forward_pass(bridged["gpt2"], model, ["blocks.2.hook_resid_post"])
+    backend = backend_for(bridged["gpt2"], model, ["blocks.2.hook_resid_post"])
     assert not any(parameter.requires_grad for parameter in model.parameters())
     first, second = (seen_by(backend, ["blocks.2.hook_resid_post"]) for _ in range(2))
     assert torch.equal(*first.values(), *second.values())
-
-
-def test_a_module_that_sees_another_shape_is_left_to_the_bridge(
-    make_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerBase
-):
-    """OPT folds windows and positions into one axis in front of its MLP; the bridge does not."""
-    size = {"ffn_dim": 24, "pad_token_id": 1}
-    lm = bridge(make_model("OPT", len(tokenizer), **size), tokenizer, "facebook/opt-125m")
-    model = make_model("OPT", len(tokenizer), **size)
-    name = "blocks.1.hook_resid_mid"
-    backend = forward_pass(lm, model, [name])
-    assert isinstance(backend, BridgeBackend)
-    assert seen_by(backend, [name])[name].shape == (*TOKENS.shape, 16)
-
-
-COMMON = {
-    "hook_resid_pre",
-    "hook_resid_post",
-    "hook_attn_out",
-    "hook_mlp_out",
-    "attn.hook_z",
-    "mlp.hook_post",
-    *OUTSIDE_BLOCKS,
-}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_location_fires_in_every_layer_with_a_vector_for_each_position(family: str, bridged: dict):
-    lm = bridged[family]
-    found = locations(lm)
-    assert found.keys() >= COMMON
-    assert [found[name] for name in ("hook_resid_pre", "hook_attn_out", "hook_mlp_out")] == [16] * 3
-    assert [found[name] for name in OUTSIDE_BLOCKS] == [16] * 2
-    assert found["attn.hook_z"] == (12 if family == "qwen3" else 16)
-    assert found["mlp.hook_post"] == (64 if family == "gpt2" else 24)
-    seen = {}
-    hooks = [
-        (hook_name(location, layer), lambda x, hook, at=(location, layer): seen.update({at: x.shape}))
-        for location in found
-        for layer in range(3)
-    ]
-    with torch.no_grad(), lm.hooks(fwd_hooks=hooks):
-        lm(TOKENS[:1, :5])
-    for location, features in found.items():
-        for layer in range(3):
-            assert seen[location, layer][:2] == (1, 5)
-            assert seen[location, layer][2:].numel() == features
 
 
 def test_hooks_by_location_and_layer():
     names = [hook_name(location, 12) for location in ("attn.hook_z", "hook_resid_pre", *OUTSIDE_BLOCKS)]
     assert names == ["blocks.12.attn.hook_z", "blocks.12.hook_resid_pre", "hook_embed", "ln_final.hook_out"]
     assert [layer_of(name) for name in names] == [12, 12, 0, None]
-
-
-@pytest.mark.parametrize("heads", [1, 2, 3, 4])
-def test_positions_are_never_taken_for_heads(
-    heads: int, make_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerBase
-):
-    model = make_model("GPT2", len(tokenizer), hidden_size=12, num_attention_heads=heads)
-    found = locations(bridge(model, tokenizer, "tiny"))
-    assert [found[f"attn.hook_{name}"] for name in "qkvz"] == [12] * 4
-    assert "attn.hook_pattern" not in found
-    assert "attn.hook_attn_scores" not in found
-
-
-MIXTURES = {
-    "Mixtral": {"num_key_value_heads": 1, "num_local_experts": 2},
-    "Qwen3Moe": {
-        "num_key_value_heads": 1,
-        "num_experts": 2,
-        "num_experts_per_tok": 1,
-        "moe_intermediate_size": 8,
-        "head_dim": 8,
-    },
-    "Gemma2": {"num_key_value_heads": 1, "head_dim": 8},
-    "Phi3": {"num_key_value_heads": 2, "pad_token_id": 0},
-    "GPT2": {"num_hidden_layers": 1},
-}
-"""Architectures that alternate two kinds of layers, or fuse some weights."""
-
-
-@pytest.mark.parametrize("name", MIXTURES)
-def test_a_shallow_lm_has_the_hooks_of_the_deep_one(
-    name: str, make_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerBase
-):
-    model = make_model(name, len(tokenizer), **MIXTURES[name])
-    like = bridge(shallow(model.config), tokenizer, name)
-    bridged, plain = bridge(copy.deepcopy(model), tokenizer, name), model
-    assert locations(like) == locations(bridged)
-    for location in locations(bridged):
-        hook = hook_name(location, bridged.cfg.n_layers - 1)
-        assert find_hook_point(like, plain, hook) == find_hook_point(bridged, plain, hook), hook
-
-
-@pytest.mark.parametrize(
-    ("family", "location"),
-    [
-        ("gpt_neox", "hook_resid_mid"),  # its attention and MLP are parallel
-        ("llama", "attn.hook_pattern"),  # heads before positions
-        ("qwen3", "attn.hook_q_normed"),  # the same
-        ("gpt2", "hook_mlp_in"),  # switched off
-        ("gpt2", "attn.qkv.hook_out"),  # never fires
-        ("gpt2", "attn"),  # a module
-        ("gpt2", "blocks.0.hook_resid_pre"),  # with its layer
-        ("gpt2", ""),
-    ],
-)
-@pytest.mark.filterwarnings("error")
-def test_unusable_locations_are_refused_and_usable_ones_listed(family: str, location: str, bridged: dict):
-    with pytest.raises(ProbekitError) as raised:
-        check_location(locations(bridged[family]), location, "probe.locations")
-    message = str(raised.value)
-    assert message.startswith(f"probe.locations is {location!r}")
-    assert "\n" not in message
-    listed = set(message.split(" at ")[-1].split(", "))
-    assert listed == locations(bridged[family]).keys()
-    for name in listed:
-        check_location(locations(bridged[family]), name, "probe.locations")

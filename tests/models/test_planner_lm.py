@@ -6,13 +6,14 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from probekit.models.base_lm import BaseLM
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from probekit.config import ConditioningSettings, MixingSettings, PlannerSettings
 from probekit.data.corpus import Corpus
 from probekit.data.windows import IGNORE, Batch, collate, cut_windows
+from probekit.models.checkpoint import load_config
 from probekit.models.conditioning import new_adapter
+from probekit.models.frozen_lm import FrozenLM
 from probekit.models.hook_points import BridgeBackend, hook_name
 from probekit.models.language_model import load_model
 from probekit.models.mixing import (
@@ -28,7 +29,7 @@ from probekit.models.mixing import (
 from probekit.models.planner import Planner
 from probekit.models.planner_lm import PlannedLM, token_losses
 
-Base = Callable[[str], BaseLM]
+Base = Callable[[str], FrozenLM]
 DOCUMENTS = [[3, 2, 4, 2], [2, 6], [1, 1, 5, 2, 3, 1]]
 WINDOW = 6
 
@@ -43,7 +44,7 @@ def batch(corpus: Corpus) -> Batch:
     return collate(corpus, cut_windows(corpus, np.arange(3), WINDOW, WINDOW))
 
 
-def planned(lm: BaseLM, corpus: Corpus, *, size: float = 10.0) -> PlannedLM:
+def planned(lm: FrozenLM, corpus: Corpus, *, size: float = 10.0) -> PlannedLM:
     codebook = torch.from_numpy(corpus.codebook.centroids)
     adapter = new_adapter(ConditioningSettings(skip_layers=1), codebook, lm, seed=0)
     with torch.no_grad():
@@ -77,7 +78,8 @@ def test_with_no_adapter_or_a_zero_one_it_is_the_base_lm(
 def test_training_moves_adapter_and_planner_and_not_a_bit_of_the_lm(
     folders: dict, tokenizer: PreTrainedTokenizerBase, corpus: Corpus, batch: Batch
 ):
-    base = BaseLM(lambda: load_model(str(folders["gpt2"])), tokenizer, "gpt2")
+    folder = str(folders["gpt2"])
+    base = FrozenLM(lambda: load_model(folder), load_config(folder), tokenizer, "gpt2")
     lm, model = base.bridged, planned(base, corpus)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     untrained = {name: value.clone() for name, value in lm.state_dict().items()}
@@ -176,13 +178,13 @@ def test_hooks_of_the_caller_are_left_alone(model: PlannedLM, batch: Batch):
     seen = []
     with (
         torch.no_grad(),
-        model.bridged.hooks(
+        model.backend.bridged.hooks(
             fwd_hooks=[(hook_name("attn.hook_z", 2), lambda x, hook: seen.append(x.clone()))]
         ),
     ):
         model(batch, Fixed())
         model(batch, Oracle())
-        model.bridged(batch.tokens)
+        model.backend.bridged(batch.tokens)
     assert len(seen) == 3
     assert not torch.equal(seen[0], seen[1])
 

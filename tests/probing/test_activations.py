@@ -203,7 +203,7 @@ def test_random_weights_are_those_of_the_seed(tiny_run: Run):
     run = settings(tiny_run)
     examples = at_anchors(run, DOCUMENTS, count=3)
     found = read(Reader(run, "random", PLACES, DISTANCES, seed=3), examples)
-    assert_equal_to_slow(found, Watched(run, random_weights(run.plain_model(), 3)), examples, 20, 7)
+    assert_equal_to_slow(found, Watched(run, random_weights(run.plain_model().config, 3)), examples, 20, 7)
     other = read(Reader(run, "random", PLACES, DISTANCES, seed=4), examples)
     trained = read(Reader(run, "none", PLACES, DISTANCES, seed=3), examples)
     for place, values in found.items():

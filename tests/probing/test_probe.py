@@ -442,10 +442,10 @@ def test_an_action_written_into_a_layer_is_found_from_there_on(
     monkeypatch.setitem(VARIANTS, "oracle", Variant(Oracle(), Oracle()))
     run = copied(learned_run, tmp_path).with_settings({"mixing.variants": ["oracle"]})
     centroids = torch.from_numpy(run.corpus.codebook.centroids)
-    adapter = new_adapter(run.config.conditioning, centroids, run.base_lm(), seed=0)
+    adapter = new_adapter(run.config.conditioning, centroids, run.frozen_lm(), seed=0)
     adapter.projections.data[0] *= 1000
     adapter.projections.data[1] = 0  # layers 1 and 2 are conditioned
-    run.save_adapter("oracle", PlannedLM(BridgeBackend(run.bridged), None, adapter, 1.0))
+    run.save_adapter("oracle", PlannedLM(BridgeBackend(run.frozen_lm().bridged), None, adapter, 1.0))
     run.mark_finished("adapter/oracle", {})
     settings = PLAIN | {
         "probe.variants": ["oracle"],

@@ -422,7 +422,7 @@ def test_the_lm_loads_in_plain_transformers_with_the_same_weights(tiny_run: Run)
     tokens = torch.arange(10).unsqueeze(0)
     with torch.no_grad():
         expected = plain(tokens).logits
-        torch.testing.assert_close(tiny_run.bridged(tokens, return_type="logits"), expected)
+        torch.testing.assert_close(tiny_run.frozen_lm().bridged(tokens, return_type="logits"), expected)
     stored = read_tensors(tiny_run.folder / "lm" / "model.safetensors")
     state = plain.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in stored.items())
@@ -442,8 +442,8 @@ def test_a_run_may_be_moved(tiny_run: Run, tmp_path: Path, monkeypatch: pytest.M
         assert moved.variants == tiny_run.variants
         tokens = torch.arange(6).unsqueeze(0)
         with torch.no_grad():
-            expected = tiny_run.bridged(tokens, return_type="logits")
-            assert torch.equal(moved.bridged(tokens, return_type="logits"), expected)
+            expected = tiny_run.frozen_lm().bridged(tokens, return_type="logits")
+            assert torch.equal(moved.frozen_lm().bridged(tokens, return_type="logits"), expected)
         assert torch.equal(
             moved.model("joint").adapter.projections, tiny_run.model("joint").adapter.projections
         )
@@ -469,10 +469,10 @@ def states(backend: Backend, names: list[str]) -> list[torch.Tensor]:
 def test_a_forward_pass_of_the_base_lm_or_of_random_weights(tiny_run: Run, variant: str, beside: list[str]):
     """On the plain backend, and on the bridge for a hook that no module has."""
     names = [f"blocks.{layer}.hook_resid_pre" for layer in range(3)] + ["ln_final.hook_out"]
-    backend = tiny_run.forward_pass([*names, *beside], variant, seed=5)
+    backend = tiny_run.backend_for([*names, *beside], variant, seed=5)
     assert isinstance(backend, BridgeBackend if beside else HFBackend)
     plain = tiny_run.plain_model()
-    plain = random_weights(plain, 5) if variant == "random" else plain
+    plain = random_weights(plain.config, 5) if variant == "random" else plain
     with torch.no_grad():
         expected = plain.eval()(TOKENS, output_hidden_states=True).hidden_states
     for found, state in zip(states(backend, names), expected, strict=True):
@@ -482,11 +482,11 @@ def test_a_forward_pass_of_the_base_lm_or_of_random_weights(tiny_run: Run, varia
 def test_forward_passes_leave_the_lm_as_it_is(tiny_run: Run):
     run = Run.open(tiny_run.folder)
     with torch.no_grad():
-        before = run.bridged(TOKENS, return_type="logits")
+        before = run.frozen_lm().bridged(TOKENS, return_type="logits")
         for variant in ("none", "random"):
             for name in ("blocks.1.hook_mlp_out", "blocks.1.attn.hook_q"):
-                states(run.forward_pass([name], variant), [name])
-        assert torch.equal(run.bridged(TOKENS, return_type="logits"), before)
+                states(run.backend_for([name], variant), [name])
+        assert torch.equal(run.frozen_lm().bridged(TOKENS, return_type="logits"), before)
 
 
 def test_the_same_run_with_other_settings(tiny_run: Run):
@@ -503,11 +503,11 @@ def test_the_same_run_with_other_settings(tiny_run: Run):
 
 def test_other_settings_load_nothing_anew_unless_they_say_what_to_load(tiny_run: Run):
     run = Run.open(tiny_run.folder)
-    corpus, lm = run.corpus, run.bridged
-    states(run.forward_pass(["hook_embed"]), ["hook_embed"])
+    corpus, lm = run.corpus, run.frozen_lm()
+    states(run.backend_for(["hook_embed"]), ["hook_embed"])
     same = run.with_settings({"evaluation.window": 11})
     assert same.corpus is corpus
-    assert same.bridged is lm
+    assert same.frozen_lm() is lm
     assert vars(same) == vars(run) | {"config": same.config}
     for settings in ({"lm.trust_remote_code": True}, {"device": "auto"}):
         assert vars(run.with_settings(settings)).keys() == {"folder", "config"}

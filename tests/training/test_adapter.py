@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from probekit.models.base_lm import BaseLM
 from small_trainings import base_lm, first_loss, flat, mean_action_loss, one_step, trainer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from probekit.data.windows import IGNORE, begun_sentences, collate, cut_windows
 from probekit.errors import ProbekitError
+from probekit.models.frozen_lm import FrozenLM
 from probekit.models.mixing import VARIANTS, Oracle, Predicted
 from probekit.run.run import Run
 from probekit.training.adapter import train_adapter
@@ -23,12 +23,11 @@ from probekit.training.train import train_language_model
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_base_is_left_as_it_was_to_the_bit(tiny_run: Run, variant: str):
     lm, planner = base_lm(tiny_run), tiny_run.planner()
-    bridged = lm.bridged
-    before, planned = flat(bridged.original_model), flat(planner)
+    before, planned = flat(lm.plain), flat(planner)
     stage, _ = trainer(tiny_run, training__adapter__epochs=0.3)
     model = train_adapter(stage, variant, lm, planner)
-    assert torch.equal(flat(bridged.original_model), before)
-    assert all(parameter.grad is None for parameter in bridged.original_model.parameters())
+    assert torch.equal(flat(lm.plain), before)
+    assert all(parameter.grad is None for parameter in lm.plain.parameters())
     # Every variant moves its adapter, only joint ones the planner, and nothing is left in training.
     assert torch.equal(flat(planner), planned) != VARIANTS[variant].joint
     untouched = tiny_run.corpus.codebook.centroids
@@ -163,7 +162,7 @@ def test_true_actions_help_where_a_constant_cannot(tiny_run: Run):
             training__adapter__learning_rate=0.1,
             conditioning__skip_layers=0,
         )
-        base = BaseLM(lambda: copy.deepcopy(lm), tiny_run.corpus.tokenizer, "lm")
+        base = FrozenLM(lambda: copy.deepcopy(lm), lm.config, tiny_run.corpus.tokenizer, "lm")
         train_adapter(stage, variant, base, tiny_run.planner())
         losses[variant] = [row["loss"] for row in rows if "loss" in row][-1]
     assert losses["oracle"] < losses["fixed"] - 0.1

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from probekit.models.base_lm import TUNINGS
 from small_trainings import ALL, QUIET
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
@@ -18,6 +17,7 @@ from probekit.generation.generate import generate
 from probekit.io import read_json
 from probekit.models.depth_ensemble import MEMBERS, final_norm
 from probekit.models.mixing import VARIANTS, Fixed
+from probekit.models.tuning import TUNINGS
 from probekit.run.run import Run
 from probekit.training.depth_ensemble import DepthTraining
 from probekit.training.train import train
@@ -60,8 +60,10 @@ def training(run: Run, member: str, **settings: Any) -> tuple[DepthTraining, lis
     rows: list[dict[str, Any]] = []
     config = run.config.override({name.replace("__", "."): value for name, value in settings.items()})
     trainer = Trainer(config, run.corpus, run.device, rows.append, QUIET)
-    base = TUNINGS[config.training.base.tuning](run.plain_model(), config.training.base, config.seed)
-    return DepthTraining(trainer, member, run.base_lm(), run.model("none"), base), rows  # type: ignore[arg-type]
+    chosen = config.training.base
+    tuned = chosen.tuning != "frozen"
+    base = TUNINGS[chosen.tuning](run.plain_model(), chosen, config.seed) if tuned else None
+    return DepthTraining(trainer, member, run.frozen_lm(), run.model("none"), base), rows  # type: ignore[arg-type]
 
 
 def validation_loss(run: Run, name: str) -> float:
@@ -90,7 +92,7 @@ def test_the_loss_is_the_paper_s(weight: float, tiny_run: Run):
     rows = np.arange(30)
     found = trained.loss(rows, rows).item()
     plain = tiny_run.plain_model().eval()
-    norm, head = final_norm(tiny_run.bridged, plain), plain.lm_head
+    norm, head = final_norm(tiny_run.frozen_lm(), plain), plain.lm_head
     corpus, window = tiny_run.corpus, tiny_run.config.training.window
     batch = collate(corpus, cut_windows(corpus, corpus.documents("train"), window, window)[rows])
     with torch.no_grad():
@@ -227,9 +229,8 @@ def test_planners_of_folds_score_training_documents(make_run: MakeRun, monkeypat
     run = make_run(depth__variant="soft", depth__members=["plain"], training__planner__folds=2)
     conditioned = run.model("soft")
     trainer = Trainer(run.config, run.corpus, run.device, lambda row: None, QUIET)
-    base = TUNINGS["frozen"](run.plain_model(), run.config.training.base, 0)
     folds = [run.fold_planner(fold) for fold in range(2)]
-    trained = DepthTraining(trainer, "plain", run.base_lm("soft"), conditioned, base, folds)
+    trained = DepthTraining(trainer, "plain", run.frozen_lm("soft"), conditioned, None, folds)
     monkeypatch.setattr(
         conditioned.planner, "forward", lambda *_: pytest.fail("the planner of all documents")
     )

@@ -199,7 +199,7 @@ def test_a_variant_comes_back_as_it_was_trained(everything: Run, variant: str):
     """Its validation loss, from the files alone, is the one that training saw last."""
     corpus = everything.corpus_of(variant)
     stage, _ = trainer(everything, corpus)
-    training = AdapterTraining(stage, "soft", everything.base_lm(), everything.planner())
+    training = AdapterTraining(stage, "soft", everything.frozen_lm(), everything.planner())
     training.model, training._variant = everything.model(variant), variant
     found = stage.mean_loss(stage.windows("validation"), 32, training.validation_losses)
     metrics = everything.metrics()

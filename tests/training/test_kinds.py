@@ -8,14 +8,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from probekit.models.base_lm import TUNINGS
 
 from probekit.data.windows import collate, cut_windows
 from probekit.errors import ProbekitError
 from probekit.evaluation.evaluate import evaluate
 from probekit.io import read_json
+from probekit.models.hook_points import BridgeBackend, HFBackend
 from probekit.models.mixing import VARIANTS
 from probekit.models.planner_lm import PlannedLM, token_losses
+from probekit.models.tuning import TUNINGS
 from probekit.probing.activations import HookPoint, Reader
 from probekit.probing.probe import probe
 from probekit.probing.targets import Examples
@@ -74,8 +75,12 @@ def trained(run: Run, *, plain: bool, **settings: Any) -> tuple[PlannedLM, list[
         LEARNS | {name.replace("__", "."): value for name, value in settings.items()}
     )
     trainer = Trainer(config, run.corpus, run.device, rows.append, QUIET)
-    base = TUNINGS["frozen"](run.plain_model(), config.training.base, 0) if plain else None
-    return AdapterTraining(trainer, "soft", run.base_lm(), run.planner(), base).run(), rows
+    lm = run.frozen_lm()
+    training = AdapterTraining(trainer, "soft", lm, run.planner())
+    assert isinstance(training.model.backend, HFBackend)
+    if not plain:
+        training.model.backend = BridgeBackend(lm.bridged)
+    return training.run(), rows
 
 
 @pytest.mark.parametrize("kind", ["adapter", "embedding", "token"])
@@ -115,14 +120,15 @@ def test_a_loaded_model_is_the_trained_one(make_run: MakeRun, tiny_run: Run, set
 @pytest.mark.parametrize("tuning", ["frozen", "lora", "full"])
 def test_every_variant_has_an_lm_of_its_own_if_it_was_tuned(make_run: MakeRun, tuning: str):
     run = make_run(training__base__tuning=tuning)
-    base, own = run.base_lm(), run.base_lm("soft")
+    base, own = run.frozen_lm(), run.frozen_lm("soft")
     assert (run.folder / "adapters" / "soft").exists() == (tuning != "frozen")
     assert (own is base) == (tuning == "frozen")
-    assert run.base_lm("soft") is own
-    pairs = zip(base.plain.parameters(), own.plain.parameters(), strict=True)
+    assert run.frozen_lm("soft") is own
+    weights = [*base.plain.parameters()]
+    pairs = zip(weights, own.plain.parameters(), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs) == (tuning == "frozen")
-    assert run.model("none").bridged is base.bridged is run.bridged
-    assert run.model("soft").bridged is own.bridged
+    assert run.model("soft").backend.model is own.plain
+    assert ("plain" in vars(base)) == (tuning == "frozen"), "only the weights of one LM are held"
     facts = read_json(run.folder / "run.json")["stages"]["adapter/soft"]
     share = facts.get("tuned_parameters", 0) / sum(p.numel() for p in base.plain.parameters())
     assert {"frozen": share == 0, "lora": 0 < share < 0.5, "full": share == 1}[tuning]
@@ -151,7 +157,7 @@ def test_a_base_lm_is_tuned_at_its_own_learning_rate(tiny_run: Run):
         QUIET,
     )
     base = TUNINGS["full"](tiny_run.plain_model(), trainer.config.training.base, 0)
-    groups = AdapterTraining(trainer, "soft", tiny_run.base_lm(), tiny_run.planner(), base).groups()
+    groups = AdapterTraining(trainer, "soft", tiny_run.frozen_lm(), tiny_run.planner(), base).groups()
     (group,) = (group for group in groups if group.parameters[0] is base.parameters[0])
     assert group.learning_rate == 3e-5
     assert len(group.parameters) == len(list(base.model.parameters()))
@@ -161,7 +167,7 @@ def test_an_lm_is_not_tuned_where_only_the_bridge_has_the_hook(make_run: MakeRun
     with pytest.raises(ProbekitError) as raised:
         make_run(training__base__tuning="lora", conditioning__location="attn.hook_q")
     message = str(raised.value)
-    assert message.startswith("actions enter at blocks.2.attn.hook_q, which only TransformerLens has")
+    assert message.startswith("only TransformerLens has blocks.2.attn.hook_q, and no base LM can be tuned")
     assert "\n" not in message
 
 
@@ -178,8 +184,9 @@ def seen_alone(run: Run, document: int, place: HookPoint) -> torch.Tensor:
     seen: list[torch.Tensor] = []
     name = place[0] if place[0] == "hook_embed" else f"blocks.{place[1]}.{place[0]}"
     hooks = [*read.hooks, (name, lambda x, hook: seen.append(x[0].flatten(1)))]
-    with torch.no_grad(), model.bridged.hooks(fwd_hooks=hooks):
-        model.bridged(read.tokens, position_ids=read.positions, attention_mask=torch.ones_like(read.tokens))
+    bridged = run.frozen_lm("soft").bridged
+    with torch.no_grad(), bridged.hooks(fwd_hooks=hooks):
+        bridged(read.tokens, position_ids=read.positions, attention_mask=torch.ones_like(read.tokens))
     return seen[0] if read.slots is None else seen[0][read.slots.own[0]]
 
 

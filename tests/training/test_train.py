@@ -306,7 +306,9 @@ def test_a_pretrained_lm_is_conditioned_evaluated_and_probed(
     plain = run.plain_model()
     tokens = torch.arange(12).unsqueeze(0)
     with torch.no_grad():
-        torch.testing.assert_close(run.bridged(tokens, return_type="logits"), plain(tokens).logits)
+        torch.testing.assert_close(
+            run.frozen_lm().bridged(tokens, return_type="logits"), plain(tokens).logits
+        )
 
     shutil.move(model, tmp_path / "moved")
     with pytest.raises(ProbekitError, match=rf"{model}.*no such folder"):

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from probekit.models.base_lm import LORA_WEIGHTS, TUNINGS, BaseLM, Tuning
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -18,11 +17,14 @@ from probekit.data.corpus import Corpus
 from probekit.data.windows import Batch, collate, cut_windows
 from probekit.errors import ProbekitError
 from probekit.io import read_tensors, write_tensors
+from probekit.models.checkpoint import load_config
 from probekit.models.conditioning import new_adapter
+from probekit.models.frozen_lm import FrozenLM
 from probekit.models.hook_points import BridgeBackend, HFBackend
 from probekit.models.language_model import load_model
 from probekit.models.mixing import Oracle
 from probekit.models.planner_lm import PlannedLM, token_losses
+from probekit.models.tuning import LORA_WEIGHTS, TUNINGS, Tuning
 
 FAMILIES = ["gpt2", "gpt_neox", "llama", "olmo", "olmo2", "qwen2", "qwen3"]
 DOCUMENTS = [[3, 2, 4], [1, 1, 5, 2]]  # tokens in each sentence
@@ -35,21 +37,23 @@ def batch(make_corpus: Callable[..., Corpus]) -> Batch:
 
 
 @pytest.fixture(scope="module")
-def fresh(folders: dict[str, Path], tokenizer: PreTrainedTokenizerBase) -> Callable[[str], BaseLM]:
+def fresh(folders: dict[str, Path], tokenizer: PreTrainedTokenizerBase) -> Callable[[str], FrozenLM]:
     """A family's LM, plain and bridged, of a test's own."""
-    return lambda family: BaseLM(lambda: load_model(str(folders[family])), tokenizer, family)
+    return lambda family: FrozenLM(
+        lambda: load_model(str(folders[family])), load_config(str(folders[family])), tokenizer, family
+    )
 
 
 def settings(tuning: str, **more: float) -> BaseSettings:
     return BaseSettings(tuning=tuning, **{"rank": 2, **more})
 
 
-def tuned(base: BaseLM, batch: Batch, chosen: BaseSettings, steps: int = 4) -> tuple[PlannedLM, Tuning]:
+def tuned(base: FrozenLM, batch: Batch, chosen: BaseSettings, steps: int = 4) -> tuple[PlannedLM, Tuning]:
     """A model whose adapter and LM were trained on a batch, and what became of the LM."""
     tuning = TUNINGS[chosen.tuning](load_model(base.plain.name_or_path), chosen, 0)
     codebook = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
     adapter = new_adapter(ConditioningSettings(skip_layers=1), codebook, base, seed=0)
-    backend = base.forward_pass(adapter.names, tuning.model)
+    backend = base.backend_for(adapter.names, tuning.model)
     assert isinstance(backend, HFBackend)
     model = PlannedLM(backend, None, adapter, 1.0)
     for parameter in tuning.parameters:
@@ -91,14 +95,15 @@ def test_a_tuned_lm_is_found_again_plain_and_bridged(
     model, trained = tuned(base, batch, chosen)
     trained.save(tmp_path / "tuned")
     name = base.plain.name_or_path
-    own = BaseLM(
-        lambda: TUNINGS[tuning].load(tmp_path / "tuned", load_model(name), chosen),
+    own = FrozenLM(
+        lambda: TUNINGS[tuning].load(tmp_path / "tuned", lambda: load_model(name), chosen, torch.float32),
+        load_config(name),
         tokenizer,
         "own",
         like=base,
     )
     expected = predictions(model, batch)
-    for backend in (own.forward_pass(model.adapter.names), BridgeBackend(own.bridged)):
+    for backend in (own.backend_for(model.adapter.names), BridgeBackend(own.bridged)):
         found = predictions(PlannedLM(backend, None, model.adapter, 1.0), batch)
         torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
     untuned = predictions(PlannedLM(BridgeBackend(base.bridged), None, model.adapter, 1.0), batch)
@@ -133,7 +138,7 @@ def test_the_update_is_scaled_by_two(fresh: Callable, tmp_path: Path):
         torch.nn.init.normal_(parameter)
     lora.save(tmp_path / "lora")
     updates = read_tensors(tmp_path / "lora" / LORA_WEIGHTS)
-    merged = TUNINGS["lora"].load(tmp_path / "lora", copy.deepcopy(base.plain), chosen)
+    merged = TUNINGS["lora"].load(tmp_path / "lora", lambda: copy.deepcopy(base.plain), chosen, torch.float32)
     name = "model.layers.1.mlp.up_proj"
     down, up = (updates[f"base_model.model.{name}.lora_{half}.weight"] for half in "AB")
     weight = base.plain.get_submodule(name).weight
@@ -177,17 +182,6 @@ def test_others_read_what_was_tuned(fresh: Callable, batch: Batch, tmp_path: Pat
             assert base.plain.name_or_path not in path.read_text()
 
 
-def test_a_frozen_lm_trains_and_writes_nothing(fresh: Callable, batch: Batch, tmp_path: Path):
-    base, chosen = fresh("gpt2"), settings("frozen")
-    before = {name: value.clone() for name, value in base.plain.state_dict().items()}
-    _, tuning = tuned(base, batch, chosen)
-    assert tuning.parameters == []
-    tuning.save(tmp_path / "tuned")
-    assert not (tmp_path / "tuned").exists()
-    for name, value in tuning.model.state_dict().items():
-        assert torch.equal(value, before[name]), name
-
-
 def other_rank(folder: Path, model: PreTrainedModel) -> BaseSettings:
     return settings("lora", rank=3)
 
@@ -218,7 +212,7 @@ def test_what_does_not_fit_is_refused(harm: Callable, fresh: Callable, tmp_path:
     trained.save(tmp_path / "tuned")
     chosen = harm(tmp_path / "tuned", base.plain)
     with pytest.raises(ProbekitError, match=r"tuned does not fit the run's LM and settings") as raised:
-        TUNINGS[tuning].load(tmp_path / "tuned", copy.deepcopy(base.plain), chosen)
+        TUNINGS[tuning].load(tmp_path / "tuned", lambda: copy.deepcopy(base.plain), chosen, torch.float32)
     assert "\n" not in str(raised.value)
 
 
@@ -229,7 +223,7 @@ def test_saving_and_loading_show_no_bars(fresh: Callable, tmp_path: Path, capsys
     capsys.readouterr()
     trained = TUNINGS["full"](model, settings("full"), 0)
     trained.save(tmp_path / "tuned")
-    TUNINGS["full"].load(tmp_path / "tuned", model, settings("full"))
+    TUNINGS["full"].load(tmp_path / "tuned", lambda: model, settings("full"), torch.float32)
     assert not capsys.readouterr().err
     type(model).from_pretrained(tmp_path / "tuned")
     assert "%|" in capsys.readouterr().err, "or there is nothing to hide"

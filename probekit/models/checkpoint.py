@@ -1,0 +1,206 @@
+"""What a checkpoint is, before its weights are loaded: configuration, dtype, size, or why it is refused."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from probekit.data import hub
+from probekit.errors import ProbekitError
+from probekit.io import one_line, read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""The kinds of `lm.dtype` beside auto."""
+
+HALF = (torch.bfloat16, torch.float16)
+
+BFLOAT16_UNITS = ("amx_bf16", "avx512_bf16", "bf16")
+"""What torch calls the units of CPUs that compute in bfloat16."""
+
+OVERHEAD = 0.05
+"""Memory that loading takes beside the weights, as a share of them."""
+
+
+def load_config(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedConfig:
+    """The configuration of a causal LM, or of the text tower of a multimodal one.
+
+    Raises:
+        ProbekitError: There is none, it is of no causal LM, or its weights are quantised and not in GGUF.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    source = hub.find(name, setting="lm.name", revision=revision)
+    if source.file and find_spec("gguf") is None:
+        raise ProbekitError(
+            f"lm.name {name!r} is a GGUF file, and the package gguf is not installed; pip install "
+            "'probekit-lm[gguf]'"
+        )
+    try:
+        config = AutoConfig.from_pretrained(
+            source.name, trust_remote_code=trust_remote_code, **source.arguments
+        )
+    except Exception as error:
+        found = contents(Path(source.name)) or f"it needs a config.json ({one_line(error)[:200]})"
+        raise ProbekitError(f"lm.name {name!r}: no causal LM could be loaded from it; {found}") from error
+    if quantised := getattr(config, "quantization_config", None):
+        _check_quantisation(name, quantised if isinstance(quantised, Mapping) else quantised.to_dict())
+    text = config.get_text_config()
+    if text is not config:
+        if text.model_type not in CAUSAL:
+            architecture = (config.architectures or [type(config).__name__])[0]
+            raise ProbekitError(
+                f"lm.name {name!r}: Transformers has no causal LM for the text tower ({text.model_type}) of "
+                f"{architecture}, which is multimodal; give an LM that reads text alone"
+            )
+        text.dtype, text.architectures = text.dtype or config.dtype, None
+        config = text
+    return config
+
+
+def text_tower(config: PreTrainedConfig) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for the LM of `load_config`, which may be one of several towers."""
+    if not getattr(config, "base_config_key", None):
+        return {}
+    towers = {
+        r"^(model\.)?language_model\.model\.": "model.",
+        r"^(model\.)?language_model\.lm_head": "lm_head",
+        r"^(model\.)?language_model\.": "model.",
+    }
+    return {"config": copy.deepcopy(config), "key_mapping": towers}
+
+
+def _check_quantisation(name: str, quantised: Mapping[str, Any]) -> None:
+    """Refuses quantised weights but for those of GGUF files, which are read as numbers of `lm.dtype`."""
+    method = str(getattr(quantised.get("quant_method"), "value", quantised.get("quant_method")))
+    if method == "gguf":
+        return
+    bits = quantised.get("bits") or next((n for n in (4, 8) if quantised.get(f"load_in_{n}bit")), None)
+    raise ProbekitError(
+        f"lm.name {name!r}: its weights are quantised ({method}{f', {bits} bits' if bits else ''}), and only "
+        "those of GGUF files are read; give the checkpoint that they were made from, or a GGUF file"
+    )
+
+
+def contents(folder: Path) -> str | None:
+    """What a folder holds from which no LM can be loaded, and what to do; None where nothing is amiss."""
+    if not folder.is_dir():
+        return None
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    whole, gguf, pickles = ([n for n in names if n.endswith(e)] for e in (".safetensors", ".gguf", ".bin"))
+    if gguf:
+        return f"it holds {', '.join(gguf[:3])}: give the path of a GGUF file itself"
+    if "adapter_config.json" in names:
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "its LM"
+        return (
+            f"it holds a peft adapter alone: load {base} with it, and save what its merge_and_unload returns"
+        )
+    if pickles and not whole:
+        return (
+            f"its weights are a pickle ({pickles[0]}), which could run code when it is read; save them as "
+            "model.safetensors with save_pretrained of Transformers"
+        )
+    there = {"config.json": "config.json" in names, "model.safetensors": bool(whole)}
+    if all(there.values()):
+        return None
+    shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+    return f"it lacks {' and '.join(n for n in there if not there[n])}, and holds {shown or 'no file'}"
+
+
+def dtype_of(setting: str, config: PreTrainedConfig, device: torch.device) -> torch.dtype:
+    """The dtype in which an LM's weights are held.
+
+    The checkpoint's own where nothing else is asked for. On a CPU weights of half precision are held in
+    bfloat16 if it has units for that, or else in float32, which is faster there.
+
+    Args:
+        setting: `lm.dtype`.
+        config: The LM's.
+        device: Where it is to run.
+
+    Raises:
+        ProbekitError: The device does not compute in the dtype that is asked for.
+    """
+    if setting != "auto":
+        if not _computes_in(DTYPES[setting], device):
+            raise ProbekitError(
+                f"lm.dtype is {setting!r}, in which {device} does not compute; give auto or float32"
+            )
+        return DTYPES[setting]
+    own = getattr(config, "dtype", None) or torch.float32
+    if isinstance(own, str):
+        own = getattr(torch, own)
+    if getattr(config, "quantization_config", None):  # of a GGUF file, whose weights have fewer bits
+        own = torch.bfloat16
+    if own not in HALF:
+        return torch.float32
+    if device.type == "cpu":
+        return torch.bfloat16 if _cpu_has_bfloat16() else torch.float32
+    return own if _computes_in(own, device) else torch.float32
+
+
+def _cpu_has_bfloat16() -> bool:
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11
+    return any(known.get(unit) for unit in BFLOAT16_UNITS)
+
+
+def _computes_in(dtype: torch.dtype, device: torch.device) -> bool:
+    if device.type == "cuda" and dtype is torch.bfloat16:
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    try:
+        one = torch.ones(2, 2, dtype=dtype, device=device)
+        torch.nn.functional.layer_norm(one @ one, (2,)).softmax(dim=-1).sum().item()
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
+def check_memory(name: str, source: hub.Source, config: PreTrainedConfig, dtype: torch.dtype) -> None:
+    """Refuses a checkpoint of a local folder whose weights are larger than the memory that is free.
+
+    Raises:
+        ProbekitError: It gives both sizes, and the ways out.
+    """
+    import psutil
+
+    own = getattr(config, "dtype", None) or torch.float32
+    itemsize = own.itemsize if isinstance(own, torch.dtype) else getattr(torch, own).itemsize
+    stored = sum(path.stat().st_size for path in Path(source.name).glob("*.safetensors"))
+    needed = stored * dtype.itemsize / itemsize * (1 + OVERHEAD)
+    free = psutil.virtual_memory().available
+    if not source.file and needed > free:
+        smaller = "" if dtype in HALF else "lm.dtype bfloat16, "
+        raise ProbekitError(
+            f"lm.name {name!r}: its weights take {needed / 1e9:.1f} GB in "
+            f"{str(dtype).removeprefix('torch.')}, and {free / 1e9:.1f} GB of memory are free; give {smaller}"
+            "lm.device_map auto (GPUs, memory and disk), or a smaller LM"
+        )
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, name: str) -> None:
+    """Refuses a tokenizer that gives tokens for which the LM has no embedding.
+
+    Special tokens beyond the embedding, such as those for pictures of a text tower, are none of a text.
+
+    Raises:
+        ProbekitError: It names the token.
+    """
+    rows = config.get_text_config().vocab_size
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    beyond = {text: token for text, token in tokenizer.get_vocab().items() if token >= rows}
+    if ordinary := sorted(beyond.keys() - special, key=beyond.__getitem__):
+        raise ProbekitError(
+            f"lm.name {name!r}: its tokenizer has {ordinary[0]!r} with id {beyond[ordinary[0]]}, but its "
+            f"embedding has {rows} rows; give the tokenizer that the LM was trained with"
+        )

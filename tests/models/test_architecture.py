@@ -1,0 +1,279 @@
+"""Hook points of architectures: what is found on a shallow LM is true of the deep one, and what is wrong is refused."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from probekit.errors import ProbekitError
+from probekit.models import architecture
+from probekit.models.architecture import Architecture, broken_sums, examine, find_module
+from probekit.models.hook_points import OUTSIDE_BLOCKS, BridgeBackend, HFBackend, hook_name
+from probekit.models.language_model import bridge, shallow
+
+FAMILIES = ["gpt2", "gpt_neox", "llama", "olmo", "olmo2", "qwen2", "qwen3"]
+TOKENS = torch.randint(200, (4, 11), generator=torch.Generator().manual_seed(0))
+Architectures = Callable[[str], Architecture]
+
+COMMON = {
+    "hook_resid_pre",
+    "hook_resid_post",
+    "hook_attn_out",
+    "hook_mlp_out",
+    "attn.hook_z",
+    "mlp.hook_post",
+    *OUTSIDE_BLOCKS,
+}
+
+
+def read(backend: BridgeBackend | HFBackend, names: list[str]) -> dict[str, Tensor]:
+    seen: dict[str, Tensor] = {}
+    hooks = [(name, lambda x, name=name: seen.update({name: x.flatten(2).clone()})) for name in names]
+    with torch.no_grad():
+        backend(TOKENS, hooks, len(names) + 1)
+    return seen
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_location_fires_in_every_layer_with_a_vector_for_each_position(
+    family: str, bridged: dict, architectures: Architectures
+):
+    found = architectures(family)
+    assert found.locations.keys() >= COMMON
+    assert [found.locations[name] for name in ("hook_resid_pre", "hook_attn_out", "hook_mlp_out")] == [16] * 3
+    assert [found.locations[name] for name in OUTSIDE_BLOCKS] == [16] * 2
+    assert found.locations["attn.hook_z"] == (12 if family == "qwen3" else 16)
+    assert found.locations["mlp.hook_post"] == (64 if family == "gpt2" else 24)
+    names = {
+        hook_name(location, layer): width for location, width in found.locations.items() for layer in range(3)
+    }
+    seen = read(BridgeBackend(bridged[family]), [*names])
+    assert {name: tuple(value.shape) for name, value in seen.items()} == {
+        name: (*TOKENS.shape, width) for name, width in names.items()
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_was_found_on_a_shallow_lm_is_true_of_the_deep_one(
+    family: str, bridged: dict, plain: dict, architectures: Architectures
+):
+    """Every hook that the plain module has sees what the bridge sees, in every layer, with other weights."""
+    found = architectures(family)
+    names = [hook_name(location, layer) for location in found.locations for layer in range(3)]
+    names = [name for name in dict.fromkeys(names) if found.points([name])]
+    assert len(names) > 50
+    expected = read(BridgeBackend(bridged[family]), names)
+    for name, value in read(HFBackend(plain[family], found.points(names)), names).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("family", "location"),
+    [
+        ("gpt2", "attn.hook_q"),
+        ("gpt2", "attn.hook_pattern"),
+        ("gpt2", "ln1.hook_normalized"),
+        ("llama", "attn.hook_rot_q"),
+        ("olmo2", "attn.hook_q_normed"),
+        ("gpt_neox", "attn.hook_v"),
+    ],
+)
+def test_hooks_without_a_module_are_left_to_the_bridge(
+    family: str, location: str, architectures: Architectures
+):
+    names = ["blocks.1.hook_resid_pre", f"blocks.1.{location}"]
+    assert architectures(family).points(names[:1]) is not None
+    assert architectures(family).points(names) is None
+
+
+def test_a_module_that_sees_another_shape_is_left_to_the_bridge(
+    make_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerBase
+):
+    """OPT folds windows and positions into one axis in front of its MLP; the bridge does not."""
+    model = make_model("OPT", len(tokenizer), ffn_dim=24, pad_token_id=1)
+    found = examine(model.config, tokenizer, "facebook/opt-125m")
+    assert found.locations["hook_resid_mid"] == 16
+    assert found.points(["blocks.1.hook_resid_mid"]) is None
+
+
+def test_modules_that_see_something_else_are_found_out(
+    monkeypatch: pytest.MonkeyPatch, bridged: dict, plain: dict, tokenizer: PreTrainedTokenizerBase
+):
+    def wrong(lm: object, model: PreTrainedModel, name: str) -> object:
+        right = find_module(lm, model, name)
+        return find_module(lm, model, "blocks.0.hook_resid_pre") if name == "blocks.1.hook_mlp_out" else right
+
+    monkeypatch.setattr(architecture, "find_module", wrong)
+    found = examine(plain["llama"].config, tokenizer, "llama")
+    assert found.points(["blocks.1.hook_mlp_out"]) is None
+    assert found.points(["blocks.1.hook_attn_out"]) is not None
+
+
+def test_a_difference_in_what_a_change_does_is_found_out(
+    monkeypatch: pytest.MonkeyPatch, plain: dict, tokenizer: PreTrainedTokenizerBase
+):
+    """Both see the same, but what one changes at the block's input does not reach the block."""
+
+    def deaf(config: object) -> PreTrainedModel:
+        model = shallow(config)
+        entered: list[Tensor] = []
+        model.transformer.drop.register_forward_hook(lambda _, __, output: entered.append(output.clone()))
+
+        class Deaf(nn.Module):
+            def forward(self, hidden: Tensor, *more: object, **named: object) -> Tensor:
+                return block(entered[-1], *more, **named)
+
+        block = model.transformer.h[0]
+        monkeypatch.setattr(
+            block,
+            "forward",
+            lambda hidden, *more, forward=block.forward, **named: forward(
+                entered[-1] if len(entered[-1]) == len(hidden) else hidden, *more, **named
+            ),
+        )
+        return model
+
+    unchanged = examine(plain["gpt2"].config, tokenizer, "gpt2")
+    monkeypatch.setattr(architecture, "shallow", deaf)
+    monkeypatch.setattr(architecture.copy, "deepcopy", lambda model: shallow(plain["gpt2"].config))
+    found = examine(plain["gpt2"].config, tokenizer, "gpt2")
+    assert unchanged.points(["blocks.0.hook_resid_pre"]) is not None
+    assert found.points(["blocks.0.hook_resid_pre"]) is None
+    assert found.points(["blocks.1.hook_attn_out"]) is not None
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 4])
+def test_positions_are_never_taken_for_heads(
+    heads: int, make_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerBase
+):
+    model = make_model("GPT2", len(tokenizer), hidden_size=12, num_attention_heads=heads)
+    found = examine(model.config, tokenizer, "tiny").locations
+    assert [found[f"attn.hook_{name}"] for name in "qkvz"] == [12] * 4
+    assert "attn.hook_pattern" not in found
+    assert "attn.hook_attn_scores" not in found
+
+
+PRE, ATTENTION, MLP = torch.randn(3, 2, 4, 5, generator=torch.Generator().manual_seed(0))
+SERIAL = {
+    "hook_resid_pre": PRE,
+    "hook_attn_out": ATTENTION,
+    "hook_resid_mid": PRE + ATTENTION,
+    "hook_mlp_out": MLP,
+    "hook_resid_post": PRE + ATTENTION + MLP,
+}
+PARALLEL = {name: value for name, value in SERIAL.items() if name != "hook_resid_mid"}
+
+
+@pytest.mark.parametrize(
+    ("seen", "broken"),
+    [
+        (SERIAL, []),
+        (PARALLEL, []),
+        ({"hook_resid_pre": PRE, "hook_resid_post": MLP}, []),  # no attention, no MLP
+        (SERIAL | {"hook_attn_out": 0.22 * ATTENTION}, ["hook_attn_out"]),  # scaled before it is added
+        (SERIAL | {"hook_mlp_out": MLP / MLP.norm(dim=-1, keepdim=True)}, ["hook_mlp_out"]),  # normed
+        (PARALLEL | {"hook_mlp_out": 0.22 * MLP}, ["hook_attn_out", "hook_mlp_out"]),
+        (SERIAL | {"hook_resid_post": None}, ["hook_mlp_out"]),
+        (SERIAL | {"hook_attn_out": None}, []),
+    ],
+)
+def test_what_is_not_added_to_the_residual_stream_is_refused(seen: dict, broken: list[str]):
+    assert sorted(broken_sums(seen)) == broken
+
+
+def test_a_location_that_is_not_what_it_is_called_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, plain: dict, tokenizer: PreTrainedTokenizerBase
+):
+    reason = {"hook_mlp_out": "it is not what is added to the residual stream"}
+    monkeypatch.setattr(architecture, "broken_sums", lambda seen: reason)
+    found = examine(plain["llama"].config, tokenizer, "llama")
+    assert "hook_mlp_out" not in found.locations
+    with pytest.raises(
+        ProbekitError, match=r"probe.locations is 'hook_mlp_out': in LlamaForCausalLM, it is not"
+    ):
+        found.check("hook_mlp_out", "probe.locations")
+
+
+MIXTURES = {
+    "Mixtral": {"num_key_value_heads": 1, "num_local_experts": 2},
+    "Qwen3Moe": {
+        "num_key_value_heads": 1,
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 8,
+        "head_dim": 8,
+    },
+    "Gemma2": {"num_key_value_heads": 1, "head_dim": 8},
+    "Phi3": {"num_key_value_heads": 2, "pad_token_id": 0},
+    "GPT2": {"num_hidden_layers": 1},
+}
+"""Architectures that alternate two kinds of layers, or fuse some weights."""
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_shallow_lm_has_the_hooks_of_the_deep_one(
+    name: str, make_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerBase
+):
+    model = make_model(name, len(tokenizer), **MIXTURES[name])
+    deep = bridge(copy.deepcopy(model), tokenizer, name)
+    found = examine(model.config, tokenizer, name)
+    for location in found.locations:
+        hook = hook_name(location, deep.cfg.n_layers - 1)
+        if points := found.points([hook]):
+            assert points[hook] == find_module(deep, model, hook)
+
+
+def test_layers_of_two_kinds(make_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerBase):
+    """LFM2 has layers with and without attention: what only some have is refused, the others are read in all."""
+    settings = {
+        "num_hidden_layers": 5,
+        "num_key_value_heads": 1,
+        "layer_types": ["conv", "conv", "full_attention", "conv", "full_attention"],
+        "block_multiple_of": 1,
+    }
+    model = make_model("Lfm2", len(tokenizer), **settings)
+    found = examine(model.config, tokenizer, "lfm2")
+    assert found.like == (0, 0, 2, 0, 2)
+    with pytest.raises(
+        ProbekitError, match=r"is 'hook_attn_out': in Lfm2ForCausalLM, only some layers hold it"
+    ):
+        found.check("hook_attn_out", "probe.locations")
+    names = [
+        hook_name(f"hook_{name}", layer)
+        for name in ("resid_mid", "mlp_out", "resid_post")
+        for layer in range(5)
+    ]
+    seen = read(HFBackend(model.eval(), found.points(names)), names)
+    expected = read(BridgeBackend(bridge(copy.deepcopy(model), tokenizer, "lfm2")), names)
+    for name, value in seen.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("family", "location"),
+    [
+        ("gpt_neox", "hook_resid_mid"),  # its attention and MLP are parallel
+        ("llama", "attn.hook_pattern"),  # heads before positions
+        ("qwen3", "attn.hook_q_normed"),  # the same
+        ("gpt2", "hook_mlp_in"),  # switched off
+        ("gpt2", "attn.qkv.hook_out"),  # never fires
+        ("gpt2", "attn"),  # a module
+        ("gpt2", "blocks.0.hook_resid_pre"),  # with its layer
+        ("gpt2", ""),
+    ],
+)
+def test_unusable_locations_are_refused_and_usable_ones_listed(
+    family: str, location: str, architectures: Architectures
+):
+    found = architectures(family)
+    with pytest.raises(ProbekitError) as raised:
+        found.check(location, "probe.locations")
+    message = str(raised.value)
+    assert message.startswith(f"probe.locations is {location!r}")
+    assert "\n" not in message
+    assert set(message.split(" at ")[-1].split(", ")) == found.locations.keys()
+    for name in found.locations:
+        found.check(name, "probe.locations")
