@@ -286,7 +286,7 @@ def _agreeing(
 def _other_effects(slow: Backend, fast: Backend, groups: Sequence[Sequence[str]]) -> set[str]:
     """The hooks of all groups in which a change of all activations has other logits in one backend.
 
-    One text is read as often as there are groups, and a group's hooks change the activations of one row alone.
+    One text is read as often as there are groups, and a group's hooks change those of one row alone.
     """
     tokens = _tokens(slow)[:1].expand(len(groups), -1)
 

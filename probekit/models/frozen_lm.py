@@ -120,8 +120,8 @@ class FrozenLM:
             return HFBackend(self.plain if model is None else model, points, self._device)
         if self._device is not None:
             raise ProbekitError(
-                f"lm.device_map is set, but only TransformerLens has {self._without_module(names)[0]}, and it "
-                "takes no LM that accelerate placed; choose other locations (conditioning.location, "
+                f"lm.device_map is set, but only TransformerLens has {self._without_module(names)[0]}, and "
+                "it takes no LM that accelerate placed; choose other locations (conditioning.location, "
                 "probe.locations), or leave lm.device_map unset"
             )
         if model is not None:

@@ -1,4 +1,4 @@
-"""Hook points of architectures: what is found on a shallow LM is true of the deep one, and what is wrong is refused."""
+"""Hook points of architectures: what a shallow LM shows is true of the deep one, what is wrong is refused."""
 
 import copy
 from collections.abc import Callable
@@ -227,7 +227,7 @@ def test_a_shallow_lm_has_the_hooks_of_the_deep_one(
 
 
 def test_layers_of_two_kinds(make_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerBase):
-    """LFM2 has layers with and without attention: what only some have is refused, the others are read in all."""
+    """LFM2 has layers without attention: what only some layers have is refused, the rest is read in all."""
     settings = {
         "num_hidden_layers": 5,
         "num_key_value_heads": 1,
