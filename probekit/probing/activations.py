@@ -145,7 +145,7 @@ class Reader:
             column = positions[index] - batch.start[row]
             self._pass(self._inputs(batch), into, row, column, index)
         for stack, values in zip(self.stacks, into, strict=True):
-            check_finite(stack, values)
+            check_finite(stack, values, self.run.dtype)
         return into
 
     def changed_by_conditioning(self) -> set[HookPoint]:
@@ -220,18 +220,21 @@ def chunk_slices(document: np.ndarray) -> Iterator[slice]:
         start = stop
 
 
-def check_finite(stack: Stack, values: Tensor) -> None:
-    """Refuses activations `[points, ...]` that are not all finite.
+def check_finite(stack: Stack, values: Tensor, dtype: torch.dtype) -> None:
+    """Refuses activations `[points, ...]` that are not all finite, of an LM with weights of a dtype.
 
     Raises:
         ProbekitError: Names the location and layer.
     """
+    advice = "which ends at 65,504; give lm.dtype bfloat16"
+    if dtype is not torch.float16:
+        advice = "in which none should overflow; look for weights that are not finite in the checkpoint"
     for (location, layer), value in zip(stack.points, values, strict=True):
         # A sum is finite if all is, unless it overflows: only then is a closer look needed.
         if not value.sum().isfinite() and not value.isfinite().all():
             raise ProbekitError(
-                f"the activations at {location}, layer {layer}, are not all finite; with "
-                "training.precision bfloat16 try float32"
+                f"the activations at {location}, layer {layer}, are not all finite in "
+                f"{str(dtype).removeprefix('torch.')}, {advice}"
             )
 
 

@@ -340,6 +340,6 @@ def test_a_tokenizer_whose_ids_exceed_the_embedding(
     check_tokenizer(larger, config, "tiny")  # as of a multimodal LM's text tower
     larger.add_tokens(["plans"])
     with pytest.raises(
-        ProbekitError, match=r"its tokenizer has 'plans' with id \d+, but its embedding has \d+ rows"
+        ProbekitError, match=r"tokenizer has 'plans' with id \d+, but its embedding has \d+ rows"
     ):
         check_tokenizer(larger, config, "tiny")
