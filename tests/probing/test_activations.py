@@ -417,10 +417,11 @@ def test_activations_that_are_not_finite_are_named(
 def test_values_whose_sum_overflows_are_finite():
     block = Stack(2, (("a", 0), ("b", 3)))
     values = torch.full((2, 1, 2, 2), 3e38)
-    check_finite(block, values)
+    check_finite(block, values, torch.float32)
     values[1, 0, 1, 0] = float("nan")
-    with pytest.raises(ProbekitError, match="at b, layer 3, are not all finite"):
-        check_finite(block, values)
+    for dtype, advice in ((torch.float16, "give lm.dtype bfloat16"), (torch.float32, "in the checkpoint")):
+        with pytest.raises(ProbekitError, match=f"at b, layer 3, are not all finite in .*{advice}"):
+            check_finite(block, values, dtype)
 
 
 # Chunks
