@@ -206,10 +206,8 @@ def shallow(config: PreTrainedConfig) -> PreTrainedModel:
             setattr(text, name, value[:layers])
     text.num_hidden_layers = layers
     text.vocab_size = min(text.vocab_size, SHALLOW_VOCABULARY)
-    for part in {id(part): part for part in (config, text)}.values():
-        part.tie_word_embeddings = getattr(part, "tie_word_embeddings", False)
-        if (getattr(part, "pad_token_id", None) or 0) >= text.vocab_size:
-            part.pad_token_id = 0
+    if (getattr(text, "pad_token_id", None) or 0) >= text.vocab_size:
+        text.pad_token_id = 0
     model = random_weights(config, 0)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
