@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from probekit.errors import ProbekitError
+from probekit.io import one_line
 from probekit.models.hook_points import (
     NORM_IN,
     OUTSIDE_BLOCKS,
@@ -105,22 +106,29 @@ def examine(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, name: 
     plain = shallow(config)
     check_causal(plain, name)
     slow = BridgeBackend(bridge(copy.deepcopy(plain), tokenizer, name))
-    like = layers_like(config)
+    try:
+        return _examined(plain, slow, layers_like(config))
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ProbekitError(
+            f"lm.name {str(name)!r}: TransformerLens bridges {type(plain).__name__}, but cannot run it "
+            f"({one_line(error)[:200]})"
+        ) from error
+
+
+def _examined(plain: PreTrainedModel, slow: BridgeBackend, like: tuple[int, ...]) -> Architecture:
     depth = plain.config.get_text_config().num_hidden_layers
     widths = _vectors(slow.bridged)
     locations, refused = _in_every_layer(widths, depth)
-    every = [
-        hook for location in [*locations, *refused] for hook in _hooks_at(location, depth) if hook in widths
-    ]
-    faithful = _close(_logits(slow, []), _logits(HFBackend(plain, {}), []))
-    seen = _read(slow, every)
-    modules = {hook: found for hook in [*every, NORM_IN] if (found := find_module(slow.bridged, plain, hook))}
-    modules = _agreeing(plain, modules, seen | _read(slow, [NORM_IN] if NORM_IN in modules else []))
-    own = {
-        location: [hook for hook in _hooks_at(location, depth) if hook in modules] for location in locations
+    candidates = {
+        hook: found for hook in [*widths, NORM_IN] if (found := find_module(slow.bridged, plain, hook))
     }
-    differing = _other_effects(slow, HFBackend(plain, modules), [hooks for hooks in own.values() if hooks])
-    modules = {hook: module for hook, module in modules.items() if hook not in differing}
+    seen = _read(slow, [*candidates, *(hook for hook in widths if hook not in candidates)])
+    faithful = _close(_logits(slow, []), _logits(HFBackend(plain, {}), []))
+    agreeing = _agreeing(plain, candidates, seen)
+    groups = [hooks for at in [*locations, NORM_IN] if agreeing.issuperset(hooks := _hooks_at(at, depth))]
+    modules = {hook: candidates[hook] for group in groups for hook in group}
+    for hook in _other_effects(slow, HFBackend(plain, modules), groups):
+        del modules[hook]
     if not faithful:
         refused |= {
             location: "TransformerLens computes other logits, and the plain module has no such place"
@@ -255,16 +263,16 @@ def _vectors(bridged: TransformerBridge) -> dict[str, int]:
     return {
         hook: math.prod(shape[2:])
         for hook, shape in short.items()
-        if (*shape[:2], *long.get(hook, ())) == (1, 1, 1, 2, *shape[2:])
+        if (*shape[:2], *long.get(hook, ())) == (2, 1, 2, 2, *shape[2:])
     }
 
 
 def _shapes(bridged: TransformerBridge, length: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of all that fires in and around the blocks, over a text of some tokens."""
+    """Shapes of all that fires in and around the blocks, over two texts of some tokens."""
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*gated-off hook")
         _, cache = bridged.run_with_cache(
-            torch.ones(1, length, dtype=torch.long),
+            torch.ones(2, length, dtype=torch.long),
             names_filter=lambda name: name.startswith("blocks.") or name in OUTSIDE_BLOCKS,
             output_attentions=False,
         )
@@ -273,14 +281,10 @@ def _shapes(bridged: TransformerBridge, length: int) -> dict[str, tuple[int, ...
 
 def _agreeing(
     plain: PreTrainedModel, modules: Mapping[str, ModuleHook], seen: Mapping[str, Tensor]
-) -> dict[str, ModuleHook]:
+) -> set[str]:
     """Those of some hooks at which the plain module sees what the bridge has seen."""
     found = _read(HFBackend(plain, dict(modules)), [*modules])
-    return {
-        hook: module
-        for hook, module in modules.items()
-        if hook in found and hook in seen and _close(found[hook], seen[hook])
-    }
+    return {hook for hook, value in found.items() if hook in seen and _close(value, seen[hook])}
 
 
 def _other_effects(slow: Backend, fast: Backend, groups: Sequence[Sequence[str]]) -> set[str]:
@@ -317,6 +321,8 @@ def _logits(backend: Backend, hooks: Sequence[tuple[str, Callable[..., Tensor | 
 @torch.no_grad()
 def _read(backend: Backend, names: Sequence[str]) -> dict[str, Tensor]:
     """What hooks see `[windows, positions, features]`; those that never fire are missing."""
+    if not names:
+        return {}
     seen: dict[str, Tensor] = {}
 
     def reader(name: str) -> Callable[..., None]:

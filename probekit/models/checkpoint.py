@@ -69,9 +69,14 @@ def load_config(
     return config
 
 
-def text_tower(config: PreTrainedConfig) -> dict[str, Any]:
+def text_tower(source: hub.Source, config: PreTrainedConfig) -> dict[str, Any]:
     """Arguments of `from_pretrained` for the LM of `load_config`, which may be one of several towers."""
-    if not getattr(config, "base_config_key", None):
+    from transformers import PreTrainedConfig
+
+    if PreTrainedConfig.get_config_dict(source.name, **source.arguments)[0].get("model_type") in (
+        None,
+        config.model_type,
+    ):
         return {}
     towers = {
         r"^(model\.)?language_model\.model\.": "model.",

@@ -97,7 +97,7 @@ def load_model(
                 device_map=device_map,
                 offload_folder=None if offloaded is None else offloaded.name,
                 **({} if source.file else {"use_safetensors": True}),
-                **text_tower(config),
+                **text_tower(source, config),
                 **source.arguments,
             )
     except Exception as error:

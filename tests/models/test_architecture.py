@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+import transformers
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from probekit.errors import ProbekitError
@@ -104,7 +105,7 @@ def test_modules_that_see_something_else_are_found_out(
 ):
     def wrong(lm: object, model: PreTrainedModel, name: str) -> object:
         right = find_module(lm, model, name)
-        return find_module(lm, model, "blocks.0.hook_resid_pre") if name == "blocks.1.hook_mlp_out" else right
+        return find_module(lm, model, "blocks.1.hook_resid_pre") if name == "blocks.0.hook_mlp_out" else right
 
     monkeypatch.setattr(architecture, "find_module", wrong)
     found = examine(plain["llama"].config, tokenizer, "llama")
@@ -115,34 +116,39 @@ def test_modules_that_see_something_else_are_found_out(
 def test_a_difference_in_what_a_change_does_is_found_out(
     monkeypatch: pytest.MonkeyPatch, plain: dict, tokenizer: PreTrainedTokenizerBase
 ):
-    """Both see the same, but what one changes at the block's input does not reach the block."""
+    """Both see the same where they look, but what one changes does not reach its next layer."""
+    first: list[Tensor] = []
+
+    def ignore_changes(_: object, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        hidden = inputs[0]
+        if len(hidden) <= 3:  # nothing is changed yet
+            first.append(hidden[:1].clone())
+            return None
+        return (first[-1].expand_as(hidden), *inputs[1:])
 
     def deaf(config: object) -> PreTrainedModel:
         model = shallow(config)
-        entered: list[Tensor] = []
-        model.transformer.drop.register_forward_hook(lambda _, __, output: entered.append(output.clone()))
-
-        class Deaf(nn.Module):
-            def forward(self, hidden: Tensor, *more: object, **named: object) -> Tensor:
-                return block(entered[-1], *more, **named)
-
-        block = model.transformer.h[0]
-        monkeypatch.setattr(
-            block,
-            "forward",
-            lambda hidden, *more, forward=block.forward, **named: forward(
-                entered[-1] if len(entered[-1]) == len(hidden) else hidden, *more, **named
-            ),
-        )
+        model.transformer.h[1].register_forward_pre_hook(ignore_changes)
         return model
 
-    unchanged = examine(plain["gpt2"].config, tokenizer, "gpt2")
+    config = plain["gpt2"].config
+    assert examine(config, tokenizer, "gpt2").points(["blocks.0.hook_mlp_out"]) is not None
     monkeypatch.setattr(architecture, "shallow", deaf)
-    monkeypatch.setattr(architecture.copy, "deepcopy", lambda model: shallow(plain["gpt2"].config))
-    found = examine(plain["gpt2"].config, tokenizer, "gpt2")
-    assert unchanged.points(["blocks.0.hook_resid_pre"]) is not None
-    assert found.points(["blocks.0.hook_resid_pre"]) is None
-    assert found.points(["blocks.1.hook_attn_out"]) is not None
+    monkeypatch.setattr(architecture, "bridge", lambda model, *names: bridge(shallow(config), *names))
+    found = examine(config, tokenizer, "gpt2")
+    assert found.points(["blocks.0.hook_mlp_out"]) is None
+    assert found.points(["ln_final.hook_out"]) is not None
+    assert "hook_mlp_out" in found.locations
+
+
+def test_an_lm_that_transformer_lens_cannot_run(tokenizer: PreTrainedTokenizerBase):
+    """An OPT whose norms come last, as of OPT-350m."""
+    config = transformers.OPTConfig(
+        vocab_size=64, hidden_size=16, word_embed_proj_dim=16, num_hidden_layers=2, num_attention_heads=2,
+        ffn_dim=24, max_position_embeddings=32, do_layer_norm_before=False,
+    )  # fmt: skip
+    with pytest.raises(ProbekitError, match=r"lm.name 'opt': TransformerLens bridges OPT.*but cannot run it"):
+        examine(config, tokenizer, "opt")
 
 
 @pytest.mark.parametrize("heads", [1, 2, 3, 4])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from probekit.config import DepthSettings, DistillationSettings, MemberName
 from probekit.data.windows import collate, cut_windows
@@ -183,12 +183,11 @@ def test_more_layers_than_there_are(base):
 
 
 def test_a_model_without_a_final_norm(tokenizer: PreTrainedTokenizerBase):
-    config = OPTConfig(
-        vocab_size=len(tokenizer), hidden_size=16, word_embed_proj_dim=16, num_hidden_layers=2,
-        num_attention_heads=2, ffn_dim=24, max_position_embeddings=32, do_layer_norm_before=False,
-        architectures=["OPTForCausalLM"],
+    config = OpenAIGPTConfig(
+        vocab_size=len(tokenizer), n_embd=16, n_layer=2, n_head=2, n_positions=32,
+        architectures=["OpenAIGPTLMHeadModel"],
     )  # fmt: skip
-    lm = FrozenLM(lambda: OPTForCausalLM(config).eval(), config, tokenizer, "facebook/opt-125m")
+    lm = FrozenLM(lambda: OpenAIGPTLMHeadModel(config).eval(), config, tokenizer, "gpt")
     with pytest.raises(ProbekitError, match=r"no final norm.*--method planner"):
         ensemble_on(lm, layers=1)
 

@@ -106,10 +106,10 @@ def test_random_weights_are_of_the_same_shapes_and_come_from_the_seed_alone(
     model = load_model(str(folders[family]))
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    one = random_weights(model, seed=1).state_dict()
+    one = random_weights(model.config, seed=1).state_dict()
     assert torch.equal(torch.get_rng_state(), state)
     torch.rand(7)
-    same, other = (random_weights(model, seed=seed).state_dict() for seed in (1, 2))
+    same, other = (random_weights(model.config, seed=seed).state_dict() for seed in (1, 2))
     true = model.state_dict()
     assert {name: tensor.shape for name, tensor in one.items()} == {n: t.shape for n, t in true.items()}
     assert all(torch.equal(same[name], tensor) for name, tensor in one.items())
