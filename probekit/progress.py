@@ -108,13 +108,15 @@ class Progress:
 
 @contextmanager
 def without_bars_of_transformers() -> Iterator[None]:
-    """Keeps the progress bars of transformers off standard error."""
+    """Keeps progress bars and reports of transformers, whose errors are raised, off standard error."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()

@@ -1,12 +1,13 @@
 """Depth ensembles against their definition: logits layer by layer, losses written out at once."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from probekit.config import DepthSettings, DistillationSettings, MemberName
 from probekit.data.windows import collate, cut_windows
@@ -23,6 +24,7 @@ from probekit.models.depth_ensemble import (
 )
 from probekit.models.frozen_lm import FrozenLM
 from probekit.models.hook_points import BridgeBackend
+from probekit.models.language_model import load_model
 from probekit.models.mixing import Fixed
 from probekit.models.planner_lm import PlannedLM
 
@@ -182,12 +184,10 @@ def test_more_layers_than_there_are(base):
         ensemble_on(base("gpt2"), layers=4)
 
 
-def test_a_model_without_a_final_norm(tokenizer: PreTrainedTokenizerBase):
-    config = OpenAIGPTConfig(
-        vocab_size=len(tokenizer), n_embd=16, n_layer=2, n_head=2, n_positions=32,
-        architectures=["OpenAIGPTLMHeadModel"],
-    )  # fmt: skip
-    lm = FrozenLM(lambda: OpenAIGPTLMHeadModel(config).eval(), config, tokenizer, "gpt")
+def test_a_model_without_a_final_norm(folders: dict, tokenizer: PreTrainedTokenizerBase):
+    model = load_model(str(folders["gpt2"]))
+    lm = FrozenLM(lambda: model, model.config, tokenizer, "gpt2")
+    vars(lm)["architecture"] = replace(lm.architecture, modules={})
     with pytest.raises(ProbekitError, match=r"no final norm.*--method planner"):
         ensemble_on(lm, layers=1)
 
