@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from probekit.config import DepthSettings, DistillationSettings, MemberName
 from probekit.data.windows import collate, cut_windows
