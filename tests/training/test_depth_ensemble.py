@@ -12,7 +12,6 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from probekit.config import Config
 from probekit.data.windows import IGNORE, Batch, collate, cut_windows
 from probekit.errors import ProbekitError
-from probekit.evaluation.evaluate import evaluate
 from probekit.generation.generate import generate
 from probekit.io import read_json
 from probekit.models.base_lm import TUNINGS
@@ -166,8 +165,7 @@ def test_every_member_is_found_again_as_it_was_validated(tuning: str, make_run: 
     assert ("tuned_parameters" in stages["depth/plain"]) == (tuning != "frozen")
 
 
-@pytest.mark.parametrize("tuning", ["frozen", "lora"])
-@pytest.mark.parametrize("kind", ["adapter", "token"])
+@pytest.mark.parametrize(("kind", "tuning"), [("adapter", "lora"), ("token", "frozen")])
 def test_on_a_planner_conditioned_lm(kind: str, tuning: str, make_run: MakeRun):
     run = make_run(
         depth__variant="soft", depth__members=["ensemble"], conditioning__kind=kind,
@@ -189,16 +187,6 @@ def test_the_same_seed_gives_the_same_bits(make_run: MakeRun, tiny_run: Run):
         assert again[0][name].equal(value)
 
 
-def test_ensembles_are_added_to_a_run_that_has_a_planner(tiny_run: Run, make_run: MakeRun, tmp_path):
-    run = Run.begin(tmp_path / "run", tiny_run.config)
-    for stage in ("corpus", "lm", "planner", "adapter/fixed"):
-        run.take_over(stage, tiny_run)
-    config = tiny_run.config.override({"method": "depth-ensemble", "depth.members": ["plain"]})
-    both = train(config, run.folder, existing="resume", quiet=True)
-    assert both.members == ["plain"]
-    assert both.variants == ["fixed"]
-
-
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -215,12 +203,6 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     with pytest.raises(ProbekitError, match=said.replace("(", r"\(")):
         train(tiny_config.override({"method": "depth-ensemble"} | settings), tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
-
-
-def test_evaluation_needs_all_members(make_run: MakeRun, tiny_run: Run):
-    run = make_run(depth__members=["plain"])
-    with pytest.raises(ProbekitError, match="lacks the stage 'depth/ensemble'"):
-        evaluate(run, {"depth.members": ["plain", "ensemble"]}, quiet=True)
 
 
 def test_planners_of_folds_score_training_documents(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch):

@@ -47,7 +47,7 @@ class Killed(BaseException):
     """Stands for a kill: nothing catches it."""
 
 
-@pytest.mark.parametrize("stage", ["lm", "planner", "adapter/fixed", "adapter/mixed", "adapter/gumbel"])
+@pytest.mark.parametrize("stage", ["lm", "planner", "adapter/mixed", "adapter/gumbel"])
 def test_every_stage_goes_on_to_the_same_bits(
     config: Config, whole: Run, stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
