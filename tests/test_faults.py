@@ -5,7 +5,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,36 +18,13 @@ from probekit.training.train import train
 
 CELLS = ("--probe.variants", "none", "--probe.layers", "1", "--probe.distances", "1", "2")
 
-DAMAGES: dict[str, Callable[[bytes], bytes]] = {
-    "half": lambda whole: whole[: len(whole) // 2],
-    "empty": lambda whole: b"",
-}
 
 LENS = ("--text", "A word or two.", "--quiet")
+GENERATE = ("generate", "--prompt", "A", "--tokens", "1", "--quiet", "--variant")
 READERS = {
-    "lm/model.safetensors": ("generate", "--prompt", "A", "--tokens", "1", "--variant", "none", "--quiet"),
-    "planner/model.safetensors": (
-        "generate",
-        "--prompt",
-        "A",
-        "--tokens",
-        "1",
-        "--variant",
-        "soft",
-        "--quiet",
-    ),
-    "adapters/soft.safetensors": (
-        "generate",
-        "--prompt",
-        "A",
-        "--tokens",
-        "1",
-        "--variant",
-        "soft",
-        "--quiet",
-    ),
-    "corpus/tokens.npy": ("evaluate", "--quiet"),
-    "run.json": ("report",),
+    "lm/model.safetensors": (*GENERATE, "none"),
+    "planner/model.safetensors": (*GENERATE, "soft"),
+    "adapters/soft.safetensors": (*GENERATE, "soft"),
     "provenance.json": ("report",),
     "evaluation.json": ("report",),
     "probes/results.parquet": ("report",),
@@ -98,10 +75,10 @@ def cautioned(run: Path, name: str) -> bool:
     return any(line.startswith("- ") and f"/{name} is" in line for line in cautions)
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", READERS)
-def test_a_command_names_the_damaged_file_that_it_reads(copy: Path, name: str, damage: str):
-    (copy / name).write_bytes(DAMAGES[damage]((copy / name).read_bytes()))
+def test_a_command_names_the_damaged_file_that_it_reads(copy: Path, name: str):
+    whole = (copy / name).read_bytes()
+    (copy / name).write_bytes(whole[: len(whole) // 2])
     before = hashes(copy)
     command, *words = READERS[name]
     result = ran(command, copy, *words)
@@ -139,7 +116,7 @@ def fill(disk: Path, leave: int) -> None:
     (disk / "filler").write_bytes(b"x" * (shutil.disk_usage(disk).free - leave))
 
 
-@pytest.mark.parametrize("share", [0.02, 0.3, 0.6, 0.85, 0.97])
+@pytest.mark.parametrize("share", [0.02, 0.6, 0.97])
 def test_training_on_a_full_disk_goes_on_when_there_is_room(
     disk: Path, finished: Path, small: Config, share: float
 ):

@@ -318,19 +318,6 @@ def test_one_draw_or_one_document_tells_no_interval(shape: tuple[int, int], docu
     assert np.isnan([found.low, found.high]).all()
 
 
-def test_nothing_at_all():
-    found = mean_over_draws(np.ones((2, 3)), np.zeros(3))
-    assert found.documents == 0
-    assert np.isnan([found.value, found.low, found.high]).all()
-    assert mean_over_draws(np.zeros((2, 3)), np.ones(3)).high == 0
-
-
-@pytest.mark.parametrize(("sums", "counts"), [((3,), (3,)), ((2, 3), (2,)), ((0, 3), (3,))])
-def test_other_shapes_are_refused(sums: tuple[int, ...], counts: tuple[int, ...]):
-    with pytest.raises(ProbekitError, match=r"\[draws, documents\]"):
-        mean_over_draws(np.ones(sums), np.ones(counts))
-
-
 # Over seeds
 
 

@@ -50,12 +50,6 @@ def test_results_are_written_and_read_back(command: str, probed_copy: Run):
 
 
 @each
-def test_a_run_without_results_says_how_to_make_them(command: str, probed_copy: Run):
-    with pytest.raises(ProbekitError, match=f"run `probekit {command}"):
-        saved(command, probed_copy)
-
-
-@each
 def test_an_interruption_keeps_earlier_results(
     command: str, probed_copy: Run, monkeypatch: pytest.MonkeyPatch
 ):

@@ -52,14 +52,7 @@ def test_plans_of_a_conditioned_variant(probed_copy: Run, capsys: Capture):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--intervene.variant", "joint"], "probekit probe"),
         (["--intervene.variant", "sft"], "intervene.variant"),
-        (["--intervene.layers", "7"], "intervene.layers has 7, but the LM's layers are 0 to 2"),
-        (["--intervene.locations", "nowhere"], "intervene.locations is 'nowhere'"),
-        (["--intervene.distances", "49"], "intervene.distances has 49, but the LM reads 48 tokens"),
-        (["--intervene.distances", "0"], "intervene.distances"),
-        (["--intervene.strengths", "1e30"], "lower intervene.strengths, which has 1e+30"),
-        (["--intervene.strengths", "nan"], "intervene.strengths"),
         (["--intervene.kinds", "erase", "codebook"], "is not conditioned on actions"),
         (["--intervene.sample", "3"], "unknown setting 'intervene.sample'; did you mean 'intervene.samples'"),
         (["--probe.layers", "1"], "unknown setting 'probe.layers'"),

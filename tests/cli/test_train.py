@@ -1,26 +1,14 @@
 """`probekit train` as it is typed: what it prints, what it refuses, how it goes on."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from running import Capture, refused, told
 
 from probekit.cli import main
-from probekit.io import read_json, write_json
 from probekit.run.run import Run
 
 STAGES = ["corpus", "lm", "planner", "adapter/fixed", "adapter/oracle", "adapter/predicted", "adapter/soft"]
-
-
-def test_existing_runs_and_other_folders_are_refused(capsys: Capture, tiny_run: Run, tmp_path: Path):
-    assert "holds a run already" in refused(capsys, "train", "--preset", "demo", "--out", tiny_run.folder)
-    assert "holds a run already" in refused(capsys, "corpus", "--preset", "demo", "--out", tiny_run.folder)
-    (tmp_path / "thesis.tex").touch()
-    line = refused(capsys, "train", "--preset", "demo", "--out", tmp_path, "--overwrite")
-    assert "exists and holds no run" in line
-    assert (tmp_path / "thesis.tex").exists()
 
 
 def test_a_single_setting_may_put_a_file_right(capsys: Capture, tmp_path: Path):
@@ -30,14 +18,6 @@ def test_a_single_setting_may_put_a_file_right(capsys: Capture, tmp_path: Path):
     assert "heads 3" in refused(capsys, "train", "--config", path, "--out", out)
     line = refused(capsys, "train", "--config", path, "--lm.width", "96", "--out", out, "--quiet")
     assert "/no/text" in line
-
-
-def test_invalid_yaml_is_refused_and_named(capsys: Capture, tmp_path: Path):
-    path = tmp_path / "bad.yaml"
-    path.write_text("lm: [")
-    line = refused(capsys, "train", "--config", path, "--out", tmp_path / "run")
-    assert line.startswith(f"config file {path} is not valid YAML")
-    assert not (tmp_path / "run").exists()
 
 
 def test_resuming_by_command_changes_only_what_is_free(capsys: Capture, copy: Path):
@@ -63,19 +43,6 @@ def test_settings_that_change_nothing_are_told(capsys: Capture, copy: Path):
         "probekit: note: training.base.rank changes nothing here: it goes with training.base.tuning lora, "
         "which is frozen\n"
     )
-
-
-def test_quiet_leaves_standard_error_empty_in_a_fresh_process(copy: Path):
-    state = read_json(copy / "run.json")
-    del state["stages"]["lm"]
-    write_json(copy / "run.json", state)
-    ran = subprocess.run(
-        [sys.executable, "-m", "probekit", "train", "--resume", "--out", str(copy), "--quiet"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert ran.stderr == ""
 
 
 @pytest.mark.parametrize("words", [["--preset", "demo"], ["--preset=demo"]])

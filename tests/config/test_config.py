@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from probekit.config import Config, merge, nest, preset_names, setting_names, settings_of, yaml_values
+from probekit.config import Config, nest, preset_names, setting_names, settings_of, yaml_values
 from probekit.errors import ProbekitError
 
 SCALARS = (
@@ -90,12 +89,6 @@ def test_any_value_survives_yaml(
     assert config.corpus.path == path
 
 
-@pytest.mark.parametrize("name", setting_names())
-def test_to_set_one_setting_leaves_all_others_at_their_defaults(name: str):
-    value = values_of(Config())[name]
-    assert Config.from_dict(nest({name: value})) == Config()
-
-
 # Overriding
 
 
@@ -107,11 +100,6 @@ def test_override_replaces_by_dotted_name_and_leaves_the_rest():
     changed = {name for name, value in values_of(after).items() if value != values_of(before)[name]}
     assert changed == {"training.joint.planner_loss_weight", "probe.layers"}
     assert before == Config.from_preset("demo")
-
-
-def test_configs_cannot_be_changed_in_place():
-    with pytest.raises(ValueError, match="frozen"):
-        Config().seed = 1  # type: ignore[misc]
 
 
 # Refusals
@@ -129,10 +117,6 @@ def test_configs_cannot_be_changed_in_place():
 )
 def test_unknown_setting_gets_the_nearest(wrong: str, near: str):
     assert refusal({wrong: 1}) == f"unknown setting {wrong!r}; did you mean {near!r}?"
-
-
-def test_unknown_setting_like_no_other_gets_no_suggestion():
-    assert refusal({"zzzzzzzzzzz": 1}) == "unknown setting 'zzzzzzzzzzz'"
 
 
 @pytest.mark.parametrize(
@@ -226,22 +210,6 @@ def config_or_line(make: Callable[[], Config]) -> Config | str:
 
 
 @settings(max_examples=40, deadline=None)
-@given(values=st.dictionaries(KEYS, GARBAGE, max_size=4))
-def test_nested_garbage_is_a_config_or_refused(values: dict[Any, Any]):
-    config = config_or_line(lambda: Config.from_dict(values))
-    if isinstance(config, Config):
-        assert Config.from_dict(yaml.safe_load(config.to_yaml())) == config
-
-
-@settings(max_examples=40, deadline=None)
-@given(text=st.text() | GARBAGE.map(lambda value: yaml.dump(value)))
-def test_any_text_as_a_file_is_a_config_or_refused(tmp_path_factory: pytest.TempPathFactory, text: str):
-    path = tmp_path_factory.getbasetemp() / "garbage.yaml"
-    path.write_bytes(text.encode("utf-8", "surrogatepass"))
-    config_or_line(lambda: Config.from_yaml(path))
-
-
-@settings(max_examples=40, deadline=None)
 @given(values=st.dictionaries(SETTINGS, GARBAGE, min_size=1, max_size=3))
 def test_any_value_of_a_setting_is_taken_or_refused(values: dict[str, Any]):
     config = config_or_line(lambda: Config().override(values))
@@ -256,12 +224,6 @@ def test_every_setting_says_what_it_does():
     for name, field in settings_of(Config).items():
         assert field.description, name
         assert field.description.rstrip().endswith((".", ".)")), name
-
-
-def test_every_section_says_what_it_is():
-    for name, field in Config.model_fields.items():
-        if hasattr(field.annotation, "model_fields"):
-            assert field.annotation.__doc__, name
 
 
 def test_settings_are_added_deliberately():
@@ -287,14 +249,9 @@ def test_numbers_may_be_written_as_yaml_mistakes_them_for_text(tmp_path: Path):
     assert Config.from_yaml(path).training.adapter.learning_rate == 1e-3
 
 
-def test_unknown_preset_lists_those_there_are():
-    with pytest.raises(ProbekitError, match=r"unknown preset 'dem'; did you mean 'demo'\?.*text-small"):
-        Config.from_preset("dem")
-
-
-@pytest.mark.parametrize("name", ["../presets/demo", "demo.yaml", ""])
+@pytest.mark.parametrize("name", ["dem", "../presets/demo", "demo.yaml", ""])
 def test_a_preset_is_a_name_and_no_path(name: str):
-    with pytest.raises(ProbekitError, match="unknown preset"):
+    with pytest.raises(ProbekitError, match=r"unknown preset .*text-small"):
         Config.from_preset(name)
 
 
@@ -328,17 +285,6 @@ def test_missing_file_and_folder_are_named(tmp_path: Path):
 
 
 # Dotted names
-
-
-def test_merging_changes_neither_side():
-    base, over = {"a": {"b": 1, "c": 2}}, {"a": {"b": 3}}
-    assert merge(base, over) == {"a": {"b": 3, "c": 2}}
-    assert base == {"a": {"b": 1, "c": 2}}
-    assert over == {"a": {"b": 3}}
-
-
-def test_nesting_puts_every_setting_into_its_section():
-    assert nest({"a.b": 1, "a.c.d": 2, "e": 3}) == {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
 
 
 @pytest.mark.parametrize("values", [{"lm": 3, "lm.layers": 2}, {"seed": 1, "seed.x.y": 2}])

@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from probekit.config import Config, preset_names, setting_names, settings_of
-from probekit.config.options import ALL, Parser, add_sources, chosen_config, dotted, parse
+from probekit.config.options import ALL, Parser, add_sources, chosen_config, parse
 from probekit.errors import ProbekitError
 
 
@@ -98,10 +96,6 @@ def test_the_command_line_wins_over_the_file_and_it_over_the_preset(tmp_path: Pa
     assert config == expected
 
 
-def test_nothing_given_is_no_config():
-    assert chosen() is None
-
-
 def test_single_settings_alone_change_the_run_that_is_resumed(tmp_path: Path):
     begun = tmp_path / "config.yaml"
     config = Config.from_preset("demo").override({"seed": 9})
@@ -110,11 +104,6 @@ def test_single_settings_alone_change_the_run_that_is_resumed(tmp_path: Path):
     assert chosen(begun=begun) is None
     assert chosen("--preset", "demo", "--seed", "9", begun=begun) == config
     assert chosen("--config", str(begun), "--seed", "8", begun=begun) == config.override({"seed": 8})
-
-
-def test_only_what_is_given_is_given():
-    _, given = typed("--lm.layers", "3", "--probe.layers", "null")
-    assert dotted(given) == {"lm.layers": "3", "probe.layers": None}
 
 
 # Refusals
@@ -170,40 +159,6 @@ def test_abbreviations_are_not_guessed():
     assert "did you mean 'seed'" in refusal("--see", "1")
 
 
-@settings(max_examples=15, deadline=None)
-@given(
-    typed_settings=st.lists(
-        st.tuples(st.sampled_from(setting_names()), st.text(max_size=8)), min_size=1, max_size=3
-    )
-)
-def test_any_text_for_any_setting_is_taken_or_refused(typed_settings: list[tuple[str, str]]):
-    try:
-        config = chosen(*(f"--{name}={value}" for name, value in typed_settings))
-    except ProbekitError as error:
-        line = str(error)
-    else:
-        assert isinstance(config, Config)
-        return
-    assert "\n" not in line
-
-
-@settings(max_examples=15, deadline=None)
-@given(
-    words=st.lists(
-        st.sampled_from(["--seed", "--probe.layers", "--config"]) | st.text(max_size=5), max_size=4
-    )
-)
-def test_any_command_line_is_taken_or_refused(words: list[str]):
-    try:
-        config = chosen(*words)
-    except (ProbekitError, SystemExit) as caught:  # -h ends in help
-        end = caught
-    else:
-        assert config is None or isinstance(config, Config)
-        return
-    assert isinstance(end, ProbekitError) or end.code == 0
-
-
 # Help
 
 
@@ -245,6 +200,3 @@ def test_choices_are_listed(capsys: pytest.CaptureFixture[str]):
     for name, field in settings_of(Config).items():
         if typing.get_origin(field.annotation) is typing.Literal:
             assert f"--{name} {{{','.join(typing.get_args(field.annotation))}}}" in text
-
-
-# Sweeps

@@ -71,13 +71,6 @@ def test_text_folder_is_read_in_order_and_blank_documents_are_kept(tmp_path):
     assert contents(tmp_path, max_documents=2) == everything[:2]
 
 
-def test_file_in_the_home_folder_whose_name_is_not_utf8(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    name = b"caf\xe9.txt".decode("utf-8", "surrogateescape")
-    write(tmp_path / name, "A.")
-    assert contents("~/" + name) == contents("~") == [("caf\ufffd.txt", "A.")]
-
-
 @pytest.mark.parametrize(
     ("settings", "content", "text"),
     [
@@ -345,13 +338,6 @@ def test_offset_of_the_bad_byte(tmp_path, reader, encoding, spaces, content, off
     path = write(tmp_path / "a", b" " * spaces + content)
     message = refusal(path, reader, encoding=encoding)
     assert message.startswith(f"{path}: byte {offset} is not valid {encoding}; set --corpus.encoding to ")
-
-
-def test_what_is_not_asked_for_is_not_read(tmp_path):
-    for reader, first in {"wikitext": " = One = \n A.\n = Two = ", "jsonl": '{"text": "One."}'}.items():
-        path = write(tmp_path / reader, f"{first}\n".encode() + b"ab\n" * 100_000 + b"\xff")
-        assert len(contents(path, reader, max_documents=1)) == 1
-        assert refusal(path, reader)
 
 
 @pytest.mark.parametrize("separator", ["<|endoftext|>", ""])

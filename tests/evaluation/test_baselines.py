@@ -165,16 +165,6 @@ def test_finds_the_order_that_matters():
     assert right[~noisy[3000:]].all()
 
 
-def test_where_tokens_tell_nothing_it_is_hardly_worse_than_the_prior():
-    training, labels = drawn(1, 3000, tokens=500)
-    held_out, truth = drawn(2, 1000, tokens=500)
-    found = SkipNgram.fit(training, labels, 5, (held_out, truth))
-    test, unseen = drawn(3, 1000, tokens=500)
-    rows = np.arange(1000)
-    loss = -found.log_probabilities(test)[rows, unseen].mean()
-    assert loss == pytest.approx(-prior_log_probabilities(labels, 5)[unseen].mean(), abs=0.005)
-
-
 def test_contexts_stay_within_their_document():
     corpus = SimpleNamespace(
         tokens=np.array([99, 1, 2, 3, 99, 4, 99, 5], np.uint16), document_tokens=np.array([0, 4, 6, 8])

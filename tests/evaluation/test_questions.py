@@ -4,7 +4,6 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -257,19 +256,6 @@ def test_a_bad_line_is_named(row: object, said: str, tiny_run: Run, tmp_path: Pa
         read_questions(path, tiny_run.corpus)
     assert "\n" not in str(raised.value)
     assert str(raised.value).isascii()
-
-
-def test_choices_that_are_the_same_tokens_are_refused(tiny_run: Run, tmp_path: Path):
-    """As are those of a tokenizer that does not know all characters."""
-    row = SKY | {"choices": ["x", "y", "z"], "answer": 0}
-    tokenizer = tiny_run.corpus.tokenizer
-
-    def unknowing(text: str, **options: object) -> object:
-        return tokenizer(text.replace("z", "y"), **options)
-
-    corpus = SimpleNamespace(separator=tiny_run.corpus.separator, tokenizer=unknowing)
-    with pytest.raises(ProbekitError, match="line 1: choice 'z' has the same tokens as another"):
-        read_questions(written(tmp_path, row), corpus)
 
 
 @pytest.mark.parametrize(

@@ -252,12 +252,6 @@ def test_the_plan_tells_the_planners_choice_of_each_sentence(run: Run, prompts: 
             assert more.plan.tolist() == best[first : first + len(more.plan)]
 
 
-@pytest.mark.parametrize("variant", ["none", "fixed"])
-def test_nothing_is_planned_where_nothing_depends_on_it(variant: str, run: Run):
-    (found,) = generate(run, ["A. B. C."], variant=variant, tokens=20)
-    assert found.plan.tolist() == []
-
-
 @pytest.mark.parametrize(
     ("variant", "plan", "said"),
     [
@@ -304,13 +298,6 @@ def test_what_cannot_be_written_is_refused_in_one_line(asked: dict, said: str, r
     with pytest.raises(ProbekitError, match=said) as refused:
         generate(run, **{"prompts": ["A."], "tokens": 3} | asked)
     assert "\n" not in str(refused.value)
-
-
-def test_one_text_is_one_prompt_and_soft_writes_by_default(run: Run):
-    expected = generate(run, ["Word."], variant="soft", tokens=128)
-    assert len(expected[0].tokens) == 128
-    assert same(generate(run, "Word."), expected)
-    assert same(generate(run, text_prompt(run.corpus, "Word.")), expected)
 
 
 def test_a_special_token_in_a_prompt_is_text(run: Run):

@@ -19,7 +19,6 @@ from probekit.probing.grid import (
     FitJob,
     Grid,
     Task,
-    document_numbers,
     fit,
     score,
     target_tasks,
@@ -38,7 +37,7 @@ CELLS = [(b, p, d) for b, block in enumerate(BLOCKS) for p in range(len(block.po
 
 @dataclass
 class Held:
-    """Activations of every split, for every block `[places, distances, examples, width]`."""
+    """Activations of every split, for every block `[hook points, distances, examples, width]`."""
 
     values: dict[str, list[Tensor]]
     splits: dict[str, Examples]
@@ -108,7 +107,7 @@ def make_job(grid: Grid, control: Task | None, **settings: Any) -> FitJob:
 
 
 def rows_of(scored: list[DocumentSums]) -> dict[tuple[Any, ...], tuple[Facts, dict[str, np.ndarray]]]:
-    """Head and sums by document of every row, by solver, place, distance and horizon."""
+    """Head and sums by document of every row, by solver, hook point, distance and horizon."""
     found = {}
     for part in scored:
         for number, head in enumerate(part.readers):
@@ -123,8 +122,8 @@ def fitted_rows(activations: Held, job: FitJob) -> dict[tuple[Any, ...], tuple[F
 
 
 def alone(activations: Held, cell: tuple[int, int, int], split: str) -> Tensor:
-    block, place, distance = cell
-    return activations.values[split][block][place, distance][None]
+    block, point, distance = cell
+    return activations.values[split][block][point, distance][None]
 
 
 def by_document(grid: Grid, values: np.ndarray) -> np.ndarray:
@@ -154,10 +153,10 @@ def test_every_cell_is_as_if_it_were_fitted_alone(
 ):
     for cell in CELLS:
         X = {split: alone(activations, cell, split) for split in SPLITS}
-        place, distance = BLOCKS[cell[0]].points[cell[1]], DISTANCES[cell[2]]
+        point, distance = BLOCKS[cell[0]].points[cell[1]], DISTANCES[cell[2]]
         asked = {split: torch.from_numpy(labels[cell[2]]) for split, labels in control.labels.items()}
         for h, horizon in enumerate(HORIZONS):
-            head, sums = together[solver, place, distance, horizon]
+            head, sums = together[solver, point, distance, horizon]
             y = {split: torch.from_numpy(e.labels[:, h].copy()) for split, e in grid.examples.items()}
             probe = MAKE[solver]().fit(X[FITTED_ON], y[FITTED_ON], CLASSES, X[CHOSEN_ON], y[CHOSEN_ON])
             log_p = probe.log_probabilities(X[TESTED_ON])[0]
@@ -186,12 +185,12 @@ def test_every_cell_is_as_if_it_were_fitted_alone(
 def test_each_cell_reads_what_was_written_there(together: dict, grid: Grid):
     """An index that is off by one would move the signal to another cell."""
     for number, (b, p, d) in enumerate(CELLS):
-        place, distance = BLOCKS[b].points[p], DISTANCES[d]
+        point, distance = BLOCKS[b].points[p], DISTANCES[d]
         accuracy = [
-            together["softmax", place, distance, horizon][1]["correct"].sum() / len(grid.examples[TESTED_ON])
+            together["softmax", point, distance, horizon][1]["correct"].sum() / len(grid.examples[TESTED_ON])
             for horizon in HORIZONS
         ]
-        on_control = together["softmax", place, distance, 1][1]["control_correct"].sum()
+        on_control = together["softmax", point, distance, 1][1]["control_correct"].sum()
         if b == 0:
             encoded = number % 2
             assert accuracy[encoded] > accuracy[1 - encoded] + 0.15
@@ -206,8 +205,8 @@ def test_code_length_is_that_of_the_documents_in_their_order(together: dict, act
     ends = block_ends(examples.document)
     for cell in CELLS:
         for h, horizon in enumerate(HORIZONS):
-            place, distance = BLOCKS[cell[0]].points[cell[1]], DISTANCES[cell[2]]
-            head, _ = together["softmax", place, distance, horizon]
+            point, distance = BLOCKS[cell[0]].points[cell[1]], DISTANCES[cell[2]]
+            head, _ = together["softmax", point, distance, horizon]
             y = torch.from_numpy(examples.labels[:, h].copy())
             X, l2 = alone(activations, cell, FITTED_ON), torch.tensor([head["l2"]], dtype=torch.float64)
             bits = prequential_code(X, y, CLASSES, l2, ends).total.item()
@@ -254,24 +253,19 @@ def test_constant_activations_are_flagged(activations: Held, grid: Grid, control
         blocks[0][1, 0] = torch.tensor([0.1, -7.3, 1e-4, 1e4, 0.0])
     constant = Held(values, grid.examples, BLOCKS)
     rows = fitted_rows(constant, make_job(grid, control, solvers=solvers, code_length=False))
-    for (_, place, distance, _), (head, _) in rows.items():
-        assert head["constant"] == ((place, distance) == (("a", 1), 1))
+    for (_, point, distance, _), (head, _) in rows.items():
+        assert head["constant"] == ((point, distance) == (("a", 1), 1))
 
 
-def test_questions_have_a_label_for_every_probe(grid: Grid, control: Task):
+def test_tasks_have_a_label_for_every_probe(grid: Grid, control: Task):
     first, second = target_tasks(grid)
     assert (first.horizon, second.horizon) == HORIZONS
     cpu = torch.device("cpu")
     shared = second.of(TESTED_ON, slice(2, 6), 3, cpu)
     assert shared.tolist() == grid.examples[TESTED_ON].labels[2:6, 1].tolist()
     own = control.of(TESTED_ON, slice(2, 6), 3, cpu)
-    assert own.shape == (6, 4)  # three places, two distances
-    for place in range(3):
+    assert own.shape == (6, 4)  # three points, two distances
+    for point in range(3):
         for distance in range(2):
             expected = control.labels[TESTED_ON][distance, 2:6].tolist()
-            assert own[2 * place + distance].tolist() == expected
-
-
-def test_documents_are_numbered_as_they_appear():
-    assert document_numbers(np.array([7, 7, 2, 9, 9, 9])).tolist() == [0, 0, 1, 2, 2, 2]
-    assert document_numbers(np.array([3])).tolist() == [0]
+            assert own[2 * point + distance].tolist() == expected
