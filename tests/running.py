@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import io
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -24,6 +25,11 @@ ONE_CELL += ["--probe.l2", "0.1", "--probe.code_length", "false", "--evaluation.
 
 SECONDS = 60
 """After so many a command counts as hanging."""
+
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["probekit.probing.probe", "probekit.sweeps"])
+"""Its server imports PyTorch once, for all commands that are run in processes of their own."""
 
 
 class Hung(BaseException):
@@ -63,6 +69,17 @@ def ran(*words: object) -> Ran:
             error.add_note(f"probekit {' '.join(map(repr, typed))}")
             raise
     return Ran(typed, code, told.getvalue())
+
+
+def started(*words: object) -> multiprocessing.process.BaseProcess:
+    """A command in a process of its own, which may be killed."""
+    process = FORKS.Process(target=_exits, args=(list(map(str, words)),))
+    process.start()
+    return process
+
+
+def _exits(words: list[str]) -> None:
+    sys.exit(main(words))
 
 
 def in_two_processes(*words: str | Path) -> str:

@@ -73,37 +73,16 @@ def test_settings_are_swept_in_a_grid():
     ]
 
 
-def test_nothing_is_suggested_where_only_the_section_is_alike():
-    with pytest.raises(ProbekitError) as caught:
-        sweep_of("training.adapter.lr", "--preset", "demo", "--values", "3")
-    assert str(caught.value) == "unknown setting 'training.adapter.lr'"
-
-
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["mixing-fraction"], "no settings to change; give --preset or --config"),
         (["--preset", "demo"], "nothing to sweep over; give a setting with --values, or mixing-fraction"),
         (["--preset", "demo", "--values", "3"], "--values has no setting; give it first"),
-        (
-            ["mixing-fractoin", "--preset", "demo"],
-            "unknown setting 'mixing-fractoin'; did you mean 'mixing-f",
-        ),
-        (["lm.layer", "--preset", "demo", "--values", "3"], "'lm.layer'; did you mean 'lm.layers'?"),
-        (["lm", "--preset", "demo", "--values", "3"], "unknown setting 'lm'"),
+        (["mixing-fractoin", "--preset", "demo"], "did you mean 'mixing-fraction'?"),
         (["layers", "--preset", "demo", "--values", "3"], "'layers'; did you mean 'lm.layers'?"),
-        (["training.epoch", "--preset", "demo", "--values", "3"], "did you mean 'training.lm.epochs'?"),
-        (["--over", "lm.layer", "3", "--preset", "demo"], "'lm.layer'; did you mean 'lm.layers'?"),
-        (["lm.layers", "--preset", "demo"], "lm.layers has no values to sweep over"),
         (["--preset", "demo", "--over", "lm.layers"], "lm.layers has no values to sweep over"),
-        (["lm.layers", "--preset", "demo", "--values"], "argument --values: expected at least one argument"),
         (["lm.layers", "--preset", "demo", "--values", "3", "3"], "lm.layers=3 is given twice"),
-        (["mixing-fraction", "--preset", "demo", "--values", "0", "0.0"], "mixing.fraction=0 is given twice"),
-        (["lm.layers", "--preset", "demo", "--values", "3", "few"], "lm.layers is 'few': input should be a"),
-        (
-            ["mixing-fraction", "--preset", "demo", "--values", "-1"],
-            "mixing.fraction is '-1': input should be",
-        ),
         (
             ["mixing-fraction", "--preset", "demo", "--values", "1.1"],
             "mixing.fraction is '1.1': input should",

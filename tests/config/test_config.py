@@ -106,17 +106,11 @@ def test_override_replaces_by_dotted_name_and_leaves_the_rest():
 
 
 @pytest.mark.parametrize(
-    ("wrong", "near"),
-    [
-        ("lm.layer", "lm.layers"),
-        ("corpus.planted.document", "corpus.planted.documents"),
-        ("training.lm.learning-rate", "training.lm.learning_rate"),
-        ("sed", "seed"),
-        ("probe.distance", "probe.distances"),
-    ],
+    ("wrong", "near"), [("lm.layer", "lm.layers"), ("training.lm.learning-rate", "training.lm.learning_rate")]
 )
 def test_unknown_setting_gets_the_nearest(wrong: str, near: str):
     assert refusal({wrong: 1}) == f"unknown setting {wrong!r}; did you mean {near!r}?"
+    assert refusal({"zzzzzzzzzzz": 1}) == "unknown setting 'zzzzzzzzzzz'"
 
 
 @pytest.mark.parametrize(
@@ -124,67 +118,45 @@ def test_unknown_setting_gets_the_nearest(wrong: str, near: str):
     [
         ("seed", -1),
         ("seed", 2**32),
-        ("seed", "seven"),
         ("lm.layers", 2.5),
-        ("lm.layers", 0),
         ("lm.layers", None),
         ("lm.trust_remote_code", "perhaps"),
-        ("lm.vocabulary", 256),
-        ("corpus.path", 7),
         ("corpus.reader", "pdf"),
         ("corpus.test_fraction", 0),
-        ("corpus.validation_fraction", 0),
-        ("corpus.probe_fraction", 1.0),
         ("corpus.planted", 3),
-        ("actions.k", 7),
         ("actions.k", 4097),
         ("planner.dropout", 1.0),
-        ("planner.pooling", "max"),
-        ("conditioning.skip_layers", -1),
-        ("mixing.temperature", 0),
         ("mixing.temperature", math.nan),
         ("training.lm.epochs", math.inf),
-        ("training.lm.weight_decay", math.inf),
-        ("training.precision", "float16"),
-        ("training.window", 1),
-        ("evaluation.resamples", 99),
         ("mixing.variants", "soft"),
-        ("mixing.variants", []),
         ("probe.distances", []),
-        ("probe.locations", None),
-        ("probe.l2", []),
-        ("probe.solvers", []),
-        ("probe.target", None),
-        ("probe.anchors", "word"),
-        ("probe.memory", 0),
-        ("probe.control", 2),
-        ("probe.hidden", 0),
     ],
 )
 def test_wrong_value_names_setting_and_value(name: str, value: object):
-    line = refusal({name: value})
-    assert line.startswith(f"{name} is {value!r}: ")
+    assert refusal({name: value}).startswith(f"{name} is {value!r}: ")
 
 
 @pytest.mark.parametrize(
     ("values", "said"),
     [
         ({"mixing.variants": ["soft", "sof"]}, ["mixing.variants.1", "'sof'", "'soft'"]),
-        ({"probe.distances": [1, 0]}, ["probe.distances.1", "0"]),
-        ({"probe.layers": [1, -1]}, ["probe.layers.1", "-1"]),
         ({"probe.layers": [2, 0, 2]}, ["probe.layers", "2 is listed twice"]),
         ({"probe.shrinkage": [0.5, 0.0]}, ["probe.shrinkage.1", "0.0"]),
-        ({"probe.shrinkage": [1.1]}, ["probe.shrinkage.0", "1.1"]),
-        ({"probe.solvers": ["ridge", "svm"]}, ["probe.solvers.1", "'svm'", "'softmax'"]),
-        ({"probe.seeds": [3, 3]}, ["probe.seeds", "3 is listed twice"]),
-        ({"probe.variants": ["soft", "sof"]}, ["probe.variants.1", "'sof'"]),
-        ({"probe.variants": ["soft", "soft"]}, ["probe.variants", "'soft' is listed twice"]),
         ({"lm.heads": 3}, ["lm", "heads 3", "width 128"]),
         ({"planner.width": 9}, ["planner", "heads 2", "width 9"]),
         ({"corpus.test_fraction": 0.75}, ["corpus", "test_fraction", "1.05"]),
         ({"corpus.planted.sentences": (30, 16)}, ["corpus.planted.sentences", "30", "16"]),
         ({"corpus.planted.sentences": (1, 16)}, ["corpus.planted", "sentences", "at least 2"]),
         ({"corpus.planted.successors": 25}, ["corpus.planted", "successors 25", "actions 24"]),
+        ({"training.joint.planner_frozen": 1.5}, ["planner_frozen is 1.5; above 1 it is a number of steps"]),
+        (
+            {"training.joint.end_to_end": False, "training.joint.planner_loss_weight": 0},
+            ["end_to_end is false"],
+        ),
+        (
+            {"training.joint.encoder_learning_rate": 0.1, "training.joint.planner_frozen": 1},
+            ["encoder_learning_rate is 0.1, but planner_frozen"],
+        ),
     ],
 )
 def test_inconsistent_settings_name_what_does_not_fit(values: dict[str, Any], said: list[str]):

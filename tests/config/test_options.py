@@ -53,32 +53,19 @@ def test_every_setting_of_a_preset_can_be_typed(preset: str):
 @pytest.mark.parametrize(
     ("words", "name", "value"),
     [
-        (["--seed", "7"], "seed", 7),
         (["--seed=7"], "seed", 7),
+        (["--seed", "1", "--seed", "2"], "seed", 2),
         (["--training.lm.learning_rate", "1e-5"], "training.lm.learning_rate", 1e-5),
         (["--training.lm.epochs", "2"], "training.lm.epochs", 2.0),
-        (["--lm.trust_remote_code", "true"], "lm.trust_remote_code", True),
         (["--lm.trust_remote_code", "no"], "lm.trust_remote_code", False),
         (["--probe.layers", "0", "2"], "probe.layers", (0, 2)),
         (["--probe.layers", "null"], "probe.layers", None),
         (["--probe.l2", "0.1"], "probe.l2", (0.1,)),
-        (["--probe.variants", "none"], "probe.variants", ("none",)),
-        (["--probe.variants", "random", "soft"], "probe.variants", ("random", "soft")),
-        (["--probe.solvers", "lda", "mlp"], "probe.solvers", ("lda", "mlp")),
-        (["--probe.seeds", "0", "7"], "probe.seeds", (0, 7)),
-        (["--probe.seeds", "null"], "probe.seeds", None),
-        (["--probe.labels", "null"], "probe.labels", None),
-        (["--probe.control", "false"], "probe.control", False),
-        (["--probe.locations", "attn.hook_z:before"], "probe.locations", ("attn.hook_z:before",)),
         (["--mixing.variants", "none"], "mixing.variants", ("none",)),
         (["--mixing.variants", "soft", "straight-through"], "mixing.variants", ("soft", "straight-through")),
         (["--training.lm.patience", "null"], "training.lm.patience", None),
-        (["--training.lm.patience", "4"], "training.lm.patience", 4),
-        (["--evaluation.window", "64"], "evaluation.window", 64),
-        (["--corpus.path", "null"], "corpus.path", None),
         (["--corpus.path", "a b.txt"], "corpus.path", "a b.txt"),
         (["--corpus.subset", "20231101.en"], "corpus.subset", "20231101.en"),
-        (["--seed", "1", "--seed", "2"], "seed", 2),
     ],
 )
 def test_a_typed_setting_has_its_type(words: list[str], name: str, value: object):
@@ -112,20 +99,15 @@ def test_single_settings_alone_change_the_run_that_is_resumed(tmp_path: Path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--lm.layer", "3"], "unknown setting 'lm.layer'; did you mean 'lm.layers'?"),
         (["--lm.layer=3"], "unknown setting 'lm.layer'; did you mean 'lm.layers'?"),
+        (["--see", "1"], "unknown setting 'see'; did you mean 'seed'?"),  # abbreviations are not guessed
         (["--presets", "demo"], "unknown setting 'presets'; did you mean 'preset'?"),
-        (["--qqqqqqqqqqqq"], "unknown setting 'qqqqqqqqqqqq'"),
         (["stray"], "unexpected 'stray'; see `probekit test --help`"),
         (["-x"], "unexpected '-x'; see `probekit test --help`"),
         (["--lm.layers"], "argument --lm.layers: expected one argument; see `probekit test --help`"),
-        (
-            ["--probe.layers"],
-            "argument --probe.layers: expected at least one argument; see `probekit test --help`",
-        ),
     ],
 )
-def test_what_is_not_understood_is_told(words: list[str], said: str):
+def test_what_is_not_understood_is_refused(words: list[str], said: str):
     assert refusal(*words) == said
 
 
@@ -133,18 +115,10 @@ def test_what_is_not_understood_is_told(words: list[str], said: str):
     ("words", "said"),
     [
         (["--seed", "-1"], ["seed", "'-1'"]),
-        (["--lm.layers", "2.5"], ["lm.layers", "'2.5'"]),
         (["--lm.layers", "null"], ["lm.layers", "None"]),
-        (["--lm.layers", "true"], ["lm.layers", "'true'"]),
-        (["--training.lm.learning_rate=-1e-3"], ["training.lm.learning_rate", "'-1e-3'"]),
         (["--training.lm.learning_rate", "nan"], ["training.lm.learning_rate", "'nan'"]),
-        (["--training.lm.epochs", "inf"], ["training.lm.epochs", "'inf'"]),
         (["--mixing.variants", "soft,joit"], ["mixing.variants.1", "'joit'"]),
         (["--probe.layers", "0", "x"], ["probe.layers.1", "'x'"]),
-        (["--corpus.reader", "pdf"], ["corpus.reader", "'pdf'"]),
-        (["--probe.solvers", "svm"], ["probe.solvers.0", "'svm'", "'softmax'"]),
-        (["--probe.shrinkage", "0"], ["probe.shrinkage.0", "'0'"]),
-        (["--lm.heads", "5"], ["heads 5", "width 128"]),
         (["--preset", "demos"], ["unknown preset 'demos'", "did you mean 'demo'?"]),
         (["--config", "/no/such.yaml"], ["config file /no/such.yaml"]),
     ],
@@ -152,11 +126,6 @@ def test_what_is_not_understood_is_told(words: list[str], said: str):
 def test_wrong_values_name_setting_and_value(words: list[str], said: list[str]):
     line = refusal(*words)
     assert all(part in line for part in said), line
-
-
-def test_abbreviations_are_not_guessed():
-    # An abbreviation that works today is another setting's name tomorrow.
-    assert "did you mean 'seed'" in refusal("--see", "1")
 
 
 # Help

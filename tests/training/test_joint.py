@@ -11,7 +11,6 @@ from torch.nn.functional import cross_entropy
 
 from probekit.config import Config
 from probekit.data.windows import IGNORE, document_batch
-from probekit.errors import ProbekitError
 from probekit.evaluation.baselines import planner_log_probabilities, planners
 from probekit.evaluation.evaluate import evaluate
 from probekit.models.mixing import VARIANTS
@@ -234,22 +233,3 @@ def test_evaluation_reads_the_embeddings_of_each_variant(everything: Run):
     assert (~later).sum() == len(documents)
     losses = -right[np.arange(len(right)), everything.corpus.actions[sentences]]
     assert told == pytest.approx(losses[later].mean(), rel=1e-6)
-
-
-# What makes no sense
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (
-            {"encoder_learning_rate": 0.1, "planner_frozen": 1},
-            "encoder_learning_rate is 0.1, but planner_frozen",
-        ),
-        ({"end_to_end": False, "planner_loss_weight": 0}, "end_to_end is false and planner_loss_weight is 0"),
-        ({"planner_frozen": 1.5}, "planner_frozen is 1.5; above 1 it is a number of steps"),
-    ],
-)
-def test_senseless_settings_are_refused_in_one_line(settings: dict[str, Any], message: str):
-    with pytest.raises(ProbekitError, match=rf"^training.joint: {message}.*$"):
-        Config().override({f"training.joint.{name}": value for name, value in settings.items()})
