@@ -264,8 +264,8 @@ def _checked(sums: NDArray, counts: ArrayLike) -> tuple[Floats, Floats]:
     return sums, numbers
 
 
-def mean_over_draws(sums: ArrayLike, counts: ArrayLike, level: float = 0.95) -> Interval:
-    """The mean over draws of `sum of sums / sum of counts`, and its interval over documents and draws.
+def mean_over_draws(sums: ArrayLike, counts: ArrayLike) -> Interval:
+    """The mean over draws of `sum of sums / sum of counts`, and its 95 % interval over documents and draws.
 
     The variance is that of two crossed random effects, each document's share in the ratio linearised (Searle,
     Casella and McCulloch 1992, "Variance Components", chapter 4):
@@ -278,17 +278,11 @@ def mean_over_draws(sums: ArrayLike, counts: ArrayLike, level: float = 0.95) -> 
     Args:
         sums: A metric summed over each document's examples, [draws, documents].
         counts: Number of those examples, [documents].
-        level: Probability that the interval is meant to cover.
 
     Returns:
         The bounds are NaN below two draws or two documents with examples.
     """
     sums, numbers = np.asarray(sums, np.float64), np.asarray(counts, np.float64)
-    if sums.ndim != 2 or numbers.shape != sums.shape[1:] or not len(sums):
-        raise ProbekitError(
-            f"sums {sums.shape} must be [draws, documents] with at least one draw, and counts "
-            f"{numbers.shape} [documents]"
-        )
     sums, draws, total = np.where(numbers > 0, sums, 0.0), len(sums), numbers.sum()
     documents = int((numbers > 0).sum())
     if not documents:
@@ -307,7 +301,7 @@ def mean_over_draws(sums: ArrayLike, counts: ArrayLike, level: float = 0.95) -> 
     if not variance:
         return Interval(value, value, value, documents)
     freedom = variance**2 / (of_documents**2 / (documents - 1) + of_draws**2 / (draws - 1))
-    half = float(stdtrit(freedom, 0.5 + level / 2) * np.sqrt(variance))
+    half = float(stdtrit(freedom, 0.975) * np.sqrt(variance))
     return Interval(value, value - half, value + half, documents)
 
 

@@ -14,6 +14,7 @@ from probekit.statistics import (
     Interval,
     bootstrap_ratio,
     bootstrap_ratios,
+    differences_over_seeds,
     mean_over_draws,
     over_seeds,
     paired_difference,
@@ -298,8 +299,8 @@ def test_draws_that_are_all_alike_add_nothing():
 def test_documents_that_are_all_alike_leave_the_interval_of_the_draws():
     draws = np.array([0.3, 1.0, 0.1, -0.4, 0.9])
     counts = np.arange(1.0, 13.0)
-    found = mean_over_draws(draws[:, None] * counts, counts, level=0.9)
-    half = stats.sem(draws) * stats.t.ppf(0.95, 4)
+    found = mean_over_draws(draws[:, None] * counts, counts)
+    half = stats.sem(draws) * stats.t.ppf(0.975, 4)
     assert (found.low, found.high) == pytest.approx((draws.mean() - half, draws.mean() + half))
 
 
@@ -376,3 +377,20 @@ def test_documents_that_a_seed_lacks_count_where_they_are():
         assert rows[rows.seed.notna()].value.tolist() == pytest.approx([0.5, 1.0, 1.5])
         assert mean.seed_spread == pytest.approx(0.5)
         assert mean.documents == own.document.nunique()
+
+
+def test_differences_over_seeds_are_paired_and_counted():
+    table = values().query("metric == 'perplexity'")
+    losses = table.rename(columns={"member": "name", "sum": "loss", "count": "tokens"})
+    found = differences_over_seeds(losses, [("a", "b"), ("b", "a")], **OPTIONS)
+    by_name = losses.pivot_table(index="document", columns=["name", "seed"], values="loss")
+    tokens = losses.groupby("document").tokens.first()
+    for first, second in (("a", "b"), ("b", "a")):
+        rows = found[found["first"] == first].set_index("seed")
+        one, other = by_name[first].assign(mean=by_name[first].mean(1)), by_name[second]
+        for seed, column in ((0, 0), (2, 2), (pd.NA, "mean")):
+            row = rows[rows.index.isna()].iloc[0] if column == "mean" else rows.loc[seed]
+            loss = other.mean(1) if column == "mean" else other[column]
+            expected = paired_difference(one[column], loss, tokens, transform=np.exp, **OPTIONS)
+            assert (row.value, row.value_low, row.value_high) == pytest.approx(expected[:3])
+        assert rows.below.iloc[-1] == (rows.value.iloc[:-1] < 0).sum()
