@@ -58,14 +58,6 @@ def test_a_failed_task_is_told_and_its_error_passes(
     assert capsys.readouterr().err == "fit: stopped in 0.0 s\n"
 
 
-def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str]):
-    quiet = Progress(quiet=True)
-    with quiet.task("read", total=2) as task:
-        assert list(task.track("ab")) == ["a", "b"]
-    captured = capsys.readouterr()
-    assert (captured.out, captured.err) == ("", "")
-
-
 def test_a_terminal_gets_a_bar_and_a_line_that_stays(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

@@ -409,50 +409,31 @@ def test_files_are_copied_where_there_are_no_links(
 # What lies in the folders of members is not what the sweep asks for
 
 
-def read_again(folder: Path) -> str:
-    """The one line of a sweep that is refused, both when it is read and when it is gone on with."""
-    with pytest.raises(ProbekitError) as caught:
-        Sweep.open(folder).table()
-    config = Sweep.open(folder).config
-    assert refusal(config, grid(config, FRACTIONS), [0, 1], folder) == str(caught.value)
-    return str(caught.value)
+def test_members_that_were_made_with_other_settings_are_named(copy: Path, config: Config):
+    """Both when the sweep is read and when it continues."""
 
+    def mismatch(place: Place) -> str:
+        with pytest.raises(ProbekitError) as caught:
+            Sweep.open(copy).table()
+        assert refusal(Sweep.open(copy).config, grid(config, FRACTIONS), [0, 1], copy) == str(caught.value)
+        assert str(place) in str(caught.value)
+        return str(caught.value)
 
-def test_a_member_that_was_evaluated_in_another_way_is_told(copy: Path):
-    evaluate(copy / "mixing.fraction=1" / "seed1", {"evaluation.stride": 7}, quiet=True)
-    assert read_again(copy) == (
-        f"{copy}: mixing.fraction=1/seed1 was evaluated with evaluation.stride 7, and the sweep has 24; "
-        "delete its evaluation.json, and repeat the command that began the sweep"
-    )
-
-
-def test_a_member_that_was_trained_in_another_way_is_told(copy: Path, config: Config):
-    place = Place("mixing.fraction=0.5", 1)
-    other = Sweep.open(copy).config_of(place).override({"training.adapter.epochs": 2})
-    evaluate(train(other, copy / str(place), existing="overwrite", quiet=True), quiet=True)
-    assert (
-        "mixing.fraction=0.5/seed1 was trained with training.adapter.epochs 2.0, and the sweep has 1.0; "
-        "delete its folder"
-    ) in read_again(copy)
-
-
-def test_generated_text_of_other_settings_is_told(copy: Path):
-    config = Sweep.open(copy).config
+    third = Place("mixing.fraction=1", 0)
     settings = config.generation.model_dump(mode="json") | {"seeds": [0], "temperature": 0.5}
-    write_json(
-        copy / "mixing.fraction=1" / "seed0" / "generation.json", {"settings": settings, "metrics": []}
-    )
-    line = read_again(copy)
-    assert (
-        "mixing.fraction=1/seed0 generated text with generation.temperature 0.5, and the sweep has 1.0"
-        in line
-    )
-    assert "delete its generation.json" in line
+    write_json(copy / str(third) / "generation.json", {"settings": settings, "metrics": []})
+    assert "generated text with generation.temperature 0.5, and the sweep has 1.0" in mismatch(third)
+    second = Place("mixing.fraction=0.5", 1)
+    other = Sweep.open(copy).config_of(second).override({"training.adapter.epochs": 2})
+    evaluate(train(other, copy / str(second), existing="overwrite", quiet=True), quiet=True)
+    assert "was trained with training.adapter.epochs 2.0, and the sweep has 1.0" in mismatch(second)
+    first = Place("mixing.fraction=0", 0)
+    evaluate(copy / str(first), {"evaluation.stride": 7}, quiet=True)
+    assert "was evaluated with evaluation.stride 7, and the sweep has 24" in mismatch(first)
 
 
 def test_what_nothing_uses_may_be_other(copy: Path, swept: tuple[Sweep, Counter[str]]):
-    place = Place("mixing.fraction=1", 1)
-    run = Run.open(copy / str(place))
+    run = Run.open(copy / str(Place("mixing.fraction=1", 1)))
     settings = {"probe.hidden": 7, "training.base.rank": 3, "generation.prompts": 3, "planner.layers": 1}
     Run.begin(run.folder, run.config.override(settings), "resume")
     pd.testing.assert_frame_equal(Sweep.open(copy).table(), swept[0].table())
@@ -489,14 +470,3 @@ def test_a_stage_whose_files_are_gone_is_trained_not_shared(
     sweep(config, grid(config, FRACTIONS), [0, 1], copy, quiet=True)
     assert +trained == {"adapter/oracle": 1, "adapter/mixed": 1}
     assert (copy / "mixing.fraction=1" / "seed0" / "adapters" / "oracle.safetensors").exists()
-
-
-def test_a_stage_of_another_precision_is_not_shared(copy: Path, config: Config):
-    shutil.rmtree(copy / "mixing.fraction=1" / "seed0")
-    for path in copy.glob("*/*/run.json"):
-        state = read_json(path)
-        for facts in state["stages"].values():
-            facts.update({"precision": "bfloat16"} if "precision" in facts else {})
-        write_json(path, state)
-    line = refusal(config, grid(config, FRACTIONS), [0, 1], copy)
-    assert "training.precision was 'bfloat16' and is now 'float32'" in line

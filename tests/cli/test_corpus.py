@@ -10,8 +10,6 @@ from read_tables import rows_of
 from running import ONE_CELL, Capture, refused, told
 
 from probekit.cli import main
-from probekit.config import Config
-from probekit.io import read_json
 from probekit.run.run import Run
 
 
@@ -24,19 +22,6 @@ def test_corpus_prints_sizes_and_nearest_sentences(capsys: Capture, tiny_run: Ru
         assert row in [cells[:3] for cells in rows_of(out)]
     assert out.count("█") >= 8
     assert told(capsys, "corpus", tiny_run.folder, "--nearest", "0") != out
-
-
-def test_building_a_corpus_alone_is_the_first_stage_of_training(
-    capsys: Capture, tmp_path: Path, tiny_config: Config
-):
-    (tmp_path / "tiny.yaml").write_text(tiny_config.to_yaml())
-    out = tmp_path / "run"
-    told(capsys, "corpus", "--config", tmp_path / "tiny.yaml", "--out", out, "--quiet")
-    assert list(read_json(out / "run.json")["stages"]) == ["corpus"]
-    for command, lacking in (("evaluate", "planner"), ("probe", "lm")):
-        line = refused(capsys, command, out)
-        assert f"lacks the stage {lacking!r}" in line
-        assert f"probekit train --resume --out {out}" in line
 
 
 def test_sentences_are_exported_and_a_column_of_labels_is_probed(capsys: Capture, copy: Path, tmp_path: Path):

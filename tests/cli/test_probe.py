@@ -127,14 +127,6 @@ def test_any_model_is_probed_on_any_text(capsys: Capture, lm: Path, texts: Path,
     assert Run.open(out).config.actions.k == 9
 
 
-def test_any_model_has_a_folder_by_default(
-    capsys: Capture, lm: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.chdir(tmp_path)
-    told(capsys, "probe", "--model", lm, "--corpus", texts, *ANY, *ONE_CELL, "--quiet")
-    assert len(Run.open("runs/probed").probes())
-
-
 def test_any_model_needs_a_model_and_a_text(capsys: Capture, lm: Path, texts: Path, tmp_path: Path):
     words = ["probe", "--out", tmp_path / "run", "--quiet", *ANY]
     line = refused(capsys, *words, "--model", tmp_path / "no", "--corpus", texts)

@@ -405,19 +405,6 @@ def test_what_is_missing_is_refused_before_a_text_is_read(
     assert not (tmp_path / "corpus").exists()
 
 
-def test_real_articles(tmp_path: Path, wikitext: Path):
-    overrides = SMALL | {"corpus.reader": "wikitext", "corpus.path": str(wikitext), "lm.vocabulary": 800}
-    corpus = built(tmp_path / "corpus", overrides | {"actions.k": 16, "actions.dimensions": 16})
-    assert corpus.facts["documents"] == 60
-    texts = texts_of(corpus)
-    for document, text in enumerate(texts):
-        assert corpus.tokenizer.decode(tokens_of(corpus, document)[1:]) == text
-        spans = corpus.spans[corpus.sentences(np.array([document]))]
-        assert "".join(text[start:end] for start, end in spans) == text
-    assert np.bincount(corpus.actions, minlength=16).min() > 0
-    assert corpus.tokens.dtype == np.uint16
-
-
 def test_no_more_of_a_stream_is_read_than_is_asked_for(tmp_path: Path, monkeypatch):
     import datasets
 

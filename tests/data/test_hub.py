@@ -210,11 +210,3 @@ def test_the_cache_answers_for_the_name_kind_and_revision_asked_for(
     assert "nothing of it" in refusal("someone/something")
     assert hub.find("someone/something", setting="x", kind="dataset").revision == OLD_SHA
     assert OLD_SHA in refusal("someone/else", revision="v2")
-
-
-def test_a_commit_that_no_name_stands_for_is_offered(offline_cache: Path, monkeypatch: pytest.MonkeyPatch):
-    """What was downloaded by commit, as probekit does, is in the cache without a branch's name."""
-    told_to_stay_offline(monkeypatch)
-    cache(offline_cache, "someone/something", {OLD_SHA: []})
-    assert OLD_SHA in refusal("someone/something")
-    assert hub.find("someone/something", setting="x", revision=OLD_SHA).revision == OLD_SHA

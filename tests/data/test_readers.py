@@ -187,14 +187,6 @@ def test_huggingface_columns_that_are_known_late_and_bad_folders(tmp_path):
     assert "no such folder" in refusal(tmp_path / "nope", "huggingface")
 
 
-def test_huggingface_hub_that_cannot_be_reached(tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", Mock(side_effect=ConnectionError("no route")))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    refused = refusal("someone/something", "huggingface")
-    assert refused.startswith("corpus.path is 'someone/something'")
-    assert "cannot be reached" in refused
-
-
 def test_huggingface_reads_the_revision_that_was_found(tmp_path, monkeypatch, toy):
     snapshot, load = Mock(return_value=str(tmp_path)), Mock(return_value=toy.to_iterable_dataset())
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)

@@ -142,19 +142,3 @@ def test_sentences_are_told_by_hindsight():
 )
 def test_bad_input_is_refused_in_one_line(words: list[str], said: str, tiny_run: Run, capsys: Capture):
     assert said in refused(capsys, tiny_run.folder, *words)
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("", "holds no prompt; give one a line"),
-        ('{"text": "a"}\nb\n', 'line 2 is no JSON object with a "text"'),
-        ('{"txt": "a"}\n', 'line 1 is no JSON object with a "text"'),
-    ],
-)
-def test_bad_files_of_prompts_are_refused(
-    text: str, said: str, tiny_run: Run, capsys: Capture, tmp_path: Path
-):
-    path = tmp_path / "prompts.jsonl"
-    path.write_text(text, "utf-8")
-    assert said in refused(capsys, tiny_run.folder, "--prompts", path)
