@@ -1,7 +1,6 @@
 """Text that is written: draws, the conditioned LM over the finished text, and plans."""
 
 import itertools
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
+from small_trainings import with_strong_adapters
 
 from probekit.config import Config, GenerationSettings
 from probekit.data.corpus import Corpus
@@ -17,7 +17,6 @@ from probekit.data.windows import collate, cut_windows
 from probekit.errors import ProbekitError
 from probekit.generation.generate import Generated, draw, generate, reading_window
 from probekit.generation.prompts import Prompt, document_prompts, text_prompt
-from probekit.io import read_tensors, write_tensors
 from probekit.models.mixing import VARIANTS, Fixed, Oracle
 from probekit.progress import Progress
 from probekit.run.run import Run
@@ -94,13 +93,7 @@ VARIANT_NAMES = ["none", "fixed", "oracle", "predicted", "soft", "joint"]
 
 @pytest.fixture(scope="module")
 def run(tiny_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The tiny run with adapters that matter as much as trained ones do."""
-    copy = Run.open(shutil.copytree(tiny_run.folder, tmp_path_factory.mktemp("strong") / "run"))
-    for path in (copy.folder / "adapters").glob("*.safetensors"):
-        tensors = read_tensors(path)
-        tensors["adapter.projections"] *= 20
-        write_tensors(path, tensors)
-    return copy
+    return with_strong_adapters(tiny_run, tmp_path_factory.mktemp("strong"), 20)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_trainings import QUIET
+from small_trainings import QUIET, run_maker
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from probekit.config import Config
@@ -27,31 +27,16 @@ MakeRun = Callable[..., Run]
 
 @pytest.fixture(scope="session")
 def make_run(tiny_run: Run, tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
-    """Trains the ensembles of a run that has all else from the tiny one; equal settings share a run."""
-    made: dict[str, Run] = {}
-
-    def make(**settings: Any) -> Run:
-        name = str(settings)
-        if name not in made:
-            given = {key.replace("__", "."): value for key, value in settings.items()}
-            config = tiny_run.config.override(
-                {
-                    "method": "depth-ensemble",
-                    "training.depth.batch_size": 8,
-                    "training.depth.learning_rate": 1e-2,
-                    "training.base.learning_rate": 3e-3,
-                    "training.base.rank": 2,
-                    "evaluation.questions": 20,
-                }
-                | given
-            )
-            run = Run.begin(tmp_path_factory.mktemp("depth") / "run", config)
-            for stage in ("corpus", "lm", *(["planner"] if config.depth.variant != "none" else [])):
-                run.take_over(stage, tiny_run)
-            made[name] = train(config, run.folder, existing="resume", quiet=True)
-        return made[name]
-
-    return make
+    """Trains the ensembles of a run that has all else from the tiny one."""
+    fixed = {
+        "method": "depth-ensemble",
+        "training.depth.batch_size": 8,
+        "training.depth.learning_rate": 1e-2,
+        "training.base.learning_rate": 3e-3,
+        "training.base.rank": 2,
+        "evaluation.questions": 20,
+    }
+    return run_maker(tiny_run, tmp_path_factory.mktemp("depth"), fixed)
 
 
 def training(run: Run, member: str, **settings: Any) -> tuple[DepthTraining, list[dict[str, Any]]]:

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from small_trainings import run_maker
 
 from probekit.data.windows import collate, cut_windows
 from probekit.errors import ProbekitError
@@ -21,7 +22,6 @@ from probekit.probing.targets import Examples
 from probekit.progress import Progress
 from probekit.run.run import Run
 from probekit.training.adapter import AdapterTraining
-from probekit.training.train import train
 from probekit.training.trainer import Trainer
 
 QUIET = Progress(quiet=True)
@@ -38,21 +38,8 @@ MakeRun = Callable[..., Run]
 
 @pytest.fixture(scope="session")
 def make_run(tiny_run: Run, tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
-    """Trains the adapters of a run that has all else from the tiny one; equal settings share a run."""
-    made: dict[str, Run] = {}
-
-    def make(**settings: Any) -> Run:
-        name = str(settings)
-        if name not in made:
-            given = {key.replace("__", "."): value for key, value in settings.items()}
-            config = tiny_run.config.override({"mixing.variants": ["soft"], **LEARNS, **given})
-            run = Run.begin(tmp_path_factory.mktemp("kinds") / "run", config)
-            for stage in ("corpus", "lm", "planner"):
-                run.take_over(stage, tiny_run)
-            made[name] = train(config, run.folder, existing="resume", quiet=True)
-        return made[name]
-
-    return make
+    """Trains the adapters of a run that has all else from the tiny one."""
+    return run_maker(tiny_run, tmp_path_factory.mktemp("kinds"), {"mixing.variants": ["soft"]} | LEARNS)
 
 
 def validation_loss(run: Run, model: PlannedLM) -> float:
