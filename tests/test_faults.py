@@ -170,8 +170,8 @@ def test_a_command_that_is_stopped_can_be_given_again(
         on_call(patch, function, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
         result = ran(*words)
     assert result.code == 143
-    assert result.told.startswith("probekit: terminated; ")
-    assert result.told.count("\n") == 1
+    assert result.errors.startswith("probekit: terminated; ")
+    assert result.errors.count("\n") == 1
     if command != "train":
         after = hashes(copy)
         assert {name: after.get(name) for name in before} == before

@@ -205,7 +205,7 @@ WHOLE = {
     "damage",
     [lambda whole: b"", lambda whole: b"\xff" * 300, lambda whole: whole[:40], lambda whole: whole[:-5]],
 )
-def test_a_damaged_file_is_told_in_one_line(tmp_path: Path, read, damage):
+def test_a_damaged_file_is_reported_in_one_line(tmp_path: Path, read, damage):
     path = tmp_path / "file"
     WHOLE[read](path)
     path.write_bytes(damage(path.read_bytes()))
@@ -217,7 +217,7 @@ def test_a_damaged_file_is_told_in_one_line(tmp_path: Path, read, damage):
 
 
 @pytest.mark.parametrize("read", WHOLE)
-def test_a_missing_file_and_a_folder_are_told(tmp_path: Path, read):
+def test_a_missing_file_and_a_folder_are_reported(tmp_path: Path, read):
     with pytest.raises(ProbekitError, match="does not exist"):
         read(tmp_path / "none")
     with pytest.raises(ProbekitError, match="cannot be opened"):

@@ -1,4 +1,4 @@
-"""Progress: what a log or a terminal is told of work under way."""
+"""Progress: what a log or a terminal shows of work under way."""
 
 import re
 
@@ -17,7 +17,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def test_the_end_of_a_task_is_told_with_count_time_rate_and_note(
+def test_the_end_of_a_task_is_reported_with_count_time_rate_and_note(
     clock: list[float], capsys: pytest.CaptureFixture[str]
 ):
     with Progress().task("read", total=3000) as task:
@@ -50,7 +50,7 @@ def test_a_task_of_unknown_length_tells_its_count(clock: list[float], capsys: py
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_a_failed_task_is_told_and_its_error_passes(
+def test_a_failed_task_is_reported_and_its_error_passes(
     error: type[BaseException], clock: list[float], capsys: pytest.CaptureFixture[str]
 ):
     with pytest.raises(error), Progress().task("fit"):

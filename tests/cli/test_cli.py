@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from running import Capture, refused, told
+from running import Capture, printed, refused
 
 from probekit import cli
 from probekit.cli import COMMANDS, main
@@ -23,14 +23,14 @@ from probekit.run.run import Run
 
 
 def test_help_lists_commands_and_presets(capsys: Capture):
-    text = told(capsys, "--help")
+    text = printed(capsys, "--help")
     for name, command in COMMANDS.items():
         assert re.search(rf"^  {name} +{re.escape(command.__doc__)}$", text, re.MULTILINE)
     assert f"presets: {', '.join(preset_names())}" in text
 
 
 def test_version(capsys: Capture):
-    assert told(capsys, "--version") == f"probekit {version('probekit-lm')}\n"
+    assert printed(capsys, "--version") == f"probekit {version('probekit-lm')}\n"
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_version(capsys: Capture):
 def test_help_of_a_command_has_all_its_settings_with_defaults(
     command: str, sections: tuple[str, ...] | None, capsys: Capture
 ):
-    text = told(capsys, command, "--help")
+    text = printed(capsys, command, "--help")
     wanted = {name for name in setting_names() if sections is None or name.startswith(tuple(sections))}
     options = set(re.findall(r"^  --([\w.]+)", text, re.MULTILINE))
     assert options & set(setting_names()) == wanted

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from read_tables import rows_of, shows
-from running import Capture, refused, told
+from running import Capture, printed, refused
 
 from probekit.cli import main
 from probekit.run.run import Run
@@ -15,7 +15,7 @@ FAST += ["--intervene.strengths", "2", "--evaluation.resamples", "100"]
 
 
 def test_it_ends_with_every_layer_at_the_nearest_distance(probed_copy: Run, capsys: Capture):
-    out = told(capsys, "intervene", probed_copy.folder, *FAST, "--quiet")
+    out = printed(capsys, "intervene", probed_copy.folder, *FAST, "--quiet")
     table = probed_copy.interventions()
     assert sorted(table.distance.unique()) == [1, 2]
     for kind in ("erase", "steer", "patch"):
@@ -63,7 +63,7 @@ def test_bad_input_is_refused_in_one_line(words: list[str], said: str, probed_co
     assert not (probed_copy.folder / "interventions").exists()
 
 
-def test_a_run_without_probes_is_told_the_command(tiny_run: Run, capsys: Capture, tmp_path: Path):
+def test_a_run_without_probes_is_reported_the_command(tiny_run: Run, capsys: Capture, tmp_path: Path):
     line = refused(capsys, "intervene", tiny_run.folder)
     assert f"run `probekit probe {tiny_run.folder} --probe.variants none`" in line
     line = refused(capsys, "intervene", tmp_path / "nowhere")

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from running import ONE_CELL, Capture, refused, told
+from running import ONE_CELL, Capture, printed, refused
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from probekit.cli import _parse_probe, _probed_config
@@ -17,7 +17,7 @@ from probekit.run.run import Run
 
 def test_probing_writes_table_and_pictures(capsys: Capture, copy: Path):
     words = ["--probe.layers", "0", "--probe.distances", "1", "2", "--probe.variants", "none"]
-    out = told(capsys, "probe", copy, *words, "--quiet")
+    out = printed(capsys, "probe", copy, *words, "--quiet")
     table = Run.open(copy).probes()
     probes = table[table.reader == "probe"]
     assert set(zip(probes.layer, probes.distance, strict=True)) == {(0, 1), (0, 2)}
@@ -29,7 +29,7 @@ def test_a_run_without_a_planner_is_probed(capsys: Capture, copy: Path):
     state = read_json(copy / "run.json")
     state["stages"] = {stage: state["stages"][stage] for stage in ("corpus", "lm")}
     write_json(copy / "run.json", state)
-    told(capsys, "probe", copy, *ONE_CELL, "--quiet")
+    printed(capsys, "probe", copy, *ONE_CELL, "--quiet")
     assert set(Run.open(copy).probes().reader) == {
         *("probe", "token embedding", "prior", "bigram", "bigram (current action)", "skip n-gram"),
         *(f"ceiling ({of})" for of in ("actions", "words", "tokens read")),
@@ -38,11 +38,11 @@ def test_a_run_without_a_planner_is_probed(capsys: Capture, copy: Path):
 
 def test_a_store_of_activations_is_used_again(capsys: Capture, copy: Path):
     words = ["probe", copy, *ONE_CELL, "--store", "--quiet"]
-    told(capsys, *words)
+    printed(capsys, *words)
     first, shards = Run.open(copy).probes(), sorted((copy / "activations" / "none-seed0").iterdir())
     assert {path.suffix for path in shards} == {".json", ".safetensors"}
     times = [path.stat().st_mtime_ns for path in shards]
-    told(capsys, *words)
+    printed(capsys, *words)
     assert [path.stat().st_mtime_ns for path in shards] == times
     assert Run.open(copy).probes().equals(first)
     line = refused(capsys, *words, "--probe.distances", "2", "3")
@@ -90,7 +90,7 @@ ANY = ["--actions.k", "8", "--actions.dimensions", "8", "--training.window", "32
 def test_any_model_is_probed_on_any_text(capsys: Capture, lm: Path, texts: Path, tmp_path: Path):
     out = tmp_path / "probed"
     words = ["probe", "--model", lm, "--corpus", texts, "--out", out, *ANY, *ONE_CELL, "--quiet"]
-    shown = told(capsys, *words)
+    shown = printed(capsys, *words)
     assert "results.parquet" in shown
     run = Run.open(out)
     assert list(read_json(out / "run.json")["stages"]) == ["lm", "corpus"]
@@ -111,19 +111,19 @@ def test_any_model_is_probed_on_any_text(capsys: Capture, lm: Path, texts: Path,
 
     # Again, with another grid: corpus and model stay, what was probed is replaced.
     tokens = (out / "corpus" / "tokens.npy").stat().st_mtime_ns
-    told(capsys, *words, "--probe.layers", "1", "--probe.variants", "random")
+    printed(capsys, *words, "--probe.layers", "1", "--probe.variants", "random")
     assert (out / "corpus" / "tokens.npy").stat().st_mtime_ns == tokens
     again = Run.open(out).probes()
     probes = again[again.reader == "probe"]
     assert set(zip(probes.variant, probes.layer, strict=True)) == {("random", 1)}
     # As a run like any other, too.
-    told(capsys, "probe", out, "--quiet")
+    printed(capsys, "probe", out, "--quiet")
     same = Run.open(out).probes()
     assert same.equals(again), "the run keeps the settings that it was last probed with"
 
     line = refused(capsys, *words, "--actions.k", "9")
     assert "actions.k was 8 and is now 9" in line
-    told(capsys, *words, "--actions.k", "9", "--overwrite")
+    printed(capsys, *words, "--actions.k", "9", "--overwrite")
     assert Run.open(out).config.actions.k == 9
 
 

@@ -1,11 +1,11 @@
-"""`probekit sweep` as it is typed: what is swept over, what is told of it."""
+"""`probekit sweep` as it is typed: what is swept over, what is printed of it."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 from read_tables import rows_of, shows
-from running import Capture, refused, told
+from running import Capture, printed, refused
 
 from probekit.cli import _parse_sweep, _swept
 from probekit.config import Config
@@ -18,8 +18,8 @@ def test_sweeping_trains_prints_and_goes_on(capsys: Capture, tmp_path: Path, tin
     out = tmp_path / "sweep"
     words = ["sweep", "mixing-fraction", "--config", tmp_path / "tiny.yaml", "--out", out, "--quiet"]
     words += ["--corpus.planted.documents", "120", "--seeds", "1"]
-    told(capsys, *words, "--values", "0", "1")
-    text = told(capsys, *words, "--values", "0.5")
+    printed(capsys, *words, "--values", "0", "1")
+    text = printed(capsys, *words, "--values", "0.5")
     table = Sweep.open(out).table()
     means = table[table.seed.isna()]
     assert set(zip(means["mixing.fraction"], means.variant, strict=True)) == {
@@ -32,7 +32,7 @@ def test_sweeping_trains_prints_and_goes_on(capsys: Capture, tmp_path: Path, tin
     assert "Not finished" not in text
     assert "results.parquet" in text
     # Every other command works on a member.
-    told(capsys, "evaluate", out / "mixing.fraction=0.5" / "seed0", "--quiet")
+    printed(capsys, "evaluate", out / "mixing.fraction=0.5" / "seed0", "--quiet")
     line = refused(capsys, *words, "--lm.layers", "4", "--values", "0")
     assert "was begun with other settings: lm.layers was 3 and is now 4" in line
     assert "holds no sweep" in refused(capsys, *words, "--out", tmp_path)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from running import Capture, refused, told
+from running import Capture, printed, refused
 
 from probekit.cli import main
 from probekit.run.run import Run
@@ -23,19 +23,19 @@ def test_a_single_setting_may_put_a_file_right(capsys: Capture, tmp_path: Path):
 def test_resuming_by_command_changes_only_what_is_free(capsys: Capture, copy: Path):
     line = refused(capsys, "train", "--resume", "--out", copy, "--lm.layers", "4")
     assert "lm.layers was 3 and is now 4" in line
-    out = told(capsys, "train", "--resume", "--out", copy, "--probe.layers", "0", "--quiet")
+    out = printed(capsys, "train", "--resume", "--out", copy, "--probe.layers", "0", "--quiet")
     assert "adapter/joint" in out
     assert Run.open(copy).config.probe.layers == (0,)
 
 
 def test_training_prints_stages_and_what_comes_next(capsys: Capture, tiny_run: Run):
-    out = told(capsys, "train", "--resume", "--out", tiny_run.folder, "--quiet")
+    out = printed(capsys, "train", "--resume", "--out", tiny_run.folder, "--quiet")
     for stage in STAGES:
         assert f" {stage} " in out
     assert f"probekit evaluate {tiny_run.folder}" in " ".join(out.split())
 
 
-def test_settings_that_change_nothing_are_told(capsys: Capture, copy: Path):
+def test_settings_that_change_nothing_are_reported(capsys: Capture, copy: Path):
     words = ["train", "--resume", "--out", str(copy), "--quiet", "--training.base.rank", "4"]
     how = ["--training.save_minutes", "3", "--lm.device_map", "auto"]
     assert main([*words, *how, "--evaluation.stride", "7", "--seed", "0"]) == 0
@@ -47,6 +47,6 @@ def test_settings_that_change_nothing_are_told(capsys: Capture, copy: Path):
 
 @pytest.mark.parametrize("words", [["--preset", "demo"], ["--preset=demo"]])
 def test_help_after_a_preset_has_its_defaults(words: list[str], capsys: Capture):
-    plain, demo = (" ".join(told(capsys, "train", *more, "--help").split()) for more in ([], words))
+    plain, demo = (" ".join(printed(capsys, "train", *more, "--help").split()) for more in ([], words))
     assert "--lm.width int Residual stream width (d_model) of a new LM. (default: 128)" in plain
     assert "--lm.width int Residual stream width (d_model) of a new LM. (default: 64)" in demo

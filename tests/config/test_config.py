@@ -1,4 +1,4 @@
-"""Settings: what is accepted comes back unchanged, what is not is told in one line."""
+"""Settings: what is accepted comes back unchanged, what is not is refused in one line."""
 
 import math
 from collections.abc import Callable
@@ -241,7 +241,7 @@ def test_a_preset_is_a_name_and_no_path(name: str):
         (b"lm: {layers: &a [*a]}", "lm.layers"),
     ],
 )
-def test_unreadable_files_are_told_in_one_line(tmp_path: Path, content: bytes, said: str):
+def test_unreadable_files_are_reported_in_one_line(tmp_path: Path, content: bytes, said: str):
     path = tmp_path / "mine.yaml"
     path.write_bytes(content)
     with pytest.raises(ProbekitError) as caught:

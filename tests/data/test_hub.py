@@ -174,12 +174,12 @@ def no_such_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_PROXY", "*")
 
 
-def told_to_stay_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+def kept_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
 
 Cut = Callable[[pytest.MonkeyPatch], None]
-no_network = pytest.mark.parametrize("cut", [nobody_listens, no_such_host, told_to_stay_offline])
+no_network = pytest.mark.parametrize("cut", [nobody_listens, no_such_host, kept_offline])
 
 
 @no_network
@@ -204,7 +204,7 @@ def test_without_a_network_the_cache_answers(cut: Cut, offline_cache: Path, monk
 def test_the_cache_answers_for_the_name_kind_and_revision_asked_for(
     offline_cache: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    told_to_stay_offline(monkeypatch)
+    kept_offline(monkeypatch)
     cache(offline_cache, "someone/something", {OLD_SHA: ["main"]}, kind="dataset")
     cache(offline_cache, "someone/else", {OLD_SHA: ["main"]})
     assert "nothing of it" in refusal("someone/something")

@@ -143,13 +143,13 @@ def test_bad_parquet(tmp_path):
     assert refusal(path, "parquet", text_column="body").endswith("a.parquet has text, title")
     path.write_bytes(path.read_bytes()[:-20])  # cut short
     assert f"{path}: not a readable Parquet file: " in refusal(path, "parquet")
-    for column, told in [
+    for column, said in [
         (["One.", None], f"{path}:2: no 'text'; --corpus.missing skip drops such rows"),
         ([1], f"{path}:1: 'text' holds int, not a string"),
         (pa.array([b"\xff"]).view(pa.string()), f"{path}: not a readable Parquet file: 'utf-8' codec"),
         (pa.array([], pa.string()), f"corpus.path is '{path}': the parquet reader finds no document"),
     ]:
-        assert refusal(parquet(path, text=column), "parquet").startswith(told)
+        assert refusal(parquet(path, text=column), "parquet").startswith(said)
 
 
 @pytest.fixture(scope="module")
@@ -217,11 +217,11 @@ def test_path_is_needed(reader):
 @pytest.mark.parametrize("reader", FILE_READERS)
 def test_paths_with_nothing_to_read(tmp_path, monkeypatch, reader):
     missing = f"{tmp_path}/nope"
-    told = f"corpus.path is '{missing}': No such file or directory; name a file or folder"
-    assert refusal(missing, reader).startswith(told)
+    said = f"corpus.path is '{missing}': No such file or directory; name a file or folder"
+    assert refusal(missing, reader).startswith(said)
     assert "null" in refusal("a\0b", reader)
-    told = f"corpus.path is '{tmp_path}': a folder with no file that ends in ."
-    assert refusal(tmp_path, reader).startswith(told)
+    said = f"corpus.path is '{tmp_path}': a folder with no file that ends in ."
+    assert refusal(tmp_path, reader).startswith(said)
     path = write(tmp_path / "a", "A.")
     refuse = Mock(side_effect=PermissionError(13, "Permission denied"))
     monkeypatch.setattr(readers, "_bytes", refuse)
@@ -248,10 +248,10 @@ REFUSALS = [
 ]
 
 
-@pytest.mark.parametrize(("reader", "content", "told"), REFUSALS, ids=[told for *_, told in REFUSALS])
-def test_files_that_hold_something_else(tmp_path, reader, content, told):
+@pytest.mark.parametrize(("reader", "content", "said"), REFUSALS, ids=[said for *_, said in REFUSALS])
+def test_files_that_hold_something_else(tmp_path, reader, content, said):
     path = write(tmp_path / "a", content)
-    assert refusal(path, reader).startswith(told.replace("PATH", str(path)))
+    assert refusal(path, reader).startswith(said.replace("PATH", str(path)))
 
 
 @pytest.fixture

@@ -87,7 +87,7 @@ def assert_partition(text, spans):
 
 
 def owners_one_by_one(text, spans, offsets):
-    """The rule of `align` told token by token."""
+    """The rule of `align` written out token by token."""
     owners = [0]
     for start, end in offsets:
         inside = range(start, end) or [max(start - 1, 0)]

@@ -170,9 +170,9 @@ def test_documents_too_short_to_be_asked_about_cost_multiple_choice_alone(
         lambda corpus, documents, count, _, seed: asked(corpus, documents, count, 1, seed),
     )
     assert main(["evaluate", str(folder)]) == 0
-    told = capsys.readouterr()
-    assert "no multiple choice: none of 16 documents has a sentence" in " ".join(told.err.split())
-    assert "Multiple choice" not in told.out
+    said = capsys.readouterr()
+    assert "no multiple choice: none of 16 documents has a sentence" in " ".join(said.err.split())
+    assert "Multiple choice" not in said.out
     copy = Run.open(folder)
     written = copy.evaluation()
     assert written.keys() == {"settings", "perplexity", "differences"}

@@ -129,7 +129,7 @@ def few(settings: dict) -> dict:
     return SETTINGS | {"mixing.variants": ["oracle"], "generation.samples": 6} | settings
 
 
-def test_seeds_are_pooled_and_their_spread_is_told(large: Run):
+def test_seeds_are_pooled_and_their_spread_is_reported(large: Run):
     both = evaluate_generation(large, few({"generation.seeds": [3, 5]}), quiet=True)
     single = [evaluate_generation(large, few({"generation.seeds": [seed]}), quiet=True) for seed in (3, 5)]
     keys = ["variant", "actions", "texts", "length", "metric"]
@@ -147,7 +147,7 @@ def test_seeds_are_pooled_and_their_spread_is_told(large: Run):
     assert own.value == pytest.approx((first.value[own.name] + second.value[own.name]) / 2)
 
 
-def test_too_few_texts_for_mauve_are_told(large: Run):
+def test_too_few_texts_for_mauve_are_reported(large: Run):
     evaluation = evaluate_generation(large, few({"mixing.variants": ["fixed"]}), quiet=True)
     assert "mauve" not in set(evaluation.metrics.metric)
     assert evaluation.notes == [
@@ -156,7 +156,7 @@ def test_too_few_texts_for_mauve_are_told(large: Run):
     ]
 
 
-def test_an_encoder_that_is_gone_is_told_before_work_begins(tiny_run: Run, tmp_path: Path):
+def test_an_encoder_that_is_gone_is_reported_before_work_begins(tiny_run: Run, tmp_path: Path):
     run = Run.open(shutil.copytree(tiny_run.folder, tmp_path / "run"))
     lengths = {"generation.context": 8, "generation.lengths": [8]}
     check_generation(run, lengths)

@@ -163,7 +163,7 @@ def as_corpus(run: Run, prompt: Prompt, tokens: np.ndarray, plan: np.ndarray | N
     )
 
 
-def told_in_time(run: Run, prompt: Prompt, tokens: np.ndarray, corpus: Corpus) -> int:
+def known_in_time(run: Run, prompt: Prompt, tokens: np.ndarray, corpus: Corpus) -> int:
     """How many tokens were written before the splitter's hindsight would have had another sentence."""
     for n in range(len(tokens)):
         length = len(prompt.tokens) + n
@@ -204,7 +204,7 @@ def test_text_is_what_the_conditioned_lm_says(
     for number, (prompt, more) in enumerate(zip(asked, found, strict=True)):
         corpus = as_corpus(run, prompt, more.tokens, plan if given else None)
         logits = own_logits(run, variant, corpus, given)[len(prompt.tokens) - 1 :]
-        upto = min(len(logits), told_in_time(run, prompt, more.tokens, corpus))
+        upto = min(len(logits), known_in_time(run, prompt, more.tokens, corpus))
         if upto:
             uniforms = torch.tensor(np.random.default_rng([2, number]).random(upto))
             assert more.tokens[:upto].tolist() == draw(logits[:upto], uniforms, settings).tolist()

@@ -17,8 +17,8 @@ from probekit.run.run import Run
 Capture = pytest.CaptureFixture[str]
 
 
-def told(capsys: Capture, *words: str | Path) -> str:
-    return running.told(capsys, "generate", *words, "--quiet")
+def printed(capsys: Capture, *words: str | Path) -> str:
+    return running.printed(capsys, "generate", *words, "--quiet")
 
 
 def refused(capsys: Capture, *words: str | Path) -> str:
@@ -31,7 +31,7 @@ def written(path: Path) -> list[dict]:
 
 def test_by_default_some_documents_are_continued(tiny_run: Run, capsys: Capture, tmp_path: Path):
     out = tmp_path / "texts.jsonl"
-    shown = told(capsys, tiny_run.folder, "--tokens", "30", "--out", out)
+    shown = printed(capsys, tiny_run.folder, "--tokens", "30", "--out", out)
     rows = written(out)
     assert len(rows) == 4
     assert shown.endswith(f"All texts: {out}\n")
@@ -53,7 +53,7 @@ def test_by_default_some_documents_are_continued(tiny_run: Run, capsys: Capture,
 def test_it_is_what_generate_writes(tiny_run: Run, capsys: Capture, tmp_path: Path):
     out = tmp_path / "texts.jsonl"
     words = ("--prompt", "Word.", "", "--tokens", "9", "--seed", "5", "--variant", "joint")
-    told(capsys, tiny_run.folder, *words, "--generation.top_k", "7", "--out", out)
+    printed(capsys, tiny_run.folder, *words, "--generation.top_k", "7", "--out", out)
     settings = tiny_run.config.generation.model_copy(update={"top_k": 7})
     expected = generate(tiny_run, ["Word.", ""], variant="joint", settings=settings, tokens=9, seed=5)
     assert [row["tokens"] for row in written(out)] == [more.tokens.tolist() for more in expected]
@@ -77,19 +77,21 @@ def test_prompts_come_from_files(tiny_run: Run, tmp_path: Path, capsys: Capture)
     lines.write_text('{"text": "One.", "other": 1}\n{"text": "Two.\\nAnd three"}\n', "utf-8")
     assert read_prompts(plain) == ["One.", "Two. And three"]
     assert read_prompts(lines) == ["One.", "Two.\nAnd three"]
-    shown = told(capsys, tiny_run.folder, "--prompts", plain, "--tokens", "4")
+    shown = printed(capsys, tiny_run.folder, "--prompts", plain, "--tokens", "4")
     assert "Two. And three" in shown
 
 
 def test_corpus_text_is_no_markup(tiny_run: Run, capsys: Capture):
     prompt = "[bold]x[/bold] [red] \x1b[31m :smile: [/nothing]"
-    shown = told(capsys, tiny_run.folder, "--prompt", prompt, "--tokens", "3")
+    shown = printed(capsys, tiny_run.folder, "--prompt", prompt, "--tokens", "3")
     assert "[bold]x[/bold] [red] \N{REPLACEMENT CHARACTER}[31m :smile: [/nothing]" in shown
 
 
-def test_a_plan_is_obeyed_and_its_end_told(tiny_run: Run, capsys: Capture, tmp_path: Path):
+def test_a_plan_is_obeyed_and_its_end_reported(tiny_run: Run, capsys: Capture, tmp_path: Path):
     out = tmp_path / "texts.jsonl"
-    shown = told(capsys, tiny_run.folder, "--samples", "6", "--plan", "3,1", "--tokens", "90", "--out", out)
+    shown = printed(
+        capsys, tiny_run.folder, "--samples", "6", "--plan", "3,1", "--tokens", "90", "--out", out
+    )
     rows = written(out)
     stopped = [row for row in rows if row["ended"] == "plan"]
     assert stopped
@@ -104,17 +106,17 @@ def test_a_plan_is_obeyed_and_its_end_told(tiny_run: Run, capsys: Capture, tmp_p
 
 def test_the_oracles_plan_is_the_documents(tiny_run: Run, capsys: Capture, tmp_path: Path):
     out, corpus = tmp_path / "texts.jsonl", tiny_run.corpus
-    told(capsys, tiny_run.folder, "--documents", "2", "--plan", "oracle", "--tokens", "30", "--out", out)
+    printed(capsys, tiny_run.folder, "--documents", "2", "--plan", "oracle", "--tokens", "30", "--out", out)
     rows = written(out)
     assert len(rows) == 2
     for row in rows:
         true = corpus.actions[corpus.sentences(np.array([row["document"]]))]
         first = len(complete_spans(row["prompt"]))
-        told_actions = [sentence["action"] for sentence in row["sentences"]]
-        assert told_actions == true[first : first + len(told_actions)].tolist()
+        found_actions = [sentence["action"] for sentence in row["sentences"]]
+        assert found_actions == true[first : first + len(found_actions)].tolist()
 
 
-def test_sentences_are_told_by_hindsight():
+def test_sentences_are_found_by_hindsight():
     prompt = Prompt(np.zeros(1), "It cost 3.")
     more = Generated(np.zeros(1), "14 in all. The end", np.array([7, 5]), "length")
     assert sentences_of(prompt, more, "en") == [("14 in all.", None), ("The end", 7)]

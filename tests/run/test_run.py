@@ -252,7 +252,7 @@ def test_a_missing_stage_is_named_with_the_command_that_adds_it(begun: Run):
     assert read_json(begun.folder / "run.json")["stages"] == {"planner": {"seconds": 1.0}}
 
 
-def test_results_that_are_not_there_are_told_with_their_command(begun: Run):
+def test_results_that_are_not_there_are_reported_with_their_command(begun: Run):
     for read, command in (
         (begun.metrics, "train it first"),
         (begun.evaluation, "probekit evaluate"),
