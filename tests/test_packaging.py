@@ -22,7 +22,7 @@ PACKAGE = ROOT / "probekit"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
 OPTIONAL = {"sentence-transformers"}
-"""What the package imports only where it is asked for; its absence is said in one line."""
+"""What the package imports only where it is asked for; its absence is reported in one line."""
 
 
 def files_below(folder: Path) -> set[str]:

@@ -202,8 +202,8 @@ def test_a_variant_comes_back_as_it_was_trained(everything: Run, variant: str):
     training.model, training._variant = everything.model(variant), variant
     found = stage.mean_loss(stage.windows("validation"), 32, training.validation_losses)
     metrics = everything.metrics()
-    said = metrics[metrics.stage == f"adapter/{variant}"].validation_loss.min()
-    assert found == pytest.approx(said, rel=1e-5)
+    logged = metrics[metrics.stage == f"adapter/{variant}"].validation_loss.min()
+    assert found == pytest.approx(logged, rel=1e-5)
     assert everything.temperature(variant) == everything.model(variant).temperature
     assert everything.temperature(variant) != pytest.approx(0.8, abs=1e-4)
 
@@ -227,9 +227,9 @@ def test_evaluation_reads_the_embeddings_of_each_variant(everything: Run):
     right = planner_log_probabilities(planner, corpus, documents)
     assert not np.allclose(right, planner_log_probabilities(planner, everything.corpus, documents))
     table = evaluate(everything, quiet=True).planner.set_index(["reader", "metric"]).value
-    said = table["planner after joint", "cross_entropy"]
+    value = table["planner after joint", "cross_entropy"]
     sentences = everything.corpus.sentences(documents)
     later = ~np.isin(sentences, everything.corpus.document_sentences[documents])
     assert (~later).sum() == len(documents)
     losses = -right[np.arange(len(right)), everything.corpus.actions[sentences]]
-    assert said == pytest.approx(losses[later].mean(), rel=1e-6)
+    assert value == pytest.approx(losses[later].mean(), rel=1e-6)

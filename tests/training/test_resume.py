@@ -81,8 +81,8 @@ def rows_of(run: Run, stage: str) -> pd.DataFrame:
 
 def files_of(run: Run, stage: str) -> dict[str, bytes]:
     paths = (path for top in run.files_of(stage) for path in [top, *top.rglob("*")] if path.is_file())
-    said = ("run.json", "provenance.json", "config.yaml")  # time, and the variants of the run
-    return {str(p.relative_to(run.folder)): p.read_bytes() for p in paths if p.name not in said}
+    timed = ("run.json", "provenance.json", "config.yaml")  # time, and the variants of the run
+    return {str(p.relative_to(run.folder)): p.read_bytes() for p in paths if p.name not in timed}
 
 
 @pytest.mark.parametrize("stage", ["lm", "planner", "adapter/mixed", "adapter/gumbel"])
