@@ -378,28 +378,24 @@ def _fit_batch(
 ) -> tuple[Probes, Probes | None, Tensor | None]:
     """The probes of a stack, those of the control task, and the code lengths."""
 
-    def labels(task: Task) -> tuple[Tensor, Tensor]:
-        return (
-            task.of(FITTED_ON, slice(None), points, job.device),
-            task.of(CHOSEN_ON, slice(None), points, job.device),
-        )
+    def labels(task: Task, split: str) -> Tensor:
+        return task.of(split, slice(None), points, job.device)
 
-    settings, classes = job.settings, job.grid.target.classes
-    y, y_chosen = labels(task)
-    probes = job.solver(solver).fit(X, y, classes, X_chosen, y_chosen)
-    control = code = None
-    if job.control is not None:
-        control = job.solver(solver)
-        y_control, y_control_chosen = labels(job.control)
-        if isinstance(probes, SoftmaxProbes) and isinstance(control, SoftmaxProbes):
-            # With the penalty of the real task: selectivity compares probes of one and the same family.
-            control.fit_at(X, y_control, classes, probes.l2_)
-        else:
-            control.fit(X, y_control, classes, X_chosen, y_control_chosen)
-    if settings.code_length and isinstance(probes, SoftmaxProbes):
-        ends = block_ends(job.grid.examples[FITTED_ON].document)
-        code = prequential_code(X, y, classes, probes.l2_, ends, settings.max_iterations).total
-    return probes, control, code
+    classes, probes = job.grid.target.classes, job.solver(solver)
+    fitted_on, chosen_on = (X, labels(task, FITTED_ON), classes), (X_chosen, labels(task, CHOSEN_ON))
+    if not isinstance(probes, SoftmaxProbes):
+        probes.fit(*fitted_on, *chosen_on)
+        if job.control is None:
+            return probes, None, None
+        y, y_chosen = labels(job.control, FITTED_ON), labels(job.control, CHOSEN_ON)
+        return probes, job.solver(solver).fit(X, y, classes, X_chosen, y_chosen), None
+    # The control task has the penalty of the real one: selectivity compares probes of one family.
+    probes.fit(*fitted_on, *chosen_on, None if job.control is None else labels(job.control, FITTED_ON))
+    if not job.settings.code_length:
+        return probes, probes.control_, None
+    ends = block_ends(job.grid.examples[FITTED_ON].document)
+    code = prequential_code(*fitted_on, probes.l2_, ends, job.settings.max_iterations)
+    return probes, probes.control_, code.total
 
 
 def _fit_sums(activations: Activations, job: FitJob) -> list[Fitted]:
@@ -503,7 +499,7 @@ def _facts(fitted: Fitted, cells: Sequence[Cell], grid: Grid) -> Iterator[Facts]
             | {"fitted_on": len(examples)}
             | known
             | {
-                "validation_cross_entropy": float(losses[i].min()),
+                "validation_cross_entropy": float(losses[i].nan_to_num(torch.inf).min()),
                 "constant": bool(fitted.constant[i]),
             }
         )
