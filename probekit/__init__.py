@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from probekit.generation.evaluate import GenerationEvaluation, evaluate_generation
     from probekit.generation.generate import Generated, generate
     from probekit.generation.prompts import Prompt
-    from probekit.probing.probe import ProbeResults, TrainingProbes, probe, probe_checkpoints
+    from probekit.probing.over_training import TrainingProbes, probe_checkpoints
+    from probekit.probing.probe import ProbeResults, probe
     from probekit.reports.lens import lens
     from probekit.reports.plots import (
         plot_curve,
@@ -53,7 +54,7 @@ _HOME = {
     "Run": "probekit.run.run",
     "SubnetworkResults": "probekit.causal.subnetwork",
     "Sweep": "probekit.sweeps",
-    "TrainingProbes": "probekit.probing.probe",
+    "TrainingProbes": "probekit.probing.over_training",
     "build_corpus": "probekit.training.train",
     "demo": "probekit.cli:run_demo",
     "evaluate": "probekit.evaluation.evaluate",
@@ -71,7 +72,7 @@ _HOME = {
     "plot_training": "probekit.reports.plots",
     "prepare": "probekit.training.train",
     "probe": "probekit.probing.probe",
-    "probe_checkpoints": "probekit.probing.probe",
+    "probe_checkpoints": "probekit.probing.over_training",
     "report": "probekit.reports.report",
     "subnetwork": "probekit.causal.subnetwork",
     "sweep": "probekit.sweeps",

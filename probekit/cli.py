@@ -202,7 +202,7 @@ def _probed_config(parsed: argparse.Namespace, given: dict[str, Any]) -> Config:
 
 
 def _probe_checkpoints(parsed: argparse.Namespace, given: dict[str, Any]) -> None:
-    from probekit.probing.probe import probe_checkpoints
+    from probekit.probing.over_training import probe_checkpoints
     from probekit.reports.plots import save_over_training
     from probekit.reports.terminal import print_over_training
 

@@ -29,7 +29,7 @@ from probekit.errors import ProbekitError
 from probekit.io import atomic_path
 from probekit.models.hook_points import label
 from probekit.models.mixing import VARIANTS
-from probekit.probing.probe import TrainingProbes
+from probekit.probing.over_training import TrainingProbes
 from probekit.reports.describe import visible
 from probekit.reports.figures import (
     BASELINE_STYLES,

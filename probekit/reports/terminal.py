@@ -14,7 +14,8 @@ from probekit.data.corpus import Corpus, too_few
 from probekit.evaluation.perplexity import Evaluation
 from probekit.generation.evaluate import GenerationEvaluation
 from probekit.generation.generate import Written
-from probekit.probing.probe import ProbeResults, TrainingProbes
+from probekit.probing.over_training import TrainingProbes
+from probekit.probing.probe import ProbeResults
 from probekit.reports import describe
 from probekit.reports.describe import Table, visible
 from probekit.run.run import Run

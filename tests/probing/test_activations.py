@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PreTr
 
 from probekit.config import Config
 from probekit.errors import ProbekitError
+from probekit.evaluation.perplexity import window_and_stride
 from probekit.models.hook_points import BridgeBackend, HFBackend
 from probekit.models.language_model import random_weights
 from probekit.models.planner_lm import PlannedLM
@@ -82,6 +83,11 @@ def read(reader: Reader, examples: Examples) -> dict[HookPoint, Tensor]:
 
 def settings(run: Run, window: int = 20, stride: int = 7, **more: Any) -> Run:
     return run.with_settings({"evaluation.window": window, "evaluation.stride": stride, **more})
+
+
+def reader_of(run: Run, *given: Any, **named: Any) -> Reader:
+    """A reader with the windows of `settings`."""
+    return Reader(run, *given, windows=window_and_stride(run), **named)
 
 
 def loud(run: Run) -> Run:
@@ -180,7 +186,7 @@ def test_every_place_equals_a_pass_over_the_tokens_before(
 ):
     run = settings(tiny_run, window, stride, **{"evaluation.batch_size": batch})
     examples = at_anchors(run, DOCUMENTS)
-    found = read(Reader(run, "none", PLACES, DISTANCES), examples)
+    found = read(reader_of(run, "none", PLACES, DISTANCES), examples)
     assert sorted(found) == sorted(PLACES)
     assert_equal_to_slow(found, Watched(run, run.plain_model()), examples, window, stride)
 
@@ -192,7 +198,7 @@ def test_conditioned_variants_equal_adding_each_action_by_hand(
 ):
     run = loud(settings(tiny_run, window, stride))
     examples = at_anchors(run, DOCUMENTS, count=4)
-    found = read(Reader(run, variant, [*PLACES, BEFORE], DISTANCES), examples)
+    found = read(reader_of(run, variant, [*PLACES, BEFORE], DISTANCES), examples)
     slow = Watched(run, run.plain_model(), run.model(variant))
     assert_equal_to_slow(found, slow, examples, window, stride)
     added = found["attn.hook_z", 2] - found[BEFORE]
@@ -202,10 +208,10 @@ def test_conditioned_variants_equal_adding_each_action_by_hand(
 def test_random_weights_are_those_of_the_seed(tiny_run: Run):
     run = settings(tiny_run)
     examples = at_anchors(run, DOCUMENTS, count=3)
-    found = read(Reader(run, "random", PLACES, DISTANCES, seed=3), examples)
+    found = read(reader_of(run, "random", PLACES, DISTANCES, seed=3), examples)
     assert_equal_to_slow(found, Watched(run, random_weights(run.plain_model(), 3)), examples, 20, 7)
-    other = read(Reader(run, "random", PLACES, DISTANCES, seed=4), examples)
-    trained = read(Reader(run, "none", PLACES, DISTANCES, seed=3), examples)
+    other = read(reader_of(run, "random", PLACES, DISTANCES, seed=4), examples)
+    trained = read(reader_of(run, "none", PLACES, DISTANCES, seed=3), examples)
     for place, values in found.items():
         for unlike in (other, trained):
             assert (unlike[place] - values).abs().max() > 0.1 * values.abs().max(), place
@@ -223,8 +229,8 @@ def test_the_bridge_reads_the_same(tiny_run: Run, variant: str, monkeypatch: pyt
         monkeypatch.setattr(
             kind, "__call__", lambda self, *given, call=call: (taken.append(type(self)), call(self, *given))
         )
-    fast = Reader(run, variant, places, DISTANCES, seed=3)
-    slow = Reader(run, variant, [*places, ("attn.hook_q", 1)], DISTANCES, seed=3)
+    fast = reader_of(run, variant, places, DISTANCES, seed=3)
+    slow = reader_of(run, variant, [*places, ("attn.hook_q", 1)], DISTANCES, seed=3)
     taken.clear()
     found = read(fast, examples)
     assert {*taken} == {HFBackend}
@@ -246,10 +252,10 @@ def test_neither_chunks_nor_batches_matter(
     """Chunks of 7 cut every document, of 11 none: each has ten examples."""
     run = loud(settings(tiny_run))
     examples = at_anchors(run, np.array([12, 10, 13]))
-    whole = read(Reader(run, variant, [*PLACES, BEFORE], DISTANCES), examples)
+    whole = read(reader_of(run, variant, [*PLACES, BEFORE], DISTANCES), examples)
     monkeypatch.setattr(activations, "CHUNK_EXAMPLES", chunk)
     run = loud(settings(tiny_run, **{"evaluation.batch_size": batch}))
-    again = read(Reader(run, variant, [*PLACES, BEFORE], DISTANCES), examples)
+    again = read(reader_of(run, variant, [*PLACES, BEFORE], DISTANCES), examples)
     for place, values in whole.items():
         torch.testing.assert_close(again[place], values, rtol=1e-4, atol=1e-4)
 
@@ -257,10 +263,10 @@ def test_neither_chunks_nor_batches_matter(
 def test_what_else_is_read_does_not_matter(tiny_run: Run):
     run = loud(settings(tiny_run))
     examples = at_anchors(run, np.arange(10, 14))
-    whole = read(Reader(run, "soft", [*PLACES, BEFORE], DISTANCES), examples)
+    whole = read(reader_of(run, "soft", [*PLACES, BEFORE], DISTANCES), examples)
     few = np.arange(len(examples))[::-1][::9].copy()
     for place in (("attn.hook_z", 0), BEFORE, ("mlp.hook_post", 2)):
-        alone = read(Reader(run, "soft", [place], (17, 2)), examples[few])
+        alone = read(reader_of(run, "soft", [place], (17, 2)), examples[few])
         assert list(alone) == [place]
         torch.testing.assert_close(alone[place], whole[place][[3, 1]][:, few], rtol=1e-4, atol=1e-4)
 
@@ -274,7 +280,7 @@ def test_places_of_one_width_go_together():
 def test_bfloat16_is_close_and_comes_back_as_float32(tiny_run: Run):
     examples = at_anchors(tiny_run, DOCUMENTS)
     exact, rough = (
-        read(Reader(settings(tiny_run, **{"training.precision": p}), "none", PLACES, DISTANCES), examples)
+        read(reader_of(settings(tiny_run, **{"training.precision": p}), "none", PLACES, DISTANCES), examples)
         for p in ("float32", "bfloat16")
     )
     for place, values in exact.items():
@@ -289,9 +295,9 @@ def test_bfloat16_is_close_and_comes_back_as_float32(tiny_run: Run):
 def test_conditioning_reaches_its_own_layers_alone(tiny_run: Run):
     run = loud(settings(tiny_run))
     examples, places = at_anchors(run, DOCUMENTS), [*PLACES, BEFORE]
-    plain = read(Reader(run, "none", places, DISTANCES), examples)
-    conditioned = read(Reader(run, "soft", places, DISTANCES), examples)
-    changed = Reader(run, "soft", places, DISTANCES).changed_by_conditioning()
+    plain = read(reader_of(run, "none", places, DISTANCES), examples)
+    conditioned = read(reader_of(run, "soft", places, DISTANCES), examples)
+    changed = reader_of(run, "soft", places, DISTANCES).changed_by_conditioning()
     for place in places:
         difference = (conditioned[place] - plain[place]).abs()
         if place in changed:
@@ -308,12 +314,12 @@ def test_a_sentences_action_is_read_from_the_token_before_it(tiny_run: Run):
     empty = np.zeros(len(anchor), np.int64)
     examples = Examples(np.full(len(anchor), 12), anchor, empty, empty[:, None])
     places: list[HookPoint] = [("hook_resid_post", 2), ("attn.hook_z", 2), BEFORE]
-    before = read(Reader(run, "soft", places, [1]), examples)
+    before = read(reader_of(run, "soft", places, [1]), examples)
     # The planner reads sentences before the one it plans: another one changes the plan of the next.
     embeddings = np.array(corpus.embeddings)
     embeddings[sentence - 1] *= -3
     run.corpus = replace(corpus, embeddings=embeddings)
-    after = read(Reader(run, "soft", places, [1]), examples)
+    after = read(reader_of(run, "soft", places, [1]), examples)
     position = anchor - 1
     for place in places:
         changed = (before[place][0] != after[place][0]).any(dim=1).numpy()
@@ -341,7 +347,7 @@ CHANGED_IN_GPT2 = {
 )
 def test_places_that_an_action_changes(tiny_run: Run, variant: str, changed: set[HookPoint]):
     """Layers below the conditioned one, its input, and its heads as they were before."""
-    found = Reader(tiny_run, variant, [*PLACES, BEFORE], [1, 2]).changed_by_conditioning()
+    found = reader_of(tiny_run, variant, [*PLACES, BEFORE], [1, 2]).changed_by_conditioning()
     assert found == changed
 
 
@@ -372,7 +378,7 @@ def test_places_that_an_action_changes_in_parallel_blocks(tiny_config: Config, t
     )
     of_block = ["hook_resid_pre", "attn.hook_z", "hook_attn_out", "hook_mlp_out", "hook_resid_post"]
     every = [(location, layer) for location in [*of_block, "attn.hook_z:before"] for layer in range(3)]
-    reader = Reader(run, "soft", [*every, ("hook_embed", 0), ("ln_final.hook_out", 2)], [1])
+    reader = reader_of(run, "soft", [*every, ("hook_embed", 0), ("ln_final.hook_out", 2)], [1])
     untouched = {place for place in every if place[1] == 0}
     untouched |= {("hook_resid_pre", 1), ("attn.hook_z:before", 1), ("hook_mlp_out", 1)}
     assert reader.changed_by_conditioning() == {*every, ("ln_final.hook_out", 2)} - untouched
@@ -387,7 +393,7 @@ def test_places_that_an_action_changes_through_attention_alone(
     )
     places = [("hook_resid_pre", 0), ("attn.hook_q:before", 0), ("attn.hook_q", 0)]
     places += [("attn.hook_k", 0), ("attn.hook_z", 0), ("hook_resid_post", 0), ("hook_resid_pre", 1)]
-    changed = Reader(run, "soft", places, [1]).changed_by_conditioning()
+    changed = reader_of(run, "soft", places, [1]).changed_by_conditioning()
     assert changed == {("attn.hook_q", 0), ("attn.hook_z", 0), ("hook_resid_post", 0), ("hook_resid_pre", 1)}
 
 
@@ -400,7 +406,7 @@ def test_activations_that_are_not_finite_are_named(
 ):
     run = settings(tiny_run)
     places: list[HookPoint] = [("hook_resid_post", 0), ("hook_mlp_out", 1), ("hook_resid_post", 2)]
-    reader, before = Reader(run, "none", places, [1]), Reader(run, "none", places[:1], [1])
+    reader, before = reader_of(run, "none", places, [1]), reader_of(run, "none", places[:1], [1])
     call = HFBackend.__call__
 
     def broken(self: HFBackend, tokens: Tensor, hooks: Sequence[Any], *more: Any) -> None:
@@ -430,14 +436,13 @@ def test_values_whose_sum_overflows_are_finite():
 def test_chunks_cover_all_and_cut_long_documents_alone(counts: list[int], most: int, seed: int):
     numbers = np.random.default_rng(seed).permutation(len(counts))
     document = np.repeat(numbers, counts)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(activations, "CHUNK_EXAMPLES", most)
-        slices = list(chunk_slices(document))
+    slices = list(chunk_slices(document, most, 2 * most))
     assert [row for part in slices for row in range(part.start, part.stop)] == list(range(len(document)))
     for part in slices:
-        assert 0 < part.stop - part.start <= most
+        alone = document[part.start] == document[part.stop - 1]
+        assert 0 < part.stop - part.start <= (2 * most if alone else most)
         if part.stop < len(document) and document[part.stop - 1] == document[part.stop]:
-            assert counts[np.flatnonzero(numbers == document[part.stop])[0]] > most
+            assert counts[np.flatnonzero(numbers == document[part.stop])[0]] > 2 * most
     # No chunk could have taken in the next document whole: few chunks, few passes.
     for part, following in itertools.pairwise(slices):
         first = document[following.start]
