@@ -21,8 +21,18 @@ from probekit.models.hook_points import BridgeBackend, HFBackend
 from probekit.models.language_model import random_weights
 from probekit.models.planner_lm import PlannedLM
 from probekit.probing import activations
-from probekit.probing.activations import HookPoint, Reader, Stack, check_finite, chunk_slices, stacks_of
-from probekit.probing.targets import Examples
+from probekit.probing.activations import (
+    HookPoint,
+    Placement,
+    Reader,
+    Stack,
+    batches,
+    check_finite,
+    chunk_slices,
+    probing_windows,
+    stacks_of,
+)
+from probekit.probing.targets import Examples, find_examples, find_target, reached
 from probekit.run.run import Run
 from probekit.training.train import train
 
@@ -449,3 +459,81 @@ def test_chunks_cover_all_and_cut_long_documents_alone(counts: list[int], most: 
         whole = (document[following.start :] == first).sum()
         starts_there = following.start == np.flatnonzero(document == first)[0]
         assert not (starts_there and part.stop - part.start + whole <= most)
+
+
+# Windows and batches
+
+
+@pytest.mark.parametrize(("window", "length"), [(None, 48), (20, 20), (7, 7)])
+def test_windows_of_a_new_lm_are_those_it_was_trained_in(tiny_run: Run, window: int | None, length: int):
+    run = tiny_run.with_settings({"probe.window": window})
+    assert probing_windows(run) == (length, length // 2)
+
+
+def test_windows_of_a_pretrained_lm_are_as_long_as_its_positions(tiny_run: Run):
+    run = tiny_run.with_settings({"lm.name": str(tiny_run.folder / "lm"), "training.window": 16})
+    assert probing_windows(run) == (48, 24)
+
+
+def test_windows_overlap_by_a_constant(tiny_run: Run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(activations, "CONTEXT", 5)
+    assert probing_windows(tiny_run) == (48, 43)
+    with pytest.raises(ProbekitError, match=r"probe\.window is 49, but the LM reads at most 48 positions"):
+        probing_windows(tiny_run.with_settings({"probe.window": 49}))
+
+
+def test_a_document_that_fits_the_window_is_read_once(tiny_run: Run, monkeypatch: pytest.MonkeyPatch):
+    """No token is read twice, and none after the last example."""
+    corpus = tiny_run.corpus
+    documents = np.arange(10, 40)
+    length = corpus.document_tokens[documents + 1] - corpus.document_tokens[documents]
+    documents = documents[length <= 48]
+    assert len(documents) > 2
+    examples = find_examples(corpus, documents, find_target(corpus, "action"), (1,))
+    examples = examples[np.flatnonzero(reached(corpus, examples, 3))]
+    read_tokens: list[Tensor] = []
+    call = HFBackend.__call__
+
+    def counted(self: HFBackend, tokens: Tensor, *given: Any) -> None:
+        read_tokens.append(tokens)
+        call(self, tokens, *given)
+
+    reader = Reader(tiny_run, "none", PLACES[:1], (1, 3))
+    monkeypatch.setattr(HFBackend, "__call__", counted)
+    done: list[int] = []
+    list(reader.chunks(examples, done.append))
+    last = {document: examples.anchor[examples.document == document].max() for document in documents}
+    needed = sum(last[document] - corpus.document_tokens[document] for document in documents)
+    assert sum(done) == reader.size(examples) == needed
+    padded = sum(tokens.numel() for tokens in read_tokens)
+    assert needed <= padded <= needed / activations.LEAST_FILLED
+
+
+@given(st.lists(st.integers(1, 3000), max_size=80), st.integers(1, 5000))
+def test_batches_hold_windows_of_like_length(lengths: list[int], tokens: int):
+    length, found = np.array(lengths, np.int64), []
+    for rows in batches(length, tokens):
+        longest = length[rows].max()
+        assert len(rows) == 1 or len(rows) * longest <= tokens
+        assert length[rows].min() >= activations.LEAST_FILLED * longest
+        found += rows.tolist()
+    assert sorted(found) == list(range(len(length)))
+
+
+def test_placement_leaves_out_what_nobody_asks_about(tiny_run: Run):
+    corpus = tiny_run.corpus
+    document = int(np.argmax(np.diff(corpus.document_tokens)))
+    begin, end = corpus.document_tokens[document : document + 2].tolist()
+    assert end - begin > 30
+    anchor = np.array([begin + 6, end - 1])
+    examples = Examples(np.full(2, document), anchor, anchor, anchor[:, None])
+    place = Placement.of(corpus, examples, (1, 4), 10, 4)
+    start, length = place.windows.start.tolist(), place.windows.length.tolist()
+    assert (start[0], length[0]) == (begin, 6)  # up to the position before the first anchor
+    assert start[-1] + length[-1] == end - 1
+    assert len(start) <= 3
+    np.testing.assert_array_equal(
+        place.windows.start[place.window] + place.column, np.stack([anchor - 1, anchor - 4])
+    )
+    later = place.windows.start[place.window] > begin
+    assert (place.column[later] >= 10 - 4).all()  # tokens of context

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from probekit.probing import grid as grid_module
 from probekit.probing.activations import Reader
 from probekit.probing.controls import control_labels
 from probekit.probing.grid import Grid, make_grid
-from probekit.probing.probe import ProbeResults, probe
+from probekit.probing.probe import ProbeResults, _grid_notes, probe
 from probekit.probing.results import COLUMNS
 from probekit.probing.targets import find_target
 from probekit.run.run import Run
@@ -203,6 +204,16 @@ def test_all_cells_share_their_examples(wide: ProbeResults, loud_run: Run):
     assert (filled.documents == 16).all()
 
 
+def test_cells_say_how_much_the_lm_had_read(wide: ProbeResults, loud_run: Run, grid: Grid):
+    """The windows are of 48 tokens, and later ones begin 24 tokens apart."""
+    examples, corpus = grid.examples["test"], loud_run.corpus
+    for distance in DISTANCES:
+        before = examples.anchor - distance - corpus.document_tokens[examples.document]
+        read = np.where(before < 48, before, 24 + before % 24) + 1
+        rows = cells(wide.table, reader="probe", distance=distance)
+        assert set(rows.tokens_read) == {int(np.median(read))}
+
+
 def test_cells_with_too_few_examples_are_empty(wide: ProbeResults):
     far, near = wide.table[wide.table.distance == 500], wide.table[wide.table.distance != 500]
     assert (far.reader == "probe").all()
@@ -212,6 +223,7 @@ def test_cells_with_too_few_examples_are_empty(wide: ProbeResults):
     assert near[METRICS].notna().all(axis=None)
     probes = near[near.reader == "probe"]
     assert probes[["validation_cross_entropy", "fitted_on", "l2", "control_accuracy"]].notna().all(axis=None)
+    assert probes.tokens_read.notna().all()
     assert not near.injected.isna().any()
     for horizon in HORIZONS:
         assert any(f"distance 500, horizon {horizon} is empty" in note for note in wide.notes)
@@ -291,6 +303,18 @@ def test_each_seed_is_a_grid_of_its_own(small: pd.DataFrame, loud_run: Run, tmp_
         same(probes, expected, rtol=1e-9, atol=1e-12)
     losses = [cells(small, reader="probe", seed=seed).cross_entropy.to_numpy() for seed in (0, 5)]
     assert (losses[0] != losses[1]).all(), "other documents, other random weights"
+
+
+def test_notes_of_all_seeds_are_shown(loud_run: Run, tmp_path: Path):
+    settings = SMALL | PLAIN | {"probe.distances": [1], "probe.layers": [0], "probe.solvers": ["ridge"]}
+    run = copied(loud_run, tmp_path).with_settings(settings)
+    grids = {
+        seed: replace(
+            make_grid(run.corpus, run.config.probe, find_target(run.corpus, "action"), seed), notes=notes
+        )
+        for seed, notes in {0: ("of both", "of 0"), 5: ("of both", "of 5")}.items()
+    }
+    assert _grid_notes(grids) == ["of both", "of 0 (seed 0)", "of 5 (seed 5)"]
 
 
 # Each number by hand

@@ -76,3 +76,10 @@ def test_parts_of_other_settings_or_weights_are_not_used(run: Run, changed: str,
     run = Run.open(run.folder)
     found = probe(run, settings, quiet=True).table
     pd.testing.assert_frame_equal(found, probe(run, settings, quiet=True).table)
+
+
+def test_what_is_finished_is_stored_too(run: Run, monkeypatch: pytest.MonkeyPatch):
+    interrupted(run, 3, monkeypatch)
+    probe(run, FEW, store=True, quiet=True)
+    stores = {path.name for path in (run.folder / "activations").iterdir()}
+    assert stores == {"none-seed0", "soft-seed0", "random-seed0"}
