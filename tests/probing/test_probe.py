@@ -305,15 +305,9 @@ def test_each_seed_is_a_grid_of_its_own(small: pd.DataFrame, loud_run: Run, tmp_
     assert (losses[0] != losses[1]).all(), "other documents, other random weights"
 
 
-def test_notes_of_all_seeds_are_shown(loud_run: Run, tmp_path: Path):
-    settings = SMALL | PLAIN | {"probe.distances": [1], "probe.layers": [0], "probe.solvers": ["ridge"]}
-    run = copied(loud_run, tmp_path).with_settings(settings)
-    grids = {
-        seed: replace(
-            make_grid(run.corpus, run.config.probe, find_target(run.corpus, "action"), seed), notes=notes
-        )
-        for seed, notes in {0: ("of both", "of 0"), 5: ("of both", "of 5")}.items()
-    }
+def test_notes_of_all_seeds_are_shown(grid: Grid):
+    notes = {0: ("of both", "of 0"), 5: ("of both", "of 5")}
+    grids = {seed: replace(grid, notes=of_seed) for seed, of_seed in notes.items()}
     assert _grid_notes(grids) == ["of both", "of 0 (seed 0)", "of 5 (seed 5)"]
 
 
