@@ -482,15 +482,13 @@ def test_windows_overlap_by_a_constant(tiny_run: Run, monkeypatch: pytest.Monkey
         probing_windows(tiny_run.with_settings({"probe.window": 49}))
 
 
-def test_a_document_that_fits_the_window_is_read_once(tiny_run: Run, monkeypatch: pytest.MonkeyPatch):
-    """No token is read twice, and none after the last example."""
+def test_what_fits_the_window_is_read_once(tiny_run: Run, monkeypatch: pytest.MonkeyPatch):
+    """No token is read twice, and none after the last example of a document."""
     corpus = tiny_run.corpus
     documents = np.arange(10, 40)
-    length = corpus.document_tokens[documents + 1] - corpus.document_tokens[documents]
-    documents = documents[length <= 48]
-    assert len(documents) > 2
     examples = find_examples(corpus, documents, find_target(corpus, "action"), (1,))
-    examples = examples[np.flatnonzero(reached(corpus, examples, 3))]
+    in_first_window = examples.anchor <= corpus.document_tokens[examples.document] + 48
+    examples = examples[np.flatnonzero(reached(corpus, examples, 3) & in_first_window)]
     read_tokens: list[Tensor] = []
     call = HFBackend.__call__
 
