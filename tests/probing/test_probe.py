@@ -1,6 +1,7 @@
 """The probe grid against scikit-learn, planted signals, shuffled labels and the planted ceilings."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, log_loss
 from sklearn.preprocessing import StandardScaler
 
+from probekit import progress
 from probekit.config import Config
 from probekit.data.corpus import export_sentences
 from probekit.errors import ProbekitError
@@ -303,6 +305,24 @@ def test_each_seed_is_a_grid_of_its_own(small: pd.DataFrame, loud_run: Run, tmp_
         same(probes, expected, rtol=1e-9, atol=1e-12)
     losses = [cells(small, reader="probe", seed=seed).cross_entropy.to_numpy() for seed in (0, 5)]
     assert (losses[0] != losses[1]).all(), "other documents, other random weights"
+
+
+def test_progress_counts_tokens_and_shows_closed_form_probes_first(
+    loud_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(progress, "FIRST_SECONDS", 0.0)
+    run = copied(loud_run, tmp_path)
+    settings = SMALL | {"probe.variants": ["soft"], "probe.seeds": [0], "probe.control": False}
+    table = probe(run, settings | {"probe.code_length": False}).table
+    shown = capsys.readouterr().err
+    (tokens,) = re.findall(r"each variant reads ([\d,]+) tokens in windows of up to 48", shown)
+    assert f"grid of seed 0: {5 * 2 * 2} probes" in shown
+    assert re.search(r"reading takes about .* in all, at [\d,]+ tokens a second; fitting comes on top", shown)
+    assert re.search(rf"read {tokens} tokens in .*, [\d,]+ a second; peak memory [\d.]+ GB", shown)
+    first, others = shown.index("soft: test cross-entropy of closed-form"), shown.index("soft: fit softmax")
+    assert first < others
+    row = cell(table, solver="lda", location="mlp.hook_post", layer=2, distance=3)
+    assert f"{row.cross_entropy:.3f}" in shown[first:others]
 
 
 def test_notes_of_all_seeds_are_shown(grid: Grid):
