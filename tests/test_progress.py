@@ -6,7 +6,7 @@ import pytest
 from transformers.utils import logging
 
 from probekit import progress
-from probekit.progress import Progress, without_bars_of_transformers
+from probekit.progress import Meter, Progress, duration, without_bars_of_transformers
 
 
 @pytest.fixture
@@ -81,3 +81,28 @@ def test_transformers_shows_no_bars_meanwhile_and_what_it_showed_after(shown: bo
         assert logging.is_progress_bar_enabled() == shown
     finally:
         (logging.enable_progress_bar if before else logging.disable_progress_bar)()
+
+
+def test_a_meter_forecasts_once_by_the_time_spent_reading(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+):
+    shown = Progress()
+    meter = Meter(shown, total=60_000, advice="; faster with a GPU")
+    for _ in range(3):
+        with shown.task("read", unit="tokens") as task, meter.reading(task) as done:
+            for _ in range(2):
+                clock[0] += 2.0
+                done(1000)
+        clock[0] += 100.0  # not spent reading
+    lines = capsys.readouterr().err.splitlines()
+    forecast = "reading takes about 2 minutes in all, at 500 tokens a second; faster with a GPU"
+    assert [line for line in lines if "takes" in line] == [forecast]
+    assert lines[0] == "read: done in 4.0 s, 2,000 (500 tokens a second)"
+    assert (meter.tokens, meter.seconds) == (6000, 12.0)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(3.4, "3 seconds"), (119, "119 seconds"), (600, "10 minutes"), (9000, "2 hours")]
+)
+def test_lengths_of_time_have_a_unit_that_suits_them(seconds: float, text: str):
+    assert duration(seconds) == text
