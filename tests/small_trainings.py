@@ -1,5 +1,6 @@
 """Trainings of the tiny run's stages with a few settings changed, and their losses computed another way."""
 
+import itertools
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -41,13 +42,14 @@ def run_maker(run: Run, folder: Path, fixed: Mapping[str, Any]) -> Callable[...,
         fixed: Settings by dotted name, for all of them.
     """
     made: dict[str, Run] = {}
+    numbers = itertools.count()
 
     def make(**settings: Any) -> Run:
         name = str(settings)
         if name not in made:
             given = {key.replace("__", "."): value for key, value in settings.items()}
             config = run.config.override({**fixed, **given})
-            new = Run.begin(folder / str(len(made)), config)
+            new = Run.begin(folder / str(next(numbers)), config)
             for stage in ("corpus", "lm", "planner"):
                 if stage in stages_of(config):
                     new.take_over(stage, run)

@@ -304,6 +304,26 @@ def test_documents_that_are_all_alike_leave_the_interval_of_the_draws():
     assert (found.low, found.high) == pytest.approx((draws.mean() - half, draws.mean() + half))
 
 
+def test_equal_counts_give_the_variance_of_an_analysis_of_variance():
+    generator = np.random.default_rng(2)
+    draws, documents = 4, 30
+    values = generator.normal(size=(draws, 1)) + generator.normal(size=(draws, documents))
+    of_draw, of_document, mean = values.mean(1), values.mean(0), values.mean()
+    squares = {
+        "draws": documents * ((of_draw - mean) ** 2).sum() / (draws - 1),
+        "documents": draws * ((of_document - mean) ** 2).sum() / (documents - 1),
+        "residual": ((values - of_draw[:, None] - of_document + mean) ** 2).sum()
+        / ((draws - 1) * (documents - 1)),
+    }
+    variance = squares["draws"] + squares["documents"] - squares["residual"]
+    freedom = variance**2 / (
+        squares["draws"] ** 2 / (draws - 1) + squares["documents"] ** 2 / (documents - 1)
+    )
+    half = stats.t.ppf(0.975, freedom) * np.sqrt(variance / (draws * documents))
+    found = mean_over_draws(7 * values, np.full(documents, 7.0))
+    assert (found.low, found.high) == pytest.approx((mean - half, mean + half))
+
+
 def test_documents_without_examples_take_no_part():
     sums = np.random.default_rng(0).normal(size=(3, 6))
     found = mean_over_draws(sums, np.ones(6))

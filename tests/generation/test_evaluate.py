@@ -130,8 +130,11 @@ def few(settings: dict) -> dict:
 
 
 def test_seeds_are_pooled_and_their_spread_is_reported(large: Run):
-    both = evaluate_generation(large, few({"generation.seeds": [3, 5]}), quiet=True)
-    single = [evaluate_generation(large, few({"generation.seeds": [seed]}), quiet=True) for seed in (3, 5)]
+    both = evaluate_generation(large, few({"generation.seeds": [3, 5], "generation.prompts": 6}), quiet=True)
+    single = [
+        evaluate_generation(large, few({"generation.seeds": [seed], "generation.prompts": 6}), quiet=True)
+        for seed in (3, 5)
+    ]
     keys = ["variant", "actions", "texts", "length", "metric"]
     first, second = (one.metrics.set_index(keys) for one in single)
     assert first.seed_spread.isna().all()

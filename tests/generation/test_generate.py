@@ -82,9 +82,6 @@ def test_the_ends_never_draw_the_impossible(uniform: float, settings: Generation
 # Written otherwise
 
 
-GREEDY = GenerationSettings(temperature=0.0)
-
-
 WINDOW = 48
 
 
@@ -118,7 +115,7 @@ def same(first: list[Generated], second: list[Generated]) -> bool:
 # Written otherwise
 
 
-@pytest.mark.parametrize("variant", VARIANT_NAMES)
+@pytest.mark.parametrize("variant", ["none", "oracle", "soft"])
 def test_cache_and_batches_change_nothing(variant: str, run: Run, prompts: list[Prompt]):
     """Beyond the window, which every text passes."""
     found = generate(run, prompts, variant=variant, tokens=60, seed=3)
@@ -187,15 +184,13 @@ def own_logits(run: Run, variant: str, corpus: Corpus, given: bool) -> torch.Ten
     return torch.cat([row[length - scored : length] for row, length, scored in rows])
 
 
-@pytest.mark.parametrize("settings", [GREEDY, GenerationSettings(top_k=20)], ids=["greedy", "drawn"])
-@pytest.mark.parametrize("given", [False, True])
-@pytest.mark.parametrize("variant", VARIANT_NAMES)
-def test_text_is_what_the_conditioned_lm_says(
-    variant: str, given: bool, settings: GenerationSettings, run: Run, prompts: list[Prompt]
-):
+@pytest.mark.parametrize(
+    ("variant", "given"),
+    [*((name, False) for name in VARIANT_NAMES), *((name, True) for name in VARIANT_NAMES[2:])],
+)
+def test_text_is_what_the_conditioned_lm_says(variant: str, given: bool, run: Run, prompts: list[Prompt]):
     """The finished text is put into windows as a corpus's documents are, and predicted by the model."""
-    if given and variant in ("none", "fixed"):
-        return
+    settings = GenerationSettings(top_k=20)
     plan = np.array([1, 6, 3, 2, 5, 0, 4, 7] * 10)
     asked = [replace(prompt, plan=plan) for prompt in prompts]
     source = "given" if given else "planner"
@@ -210,9 +205,8 @@ def test_text_is_what_the_conditioned_lm_says(
             assert more.tokens[:upto].tolist() == draw(logits[:upto], uniforms, settings).tolist()
         compared += upto
         planned += len(more.plan)
-    if settings is not GREEDY:  # which often ends in one word, again and again
-        assert compared > 150
-        assert planned > 20 or variant in ("none", "fixed")
+    assert compared > 150
+    assert planned > 20 or variant in ("none", "fixed")
 
 
 # Plans
