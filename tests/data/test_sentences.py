@@ -201,6 +201,13 @@ def test_sentences_without_a_token_are_merged():
     assert aligned.first_token.tolist() == [0, 2]
 
 
+def test_a_token_goes_to_no_sentence_before_that_of_the_last_one():
+    text = "One.  Two."
+    aligned = align(text, sentence_spans(text), [(4, 10), (4, 5)])  # the second holds white space alone
+    assert aligned.spans.tolist() == [[0, 10]]
+    assert aligned.first_token.tolist() == [0]
+
+
 def test_special_tokens_go_with_the_token_before_them():
     text = "One. Two."
     aligned = align(text, sentence_spans(text), [(0, 0), (0, 4), (4, 8), (8, 9), (0, 0)])
