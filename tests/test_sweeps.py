@@ -423,7 +423,7 @@ def test_members_that_were_made_with_other_settings_are_named(copy: Path, config
     settings = config.generation.model_dump(mode="json") | {"seeds": [0], "temperature": 0.5}
     write_json(copy / str(third) / "generation.json", {"settings": settings, "metrics": []})
     assert "generated text with generation.temperature 0.5, and the sweep has 1.0" in mismatch(third)
-    second = Place("mixing.fraction=0.5", 1)
+    second = Place("mixing.fraction=0.5", 0)
     other = Sweep.open(copy).config_of(second).override({"training.adapter.epochs": 2})
     evaluate(train(other, copy / str(second), existing="overwrite", quiet=True), quiet=True)
     assert "was trained with training.adapter.epochs 2.0, and the sweep has 1.0" in mismatch(second)
