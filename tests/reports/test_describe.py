@@ -6,8 +6,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import synthetic_results as made
-from read_tables import shows
-
 from probekit.reports.describe import (
     best_by_step,
     by_metric,
@@ -24,6 +22,7 @@ from probekit.reports.describe import (
     visible,
     with_interval,
 )
+from read_tables import shows
 
 
 @pytest.mark.parametrize(

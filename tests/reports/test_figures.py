@@ -11,10 +11,6 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.image import imread
-from synthetic_probes import BASELINES, DISTANCES, LAYERS, accuracy_of, probe_table
-
-from probekit.models.mixing import VARIANTS
-from probekit.probing.results import MODEL_FREE
 from probekit.reports.figures import (
     BASELINE_STYLES,
     METRICS,
@@ -27,6 +23,10 @@ from probekit.reports.figures import (
     probe_lines,
     save_probe_figures,
 )
+from synthetic_probes import BASELINES, DISTANCES, LAYERS, accuracy_of, probe_table
+
+from probekit.models.mixing import VARIANTS
+from probekit.probing.results import MODEL_FREE
 
 EMPTY = (1, 4)
 INJECTED = (2, 1)

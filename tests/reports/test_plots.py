@@ -8,13 +8,13 @@ import pandas as pd
 import pytest
 from IPython.core.formatters import DisplayFormatter
 from matplotlib.figure import Figure
+from probekit.reports.figures import METRICS
+from probekit.reports.plots import draw_over_training, over_training_numbers
 from synthetic_probes import BASELINES, DISTANCES, LAYERS, accuracy_of, probe_table
 
 import probekit
 from probekit.errors import ProbekitError
 from probekit.io import write_json
-from probekit.reports.figures import METRICS
-from probekit.reports.plots import draw_over_training, over_training_numbers
 from probekit.run.run import Run
 
 

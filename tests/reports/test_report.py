@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import synthetic_results as made
+from probekit.reports.describe import Table
 from read_reports import Page, read_html, read_markdown
 from read_tables import rounds, shows
 from synthetic_probes import probe_table
@@ -19,7 +20,6 @@ from probekit.evaluation.evaluate import evaluate
 from probekit.generation.evaluate import evaluate_generation
 from probekit.io import read_json, write_json
 from probekit.probing.probe import ProbeResults, probe
-from probekit.reports.describe import Table
 from probekit.reports.report import Picture, Section, render, report
 from probekit.run.run import Run
 
