@@ -124,6 +124,11 @@ def number(value: float, decimals: int = DECIMALS, *, signed: bool = False) -> s
     return f"{value:{'+' if signed else '-'}z,.{decimals}f}"
 
 
+def decimals_for(size: float) -> int:
+    """Decimals that show a size to two digits, six at most."""
+    return min(6, max(0, 1 - math.floor(math.log10(size)))) if size > 0 else DECIMALS
+
+
 def with_interval(
     value: float | None,
     low: float | None,
@@ -141,8 +146,7 @@ def with_interval(
         return ""
     if low is None or high is None or not math.isfinite(half := (high - low) / 2):
         return f"{number(value, signed=signed)} (no interval)"
-    if half > 0:
-        decimals = max(decimals, min(6, 1 - math.floor(math.log10(half))))
+    decimals = max(decimals, decimals_for(half))
     value_, low_, high_ = (number(end, decimals, signed=signed) for end in (value, low, high))
     return f"{value_} [{low_}, {high_}]"
 

@@ -52,7 +52,7 @@ def panel_grid(count: int, columns: int, width: float, height: float) -> tuple[F
     """A figure with a number of panels, each of a width and height in inches."""
     columns = min(count, columns)
     rows = -(-count // columns)
-    figure = NotebookFigure(figsize=(width * columns + 1.2, height * rows + 0.6), layout="constrained")
+    figure = NotebookFigure(figsize=(width * columns + 1.6, height * rows + 1.0), layout="constrained")
     axes = [*figure.subplots(rows, columns, squeeze=False).flat]
     for unused in axes[count:]:
         unused.set_axis_off()

@@ -11,7 +11,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 
 from probekit.errors import ProbekitError
-from probekit.reports.display import number
+from probekit.reports.display import decimals_for, number
 from probekit.reports.drawing import BOUNDS, COLOUR, NotebookFigure, colour_scale, draw_line, heat_map
 from probekit.reports.plot_probes import DISTANCE, Panel
 from probekit.run.run import Run
@@ -130,9 +130,9 @@ def draw_interventions(numbers: pd.DataFrame) -> Figure:
     """Draws `intervention_numbers`: heat maps above, lines against layers below."""
     shown = [panel for panel in PANELS if (numbers.panel == panel).any()]
     layers, distances = numbers.layer.nunique(), numbers.distance.nunique()
-    size = (max(3.0, 1.4 + 0.6 * distances) * len(shown), 1.6 + 0.32 * max(layers, 3) + 3.2)
+    size = (max(3.0, 1.4 + 0.6 * distances) * len(shown), 1.6 + 0.32 * max(layers, 3) + 3.9)
     figure = NotebookFigure(figsize=size, layout="constrained")
-    grid = figure.subplots(2, len(shown), squeeze=False, height_ratios=[size[1] - 3.0, 3.0])
+    grid = figure.subplots(2, len(shown), squeeze=False, height_ratios=[size[1] - 3.7, 3.0])
     maps = numbers[numbers.part == "map"]
     changes = colour_scale(maps[maps.panel != PROBES].value, signed=True)
     for panel, above, below in zip(shown, *grid, strict=True):
@@ -167,12 +167,21 @@ def _sizes(numbers: pd.DataFrame) -> str:
 def _draw_map(axes: Axes, cells: pd.DataFrame, scale: ScalarMappable) -> None:
     """A heat map with brackets where 0 is within the interval, and a plus where the action was injected."""
     close = (cells.value_low <= 0) & (cells.value_high >= 0)
-    text = cells.value.map(lambda value: number(value, 2))
+    decimals = max(2, decimals_for(scale.norm.vmax or 0.0))
+    text = cells.value.map(lambda value: number(value, decimals))
     text = text.where(~close, "(" + text + ")") + cells.injected.astype(bool).map({True: "+", False: ""})
-    heat_map(axes, cells.assign(text=text), ["value", "text"], scale, annot_kws={"fontsize": 7})
+    heat_map(
+        axes,
+        cells.assign(text=text),
+        ["value", "text"],
+        scale,
+        annot_kws={"fontsize": 7},
+        cbar_kws={"format": "{x:.3g}"},
+    )
     axes.set_xlabel(DISTANCE, fontsize=8)
     axes.set_ylabel("layer", fontsize=8)
     axes.tick_params(labelsize=7, rotation=0)
+    axes.collections[0].colorbar.ax.tick_params(labelsize=7)
 
 
 def _draw_lines(axes: Axes, rows: pd.DataFrame, lines: Mapping[str, tuple[str, str]]) -> None:
@@ -186,4 +195,4 @@ def _draw_lines(axes: Axes, rows: pd.DataFrame, lines: Mapping[str, tuple[str, s
     axes.set_xticks(np.unique(rows.layer.to_numpy(float)))
     axes.set_xlabel("layer", fontsize=8)
     axes.tick_params(labelsize=7)
-    axes.legend(fontsize=7, frameon=False)
+    axes.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.25))

@@ -35,7 +35,7 @@ def plot_training(run: Run) -> Figure:
         raise ProbekitError(f"{run.folder} has no training losses; nothing in it was trained")
     metrics = metrics.assign(kind=metrics.stage.str.split("/").str[0])
     kinds = [kind for kind in STAGES if kind in set(metrics.kind)]
-    figure, grid = panel_grid(len(kinds), 2, 4.6, 3.1)
+    figure, grid = panel_grid(len(kinds), 2, 4.6, 2.7)
     for axes, kind in zip(grid, kinds, strict=True):
         stages = [*metrics[metrics.kind == kind].groupby("stage", sort=False)]
         for (stage, rows), colour in zip(stages, colours_of_names(len(stages)), strict=True):
