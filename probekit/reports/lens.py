@@ -19,6 +19,7 @@ from probekit.io import write_text
 from probekit.progress import Progress
 from probekit.reports.display import shortened, visible
 from probekit.reports.lens_reading import LIMIT, LensData, given_text, read_text
+from probekit.reports.tables import better_than_baselines
 from probekit.run.run import Run
 
 MISSING = 65535
@@ -138,6 +139,7 @@ def _numbers(data: LensData) -> dict[str, Any]:
         probes.quality.injected.tolist(),
         _with_bounds(probes.quality, "gain"),
         probes.quality.gain_over.fillna("").tolist(),
+        better_than_baselines(probes.quality).tolist(),
         strict=True,
     )
     largest = np.quantile(data.probability, 0.99)

@@ -126,9 +126,9 @@
     return `; gain over the ${over}: ${a} bits${low === null ? "" : ` [${b}, ${c}]`}`;
   }
   function caveat(point, d) {
-    const [, , , injected, [, low], over] = data.quality[cell(point, d)];
+    const [, , , injected, , over, better] = data.quality[cell(point, d)];
     if (injected) return "the LM was conditioned on this very action there";
-    return low > 0 ? "" : `not clearly better than the ${over}`;
+    return better ? "" : `not clearly better than the ${over}`;
   }
   const warning = (text) => make("span", { class: "warning" }, text);
 

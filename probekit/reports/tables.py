@@ -196,11 +196,20 @@ def probe_tables(table: pd.DataFrame, best: pd.DataFrame) -> list[Table]:
     ]
 
 
+def better_than_baselines(probes: pd.DataFrame) -> pd.Series:
+    """Whether probes read more than the strongest baseline that needs no model.
+
+    They do where the gain, a paired difference, is above zero with its interval, which holds for all cells
+    together. Intervals of two accuracies on the same documents may overlap nevertheless.
+    """
+    return probes.gain_low > 0.0
+
+
 def probe_notes(probes: pd.DataFrame) -> Iterator[str]:
     """How many probes read more than the strongest baseline that needs no model."""
     compared = probes[probes.gain_low.notna() & ~probes.injected]
     if len(compared):
-        better = (compared.gain_low > 0.0).groupby(compared.variant).agg(["sum", "count"])
+        better = better_than_baselines(compared).groupby(compared.variant).agg(["sum", "count"])
         each = ", ".join(f"{variant} {won} of {of}" for variant, won, of in better.itertuples())
         yield (
             f"{better['sum'].sum():,} of {len(compared):,} cells read more than the "

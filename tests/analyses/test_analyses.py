@@ -15,7 +15,6 @@ import shared.script
 from figure1_method import MIXING
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from probekit.reports.figures import Panel
 from synthetic_probes import BASELINES, accuracy_of, probe_table
 
 import probekit
@@ -23,6 +22,7 @@ from probekit.config import Config
 from probekit.io import read_json, write_json
 from probekit.models.hook_points import LOCATIONS
 from probekit.models.mixing import VARIANTS
+from probekit.reports.plot_probes import Panel
 from probekit.run.run import Run
 from probekit.sweeps import grid
 

@@ -12,10 +12,10 @@ import pandas as pd
 import pytest
 import shared.script
 from matplotlib.figure import Figure
-from probekit.reports.plots import draw_interventions
 from synthetic_probes import accuracy_of, probe_table
 
 import probekit
+from probekit.reports.plot_interventions import draw_interventions
 from probekit.run.run import Run
 
 SCRIPT = Path(__file__).parents[2] / "analyses" / "figure5_causal.py"

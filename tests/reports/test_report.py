@@ -8,7 +8,6 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import synthetic_results as made
-from probekit.reports.describe import Table
 from read_reports import Page, read_html, read_markdown
 from read_tables import rounds, shows
 from synthetic_probes import probe_table
@@ -20,6 +19,7 @@ from probekit.evaluation.evaluate import evaluate
 from probekit.generation.evaluate import evaluate_generation
 from probekit.io import read_json, write_json
 from probekit.probing.probe import ProbeResults, probe
+from probekit.reports.display import Table
 from probekit.reports.report import Picture, Section, render, report
 from probekit.run.run import Run
 
@@ -58,7 +58,7 @@ HOSTILE = (
 
 def shown(text: str) -> str:
     """What a reader is to see of a text."""
-    return "".join("\ufffd" if c in "\x07\x1b\u202e\udc80" else c for c in text).strip()
+    return "".join(f"‹U+{ord(c):04X}›" if c in "\x07\x1b\u202e\udc80" else c for c in text).strip()
 
 
 @pytest.fixture(scope="module")
