@@ -149,12 +149,6 @@ def test_an_evaluation_without_intervals(evaluation: Evaluation, capsys):
     assert "nan" not in printed
 
 
-def test_an_evaluation_of_the_base_lm_alone(evaluation: Evaluation, capsys):
-    alone = replace(evaluation, perplexity=evaluation.perplexity[:1], differences=evaluation.differences[:0])
-    print_evaluation(alone)
-    assert rows_of(capsys.readouterr().out)[0][0] == "none"
-
-
 def test_multiple_choice(evaluation: Evaluation, capsys):
     row = {"variant": "ensemble, layer 2", "questions": 40, "documents": 20, "chance": 0.25}
     row |= {"accuracy": 0.5, "accuracy_low": 0.41, "accuracy_high": 0.58}
@@ -310,21 +304,6 @@ def test_a_grid_without_control_and_code_length(capsys):
     printed = capsys.readouterr().out
     assert "selectivity" not in printed
     assert "compression" not in printed
-
-
-def test_a_grid_whose_cells_are_all_injected(capsys):
-    table = probe_table(("none",), horizons=(1,)).assign(injected=lambda t: t.reader == "probe")
-    print_probes(probe_results(table))
-    printed = capsys.readouterr().out
-    assert "on 200 test examples of 16 documents" in printed
-    assert "read more than" not in printed
-
-
-def test_notes_are_printed_as_they_are(capsys):
-    print_probes(probe_results(notes=(f"dropped {HOSTILE}", "second\x1b[31m")))
-    printed = capsys.readouterr().out
-    assert f"dropped {HOSTILE}\n" in printed
-    assert "second‹U+001B›[31m\n" in printed
 
 
 # Interventions, subnetworks, sweeps
