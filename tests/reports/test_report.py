@@ -125,9 +125,7 @@ def test_every_table_of_the_results_is_there(full: Run, written: tuple[Page, Pag
         *tables.corpus_tables(full.corpus),
         *tables.perplexity_tables(found["perplexity"], found["differences"]),
         tables.planner_table(found["planner"]),
-        *tables.generation_tables(
-            pd.DataFrame(full.generation_metrics()["metrics"]).astype({"value": float})
-        ),
+        *tables.generation_tables(generated.astype({"value": float})),
         *tables.probe_tables(probes, ProbeResults(probes, full.folder).best_cells()),
         tables.over_training_table(made.over_training(), "lm"),
         tables.subnetwork_table(made.subnetwork()),
