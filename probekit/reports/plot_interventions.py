@@ -167,7 +167,7 @@ def _sizes(numbers: pd.DataFrame) -> str:
 def _draw_map(axes: Axes, cells: pd.DataFrame, scale: ScalarMappable) -> None:
     """A heat map with brackets where 0 is within the interval, and a plus where the action was injected."""
     close = (cells.value_low <= 0) & (cells.value_high >= 0)
-    decimals = max(2, decimals_for(scale.norm.vmax or 0.0))
+    decimals = max(2, decimals_for(scale.get_clim()[1] or 0.0))
     text = cells.value.map(lambda value: number(value, decimals))
     text = text.where(~close, "(" + text + ")") + cells.injected.astype(bool).map({True: "+", False: ""})
     heat_map(
@@ -181,7 +181,8 @@ def _draw_map(axes: Axes, cells: pd.DataFrame, scale: ScalarMappable) -> None:
     axes.set_xlabel(DISTANCE, fontsize=8)
     axes.set_ylabel("layer", fontsize=8)
     axes.tick_params(labelsize=7, rotation=0)
-    axes.collections[0].colorbar.ax.tick_params(labelsize=7)
+    if (bar := axes.collections[0].colorbar) is not None:
+        bar.ax.tick_params(labelsize=7)
 
 
 def _draw_lines(axes: Axes, rows: pd.DataFrame, lines: Mapping[str, tuple[str, str]]) -> None:
