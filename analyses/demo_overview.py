@@ -14,7 +14,8 @@ from shared.script import run_script, save_figure, script_parser
 
 import probekit
 from probekit.errors import ProbekitError
-from probekit.reports.figures import INJECTED, Panel, draw_heat_map
+from probekit.reports.drawing import COLOUR, colour_bar
+from probekit.reports.plot_probes import INJECTED, METRICS, Panel, draw_heat_map, mean_over_seeds, probe_scale
 
 
 def draw_perplexity(axes: Axes, table: pd.DataFrame) -> None:
@@ -25,7 +26,7 @@ def draw_perplexity(axes: Axes, table: pd.DataFrame) -> None:
         for row in table.itertuples()
     ]
     errors = [table.perplexity - table.perplexity_low, table.perplexity_high - table.perplexity]
-    axes.errorbar(table.perplexity, table.index, xerr=errors, fmt="o", color="#1f4e79", capsize=3)
+    axes.errorbar(table.perplexity, table.index, xerr=errors, fmt="o", color=COLOUR, capsize=3)
     axes.set_yticks(table.index, names)
     axes.set_xlabel("test perplexity, 95 % interval")
     axes.set_title(f"{table.documents.iloc[0]} test documents", fontsize=10)
@@ -43,12 +44,16 @@ def main() -> None:
     panel = Panel(given.variant, "hook_resid_post")
     cells = panel.cells(run.probes())
     if cells.empty:
-        raise ProbekitError(f"{given.run} has no probes of {panel.title}")
+        raise ProbekitError(f"{given.run} has no probes of {panel.variant}: {panel.title}")
     figure = Figure(figsize=(11, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1, 1.4])
     draw_perplexity(left, perplexity)
-    draw_heat_map(right, cells)
-    right.set_title(panel.title + (f"\n* {INJECTED}" if cells.injected.any() else ""), fontsize=10)
+    means = mean_over_seeds(cells, "accuracy")
+    scale = probe_scale([means], "accuracy")
+    draw_heat_map(right, cells, "accuracy", scale)
+    colour_bar(figure, right, scale, means.value, METRICS["accuracy"])
+    title = f"{panel.variant}: {panel.title}"
+    right.set_title(title + (f"\n* {INJECTED}" if cells.injected.any() else ""), fontsize=10)
     numbers = pd.concat([perplexity.assign(panel="perplexity"), cells.assign(panel="probes")])
     save_figure(figure, numbers, given.out, {"variant": given.variant}, [run])
 

@@ -17,11 +17,12 @@ from itertools import chain
 
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from shared.depth import PAIRS, depth_parser, depth_runs, differences_of, sums_of, values_of
 from shared.script import run_script, save_figure
 
 from probekit.io import read_json
-from probekit.reports.figures import draw_intervals
+from probekit.reports.drawing import draw_intervals
 from probekit.run.run import Run
 
 METRICS = {"perplexity": "test perplexity", "accuracy": "accuracy on questions"}
@@ -60,7 +61,9 @@ def draw(table: pd.DataFrame) -> Figure:
     """Draws a row for each group: values of both metrics, then their differences."""
     groups = list(dict.fromkeys(table.runs))
     lines = max(len(set(rows.name)) for _, rows in table[table.what == "value"].groupby("runs"))
-    figure = Figure(figsize=(17, (0.36 * lines + 1.1) * len(groups)), layout="constrained")
+    figure = Figure(
+        figsize=(17, (0.46 * lines + 1.1) * len(groups)), layout=ConstrainedLayoutEngine(w_pad=0.12)
+    )
     panels = figure.subplots(len(groups), 4, squeeze=False, gridspec_kw={"width_ratios": (1.1, 1.1, 1, 1)})
     for row, group in zip(panels, groups, strict=True):
         own = table[table.runs == group]
@@ -77,7 +80,7 @@ def draw(table: pd.DataFrame) -> Figure:
             axes.set_xlabel(
                 METRICS[metric] if left else f"{metric} ({BETTER[metric]} of 0: the first is better)"
             )
-            axes.locator_params(axis="x", nbins=5 if left else 4)
+            axes.locator_params(axis="x", nbins=4 if left else 3)
             if not left:
                 axes.axvline(0.0, color="0.4", linewidth=0.8)
             if axes in row[1::2]:

@@ -25,9 +25,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure, SubFigure
 from shared.script import run_script, save_figure, script_parser
 
@@ -35,19 +33,18 @@ import probekit
 from probekit.errors import ProbekitError
 from probekit.models.hook_points import LOCATIONS, label, per_layer
 from probekit.models.mixing import VARIANTS
-from probekit.reports.figures import (
+from probekit.reports.drawing import colour_bar, colours_of_names
+from probekit.reports.plot_probes import (
     DISTANCE,
     METRICS,
     Panel,
     best_layer,
-    colour_map,
-    colour_scale,
     draw_baselines,
     draw_curve,
     draw_heat_map,
     draw_layers,
-    extend_of,
     mean_over_seeds,
+    probe_scale,
     set_distance_axis,
 )
 from probekit.run.run import Run
@@ -152,13 +149,13 @@ def draw_heat_maps(
     grid = part.subplots(len(panels), len(panels[0]), squeeze=False, height_ratios=heights)
     cells = [[panel.cells(table) for panel in row] for row in panels]
     means = [mean_over_seeds(one, metric) for row in cells for one in row]
-    scale = colour_scale(means, metric)
+    scale = probe_scale(means, metric)
     for (i, j), axes in np.ndenumerate(grid):
         if cells[i][j].empty:
             axes.set_axis_off()
             axes.text(0.5, 0.5, "not probed", ha="center", va="center", fontsize=7, transform=axes.transAxes)
         else:
-            draw_heat_map(axes, cells[i][j], metric, scale=scale, numbers=False, bar=False)
+            draw_heat_map(axes, cells[i][j], metric, scale, numbers=False)
         axes.tick_params(labelsize=6.5, length=2, labelbottom=i == len(panels) - 1, labelleft=j == 0)
         axes.set(xlabel="", ylabel="")
         if i == 0:
@@ -169,10 +166,10 @@ def draw_heat_maps(
             )
     part.supxlabel(DISTANCE + "   (* target's own action was added;  – too few examples)", fontsize=7.5)
     part.supylabel("layer", fontsize=7.5)
-    colour = ScalarMappable(scale, colour_map(metric))
-    bar = part.colorbar(colour, ax=grid, extend=extend_of(means, scale), aspect=30, pad=0.01)
-    bar.set_label(METRICS[metric], fontsize=7.5)
-    bar.ax.tick_params(labelsize=6.5)
+    values = pd.concat(means).value
+    bar = colour_bar(part, grid, scale, values, METRICS[metric], aspect=30, pad=0.01)
+    bar.yaxis.label.set_size(7.5)
+    bar.tick_params(labelsize=6.5)
 
 
 def draw_lines(axes: Axes, table: pd.DataFrame, row: list[Panel], metric: str) -> None:
@@ -181,7 +178,7 @@ def draw_lines(axes: Axes, table: pd.DataFrame, row: list[Panel], metric: str) -
     layers = []
     if len(row) == 1:
         draw_layers(axes, row[0].cells(table), metric)
-    for panel, colour in zip(row, sns.color_palette("colorblind", len(row)), strict=True):
+    for panel, colour in zip(row, colours_of_names(len(row)), strict=True):
         cells = panel.cells(table)
         layer = best_layer(cells)
         if len(row) > 1 and layer is not None:

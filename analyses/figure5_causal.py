@@ -21,7 +21,7 @@ from __future__ import annotations
 from shared.script import run_script, save_figure, script_parser
 
 import probekit
-from probekit.reports.plots import draw_interventions, intervention_numbers
+from probekit.reports.plot_interventions import draw_interventions, intervention_numbers
 
 
 def main() -> None:

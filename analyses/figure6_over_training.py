@@ -15,8 +15,8 @@ from __future__ import annotations
 from shared.script import run_script, save_figure, script_parser
 
 import probekit
-from probekit.reports.figures import METRICS
-from probekit.reports.plots import draw_over_training, over_training_numbers
+from probekit.reports.plot_over_training import draw_over_training, over_training_numbers
+from probekit.reports.plot_probes import METRICS
 
 
 def main() -> None:

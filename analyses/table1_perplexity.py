@@ -25,11 +25,12 @@ from shared.script import (
     script_parser,
     training_config,
 )
+from shared.seeds import differences_over_seeds
 
 import probekit
-from probekit.reports.figures import draw_intervals
+from probekit.reports.drawing import draw_intervals
 from probekit.run.run import Run
-from probekit.statistics import differences_over_seeds, over_seeds
+from probekit.statistics import over_seeds
 
 TRAINED = ("fixed", "uniform", "oracle", "predicted", "straight-through", "gumbel", "soft", "joint")
 TRUE = "oracle (true actions)"

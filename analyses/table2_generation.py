@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from shared.script import is_sweep, run_script, save_figure, script_parser
 
 import probekit
-from probekit.reports.figures import draw_intervals
+from probekit.reports.drawing import draw_intervals
 from probekit.run.run import Run
 
 PANELS = {

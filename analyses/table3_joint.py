@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 import pandas as pd
 from matplotlib.figure import Figure
 from shared.script import add_training_options, run_script, save_figure, script_parser, training_config
+from shared.seeds import differences_over_seeds
 
 import probekit
 from probekit.config import Config, VariantName
-from probekit.reports.figures import draw_intervals
-from probekit.statistics import differences_over_seeds
+from probekit.reports.drawing import draw_intervals
 
 
 class Row(NamedTuple):

@@ -109,10 +109,11 @@ def one_by_one(fit_one: FitOne, data: Data, penalties: tuple[float, ...], tolera
     return Fit(torch.cat(coef), torch.cat(intercept), torch.cat(penalty), sum(flops))
 
 
-def logistic_regression(data: Data, penalty: float, tolerance: float | None) -> Fit:
-    """scikit-learn's LogisticRegression with its default solver."""
+def logistic_regression(data: Data, penalty: float, tolerance: float | None, solver: str = "lbfgs") -> Fit:
+    """scikit-learn's LogisticRegression."""
     scaler, Z, y = _standardised(data)
-    model = LogisticRegression(C=1 / (len(y) * penalty), tol=tolerance, max_iter=MAX_ITERATIONS)
+    C = 1 / (len(y) * penalty)
+    model = LogisticRegression(C=C, tol=tolerance, max_iter=MAX_ITERATIONS, solver=solver)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # float32 cannot reach tight tolerances
         model.fit(Z, y)

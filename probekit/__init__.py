@@ -23,17 +23,13 @@ if TYPE_CHECKING:
     from probekit.generation.evaluate import GenerationEvaluation, evaluate_generation
     from probekit.generation.generate import Generated, generate
     from probekit.generation.prompts import Prompt
-    from probekit.probing.probe import ProbeResults, TrainingProbes, probe, probe_checkpoints
+    from probekit.probing.over_training import TrainingProbes, probe_checkpoints
+    from probekit.probing.probe import ProbeResults, probe
     from probekit.reports.lens import lens
-    from probekit.reports.plots import (
-        plot_curve,
-        plot_interventions,
-        plot_over_training,
-        plot_perplexity,
-        plot_probes,
-        plot_sweep,
-        plot_training,
-    )
+    from probekit.reports.plot_interventions import plot_interventions
+    from probekit.reports.plot_over_training import plot_over_training
+    from probekit.reports.plot_probes import plot_curve, plot_probes
+    from probekit.reports.plot_runs import plot_perplexity, plot_sweep, plot_training
     from probekit.reports.report import report
     from probekit.run.run import Run
     from probekit.sweeps import Sweep, sweep
@@ -53,7 +49,7 @@ _HOME = {
     "Run": "probekit.run.run",
     "SubnetworkResults": "probekit.causal.subnetwork",
     "Sweep": "probekit.sweeps",
-    "TrainingProbes": "probekit.probing.probe",
+    "TrainingProbes": "probekit.probing.over_training",
     "build_corpus": "probekit.training.train",
     "demo": "probekit.cli:run_demo",
     "evaluate": "probekit.evaluation.evaluate",
@@ -62,16 +58,16 @@ _HOME = {
     "intervene": "probekit.causal.intervene",
     "load_run": "probekit.run.run:Run.open",
     "lens": "probekit.reports.lens",
-    "plot_curve": "probekit.reports.plots",
-    "plot_interventions": "probekit.reports.plots",
-    "plot_over_training": "probekit.reports.plots",
-    "plot_perplexity": "probekit.reports.plots",
-    "plot_probes": "probekit.reports.plots",
-    "plot_sweep": "probekit.reports.plots",
-    "plot_training": "probekit.reports.plots",
+    "plot_curve": "probekit.reports.plot_probes",
+    "plot_interventions": "probekit.reports.plot_interventions",
+    "plot_over_training": "probekit.reports.plot_over_training",
+    "plot_perplexity": "probekit.reports.plot_runs",
+    "plot_probes": "probekit.reports.plot_probes",
+    "plot_sweep": "probekit.reports.plot_runs",
+    "plot_training": "probekit.reports.plot_runs",
     "prepare": "probekit.training.train",
     "probe": "probekit.probing.probe",
-    "probe_checkpoints": "probekit.probing.probe",
+    "probe_checkpoints": "probekit.probing.over_training",
     "report": "probekit.reports.report",
     "subnetwork": "probekit.causal.subnetwork",
     "sweep": "probekit.sweeps",

@@ -130,7 +130,7 @@ def probe(words: list[str]) -> None:
         _probe_checkpoints(parsed, given)
         return
     from probekit.probing.probe import probe as probe_run
-    from probekit.reports.figures import save_probe_figures
+    from probekit.reports.plot_probes import save_probe_figures
     from probekit.reports.terminal import print_probes
     from probekit.training.train import prepare
 
@@ -202,8 +202,8 @@ def _probed_config(parsed: argparse.Namespace, given: dict[str, Any]) -> Config:
 
 
 def _probe_checkpoints(parsed: argparse.Namespace, given: dict[str, Any]) -> None:
-    from probekit.probing.probe import probe_checkpoints
-    from probekit.reports.plots import save_over_training
+    from probekit.probing.over_training import probe_checkpoints
+    from probekit.reports.plot_over_training import save_over_training
     from probekit.reports.terminal import print_over_training
 
     results = probe_checkpoints(parsed.run, dotted(given), parsed.stage, quiet=parsed.quiet)
@@ -401,7 +401,7 @@ def run_demo(out: str | Path = "runs/demo", *, overwrite: bool = False, quiet: b
     """
     from probekit.evaluation.evaluate import evaluate as evaluate_run
     from probekit.probing.probe import probe as probe_run
-    from probekit.reports.figures import save_probe_figures
+    from probekit.reports.plot_probes import save_probe_figures
     from probekit.reports.terminal import print_corpus, print_evaluation, print_probes, print_training
     from probekit.training import train as training
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -16,12 +16,16 @@ T = TypeVar("T")
 
 SECONDS_BETWEEN_LINES = 15.0
 
+FIRST_SECONDS = 5.0
+"""After so long a `Meter` forecasts."""
+
 
 class Task:
     """Work that is under way; `Progress.task` makes it."""
 
-    def __init__(self, name: str, total: int | None, done: int, console: Console) -> None:
+    def __init__(self, name: str, total: int | None, done: int, unit: str, console: Console) -> None:
         self._name, self._total, self._console = name, total, console
+        self._per_second = f" {unit} a second" if unit else "/s"
         self._before = self._done = done
         self._note = ""
         self._begun = self._printed = time.monotonic()
@@ -55,7 +59,9 @@ class Task:
 
     def _rate(self) -> str:
         seconds = time.monotonic() - self._begun
-        return f"({(self._done - self._before) / seconds:,.0f}/s)" if seconds > 0.1 else ""
+        if seconds <= 0.1:
+            return ""
+        return f"({(self._done - self._before) / seconds:,.0f}{self._per_second})"
 
     def _status(self) -> str:
         if self._total is None:
@@ -90,20 +96,67 @@ class Progress:
         self._console = Console(stderr=True, quiet=quiet, soft_wrap=True)
 
     @contextmanager
-    def task(self, name: str, total: int | None = None, done: int = 0) -> Iterator[Task]:
+    def task(self, name: str, total: int | None = None, done: int = 0, unit: str = "") -> Iterator[Task]:
         """Shows a task until the block is left, and then a line that says how it ended.
 
         Args:
             name: What is done.
             total: How many steps it takes.
             done: How many of them an earlier process did.
+            unit: What a step is, for the rate.
         """
-        with Task(name, total, done, self._console)._shown() as task:
+        with Task(name, total, done, unit, self._console)._shown() as task:
             yield task
 
     def say(self, line: str) -> None:
         """Prints one line."""
         self._console.print(line, highlight=False)
+
+
+class Meter:
+    """Tokens that a command reads, and the time it takes.
+
+    Args:
+        progress: Where the forecast is shown.
+        total: Tokens that the command will read; None: there is no forecast.
+        advice: What would make it faster.
+
+    Attributes:
+        tokens: Tokens read.
+        seconds: Time spent reading.
+    """
+
+    def __init__(self, progress: Progress, total: int | None = None, advice: str = "") -> None:
+        self.tokens, self.seconds = 0, 0.0
+        self._progress, self._total, self._advice = progress, total, advice
+
+    @contextmanager
+    def reading(self, task: Task) -> Iterator[Callable[[int], None]]:
+        """Times the block, which calls what it is given for the tokens that were read."""
+        begun, before = time.monotonic(), self.seconds
+
+        def done(tokens: int) -> None:
+            self.tokens += tokens
+            self.seconds = before + time.monotonic() - begun
+            task.advance(tokens)
+            if self._total is not None and self.seconds > FIRST_SECONDS:
+                rate = self.tokens / self.seconds
+                self._progress.say(
+                    f"reading takes about {duration(self._total / rate)} in all, at {rate:,.0f} tokens a "
+                    f"second{self._advice}"
+                )
+                self._total = None
+
+        yield done
+        self.seconds = before + time.monotonic() - begun
+
+
+def duration(seconds: float) -> str:
+    """A length of time in the unit that suits it."""
+    for unit, length in (("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.0f} {unit}"
+    return f"{seconds:,.0f} seconds"
 
 
 @contextmanager

@@ -264,8 +264,8 @@ def _checked(sums: NDArray, counts: ArrayLike) -> tuple[Floats, Floats]:
     return sums, numbers
 
 
-def mean_over_draws(sums: ArrayLike, counts: ArrayLike, level: float = 0.95) -> Interval:
-    """The mean over draws of `sum of sums / sum of counts`, and its interval over documents and draws.
+def mean_over_draws(sums: ArrayLike, counts: ArrayLike) -> Interval:
+    """The mean over draws of `sum of sums / sum of counts`, and its 95 % interval over documents and draws.
 
     The variance is that of two crossed random effects, each document's share in the ratio linearised (Searle,
     Casella and McCulloch 1992, "Variance Components", chapter 4):
@@ -278,17 +278,11 @@ def mean_over_draws(sums: ArrayLike, counts: ArrayLike, level: float = 0.95) -> 
     Args:
         sums: A metric summed over each document's examples, [draws, documents].
         counts: Number of those examples, [documents].
-        level: Probability that the interval is meant to cover.
 
     Returns:
         The bounds are NaN below two draws or two documents with examples.
     """
     sums, numbers = np.asarray(sums, np.float64), np.asarray(counts, np.float64)
-    if sums.ndim != 2 or numbers.shape != sums.shape[1:] or not len(sums):
-        raise ProbekitError(
-            f"sums {sums.shape} must be [draws, documents] with at least one draw, and counts "
-            f"{numbers.shape} [documents]"
-        )
     sums, draws, total = np.where(numbers > 0, sums, 0.0), len(sums), numbers.sum()
     documents = int((numbers > 0).sum())
     if not documents:
@@ -307,7 +301,7 @@ def mean_over_draws(sums: ArrayLike, counts: ArrayLike, level: float = 0.95) -> 
     if not variance:
         return Interval(value, value, value, documents)
     freedom = variance**2 / (of_documents**2 / (documents - 1) + of_draws**2 / (draws - 1))
-    half = float(stdtrit(freedom, 0.5 + level / 2) * np.sqrt(variance))
+    half = float(stdtrit(freedom, 0.975) * np.sqrt(variance))
     return Interval(value, value - half, value + half, documents)
 
 
@@ -344,45 +338,11 @@ def over_seeds(
         with_mean = (np.column_stack([part, part.mean(1)]) for part in (sums, counts))
         transform = transforms.get(str(key["metric"]))
         found = bootstrap_ratios(*with_mean, resamples=resamples, seed=seed, transform=transform)
-        parts.append(_seed_rows(key, tables["sum"].columns, found))
+        parts.append(seed_rows(key, tables["sum"].columns, found))
     return pd.concat(parts, ignore_index=True)
 
 
-def differences_over_seeds(
-    losses: pd.DataFrame, pairs: Iterable[tuple[str, str]], *, resamples: int, seed: int
-) -> pd.DataFrame:
-    """Differences of perplexities, paired over documents, of each seed and of the mean over seeds.
-
-    Args:
-        losses: Columns `name` (what is compared), `seed`, `document`, `tokens` and `loss` in nats; every name
-            has the same seeds and documents.
-        pairs: Names, of which the second's perplexity is taken from the first's.
-        resamples: Number of resamples of documents.
-        seed: Seed of their draws.
-
-    Returns:
-        As `over_seeds`, for each `first` and `second`, and `below`, the number of seeds whose value is below
-        zero.
-    """
-    tokens = losses.groupby("document").tokens.first()
-    by_name = {
-        name: rows.pivot_table(index="document", columns="seed", values="loss", aggfunc="sum").loc[
-            tokens.index
-        ]
-        for name, rows in losses.groupby("name", sort=False)
-    }
-    parts = []
-    for first, second in pairs:
-        one, other = (by_name[name].assign(mean=by_name[name].mean(axis=1)) for name in (first, second))
-        found = paired_differences(one, other, tokens, resamples=resamples, seed=seed, transform=np.exp)
-        below = (found.value[:-1] < 0).astype(int)
-        rows = _seed_rows({"first": first, "second": second}, by_name[first].columns, found)
-        rows.insert(len(rows.columns) - 2, "below", [*below, below.sum()])
-        parts.append(rows)
-    return pd.concat(parts, ignore_index=True)
-
-
-def _seed_rows(key: Mapping[str, object], seeds: Iterable[Any], found: Intervals) -> pd.DataFrame:
+def seed_rows(key: Mapping[str, object], seeds: Iterable[Any], found: Intervals) -> pd.DataFrame:
     """A row for each seed and one for their mean, of intervals in that order."""
     each = found.value[:-1]
     spread = np.std(each, ddof=1) if len(each) > 1 else np.nan

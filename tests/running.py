@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import io
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -26,6 +27,11 @@ SECONDS = 60
 """After so many a command counts as hanging."""
 
 
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["probekit.probing.probe", "probekit.sweeps"])
+"""Its server imports PyTorch once, for all commands that are run in processes of their own."""
+
+
 class Hung(BaseException):
     """Nothing catches it."""
 
@@ -37,24 +43,24 @@ class Ran:
     Attributes:
         words: Its arguments.
         code: Its exit code.
-        told: What it wrote to standard error.
+        errors: What it wrote to standard error.
     """
 
     words: tuple[str, ...]
     code: int
-    told: str
+    errors: str
 
     def refused(self, *names: str) -> bool:
         """Whether it was refused in one line, which holds one of these names, if there are any."""
-        lines = [line for line in self.told.splitlines() if not line.startswith("probekit: note: ")]
+        lines = [line for line in self.errors.splitlines() if not line.startswith("probekit: note: ")]
         one = len(lines) == 1 and lines[0].startswith("probekit: error: ")
         return self.code == 2 and one and (not names or any(name in lines[0] for name in names))
 
 
 def ran(*words: object) -> Ran:
     """Runs a command; an exception that comes out of it fails the test with all of its arguments."""
-    told, typed = io.StringIO(), tuple(map(str, words))
-    with contextlib.redirect_stderr(told), contextlib.redirect_stdout(io.StringIO()), _watched():
+    errors, typed = io.StringIO(), tuple(map(str, words))
+    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()), _watched():
         try:
             code = main(typed)
         except SystemExit as left:  # --help and --version
@@ -62,7 +68,18 @@ def ran(*words: object) -> Ran:
         except Exception as error:
             error.add_note(f"probekit {' '.join(map(repr, typed))}")
             raise
-    return Ran(typed, code, told.getvalue())
+    return Ran(typed, code, errors.getvalue())
+
+
+def started(*words: object) -> multiprocessing.process.BaseProcess:
+    """A command in a process of its own, which may be killed."""
+    process = FORKS.Process(target=_exits, args=(list(map(str, words)),))
+    process.start()
+    return process
+
+
+def _exits(words: list[str]) -> None:
+    sys.exit(main(words))
 
 
 def in_two_processes(*words: str | Path) -> str:
@@ -74,7 +91,7 @@ def in_two_processes(*words: str | Path) -> str:
     return done.stdout
 
 
-def told(capsys: Capture, *words: str | Path) -> str:
+def printed(capsys: Capture, *words: str | Path) -> str:
     """Standard output of a command that succeeds, silently on standard error."""
     try:
         code = main([str(word) for word in words])

@@ -1,5 +1,9 @@
 """Trainings of the tiny run's stages with a few settings changed, and their losses computed another way."""
 
+import itertools
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,10 +12,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from probekit.data.corpus import Corpus
+from probekit.io import read_tensors, write_tensors
 from probekit.models.frozen_lm import FrozenLM
 from probekit.models.planner import Planner
 from probekit.progress import Progress
 from probekit.run.run import Run
+from probekit.run.stages import stages_of
+from probekit.training.train import train
 from probekit.training.trainer import Trainer
 
 QUIET = Progress(quiet=True)
@@ -24,6 +31,42 @@ def trainer(run: Run, corpus: Corpus | None = None, **settings: Any) -> tuple[Tr
     rows: list[dict[str, Any]] = []
     config = run.config.override({name.replace("__", "."): value for name, value in settings.items()})
     return Trainer(config, corpus or run.corpus, torch.device("cpu"), rows.append, QUIET), rows
+
+
+def run_maker(run: Run, folder: Path, fixed: Mapping[str, Any]) -> Callable[..., Run]:
+    """Trains what a run's settings ask for after LM and planner, which it has from another run.
+
+    Args:
+        run: The other one.
+        folder: Where the runs are made; equal settings share one.
+        fixed: Settings by dotted name, for all of them.
+    """
+    made: dict[str, Run] = {}
+    numbers = itertools.count()
+
+    def make(**settings: Any) -> Run:
+        name = str(settings)
+        if name not in made:
+            given = {key.replace("__", "."): value for key, value in settings.items()}
+            config = run.config.override({**fixed, **given})
+            new = Run.begin(folder / str(next(numbers)), config)
+            for stage in ("corpus", "lm", "planner"):
+                if stage in stages_of(config):
+                    new.take_over(stage, run)
+            made[name] = train(config, new.folder, existing="resume", quiet=True)
+        return made[name]
+
+    return make
+
+
+def with_strong_adapters(run: Run, folder: Path, factor: float) -> Run:
+    """A copy of a run with adapters that matter as much as trained ones do."""
+    copy = Run.open(shutil.copytree(run.folder, folder / "run"))
+    for path in (copy.folder / "adapters").glob("*.safetensors"):
+        tensors = read_tensors(path)
+        tensors["adapter.projections"] *= factor
+        write_tensors(path, tensors)
+    return copy
 
 
 def one_step(stage: str, **settings: Any) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -42,23 +41,6 @@ def test_all_names_what_there_is():
     assert sorted(probekit.__all__) == probekit.__all__
     assert set(probekit._HOME) == set(probekit.__all__)
     assert set(probekit.__all__) <= set(dir(probekit))
-
-
-def test_star_import_brings_all():
-    scope: dict[str, object] = {}
-    exec("from probekit import *", scope)  # noqa: S102 - our own package
-    assert set(probekit.__all__) <= set(scope)
-
-
-def test_unknown_name_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="no attribute 'trian'"):
-        probekit.trian  # noqa: B018
-
-
-def test_only_a_model_that_is_there_can_be_prepared(tiny_config: probekit.Config, tmp_path: Path):
-    with pytest.raises(probekit.ProbekitError, match=r"lm\.name is not set.*--model"):
-        probekit.prepare(tiny_config, tmp_path / "run")
-    assert not list(tmp_path.iterdir())
 
 
 def test_load_run_opens_a_run(tiny_run: probekit.Run):

@@ -6,20 +6,20 @@ PROBEKIT_KILLS says how many moments of each command are tried.
 import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from running import started
 
+from probekit.cli import main
 from probekit.config import Config
 from probekit.io import read_json
 from probekit.run.run import Run
 from probekit.sweeps import Sweep
+from probekit.training.train import train
 
 KILLS = int(os.environ.get("PROBEKIT_KILLS", "1"))
 FAST = (
@@ -27,17 +27,12 @@ FAST = (
     *("--probe.l2", "0.1", "--evaluation.resamples", "100"),
 )
 
-TOLD = ("run.json", "provenance.json", "config.yaml", "manifest.json")
+TIMED = ("run.json", "provenance.json", "config.yaml", "manifest.json")
 """Files that tell when something was done, and how long it took."""
 
 
-def run_command(*words: str | Path) -> subprocess.Popen[bytes]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-m", "probekit", *map(str, words), "--quiet"], env=environment)
-
-
 def made(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in TOLD)
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in TIMED)
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
@@ -46,19 +41,16 @@ def killed_and_done(
     begun: Callable[[], bool],
     seconds: float,
     draw: random.Random,
-) -> int:
-    """Kills a command twice at a random moment after its beginning, then lets it end; how many kills hit."""
-    hits = 0
+) -> None:
+    """Kills a command twice at a random moment after its beginning, then lets it end."""
     for _ in range(2):
-        with run_command(*command()) as process:
-            while not begun() and process.poll() is None:
-                time.sleep(0.02)
-            time.sleep(draw.uniform(0.0, seconds))
-            hits += process.poll() is None
-            process.send_signal(signal.SIGKILL)
-    with run_command(*command()) as process:
-        assert process.wait() == 0
-    return hits
+        process = started(*command(), "--quiet")
+        while not begun() and process.is_alive():
+            time.sleep(0.02)
+        time.sleep(draw.uniform(0.0, seconds))
+        process.kill()
+        process.join()
+    assert main([*map(str, command()), "--quiet"]) == 0
 
 
 @pytest.fixture(scope="module")
@@ -82,11 +74,8 @@ def settings(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(settings: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    with run_command("train", "--config", settings, "--out", folder) as process:
-        assert process.wait() == 0
-    return Run.open(folder)
+def whole(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return train(config, tmp_path_factory.mktemp("whole") / "run", quiet=True)
 
 
 @pytest.mark.parametrize("seed", range(KILLS))
@@ -108,8 +97,7 @@ def probed(whole: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[pd.Dat
     """Results of an undisturbed probing, and how long it took."""
     folder = shutil.copytree(whole.folder, tmp_path_factory.mktemp("probed") / "run")
     begun = time.monotonic()
-    with run_command("probe", folder, "--store", *FAST) as process:
-        assert process.wait() == 0
+    assert main(["probe", str(folder), "--store", *FAST, "--quiet"]) == 0
     return Run.open(folder).probes(), time.monotonic() - begun
 
 
@@ -135,8 +123,7 @@ def sweep_command(settings: Path, out: Path) -> tuple[str | Path, ...]:
 def swept(settings: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[pd.DataFrame, float]:
     folder = tmp_path_factory.mktemp("swept") / "sweep"
     begun = time.monotonic()
-    with run_command(*sweep_command(settings, folder)) as process:
-        assert process.wait() == 0
+    assert main([*map(str, sweep_command(settings, folder)), "--quiet"]) == 0
     return Sweep.open(folder).table(), time.monotonic() - begun
 
 

@@ -134,18 +134,3 @@ def assert_clean(notebook: NotebookNode) -> None:
         assert output.output_type != "error"
         assert output.get("name") != "stderr", output.text
         assert "\r" not in output.get("text", "")
-
-
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [
-        ("saved in /tmp/x/runs", True),
-        ("'/home/me/runs'", True),
-        ("C:\\Users\\me", True),
-        ("see https://example.org/home/page", False),
-        ("runs/depth-ensemble", False),
-        ("a and/or b", False),
-    ],
-)
-def test_absolute_paths_are_found(text: str, found: bool):
-    assert bool(ABSOLUTE.search(json.dumps(text))) == found

@@ -14,6 +14,7 @@ from probekit.statistics import (
     Interval,
     bootstrap_ratio,
     bootstrap_ratios,
+    differences_over_seeds,
     mean_over_draws,
     over_seeds,
     paired_difference,
@@ -298,9 +299,29 @@ def test_draws_that_are_all_alike_add_nothing():
 def test_documents_that_are_all_alike_leave_the_interval_of_the_draws():
     draws = np.array([0.3, 1.0, 0.1, -0.4, 0.9])
     counts = np.arange(1.0, 13.0)
-    found = mean_over_draws(draws[:, None] * counts, counts, level=0.9)
-    half = stats.sem(draws) * stats.t.ppf(0.95, 4)
+    found = mean_over_draws(draws[:, None] * counts, counts)
+    half = stats.sem(draws) * stats.t.ppf(0.975, 4)
     assert (found.low, found.high) == pytest.approx((draws.mean() - half, draws.mean() + half))
+
+
+def test_equal_counts_give_the_variance_of_an_analysis_of_variance():
+    generator = np.random.default_rng(2)
+    draws, documents = 4, 30
+    values = generator.normal(size=(draws, 1)) + generator.normal(size=(draws, documents))
+    of_draw, of_document, mean = values.mean(1), values.mean(0), values.mean()
+    squares = {
+        "draws": documents * ((of_draw - mean) ** 2).sum() / (draws - 1),
+        "documents": draws * ((of_document - mean) ** 2).sum() / (documents - 1),
+        "residual": ((values - of_draw[:, None] - of_document + mean) ** 2).sum()
+        / ((draws - 1) * (documents - 1)),
+    }
+    variance = squares["draws"] + squares["documents"] - squares["residual"]
+    freedom = variance**2 / (
+        squares["draws"] ** 2 / (draws - 1) + squares["documents"] ** 2 / (documents - 1)
+    )
+    half = stats.t.ppf(0.975, freedom) * np.sqrt(variance / (draws * documents))
+    found = mean_over_draws(7 * values, np.full(documents, 7.0))
+    assert (found.low, found.high) == pytest.approx((mean - half, mean + half))
 
 
 def test_documents_without_examples_take_no_part():
@@ -316,19 +337,6 @@ def test_one_draw_or_one_document_tells_no_interval(shape: tuple[int, int], docu
     found = mean_over_draws(np.ones(shape), np.ones(shape[1]))
     assert (found.value, found.documents) == (1.0, documents)
     assert np.isnan([found.low, found.high]).all()
-
-
-def test_nothing_at_all():
-    found = mean_over_draws(np.ones((2, 3)), np.zeros(3))
-    assert found.documents == 0
-    assert np.isnan([found.value, found.low, found.high]).all()
-    assert mean_over_draws(np.zeros((2, 3)), np.ones(3)).high == 0
-
-
-@pytest.mark.parametrize(("sums", "counts"), [((3,), (3,)), ((2, 3), (2,)), ((0, 3), (3,))])
-def test_other_shapes_are_refused(sums: tuple[int, ...], counts: tuple[int, ...]):
-    with pytest.raises(ProbekitError, match=r"\[draws, documents\]"):
-        mean_over_draws(np.ones(sums), np.ones(counts))
 
 
 # Over seeds
@@ -389,3 +397,20 @@ def test_documents_that_a_seed_lacks_count_where_they_are():
         assert rows[rows.seed.notna()].value.tolist() == pytest.approx([0.5, 1.0, 1.5])
         assert mean.seed_spread == pytest.approx(0.5)
         assert mean.documents == own.document.nunique()
+
+
+def test_differences_over_seeds_are_paired_and_counted():
+    table = values().query("metric == 'perplexity'")
+    losses = table.rename(columns={"member": "name", "sum": "loss", "count": "tokens"})
+    found = differences_over_seeds(losses, [("a", "b"), ("b", "a")], **OPTIONS)
+    by_name = losses.pivot_table(index="document", columns=["name", "seed"], values="loss")
+    tokens = losses.groupby("document").tokens.first()
+    for first, second in (("a", "b"), ("b", "a")):
+        rows = found[found["first"] == first].set_index("seed")
+        one, other = by_name[first].assign(mean=by_name[first].mean(1)), by_name[second]
+        for seed, column in ((0, 0), (2, 2), (pd.NA, "mean")):
+            row = rows[rows.index.isna()].iloc[0] if column == "mean" else rows.loc[seed]
+            loss = other.mean(1) if column == "mean" else other[column]
+            expected = paired_difference(one[column], loss, tokens, transform=np.exp, **OPTIONS)
+            assert (row.value, row.value_low, row.value_high) == pytest.approx(expected[:3])
+        assert rows.below.iloc[-1] == (rows.value.iloc[:-1] < 0).sum()

@@ -17,12 +17,13 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from shared.script import Groups, add_training_options, runs_in, save_figure, script_parser, training_config
+from shared.seeds import differences_over_seeds
 
 from probekit.config import MemberName
 from probekit.errors import ProbekitError
 from probekit.models.depth_ensemble import MEMBERS
 from probekit.run.run import Run
-from probekit.statistics import differences_over_seeds, over_seeds
+from probekit.statistics import over_seeds
 from probekit.sweeps import sweep
 
 TUNINGS = ("frozen", "lora", "full")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from probekit.config import ProbedName
+from probekit.evaluation.perplexity import window_and_stride
 from probekit.probing.activations import HookPoint, Reader
 from probekit.probing.grid import FITTED_ON, Grid
 from probekit.probing.solvers import Moments
@@ -172,18 +173,19 @@ def read_moments(
     run: Run, variant: ProbedName, points: Sequence[HookPoint], grid: Grid, progress: Progress
 ) -> dict[tuple[HookPoint, int], Moments]:
     """Sums over the activations that probes are fitted on, by hook point and distance."""
-    reader = Reader(run, variant, points, grid.distances)
+    reader = Reader(run, variant, points, grid.distances, windows=window_and_stride(run))
     distances, classes = len(grid.distances), grid.target.classes
     sums = [
         Moments.zeros(len(block.points) * distances, block.width, classes, run.device, torch.float64)
         for block in reader.stacks
     ]
     examples, labels = grid.examples[FITTED_ON], torch.from_numpy(grid.labels(FITTED_ON, 1)).to(run.device)
-    with progress.task(f"{variant}: read the split {FITTED_ON!r}", total=len(examples)) as task:
-        for rows, blocks in reader.chunks(examples):
+    with progress.task(
+        f"{variant}: read the split {FITTED_ON!r}", total=reader.size(examples), unit="tokens"
+    ) as task:
+        for rows, blocks in reader.chunks(examples, task.advance):
             for moments, values in zip(sums, blocks, strict=True):
                 moments.add(values.flatten(0, 1), labels[rows])
-            task.advance(rows.stop - rows.start)
     return {
         (point, distance): _select(moments, distances * p + d)
         for block, moments in zip(reader.stacks, sums, strict=True)

@@ -486,8 +486,14 @@ class ProbeSettings(Settings):
     """Fit every probe on a control task too: random labels tied to tokens (Hewitt and Liang 2019)."""
     code_length: bool = True
     """Measure the prequential code length of softmax probes (Voita and Titov 2020)."""
-    memory: PositiveNumber = 4.0
-    """Gigabytes of activations held at once; further hook points are read in further passes."""
+    window: AtLeastTwo | None = None
+    """Tokens that the LM reads at once. Longer documents are read in windows that overlap by 512 tokens, or
+    by half a window if that is less. Unset: 2,048, or the LM's positions if that is less; for a new LM, its
+    training window."""
+    memory: PositiveNumber = 2.0
+    """Gigabytes of main memory for activations, in the LM's dtype; what does not fit is kept in a temporary
+    file in the run's folder. For closed-form solvers alone: for their sums; further hook points are then read
+    in further passes."""
 
 
 class InterventionSettings(Settings):

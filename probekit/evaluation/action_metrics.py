@@ -65,13 +65,13 @@ def prior_log_probabilities(actions: ArrayLike, k: int) -> Floats:
     return log_shares(np.bincount(checked[checked != NO_ACTION], minlength=k))
 
 
-def log_shares(counts: ArrayLike, pseudo_count: float = 0.5) -> Floats:
+def log_shares(counts: ArrayLike) -> Floats:
     """Log shares of counts `[classes]`, in nats.
 
-    Every class gets `pseudo_count` more examples than it has, so that one that never occurred has a finite
-    loss; one half is the estimator of Krichevsky and Trofimov (1981).
+    Every class gets half an example more than it has, so that one that never occurred has a finite loss:
+    the estimator of Krichevsky and Trofimov (1981).
     """
-    smoothed = np.asarray(counts, np.float64) + pseudo_count
+    smoothed = np.asarray(counts, np.float64) + 0.5
     return np.log(smoothed / smoothed.sum())
 
 

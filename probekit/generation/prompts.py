@@ -38,21 +38,20 @@ class Prompt:
     document: int = -1
 
 
-def text_prompt(corpus: Corpus, text: str, plan: Actions | None = None) -> Prompt:
-    """A prompt of any text, which may be empty, and any plan.
+def text_prompt(corpus: Corpus, text: str) -> Prompt:
+    """A prompt of any text, which may be empty.
 
     A special token that is written out in the text, such as the separator, is plain text.
 
     Raises:
-        ProbekitError: The plan has no actions or unknown ones, or the text is not valid Unicode.
+        ProbekitError: The text is not valid Unicode.
     """
     try:
         text.encode()
     except UnicodeEncodeError as error:  # a command line can hold half a surrogate pair
         raise ProbekitError(f"a prompt is not valid Unicode at character {error.start}; correct it") from None
     ids = encoded(corpus.tokenizer, text)
-    actions = None if plan is None else _checked(corpus, plan, "the plan")
-    return Prompt(np.array([corpus.separator, *ids], dtype=np.int64), decoded(corpus.tokenizer, ids), actions)
+    return Prompt(np.array([corpus.separator, *ids], dtype=np.int64), decoded(corpus.tokenizer, ids))
 
 
 def document_prompts(

@@ -1,45 +1,50 @@
 """Activations: one forward pass reads every hook point at every distance, a chunk of documents at a time.
 
-A `Reader` runs the model. A `Store` reads back what `write_store` kept of a reader on disk.
+A document is one window if the LM can read it at once, so that every token is read once. Longer ones are cut
+into windows that overlap, so that every token is read with some context.
 """
 
 from __future__ import annotations
 
-import hashlib
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from probekit import distributed
 from probekit.config import ProbedName
+from probekit.data.corpus import Corpus, ranges
 from probekit.data.windows import Windows, collate, cut_windows, input_tokens
-from probekit.distributed import autocast, precision_of
+from probekit.distributed import autocast
 from probekit.errors import ProbekitError
-from probekit.evaluation.perplexity import window_and_stride
-from probekit.io import read_json, write_json, write_tensors
 from probekit.models.conditioning import Conditioned
 from probekit.models.hook_points import BEFORE, Hook, hook_name
+from probekit.models.language_model import longest_window
 from probekit.models.mixing import VARIANTS, evaluation_mixing
 from probekit.probing.targets import Examples
-from probekit.progress import Progress
 from probekit.run.run import Run
 
 HookPoint = tuple[str, int]
 """A location and a layer."""
 
-CHUNK_EXAMPLES = 512
-"""Examples read at once; a longer document is read in parts, whose windows may overlap a little."""
+LONGEST_WINDOW = 2048
+"""Tokens that an LM reads at once if `probe.window` is unset and it has as many positions."""
 
-HEADROOM = 1.02
-"""Free disk space that a store asks for, as a multiple of the activations' size: shards have headers."""
+CONTEXT = 512
+"""Tokens that windows of one document overlap by, or half a window where that is less."""
+
+LEAST_FILLED = 0.75
+"""Windows of a batch are at least this share of the longest one: the rest is padding."""
+
+CHUNK_EXAMPLES = 4096
+"""Most examples read at once, so that several processes have chunks to share."""
+
+CHUNK_BYTES = defaultdict(lambda: 1 << 31, cpu=1 << 28)
+"""Most bytes of activations read at once, by device type."""
 
 
 @dataclass(frozen=True)
@@ -55,20 +60,36 @@ class Stack:
     points: tuple[HookPoint, ...]
 
 
+Done = Callable[[int], None]
+"""Counts tokens, or examples, that have been read."""
+
+
 class Activations(Protocol):
-    """A source of activations: a model, or a store of what was read before."""
+    """A source of activations: a model, or a store of what was read before.
+
+    Attributes:
+        stacks: The hook points.
+        dtype: The type of the activations.
+        unit: What `size` counts.
+    """
 
     stacks: list[Stack]
+    dtype: torch.dtype
+    unit: str
 
-    def chunks(self, examples: Examples) -> Iterator[tuple[slice, list[Tensor]]]:
+    def size(self, examples: Examples) -> int:
+        """How many tokens have to be read for the examples; without a model, how many examples."""
+        ...
+
+    def chunks(self, examples: Examples, done: Done = ...) -> Iterator[tuple[slice, list[Tensor]]]:
         """Reads this process's share of the examples in order, a chunk at a time.
 
         Args:
             examples: The examples.
+            done: Called with the number of tokens (or examples) that have been read since the last call.
 
         Yields:
-            The rows of the chunk, and for every stack its activations, float32
-            `[points, distances, chunk, width]`.
+            The rows of the chunk, and for every stack its activations `[points, distances, chunk, width]`.
         """
         ...
 
@@ -81,10 +102,86 @@ def stacks_of(points: Sequence[HookPoint], widths: Mapping[str, int]) -> list[St
     return [Stack(width, tuple(group)) for width, group in groups.items()]
 
 
-class Reader:
-    """Reads activations of one variant of a run's LM.
+def probing_windows(run: Run) -> tuple[int, int]:
+    """Length of the windows that probes read in, and by how much they advance, in tokens.
 
-    A position is read in the window that scores the token after it, as in the perplexity.
+    An LM that was trained here has learned nothing of positions after `training.window`. A pre-trained one is
+    read with longer windows than an adapter was trained in: adapters know nothing of positions, and all
+    variants must be read alike.
+
+    Raises:
+        ProbekitError: `probe.window` is longer than the LM reads.
+    """
+    positions = longest_window(run.frozen_lm().config)
+    window = run.config.probe.window
+    if window is not None and window > positions:
+        raise ProbekitError(f"probe.window is {window}, but the LM reads at most {positions} positions")
+    if window is None:
+        trained = run.config.training.window if run.config.lm.name is None else LONGEST_WINDOW
+        window = min(trained, positions)
+    return window, max(1, window // 2, window - CONTEXT)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where examples are read: each position in the window that predicts the token after it.
+
+    Windows without an example are left out, and each ends with the last position that is read.
+
+    Attributes:
+        windows: The windows `[windows]`.
+        window: The window of each position, as a row of `windows` `[distances, examples]`.
+        column: The position in its window: the number of tokens before it `[distances, examples]`.
+    """
+
+    windows: Windows
+    window: np.ndarray
+    column: np.ndarray
+
+    @classmethod
+    def of(
+        cls, corpus: Corpus, examples: Examples, distances: Sequence[int], window: int, stride: int
+    ) -> Self:
+        """Places examples in windows of at most `window` tokens that advance by `stride`."""
+        positions = np.stack([examples.positions(distance) for distance in distances])
+        every = cut_windows(corpus, np.unique(examples.document), window, stride)
+        found = np.searchsorted(every.start + every.length, positions, side="right")
+        used, row = np.unique(found, return_inverse=True)
+        windows, row = every[used], row.reshape(positions.shape)
+        column = positions - windows.start[row]
+        length = np.zeros_like(windows.length)
+        np.maximum.at(length, row, column + 1)
+        scored = np.maximum(windows.scored - (windows.length - length), 0)
+        return cls(Windows(windows.document, windows.start, length, scored), row, column)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all windows."""
+        return int(self.windows.length.sum())
+
+
+def batches(length: np.ndarray, tokens: int) -> Iterator[np.ndarray]:
+    """Groups windows of about one length, longest first, into batches of about as many tokens each.
+
+    Args:
+        length: Length of each window `[windows]`.
+        tokens: Most tokens in a batch, padding included; a longer window has a batch of its own.
+
+    Yields:
+        The numbers of a batch's windows.
+    """
+    order = np.argsort(-length, kind="stable")
+    decreasing, start = length[order], 0
+    while start < len(order):
+        longest = decreasing[start]
+        like = np.searchsorted(-decreasing, -LEAST_FILLED * longest, side="right")
+        stop = min(int(like), start + max(1, tokens // int(longest)))
+        yield order[start:stop]
+        start = stop
+
+
+class Reader:
+    """Reads activations of one variant of a run's LM, in the LM's own dtype.
 
     Args:
         run: The run.
@@ -92,7 +189,10 @@ class Reader:
         points: The hook points to read.
         distances: Tokens before the anchor, in the order of the second axis.
         seed: Seed of random weights.
+        windows: Length and stride of the windows; unset: `probing_windows`.
     """
+
+    unit = "tokens"
 
     def __init__(
         self,
@@ -101,49 +201,65 @@ class Reader:
         points: Sequence[HookPoint],
         distances: Sequence[int],
         seed: int = 0,
+        windows: tuple[int, int] | None = None,
     ) -> None:
         self.run, self.variant, self.seed = run, variant, seed
         self.stacks, self.distances = stacks_of(points, run.locations), tuple(distances)
-        self._window, self._stride = window_and_stride(run)
+        self.windows = windows or probing_windows(run)
         self._model = run.model(variant) if variant in VARIANTS else None
         self._corpus = run.corpus_of(variant) if variant in VARIANTS else run.corpus
         self._mixing = evaluation_mixing(variant)
         adapter = None if self._model is None else self._model.adapter
         names = [_hook_name(point) for point in points] + list(adapter.names if adapter is not None else ())
         self._forward = run.backend_for(names, variant, seed)
+        self.dtype: torch.dtype = self._forward.model.dtype
 
-    def chunks(self, examples: Examples) -> Iterator[tuple[slice, list[Tensor]]]:
+    @property
+    def chunk_examples(self) -> tuple[int, int]:
+        """Most examples in a chunk, and most of one document; see `chunk_slices`."""
+        widths = sum(len(stack.points) * stack.width for stack in self.stacks)
+        fitting = CHUNK_BYTES[self.run.device.type] // (widths * len(self.distances) * self.dtype.itemsize)
+        most = max(1, min(CHUNK_EXAMPLES, fitting))
+        return most, max(most, self.windows[0])
+
+    def place(self, examples: Examples) -> Placement:
+        """Where the examples are read."""
+        return Placement.of(self.run.corpus, examples, self.distances, *self.windows)
+
+    def size(self, examples: Examples) -> int:
+        """How many tokens have to be read for the examples."""
+        return self.place(examples).tokens
+
+    def chunks(
+        self, examples: Examples, done: Done = lambda tokens: None
+    ) -> Iterator[tuple[slice, list[Tensor]]]:
         """Reads this process's share of the examples; see `Activations.chunks`."""
-        for rows in distributed.share([*chunk_slices(examples.document)]):
-            yield rows, self.read(examples[rows])
+        for rows in distributed.share([*chunk_slices(examples.document, *self.chunk_examples)]):
+            yield rows, self.read(examples[rows], done)
 
-    def read(self, examples: Examples) -> list[Tensor]:
+    def read(self, examples: Examples, done: Done = lambda tokens: None) -> list[Tensor]:
         """Reads all stacks at some examples.
 
         Args:
             examples: The examples.
+            done: As in `Activations.chunks`.
 
         Returns:
-            For every stack float32 activations `[points, distances, examples, width]`.
+            For every stack the activations `[points, distances, examples, width]`.
 
         Raises:
             ProbekitError: An activation is not finite; it names the location and layer.
         """
-        positions = np.stack([examples.positions(distance) for distance in self.distances])
-        into, positions = self._empty(*positions.shape), positions.ravel()
-        windows = cut_windows(self.run.corpus, np.unique(examples.document), self._window, self._stride)
-        window = np.searchsorted(windows.start + windows.length, positions, side="right")
-        # Batches of windows that are about equally long need little padding.
-        needed = np.unique(window)
-        needed = needed[np.argsort(windows.length[needed], kind="stable")]
-        rank = np.argsort(needed)[np.searchsorted(np.sort(needed), window)]
-        size = self.run.config.evaluation.batch_size
-        for start in range(0, len(needed), size):
-            batch = windows[needed[start : start + size]]
-            index = np.flatnonzero((rank >= start) & (rank < start + len(batch)))
-            row = rank[index] - start
-            column = positions[index] - batch.start[row]
-            self._pass(self._inputs(batch), into, row, column, index)
+        into, place = self._empty(len(self.distances), len(examples)), self.place(examples)
+        length, window, column = place.windows.length, place.window.ravel(), place.column.ravel()
+        order = np.argsort(window, kind="stable")
+        first = np.searchsorted(window[order], np.arange(len(length) + 1))
+        config = self.run.config
+        for rows in batches(length, config.evaluation.batch_size * config.training.window):
+            index = order[ranges(first[rows], first[rows + 1])]
+            row = np.repeat(np.arange(len(rows)), first[rows + 1] - first[rows])
+            self._pass(self._inputs(place.windows[rows]), into, row, column[index], index)
+            done(int(length[rows].sum()))
         for stack, values in zip(self.stacks, into, strict=True):
             check_finite(stack, values, self.run.dtype)
         return into
@@ -187,7 +303,7 @@ class Reader:
 
         def reading(target: Tensor) -> Any:
             def read(activation: Tensor, hook: Any = None) -> None:
-                target.flatten(0, 1)[flat] = activation[at].flatten(1).float()
+                target.flatten(0, 1)[flat] = activation[at].flatten(1).to(target.dtype)
 
             return read
 
@@ -203,19 +319,31 @@ class Reader:
 
     def _empty(self, distances: int, examples: int) -> list[Tensor]:
         return [
-            torch.empty(len(stack.points), distances, examples, stack.width, device=self.run.device)
+            torch.empty(
+                (len(stack.points), distances, examples, stack.width),
+                dtype=self.dtype,
+                device=self.run.device,
+            )
             for stack in self.stacks
         ]
 
 
-def chunk_slices(document: np.ndarray) -> Iterator[slice]:
-    """Cuts examples `[examples]` into chunks of whole documents, or parts of one that is too long for one."""
+def chunk_slices(document: np.ndarray, most: int, of_one: int) -> Iterator[slice]:
+    """Cuts examples `[examples]` into chunks of whole documents.
+
+    Args:
+        document: The document of each example; those of one are together.
+        most: Most examples in a chunk of several documents.
+        of_one: Most examples in a chunk of one document; one that has more is cut into parts, and the windows
+            of two parts may overlap.
+    """
     ends = np.append(np.flatnonzero(np.diff(document)) + 1, len(document))
     start = 0
     while start < len(document):
-        last = np.searchsorted(ends, start + CHUNK_EXAMPLES, side="right") - 1
-        whole = int(ends[last]) if last >= 0 else 0
-        stop = whole if whole > start else min(start + CHUNK_EXAMPLES, len(document))
+        last = int(np.searchsorted(ends, start + most, side="right")) - 1
+        stop = int(ends[last]) if last >= 0 else 0
+        if stop <= start:
+            stop = min(start + of_one, int(ends[last + 1]))
         yield slice(start, stop)
         start = stop
 
@@ -241,137 +369,3 @@ def check_finite(stack: Stack, values: Tensor, dtype: torch.dtype) -> None:
 def _hook_name(point: HookPoint) -> str:
     location, layer = point
     return hook_name(location.removesuffix(BEFORE), layer)
-
-
-class Store:
-    """Activations that `write_store` kept.
-
-    Args:
-        folder: A complete store.
-        stacks: The hook points to read, all of them in the store.
-        device: Where activations are wanted.
-    """
-
-    def __init__(self, folder: Path, stacks: list[Stack], device: torch.device) -> None:
-        self.stacks, self._folder, self._device = stacks, folder, device
-
-    def chunks(self, examples: Examples) -> Iterator[tuple[slice, list[Tensor]]]:
-        """Reads this process's share of one of the splits that were stored; see `Activations.chunks`.
-
-        Raises:
-            ProbekitError: A shard is missing or damaged.
-        """
-        for rows in distributed.share([*chunk_slices(examples.document)]):
-            path = self._folder / _shard_name(examples, rows)
-            try:
-                with safe_open(path, "pt", device=str(self._device)) as shard:
-                    values = [
-                        torch.stack([shard.get_tensor(_key(point)) for point in stack.points])
-                        for stack in self.stacks
-                    ]
-            except (OSError, SafetensorError) as error:
-                raise ProbekitError(
-                    f"{path} cannot be read ({error}); delete it and run with --store again"
-                ) from None
-            yield rows, values
-
-
-def write_store(reader: Reader, splits: Mapping[str, Examples], folder: Path, progress: Progress) -> None:
-    """Writes the activations of a reader to disk, a shard for every chunk; shards that exist are kept.
-
-    The first of several processes reads and writes; the others wait for it.
-
-    Args:
-        reader: Reads the activations.
-        splits: Examples of every split.
-        folder: The store's folder.
-        progress: Shows the examples read.
-
-    Raises:
-        ProbekitError: The folder holds activations of something else, or the disk is too small.
-    """
-    manifest, contents = folder / "manifest.json", store_contents(reader, splits)
-    if manifest.exists():
-        _check_same(folder, read_json(manifest), contents)
-    distributed.wait()  # all processes have looked before anything is written
-    if distributed.is_first():
-        missing = [
-            (examples, rows)
-            for examples in splits.values()
-            for rows in chunk_slices(examples.document)
-            if not (folder / _shard_name(examples, rows)).exists()
-        ]
-        total = sum(rows.stop - rows.start for _, rows in missing)
-        size = 4 * len(reader.distances) * total * sum(len(s.points) * s.width for s in reader.stacks)
-        _check_room(folder, size)
-        kept = f"store {size / 1e9:,.2f} GB of activations in {folder}"
-        progress.say(kept if missing else f"activations from {folder}")
-        if not manifest.exists():
-            write_json(manifest, contents)
-        with progress.task("store activations", total=total) as task:
-            for examples, rows in missing:
-                read = reader.read(examples[rows])
-                tensors = {
-                    _key(point): value
-                    for stack, values in zip(reader.stacks, read, strict=True)
-                    for point, value in zip(stack.points, values, strict=True)
-                }
-                write_tensors(folder / _shard_name(examples, rows), tensors)
-                task.advance(rows.stop - rows.start)
-    distributed.wait()
-
-
-def store_contents(reader: Reader, splits: Mapping[str, Examples]) -> dict[str, Any]:
-    """Everything that a store's activations depend on: model, corpus, settings, hook points and examples."""
-    run, variant, config = reader.run, reader.variant, reader.run.config
-    conditioning = config.model_dump(mode="json", include={"planner", "conditioning"})
-    return {
-        "version": version("probekit-lm"),
-        "model": run.weights_digest(variant),
-        "corpus": f"{run.corpus.facts['fingerprint'][:16]}, {run.corpus.facts['tokens']} tokens",
-        "variant": f"random, seed {reader.seed}" if variant == "random" else variant,
-        "windows": [*window_and_stride(run)],
-        "precision": precision_of(run.device, config.training.precision),
-        "conditioning": conditioning if variant in VARIANTS else None,
-        "temperature": config.mixing.temperature if variant in VARIANTS else None,
-        "distances": [*reader.distances],
-        "points": [_key(point) for stack in reader.stacks for point in stack.points],
-        "examples": {split: _digest(examples) for split, examples in splits.items()},
-    }
-
-
-def _check_same(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    for name, value in wanted.items():
-        if found.get(name) != value:
-            raise ProbekitError(
-                f"{folder} stores activations of another {name}: {_short(found.get(name))}, but "
-                f"{_short(value)} is wanted; delete it, or run without --store"
-            )
-
-
-def _check_room(folder: Path, size: int) -> None:
-    existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if HEADROOM * size > free:
-        raise ProbekitError(
-            f"{folder}: the activations take {size / 1e9:,.2f} GB, and the disk has {free / 1e9:,.2f} GB "
-            "free; read fewer hook points or distances, lower probe.max_examples, or run without --store"
-        )
-
-
-def _key(point: HookPoint) -> str:
-    return f"{point[0]}|{point[1]}"
-
-
-def _digest(examples: Examples) -> str:
-    """Identifies where examples are, and their order."""
-    return hashlib.sha256(np.ascontiguousarray(examples.anchor, dtype=np.int64).tobytes()).hexdigest()[:12]
-
-
-def _shard_name(examples: Examples, rows: slice) -> str:
-    return f"{_digest(examples)}-{rows.start:09d}.safetensors"
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 80 else text[:79] + "…"

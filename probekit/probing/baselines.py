@@ -19,11 +19,13 @@ from probekit.data.corpus import Corpus
 from probekit.evaluation.action_metrics import fit_bigram, prior_log_probabilities
 from probekit.evaluation.baselines import SkipNgram, contexts, planner_log_probabilities, planners
 from probekit.planted.ceilings import ceiling_log_probabilities, has_ceiling, position_ceiling
-from probekit.probing.activations import CHUNK_EXAMPLES
 from probekit.probing.grid import CHOSEN_ON, FITTED_ON, TESTED_ON, Grid, document_numbers
 from probekit.probing.results import CEILING, DocumentSums, Facts
 from probekit.probing.targets import NO_LABEL, Examples, find_examples, reached
 from probekit.run.run import Run
+
+CHUNK_EXAMPLES = 512
+"""Examples predicted at once; a document with more is predicted whole."""
 
 MOST_EXAMPLES = 1_000_000
 """Baselines are counted on at most this many examples, drawn by whole documents."""
@@ -58,10 +60,13 @@ def baseline_sums(run: Run, grid: Grid) -> list[DocumentSums]:
 def counted_examples(corpus: Corpus, settings: ProbeSettings, grid: Grid, seed: int) -> Examples:
     """Examples to count in, which all distances reach and all horizons label.
 
-    They include those that probes are fitted on, so that no probe wins by having seen more.
+    Of the documents, those that the grid's probes are fitted on come first, so that no probe wins by having
+    seen more; others are drawn while there are at most `MOST_EXAMPLES`.
     """
+    fitted_on = np.unique(grid.examples[FITTED_ON].document)
     documents = np.concatenate([corpus.documents("train"), corpus.documents(FITTED_ON)])
-    order = np.random.default_rng(seed).permutation(documents)
+    order = np.random.default_rng(seed).permutation(np.setdiff1d(documents, fitted_on))
+    order = np.concatenate([fitted_on, order])
     ends = corpus.document_sentences if settings.anchors == "sentence" else corpus.document_tokens
     drawn = np.sort(order[np.cumsum(ends[order + 1] - ends[order]) <= MOST_EXAMPLES])
     examples = find_examples(corpus, drawn, grid.target, grid.horizons, settings.anchors)

@@ -1,13 +1,14 @@
 """The grid of probes: its cells, the examples they share, and fitting and scoring all cells of a variant.
 
 Solvers that need all their examples at once hold those of the two splits they are fitted and chosen on, which
-`probe.max_examples` bounds; closed-form solvers hold sums alone. Test examples are scored as they are read.
+`probe.max_examples` bounds; closed-form solvers alone hold sums. Test examples are scored as they are read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,8 +23,9 @@ from probekit.probing.activations import Activations, Stack
 from probekit.probing.controls import block_ends, control_labels, prequential_code, prior_code
 from probekit.probing.results import LINEAR_SOLVERS, Cell, DocumentSums, Facts, row_slices
 from probekit.probing.solvers import LDAProbes, MLPProbes, Moments, RidgeProbes, SoftmaxProbes
+from probekit.probing.store import Held
 from probekit.probing.targets import NO_LABEL, Examples, Target, find_examples, reached
-from probekit.progress import Progress
+from probekit.progress import Meter, Progress
 
 FITTED_ON, CHOSEN_ON, TESTED_ON = "probe", "validation", "test"
 """The splits that probes use; none of them trained the LM or the planner."""
@@ -221,10 +223,12 @@ class Task:
     horizon: int | None
     labels: Mapping[str, np.ndarray]
 
-    def of(self, split: str, rows: slice, points: int, device: torch.device) -> Tensor:
-        """Labels of some examples `[examples]`, or `[points * distances, examples]`, a row for each probe."""
-        labels = torch.from_numpy(np.ascontiguousarray(self.labels[split][..., rows])).to(device)
-        return labels if labels.ndim == 1 else labels.repeat(points, 1)
+    def of(self, split: str, rows: slice, probes: slice, device: torch.device) -> Tensor:
+        """Labels of some examples `[examples]`, or `[probes, examples]` for some probes of a stack."""
+        labels = self.labels[split][..., rows]
+        if labels.ndim == 2:
+            labels = labels[np.arange(probes.start, probes.stop) % len(labels)]
+        return torch.from_numpy(np.ascontiguousarray(labels)).to(device)
 
 
 def target_tasks(grid: Grid) -> list[Task]:
@@ -259,8 +263,11 @@ class FitJob:
         control: The control task, or None.
         seed: Seed of the solvers that need one.
         device: Where to fit and score.
-        progress: Shows the examples that are read and the probes that are fitted.
+        progress: Shows the tokens that are read and the probes that are fitted.
         name: What the job is called there.
+        folder: Where activations are held for which memory has no room.
+        meter: Counts the tokens that are read.
+        tokens_read: By distance, the median number of tokens that the LM had read at test positions.
     """
 
     grid: Grid
@@ -270,14 +277,19 @@ class FitJob:
     device: torch.device
     progress: Progress
     name: str
+    folder: Path
+    meter: Meter
+    tokens_read: Mapping[int, int]
 
     def read(self, activations: Activations, split: str) -> Iterator[tuple[slice, list[Tensor]]]:
         """Reads this process's share of a split, a chunk at a time; every stack `[probes, chunk, width]`."""
-        examples = self.grid.examples[split]
-        with self.progress.task(f"{self.name}: read the split {split!r}", total=len(examples)) as task:
-            for rows, stacks in activations.chunks(examples):
+        examples, unit = self.grid.examples[split], activations.unit
+        total, name = activations.size(examples), f"{self.name}: read the split {split!r}"
+        meter = self.meter if unit == "tokens" else Meter(self.progress)
+        with self.progress.task(name, total=total, unit=unit) as task, meter.reading(task) as done:
+            # Other processes read as many.
+            for rows, stacks in activations.chunks(examples, lambda read: done(read * distributed.count())):
                 yield rows, [values.flatten(0, 1) for values in stacks]
-                task.advance((rows.stop - rows.start) * distributed.count())  # others read as many
 
     def solver(self, name: SolverName) -> Probes:
         """A new batch of probes, not fitted."""
@@ -294,10 +306,12 @@ class FitJob:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A batch of fitted probes, one for each hook point of a stack and each distance, in this order.
+    """A batch of fitted probes.
 
     Attributes:
         stack: Number of the stack.
+        rows: Which of the stack's probes, of which there is one for each hook point and distance, in this
+            order.
         solver: How they were fitted.
         horizon: What they predict.
         probes: The probes.
@@ -307,6 +321,7 @@ class Fitted:
     """
 
     stack: int
+    rows: slice
     solver: SolverName
     horizon: int
     probes: Probes
@@ -320,7 +335,7 @@ class Fitted:
             Cell(location, layer, distance, self.horizon, self.solver)
             for location, layer in stacks[self.stack].points
             for distance in grid.distances
-        ]
+        ][self.rows]
 
     def weights(self, stacks: Sequence[Stack], grid: Grid) -> dict[str, Tensor]:
         """The weights by the names they are saved under, if the probes are linear."""
@@ -334,88 +349,73 @@ class Fitted:
         return weights
 
 
-def fit(activations: Activations, job: FitJob) -> list[Fitted]:
-    """Fits every solver of the settings at all hook points, distances and horizons."""
-    if CLOSED_FORM.issuperset(job.settings.solvers):
-        return _fit_sums(activations, job)
-    return _fit_examples(activations, job)
+def hold(activations: Activations, job: FitJob, splits: Sequence[str]) -> Held:
+    """Reads all activations of some splits, and holds them."""
+    grid, memory = job.grid, 1e9 * job.settings.memory
+    examples = {split: grid.examples[split] for split in splits}
+    held = Held(activations, examples, len(grid.distances), memory, job.folder, job.device)
+    for split in splits:
+        for rows, chunk in job.read(activations, split):
+            held.write(split, rows, chunk)
+    return held
 
 
-def _fit_examples(activations: Activations, job: FitJob) -> list[Fitted]:
-    """Holds the examples of two splits, for solvers that need them all at once."""
-    held = {split: _held(activations, job, split) for split in (FITTED_ON, CHOSEN_ON)}
-    tasks, solvers = target_tasks(job.grid), job.settings.solvers
-    total = len(tasks) * len(solvers) * sum(len(X) for X in held[FITTED_ON])
-    fitted = []
-    with job.progress.task(f"{job.name}: fit probes", total=total) as progress:
-        for stack, (X, X_chosen) in enumerate(zip(held[FITTED_ON], held[CHOSEN_ON], strict=True)):
+def fit(held: Held, job: FitJob, solvers: Sequence[SolverName]) -> list[Fitted]:
+    """Fits solvers at all hook points, distances and horizons, to activations of two splits."""
+    tasks, fitted = target_tasks(job.grid), []
+    probes = len(job.grid.distances) * sum(len(stack.points) for stack in held.stacks)
+    total = len(tasks) * len(solvers) * probes
+    with job.progress.task(f"{job.name}: fit {', '.join(solvers)}", total=total, unit="probes") as progress:
+        for stack, rows in held.groups():
+            X, X_chosen = (held.load(split, stack, rows) for split in (FITTED_ON, CHOSEN_ON))
             constant = torch.stack([(x == x[:1]).all() for x in X])
-            points = len(activations.stacks[stack].points)
             for solver in solvers:
                 for task in tasks:
-                    found = _fit_batch(job, solver, task, X, X_chosen, points)
-                    fitted.append(Fitted(stack, solver, task.horizon or 0, *found, constant))
+                    found = _fit_batch(job, solver, task, X, X_chosen, rows)
+                    fitted.append(Fitted(stack, rows, solver, task.horizon or 0, *found, constant))
                     progress.advance(len(constant))
     return fitted
 
 
-def _held(activations: Activations, job: FitJob, split: str) -> list[Tensor]:
-    """All activations of a split, for every stack `[probes, examples, width]`."""
-    examples, distances = len(job.grid.examples[split]), len(job.grid.distances)
-    held = [
-        torch.zeros(len(stack.points) * distances, examples, stack.width, device=job.device)
-        for stack in activations.stacks
-    ]
-    for rows, chunk in job.read(activations, split):
-        for whole, part in zip(held, chunk, strict=True):
-            whole[:, rows] = part
-    distributed.add_up(held)  # what another process has read is zero here
-    return held
-
-
 def _fit_batch(
-    job: FitJob, solver: SolverName, task: Task, X: Tensor, X_chosen: Tensor, points: int
+    job: FitJob, solver: SolverName, task: Task, X: Tensor, X_chosen: Tensor, rows: slice
 ) -> tuple[Probes, Probes | None, Tensor | None]:
-    """The probes of a stack, those of the control task, and the code lengths."""
+    """Some probes of a stack, those of the control task, and the code lengths."""
 
-    def labels(task: Task) -> tuple[Tensor, Tensor]:
-        return (
-            task.of(FITTED_ON, slice(None), points, job.device),
-            task.of(CHOSEN_ON, slice(None), points, job.device),
-        )
+    def labels(task: Task, split: str) -> Tensor:
+        return task.of(split, slice(None), rows, job.device)
 
-    settings, classes = job.settings, job.grid.target.classes
-    y, y_chosen = labels(task)
-    probes = job.solver(solver).fit(X, y, classes, X_chosen, y_chosen)
-    control = code = None
-    if job.control is not None:
-        control = job.solver(solver)
-        y_control, y_control_chosen = labels(job.control)
-        if isinstance(probes, SoftmaxProbes) and isinstance(control, SoftmaxProbes):
-            # With the penalty of the real task: selectivity compares probes of one and the same family.
-            control.fit_at(X, y_control, classes, probes.l2_)
-        else:
-            control.fit(X, y_control, classes, X_chosen, y_control_chosen)
-    if settings.code_length and isinstance(probes, SoftmaxProbes):
-        ends = block_ends(job.grid.examples[FITTED_ON].document)
-        code = prequential_code(X, y, classes, probes.l2_, ends, settings.max_iterations).total
-    return probes, control, code
+    classes, probes = job.grid.target.classes, job.solver(solver)
+    fitted_on, chosen_on = (X, labels(task, FITTED_ON), classes), (X_chosen, labels(task, CHOSEN_ON))
+    if not isinstance(probes, SoftmaxProbes):
+        probes.fit(*fitted_on, *chosen_on)
+        if job.control is None:
+            return probes, None, None
+        y, y_chosen = labels(job.control, FITTED_ON), labels(job.control, CHOSEN_ON)
+        return probes, job.solver(solver).fit(X, y, classes, X_chosen, y_chosen), None
+    # The control task has the penalty of the real one: selectivity compares probes of one family.
+    probes.fit(*fitted_on, *chosen_on, None if job.control is None else labels(job.control, FITTED_ON))
+    if not job.settings.code_length:
+        return probes, probes.control_, None
+    ends = block_ends(job.grid.examples[FITTED_ON].document)
+    code = prequential_code(*fitted_on, probes.l2_, ends, job.settings.max_iterations)
+    return probes, probes.control_, code.total
 
 
-def _fit_sums(activations: Activations, job: FitJob) -> list[Fitted]:
-    """Holds sums alone: one pass over the examples to fit on, one over those to choose on."""
-    grid, stacks, solvers = job.grid, activations.stacks, job.settings.solvers
+def fit_sums(activations: Activations, job: FitJob, solvers: Sequence[SolverName]) -> list[Fitted]:
+    """Fits closed-form solvers to sums: one pass over the examples to fit on, one over those to choose on."""
+    grid, stacks = job.grid, activations.stacks
     tasks = [*target_tasks(grid), *([job.control] if job.control else [])]
-    points = [len(stack.points) for stack in stacks]
+    every = [slice(0, len(stack.points) * len(grid.distances)) for stack in stacks]
     moments: dict[tuple[int, int], Moments] = {}  # by stack and task; tasks share mean and scatter
     for s, stack in enumerate(stacks):
-        shape = points[s] * len(grid.distances), stack.width, grid.target.classes
+        shape = every[s].stop, stack.width, grid.target.classes
         moments[s, 0] = Moments.zeros(*shape, job.device)
         moments |= {(s, t): moments[s, 0].relabelled() for t in range(1, len(tasks))}
     for rows, chunk in job.read(activations, FITTED_ON):
         for (s, t), sums in moments.items():
             add = sums.add_labels if t else sums.add
-            add(chunk[s], tasks[t].of(FITTED_ON, rows, points[s], job.device))
+            add(chunk[s], tasks[t].of(FITTED_ON, rows, every[s], job.device))
     for (_, t), sums in moments.items():
         sums.over_processes(labels_alone=t > 0)
     solved = {
@@ -425,12 +425,13 @@ def _fit_sums(activations: Activations, job: FitJob) -> list[Fitted]:
     }
     for rows, chunk in job.read(activations, CHOSEN_ON):
         for (_, s, t), probes in solved.items():
-            probes.observe_validation(chunk[s], tasks[t].of(CHOSEN_ON, rows, points[s], job.device))
+            probes.observe_validation(chunk[s], tasks[t].of(CHOSEN_ON, rows, every[s], job.device))
     for probes in solved.values():
         probes.choose()
     return [
         Fitted(
             s,
+            every[s],
             solver,
             horizon,
             solved[solver, s, t],
@@ -464,18 +465,18 @@ def score(
     tasks = {task.horizon: task for task in target_tasks(grid)}
     scored, controls = [], []
     for batch in fitted:
-        readers = [facts | known for known in _facts(batch, batch.cells(stacks, grid), grid)]
+        readers = [facts | known for known in _facts(batch, batch.cells(stacks, grid), job)]
         scored.append(DocumentSums(readers, documents))
         controls.append(DocumentSums(readers, documents, ["correct"]))
     for rows, chunk in job.read(activations, TESTED_ON):
         for batch, sums, control_sums in zip(fitted, scored, controls, strict=True):
-            X, points = chunk[batch.stack], len(stacks[batch.stack].points)
+            X = chunk[batch.stack][batch.rows]
             for probes, task, into in (
                 (batch.probes, tasks[batch.horizon], sums),
                 (batch.control, job.control, control_sums),
             ):
                 if probes is not None and task is not None:
-                    labels = task.of(TESTED_ON, rows, points, job.device)
+                    labels = task.of(TESTED_ON, rows, batch.rows, job.device)
                     for part in row_slices(X.shape[0], X.shape[1], grid.target.classes):
                         predicted = probes.log_probabilities(X[:, part])
                         into.add(number[rows][part], predicted, labels[..., part])
@@ -487,10 +488,10 @@ def score(
     return scored
 
 
-def _facts(fitted: Fitted, cells: Sequence[Cell], grid: Grid) -> Iterator[Facts]:
+def _facts(fitted: Fitted, cells: Sequence[Cell], job: FitJob) -> Iterator[Facts]:
     """The cell and the fit of each probe of a batch."""
     columns = {name: getattr(fitted.probes, attribute, None) for name, attribute in FACTS.items()}
-    examples = grid.examples[FITTED_ON]
+    grid, examples = job.grid, job.grid.examples[FITTED_ON]
     if fitted.code is not None:
         ends = block_ends(examples.document)
         prior = prior_code(grid.labels(FITTED_ON, fitted.horizon), grid.target.classes, ends)
@@ -500,10 +501,10 @@ def _facts(fitted: Fitted, cells: Sequence[Cell], grid: Grid) -> Iterator[Facts]
         known = {name: column[i].item() for name, column in columns.items() if column is not None}
         yield (
             vars(cell)
-            | {"fitted_on": len(examples)}
+            | {"fitted_on": len(examples), "tokens_read": job.tokens_read[cell.distance]}
             | known
             | {
-                "validation_cross_entropy": float(losses[i].min()),
+                "validation_cross_entropy": float(losses[i].nan_to_num(torch.inf).min()),
                 "constant": bool(fitted.constant[i]),
             }
         )

@@ -1,4 +1,4 @@
-"""`probekit probe`: fits and scores probes of a run, and repeats the grid at every checkpoint of a training.
+"""`probekit probe`: fits and scores probes of a run.
 
 Finished parts of an interrupted probing are kept, and not repeated while settings and weights are the same.
 """
@@ -6,10 +6,12 @@ Finished parts of an interrupted probing are kept, and not repeated while settin
 from __future__ import annotations
 
 import json
+import resource
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,20 @@ import torch
 from torch import Tensor
 
 from probekit import distributed
-from probekit.config import ProbedName
+from probekit.config import ProbedName, SolverName
 from probekit.errors import ProbekitError
 from probekit.io import atomic_folder, read_metadata, read_tensors, write_json, write_table, write_tensors
 from probekit.models.conditioning import CONDITIONINGS, conditioned_location
 from probekit.models.hook_points import BEFORE, OUTSIDE_BLOCKS, per_layer
 from probekit.models.mixing import VARIANTS
-from probekit.probing.activations import Activations, HookPoint, Reader, Store, stacks_of, write_store
+from probekit.probing.activations import (
+    Activations,
+    HookPoint,
+    Placement,
+    Reader,
+    probing_windows,
+    stacks_of,
+)
 from probekit.probing.baselines import baseline_sums
 from probekit.probing.grid import (
     CHOSEN_ON,
@@ -38,15 +47,17 @@ from probekit.probing.grid import (
     control_task,
     document_numbers,
     fit,
+    fit_sums,
+    hold,
     make_grid,
     score,
 )
-from probekit.probing.results import SETTINGS, DocumentSums, Facts, probes_file, read_probe_record, table_of
+from probekit.probing.results import SETTINGS, DocumentSums, Facts, probes_file, table_of
+from probekit.probing.store import Held, Store, write_store
 from probekit.probing.targets import Target, find_target
-from probekit.progress import Progress
+from probekit.progress import Meter, Progress, duration
 from probekit.run.folder import digest_of
 from probekit.run.run import Run
-from probekit.run.stages import stages_of
 from probekit.statistics import Resampling
 
 Probed = tuple[list[DocumentSums], dict[str, Tensor]]
@@ -126,17 +137,17 @@ def probe(
     shared = next(iter(grids.values()))
     with progress.task("score baselines"):
         scored = baseline_sums(run, shared)
-    weights: dict[Path, dict[str, Tensor]] = {}
+    meter = _announce(run, grids, points, progress)
     finished = _FinishedParts(run)
     results = run.folder / "probes"
+    weights: dict[Path, dict[str, Tensor]] = {}
     for seed, grid in grids.items():
-        embedding = partial(_token_embedding, run, grid, seed, progress)
+        embedding = _token_embedding(run, grid, seed, progress)
         scored += finished.once(f"token-embedding-seed{seed}", "none", embedding)[0]
         for variant in config.variants:
-            probed = partial(_probed, run, grid, variant, points, seed, progress, store=store)
-            sums, kept = finished.once(f"{variant}-seed{seed}", variant, probed)
+            probes = _VariantProbes(run, grid, variant, points, seed, progress, meter, store=store)
+            sums, weights[probes_file(Path(), variant, seed)] = probes.once(finished)
             scored += sums
-            weights[probes_file(Path(), variant, seed)] = kept
 
     empty: list[Facts] = [
         {"reader": "probe", "solver": solver, "variant": variant, "seed": seed, "location": location}
@@ -157,7 +168,7 @@ def probe(
         for known in sums.readers
         if known.get("constant")
     }
-    notes = [*shared.notes, *sorted(constant)]
+    notes = [*_grid_notes(grids), *sorted(constant)]
     if distributed.is_first():
         documents = {
             seed: {split: len(np.unique(e.document)) for split, e in grid.examples.items()}
@@ -172,7 +183,79 @@ def probe(
             write_json(folder / SETTINGS, run.config.model_dump(mode="json") | record)
         finished.forget()
     distributed.wait()
+    if meter.tokens:
+        progress.say(
+            f"read {meter.tokens:,} tokens in {duration(meter.seconds)}, {meter.tokens / meter.seconds:,.0f} "
+            f"a second; peak memory {_peak_memory(run.device)}"
+        )
     return ProbeResults(table, results, notes)
+
+
+def _announce(run: Run, grids: Mapping[int, Grid], points: Sequence[HookPoint], progress: Progress) -> Meter:
+    """Says how large the grid is; the meter says how long it will take, once it knows."""
+    config, windows = run.config.probe, probing_windows(run)
+    cells = len(points) * len(config.solvers) * len(config.variants)
+    tokens = 0
+    for seed, grid in grids.items():
+        examples = grid.examples
+        once = sum(
+            Placement.of(run.corpus, part, grid.distances, *windows).tokens for part in examples.values()
+        )
+        probes = cells * len(grid.distances) * len(grid.horizons)
+        documents = sum(len(np.unique(part.document)) for part in examples.values())
+        progress.say(
+            f"grid of seed {seed}: {probes:,} probes; {len(examples[FITTED_ON]):,} examples to fit on, "
+            f"{len(examples[CHOSEN_ON]):,} to choose on, {len(examples[TESTED_ON]):,} to test on; "
+            f"{documents:,} documents, of which each variant reads {once:,} tokens in windows of up to "
+            f"{windows[0]:,}"
+        )
+        tokens += once * len(config.variants)
+    slow = {
+        "fewer probe.layers": len(points) > 2 * len(config.locations),
+        "probe.solvers ridge": not CLOSED_FORM.issuperset(config.solvers),
+        "lm.dtype bfloat16": run.dtype == torch.float32 and run.config.lm.name is not None,
+        "a GPU": run.device.type == "cpu",
+    }
+    faster = ", ".join(way for way, helps in slow.items() if helps)
+    fitting = "" if CLOSED_FORM.issuperset(config.solvers) else "; fitting comes on top"
+    return Meter(progress, tokens, f"{fitting}; faster with {faster}" if faster else fitting)
+
+
+def _parts(solvers: Sequence[SolverName]) -> dict[str, list[SolverName]]:
+    """The solvers that are fitted and scored together, in this order: closed-form ones give results first."""
+    parts = {
+        "closed-form": [solver for solver in solvers if solver in CLOSED_FORM],
+        "iterative": [solver for solver in solvers if solver not in CLOSED_FORM],
+    }
+    return {name: part for name, part in parts.items() if part}
+
+
+def _closed_form_table(variant: str, scored: Sequence[DocumentSums], examples: int) -> str:
+    """Cross-entropy by layer and distance, to be read while other solvers are fitted."""
+    rows = pd.DataFrame([reader for part in scored for reader in part.readers])
+    rows["nats"] = np.concatenate([part.sums["cross_entropy"].sum(0) for part in scored]) / examples
+    table = rows.pivot_table("nats", ["solver", "location", "layer"], ["horizon", "distance"])
+    shown = table.to_string(float_format="%.3f")
+    return f"{variant}: test cross-entropy of closed-form probes, in nats\n{shown}"
+
+
+def _grid_notes(grids: Mapping[int, Grid]) -> list[str]:
+    """The notes of all grids; one that not all seeds have names its seed."""
+    notes = dict.fromkeys(note for grid in grids.values() for note in grid.notes)
+    having = {note: [seed for seed, grid in grids.items() if note in grid.notes] for note in notes}
+    return [
+        note if len(seeds) == len(grids) else f"{note} (seed {', '.join(map(str, seeds))})"
+        for note, seeds in having.items()
+    ]
+
+
+def _peak_memory(device: torch.device) -> str:
+    """The most memory that this process has held."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = f"{unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9:.1f} GB"
+    if device.type == "cuda":
+        peak += f", on the GPU {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB"
+    return peak
 
 
 def _hook_points(run: Run) -> list[HookPoint]:
@@ -220,66 +303,128 @@ def _grids(run: Run, target: Target) -> dict[int, Grid]:
     return grids
 
 
-def _token_embedding(run: Run, grid: Grid, seed: int, progress: Progress) -> Probed:
+def _token_embedding(run: Run, grid: Grid, seed: int, progress: Progress) -> Callable[[], Probed]:
     """The baseline that knows the token at the position and nothing before it: probes on its embedding."""
     solvers = run.config.probe.solvers
     # Softmax probes, unless no solver of the grid holds its examples: then they are not held here either.
-    solver = solvers[0] if CLOSED_FORM.issuperset(solvers) else "softmax"
-    plain = {"probe.control": False, "probe.code_length": False, "probe.solvers": [solver]}
+    solver: SolverName = solvers[0] if CLOSED_FORM.issuperset(solvers) else "softmax"
+    plain = run.with_settings({"probe.control": False, "probe.code_length": False, "probe.solvers": [solver]})
     points, name = [("hook_embed", 0)], "token embedding"
-    scored, _ = _probed(run.with_settings(plain), grid, "none", points, seed, progress, name=name)
-    for sums in scored:
-        sums.readers = [known | {"reader": name, "variant": None} for known in sums.readers]
-    return scored, {}
+
+    def probed() -> Probed:
+        probes = _VariantProbes(plain, grid, "none", points, seed, progress, Meter(progress), name=name)
+        scored, _ = probes.fitted([solver])
+        for sums in scored:
+            sums.readers = [known | {"reader": name, "variant": None} for known in sums.readers]
+        return scored, {}
+
+    return probed
 
 
-def _probed(
-    run: Run,
-    grid: Grid,
-    variant: ProbedName,
-    points: Sequence[HookPoint],
-    seed: int,
-    progress: Progress,
-    *,
-    name: str | None = None,
-    store: bool = False,
-) -> Probed:
-    """Reads, fits and scores all hook points of a variant, in as few passes as memory allows."""
-    config = run.config.probe
-    folder = run.folder / "activations" / f"{variant}-seed{seed}"
-    if store:
-        write_store(Reader(run, variant, points, grid.distances, seed), grid.examples, folder, progress)
-    control = control_task(run.corpus, grid, seed) if config.control else None
-    facts: Facts = {"reader": "probe", "variant": variant, "seed": seed}
-    scored: list[DocumentSums] = []
-    weights: dict[str, Tensor] = {}
-    for group in _groups(run, grid, points):
-        activations: Activations
-        if store:
-            activations = Store(folder, stacks_of(group, run.locations), run.device)
+class _VariantProbes:
+    """The probes of a variant and seed; activations are read once, however the probes are fitted."""
+
+    def __init__(
+        self,
+        run: Run,
+        grid: Grid,
+        variant: ProbedName,
+        points: Sequence[HookPoint],
+        seed: int,
+        progress: Progress,
+        meter: Meter,
+        *,
+        name: str | None = None,
+        store: bool = False,
+    ) -> None:
+        self._run, self._grid, self._variant = run, grid, variant
+        self._points, self._seed, self._store = points, seed, store
+        self._progress, self._meter, self._name = progress, meter, name or variant
+        self._folder = run.folder / "activations" / f"{variant}-seed{seed}"
+
+    def once(self, finished: _FinishedParts) -> Probed:
+        """Fits and scores all solvers, but for those that are finished; closed-form ones come first."""
+        if self._store:  # even if all are finished: an interrupted probing may not have stored anything
+            splits = self._grid.examples
+            write_store(self._reader(self._points), splits, self._folder, self._progress, self._meter)
+        scored: list[DocumentSums] = []
+        weights: dict[str, Tensor] = {}
+        parts = _parts(self._run.config.probe.solvers)
+        for name, solvers in parts.items():
+            part = f"{self._variant}-seed{self._seed}-{name}"
+            sums, kept = finished.once(part, self._variant, partial(self.fitted, solvers))
+            scored, weights = scored + sums, weights | kept
+            if name == "closed-form" and len(parts) > 1:
+                examples = len(self._grid.examples[TESTED_ON])
+                self._progress.say(_closed_form_table(self._variant, sums, examples))
+        return scored, weights
+
+    def fitted(self, solvers: Sequence[SolverName]) -> Probed:
+        """Fits and scores some of the solvers of the settings, which are all closed form or none is."""
+        scored: list[DocumentSums] = []
+        weights: dict[str, Tensor] = {}
+        facts: Facts = {"reader": "probe", "variant": self._variant, "seed": self._seed}
+        if CLOSED_FORM.issuperset(self._run.config.probe.solvers):
+            sources = map(self._source, _groups(self._run, self._grid, self._points))
+            fitted = ((source, fit_sums(source, self._job, solvers)) for source in sources)
         else:
-            activations = Reader(run, variant, group, grid.distances, seed)
-        job = FitJob(grid, config, control, seed, run.device, progress, name or variant)
-        fitted = fit(activations, job)
-        scored += score(activations, job, fitted, facts)
-        for batch in fitted:
-            weights |= batch.weights(activations.stacks, grid)
-    _mark_injected(run, grid, variant, points, scored)
-    return scored, weights
+            source = self._held if self._scored_twice else self._source(self._points)
+            fitted = ((source, fit(self._held, self._job, solvers)) for source in [source])
+        for source, batches in fitted:
+            scored += score(source, self._job, batches, facts)
+            for batch in batches:
+                weights |= batch.weights(source.stacks, self._grid)
+        _mark_injected(self._run, self._grid, self._variant, self._points, scored)
+        return scored, weights
+
+    @property
+    def _scored_twice(self) -> bool:
+        """Whether closed-form solvers are scored before others are fitted."""
+        return len(_parts(self._run.config.probe.solvers)) > 1
+
+    @cached_property
+    def _held(self) -> Held:
+        """The activations that solvers need at once; those of the test split too if they are scored twice."""
+        splits = [FITTED_ON, CHOSEN_ON, *([TESTED_ON] if self._scored_twice else [])]
+        return hold(self._source(self._points), self._job, splits)
+
+    @cached_property
+    def _job(self) -> FitJob:
+        run, grid = self._run, self._grid
+        config = run.config.probe
+        place = Placement.of(run.corpus, grid.examples[TESTED_ON], grid.distances, *probing_windows(run))
+        return FitJob(
+            grid,
+            config,
+            control_task(run.corpus, grid, self._seed) if config.control else None,
+            self._seed,
+            run.device,
+            self._progress,
+            self._name,
+            run.folder,
+            self._meter,
+            dict(zip(grid.distances, np.median(place.column + 1, axis=1).astype(int).tolist(), strict=True)),
+        )
+
+    def _reader(self, points: Sequence[HookPoint]) -> Reader:
+        return Reader(self._run, self._variant, points, self._grid.distances, self._seed)
+
+    def _source(self, points: Sequence[HookPoint]) -> Activations:
+        if self._store:
+            return Store(self._folder, stacks_of(points, self._run.locations), self._run.device)
+        return self._reader(points)
 
 
 def _groups(run: Run, grid: Grid, points: Sequence[HookPoint]) -> Iterator[list[HookPoint]]:
-    """Hook points that are read together: their examples, or sums, stay within `probe.memory`."""
+    """Hook points whose sums stay within `probe.memory`, for solvers that are all closed form."""
     config = run.config.probe
-    examples = len(grid.examples[FITTED_ON]) + len(grid.examples[CHOSEN_ON])
-    closed_form = CLOSED_FORM.issuperset(config.solvers)
     sums = grid.target.classes * (len(grid.horizons) + config.control)
     group: list[HookPoint] = []
     held = 0
     for point in points:
         width = run.locations[point[0].removesuffix(BEFORE)]
         # The sums are float64, and held once more by every solver.
-        numbers = 2 * (1 + len(config.solvers)) * (width + sums) if closed_form else examples
+        numbers = 2 * (1 + len(config.solvers)) * (width + sums)
         size = 4 * len(grid.distances) * width * numbers
         if group and held + size > config.memory * 1e9:
             yield group
@@ -357,88 +502,3 @@ class _FinishedParts:
     def forget(self) -> None:
         """Removes all parts."""
         shutil.rmtree(self._folder, ignore_errors=True)
-
-
-@dataclass(frozen=True)
-class TrainingProbes:
-    """Results of probes at every checkpoint of a stage.
-
-    Attributes:
-        table: The rows of `ProbeResults.table`, with the stage's `step` of their checkpoint.
-        stage: The stage.
-        path: Where the table was written.
-        losses: The stage's losses in training, by step.
-        notes: Lines to show the user.
-    """
-
-    table: pd.DataFrame
-    stage: str
-    path: Path
-    losses: pd.DataFrame
-    notes: list[str]
-
-
-def probe_checkpoints(
-    run: Run | str | Path,
-    settings: Mapping[str, Any] | None = None,
-    stage: str | None = None,
-    *,
-    quiet: bool = False,
-) -> TrainingProbes:
-    """Probes every checkpoint of a stage with one grid, and gathers the results.
-
-    Each checkpoint is a run of its own and keeps its own results in `probes/`; one that was probed with the
-    same settings is not probed again. Examples are the same at every step, and so are seeds.
-
-    Args:
-        run: The run or its folder.
-        settings: Settings to replace, by dotted name. `probe.variants` defaults to what the stage trains:
-            `none` for the stage `lm`, the variant for that of an adapter.
-        stage: `lm`, or `adapter/` and a variant; None: the first one that keeps checkpoints.
-        quiet: Show no progress.
-
-    Raises:
-        ProbekitError: No such checkpoints are kept, or as `probe` raises.
-    """
-    run = Run.at(run)
-    stage = _stage(run, stage)
-    wanted = {"probe.variants": ["none" if stage == "lm" else stage.removeprefix("adapter/")]}
-    wanted |= settings or {}
-    progress, kept = Progress(quiet=quiet), run.checkpoints(stage)
-    tables, notes = [], dict[str, None]()
-    with progress.task(f"probe checkpoints of {stage}", total=len(kept)) as task:
-        for step, folder in kept.items():
-            found = _probed_checkpoint(Run.at(folder, wanted))
-            tables.append(found.table.assign(step=step))
-            notes |= dict.fromkeys(found.notes)
-            task.advance(note=f"step {step:,}")
-    table = pd.concat(tables, ignore_index=True)
-    results = TrainingProbes(table, stage, run.probes_file(stage), run.losses_of(stage), [*notes])
-    if distributed.is_first():
-        write_table(results.path, results.table)
-    return results
-
-
-def _probed_checkpoint(run: Run) -> ProbeResults:
-    """The results of a checkpoint; those that exist are used if they have the same settings and origin."""
-    if (run.folder / "probes" / SETTINGS).exists():
-        record = read_probe_record(run.folder)
-        if (record.config, record.origin) == (run.config, origin(run)):
-            return ProbeResults(run.probes(), run.folder / "probes", record.notes)
-    return probe(run, quiet=True)
-
-
-def _stage(run: Run, stage: str | None) -> str:
-    """The stage whose checkpoints are probed."""
-    read = [name for name in stages_of(run.config) if name == "lm" or name.startswith("adapter/")]
-    kept = [name for name in read if run.checkpoints(name)]
-    if not kept:
-        raise ProbekitError(
-            f"{run.folder} keeps no checkpoints; train a run that does, with --training.lm.checkpoints 10 or "
-            "--training.adapter.checkpoints 10"
-        )
-    if stage is not None and stage not in kept:
-        raise ProbekitError(
-            f"--stage is {stage!r}, of which no checkpoints are kept; there are {', '.join(kept)}"
-        )
-    return stage or kept[0]

@@ -51,7 +51,7 @@ COLUMNS = (
     | {"gain_over": "str", "control_accuracy": "float64"}
     | {"code_length": "float64", "compression": "float64"}
     | {"l2": "float64", "shrinkage": "float64", "iterations": "Int64", "converged": "boolean"}
-    | {"validation_cross_entropy": "float64", "fitted_on": "Int64"}
+    | {"validation_cross_entropy": "float64", "fitted_on": "Int64", "tokens_read": "Int64"}
 )
 """The table's columns and their types."""
 

@@ -14,11 +14,11 @@ from probekit.data.corpus import FEW_DOCUMENTS, MORE_DOCUMENTS, too_few
 from probekit.evaluation.perplexity import evaluation_record
 from probekit.io import read_json
 from probekit.models.mixing import VARIANTS
-from probekit.reports.describe import (
+from probekit.reports.display import described, number
+from probekit.reports.tables import (
     MORE_BOUNDARIES,
     MORE_SUBNETWORK_DOCUMENTS,
     best_by_step,
-    described,
     unreliable_probes,
 )
 from probekit.run.folder import installed_versions
@@ -216,7 +216,7 @@ def planners_above_ceiling(run: Run) -> Iterator[str]:
         if metric in ceilings and better * (nearest - ceilings[metric]) > 0:
             yield (
                 f"{row['reader']} is above the ceiling by more than its interval: {metric} "
-                f"{row['value']:.3f}, where {ceilings[metric]:.3f} is the best possible. {LEAK}"
+                f"{number(row['value'])}, where {number(ceilings[metric])} is the best possible. {LEAK}"
             )
 
 
@@ -230,7 +230,7 @@ def probes_above_ceiling(run: Run) -> Iterator[str]:
         yield (
             f"{len(above):,} of {len(probes):,} probes are above the ceiling by more than their intervals, "
             f"the most {worst.variant}, {worst.location}, layer {worst.layer}, distance {worst.distance}, "
-            f"horizon {worst.horizon}: by {-worst.shortfall:.3f} bits. {LEAK}"
+            f"horizon {worst.horizon}: by {number(-worst.shortfall)} bits. {LEAK}"
         )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import math
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,9 @@ from markupsafe import Markup
 from probekit.errors import ProbekitError
 from probekit.io import write_text
 from probekit.progress import Progress
+from probekit.reports.display import shortened, visible
 from probekit.reports.lens_reading import LIMIT, LensData, given_text, read_text
+from probekit.reports.tables import better_than_baselines
 from probekit.run.run import Run
 
 MISSING = 65535
@@ -30,10 +31,8 @@ SHOWN_CHARACTERS = 160
 SCALES = (0.1, 0.2, 0.5, 1.0)
 """Probabilities at which the colour scale may end: the first with 99 % of all probabilities below it."""
 
-JOINERS = "\u200c\u200d"
-"""Invisible characters that scripts and emoji need to be displayed correctly."""
-
-SYMBOLS = {"\t": "⇥", "\n": "↵", "\r": "↩", "\u2028": "↵", "\u2029": "↵"}
+SYMBOLS = str.maketrans({"\t": "⇥", "\n": "↵", "\r": "↩", "\u2028": "↵", "\u2029": "↵"})
+"""What stands for white space that would not be seen."""
 
 FOLDER = Path(__file__).parent
 
@@ -94,8 +93,8 @@ def page(data: LensData) -> str:
     sentences = [
         {
             "name": "no known action" if action < 0 else f"action {action}",
-            "tokens": [(piece, visible(piece) or "·") for piece in data.pieces[start:end]],
-            "examples": map(_shortened, data.examples.get(int(action), [])),
+            "tokens": [(piece, _symbols(piece) or "·") for piece in data.pieces[start:end]],
+            "examples": map(_example, data.examples.get(int(action), [])),
         }
         for start, end, action in zip(data.first_token, ends, data.actions, strict=True)
     ]
@@ -109,8 +108,8 @@ def page(data: LensData) -> str:
     )
     script, style = ((FOLDER / name).read_text("utf-8") for name in ("lens_page.js", "lens_page.css"))
     return environment.get_template("lens_page.html").render(
-        title=visible(f"{data.facts['Run']}, {data.probes.variant}: probekit lens"),
-        facts={name: visible(value) for name, value in data.facts.items()},
+        title=_symbols(f"{data.facts['Run']}, {data.probes.variant}: probekit lens"),
+        facts={name: _symbols(value) for name, value in data.facts.items()},
         notes=data.notes,
         truth=data.truth,
         language=data.language,
@@ -121,32 +120,26 @@ def page(data: LensData) -> str:
     )
 
 
-def visible(text: str) -> str:
-    """Replaces control characters, line breaks and changes of direction by visible symbols."""
-
-    def symbol(character: str) -> str:
-        if character in SYMBOLS:
-            return SYMBOLS[character]
-        if unicodedata.category(character) in ("Cc", "Cf") and character not in JOINERS:
-            return f"‹U+{ord(character):04X}›"
-        return character
-
-    return "".join(map(symbol, text))
+def _symbols(text: str) -> str:
+    """Text with a symbol for every invisible character, white space of its own included."""
+    return visible(text.translate(SYMBOLS))
 
 
-def _shortened(text: str) -> str:
-    shown = visible(text)
-    return shown if len(shown) <= SHOWN_CHARACTERS else shown[:SHOWN_CHARACTERS].rstrip() + "…"
+def _example(sentence: str) -> str:
+    return shortened(_symbols(sentence), SHOWN_CHARACTERS)
 
 
 def _numbers(data: LensData) -> dict[str, Any]:
     """What the script reads; large arrays are packed."""
     probes = data.probes
     quality = zip(
-        _accuracies(probes.quality),
+        _with_bounds(probes.quality, "accuracy"),
         probes.quality.documents.tolist(),
         probes.quality.examples.tolist(),
         probes.quality.injected.tolist(),
+        _with_bounds(probes.quality, "gain"),
+        probes.quality.gain_over.fillna("").tolist(),
+        better_than_baselines(probes.quality).tolist(),
         strict=True,
     )
     largest = np.quantile(data.probability, 0.99)
@@ -161,20 +154,20 @@ def _numbers(data: LensData) -> dict[str, Any]:
         "distances": probes.distances,
         "best": probes.best,
         "quality": [*quality],
-        "baselines": {name: _accuracies(rows) for name, rows in probes.baselines.items()},
+        "baselines": {name: _with_bounds(rows, "accuracy") for name, rows in probes.baselines.items()},
         "top": _packed(data.top),
         "read": _packed(_steps(data.probability)),
         "right": _packed(_steps(data.true_probability)),
         "scale": next((end for end in SCALES if largest <= end), 1.0),
         "planner": data.planner,
         "conditioning": data.conditioning,
-        "examples": {action: [*map(_shortened, texts)] for action, texts in data.examples.items()},
+        "examples": {action: [*map(_example, texts)] for action, texts in data.examples.items()},
     }
 
 
-def _accuracies(rows: pd.DataFrame) -> list[list[float | None]]:
-    """Accuracies with the ends of their intervals, which a single document does not have."""
-    values = rows[["accuracy", "accuracy_low", "accuracy_high"]].to_numpy(float).tolist()
+def _with_bounds(rows: pd.DataFrame, metric: str) -> list[list[float | None]]:
+    """A metric with the ends of its interval, which a single document does not have."""
+    values = rows[[metric, f"{metric}_low", f"{metric}_high"]].to_numpy(float).tolist()
     return [[None if math.isnan(value) else round(value, 5) for value in row] for row in values]
 
 

@@ -116,13 +116,19 @@
     const d = distances.indexOf(Number(chosen.distance));
     const baselines = Object.entries(data.baselines).map(([name, by]) => `${name} ${interval(by[d])}`).join(", ");
     $("trust").replaceChildren(`Distance ${distances[d]}. Accuracy ${tested}: `
-      + `${interval(data.quality[cell(point, d)][0])}${baselines && `; baselines: ${baselines}`}.`, caveat(point, d) && warning(` Beware: ${caveat(point, d)}.`));
+      + `${interval(data.quality[cell(point, d)][0])}${baselines && `; baselines: ${baselines}`}${gain(point, d)}.`, caveat(point, d) && warning(` Beware: ${caveat(point, d)}.`));
+  }
+  // The paired difference from the strongest baseline that needs no model; its intervals hold for all cells together.
+  function gain(point, d) {
+    const [, , , , [value, low, high], over] = data.quality[cell(point, d)];
+    if (value === null) return "";
+    const [a, b, c] = [value, low, high].map((bits) => bits?.toFixed(3));
+    return `; gain over the ${over}: ${a} bits${low === null ? "" : ` [${b}, ${c}]`}`;
   }
   function caveat(point, d) {
-    const [[, low], , , injected] = data.quality[cell(point, d)];
-    const free = ["prior", "bigram"].filter((name) => data.baselines[name]?.[d][2] >= low);
+    const [, , , injected, , over, better] = data.quality[cell(point, d)];
     if (injected) return "the LM was conditioned on this very action there";
-    return free.length ? `not clearly better than the ${free.join(" and the ")}` : "";
+    return better ? "" : `not clearly better than the ${over}`;
   }
   const warning = (text) => make("span", { class: "warning" }, text);
 

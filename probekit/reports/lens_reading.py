@@ -412,10 +412,10 @@ def read_text(
         ProbekitError: The run has no such probes, or the text is blank or too long.
     """
     probes = kept_probes(run, variant, locations, layers)
-    used = probes.config.evaluation
+    used = probes.config.probe.window
     run.require("lm")
     _ = run.locations  # loads the LM, which the caller's run keeps for the next text
-    run = run.with_settings({"evaluation.window": used.window, "evaluation.stride": used.stride})
+    run = run.with_settings({"probe.window": used})
     progress = progress or Progress(quiet=True)
     # An LM with random weights is not conditioned, like the base LM.
     planned_for: VariantName = "none" if probes.variant == "random" else probes.variant

@@ -23,7 +23,7 @@ from probekit.models.depth_ensemble import MEMBERS
 from probekit.models.hook_points import label
 from probekit.models.mixing import VARIANTS
 from probekit.probing.probe import ProbeResults
-from probekit.reports import describe
+from probekit.reports import tables
 from probekit.reports.checks import (
     EVALUATION,
     GENERATION,
@@ -38,17 +38,11 @@ from probekit.reports.checks import (
     setting_words,
     variants_with,
 )
-from probekit.reports.describe import Table, visible
-from probekit.reports.figures import panels, svg_of
-from probekit.reports.plots import (
-    PREFERRED,
-    plot_curve,
-    plot_over_training,
-    plot_perplexity,
-    plot_probes,
-    plot_training,
-    probed_variants,
-)
+from probekit.reports.display import INTERVALS, Table, display, number, visible
+from probekit.reports.drawing import svg_of
+from probekit.reports.plot_over_training import plot_over_training
+from probekit.reports.plot_probes import PREFERRED, panels, plot_curve, plot_probes, probed_variants
+from probekit.reports.plot_runs import plot_perplexity, plot_training
 from probekit.run.run import Run
 
 SUFFIXES = (".html", ".md")
@@ -114,7 +108,7 @@ def render(title: str, lines: Sequence[str], sections: Sequence[Section], file: 
 
     Args:
         title: Its heading.
-        lines: What speaks against the results.
+        lines: What speaks against the tables.
         sections: All else.
         file: Where it is to be written; its suffix chooses the template.
     """
@@ -195,7 +189,7 @@ def about(run: Run) -> Iterator[Section]:
         "vocabulary": corpus.get("vocabulary"),
         "actions": f"{config.actions.k:,}, labels: {config.actions.labels}",
         "sentence encoder": f"{config.actions.encoder}, {config.actions.dimensions} dimensions",
-        "clusters against planted actions": None if index is None else f"adjusted Rand index {index:.3f}",
+        "clusters against planted actions": None if index is None else f"adjusted Rand index {number(index)}",
         "documents of one sentence": corpus.get("one_sentence_documents"),
         "blank documents dropped": corpus.get("blank_documents_dropped"),
         "fingerprint of the corpus": corpus.get("fingerprint"),
@@ -205,13 +199,13 @@ def about(run: Run) -> Iterator[Section]:
 
 def _facts(caption: str, facts: dict[str, Any]) -> Table:
     table = pd.DataFrame([(name, value) for name, value in facts.items() if value is not None], dtype=object)
-    return describe.display(caption, table.set_axis(["fact", "value"], axis=1), ["fact", "value"])
+    return display(caption, table.set_axis(["fact", "value"], axis=1), ["fact", "value"])
 
 
 def corpus(run: Run) -> Iterator[Section]:
     """Sizes of the corpus, and its actions."""
     if has(run, "corpus/facts.json"):
-        yield Section("Corpus", tables=describe.corpus_tables(run.corpus))
+        yield Section("Corpus", tables=tables.corpus_tables(run.corpus))
 
 
 # What was found
@@ -227,22 +221,22 @@ def evaluation(run: Run) -> Iterator[Section]:
     picture = Picture(
         "perplexity",
         f"Perplexity per token of {int(perplexity.documents.iloc[0]):,} test documents; lower is better.",
-        f"Perplexity of {len(perplexity)} models with intervals; the lowest is {best.perplexity:.3f}, of "
+        f"Perplexity of {len(perplexity)} models with intervals; the lowest is {number(best.perplexity)}, of "
         f"{best.variant}. The table below has all.",
         svg_of(plot_perplexity(run)),
     )
-    tables = describe.perplexity_tables(perplexity, found["differences"])
-    yield Section("Perplexity", pictures=[picture], tables=tables)
+    shown = tables.perplexity_tables(perplexity, found["differences"])
+    yield Section("Perplexity", pictures=[picture], tables=shown)
     if len(planner := found.get("planner", pd.DataFrame())):
         text = (
             "A ceiling is the exact posterior of the planted corpus, given the words of all sentences "
             "before, or their true actions: no reader of these can do better."
         )
         ceiling = planner.reader.str.startswith("ceiling").any()
-        yield Section("Planners", text if ceiling else "", tables=[describe.planner_table(planner)])
+        yield Section("Planners", text if ceiling else "", tables=[tables.planner_table(planner)])
     if len(accuracy := found.get("accuracy", pd.DataFrame())):
-        tables = describe.choice_tables(accuracy, found["accuracy_differences"])
-        yield Section("Multiple choice", tables=tables)
+        shown = tables.choice_tables(accuracy, found["accuracy_differences"])
+        yield Section("Multiple choice", tables=shown)
 
 
 def generation(run: Run) -> Iterator[Section]:
@@ -250,8 +244,8 @@ def generation(run: Run) -> Iterator[Section]:
     if has(run, GENERATION):
         found = run.generation_metrics()
         metrics = pd.DataFrame(found["metrics"]).astype({"value": float})
-        notes = [*describe.generation_notes(metrics), *found["notes"]]
-        yield Section("Generated text", tables=describe.generation_tables(metrics), notes=notes)
+        notes = [*tables.generation_notes(metrics), *found["notes"]]
+        yield Section("Generated text", tables=tables.generation_tables(metrics), notes=notes)
 
 
 def probes(run: Run) -> Iterator[Section]:
@@ -264,11 +258,11 @@ def probes(run: Run) -> Iterator[Section]:
         "Probes",
         f"Probes of {cells.target.iloc[0]} on {int(table.examples[table.accuracy.notna()].max()):,} test "
         f"examples of {int(table.documents.max()):,} documents. Accuracy and bits have "
-        f"{describe.INTERVALS}; the intervals of the gain over the strongest baseline that needs no model "
+        f"{INTERVALS}; the intervals of the gain over the strongest baseline that needs no model "
         "hold for all cells together.",
         pictures=list(_probe_pictures(run, table)),
-        tables=describe.probe_tables(table, ProbeResults(table, run.folder / "probes").best_cells()),
-        notes=[*describe.probe_notes(cells), *_notes(run, "probes")],
+        tables=tables.probe_tables(table, ProbeResults(table, run.folder / "probes").best_cells()),
+        notes=[*tables.probe_notes(cells), *_notes(run, "probes")],
     )
 
 
@@ -278,7 +272,7 @@ def _probe_pictures(run: Run, table: pd.DataFrame) -> Iterator[Picture]:
     for panel in panels(table):
         variants_at.setdefault((panel.location, panel.horizon, panel.solver), set()).add(panel.variant)
     grids = sorted(variants_at, key=lambda grid: grid[0] != PREFERRED["location"])
-    for number, (location, horizon, solver) in enumerate(grids):
+    for place, (location, horizon, solver) in enumerate(grids):
         there = variants_at[location, horizon, solver]
         variants = [name for name in probed_variants(table) if name in there]
         where: dict[str, Any] = {"location": location, "horizon": horizon, "solver": solver}
@@ -289,14 +283,14 @@ def _probe_pictures(run: Run, table: pd.DataFrame) -> Iterator[Picture]:
             f"{name}: test accuracy by layer and distance, all on one scale.",
             f"Heat maps of accuracy by layer and distance at {location}, for {shown}.",
             svg_of(plot_probes(run, variants, **where)),
-            number >= UNFOLDED,
+            place >= UNFOLDED,
         )
         yield Picture(
             f"curve_{file}",
             f"{name}: accuracy of each variant's best layer against distance, with baselines and ceilings.",
             f"Accuracy against distance at {location}, for {shown}, beside baselines and ceilings.",
             svg_of(plot_curve(run, variants, **where)),
-            number >= UNFOLDED,
+            place >= UNFOLDED,
         )
 
 
@@ -307,13 +301,13 @@ def over_training(run: Run) -> Iterator[Section]:
         picture = Picture(
             f"over_training_{stage.replace('/', '_')}",
             f"Test accuracy at {table.step.nunique():,} steps of {stage}, by layer and by distance; bands "
-            f"are {describe.INTERVALS}, and below are the losses.",
+            f"are {INTERVALS}, and below are the losses.",
             f"Accuracy against training steps of {stage}; the table below has the best layer at every step.",
             svg_of(plot_over_training(run, stage)),
         )
         folders = [path.relative_to(run.folder) / "probes" for path in run.checkpoints(stage).values()]
         notes = dict.fromkeys(note for folder in folders for note in _notes(run, folder))
-        numbers = describe.over_training_table(table, stage)
+        numbers = tables.over_training_table(table, stage)
         yield Section(f"Over training: {stage}", pictures=[picture], tables=[numbers], notes=list(notes))
 
 
@@ -324,14 +318,14 @@ def interventions(run: Run) -> Iterator[Section]:
     for variant in variants:
         rows = table[table.variant == variant]
         near = rows.distance == rows.groupby("kind").distance.transform("min")
-        farther = describe.intervention_tables(rows[~near], folded=True) if not near.all() else []
+        farther = tables.intervention_tables(rows[~near], folded=True) if not near.all() else []
         yield Section(
             f"Interventions: {variant}",
             f"What the variant {variant} makes of changed activations, at one sentence boundary of each of "
             f"{int(rows.documents.max()):,} test documents. Shown are conditions that are compared with "
             "random ones; all rows, those of the controls too, are in the run's folder.",
-            tables=[*describe.intervention_tables(rows[near]), *farther],
-            notes=[*describe.intervention_notes(rows), *_notes(run, f"interventions/{variant}")],
+            tables=[*tables.intervention_tables(rows[near]), *farther],
+            notes=[*tables.intervention_notes(rows), *_notes(run, f"interventions/{variant}")],
         )
 
 
@@ -340,12 +334,12 @@ def subnetworks(run: Run) -> Iterator[Section]:
     for variant in variants_with(run, "subnetworks"):
         table, masks = run.subnetworks(), run.subnetwork_masks()
         own, mask = table[table.variant == variant], masks[masks.variant == variant]
-        notes = [*describe.subnetwork_notes(own, mask), *_notes(run, f"subnetworks/{variant}")]
-        yield Section(f"Subnetwork: {variant}", tables=[describe.subnetwork_table(own)], notes=notes)
+        notes = [*tables.subnetwork_notes(own, mask), *_notes(run, f"subnetworks/{variant}")]
+        yield Section(f"Subnetwork: {variant}", tables=[tables.subnetwork_table(own)], notes=notes)
 
 
 def _notes(run: Run, folder: str | Path) -> list[str]:
-    """The notes on a folder's results."""
+    """The notes on a folder's tables."""
     path = run.folder / folder / "settings.json"
     return [str(note) for note in read_json(path).get("notes", [])] if path.is_file() else []
 
@@ -356,7 +350,7 @@ def _notes(run: Run, folder: str | Path) -> list[str]:
 def stages(run: Run) -> Iterator[Section]:
     """Finished stages, their times and their parameters."""
     if finished := run.stages:
-        yield Section("Stages", tables=[describe.stages_table(finished)])
+        yield Section("Stages", tables=[tables.stages_table(finished)])
 
 
 def training(run: Run) -> Iterator[Section]:
@@ -375,7 +369,7 @@ def training(run: Run) -> Iterator[Section]:
     caption = (
         "Losses in nats: the first, the mean of the last twentieth that was logged, on validation documents"
     )
-    table = describe.display(caption, pd.DataFrame(rows), [*rows[0]])
+    table = display(caption, pd.DataFrame(rows), [*rows[0]])
     picture = Picture(
         "training",
         "Losses by step, moving averages over a twentieth of the logged rows; dots: on validation documents.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 from rich.console import Console
@@ -11,24 +12,27 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from probekit.data.corpus import Corpus, too_few
-from probekit.evaluation.perplexity import Evaluation
-from probekit.generation.evaluate import GenerationEvaluation
-from probekit.generation.generate import Written
-from probekit.probing.probe import ProbeResults, TrainingProbes
-from probekit.reports import describe
-from probekit.reports.describe import Table, visible
-from probekit.run.run import Run
+from probekit.reports import tables
+from probekit.reports.display import Table, number, visible
+
+if TYPE_CHECKING:  # these import models and probes, which a command that needs none of them need not wait for
+    from probekit.evaluation.perplexity import Evaluation
+    from probekit.generation.evaluate import GenerationEvaluation
+    from probekit.generation.generate import Written
+    from probekit.probing.over_training import TrainingProbes
+    from probekit.probing.probe import ProbeResults
+    from probekit.run.run import Run
 
 
-def print_tables(tables: Iterable[Table]) -> None:
+def print_tables(shown: Iterable[Table]) -> None:
     """Prints display tables; what is in them appears as it is."""
-    for table in tables:
-        shown = RichTable(title=_literal(table.caption), title_justify="left", title_style="bold")
+    for table in shown:
+        grid = RichTable(title=_literal(table.caption), title_justify="left", title_style="bold")
         for name, numeric in zip(table.cells.columns, table.numeric, strict=True):
-            shown.add_column(_literal(name), justify="right" if numeric else "left")
+            grid.add_column(_literal(name), justify="right" if numeric else "left")
         for row in table.cells.itertuples(index=False, name=None):
-            shown.add_row(*map(_literal, row))
-        _console().print(shown)
+            grid.add_row(*map(_literal, row))
+        _console().print(grid)
 
 
 def print_lines(*lines: str | None) -> None:
@@ -41,19 +45,19 @@ def print_lines(*lines: str | None) -> None:
 def print_corpus(corpus: Corpus, nearest: int) -> None:
     """Sizes, sentence lengths, and the actions with the sentences nearest to each."""
     facts = corpus.facts
-    print_tables(describe.corpus_tables(corpus, nearest))
+    print_tables(tables.corpus_tables(corpus, nearest))
     index = facts.get("adjusted_rand_index")
     print_lines(
         f"{facts['blank_documents_dropped']:,} blank documents dropped; {facts['one_sentence_documents']:,} "
         f"documents of one sentence, kept out of planner training; vocabulary of {facts['vocabulary']:,} "
         "tokens",
-        None if index is None else f"Clusters against planted actions: adjusted Rand index {index:.3f}",
+        None if index is None else f"Clusters against planted actions: adjusted Rand index {number(index)}",
     )
 
 
 def print_training(run: Run) -> None:
     """The finished stages of a run, their times and their parameters."""
-    print_tables([describe.stages_table(run.stages)])
+    print_tables([tables.stages_table(run.stages)])
     print_lines(
         f"The run is in {run.folder}. Next: probekit evaluate {run.folder}, probekit probe {run.folder}"
     )
@@ -62,17 +66,17 @@ def print_training(run: Run) -> None:
 def print_evaluation(evaluation: Evaluation) -> None:
     """Perplexities and their differences, then planner metrics or multiple choice."""
     print_lines(too_few(evaluation.perplexity.documents.iloc[0]))
-    print_tables(describe.perplexity_tables(evaluation.perplexity, evaluation.differences))
+    print_tables(tables.perplexity_tables(evaluation.perplexity, evaluation.differences))
     if evaluation.planner is not None:
-        print_tables([describe.planner_table(evaluation.planner)])
+        print_tables([tables.planner_table(evaluation.planner)])
     if evaluation.accuracy is not None and evaluation.accuracy_differences is not None:
-        print_tables(describe.choice_tables(evaluation.accuracy, evaluation.accuracy_differences))
+        print_tables(tables.choice_tables(evaluation.accuracy, evaluation.accuracy_differences))
 
 
 def print_sweep(table: pd.DataFrame, missing: Iterable[object], folder: Path) -> None:
     """The mean over seeds of every metric of a sweep, and which of its runs are not finished."""
     print_lines(too_few(table.documents[table.seed.isna()].min()))
-    print_tables(describe.sweep_tables(table))
+    print_tables(tables.sweep_tables(table))
     unfinished = ", ".join(map(str, missing))
     print_lines(
         f"Not finished, and not in the table: {unfinished}" if unfinished else None,
@@ -83,20 +87,20 @@ def print_sweep(table: pd.DataFrame, missing: Iterable[object], folder: Path) ->
 def print_generation(evaluation: GenerationEvaluation) -> None:
     """The metrics of generated text."""
     print_lines(too_few(evaluation.settings["prompts"]))
-    print_tables(describe.generation_tables(evaluation.metrics))
-    print_lines(*describe.generation_notes(evaluation.metrics), *evaluation.notes)
+    print_tables(tables.generation_tables(evaluation.metrics))
+    print_lines(*tables.generation_notes(evaluation.metrics), *evaluation.notes)
 
 
 def print_texts(written: Written) -> None:
     """Prompts and continuations, sentence by sentence with the action that was given to each."""
     columns = ["", "most probable action" if written.mixed else "action", "text"]
     parts = zip(written.prompts, written.continuations, written.sentences, strict=True)
-    for number, (prompt, continuation, sentences) in enumerate(parts):
+    for count, (prompt, continuation, sentences) in enumerate(parts):
         rows = [["", "" if action is None else str(action), text] for text, action in sentences]
         if prompt.text.strip():
             rows.insert(0, ["prompt", "", prompt.text.strip()])
         document = f", document {prompt.document}" if prompt.document >= 0 else ""
-        caption = f"Text {number}{document}, {len(continuation.tokens):,} tokens by {written.variant}"
+        caption = f"Text {count}{document}, {len(continuation.tokens):,} tokens by {written.variant}"
         print_tables([Table(caption, pd.DataFrame(rows, columns=columns, dtype="str"))])
     texts, stopped = len(written.continuations), sum(text.ended == "plan" for text in written.continuations)
     if written.lacking:
@@ -117,11 +121,11 @@ def print_probes(results: ProbeResults) -> None:
     """The best cells, the baselines on the same examples, and what to know of all cells together."""
     table = results.table
     probes = table[table.reader == "probe"]
-    print_tables(describe.probe_tables(table, results.best_cells()))
+    print_tables(tables.probe_tables(table, results.best_cells()))
     print_lines(
         too_few(table.documents.max()),
-        *describe.probe_notes(probes),
-        *describe.unreliable_probes(probes),
+        *tables.probe_notes(probes),
+        *tables.unreliable_probes(probes),
         *results.notes,
         f"All {len(table):,} rows: {results.folder / 'results.parquet'}; pictures: {results.folder}",
     )
@@ -129,9 +133,9 @@ def print_probes(results: ProbeResults) -> None:
 
 def print_over_training(results: TrainingProbes, picture: Path) -> None:
     """The layer that is best on validation documents at every checkpoint, at the nearest distance."""
-    print_tables([describe.over_training_table(results.table, results.stage)])
+    print_tables([tables.over_training_table(results.table, results.stage)])
     print_lines(
-        too_few(int(describe.best_by_step(results.table).documents.max())),
+        too_few(int(tables.best_by_step(results.table).documents.max())),
         *results.notes,
         f"All {len(results.table):,} rows: {results.path}; picture: {picture}",
     )
@@ -140,10 +144,10 @@ def print_over_training(results: TrainingProbes, picture: Path) -> None:
 def print_interventions(table: pd.DataFrame, notes: Iterable[str], folder: Path) -> None:
     """Every kind of intervention at all layers, at the nearest distance, beside its controls."""
     near = table[table.distance == table.distance.min()]
-    print_tables(describe.intervention_tables(near))
+    print_tables(tables.intervention_tables(near))
     print_lines(
-        too_few(int(near.documents.min()), describe.MORE_BOUNDARIES),
-        *describe.intervention_notes(near),
+        too_few(int(near.documents.min()), tables.MORE_BOUNDARIES),
+        *tables.intervention_notes(near),
         *notes,
         f"All {len(table):,} rows: {folder / 'results.parquet'}",
     )
@@ -151,10 +155,10 @@ def print_interventions(table: pd.DataFrame, notes: Iterable[str], folder: Path)
 
 def print_subnetwork(table: pd.DataFrame, mask: pd.DataFrame, notes: Iterable[str], folder: Path) -> None:
     """What is lost without the subnetwork and without what it is compared with; its components."""
-    print_tables([describe.subnetwork_table(table)])
+    print_tables([tables.subnetwork_table(table)])
     print_lines(
-        too_few(int(table.documents.max()), describe.MORE_SUBNETWORK_DOCUMENTS),
-        *describe.subnetwork_notes(table, mask),
+        too_few(int(table.documents.max()), tables.MORE_SUBNETWORK_DOCUMENTS),
+        *tables.subnetwork_notes(table, mask),
         *notes,
         f"All {len(table):,} rows: {folder / 'results.parquet'}",
         f"Every component: {folder / 'mask.parquet'}",

@@ -22,7 +22,7 @@ from probekit.config import Config
 from probekit.io import read_json, write_json
 from probekit.models.hook_points import LOCATIONS
 from probekit.models.mixing import VARIANTS
-from probekit.reports.figures import Panel
+from probekit.reports.plot_probes import Panel
 from probekit.run.run import Run
 from probekit.sweeps import grid
 

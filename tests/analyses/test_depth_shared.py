@@ -1,11 +1,14 @@
 """Shared functions of the depth figures, where the scripts' own tests do not reach."""
 
+import itertools
 import json
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from depth_table1_parameters import draw
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from shared.depth import differences_of, layer_name, layer_style, training_curves
 
 from probekit.config import Config
@@ -50,6 +53,22 @@ def test_a_stage_that_logged_no_losses_of_layers_is_refused(tmp_path: Path):
     run = run_with([{"stage": "depth/ensemble", "step": 1, "loss": 1.0}], tmp_path / "old", 0)
     with pytest.raises(ProbekitError, match=r"metrics\.jsonl has no losses of depth/ensemble"):
         training_curves([run], "ensemble", 1)
+
+
+def test_no_label_of_table_1_lies_on_another():
+    kept = Path(__file__).parents[2] / "figures" / "depth_table1_parameters.csv"
+    figure = draw(pd.read_csv(kept))
+    FigureCanvasAgg(figure).draw()
+    texts = []
+    for axes in figure.axes:
+        low, high = axes.get_xlim()
+        ticks = [text for text in axes.get_xticklabels() if low <= text.get_position()[0] <= high]
+        texts += [*axes.texts, *ticks, *axes.get_yticklabels(), axes.xaxis.label]
+    texts = [text for text in texts if text.get_text()]
+    boxes = [text.get_window_extent(figure.canvas.get_renderer()) for text in texts]
+    for (a, one), (b, other) in itertools.combinations(zip(texts, boxes, strict=True), 2):
+        assert not one.overlaps(other), f"{a.get_text()!r} and {b.get_text()!r}"
+    assert len(texts) > 60
 
 
 def test_layers_have_names_and_styles_of_their_own():

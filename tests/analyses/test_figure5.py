@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from synthetic_probes import accuracy_of, probe_table
 
 import probekit
-from probekit.reports.plots import draw_interventions
+from probekit.reports.plot_interventions import draw_interventions
 from probekit.run.run import Run
 
 SCRIPT = Path(__file__).parents[2] / "analyses" / "figure5_causal.py"

@@ -22,7 +22,7 @@ DOCUMENTS = st.lists(st.lists(st.integers(1, 9), max_size=8), min_size=1, max_si
     lambda documents: any(documents)
 )
 LAST = ("hook_resid_post", 2)
-PLACES = [("hook_resid_post", 0), ("hook_resid_post", 1), LAST]
+POINTS = [("hook_resid_post", 0), ("hook_resid_post", 1), LAST]
 FIELDS = ("next_loss", "first_loss", "other_loss", "first", "action")
 
 
@@ -107,7 +107,7 @@ def boundaries(probed_run: Run) -> Boundaries:
 
 @pytest.fixture(scope="module")
 def lm(probed_run: Run, boundaries: Boundaries) -> EditedLM:
-    return EditedLM(probed_run, "none", boundaries, PLACES)
+    return EditedLM(probed_run, "none", boundaries, POINTS)
 
 
 def pushed(activations: Tensor, numbers: np.ndarray, distance: int) -> Tensor:
@@ -183,7 +183,7 @@ def test_outcomes_are_those_of_hooks_made_by_hand(
 def test_windows_that_end_with_the_sentence_have_no_loss_behind_it(probed_run: Run):
     corpus = probed_run.corpus
     short = draw_boundaries(corpus, corpus.documents("test"), 16, 12, 3, 0)
-    found = EditedLM(probed_run, "none", short, PLACES).outcomes()
+    found = EditedLM(probed_run, "none", short, POINTS).outcomes()
     ended = short.last == short.windows.length - 1
     assert ended.any()
     assert not ended.all()
@@ -199,8 +199,8 @@ def test_the_last_layer_affects_a_sentence_only_where_its_first_token_is_predict
 
 
 def test_moved_is_the_norm_of_the_edit(lm: EditedLM, boundaries: Boundaries):
-    found = lm.outcomes(Edit(PLACES[0], (1, 3), pushed))
-    before = lm.activations(PLACES[0], (1, 3))
+    found = lm.outcomes(Edit(POINTS[0], (1, 3), pushed))
+    before = lm.activations(POINTS[0], (1, 3))
     numbers = np.arange(len(boundaries))
     added = [pushed(x, numbers, d) - x for x, d in zip(before, (1, 3), strict=True)]
     np.testing.assert_allclose(found.moved, sum(x.norm(dim=1) for x in added), rtol=1e-4)
@@ -220,8 +220,8 @@ def test_activations_are_those_at_the_distance(probed_run: Run, boundaries: Boun
 
 
 def test_batches_change_nothing(probed_run: Run, boundaries: Boundaries, lm: EditedLM):
-    other = EditedLM(probed_run.with_settings({"evaluation.batch_size": 5}), "none", boundaries, PLACES)
-    edit = Edit(PLACES[0], (1, 2), pushed)
+    other = EditedLM(probed_run.with_settings({"evaluation.batch_size": 5}), "none", boundaries, POINTS)
+    edit = Edit(POINTS[0], (1, 2), pushed)
     found = (vars(one.outcomes(edit)).values() for one in (lm, other))
     for first, second in zip(*found, strict=True):
         np.testing.assert_allclose(first, second, atol=2e-4)
@@ -304,7 +304,3 @@ def test_another_plan_is_that_of_the_next_sentence_alone(
     found = soft.outcomes(plan)
     assert_outcomes(found, conditioned_by_hand(probed_run, boundaries, None, mixing))
     assert np.abs(found.next_loss - soft.outcomes().next_loss).max() > 1e-4
-
-
-def test_an_unconditioned_variant_has_no_codebook(lm: EditedLM):
-    assert lm.codebook is None

@@ -112,13 +112,6 @@ def test_rounds_of_null_space_projection_erase_more_and_more(data):
     assert accuracies[-1] < accuracies[0] - 0.2
 
 
-def test_leace_changes_less_than_an_orthogonal_projection(data):
-    x, y = data
-    least, projected = leace(moments_of(x, y))(x), inlp(moments_of(x, y), 3)(x)
-    assert (least - x).square().sum() < (projected - x).square().sum()
-    assert torch.allclose(least.mean(0), x.mean(0), atol=1e-4)
-
-
 def test_classes_without_examples_and_constant_activations(data):
     x, y = data
     x = x.clone()

@@ -29,7 +29,7 @@ HEADS = ("attn.hook_z", 2)
 
 
 def cell(table: pd.DataFrame, **of: Any) -> pd.Series:
-    """Values by metric of one condition at one place."""
+    """Values by metric of one condition at one hook point."""
     rows = table[np.logical_and.reduce([table[name] == value for name, value in of.items()])]
     assert rows.metric.is_unique
     return rows.set_index("metric").value
@@ -154,13 +154,6 @@ def test_variants_stand_side_by_side(probed_copy: Run):
     assert plan.readout_target == plan.readout_true
 
 
-def test_fewer_boundaries_than_asked_for_are_noted(probed_copy: Run):
-    few = FEW | {"intervene.boundaries": 100, "intervene.layers": [0], "intervene.kinds": ["patch"]}
-    (note,) = intervene(probed_copy, few, quiet=True).notes
-    assert note.startswith("16 sentence boundaries")
-    assert note.endswith("intervene.boundaries asks for 100")
-
-
 # A construction whose truth is known
 
 
@@ -188,8 +181,8 @@ def conditioned(probed_copy: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 def test_erasing_behind_the_adapter_removes_the_plan(conditioned: Run):
-    place = {"intervene.locations": ["attn.hook_z"], "intervene.variant": "oracle", "intervene.layers": [2]}
-    few = FEW | place | {"intervene.kinds": ["erase", "codebook"], "intervene.distances": [1]}
+    point = {"intervene.locations": ["attn.hook_z"], "intervene.variant": "oracle", "intervene.layers": [2]}
+    few = FEW | point | {"intervene.kinds": ["erase", "codebook"], "intervene.distances": [1]}
     table = intervene(conditioned, few, quiet=True).table
     found = cell(table, condition="erase")
     # The heads' outputs are the plan alone: a probe reads all of it, and, erased, no more than the prior.

@@ -10,10 +10,8 @@ from torch.distributions import Categorical, kl_divergence
 
 from probekit.causal.components import Component, MaskedLM
 from probekit.causal.masks import (
-    START,
     Candidate,
     Measured,
-    best_removed_alone,
     choose,
     draw_random_masks,
     draw_removal,
@@ -56,12 +54,6 @@ def test_gates_without_noise_are_on_the_side_of_the_median_draw():
     assert found[[0, 2, 4]].tolist() == [0.0, 0.5, 1.0]
     sides = [0, 1, 3, 4]  # the median of the symmetrical one is on neither
     assert torch.equal(found[sides] > 0.5, draws().median(0).values[sides] > 0.5)
-
-
-def test_initially_little_is_removed():
-    start = torch.full((3,), START)
-    assert hard_sigmoid(start).max() < 0.05
-    assert draws(start, 5000).mean() < 0.2
 
 
 def test_draws_depend_on_the_seed_and_their_gradient_is_that_of_the_mean():
@@ -224,11 +216,6 @@ def test_random_masks_have_as_many_of_every_kind_in_every_layer():
         np.testing.assert_allclose(masks[:, first : first + 4].mean(0), count / 4, atol=0.1)
     np.testing.assert_array_equal(masks, draw_random_masks(components, removed, 300, 0))
     assert not np.array_equal(masks, draw_random_masks(components, removed, 300, 1))
-
-
-def test_the_best_removed_alone_have_the_lowest_objectives():
-    assert best_removed_alone(np.array([3.0, 1.0, 2.0, 0.5]), 2).tolist() == [False, True, False, True]
-    assert not best_removed_alone(np.array([3.0, 1.0]), 0).any()
 
 
 def test_refitted_probes_are_separate_regressions():

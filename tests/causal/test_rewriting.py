@@ -14,12 +14,12 @@ from probekit.models.replanning import decoded
 from probekit.run.run import Run
 
 WINDOW = 48
-PLACE = ("hook_resid_post", 0)
+POINT = ("hook_resid_post", 0)
 
 
 def edited_lm(run: Run, variant: str, count: int = 8) -> EditedLM:
     boundaries = draw_boundaries(run.corpus, run.corpus.documents("test"), count, WINDOW, 3, 0)
-    return EditedLM(run, variant, boundaries, [PLACE])
+    return EditedLM(run, variant, boundaries, [POINT])
 
 
 @pytest.fixture(scope="module")
@@ -30,13 +30,13 @@ def written(probed_run: Run) -> tuple[EditedLM, SentenceWriter, list[np.ndarray]
 
 
 @pytest.mark.parametrize("edited", [False, True])
-def test_tokens_depend_on_the_boundarys_number_and_edits_keep_their_place(
+def test_tokens_depend_on_the_boundarys_number_and_edits_stay_at_the_boundary(
     edited: bool, probed_run: Run, written
 ):
     lm, writer, texts = written
     added = 3 * torch.randn(32, generator=torch.Generator().manual_seed(0))
     if edited:
-        plain, texts = texts, writer.write(np.arange(8), Edit(PLACE, (1, 3), lambda x, n, d: x + added / d))
+        plain, texts = texts, writer.write(np.arange(8), Edit(POINT, (1, 3), lambda x, n, d: x + added / d))
         assert not all(np.array_equal(a, b) for a, b in zip(plain, texts, strict=True))
     model, boundaries, corpus = probed_run.plain_model().eval(), lm.boundaries, probed_run.corpus
     special = torch.tensor(corpus.tokenizer.all_special_ids)

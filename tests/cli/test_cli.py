@@ -10,8 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-import torch
-from running import Capture, refused, told
+from running import Capture, printed, refused
 
 from probekit import cli
 from probekit.cli import COMMANDS, main
@@ -24,61 +23,42 @@ from probekit.run.run import Run
 
 
 def test_help_lists_commands_and_presets(capsys: Capture):
-    text = told(capsys, "--help")
+    text = printed(capsys, "--help")
     for name, command in COMMANDS.items():
         assert re.search(rf"^  {name} +{re.escape(command.__doc__)}$", text, re.MULTILINE)
     assert f"presets: {', '.join(preset_names())}" in text
 
 
 def test_version(capsys: Capture):
-    assert told(capsys, "--version") == f"probekit {version('probekit-lm')}\n"
+    assert printed(capsys, "--version") == f"probekit {version('probekit-lm')}\n"
 
 
 @pytest.mark.parametrize(
     ("command", "sections"),
     [
         ("train", None),
-        ("corpus", None),
         ("evaluate", ("method", "device", "evaluation.", "generation.")),
-        (
-            "generate",
-            (
-                "seed",
-                "device",
-                "evaluation.batch_size",
-                *(f"generation.{name}" for name in ("context", "temp", "top_")),
-            ),
-        ),
         ("probe", ("device", "evaluation.", "probe.", "lm.device_map")),
-        ("lens", ("device",)),
         ("report", ()),
-        ("sweep", None),
-        ("demo", ()),
     ],
 )
 def test_help_of_a_command_has_all_its_settings_with_defaults(
     command: str, sections: tuple[str, ...] | None, capsys: Capture
 ):
-    text = told(capsys, command, "--help")
+    text = printed(capsys, command, "--help")
     wanted = {name for name in setting_names() if sections is None or name.startswith(tuple(sections))}
     options = set(re.findall(r"^  --([\w.]+)", text, re.MULTILINE))
     assert options & set(setting_names()) == wanted
     assert len(re.findall(r"\(default:", text)) == len(wanted)
-    assert text.startswith(f"usage: probekit {command} ")
 
 
 def test_help_needs_no_pytorch():
-    for words in (["--help"], ["train", "--help"], ["probe", "--help"], ["sweep", "--help"]):
-        ran = subprocess.run(
-            [sys.executable, "-X", "importtime", "-m", "probekit", *words],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert ran.stdout.startswith("usage: probekit")
-        modules = {line.rpartition("|")[2].strip() for line in ran.stderr.splitlines()}
-        assert "probekit.config.options" in modules
-        assert not modules & {"torch", "transformers", "numpy", "pandas", "transformer_lens"}
+    command = [sys.executable, "-X", "importtime", "-m", "probekit", "probe", "--help"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert ran.stdout.startswith("usage: probekit")
+    modules = {line.rpartition("|")[2].strip() for line in ran.stderr.splitlines()}
+    assert "probekit.config.options" in modules
+    assert not modules & {"torch", "transformers", "numpy", "pandas", "transformer_lens"}
 
 
 # Bad command lines
@@ -89,45 +69,21 @@ def test_help_needs_no_pytorch():
     [
         ([], "the following arguments are required: COMMAND; see `probekit --help`"),
         (["trian"], "invalid choice: 'trian' (choose from 'train', "),
-        (["train", "--lm.layer", "3"], "unknown setting 'lm.layer'; did you mean 'lm.layers'?"),
-        (
-            ["probe", "run", "--probe.layer", "3"],
-            "unknown setting 'probe.layer'; did you mean 'probe.layers'?",
-        ),
-        (["train", "--preset", "dmo"], "unknown preset 'dmo'; did you mean 'demo'?"),
         (["train", "--preset", "dmo", "--help"], "unknown preset 'dmo'; did you mean 'demo'?"),
         (["train", "--preset"], "argument --preset: expected one argument; see `probekit train --help`"),
-        (
-            ["train", "--preset", "--help"],
-            "argument --preset: expected one argument; see `probekit train --help`",
-        ),
-        (["train", "--config", "/no/file.yaml"], "config file /no/file.yaml: No such file"),
         (["train"], "runs/run holds no run to resume; give --preset or --config to begin one"),
         (["train", "--resume", "--overwrite"], "not allowed with argument"),
-        (["train", "stray"], "unexpected 'stray'; see `probekit train --help`"),
         (["evaluate"], "the following arguments are required: RUN; see `probekit evaluate --help`"),
         (["evaluate", "run", "--generation.samples", "9"], "argument --generation.samples: goes with"),
         (["probe"], "give a run's folder, or --model with --corpus; see `probekit probe --help`"),
         (["probe", "run", "--model", "gpt2"], "give a run's folder, or --model with --corpus"),
-        (["probe", "run", "--corpus", "text"], "argument --corpus: goes with --model; run has its own"),
-        (["probe", "run", "--out", "there"], "argument --out: goes with --model"),
         (["probe", "run", "--overwrite"], "argument --overwrite: goes with --model"),
-        (["probe", "run", "--preset", "demo"], "argument --preset: goes with --model"),
-        (["probe", "run", "--config", "a.yaml"], "argument --config: goes with --model"),
         (["probe", "run", "--lm.layers", "2"], "unknown setting 'lm.layers'; did you mean 'probe.layers'?"),
-        (["probe", "--model", "m", "--probe.layer", "3"], "unknown setting 'probe.layer'; did you mean"),
-        (["evaluate", "nowhere"], "nowhere does not exist; make one with `probekit train --out nowhere`"),
-        (["corpus", "nowhere"], "nowhere does not exist"),
+        (["corpus", "nowhere"], "nowhere does not exist; make one with `probekit train --out nowhere`"),
         (["corpus", "nowhere", "--nearest", "-1"], "argument --nearest: -1 is below 0"),
-        (["corpus", "nowhere", "--nearest", "few"], "argument --nearest: invalid int value: 'few'"),
         (["evaluate", "x" * 300], "File name too long"),
-        (["train", "--lm.heads", "3"], "lm: heads 3 does not divide width 128"),
-        (["demo", "--preset", "demo"], "unknown setting 'preset'"),
         (["sweep"], "the sweep has no settings to change; give --preset or --config"),
-        (["sweep", "--preset", "demo", "--over"], "argument --over: expected at least one argument"),
         (["sweep", "mixing-fraction", "--preset", "demo", "--seeds", "0"], "the sweep has no seeds"),
-        (["sweep", "corpus.seed", "--values", "1", "2", "--preset", "demo"], "that makes other corpora"),
-        (["sweep", "probe.hidden", "--values", "1", "--preset", "demo"], "probe.hidden changes nothing"),
     ],
 )
 def test_bad_command_lines_are_refused_in_one_line(
@@ -138,22 +94,22 @@ def test_bad_command_lines_are_refused_in_one_line(
     assert not list(tmp_path.iterdir())
 
 
-def test_debug_shows_the_traceback(tmp_path: Path):
-    with pytest.raises(ProbekitError, match="unknown preset"):
-        main(["--debug", "train", "--preset", "dmo"])
-    with pytest.raises(ProbekitError, match="does not exist"):
-        main(["evaluate", str(tmp_path / "no"), "--debug"])
+@pytest.mark.parametrize("error", [ProbekitError, KeyboardInterrupt, TypeError])
+def test_debug_shows_the_traceback(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+):
+    def fails(words: list[str]) -> None:
+        raise error("in one line")
 
-
-def test_an_interruption_is_code_130_and_says_how_to_go_on(capsys: Capture, monkeypatch: pytest.MonkeyPatch):
-    def interrupted(words: list[str]) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setitem(cli.COMMANDS, "train", interrupted)
-    assert main(["train"]) == 130
-    assert capsys.readouterr().err == "probekit: interrupted; continue with --resume\n"
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setitem(cli.COMMANDS, "train", fails)
+    with pytest.raises(error):
         main(["train", "--debug"])
+    if error is TypeError:  # a bug is not hidden
+        with pytest.raises(error):
+            main(["train"])
+        return
+    assert main(["train"]) == {ProbekitError: 2, KeyboardInterrupt: 130}[error]
+    assert capsys.readouterr().err.startswith("probekit: ")
 
 
 def test_sigterm_is_code_143_and_what_is_half_done_is_cleared(
@@ -171,23 +127,6 @@ def test_sigterm_is_code_143_and_what_is_half_done_is_cleared(
     assert capsys.readouterr().err == "probekit: terminated; the same command continues\n"
     assert not [*tmp_path.iterdir()]
     assert signal.getsignal(signal.SIGTERM) is before
-
-
-def test_a_full_disk_is_told_in_one_line(capsys: Capture, monkeypatch: pytest.MonkeyPatch):
-    def full(words: list[str]) -> None:
-        raise OSError(28, "No space left on device", "runs/x/corpus")
-
-    monkeypatch.setitem(cli.COMMANDS, "train", full)
-    assert "No space left on device: 'runs/x/corpus'" in refused(capsys, "train")
-
-
-def test_an_error_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch):
-    def wrong(words: list[str]) -> None:
-        raise TypeError("a bug")
-
-    monkeypatch.setitem(cli.COMMANDS, "train", wrong)
-    with pytest.raises(TypeError, match="a bug"):
-        main(["train"])
 
 
 # Runs with something missing
@@ -222,12 +161,6 @@ def test_settings_that_do_not_fit_the_run_are_refused(
     assert said in refused(capsys, command, tiny_run.folder, *options, "--quiet")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
-@pytest.mark.parametrize("command", ["evaluate", "probe"])
-def test_a_gpu_that_is_not_there_is_refused(command: str, capsys: Capture, tiny_run: Run):
-    assert "device is 'cuda'" in refused(capsys, command, tiny_run.folder, "--device", "cuda")
-
-
 # Damage
 
 READ = [
@@ -239,7 +172,6 @@ READ = [
     "corpus/facts.json",
     "corpus/documents.arrow",
     "corpus/tokenizer/tokenizer.json",
-    "corpus/tokenizer/tokenizer_config.json",
     "lm/config.json",
     "lm/model.safetensors",
     "planner/model.safetensors",
@@ -257,20 +189,13 @@ def names(line: str, file: str) -> bool:
 
 @pytest.mark.parametrize(
     ("damage", "file"),
-    [
-        (damage, file)
-        for damage in ("half", "empty", "missing", "noise")
-        for file in READ
-        if (damage, file) != ("missing", "corpus/tokenizer/tokenizer_config.json")  # it can be done without
-    ],
+    [*(("half", file) for file in READ), *(("missing", file) for file in (READ[0], READ[2], READ[-1]))],
 )
 def test_a_damaged_file_is_named_in_one_line(capsys: Capture, copy: Path, file: str, damage: str):
     path = copy / file
     whole = path.read_bytes()
-    if damage == "missing":
-        path.unlink()
-    else:
-        noise = bytes(range(128, 256)) * 4
-        path.write_bytes({"half": whole[: len(whole) // 2], "empty": b"", "noise": noise}[damage])
+    path.unlink()
+    if damage == "half":
+        path.write_bytes(whole[: len(whole) // 2])
     line = refused(capsys, "evaluate", copy, "--quiet", "--evaluation.resamples", "100")
     assert names(line, file) or (damage == "missing" and file == "run.json"), line

@@ -7,41 +7,26 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from read_tables import rows_of
-from running import ONE_CELL, Capture, refused, told
+from running import ONE_CELL, Capture, printed, refused
 
 from probekit.cli import main
-from probekit.config import Config
-from probekit.io import read_json
 from probekit.run.run import Run
 
 
 def test_corpus_prints_sizes_and_nearest_sentences(capsys: Capture, tiny_run: Run):
     corpus = tiny_run.corpus
-    out = told(capsys, "corpus", tiny_run.folder, "--nearest", "1")
+    out = printed(capsys, "corpus", tiny_run.folder, "--nearest", "1")
     for split in ("train", "probe", "validation", "test"):
         documents = corpus.documents(split)
         row = [split, f"{len(documents):,}", f"{len(corpus.sentences(documents)):,}"]
         assert row in [cells[:3] for cells in rows_of(out)]
     assert out.count("█") >= 8
-    assert told(capsys, "corpus", tiny_run.folder, "--nearest", "0") != out
-
-
-def test_building_a_corpus_alone_is_the_first_stage_of_training(
-    capsys: Capture, tmp_path: Path, tiny_config: Config
-):
-    (tmp_path / "tiny.yaml").write_text(tiny_config.to_yaml())
-    out = tmp_path / "run"
-    told(capsys, "corpus", "--config", tmp_path / "tiny.yaml", "--out", out, "--quiet")
-    assert list(read_json(out / "run.json")["stages"]) == ["corpus"]
-    for command, lacking in (("evaluate", "planner"), ("probe", "lm")):
-        line = refused(capsys, command, out)
-        assert f"lacks the stage {lacking!r}" in line
-        assert f"probekit train --resume --out {out}" in line
+    assert printed(capsys, "corpus", tiny_run.folder, "--nearest", "0") != out
 
 
 def test_sentences_are_exported_and_a_column_of_labels_is_probed(capsys: Capture, copy: Path, tmp_path: Path):
     path = tmp_path / "sentences.csv"
-    told(capsys, "corpus", copy, "--nearest", "0", "--export", path)
+    printed(capsys, "corpus", copy, "--nearest", "0", "--export", path)
     table = pd.read_csv(path)
     corpus = Run.open(copy).corpus
     assert len(table) == len(corpus.first_token)
@@ -49,7 +34,7 @@ def test_sentences_are_exported_and_a_column_of_labels_is_probed(capsys: Capture
     words = ["probe", copy, *ONE_CELL, "--quiet", "--probe.labels", path]
     assert "has no column 'kind'" in refused(capsys, *words, "--probe.target", "kind")
     table.assign(kind=np.where(table.action < 4, "low", "high")).to_csv(path, index=False)
-    out = told(capsys, *words, "--probe.target", "kind")
+    out = printed(capsys, *words, "--probe.target", "kind")
     probes = Run.open(copy).probes()
     assert set(probes.target) == {"kind"}
     assert "kind" in out

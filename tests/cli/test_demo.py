@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from running import Capture, told
+from running import Capture, printed
 
 from probekit.config import Config
 
@@ -17,7 +17,7 @@ def test_the_demo_goes_all_the_way_and_does_nothing_twice(
     monkeypatch.setattr(Config, "from_preset", lambda name: {"demo": config}[name])
     weights = copy / "lm" / "model.safetensors"
     before = weights.stat().st_mtime_ns
-    out = told(capsys, "demo", "--out", copy, "--quiet")
+    out = printed(capsys, "demo", "--out", copy, "--quiet")
     titles = ["Corpus", "Actions (8", "Training", "Perplexity per token on", "Next action on", "Best cells"]
     places = [out.index(title) for title in titles]
     assert places == sorted(places)

@@ -4,14 +4,14 @@ import json
 from pathlib import Path
 
 from read_tables import rows_of, shows
-from running import Capture, refused, told
+from running import Capture, printed, refused
 
 from probekit.io import read_json
 from probekit.run.run import Run
 
 
 def test_evaluating_writes_and_prints_the_same_numbers(capsys: Capture, copy: Path):
-    out = told(capsys, "evaluate", copy, "--evaluation.resamples", "150", "--device", "cpu", "--quiet")
+    out = printed(capsys, "evaluate", copy, "--evaluation.resamples", "150", "--device", "cpu", "--quiet")
     written = json.loads((copy / "evaluation.json").read_text())
     assert written["settings"]["resamples"] == 150
     assert [row["variant"] for row in written["perplexity"]] == [
@@ -27,7 +27,7 @@ def test_evaluating_writes_and_prints_the_same_numbers(capsys: Capture, copy: Pa
 def test_generated_text_is_measured_behind_perplexity(capsys: Capture, copy: Path):
     words = ["evaluate", copy, "--quiet", "--generation", "--generation.prompts", "4"]
     words += ["--generation.lengths", "8", "16", "--generation.samples", "3", "--evaluation.resamples", "100"]
-    text = told(capsys, *words)
+    text = printed(capsys, *words)
     titles = ["Perplexity per token on", "Generated continuations of 8", "Generated continuations of 16"]
     titles += [
         "Generated samples of 16 tokens",

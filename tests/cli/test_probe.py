@@ -1,16 +1,15 @@
 """`probekit probe` as it is typed: of a run, and of any LM on any text."""
 
-import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from running import ONE_CELL, Capture, refused, told
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from running import ONE_CELL, Capture, printed, refused
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from probekit.cli import _parse_probe, _probed_config
-from probekit.config import Config, setting_names
+from probekit.config import Config
 from probekit.data.tokenizer import train_tokenizer
 from probekit.io import read_json, write_json
 from probekit.run.run import Run
@@ -18,7 +17,7 @@ from probekit.run.run import Run
 
 def test_probing_writes_table_and_pictures(capsys: Capture, copy: Path):
     words = ["--probe.layers", "0", "--probe.distances", "1", "2", "--probe.variants", "none"]
-    out = told(capsys, "probe", copy, *words, "--quiet")
+    out = printed(capsys, "probe", copy, *words, "--quiet")
     table = Run.open(copy).probes()
     probes = table[table.reader == "probe"]
     assert set(zip(probes.layer, probes.distance, strict=True)) == {(0, 1), (0, 2)}
@@ -30,7 +29,7 @@ def test_a_run_without_a_planner_is_probed(capsys: Capture, copy: Path):
     state = read_json(copy / "run.json")
     state["stages"] = {stage: state["stages"][stage] for stage in ("corpus", "lm")}
     write_json(copy / "run.json", state)
-    told(capsys, "probe", copy, *ONE_CELL, "--quiet")
+    printed(capsys, "probe", copy, *ONE_CELL, "--quiet")
     assert set(Run.open(copy).probes().reader) == {
         *("probe", "token embedding", "prior", "bigram", "bigram (current action)", "skip n-gram"),
         *(f"ceiling ({of})" for of in ("actions", "words", "tokens read")),
@@ -39,11 +38,11 @@ def test_a_run_without_a_planner_is_probed(capsys: Capture, copy: Path):
 
 def test_a_store_of_activations_is_used_again(capsys: Capture, copy: Path):
     words = ["probe", copy, *ONE_CELL, "--store", "--quiet"]
-    told(capsys, *words)
+    printed(capsys, *words)
     first, shards = Run.open(copy).probes(), sorted((copy / "activations" / "none-seed0").iterdir())
     assert {path.suffix for path in shards} == {".json", ".safetensors"}
     times = [path.stat().st_mtime_ns for path in shards]
-    told(capsys, *words)
+    printed(capsys, *words)
     assert [path.stat().st_mtime_ns for path in shards] == times
     assert Run.open(copy).probes().equals(first)
     line = refused(capsys, *words, "--probe.distances", "2", "3")
@@ -72,45 +71,30 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def lms(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders with a tiny random LM and its tokenizer, as a user would have them."""
-    root = tmp_path_factory.mktemp("lms")
+def lm(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny random LM and its tokenizer, as a user would have it."""
+    folder = tmp_path_factory.mktemp("lms") / "llama"
     lines = (path.read_text("utf-8") for path in sorted(texts.iterdir()))
-    tokenizer = train_tokenizer(lines, 300, root / "tokenizer")
-    common = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 0}
-    gpt2 = GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=32, **common)
-    llama = LlamaConfig(
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        intermediate_size=24,
-        max_position_embeddings=32,
-        **common,
-    )
+    tokenizer = train_tokenizer(lines, 300, folder)
+    size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    size |= {"num_key_value_heads": 1, "max_position_embeddings": 32, "vocab_size": len(tokenizer)}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        models = {"gpt2": GPT2LMHeadModel(gpt2), "llama": LlamaForCausalLM(llama)}
-    for name, model in models.items():
-        model.save_pretrained(root / name)
-        tokenizer.save_pretrained(root / name)
-    return {name: root / name for name in models}
+        LlamaForCausalLM(LlamaConfig(**size, bos_token_id=0, eos_token_id=0)).save_pretrained(folder)
+    return folder
 
 
 ANY = ["--actions.k", "8", "--actions.dimensions", "8", "--training.window", "32", "--device", "cpu"]
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_any_model_is_probed_on_any_text(
-    capsys: Capture, family: str, lms: dict[str, Path], texts: Path, tmp_path: Path
-):
+def test_any_model_is_probed_on_any_text(capsys: Capture, lm: Path, texts: Path, tmp_path: Path):
     out = tmp_path / "probed"
-    words = ["probe", "--model", lms[family], "--corpus", texts, "--out", out, *ANY, *ONE_CELL, "--quiet"]
-    shown = told(capsys, *words)
+    words = ["probe", "--model", lm, "--corpus", texts, "--out", out, *ANY, *ONE_CELL, "--quiet"]
+    shown = printed(capsys, *words)
     assert "results.parquet" in shown
     run = Run.open(out)
     assert list(read_json(out / "run.json")["stages"]) == ["lm", "corpus"]
-    assert run.config.lm.name == str(lms[family])
+    assert run.config.lm.name == str(lm)
     assert run.config.corpus.probe_fraction == 0.5
     assert not list((out / "lm").glob("*.safetensors")), "a model that is there already is not copied"
     first = run.probes()
@@ -127,64 +111,41 @@ def test_any_model_is_probed_on_any_text(
 
     # Again, with another grid: corpus and model stay, what was probed is replaced.
     tokens = (out / "corpus" / "tokens.npy").stat().st_mtime_ns
-    told(capsys, *words, "--probe.layers", "1", "--probe.variants", "random")
+    printed(capsys, *words, "--probe.layers", "1", "--probe.variants", "random")
     assert (out / "corpus" / "tokens.npy").stat().st_mtime_ns == tokens
     again = Run.open(out).probes()
     probes = again[again.reader == "probe"]
     assert set(zip(probes.variant, probes.layer, strict=True)) == {("random", 1)}
     # As a run like any other, too.
-    told(capsys, "probe", out, "--quiet")
+    printed(capsys, "probe", out, "--quiet")
     same = Run.open(out).probes()
     assert same.equals(again), "the run keeps the settings that it was last probed with"
 
     line = refused(capsys, *words, "--actions.k", "9")
     assert "actions.k was 8 and is now 9" in line
-    told(capsys, *words, "--actions.k", "9", "--overwrite")
+    printed(capsys, *words, "--actions.k", "9", "--overwrite")
     assert Run.open(out).config.actions.k == 9
 
 
-def test_any_model_has_a_folder_by_default(
-    capsys: Capture, lms: dict[str, Path], texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.chdir(tmp_path)
-    told(capsys, "probe", "--model", lms["gpt2"], "--corpus", texts, *ANY, *ONE_CELL, "--quiet")
-    assert len(Run.open("runs/probed").probes())
-
-
-def test_any_model_needs_a_model_and_a_text(
-    capsys: Capture, lms: dict[str, Path], texts: Path, tmp_path: Path
-):
+def test_any_model_needs_a_model_and_a_text(capsys: Capture, lm: Path, texts: Path, tmp_path: Path):
     words = ["probe", "--out", tmp_path / "run", "--quiet", *ANY]
     line = refused(capsys, *words, "--model", tmp_path / "no", "--corpus", texts)
     assert str(tmp_path / "no") in line
-    line = refused(capsys, *words, "--model", lms["gpt2"], "--overwrite")
+    line = refused(capsys, *words, "--model", lm, "--overwrite")
     assert "corpus.path is not set" in line
-    line = refused(capsys, *words, "--model", lms["gpt2"], "--corpus", tmp_path / "no", "--overwrite")
+    line = refused(capsys, *words, "--model", lm, "--corpus", tmp_path / "no", "--overwrite")
     assert "corpus.path is" in line
-    line = refused(
-        capsys, *words, "--model", lms["gpt2"], "--corpus", texts, "--training.window", "64", "--overwrite"
-    )
+    line = refused(capsys, *words, "--model", lm, "--corpus", texts, "--training.window", "64", "--overwrite")
     assert line == "training.window is 64, but the LM reads at most 32 positions"
 
 
 def test_any_model_does_not_take_over_a_run_of_another_kind(
-    capsys: Capture, copy: Path, lms: dict[str, Path], texts: Path
+    capsys: Capture, copy: Path, lm: Path, texts: Path
 ):
-    words = ["probe", "--model", lms["gpt2"], "--corpus", texts, "--out", copy, *ANY]
+    words = ["probe", "--model", lm, "--corpus", texts, "--out", copy, *ANY]
     before = (copy / "config.yaml").read_text()
     assert "was begun with other settings" in refused(capsys, *words)
     assert (copy / "config.yaml").read_text() == before
-
-
-def test_help_tells_how_any_model_is_probed(capsys: Capture):
-    text = told(capsys, "probe", "--help")
-    for part in ("probekit probe RUN", "--model NAME", "--corpus FILE", "--store", "by the preset any-model"):
-        assert part in text
-    assert "--lm.revision" not in text
-    everything = told(capsys, "probe", "--model", "gpt2", "--help")
-    assert set(re.findall(r"^  --([\w.]+)", everything, re.MULTILINE)) >= set(setting_names())
-    entry = " ".join(everything.split()).partition("--corpus.probe_fraction float")[2]
-    assert entry[: entry.index(")")].endswith("(default: 0.5"), "those of the preset any-model"
 
 
 def probed(

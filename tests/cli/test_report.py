@@ -2,19 +2,19 @@
 
 from pathlib import Path
 
-from running import Capture, refused, told
+from running import Capture, printed, refused
 
 
 def test_report_writes_both_files(copy: Path, capsys: Capture):
-    printed = told(capsys, "report", copy)
-    assert printed == f"The report: {copy / 'report.html'}\nThe report: {copy / 'report.md'}\n"
+    shown = printed(capsys, "report", copy)
+    assert shown == f"The report: {copy / 'report.html'}\nThe report: {copy / 'report.md'}\n"
     assert (copy / "report.html").is_file()
     assert (copy / "report.md").is_file()
 
 
 def test_report_writes_what_is_asked_for(copy: Path, tmp_path: Path, capsys: Capture):
     file = tmp_path / "mine.html"
-    assert told(capsys, "report", copy, "-o", file) == f"The report: {file}\n"
+    assert printed(capsys, "report", copy, "-o", file) == f"The report: {file}\n"
     assert not (copy / "report.html").exists()
 
 

@@ -1,11 +1,11 @@
-"""`probekit sweep` as it is typed: what is swept over, what is told of it."""
+"""`probekit sweep` as it is typed: what is swept over, what is printed of it."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 from read_tables import rows_of, shows
-from running import Capture, refused, told
+from running import Capture, printed, refused
 
 from probekit.cli import _parse_sweep, _swept
 from probekit.config import Config
@@ -18,8 +18,8 @@ def test_sweeping_trains_prints_and_goes_on(capsys: Capture, tmp_path: Path, tin
     out = tmp_path / "sweep"
     words = ["sweep", "mixing-fraction", "--config", tmp_path / "tiny.yaml", "--out", out, "--quiet"]
     words += ["--corpus.planted.documents", "120", "--seeds", "1"]
-    told(capsys, *words, "--values", "0", "1")
-    text = told(capsys, *words, "--values", "0.5")
+    printed(capsys, *words, "--values", "0", "1")
+    text = printed(capsys, *words, "--values", "0.5")
     table = Sweep.open(out).table()
     means = table[table.seed.isna()]
     assert set(zip(means["mixing.fraction"], means.variant, strict=True)) == {
@@ -32,7 +32,7 @@ def test_sweeping_trains_prints_and_goes_on(capsys: Capture, tmp_path: Path, tin
     assert "Not finished" not in text
     assert "results.parquet" in text
     # Every other command works on a member.
-    told(capsys, "evaluate", out / "mixing.fraction=0.5" / "seed0", "--quiet")
+    printed(capsys, "evaluate", out / "mixing.fraction=0.5" / "seed0", "--quiet")
     line = refused(capsys, *words, "--lm.layers", "4", "--values", "0")
     assert "was begun with other settings: lm.layers was 3 and is now 4" in line
     assert "holds no sweep" in refused(capsys, *words, "--out", tmp_path)
@@ -73,37 +73,16 @@ def test_settings_are_swept_in_a_grid():
     ]
 
 
-def test_nothing_is_suggested_where_only_the_section_is_alike():
-    with pytest.raises(ProbekitError) as caught:
-        sweep_of("training.adapter.lr", "--preset", "demo", "--values", "3")
-    assert str(caught.value) == "unknown setting 'training.adapter.lr'"
-
-
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["mixing-fraction"], "no settings to change; give --preset or --config"),
         (["--preset", "demo"], "nothing to sweep over; give a setting with --values, or mixing-fraction"),
         (["--preset", "demo", "--values", "3"], "--values has no setting; give it first"),
-        (
-            ["mixing-fractoin", "--preset", "demo"],
-            "unknown setting 'mixing-fractoin'; did you mean 'mixing-f",
-        ),
-        (["lm.layer", "--preset", "demo", "--values", "3"], "'lm.layer'; did you mean 'lm.layers'?"),
-        (["lm", "--preset", "demo", "--values", "3"], "unknown setting 'lm'"),
+        (["mixing-fractoin", "--preset", "demo"], "did you mean 'mixing-fraction'?"),
         (["layers", "--preset", "demo", "--values", "3"], "'layers'; did you mean 'lm.layers'?"),
-        (["training.epoch", "--preset", "demo", "--values", "3"], "did you mean 'training.lm.epochs'?"),
-        (["--over", "lm.layer", "3", "--preset", "demo"], "'lm.layer'; did you mean 'lm.layers'?"),
-        (["lm.layers", "--preset", "demo"], "lm.layers has no values to sweep over"),
         (["--preset", "demo", "--over", "lm.layers"], "lm.layers has no values to sweep over"),
-        (["lm.layers", "--preset", "demo", "--values"], "argument --values: expected at least one argument"),
         (["lm.layers", "--preset", "demo", "--values", "3", "3"], "lm.layers=3 is given twice"),
-        (["mixing-fraction", "--preset", "demo", "--values", "0", "0.0"], "mixing.fraction=0 is given twice"),
-        (["lm.layers", "--preset", "demo", "--values", "3", "few"], "lm.layers is 'few': input should be a"),
-        (
-            ["mixing-fraction", "--preset", "demo", "--values", "-1"],
-            "mixing.fraction is '-1': input should be",
-        ),
         (
             ["mixing-fraction", "--preset", "demo", "--values", "1.1"],
             "mixing.fraction is '1.1': input should",

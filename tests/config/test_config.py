@@ -1,4 +1,4 @@
-"""Settings: what is accepted comes back unchanged, what is not is told in one line."""
+"""Settings: what is accepted comes back unchanged, what is not is refused in one line."""
 
 import math
 from collections.abc import Callable
@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from probekit.config import Config, merge, nest, preset_names, setting_names, settings_of, yaml_values
+from probekit.config import Config, nest, preset_names, setting_names, settings_of, yaml_values
 from probekit.errors import ProbekitError
 
 SCALARS = (
@@ -90,12 +89,6 @@ def test_any_value_survives_yaml(
     assert config.corpus.path == path
 
 
-@pytest.mark.parametrize("name", setting_names())
-def test_to_set_one_setting_leaves_all_others_at_their_defaults(name: str):
-    value = values_of(Config())[name]
-    assert Config.from_dict(nest({name: value})) == Config()
-
-
 # Overriding
 
 
@@ -109,29 +102,14 @@ def test_override_replaces_by_dotted_name_and_leaves_the_rest():
     assert before == Config.from_preset("demo")
 
 
-def test_configs_cannot_be_changed_in_place():
-    with pytest.raises(ValueError, match="frozen"):
-        Config().seed = 1  # type: ignore[misc]
-
-
 # Refusals
 
 
 @pytest.mark.parametrize(
-    ("wrong", "near"),
-    [
-        ("lm.layer", "lm.layers"),
-        ("corpus.planted.document", "corpus.planted.documents"),
-        ("training.lm.learning-rate", "training.lm.learning_rate"),
-        ("sed", "seed"),
-        ("probe.distance", "probe.distances"),
-    ],
+    ("wrong", "near"), [("lm.layer", "lm.layers"), ("training.lm.learning-rate", "training.lm.learning_rate")]
 )
 def test_unknown_setting_gets_the_nearest(wrong: str, near: str):
     assert refusal({wrong: 1}) == f"unknown setting {wrong!r}; did you mean {near!r}?"
-
-
-def test_unknown_setting_like_no_other_gets_no_suggestion():
     assert refusal({"zzzzzzzzzzz": 1}) == "unknown setting 'zzzzzzzzzzz'"
 
 
@@ -140,67 +118,45 @@ def test_unknown_setting_like_no_other_gets_no_suggestion():
     [
         ("seed", -1),
         ("seed", 2**32),
-        ("seed", "seven"),
         ("lm.layers", 2.5),
-        ("lm.layers", 0),
         ("lm.layers", None),
         ("lm.trust_remote_code", "perhaps"),
-        ("lm.vocabulary", 256),
-        ("corpus.path", 7),
         ("corpus.reader", "pdf"),
         ("corpus.test_fraction", 0),
-        ("corpus.validation_fraction", 0),
-        ("corpus.probe_fraction", 1.0),
         ("corpus.planted", 3),
-        ("actions.k", 7),
         ("actions.k", 4097),
         ("planner.dropout", 1.0),
-        ("planner.pooling", "max"),
-        ("conditioning.skip_layers", -1),
-        ("mixing.temperature", 0),
         ("mixing.temperature", math.nan),
         ("training.lm.epochs", math.inf),
-        ("training.lm.weight_decay", math.inf),
-        ("training.precision", "float16"),
-        ("training.window", 1),
-        ("evaluation.resamples", 99),
         ("mixing.variants", "soft"),
-        ("mixing.variants", []),
         ("probe.distances", []),
-        ("probe.locations", None),
-        ("probe.l2", []),
-        ("probe.solvers", []),
-        ("probe.target", None),
-        ("probe.anchors", "word"),
-        ("probe.memory", 0),
-        ("probe.control", 2),
-        ("probe.hidden", 0),
     ],
 )
 def test_wrong_value_names_setting_and_value(name: str, value: object):
-    line = refusal({name: value})
-    assert line.startswith(f"{name} is {value!r}: ")
+    assert refusal({name: value}).startswith(f"{name} is {value!r}: ")
 
 
 @pytest.mark.parametrize(
     ("values", "said"),
     [
         ({"mixing.variants": ["soft", "sof"]}, ["mixing.variants.1", "'sof'", "'soft'"]),
-        ({"probe.distances": [1, 0]}, ["probe.distances.1", "0"]),
-        ({"probe.layers": [1, -1]}, ["probe.layers.1", "-1"]),
         ({"probe.layers": [2, 0, 2]}, ["probe.layers", "2 is listed twice"]),
         ({"probe.shrinkage": [0.5, 0.0]}, ["probe.shrinkage.1", "0.0"]),
-        ({"probe.shrinkage": [1.1]}, ["probe.shrinkage.0", "1.1"]),
-        ({"probe.solvers": ["ridge", "svm"]}, ["probe.solvers.1", "'svm'", "'softmax'"]),
-        ({"probe.seeds": [3, 3]}, ["probe.seeds", "3 is listed twice"]),
-        ({"probe.variants": ["soft", "sof"]}, ["probe.variants.1", "'sof'"]),
-        ({"probe.variants": ["soft", "soft"]}, ["probe.variants", "'soft' is listed twice"]),
         ({"lm.heads": 3}, ["lm", "heads 3", "width 128"]),
         ({"planner.width": 9}, ["planner", "heads 2", "width 9"]),
         ({"corpus.test_fraction": 0.75}, ["corpus", "test_fraction", "1.05"]),
         ({"corpus.planted.sentences": (30, 16)}, ["corpus.planted.sentences", "30", "16"]),
         ({"corpus.planted.sentences": (1, 16)}, ["corpus.planted", "sentences", "at least 2"]),
         ({"corpus.planted.successors": 25}, ["corpus.planted", "successors 25", "actions 24"]),
+        ({"training.joint.planner_frozen": 1.5}, ["planner_frozen is 1.5; above 1 it is a number of steps"]),
+        (
+            {"training.joint.end_to_end": False, "training.joint.planner_loss_weight": 0},
+            ["end_to_end is false"],
+        ),
+        (
+            {"training.joint.encoder_learning_rate": 0.1, "training.joint.planner_frozen": 1},
+            ["encoder_learning_rate is 0.1, but planner_frozen"],
+        ),
     ],
 )
 def test_inconsistent_settings_name_what_does_not_fit(values: dict[str, Any], said: list[str]):
@@ -226,22 +182,6 @@ def config_or_line(make: Callable[[], Config]) -> Config | str:
 
 
 @settings(max_examples=40, deadline=None)
-@given(values=st.dictionaries(KEYS, GARBAGE, max_size=4))
-def test_nested_garbage_is_a_config_or_refused(values: dict[Any, Any]):
-    config = config_or_line(lambda: Config.from_dict(values))
-    if isinstance(config, Config):
-        assert Config.from_dict(yaml.safe_load(config.to_yaml())) == config
-
-
-@settings(max_examples=40, deadline=None)
-@given(text=st.text() | GARBAGE.map(lambda value: yaml.dump(value)))
-def test_any_text_as_a_file_is_a_config_or_refused(tmp_path_factory: pytest.TempPathFactory, text: str):
-    path = tmp_path_factory.getbasetemp() / "garbage.yaml"
-    path.write_bytes(text.encode("utf-8", "surrogatepass"))
-    config_or_line(lambda: Config.from_yaml(path))
-
-
-@settings(max_examples=40, deadline=None)
 @given(values=st.dictionaries(SETTINGS, GARBAGE, min_size=1, max_size=3))
 def test_any_value_of_a_setting_is_taken_or_refused(values: dict[str, Any]):
     config = config_or_line(lambda: Config().override(values))
@@ -258,15 +198,9 @@ def test_every_setting_says_what_it_does():
         assert field.description.rstrip().endswith((".", ".)")), name
 
 
-def test_every_section_says_what_it_is():
-    for name, field in Config.model_fields.items():
-        if hasattr(field.annotation, "model_fields"):
-            assert field.annotation.__doc__, name
-
-
 def test_settings_are_added_deliberately():
     # Each is a promise to users: think before this number grows.
-    assert len(setting_names()) == 147
+    assert len(setting_names()) == 150
 
 
 # Files and presets
@@ -287,14 +221,9 @@ def test_numbers_may_be_written_as_yaml_mistakes_them_for_text(tmp_path: Path):
     assert Config.from_yaml(path).training.adapter.learning_rate == 1e-3
 
 
-def test_unknown_preset_lists_those_there_are():
-    with pytest.raises(ProbekitError, match=r"unknown preset 'dem'; did you mean 'demo'\?.*text-small"):
-        Config.from_preset("dem")
-
-
-@pytest.mark.parametrize("name", ["../presets/demo", "demo.yaml", ""])
+@pytest.mark.parametrize("name", ["dem", "../presets/demo", "demo.yaml", ""])
 def test_a_preset_is_a_name_and_no_path(name: str):
-    with pytest.raises(ProbekitError, match="unknown preset"):
+    with pytest.raises(ProbekitError, match=r"unknown preset .*text-small"):
         Config.from_preset(name)
 
 
@@ -312,7 +241,7 @@ def test_a_preset_is_a_name_and_no_path(name: str):
         (b"lm: {layers: &a [*a]}", "lm.layers"),
     ],
 )
-def test_unreadable_files_are_told_in_one_line(tmp_path: Path, content: bytes, said: str):
+def test_unreadable_files_are_reported_in_one_line(tmp_path: Path, content: bytes, said: str):
     path = tmp_path / "mine.yaml"
     path.write_bytes(content)
     with pytest.raises(ProbekitError) as caught:
@@ -328,17 +257,6 @@ def test_missing_file_and_folder_are_named(tmp_path: Path):
 
 
 # Dotted names
-
-
-def test_merging_changes_neither_side():
-    base, over = {"a": {"b": 1, "c": 2}}, {"a": {"b": 3}}
-    assert merge(base, over) == {"a": {"b": 3, "c": 2}}
-    assert base == {"a": {"b": 1, "c": 2}}
-    assert over == {"a": {"b": 3}}
-
-
-def test_nesting_puts_every_setting_into_its_section():
-    assert nest({"a.b": 1, "a.c.d": 2, "e": 3}) == {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
 
 
 @pytest.mark.parametrize("values", [{"lm": 3, "lm.layers": 2}, {"seed": 1, "seed.x.y": 2}])

@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from probekit.config import Config, preset_names, setting_names, settings_of
-from probekit.config.options import ALL, Parser, add_sources, chosen_config, dotted, parse
+from probekit.config.options import ALL, Parser, add_sources, chosen_config, parse
 from probekit.errors import ProbekitError
 
 
@@ -55,32 +53,19 @@ def test_every_setting_of_a_preset_can_be_typed(preset: str):
 @pytest.mark.parametrize(
     ("words", "name", "value"),
     [
-        (["--seed", "7"], "seed", 7),
         (["--seed=7"], "seed", 7),
+        (["--seed", "1", "--seed", "2"], "seed", 2),
         (["--training.lm.learning_rate", "1e-5"], "training.lm.learning_rate", 1e-5),
         (["--training.lm.epochs", "2"], "training.lm.epochs", 2.0),
-        (["--lm.trust_remote_code", "true"], "lm.trust_remote_code", True),
         (["--lm.trust_remote_code", "no"], "lm.trust_remote_code", False),
         (["--probe.layers", "0", "2"], "probe.layers", (0, 2)),
         (["--probe.layers", "null"], "probe.layers", None),
         (["--probe.l2", "0.1"], "probe.l2", (0.1,)),
-        (["--probe.variants", "none"], "probe.variants", ("none",)),
-        (["--probe.variants", "random", "soft"], "probe.variants", ("random", "soft")),
-        (["--probe.solvers", "lda", "mlp"], "probe.solvers", ("lda", "mlp")),
-        (["--probe.seeds", "0", "7"], "probe.seeds", (0, 7)),
-        (["--probe.seeds", "null"], "probe.seeds", None),
-        (["--probe.labels", "null"], "probe.labels", None),
-        (["--probe.control", "false"], "probe.control", False),
-        (["--probe.locations", "attn.hook_z:before"], "probe.locations", ("attn.hook_z:before",)),
         (["--mixing.variants", "none"], "mixing.variants", ("none",)),
         (["--mixing.variants", "soft", "straight-through"], "mixing.variants", ("soft", "straight-through")),
         (["--training.lm.patience", "null"], "training.lm.patience", None),
-        (["--training.lm.patience", "4"], "training.lm.patience", 4),
-        (["--evaluation.window", "64"], "evaluation.window", 64),
-        (["--corpus.path", "null"], "corpus.path", None),
         (["--corpus.path", "a b.txt"], "corpus.path", "a b.txt"),
         (["--corpus.subset", "20231101.en"], "corpus.subset", "20231101.en"),
-        (["--seed", "1", "--seed", "2"], "seed", 2),
     ],
 )
 def test_a_typed_setting_has_its_type(words: list[str], name: str, value: object):
@@ -98,10 +83,6 @@ def test_the_command_line_wins_over_the_file_and_it_over_the_preset(tmp_path: Pa
     assert config == expected
 
 
-def test_nothing_given_is_no_config():
-    assert chosen() is None
-
-
 def test_single_settings_alone_change_the_run_that_is_resumed(tmp_path: Path):
     begun = tmp_path / "config.yaml"
     config = Config.from_preset("demo").override({"seed": 9})
@@ -112,31 +93,21 @@ def test_single_settings_alone_change_the_run_that_is_resumed(tmp_path: Path):
     assert chosen("--config", str(begun), "--seed", "8", begun=begun) == config.override({"seed": 8})
 
 
-def test_only_what_is_given_is_given():
-    _, given = typed("--lm.layers", "3", "--probe.layers", "null")
-    assert dotted(given) == {"lm.layers": "3", "probe.layers": None}
-
-
 # Refusals
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--lm.layer", "3"], "unknown setting 'lm.layer'; did you mean 'lm.layers'?"),
         (["--lm.layer=3"], "unknown setting 'lm.layer'; did you mean 'lm.layers'?"),
+        (["--see", "1"], "unknown setting 'see'; did you mean 'seed'?"),  # abbreviations are not guessed
         (["--presets", "demo"], "unknown setting 'presets'; did you mean 'preset'?"),
-        (["--qqqqqqqqqqqq"], "unknown setting 'qqqqqqqqqqqq'"),
         (["stray"], "unexpected 'stray'; see `probekit test --help`"),
         (["-x"], "unexpected '-x'; see `probekit test --help`"),
         (["--lm.layers"], "argument --lm.layers: expected one argument; see `probekit test --help`"),
-        (
-            ["--probe.layers"],
-            "argument --probe.layers: expected at least one argument; see `probekit test --help`",
-        ),
     ],
 )
-def test_what_is_not_understood_is_told(words: list[str], said: str):
+def test_what_is_not_understood_is_refused(words: list[str], said: str):
     assert refusal(*words) == said
 
 
@@ -144,18 +115,10 @@ def test_what_is_not_understood_is_told(words: list[str], said: str):
     ("words", "said"),
     [
         (["--seed", "-1"], ["seed", "'-1'"]),
-        (["--lm.layers", "2.5"], ["lm.layers", "'2.5'"]),
         (["--lm.layers", "null"], ["lm.layers", "None"]),
-        (["--lm.layers", "true"], ["lm.layers", "'true'"]),
-        (["--training.lm.learning_rate=-1e-3"], ["training.lm.learning_rate", "'-1e-3'"]),
         (["--training.lm.learning_rate", "nan"], ["training.lm.learning_rate", "'nan'"]),
-        (["--training.lm.epochs", "inf"], ["training.lm.epochs", "'inf'"]),
         (["--mixing.variants", "soft,joit"], ["mixing.variants.1", "'joit'"]),
         (["--probe.layers", "0", "x"], ["probe.layers.1", "'x'"]),
-        (["--corpus.reader", "pdf"], ["corpus.reader", "'pdf'"]),
-        (["--probe.solvers", "svm"], ["probe.solvers.0", "'svm'", "'softmax'"]),
-        (["--probe.shrinkage", "0"], ["probe.shrinkage.0", "'0'"]),
-        (["--lm.heads", "5"], ["heads 5", "width 128"]),
         (["--preset", "demos"], ["unknown preset 'demos'", "did you mean 'demo'?"]),
         (["--config", "/no/such.yaml"], ["config file /no/such.yaml"]),
     ],
@@ -163,45 +126,6 @@ def test_what_is_not_understood_is_told(words: list[str], said: str):
 def test_wrong_values_name_setting_and_value(words: list[str], said: list[str]):
     line = refusal(*words)
     assert all(part in line for part in said), line
-
-
-def test_abbreviations_are_not_guessed():
-    # An abbreviation that works today is another setting's name tomorrow.
-    assert "did you mean 'seed'" in refusal("--see", "1")
-
-
-@settings(max_examples=15, deadline=None)
-@given(
-    typed_settings=st.lists(
-        st.tuples(st.sampled_from(setting_names()), st.text(max_size=8)), min_size=1, max_size=3
-    )
-)
-def test_any_text_for_any_setting_is_taken_or_refused(typed_settings: list[tuple[str, str]]):
-    try:
-        config = chosen(*(f"--{name}={value}" for name, value in typed_settings))
-    except ProbekitError as error:
-        line = str(error)
-    else:
-        assert isinstance(config, Config)
-        return
-    assert "\n" not in line
-
-
-@settings(max_examples=15, deadline=None)
-@given(
-    words=st.lists(
-        st.sampled_from(["--seed", "--probe.layers", "--config"]) | st.text(max_size=5), max_size=4
-    )
-)
-def test_any_command_line_is_taken_or_refused(words: list[str]):
-    try:
-        config = chosen(*words)
-    except (ProbekitError, SystemExit) as caught:  # -h ends in help
-        end = caught
-    else:
-        assert config is None or isinstance(config, Config)
-        return
-    assert isinstance(end, ProbekitError) or end.code == 0
 
 
 # Help
@@ -245,6 +169,3 @@ def test_choices_are_listed(capsys: pytest.CaptureFixture[str]):
     for name, field in settings_of(Config).items():
         if typing.get_origin(field.annotation) is typing.Literal:
             assert f"--{name} {{{','.join(typing.get_args(field.annotation))}}}" in text
-
-
-# Sweeps

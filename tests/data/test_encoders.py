@@ -1,8 +1,6 @@
 """Sentence encoders: TF-IDF with truncated SVD, and pre-trained ones; what cannot be fitted or found."""
 
-import socket
 import sys
-import time
 from pathlib import Path
 from unittest.mock import patch
 
@@ -159,26 +157,6 @@ def test_a_folder_that_holds_no_model_is_refused(tmp_path: Path):
     pytest.importorskip("sentence_transformers")
     with pytest.raises(ProbekitError, match=r"^actions.encoder is .* cannot load"):
         PretrainedEncoder(str(tmp_path), "cpu")
-
-
-@pytest.mark.parametrize("name", ["all-none-such-L6", "no-such-owner/no-such-model"])
-def test_without_network_a_hub_name_fails_within_seconds(name: str, monkeypatch: pytest.MonkeyPatch):
-    pytest.importorskip("sentence_transformers")
-
-    def no_network(*_: object, **__: object):
-        raise socket.gaierror(-2, "Name or service not known")
-
-    monkeypatch.setattr(socket, "getaddrinfo", no_network)
-    start = time.perf_counter()
-    with pytest.raises(ProbekitError, match=rf"^actions.encoder is '.*{name}'.* folder"):
-        PretrainedEncoder(name, "cpu")
-    assert time.perf_counter() - start < 5
-
-
-def test_a_missing_package_is_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    with pytest.raises(ProbekitError, match=r"pip install 'probekit-lm\[encoders\]'"):
-        PretrainedEncoder("any/model", "cpu")
 
 
 def test_a_saved_encoder_that_cannot_be_loaded_is_refused_beforehand(

@@ -32,23 +32,9 @@ def test_a_constant_distribution_is_right_about_one_action_only():
     assert scores.top5.tolist() == [True] * 5 + [False] * 3
 
 
-def test_nan_is_never_a_hit():
-    scores = score_actions(np.full((2, 8), np.nan), np.array([0, 3]))
-    assert not scores.correct.any()
-    assert not scores.top5.any()
-
-
 def test_prior_adds_half_an_example_to_each_action():
     log_p = prior_log_probabilities([0, 0, 2], 4)
     assert np.exp(log_p) == pytest.approx(np.array([2.5, 0.5, 1.5, 0.5]) / 5)
-
-
-def test_examples_without_a_label_do_not_count():
-    np.testing.assert_array_equal(
-        prior_log_probabilities([0, -1, 0, 2, -1], 4), prior_log_probabilities([0, 0, 2], 4)
-    )
-    counts = pair_counts([-1, 0, 0, 1, 1], [1, 1, -1, 0, 0], 2)
-    assert counts.tolist() == [[0, 1], [2, 0], [0, 1]]
 
 
 def test_counts_of_parts_add_up():

@@ -12,7 +12,7 @@ from probekit.config import Config
 from probekit.data.build import write_corpus
 from probekit.errors import ProbekitError
 from probekit.evaluation import baselines as module
-from probekit.evaluation.action_metrics import bigram_of_counts, prior_log_probabilities
+from probekit.evaluation.action_metrics import prior_log_probabilities
 from probekit.evaluation.baselines import SkipNgram, action_predictions, contexts, count_labels
 from probekit.planted.ceilings import ceiling_log_probabilities
 from probekit.progress import Progress
@@ -54,27 +54,6 @@ def test_counts_equal_a_walk_over_the_sentences(untrained: Run, seed: int, at_on
         found = count_labels(corpus, documents, labels, 5)
     for counts, expected in zip(found, counted(untrained, documents, labels, 5), strict=True):
         np.testing.assert_array_equal(counts, expected)
-
-
-def test_prior_and_bigram_count_the_training_documents(untrained: Run):
-    corpus = untrained.corpus
-    train, validation = (
-        counted(untrained, corpus.documents(split), corpus.actions, 8) for split in ("train", "validation")
-    )
-    shares = (train[1] + 0.5) / (train[1].sum() + 4)
-    documents = corpus.documents("test")
-    found = action_predictions(untrained, documents)
-    sentences = corpus.sentences(documents)
-    np.testing.assert_allclose(np.exp(found["prior"]), np.tile(shares, (len(sentences), 1)))
-    bigram = bigram_of_counts(train[0], validation[0])
-    for sentence, row in zip(sentences, found["bigram"], strict=True):
-        first = sentence in corpus.document_sentences
-        np.testing.assert_allclose(row, bigram.table[-1 if first else corpus.actions[sentence - 1]])
-    # Without a planner the other readers are there, and only planted actions have ceilings.
-    assert list(found) == ["prior", "bigram", "ceiling (actions)", "ceiling (words)"]
-    assert {values.shape for values in found.values()} == {(len(sentences), 8)}
-    clusters = Run(untrained.folder, untrained.config.override({"actions.labels": "clusters"}))
-    assert list(action_predictions(clusters, documents)) == ["prior", "bigram"]
 
 
 def test_documents_alone_are_predicted_as_among_all(tiny_run: Run):
@@ -163,16 +142,6 @@ def test_finds_the_order_that_matters():
     assert all(strength >= 30 for strength in strengths[2:])
     right = found.log_probabilities(tokens[3000:]).argmax(1) == labels[3000:]
     assert right[~noisy[3000:]].all()
-
-
-def test_where_tokens_tell_nothing_it_is_hardly_worse_than_the_prior():
-    training, labels = drawn(1, 3000, tokens=500)
-    held_out, truth = drawn(2, 1000, tokens=500)
-    found = SkipNgram.fit(training, labels, 5, (held_out, truth))
-    test, unseen = drawn(3, 1000, tokens=500)
-    rows = np.arange(1000)
-    loss = -found.log_probabilities(test)[rows, unseen].mean()
-    assert loss == pytest.approx(-prior_log_probabilities(labels, 5)[unseen].mean(), abs=0.005)
 
 
 def test_contexts_stay_within_their_document():

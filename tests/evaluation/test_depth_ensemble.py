@@ -131,15 +131,6 @@ def test_differences_are_of_members_alone_and_of_equal_documents(evaluation: Eva
         assert row.difference_low <= row.difference <= row.difference_high
 
 
-def test_files_hold_what_is_returned(run: Run, evaluation: Evaluation):
-    record = json.loads((run.folder / "evaluation.json").read_text())
-    assert record["settings"]["questions"] == QUESTIONS
-    accuracy = pd.DataFrame(record["accuracy"]).accuracy.tolist()
-    assert accuracy == pytest.approx(evaluation.accuracy.accuracy.tolist())
-    pd.testing.assert_frame_equal(run.choices(), evaluation.choices)
-    pd.testing.assert_frame_equal(run.losses(), evaluation.losses)
-
-
 def test_questions_from_a_file(run: Run, tmp_path: Path):
     file = tmp_path / "questions.jsonl"
     lines = [
@@ -179,9 +170,9 @@ def test_documents_too_short_to_be_asked_about_cost_multiple_choice_alone(
         lambda corpus, documents, count, _, seed: asked(corpus, documents, count, 1, seed),
     )
     assert main(["evaluate", str(folder)]) == 0
-    told = capsys.readouterr()
-    assert "no multiple choice: none of 16 documents has a sentence" in " ".join(told.err.split())
-    assert "Multiple choice" not in told.out
+    said = capsys.readouterr()
+    assert "no multiple choice: none of 16 documents has a sentence" in " ".join(said.err.split())
+    assert "Multiple choice" not in said.out
     copy = Run.open(folder)
     written = copy.evaluation()
     assert written.keys() == {"settings", "perplexity", "differences"}
@@ -221,16 +212,3 @@ def test_a_sweep_that_asked_different_questions_is_refused(tiny_run: Run, tmp_pa
     )
     with pytest.raises(ProbekitError, match="was asked other questions"):
         sweep(config, {"a": {"training.window": 24}, "b": {}}, [0], tmp_path / "sweep", quiet=True)
-
-
-def test_generated_text_of_members_is_measured(run: Run):
-    settings = {"generation.prompts": 4, "generation.samples": 4, "generation.lengths": [8]}
-    found = probekit.evaluate_generation(run, settings | {"generation.context": 10}, quiet=True)
-    assert {"none", "plain", "ensemble", "distilled"} <= {*found.metrics.variant}
-
-
-def test_choices_go_when_the_run_is_evaluated_for_its_planner(tiny_run: Run, run: Run, tmp_path: Path):
-    folder = shutil.copytree(tiny_run.folder, tmp_path / "run")
-    (folder / "choices.parquet").write_bytes((run.folder / "choices.parquet").read_bytes())
-    evaluate(folder, quiet=True)
-    assert not (folder / "choices.parquet").exists()

@@ -1,6 +1,5 @@
 """Losses of choices against the plain model and the corpus's own windows, one choice at a time."""
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import get_args
@@ -10,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small_trainings import with_strong_adapters
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -18,7 +18,6 @@ from probekit.data.windows import Batch, Windows, collate
 from probekit.errors import ProbekitError
 from probekit.evaluation.multiple_choice import Question, by_document, choice_losses, corpus_questions, solved
 from probekit.evaluation.perplexity import own_losses
-from probekit.io import read_tensors, write_tensors
 from probekit.models.mixing import VARIANTS, Mixing
 from probekit.models.planner_lm import token_losses
 from probekit.progress import Progress
@@ -32,13 +31,8 @@ CONDITIONED = ["fixed", "oracle", "soft", "joint"]
 
 @pytest.fixture(scope="module")
 def run(tiny_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The tiny run with adapters that cannot be overheard, and contexts that must be cut."""
-    copy = Run.open(shutil.copytree(tiny_run.folder, tmp_path_factory.mktemp("strong") / "run"))
-    for path in (copy.folder / "adapters").glob("*.safetensors"):
-        tensors = read_tensors(path)
-        tensors["adapter.projections"] *= 300
-        write_tensors(path, tensors)
-    return copy.with_settings(
+    """Contexts must be cut."""
+    return with_strong_adapters(tiny_run, tmp_path_factory.mktemp("strong"), 300).with_settings(
         {"training.window": WINDOW, "evaluation.batch_size": 7, "mixing.temperature": 0.1}
     )
 

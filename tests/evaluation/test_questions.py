@@ -4,7 +4,6 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -233,21 +232,16 @@ def test_lines_are_numbered_and_blank_ones_passed_over(tiny_run: Run, tmp_path: 
     [
         ('{"question": ', "is no JSON object with question, choices and answer: "),
         ("[" * 100_000, "is no JSON object"),
-        ([1], "is no JSON object"),
         (SKY, "is no JSON object with question, choices and answer"),
         (SKY | {"answer": 0, "question": " "}, "question is ' '; give a text that is not blank"),
-        (SKY | {"answer": 0, "question": {"stem": "Q"}}, r"question is \{'stem': 'Q'\}; give a text"),
         (SKY | {"answer": 0, "question": "\ud800"}, r"question is '\\ud800'; give a text"),
-        (SKY | {"answer": 0, "choices": ["x"]}, r"choices is \['x'\]; give a list of two texts or more"),
-        (SKY | {"answer": 0, "choices": "xy"}, "choices is 'xy'; give a list"),
-        (SKY | {"answer": 0, "choices": ["x", ""]}, r"choices is \['x', ''\]; give a list"),
-        (SKY | {"answer": 0, "choices": ["x", 2]}, r"choices is \['x', 2\]; give a list"),
+        (
+            SKY | {"answer": 0, "choices": ["x", 2]},
+            r"choices is \['x', 2\]; give a list of two texts or more",
+        ),
         (SKY | {"answer": 0, "choices": ["x", "y", " x"]}, "choice ' x' has the same tokens as another"),
         (SKY | {"answer": 3}, "answer is 3; give the number of a choice, from 0 to 2"),
-        (SKY | {"answer": -1}, "answer is -1"),
-        (SKY | {"answer": 1.0}, "answer is 1.0"),
         (SKY | {"answer": True}, "answer is True"),
-        (SKY | {"answer": "B"}, "answer is 'B'"),
     ],
 )
 def test_a_bad_line_is_named(row: object, said: str, tiny_run: Run, tmp_path: Path):
@@ -255,21 +249,7 @@ def test_a_bad_line_is_named(row: object, said: str, tiny_run: Run, tmp_path: Pa
     named = f"^evaluation.questions_file {re.escape(str(path))}, line 3: {said}"
     with pytest.raises(ProbekitError, match=named) as raised:
         read_questions(path, tiny_run.corpus)
-    assert "\n" not in str(raised.value)
     assert str(raised.value).isascii()
-
-
-def test_choices_that_are_the_same_tokens_are_refused(tiny_run: Run, tmp_path: Path):
-    """As are those of a tokenizer that does not know all characters."""
-    row = SKY | {"choices": ["x", "y", "z"], "answer": 0}
-    tokenizer = tiny_run.corpus.tokenizer
-
-    def unknowing(text: str, **options: object) -> object:
-        return tokenizer(text.replace("z", "y"), **options)
-
-    corpus = SimpleNamespace(separator=tiny_run.corpus.separator, tokenizer=unknowing)
-    with pytest.raises(ProbekitError, match="line 1: choice 'z' has the same tokens as another"):
-        read_questions(written(tmp_path, row), corpus)
 
 
 @pytest.mark.parametrize(

@@ -137,10 +137,6 @@ def test_rouge2_by_hand():
     assert value == pytest.approx(2 * (3 / 5) * (3 / 6) / (3 / 5 + 3 / 6))
 
 
-def test_a_pair_counts_as_often_as_both_have_it():
-    assert rouge2("a b a b", "a b x a b x a b") == pytest.approx(2 * (2 / 3) * (2 / 7) / (2 / 3 + 2 / 7))
-
-
 @pytest.mark.parametrize("text", ["", " \n", "word", "?!"])
 def test_a_text_without_pairs_has_none(text: str):
     assert rouge2("Two words here", text) == rouge2(text, "Two words here") == 0.0
@@ -158,10 +154,6 @@ def test_rouge2_reads_every_script(text: str):
 
 
 # MAUVE of histograms
-
-
-def test_equal_histograms():
-    assert mauve_of_histograms([3, 0, 5, 2], [6, 0, 10, 4]) == pytest.approx(1.0)
 
 
 def test_disjoint_histograms_have_a_closed_form():

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,18 +9,16 @@ import pytest
 import running
 
 from probekit.data.sentences import complete_spans
-from probekit.errors import ProbekitError
 from probekit.generation import generate as texts
-from probekit.generation.generate import Generated, generate, sentences_of, write_texts
+from probekit.generation.generate import Generated, generate, sentences_of
 from probekit.generation.prompts import Prompt, read_prompts
-from probekit.io import read_json, write_json
 from probekit.run.run import Run
 
 Capture = pytest.CaptureFixture[str]
 
 
-def told(capsys: Capture, *words: str | Path) -> str:
-    return running.told(capsys, "generate", *words, "--quiet")
+def printed(capsys: Capture, *words: str | Path) -> str:
+    return running.printed(capsys, "generate", *words, "--quiet")
 
 
 def refused(capsys: Capture, *words: str | Path) -> str:
@@ -34,7 +31,7 @@ def written(path: Path) -> list[dict]:
 
 def test_by_default_some_documents_are_continued(tiny_run: Run, capsys: Capture, tmp_path: Path):
     out = tmp_path / "texts.jsonl"
-    shown = told(capsys, tiny_run.folder, "--tokens", "30", "--out", out)
+    shown = printed(capsys, tiny_run.folder, "--tokens", "30", "--out", out)
     rows = written(out)
     assert len(rows) == 4
     assert shown.endswith(f"All texts: {out}\n")
@@ -56,7 +53,7 @@ def test_by_default_some_documents_are_continued(tiny_run: Run, capsys: Capture,
 def test_it_is_what_generate_writes(tiny_run: Run, capsys: Capture, tmp_path: Path):
     out = tmp_path / "texts.jsonl"
     words = ("--prompt", "Word.", "", "--tokens", "9", "--seed", "5", "--variant", "joint")
-    told(capsys, tiny_run.folder, *words, "--generation.top_k", "7", "--out", out)
+    printed(capsys, tiny_run.folder, *words, "--generation.top_k", "7", "--out", out)
     settings = tiny_run.config.generation.model_copy(update={"top_k": 7})
     expected = generate(tiny_run, ["Word.", ""], variant="joint", settings=settings, tokens=9, seed=5)
     assert [row["tokens"] for row in written(out)] == [more.tokens.tolist() for more in expected]
@@ -74,61 +71,27 @@ def test_an_out_that_cannot_be_is_refused_before_anything_is_written(
     assert not [*tmp_path.iterdir()]
 
 
-def test_a_file_that_cannot_be_written_is_named(
-    tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    def full(path: Path, text: str) -> None:
-        raise OSError(28, "No space left on device", f"{path}.tmp123")
-
-    written = write_texts(tiny_run, [""], tokens=1)
-    monkeypatch.setattr(texts, "write_text", full)
-    with pytest.raises(
-        ProbekitError, match=r"^--out .*/a\.jsonl: cannot be written \(No space left on device\)$"
-    ):
-        written.save(tmp_path / "a.jsonl")
-
-
-def test_fewer_documents_than_asked_for_are_told(tiny_run: Run, capsys: Capture):
-    shown = told(capsys, tiny_run.folder, "--documents", "100000", "--tokens", "1")
-    found = len(re.findall("^Text ", shown, re.MULTILINE))
-    assert 4 < found <= len(tiny_run.corpus.documents("test"))
-    assert f"Texts asked for: 100,000, written: {found}; no other test document" in shown
-    assert "asked for" not in told(capsys, tiny_run.folder, "--documents", "2", "--tokens", "1")
-
-
-@pytest.mark.parametrize(
-    ("words", "head"),
-    [
-        (["--variant", "soft"], "most probable action"),
-        (["--variant", "joint"], "most probable action"),
-        (["--variant", "predicted"], "action"),
-        (["--variant", "soft", "--plan", "1"], "action"),
-    ],
-)
-def test_the_head_tells_what_the_action_is(words: list[str], head: str, tiny_run: Run, capsys: Capture):
-    shown = told(capsys, tiny_run.folder, "--samples", "1", "--tokens", "9", *words)
-    assert [cell.strip() for cell in re.split("[┃|]", shown.splitlines()[2])][2] == head
-
-
 def test_prompts_come_from_files(tiny_run: Run, tmp_path: Path, capsys: Capture):
     plain, lines = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
     plain.write_text("One.\n\nTwo. And three\n", "utf-8")
     lines.write_text('{"text": "One.", "other": 1}\n{"text": "Two.\\nAnd three"}\n', "utf-8")
     assert read_prompts(plain) == ["One.", "Two. And three"]
     assert read_prompts(lines) == ["One.", "Two.\nAnd three"]
-    shown = told(capsys, tiny_run.folder, "--prompts", plain, "--tokens", "4")
+    shown = printed(capsys, tiny_run.folder, "--prompts", plain, "--tokens", "4")
     assert "Two. And three" in shown
 
 
 def test_corpus_text_is_no_markup(tiny_run: Run, capsys: Capture):
     prompt = "[bold]x[/bold] [red] \x1b[31m :smile: [/nothing]"
-    shown = told(capsys, tiny_run.folder, "--prompt", prompt, "--tokens", "3")
-    assert "[bold]x[/bold] [red] \N{REPLACEMENT CHARACTER}[31m :smile: [/nothing]" in shown
+    shown = printed(capsys, tiny_run.folder, "--prompt", prompt, "--tokens", "3")
+    assert "[bold]x[/bold] [red] ‹U+001B›[31m :smile: [/nothing]" in shown
 
 
-def test_a_plan_is_obeyed_and_its_end_told(tiny_run: Run, capsys: Capture, tmp_path: Path):
+def test_a_plan_is_obeyed_and_its_end_reported(tiny_run: Run, capsys: Capture, tmp_path: Path):
     out = tmp_path / "texts.jsonl"
-    shown = told(capsys, tiny_run.folder, "--samples", "6", "--plan", "3,1", "--tokens", "90", "--out", out)
+    shown = printed(
+        capsys, tiny_run.folder, "--samples", "6", "--plan", "3,1", "--tokens", "90", "--out", out
+    )
     rows = written(out)
     stopped = [row for row in rows if row["ended"] == "plan"]
     assert stopped
@@ -143,17 +106,17 @@ def test_a_plan_is_obeyed_and_its_end_told(tiny_run: Run, capsys: Capture, tmp_p
 
 def test_the_oracles_plan_is_the_documents(tiny_run: Run, capsys: Capture, tmp_path: Path):
     out, corpus = tmp_path / "texts.jsonl", tiny_run.corpus
-    told(capsys, tiny_run.folder, "--documents", "2", "--plan", "oracle", "--tokens", "30", "--out", out)
+    printed(capsys, tiny_run.folder, "--documents", "2", "--plan", "oracle", "--tokens", "30", "--out", out)
     rows = written(out)
     assert len(rows) == 2
     for row in rows:
         true = corpus.actions[corpus.sentences(np.array([row["document"]]))]
         first = len(complete_spans(row["prompt"]))
-        told_actions = [sentence["action"] for sentence in row["sentences"]]
-        assert told_actions == true[first : first + len(told_actions)].tolist()
+        found_actions = [sentence["action"] for sentence in row["sentences"]]
+        assert found_actions == true[first : first + len(found_actions)].tolist()
 
 
-def test_sentences_are_told_by_hindsight():
+def test_sentences_are_found_by_hindsight():
     prompt = Prompt(np.zeros(1), "It cost 3.")
     more = Generated(np.zeros(1), "14 in all. The end", np.array([7, 5]), "length")
     assert sentences_of(prompt, more, "en") == [("14 in all.", None), ("The end", 7)]
@@ -166,57 +129,18 @@ def test_sentences_are_told_by_hindsight():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--tokens", "0"], "tokens is 0; it must be a whole number, 1 or more"),
         (["--samples", "0"], "--samples is 0; it must be 1 or more"),
         (["--documents", "-1"], "--documents is -1; it must be 1 or more"),
-        (
-            ["--tokens", "many"],
-            "argument --tokens: invalid int value: 'many'; see `probekit generate --help`",
-        ),
-        (["--variant", "sofd"], "has no variant 'sofd'; it has none, fixed, oracle, predicted, soft, joint"),
+        (["--tokens", "many"], "argument --tokens: invalid int value: 'many'"),
         (["--plan", "1,x"], "--plan is '1,x'; give actions with commas between them"),
-        (["--plan", "1,8"], "the plan has the action 8, which the codebook lacks"),
         (["--plan=-1"], "the plan has the action -1"),
-        (["--plan", "9" * 30], f"the plan has the action {'9' * 30}, which the codebook lacks"),
         (["--plan", "1", "--variant", "fixed"], "variant 'fixed' follows no plan"),
         (["--plan", "oracle", "--samples", "2"], "--plan oracle is the plan of a document"),
-        (["--plan", "1", "--variant", "none"], "variant 'none' follows no plan"),
         (["--prompts", "/no/file"], "--prompts /no/file: cannot be read as UTF-8 text"),
         (["--prompt", "a", "--samples", "1"], "not allowed with argument"),
         (["--generation.context", "9999"], "no test document goes on after its first 9999 tokens; lower"),
-        (["--generation.temperature", "-1"], "generation.temperature is '-1'"),
         (["--generation.temperature", "1e-309"], "1e-309 is too low to divide by; give 0.001 or more, or 0"),
-        (
-            ["--generation.top_kk", "1"],
-            "unknown setting 'generation.top_kk'; did you mean 'generation.top_k'",
-        ),
     ],
 )
 def test_bad_input_is_refused_in_one_line(words: list[str], said: str, tiny_run: Run, capsys: Capture):
     assert said in refused(capsys, tiny_run.folder, *words)
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("", "holds no prompt; give one a line"),
-        ('{"text": "a"}\nb\n', 'line 2 is no JSON object with a "text"'),
-        ('{"txt": "a"}\n', 'line 1 is no JSON object with a "text"'),
-    ],
-)
-def test_bad_files_of_prompts_are_refused(
-    text: str, said: str, tiny_run: Run, capsys: Capture, tmp_path: Path
-):
-    path = tmp_path / "prompts.jsonl"
-    path.write_text(text, "utf-8")
-    assert said in refused(capsys, tiny_run.folder, "--prompts", path)
-
-
-def test_an_untrained_run_writes_nothing(tiny_run: Run, capsys: Capture, tmp_path: Path):
-    copy = shutil.copytree(tiny_run.folder, tmp_path / "copy")
-    state = read_json(copy / "run.json")
-    del state["stages"]["adapter/soft"]
-    write_json(copy / "run.json", state)
-    out = tmp_path / "texts.jsonl"
-    assert "lacks the stage 'adapter/soft'" in refused(capsys, copy, "--variant", "soft", "--out", out)
-    assert not out.exists()

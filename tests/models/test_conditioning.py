@@ -237,20 +237,6 @@ def test_an_adapter_trains_its_own_codebook():
     assert codebook.any()
 
 
-@pytest.mark.parametrize("window", [32, 4, 1])
-def test_a_position_carries_the_action_of_the_next_tokens_sentence(window: int, make_corpus: MakeCorpus):
-    """Table made by hand: the last token of a sentence already carries the next sentence's action."""
-    batch = batch_of(make_corpus([[3, 2, 4]]), window)
-    carried = batch.touched[batch.sentence]  # sentences of the one document
-    scored = [
-        int(sentence)
-        for row, target in zip(carried, batch.targets, strict=True)
-        for sentence in row[target >= 0]
-    ]
-    # separator a a | a b | b c c c, each under the sentence of the token that comes next; the last c has none
-    assert scored == [0, 0, 0, 1, 1, 2, 2, 2, 2]
-
-
 SIZES = [size for document in DOCUMENTS for size in document]
 
 

@@ -174,14 +174,6 @@ def test_a_cache_that_is_no_use_is_found_out(
     assert_same(found, slow, new_texts([3, 20]))
 
 
-def test_no_hook_stays_behind(base: Callable[[str], FrozenLM]):
-    lm = base("llama")
-    _, fast, _ = conditioned(lm)
-    with torch.no_grad():
-        fast(new_texts([3, 20]))
-    assert not [name for name, m in lm.plain.named_modules() if m._forward_hooks or m._forward_pre_hooks]
-
-
 @pytest.mark.parametrize("bos", get_args(BosRule))
 @pytest.mark.parametrize("window", [2, 3, 4, 7, 12])
 def test_windows_are_those_of_an_evaluation_by_half_a_window(

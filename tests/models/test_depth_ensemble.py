@@ -152,7 +152,7 @@ def test_a_layer_that_is_repeated_is_weighed_as_often(base, batch):
 
 
 @pytest.mark.parametrize("last_weight", [0.2, 0.9])
-def test_the_router_begins_about_where_it_is_told_to(last_weight: float, base, batch):
+def test_the_router_begins_about_where_it_is_meant_to(last_weight: float, base, batch):
     lm = base("gpt2")
     ensemble = ensemble_on(lm, last_weight=last_weight)
     model = PlannedLM(BridgeBackend(lm.bridged), None, None, 1.0, depth=ensemble)

@@ -2,17 +2,13 @@
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from probekit.models.hook_points import (
     BEFORE,
     LOCATIONS,
     OUTSIDE_BLOCKS,
     hook_name,
-    label,
     per_layer,
-    table_rows,
 )
 
 
@@ -49,19 +45,3 @@ def test_locations_outside_the_blocks_are_there_once():
     assert {name for name, location in LOCATIONS.items() if not location.per_layer} == {*OUTSIDE_BLOCKS}
     assert per_layer("mlp.hook_pre")
     assert per_layer("attn.hook_z" + BEFORE)
-
-
-@given(st.text())
-def test_a_hook_that_is_not_in_the_table_goes_by_its_name(name: str):
-    known = {location + BEFORE for location in LOCATIONS} | {*LOCATIONS}
-    if name not in known and not name.endswith(BEFORE):
-        assert label(name) == name
-        assert label(name + BEFORE) == f"{name}, before"
-
-
-def test_rows_are_the_table():
-    rows = table_rows()
-    assert [row["number"] for row in rows] == [str(n) for n in range(1, len(LOCATIONS) + 1)]
-    for row, location in zip(rows, LOCATIONS.values(), strict=True):
-        assert (row["location"], row["label"], row["what"]) == (location.name, location.label, location.text)
-        assert row["where"] == ("once in the model" if row["location"] in OUTSIDE_BLOCKS else "every layer")

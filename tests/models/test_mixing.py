@@ -122,12 +122,6 @@ def test_gradients_of_hard_choices_are_finite_differences_in_the_codebook(kind: 
     assert gradcheck(lambda codebook: kind()(scores.detach(), actions, codebook, 1.0), (codebook,))
 
 
-def test_no_gradient_passes_the_predicted_action():
-    scores, actions, codebook = inputs()
-    mixed = Predicted()(scores, actions, codebook, 1.0)
-    assert grad(mixed.sum(), scores, allow_unused=True) == (None,)
-
-
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])
 def test_straight_through_is_hard_forward_and_soft_backward(temperature: float):
     scores, actions, codebook = inputs()
@@ -239,11 +233,3 @@ def test_the_seed_decides_who_gets_the_planners_action_and_nothing_else_is_drawn
     torch.manual_seed(0)
     mixed(1)
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_the_settings_reach_the_variant_that_uses_them():
-    settings = MixingSettings(fraction=0.125)
-    mixing = training_mixing("mixed", settings, seed=0)
-    assert isinstance(mixing, Mixed)
-    assert mixing.fraction == 0.125
-    assert all(training_mixing(v, settings, 0) is VARIANTS[v].training for v in VARIANTS if v != "mixed")

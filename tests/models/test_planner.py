@@ -268,13 +268,6 @@ def test_a_sentence_gets_the_gradient_of_its_place(tiny_run: Run, batch: Batch):
     assert row == len(sentences)
 
 
-def test_a_batch_of_first_sentences_needs_no_encoder(tiny_run: Run):
-    corpus = tiny_run.corpus
-    windows = cut_windows(corpus, corpus.documents("train")[:3], 2, 2)
-    first = collate(corpus, windows[np.unique(windows.document, return_index=True)[1]])
-    assert embedded_context(None, corpus, first) is first.context
-
-
 def test_written_embeddings_are_those_of_the_corpus_before_training(tiny_run: Run, tmp_path: Path):
     encoder = TrainableEncoder(tiny_run.encoder())
     write_embeddings(tmp_path / "own.npy", encoder, tiny_run.corpus, Progress(quiet=True))

@@ -127,13 +127,13 @@ def test_a_given_plan_is_obeyed_also_where_a_sentence_was_none(tiny_run: Run):
     state = start(tiny_run, "One thing. It cost", [3, 5, 2])
     own = corpus.codebook.nearest(encoder.encode(["One thing."]))[0]
     conditioner = Given(model.adapter, encoder, tiny_run.device, corpus.codebook)
-    told = []
+    carried_actions = []
     for token in ids_of(tiny_run, " 3.14 in all. Well. Yes. No."):
         conditioner([state])
         if state.ended:
             break
         carried = state.text.embeddings[state.text.carried[-1]]
-        told.append(int((model.adapter.codebook == carried).all(1).nonzero()[0, 0]))
+        carried_actions.append(int((model.adapter.codebook == carried).all(1).nonzero()[0, 0]))
         state.text.tokens.append(token)
     assert state.ended == "plan"
     assert state.whole == "One thing. It cost 3.14 in all. Well. Yes."
@@ -143,7 +143,7 @@ def test_a_given_plan_is_obeyed_also_where_a_sentence_was_none(tiny_run: Run):
     carried = torch.stack([state.text.embeddings[row] for row in state.text.carried])
     first = next(i for i, row in enumerate(carried) if not torch.equal(row, prompt[0]))
     assert decoded(corpus.tokenizer, state.text.tokens[1 : first + 1]).strip() == "One thing."
-    changes = [a for a, b in zip(told, [*told[1:], -1], strict=True) if a != b]
+    changes = [a for a, b in zip(carried_actions, [*carried_actions[1:], -1], strict=True) if a != b]
     assert changes == [3, 5, 3, 5, 2]  # `3.` was taken for an end, until 14 came
 
 

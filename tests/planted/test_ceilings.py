@@ -10,7 +10,7 @@ from probekit.data.build import write_corpus
 from probekit.data.corpus import Corpus
 from probekit.errors import ProbekitError
 from probekit.evaluation.action_metrics import score_actions
-from probekit.planted.ceilings import ceiling_log_probabilities, has_ceiling, position_ceiling
+from probekit.planted.ceilings import ceiling_log_probabilities, position_ceiling
 from probekit.planted.corpus import PlantedModel, generate
 from probekit.planted.posteriors import posterior_given_actions, posterior_given_words
 from probekit.progress import Progress
@@ -72,11 +72,6 @@ def test_the_truth_is_as_probable_as_a_ceiling_says(tiny_run: Run):
         # Lined up a sentence too late or too early it would be right far less often.
         assert score_actions(log_probabilities[1:], actions[:-1]).correct.mean() < correct.mean() - 0.1
         assert score_actions(log_probabilities[:-1], actions[1:]).correct.mean() < correct.mean() - 0.1
-
-
-def test_only_planted_labels_have_a_ceiling(tiny_run: Run):
-    assert has_ceiling(tiny_run.config)
-    assert not has_ceiling(tiny_run.config.override({"actions.labels": "clusters"}))
 
 
 def enumerated(

@@ -13,22 +13,7 @@ from probekit.errors import ProbekitError
 from probekit.planted.corpus import SYLLABLES, PlantedModel, generate
 from probekit.planted.posteriors import posterior_at, posterior_given_actions
 
-# Every document has four sentences, so that `enumerate_posterior` can walk all 2 * 3 ** 4 hidden paths.
-SMALL = PlantedSettings(
-    documents=4, types=2, actions=3, successors=2, sentences=(4, 4), words=(1, 3),
-    vocabulary=5, concentration=0.5,
-)  # fmt: skip
 DEFAULT = PlantedSettings()
-
-
-@pytest.fixture(scope="module")
-def corpus():
-    return generate(DEFAULT)
-
-
-@pytest.fixture(scope="module")
-def documents(corpus):
-    return list(corpus.documents())
 
 
 def test_tables_are_distributions():
@@ -116,7 +101,7 @@ def test_parse_gives_back_the_words(corpus, documents):
 
 @pytest.mark.parametrize("vocabulary", [2, 36**2, 36**2 + 1, 50_000])
 def test_words_are_distinct_and_long_enough(vocabulary):
-    words = PlantedModel.draw(SMALL.model_copy(update={"vocabulary": vocabulary})).words
+    words = PlantedModel.draw(DEFAULT.model_copy(update={"vocabulary": vocabulary})).words
     assert len(set(words)) == vocabulary
     assert all(len(word) >= 4 and word.isalpha() and word.islower() for word in words)
 

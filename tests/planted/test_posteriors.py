@@ -16,17 +16,6 @@ SMALL = PlantedSettings(
     documents=4, types=2, actions=3, successors=2, sentences=(4, 4), words=(1, 3),
     vocabulary=5, concentration=0.5,
 )  # fmt: skip
-DEFAULT = PlantedSettings()
-
-
-@pytest.fixture(scope="module")
-def corpus():
-    return generate(DEFAULT)
-
-
-@pytest.fixture(scope="module")
-def documents(corpus):
-    return list(corpus.documents())
 
 
 def enumerate_posterior(model, likelihood, horizon):
@@ -134,11 +123,6 @@ def test_knowing_nothing_gives_the_marginal(corpus, horizon):
     np.testing.assert_allclose(rows[1], model.prior @ np.einsum("za,zab->zb", marginal, model.transition))
 
 
-def test_no_documents_no_posteriors(corpus):
-    assert posterior_given_actions(corpus.model, []) == []
-    assert posterior_given_words(corpus.model, [[]])[0].shape == (0, DEFAULT.actions)
-
-
 def test_the_ceiling_is_above_what_can_be_fitted(corpus, documents):
     fitted, held_out = documents[:4000], documents[4000:]
     model = corpus.model
@@ -151,23 +135,6 @@ def test_the_ceiling_is_above_what_can_be_fitted(corpus, documents):
     bigram = counts / counts.sum(axis=1, keepdims=True)
     predicted = [bigram[[-1, *document.actions[:-1]]] for document in held_out]
     assert ceiling <= reading < cross_entropy(predicted, held_out) - 0.5
-
-
-def test_reading_less_of_the_last_sentence_costs(corpus, documents):
-    model, held_out = corpus.model, documents[:1000]
-    read = [model.parse(document.text) for document in held_out]
-
-    def last_action_cross_entropy(words_read):
-        """Of the last sentence's action, with only the first words of the one before it read."""
-        context = [[*words[:-2], words[-2][:words_read], words[-1]] for words in read]
-        rows = [rows[-1:] for rows in posterior_given_words(model, context)]
-        return cross_entropy(
-            rows, [document._replace(actions=document.actions[-1:]) for document in held_out]
-        )
-
-    losses = [last_action_cross_entropy(words_read) for words_read in (4, 1, 0)]
-    assert losses == sorted(losses)
-    assert losses[-1] > losses[0] + 0.3
 
 
 def test_an_unlikely_type_survives_until_it_is_confirmed():

@@ -16,12 +16,23 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PreTr
 
 from probekit.config import Config
 from probekit.errors import ProbekitError
+from probekit.evaluation.perplexity import window_and_stride
 from probekit.models.hook_points import BridgeBackend, HFBackend
 from probekit.models.language_model import random_weights
 from probekit.models.planner_lm import PlannedLM
 from probekit.probing import activations
-from probekit.probing.activations import HookPoint, Reader, Stack, check_finite, chunk_slices, stacks_of
-from probekit.probing.targets import Examples
+from probekit.probing.activations import (
+    HookPoint,
+    Placement,
+    Reader,
+    Stack,
+    batches,
+    check_finite,
+    chunk_slices,
+    probing_windows,
+    stacks_of,
+)
+from probekit.probing.targets import Examples, find_examples, find_target, reached
 from probekit.run.run import Run
 from probekit.training.train import train
 
@@ -82,6 +93,11 @@ def read(reader: Reader, examples: Examples) -> dict[HookPoint, Tensor]:
 
 def settings(run: Run, window: int = 20, stride: int = 7, **more: Any) -> Run:
     return run.with_settings({"evaluation.window": window, "evaluation.stride": stride, **more})
+
+
+def reader_of(run: Run, *given: Any, **named: Any) -> Reader:
+    """A reader with the windows of `settings`."""
+    return Reader(run, *given, windows=window_and_stride(run), **named)
 
 
 def loud(run: Run) -> Run:
@@ -180,7 +196,7 @@ def test_every_place_equals_a_pass_over_the_tokens_before(
 ):
     run = settings(tiny_run, window, stride, **{"evaluation.batch_size": batch})
     examples = at_anchors(run, DOCUMENTS)
-    found = read(Reader(run, "none", PLACES, DISTANCES), examples)
+    found = read(reader_of(run, "none", PLACES, DISTANCES), examples)
     assert sorted(found) == sorted(PLACES)
     assert_equal_to_slow(found, Watched(run, run.plain_model()), examples, window, stride)
 
@@ -192,7 +208,7 @@ def test_conditioned_variants_equal_adding_each_action_by_hand(
 ):
     run = loud(settings(tiny_run, window, stride))
     examples = at_anchors(run, DOCUMENTS, count=4)
-    found = read(Reader(run, variant, [*PLACES, BEFORE], DISTANCES), examples)
+    found = read(reader_of(run, variant, [*PLACES, BEFORE], DISTANCES), examples)
     slow = Watched(run, run.plain_model(), run.model(variant))
     assert_equal_to_slow(found, slow, examples, window, stride)
     added = found["attn.hook_z", 2] - found[BEFORE]
@@ -202,10 +218,10 @@ def test_conditioned_variants_equal_adding_each_action_by_hand(
 def test_random_weights_are_those_of_the_seed(tiny_run: Run):
     run = settings(tiny_run)
     examples = at_anchors(run, DOCUMENTS, count=3)
-    found = read(Reader(run, "random", PLACES, DISTANCES, seed=3), examples)
+    found = read(reader_of(run, "random", PLACES, DISTANCES, seed=3), examples)
     assert_equal_to_slow(found, Watched(run, random_weights(run.plain_model().config, 3)), examples, 20, 7)
-    other = read(Reader(run, "random", PLACES, DISTANCES, seed=4), examples)
-    trained = read(Reader(run, "none", PLACES, DISTANCES, seed=3), examples)
+    other = read(reader_of(run, "random", PLACES, DISTANCES, seed=4), examples)
+    trained = read(reader_of(run, "none", PLACES, DISTANCES, seed=3), examples)
     for place, values in found.items():
         for unlike in (other, trained):
             assert (unlike[place] - values).abs().max() > 0.1 * values.abs().max(), place
@@ -223,8 +239,8 @@ def test_the_bridge_reads_the_same(tiny_run: Run, variant: str, monkeypatch: pyt
         monkeypatch.setattr(
             kind, "__call__", lambda self, *given, call=call: (taken.append(type(self)), call(self, *given))
         )
-    fast = Reader(run, variant, places, DISTANCES, seed=3)
-    slow = Reader(run, variant, [*places, ("attn.hook_q", 1)], DISTANCES, seed=3)
+    fast = reader_of(run, variant, places, DISTANCES, seed=3)
+    slow = reader_of(run, variant, [*places, ("attn.hook_q", 1)], DISTANCES, seed=3)
     taken.clear()
     found = read(fast, examples)
     assert {*taken} == {HFBackend}
@@ -246,10 +262,10 @@ def test_neither_chunks_nor_batches_matter(
     """Chunks of 7 cut every document, of 11 none: each has ten examples."""
     run = loud(settings(tiny_run))
     examples = at_anchors(run, np.array([12, 10, 13]))
-    whole = read(Reader(run, variant, [*PLACES, BEFORE], DISTANCES), examples)
+    whole = read(reader_of(run, variant, [*PLACES, BEFORE], DISTANCES), examples)
     monkeypatch.setattr(activations, "CHUNK_EXAMPLES", chunk)
     run = loud(settings(tiny_run, **{"evaluation.batch_size": batch}))
-    again = read(Reader(run, variant, [*PLACES, BEFORE], DISTANCES), examples)
+    again = read(reader_of(run, variant, [*PLACES, BEFORE], DISTANCES), examples)
     for place, values in whole.items():
         torch.testing.assert_close(again[place], values, rtol=1e-4, atol=1e-4)
 
@@ -257,10 +273,10 @@ def test_neither_chunks_nor_batches_matter(
 def test_what_else_is_read_does_not_matter(tiny_run: Run):
     run = loud(settings(tiny_run))
     examples = at_anchors(run, np.arange(10, 14))
-    whole = read(Reader(run, "soft", [*PLACES, BEFORE], DISTANCES), examples)
+    whole = read(reader_of(run, "soft", [*PLACES, BEFORE], DISTANCES), examples)
     few = np.arange(len(examples))[::-1][::9].copy()
     for place in (("attn.hook_z", 0), BEFORE, ("mlp.hook_post", 2)):
-        alone = read(Reader(run, "soft", [place], (17, 2)), examples[few])
+        alone = read(reader_of(run, "soft", [place], (17, 2)), examples[few])
         assert list(alone) == [place]
         torch.testing.assert_close(alone[place], whole[place][[3, 1]][:, few], rtol=1e-4, atol=1e-4)
 
@@ -274,7 +290,7 @@ def test_places_of_one_width_go_together():
 def test_bfloat16_is_close_and_comes_back_as_float32(tiny_run: Run):
     examples = at_anchors(tiny_run, DOCUMENTS)
     exact, rough = (
-        read(Reader(settings(tiny_run, **{"training.precision": p}), "none", PLACES, DISTANCES), examples)
+        read(reader_of(settings(tiny_run, **{"training.precision": p}), "none", PLACES, DISTANCES), examples)
         for p in ("float32", "bfloat16")
     )
     for place, values in exact.items():
@@ -289,9 +305,9 @@ def test_bfloat16_is_close_and_comes_back_as_float32(tiny_run: Run):
 def test_conditioning_reaches_its_own_layers_alone(tiny_run: Run):
     run = loud(settings(tiny_run))
     examples, places = at_anchors(run, DOCUMENTS), [*PLACES, BEFORE]
-    plain = read(Reader(run, "none", places, DISTANCES), examples)
-    conditioned = read(Reader(run, "soft", places, DISTANCES), examples)
-    changed = Reader(run, "soft", places, DISTANCES).changed_by_conditioning()
+    plain = read(reader_of(run, "none", places, DISTANCES), examples)
+    conditioned = read(reader_of(run, "soft", places, DISTANCES), examples)
+    changed = reader_of(run, "soft", places, DISTANCES).changed_by_conditioning()
     for place in places:
         difference = (conditioned[place] - plain[place]).abs()
         if place in changed:
@@ -308,12 +324,12 @@ def test_a_sentences_action_is_read_from_the_token_before_it(tiny_run: Run):
     empty = np.zeros(len(anchor), np.int64)
     examples = Examples(np.full(len(anchor), 12), anchor, empty, empty[:, None])
     places: list[HookPoint] = [("hook_resid_post", 2), ("attn.hook_z", 2), BEFORE]
-    before = read(Reader(run, "soft", places, [1]), examples)
+    before = read(reader_of(run, "soft", places, [1]), examples)
     # The planner reads sentences before the one it plans: another one changes the plan of the next.
     embeddings = np.array(corpus.embeddings)
     embeddings[sentence - 1] *= -3
     run.corpus = replace(corpus, embeddings=embeddings)
-    after = read(Reader(run, "soft", places, [1]), examples)
+    after = read(reader_of(run, "soft", places, [1]), examples)
     position = anchor - 1
     for place in places:
         changed = (before[place][0] != after[place][0]).any(dim=1).numpy()
@@ -341,7 +357,7 @@ CHANGED_IN_GPT2 = {
 )
 def test_places_that_an_action_changes(tiny_run: Run, variant: str, changed: set[HookPoint]):
     """Layers below the conditioned one, its input, and its heads as they were before."""
-    found = Reader(tiny_run, variant, [*PLACES, BEFORE], [1, 2]).changed_by_conditioning()
+    found = reader_of(tiny_run, variant, [*PLACES, BEFORE], [1, 2]).changed_by_conditioning()
     assert found == changed
 
 
@@ -372,7 +388,7 @@ def test_places_that_an_action_changes_in_parallel_blocks(tiny_config: Config, t
     )
     of_block = ["hook_resid_pre", "attn.hook_z", "hook_attn_out", "hook_mlp_out", "hook_resid_post"]
     every = [(location, layer) for location in [*of_block, "attn.hook_z:before"] for layer in range(3)]
-    reader = Reader(run, "soft", [*every, ("hook_embed", 0), ("ln_final.hook_out", 2)], [1])
+    reader = reader_of(run, "soft", [*every, ("hook_embed", 0), ("ln_final.hook_out", 2)], [1])
     untouched = {place for place in every if place[1] == 0}
     untouched |= {("hook_resid_pre", 1), ("attn.hook_z:before", 1), ("hook_mlp_out", 1)}
     assert reader.changed_by_conditioning() == {*every, ("ln_final.hook_out", 2)} - untouched
@@ -387,7 +403,7 @@ def test_places_that_an_action_changes_through_attention_alone(
     )
     places = [("hook_resid_pre", 0), ("attn.hook_q:before", 0), ("attn.hook_q", 0)]
     places += [("attn.hook_k", 0), ("attn.hook_z", 0), ("hook_resid_post", 0), ("hook_resid_pre", 1)]
-    changed = Reader(run, "soft", places, [1]).changed_by_conditioning()
+    changed = reader_of(run, "soft", places, [1]).changed_by_conditioning()
     assert changed == {("attn.hook_q", 0), ("attn.hook_z", 0), ("hook_resid_post", 0), ("hook_resid_pre", 1)}
 
 
@@ -400,7 +416,7 @@ def test_activations_that_are_not_finite_are_named(
 ):
     run = settings(tiny_run)
     places: list[HookPoint] = [("hook_resid_post", 0), ("hook_mlp_out", 1), ("hook_resid_post", 2)]
-    reader, before = Reader(run, "none", places, [1]), Reader(run, "none", places[:1], [1])
+    reader, before = reader_of(run, "none", places, [1]), reader_of(run, "none", places[:1], [1])
     call = HFBackend.__call__
 
     def broken(self: HFBackend, tokens: Tensor, hooks: Sequence[Any], *more: Any) -> None:
@@ -431,17 +447,92 @@ def test_values_whose_sum_overflows_are_finite():
 def test_chunks_cover_all_and_cut_long_documents_alone(counts: list[int], most: int, seed: int):
     numbers = np.random.default_rng(seed).permutation(len(counts))
     document = np.repeat(numbers, counts)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(activations, "CHUNK_EXAMPLES", most)
-        slices = list(chunk_slices(document))
+    slices = list(chunk_slices(document, most, 2 * most))
     assert [row for part in slices for row in range(part.start, part.stop)] == list(range(len(document)))
     for part in slices:
-        assert 0 < part.stop - part.start <= most
+        alone = document[part.start] == document[part.stop - 1]
+        assert 0 < part.stop - part.start <= (2 * most if alone else most)
         if part.stop < len(document) and document[part.stop - 1] == document[part.stop]:
-            assert counts[np.flatnonzero(numbers == document[part.stop])[0]] > most
+            assert counts[np.flatnonzero(numbers == document[part.stop])[0]] > 2 * most
     # No chunk could have taken in the next document whole: few chunks, few passes.
     for part, following in itertools.pairwise(slices):
         first = document[following.start]
         whole = (document[following.start :] == first).sum()
         starts_there = following.start == np.flatnonzero(document == first)[0]
         assert not (starts_there and part.stop - part.start + whole <= most)
+
+
+# Windows and batches
+
+
+@pytest.mark.parametrize(("window", "length"), [(None, 48), (20, 20), (7, 7)])
+def test_windows_of_a_new_lm_are_those_it_was_trained_in(tiny_run: Run, window: int | None, length: int):
+    run = tiny_run.with_settings({"probe.window": window})
+    assert probing_windows(run) == (length, length // 2)
+
+
+def test_windows_of_a_pretrained_lm_are_as_long_as_its_positions(tiny_run: Run):
+    run = tiny_run.with_settings({"lm.name": str(tiny_run.folder / "lm"), "training.window": 16})
+    assert probing_windows(run) == (48, 24)
+
+
+def test_windows_overlap_by_a_constant(tiny_run: Run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(activations, "CONTEXT", 5)
+    assert probing_windows(tiny_run) == (48, 43)
+    with pytest.raises(ProbekitError, match=r"probe\.window is 49, but the LM reads at most 48 positions"):
+        probing_windows(tiny_run.with_settings({"probe.window": 49}))
+
+
+def test_what_fits_the_window_is_read_once(tiny_run: Run, monkeypatch: pytest.MonkeyPatch):
+    """No token is read twice, and none after the last example of a document."""
+    corpus = tiny_run.corpus
+    documents = np.arange(10, 40)
+    examples = find_examples(corpus, documents, find_target(corpus, "action"), (1,))
+    in_first_window = examples.anchor <= corpus.document_tokens[examples.document] + 48
+    examples = examples[np.flatnonzero(reached(corpus, examples, 3) & in_first_window)]
+    read_tokens: list[Tensor] = []
+    call = HFBackend.__call__
+
+    def counted(self: HFBackend, tokens: Tensor, *given: Any) -> None:
+        read_tokens.append(tokens)
+        call(self, tokens, *given)
+
+    reader = Reader(tiny_run, "none", PLACES[:1], (1, 3))
+    monkeypatch.setattr(HFBackend, "__call__", counted)
+    done: list[int] = []
+    list(reader.chunks(examples, done.append))
+    last = {document: examples.anchor[examples.document == document].max() for document in documents}
+    needed = sum(last[document] - corpus.document_tokens[document] for document in documents)
+    assert sum(done) == reader.size(examples) == needed
+    padded = sum(tokens.numel() for tokens in read_tokens)
+    assert needed <= padded <= needed / activations.LEAST_FILLED
+
+
+@given(st.lists(st.integers(1, 3000), max_size=80), st.integers(1, 5000))
+def test_batches_hold_windows_of_like_length(lengths: list[int], tokens: int):
+    length, found = np.array(lengths, np.int64), []
+    for rows in batches(length, tokens):
+        longest = length[rows].max()
+        assert len(rows) == 1 or len(rows) * longest <= tokens
+        assert length[rows].min() >= activations.LEAST_FILLED * longest
+        found += rows.tolist()
+    assert sorted(found) == list(range(len(length)))
+
+
+def test_placement_leaves_out_what_nobody_asks_about(tiny_run: Run):
+    corpus = tiny_run.corpus
+    document = int(np.argmax(np.diff(corpus.document_tokens)))
+    begin, end = corpus.document_tokens[document : document + 2].tolist()
+    assert end - begin > 30
+    anchor = np.array([begin + 6, end - 1])
+    examples = Examples(np.full(2, document), anchor, anchor, anchor[:, None])
+    place = Placement.of(corpus, examples, (1, 4), 10, 4)
+    start, length = place.windows.start.tolist(), place.windows.length.tolist()
+    assert (start[0], length[0]) == (begin, 6)  # up to the position before the first anchor
+    assert start[-1] + length[-1] == end - 1
+    assert len(start) <= 3
+    np.testing.assert_array_equal(
+        place.windows.start[place.window] + place.column, np.stack([anchor - 1, anchor - 4])
+    )
+    later = place.windows.start[place.window] > begin
+    assert (place.column[later] >= 10 - 4).all()  # tokens of context

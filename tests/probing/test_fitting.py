@@ -1,7 +1,9 @@
 """Fitting and scoring against each cell done alone, on activations that are not a model's."""
 
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,15 +21,16 @@ from probekit.probing.grid import (
     FitJob,
     Grid,
     Task,
-    document_numbers,
     fit,
+    fit_sums,
+    hold,
     score,
     target_tasks,
 )
 from probekit.probing.results import DocumentSums, Facts
 from probekit.probing.solvers import LDAProbes, MLPProbes, RidgeProbes, SoftmaxProbes
 from probekit.probing.targets import Examples, Target
-from probekit.progress import Progress
+from probekit.progress import Meter, Progress
 
 CLASSES, DISTANCES, HORIZONS = 4, (1, 3), (1, 2)
 SPLITS = {FITTED_ON: 12, CHOSEN_ON: 6, TESTED_ON: 6}
@@ -37,16 +40,23 @@ CELLS = [(b, p, d) for b, block in enumerate(BLOCKS) for p in range(len(block.po
 
 
 @dataclass
-class Held:
-    """Activations of every split, for every block `[places, distances, examples, width]`."""
+class Source:
+    """Activations of every split, for every block `[hook points, distances, examples, width]`."""
 
     values: dict[str, list[Tensor]]
     splits: dict[str, Examples]
     stacks: list[Stack]
     rows: int = 7
     passes: int = 0
+    dtype: torch.dtype = torch.float32
+    unit: str = "examples"
 
-    def chunks(self, examples: Examples) -> Iterator[tuple[slice, list[Tensor]]]:
+    def size(self, examples: Examples) -> int:
+        return len(examples)
+
+    def chunks(
+        self, examples: Examples, done: Callable[[int], None] = lambda read: None
+    ) -> Iterator[tuple[slice, list[Tensor]]]:
         (split,) = (name for name, known in self.splits.items() if known is examples)
         self.passes += 1
         for start in range(0, len(examples), self.rows):
@@ -85,7 +95,7 @@ def control(grid: Grid) -> Task:
 
 
 @pytest.fixture(scope="module")
-def activations(grid: Grid, control: Task) -> Held:
+def activations(grid: Grid, control: Task) -> Source:
     """Noise, in which every cell encodes something else: one or the other horizon, or the control task."""
     generator = torch.Generator().manual_seed(1)
     values: dict[str, list[Tensor]] = {}
@@ -99,16 +109,18 @@ def activations(grid: Grid, control: Task) -> Held:
                 encoded = labels[number % 2] if b == 0 else labels[2 + d]
                 X[p, d, :, :3] += (2 + number) * torch.nn.functional.one_hot(encoded, CLASSES)[:, :3]
             values[split].append(3 * X + 10)
-    return Held(values, grid.examples, BLOCKS)
+    return Source(values, grid.examples, BLOCKS)
 
 
 def make_job(grid: Grid, control: Task | None, **settings: Any) -> FitJob:
     probe = Config().override({f"probe.{name}": value for name, value in settings.items()}).probe
-    return FitJob(grid, probe, control, 3, torch.device("cpu"), Progress(quiet=True), "test")
+    quiet = Progress(quiet=True)
+    cpu, folder = torch.device("cpu"), Path(tempfile.gettempdir())
+    return FitJob(grid, probe, control, 3, cpu, quiet, "test", folder, Meter(quiet), {1: 40, 3: 38})
 
 
 def rows_of(scored: list[DocumentSums]) -> dict[tuple[Any, ...], tuple[Facts, dict[str, np.ndarray]]]:
-    """Head and sums by document of every row, by solver, place, distance and horizon."""
+    """Head and sums by document of every row, by solver, hook point, distance and horizon."""
     found = {}
     for part in scored:
         for number, head in enumerate(part.readers):
@@ -118,13 +130,20 @@ def rows_of(scored: list[DocumentSums]) -> dict[tuple[Any, ...], tuple[Facts, di
     return found
 
 
-def fitted_rows(activations: Held, job: FitJob) -> dict[tuple[Any, ...], tuple[Facts, dict[str, np.ndarray]]]:
-    return rows_of(score(activations, job, fit(activations, job), {"seed": 3}))
+def fitted_rows(
+    activations: Source, job: FitJob
+) -> dict[tuple[Any, ...], tuple[Facts, dict[str, np.ndarray]]]:
+    solvers = job.settings.solvers
+    if {"ridge", "lda"}.issuperset(solvers):
+        found = fit_sums(activations, job, solvers)
+    else:
+        found = fit(hold(activations, job, [FITTED_ON, CHOSEN_ON]), job, solvers)
+    return rows_of(score(activations, job, found, {"seed": 3}))
 
 
-def alone(activations: Held, cell: tuple[int, int, int], split: str) -> Tensor:
-    block, place, distance = cell
-    return activations.values[split][block][place, distance][None]
+def alone(activations: Source, cell: tuple[int, int, int], split: str) -> Tensor:
+    block, point, distance = cell
+    return activations.values[split][block][point, distance][None]
 
 
 def by_document(grid: Grid, values: np.ndarray) -> np.ndarray:
@@ -143,21 +162,21 @@ SETTINGS = {"l2": [0.01, 0.3], "shrinkage": [0.1, 0.9], "hidden": 6}
 
 
 @pytest.fixture(scope="module")
-def together(activations: Held, grid: Grid, control: Task) -> dict:
+def together(activations: Source, grid: Grid, control: Task) -> dict:
     """Rows of all solvers in one go, with control task and code length."""
     return fitted_rows(activations, make_job(grid, control, solvers=list(MAKE), **SETTINGS))
 
 
 @pytest.mark.parametrize("solver", MAKE)
 def test_every_cell_is_as_if_it_were_fitted_alone(
-    solver: str, together: dict, activations: Held, grid: Grid, control: Task
+    solver: str, together: dict, activations: Source, grid: Grid, control: Task
 ):
     for cell in CELLS:
         X = {split: alone(activations, cell, split) for split in SPLITS}
-        place, distance = BLOCKS[cell[0]].points[cell[1]], DISTANCES[cell[2]]
+        point, distance = BLOCKS[cell[0]].points[cell[1]], DISTANCES[cell[2]]
         asked = {split: torch.from_numpy(labels[cell[2]]) for split, labels in control.labels.items()}
         for h, horizon in enumerate(HORIZONS):
-            head, sums = together[solver, place, distance, horizon]
+            head, sums = together[solver, point, distance, horizon]
             y = {split: torch.from_numpy(e.labels[:, h].copy()) for split, e in grid.examples.items()}
             probe = MAKE[solver]().fit(X[FITTED_ON], y[FITTED_ON], CLASSES, X[CHOSEN_ON], y[CHOSEN_ON])
             log_p = probe.log_probabilities(X[TESTED_ON])[0]
@@ -186,12 +205,12 @@ def test_every_cell_is_as_if_it_were_fitted_alone(
 def test_each_cell_reads_what_was_written_there(together: dict, grid: Grid):
     """An index that is off by one would move the signal to another cell."""
     for number, (b, p, d) in enumerate(CELLS):
-        place, distance = BLOCKS[b].points[p], DISTANCES[d]
+        point, distance = BLOCKS[b].points[p], DISTANCES[d]
         accuracy = [
-            together["softmax", place, distance, horizon][1]["correct"].sum() / len(grid.examples[TESTED_ON])
+            together["softmax", point, distance, horizon][1]["correct"].sum() / len(grid.examples[TESTED_ON])
             for horizon in HORIZONS
         ]
-        on_control = together["softmax", place, distance, 1][1]["control_correct"].sum()
+        on_control = together["softmax", point, distance, 1][1]["control_correct"].sum()
         if b == 0:
             encoded = number % 2
             assert accuracy[encoded] > accuracy[1 - encoded] + 0.15
@@ -201,13 +220,13 @@ def test_each_cell_reads_what_was_written_there(together: dict, grid: Grid):
             assert on_control > 0.5 * len(grid.examples[TESTED_ON])
 
 
-def test_code_length_is_that_of_the_documents_in_their_order(together: dict, activations: Held, grid: Grid):
+def test_code_length_is_that_of_the_documents_in_their_order(together: dict, activations: Source, grid: Grid):
     examples = grid.examples[FITTED_ON]
     ends = block_ends(examples.document)
     for cell in CELLS:
         for h, horizon in enumerate(HORIZONS):
-            place, distance = BLOCKS[cell[0]].points[cell[1]], DISTANCES[cell[2]]
-            head, _ = together["softmax", place, distance, horizon]
+            point, distance = BLOCKS[cell[0]].points[cell[1]], DISTANCES[cell[2]]
+            head, _ = together["softmax", point, distance, horizon]
             y = torch.from_numpy(examples.labels[:, h].copy())
             X, l2 = alone(activations, cell, FITTED_ON), torch.tensor([head["l2"]], dtype=torch.float64)
             bits = prequential_code(X, y, CLASSES, l2, ends).total.item()
@@ -218,7 +237,7 @@ def test_code_length_is_that_of_the_documents_in_their_order(together: dict, act
 
 @pytest.mark.parametrize("solvers", [["ridge"], ["lda"], ["lda", "ridge"]])
 def test_streaming_equals_holding(
-    solvers: list[str], together: dict, activations: Held, grid: Grid, control: Task
+    solvers: list[str], together: dict, activations: Source, grid: Grid, control: Task
 ):
     """Sums over chunks give the probes that all examples at once give, the control task's too."""
     before = activations.passes
@@ -240,7 +259,7 @@ def test_streaming_equals_holding(
 
 
 @pytest.mark.parametrize("solvers", [["softmax"], ["ridge"], ["lda", "softmax"]])
-def test_without_control_there_is_no_control(activations: Held, grid: Grid, solvers: list[str]):
+def test_without_control_there_is_no_control(activations: Source, grid: Grid, solvers: list[str]):
     settings = {"solvers": solvers, "code_length": False}
     for head, sums in fitted_rows(activations, make_job(grid, None, **settings)).values():
         assert set(sums) == {"correct", "top5", "cross_entropy"}
@@ -248,30 +267,23 @@ def test_without_control_there_is_no_control(activations: Held, grid: Grid, solv
 
 
 @pytest.mark.parametrize("solvers", [["softmax"], ["ridge"]])
-def test_constant_activations_are_flagged(activations: Held, grid: Grid, control: Task, solvers: list[str]):
+def test_constant_activations_are_flagged(activations: Source, grid: Grid, control: Task, solvers: list[str]):
     values = {split: [block.clone() for block in blocks] for split, blocks in activations.values.items()}
     for blocks in values.values():
         blocks[0][1, 0] = torch.tensor([0.1, -7.3, 1e-4, 1e4, 0.0])
-    constant = Held(values, grid.examples, BLOCKS)
+    constant = Source(values, grid.examples, BLOCKS)
     rows = fitted_rows(constant, make_job(grid, control, solvers=solvers, code_length=False))
-    for (_, place, distance, _), (head, _) in rows.items():
-        assert head["constant"] == ((place, distance) == (("a", 1), 1))
+    for (_, point, distance, _), (head, _) in rows.items():
+        assert head["constant"] == ((point, distance) == (("a", 1), 1))
 
 
-def test_questions_have_a_label_for_every_probe(grid: Grid, control: Task):
+def test_tasks_have_a_label_for_every_probe(grid: Grid, control: Task):
     first, second = target_tasks(grid)
     assert (first.horizon, second.horizon) == HORIZONS
     cpu = torch.device("cpu")
-    shared = second.of(TESTED_ON, slice(2, 6), 3, cpu)
+    shared = second.of(TESTED_ON, slice(2, 6), slice(0, 6), cpu)
     assert shared.tolist() == grid.examples[TESTED_ON].labels[2:6, 1].tolist()
-    own = control.of(TESTED_ON, slice(2, 6), 3, cpu)
-    assert own.shape == (6, 4)  # three places, two distances
-    for place in range(3):
-        for distance in range(2):
-            expected = control.labels[TESTED_ON][distance, 2:6].tolist()
-            assert own[2 * place + distance].tolist() == expected
-
-
-def test_documents_are_numbered_as_they_appear():
-    assert document_numbers(np.array([7, 7, 2, 9, 9, 9])).tolist() == [0, 0, 1, 2, 2, 2]
-    assert document_numbers(np.array([3])).tolist() == [0]
+    own = control.of(TESTED_ON, slice(2, 6), slice(1, 5), cpu)
+    assert own.shape == (4, 4)  # the last distance of a point, both of the next, the first of a third
+    for row, distance in enumerate((1, 0, 1, 0)):
+        assert own[row].tolist() == control.labels[TESTED_ON][distance, 2:6].tolist()

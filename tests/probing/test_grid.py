@@ -165,14 +165,6 @@ def test_few_long_documents_give_examples_spread_over_all():
     assert len(grid.examples[TESTED_ON]) == 6 * 99
 
 
-def test_documents_without_a_sentence_make_no_room_for_others():
-    full = [(split, [2] * 5) for split in USED for _ in range(20)]
-    empty = [(split, []) for split in USED for _ in range(60)]
-    for seed in range(5):
-        grid = grid_of(bare_corpus(full + empty), seed, distances=[1], max_examples=40)
-        assert len(grid.examples[FITTED_ON]) == len(grid.examples[CHOSEN_ON]) == 40
-
-
 def test_seeds_draw_different_documents_and_the_same_seed_the_same(tiny_run: Run):
     grids = [grid_of(tiny_run.corpus, seed, max_examples=40, distances=[1, 2]) for seed in (0, 0, 1, 2)]
     for split in (FITTED_ON, CHOSEN_ON):

@@ -11,8 +11,9 @@ from probekit.cli import main
 from probekit.config import Config
 from probekit.errors import ProbekitError
 from probekit.models.mixing import VARIANTS
-from probekit.probing import probe as over_training
-from probekit.probing.probe import probe, probe_checkpoints
+from probekit.probing import over_training
+from probekit.probing.over_training import probe_checkpoints
+from probekit.probing.probe import probe
 from probekit.run.run import Run
 from probekit.training.train import train
 

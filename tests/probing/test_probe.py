@@ -1,7 +1,9 @@
 """The probe grid against scikit-learn, planted signals, shuffled labels and the planted ceilings."""
 
 import json
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, log_loss
 from sklearn.preprocessing import StandardScaler
 
+from probekit import progress
 from probekit.config import Config
 from probekit.data.corpus import export_sentences
 from probekit.errors import ProbekitError
@@ -26,7 +29,7 @@ from probekit.probing import grid as grid_module
 from probekit.probing.activations import Reader
 from probekit.probing.controls import control_labels
 from probekit.probing.grid import Grid, make_grid
-from probekit.probing.probe import ProbeResults, probe
+from probekit.probing.probe import ProbeResults, _grid_notes, probe
 from probekit.probing.results import COLUMNS
 from probekit.probing.targets import find_target
 from probekit.run.run import Run
@@ -203,6 +206,16 @@ def test_all_cells_share_their_examples(wide: ProbeResults, loud_run: Run):
     assert (filled.documents == 16).all()
 
 
+def test_cells_say_how_much_the_lm_had_read(wide: ProbeResults, loud_run: Run, grid: Grid):
+    """The windows are of 48 tokens, and later ones begin 24 tokens apart."""
+    examples, corpus = grid.examples["test"], loud_run.corpus
+    for distance in DISTANCES:
+        before = examples.anchor - distance - corpus.document_tokens[examples.document]
+        read = np.where(before < 48, before, 24 + before % 24) + 1
+        rows = cells(wide.table, reader="probe", distance=distance)
+        assert set(rows.tokens_read) == {int(np.median(read))}
+
+
 def test_cells_with_too_few_examples_are_empty(wide: ProbeResults):
     far, near = wide.table[wide.table.distance == 500], wide.table[wide.table.distance != 500]
     assert (far.reader == "probe").all()
@@ -212,6 +225,7 @@ def test_cells_with_too_few_examples_are_empty(wide: ProbeResults):
     assert near[METRICS].notna().all(axis=None)
     probes = near[near.reader == "probe"]
     assert probes[["validation_cross_entropy", "fitted_on", "l2", "control_accuracy"]].notna().all(axis=None)
+    assert probes.tokens_read.notna().all()
     assert not near.injected.isna().any()
     for horizon in HORIZONS:
         assert any(f"distance 500, horizon {horizon} is empty" in note for note in wide.notes)
@@ -232,22 +246,31 @@ def test_constant_activations_are_noted(wide: ProbeResults):
 # Again, in parts, from a store
 
 
-def test_places_that_do_not_fit_into_memory_are_read_in_turn(
-    small: pd.DataFrame, loud_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("solvers", [["softmax", "lda"], ["softmax"], ["lda"]])
+def test_activations_that_do_not_fit_into_memory_are_spilled_and_the_text_is_read_once(
+    small: pd.DataFrame, loud_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, solvers: list[str]
 ):
     passes = []
     read = Reader.chunks
 
-    def counted(self: Reader, examples):
+    def counted(self: Reader, *given):
         passes.append([place for block in self.stacks for place in block.points])
-        return read(self, examples)
+        return read(self, *given)
 
     monkeypatch.setattr(Reader, "chunks", counted)
-    table = table_of(loud_run, tmp_path, SMALL | {"probe.memory": 1e-9})
-    assert all(len(places) == 1 for places in passes)
-    # Two seeds of a token embedding and two variants with five places, three splits each.
-    assert len(passes) == 2 * 3 * (1 + 2 * 5)
-    same(table, small, rtol=1e-4, atol=1e-5)
+    run = copied(loud_run, tmp_path)
+    table = probe(run, SMALL | {"probe.memory": 1e-9, "probe.solvers": solvers}, quiet=True).table
+    if "softmax" in solvers:
+        assert len(passes) == 2 * 3 * (1 + 2)  # seeds, splits, the token embedding and two variants
+        assert [*run.folder.rglob("tmp*")] == []
+    else:  # the sums of one place at a time
+        assert all(len(places) == 1 for places in passes)
+        assert len(passes) == 2 * 3 * (1 + 2 * 5)
+    expected = small[small.solver.isna() | small.solver.isin(solvers)]
+    if "softmax" not in solvers:  # the token embedding is read by the first solver
+        table, expected = (part[part.reader == "probe"] for part in (table, expected))
+    own = [name for name in COLUMNS if not name.startswith("gain")]  # gains hold for all cells together
+    same(table[own], expected[own], rtol=1e-4, atol=1e-5)
 
 
 def test_a_store_gives_the_same_table_and_saves_the_forward_passes(
@@ -261,9 +284,9 @@ def test_a_store_gives_the_same_table_and_saves_the_forward_passes(
 
     read = Reader.read
 
-    def only_embeddings(self: Reader, examples):
+    def only_embeddings(self: Reader, *given):
         assert [block.points for block in self.stacks] == [(("hook_embed", 0),)]
-        return read(self, examples)
+        return read(self, *given)
 
     monkeypatch.setattr(Reader, "read", only_embeddings)
     again = probe(run, SMALL | {"probe.memory": 1e-9}, store=True, quiet=True).table
@@ -282,6 +305,30 @@ def test_each_seed_is_a_grid_of_its_own(small: pd.DataFrame, loud_run: Run, tmp_
         same(probes, expected, rtol=1e-9, atol=1e-12)
     losses = [cells(small, reader="probe", seed=seed).cross_entropy.to_numpy() for seed in (0, 5)]
     assert (losses[0] != losses[1]).all(), "other documents, other random weights"
+
+
+def test_progress_counts_tokens_and_shows_closed_form_probes_first(
+    loud_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(progress, "FIRST_SECONDS", 0.0)
+    run = copied(loud_run, tmp_path)
+    settings = SMALL | {"probe.variants": ["soft"], "probe.seeds": [0], "probe.control": False}
+    table = probe(run, settings | {"probe.code_length": False}).table
+    shown = capsys.readouterr().err
+    (tokens,) = re.findall(r"each variant reads ([\d,]+) tokens in windows of up to 48", shown)
+    assert f"grid of seed 0: {5 * 2 * 2} probes" in shown
+    assert re.search(r"reading takes about .* in all, at [\d,]+ tokens a second; fitting comes on top", shown)
+    assert re.search(rf"read {tokens} tokens in .*, [\d,]+ a second; peak memory [\d.]+ GB", shown)
+    first, others = shown.index("soft: test cross-entropy of closed-form"), shown.index("soft: fit softmax")
+    assert first < others
+    row = cell(table, solver="lda", location="mlp.hook_post", layer=2, distance=3)
+    assert f"{row.cross_entropy:.3f}" in shown[first:others]
+
+
+def test_notes_of_all_seeds_are_shown(grid: Grid):
+    notes = {0: ("of both", "of 0"), 5: ("of both", "of 5")}
+    grids = {seed: replace(grid, notes=of_seed) for seed, of_seed in notes.items()}
+    assert _grid_notes(grids) == ["of both", "of 0 (seed 0)", "of 5 (seed 5)"]
 
 
 # Each number by hand
@@ -666,7 +713,7 @@ def test_layers_of_the_settings_and_locations_without_one(loud_run: Run, tmp_pat
             r"probe\.max_examples is 60, so few .* empty for some of probe\.seeds",
         ),
         ({"probe.target": "plan"}, r"probe\.target is 'plan'; it must be one of action, token"),
-        ({"evaluation.window": 64}, r"evaluation\.window is 64, but the LM reads at most 48"),
+        ({"probe.window": 64}, r"probe\.window is 64, but the LM reads at most 48"),
     ],
 )
 def test_what_cannot_be_probed_is_refused(

@@ -307,10 +307,10 @@ def test_kept_probes_have_the_accuracy_of_the_table(variant: str, solver: str, p
     table = probed.probes()
     grid = make_grid(probed.corpus, probed.config.probe, find_target(probed.corpus, "action", None), 0)
     saved = SavedProbes(probed.folder / "probes", variant, 0)
-    places = [("hook_resid_post", 2), ("attn.hook_z", 1)]
-    (blocks,) = [Reader(probed, variant, places, grid.distances).read(grid.examples[TESTED_ON])]
+    points = [("hook_resid_post", 2), ("attn.hook_z", 1)]
+    (blocks,) = [Reader(probed, variant, points, grid.distances).read(grid.examples[TESTED_ON])]
     labels = torch.from_numpy(grid.labels(TESTED_ON, 1))
-    for (location, layer), activations in zip(places, (part for b in blocks for part in b), strict=True):
+    for (location, layer), activations in zip(points, (part for b in blocks for part in b), strict=True):
         for distance, X in zip(grid.distances, activations, strict=True):
             found = saved[Cell(location, layer, distance, solver=solver)].log_probabilities(X)
             row = table[
@@ -358,8 +358,3 @@ def test_a_record_is_read_back(tmp_path: Path):
     found = read_probe_record(tmp_path)
     assert (found.config, found.notes, found.documents) == (config, ["one"], documents)
     assert found.origin == {"version": "0"}
-
-
-def test_a_run_that_was_not_probed(tmp_path: Path):
-    with pytest.raises(ProbekitError, match=r"settings\.json does not exist; run `probekit probe "):
-        read_probe_record(tmp_path)

@@ -30,16 +30,17 @@ def run(tiny_run: Run, tmp_path: Path) -> Run:
 
 
 def interrupted(run: Run, after: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Probes until so many variants are done; the variants that were probed."""
-    done, probed = [], module._probed
+    """Probes until so many parts are done; the parts that were probed."""
+    done: list[str] = []
+    fitted = module._VariantProbes.fitted
 
-    def stopping(run: Run, grid: object, variant: str, *arguments: object, **named: object) -> object:
+    def stopping(self: module._VariantProbes, solvers: list[str]) -> object:
         if len(done) == after:
             raise KeyboardInterrupt
-        done.append(variant)
-        return probed(run, grid, variant, *arguments, **named)
+        done.append(f"{self._name}, {' '.join(solvers)}")
+        return fitted(self, solvers)
 
-    monkeypatch.setattr(module, "_probed", stopping)
+    monkeypatch.setattr(module._VariantProbes, "fitted", stopping)
     with contextlib.suppress(KeyboardInterrupt):
         probe(run, FEW, quiet=True)
     monkeypatch.undo()
@@ -53,8 +54,10 @@ def test_it_continues_to_the_same_results(run: Run, monkeypatch: pytest.MonkeyPa
     whole, parts = probe(run, FEW, quiet=True).table, run.folder / "checkpoints" / "probe"
     kept = weights()
     assert not parts.exists()
-    assert len(interrupted(run, 2, monkeypatch)) == len([*parts.iterdir()]) == 2
-    assert interrupted(run, 99, monkeypatch) == ["soft", "random"], "not the token embedding, nor none"
+    first = ["token embedding, softmax", "none, ridge", "none, softmax", "soft, ridge"]
+    assert interrupted(run, 4, monkeypatch) == first
+    assert len([*parts.iterdir()]) == 4
+    assert interrupted(run, 99, monkeypatch) == ["soft, softmax", "random, ridge", "random, softmax"]
     pd.testing.assert_frame_equal(run.probes(), whole)
     assert weights() == kept
     assert not parts.exists()
@@ -73,3 +76,10 @@ def test_parts_of_other_settings_or_weights_are_not_used(run: Run, changed: str,
     run = Run.open(run.folder)
     found = probe(run, settings, quiet=True).table
     pd.testing.assert_frame_equal(found, probe(run, settings, quiet=True).table)
+
+
+def test_what_is_finished_is_stored_too(run: Run, monkeypatch: pytest.MonkeyPatch):
+    interrupted(run, 3, monkeypatch)
+    probe(run, FEW, store=True, quiet=True)
+    stores = {path.name for path in (run.folder / "activations").iterdir()}
+    assert stores == {"none-seed0", "soft-seed0", "random-seed0"}

@@ -15,18 +15,11 @@ from torch import Tensor
 from probekit.errors import ProbekitError
 from probekit.io import read_json, write_json
 from probekit.probing import activations
-from probekit.probing.activations import (
-    HookPoint,
-    Reader,
-    Stack,
-    Store,
-    stacks_of,
-    store_contents,
-    write_store,
-)
+from probekit.probing.activations import HookPoint, Reader, Stack, stacks_of
 from probekit.probing.grid import Grid, make_grid
+from probekit.probing.store import HEADROOM, Store, store_contents, write_store
 from probekit.probing.targets import Examples, find_target
-from probekit.progress import Progress
+from probekit.progress import Meter, Progress
 from probekit.run.run import Run
 
 POINTS: list[HookPoint] = [
@@ -58,14 +51,14 @@ def write(
     calls: list[int] = []
     read = reader.read
 
-    def counting(examples: Examples) -> list[Tensor]:
+    def counting(examples: Examples, done: Callable[[int], None]) -> list[Tensor]:
         calls.append(len(examples))
         if len(calls) == fail_at:
             raise KeyboardInterrupt
-        return read(examples)
+        return read(examples, done)
 
     reader.read = counting
-    write_store(reader, grid.examples, folder, progress)
+    write_store(reader, grid.examples, folder, progress, Meter(progress))
     return calls
 
 
@@ -168,7 +161,7 @@ def test_a_disk_that_is_too_small_is_reported_before_anything_is_written(
     assert "the activations take" in line
     assert "run without --store" in line
     assert not folder.parent.exists()
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, activations.HEADROOM * needed + 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, HEADROOM * needed + 1))
     write(tiny_run, folder)
 
 
@@ -189,8 +182,7 @@ def test_everything_that_changes_activations_is_in_the_manifest(tiny_run: Run, t
         of("none"),
         of("random"),
         of("random", seed=1),
-        of("soft", evaluation_window=20),
-        of("soft", evaluation_stride=3),
+        of("soft", probe_window=20),
         of("soft", training_precision="bfloat16"),
         of("soft", distances=(1, 2, 3)),
         of("soft", mixing_temperature=8.0),

@@ -293,9 +293,7 @@ def test_a_bad_suffix_is_refused_with_the_good_ones(tiny_run: Run, tmp_path: Pat
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-@pytest.mark.parametrize(
-    "content", [None, b"", b"\xff\xfe\x00\xff", b'{"kind": 1}\n{"kind"', b"kind,b\n1,2\n1,2,3\n"]
-)
+@pytest.mark.parametrize("content", [None, b"\xff\xfe\x00\xff", b'{"kind": 1}\n{"kind"'])
 def test_an_unreadable_file_is_named(tiny_run: Run, tmp_path: Path, suffix: str, content: bytes | None):
     path = tmp_path / f"labels{suffix}"
     if content is not None:

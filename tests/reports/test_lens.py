@@ -4,7 +4,6 @@ import base64
 import json
 import re
 import shutil
-import unicodedata
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,14 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import probekit
 from probekit.cli import main
 from probekit.data.corpus import SPLITS
 from probekit.probing.probe import probe
-from probekit.reports.lens import MISSING, page, visible
+from probekit.reports.lens import MISSING, _symbols, page
 from probekit.reports.lens_reading import LensData, read_text
 from probekit.run.run import Run
 
@@ -78,7 +75,7 @@ def test_whatever_is_shown_is_text(evil: LensData):
     assert parsed.tags.count("script") == 2
     assert not {"img", "a", "link", "iframe", "base", "object"} & set(parsed.tags)
     assert not {"src", "href", "onerror", "action", "srcset"} & parsed.attributes
-    assert [shown for shown in parsed.tokens if shown != "·"] == [visible(p) for p in evil.pieces if p]
+    assert [shown for shown in parsed.tokens if shown != "·"] == [_symbols(p) for p in evil.pieces if p]
     assert len(parsed.tokens) == len(evil.pieces)
     assert "alert(1)" not in parsed.scripts[1]
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202e]", written)
@@ -88,7 +85,7 @@ def test_embedded_json_ends_nothing_and_says_the_same(evil: LensData):
     raw, _ = Parsed(page(evil)).scripts
     assert not set("<>&\u2028\u2029") & set(raw)
     data = json.loads(raw)
-    assert data["examples"] == {str(action): [visible(EVIL)] for action in evil.examples}
+    assert data["examples"] == {str(action): [_symbols(EVIL)] for action in evil.examples}
     assert data["first"] == evil.first_token.tolist()
     assert data["conditioning"]["carried"] == evil.conditioning["carried"].tolist()
 
@@ -138,20 +135,39 @@ def test_an_interval_that_does_not_exist_is_null(evil: LensData):
     quality = evil.probes.quality.assign(accuracy=0.5, accuracy_low=np.nan, accuracy_high=np.nan)
     data = json.loads(Parsed(page(replace(evil, probes=replace(evil.probes, quality=quality)))).scripts[0])
     first = quality.iloc[0]
-    assert data["quality"][0] == [[0.5, None, None], first.documents, first.examples, first.injected]
+    assert data["quality"][0][:4] == [[0.5, None, None], first.documents, first.examples, first.injected]
 
 
-@given(st.text())
-def test_nothing_invisible_is_left(text: str):
-    shown = visible(text)
-    assert not {unicodedata.category(c) for c in shown if c not in "\u200c\u200d"} & {"Cc", "Cf", "Zl", "Zp"}
-    assert shown.isprintable() or shown != text or not text.isprintable()
+def test_a_gain_is_the_paired_difference_of_the_results(probed_run: Run, evil: LensData):
+    """Over the strongest baseline that needs no model; its interval holds for all cells together."""
+    table = probed_run.probes().query("variant == 'soft'").set_index(["location", "layer", "distance"])
+    data = json.loads(Parsed(page(evil)).scripts[0])
+    cells = [(*point, distance) for point in evil.probes.points for distance in evil.probes.distances]
+    for cell, (*_, gain, over, better) in zip(cells, data["quality"], strict=True):
+        row = table.loc[cell]
+        expected = row[["gain", "gain_low", "gain_high"]].to_numpy(float)
+        np.testing.assert_allclose(np.array(gain, float), expected, atol=1e-5)
+        assert over == ("" if row.injected else row.gain_over)
+        assert better == (row.gain_low > 0)
 
 
-def test_visible_symbols():
-    assert visible("a\tb\r\n\0\x85\u202e\u2028") == "a⇥b↩↵‹U+0000›‹U+0085›‹U+202E›↵"
-    plain = "Straße, 12 € “naïve” 👩\u200d👧 नमस्ते"
-    assert visible(plain) == plain
+@pytest.mark.parametrize("gain", [(0.197, 0.065, 0.329), (0.1, -0.1, 0.3)])
+def test_a_probe_is_better_by_its_gain_and_not_by_intervals_of_accuracies(
+    gain: tuple[float, float, float], evil: LensData
+):
+    """The intervals of the accuracies overlap in both cases, as those of a real LM did."""
+    accuracy = dict(zip(("accuracy", "accuracy_low", "accuracy_high"), (0.3, 0.2, 0.4), strict=True))
+    gains = dict(zip(("gain", "gain_low", "gain_high"), gain, strict=True))
+    probes = evil.probes
+    baselines = {name: rows.assign(**accuracy) for name, rows in probes.baselines.items()}
+    quality = probes.quality.assign(**accuracy | gains, gain_over="bigram", injected=False)
+    data = replace(evil, probes=replace(probes, quality=quality, baselines=baselines))
+    rows = json.loads(Parsed(page(data)).scripts[0])["quality"]
+    assert {row[-1] for row in rows} == {gain[1] > 0}
+
+
+def test_white_space_has_symbols():
+    assert _symbols("a\tb\r\n\0\x85\u202e\u2028") == "a⇥b↩↵‹U+0000›‹U+0085›‹U+202E›↵"
 
 
 def test_a_page_is_written(probed_run: Run, tmp_path: Path, capsys: Capture):

@@ -1,8 +1,8 @@
 """A run's folder: begun once, resumed only as it was, whole or refused, and free to move."""
 
 import json
+import re
 import shutil
-import string
 import subprocess
 import sys
 from importlib.metadata import version
@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small_trainings import flat
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from probekit.config import Config
@@ -55,98 +56,59 @@ def contents(path: Path) -> dict[str, bytes]:
 # Beginning
 
 
-def test_a_new_run_holds_its_settings_and_no_stage(tmp_path: Path):
-    run = Run.begin(tmp_path / "deep" / "er" / "run", TINY)
+@pytest.mark.parametrize("existing", ["refuse", "resume", "overwrite"])
+@pytest.mark.parametrize("where", [".", "deep/er/run"])
+def test_a_new_run_holds_its_settings_and_no_stage(tmp_path: Path, where: str, existing: Existing):
+    run = Run.begin(tmp_path / where, TINY, existing)
     assert Run.open(run.folder).config == TINY
     assert read_json(run.folder / "run.json") == {"format": FORMAT, "stages": {}}
     assert run.variants == []
     assert not run.finished("corpus")
 
 
-def test_a_run_shows_its_folder_and_what_is_finished(begun: Run, tiny_run: Run, tmp_path: Path):
-    assert repr(begun) == f"Run('{begun.folder}', nothing finished)"
-    adapters = ", ".join(f"adapter/{variant}" for variant in tiny_run.variants)
-    assert repr(tiny_run) == f"Run('{tiny_run.folder}', corpus, lm, planner, {adapters})"
-    begun.folder.rename(tmp_path / "moved")
-    assert repr(begun) == f"Run('{begun.folder}', gone)"
-
-
-def test_an_empty_folder_may_be_begun_in(tmp_path: Path):
-    assert Run.begin(tmp_path, TINY).folder == tmp_path
-
-
-def test_provenance_tells_versions_seeds_device_and_command(begun: Run):
-    found = read_json(begun.folder / "provenance.json")
+def test_provenance_has_versions_seeds_device_and_command(tmp_path: Path):
+    Run.begin(tmp_path, TINY)
+    changed = TINY.override({"seed": 3, "corpus.seed": 4, "corpus.planted.seed": 5})
+    Run.begin(tmp_path, changed, "resume")  # no stage is finished: everything may change
+    found = read_json(tmp_path / "provenance.json")
     for package in ("probekit-lm", "torch", "transformers", "transformer-lens", "numpy"):
         assert found["versions"][package] == version(package)
     assert found["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
-    assert found["seeds"] == {"run": 0, "corpus": 0, "planted": 0}
+    assert found["seeds"] == {"run": 3, "corpus": 4, "planted": 5}
     assert found["device"] == "cpu"
     assert found["command"] == sys.argv
     assert found["begun"].endswith("+00:00")
     if (Path(__file__).parents[2] / ".git").exists():
-        assert len(found["git_commit"]) == 40
-        assert set(found["git_commit"]) <= set(string.hexdigits)
-
-
-def test_seeds_of_the_settings_are_recorded(tmp_path: Path):
-    config = TINY.override({"seed": 3, "corpus.seed": 4, "corpus.planted.seed": 5})
-    run = Run.begin(tmp_path / "run", config)
-    assert read_json(run.folder / "provenance.json")["seeds"] == {"run": 3, "corpus": 4, "planted": 5}
+        assert re.fullmatch("[0-9a-f]{40}", found["git_commit"])
 
 
 @pytest.mark.parametrize("existing", ["refuse", "resume", "overwrite"])
-def test_a_folder_with_something_else_is_left_alone(tmp_path: Path, existing: Existing):
-    (tmp_path / "thesis.tex").write_text("years of work")
+@pytest.mark.parametrize("name", ["thesis.tex", "config.yaml", "run.json"])
+def test_a_folder_with_something_else_is_left_alone(tmp_path: Path, existing: Existing, name: str):
+    (tmp_path / name).write_text("{}")
     assert "exists and holds no run" in refusal(tmp_path, TINY, existing)
-
-
-def test_a_folder_that_only_has_a_file_of_that_name_is_not_overwritten(tmp_path: Path):
-    (tmp_path / "run.json").write_text("{}")
-    (tmp_path / "thesis.tex").write_text("years of work")
-    assert "exists and holds no run" in refusal(tmp_path, TINY, "overwrite")
-
-
-@pytest.mark.parametrize("existing", ["refuse", "resume", "overwrite"])
-def test_a_file_is_left_alone(tmp_path: Path, existing: Existing):
-    file = tmp_path / "notes"
-    file.write_text("mine")
-    assert "exists and holds no run" in refusal(file, TINY, existing)
+    assert "exists and holds no run" in refusal(tmp_path / name, TINY, existing)
     with pytest.raises(ProbekitError, match="cannot be made"):
-        Run.begin(file / "run", TINY, existing)
-    assert file.read_text() == "mine"
+        Run.begin(tmp_path / name / "run", TINY, existing)
+    assert (tmp_path / name).read_text() == "{}"
 
 
 @pytest.mark.parametrize("config", [TINY, None])
 def test_an_existing_run_is_refused_by_default(begun: Run, config: Config | None):
+    other = TINY.override({"seed": 9})
+    assert Run.begin(begun.folder, other).config == other, "nothing was done in it yet"
     begun.log({"stage": "lm", "loss": 1.0})
     line = refusal(begun.folder, config)
-    assert "holds a run already" in line
     assert "--resume" in line
     assert "--overwrite" in line
 
 
-def test_a_run_in_which_nothing_was_done_yet_is_begun_again(begun: Run):
-    again = Run.begin(begun.folder, TINY.override({"seed": 9}))
-    assert Run.open(again.folder).config.seed == 9
-
-
-def test_without_settings_nothing_is_begun(tmp_path: Path):
-    assert "give --preset or --config" in refusal(tmp_path / "run", None, "resume")
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
-def test_a_device_that_is_not_there_is_refused_before_anything_is_touched(begun: Run, tmp_path: Path):
-    wrong = TINY.override({"device": "cuda"})
-    assert "device is 'cuda'" in refusal(begun.folder, wrong, "overwrite")
-    assert "device is 'cuda'" in refusal(tmp_path / "new", wrong)
+@pytest.mark.parametrize("existing", ["refuse", "resume", "overwrite"])
+def test_without_settings_nothing_is_begun(begun: Run, tmp_path: Path, existing: Existing):
+    assert "give --preset or --config" in refusal(tmp_path / "new", None, existing)
     assert not (tmp_path / "new").exists()
-
-
-def test_settings_that_somebody_wrote_are_not_replaced(tmp_path: Path):
-    (tmp_path / "config.yaml").write_text("seed: 3  # the lucky one")
-    assert "exists and holds no run" in refusal(tmp_path, TINY)
+    if existing != "resume":
+        assert "give --preset or --config" in refusal(begun.folder, None, existing)
 
 
 def test_two_processes_do_not_train_into_one_folder(copy: Run, tmp_path: Path):
@@ -208,14 +170,12 @@ def test_stages_record_the_precision_that_auto_came_to_and_go_on_with_no_other(c
     assert line in refusal(copy.folder, copy.config, "resume")
 
 
-def test_a_sweep_is_told_with_its_runs(tmp_path: Path):
+def test_a_sweep_opened_as_a_run_names_its_runs(tmp_path: Path):
     (tmp_path / "sweep.json").write_text("{}")
     for seed in range(5):
         Run.begin(tmp_path / "a" / f"seed{seed}", TINY)
-    with pytest.raises(ProbekitError) as caught:
+    with pytest.raises(ProbekitError, match=f"its runs are {tmp_path}/a/seed0, .*seed1, .*seed2, …"):
         Run.open(tmp_path)
-    runs = ", ".join(f"{tmp_path}/a/seed{seed}" for seed in range(3))
-    assert str(caught.value) == f"{tmp_path} is a sweep; its runs are {runs}, …"
 
 
 # Overwriting
@@ -228,19 +188,6 @@ def test_overwriting_begins_anew(copy: Run):
     assert not run.finished("corpus")
 
 
-def test_overwriting_through_a_link_replaces_what_it_leads_to(begun: Run, tmp_path: Path):
-    link = tmp_path / "link"
-    link.symlink_to(begun.folder, target_is_directory=True)
-    (begun.folder / "metrics.jsonl").write_text("")
-    Run.begin(link, TINY, "overwrite")
-    assert link.is_symlink()
-    assert sorted(contents(begun.folder)) == ["config.yaml", "provenance.json", "run.json"]
-
-
-def test_overwriting_needs_settings(begun: Run):
-    assert "give --preset or --config" in refusal(begun.folder, None, "overwrite")
-
-
 # Resuming
 
 
@@ -251,10 +198,6 @@ def test_resuming_keeps_settings_and_stages(copy: Run):
         assert run.config == copy.config
         assert run.variants == list(copy.config.mixing.variants)
     assert contents(copy.folder) == before
-
-
-def test_resuming_where_nothing_is_begins(tmp_path: Path):
-    assert Run.begin(tmp_path / "new", TINY, "resume").config == TINY
 
 
 @pytest.mark.parametrize(
@@ -283,48 +226,33 @@ def test_settings_that_no_stage_depends_on_may_change_and_are_kept(copy: Run):
 # Opening
 
 
-def test_a_missing_folder_is_told_with_the_command_that_makes_it(tmp_path: Path):
-    with pytest.raises(ProbekitError, match=f"no does not exist.*probekit train --out {tmp_path}/no"):
-        Run.open(tmp_path / "no")
+def test_what_is_no_run_cannot_be_opened(begun: Run, tmp_path: Path):
+    def refuses(folder: Path, said: str) -> None:
+        with pytest.raises(ProbekitError, match=said):
+            Run.open(folder)
 
-
-def test_a_folder_without_a_run_is_told(tmp_path: Path):
-    (tmp_path / "file").touch()
-    for path in (tmp_path, tmp_path / "file"):
-        with pytest.raises(ProbekitError, match="holds no run"):
-            Run.open(path)
-
-
-def test_another_format_is_refused_not_guessed_at(begun: Run):
-    write_json(begun.folder / "run.json", {"format": FORMAT + 1, "stages": {}})
-    with pytest.raises(ProbekitError, match=f"run format {FORMAT + 1}, this probekit reads format {FORMAT}"):
-        Run.open(begun.folder)
-
-
-def test_missing_settings_are_named(begun: Run):
+    refuses(tmp_path / "no", f"no does not exist.*probekit train --out {tmp_path}/no")
+    refuses(tmp_path, "holds no run")
+    refuses(begun.folder / "run.json", "holds no run")
     (begun.folder / "config.yaml").unlink()
-    with pytest.raises(ProbekitError, match=r"config\.yaml: No such file"):
-        Run.open(begun.folder)
+    refuses(begun.folder, r"config\.yaml: No such file")
+    write_json(begun.folder / "run.json", {"format": FORMAT + 1, "stages": {}})
+    refuses(begun.folder, f"run format {FORMAT + 1}, this probekit reads format {FORMAT}")
 
 
 # Stages and metrics
 
 
-def test_a_missing_stage_is_told_with_the_command_that_adds_it(begun: Run):
-    with pytest.raises(ProbekitError, match=r"lacks the stage 'planner'.*train --resume --out .*run"):
-        begun.require("planner")
+def test_a_missing_stage_is_named_with_the_command_that_adds_it(begun: Run):
+    for missing in (lambda: begun.require("planner"), lambda: begun.corpus, lambda: begun.frozen_lm().bridged):
+        with pytest.raises(ProbekitError, match=r"lacks the stage .*train --resume --out .*run"):
+            missing()
     begun.mark_finished("planner", {"seconds": 1.0})
     begun.require("planner")
     assert read_json(begun.folder / "run.json")["stages"] == {"planner": {"seconds": 1.0}}
 
 
-@pytest.mark.parametrize("thing", ["corpus", "bridged"])
-def test_what_an_unfinished_stage_would_have_made_is_refused(begun: Run, thing: str):
-    with pytest.raises(ProbekitError, match="lacks the stage"):
-        getattr(begun, thing)
-
-
-def test_results_that_are_not_there_are_told_with_their_command(begun: Run):
+def test_results_that_are_not_there_are_reported_with_their_command(begun: Run):
     for read, command in (
         (begun.metrics, "train it first"),
         (begun.evaluation, "probekit evaluate"),
@@ -368,15 +296,11 @@ def test_a_row_that_an_interruption_cut_off_is_dropped(begun: Run):
     assert list(begun.metrics().stage) == ["lm", "planner"]
 
 
-def test_damaged_metrics_are_named(begun: Run):
+def test_damaged_results_are_named(begun: Run):
     (begun.folder / "metrics.jsonl").write_bytes(b"\xff\xff\n{}\n")
-    with pytest.raises(ProbekitError, match=r"metrics\.jsonl is damaged"):
-        begun.metrics()
-    with pytest.raises(ProbekitError, match=r"metrics\.jsonl is damaged"):
-        begun.begin_stage("lm")
-
-
-def test_damaged_probe_results_are_named(begun: Run):
+    for read in (begun.metrics, lambda: begun.begin_stage("lm")):
+        with pytest.raises(ProbekitError, match=r"metrics\.jsonl is damaged"):
+            read()
     (begun.folder / "probes").mkdir()
     (begun.folder / "probes" / "results.parquet").write_bytes(b"PAR1 no more")
     with pytest.raises(ProbekitError, match=r"results\.parquet is no whole Parquet table"):
@@ -398,23 +322,16 @@ def test_metrics_of_a_training_have_every_stage_with_losses_and_validation(tiny_
 # What is in the folder
 
 
-def test_no_file_of_a_run_is_a_pickle(tiny_run: Run):
-    for path in tiny_run.folder.rglob("*"):
-        if path.is_file():
-            start = path.read_bytes()[:4]
-            assert start[:2] not in {b"PK", *(bytes([0x80, protocol]) for protocol in range(2, 6))}, path
-            assert path.suffix in {".npy", ".safetensors", ".json", ".jsonl", ".yaml", ".arrow"}, path
-            if path.suffix == ".npy":
-                np.load(path, allow_pickle=False)
-
-
-def test_nothing_temporary_is_left_behind(tiny_run: Run):
+def test_files_of_a_run_are_no_pickles_nothing_temporary_and_readable_by_all(tiny_run: Run):
+    files = [path for path in tiny_run.folder.rglob("*") if path.is_file()]
     assert not [path for path in tiny_run.folder.rglob("*") if path.name.startswith(".")]
-
-
-def test_all_files_may_be_read_by_those_the_umask_lets(tiny_run: Run):
-    modes = {path.stat().st_mode for path in tiny_run.folder.rglob("*") if path.is_file()}
-    assert len(modes) == 1
+    assert len({path.stat().st_mode for path in files}) == 1
+    for path in files:
+        start = path.read_bytes()[:2]
+        assert start not in {b"PK", *(bytes([0x80, protocol]) for protocol in range(2, 6))}, path
+        assert path.suffix in {".npy", ".safetensors", ".json", ".jsonl", ".yaml", ".arrow"}, path
+        if path.suffix == ".npy":
+            np.load(path, allow_pickle=False)
 
 
 def test_the_lm_loads_in_plain_transformers_with_the_same_weights(tiny_run: Run):
@@ -426,12 +343,6 @@ def test_the_lm_loads_in_plain_transformers_with_the_same_weights(tiny_run: Run)
     stored = read_tensors(tiny_run.folder / "lm" / "model.safetensors")
     state = plain.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in stored.items())
-
-
-def test_base_and_planner_of_an_opened_run_are_frozen(tiny_run: Run):
-    model = tiny_run.model("joint")
-    assert not any(parameter.requires_grad for parameter in model.parameters())
-    assert not model.training
 
 
 def test_a_run_may_be_moved(tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -467,7 +378,7 @@ def states(backend: Backend, names: list[str]) -> list[torch.Tensor]:
 @pytest.mark.parametrize("variant", ["none", "soft", "random"])
 @pytest.mark.parametrize("beside", [[], ["blocks.1.attn.hook_q"]])
 def test_a_forward_pass_of_the_base_lm_or_of_random_weights(tiny_run: Run, variant: str, beside: list[str]):
-    """On the plain backend, and on the bridge for a hook that no module has."""
+    """On the plain backend, and on the bridge for a hook that no module has; the LM stays as it is."""
     names = [f"blocks.{layer}.hook_resid_pre" for layer in range(3)] + ["ln_final.hook_out"]
     backend = tiny_run.backend_for([*names, *beside], variant, seed=5)
     assert isinstance(backend, BridgeBackend if beside else HFBackend)
@@ -552,16 +463,12 @@ def prepared(tiny_run: Run, tiny_config: Config, tmp_path: Path) -> Run:
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
-def test_a_digest_follows_a_pretrained_lm_in_its_own_folder(prepared: Run, tmp_path: Path, file: str):
+def test_a_run_does_not_go_on_with_other_weights_of_its_lm(prepared: Run, tmp_path: Path, file: str):
     before = prepared.weights_digest("none")
     assert before == prepared.weights_digest("none")
+    assert prepared.plain_model()
     flip(tmp_path / "model" / file)
     assert prepared.weights_digest("none") != before
-
-
-def test_a_run_does_not_go_on_with_other_weights_of_its_lm(prepared: Run, tmp_path: Path):
-    assert prepared.plain_model()
-    flip(tmp_path / "model" / "model.safetensors")
     with pytest.raises(
         ProbekitError, match=f"^{tmp_path}/model is not the LM that .* its files have changed"
     ):
@@ -583,35 +490,24 @@ def test_the_base_lm_needs_no_planner(prepared: Run):
         prepared.planner()
 
 
-def test_a_variant_that_no_setting_names_is_refused(tiny_run: Run):
+def test_models_are_frozen_and_joint_variants_have_a_planner_of_their_own(tiny_run: Run):
+    models = {name: tiny_run.model(name) for name in ("soft", "joint")}
+    for model in models.values():
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+        assert not model.training
+    planners = {name: flat(model.planner) for name, model in models.items()}
+    assert torch.equal(planners["soft"], flat(tiny_run.planner()))
+    assert not torch.equal(planners["joint"], flat(tiny_run.planner()))
     with pytest.raises(ProbekitError, match="has no variant 'gumbel'; it has none, fixed, oracle"):
         tiny_run.model("gumbel")
 
 
-def test_joint_variants_keep_their_own_planner(tiny_run: Run):
-    def weights(variant: str | None) -> torch.Tensor:
-        return torch.cat([p.flatten() for p in tiny_run.planner(variant).parameters()])
-
-    assert torch.equal(weights("soft"), weights(None))
-    assert not torch.equal(weights("joint"), weights(None))
-
-
-def test_weights_of_other_settings_are_named(copy: Run):
+def test_weights_that_do_not_fit_or_are_missing_are_named(copy: Run, monkeypatch: pytest.MonkeyPatch):
     adapters = copy.folder / "adapters"
     shutil.copy(copy.folder / "planner" / "model.safetensors", adapters / "soft.safetensors")
     with pytest.raises(ProbekitError, match=r"soft\.safetensors does not fit"):
         copy.model("soft")
-
-
-def test_a_missing_lm_is_not_looked_for_on_the_hub(copy: Run, monkeypatch: pytest.MonkeyPatch):
     shutil.rmtree(copy.folder / "lm")
     monkeypatch.chdir(copy.folder.parent)
-    with pytest.raises(ProbekitError, match="no such folder"):
+    with pytest.raises(ProbekitError, match="no such folder"):  # it is not looked for on the hub
         Run.open("copy").plain_model()
-
-
-def test_provenance_tells_the_seed_of_a_run_resumed_before_any_stage(tmp_path: Path, tiny_config: Config):
-    Run.begin(tmp_path / "run", tiny_config)
-    resumed = Run.begin(tmp_path / "run", tiny_config.override({"seed": 7}), "resume")
-    assert resumed.config.seed == 7
-    assert read_json(tmp_path / "run" / "provenance.json")["seeds"]["run"] == 7

@@ -124,32 +124,13 @@ def test_what_is_switched_off_decides_nothing(switch: dict[str, object], setting
     assert why_idle(off, name)
 
 
-@pytest.mark.parametrize(
-    ("name", "why"),
-    [
-        ("training.base.rank", "it goes with training.base.tuning lora, which is frozen"),
-        (
-            "training.joint.encoder_learning_rate",
-            "only adapter/straight-through, adapter/gumbel, adapter/joint would use",
-        ),
-        ("probe.hidden", "no stage of training uses it"),
-    ],
-)
-def test_why_a_setting_is_idle(name: str, why: str):
-    config = Config.from_preset("demo").override({"mixing.variants": ["soft"]})
-    assert str(why_idle(config, name)).startswith(why)
-
-
-def test_a_pretrained_lm_is_not_trained():
+def test_a_pretrained_lm_is_not_trained_and_depends_on_no_corpus():
     config = Config.from_preset("gpt2-wikipedia")
-    for settings in ({"seed": 7}, {"training.window": 7}, {"training.precision": "bfloat16"}):
-        assert not changed(config, "lm", settings)
+    for name, value in (
+        ("seed", 7), ("training.window", 7), ("training.precision", "bfloat16"), ("corpus.seed", 7)
+    ):  # fmt: skip
+        assert not changed(config, "lm", {name: value})
     assert not any(changed(config, stage, {"training.lm.epochs": 7}) for stage in stages_of(config))
-
-
-def test_a_pretrained_lm_depends_on_no_corpus():
-    config = Config.from_preset("gpt2-wikipedia")
-    assert not changed(config, "lm", {"corpus.seed": 7})
     assert changed(config, "planner", {"corpus.seed": 7})
     assert changed(config, "corpus", {"lm.name": "another"})
 

@@ -1,6 +1,5 @@
 """The adapter's stage: what each variant's loss is, what it trains, and what it leaves as it was."""
 
-import copy
 import json
 from typing import Any
 
@@ -12,12 +11,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from probekit.data.windows import IGNORE, begun_sentences, collate, cut_windows
-from probekit.errors import ProbekitError
-from probekit.models.frozen_lm import FrozenLM
 from probekit.models.mixing import VARIANTS, Oracle, Predicted
 from probekit.run.run import Run
 from probekit.training.adapter import train_adapter
-from probekit.training.train import train_language_model
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -85,8 +81,7 @@ def joint_loss(run: Run, **settings: Any) -> float:
     return first_loss(rows)
 
 
-@pytest.mark.parametrize("window", [48, 11])
-@pytest.mark.parametrize("accumulate", [1, 5])
+@pytest.mark.parametrize(("window", "accumulate"), [(48, 1), (11, 5)])
 def test_joint_training_adds_the_planners_own_loss_each_sentence_once(
     tiny_run: Run, window: int, accumulate: int
 ):
@@ -125,53 +120,9 @@ def test_the_planners_learning_rate_and_loss_weight_count(tiny_run: Run):
     still = joint_planner(tiny_run, training__joint__planner_learning_rate=0)
     alone, kept = (joint_planner(tiny_run, training__joint__planner_loss_weight=w) for w in (0, 1))
     assert torch.equal(still, before)
-    assert not torch.equal(alone, before)
+    # With its own loss dropped, only the LM's gradient through the mixing can move it.
+    assert (alone - before).abs().max() > 1e-5
     assert not torch.equal(alone, kept)
-
-
-def test_next_token_loss_alone_reaches_the_planner_through_soft_mixing(tiny_run: Run):
-    # With its own loss dropped, what moves the planner can only be the LM's gradient through the mixing.
-    moved = joint_planner(tiny_run, training__joint__planner_loss_weight=0)
-    assert (moved - flat(tiny_run.planner())).abs().max() > 1e-5
-
-
-def test_keeping_its_own_loss_keeps_the_planner_better(tiny_run: Run):
-    corpus, losses = tiny_run.corpus, []
-    for weight in (0, 1):
-        planner = tiny_run.planner()
-        stage, _ = trainer(
-            tiny_run,
-            training__joint__planner_loss_weight=weight,
-            training__joint__planner_learning_rate=1e-2,
-            training__adapter__epochs=3,
-        )
-        train_adapter(stage, "joint", base_lm(tiny_run), planner)
-        losses.append(mean_action_loss(corpus, planner, corpus.documents("validation")))
-    assert losses[1] < losses[0]
-
-
-def test_true_actions_help_where_a_constant_cannot(tiny_run: Run):
-    # On planted text the true action says which words come.
-    stage, _ = trainer(tiny_run, training__lm__epochs=5, training__lm__learning_rate=1e-2)
-    lm = train_language_model(stage)
-    losses = {}
-    for variant in ("fixed", "oracle"):
-        stage, rows = trainer(
-            tiny_run,
-            training__adapter__epochs=6,
-            training__adapter__learning_rate=0.1,
-            conditioning__skip_layers=0,
-        )
-        base = FrozenLM(lambda: copy.deepcopy(lm), lm.config, tiny_run.corpus.tokenizer, "lm")
-        train_adapter(stage, variant, base, tiny_run.planner())
-        losses[variant] = [row["loss"] for row in rows if "loss" in row][-1]
-    assert losses["oracle"] < losses["fixed"] - 0.1
-
-
-def test_a_loss_that_explodes_names_the_stage(tiny_run: Run):
-    stage, _ = trainer(tiny_run, training__adapter__learning_rate=1e30, training__adapter__epochs=3)
-    with pytest.raises(ProbekitError, match=r"training of adapter/soft: the (validation )?loss is"):
-        train_adapter(stage, "soft", base_lm(tiny_run), tiny_run.planner())
 
 
 def test_bfloat16_trains_too_near_to_float32(tiny_run: Run):

@@ -6,13 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_trainings import ALL, QUIET
+from small_trainings import QUIET, run_maker
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from probekit.config import Config
 from probekit.data.windows import IGNORE, Batch, collate, cut_windows
 from probekit.errors import ProbekitError
-from probekit.evaluation.evaluate import evaluate
 from probekit.generation.generate import generate
 from probekit.io import read_json
 from probekit.models.depth_ensemble import MEMBERS, final_norm
@@ -28,31 +27,16 @@ MakeRun = Callable[..., Run]
 
 @pytest.fixture(scope="session")
 def make_run(tiny_run: Run, tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
-    """Trains the ensembles of a run that has all else from the tiny one; equal settings share a run."""
-    made: dict[str, Run] = {}
-
-    def make(**settings: Any) -> Run:
-        name = str(settings)
-        if name not in made:
-            given = {key.replace("__", "."): value for key, value in settings.items()}
-            config = tiny_run.config.override(
-                {
-                    "method": "depth-ensemble",
-                    "training.depth.batch_size": 8,
-                    "training.depth.learning_rate": 1e-2,
-                    "training.base.learning_rate": 3e-3,
-                    "training.base.rank": 2,
-                    "evaluation.questions": 20,
-                }
-                | given
-            )
-            run = Run.begin(tmp_path_factory.mktemp("depth") / "run", config)
-            for stage in ("corpus", "lm", *(["planner"] if config.depth.variant != "none" else [])):
-                run.take_over(stage, tiny_run)
-            made[name] = train(config, run.folder, existing="resume", quiet=True)
-        return made[name]
-
-    return make
+    """Trains the ensembles of a run that has all else from the tiny one."""
+    fixed = {
+        "method": "depth-ensemble",
+        "training.depth.batch_size": 8,
+        "training.depth.learning_rate": 1e-2,
+        "training.base.learning_rate": 3e-3,
+        "training.base.rank": 2,
+        "evaluation.questions": 20,
+    }
+    return run_maker(tiny_run, tmp_path_factory.mktemp("depth"), fixed)
 
 
 def training(run: Run, member: str, **settings: Any) -> tuple[DepthTraining, list[dict[str, Any]]]:
@@ -125,22 +109,23 @@ def test_what_is_observed_is_of_each_layer(tiny_run: Run):
     assert "sparsity" not in alone.observed(np.arange(5))
 
 
-@pytest.mark.parametrize("member", ["ensemble", "distilled"])
-def test_a_step_moves_norms_router_and_what_is_tuned_and_nothing_else(member: str, tiny_run: Run):
-    for tuning in ("frozen", "lora", "full"):
-        trained, _ = training(
-            tiny_run, member, training__base__tuning=tuning, training__depth__batch_size=ALL,
-            training__base__rank=2,
-        )  # fmt: skip
-        before = {name: value.clone() for name, value in trained.ensemble.state_dict().items()}
-        base = [parameter.detach().clone() for parameter in trained._base.parameters]
-        trained.run()
-        after = trained.ensemble.state_dict()
-        moved = {name for name, value in after.items() if not value.equal(before[name])}
-        assert moved == {"scale", "shift", "router.weight", "router.bias"}
-        changed = [not new.equal(old) for new, old in zip(trained._base.parameters, base, strict=True)]
-        # In one step only the second halves of updates move; of all weights, all but the LM's own final norm.
-        assert sum(changed) == {"frozen": 0, "lora": len(base) / 2, "full": len(base) - 2}[tuning]
+@pytest.mark.parametrize(
+    ("member", "tuning"), [("ensemble", "frozen"), ("distilled", "lora"), ("distilled", "full")]
+)
+def test_a_step_moves_norms_router_and_what_is_tuned_and_nothing_else(
+    member: str, tuning: str, tiny_run: Run
+):
+    settings = {"training__base__tuning": tuning, "training__base__rank": 2, "training__depth__epochs": 0.01}
+    trained, _ = training(tiny_run, member, **settings)
+    before = {name: value.clone() for name, value in trained.ensemble.state_dict().items()}
+    base = [parameter.detach().clone() for parameter in trained._base.parameters]
+    trained.run()
+    after = trained.ensemble.state_dict()
+    moved = {name for name, value in after.items() if not value.equal(before[name])}
+    assert moved == {"scale", "shift", "router.weight", "router.bias"}
+    changed = [not new.equal(old) for new, old in zip(trained._base.parameters, base, strict=True)]
+    # In one step only the second halves of updates move; of all weights, all but the LM's own final norm.
+    assert sum(changed) == {"frozen": 0, "lora": len(base) / 2, "full": len(base) - 2}[tuning]
 
 
 def test_updates_in_the_last_layers_alone(tiny_run: Run):
@@ -156,20 +141,21 @@ def test_updates_in_the_last_layers_alone(tiny_run: Run):
         TUNINGS["lora"](tiny_run.plain_model(), BaseSettings(tuning="lora", last_layers=7), 0)
 
 
-@pytest.mark.parametrize("tuning", ["frozen", "lora", "full"])
-def test_every_member_is_found_again_as_it_was_validated(tuning: str, make_run: MakeRun):
-    run = make_run(training__base__tuning=tuning)
-    assert run.members == [*MEMBERS]
-    for member in MEMBERS:
-        assert validation_loss(run, member) == pytest.approx(last_loss(run, member), rel=1e-4)
+@pytest.mark.parametrize(
+    ("tuning", "members"), [("frozen", [*MEMBERS]), ("lora", ["distilled"]), ("full", ["distilled"])]
+)
+def test_every_member_is_found_again_as_it_was_validated(tuning: str, members: list[str], make_run: MakeRun):
+    run = make_run(training__base__tuning=tuning, depth__members=members)
+    assert run.members == members
     stages = read_json(run.folder / "run.json")["stages"]
-    assert stages["depth/ensemble"]["parameters"] == stages["depth/repeated"]["parameters"] == 3 * 32 * 3 + 3
-    assert stages["depth/plain"]["parameters"] == 2 * 32
-    assert ("tuned_parameters" in stages["depth/plain"]) == (tuning != "frozen")
+    sizes = {"plain": 2 * 32} | dict.fromkeys(("repeated", "ensemble", "distilled"), 3 * 32 * 3 + 3)
+    for member in members:
+        assert validation_loss(run, member) == pytest.approx(last_loss(run, member), rel=1e-4)
+        assert stages[f"depth/{member}"]["parameters"] == sizes[member]
+        assert ("tuned_parameters" in stages[f"depth/{member}"]) == (tuning != "frozen")
 
 
-@pytest.mark.parametrize("tuning", ["frozen", "lora"])
-@pytest.mark.parametrize("kind", ["adapter", "token"])
+@pytest.mark.parametrize(("kind", "tuning"), [("adapter", "lora"), ("token", "frozen")])
 def test_on_a_planner_conditioned_lm(kind: str, tuning: str, make_run: MakeRun):
     run = make_run(
         depth__variant="soft", depth__members=["ensemble"], conditioning__kind=kind,
@@ -183,22 +169,12 @@ def test_on_a_planner_conditioned_lm(kind: str, tuning: str, make_run: MakeRun):
 
 
 def test_the_same_seed_gives_the_same_bits(make_run: MakeRun, tiny_run: Run):
-    run = make_run(training__base__tuning="lora")
+    run = make_run(training__base__tuning="lora", depth__members=["distilled"])
     again = [training(run, "distilled")[0].run().state_dict() for _ in range(2)]
     stored = run._ensemble("distilled").state_dict()
     for name, value in stored.items():
         assert again[0][name].equal(again[1][name])
         assert again[0][name].equal(value)
-
-
-def test_ensembles_are_added_to_a_run_that_has_a_planner(tiny_run: Run, make_run: MakeRun, tmp_path):
-    run = Run.begin(tmp_path / "run", tiny_run.config)
-    for stage in ("corpus", "lm", "planner", "adapter/fixed"):
-        run.take_over(stage, tiny_run)
-    config = tiny_run.config.override({"method": "depth-ensemble", "depth.members": ["plain"]})
-    both = train(config, run.folder, existing="resume", quiet=True)
-    assert both.members == ["plain"]
-    assert both.variants == ["fixed"]
 
 
 @pytest.mark.parametrize(
@@ -217,12 +193,6 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     with pytest.raises(ProbekitError, match=said.replace("(", r"\(")):
         train(tiny_config.override({"method": "depth-ensemble"} | settings), tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
-
-
-def test_evaluation_needs_all_members(make_run: MakeRun, tiny_run: Run):
-    run = make_run(depth__members=["plain"])
-    with pytest.raises(ProbekitError, match="lacks the stage 'depth/ensemble'"):
-        evaluate(run, {"depth.members": ["plain", "ensemble"]}, quiet=True)
 
 
 def test_planners_of_folds_score_training_documents(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch):

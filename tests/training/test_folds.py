@@ -186,9 +186,3 @@ def test_fold_planners_are_stages_that_a_run_keeps(
     # Evaluation has the planner of all training documents.
     assert torch.equal(run.model("soft").planner.start, weights["model"])
     assert torch.equal(run.fold_planner(1).start, weights["fold1"])
-
-
-def test_no_fold_planner_is_trained_where_none_is_needed(tiny_config: Config, tmp_path: Path):
-    config = tiny_config.override({"training.planner.folds": 2, "mixing.variants": ["oracle"]})
-    run = train(config, tmp_path / "run", quiet=True)
-    assert list(read_json(run.folder / "run.json")["stages"]) == ["corpus", "lm", "planner", "adapter/oracle"]

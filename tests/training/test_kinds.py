@@ -8,12 +8,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from small_trainings import run_maker
 
 from probekit.data.windows import collate, cut_windows
 from probekit.errors import ProbekitError
-from probekit.evaluation.evaluate import evaluate
 from probekit.io import read_json
-from probekit.models.hook_points import BridgeBackend, HFBackend
 from probekit.models.mixing import VARIANTS
 from probekit.models.planner_lm import PlannedLM, token_losses
 from probekit.models.tuning import TUNINGS
@@ -23,7 +22,6 @@ from probekit.probing.targets import Examples
 from probekit.progress import Progress
 from probekit.run.run import Run
 from probekit.training.adapter import AdapterTraining
-from probekit.training.train import train
 from probekit.training.trainer import Trainer
 
 QUIET = Progress(quiet=True)
@@ -40,21 +38,8 @@ MakeRun = Callable[..., Run]
 
 @pytest.fixture(scope="session")
 def make_run(tiny_run: Run, tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
-    """Trains the adapters of a run that has all else from the tiny one; equal settings share a run."""
-    made: dict[str, Run] = {}
-
-    def make(**settings: Any) -> Run:
-        name = str(settings)
-        if name not in made:
-            given = {key.replace("__", "."): value for key, value in settings.items()}
-            config = tiny_run.config.override({"mixing.variants": ["soft"], **LEARNS, **given})
-            run = Run.begin(tmp_path_factory.mktemp("kinds") / "run", config)
-            for stage in ("corpus", "lm", "planner"):
-                run.take_over(stage, tiny_run)
-            made[name] = train(config, run.folder, existing="resume", quiet=True)
-        return made[name]
-
-    return make
+    """Trains the adapters of a run that has all else from the tiny one."""
+    return run_maker(tiny_run, tmp_path_factory.mktemp("kinds"), {"mixing.variants": ["soft"]} | LEARNS)
 
 
 def validation_loss(run: Run, model: PlannedLM) -> float:
@@ -66,33 +51,6 @@ def validation_loss(run: Run, model: PlannedLM) -> float:
         return token_losses(model(batch, VARIANTS["soft"].evaluation), batch.targets)
 
     return trainer.mean_loss(trainer.windows("validation"), 64, losses)
-
-
-def trained(run: Run, *, plain: bool, **settings: Any) -> tuple[PlannedLM, list[dict[str, Any]]]:
-    """Trains the adapter of soft mixing anew, on the plain module or through the bridge; the rows logged."""
-    rows: list[dict[str, Any]] = []
-    config = run.config.override(
-        LEARNS | {name.replace("__", "."): value for name, value in settings.items()}
-    )
-    trainer = Trainer(config, run.corpus, run.device, rows.append, QUIET)
-    lm = run.frozen_lm()
-    training = AdapterTraining(trainer, "soft", lm, run.planner())
-    assert isinstance(training.model.backend, HFBackend)
-    if not plain:
-        training.model.backend = BridgeBackend(lm.bridged)
-    return training.run(), rows
-
-
-@pytest.mark.parametrize("kind", ["adapter", "embedding", "token"])
-def test_both_backends_train_the_same(tiny_run: Run, kind: str):
-    (fast, quick_rows), (slow, rows) = (
-        trained(tiny_run, plain=plain, conditioning__kind=kind) for plain in (True, False)
-    )
-    found, expected = (pd.DataFrame(rows)[["loss", "validation_loss"]] for rows in (quick_rows, rows))
-    np.testing.assert_allclose(found, expected, rtol=1e-4)
-    assert expected.validation_loss.min() < validation_loss(tiny_run, tiny_run.model("none")) - 1e-3
-    for one, other in zip(fast.adapter.parameters(), slow.adapter.parameters(), strict=True):
-        torch.testing.assert_close(one, other, atol=2e-3, rtol=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -174,15 +132,15 @@ def test_an_lm_is_not_tuned_where_only_the_bridge_has_the_hook(make_run: MakeRun
 # Reading
 
 
-def seen_alone(run: Run, document: int, place: HookPoint) -> torch.Tensor:
-    """What is at a place of a document's first window, from one pass of the bridge over it alone."""
+def seen_alone(run: Run, document: int, point: HookPoint) -> torch.Tensor:
+    """What is at a hook point in a document's first window, from one pass of the bridge over it alone."""
     model = run.model("soft")
     windows = cut_windows(run.corpus, np.array([document]), run.config.training.window, 1000)[:1]
     batch = collate(run.corpus, windows)
     with torch.no_grad():
         read = model.conditioned(batch, VARIANTS["soft"].evaluation)
     seen: list[torch.Tensor] = []
-    name = place[0] if place[0] == "hook_embed" else f"blocks.{place[1]}.{place[0]}"
+    name = point[0] if point[0] == "hook_embed" else f"blocks.{point[1]}.{point[0]}"
     hooks = [*read.hooks, (name, lambda x, hook: seen.append(x[0].flatten(1)))]
     bridged = run.frozen_lm("soft").bridged
     with torch.no_grad(), bridged.hooks(fwd_hooks=hooks):
@@ -190,7 +148,7 @@ def seen_alone(run: Run, document: int, place: HookPoint) -> torch.Tensor:
     return seen[0] if read.slots is None else seen[0][read.slots.own[0]]
 
 
-PLACES: list[HookPoint] = [("hook_embed", 0), ("attn.hook_z", 1), ("hook_resid_post", 2)]
+POINTS: list[HookPoint] = [("hook_embed", 0), ("attn.hook_z", 1), ("hook_resid_post", 2)]
 
 
 @pytest.mark.parametrize(
@@ -207,17 +165,17 @@ def test_activations_are_those_of_the_variants_own_tokens(make_run: MakeRun, set
     documents = run.corpus.documents("test")[:4]
     anchor = run.corpus.document_tokens[documents] + 20
     sentence = np.searchsorted(run.corpus.first_token, anchor, side="right") - 1
-    reader = Reader(run, "soft", PLACES, [1, 4, 18])
+    reader = Reader(run, "soft", POINTS, [1, 4, 18])
     blocks = reader.read(Examples(documents, anchor, sentence, np.zeros((4, 1), np.int64)))
     found = {
-        place: values
+        point: values
         for b, v in zip(reader.stacks, blocks, strict=True)
-        for place, values in zip(b.points, v, strict=True)
+        for point, values in zip(b.points, v, strict=True)
     }
-    for place in PLACES:
+    for point in POINTS:
         for row, document in enumerate(documents):
-            expected = seen_alone(run, document, place)[[19, 16, 2]]
-            torch.testing.assert_close(found[place][:, row], expected, atol=1e-4, rtol=1e-4)
+            expected = seen_alone(run, document, point)[[19, 16, 2]]
+            torch.testing.assert_close(found[point][:, row], expected, atol=1e-4, rtol=1e-4)
 
 
 EVERYWHERE = [
@@ -227,17 +185,17 @@ EVERYWHERE = [
 ]
 
 
-def test_an_added_embedding_changes_all_that_is_behind_it(make_run: MakeRun):
-    run = make_run(conditioning__kind="embedding")
-    before, at = ("hook_embed:before", 0), ("hook_embed", 0)
-    reader = Reader(run, "soft", [before, at, *EVERYWHERE], [1])
-    assert reader.changed_by_conditioning() == {at, *EVERYWHERE}
-
-
-def test_a_planning_token_changes_what_attention_behind_it_reads(make_run: MakeRun):
-    run = make_run(conditioning__kind="token")
-    reader = Reader(run, "soft", [("hook_embed", 0), *EVERYWHERE], [1])
-    assert reader.changed_by_conditioning() == {*EVERYWHERE} - {("hook_resid_pre", 0)}
+@pytest.mark.parametrize(
+    ("kind", "unchanged"),
+    [
+        ("embedding", {("hook_embed:before", 0)}),
+        ("token", {("hook_embed", 0), ("hook_embed:before", 0), ("hook_resid_pre", 0)}),
+    ],
+)
+def test_what_conditioning_changes(make_run: MakeRun, kind: str, unchanged: set[HookPoint]):
+    run = make_run(conditioning__kind=kind)
+    points = [("hook_embed", 0), *EVERYWHERE, *([("hook_embed:before", 0)] if kind == "embedding" else [])]
+    assert Reader(run, "soft", points, [1]).changed_by_conditioning() == {*points} - unchanged
 
 
 def injected(run: Run, locations: list[str], **settings: Any) -> pd.DataFrame:
@@ -286,9 +244,3 @@ def test_only_the_conditioned_location_has_a_before(
 ):
     with pytest.raises(ProbekitError, match=message):
         injected(make_run(conditioning__kind=kind), [location])
-
-
-@pytest.mark.parametrize("settings", [{"conditioning__kind": "token"}, {"training__base__tuning": "lora"}])
-def test_such_runs_are_evaluated(make_run: MakeRun, settings: dict[str, Any]):
-    table = evaluate(make_run(**settings), quiet=True).perplexity.set_index("variant").perplexity
-    assert table["soft"] < table["none"]

@@ -143,23 +143,6 @@ def test_the_loop_is_adamw_with_warmup_cosine_and_clipping(
     torch.testing.assert_close(toy.bias, mine.bias, rtol=1e-10, atol=1e-12)
 
 
-def test_clipping_bounds_the_gradient_of_the_first_step(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(training, "LARGEST_GRADIENT", 1e-3)
-    # AdamW's first step hides how large the gradient was: look at what it is given.
-    seen = []
-    toy = Toy(settings=StageSettings(batch_size=22, epochs=1, learning_rate=1e-9))
-    step = torch.optim.AdamW.step
-
-    def recording(self: torch.optim.AdamW, *arguments: Any, **named: Any) -> Any:
-        seen.append([p.grad.norm().item() for p in (toy.weight, toy.bias)])
-        return step(self, *arguments, **named)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.optim.AdamW, "step", recording)
-        toy.train()
-    assert seen == [pytest.approx([1e-3, 1e-3], rel=1e-3)]
-
-
 @pytest.mark.parametrize("accumulate", [2, 3, 5, 50])
 def test_micro_batches_make_the_same_steps(accumulate: int):
     whole, parts = Toy(), Toy()
@@ -402,7 +385,7 @@ def state_file(folder: Path, settings: StageSettings, every: float = 0.0) -> Sta
 def test_what_was_killed_goes_on_to_the_same_bits(tmp_path: Path, settings: StageSettings, frozen: float):
     whole = Drawing(settings, frozen)
     best = whole.train_with(None)
-    for killed in range(1, whole.calls + 1):
+    for killed in range(1, whole.calls + 1, 4):
         state = state_file(tmp_path / str(killed), settings)
         parts = Drawing(settings, frozen)
         parts.stop_at, parts.stop = killed, lambda: (_ for _ in ()).throw(RuntimeError("killed"))
@@ -440,15 +423,6 @@ def test_who_asks_twice_does_not_wait(tmp_path: Path):
     with pytest.raises(KeyboardInterrupt):
         toy.train_with(state)
     assert not state.state().step
-
-
-def test_a_state_of_other_settings_is_not_gone_on_from(tmp_path: Path):
-    settings = StageSettings(batch_size=5, epochs=3)
-    toy = Drawing(settings)
-    toy.train_with(state_file(tmp_path, settings))
-    assert state_file(tmp_path, settings).state().step == 15
-    other = state_file(tmp_path, settings.model_copy(update={"learning_rate": 0.5}))
-    assert not other.state().step
 
 
 # Losses that are not finite

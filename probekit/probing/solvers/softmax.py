@@ -12,6 +12,10 @@ section 7.2), preconditioned by the exact Hessian of the model that knows only t
 (diag(p) - p p') (x) Z'Z / n + l2 I. The usual probe, of little signal, is a few steps away from that model.
 One eigendecomposition of Z'Z inverts this Hessian for every penalty.
 
+Penalties are compared on validation examples, from strong to weak, each from the solution of the last, at a
+loose tolerance; the fit at the best is then completed. A probe leaves this path once a weaker penalty is
+worse and still weaker ones promise no better (`_promised`): they overfit, and cost the most iterations.
+
 A class without a training example would send its intercept to minus infinity. Such probes get one more
 example, at the mean activation, with a label spread evenly over the absent classes, which together keep a
 probability of about 1 / (n + 1) there. Probes that have seen every class are not affected.
@@ -19,8 +23,8 @@ probability of about 1 / (n + 1) there. Probes that have seen every class are no
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Self
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,8 +41,16 @@ from probekit.probing.solvers.base import (
     standardised,
 )
 
+OF_ZERO, OF_START = 1e-2, 0.1
+"""Shares of the gradient norm at zero weights, and at the start, below which penalties are compared."""
+
+PROMISING, LENGTHS = 0.99, (1.0, 0.25)
+"""The share of the prior's loss below which a step from it is promising; lengths of it that are tried."""
+
 COMPACT = 0.75
 """The batch is rebuilt without its finished probes, at the cost of a copy, once this share is unfinished."""
+
+P = TypeVar("P", bound=tuple[Any, ...])
 
 
 class SoftmaxProbes:
@@ -50,24 +62,36 @@ class SoftmaxProbes:
         n_iter_: Iterations at the kept penalty, from its warm start, [probes].
         converged_: Whether the kept fit met the tolerance, [probes], bool.
         l2_: The penalty kept, [probes].
-        validation_cross_entropy_: In nats, [probes, penalties] in the order given; only after `fit`.
+        validation_cross_entropy_: In nats, [probes, penalties] in the order given; NaN at penalties weaker
+            than the one at which the probe left the path. Only after `fit`.
+        control_: The probes of the control task, at the penalties in `l2_`; None if `fit` got none.
         classes_: Number of classes.
     """
+
+    control_: Self | None = None
 
     def __init__(self, l2: Sequence[float], max_iterations: int = 200, tolerance: float = 1e-4) -> None:
         """Sets the penalties to try and when the solver stops.
 
         Args:
-            l2: Penalties, all positive; fitted from strong to weak, each from the solution of the last.
-            max_iterations: Most evaluations of the gradient for each penalty.
+            l2: Penalties, all positive.
+            max_iterations: Most evaluations of the gradient for a penalty on the path, and to complete a fit.
             tolerance: A probe stops when its gradient norm is at most this share of that at zero weights.
         """
         if not l2 or min(l2) <= 0:
             raise ProbekitError(f"l2 is {list(l2)}; it must hold at least one penalty, all above 0")
         self.l2, self.max_iterations, self.tolerance = tuple(l2), max_iterations, tolerance
 
-    def fit(self, X: Tensor, y: Tensor, classes: int, X_validation: Tensor, y_validation: Tensor) -> Self:
-        """Fits all probes.
+    def fit(
+        self,
+        X: Tensor,
+        y: Tensor,
+        classes: int,
+        X_validation: Tensor,
+        y_validation: Tensor,
+        y_control: Tensor | None = None,
+    ) -> Self:
+        """Chooses a penalty for each probe, and fits all probes.
 
         Args:
             X: Activations, [probes, examples, width]; solved in float64 if they are that, else in float32.
@@ -75,25 +99,32 @@ class SoftmaxProbes:
             classes: Number of classes.
             X_validation: Activations on which the penalty is chosen, with examples of their own.
             y_validation: Their classes.
+            y_control: Classes of a control task for `X`; see `control_`.
 
         Raises:
             ProbekitError: A shape, a class or an activation is wrong; for an activation it names the probe.
         """
         y, y_validation = expand_labels(X, y, classes), expand_labels(X_validation, y_validation, classes)
-        order = sorted(range(len(self.l2)), key=lambda column: -self.l2[column])
-        path = torch.tensor([self.l2[column] for column in order], dtype=torch.float64, device=X.device)
-        best, validation = [], []
+        fitted, controls, chosen, validation = [], [], [], []
         for at in self._chunks(X, classes, X_validation.shape[1]):
-            fits = list(self._solutions(at, X, y, classes, path[:, None].expand(-1, len(X))))
-            found = [losses(X_validation[at], y_validation[at], *fitted[:2]).mean(1) for fitted in fits]
-            validation.append(torch.stack(found, 1))
-            rows = validation[-1].argmin(1), torch.arange(len(found[0]), device=X.device)
-            best.append(_Fitted(*(torch.stack(parts)[rows] for parts in zip(*fits, strict=True))))
-        self._keep(best)
-        along_path = torch.cat(validation)
-        check_validation(along_path)
-        self.l2_, self.classes_ = path[along_path.argmin(1)], classes
-        self.validation_cross_entropy_ = along_path[:, torch.tensor(order).argsort()]
+            Z, basis = _rotated(X[at], at.start)
+            problem = _Problem.of(Z, y[at], classes)
+            path = self._follow_path(problem, basis, X_validation[at], y_validation[at])
+            l2 = torch.tensor(self.l2, dtype=torch.float64, device=X.device)[path.column]
+            found = self._complete(problem, basis, l2, path.weights)
+            kept = losses(X_validation[at], y_validation[at], found.coef, found.intercept).mean(1)
+            check_validation(kept, at.start)
+            fitted.append(found._replace(n_iter=path.n_iter + found.n_iter))
+            validation.append(path.validation.scatter(1, path.column[:, None], kept[:, None]))
+            chosen.append(l2)
+            if y_control is not None:
+                problem = _Problem.of(Z, expand_labels(X, y_control, classes)[at], classes)
+                controls.append(self._complete(problem, basis, l2, problem.start()))
+        self._keep(fitted, torch.cat(chosen), classes)
+        self.validation_cross_entropy_ = torch.cat(validation)
+        if controls:
+            self.control_ = type(self)(self.l2, self.max_iterations, self.tolerance)
+            self.control_._keep(controls, self.l2_, classes)
         return self
 
     def fit_at(self, X: Tensor, y: Tensor, classes: int, l2: Tensor) -> Self:
@@ -111,9 +142,12 @@ class SoftmaxProbes:
         y = expand_labels(X, y, classes)
         if l2.shape != X.shape[:1] or not l2.min() > 0:
             raise ProbekitError(f"l2 {l2.tolist()} must be a penalty above 0 for each of {len(X)} probes")
-        chunks = self._chunks(X, classes, 0)
-        self._keep([next(self._solutions(at, X, y, classes, l2[None])) for at in chunks])
-        self.l2_, self.classes_ = l2, classes
+        fitted = []
+        for at in self._chunks(X, classes, 0):
+            Z, basis = _rotated(X[at], at.start)
+            problem = _Problem.of(Z, y[at], classes)
+            fitted.append(self._complete(problem, basis, l2[at], problem.start()))
+        self._keep(fitted, l2, classes)
         return self
 
     def log_probabilities(self, X: Tensor) -> Tensor:
@@ -122,25 +156,43 @@ class SoftmaxProbes:
 
     def _chunks(self, X: Tensor, classes: int, validation: int) -> list[slice]:
         examples, width = max(X.shape[1], validation), X.shape[2]
-        elements = examples * (3 * width + 2 * classes) + (2 * len(self.l2) + 10) * width * classes
-        return probe_slices(len(X), elements, X)
+        return probe_slices(len(X), examples * (3 * width + 2 * classes) + 12 * width * classes, X)
 
-    def _solutions(self, at: slice, X: Tensor, y: Tensor, classes: int, path: Tensor) -> Iterator[_Fitted]:
-        """The fits of a chunk of probes at each penalty of a path [penalties, probes], each from the last."""
-        Z, mean, scale = standardised(X[at].to(solver_dtype(X)), at.start)
-        problem, basis = _rotated(Z, y[at], classes)
-        weights = torch.cat([basis.new_zeros(len(Z), Z.shape[2], classes), problem.prior.log()], 1)
-        rounding = 8 * torch.finfo(Z.dtype).eps  # where no feature varies, the gradient is rounding alone
-        threshold = (self.tolerance * _norm(problem.gradient(weights)[1])).clamp(min=rounding)
-        for l2 in path[:, at, None, None].to(Z):
-            weights, *status = _minimise(problem._replace(l2=l2), weights, threshold, self.max_iterations)
-            coef = torch.bmm(basis, weights[:, :-1]) / scale.mT
-            intercept = weights[:, -1] - weights[:, -1].mean(1, keepdim=True) - torch.bmm(mean, coef)[:, 0]
-            yield _Fitted(coef, intercept, *status)
+    def _follow_path(self, problem: _Problem, basis: _Basis, X: Tensor, y: Tensor) -> _Path:
+        """Weakens the penalty of each probe as long as its loss on validation examples falls."""
+        weights, active = problem.start(), torch.arange(len(X), device=X.device)
+        order = sorted(range(len(self.l2)), key=lambda column: -self.l2[column])
+        validation = weights.new_full((len(X), len(self.l2)), torch.nan)
+        path = _Path(weights.clone(), torch.zeros_like(active), torch.zeros_like(active), validation)
+        least = weights.new_full((len(X),), torch.inf)
+        promised = _promised(problem, basis, X, y, [self.l2[column] for column in order])
+        for step, column in enumerate(order):
+            problem = problem._replace(l2=torch.full_like(problem.l2, self.l2[column]))
+            weights, n_iter, _ = _minimise(problem, weights, self.tolerance, self.max_iterations, loose=True)
+            found = losses(X[active], y[active], *basis.on_raw(weights)).mean(1)
+            path.validation[active, column] = found
+            better = found < least[active]
+            rows = active[better]
+            path.weights[rows], path.n_iter[rows], path.column[rows] = weights[better], n_iter[better], column
+            least[rows] = found[better]
+            stays = better | (promised[active, step] < least[active])
+            if not stays.any():
+                break
+            if not stays.all():
+                active, weights = active[stays], weights[stays]
+                problem, basis = _rows(problem, stays), _rows(basis, stays)
+        return path
 
-    def _keep(self, chunks: list[_Fitted]) -> None:
+    def _complete(self, problem: _Problem, basis: _Basis, l2: Tensor, start: Tensor) -> _Fitted:
+        """Fits a chunk of probes, each at its own penalty [probes]."""
+        problem = problem._replace(l2=l2[:, None, None].to(start))
+        weights, n_iter, converged = _minimise(problem, start, self.tolerance, self.max_iterations)
+        return _Fitted(*basis.on_raw(weights), n_iter, converged)
+
+    def _keep(self, chunks: list[_Fitted], l2: Tensor, classes: int) -> None:
         results = (torch.cat(parts) for parts in zip(*chunks, strict=True))
         self.coef_, self.intercept_, self.n_iter_, self.converged_ = results
+        self.l2_, self.classes_ = l2, classes
 
 
 class _Fitted(NamedTuple):
@@ -152,18 +204,62 @@ class _Fitted(NamedTuple):
     converged: Tensor
 
 
+class _Path(NamedTuple):
+    """The best penalty of each probe on its path."""
+
+    weights: Tensor  # [probes, rank + 1, classes], as in `_Problem`
+    n_iter: Tensor  # [probes]
+    column: Tensor  # [probes], of the penalty
+    validation: Tensor  # [probes, penalties], as in `SoftmaxProbes`
+
+
+class _Basis(NamedTuple):
+    """How features of problems are made of raw activations: z = (x - mean) / scale @ vectors."""
+
+    vectors: Tensor  # [probes, width, rank], orthonormal columns
+    mean: Tensor  # [probes, 1, width], as is scale
+    scale: Tensor
+
+    def on_raw(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights [probes, width, classes] and intercepts [probes, classes] for raw activations."""
+        coef = torch.bmm(self.vectors, weights[:, :-1]) / self.scale.mT
+        intercept = weights[:, -1] - weights[:, -1].mean(1, keepdim=True)
+        return coef, intercept - torch.bmm(self.mean, coef)[:, 0]
+
+
 class _Problem(NamedTuple):
     """Probes in the eigenbasis of their standardised features; a last feature of 1 carries the intercept."""
 
-    Z: Tensor  # [probes, examples, width + 1]
+    Z: Tensor  # [probes, examples, rank + 1]
     y: Tensor  # [probes, examples, 1]
-    spectrum: Tensor  # [probes, width + 1, 1]: mean square of each feature
+    spectrum: Tensor  # [probes, rank + 1, 1]: mean square of each feature
     prior: Tensor  # [probes, 1, classes]: class shares, the added example included
     absent: Tensor  # [probes, 1, classes]: the added example's label, zeros where no class is absent
+    size: Tensor  # [probes]: norm of the gradient at zero weights
     l2: Tensor  # [probes, 1, 1]
 
+    @classmethod
+    def of(cls, Z: Tensor, y: Tensor, classes: int) -> Self:
+        """The problem of rotated features and classes [probes, examples]; its penalty is not set."""
+        probes, examples, rank = Z.shape
+        ones = Z.new_ones(probes, 1, examples)
+        counts = Z.new_zeros(probes, 1, classes).scatter_add_(2, y[:, None], ones)
+        absent = absent_classes(counts)
+        prior = (counts + absent) / (counts + absent).sum(2, keepdim=True)
+        # At zero weights the gradient is minus the sum of the features, which are centred, over each class.
+        sums = Z.new_zeros(probes, classes, rank).scatter_add_(1, y[..., None].expand_as(Z), Z)
+        size = _norm(sums[..., :-1]) / examples
+        spectrum = Z.square().mean(1)[..., None]
+        return cls(Z, y[..., None], spectrum, prior, absent, size, torch.zeros_like(Z[:, :1, :1]))
+
+    def start(self) -> Tensor:
+        """The weights of the model that knows only the prior, [probes, rank + 1, classes]."""
+        weights = self.prior.new_zeros(len(self.Z), self.Z.shape[2], self.prior.shape[2])
+        weights[:, -1:] = self.prior.log()
+        return weights
+
     def gradient(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """The objective [probes, 1, 1] and its gradient [probes, width + 1, classes]."""
+        """The objective [probes, 1, 1] and its gradient [probes, rank + 1, classes]."""
         examples = self.Z.shape[1]
         log_p = torch.log_softmax(torch.bmm(self.Z, weights), -1)
         objective = -log_p.gather(2, self.y).mean((1, 2), keepdim=True)
@@ -190,7 +286,7 @@ class _Problem(NamedTuple):
 class _State(NamedTuple):
     """The state of the search; every probe has a line search of its own."""
 
-    weights: Tensor  # [probes, width + 1, classes], as are gradient and direction
+    weights: Tensor  # [probes, rank + 1, classes], as are gradient and direction
     objective: Tensor  # [probes, 1, 1], as is step
     gradient: Tensor
     direction: Tensor
@@ -219,13 +315,15 @@ def _advance(problem: _Problem, at: _State) -> _State:
 
 
 def _minimise(
-    problem: _Problem, start: Tensor, threshold: Tensor, max_iterations: int
+    problem: _Problem, start: Tensor, tolerance: float, max_iterations: int, *, loose: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs each probe until its gradient norm is at most its threshold.
+    """Runs each probe until its gradient norm is at most a share of that at zero weights.
 
     Returns:
-        Weights [probes, width + 1, classes], iterations [probes], and whether the probe converged [probes].
+        Weights [probes, rank + 1, classes], iterations [probes], and whether the probe converged [probes].
     """
+    rounding = 8 * torch.finfo(start.dtype).eps  # where no feature varies, the gradient is rounding alone
+    threshold = (tolerance * problem.size).clamp(min=rounding)
     # A step of zero from an infinite objective: the first call of _advance evaluates the start.
     zero, infinite = torch.zeros_like(start), start.new_full((len(start), 1, 1), torch.inf)
     state = _State(start, infinite, zero, zero, torch.zeros_like(infinite))
@@ -236,37 +334,60 @@ def _minimise(
         state = _advance(problem, state)
         running = ~converged[active]
         result[active[running]] = state.weights[running]
+        if loose and iteration == 0:
+            threshold = threshold.maximum((OF_START * _norm(state.gradient)).minimum(OF_ZERO * problem.size))
         stopped = active[running & (_norm(state.gradient) <= threshold[active])]
         converged[stopped], iterations[stopped] = True, iteration
         running = ~converged[active]
         if not running.any():
             break
         if running.sum() <= COMPACT * len(active):
-            active, problem = active[running], _Problem(*(part[running] for part in problem))
-            state = _State(*(part[running] for part in state))
+            active, problem, state = active[running], _rows(problem, running), _rows(state, running)
     return result, iterations, converged
 
 
-def _rotated(Z: Tensor, y: Tensor, classes: int) -> tuple[_Problem, Tensor]:
-    """The problem in the eigenbasis of the features, and that basis, [probes, width, width]."""
-    probes, examples, _ = Z.shape
-    spectrum, basis = _eigen(torch.bmm(Z.mT, Z) / examples)
-    one = Z.new_ones(probes, 1, 1)
-    spectrum = torch.cat([spectrum.clamp(min=0)[..., None], one], 1)
-    Z = torch.cat([torch.bmm(Z, basis), one.expand(-1, examples, -1)], 2)
-    counts = Z.new_zeros(probes, 1, classes).scatter_add_(2, y[:, None], one.expand(-1, -1, examples))
-    absent = absent_classes(counts)
-    prior = (counts + absent) / (counts + absent).sum(2, keepdim=True)
-    return _Problem(Z, y[..., None], spectrum, prior, absent, torch.zeros_like(one)), basis
+def _rotated(X: Tensor, first: int) -> tuple[Tensor, _Basis]:
+    """The features [probes, examples, rank + 1] of problems, and their basis; see `standardised`."""
+    Z, mean, scale = standardised(X.to(solver_dtype(X)), first)
+    probes, examples, width = Z.shape
+    span = None
+    if examples < width:  # the penalty keeps the weights in the span of the examples
+        span = torch.linalg.qr(Z.mT).Q
+        Z = torch.bmm(Z, span)
+    vectors = _eigenvectors(torch.bmm(Z.mT, Z) / examples)
+    Z = torch.cat([torch.bmm(Z, vectors), Z.new_ones(probes, examples, 1)], 2)
+    return Z, _Basis(vectors if span is None else torch.bmm(span, vectors), mean, scale)
 
 
-def _eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors; in float64 where float32 does not converge."""
+def _promised(problem: _Problem, basis: _Basis, X: Tensor, y: Tensor, path: Sequence[float]) -> Tensor:
+    """The validation loss that penalties weaker than each of a path promise, [probes, penalties].
+
+    It is that of one preconditioned step from the class prior, if that gains enough; infinite otherwise.
+    Where classes differ in directions of small variance alone, the loss first rises, and falls later.
+    """
+    start = problem.start()
+    gradient = problem.gradient(start)[1]
+    prior, promised = losses(X, y, *basis.on_raw(start)).mean(1), []
+    for l2 in path[1:]:
+        step = problem._replace(l2=torch.full_like(problem.l2, l2)).precondition(gradient)
+        tried = [losses(X, y, *basis.on_raw(start - length * step)).mean(1) for length in LENGTHS]
+        promised.append(torch.stack(tried).amin(0))
+    promised.append(torch.full_like(prior, torch.inf))
+    least = torch.stack(promised, 1).flip(1).cummin(1).values.flip(1)
+    return torch.where(least < PROMISING * prior[:, None], least, torch.inf)
+
+
+def _rows(parts: P, rows: Tensor) -> P:
+    """The same for some of the probes."""
+    return type(parts)(*(part[rows] for part in parts))
+
+
+def _eigenvectors(gram: Tensor) -> Tensor:
+    """Eigenvectors of symmetric matrices; found in float64 where float32 does not converge."""
     try:
-        found = torch.linalg.eigh(gram)
+        return torch.linalg.eigh(gram)[1]
     except torch.linalg.LinAlgError:
-        found = torch.linalg.eigh(gram.double())
-    return found[0].to(gram.dtype), found[1].to(gram.dtype)
+        return torch.linalg.eigh(gram.double())[1].to(gram.dtype)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -92,7 +92,8 @@ def test_results_do_not_depend_on_the_batch(limit, monkeypatch):
     monkeypatch.setitem(batch.CHUNK_BYTES, "cpu", limit)
     again = fit((X, labels, X_validation, y_validation), [1e-1, 1e-3])
     for name in ("coef_", "intercept_", "l2_", "n_iter_", "converged_", "validation_cross_entropy_"):
-        assert torch.allclose(getattr(together, name), getattr(again, name), rtol=1e-9)
+        pair = getattr(together, name), getattr(again, name)
+        torch.testing.assert_close(*pair, rtol=1e-9, atol=0, equal_nan=True)
     for probe in range(5):
         part = slice(probe, probe + 1)
         alone = fit((X[part], labels[part], X_validation[part], y_validation), [1e-1, 1e-3])
@@ -100,21 +101,66 @@ def test_results_do_not_depend_on_the_batch(limit, monkeypatch):
         assert alone.n_iter_[0] == together.n_iter_[probe]
 
 
-def test_each_probe_keeps_the_penalty_that_is_best_on_validation():
-    X, y, X_validation, y_validation = planted(probes=6, examples=150, classes=5)
-    for data, share in ((X, 1), (X_validation, 0)):  # ever more noise, on training and validation
+def noisy(probes=6, examples=150, seed=0):
+    """As `planted`, with ever more noise on training and validation examples."""
+    X, y, X_validation, y_validation = planted(probes, examples, seed=seed)
+    for data, share in ((X, 1), (X_validation, 0)):
         noise = torch.randn(data.shape, generator=torch.Generator().manual_seed(share), dtype=data.dtype)
-        data += noise * data.std(1, keepdim=True) * torch.logspace(-2, 1.5, 6)[:, None, None]
-    l2 = [1e-3, 1.0, 1e-2, 1e-1]
-    found = fit((X, y, X_validation, y_validation), l2)
-    assert found.l2_.tolist() == [l2[column] for column in found.validation_cross_entropy_.argmin(1)]
-    assert len(found.l2_.unique()) > 1
-    for column, penalty in enumerate(l2):
-        alone = fit((X, y, X_validation, y_validation), [penalty])
-        loss = found.validation_cross_entropy_[:, column]
-        assert torch.allclose(alone.validation_cross_entropy_[:, 0], loss, rtol=1e-6)
-    loss = cross_entropy(found.log_probabilities(X_validation), y_validation)
-    assert torch.allclose(loss, found.validation_cross_entropy_.min(1).values)
+        data += noise * data.std(1, keepdim=True) * torch.logspace(-2, 1.5, probes)[:, None, None]
+    return X, y, X_validation, y_validation
+
+
+def ill_conditioned(probes=6, examples=400, width=40, classes=6, seed=0):
+    """A few directions hold nearly all variance; the classes are told apart in the others."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.logspace(1.5, -2, width)
+    means = torch.randn(probes, classes, width, generator=generator) * (scale < 1)
+    y = torch.randint(0, classes, (2 * examples,), generator=generator)
+    X = means[:, y] * torch.logspace(-0.7, 0.3, probes)[:, None, None]
+    X = (X + torch.randn(probes, 2 * examples, width, generator=generator)) * scale
+    X = X @ torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
+    return X[:, :examples], y[:examples], X[:, examples:], y[examples:]
+
+
+PATH = [1e-3, 1.0, 1e-2, 1e-4, 1e-1]
+
+
+@pytest.mark.parametrize("make", [noisy, ill_conditioned])
+def test_the_path_ends_where_a_weaker_penalty_is_worse(make):
+    """Against a fit of every probe at every penalty."""
+    X, y, X_validation, y_validation = data = make()
+    classes = int(y.max()) + 1
+    found = fit(data, PATH, classes, tolerance=1e-4)
+    assert found.converged_.all()
+    exact = torch.cat([fit(data, [l2], classes).validation_cross_entropy_ for l2 in PATH], 1)
+    assert found.l2_.tolist() == [PATH[column] for column in exact.argmin(1)]
+    fitted = found.validation_cross_entropy_.isfinite()
+    assert torch.allclose(found.validation_cross_entropy_[fitted], exact[fitted], rtol=0.1)
+    order = sorted(range(len(PATH)), key=lambda column: -PATH[column])
+    for along, seen, kept in zip(exact[:, order], fitted[:, order], exact[:, order].argmin(1), strict=True):
+        assert seen[: seen.sum()].all(), "a path has no gaps"
+        if not seen.all():
+            assert along[seen].argmin() == kept
+            assert seen.sum() > kept + 1, "it ends after a worse penalty"
+    least = found.validation_cross_entropy_.nan_to_num(torch.inf).min(1).values
+    log_p = found.log_probabilities(X_validation)
+    assert torch.allclose(cross_entropy(log_p, y_validation), least, rtol=1e-5)
+    alone = SoftmaxProbes([1.0], 500, 1e-8).fit_at(X, y, classes, found.l2_)
+    exact_loss = cross_entropy(alone.log_probabilities(X_validation), y_validation)
+    assert torch.allclose(cross_entropy(log_p, y_validation), exact_loss, rtol=2e-2)
+
+
+def test_the_control_task_is_fitted_at_the_penalty_of_the_real_one():
+    X, y, X_validation, y_validation = noisy()
+    control = torch.stack([y.roll(shift) for shift in range(6)])
+    found = SoftmaxProbes(PATH, 500, 1e-7).fit(X, y, 5, X_validation, y_validation, control)
+    assert found.control_ is not None
+    alone = SoftmaxProbes([1.0], 500, 1e-7).fit_at(X, control, 5, found.l2_)
+    assert torch.equal(found.control_.l2_, found.l2_)
+    assert torch.allclose(found.control_.coef_, alone.coef_)
+    without = SoftmaxProbes(PATH, 500, 1e-7).fit(X, y, 5, X_validation, y_validation)
+    assert without.control_ is None
+    assert torch.equal(without.coef_, found.coef_)
 
 
 def test_absent_classes_share_one_example():
@@ -159,12 +205,17 @@ def test_width_above_the_number_of_examples():
     found = fit((X, y, X_validation, y_validation), [1e-1, 1e-4], max_iterations=200, tolerance=1e-4)
     assert found.converged_.all()
     assert found.log_probabilities(X_validation).isfinite().all()
+    exact = SoftmaxProbes([1.0], 500, 1e-8).fit_at(X.double(), y, 5, torch.full((4,), 1e-2))
+    Z = StandardScaler().fit_transform(X[0].double().numpy())
+    oracle = LogisticRegression(C=1 / (60 * 1e-2), tol=1e-10, max_iter=10_000).fit(Z, y.numpy())
+    found_log_p = exact.log_probabilities(X.double())[0].numpy()
+    assert found_log_p == pytest.approx(oracle.predict_log_proba(Z), abs=1e-4)
 
 
 def test_one_iteration_is_flagged_as_not_enough():
     found = fit(planted(), [1e-3], max_iterations=1)
     assert not found.converged_.any()
-    assert found.n_iter_.tolist() == [1] * 4
+    assert found.n_iter_.tolist() == [2] * 4  # one to compare penalties, one to complete the fit
 
 
 def test_half_precision_activations_are_solved_in_float32():

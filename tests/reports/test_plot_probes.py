@@ -15,16 +15,16 @@ from synthetic_probes import BASELINES, DISTANCES, LAYERS, accuracy_of, probe_ta
 
 from probekit.models.mixing import VARIANTS
 from probekit.probing.results import MODEL_FREE
-from probekit.reports.figures import (
+from probekit.reports.drawing import draw_intervals
+from probekit.reports.plot_probes import (
     BASELINE_STYLES,
     METRICS,
     Panel,
-    colour_scale,
-    draw_intervals,
     mean_over_seeds,
     panels,
     probe_heat_map,
     probe_lines,
+    probe_scale,
     save_probe_figures,
 )
 
@@ -118,7 +118,7 @@ def test_the_heat_map_colours_what_it_says():
 def test_signed_metrics_part_their_colours_at_zero():
     cells = Panel("none", "attn.hook_z").cells(table())
     for metric in METRICS:
-        scale = colour_scale([mean_over_seeds(cells, metric)], metric)
+        scale = probe_scale([mean_over_seeds(cells, metric)], metric).norm
         assert (scale.vmin == -scale.vmax) == (metric in ("gain", "selectivity"))
         assert scale.vmin <= 0.0 < scale.vmax
 
@@ -256,7 +256,7 @@ def test_values_intervals_and_seeds_are_drawn_where_they_are():
     axes = Figure().subplots()
     draw_intervals(axes, table, ["b", "a", "not there"], {"a": "first"})
     assert [label.get_text() for label in axes.get_yticklabels()] == ["b", "first", "not there"]
-    assert [text.get_text() for text in axes.texts] == ["−0.25", "1.00 [0.50, 1.75]"]
+    assert [text.get_text() for text in axes.texts] == ["−0.250 (no interval)", "1.00 [0.50, 1.75]"]
     points = {tuple(map(tuple, line.get_xydata())) for line in axes.lines if line.get_marker() in ("o", "|")}
     assert ((1.0, 1.0),) in points
     assert ((0.9, 1.0), (1.1, 1.0)) in points

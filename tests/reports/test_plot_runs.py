@@ -13,8 +13,8 @@ from synthetic_probes import BASELINES, DISTANCES, LAYERS, accuracy_of, probe_ta
 import probekit
 from probekit.errors import ProbekitError
 from probekit.io import write_json
-from probekit.reports.figures import METRICS
-from probekit.reports.plots import draw_over_training, over_training_numbers
+from probekit.reports.plot_over_training import draw_over_training, over_training_numbers
+from probekit.reports.plot_probes import METRICS
 from probekit.run.run import Run
 
 
@@ -68,7 +68,7 @@ def test_perplexity_has_a_line_for_each_model(tiny_run: Run, tmp_path: Path):
     names = [label.get_text() for label in axes.get_yticklabels()]
     assert names == ["none", "oracle (planner actions)", "oracle (true actions)", "soft"]
     texts = [text.get_text() for text in axes.texts]
-    assert texts == [f"{value:.2f} [{value - 1:.2f}, {value + 2:.2f}]" for _, _, value in rows]
+    assert texts == [f"{value:.1f} [{value - 1:.1f}, {value + 2:.1f}]" for _, _, value in rows]
 
 
 def test_probes_of_several_variants_share_their_colours(probed: Run):
@@ -146,7 +146,7 @@ def test_a_target_with_control_characters_is_drawn(probed: Run, tmp_path: Path):
     run = Run.open(shutil.copytree(probed.folder, tmp_path / "run"))
     path = run.folder / "probes" / "results.parquet"
     pd.read_parquet(path).assign(target="a\x07$b").to_parquet(path)
-    assert "a\ufffd$b" in probekit.plot_probes(run).get_suptitle()
+    assert "a‹U+0007›$b" in probekit.plot_probes(run).get_suptitle()
 
 
 def test_a_notebook_shows_the_picture_where_pyplot_was_never_used(tiny_run: Run):

@@ -1,107 +1,39 @@
-"""How results are shown: one description of every column, and the display tables that follow from it.
+"""The display tables of every kind of result, and the notes that belong to them.
 
-In a result table the 95 % interval of a column `x` is in `x_low` and `x_high`. A display table holds strings
-only: the terminal, the report and notebooks show the same ones, so that nothing is formatted twice.
+The terminal and the report show these; how a column is shown is decided in `display`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
-from unicodedata import category
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import pandas as pd
 
 from probekit.data.corpus import Corpus, action_table, sentence_lengths, sizes
 from probekit.models.hook_points import label
-
-INTERVALS = "95 % intervals from resampling documents"
+from probekit.reports.display import (
+    INTERVALS,
+    Table,
+    by_metric,
+    display,
+    heading,
+    number,
+    ordered,
+    shortened,
+)
 
 SHOWN_ACTIONS = 30
 """Actions that the table of a corpus shows, the most frequent ones."""
 
-SHOWN_CHARACTERS = 100
-"""Characters of a sentence that are shown."""
-
 MANY_ROWS = 12
 """Longer tables of differences are folded on a page."""
-
 
 MORE_BOUNDARIES = "raise intervene.boundaries, or intervene.samples where that is fewer"
 """What to do where interventions are measured in few documents."""
 
 MORE_SUBNETWORK_DOCUMENTS = "raise subnetwork.documents, or give more documents"
 """What to do where a subnetwork is measured on few documents."""
-
-
-class Column(NamedTuple):
-    """How a column or metric is shown: `better` is 1 (higher), -1 (lower) or 0 (neither)."""
-
-    label: str
-    unit: str = ""
-    better: int = 0
-    decimals: int = 3
-    signed: bool = False
-
-
-COLUMNS: dict[str, Column] = {
-    # Perplexity and multiple choice
-    "perplexity": Column("perplexity", better=-1),
-    "difference": Column("first - second", signed=True),
-    # Planners, probes, multiple choice
-    "accuracy": Column("accuracy", better=1),
-    "top5": Column("top-5 accuracy", better=1),
-    "cross_entropy": Column("cross-entropy", "nats", better=-1),
-    "bits": Column("bits over the prior", better=1),
-    "gain": Column("gain in bits", better=1, signed=True),
-    "gain_over": Column("gain over"),
-    "selectivity": Column("selectivity", better=1, signed=True),
-    "compression": Column("compression", better=1),
-    "shortfall": Column("below the ceiling", "bits", better=-1),
-    "auroc": Column("AUROC", better=1),
-    "calibration_error": Column("calibration error", better=-1),
-    "r2": Column("R²", better=1),
-    "rank_correlation": Column("rank correlation", better=1),
-    # Generated text
-    "rouge2": Column("ROUGE-2", better=1),
-    "levenshtein": Column("edit distance", "actions", better=-1),
-    "levenshtein_normalised": Column("edit distance, normalised", better=-1),
-    "latent_perplexity": Column("latent perplexity", better=-1),
-    "mauve": Column("MAUVE", better=1),
-    "empty": Column("blank texts"),
-    "plan_following": Column("given action", better=1),
-    "plan_following_by_chance": Column("given action, by chance"),
-    # Interventions: changes of the loss, in nats a token, and what probes read
-    "next_loss": Column("next sentence", signed=True),
-    "next_loss_over_random": Column("over random", signed=True),
-    "rest_loss_over_random": Column("rest, over random", signed=True),
-    "other_loss": Column("later sentences", signed=True),
-    "readout_true": Column("probe, true action"),
-    "fitted_accuracy": Column("before erasing"),
-    "refitted_accuracy": Column("refitted after erasing"),
-    "prior_accuracy": Column("most frequent action"),
-    "plan_following_unedited": Column("without the edit"),
-    "plan_following_over_random": Column("given action, over random", better=1, signed=True),
-    # Subnetworks
-    "removed": Column("components"),
-    "first_loss_change": Column("first token", signed=True),
-    "rest_loss_change": Column("rest of it", signed=True),
-    "other_loss_change": Column("first sentences", signed=True),
-    "refitted_bits": Column("bits, refitted probe", better=1),
-    # Sweeps and stages
-    "seed_spread": Column("spread over seeds"),
-    "seconds": Column("seconds", decimals=1),
-    "tuned_parameters": Column("and of its LM"),
-    "taken_from": Column("taken from"),
-    # Losses of a stage of training
-    "first_loss": Column("first", decimals=4),
-    "last_loss": Column("last", decimals=4),
-    "lowest_validation_loss": Column("lowest in validation", decimals=4),
-}
-"""All columns whose label is not simply their name, metrics in the order in which tables show them."""
-
-ORDER = {name: number for number, name in enumerate(COLUMNS)}
 
 EFFECTS = ("next_loss", "next_loss_over_random", "rest_loss_over_random", "other_loss", "readout_true")
 ERASURE = ("fitted_accuracy", "refitted_accuracy", "prior_accuracy")
@@ -115,135 +47,6 @@ REMOVED = {
     "random": "random",
 }
 """Conditions of a subnetwork, in their order, by what is removed."""
-
-
-class Table(NamedTuple):
-    """A display table: strings by column label, and whether a page hides it until it is asked for."""
-
-    caption: str
-    cells: pd.DataFrame
-    folded: bool = False
-
-    @property
-    def numeric(self) -> list[bool]:
-        """Whether each column holds nothing but numbers, and is aligned to the right."""
-        return [bool(self.cells[name].str.match(r"[-+]?\d|$").all()) for name in self.cells]
-
-
-def described(name: str) -> Column:
-    """The description of a column; one that is not listed is called by its name."""
-    return COLUMNS.get(name, Column(name.replace("_", " ")))
-
-
-def heading(name: str) -> str:
-    """A column's label with its unit, and an arrow towards better values."""
-    column = described(name)
-    unit = f" ({column.unit})" if column.unit else ""
-    return column.label + unit + {1: " ↑", -1: " ↓", 0: ""}[column.better]
-
-
-def with_interval(
-    value: float | None, low: float | None, high: float | None, *, decimals: int = 3, signed: bool = False
-) -> str:
-    """A value with its interval, as `12.300 [11.900, 12.800]`; empty where there is no value.
-
-    There are as many decimals as asked for, and more (up to six) where the interval is so narrow that two
-    digits of its half-width need them.
-    """
-    if value is None or math.isnan(value):
-        return ""
-    sign = "+" if signed else "-"
-    if low is None or high is None or not math.isfinite(half := (high - low) / 2):
-        return f"{value:{sign}z,.{decimals}f} (no interval)"
-    if half > 0:
-        decimals = max(decimals, min(6, 1 - math.floor(math.log10(half))))
-    number = f"{{:{sign}z,.{decimals}f}}"
-    return f"{number} [{number}, {number}]".format(value, low, high)
-
-
-def cell(row: Mapping[Hashable, Any], name: str) -> str:
-    """A row's value as text, with its interval and its spread over seeds where the table has them."""
-    value, column = row[name], described(name)
-    if pd.isna(value):
-        return ""
-    if not isinstance(value, float):
-        return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-    if f"{name}_low" not in row:
-        return f"{value:{'+' if column.signed else '-'}z,.{column.decimals}f}"
-    low, high = row[f"{name}_low"], row[f"{name}_high"]
-    text = with_interval(value, low, high, decimals=column.decimals, signed=column.signed)
-    spread = row.get(f"{name}_spread")
-    return text if spread is None or pd.isna(spread) else f"{text}\nspread over seeds {spread:.4g}"
-
-
-def display(
-    caption: str,
-    table: pd.DataFrame,
-    columns: Iterable[str],
-    *,
-    optional: Sequence[str] = (),
-    folded: bool = False,
-) -> Table:
-    """The display table of some columns of a result table.
-
-    Args:
-        caption: What it shows.
-        table: The results.
-        columns: Which of its columns, in their order.
-        optional: Columns that are left out where they are empty, and that the caption names where all rows
-            have the same value.
-        folded: Whether a page hides it until it is asked for.
-    """
-    shown, same = [], []
-    for name in columns:
-        if name in optional and (name not in table or table[name].isna().all()):
-            continue
-        if name in optional and len(table[name].unique()) == 1:
-            same.append(f"{described(name).label} {cell(table.iloc[0].to_dict(), name)}")
-        else:
-            shown.append(name)
-    rows = table.to_dict("records")
-    cells = pd.DataFrame({heading(name): [cell(row, name) for row in rows] for name in shown}, dtype="str")
-    return Table(f"{caption}; {', '.join(same)}" if same else caption, cells, folded)
-
-
-def by_metric(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
-    """Turns a table with a row for each metric into one with a column for each.
-
-    Args:
-        table: Columns `metric`, `value`, `value_low`, `value_high`, and `documents`, `seed_spread` or `empty`
-            where these are known.
-        keys: What rows of one condition have in common; values may be missing.
-
-    Returns:
-        A row for each condition, in the order in which they come: the keys, for each metric `m` columns
-        `m`, `m_low`, `m_high` and `m_spread`, and the largest number of `documents` and `empty` texts.
-    """
-    rows = []
-    for key, own in table.groupby(keys, sort=False, dropna=False):
-        row: dict[Hashable, Any] = dict(zip(keys, key, strict=True))
-        for name in ("documents", "empty"):
-            if name in own:
-                row[name] = int(own[name].max())
-        for found in own.to_dict("records"):
-            for end in ("", "_low", "_high"):
-                row[f"{found['metric']}{end}"] = found[f"value{end}"]
-            row[f"{found['metric']}_spread"] = found.get("seed_spread")
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def ordered(metrics: Iterable[str]) -> list[str]:
-    """Metrics in the order in which tables show them; those that are not described come last."""
-    return sorted(dict.fromkeys(metrics), key=lambda name: ORDER.get(name, len(ORDER)))
-
-
-def visible(text: str) -> str:
-    """The text with a mark for every invisible character: control characters, turns of direction."""
-    return "".join(
-        c if c.isprintable() or c in "\n\t" or category(c) == "Zs" else "\N{REPLACEMENT CHARACTER}"
-        for c in text
-    )
 
 
 # Corpus and training
@@ -277,11 +80,6 @@ def corpus_tables(corpus: Corpus, nearest: int = 1) -> list[Table]:
         Table("Sentence lengths in tokens, by quantile", quantiles),
         Table(caption, histogram, folded=True),
     ]
-
-
-def shortened(text: str) -> str:
-    """A sentence, its end cut off where it is too long to be shown."""
-    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"
 
 
 def stages_table(stages: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -323,7 +121,7 @@ def choice_tables(accuracy: pd.DataFrame, differences: pd.DataFrame) -> list[Tab
     questions, documents = int(accuracy.questions.iloc[0]), int(accuracy.documents.iloc[0])
     caption = (
         f"Multiple choice: {questions:,} questions of {documents:,} documents, by chance "
-        f"{accuracy.chance.iloc[0]:.3f} ({INTERVALS})"
+        f"{number(accuracy.chance.iloc[0])} ({INTERVALS})"
     )
     return [display(caption, accuracy, ["variant", "accuracy"]), *_differences("accuracy", differences)]
 
@@ -398,11 +196,20 @@ def probe_tables(table: pd.DataFrame, best: pd.DataFrame) -> list[Table]:
     ]
 
 
+def better_than_baselines(probes: pd.DataFrame) -> pd.Series:
+    """Whether probes read more than the strongest baseline that needs no model.
+
+    They do where the gain, a paired difference, is above zero with its interval, which holds for all cells
+    together. Intervals of two accuracies on the same documents may overlap nevertheless.
+    """
+    return probes.gain_low > 0.0
+
+
 def probe_notes(probes: pd.DataFrame) -> Iterator[str]:
     """How many probes read more than the strongest baseline that needs no model."""
     compared = probes[probes.gain_low.notna() & ~probes.injected]
     if len(compared):
-        better = (compared.gain_low > 0.0).groupby(compared.variant).agg(["sum", "count"])
+        better = better_than_baselines(compared).groupby(compared.variant).agg(["sum", "count"])
         each = ", ".join(f"{variant} {won} of {of}" for variant, won, of in better.itertuples())
         yield (
             f"{better['sum'].sum():,} of {len(compared):,} cells read more than the "

@@ -1,4 +1,4 @@
-"""Drawing: intervals, heat maps and curves of the probe grid, and the pictures saved beside its results.
+"""Plots of the probe grid: panels of layers by distances, heat maps, curves against distance, baselines.
 
 Several seeds are drawn as their mean: value and interval are means over seeds, thin lines are single seeds.
 Intervals describe other test documents, not other seeds.
@@ -6,26 +6,39 @@ Intervals describe other test documents, not other seeds.
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping, Sequence
-from io import BytesIO
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.colors import Normalize
+from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.typing import ColorType
 
+from probekit.errors import ProbekitError
 from probekit.io import atomic_path, write_text
 from probekit.models.hook_points import label, per_layer
+from probekit.models.mixing import VARIANTS
+from probekit.reports.display import number, visible
+from probekit.reports.drawing import (
+    NotebookFigure,
+    colour_bar,
+    colour_scale,
+    colours_in_order,
+    colours_of_names,
+    draw_line,
+    heat_map,
+    outer_legend,
+    panel_grid,
+)
+from probekit.run.run import Run
 
-COLOUR, SEED_COLOUR = "#1f4e79", "#9bb8d3"
+PREFERRED = {"location": "hook_resid_post", "solver": "softmax"}
+"""What is drawn by default, if it was probed; else the first that was."""
 
 METRICS = {
     "accuracy": "test accuracy",
@@ -60,73 +73,6 @@ DISTANCE = "distance: tokens before the target"
 INJECTED = "the target's own action was added"
 
 
-class NotebookFigure(Figure):
-    """A figure that notebooks display even where pyplot was never imported."""
-
-    def _repr_png_(self) -> bytes:
-        picture = BytesIO()
-        self.savefig(picture, format="png")
-        return picture.getvalue()
-
-
-def svg_of(figure: Figure) -> bytes:
-    """Renders a figure as SVG with text as outlines, so that it does not depend on installed fonts."""
-    buffer = BytesIO()
-    with mpl.rc_context({"svg.hashsalt": "probekit", "svg.fonttype": "path"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()
-
-
-# Points and lines with intervals
-
-
-def draw_intervals(
-    axes: Axes, table: pd.DataFrame, names: Sequence[str], labels: Mapping[str, str] | None = None
-) -> None:
-    """Draws a row with a point and its interval for each name, the first at the top.
-
-    Args:
-        axes: Where to draw.
-        table: Columns `name`, `seed` (missing over all seeds), `value`, `value_low` and `value_high`.
-        names: The rows, in order; a name that the table lacks leaves an empty row.
-        labels: Tick labels of names that are not labelled by themselves.
-    """
-    for y, name in enumerate(names):
-        rows = table[table.name == name]
-        seeds, overall = rows[rows.seed.notna()], rows[rows.seed.isna()]
-        axes.plot(seeds.value, [y] * len(seeds), "|", color=SEED_COLOUR, markersize=9, markeredgewidth=1.4)
-        for value, low, high in overall[["value", "value_low", "value_high"]].to_numpy(float):
-            errors = [[value - low], [high - value]]
-            axes.errorbar([value], [y], xerr=errors, fmt="o", color=COLOUR, markersize=4.5, capsize=3)
-            text = _value_with_interval(value, low, high)
-            axes.text(1.02, y, text, transform=axes.get_yaxis_transform(), va="center", fontsize=8)
-    axes.set_yticks(range(len(names)), [(labels or {}).get(name, name) for name in names])
-    axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.grid(axis="x", color="0.9")
-    axes.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.tick_params(axis="y", length=0)
-
-
-def _value_with_interval(value: float, low: float, high: float) -> str:
-    """The value and its interval, with as many digits as the interval's width justifies."""
-    if math.isnan(low):
-        return f"{value:.3g}".replace("-", "−")
-    digits = 3 if high - low < 0.3 else 2 if high - low < 10 else 0
-    number = f"{{:.{digits}f}}"
-    return f"{number} [{number}, {number}]".format(value, low, high).replace("-", "−")
-
-
-def draw_line(axes: Axes, rows: pd.DataFrame, x: str, name: str, colour: ColorType, **style: Any) -> None:
-    """Draws `value` against a column, with a band from `low` to `high` where there are intervals."""
-    style = {"linewidth": 1.4} | style
-    at = rows[x].to_numpy()
-    axes.plot(at, rows.value, color=colour, label=name, **style)
-    if rows.low.notna().any():
-        axes.fill_between(at, rows.low, rows.high, color=colour, alpha=0.15, linewidth=0)
-
-
 # Panels of the probe grid
 
 
@@ -151,8 +97,8 @@ class Panel(NamedTuple):
 
     @property
     def title(self) -> str:
-        """A title for figures."""
-        return f"{self.variant}: {label(self.location)}, {self.target}, horizon {self.horizon}, {self.solver}"
+        """A title for figures, without the variant."""
+        return visible(f"{label(self.location)}, {self.target}, horizon {self.horizon}, {self.solver}")
 
     @property
     def name(self) -> str:
@@ -205,12 +151,7 @@ def best_layer(cells: pd.DataFrame) -> int | None:
 # Heat maps
 
 
-def colour_map(metric: str) -> str:
-    """Returns the name of the colour map of a metric."""
-    return "RdBu_r" if metric in SIGNED else "viridis"
-
-
-def colour_scale(means: Sequence[pd.DataFrame], metric: str) -> Normalize:
+def probe_scale(means: Sequence[pd.DataFrame], metric: str) -> ScalarMappable:
     """Returns the colour scale for several heat maps, from their `mean_over_seeds`.
 
     It spans the cells that are not injected, if there are any: injected ones recover the action that was put
@@ -218,28 +159,11 @@ def colour_scale(means: Sequence[pd.DataFrame], metric: str) -> Normalize:
     """
     cells = pd.concat(means)
     shown = cells.value[~cells.injected & cells.value.notna()]
-    shown = shown if len(shown) else cells.value.dropna()
-    low, high = (min(0.0, shown.min()), max(0.0, shown.max())) if len(shown) else (0.0, 1.0)
-    if metric in SIGNED:
-        low, high = -max(-low, high), max(-low, high)
-    return Normalize(low, high)
-
-
-def extend_of(means: Sequence[pd.DataFrame], scale: Normalize) -> str:
-    """Returns the ends of a colour scale that values exceed, as matplotlib's `extend`."""
-    values = pd.concat(means).value.dropna()
-    below, above = bool((values < scale.vmin).any()), bool((values > scale.vmax).any())
-    return {(0, 0): "neither", (1, 0): "min", (0, 1): "max", (1, 1): "both"}[below, above]
+    return colour_scale(shown if len(shown) else cells.value, signed=metric in SIGNED)
 
 
 def draw_heat_map(
-    axes: Axes,
-    cells: pd.DataFrame,
-    metric: str = "accuracy",
-    *,
-    scale: Normalize | None = None,
-    numbers: bool = True,
-    bar: bool = True,
+    axes: Axes, cells: pd.DataFrame, metric: str, scale: ScalarMappable, *, numbers: bool = True
 ) -> None:
     """Draws a metric of one panel's probes by layer and distance.
 
@@ -250,43 +174,42 @@ def draw_heat_map(
         axes: Where to draw.
         cells: Probes of one panel, of one seed or several.
         metric: One of `METRICS`.
-        scale: A colour scale shared with other heat maps; None: its own.
+        scale: The colours, see `probe_scale`.
         numbers: Write the values into the cells.
-        bar: Draw a colour bar.
     """
     means = mean_over_seeds(cells, metric)
     star = means.injected.map({True: "*", False: ""})
-    text = means.value.map("{:.2f}".format) + star if numbers else star
-    scale = scale or colour_scale([means], metric)
-    values, _, stars = heat_map(
-        axes,
-        means.assign(text=text, star=star),
-        ["value", "text", "star"],
-        cmap=colour_map(metric),
-        norm=scale,
-        cbar=bar,
-        cbar_kws={"label": METRICS[metric], "extend": extend_of([means], scale)},
-    )
+    text = means.value.map(lambda value: number(value, 2)) + star if numbers else star
+    columns = ["value", "text", "star"]
+    values, _, stars = heat_map(axes, means.assign(text=text, star=star), columns, scale, cbar=False)
     for row, column in np.argwhere(values.isna().to_numpy()):
         mark = "*" if stars.iloc[row, column] == "*" else "–"
         axes.text(column + 0.5, row + 0.5, mark, ha="center", va="center")
-    axes.set_xlabel(DISTANCE)
-    axes.set_ylabel("layer")
+    axes.set(xlabel=DISTANCE, ylabel="layer")
     axes.tick_params(axis="y", rotation=0)
 
 
-def heat_map(axes: Axes, cells: pd.DataFrame, columns: Sequence[str], **style: Any) -> list[pd.DataFrame]:
-    """Draws the first column by layer (upwards) and distance (leftwards), annotated with the second.
-
-    Returns:
-        Each column as a table of layers and distances, in the order in which they are drawn.
-    """
-    tables = [
-        cells.pivot_table(column, "layer", "distance", aggfunc="first", dropna=False).iloc[::-1, ::-1]
-        for column in columns
-    ]
-    sns.heatmap(tables[0].astype(float), annot=tables[1], fmt="", ax=axes, **style)
-    return tables
+def draw_heat_maps(
+    table: pd.DataFrame, chosen: Sequence[Panel], metric: str, scale: ScalarMappable | None = None
+) -> Figure:
+    """Draws panels that differ in their variant side by side on one colour scale; None: their own."""
+    cells = [panel.cells(table) for panel in chosen]
+    means = [mean_over_seeds(one, metric) for one in cells]
+    scale = scale or probe_scale(means, metric)
+    distances, layers = cells[0].distance.nunique(), cells[0].layer.nunique()
+    figure, grid = panel_grid(len(chosen), 3, max(2.4, 0.42 * distances), max(1.1, 0.28 * layers) + 0.55)
+    with mpl.rc_context({"font.size": 7}):
+        for axes, panel, own in zip(grid, chosen, cells, strict=True):
+            draw_heat_map(axes, own, metric, scale, numbers=distances <= 12)
+            axes.set(xlabel="", ylabel="")
+            axes.set_title(panel.variant, fontsize=9)
+            axes.tick_params(labelsize=8)
+    figure.supxlabel(DISTANCE, fontsize=9)
+    figure.supylabel("layer", fontsize=9)
+    colour_bar(figure, grid, scale, pd.concat(means).value, METRICS[metric])
+    star = f"\n* {INJECTED}" if any(one.injected.any() for one in cells) else ""
+    figure.suptitle(chosen[0].title + star, fontsize=10, parse_math=False)
+    return figure
 
 
 # Curves against distance
@@ -313,8 +236,7 @@ def draw_curve(
 def draw_layers(axes: Axes, cells: pd.DataFrame, metric: str) -> None:
     """Draws a curve for each layer of one panel."""
     layers = sorted(cells.layer.unique())
-    for i, layer in enumerate(layers):
-        colour = mpl.colormaps["viridis"](0.9 * i / max(1, len(layers) - 1))
+    for layer, colour in zip(layers, colours_in_order(len(layers)), strict=True):
         location = cells.location.iloc[0]
         name = f"layer {layer}" if per_layer(location) else label(location)
         draw_curve(axes, cells[cells.layer == layer], metric, name, colour)
@@ -339,34 +261,158 @@ def set_distance_axis(axes: Axes, distances: Sequence[int], metric: str) -> None
     axes.set_ylabel(METRICS[metric])
 
 
+def draw_curves(
+    table: pd.DataFrame, panel: Panel, metric: str, draw: Callable[[Axes], bool], title: str
+) -> Figure:
+    """Draws curves against distance beside the baselines and ceilings of a panel.
+
+    Args:
+        table: The results.
+        panel: Whose baselines.
+        metric: One of `METRICS`.
+        draw: Draws the curves, and returns whether a point of them is injected.
+        title: What they are of.
+    """
+    figure = NotebookFigure(figsize=(8.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    draw_baselines(axes, panel.baselines(table), metric)
+    injected = draw(axes)
+    probed = table[(table.reader == "probe") & table.accuracy.notna()]
+    set_distance_axis(axes, sorted(probed.distance.unique()), metric)
+    hollow = f"; hollow: {INJECTED}" if injected else ""
+    documents = f"{int(probed.documents.max()):,} test documents"
+    axes.set_title(f"{title}\n{documents}{hollow}", fontsize=10, parse_math=False)
+    outer_legend(figure)
+    return figure
+
+
+# Plots of a run
+
+
+def plot_probes(
+    run: Run,
+    variant: str | Sequence[str] = "none",
+    location: str | None = None,
+    metric: str = "accuracy",
+    *,
+    horizon: int | None = None,
+    solver: str | None = None,
+) -> Figure:
+    """Plots heat maps of probes by layer and distance.
+
+    Args:
+        run: A probed run.
+        variant: Whose activations; several are drawn side by side on one colour scale.
+        location: Where they were read; None: the residual stream after each block, if it was probed.
+        metric: One of accuracy, top5, bits, gain, selectivity, compression.
+        horizon: Sentences ahead; None: the nearest that was probed.
+        solver: How the probes were fitted; None: softmax, if such probes were fitted.
+
+    Raises:
+        ProbekitError: The run was not probed, or not in this way.
+    """
+    table = run.probes()
+    chosen = _chosen_panels(run, table, variant, metric, location=location, horizon=horizon, solver=solver)
+    return draw_heat_maps(table, chosen, metric)
+
+
+def plot_curve(
+    run: Run,
+    variant: str | Sequence[str] | None = None,
+    location: str | None = None,
+    metric: str = "accuracy",
+    *,
+    horizon: int | None = None,
+    solver: str | None = None,
+) -> Figure:
+    """Plots a metric against distance: each variant at its best layer, beside baselines and ceilings.
+
+    The best layer has the lowest cross-entropy on validation documents, averaged over distances.
+
+    Args:
+        run: A probed run.
+        variant: Whose activations; None: all that were probed.
+        location: As in `plot_probes`, like the others.
+        metric: What is drawn.
+        horizon: Sentences ahead.
+        solver: How the probes were fitted.
+
+    Raises:
+        ProbekitError: The run was not probed, or not in this way.
+    """
+    table = run.probes()
+    names = variant or probed_variants(table)
+    chosen = _chosen_panels(run, table, names, metric, location=location, horizon=horizon, solver=solver)
+
+    def draw(axes: Axes) -> bool:
+        injected = False
+        for panel, colour in zip(chosen, colours_of_names(len(chosen)), strict=True):
+            cells = panel.cells(table)
+            if (layer := best_layer(cells)) is not None:
+                cells = cells[cells.layer == layer]
+                injected = injected or bool(cells.injected.any())
+                draw_curve(axes, cells, metric, f"{panel.variant}, layer {layer}", colour)
+        return injected
+
+    return draw_curves(table, chosen[0], metric, draw, chosen[0].title)
+
+
+def probed_variants(table: pd.DataFrame) -> list[str]:
+    """Returns the variants that a table has probes of, the LM itself first."""
+    found = {panel.variant for panel in panels(table)}
+    return [name for name in ("none", "random", *VARIANTS) if name in found]
+
+
+def _chosen_panels(
+    run: Run, table: pd.DataFrame, variants: str | Sequence[str], metric: str, **wanted: Any
+) -> list[Panel]:
+    """The panels of some variants at one location, horizon and solver."""
+
+    def check(name: str, value: Any, known: Sequence[Any]) -> None:
+        if value not in known:
+            found = ", ".join(map(str, known)) or "none"
+            raise ProbekitError(f"{run.folder} has no probes of {name} {value!r}; it has {found}")
+
+    check_metric(metric)
+    left = panels(table)
+    for name, value in wanted.items():
+        known = list(dict.fromkeys(getattr(panel, name) for panel in left))
+        if value is None:
+            first = min(known) if name == "horizon" else next(iter(known), None)
+            value = PREFERRED[name] if PREFERRED.get(name) in known else first
+        check(name, value, known)
+        left = [panel for panel in left if getattr(panel, name) == value]
+    by_variant = {panel.variant: panel for panel in left}
+    variants = [variants] if isinstance(variants, str) else list(variants)
+    for variant in variants:
+        check("variant", variant, list(by_variant))
+    return [by_variant[variant] for variant in variants]
+
+
+def check_metric(metric: str) -> None:
+    """Refuses a metric that cannot be drawn."""
+    if metric not in METRICS:
+        raise ProbekitError(f"metric is {metric!r}; it must be one of {', '.join(METRICS)}")
+
+
 # Pictures beside the results of `probekit probe`
 
 
 def probe_heat_map(table: pd.DataFrame, panel: Panel, metric: str = "accuracy") -> Figure:
     """Draws a panel's heat map; all panels of a table share one colour scale."""
-    cells = panel.cells(table)
-    scale = colour_scale([mean_over_seeds(each.cells(table), metric) for each in panels(table)], metric)
-    size = (2.4 + 0.75 * cells.distance.nunique(), 1.6 + 0.45 * cells.layer.nunique())
-    figure = Figure(figsize=size, layout="constrained")
-    draw_heat_map(figure.subplots(), cells, metric, scale=scale)
-    star = f"\n* {INJECTED}" if cells.injected.any() else ""
-    figure.suptitle(panel.title + star, fontsize=10, parse_math=False)
-    return figure
+    scale = probe_scale([mean_over_seeds(each.cells(table), metric) for each in panels(table)], metric)
+    return draw_heat_maps(table, [panel], metric, scale)
 
 
 def probe_lines(table: pd.DataFrame, panel: Panel, metric: str = "accuracy") -> Figure:
     """Draws a panel's curves against distance, one for each layer, and the baselines."""
     cells = panel.cells(table)
-    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
-    axes = figure.subplots()
-    draw_layers(axes, cells, metric)
-    draw_baselines(axes, panel.baselines(table), metric)
-    set_distance_axis(axes, sorted(cells.distance.unique()), metric)
-    hollow = f"; hollow: {INJECTED}" if cells.injected.any() else ""
-    title = f"{panel.title}\n{int(cells.documents.max())} test documents{hollow}"
-    axes.set_title(title, fontsize=9, parse_math=False)
-    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
-    return figure
+
+    def draw(axes: Axes) -> bool:
+        draw_layers(axes, cells, metric)
+        return bool(cells.injected.any())
+
+    return draw_curves(table, panel, metric, draw, f"{panel.variant}: {panel.title}")
 
 
 def save_probe_figures(table: pd.DataFrame, folder: Path) -> list[Path]:

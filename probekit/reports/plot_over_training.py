@@ -1,0 +1,124 @@
+"""Plots of probes over training: a metric against the steps of the checkpoints, above the losses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from probekit.errors import ProbekitError
+from probekit.io import atomic_path
+from probekit.models.hook_points import label
+from probekit.probing.over_training import TrainingProbes
+from probekit.reports.drawing import NotebookFigure, colours_in_order, draw_line
+from probekit.reports.plot_probes import BASELINE_STYLES, METRICS, PREFERRED, check_metric, panels
+from probekit.run.run import Run
+
+BESIDE = ("prior", "bigram", "ceiling (tokens read)")
+"""Baselines drawn beside probes over training; they are the same at every step."""
+
+
+def plot_over_training(
+    run: Run, stage: str = "lm", metric: str = "accuracy", location: str | None = None
+) -> Figure:
+    """Plots a metric of probes against training steps.
+
+    Left, by layer at the nearest distance; right, by distance at the best layer, which is chosen on
+    validation documents at the last step. Bands are 95 % intervals from resampling documents. Below are the
+    stage's losses. The bigram and the ceiling, which depend on the distance, are drawn on the left alone.
+
+    Args:
+        run: A run whose checkpoints were probed.
+        stage: The stage of training.
+        metric: One of accuracy, top5, bits, gain, selectivity, compression.
+        location: Where; None: the residual stream after each block, if it was probed.
+
+    Raises:
+        ProbekitError: The checkpoints were not probed, or not in this way.
+    """
+    numbers = over_training_numbers(run.probes_over_training(stage), metric, location)
+    return draw_over_training(numbers, run.losses_of(stage))
+
+
+def save_over_training(results: TrainingProbes) -> Path:
+    """Plots the accuracy at the first location beside the results; returns the picture's path."""
+    figure = draw_over_training(over_training_numbers(results.table), results.losses)
+    picture = results.path.with_suffix(".png")
+    with atomic_path(picture) as temporary:
+        figure.savefig(temporary, dpi=150)
+    return picture
+
+
+def over_training_numbers(
+    table: pd.DataFrame, metric: str = "accuracy", location: str | None = None, solver: str | None = None
+) -> pd.DataFrame:
+    """Collects the numbers of `plot_over_training` from a table of `probe_checkpoints`.
+
+    Returns:
+        A row for each step, reader, layer and distance: means over seeds of `value`, `low`, `high`,
+        `validation_cross_entropy` and `documents`.
+
+    Raises:
+        ProbekitError: The metric or location was not probed.
+    """
+    check_metric(metric)
+    known = [panel for panel in panels(table) if solver in (None, panel.solver)]
+    asked = [panel for panel in known if location in (None, panel.location)]
+    if not asked:
+        found = ", ".join(sorted({f"{panel.location} ({panel.solver})" for panel in known}))
+        raise ProbekitError(
+            f"nothing was probed at {location!r} with {solver or 'any solver'}; there is {found}"
+        )
+    chosen = min(asked, key=lambda panel: (panel.location != PREFERRED["location"], panel.horizon))
+    baselines = chosen.baselines(table)
+    rows = pd.concat([chosen.cells(table), baselines[baselines.reader.isin(BESIDE)]])
+    columns = {"value": metric, "low": f"{metric}_low", "high": f"{metric}_high"}
+    columns |= {"validation_cross_entropy": "validation_cross_entropy"}
+    rows = rows.assign(**{name: rows.get(column, np.nan) for name, column in columns.items()})
+    cell = rows.groupby(["step", "reader", "layer", "distance"], dropna=False, sort=True)
+    means = cell[[*columns, "documents"]].mean().reset_index()
+    return means.assign(metric=metric, variant=chosen.variant, location=chosen.location, solver=chosen.solver)
+
+
+def draw_over_training(numbers: pd.DataFrame, losses: pd.DataFrame) -> Figure:
+    """Draws `over_training_numbers` above the losses of the stage by step."""
+    probes = numbers[(numbers.reader == "probe") & numbers.value.notna()]
+    near, last = probes.distance.min(), probes[probes.step == probes.step.max()]
+    best = last.loc[last[last.distance == near].validation_cross_entropy.idxmin()].layer
+    figure = NotebookFigure(figsize=(10.4, 5.4), layout="constrained")
+    grid = figure.subplots(2, 2, sharex=True, height_ratios=[3.4, 1.6])
+    for axes, below, by, own, title in (
+        (*grid[:, 0], "layer", probes[probes.distance == near], f"by layer, distance {near}"),
+        (*grid[:, 1], "distance", probes[probes.layer == best], f"by distance, layer {int(best)}"),
+    ):
+        lines = [*own.groupby(by)]
+        for (value, rows), colour in zip(lines, colours_in_order(len(lines)), strict=True):
+            rows, name = rows.sort_values("step"), f"{by} {int(str(value))}"
+            draw_line(axes, rows, "step", name, colour, marker="o", markersize=3)
+        readers = numbers[(numbers.distance == near) & (numbers.step == numbers.step.max())]
+        # On the right, distances differ: only the prior does not depend on them.
+        readers = readers[readers.reader.isin(BESIDE if by == "layer" else ["prior"])]
+        for reader, value in readers.dropna(subset="value").set_index("reader").value.items():
+            colour, style = BASELINE_STYLES[str(reader)]
+            axes.axhline(value, color=colour, linestyle=style, linewidth=1, label=str(reader))
+        axes.set_title(title, fontsize=10)
+        axes.set_ylabel(METRICS[numbers.metric.iloc[0]])
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, high + 0.3 * (high - low))  # room for the legend
+        axes.legend(fontsize=7, frameon=False, ncols=3, loc="upper left")
+
+        trained, validated = losses[losses.loss.notna()], losses[losses.validation_loss.notna()]
+        below.plot(trained.step, trained.loss, color="0.6", linewidth=1, label="training")
+        below.plot(validated.step, validated.validation_loss, "ko", markersize=3, label="validation")
+        below.legend(fontsize=7, frameon=False)
+        below.set_xscale("symlog", linthresh=1, linscale=0.5)
+        below.set_xlim(0, own.step.max())
+        below.set(xlabel="training steps", ylabel="loss (nats)")
+    one = numbers.iloc[0]
+    title = (
+        f"{one.variant}: {label(one.location)}, {one.solver}, {int(probes.documents.max()):,} test documents"
+    )
+    figure.suptitle(title, fontsize=10, parse_math=False)
+    return figure
