@@ -14,7 +14,6 @@ from probekit.statistics import (
     Interval,
     bootstrap_ratio,
     bootstrap_ratios,
-    differences_over_seeds,
     mean_over_draws,
     over_seeds,
     paired_difference,
@@ -397,20 +396,3 @@ def test_documents_that_a_seed_lacks_count_where_they_are():
         assert rows[rows.seed.notna()].value.tolist() == pytest.approx([0.5, 1.0, 1.5])
         assert mean.seed_spread == pytest.approx(0.5)
         assert mean.documents == own.document.nunique()
-
-
-def test_differences_over_seeds_are_paired_and_counted():
-    table = values().query("metric == 'perplexity'")
-    losses = table.rename(columns={"member": "name", "sum": "loss", "count": "tokens"})
-    found = differences_over_seeds(losses, [("a", "b"), ("b", "a")], **OPTIONS)
-    by_name = losses.pivot_table(index="document", columns=["name", "seed"], values="loss")
-    tokens = losses.groupby("document").tokens.first()
-    for first, second in (("a", "b"), ("b", "a")):
-        rows = found[found["first"] == first].set_index("seed")
-        one, other = by_name[first].assign(mean=by_name[first].mean(1)), by_name[second]
-        for seed, column in ((0, 0), (2, 2), (pd.NA, "mean")):
-            row = rows[rows.index.isna()].iloc[0] if column == "mean" else rows.loc[seed]
-            loss = other.mean(1) if column == "mean" else other[column]
-            expected = paired_difference(one[column], loss, tokens, transform=np.exp, **OPTIONS)
-            assert (row.value, row.value_low, row.value_high) == pytest.approx(expected[:3])
-        assert rows.below.iloc[-1] == (rows.value.iloc[:-1] < 0).sum()

@@ -244,7 +244,11 @@ def test_what_is_no_run_cannot_be_opened(begun: Run, tmp_path: Path):
 
 
 def test_a_missing_stage_is_named_with_the_command_that_adds_it(begun: Run):
-    for missing in (lambda: begun.require("planner"), lambda: begun.corpus, lambda: begun.frozen_lm().bridged):
+    for missing in (
+        lambda: begun.require("planner"),
+        lambda: begun.corpus,
+        lambda: begun.frozen_lm().bridged,
+    ):
         with pytest.raises(ProbekitError, match=r"lacks the stage .*train --resume --out .*run"):
             missing()
     begun.mark_finished("planner", {"seconds": 1.0})

@@ -1,0 +1,34 @@
+"""Comparisons over seeds against the paired differences of each seed and of their mean."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from shared.seeds import differences_over_seeds
+
+from probekit.statistics import paired_difference
+
+OPTIONS = {"resamples": 300, "seed": 3}
+
+
+def test_differences_over_seeds_are_paired_and_counted():
+    generator = np.random.default_rng(0)
+    length = generator.integers(5, 50, size=20)
+    losses = pd.DataFrame(
+        {"name": name, "seed": seed, "document": range(20), "tokens": length}
+        | {"loss": length * generator.uniform(1.0, 2.0, size=20)}
+        for name in ("a", "b")
+        for seed in range(3)
+    ).explode(["document", "tokens", "loss"])
+    losses = losses.astype({"document": int, "tokens": int, "loss": float})
+    found = differences_over_seeds(losses, [("a", "b"), ("b", "a")], **OPTIONS)
+    by_name = losses.pivot_table(index="document", columns=["name", "seed"], values="loss")
+    tokens = losses.groupby("document").tokens.first()
+    for first, second in (("a", "b"), ("b", "a")):
+        rows = found[found["first"] == first].set_index("seed")
+        one, other = by_name[first].assign(mean=by_name[first].mean(1)), by_name[second]
+        for seed, column in ((0, 0), (2, 2), (pd.NA, "mean")):
+            row = rows[rows.index.isna()].iloc[0] if column == "mean" else rows.loc[seed]
+            loss = other.mean(1) if column == "mean" else other[column]
+            expected = paired_difference(one[column], loss, tokens, transform=np.exp, **OPTIONS)
+            assert (row.value, row.value_low, row.value_high) == pytest.approx(expected[:3])
+        assert rows.below.iloc[-1] == (rows.value.iloc[:-1] < 0).sum()
