@@ -41,7 +41,7 @@ LEAST_FILLED = 0.75
 """Windows of a batch are at least this share of the longest one: the rest is padding."""
 
 CHUNK_EXAMPLES = 4096
-"""Most examples read at once, so that several processes have chunks to share."""
+"""Most examples read at once by all processes together, so that each has some chunks of them."""
 
 CHUNK_BYTES = defaultdict(lambda: 1 << 31, cpu=1 << 28)
 """Most bytes of activations read at once, by device type."""
@@ -219,7 +219,7 @@ class Reader:
         """Most examples in a chunk, and most of one document; see `chunk_slices`."""
         widths = sum(len(stack.points) * stack.width for stack in self.stacks)
         fitting = CHUNK_BYTES[self.run.device.type] // (widths * len(self.distances) * self.dtype.itemsize)
-        most = max(1, min(CHUNK_EXAMPLES, fitting))
+        most = max(1, min(CHUNK_EXAMPLES // distributed.count(), fitting))
         return most, max(most, self.windows[0])
 
     def place(self, examples: Examples) -> Placement:

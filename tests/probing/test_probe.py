@@ -246,7 +246,7 @@ def test_constant_activations_are_noted(wide: ProbeResults):
 # Again, in parts, from a store
 
 
-@pytest.mark.parametrize("solvers", [["softmax", "lda"], ["softmax"], ["lda"]])
+@pytest.mark.parametrize("solvers", [["softmax", "lda"], ["lda"]])
 def test_activations_that_do_not_fit_into_memory_are_spilled_and_the_text_is_read_once(
     small: pd.DataFrame, loud_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, solvers: list[str]
 ):
