@@ -130,7 +130,6 @@ def paired_differences(
         counts: Number of those examples, [documents, cells] or [documents].
         second_counts: Number of the second's examples, shaped as `counts`, if they differ.
         **resampling: See `Resampling`.
-        **resampling: See `Resampling`.
     """
     numbers = np.asarray(counts) if second_counts is None else np.stack([counts, second_counts])
     if second_counts is not None and numbers.ndim == 2:

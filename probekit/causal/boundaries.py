@@ -63,7 +63,9 @@ def draw_boundaries(
     Raises:
         ProbekitError: `reach` exceeds the window, or no document has such a boundary.
     """
-    room = reach + (corpus.bos == "every-window")  # the first token of a window gives way to the separator
+    room = reach + (
+        corpus.bos_rule == "every-window"
+    )  # the first token of a window gives way to the separator
     if room > window:
         raise ProbekitError(
             f"intervene.distances has {reach}, but the LM reads {window} tokens at once (evaluation.window); "
@@ -83,7 +85,7 @@ def draw_boundaries(
         sentence = int(generator.choice(usable))
         anchor = int(corpus.first_token[sentence])
         following = int(corpus.first_token[sentence + 1]) if sentence + 1 < last else int(end)
-        start = max(int(begin) + (corpus.bos == "none"), anchor - max(window // 2, room))
+        start = max(int(begin) + (corpus.bos_rule == "none"), anchor - max(window // 2, room))
         length = min(window, int(end) - 1 - start)
         last_column = min(following - 2 - start, length - 1)
         rows.append((document, start, length, anchor - 1 - start, last_column, sentence))

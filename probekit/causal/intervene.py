@@ -87,7 +87,7 @@ class SentenceWriter:
         start = boundaries.windows.start[row]
         end = start + boundaries.column[row] + 1
         begins_document = start == corpus.document_tokens[boundaries.windows.document[row]]
-        first = start + (begins_document or corpus.bos == "every-window")
+        first = start + (begins_document or corpus.bos_rule == "every-window")
         return np.asarray(corpus.tokens[first:end], dtype=np.int64)
 
     def write(self, rows: np.ndarray, edit: Edit | None) -> list[np.ndarray]:

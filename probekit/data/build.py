@@ -17,11 +17,12 @@ import numpy as np
 
 from probekit.config import ActionSettings, Config, CorpusSettings
 from probekit.data.codebook import fit_codebook, label_centroids
-from probekit.data.corpus import SPLITS, Corpus, ranges
+from probekit.data.corpus import SPLITS, Corpus, ranges, split_documents
 from probekit.data.encoders import EMBEDDED_AT_ONCE, PretrainedEncoder, TfidfEncoder, embed_batch
 from probekit.data.readers import DocumentFile, write_documents
 from probekit.data.sentences import sentences_of_batch, tokenize_batch
-from probekit.data.tokenizer import bos_rule, pretrained_tokenizer, separator_id, train_tokenizer
+from probekit.data.tokenizer import pretrained_tokenizer, separator_id, train_tokenizer
+from probekit.data.windows import bos_rule_for
 from probekit.errors import ProbekitError
 from probekit.io import ArrayAppender, atomic_folder, read_array, write_array, write_json
 from probekit.progress import Progress
@@ -76,7 +77,7 @@ def write_corpus(config: Config, folder: Path, progress: Progress, device: str =
                 tokenizer = train_tokenizer(texts, config.lm.vocabulary, partial / "tokenizer")
         else:
             tokenizer.save_pretrained(partial / "tokenizer")
-        facts["bos"] = bos_rule(tokenizer, config.lm.bos)
+        facts["bos"] = bos_rule_for(tokenizer, config.lm.bos)
         facts |= _write_tokens(partial, config.corpus, tokenizer, documents, processes, progress)
 
         document_sentences = read_array(partial / "document_sentences.npy")
@@ -100,36 +101,6 @@ def write_corpus(config: Config, folder: Path, progress: Progress, device: str =
             facts |= _write_actions(partial, config, candidates, sample)
         write_json(partial / "facts.json", facts)
     return Corpus.open(folder)
-
-
-def split_documents(settings: CorpusSettings, digests: np.ndarray) -> np.ndarray:
-    """Splits documents by content: copies of a text stay together, and the order of reading does not matter.
-
-    Args:
-        settings: The shares and the seed.
-        digests: Digest of each document's text `[documents]`.
-
-    Returns:
-        The number in `SPLITS` of each document `[documents]`.
-
-    Raises:
-        ProbekitError: There are too few documents for the shares.
-    """
-    shares = [settings.probe_fraction, settings.validation_fraction, settings.test_fraction]
-    unique, inverse = np.unique(digests, return_inverse=True)
-    counts = [round(share * len(unique)) for share in shares]
-    counts.insert(0, len(unique) - sum(counts))
-    for name, count, share in zip(SPLITS, counts, [1.0, *shares], strict=True):
-        if share and count < 1:
-            raise ProbekitError(
-                f"the corpus has {len(unique)} distinct documents, which leaves none for the split {name!r}; "
-                "give more documents, change corpus.probe_fraction, corpus.validation_fraction and "
-                "corpus.test_fraction, or cut text files into documents by corpus.separator"
-            )
-    order = np.random.default_rng(settings.seed).permutation(len(unique))
-    split_of_unique = np.empty(len(unique), dtype=np.uint8)
-    split_of_unique[order] = np.repeat(np.arange(len(SPLITS)), counts)
-    return split_of_unique[inverse]
 
 
 def _tokenizer_texts(documents: DocumentFile, train: np.ndarray, characters: int, seed: int) -> Iterator[str]:

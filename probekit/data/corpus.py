@@ -1,4 +1,4 @@
-"""A built corpus on disk, and tables that show it: sizes, sentence lengths, actions, all sentences."""
+"""A built corpus on disk, its splits, and tables that show it: sizes, lengths, actions, all sentences."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from probekit.config import BosRule
+from probekit.config import BosRule, CorpusSettings
 from probekit.data.codebook import Codebook, nearest_sentences
 from probekit.data.readers import DocumentFile
 from probekit.data.sentences import sentences_of_batch
@@ -98,7 +98,7 @@ class Corpus:
         return separator_id(self.tokenizer)
 
     @property
-    def bos(self) -> BosRule:
+    def bos_rule(self) -> BosRule:
         """Where the LM reads the separator."""
         rule: BosRule = self.facts.get("bos", "document")
         return rule
@@ -134,6 +134,36 @@ class Corpus:
             start, end = self.spans[sentence]
             texts.append(text[start:end].strip())
         return texts
+
+
+def split_documents(settings: CorpusSettings, digests: np.ndarray) -> np.ndarray:
+    """Splits documents by content: copies of a text stay together, and the order of reading does not matter.
+
+    Args:
+        settings: The shares and the seed.
+        digests: Digest of each document's text `[documents]`.
+
+    Returns:
+        The number in `SPLITS` of each document `[documents]`.
+
+    Raises:
+        ProbekitError: There are too few documents for the shares.
+    """
+    shares = [settings.probe_fraction, settings.validation_fraction, settings.test_fraction]
+    unique, inverse = np.unique(digests, return_inverse=True)
+    counts = [round(share * len(unique)) for share in shares]
+    counts.insert(0, len(unique) - sum(counts))
+    for name, count, share in zip(SPLITS, counts, [1.0, *shares], strict=True):
+        if share and count < 1:
+            raise ProbekitError(
+                f"the corpus has {len(unique)} distinct documents, which leaves none for the split {name!r}; "
+                "give more documents, change corpus.probe_fraction, corpus.validation_fraction and "
+                "corpus.test_fraction, or cut text files into documents by corpus.separator"
+            )
+    order = np.random.default_rng(settings.seed).permutation(len(unique))
+    split_of_unique = np.empty(len(unique), dtype=np.uint8)
+    split_of_unique[order] = np.repeat(np.arange(len(SPLITS)), counts)
+    return split_of_unique[inverse]
 
 
 def ranges(starts: np.ndarray, stops: np.ndarray) -> np.ndarray:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from probekit.config import BosRule, LanguageModelSettings
+from probekit.config import LanguageModelSettings
 from probekit.data import hub
 from probekit.errors import ProbekitError
 from probekit.io import atomic_folder
@@ -80,16 +80,6 @@ def separator_id(tokenizer: PreTrainedTokenizerBase) -> int:
         f"lm.name {tokenizer.name_or_path!r}: its tokenizer has neither a beginning- nor an end-of-sequence "
         "token; set one of them in its tokenizer_config.json"
     )
-
-
-def bos_rule(tokenizer: PreTrainedTokenizerBase, setting: BosRule | Literal["auto"]) -> BosRule:
-    """Where the LM of a tokenizer reads the separator: as it was trained, or as the setting `lm.bos` says."""
-    if setting != "auto":
-        return setting
-    if tokenizer("a").input_ids[0] == tokenizer.bos_token_id:
-        return "every-window"
-    # GPT-2 and its like were trained on documents that this token separates.
-    return "document" if tokenizer.bos_token_id == tokenizer.eos_token_id else "none"
 
 
 def _load(source: hub.Source, trust_remote_code: bool) -> PreTrainedTokenizerBase:

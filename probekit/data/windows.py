@@ -1,14 +1,19 @@
-"""Examples: windows of tokens with the sentence and action of each, gathered into batches."""
+"""Windows of tokens, where the LM reads a separator in them, and batches with sentences and actions."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from probekit.config import BosRule
 from probekit.data.corpus import Corpus, ranges
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 IGNORE = -100
 """Target of a position whose loss does not count: the default `ignore_index` of PyTorch's cross-entropy."""
@@ -37,6 +42,16 @@ class Windows:
         return Windows(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
+def bos_rule_for(tokenizer: PreTrainedTokenizerBase, setting: BosRule | Literal["auto"]) -> BosRule:
+    """Where the LM of a tokenizer reads the separator: as it was trained, or as the setting `lm.bos` says."""
+    if setting != "auto":
+        return setting
+    if tokenizer("a").input_ids[0] == tokenizer.bos_token_id:
+        return "every-window"
+    # GPT-2 and its like were trained on documents that this token separates.
+    return "document" if tokenizer.bos_token_id == tokenizer.eos_token_id else "none"
+
+
 def chunks(count: int, size: int) -> list[slice]:
     """Slices that cut `count` rows into batches of `size`."""
     return [slice(i, i + size) for i in range(0, count, size)]
@@ -53,9 +68,9 @@ def cut_windows(corpus: Corpus, documents: np.ndarray, window: int, stride: int)
     one that reads it in every window, a later window's first input, which must not be scored, is replaced by
     it (`input_tokens`): such windows advance by less than their length.
     """
-    begin = corpus.document_tokens[documents] + (corpus.bos == "none")
+    begin = corpus.document_tokens[documents] + (corpus.bos_rule == "none")
     targets = np.maximum(corpus.document_tokens[documents + 1] - begin - 1, 0)
-    if corpus.bos == "every-window":
+    if corpus.bos_rule == "every-window":
         stride = min(stride, window - 1)
     windows = (targets > 0) + np.ceil(np.maximum(targets - window, 0) / stride).astype(np.int64)
     document = np.repeat(documents, windows)
@@ -119,7 +134,7 @@ def input_tokens(corpus: Corpus, windows: Windows) -> Tensor:
     For an LM that reads the separator in every window, it takes the place of a later window's first token.
     """
     tokens = corpus.tokens[_indices(windows)[0]].astype(np.int64)
-    if corpus.bos == "every-window":
+    if corpus.bos_rule == "every-window":
         tokens[:, 0] = corpus.tokens[corpus.document_tokens[windows.document]]
     return torch.from_numpy(tokens)
 

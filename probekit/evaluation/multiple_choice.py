@@ -306,7 +306,7 @@ def choice_losses(
             readings = [
                 reading
                 for number, state in zip(numbers, states, strict=True)
-                for reading in _readings(number, questions[number], state.text, window, run.corpus.bos)
+                for reading in _readings(number, questions[number], state.text, window, run.corpus.bos_rule)
             ]
             readings.sort(key=lambda reading: len(reading.text.tokens))
             for first in range(0, len(readings), size):

@@ -158,7 +158,7 @@ def generate(
     encoder = partial(run.encoder, "none" if given else conditioning)
     precision, codebook = run.config.training.precision, run.corpus.codebook if given else None
     condition = conditioner_of(model, conditioning, encoder, precision, codebook)
-    decoder = new_decoder(model, model.backend, reading_window(run), run.corpus.bos, cache=cache)
+    decoder = new_decoder(model, model.backend, reading_window(run), run.corpus.bos_rule, cache=cache)
     if cache and not decoder.cached:
         inserts = model.adapter is not None and model.adapter.inserts
         why = "there are planning tokens between a text's own" if inserts else "this LM gives none"

@@ -373,7 +373,7 @@ def text_features(run: Run, texts: Sequence[np.ndarray], window: int, task: Task
         task: Advanced by each text.
     """
     backend, size = run.backend_for((LOCATION,)), run.config.evaluation.batch_size
-    separator, bos = torch.tensor([run.corpus.separator]), run.corpus.bos
+    separator, bos = torch.tensor([run.corpus.separator]), run.corpus.bos_rule
     sums, counts = np.zeros((len(texts), run.locations[LOCATION])), np.zeros(len(texts))
     for start in range(0, len(texts), size):
         part = texts[start : start + size]

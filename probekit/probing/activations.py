@@ -254,7 +254,7 @@ class Reader:
         length, window, column = place.windows.length, place.window.ravel(), place.column.ravel()
         order = np.argsort(window, kind="stable")
         first = np.searchsorted(window[order], np.arange(len(length) + 1))
-        config = self.run.config
+        config = self.run.config  # as many tokens in a pass as in one of an evaluation, in longer windows
         for rows in batches(length, config.evaluation.batch_size * config.training.window):
             index = order[ranges(first[rows], first[rows + 1])]
             row = np.repeat(np.arange(len(rows)), first[rows + 1] - first[rows])

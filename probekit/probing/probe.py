@@ -43,6 +43,7 @@ from probekit.probing.grid import (
     FITTED_ON,
     TESTED_ON,
     FitJob,
+    Fitted,
     Grid,
     control_task,
     document_numbers,
@@ -364,16 +365,19 @@ class _VariantProbes:
         scored: list[DocumentSums] = []
         weights: dict[str, Tensor] = {}
         facts: Facts = {"reader": "probe", "variant": self._variant, "seed": self._seed}
-        if CLOSED_FORM.issuperset(self._run.config.probe.solvers):
-            sources = map(self._source, _groups(self._run, self._grid, self._points))
-            fitted = ((source, fit_sums(source, self._job, solvers)) for source in sources)
-        else:
-            source = self._held if self._scored_twice else self._source(self._points)
-            fitted = ((source, fit(self._held, self._job, solvers)) for source in [source])
-        for source, batches in fitted:
-            scored += score(source, self._job, batches, facts)
+
+        def add(source: Activations, batches: list[Fitted]) -> None:
+            scored.extend(score(source, self._job, batches, facts))
             for batch in batches:
-                weights |= batch.weights(source.stacks, self._grid)
+                weights.update(batch.weights(source.stacks, self._grid))
+
+        if CLOSED_FORM.issuperset(self._run.config.probe.solvers):
+            for points in _groups(self._run, self._grid, self._points):
+                source = self._source(points)
+                add(source, fit_sums(source, self._job, solvers))
+        else:
+            tested = self._held if self._scored_twice else self._source(self._points)
+            add(tested, fit(self._held, self._job, solvers))
         _mark_injected(self._run, self._grid, self._variant, self._points, scored)
         return scored, weights
 

@@ -181,7 +181,7 @@ def cut_text(run: Run, text: str, variant: VariantName, limit: int = LIMIT) -> T
         split=np.array([SPLITS.index("test")], np.uint8),
         embeddings=np.pad(embeddings, ((0, more), (0, 0))),
         actions=np.pad(actions, (0, more)),
-        facts={"bos": corpus.bos},
+        facts={"bos": corpus.bos_rule},
     )
     # Characters that the tokenizer leaves out go with the token after them.
     ends = np.maximum.accumulate(offsets[:, 1])

@@ -37,6 +37,7 @@ USED_BY: dict[str, tuple[str, ...]] = {
     "lm.revision": ("corpus", "lm"),
     "lm.trust_remote_code": ("corpus", "lm"),
     "lm.vocabulary": ("corpus", "lm/new"),
+    "lm.bos": ("corpus",),
     "lm.dtype": (*ADAPTERS, *DEPTH),
     "lm.device_map": (),
     "lm": ("lm/new",),

@@ -39,7 +39,7 @@ def corpus_of(documents: list[list[int]], bos: BosRule = "document") -> Any:
         document_sentences=np.concatenate([[0], np.cumsum([len(lengths) for lengths in documents])]),
         first_token=np.array(first, dtype=np.int64),
         actions=np.arange(len(first), dtype=np.int16),
-        bos=bos,
+        bos_rule=bos,
     )
 
 

@@ -20,9 +20,9 @@ from probekit.data import build
 from probekit.data import codebook as actions
 from probekit.data import readers as documents
 from probekit.data import sentences as cutting
-from probekit.data.build import split_documents, write_corpus
+from probekit.data.build import write_corpus
 from probekit.data.codebook import fit_codebook
-from probekit.data.corpus import SPLITS, Corpus
+from probekit.data.corpus import SPLITS, Corpus, split_documents
 from probekit.data.encoders import load_encoder
 from probekit.data.tokenizer import train_tokenizer
 from probekit.errors import ProbekitError

@@ -7,13 +7,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, GPT2Config, PreTrainedTokenizerBase
 
-from probekit.config import BosRule, LanguageModelSettings
+from probekit.config import LanguageModelSettings
 from probekit.data.tokenizer import (
     SEPARATOR,
-    bos_rule,
     load_tokenizer,
     pretrained_tokenizer,
     separator_id,
@@ -186,26 +184,3 @@ def test_code_in_a_folder_runs_only_where_it_is_trusted(
     trusting = LanguageModelSettings(name=str(own), trust_remote_code=True)
     assert type(pretrained_tokenizer(trusting)).__name__ == "Own"
     assert mark.exists()
-
-
-@pytest.mark.parametrize(
-    ("bos", "eos", "added", "rule"),
-    [
-        ("<s>", "</s>", True, "every-window"),  # Llama, Gemma
-        ("<s>", "<s>", True, "every-window"),
-        ("<s>", "<s>", False, "document"),  # GPT-2
-        ("<s>", "</s>", False, "none"),  # BLOOM
-        (None, "</s>", False, "none"),  # Qwen
-    ],
-)
-def test_the_separator_is_read_as_the_lm_was_trained(
-    bos: str | None, eos: str, added: bool, rule: BosRule, tokenizer: PreTrainedTokenizerBase
-):
-    tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": eos})
-    tokenizer.bos_token = bos
-    if added:
-        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", tokenizer.convert_tokens_to_ids("<s>"))]
-        )
-    assert bos_rule(tokenizer, "auto") == rule
-    assert bos_rule(tokenizer, "none") == "none"

@@ -273,7 +273,7 @@ def features_of(run: Run, texts: list[np.ndarray], window: int = 48) -> np.ndarr
 def plain(run: Run, text: np.ndarray, window: int = 48) -> np.ndarray:
     """The mean of the last hidden states, one window at a time."""
     model = run.plain_model().eval()
-    separator, own, bos = run.corpus.separator, text.tolist(), run.corpus.bos
+    separator, own, bos = run.corpus.separator, text.tolist(), run.corpus.bos_rule
     tokens = own if bos != "document" and own else [separator, *own]
     step = window - (bos == "every-window")
     parts = [tokens[start : start + step] for start in range(0, len(tokens), step)]

@@ -53,6 +53,8 @@ def test_every_setting_has_its_users_and_every_row_its_settings():
         ({"seed": 7}, {"lm", "planner", "adapter/fixed", "adapter/mixed", "adapter/soft", "adapter/joint"}),
         ({"corpus.planted.seed": 7}, {"corpus", "lm", "planner", "adapter/fixed", "adapter/mixed",
                                       "adapter/soft", "adapter/joint"}),
+        ({"lm.bos": "none"}, {"corpus", "lm", "planner", "adapter/fixed", "adapter/mixed", "adapter/soft",
+                              "adapter/joint"}),
         ({"lm.layers": 7}, {"lm", "adapter/fixed", "adapter/mixed", "adapter/soft", "adapter/joint"}),
         ({"planner.layers": 7}, {"planner", "adapter/mixed", "adapter/soft", "adapter/joint"}),
         ({"training.planner.folds": 7}, {"adapter/mixed", "adapter/soft"}),
