@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-LOADED = ("device", "corpus", "_lm_config", "_lms")
+LOADED = ("device", "dtype", "corpus", "_lm_config", "_lms")
 """Properties that are loaded once and kept in memory."""
 
 
