@@ -149,6 +149,4 @@ def test_on_a_bfloat16_lm_float32_is_trained(
     with torch.no_grad():
         assert torch.equal(found(batch, Oracle()), model(batch, Oracle()))
     with pytest.raises(ProbekitError, match="cannot run LoRA's updates beside weights of bfloat16"):
-        FrozenLM(lambda: again, lm.config, lm._tokenizer, "lora", like=lm).backend_for(
-            ["blocks.1.attn.hook_q"]
-        )
+        FrozenLM(lambda: again, lm.config, lm._tokenizer, "lora", like=lm).bridged  # noqa: B018
