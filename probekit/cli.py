@@ -169,7 +169,7 @@ def _parse_probe(words: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     group.add_argument("--overwrite", action="store_true", help="replace the run in that folder")
     add_sources(parser)
     any_model = any(word.split("=")[0] == "--model" for word in words)
-    sections = ALL if any_model else ("device", "evaluation", "probe", "lm.device_map")
+    sections = ALL if any_model else ("device", "evaluation", "probe", "lm.device_map", "lm.dtype")
     parsed, given = parse(parser, words, sections, ANY_MODEL if any_model else None)
     if (parsed.run is None) == (parsed.model is None):
         parser.error("give a run's folder, or --model with --corpus")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from probekit.data import hub
+from probekit.data.tokenizer import separator_id
 from probekit.errors import ProbekitError
 from probekit.io import one_line, read_json
 
@@ -52,8 +53,9 @@ def load_config(
             source.name, trust_remote_code=trust_remote_code, **source.arguments
         )
     except Exception as error:
-        found = contents(Path(source.name)) or f"it needs a config.json ({one_line(error)[:200]})"
-        raise ProbekitError(f"lm.name {name!r}: no causal LM could be loaded from it; {found}") from error
+        raise ProbekitError(
+            f"lm.name {name!r}: no causal LM could be loaded from it; {why_not(source, error)}"
+        ) from error
     if quantised := getattr(config, "quantization_config", None):
         _check_quantisation(name, quantised if isinstance(quantised, Mapping) else quantised.to_dict())
     text = config.get_text_config()
@@ -96,6 +98,14 @@ def _check_quantisation(name: str, quantised: Mapping[str, Any]) -> None:
         f"lm.name {name!r}: its weights are quantised ({method}{f', {bits} bits' if bits else ''}), and only "
         "those of GGUF files are read; give the checkpoint that they were made from, or a GGUF file"
     )
+
+
+def why_not(source: hub.Source, error: Exception) -> str:
+    """Why nothing could be loaded from a source: what its folder holds, or what was raised."""
+    if source.file:
+        return f"the file cannot be read ({one_line(error)[:200]})"
+    needed = f"it needs a config.json and model.safetensors ({one_line(error)[:200]})"
+    return contents(Path(source.name)) or needed
 
 
 def contents(folder: Path) -> str | None:
@@ -181,7 +191,7 @@ def check_memory(name: str, source: hub.Source, config: PreTrainedConfig, dtype:
 
     own = getattr(config, "dtype", None) or torch.float32
     itemsize = own.itemsize if isinstance(own, torch.dtype) else getattr(torch, own).itemsize
-    stored = sum(path.stat().st_size for path in Path(source.name).glob("*.safetensors"))
+    stored = sum(path.stat().st_size for path in Path(source.name).glob("model*.safetensors"))
     needed = stored * dtype.itemsize / itemsize * (1 + OVERHEAD)
     free = psutil.virtual_memory().available
     if not source.file and needed > free:
@@ -208,4 +218,9 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
         raise ProbekitError(
             f"lm.name {name!r}: its tokenizer has {ordinary[0]!r} with id {beyond[ordinary[0]]}, but its "
             f"embedding has {rows} rows; give the tokenizer that the LM was trained with"
+        )
+    if (separator := separator_id(tokenizer)) >= rows:
+        raise ProbekitError(
+            f"lm.name {name!r}: the token that begins its texts has id {separator}, but its embedding has "
+            f"{rows} rows; give the tokenizer that the LM was trained with"
         )

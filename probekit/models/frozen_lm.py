@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -63,8 +64,11 @@ class FrozenLM:
 
     def let_go(self) -> None:
         """Lets the weights go, which are loaded again when they are needed again."""
+        bridged = "bridged" in vars(self)
         for name in ("plain", "bridged"):
             vars(self).pop(name, None)
+        if bridged:
+            gc.collect()  # a bridge refers to itself, and would keep its weights beside the next LM's
 
     @cached_property
     def architecture(self) -> Architecture:

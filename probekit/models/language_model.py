@@ -16,7 +16,7 @@ from probekit.data import hub
 from probekit.data.tokenizer import separator_id
 from probekit.errors import ProbekitError
 from probekit.io import one_line
-from probekit.models.checkpoint import check_memory, contents, load_config, text_tower
+from probekit.models.checkpoint import check_memory, load_config, text_tower, why_not
 from probekit.progress import without_bars_of_transformers
 
 if TYPE_CHECKING:
@@ -102,11 +102,8 @@ def load_model(
             )
     except Exception as error:
         placing = "" if device_map is None else f" with lm.device_map {device_map!r}"
-        found = (
-            contents(Path(source.name)) or f"it needs a config.json and model.safetensors ({_reason(error)})"
-        )
         raise ProbekitError(
-            f"lm.name {name!r}: no causal LM could be loaded from it{placing}; {found}"
+            f"lm.name {name!r}: no causal LM could be loaded from it{placing}; {why_not(source, error)}"
         ) from error
     if missing := sorted(report["missing_keys"]):
         raise ProbekitError(
@@ -173,7 +170,11 @@ def random_weights(
     with torch.random.fork_rng():
         # Not the seed itself: an untrained model of that seed would come out again.
         torch.manual_seed(seed + 2**40)
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+        # The class of a configuration comes from the checkpoint's own code only where that is trusted.
+        trusted = type(config).__module__.startswith("transformers_modules.")
+        model = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=dtype, trust_remote_code=trusted
+        )
     return model if device_map is None else _place(model, device_map)
 
 

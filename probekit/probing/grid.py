@@ -497,6 +497,10 @@ def _facts(fitted: Fitted, cells: Sequence[Cell], job: FitJob) -> Iterator[Facts
         prior = prior_code(grid.labels(FITTED_ON, fitted.horizon), grid.target.classes, ends)
         columns |= {"code_length": fitted.code, "compression": prior / fitted.code}
     losses = fitted.probes.validation_cross_entropy_
+    if isinstance(fitted.probes, SoftmaxProbes):  # other penalties' were fitted loosely, or not at all
+        penalties = torch.tensor(fitted.probes.l2, dtype=torch.float64)
+        kept = (fitted.probes.l2_.cpu()[:, None] - penalties).abs().argmin(1)
+        losses = losses.cpu().gather(1, kept[:, None])
     for i, cell in enumerate(cells):
         known = {name: column[i].item() for name, column in columns.items() if column is not None}
         yield (
@@ -504,7 +508,7 @@ def _facts(fitted: Fitted, cells: Sequence[Cell], job: FitJob) -> Iterator[Facts
             | {"fitted_on": len(examples), "tokens_read": job.tokens_read[cell.distance]}
             | known
             | {
-                "validation_cross_entropy": float(losses[i].nan_to_num(torch.inf).min()),
+                "validation_cross_entropy": float(losses[i].min()),
                 "constant": bool(fitted.constant[i]),
             }
         )

@@ -464,6 +464,7 @@ def origin(run: Run) -> dict[str, Any]:
         "version": version("probekit-lm"),
         "corpus": run.corpus.facts["fingerprint"],
         "device": run.device.type,
+        "dtype": str(run.dtype),  # what lm.dtype auto stands for depends on the machine
         "labels": None if labels is None else digest_of([Path(labels).expanduser()]),
     }
 
