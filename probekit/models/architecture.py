@@ -125,7 +125,8 @@ def _examined(plain: PreTrainedModel, slow: BridgeBackend, like: tuple[int, ...]
     seen = _read(slow, [*candidates, *(hook for hook in widths if hook not in candidates)])
     faithful = _close(_logits(slow, []), _logits(HFBackend(plain, {}), []))
     agreeing = _agreeing(plain, candidates, seen)
-    groups = [hooks for at in [*locations, NORM_IN] if agreeing.issuperset(hooks := _hooks_at(at, depth))]
+    groups = [[NORM_IN], *(_hooks_at(location, depth) for location in locations)]
+    groups = [hooks for hooks in groups if agreeing.issuperset(hooks)]
     modules = {hook: candidates[hook] for group in groups for hook in group}
     for hook in _other_effects(slow, HFBackend(plain, modules), groups):
         del modules[hook]

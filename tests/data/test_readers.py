@@ -277,7 +277,7 @@ def test_the_format_follows_the_file(mixed: Path):
         "Four.",
         "Five, and more.",
         "",
-        "\n = Six = \n\n A.\n",
+        " = Six = \n\n A.\n",
         "Seven.\n = Not a title = \n",
         "Eight.",
         "",

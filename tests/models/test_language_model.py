@@ -184,17 +184,12 @@ def test_a_folder_that_holds_no_whole_lm(
     assert harm(tmp_path) in refusal(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["BertForMaskedLM", "T5ForConditionalGeneration"])
-def test_what_is_no_causal_lm_is_refused(name: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase):
-    bert = name.startswith("Bert")
-    size = (
-        {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-        if bert
-        else {"d_model": 8, "d_ff": 8, "d_kv": 4, "num_layers": 1, "num_heads": 2}
+def test_what_is_no_causal_lm_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase):
+    config = transformers.T5Config(
+        vocab_size=len(tokenizer), d_model=8, d_ff=8, d_kv=4, num_layers=1, num_heads=2
     )
-    config = (transformers.BertConfig if bert else transformers.T5Config)(vocab_size=len(tokenizer), **size)
-    getattr(transformers, name)(config).save_pretrained(tmp_path)
-    assert ("causal" if bert else "T5Config") in refusal(tmp_path)
+    transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    assert "T5Config" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
