@@ -118,12 +118,13 @@ def test_a_step_moves_norms_router_and_what_is_tuned_and_nothing_else(
     settings = {"training__base__tuning": tuning, "training__base__rank": 2, "training__depth__epochs": 0.01}
     trained, _ = training(tiny_run, member, **settings)
     before = {name: value.clone() for name, value in trained.ensemble.state_dict().items()}
-    base = [parameter.detach().clone() for parameter in trained._tuning.parameters]
+    tuned = [] if trained._tuning is None else trained._tuning.parameters
+    base = [parameter.detach().clone() for parameter in tuned]
     trained.run()
     after = trained.ensemble.state_dict()
     moved = {name for name, value in after.items() if not value.equal(before[name])}
     assert moved == {"scale", "shift", "router.weight", "router.bias"}
-    changed = [not new.equal(old) for new, old in zip(trained._tuning.parameters, base, strict=True)]
+    changed = [not new.equal(old) for new, old in zip(tuned, base, strict=True)]
     # In one step only the second halves of updates move; of all weights, all but the LM's own final norm.
     assert sum(changed) == {"frozen": 0, "lora": len(base) / 2, "full": len(base) - 2}[tuning]
 
