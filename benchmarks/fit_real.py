@@ -5,9 +5,9 @@
 
 FILE holds JSON lines with the field `text`; activations are read once and kept in a folder. All contestants
 have the default penalties and keep the best on validation examples. "every penalty" fits all of them to the
-tolerance of the final fit; the half decades lie on the default range. scikit-learn fits the last `--measured`
-probes one by one at its default tolerance, and its time is scaled to all. The control task is that of
-shuffled labels here: what it costs does not depend on them.
+tolerance of the final fit. "half decades" has a finer grid on the default range, so it keeps other penalties.
+scikit-learn fits the last `--measured` probes one by one at its default tolerance, and its time is scaled to
+all. The control task is that of shuffled labels here.
 """
 
 from __future__ import annotations
@@ -71,7 +71,6 @@ def measure(labels: str, data: Data, options: Options, measured: int) -> list[Ro
         REFERENCE: partial(solve, data, SETTINGS.l2),
         "every penalty": partial(every_penalty, data, SETTINGS.l2),
         "half decades": partial(solve, data, HALF_DECADES),
-        "every half decade": partial(every_penalty, data, HALF_DECADES),
         "with control and code": partial(with_controls, data),
     }
     outcomes = race(
@@ -83,11 +82,7 @@ def measure(labels: str, data: Data, options: Options, measured: int) -> list[Ro
         for solver in ("lbfgs", "newton-cg")
     }
     outcomes |= race(theirs if measured else {}, 1, options.device)
-    full = {
-        len(SETTINGS.l2): outcomes["every penalty"].result,
-        len(HALF_DECADES): outcomes["every half decade"].result,
-    }
-    reference = outcomes[REFERENCE].result
+    reference, full = outcomes[REFERENCE].result, outcomes["every penalty"].result
     losses = cross_entropies(_fit(reference), data)
     rows = []
     for name, outcome in outcomes.items():
@@ -95,9 +90,8 @@ def measure(labels: str, data: Data, options: Options, measured: int) -> list[Ro
         row = {"workload": labels, "contestant": name, "probes": probes, "classes": data.classes}
         row |= {"examples": len(data.y["probe"]), "width": data.X["probe"].shape[2]}
         if name in ours:
-            exact = full.get(found.validation_cross_entropy_.shape[1], full[len(SETTINGS.l2)])
             row |= {"measured_probes": probes} | outcome.columns()
-            row |= {"l2": found.l2_.tolist(), "same_penalty": _share(found.l2_ == exact.l2_)}
+            row |= {"l2": found.l2_.tolist(), "same_penalty": _share(found.l2_ == full.l2_)}
             row |= {"converged": _share(found.converged_), "iterations": float(found.n_iter_.double().mean())}
             row |= {"fitted": _share(found.validation_cross_entropy_.isfinite())}
             its, same = cross_entropies(_fit(found), data), losses

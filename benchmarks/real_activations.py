@@ -48,21 +48,29 @@ class Source:
 def real_activations(source: Source) -> dict[str, Data]:
     """By labels the activations of the residual stream; reads the LM at most once.
 
-    Probes are in the order of layers, then distances.
+    Probes are in the order of layers, then distances. Classes without an example to fit on are left out:
+    solvers differ in what they make of them.
     """
     path = source.kept / f"{source.lm.name}-{source.text.stem}-{source.articles}.safetensors"
     if not path.exists():
         write_tensors(path, _read(source))
     tensors = read_tensors(path)
-    rows = {name: tensors["split"] == number for number, name in enumerate(SPLITS)}
-    X = {name: tensors["activations"][:, part] for name, part in rows.items()}
+    named = [name for name in tensors if name.startswith("labels ")]
     return {
-        name.removeprefix("labels "): Data(
-            X, {split: labels[part] for split, part in rows.items()}, int(labels.max()) + 1
-        )
-        for name, labels in tensors.items()
-        if name.startswith("labels ")
+        name.removeprefix("labels "): _data(tensors["activations"], tensors[name], tensors["split"])
+        for name in named
     }
+
+
+def _data(activations: Tensor, labels: Tensor, split: Tensor) -> Data:
+    known = labels[split == 0].unique()
+    rows = {
+        name: ((split == number) & torch.isin(labels, known)).nonzero()[:, 0]
+        for number, name in enumerate(SPLITS)
+    }
+    X = {name: activations[:, part] for name, part in rows.items()}
+    y = {name: torch.searchsorted(known, labels[part]) for name, part in rows.items()}
+    return Data(X, y, len(known))
 
 
 def _read(source: Source) -> dict[str, Tensor]:

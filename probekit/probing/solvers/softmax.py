@@ -41,7 +41,7 @@ from probekit.probing.solvers.base import (
     standardised,
 )
 
-OF_ZERO, OF_START = 1e-2, 0.1
+OF_ZERO, OF_START = 1e-3, 0.1
 """Shares of the gradient norm at zero weights, and at the start, below which penalties are compared."""
 
 PROMISING, LENGTHS = 0.99, (1.0, 0.25)
