@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from probekit.config import LanguageModelSettings
 from probekit.data import hub
 from probekit.errors import ProbekitError
-from probekit.io import atomic_folder
+from probekit.io import atomic_folder, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -93,10 +93,9 @@ def _load(source: hub.Source, trust_remote_code: bool) -> PreTrainedTokenizerBas
         if not tokenizer("a", add_special_tokens=False).input_ids:
             raise ValueError("it has no vocabulary")
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
         raise ProbekitError(
             f"lm.name {source.name!r}: no tokenizer could be loaded from it; it needs a tokenizer.json and a "
-            f"tokenizer_config.json ({reason})"
+            f"tokenizer_config.json ({one_line(error)[:200]})"
         ) from error
     if not tokenizer.is_fast:
         raise ProbekitError(

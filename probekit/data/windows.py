@@ -133,7 +133,11 @@ def input_tokens(corpus: Corpus, windows: Windows) -> Tensor:
 
     For an LM that reads the separator in every window, it takes the place of a later window's first token.
     """
-    tokens = corpus.tokens[_indices(windows)[0]].astype(np.int64)
+    return _tokens_at(corpus, windows, _indices(windows)[0])
+
+
+def _tokens_at(corpus: Corpus, windows: Windows, index: np.ndarray) -> Tensor:
+    tokens = corpus.tokens[index].astype(np.int64)
     if corpus.bos_rule == "every-window":
         tokens[:, 0] = corpus.tokens[corpus.document_tokens[windows.document]]
     return torch.from_numpy(tokens)
@@ -157,7 +161,7 @@ def collate(corpus: Corpus, windows: Windows) -> Batch:
     context = np.zeros((len(documents), needed.max(), corpus.embeddings.shape[1]), dtype=np.float32)
     context[np.arange(needed.max()) < needed[:, None]] = corpus.embeddings[ranges(first, first + needed)]
     return Batch(
-        tokens=input_tokens(corpus, windows),
+        tokens=_tokens_at(corpus, windows, index),
         targets=torch.from_numpy(np.where(scored, next_tokens, IGNORE)),
         document=windows.document,
         context=torch.from_numpy(context),

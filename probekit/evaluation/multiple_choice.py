@@ -297,7 +297,7 @@ def choice_losses(
             numbers = order[start : start + size]
             contexts = [questions[number].context for number in numbers]
             if isinstance(condition, Constant):  # which needs no sentences of what is not read
-                contexts = [context[[0, *range(-min(window, len(context) - 1), 0)]] for context in contexts]
+                contexts = [np.append(context[:1], context[1:][-window:]) for context in contexts]
             states = [
                 GenerationState(context.tolist(), run.corpus.tokenizer, run.config.corpus.language)
                 for context in contexts

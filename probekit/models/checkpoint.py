@@ -153,9 +153,7 @@ def dtype_of(setting: str, config: PreTrainedConfig, device: torch.device) -> to
                 f"lm.dtype is {setting!r}, in which {device} does not compute; give auto or float32"
             )
         return DTYPES[setting]
-    own = getattr(config, "dtype", None) or torch.float32
-    if isinstance(own, str):
-        own = getattr(torch, own)
+    own = _own_dtype(config)
     if getattr(config, "quantization_config", None):  # of a GGUF file, whose weights have fewer bits
         own = torch.bfloat16
     if own not in HALF:
@@ -163,6 +161,17 @@ def dtype_of(setting: str, config: PreTrainedConfig, device: torch.device) -> to
     if device.type == "cpu":
         return torch.bfloat16 if _cpu_has_bfloat16() else torch.float32
     return own if _computes_in(own, device) else torch.float32
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """What `lm.dtype` calls a dtype."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _own_dtype(config: PreTrainedConfig) -> torch.dtype:
+    """The dtype of a checkpoint's weights."""
+    own = getattr(config, "dtype", None) or torch.float32
+    return own if isinstance(own, torch.dtype) else getattr(torch, own)
 
 
 def _cpu_has_bfloat16() -> bool:
@@ -189,16 +198,14 @@ def check_memory(name: str, source: hub.Source, config: PreTrainedConfig, dtype:
     """
     import psutil
 
-    own = getattr(config, "dtype", None) or torch.float32
-    itemsize = own.itemsize if isinstance(own, torch.dtype) else getattr(torch, own).itemsize
     stored = sum(path.stat().st_size for path in Path(source.name).glob("model*.safetensors"))
-    needed = stored * dtype.itemsize / itemsize * (1 + OVERHEAD)
+    needed = stored * dtype.itemsize / _own_dtype(config).itemsize * (1 + OVERHEAD)
     free = psutil.virtual_memory().available
     if not source.file and needed > free:
         smaller = "" if dtype in HALF else "lm.dtype bfloat16, "
         raise ProbekitError(
             f"lm.name {name!r}: its weights take {needed / 1e9:.1f} GB in "
-            f"{str(dtype).removeprefix('torch.')}, and {free / 1e9:.1f} GB of memory are free; give {smaller}"
+            f"{dtype_name(dtype)}, and {free / 1e9:.1f} GB of memory are free; give {smaller}"
             "lm.device_map auto (GPUs, memory and disk), or a smaller LM"
         )
 

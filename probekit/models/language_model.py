@@ -16,7 +16,7 @@ from probekit.data import hub
 from probekit.data.tokenizer import separator_id
 from probekit.errors import ProbekitError
 from probekit.io import one_line
-from probekit.models.checkpoint import check_memory, load_config, text_tower, why_not
+from probekit.models.checkpoint import check_memory, dtype_name, load_config, text_tower, why_not
 from probekit.progress import without_bars_of_transformers
 
 if TYPE_CHECKING:
@@ -239,7 +239,7 @@ def bridge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str
     if any(hasattr(module, "lora_A") for module in model.modules()):
         raise ProbekitError(
             f"lm.name {str(name)!r}: TransformerLens cannot run LoRA's updates beside weights of "
-            f"{str(model.dtype).removeprefix('torch.')}; give lm.dtype float32, or other locations"
+            f"{dtype_name(model.dtype)}; give lm.dtype float32, or other locations"
         )
     try:
         bridged = TransformerBridge.boot_transformers(
@@ -248,12 +248,8 @@ def bridge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str
     except (ValueError, NotImplementedError, KeyError, AttributeError) as error:
         architectures = ", ".join(model.config.architectures or [type(model).__name__])
         raise ProbekitError(
-            f"lm.name {str(name)!r}: TransformerLens cannot bridge {architectures} ({_reason(error)})"
+            f"lm.name {str(name)!r}: TransformerLens cannot bridge {architectures} ({one_line(error)[:200]})"
         ) from error
     bridged.eval()
     bridged.original_model.requires_grad_(False)
     return bridged
-
-
-def _reason(error: Exception) -> str:
-    return one_line(error)[:200]

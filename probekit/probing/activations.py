@@ -21,6 +21,7 @@ from probekit.data.corpus import Corpus, ranges
 from probekit.data.windows import Windows, collate, cut_windows, input_tokens
 from probekit.distributed import autocast
 from probekit.errors import ProbekitError
+from probekit.models.checkpoint import dtype_name
 from probekit.models.conditioning import Conditioned
 from probekit.models.hook_points import BEFORE, Hook, hook_name
 from probekit.models.language_model import longest_window
@@ -107,7 +108,7 @@ def probing_windows(run: Run) -> tuple[int, int]:
 
     An LM that was trained here has learned nothing of positions after `training.window`. A pre-trained one is
     read with longer windows than an adapter was trained in: adapters know nothing of positions, and all
-    variants must be read alike.
+    variants must be read in the same windows.
 
     Raises:
         ProbekitError: `probe.window` is longer than the LM reads.
@@ -362,7 +363,7 @@ def check_finite(stack: Stack, values: Tensor, dtype: torch.dtype) -> None:
         if not value.sum().isfinite() and not value.isfinite().all():
             raise ProbekitError(
                 f"the activations at {location}, layer {layer}, are not all finite in "
-                f"{str(dtype).removeprefix('torch.')}, {advice}"
+                f"{dtype_name(dtype)}, {advice}"
             )
 
 

@@ -19,6 +19,7 @@ from probekit import distributed
 from probekit.distributed import precision_of
 from probekit.errors import ProbekitError
 from probekit.io import read_json, write_json, write_tensors
+from probekit.models.checkpoint import dtype_name
 from probekit.models.mixing import VARIANTS
 from probekit.probing.activations import Activations, Done, HookPoint, Reader, Stack, chunk_slices
 from probekit.probing.targets import Examples
@@ -269,7 +270,7 @@ def store_contents(reader: Reader, splits: Mapping[str, Examples]) -> dict[str, 
         "corpus": f"{run.corpus.facts['fingerprint'][:16]}, {run.corpus.facts['tokens']} tokens",
         "variant": f"random, seed {reader.seed}" if variant == "random" else variant,
         "windows": [*reader.windows],
-        "dtype": str(reader.dtype).removeprefix("torch."),
+        "dtype": dtype_name(reader.dtype),
         "precision": precision_of(run.device, config.training.precision),
         "conditioning": conditioning if variant in VARIANTS else None,
         "temperature": config.mixing.temperature if variant in VARIANTS else None,

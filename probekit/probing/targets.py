@@ -15,6 +15,7 @@ import numpy as np
 
 from probekit.data.corpus import Corpus, ranges
 from probekit.errors import ProbekitError
+from probekit.io import one_line
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -283,5 +284,4 @@ def _read_table(path: Path) -> pd.DataFrame:
     try:
         return readers[path.suffix](path)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ProbekitError(f"probe.labels {path} cannot be read ({reason})") from None
+        raise ProbekitError(f"probe.labels {path} cannot be read ({one_line(error)[:200]})") from None

@@ -180,13 +180,14 @@ class Run(RunFolder):
         tuned = stage is not None and settings.tuning != "frozen"
         if tuned and stage is not None:
             self.require(stage)
-        key = (name, settings) if tuned else (name, seed) if name == "random" else ("none",)
+        key: tuple[Any, ...] = ("none",)
+        load, label = partial(self.placed_model, "none"), str(self.folder / "lm")
+        if name == "random":
+            key, load, label = (name, seed), partial(self._random_model, seed), "random weights"
+        elif tuned:
+            key, label = (name, settings), str(self.tuned_folder(name))
+            load = partial(self.placed_model, name)
         if key not in self._lms:
-            load, label = partial(self.placed_model, "none"), str(self.folder / "lm")
-            if name == "random":
-                load, label = partial(self._random_model, seed), "random weights"
-            elif tuned:
-                load, label = partial(self.placed_model, name), str(self.tuned_folder(name))
             self._lms[key] = FrozenLM(
                 load,
                 self._lm_config,

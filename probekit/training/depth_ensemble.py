@@ -80,7 +80,7 @@ class DepthTraining:
         self.ensemble = new_ensemble(member, depth, lm, model, config.seed).to(trainer.device)
         adapter = conditioned.adapter
         names = [*(() if adapter is None else adapter.names), *self.ensemble.names]
-        backend = lm.backend_for(names, model)
+        backend = lm.backend_for(names, None if tuning is None else model)
         self.model = PlannedLM(
             backend, conditioned.planner, adapter, float(conditioned.temperature), depth=self.ensemble
         )

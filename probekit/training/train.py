@@ -47,6 +47,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+T = TypeVar("T")
+
+
 def train_language_model(
     trainer: Trainer, keep: Callable[[PreTrainedModel, int], None] | None = None
 ) -> PreTrainedModel:
@@ -82,9 +85,6 @@ def train_language_model(
         )
     )
     return model.eval()
-
-
-T = TypeVar("T")
 
 
 def check_new_model(config: Config) -> None:

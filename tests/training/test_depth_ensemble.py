@@ -156,12 +156,17 @@ def test_every_member_is_found_again_as_it_was_validated(tuning: str, members: l
         assert ("tuned_parameters" in stages[f"depth/{member}"]) == (tuning != "frozen")
 
 
-@pytest.mark.parametrize(("kind", "tuning"), [("adapter", "lora"), ("token", "frozen")])
-def test_on_a_planner_conditioned_lm(kind: str, tuning: str, make_run: MakeRun):
-    run = make_run(
-        depth__variant="soft", depth__members=["ensemble"], conditioning__kind=kind,
-        training__base__tuning=tuning,
-    )  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"conditioning__kind": "adapter", "training__base__tuning": "lora"},
+        {"conditioning__kind": "token", "training__base__tuning": "frozen"},
+        # Only TransformerLens has this location of a GPT-2.
+        {"conditioning__location": "attn.hook_q", "training__base__tuning": "frozen"},
+    ],
+)
+def test_on_a_planner_conditioned_lm(settings: dict[str, str], make_run: MakeRun):
+    run = make_run(depth__variant="soft", depth__members=["ensemble"], **settings)
     assert validation_loss(run, "ensemble") == pytest.approx(last_loss(run, "ensemble"), rel=1e-4)
     assert validation_loss(run, "ensemble") < validation_loss(run, "soft") + 0.01
     (text,) = generate(run, [""], variant="ensemble", tokens=12)
