@@ -48,6 +48,7 @@ class Target:
             where there is none.
         of_sentences: The label of every sentence of the corpus, if the target labels sentences.
         names: Names of the classes; empty where numbers are enough.
+        kind: Whether labels are classes, or numbers: float64, NaN where there is none, and `classes` is 0.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Target:
     labels: Labels
     of_sentences: np.ndarray | None = None
     names: tuple[str, ...] = ()
+    kind: Literal["classes", "numbers"] = "classes"
 
 
 @dataclass(frozen=True)
