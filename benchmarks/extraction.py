@@ -155,7 +155,7 @@ class Scene:
         corpus, anchors = self.corpus, len(self.shape.anchors)
         document = np.repeat(np.arange(self.shape.documents), anchors)
         labels = corpus.actions[:, None].astype(np.int64)
-        return Examples(document, corpus.first_token, np.arange(len(document)), labels)
+        return Examples.of_tokens(document, corpus.first_token, np.arange(len(document)), labels)
 
     def batches(self) -> Iterator[Tensor]:
         """Yields tokens `[windows, positions]`, a batch at a time."""

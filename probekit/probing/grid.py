@@ -103,7 +103,7 @@ def make_grid(corpus: Corpus, settings: ProbeSettings, target: Target, seed: int
         if split != TESTED_ON:  # of a few long documents every n-th example
             rows = rows[:: max(1, -(-len(rows) // settings.max_examples))]
         kept = whole[rows]
-        examples[split] = Examples(kept.document, kept.anchor, kept.sentence, kept.labels[:, h_kept])
+        examples[split] = replace(kept, labels=kept.labels[:, h_kept])
     grid = Grid(
         target,
         tuple(settings.distances[d] for d in d_kept),

@@ -305,7 +305,7 @@ def _key(point: HookPoint) -> str:
 
 def _digest(examples: Examples) -> str:
     """Identifies where examples are, and their order."""
-    return hashlib.sha256(np.ascontiguousarray(examples.anchor, dtype=np.int64).tobytes()).hexdigest()[:12]
+    return hashlib.sha256(np.ascontiguousarray(examples.start, dtype=np.int64).tobytes()).hexdigest()[:12]
 
 
 def _shard_name(examples: Examples, rows: slice) -> str:

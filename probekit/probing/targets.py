@@ -1,7 +1,6 @@
 """Targets: what probes predict. A target makes the examples; all later code only sees those.
 
-An example is a text, a position to read and a label: here a document, an anchor token in it (probes read some
-tokens before that) and one label for every horizon.
+An example is a range of tokens of a document, which probes read near, and one label for every horizon.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ LAST_POSITION = 15
 """The target `sentence-position` counts sentences from 0 to this one, which stands for all later ones."""
 
 Labels = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
-"""Labels of examples, given their anchor tokens, the sentences that hold these, and the horizon."""
+"""Labels of examples, given their first tokens, the sentences that hold these, and the horizon."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,8 @@ class Target:
     Attributes:
         name: The setting `probe.target`.
         classes: Number of classes.
-        labels: Labels `[examples]` of anchors `[examples]` in sentences `[examples]` at a horizon; `NO_LABEL`
-            where there is none.
+        labels: Labels `[examples]` of first tokens `[examples]` in sentences `[examples]` at a horizon;
+            `NO_LABEL` where there is none.
         of_sentences: The label of every sentence of the corpus, if the target labels sentences.
         names: Names of the classes; empty where numbers are enough.
         kind: Whether labels are classes, or numbers: float64, NaN where there is none, and `classes` is 0.
@@ -65,25 +64,36 @@ class Examples:
 
     Attributes:
         document: Document of each example `[examples]`; those of one document are together.
-        anchor: The target token, in `corpus.tokens` `[examples]`.
-        sentence: The sentence that holds the anchor `[examples]`.
+        start: First token of the range, in `corpus.tokens` `[examples]`.
+        stop: The token after its last one `[examples]`.
+        sentence: The sentence that holds the first token `[examples]`.
+        group: What splits and intervals keep together `[examples]`.
         labels: One label for every horizon `[examples, horizons]`.
     """
 
     document: np.ndarray
-    anchor: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
     sentence: np.ndarray
+    group: np.ndarray
     labels: np.ndarray
 
+    @classmethod
+    def of_tokens(
+        cls, document: np.ndarray, start: np.ndarray, sentence: np.ndarray, labels: np.ndarray
+    ) -> Examples:
+        """Examples of single tokens, whose groups are their documents."""
+        return cls(document, start, start + 1, sentence, document, labels)
+
     def __len__(self) -> int:
-        return len(self.anchor)
+        return len(self.start)
 
     def __getitem__(self, rows: slice | np.ndarray) -> Examples:
         return Examples(*(getattr(self, field.name)[rows] for field in fields(self)))
 
     def positions(self, distance: int) -> np.ndarray:
-        """Where probes read at a distance before the anchor, in `corpus.tokens` `[examples]`."""
-        return self.anchor - distance
+        """Where probes read at a distance before the first token, in `corpus.tokens` `[examples]`."""
+        return self.start - distance
 
 
 def find_examples(
@@ -93,33 +103,35 @@ def find_examples(
     horizons: Sequence[int],
     anchors: Literal["sentence", "token"] = "sentence",
 ) -> Examples:
-    """Makes an example of every anchor of some documents; labels that do not exist are `NO_LABEL`.
+    """Makes an example of every sentence or token of some documents; labels that do not exist are `NO_LABEL`.
 
     Args:
         corpus: The corpus.
         documents: Numbers of the documents, in the order of the examples `[documents]`.
         target: What is predicted.
-        horizons: 1 is the anchor's own sentence (or token), 2 the next one.
-        anchors: The first token of every sentence, or every token of a sentence.
+        horizons: 1 is the example's own sentence (or token), 2 the next one.
+        anchors: Every sentence is an example, or every token of one.
     """
     first, last = corpus.document_sentences[documents], corpus.document_sentences[documents + 1]
     if anchors == "sentence":
         sentence = ranges(first, last)
-        anchor = np.asarray(corpus.first_token[sentence])
         document = np.repeat(documents, last - first)
+        first_token = np.append(corpus.first_token, corpus.document_tokens[-1])
+        start, end = first_token[sentence], corpus.document_tokens[document + 1]
+        stop = np.minimum(first_token[sentence + 1], end)
     else:
         has_sentence = last > first
         documents, first = documents[has_sentence], first[has_sentence]
-        start, stop = corpus.first_token[first], corpus.document_tokens[documents + 1]
-        anchor = ranges(np.asarray(start), stop)
-        document = np.repeat(documents, stop - start)
-        sentence = np.searchsorted(corpus.first_token, anchor, side="right") - 1
-    labels = [target.labels(anchor, sentence, horizon) for horizon in horizons]
-    return Examples(document, anchor, sentence, np.stack(labels, axis=1))
+        begin, end = np.asarray(corpus.first_token[first]), corpus.document_tokens[documents + 1]
+        document, start = np.repeat(documents, end - begin), ranges(begin, end)
+        sentence = np.searchsorted(corpus.first_token, start, side="right") - 1
+        stop = start + 1
+    labels = [target.labels(start, sentence, horizon) for horizon in horizons]
+    return Examples(document, start, stop, sentence, document, np.stack(labels, axis=1))
 
 
 def reached(corpus: Corpus, examples: Examples, distance: int) -> np.ndarray:
-    """Whether the document has a token at a distance before each anchor `[examples]`, bool.
+    """Whether the document has a token at a distance before each example `[examples]`, bool.
 
     The separator in front of a document is not one of its tokens: nothing has been read there.
     """
@@ -168,8 +180,8 @@ def _token(corpus: Corpus) -> Target:
     class_of = np.full(len(counts), NO_LABEL, dtype=np.int64)
     class_of[frequent] = np.arange(len(frequent))
 
-    def labels(anchor: np.ndarray, sentence: np.ndarray, horizon: int) -> np.ndarray:
-        token = anchor + horizon - 1
+    def labels(start: np.ndarray, sentence: np.ndarray, horizon: int) -> np.ndarray:
+        token = start + horizon - 1
         exists = token < corpus.document_tokens[corpus.document_of(sentence) + 1]
         return np.where(exists, class_of[corpus.tokens[np.where(exists, token, 0)]], NO_LABEL)
 
@@ -178,7 +190,7 @@ def _token(corpus: Corpus) -> Target:
 
 
 def _sentence_position(corpus: Corpus) -> Target:
-    def labels(anchor: np.ndarray, sentence: np.ndarray, horizon: int) -> np.ndarray:
+    def labels(start: np.ndarray, sentence: np.ndarray, horizon: int) -> np.ndarray:
         document = corpus.document_of(sentence)
         asked = sentence + horizon - 1
         position = np.minimum(asked - corpus.document_sentences[document], LAST_POSITION)
@@ -193,7 +205,7 @@ def _document_type(corpus: Corpus) -> Target:
     if (types == NO_LABEL).all():
         raise ProbekitError("probe.target is 'document-type', which only the planted corpus knows")
 
-    def labels(anchor: np.ndarray, sentence: np.ndarray, horizon: int) -> np.ndarray:
+    def labels(start: np.ndarray, sentence: np.ndarray, horizon: int) -> np.ndarray:
         return types[corpus.document_of(sentence)]
 
     return Target("document-type", int(types.max()) + 1, labels)
@@ -212,7 +224,7 @@ number in its document, and the planted corpus's hidden document type."""
 def _sentence_target(
     corpus: Corpus, name: str, classes: int, of_sentences: np.ndarray, names: tuple[str, ...] = ()
 ) -> Target:
-    def labels(anchor: np.ndarray, sentence: np.ndarray, horizon: int) -> np.ndarray:
+    def labels(start: np.ndarray, sentence: np.ndarray, horizon: int) -> np.ndarray:
         asked = sentence + horizon - 1
         exists = asked < corpus.document_sentences[corpus.document_of(sentence) + 1]
         return np.where(exists, of_sentences[np.where(exists, asked, 0)], NO_LABEL).astype(np.int64)

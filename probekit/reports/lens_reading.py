@@ -485,7 +485,7 @@ def _read(
     """
     # Every token is an anchor that is read at itself; token 0 of the document is the separator.
     zeros = np.zeros(len(true), np.int64)
-    examples = Examples(zeros, 1 + np.arange(len(true)), zeros, np.zeros((len(true), 1), np.int64))
+    examples = Examples.of_tokens(zeros, 1 + np.arange(len(true)), zeros, np.zeros((len(true), 1), np.int64))
     chunks = []
     for rows, stacks in reader.chunks(examples):
         activations = {

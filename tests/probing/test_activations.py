@@ -70,7 +70,9 @@ def at_anchors(run: Run, documents: np.ndarray, count: int = 8, far: int = max(D
         anchors.append(np.sort(np.concatenate([tokens[[0, -1]], inner])))
     anchor = np.concatenate(anchors)
     sentence = np.searchsorted(corpus.first_token, anchor, side="right") - 1
-    return Examples(np.repeat(documents, count + 2), anchor, sentence, np.zeros((len(anchor), 1), np.int64))
+    return Examples.of_tokens(
+        np.repeat(documents, count + 2), anchor, sentence, np.zeros((len(anchor), 1), np.int64)
+    )
 
 
 def read(reader: Reader, examples: Examples) -> dict[HookPoint, Tensor]:
@@ -183,7 +185,7 @@ class Watched:
 def assert_equal_to_slow(
     found: dict[HookPoint, Tensor], slow: Watched, examples: Examples, window: int, stride: int
 ) -> None:
-    for row, anchor in enumerate(examples.anchor.tolist()):
+    for row, anchor in enumerate(examples.start.tolist()):
         for d, distance in enumerate(DISTANCES):
             expected = slow.at(anchor - distance, window, stride)
             for place, values in found.items():
@@ -322,7 +324,7 @@ def test_a_sentences_action_is_read_from_the_token_before_it(tiny_run: Run):
     sentence = int(corpus.document_sentences[12]) + 4
     anchor = np.arange(corpus.document_tokens[12] + 2, corpus.document_tokens[13])
     empty = np.zeros(len(anchor), np.int64)
-    examples = Examples(np.full(len(anchor), 12), anchor, empty, empty[:, None])
+    examples = Examples.of_tokens(np.full(len(anchor), 12), anchor, empty, empty[:, None])
     places: list[HookPoint] = [("hook_resid_post", 2), ("attn.hook_z", 2), BEFORE]
     before = read(reader_of(run, "soft", places, [1]), examples)
     # The planner reads sentences before the one it plans: another one changes the plan of the next.
@@ -488,7 +490,7 @@ def test_what_fits_the_window_is_read_once(tiny_run: Run, monkeypatch: pytest.Mo
     corpus = tiny_run.corpus
     documents = np.arange(10, 40)
     examples = find_examples(corpus, documents, find_target(corpus, "action"), (1,))
-    in_first_window = examples.anchor <= corpus.document_tokens[examples.document] + 48
+    in_first_window = examples.start <= corpus.document_tokens[examples.document] + 48
     examples = examples[np.flatnonzero(reached(corpus, examples, 3) & in_first_window)]
     read_tokens: list[Tensor] = []
     call = HFBackend.__call__
@@ -501,7 +503,7 @@ def test_what_fits_the_window_is_read_once(tiny_run: Run, monkeypatch: pytest.Mo
     monkeypatch.setattr(HFBackend, "__call__", counted)
     done: list[int] = []
     list(reader.chunks(examples, done.append))
-    last = {document: examples.anchor[examples.document == document].max() for document in documents}
+    last = {document: examples.start[examples.document == document].max() for document in documents}
     needed = sum(last[document] - corpus.document_tokens[document] for document in documents)
     assert sum(done) == reader.size(examples) == needed
     padded = sum(tokens.numel() for tokens in read_tokens)
@@ -525,7 +527,7 @@ def test_placement_leaves_out_what_nobody_asks_about(tiny_run: Run):
     begin, end = corpus.document_tokens[document : document + 2].tolist()
     assert end - begin > 30
     anchor = np.array([begin + 6, end - 1])
-    examples = Examples(np.full(2, document), anchor, anchor, anchor[:, None])
+    examples = Examples.of_tokens(np.full(2, document), anchor, anchor, anchor[:, None])
     place = Placement.of(corpus, examples, (1, 4), 10, 4)
     start, length = place.windows.start.tolist(), place.windows.length.tolist()
     assert (start[0], length[0]) == (begin, 6)  # up to the position before the first anchor

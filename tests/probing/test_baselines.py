@@ -148,7 +148,7 @@ def test_bigram(rows: dict, walked: dict, run: Run, grid: Grid, distance: int, h
     pairs = np.zeros((9, 8))
     np.add.at(pairs, (given(train_anchors, train), actions[train + horizon - 1]), 1)
     examples = grid.examples["validation"]
-    chosen, known = examples.sentence, given(examples.anchor, examples.sentence)
+    chosen, known = examples.sentence, given(examples.start, examples.sentence)
     losses = {}
     for strength in STRENGTHS:
         table = np.log((pairs + strength * prior) / (pairs.sum(axis=1, keepdims=True) + strength))
@@ -176,7 +176,7 @@ def test_skip_ngram(rows: dict, walked: dict, run: Run, grid: Grid, distance: in
     actions = np.asarray(corpus.actions)
     document, anchor, sentence = columns(walked["test"])
     _, train, of_train = columns(walked["counted"])
-    validation = contexts(grid.examples["validation"].anchor), grid.labels("validation", horizon)
+    validation = contexts(grid.examples["validation"].start), grid.labels("validation", horizon)
     labels = actions[of_train + horizon - 1].astype(np.int64)
     model = SkipNgram.fit(contexts(train), labels, 8, validation)
     row = rows["skip n-gram", distance, horizon]
@@ -278,7 +278,7 @@ def test_every_token_as_anchor(tiny_run: Run):
     assert {key[0] for key in rows if key[1] == 2} == counted
     corpus, test = run.corpus, grid.examples["test"]
     assert len(test) > 4 * len(corpus.sentences(corpus.documents("test")))
-    read = position_ceiling(run.config, corpus, test.anchor - 1, test.sentence + 1)
+    read = position_ceiling(run.config, corpus, test.start - 1, test.sentence + 1)
     check(rows["ceiling (tokens read)", 1, 2], read, test.labels[:, 0], test.document)
 
 
@@ -298,5 +298,5 @@ def test_baselines_are_counted_on_whole_documents(run: Run, grid: Grid, monkeypa
     training = baselines.counted_examples(run.corpus, run.config.probe, grid, run.config.seed)
     drawn = np.unique(training.document)
     assert set(drawn) < set(counted_in(run))
-    assert columns(walk(run, drawn))[1].tolist() == training.anchor.tolist()
+    assert columns(walk(run, drawn))[1].tolist() == training.start.tolist()
     assert 500 - 16 < len(run.corpus.sentences(drawn)) <= 500

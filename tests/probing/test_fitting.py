@@ -70,7 +70,7 @@ def make_examples(documents: int, first: int, generator: np.random.Generator) ->
     document = np.repeat(numbers, generator.integers(5, 13, size=documents))
     anchor = np.arange(len(document)) + 1000 * first
     labels = generator.integers(CLASSES, size=(len(document), len(HORIZONS)))
-    return Examples(document, anchor, anchor // 9, labels)
+    return Examples.of_tokens(document, anchor, anchor // 9, labels)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def grid() -> Grid:
         split: make_examples(documents, 100 * number, generator)
         for number, (split, documents) in enumerate(SPLITS.items(), 1)
     }
-    target = Target("made up", CLASSES, lambda anchor, sentence, horizon: anchor)
+    target = Target("made up", CLASSES, lambda start, sentence, horizon: start)
     return Grid(target, DISTANCES, HORIZONS, examples, {}, ())
 
 

@@ -32,7 +32,7 @@ def walk(corpus: Corpus, split: str, settings: ProbeSettings) -> dict[int, set[t
     for document in np.flatnonzero(corpus.split == SPLITS.index(split)):
         examples = find_examples(corpus, np.array([document]), action, settings.horizons, settings.anchors)
         text = range(int(corpus.document_tokens[document]) + 1, int(corpus.document_tokens[document + 1]))
-        for anchor, labels in zip(examples.anchor.tolist(), examples.labels, strict=True):
+        for anchor, labels in zip(examples.start.tolist(), examples.labels, strict=True):
             found[anchor] = {
                 (distance, horizon)
                 for distance in settings.distances
@@ -100,12 +100,12 @@ def test_the_grid_is_what_walking_gives(documents, distances, horizons, anchors,
     assert (list(grid.distances), list(grid.horizons)) == (kept, soon)
     assert list(grid.examples) == list(USED)
     for split, examples in grid.examples.items():
-        assert set(examples.anchor.tolist()) == shared[split]
+        assert set(examples.start.tolist()) == shared[split]
         assert len(examples) == len(shared[split]) >= least
         again = find_examples(corpus, np.unique(examples.document), grid.target, soon, anchors)
-        row = {anchor: n for n, anchor in enumerate(again.anchor.tolist())}
+        row = {anchor: n for n, anchor in enumerate(again.start.tolist())}
         for name in ("document", "sentence", "labels"):
-            values = getattr(again, name)[[row[anchor] for anchor in examples.anchor.tolist()]]
+            values = getattr(again, name)[[row[anchor] for anchor in examples.start.tolist()]]
             assert np.array_equal(getattr(examples, name), values)
         assert NO_LABEL not in examples.labels
         for n, horizon in enumerate(soon):
@@ -150,7 +150,7 @@ def test_at_most_so_many_examples_by_whole_documents(
         left = set(counts) - set(drawn)
         first_tokens = len(drawn) + 1 if anchors == "token" else 0  # drawn, though nothing is before them
         assert not left or sum(drawn.values()) + max(counts[n] for n in left) + first_tokens > most
-    assert np.array_equal(grid.examples[TESTED_ON].anchor, whole.examples[TESTED_ON].anchor)
+    assert np.array_equal(grid.examples[TESTED_ON].start, whole.examples[TESTED_ON].start)
 
 
 def test_few_long_documents_give_examples_spread_over_all():
@@ -168,11 +168,11 @@ def test_few_long_documents_give_examples_spread_over_all():
 def test_seeds_draw_different_documents_and_the_same_seed_the_same(tiny_run: Run):
     grids = [grid_of(tiny_run.corpus, seed, max_examples=40, distances=[1, 2]) for seed in (0, 0, 1, 2)]
     for split in (FITTED_ON, CHOSEN_ON):
-        same, again, *others = (grid.examples[split].anchor.tolist() for grid in grids)
+        same, again, *others = (grid.examples[split].start.tolist() for grid in grids)
         assert same == again
         for other in others:
             assert {*other} != {*same}
-    tested = [grid.examples[TESTED_ON].anchor.tolist() for grid in grids]
+    tested = [grid.examples[TESTED_ON].start.tolist() for grid in grids]
     assert tested == [tested[0]] * 4
 
 
@@ -209,7 +209,7 @@ def test_classes_that_nobody_can_learn_are_noted(named: bool):
     codes[-4] = 2
     names = ("a", "b", "rare", "unseen") if named else ()
 
-    def labels(anchor: np.ndarray, sentence: np.ndarray, horizon: int) -> np.ndarray:
+    def labels(start: np.ndarray, sentence: np.ndarray, horizon: int) -> np.ndarray:
         return codes[sentence]
 
     target = Target("kind", 4, labels, codes, names)

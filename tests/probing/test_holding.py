@@ -45,7 +45,7 @@ class Source:
 
 def splits() -> dict[str, Examples]:
     return {
-        split: Examples(*3 * [np.arange(size)], np.zeros((size, 1), np.int64))
+        split: Examples.of_tokens(*3 * [np.arange(size)], np.zeros((size, 1), np.int64))
         for split, size in SIZES.items()
     }
 

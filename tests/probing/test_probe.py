@@ -210,7 +210,7 @@ def test_cells_say_how_much_the_lm_had_read(wide: ProbeResults, loud_run: Run, g
     """The windows are of 48 tokens, and later ones begin 24 tokens apart."""
     examples, corpus = grid.examples["test"], loud_run.corpus
     for distance in DISTANCES:
-        before = examples.anchor - distance - corpus.document_tokens[examples.document]
+        before = examples.start - distance - corpus.document_tokens[examples.document]
         read = np.where(before < 48, before, 24 + before % 24) + 1
         rows = cells(wide.table, reader="probe", distance=distance)
         assert set(rows.tokens_read) == {int(np.median(read))}
@@ -396,7 +396,7 @@ def test_control_task_and_selectivity_by_hand(wide: ProbeResults, loud_run: Run,
     X = activations(loud_run, grid, "soft", ("hook_resid_post", 1), 3)
     counts = np.bincount(grid.labels("probe", 1), minlength=8) + 0.5
     y = {
-        split: control_labels(loud_run.corpus, e.anchor - 3, counts / counts.sum(), 0)
+        split: control_labels(loud_run.corpus, e.start - 3, counts / counts.sum(), 0)
         for split, e in grid.examples.items()
     }
     found = logistic(X["probe"], y["probe"], row.l2)(X["test"]).argmax(axis=1)
@@ -407,7 +407,7 @@ def test_control_task_and_selectivity_by_hand(wide: ProbeResults, loud_run: Run,
 
 def test_the_token_embedding_by_hand(wide: ProbeResults, loud_run: Run, grid: Grid):
     embedding = loud_run.plain_model().get_input_embeddings().weight.detach().double().numpy()
-    tokens = {split: loud_run.corpus.tokens[e.anchor - 3] for split, e in grid.examples.items()}
+    tokens = {split: loud_run.corpus.tokens[e.start - 3] for split, e in grid.examples.items()}
     row = cell(wide.table, reader="token embedding", distance=3, horizon=2)
     losses = {}
     for l2 in WIDE["probe.l2"]:
@@ -435,7 +435,7 @@ def test_injected_marks_where_the_targets_action_was_added(wide: ProbeResults, l
         conditioned = conditioned and row.layer == 2 and row.location != "attn.hook_z:before"
         carried = [
             first_token[sentence + row.horizon - 1] <= anchor - row.distance + 1
-            for anchor, sentence in zip(test.anchor, test.sentence, strict=True)
+            for anchor, sentence in zip(test.start, test.sentence, strict=True)
         ]
         assert row.injected == (conditioned and any(carried))
     assert wide.table.injected.sum() == 2 * 2  # locations, solvers; at distance and horizon 1
@@ -445,7 +445,7 @@ def test_every_token_as_anchor_depends_on_its_own_sentence(loud_run: Run, tmp_pa
     """Most tokens lie within their sentence, whose action was added long before."""
     settings = PLAIN | {
         "probe.variants": ["soft", "none"],
-        "probe.anchors": "token",
+        "probe.starts": "token",
         "probe.solvers": ["ridge"],
     }
     settings |= {"probe.distances": [1, 4], "probe.horizons": [1, 2], "probe.max_examples": 600}
@@ -620,8 +620,8 @@ def test_a_column_of_labels_that_the_token_before_determines(learned_run: Run, t
 @pytest.mark.parametrize(
     ("settings", "least"),
     [
-        ({"probe.target": "token", "probe.anchors": "token", "probe.distances": [1]}, 0.5),
-        ({"probe.target": "token", "probe.anchors": "sentence", "probe.distances": [1]}, 0.1),
+        ({"probe.target": "token", "probe.starts": "token", "probe.distances": [1]}, 0.5),
+        ({"probe.target": "token", "probe.starts": "sentence", "probe.distances": [1]}, 0.1),
         ({"probe.target": "sentence-position"}, 0.1),
         ({"probe.target": "document-type", "probe.distances": [2]}, 0.05),
     ],

@@ -203,7 +203,7 @@ def test_everything_that_changes_activations_is_in_the_manifest(tiny_run: Run, t
 
 def test_the_manifest_identifies_examples_and_their_order(tiny_run: Run):
     reader, empty = Reader(tiny_run, "none", POINTS[:1], (1,)), np.zeros(3, np.int64)
-    examples = Examples(empty, np.array([4, 9, 2]), empty, empty[:, None])
+    examples = Examples.of_tokens(empty, np.array([4, 9, 2]), empty, empty[:, None])
     digests = {
         store_contents(reader, {"test": part})["examples"]["test"]
         for part in (examples, examples[[1, 0, 2]], examples[:2])

@@ -78,9 +78,14 @@ def test_examples_equal_the_walk(tiny_run: Run, name: str, anchors: str, monkeyp
         for document in DOCUMENTS.tolist()
         for anchor, sentence in anchors_by_walking(corpus, document, anchors)
     ]
-    rows = zip(found.document.tolist(), found.anchor.tolist(), found.sentence.tolist(), strict=True)
+    rows = zip(found.document.tolist(), found.start.tolist(), found.sentence.tolist(), strict=True)
     assert list(rows) == expected
     assert len(found) == len(expected)
+    stops = {n: token + 1 for document in DOCUMENTS.tolist() for token, n in walk(corpus, document)}
+    assert found.stop.tolist() == [
+        stops[sentence] if anchors == "sentence" else anchor + 1 for _, anchor, sentence in expected
+    ]
+    assert found.group.tolist() == found.document.tolist()
     sample = np.random.default_rng(0).choice(len(expected), size=min(200, len(expected)), replace=False)
     for row in sample:
         labels = [slow_label(tiny_run, name, *expected[row], horizon) for horizon in HORIZONS]
@@ -105,7 +110,7 @@ def test_what_a_distance_reaches(tiny_run: Run, distance: int, anchors: str):
 def test_the_first_token_of_a_document_is_reached_but_not_its_separator(tiny_run: Run):
     corpus = tiny_run.corpus
     found = find_examples(corpus, np.array([20]), find_target(corpus, "action"), [1])
-    length = int(found.anchor[1] - corpus.document_tokens[20] - 1)  # tokens of the first sentence
+    length = int(found.start[1] - corpus.document_tokens[20] - 1)  # tokens of the first sentence
     assert reached(corpus, found, length)[:2].tolist() == [False, True]
     assert reached(corpus, found, length + 1)[:2].tolist() == [False, False]
 
@@ -128,7 +133,7 @@ def test_documents_of_any_shape(documents, lead: int, horizon: int, anchors: str
         for anchor, sentence in anchors_by_walking(corpus, document, anchors):
             asked = sentence + horizon - 1
             expected.append((document, anchor, sentence, asked if asked < last else NO_LABEL))
-    rows = zip(found.document, found.anchor, found.sentence, found.labels[:, 0], strict=True)
+    rows = zip(found.document, found.start, found.sentence, found.labels[:, 0], strict=True)
     assert [tuple(map(int, row)) for row in rows] == expected
 
 

@@ -184,7 +184,9 @@ def test_conditioned_readings_are_those_of_the_corpus(probed_run: Run, document:
     sentences = np.arange(*corpus.document_sentences[document : document + 2])[1:]
     anchors = np.asarray(corpus.first_token[sentences])
     begin = corpus.document_tokens[document] + 1
-    examples = Examples(np.full(len(anchors), document), anchors, sentences, np.zeros((len(anchors), 1)))
+    examples = Examples.of_tokens(
+        np.full(len(anchors), document), anchors, sentences, np.zeros((len(anchors), 1))
+    )
     reader = Reader(run, "soft", data.probes.points, DISTANCES)
     saved = SavedProbes(run.folder / "probes", "soft", 0)
     for block, values in zip(reader.stacks, reader.read(examples), strict=True):
@@ -292,7 +294,7 @@ def test_planning_tokens_and_encoders_of_their_own(
     np.testing.assert_array_equal(data.actions, corpus.actions[sentences])
     anchors = np.asarray(corpus.first_token[sentences[1:]])
     at = anchors - 1 - corpus.document_tokens[document] - 1
-    examples = Examples(np.full(len(at), document), anchors, sentences[1:], np.zeros((len(at), 1)))
+    examples = Examples.of_tokens(np.full(len(at), document), anchors, sentences[1:], np.zeros((len(at), 1)))
     (values,) = Reader(run, "joint", [("hook_resid_post", 1)], [1]).read(examples)
     cell = SavedProbes(run.folder / "probes", "joint", 0)[Cell("hook_resid_post", 1, 1)]
     np.testing.assert_allclose(

@@ -166,7 +166,7 @@ def test_activations_are_those_of_the_variants_own_tokens(make_run: MakeRun, set
     anchor = run.corpus.document_tokens[documents] + 20
     sentence = np.searchsorted(run.corpus.first_token, anchor, side="right") - 1
     reader = Reader(run, "soft", POINTS, [1, 4, 18])
-    blocks = reader.read(Examples(documents, anchor, sentence, np.zeros((4, 1), np.int64)))
+    blocks = reader.read(Examples.of_tokens(documents, anchor, sentence, np.zeros((4, 1), np.int64)))
     found = {
         point: values
         for b, v in zip(reader.stacks, blocks, strict=True)
