@@ -3,8 +3,17 @@
 All have `fit(X, y, classes, X_validation, y_validation)` and `log_probabilities(X)`.
 """
 
-from probekit.probing.solvers.closed_form import LDAProbes, Moments, RidgeProbes
+from probekit.probing.solvers.closed_form import LDAProbes, MeanDifferenceProbes, Moments, RidgeProbes
+from probekit.probing.solvers.l1 import L1Probes
 from probekit.probing.solvers.mlp import MLPProbes
 from probekit.probing.solvers.softmax import SoftmaxProbes
 
-__all__ = ["LDAProbes", "MLPProbes", "Moments", "RidgeProbes", "SoftmaxProbes"]
+__all__ = [
+    "L1Probes",
+    "LDAProbes",
+    "MLPProbes",
+    "MeanDifferenceProbes",
+    "Moments",
+    "RidgeProbes",
+    "SoftmaxProbes",
+]

@@ -1,13 +1,16 @@
-"""Ridge and LDA probes, solved from moments: one eigendecomposition of a probe serves every penalty.
+"""Ridge, LDA and mean-difference probes, solved from moments: one eigendecomposition serves every penalty.
 
 With z the standardised activations, z_c their mean over class c of K and p_c the class's share of the
 examples, the score of class c is linear in z, with weights
 
     ridge   (Z'Z / n + l2 I)^-1 sqrt(K p_c) z_c         regression on one-hot labels times sqrt(K / p_c)
     LDA     ((1 - s) V + s tr(V) / width I)^-1 z_c      V the covariance within classes, s the shrinkage
+    means   z_c / v                                     v the mean variance within classes along the z_c
 
 The ridge penalty is per example, as in `SoftmaxProbes`: scikit-learn's `alpha` over n. The shrinkage is that
-of scikit-learn's `LinearDiscriminantAnalysis(solver="lsqr")`. Scores become probabilities by
+of scikit-learn's `LinearDiscriminantAnalysis(solver="lsqr")`. Mean-difference probes predict the class whose
+mean is nearest, weighed by the prior; for two classes their direction is the difference of the means. Scores
+become probabilities by
 
     log p(c | z) = log p_c + score_c(z) / T + constant
 
@@ -197,7 +200,7 @@ class _Solved(NamedTuple):
 
 
 class ClosedFormProbes(ABC):
-    """Base class of ridge and LDA probes.
+    """Base class of ridge, LDA and mean-difference probes.
 
     `fit` calls `fit_moments`, `observe_validation` and `choose`. Where memory is too small for all examples,
     call `observe_validation` with one part of the validation examples after the other.
@@ -297,7 +300,7 @@ class ClosedFormProbes(ABC):
         means = (moments.class_sums[at] / counts.clamp(min=1) - mean) / scale
         means = torch.where(counts > 0, means, 0.0)
         matrix, targets = self._system(scatter / count / (scale * scale.mT), means, counts / count)
-        spectrum, basis = torch.linalg.eigh(matrix)
+        spectrum, basis = self._eigh(matrix)
         targets = torch.bmm(basis.mT, targets)
         inverse = self._inverse(spectrum.clamp(min=0))
         weighed = counts.mT + absent_classes(counts.mT)
@@ -315,6 +318,11 @@ class ClosedFormProbes(ABC):
             means: Of each class, standardised, [probes, classes, width].
             shares: Of each class, [probes, classes, 1].
         """
+
+    def _eigh(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """Eigenvalues [probes, width] and eigenvectors [probes, width, width] of the matrix to invert."""
+        spectrum, basis = torch.linalg.eigh(matrix)
+        return spectrum, basis
 
     @abstractmethod
     def _inverse(self, spectrum: Tensor) -> Tensor:
@@ -376,6 +384,22 @@ class LDAProbes(ClosedFormProbes):
 
     def _base(self, targets: Tensor, inverse: Tensor) -> Tensor:
         return -0.5 * torch.bmm(inverse, targets.square())
+
+
+class MeanDifferenceProbes(LDAProbes):
+    """A batch of classifiers by the nearest class mean: LDA whose covariance is a multiple of the identity."""
+
+    def __init__(self) -> None:
+        super().__init__([1.0])
+
+    def _system(self, covariance: Tensor, means: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+        weighed = shares * means
+        within = covariance - torch.bmm(means.mT, weighed)
+        along = (torch.bmm(weighed, within) * means).sum((1, 2)) / (weighed * means).sum((1, 2)).clamp(min=1e-30)
+        return along[:, None, None] * torch.eye(means.shape[2]).to(means), means.mT
+
+    def _eigh(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        return matrix.diagonal(dim1=1, dim2=2), torch.eye(matrix.shape[1]).to(matrix).expand_as(matrix)
 
 
 def _losses(scores: Tensor, y: Tensor, prior: Tensor, absent: Tensor) -> Tensor:
