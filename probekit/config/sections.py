@@ -59,7 +59,7 @@ VariantName = Literal[
     "joint",
 ]
 ProbedName = Literal[VariantName, "random"]
-SolverName = Literal["softmax", "ridge", "lda", "mlp"]
+SolverName = Literal["softmax", "ridge", "lda", "mean-difference", "l1", "mlp"]
 MemberName = Literal["plain", "repeated", "ensemble", "distilled"]
 ModelName = VariantName | MemberName
 
@@ -464,11 +464,14 @@ class ProbeSettings(Settings):
     horizons: Several[Positive] = (1,)
     """Sentences ahead: 1 is the sentence that the target token is in, 2 the one after it."""
     solvers: Several[SolverName] = ("softmax",)
-    """softmax: softmax regression; ridge, lda: closed form, at the cost of about one forward pass; mlp: one
-    hidden layer, for information that is not linearly readable."""
+    """softmax: softmax regression; ridge, lda, mean-difference (nearest class mean): closed form, at the cost
+    of about one forward pass; l1: softmax regression on few features; mlp: one hidden layer, for information
+    that is not linearly readable."""
     l2: Several[PositiveNumber] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
     """L2 penalties tried (softmax, ridge); each probe keeps the best on validation documents. Unit: per
     example, on standardised activations."""
+    l1: Several[PositiveNumber] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+    """L1 penalties tried (l1), in the same way."""
     shrinkage: Several[Annotated[float, Field(gt=0.0, le=1.0)]] = (0.01, 0.1, 0.3, 0.6, 0.9)
     """Shrinkage of the covariance tried (lda), near 0 hardly any, 1 all the way to a multiple of the
     identity."""

@@ -22,7 +22,15 @@ from probekit.evaluation.action_metrics import prior_log_probabilities
 from probekit.probing.activations import Activations, Stack
 from probekit.probing.controls import block_ends, control_labels, prequential_code, prior_code
 from probekit.probing.results import LINEAR_SOLVERS, Cell, DocumentSums, Facts, row_slices
-from probekit.probing.solvers import LDAProbes, MLPProbes, Moments, RidgeProbes, SoftmaxProbes
+from probekit.probing.solvers import (
+    L1Probes,
+    LDAProbes,
+    MeanDifferenceProbes,
+    MLPProbes,
+    Moments,
+    RidgeProbes,
+    SoftmaxProbes,
+)
 from probekit.probing.store import Held
 from probekit.probing.targets import NO_LABEL, Examples, Target, find_examples, reached
 from probekit.progress import Meter, Progress
@@ -202,12 +210,15 @@ def document_numbers(document: np.ndarray) -> np.ndarray:
 
 
 ClosedForm = RidgeProbes | LDAProbes
-Probes = SoftmaxProbes | MLPProbes | ClosedForm
+Probes = SoftmaxProbes | L1Probes | MLPProbes | ClosedForm
 
-CLOSED_FORM: frozenset[SolverName] = frozenset({"ridge", "lda"})
+CLOSED_FORM: frozenset[SolverName] = frozenset({"ridge", "lda", "mean-difference"})
 """Solvers that need sums over their examples, not the examples."""
 
-FACTS = {"l2": "l2_", "shrinkage": "shrinkage_", "iterations": "n_iter_", "converged": "converged_"}
+FACTS = {"l2": "l2_", "l1": "l1_", "nonzero": "nonzero_", "shrinkage": "shrinkage_"} | {
+    "iterations": "n_iter_",
+    "converged": "converged_",
+}
 """Columns of the results, and the attributes in which solvers that have such a thing keep it."""
 
 
@@ -297,10 +308,14 @@ class FitJob:
             return self.closed_form(name)
         if name == "mlp":
             return MLPProbes(self.settings.hidden, seed=self.seed)
+        if name == "l1":
+            return L1Probes(self.settings.l1)
         return SoftmaxProbes(self.settings.l2, self.settings.max_iterations)
 
     def closed_form(self, name: SolverName) -> ClosedForm:
-        """A new batch of ridge or LDA probes, not fitted."""
+        """A new batch of closed-form probes, not fitted."""
+        if name == "mean-difference":
+            return MeanDifferenceProbes()
         return RidgeProbes(self.settings.l2) if name == "ridge" else LDAProbes(self.settings.shrinkage)
 
 
@@ -387,7 +402,7 @@ def _fit_batch(
 
     classes, probes = job.grid.target.classes, job.solver(solver)
     fitted_on, chosen_on = (X, labels(task, FITTED_ON), classes), (X_chosen, labels(task, CHOSEN_ON))
-    if not isinstance(probes, SoftmaxProbes):
+    if not isinstance(probes, SoftmaxProbes | L1Probes):
         probes.fit(*fitted_on, *chosen_on)
         if job.control is None:
             return probes, None, None
@@ -395,7 +410,7 @@ def _fit_batch(
         return probes, job.solver(solver).fit(X, y, classes, X_chosen, y_chosen), None
     # The control task has the penalty of the real one: selectivity compares probes of one family.
     probes.fit(*fitted_on, *chosen_on, None if job.control is None else labels(job.control, FITTED_ON))
-    if not job.settings.code_length:
+    if not job.settings.code_length or isinstance(probes, L1Probes):
         return probes, probes.control_, None
     ends = block_ends(job.grid.examples[FITTED_ON].document)
     code = prequential_code(*fitted_on, probes.l2_, ends, job.settings.max_iterations)
@@ -497,9 +512,12 @@ def _facts(fitted: Fitted, cells: Sequence[Cell], job: FitJob) -> Iterator[Facts
         prior = prior_code(grid.labels(FITTED_ON, fitted.horizon), grid.target.classes, ends)
         columns |= {"code_length": fitted.code, "compression": prior / fitted.code}
     losses = fitted.probes.validation_cross_entropy_
-    if isinstance(fitted.probes, SoftmaxProbes):  # other penalties' were fitted loosely, or not at all
-        penalties = torch.tensor(fitted.probes.l2, dtype=torch.float64)
-        kept = (fitted.probes.l2_.cpu()[:, None] - penalties).abs().argmin(1)
+    penalty = "l1" if isinstance(fitted.probes, L1Probes) else "l2"
+    if isinstance(
+        fitted.probes, SoftmaxProbes | L1Probes
+    ):  # other penalties' were fitted loosely, or not at all
+        penalties = torch.tensor(getattr(fitted.probes, penalty), dtype=torch.float64)
+        kept = (columns[penalty].cpu()[:, None] - penalties).abs().argmin(1)
         losses = losses.cpu().gather(1, kept[:, None])
     for i, cell in enumerate(cells):
         known = {name: column[i].item() for name, column in columns.items() if column is not None}

@@ -32,7 +32,7 @@ ELEMENTS = 1 << 25
 SETTINGS = "settings.json"
 """The file in the folder of probes that says how they were made."""
 
-LINEAR_SOLVERS = ("softmax", "ridge", "lda")
+LINEAR_SOLVERS = ("softmax", "ridge", "lda", "l1", "mean-difference")
 """Solvers whose probes are linear; the weights of these are kept."""
 
 MODEL_FREE = ("prior", "bigram", "skip n-gram")
@@ -50,7 +50,14 @@ COLUMNS = (
     | {f"{metric}{bound}": "float64" for metric in _INTERVALS for bound in ("", "_low", "_high")}
     | {"gain_over": "str", "control_accuracy": "float64"}
     | {"code_length": "float64", "compression": "float64"}
-    | {"l2": "float64", "shrinkage": "float64", "iterations": "Int64", "converged": "boolean"}
+    | {
+        "l2": "float64",
+        "l1": "float64",
+        "nonzero": "Int64",
+        "shrinkage": "float64",
+        "iterations": "Int64",
+        "converged": "boolean",
+    }
     | {"validation_cross_entropy": "float64", "fitted_on": "Int64", "tokens_read": "Int64"}
 )
 """The table's columns and their types."""

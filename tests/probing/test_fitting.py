@@ -16,6 +16,7 @@ from probekit.probing.activations import Stack
 from probekit.probing.controls import block_ends, prequential_code, prior_code
 from probekit.probing.grid import (
     CHOSEN_ON,
+    CLOSED_FORM,
     FITTED_ON,
     TESTED_ON,
     FitJob,
@@ -28,7 +29,14 @@ from probekit.probing.grid import (
     target_tasks,
 )
 from probekit.probing.results import DocumentSums, Facts
-from probekit.probing.solvers import LDAProbes, MLPProbes, RidgeProbes, SoftmaxProbes
+from probekit.probing.solvers import (
+    L1Probes,
+    LDAProbes,
+    MeanDifferenceProbes,
+    MLPProbes,
+    RidgeProbes,
+    SoftmaxProbes,
+)
 from probekit.probing.targets import Examples, Target
 from probekit.progress import Meter, Progress
 
@@ -134,7 +142,7 @@ def fitted_rows(
     activations: Source, job: FitJob
 ) -> dict[tuple[Any, ...], tuple[Facts, dict[str, np.ndarray]]]:
     solvers = job.settings.solvers
-    if {"ridge", "lda"}.issuperset(solvers):
+    if CLOSED_FORM.issuperset(solvers):
         found = fit_sums(activations, job, solvers)
     else:
         found = fit(hold(activations, job, [FITTED_ON, CHOSEN_ON]), job, solvers)
@@ -156,9 +164,11 @@ MAKE = {
     "softmax": lambda: SoftmaxProbes((0.01, 0.3)),
     "ridge": lambda: RidgeProbes((0.01, 0.3)),
     "lda": lambda: LDAProbes((0.1, 0.9)),
+    "mean-difference": MeanDifferenceProbes,
+    "l1": lambda: L1Probes((0.003, 0.03)),
     "mlp": lambda: MLPProbes(6, seed=3),
 }
-SETTINGS = {"l2": [0.01, 0.3], "shrinkage": [0.1, 0.9], "hidden": 6}
+SETTINGS = {"l2": [0.01, 0.3], "l1": [0.003, 0.03], "shrinkage": [0.1, 0.9], "hidden": 6}
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +206,11 @@ def test_every_cell_is_as_if_it_were_fitted_alone(
                 assert head["l2"] == pytest.approx(probe.l2_.item())
                 assert head["converged"]
                 assert head["iterations"] > 0
+            elif isinstance(probe, L1Probes):
+                on_control = L1Probes([probe.l1_.item()])
+                on_control.fit(X[FITTED_ON], asked[FITTED_ON], CLASSES, X[CHOSEN_ON], asked[CHOSEN_ON])
+                assert head["l1"] == pytest.approx(probe.l1_.item())
+                assert head["nonzero"] == probe.nonzero_.item()
             else:
                 on_control.fit(X[FITTED_ON], asked[FITTED_ON], CLASSES, X[CHOSEN_ON], asked[CHOSEN_ON])
             hits = (on_control.log_probabilities(X[TESTED_ON])[0].argmax(1) == asked[TESTED_ON]).numpy()

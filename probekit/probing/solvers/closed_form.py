@@ -387,7 +387,7 @@ class LDAProbes(ClosedFormProbes):
 
 
 class MeanDifferenceProbes(LDAProbes):
-    """A batch of classifiers by the nearest class mean: LDA whose covariance is a multiple of the identity."""
+    """A batch of classifiers by the nearest class mean: LDA with a multiple of the identity as covariance."""
 
     def __init__(self) -> None:
         super().__init__([1.0])
@@ -395,7 +395,9 @@ class MeanDifferenceProbes(LDAProbes):
     def _system(self, covariance: Tensor, means: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
         weighed = shares * means
         within = covariance - torch.bmm(means.mT, weighed)
-        along = (torch.bmm(weighed, within) * means).sum((1, 2)) / (weighed * means).sum((1, 2)).clamp(min=1e-30)
+        along = (torch.bmm(weighed, within) * means).sum((1, 2)) / (weighed * means).sum((1, 2)).clamp(
+            min=1e-30
+        )
         return along[:, None, None] * torch.eye(means.shape[2]).to(means), means.mT
 
     def _eigh(self, matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,8 @@ scikit-learn's `C` is 1 / (examples * l1), for two classes too.
 The solver is FISTA (Beck and Teboulle 2009) with a line search and restarts (O'Donoghue and Candes 2015) on
 the features that have weights or whose gradient exceeds the penalty, until no other feature's does. Penalties
 are compared on validation examples from strong to weak, each from the solution of the last, at a loose
-tolerance; the fit at the best is then completed. A probe leaves this path after two penalties in a row that are
-worse than an earlier one.
+tolerance; the fit at the best is then completed. A probe leaves this path after two penalties in a row that
+are worse than an earlier one.
 
 Where a class has no training example, an example is added, as in `SoftmaxProbes`.
 """
@@ -95,7 +95,9 @@ class L1Probes:
         for at in probe_slices(len(X), elements, X):
             Z, mean, scale = standardised(X[at].to(solver_dtype(X)), at.start)
             problem = _Problem.of(Z, y[at], classes)
-            l1, start, validation = self._follow_path(problem, mean, scale, X_validation[at], y_validation[at])
+            l1, start, validation = self._follow_path(
+                problem, mean, scale, X_validation[at], y_validation[at]
+            )
             solved = self._minimise(problem, l1, start, self.tolerance)
             found = _Fitted(*_on_raw(solved, mean, scale), l1, validation)
             kept = losses(X_validation[at], y_validation[at], found.coef, found.intercept).mean(1)

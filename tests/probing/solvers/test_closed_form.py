@@ -9,14 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import Ridge
+from sklearn.metrics import roc_auc_score
+from sklearn.neighbors import NearestCentroid
 from sklearn.preprocessing import StandardScaler
 
 from probekit.errors import ProbekitError
-from probekit.probing.solvers import LDAProbes, Moments, RidgeProbes, closed_form
+from probekit.probing.solvers import LDAProbes, MeanDifferenceProbes, Moments, RidgeProbes, closed_form
 from probekit.probing.solvers import base as batch
 
 WIDTH, CLASSES = 10, 5
-SOLVERS = [RidgeProbes([1e-2, 1.0]), LDAProbes([0.02, 0.9])]
+SOLVERS = [RidgeProbes([1e-2, 1.0]), LDAProbes([0.02, 0.9]), MeanDifferenceProbes()]
 
 
 def planted(probes=40, examples=400, signal=0.5, seed=0, dtype=torch.float64):
@@ -83,6 +85,49 @@ def test_lda_equals_scikit_learn(shrinkage, dtype, monkeypatch):
         assert close(unscaled(found, probe) * scaler.scale_, oracle.coef_)
         expected = oracle.predict_log_proba(scaler.transform(X_validation[probe].double().numpy()))
         assert log_p[probe].numpy() == pytest.approx(expected, abs=2e-3)
+
+
+def test_mean_difference_predicts_the_nearest_mean(monkeypatch):
+    monkeypatch.setattr(closed_form, "TEMPERATURES", (1.0,))
+    X, y, X_validation, y_validation = planted(probes=4, signal=2.0)
+    y = torch.arange(400).expand(4, 400) % CLASSES  # even shares: then the prior moves no boundary
+    found = MeanDifferenceProbes().fit(X, y, CLASSES, X_validation, y_validation)
+    predicted = found.log_probabilities(X_validation).argmax(2)
+    for probe, raw in enumerate(X.numpy()):
+        scaler = StandardScaler().fit(raw)
+        oracle = NearestCentroid().fit(scaler.transform(raw), y[probe].numpy())
+        expected = oracle.predict(scaler.transform(X_validation[probe].numpy()))
+        assert (predicted[probe].numpy() == expected).mean() > 0.99  # all but ties
+
+
+def test_mean_difference_of_two_classes_reads_along_the_difference_of_their_means():
+    X, y, X_validation, y_validation = planted(probes=4, signal=1.0)
+    y, y_validation = (y > 0).long(), (y_validation > 0).long()
+    log_p = MeanDifferenceProbes().fit(X, y, 2, X_validation, y_validation).log_probabilities(X_validation)
+    for probe, raw in enumerate(X.numpy()):
+        scaler, labels = StandardScaler().fit(raw), y[probe].numpy()
+        Z = scaler.transform(raw)
+        along = Z[labels == 1].mean(0) - Z[labels == 0].mean(0)
+        expected = scaler.transform(X_validation[probe].numpy()) @ along
+        scores = (log_p[probe, :, 1] - log_p[probe, :, 0]).numpy()
+        assert np.corrcoef(scores, expected)[0, 1] == pytest.approx(1.0)
+        truth = y_validation[probe].numpy()
+        assert roc_auc_score(truth, scores) == pytest.approx(roc_auc_score(truth, expected))
+
+
+def test_mean_difference_is_calibrated_where_its_assumption_holds(monkeypatch):
+    """Isotropic noise: with a temperature of 1, its loss is that of the true posterior."""
+    generator = torch.Generator().manual_seed(0)
+    means = torch.randn(CLASSES, WIDTH, generator=generator, dtype=torch.float64)
+    means *= 0.5 / means.std(0)  # even scales, so that standardising keeps the noise isotropic
+    y = torch.randint(CLASSES, (1, 20_000), generator=generator)
+    X = means[y] + torch.randn(1, 20_000, WIDTH, generator=generator, dtype=torch.float64)
+    posterior = torch.log_softmax(-0.5 * (X[..., None, :] - means).square().sum(-1), -1)
+    monkeypatch.setattr(closed_form, "TEMPERATURES", (1.0,))
+    found = MeanDifferenceProbes().fit(X, y, CLASSES, X, y)
+    assert found.validation_cross_entropy_.item() == pytest.approx(
+        cross_entropy(posterior, y).item(), abs=5e-3
+    )
 
 
 @pytest.mark.parametrize("solver", [RidgeProbes, LDAProbes])
