@@ -512,12 +512,10 @@ def _facts(fitted: Fitted, cells: Sequence[Cell], job: FitJob) -> Iterator[Facts
         prior = prior_code(grid.labels(FITTED_ON, fitted.horizon), grid.target.classes, ends)
         columns |= {"code_length": fitted.code, "compression": prior / fitted.code}
     losses = fitted.probes.validation_cross_entropy_
-    penalty = "l1" if isinstance(fitted.probes, L1Probes) else "l2"
-    if isinstance(
-        fitted.probes, SoftmaxProbes | L1Probes
-    ):  # other penalties' were fitted loosely, or not at all
-        penalties = torch.tensor(getattr(fitted.probes, penalty), dtype=torch.float64)
-        kept = (columns[penalty].cpu()[:, None] - penalties).abs().argmin(1)
+    if isinstance(fitted.probes, SoftmaxProbes | L1Probes):  # others were fitted loosely, or not at all
+        name = "l1" if isinstance(fitted.probes, L1Probes) else "l2"
+        penalties = torch.tensor(getattr(fitted.probes, name), dtype=torch.float64)
+        kept = (getattr(fitted.probes, FACTS[name]).cpu()[:, None] - penalties).abs().argmin(1)
         losses = losses.cpu().gather(1, kept[:, None])
     for i, cell in enumerate(cells):
         known = {name: column[i].item() for name, column in columns.items() if column is not None}
