@@ -53,6 +53,7 @@ def random_corpus(
         first_token=np.concatenate(first_tokens),
         spans=np.zeros((len(actions), 2), dtype=np.int64),
         split=split.astype(np.uint8),
+        group=np.arange(len(split)),
         embeddings=embeddings.astype(np.float32),
         actions=actions.astype(np.int32),
         codebook=Codebook(centroids.astype(np.float32)),

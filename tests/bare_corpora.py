@@ -34,6 +34,7 @@ def bare_corpus(documents: Sequence[tuple[str, list[int]]], actions: int | None 
         first_token=np.array(first, dtype=np.int64),
         spans=np.zeros((len(first), 2), dtype=np.int64),
         split=np.array([SPLITS.index(split) for split, _ in documents], dtype=np.uint8),
+        group=np.arange(len(documents)),
         embeddings=np.zeros((len(first), 1), dtype=np.float32),
         actions=(np.arange(len(first)) if actions is None else drawn).astype(np.int32),
         codebook=Codebook(np.zeros((k, 1), dtype=np.float32)),

@@ -124,6 +124,13 @@ class CorpusSettings(Settings):
     unset: a file is one document."""
     text_column: str = "text"
     """Column that holds the text (jsonl, csv, parquet, huggingface)."""
+    group_column: str | None = None
+    """Column that holds a group, such as an author or a topic (jsonl, csv, parquet, huggingface). No group is
+    in two splits, and intervals resample groups. Unset: every text, with its copies, is a group."""
+    split_column: str | None = None
+    """Column that holds train, probe, validation or test; unset: the splits are drawn at random."""
+    distinct: bool = False
+    """Read a text that several rows hold once, such as that of a table of labels with several rows a text."""
     missing: Literal["refuse", "skip"] = "refuse"
     """What to do with rows that hold no text; those that are skipped are counted among the blank ones."""
     subset: str | None = None
@@ -168,8 +175,9 @@ class ActionSettings(Settings):
     """Dimensions of the `tfidf` encoder's embeddings."""
     k: Annotated[int, Field(ge=8, le=4096)] = 256
     """Number of clusters of the codebook."""
-    labels: Literal["clusters", "planted"] = "clusters"
-    """What a sentence's action is: its nearest cluster, or (planted corpus only) the action planted there."""
+    labels: Literal["clusters", "planted", "none"] = "clusters"
+    """What a sentence's action is: its nearest cluster, or (planted corpus only) the action planted there;
+    none: nothing is clustered and sentences have no action, for probes of other targets."""
     fit_sentences: Annotated[int, Field(ge=8)] = 200_000
     """The encoder and k-means are fitted on at most this many training sentences, drawn at random."""
 

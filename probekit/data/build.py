@@ -17,10 +17,11 @@ import numpy as np
 
 from probekit.config import ActionSettings, Config, CorpusSettings
 from probekit.data.codebook import fit_codebook, label_centroids
-from probekit.data.corpus import SPLITS, Corpus, ranges, split_documents
+from probekit.data.corpus import SPLITS, Corpus, ranges
 from probekit.data.encoders import EMBEDDED_AT_ONCE, PretrainedEncoder, TfidfEncoder, embed_batch
 from probekit.data.readers import DocumentFile, write_documents
 from probekit.data.sentences import sentences_of_batch, tokenize_batch
+from probekit.data.splits import group_documents, grouped, split_documents
 from probekit.data.tokenizer import pretrained_tokenizer, separator_id, train_tokenizer
 from probekit.data.windows import bos_rule_for
 from probekit.errors import ProbekitError
@@ -59,16 +60,28 @@ def write_corpus(config: Config, folder: Path, progress: Progress, device: str =
             "corpus knows its actions; use clusters"
         )
     # Whatever may be missing is looked for before any text is read, which may take hours.
+    with_actions = config.actions.labels != "none"
     encoder: TfidfEncoder | PretrainedEncoder | None = None
-    if config.actions.encoder != "tfidf":
+    if with_actions and config.actions.encoder != "tfidf":
         encoder = PretrainedEncoder(config.actions.encoder, device)
     tokenizer = None if config.lm.name is None else pretrained_tokenizer(config.lm)
     with atomic_folder(folder) as partial:
-        facts, digests, characters = write_documents(config.corpus, partial / "documents.arrow", progress)
-        split = split_documents(config.corpus, digests)
+        facts, keys, characters = write_documents(config.corpus, partial / "documents.arrow", progress)
+        documents = DocumentFile(partial / "documents.arrow")
+        group = group_documents(keys)
+        write_array(partial / "group.npy", group)
+        split = split_documents(config.corpus, keys, group, lambda number: documents[int(number)].name)
         write_array(partial / "split.npy", split)
         train = split == SPLITS.index("train")
-        documents = DocumentFile(partial / "documents.arrow")
+        if not train.any() and (tokenizer is None or with_actions):
+            raise ProbekitError(
+                f"corpus.split_column {config.corpus.split_column!r} names no document 'train', which the "
+                "tokenizer of a new LM and actions are fitted on; name some, or give lm.name and "
+                "actions.labels none"
+            )
+        facts |= {"actions": with_actions, "groups": len(np.unique(group))}
+        if line := grouped(facts["groups"], len(documents)):
+            progress.say(line)
         processes = joblib.cpu_count() if characters >= MANY_CHARACTERS else 1
 
         if tokenizer is None:
@@ -80,25 +93,8 @@ def write_corpus(config: Config, folder: Path, progress: Progress, device: str =
         facts["bos"] = bos_rule_for(tokenizer, config.lm.bos)
         facts |= _write_tokens(partial, config.corpus, tokenizer, documents, processes, progress)
 
-        document_sentences = read_array(partial / "document_sentences.npy")
-        numbers = np.flatnonzero(train)
-        candidates = ranges(document_sentences[numbers], document_sentences[numbers + 1])
-        sample = _draw_sample(candidates, config.actions, config.corpus.seed)
-        if encoder is None:
-            with progress.task("fit the sentence encoder"):
-                fitted_on = _sentences(partial, documents, sample)
-                encoder = TfidfEncoder.fit(fitted_on, config.actions.dimensions, config.corpus.seed)
-                del fitted_on
-        encoder.save(partial / "encoder")
-        with (
-            progress.task("embed sentences", total=int(document_sentences[-1])) as task,
-            ArrayAppender(partial / "embeddings.npy", np.float32, (encoder.dimensions,)) as embeddings,
-        ):
-            for block in _embedded(partial, documents, encoder, processes):
-                embeddings.append(block)
-                task.advance(len(block))
-        with progress.task("cluster sentences into actions"):
-            facts |= _write_actions(partial, config, candidates, sample)
+        if with_actions:
+            facts |= _write_actions(partial, config, documents, train, encoder, processes, progress)
         write_json(partial / "facts.json", facts)
     return Corpus.open(folder)
 
@@ -155,6 +151,37 @@ def _write_tokens(
     }
 
 
+def _write_actions(
+    folder: Path,
+    config: Config,
+    documents: DocumentFile,
+    train: np.ndarray,
+    encoder: TfidfEncoder | PretrainedEncoder | None,
+    processes: int,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Embeds all sentences and clusters them; returns facts about the actions."""
+    document_sentences = read_array(folder / "document_sentences.npy")
+    numbers = np.flatnonzero(train)
+    candidates = ranges(document_sentences[numbers], document_sentences[numbers + 1])
+    sample = _draw_sample(candidates, config.actions, config.corpus.seed)
+    if encoder is None:
+        with progress.task("fit the sentence encoder"):
+            fitted_on = _sentences(folder, documents, sample)
+            encoder = TfidfEncoder.fit(fitted_on, config.actions.dimensions, config.corpus.seed)
+            del fitted_on
+    encoder.save(folder / "encoder")
+    with (
+        progress.task("embed sentences", total=int(document_sentences[-1])) as task,
+        ArrayAppender(folder / "embeddings.npy", np.float32, (encoder.dimensions,)) as embeddings,
+    ):
+        for block in _embedded(folder, documents, encoder, processes):
+            embeddings.append(block)
+            task.advance(len(block))
+    with progress.task("cluster sentences into actions"):
+        return _cluster(folder, config, candidates, sample)
+
+
 def _draw_sample(candidates: np.ndarray, settings: ActionSettings, seed: int) -> np.ndarray:
     """Numbers of the training sentences that encoder and codebook are fitted on, in order."""
     if len(candidates) < settings.k:
@@ -197,9 +224,7 @@ def _embedded(
         yield encoder.encode(waiting)
 
 
-def _write_actions(
-    folder: Path, config: Config, candidates: np.ndarray, sample: np.ndarray
-) -> dict[str, Any]:
+def _cluster(folder: Path, config: Config, candidates: np.ndarray, sample: np.ndarray) -> dict[str, Any]:
     """Clusters embeddings, writes codebook and actions; returns facts about them."""
     embeddings = read_array(folder / "embeddings.npy")
     fitted_on = np.empty((len(sample), embeddings.shape[1]), embeddings.dtype)

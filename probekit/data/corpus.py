@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from probekit.config import BosRule, CorpusSettings
+from probekit.config import BosRule
 from probekit.data.codebook import Codebook, nearest_sentences
 from probekit.data.readers import DocumentFile
 from probekit.data.sentences import sentences_of_batch
+from probekit.data.splits import SPLITS
 from probekit.data.tokenizer import load_tokenizer, separator_id
 from probekit.errors import ProbekitError
 from probekit.io import atomic_path, read_array, read_json
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-SPLITS = ("train", "probe", "validation", "test")
+OF_ACTIONS = ("embeddings", "actions", "codebook")
+"""What a corpus without actions lacks."""
 
 FEW_DOCUMENTS = 40
 """Fewer test documents are warned of: 95 % intervals cover 91 % at 40, 88 % at 9 (simulated)."""
@@ -47,7 +49,10 @@ class Corpus:
 
     Tokens of document i are `tokens[document_tokens[i] : document_tokens[i + 1]]`, the first of them the
     separator. Sentences of document i are rows `document_sentences[i] : document_sentences[i + 1]` of the
-    sentence arrays. Tokens of sentence j begin at `tokens[first_token[j]]`.
+    sentence arrays. Tokens of sentence j begin at `tokens[first_token[j]]`. `group[i]` is the number of
+    the first document of its group: copies of a text, and documents of one value of the group column.
+
+    A corpus without actions (`actions.labels: none`) has no `embeddings`, `actions` and `codebook`.
     """
 
     folder: Path
@@ -57,6 +62,7 @@ class Corpus:
     first_token: np.ndarray
     spans: np.ndarray
     split: np.ndarray
+    group: np.ndarray
     embeddings: np.ndarray
     actions: np.ndarray
     codebook: Codebook
@@ -69,13 +75,38 @@ class Corpus:
         Raises:
             ProbekitError: A file is missing or cut off.
         """
-        arrays = [field.name for field in fields(cls) if field.name not in ("folder", "codebook", "facts")]
-        return cls(
-            folder=folder,
-            **{name: read_array(folder / f"{name}.npy") for name in arrays},
-            codebook=Codebook.load(folder / "codebook.safetensors"),
-            facts=read_json(folder / "facts.json"),
+        facts = read_json(folder / "facts.json")
+        absent = {"folder", "group", "codebook", "facts"} | (
+            set() if facts.get("actions", True) else set(OF_ACTIONS)
         )
+        parts: dict[str, Any] = {
+            field.name: read_array(folder / f"{field.name}.npy")
+            for field in fields(cls)
+            if field.name not in absent
+        }
+        file = folder / "group.npy"  # corpora of earlier versions have none
+        parts["group"] = read_array(file) if file.exists() else np.arange(len(parts["split"]))
+        if "actions" in parts:
+            parts["codebook"] = Codebook.load(folder / "codebook.safetensors")
+        corpus = cls.__new__(cls)  # `__init__` would ask for what a corpus without actions lacks
+        vars(corpus).update(parts, folder=folder, facts=facts)
+        return corpus
+
+    if not TYPE_CHECKING:  # with it, any name would pass for one of an attribute
+
+        def __getattr__(self, name: str) -> Any:
+            """Refuses what a corpus without actions lacks."""
+            if name not in OF_ACTIONS:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            raise ProbekitError(
+                "the corpus was built without actions (actions.labels is 'none'), which this needs; build "
+                "one with --actions.labels clusters in another --out"
+            )
+
+    @property
+    def has_actions(self) -> bool:
+        """Whether sentences have actions."""
+        return "actions" in vars(self)
 
     @property
     def k(self) -> int:
@@ -134,36 +165,6 @@ class Corpus:
             start, end = self.spans[sentence]
             texts.append(text[start:end].strip())
         return texts
-
-
-def split_documents(settings: CorpusSettings, digests: np.ndarray) -> np.ndarray:
-    """Splits documents by content: copies of a text stay together, and the order of reading does not matter.
-
-    Args:
-        settings: The shares and the seed.
-        digests: Digest of each document's text `[documents]`.
-
-    Returns:
-        The number in `SPLITS` of each document `[documents]`.
-
-    Raises:
-        ProbekitError: There are too few documents for the shares.
-    """
-    shares = [settings.probe_fraction, settings.validation_fraction, settings.test_fraction]
-    unique, inverse = np.unique(digests, return_inverse=True)
-    counts = [round(share * len(unique)) for share in shares]
-    counts.insert(0, len(unique) - sum(counts))
-    for name, count, share in zip(SPLITS, counts, [1.0, *shares], strict=True):
-        if share and count < 1:
-            raise ProbekitError(
-                f"the corpus has {len(unique)} distinct documents, which leaves none for the split {name!r}; "
-                "give more documents, change corpus.probe_fraction, corpus.validation_fraction and "
-                "corpus.test_fraction, or cut text files into documents by corpus.separator"
-            )
-    order = np.random.default_rng(settings.seed).permutation(len(unique))
-    split_of_unique = np.empty(len(unique), dtype=np.uint8)
-    split_of_unique[order] = np.repeat(np.arange(len(SPLITS)), counts)
-    return split_of_unique[inverse]
 
 
 def ranges(starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
@@ -249,7 +250,7 @@ def export_sentences(corpus: Corpus, path: str | Path) -> Path:
             "document": document,
             "split": np.array(SPLITS)[corpus.split[document]],
             "sentence": sentences - corpus.document_sentences[document],
-            "action": corpus.actions,
+            **({"action": corpus.actions} if corpus.has_actions else {}),
             "text": [
                 text
                 for batch in enumerate(corpus.texts.starts[:-1].tolist())

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import codecs
 import csv
-import hashlib
 import io
 import itertools
 import json
@@ -29,6 +28,7 @@ import pyarrow.parquet as pq
 
 from probekit.config import CorpusSettings
 from probekit.data import hub
+from probekit.data.splits import SPLITS, DocumentKeys, digest, normalised
 from probekit.errors import ProbekitError
 from probekit.planted.corpus import generate
 
@@ -56,12 +56,16 @@ class Document:
         name: Title, file name, or file and line or row (counted from 1), for messages and inspection.
         actions: The planted action of each sentence (planted corpora only).
         kind: The hidden document type (planted corpora only).
+        group: What the group column holds; None where it is empty.
+        split: What the split column holds.
     """
 
     text: str
     name: str
     actions: Sequence[int] | None = None
     kind: int | None = None
+    group: str | None = None
+    split: str | None = None
 
 
 def read_documents(settings: CorpusSettings) -> Iterator[Document]:
@@ -105,7 +109,7 @@ def _huggingface(settings: CorpusSettings) -> Iterator[Document]:
     path = _path(settings)
     try:
         for row, record in enumerate(_dataset(path, settings), 1):
-            yield Document(_text(record, f"{path}:{row}", settings), f"{path}:{row}")
+            yield _document(record, f"{path}:{row}", f"{path}:{row}", settings)
     except (ProbekitError, MemoryError):
         raise
     except Exception as error:  # datasets passes on the errors of every library that it reads with
@@ -134,14 +138,19 @@ def _dataset(path: str, settings: CorpusSettings) -> Iterable[dict[str, Any]]:
             path, settings.subset, split=settings.dataset_split, revision=revision, streaming=True
         )
     if dataset.column_names:  # unknown before the first row in some formats
-        _require("text_column", dataset.column_names, path, settings)
-        dataset = dataset.select_columns([settings.text_column])
+        dataset = dataset.select_columns(_columns(settings, dataset.column_names, path))
     return dataset
 
 
 def _from_files(settings: CorpusSettings) -> Iterator[Document]:
     for path, name in _files(settings):
-        yield from FORMATS[_format_of(path, settings)][1](path, name, settings)
+        kind = _format_of(path, settings)
+        if kind not in RECORDS and (column := settings.group_column or settings.split_column):
+            raise ProbekitError(
+                f"corpus.group_column or corpus.split_column is {column!r}, but {path} is read as {kind}, "
+                f"which has no columns; give {', '.join(RECORDS)}"
+            )
+        yield from FORMATS[kind][1](path, name, settings)
 
 
 def formats_read(settings: CorpusSettings) -> dict[str, int]:
@@ -248,21 +257,51 @@ def _read_lines(path: Path, name: str, settings: CorpusSettings) -> Iterator[Doc
         yield from (Document(line, f"{name}:{number}") for number, line in enumerate(file, 1))
 
 
-def _read_csv(path: Path, name: str, settings: CorpusSettings) -> Iterator[Document]:
+def _read_table(path: Path, name: str, settings: CorpusSettings) -> Iterator[Document]:
+    """The documents of a table, one a row."""
+    for where, row, record in read_records(path, settings, lambda known: _columns(settings, known, path)):
+        yield _document(record, where, f"{name}:{row}", settings)
+
+
+Record = tuple[str, int, object]
+"""Where a row of a table is, for messages; its number from 1 (in JSON lines that of the line); its values by
+column, as they are written."""
+
+Choose = Callable[[Sequence[str]], Sequence[str]]
+"""Chooses columns of those that a table has, or refuses the table."""
+
+
+def read_records(path: Path, settings: CorpusSettings, choose: Choose) -> Iterator[Record]:
+    """Streams the rows of a table: CSV, TSV, JSON lines or Parquet, which may be compressed.
+
+    Args:
+        path: The table.
+        settings: The reader, which may be auto, and the encoding.
+        choose: Chooses the columns that are read; those of JSON lines are not known beforehand.
+
+    Raises:
+        ProbekitError: The file is no table, or damaged.
+    """
+    kind = _format_of(path, settings)
+    if kind not in RECORDS:
+        raise ProbekitError(f"{path} is read as {kind}, which has no columns; give {', '.join(RECORDS)}")
+    return RECORDS[kind](path, settings, choose)
+
+
+def _csv_records(path: Path, settings: CorpusSettings, choose: Choose) -> Iterator[Record]:
     csv.field_size_limit(sys.maxsize)
     with _opened(path, settings) as file:
         rows = csv.DictReader(file, delimiter="\t" if _suffix(path) == ".tsv" else ",")
-        _require("text_column", rows.fieldnames or (), path, settings)
         try:
+            columns = choose(rows.fieldnames or ())
             for row, record in enumerate(rows, 1):
-                if record[settings.text_column] == "":
-                    record[settings.text_column] = None
-                yield Document(_text(record, f"{path}: row {row}", settings), f"{name}:{row}")
+                # A row can have several lines.
+                yield f"{path}: row {row}", row, {column: record[column] or None for column in columns}
         except csv.Error as error:
             raise ProbekitError(f"{path}:{rows.line_num}: not a line of CSV: {_reason(error)}") from None
 
 
-def _read_jsonl(path: Path, name: str, settings: CorpusSettings) -> Iterator[Document]:
+def _jsonl_records(path: Path, settings: CorpusSettings, choose: Choose) -> Iterator[Record]:
     with _opened(path, settings) as file:
         for number, line in enumerate(file, 1):
             if line.isspace():
@@ -271,29 +310,35 @@ def _read_jsonl(path: Path, name: str, settings: CorpusSettings) -> Iterator[Doc
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise ProbekitError(f"{path}:{number}: not a line of JSON: {_reason(error)}") from None
-            yield Document(_text(record, f"{path}:{number}", settings), f"{name}:{number}")
+            yield f"{path}:{number}", number, record
 
 
-def _read_parquet(path: Path, name: str, settings: CorpusSettings) -> Iterator[Document]:
+def _parquet_records(path: Path, settings: CorpusSettings, choose: Choose) -> Iterator[Record]:
     try:
         # Without both of these a row group, which may be the whole file, is read before its first row.
         with pq.ParquetFile(path, pre_buffer=False, buffer_size=_BYTES_AT_ONCE) as file:
-            _require("text_column", file.schema_arrow.names, path, settings)
-            batches = file.iter_batches(_ROWS_AT_ONCE, columns=[settings.text_column])
+            columns = choose(file.schema_arrow.names)
+            batches = file.iter_batches(_ROWS_AT_ONCE, columns=[*columns])
             records = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
-            for row, record in enumerate(records, 1):
-                yield Document(_text(record, f"{path}:{row}", settings), f"{name}:{row}")
+            yield from ((f"{path}:{row}", row, record) for row, record in enumerate(records, 1))
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise ProbekitError(f"{path}: not a readable Parquet file: {_reason(error)}") from error
 
+
+RECORDS: dict[str, Callable[[Path, CorpusSettings, Choose], Iterator[Record]]] = {
+    "jsonl": _jsonl_records,
+    "csv": _csv_records,
+    "parquet": _parquet_records,
+}
+"""By the name of a reader: how the rows of a table are read."""
 
 FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Path, str, CorpusSettings], Iterator[Document]]]] = {
     "text": ((".txt",), _read_text),
     "lines": ((".txt",), _read_lines),
     "wikitext": ((".tokens", ".raw", ".txt"), _read_wikitext),
-    "jsonl": ((".jsonl", ".ndjson"), _read_jsonl),
-    "csv": ((".csv", ".tsv"), _read_csv),
-    "parquet": ((".parquet",), _read_parquet),
+    "jsonl": ((".jsonl", ".ndjson"), _read_table),
+    "csv": ((".csv", ".tsv"), _read_table),
+    "parquet": ((".parquet",), _read_table),
 }
 """By the name of a reader: the suffixes looked for in a folder, and how one file is read."""
 
@@ -313,14 +358,22 @@ def _require(setting: str, known: Iterable[str], where: str | Path, settings: Co
         raise ProbekitError(f"corpus.{setting} is {value!r}, but {where} has {', '.join(known) or 'nothing'}")
 
 
-def _text(record: object, where: str, settings: CorpusSettings) -> str:
-    """The text of a record."""
+def _columns(settings: CorpusSettings, known: Sequence[str], where: str | Path) -> list[str]:
+    """The columns that hold text, group and split, which must be among those that there are."""
+    wanted = [name for name in ("text_column", "group_column", "split_column") if getattr(settings, name)]
+    for name in wanted:
+        _require(name, known, where, settings)
+    return list(dict.fromkeys(getattr(settings, name) for name in wanted))
+
+
+def _document(record: object, where: str, name: str, settings: CorpusSettings) -> Document:
+    """The document of a record."""
     if not isinstance(record, dict):
         raise ProbekitError(f"{where}: {type(record).__name__} where a JSON object should be")
     text = record.get(settings.text_column)
     if text is None and settings.missing == "skip":
-        return ""  # dropped and counted like any blank document
-    _require("text_column", record, where, settings)
+        return Document("", name)  # dropped and counted like any blank document
+    _columns(settings, list(record), where)
     if text is None:
         raise ProbekitError(f"{where}: no {settings.text_column!r}; --corpus.missing skip drops such rows")
     if not isinstance(text, str):
@@ -328,7 +381,23 @@ def _text(record: object, where: str, settings: CorpusSettings) -> str:
             f"{where}: {settings.text_column!r} holds {type(text).__name__}, not a string; correct it, or "
             "set --corpus.text_column"
         )
-    return text
+    group, split = (
+        None if column is None else as_written(record[column])
+        for column in (settings.group_column, settings.split_column)
+    )
+    if settings.split_column is not None and split not in SPLITS:
+        raise ProbekitError(
+            f"{where}: corpus.split_column {settings.split_column!r} holds {split or ''!r}; it must hold "
+            f"{', '.join(SPLITS)}"
+        )
+    return Document(text, name, group=group, split=split)
+
+
+def as_written(value: object) -> str | None:
+    """A value of a table as text: None where it is empty, missing, or a number that is none."""
+    if value is None or value == "" or (isinstance(value, float) and value != value):
+        return None
+    return str(value)
 
 
 @contextmanager
@@ -447,16 +516,17 @@ def _documents(batch: pa.RecordBatch) -> list[Document]:
 
 def write_documents(
     settings: CorpusSettings, path: Path, progress: Progress
-) -> tuple[dict[str, Any], np.ndarray, int]:
+) -> tuple[dict[str, Any], DocumentKeys, int]:
     """Reads all documents and writes those that are not blank to an Arrow file.
 
     Returns:
-        Facts about them; a digest of each document's text `[documents]`; the number of characters.
+        Facts about them; which of them belong together; the number of characters.
 
     Raises:
         ProbekitError: As `read_documents`, or all documents are blank.
     """
-    digests = bytearray()
+    keys = DocumentKeys()
+    number_of: dict[bytes, int] = {}
     blank = characters = 0
     if settings.reader == "auto":
         formats = ", ".join(f"{count:,} as {name}" for name, count in formats_read(settings).items())
@@ -467,21 +537,32 @@ def write_documents(
         pa.ipc.new_file(sink, _SCHEMA) as writer,
     ):
         for batch in _batches(task.track(read_documents(settings))):
-            kept = [document for document in batch if document.text.strip()]
-            blank += len(batch) - len(kept)
-            for document in kept:
-                digests += hashlib.blake2b(document.text.encode(), digest_size=8).digest()
-                characters += len(document.text)
+            kept = []
+            for document in batch:
+                if not document.text.strip():
+                    blank += 1
+                    continue
+                text = digest(document.text)
+                number = number_of.setdefault(text, len(keys)) if settings.distinct else len(keys)
+                if number == len(keys):
+                    kept.append(document)
+                    keys.texts += text
+                    keys.normalised += digest(normalised(document.text))
+                    characters += len(document.text)
+                if settings.group_column is not None or document.split is not None:
+                    keys.documents.append(number)
+                    keys.groups += text if document.group is None else digest(document.group)
+                    keys.splits.append(-1 if document.split is None else SPLITS.index(document.split))
             if kept:
                 writer.write_batch(pa.RecordBatch.from_pylist([vars(d) for d in kept], schema=_SCHEMA))
-    if not digests:
+    if not keys:
         raise ProbekitError(f"corpus.path {settings.path!r}: all its {blank} documents are blank")
     facts = {
-        "documents": len(digests) // 8,
+        "documents": len(keys),
         "blank_documents_dropped": blank,
-        "fingerprint": hashlib.sha256(digests).hexdigest(),
+        "fingerprint": keys.fingerprint(),
     }
-    return facts, np.frombuffer(digests, dtype=">u8").astype(np.uint64), characters
+    return facts, keys, characters
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

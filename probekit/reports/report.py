@@ -181,15 +181,19 @@ def about(run: Run) -> Iterator[Section]:
         )
     lm, corpus = config.lm, facts.get("corpus", {})
     new = f"new: {lm.layers} layers, width {lm.width}, {lm.heads} heads, {lm.positions} positions"
-    index = corpus.get("adjusted_rand_index")
+    index, with_actions = corpus.get("adjusted_rand_index"), config.actions.labels != "none"
     rows = {
         "LM": new if lm.name is None else lm.name + (f", revision {lm.revision}" if lm.revision else ""),
         "parameters of the LM": facts.get("lm", {}).get("parameters"),
         "corpus": config.corpus.reader + (f", {config.corpus.path}" if config.corpus.path else ""),
         "vocabulary": corpus.get("vocabulary"),
-        "actions": f"{config.actions.k:,}, labels: {config.actions.labels}",
-        "sentence encoder": f"{config.actions.encoder}, {config.actions.dimensions} dimensions",
+        "actions": f"{config.actions.k:,}, labels: {config.actions.labels}" if with_actions else None,
+        "sentence encoder": (
+            f"{config.actions.encoder}, {config.actions.dimensions} dimensions" if with_actions else None
+        ),
         "clusters against planted actions": None if index is None else f"adjusted Rand index {number(index)}",
+        "documents": corpus.get("documents"),
+        "groups of documents": corpus.get("groups"),
         "documents of one sentence": corpus.get("one_sentence_documents"),
         "blank documents dropped": corpus.get("blank_documents_dropped"),
         "fingerprint of the corpus": corpus.get("fingerprint"),

@@ -60,6 +60,14 @@ def corpus_tables(corpus: Corpus, nearest: int = 1) -> list[Table]:
     quantiles = pd.DataFrame(
         [[f"{value:.0f}" for value in lengths]], columns=[f"{q:.0%}" for q in lengths.index]
     )
+    shown = [
+        display("Corpus by split", split.reset_index(names="split"), ["split", *sizes(corpus).columns]),
+        Table("Sentence lengths in tokens, by quantile", quantiles),
+    ]
+    return [*shown, _actions_table(corpus, nearest)] if corpus.has_actions else shown
+
+
+def _actions_table(corpus: Corpus, nearest: int) -> Table:
     actions = action_table(corpus, nearest)
     top = actions.head(SHOWN_ACTIONS)
     rarer = len(actions) - len(top)
@@ -75,11 +83,7 @@ def corpus_tables(corpus: Corpus, nearest: int = 1) -> list[Table]:
         },
         dtype="str",
     )
-    return [
-        display("Corpus by split", split.reset_index(names="split"), ["split", *sizes(corpus).columns]),
-        Table("Sentence lengths in tokens, by quantile", quantiles),
-        Table(caption, histogram, folded=True),
-    ]
+    return Table(caption, histogram, folded=True)
 
 
 def stages_table(stages: Mapping[str, Mapping[str, Any]]) -> Table:

@@ -12,6 +12,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from probekit.data.corpus import Corpus, too_few
+from probekit.data.splits import grouped
 from probekit.reports import tables
 from probekit.reports.display import Table, number, visible
 
@@ -46,8 +47,9 @@ def print_corpus(corpus: Corpus, nearest: int) -> None:
     """Sizes, sentence lengths, and the actions with the sentences nearest to each."""
     facts = corpus.facts
     print_tables(tables.corpus_tables(corpus, nearest))
-    index = facts.get("adjusted_rand_index")
+    index, groups = facts.get("adjusted_rand_index"), facts.get("groups", facts["documents"])
     print_lines(
+        grouped(groups, facts["documents"]),
         f"{facts['blank_documents_dropped']:,} blank documents dropped; {facts['one_sentence_documents']:,} "
         f"documents of one sentence, kept out of planner training; vocabulary of {facts['vocabulary']:,} "
         "tokens",

@@ -75,6 +75,10 @@ CHOOSE_STAGES = ("method", "mixing.variants", "depth.members")
 
 ONLY_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
     "lm.vocabulary": ("lm.name", (None,)),
+    "actions.encoder": ("actions.labels", ("clusters", "planted")),
+    "actions.dimensions": ("actions.labels", ("clusters", "planted")),
+    "actions.k": ("actions.labels", ("clusters", "planted")),
+    "actions.fit_sentences": ("actions.labels", ("clusters", "planted")),
     "conditioning.location": ("conditioning.kind", ("adapter",)),
     "conditioning.skip_layers": ("conditioning.kind", ("adapter",)),
     "training.base.learning_rate": ("training.base.tuning", ("lora", "full")),

@@ -156,6 +156,11 @@ def train(
     """
     progress = Progress(quiet=quiet)
     with _begun(config, out, existing) as run:
+        if run.config.actions.labels == "none":
+            raise ProbekitError(
+                "actions.labels is 'none', but planner and adapters are trained on actions; set "
+                "actions.labels clusters, or only probe a pre-trained LM with `probekit probe --model`"
+            )
         _train(run, progress)
     return run
 

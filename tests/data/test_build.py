@@ -11,18 +11,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from sklearn.metrics import adjusted_rand_score
 
-from probekit.config import Config, CorpusSettings
+from probekit.config import Config
 from probekit.data import build
 from probekit.data import codebook as actions
 from probekit.data import readers as documents
 from probekit.data import sentences as cutting
 from probekit.data.build import write_corpus
 from probekit.data.codebook import fit_codebook
-from probekit.data.corpus import SPLITS, Corpus, split_documents
+from probekit.data.corpus import SPLITS, Corpus
 from probekit.data.encoders import load_encoder
 from probekit.data.tokenizer import train_tokenizer
 from probekit.errors import ProbekitError
@@ -168,30 +166,6 @@ def test_every_split_has_its_share(source_and_corpus):
     assert sizes == {"train": distinct - sum(held_out.values())} | held_out
 
 
-@settings(max_examples=100, deadline=None)
-@given(copies=st.lists(st.integers(1, 4), min_size=12, max_size=30), seed=st.integers(0, 3), data=st.data())
-def test_copies_stay_together_and_the_order_of_documents_does_not_matter(copies, seed, data):
-    digests = np.random.default_rng(len(copies)).integers(2**63, size=len(copies)).repeat(copies)
-    chosen = CorpusSettings(seed=seed)
-    splits = split_documents(chosen, digests)
-    by_digest = dict(zip(digests.tolist(), splits.tolist(), strict=True))
-    assert [by_digest[digest] for digest in digests.tolist()] == splits.tolist()
-    held_out = [*by_digest.values()]
-    assert held_out.count(SPLITS.index("probe")) == round(0.2 * len(copies))
-    for split in ("validation", "test"):
-        assert held_out.count(SPLITS.index(split)) == round(0.1 * len(copies))
-    order = np.array(data.draw(st.permutations(range(len(digests)))))
-    assert split_documents(chosen, digests[order]).tolist() == splits[order].tolist()
-
-
-def test_another_seed_splits_otherwise_and_a_split_of_no_share_is_empty():
-    digests = np.arange(20)
-    first, second = (split_documents(CorpusSettings(seed=seed), digests) for seed in (0, 1))
-    assert first.tolist() != second.tolist()
-    without = split_documents(CorpusSettings(probe_fraction=0), digests)
-    assert np.bincount(without, minlength=4).tolist() == [16, 0, 2, 2]
-
-
 def test_blank_documents_are_dropped_and_short_ones_counted(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(documents, "DOCUMENTS_PER_BATCH", 4)
     texts = stories(24)
@@ -203,25 +177,6 @@ def test_blank_documents_are_dropped_and_short_ones_counted(tmp_path: Path, monk
     assert corpus.facts["one_sentence_documents"] == 2
     names = [corpus.texts[document].name for document in (0, 10)]
     assert names == ["documents.jsonl:9", "documents.jsonl:20"]
-
-
-@pytest.mark.parametrize(
-    ("documents", "overrides", "split"),
-    [
-        (4, {}, "validation"),
-        (2, {"corpus.probe_fraction": 0.1}, "probe"),
-        (8, {"corpus.test_fraction": 0.01}, "test"),
-        (
-            3,
-            {"corpus.probe_fraction": 0.3, "corpus.validation_fraction": 0.3, "corpus.test_fraction": 0.3},
-            "train",
-        ),
-    ],
-)
-def test_too_few_documents_name_the_split(documents: int, overrides: dict, split: str):
-    few = Config().override(overrides).corpus
-    with pytest.raises(ProbekitError, match=f"{documents} distinct documents.*none for the split '{split}'"):
-        split_documents(few, np.arange(documents).repeat(2))
 
 
 def test_more_actions_than_sentences_name_the_setting(tmp_path: Path):

@@ -16,6 +16,7 @@ import pytest
 from probekit.config import CorpusSettings, PlantedSettings
 from probekit.data import hub, readers
 from probekit.data.readers import Document, DocumentFile, read_batch, read_documents, write_documents
+from probekit.data.splits import DocumentKeys
 from probekit.errors import ProbekitError
 from probekit.planted import corpus as planted
 from probekit.progress import Progress
@@ -345,14 +346,14 @@ def test_text_file_is_cut_at_separator_lines(tmp_path: Path, separator: str):
 # The Arrow file
 
 
-def written(folder: Path, sizes: list[int]) -> tuple[DocumentFile, list[str], np.ndarray, int]:
-    """A file of documents of so many characters, their texts, digests and number of characters."""
+def written(folder: Path, sizes: list[int]) -> tuple[DocumentFile, list[str], DocumentKeys, int]:
+    """A file of documents of so many characters, their texts, keys and number of characters."""
     texts = [chr(ord("a") + n % 26) * size for n, size in enumerate(sizes)]
     write(folder / "a.jsonl", "\n".join(json.dumps({"text": text}) for text in texts))
     settings = CorpusSettings(reader="jsonl", path=str(folder))
-    facts, digests, characters = write_documents(settings, folder / "documents.arrow", Progress(quiet=True))
+    facts, keys, characters = write_documents(settings, folder / "documents.arrow", Progress(quiet=True))
     assert facts["documents"] == len(texts)
-    return DocumentFile(folder / "documents.arrow"), texts, digests, characters
+    return DocumentFile(folder / "documents.arrow"), texts, keys, characters
 
 
 @pytest.mark.parametrize(
@@ -369,10 +370,12 @@ def test_documents_are_read_back_by_number_and_by_batch(
 ):
     monkeypatch.setattr(readers, "DOCUMENTS_PER_BATCH", most_documents)
     monkeypatch.setattr(readers, "CHARACTERS_PER_BATCH", most_characters)
-    file, expected, digests, characters = written(tmp_path, sizes)
+    file, expected, keys, characters = written(tmp_path, sizes)
     assert np.diff(file.starts).tolist() == batches
     assert characters == sum(sizes)
-    assert len(file) == len({*digests.tolist()}) == len(expected)
+    assert (
+        len(file) == len({keys.texts[i : i + 8].hex() for i in range(0, len(keys.texts), 8)}) == len(expected)
+    )
     assert [file[n].text for n in range(len(file))] == expected
     assert [file[n].name for n in range(len(file))] == [f"a.jsonl:{n + 1}" for n in range(len(file))]
     assert [document.text for _, batch in file.batches() for document in batch] == expected

@@ -50,6 +50,7 @@ def corpus_of(documents: Documents, bos: BosRule = "document") -> Corpus:
         first_token=np.array(first_token, dtype=np.int64),
         spans=np.zeros((sentences, 2), dtype=np.int64),
         split=np.zeros(len(documents), dtype=np.uint8),
+        group=np.arange(len(documents)),
         embeddings=rng.normal(size=(sentences, 3)).astype(np.float32),
         actions=rng.integers(9, size=sentences).astype(np.int32),
         codebook=Codebook(np.zeros((9, 3), dtype=np.float32)),

@@ -138,6 +138,7 @@ def make_corpus() -> Callable[..., Corpus]:
             first_token=np.array(first),
             spans=np.zeros((len(first), 2), dtype=np.int64),
             split=np.zeros(len(documents), dtype=np.uint8),
+            group=np.arange(len(documents)),
             embeddings=generator.normal(size=(len(first), dimensions)).astype(np.float32),
             actions=generator.integers(actions, size=len(first)).astype(np.int32),
             codebook=Codebook(centroids),

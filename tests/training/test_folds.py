@@ -54,6 +54,7 @@ def make_documents() -> Callable[[list[list[int]]], Corpus]:
             tokens=np.concatenate([np.array(tokens, dtype=np.uint16) for tokens in documents]),
             document_tokens=np.cumsum([0, *map(len, documents)]),
             split=np.zeros(len(documents), dtype=np.uint8),
+            group=np.arange(len(documents)),
             **dict.fromkeys(["document_sentences", "first_token", "spans", "embeddings", "actions"], nothing),
             codebook=Codebook(nothing),
             facts={},
