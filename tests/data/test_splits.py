@@ -203,7 +203,7 @@ def test_distinct_texts_are_read_once_and_join_their_groups(tmp_path: Path):
         (
             [("a", "x", "dev")],
             {"split_column": "part"},
-            "table.csv:1: .*'part' holds 'dev'; it must hold train",
+            "table.csv: row 1: .*'part' holds 'dev'; it must hold train",
         ),
         ([("a", "x", None)], {"split_column": "part"}, "'part' holds ''; it must hold train, probe, valid"),
         (
