@@ -1,7 +1,8 @@
-"""Confidence intervals of ratios of sums, such as perplexity or accuracy, from resampling documents.
+"""Confidence intervals from resampling documents, of ratios of sums, such as perplexity, and of ranks.
 
-A metric is held as a sum and a count for each document. Beside single intervals there are paired differences,
-intervals that hold for many cells at once, and means over seeds and over random draws.
+Most metrics are held as a sum and a count for each document. Beside single intervals there are paired
+differences, intervals that hold for many cells at once, and means over seeds and over random draws. Metrics
+that are no ratios of sums, such as AUROC, are computed anew from weighted examples in every resample.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple, NotRequired, TypedDict, Unpack
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import ndtr, stdtrit
+from scipy.special import expit, ndtr, stdtrit
 
 from probekit.errors import ProbekitError
 
@@ -22,6 +23,12 @@ Floats = NDArray[np.float64]
 CHUNK_DRAWS = 1 << 19
 """Documents drawn at once, counted over resamples, and resampled cells held at once: bounds the memory and
 leaves the draws as they are."""
+
+CHUNK_WEIGHTS = 1 << 22
+"""Weights of examples held at once, counted over resamples or cells."""
+
+CALIBRATION_BINS = 10
+"""Bins of equal width into which the calibration error sorts probabilities."""
 
 LEAST_ERROR = 0.3
 """The standard error of a resample is taken to be at least this share of that of all documents."""
@@ -160,7 +167,7 @@ def _intervals(
 ) -> Intervals:
     """Intervals of one setting's ratio, or of the difference of two; sums `[settings, documents, cells]`."""
     sums, counts = _checked(sums, counts)
-    documents, cells = sums.shape[1:]
+    documents = sums.shape[1]
 
     def statistic(weights: Floats, chunk: slice) -> Floats:
         numbers = weights @ (counts if counts.shape[-1] == 1 else counts[..., chunk])
@@ -170,11 +177,10 @@ def _intervals(
 
     value = statistic(np.ones((1, documents)), slice(None))[0]
     present = np.broadcast_to((counts > 0).sum(-2), sums.shape[::2]).min(0).astype(np.int64)
-    tail = _tail(0.5 - level / 2, present)
-    bounds = np.empty((2, cells))
-    for chunk in _cell_chunks(cells, resamples):
+    bounds = np.empty((2, len(value)))
+    for chunk in _cell_chunks(len(value), resamples):
         draws = [statistic(weights, chunk) for weights in resample_weights(documents, resamples, seed)]
-        bounds[:, chunk] = _quantiles(np.concatenate(draws), np.stack([tail, 1 - tail])[:, chunk])
+        bounds[:, chunk] = _bounds(np.concatenate(draws), present[chunk], level)
     return Intervals(value, bounds[0], bounds[1], present)
 
 
@@ -217,6 +223,12 @@ def _tail(share: float, documents: NDArray[np.int64]) -> Floats:
     return ndtr(stdtrit(n - 1, share) * np.sqrt(n / (n - 1)))
 
 
+def _bounds(draws: Floats, documents: NDArray[np.int64], level: float) -> Floats:
+    """Both ends of intervals `[2, cells]`, from draws `[resamples, cells]`."""
+    tail = _tail(0.5 - level / 2, documents)
+    return _quantiles(draws, np.stack([tail, 1 - tail]))
+
+
 def _quantiles(draws: Floats, levels: Floats) -> Floats:
     """Quantiles of draws `[resamples, cells]` at each cell's own levels `[levels, cells]`, without NaN."""
     ordered = np.sort(draws, axis=0)  # NaN comes last
@@ -237,6 +249,191 @@ def resample_weights(documents: int, resamples: int, seed: int | Sequence[int]) 
         drawn += documents * np.arange(rows)[:, None]
         times = np.bincount(drawn.ravel(), minlength=rows * documents)
         yield times.reshape(rows, documents).astype(np.float64)
+
+
+# Metrics of weighted examples
+
+Statistic = Callable[[Floats], Floats]
+"""From the weights of examples `[resamples, examples]` to metrics `[resamples, metrics]`."""
+
+
+def two_class_metrics(
+    scores: ArrayLike, positive: ArrayLike, document: ArrayLike, rate: float, **resampling: Unpack[Resampling]
+) -> dict[str, Intervals]:
+    """Metrics of two classes, for each cell, by percentile bootstrap over documents.
+
+    Args:
+        scores: Log-odds of the positive class in nats, [examples, cells].
+        positive: Whether each example has that class, [examples].
+        document: Number of each example's document (or group) from 0, [examples].
+        rate: The false-positive rate of `recall`.
+        **resampling: See `Resampling`; there is no transform.
+
+    Returns:
+        `auroc`; `average_precision`, the mean of the precision over positive examples; `recall`, the largest
+        share of positive examples found with a false-positive rate of at most `rate`; `calibration_error`,
+        the mean gap between probability and frequency in `CALIBRATION_BINS` bins of the positive class's
+        probability (Naeini, Cooper and Hauskrecht 2015). Equal scores are one threshold, as in scikit-learn.
+    """
+    found, truth, number = np.asarray(scores), np.asarray(positive, bool), np.asarray(document)
+    both = min(len(np.unique(number[truth])), len(np.unique(number[~truth])))
+
+    def make(cell: int) -> Statistic:
+        return _two_class_statistic(found[:, cell], truth, rate)
+
+    documents = [both, both, both, len(np.unique(number))]
+    parts = _of_examples(make, found.shape[1], number, documents, **resampling)
+    names = "auroc", "average_precision", "recall", "calibration_error"
+    return {name: Intervals(*(part[:, metric] for part in parts)) for metric, name in enumerate(names)}
+
+
+def rank_correlations(
+    predicted: ArrayLike, truth: ArrayLike, document: ArrayLike, **resampling: Unpack[Resampling]
+) -> Intervals:
+    """Spearman's rank correlation for each cell, by percentile bootstrap over documents.
+
+    Args:
+        predicted: Predicted numbers, [examples, cells].
+        truth: True numbers, [examples].
+        document: Number of each example's document (or group) from 0, [examples].
+        **resampling: See `Resampling`; there is no transform.
+    """
+    found, number = np.asarray(predicted), np.asarray(document)
+    true_ranks = _ranks_of(np.asarray(truth))
+
+    def make(cell: int) -> Statistic:
+        ranks = _ranks_of(found[:, cell])
+
+        def statistic(weights: Floats) -> Floats:
+            a, b = ranks(weights), true_ranks(weights)
+            weighted = weights * a
+            products = (weighted * b).sum(1), (weighted * a).sum(1), (weights * b**2).sum(1)
+            with np.errstate(invalid="ignore"):  # all of one rank
+                return (products[0] / np.sqrt(products[1] * products[2]))[:, None]
+
+        return statistic
+
+    parts = _of_examples(make, found.shape[1], number, [len(np.unique(number))], **resampling)
+    return Intervals(*(part[:, 0] for part in parts))
+
+
+def balanced_accuracies(
+    correct: ArrayLike,
+    counts: ArrayLike,
+    label: ArrayLike,
+    document: ArrayLike,
+    **resampling: Unpack[Resampling],
+) -> Intervals:
+    """The mean over classes of the accuracy on each, for each cell, by percentile bootstrap over documents.
+
+    Args:
+        correct: Correct predictions among the examples of a document that have one class, [rows, cells].
+        counts: Number of those examples, [rows].
+        label: The class, [rows].
+        document: The document's number from 0, [rows].
+        **resampling: See `Resampling`; there is no transform.
+    """
+    hits, number = np.asarray(correct, np.float64), np.asarray(document)
+    _, which = np.unique(np.asarray(label), return_inverse=True)
+    order = np.argsort(which, kind="stable")
+    starts = np.flatnonzero(np.diff(which[order], prepend=-1))
+    sizes = np.asarray(counts, np.float64)[order]
+
+    def statistic(weights: Floats) -> Floats:
+        totals = np.add.reduceat(weights[:, order] * sizes, starts, axis=1)
+        shares = np.divide(1.0, totals, out=np.zeros_like(totals), where=totals > 0)
+        return (weights * shares[:, which]) @ hits / (totals > 0).sum(1)[:, None]
+
+    documents = [len(np.unique(number))] * hits.shape[1]
+    return Intervals(
+        *(part[0] for part in _of_examples(lambda _: statistic, 1, number, documents, **resampling))
+    )
+
+
+def _two_class_statistic(scores: NDArray, positive: NDArray[np.bool_], rate: float) -> Statistic:
+    """The metrics of `two_class_metrics` of one cell."""
+    order = np.argsort(-scores, kind="stable")
+    falling, hit = -scores[order], positive[order]
+    where = np.flatnonzero(hit)
+    # For each positive example: how many examples, and how many positive ones, have a higher score than it,
+    # and how many have at least its score.
+    above, least = (np.searchsorted(falling, falling[where], side) for side in ("left", "right"))
+    above_hit, least_hit = np.searchsorted(where, above), np.searchsorted(where, least)
+    p = expit(scores[order].astype(np.float64))
+    bins = np.minimum((p * CALIBRATION_BINS).astype(np.int64), CALIBRATION_BINS - 1)
+    starts, off = np.flatnonzero(np.diff(bins, prepend=-1)), p - hit
+
+    def statistic(weights: Floats) -> Floats:
+        weights = weights[:, order]
+        own, every = weights[:, where], _summed_up(weights)
+        hits, total = _summed_up(own), every[:, -1]
+        false_above = every[:, above] - hits[:, above_hit]
+        found = every[:, least]
+        false = found - hits[:, least_hit]
+        negatives = total - hits[:, -1]
+        share = own / np.where(hits[:, -1] > 0, hits[:, -1], np.nan)[:, None]
+        auroc = (
+            share * (1 - 0.5 * (false_above + false) / np.where(negatives > 0, negatives, np.nan)[:, None])
+        ).sum(1)
+        precision = (share * hits[:, least_hit] / np.maximum(found, 1)).sum(1)
+        recall = (share * (false <= (1 + 1e-12) * rate * negatives[:, None])).sum(1)
+        gaps = np.abs(np.add.reduceat(weights * off, starts, axis=1)).sum(1) / total
+        return np.stack([auroc, precision, np.where(negatives > 0, recall, np.nan), gaps], 1)
+
+    return statistic
+
+
+def _ranks_of(values: NDArray) -> Statistic:
+    """Mean ranks of equal values, less the mean of all ranks, `[resamples, examples]`."""
+    order = np.argsort(values, kind="stable")
+    below, up_to = (np.searchsorted(values[order], values, side) for side in ("left", "right"))
+
+    def ranks(weights: Floats) -> Floats:
+        every = _summed_up(weights[:, order])
+        return 0.5 * (every[:, below] + every[:, up_to] - every[:, -1:])
+
+    return ranks
+
+
+def _summed_up(weights: Floats) -> Floats:
+    """Sums of the first 0, 1, ... columns."""
+    sums = np.zeros((len(weights), weights.shape[1] + 1))
+    np.cumsum(weights, axis=1, out=sums[:, 1:])
+    return sums
+
+
+def _of_examples(
+    make: Callable[[int], Statistic],
+    cells: int,
+    document: NDArray[np.int64],
+    documents: Sequence[int],
+    **resampling: Unpack[Resampling],
+) -> tuple[Floats, Floats, Floats, NDArray[np.int64]]:
+    """The parts of `Intervals`, `[cells, metrics]`.
+
+    Args:
+        make: Makes the statistic of a cell.
+        cells: Number of cells.
+        document: Number of each example's document from 0 `[examples]`.
+        documents: Number of documents that count, by metric.
+        **resampling: See `Resampling`.
+    """
+    examples, drawn, level = len(document), int(document.max()) + 1, resampling.get("level", 0.95)
+    present = np.array(documents, np.int64)
+    value, low, high = np.empty((3, cells, len(present)))
+    at_once = max(1, CHUNK_WEIGHTS // examples)
+    for start in range(0, cells, at_once):
+        statistics = [make(cell) for cell in range(start, min(start + at_once, cells))]
+        draws: list[list[Floats]] = [[] for _ in statistics]
+        for weights in resample_weights(drawn, resampling["resamples"], resampling["seed"]):
+            for row in range(0, len(weights), at_once):
+                of_examples = weights[row : row + at_once, document]
+                for statistic, found in zip(statistics, draws, strict=True):
+                    found.append(statistic(of_examples))
+        for cell, (statistic, found) in enumerate(zip(statistics, draws, strict=True), start=start):
+            value[cell] = statistic(np.ones((1, examples)))[0]
+            low[cell], high[cell] = _bounds(np.concatenate(found), present, level)
+    return value, low, high, np.broadcast_to(present, value.shape)
 
 
 def _checked(sums: NDArray, counts: ArrayLike) -> tuple[Floats, Floats]:

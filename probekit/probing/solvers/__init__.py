@@ -1,11 +1,13 @@
 """Solvers: each fits a batch of probes at once.
 
-All have `fit(X, y, classes, X_validation, y_validation)` and `log_probabilities(X)`.
+Those of classes have `fit(X, y, classes, X_validation, y_validation)` and `log_probabilities(X)`, that of
+numbers has `fit(X, y, X_validation, y_validation)` and `predict(X)`.
 """
 
 from probekit.probing.solvers.closed_form import LDAProbes, MeanDifferenceProbes, Moments, RidgeProbes
 from probekit.probing.solvers.l1 import L1Probes
 from probekit.probing.solvers.mlp import MLPProbes
+from probekit.probing.solvers.regression import RegressionProbes
 from probekit.probing.solvers.softmax import SoftmaxProbes
 
 __all__ = [
@@ -14,6 +16,7 @@ __all__ = [
     "MLPProbes",
     "MeanDifferenceProbes",
     "Moments",
+    "RegressionProbes",
     "RidgeProbes",
     "SoftmaxProbes",
 ]

@@ -109,6 +109,18 @@ class Moments:
             self._add_piece(at[0], X[at], y[at])
         return self
 
+    def add_numbers(self, X: Tensor, y: Tensor) -> Self:
+        """Adds examples with numbers in place of classes, of which there is one: the last features are `y`.
+
+        Args:
+            X: Activations of any floating type, [probes, examples, width].
+            y: Numbers of each example, [probes, examples, numbers]; the moments are width + numbers wide.
+        """
+        for at in pieces(X, 8 * X.shape[2]):
+            joined = torch.cat([X[at].double(), y[at].double()], 2)
+            self._add_piece(at[0], joined, joined.new_zeros(joined.shape[:2], dtype=torch.int64))
+        return self
+
     def relabelled(self) -> Self:
         """Moments of the same activations under other labels; they share mean and scatter.
 
@@ -156,8 +168,9 @@ class Moments:
         n = X.shape[1]
         exact = X.double()
         mean = exact.mean(1)
-        centre = mean.to(self.dtype)  # rounded; the scatter is corrected for its offset from the mean
-        centred = X.to(self.dtype) - centre[:, None]
+        # Rounded, unless activations are exact; the scatter is corrected for its offset from the mean.
+        centre = mean.to(X.dtype if X.dtype == torch.float64 else self.dtype)
+        centred = (X.to(centre.dtype) - centre[:, None]).to(self.dtype)
         offset = mean - centre
         self._move_mean(probes, torch.full_like(mean[:, 0], n), mean)
         self.scatter[probes] += torch.bmm(centred.mT, centred)

@@ -1,0 +1,94 @@
+"""Ridge on numbers against scikit-learn, and cases with known answers."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import Ridge
+from sklearn.preprocessing import StandardScaler
+
+from probekit.errors import ProbekitError
+from probekit.probing.solvers import Moments, RegressionProbes
+
+WIDTH = 8
+
+
+def planted(probes: int = 3, examples: int = 300, noise: float = 1.0, seed: int = 0, level: float = 1987.0):
+    """Activations of uneven scale and offset, and years that are linear in them; two halves."""
+    generator = torch.Generator().manual_seed(seed)
+    X = torch.randn(probes, 2 * examples, WIDTH, generator=generator, dtype=torch.float64)
+    weights = torch.randn(probes, WIDTH, 1, generator=generator, dtype=torch.float64)
+    y = (X @ weights)[..., 0] + noise * torch.randn(probes, 2 * examples, generator=generator)
+    scale = torch.logspace(-2, 2, WIDTH, dtype=torch.float64)
+    X, y = X * scale + 3 * scale, level + 10 * y
+    return X[:, :examples], y[:, :examples], X[:, examples:], y[:, examples:]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("l2", [1.0, 1e-3])
+def test_equals_scikit_learn(l2: float, dtype: torch.dtype):
+    X, y, X_validation, y_validation = planted()
+    X, X_validation = X.to(dtype), X_validation.to(dtype)
+    found = RegressionProbes([l2]).fit(X, y, X_validation, y_validation)
+    for probe in range(len(X)):
+        scaler = StandardScaler().fit(X[probe].double())
+        ridge = Ridge(alpha=l2 * X.shape[1]).fit(scaler.transform(X[probe].double()), y[probe])
+        expected = ridge.predict(scaler.transform(X_validation[probe].double()))
+        assert np.abs(found.predict(X_validation)[probe] - expected).max() < 2e-3
+        error = ((expected - y_validation[probe].numpy()) ** 2).mean()
+        assert found.validation_squared_error_[probe, 0] == pytest.approx(error, rel=1e-4)
+        variance = ((y_validation[probe] - y[probe].mean()) ** 2).mean()
+        assert found.validation_squared_error_[probe, 1] == pytest.approx(variance.item(), rel=1e-6)
+
+
+def test_chooses_the_penalty_that_is_best_on_validation():
+    X, y, X_validation, y_validation = planted(probes=20, examples=30, noise=4.0)
+    found = RegressionProbes([1e-3, 0.3, 10.0]).fit(X, y, X_validation, y_validation)
+    errors = (found.predict(X_validation) - y_validation).square().mean(1)
+    assert torch.allclose(errors, found.validation_squared_error_.amin(1), rtol=1e-4)
+    assert len(set(found.l2_.tolist())) > 1
+
+
+def test_the_mean_is_kept_where_nothing_can_be_read():
+    X, y, _, _ = planted(examples=60)
+    level = y.mean(1, keepdim=True)
+    found = RegressionProbes([1e-4, 1.0]).fit(X, y, X, 2 * level - y)
+    assert found.l2_.isinf().all()
+    assert (found.coef_ == 0).all()
+    assert torch.allclose(found.predict(X), level.expand_as(y))
+
+
+def test_parts_and_several_numbers_at_once_change_nothing():
+    X, y, X_validation, y_validation = planted()
+    both = torch.stack([y.flip(1), y], 2)
+    folds = [Moments.zeros(len(X), WIDTH + 2, 1) for _ in range(2)]
+    for i, (start, stop) in enumerate(itertools.pairwise([0, 7, 150, 151, 300])):
+        folds[i % 2].add_numbers(X[:, start:stop].float(), both[:, start:stop])
+    found = RegressionProbes([0.1]).fit_moments(folds[0].merge(folds[1]), targets=2, target=1)
+    for rows in torch.arange(X_validation.shape[1]).split([11, 200, 89]):
+        found.observe_validation(X_validation[:, rows], y_validation[:, rows])
+    whole = RegressionProbes([0.1]).fit(X, y, X_validation, y_validation)
+    assert torch.allclose(found.choose().predict(X_validation), whole.predict(X_validation), rtol=1e-6)
+    assert torch.allclose(found.validation_squared_error_, whole.validation_squared_error_, rtol=1e-4)
+
+
+def test_features_without_variation_take_no_part():
+    X, y, X_validation, y_validation = planted()
+    X[0, :, 3], X[1] = 5.0, 7.0
+    found = RegressionProbes([0.1]).fit(X, y, X_validation, y_validation)
+    assert found.coef_[0, 3] == 0
+    assert (found.coef_[1] == 0).all()
+    assert torch.allclose(found.predict(X_validation)[1], y[1].mean().expand(300))
+
+
+def test_what_is_not_finite_is_refused():
+    X, y, X_validation, y_validation = planted()
+    for values in (X[1], y[1]):
+        kept = values.clone()
+        values[4] = torch.nan
+        with pytest.raises(ProbekitError, match="probe 1: .* not all finite"):
+            RegressionProbes([0.1]).fit(X, y, X_validation, y_validation)
+        values.copy_(kept)
+    with pytest.raises(ProbekitError, match="l2 is"):
+        RegressionProbes([])
