@@ -24,8 +24,11 @@ CHUNK_DRAWS = 1 << 19
 """Documents drawn at once, counted over resamples, and resampled cells held at once: bounds the memory and
 leaves the draws as they are."""
 
-CHUNK_WEIGHTS = 1 << 22
-"""Weights of examples held at once, counted over resamples or cells."""
+CHUNK_WEIGHTS = 1 << 15
+"""Weights of examples held at once, counted over resamples: they should stay in the cache."""
+
+CELL_WEIGHTS = 1 << 22
+"""Examples whose order is held at once, counted over cells."""
 
 CALIBRATION_BINS = 10
 """Bins of equal width into which the calibration error sorts probabilities."""
@@ -273,7 +276,8 @@ def two_class_metrics(
         `auroc`; `average_precision`, the mean of the precision over positive examples; `recall`, the largest
         share of positive examples found with a false-positive rate of at most `rate`; `calibration_error`,
         the mean gap between probability and frequency in `CALIBRATION_BINS` bins of the positive class's
-        probability (Naeini, Cooper and Hauskrecht 2015). Equal scores are one threshold, as in scikit-learn.
+        probability (Naeini, Cooper and Hauskrecht 2015), corrected for the gaps that chance alone leaves, by
+        the bootstrap. Equal scores are one threshold, as in scikit-learn.
     """
     found, truth, number = np.asarray(scores), np.asarray(positive, bool), np.asarray(document)
     both = min(len(np.unique(number[truth])), len(np.unique(number[~truth])))
@@ -282,9 +286,16 @@ def two_class_metrics(
         return _two_class_statistic(found[:, cell], truth, rate)
 
     documents = [both, both, both, len(np.unique(number))]
-    parts = _of_examples(make, found.shape[1], number, documents, **resampling)
+    ends, means, counts = _of_examples(make, found.shape[1], number, documents, **resampling)
+    # By chance alone gaps are above zero, in resamples once more: their squares are corrected for this bias.
+    bias = means[:, 3] - ends[0][:, 3]
+    for end, times in zip(ends, (1, 2, 2), strict=True):
+        end[:, 3] = np.sqrt(np.maximum(end[:, 3] - times * bias, 0.0))
     names = "auroc", "average_precision", "recall", "calibration_error"
-    return {name: Intervals(*(part[:, metric] for part in parts)) for metric, name in enumerate(names)}
+    return {
+        name: Intervals(*(end[:, metric] for end in ends), counts[:, metric])
+        for metric, name in enumerate(names)
+    }
 
 
 def rank_correlations(
@@ -297,24 +308,37 @@ def rank_correlations(
         truth: True numbers, [examples].
         document: Number of each example's document (or group) from 0, [examples].
         **resampling: See `Resampling`; there is no transform.
+
+    Returns:
+        NaN where a cell predicts one number for all.
     """
-    found, number = np.asarray(predicted), np.asarray(document)
-    true_ranks = _ranks_of(np.asarray(truth))
+    found, true, number = np.asarray(predicted), np.asarray(truth), np.asarray(document)
+    true_order = np.argsort(true, kind="stable")
+    true_ranks, place = _ranks(true, true_order), np.argsort(true_order)
 
-    def make(cell: int) -> Statistic:
-        ranks = _ranks_of(found[:, cell])
+    def prepare(weights: Floats) -> tuple[Floats, Floats, Floats]:
+        ranks = true_ranks(weights.take(true_order, 1)).take(place, 1)
+        weighted = weights * ranks
+        return weights, weighted, np.einsum("ij,ij->i", weighted, ranks)
 
-        def statistic(weights: Floats) -> Floats:
-            a, b = ranks(weights), true_ranks(weights)
-            weighted = weights * a
-            products = (weighted * b).sum(1), (weighted * a).sum(1), (weights * b**2).sum(1)
-            with np.errstate(invalid="ignore"):  # all of one rank
-                return (products[0] / np.sqrt(products[1] * products[2]))[:, None]
+    def make(cell: int) -> Callable[[tuple[Floats, Floats, Floats]], Floats]:
+        order = np.argsort(found[:, cell], kind="stable")
+        own_ranks = _ranks(found[:, cell], order)
+
+        def statistic(prepared: tuple[Floats, Floats, Floats]) -> Floats:
+            weights, other = prepared[0].take(order, 1), prepared[1].take(order, 1)
+            ranks = own_ranks(weights)
+            product = np.einsum("ij,ij->i", other, ranks)
+            own = np.einsum("ij,ij,ij->i", weights, ranks, ranks)
+            with np.errstate(invalid="ignore", divide="ignore"):
+                return (product / np.sqrt(own * prepared[2]))[:, None]
 
         return statistic
 
-    parts = _of_examples(make, found.shape[1], number, [len(np.unique(number))], **resampling)
-    return Intervals(*(part[:, 0] for part in parts))
+    ends, _, counts = _of_examples(
+        make, found.shape[1], number, [len(np.unique(number))], prepare, **resampling
+    )
+    return Intervals(*(end[:, 0] for end in ends), counts[:, 0])
 
 
 def balanced_accuracies(
@@ -340,14 +364,13 @@ def balanced_accuracies(
     sizes = np.asarray(counts, np.float64)[order]
 
     def statistic(weights: Floats) -> Floats:
-        totals = np.add.reduceat(weights[:, order] * sizes, starts, axis=1)
+        totals = np.add.reduceat(weights.take(order, 1) * sizes, starts, axis=1)
         shares = np.divide(1.0, totals, out=np.zeros_like(totals), where=totals > 0)
-        return (weights * shares[:, which]) @ hits / (totals > 0).sum(1)[:, None]
+        return (weights * shares.take(which, 1)) @ hits / (totals > 0).sum(1)[:, None]
 
     documents = [len(np.unique(number))] * hits.shape[1]
-    return Intervals(
-        *(part[0] for part in _of_examples(lambda _: statistic, 1, number, documents, **resampling))
-    )
+    ends, _, present = _of_examples(lambda _: statistic, 1, number, documents, **resampling)
+    return Intervals(*(end[0] for end in ends), present[0])
 
 
 def _two_class_statistic(scores: NDArray, positive: NDArray[np.bool_], rate: float) -> Statistic:
@@ -364,33 +387,33 @@ def _two_class_statistic(scores: NDArray, positive: NDArray[np.bool_], rate: flo
     starts, off = np.flatnonzero(np.diff(bins, prepend=-1)), p - hit
 
     def statistic(weights: Floats) -> Floats:
-        weights = weights[:, order]
-        own, every = weights[:, where], _summed_up(weights)
+        weights = weights.take(order, 1)
+        own, every = weights.take(where, 1), _summed_up(weights)
         hits, total = _summed_up(own), every[:, -1]
-        false_above = every[:, above] - hits[:, above_hit]
-        found = every[:, least]
-        false = found - hits[:, least_hit]
-        negatives = total - hits[:, -1]
-        share = own / np.where(hits[:, -1] > 0, hits[:, -1], np.nan)[:, None]
-        auroc = (
-            share * (1 - 0.5 * (false_above + false) / np.where(negatives > 0, negatives, np.nan)[:, None])
-        ).sum(1)
-        precision = (share * hits[:, least_hit] / np.maximum(found, 1)).sum(1)
-        recall = (share * (false <= (1 + 1e-12) * rate * negatives[:, None])).sum(1)
+        with np.errstate(invalid="ignore", divide="ignore"):  # NaN without examples of both classes
+            positives, negatives = 1 / hits[:, -1], total - hits[:, -1]
+            found, found_hits = every.take(least, 1), hits.take(least_hit, 1)
+            false = found - found_hits
+            lower = false + every.take(above, 1) - hits.take(above_hit, 1)
+            auroc = 1 - 0.5 * np.einsum("ij,ij->i", own, lower) * positives / negatives
+            precision = np.einsum("ij,ij->i", own, found_hits / np.maximum(found, 1)) * positives
+            few = false <= (1 + 1e-12) * rate * negatives[:, None]
+            recall = np.where(negatives > 0, np.einsum("ij,ij->i", own, few) * positives, np.nan)
         gaps = np.abs(np.add.reduceat(weights * off, starts, axis=1)).sum(1) / total
-        return np.stack([auroc, precision, np.where(negatives > 0, recall, np.nan), gaps], 1)
+        return np.stack([auroc, precision, recall, gaps**2], 1)
 
     return statistic
 
 
-def _ranks_of(values: NDArray) -> Statistic:
-    """Mean ranks of equal values, less the mean of all ranks, `[resamples, examples]`."""
-    order = np.argsort(values, kind="stable")
-    below, up_to = (np.searchsorted(values[order], values, side) for side in ("left", "right"))
+def _ranks(values: NDArray, order: NDArray[np.int64]) -> Statistic:
+    """From weights in the order of values to their mean ranks, less the mean of all."""
+    below, up_to = (np.searchsorted(values[order], values[order], side) for side in ("left", "right"))
+    tied = len(order) > 0 and bool((up_to - below > 1).any())
 
     def ranks(weights: Floats) -> Floats:
-        every = _summed_up(weights[:, order])
-        return 0.5 * (every[:, below] + every[:, up_to] - every[:, -1:])
+        every = _summed_up(weights)
+        both = every.take(below, 1) + every.take(up_to, 1) if tied else every[:, :-1] + every[:, 1:]
+        return 0.5 * (both - every[:, -1:])
 
     return ranks
 
@@ -403,37 +426,44 @@ def _summed_up(weights: Floats) -> Floats:
 
 
 def _of_examples(
-    make: Callable[[int], Statistic],
+    make: Callable[[int], Callable[[Any], Floats]],
     cells: int,
     document: NDArray[np.int64],
     documents: Sequence[int],
+    prepare: Callable[[Floats], Any] = lambda weights: weights,
     **resampling: Unpack[Resampling],
-) -> tuple[Floats, Floats, Floats, NDArray[np.int64]]:
-    """The parts of `Intervals`, `[cells, metrics]`.
+) -> tuple[list[Floats], Floats, NDArray[np.int64]]:
+    """Metrics of weighted examples in all resamples.
 
     Args:
-        make: Makes the statistic of a cell.
+        make: Makes the statistic of a cell, from what is prepared to metrics `[resamples, metrics]`.
         cells: Number of cells.
         document: Number of each example's document from 0 `[examples]`.
         documents: Number of documents that count, by metric.
+        prepare: What all cells share, from weights of examples `[resamples, examples]`.
         **resampling: See `Resampling`.
+
+    Returns:
+        Value, low and high `[cells, metrics]`, means over resamples, and the documents.
     """
-    examples, drawn, level = len(document), int(document.max()) + 1, resampling.get("level", 0.95)
-    present = np.array(documents, np.int64)
-    value, low, high = np.empty((3, cells, len(present)))
-    at_once = max(1, CHUNK_WEIGHTS // examples)
+    value, low, high, mean = np.empty((4, cells, len(documents)))
+    at_once = max(1, CELL_WEIGHTS // len(document))
+    rows = max(1, CHUNK_WEIGHTS // len(document))
+    present, drawn = np.array(documents, np.int64), int(document.max()) + 1
+    whole = prepare(np.ones((1, len(document))))
     for start in range(0, cells, at_once):
         statistics = [make(cell) for cell in range(start, min(start + at_once, cells))]
         draws: list[list[Floats]] = [[] for _ in statistics]
         for weights in resample_weights(drawn, resampling["resamples"], resampling["seed"]):
-            for row in range(0, len(weights), at_once):
-                of_examples = weights[row : row + at_once, document]
+            for row in range(0, len(weights), rows):
+                of_examples = prepare(weights[row : row + rows].take(document, 1))
                 for statistic, found in zip(statistics, draws, strict=True):
                     found.append(statistic(of_examples))
         for cell, (statistic, found) in enumerate(zip(statistics, draws, strict=True), start=start):
-            value[cell] = statistic(np.ones((1, examples)))[0]
-            low[cell], high[cell] = _bounds(np.concatenate(found), present, level)
-    return value, low, high, np.broadcast_to(present, value.shape)
+            each = np.concatenate(found)
+            value[cell], mean[cell] = statistic(whole)[0], each.mean(0)
+            low[cell], high[cell] = _bounds(each, present, resampling.get("level", 0.95))
+    return [value, low, high], mean, np.broadcast_to(present, value.shape)
 
 
 def _checked(sums: NDArray, counts: ArrayLike) -> tuple[Floats, Floats]:

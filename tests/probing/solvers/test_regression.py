@@ -87,7 +87,7 @@ def test_what_is_not_finite_is_refused():
     for values in (X[1], y[1]):
         kept = values.clone()
         values[4] = torch.nan
-        with pytest.raises(ProbekitError, match="probe 1: .* not all finite"):
+        with pytest.raises(ProbekitError, match=r"probe 1: .* not all finite"):
             RegressionProbes([0.1]).fit(X, y, X_validation, y_validation)
         values.copy_(kept)
     with pytest.raises(ProbekitError, match="l2 is"):
