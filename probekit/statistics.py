@@ -292,10 +292,7 @@ def two_class_metrics(
     for end, times in zip(ends, (1, 2, 2), strict=True):
         end[:, 3] = np.sqrt(np.maximum(end[:, 3] - times * bias, 0.0))
     names = "auroc", "average_precision", "recall", "calibration_error"
-    return {
-        name: Intervals(*(end[:, metric] for end in ends), counts[:, metric])
-        for metric, name in enumerate(names)
-    }
+    return {name: _metric(ends, counts, metric) for metric, name in enumerate(names)}
 
 
 def rank_correlations(
@@ -338,7 +335,7 @@ def rank_correlations(
     ends, _, counts = _of_examples(
         make, found.shape[1], number, [len(np.unique(number))], prepare, **resampling
     )
-    return Intervals(*(end[:, 0] for end in ends), counts[:, 0])
+    return _metric(ends, counts, 0)
 
 
 def balanced_accuracies(
@@ -370,7 +367,13 @@ def balanced_accuracies(
 
     documents = [len(np.unique(number))] * hits.shape[1]
     ends, _, present = _of_examples(lambda _: statistic, 1, number, documents, **resampling)
-    return Intervals(*(end[0] for end in ends), present[0])
+    return Intervals(ends[0][0], ends[1][0], ends[2][0], present[0])
+
+
+def _metric(ends: Sequence[Floats], documents: NDArray[np.int64], metric: int) -> Intervals:
+    """The intervals of one metric of `_of_examples`."""
+    value, low, high = (end[:, metric] for end in ends)
+    return Intervals(value, low, high, documents[:, metric])
 
 
 def _two_class_statistic(scores: NDArray, positive: NDArray[np.bool_], rate: float) -> Statistic:

@@ -131,5 +131,5 @@ class RegressionProbes:
         spectrum, basis = torch.linalg.eigh(correlations)
         target = torch.bmm(basis.mT, scatter[:, :width, column, None] / count / scale.mT)
         inverse = torch.stack([1 / (spectrum.clamp(min=0) + l2) for l2 in self.l2], 2)
-        parts = (part.to(moments.dtype) for part in (mean, basis / scale.mT, target * inverse))
-        return _Solved(*parts, level)
+        mean, basis, weights = (part.to(moments.dtype) for part in (mean, basis / scale.mT, target * inverse))
+        return _Solved(mean, basis, weights, level)
