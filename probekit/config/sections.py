@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -33,6 +34,10 @@ def _no_overflow(temperature: float) -> float:
     if 0.0 < temperature < 1e-3:
         raise ValueError(f"{temperature:g} is too low to divide by; give 0.001 or more, or 0")
     return temperature
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).expanduser().absolute())
 
 
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -452,10 +457,14 @@ class ProbeSettings(Settings):
 
     target: str = "action"
     """What is read: action (of a sentence), token, sentence-position, document-type (planted corpus only), or
-    a column of the file of labels."""
-    labels: str | None = None
-    """CSV, JSON lines or Parquet file with a row for every sentence of the corpus, in order; `probekit corpus
-    RUN --export FILE` writes the table to fill in."""
+    a column of the table of labels."""
+    labels: Annotated[str | None, AfterValidator(_absolute)] = None
+    """Table of labels: CSV, TSV, JSON lines or Parquet, which may be compressed. A row labels the text in
+    `text_column`, or that of `document` (number or name); or of it the `sentence` of this number, from 0 on; or
+    the characters from `start` to before `end`. `probekit corpus RUN --export FILE` writes one to fill in."""
+    text_column: str | None = None
+    """Column of the table of labels that holds the documents' texts; unset: rows are found by `document`, or
+    else by corpus.text_column."""
     anchors: Literal["sentence", "token"] = "sentence"
     """Target tokens: the first one of every sentence, or every token."""
     variants: Several[ProbedName] = ("none", "random")

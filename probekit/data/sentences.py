@@ -211,6 +211,18 @@ def tokenize_batch(folder: Path, batch: int, separator: int, language: str) -> T
     )
 
 
+def token_spans(folder: Path, text: str) -> NDArray[np.int64]:
+    """Where the visible characters of each token of a document begin and end `[tokens, 2]`.
+
+    Args:
+        folder: The corpus, with its tokenizer.
+        text: The document's text.
+    """
+    encoding = _tokenizer(folder / "tokenizer" / "tokenizer.json").encode(text, add_special_tokens=False)
+    offsets = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+    return np.stack([_anchors(text, offsets), offsets[:, 1]], axis=1)
+
+
 @lru_cache(maxsize=1)
 def _tokenizer(file: Path) -> Tokenizer:
     tokenizer = Tokenizer.from_file(str(file))

@@ -53,9 +53,10 @@ from probekit.probing.grid import (
     make_grid,
     score,
 )
+from probekit.probing.labels import target_of
 from probekit.probing.results import SETTINGS, DocumentSums, Facts, probes_file, table_of
 from probekit.probing.store import Held, Store, write_store
-from probekit.probing.targets import Target, find_target
+from probekit.probing.targets import Target
 from probekit.progress import Meter, Progress, duration
 from probekit.run.folder import digest_of
 from probekit.run.run import Run
@@ -132,7 +133,7 @@ def probe(
                 f"probe.variants has {variant!r}, which this run has not trained; it has {', '.join(known)}"
             )
     points = _hook_points(run)
-    target = find_target(run.corpus, config.target, config.labels)
+    target = target_of(run.corpus, run.config)
     grids = _grids(run, target)
     progress = Progress(quiet=quiet)
     shared = next(iter(grids.values()))

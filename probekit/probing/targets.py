@@ -7,17 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
 from probekit.data.corpus import Corpus, ranges
 from probekit.errors import ProbekitError
-from probekit.io import one_line
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 NO_LABEL = -1
@@ -37,6 +32,29 @@ Labels = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
 
 
 @dataclass(frozen=True)
+class Ranges:
+    """Ranges of tokens with a label each, in the order of the corpus: arrays `[ranges]`.
+
+    Attributes:
+        document: Document of each range.
+        start: Its first token, in `corpus.tokens`.
+        stop: The token after its last one.
+        labels: Its label.
+    """
+
+    document: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
+    labels: np.ndarray
+
+    def of(self, documents: np.ndarray) -> np.ndarray:
+        """Numbers of the ranges of some documents, in their order."""
+        return ranges(
+            np.searchsorted(self.document, documents), np.searchsorted(self.document, documents, side="right")
+        )
+
+
+@dataclass(frozen=True)
 class Target:
     """What probes predict.
 
@@ -44,18 +62,28 @@ class Target:
         name: The setting `probe.target`.
         classes: Number of classes.
         labels: Labels `[examples]` of first tokens `[examples]` in sentences `[examples]` at a horizon;
-            `NO_LABEL` where there is none.
+            `NO_LABEL` where there is none. Or the ranges that are labelled: then only these are examples.
         of_sentences: The label of every sentence of the corpus, if the target labels sentences.
         names: Names of the classes; empty where numbers are enough.
         kind: Whether labels are classes, or numbers: float64, NaN where there is none, and `classes` is 0.
+        notes: Lines to show the user.
     """
 
     name: str
     classes: int
-    labels: Labels
+    labels: Labels | Ranges
     of_sentences: np.ndarray | None = None
     names: tuple[str, ...] = ()
     kind: Literal["classes", "numbers"] = "classes"
+    notes: tuple[str, ...] = ()
+
+    def anchors(self, corpus: Corpus, anchors: Literal["sentence", "token"]) -> np.ndarray:
+        """How many examples each document can have `[documents]`."""
+        documents = len(corpus.split)
+        if not isinstance(self.labels, Ranges):
+            return np.diff(corpus.document_sentences if anchors == "sentence" else corpus.document_tokens)
+        lengths = None if anchors == "sentence" else self.labels.stop - self.labels.start
+        return np.bincount(self.labels.document, lengths, minlength=documents).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -112,6 +140,8 @@ def find_examples(
         horizons: 1 is the example's own sentence (or token), 2 the next one.
         anchors: Every sentence is an example, or every token of one.
     """
+    if isinstance(target.labels, Ranges):
+        return _of_ranges(corpus, documents, target.labels, horizons, anchors)
     first, last = corpus.document_sentences[documents], corpus.document_sentences[documents + 1]
     if anchors == "sentence":
         sentence = ranges(first, last)
@@ -127,7 +157,26 @@ def find_examples(
         sentence = np.searchsorted(corpus.first_token, start, side="right") - 1
         stop = start + 1
     labels = [target.labels(start, sentence, horizon) for horizon in horizons]
-    return Examples(document, start, stop, sentence, document, np.stack(labels, axis=1))
+    return Examples(document, start, stop, sentence, corpus.group[document], np.stack(labels, axis=1))
+
+
+def _of_ranges(
+    corpus: Corpus, documents: np.ndarray, labelled: Ranges, horizons: Sequence[int], anchors: str
+) -> Examples:
+    """An example of every labelled range of some documents, or of every token of each."""
+    if tuple(horizons) != (1,):
+        raise ProbekitError(
+            f"probe.horizons is {', '.join(map(str, horizons))}, but the labels are of texts or spans, of which "
+            "there is no next one; give 1"
+        )
+    rows = labelled.of(documents)
+    start, stop = labelled.start[rows], labelled.stop[rows]
+    if anchors == "token":
+        rows, start = np.repeat(rows, stop - start), ranges(start, stop)
+        stop = start + 1
+    document = labelled.document[rows]
+    sentence = np.searchsorted(corpus.first_token, start, side="right") - 1
+    return Examples(document, start, stop, sentence, corpus.group[document], labelled.labels[rows][:, None])
 
 
 def reached(corpus: Corpus, examples: Examples, distance: int) -> np.ndarray:
@@ -138,19 +187,12 @@ def reached(corpus: Corpus, examples: Examples, distance: int) -> np.ndarray:
     return examples.positions(distance) > corpus.document_tokens[examples.document]
 
 
-def find_target(corpus: Corpus, name: str, file: str | None = None) -> Target:
-    """Finds a target by name: one of `TARGETS`, or a column of a file of labels.
-
-    Args:
-        corpus: The corpus.
-        name: The setting `probe.target`.
-        file: The setting `probe.labels`: CSV, JSON lines or Parquet with a row for every sentence, in order.
+def find_target(corpus: Corpus, name: str) -> Target:
+    """Finds one of `TARGETS` by name.
 
     Raises:
-        ProbekitError: There is no such target or column, or its labels do not fit the corpus.
+        ProbekitError: There is no such target, or the corpus does not know it.
     """
-    if file is not None:
-        return _from_file(corpus, name, Path(file))
     if name not in TARGETS:
         raise ProbekitError(
             f"probe.target is {name!r}; it must be one of {', '.join(TARGETS)}, or a column of the file that "
@@ -166,7 +208,7 @@ def _action(corpus: Corpus) -> Target:
             f"{corpus.folder / 'actions.npy'} holds action {highest}, but the codebook has {corpus.k}; "
             "build the corpus again"
         )
-    return _sentence_target(corpus, "action", corpus.k, corpus.actions)
+    return sentence_target(corpus, "action", corpus.k, corpus.actions)
 
 
 def _token(corpus: Corpus) -> Target:
@@ -221,81 +263,14 @@ TARGETS: dict[str, Callable[[Corpus], Target]] = {
 number in its document, and the planted corpus's hidden document type."""
 
 
-def _sentence_target(
+def sentence_target(
     corpus: Corpus, name: str, classes: int, of_sentences: np.ndarray, names: tuple[str, ...] = ()
 ) -> Target:
+    """A target that labels every sentence `[sentences]`, `NO_LABEL` where there is no label."""
+
     def labels(start: np.ndarray, sentence: np.ndarray, horizon: int) -> np.ndarray:
         asked = sentence + horizon - 1
         exists = asked < corpus.document_sentences[corpus.document_of(sentence) + 1]
         return np.where(exists, of_sentences[np.where(exists, asked, 0)], NO_LABEL).astype(np.int64)
 
     return Target(name, classes, labels, of_sentences, names)
-
-
-def _from_file(corpus: Corpus, name: str, path: Path) -> Target:
-    """A column of a table with a row for every sentence of the corpus."""
-    table = _read_table(path)
-    if name not in table.columns:
-        raise ProbekitError(
-            f"probe.labels {path} has no column {name!r} (probe.target); it has "
-            f"{', '.join(map(str, table.columns))}"
-        )
-    sentence = np.arange(len(corpus.first_token))
-    if len(table) != len(sentence):
-        raise ProbekitError(
-            f"probe.labels {path} has {len(table):,} rows, but the corpus has {len(sentence):,} sentences; "
-            "write the table to fill in with `probekit corpus RUN --export FILE`"
-        )
-    if {"document", "sentence"} <= set(table.columns):
-        document = corpus.document_of(sentence)
-        within = sentence - corpus.document_sentences[document]
-        wrong = (table["document"].to_numpy() != document) | (table["sentence"].to_numpy() != within)
-        if wrong.any():
-            raise ProbekitError(
-                f"probe.labels {path}: row {int(wrong.argmax()) + 1} is not the corpus's sentence of that "
-                "number, by its columns document and sentence; sort the rows as they were exported"
-            )
-    codes, classes = _classes(table[name], f"probe.labels {path}: column {name!r}")
-    return _sentence_target(corpus, name, len(classes), codes.astype(np.int64), tuple(map(str, classes)))
-
-
-def _classes(column: pd.Series, described: str) -> tuple[np.ndarray, pd.Index]:
-    """The class of every row, -1 where there is none, and the classes, sorted."""
-    import pandas as pd
-
-    if pd.api.types.is_float_dtype(column):  # integers of which some are missing
-        if (column.dropna() % 1 != 0).any():
-            raise ProbekitError(f"{described} holds fractions; labels are classes")
-        column = column.astype("Int64")
-    try:
-        codes, classes = pd.factorize(column, sort=True)
-    except TypeError:
-        raise ProbekitError(f"{described} holds lists or objects; give words or whole numbers") from None
-    if len(classes) > MOST_CLASSES:
-        raise ProbekitError(
-            f"{described} has {len(classes):,} classes; at most {MOST_CLASSES:,} can be probed"
-        )
-    if len(classes) < 2:
-        raise ProbekitError(
-            f"{described} has fewer than two classes: {', '.join(map(str, classes)) or 'none'}"
-        )
-    return codes, classes
-
-
-def _read_table(path: Path) -> pd.DataFrame:
-    import pandas as pd
-
-    readers: dict[str, Callable[[Path], pd.DataFrame]] = {
-        # A class may be called None or NA; low_memory would guess the type of each part of a column.
-        ".csv": lambda file: pd.read_csv(
-            file, keep_default_na=False, na_values=["", "nan", "NaN"], low_memory=False
-        ),
-        ".jsonl": lambda file: pd.read_json(file, lines=True, dtype=False, convert_dates=False),
-        ".parquet": pd.read_parquet,
-    }
-    if path.suffix not in readers:
-        raise ProbekitError(f"probe.labels is {str(path)!r}; it must end in {', '.join(readers)}")
-    try:
-        return readers[path.suffix](path)
-    except (OSError, ValueError) as error:
-        raise ProbekitError(f"probe.labels {path} cannot be read ({one_line(error)[:200]})") from None

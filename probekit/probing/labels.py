@@ -1,0 +1,289 @@
+"""Tables of labels: each row labels a range of tokens, which is a text, a sentence or a span of characters.
+
+A row finds its document by its text, or by `document` (number or name); `sentence` and the characters `start`
+and `end` narrow the range. Labels are what is written: `01` and `1` are two classes, `nan` is one, an empty field
+is none.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from probekit.config import Config
+from probekit.data.corpus import Corpus
+from probekit.data.readers import as_written, read_records
+from probekit.data.sentences import token_spans
+from probekit.data.splits import digest
+from probekit.errors import ProbekitError
+from probekit.probing.targets import (
+    MOST_CLASSES,
+    NO_LABEL,
+    TARGETS,
+    Ranges,
+    Target,
+    find_target,
+    sentence_target,
+)
+
+SHOWN_CLASSES = 12
+"""So many classes are listed with their counts."""
+
+ABSENT = -1
+"""The document of a row whose text is not in the corpus, and the sentence of a row that names none."""
+
+
+@dataclass(frozen=True)
+class LabelTable:
+    """A column of labels, and the columns that say what is labelled.
+
+    Attributes:
+        path: The file.
+        where: Where each row is, for messages `[rows]`.
+        labels: The labels, as they are written; None where a field is empty `[rows]`.
+        columns: The values of the other columns, as far as the table has them `[rows]`.
+    """
+
+    path: Path
+    where: list[str]
+    labels: list[str | None]
+    columns: dict[str, list[str | None]]
+
+    def numbers(self, column: str) -> np.ndarray:
+        """The whole numbers in a column `[rows]`, -1 where a field or the whole column is empty.
+
+        Raises:
+            ProbekitError: A value is no whole number from 0 on.
+        """
+        found = np.full(len(self.where), -1, dtype=np.int64)
+        for row, value in enumerate(self.columns.get(column, ())):
+            if value is not None:
+                if not re.fullmatch(r"\d{1,18}(\.0*)?", value):
+                    raise ProbekitError(
+                        f"{self.where[row]}: {column!r} is {value!r}; it must be a whole number from 0 on"
+                    )
+                found[row] = int(value.partition(".")[0])
+        return found
+
+
+def target_of(corpus: Corpus, config: Config) -> Target:
+    """The target that the settings name: a column of the table of labels, or a built-in one.
+
+    Args:
+        corpus: The corpus.
+        config: The settings; `probe.target`, `probe.labels` and `probe.text_column` say what is read.
+
+    Raises:
+        ProbekitError: There is no such column or target, or its labels do not fit the corpus.
+    """
+    name = config.probe.target
+    table = None if config.probe.labels is None else _read(Path(config.probe.labels), name, config)
+    if table is None:
+        return find_target(corpus, name)
+    document, sentence = _places(corpus, table, config)
+    labelled = np.array([label is not None for label in table.labels], dtype=bool)
+    rows = np.flatnonzero(labelled & (document != ABSENT))
+    if labelled.any() and not len(rows):
+        raise ProbekitError(
+            f"probe.labels {table.path}: no row with a label has a text of the corpus; name the column that "
+            "holds texts by --text, or make a corpus of this table by --model with --text"
+        )
+    labels = [label for label in (table.labels[row] for row in rows) if label is not None]
+    names, code = _classes(labels, f"probe.labels {table.path}: column {name!r}")
+    ranges, kept = _ranges(corpus, table, rows, document, sentence, code, names)
+    counts = np.bincount(ranges.labels, minlength=len(names))
+    lines = _notes(table, name, names, counts, int((~labelled).sum()), int((document == ABSENT).sum()))
+    if "start" not in table.columns and (sentence[kept] != ABSENT).all():
+        of_sentences = np.full(len(corpus.first_token), NO_LABEL, dtype=np.int64)
+        of_sentences[sentence[kept]] = ranges.labels
+        return replace(sentence_target(corpus, name, len(names), of_sentences, names), notes=tuple(lines))
+    return Target(name, len(names), ranges, names=names, notes=tuple(lines))
+
+
+def _read(path: Path, column: str, config: Config) -> LabelTable | None:
+    """Reads a table; None if it lacks the column, but there is a built-in target of its name."""
+    texts = config.probe.text_column
+    wanted = {"document", "sentence", "start", "end", texts or config.corpus.text_column} - {column}
+    known: dict[str, None] = {}
+
+    def choose(columns: Sequence[str]) -> list[str]:
+        known.update(dict.fromkeys(columns))
+        return [name for name in columns if name == column or name in wanted]
+
+    places: list[str] = []
+    rows: list[dict[str, str | None]] = []
+    for place, _, record in read_records(path, config.corpus.model_copy(update={"reader": "auto"}), choose):
+        if not isinstance(record, dict):
+            raise ProbekitError(f"{place}: {type(record).__name__} where a JSON object should be")
+        if isinstance(record.get(column), list | dict):
+            raise ProbekitError(f"{place}: {column!r} holds lists or objects; give words or numbers")
+        places.append(place)
+        rows.append({name: as_written(record[name]) for name in choose(list(record))})
+    if column not in known and column in TARGETS:
+        return None
+    for setting, wants in (("probe.target", column), ("--text", texts)):
+        if wants is not None and wants not in known:
+            raise ProbekitError(
+                f"probe.labels {path} has no column {wants!r} ({setting}); it has {', '.join(known) or 'none'}"
+            )
+    # In JSON lines a field may be missing.
+    columns = {name: [row.get(name) for row in rows] for name in choose(list(known))}
+    return LabelTable(path, places, columns.pop(column), columns)
+
+
+def _places(corpus: Corpus, table: LabelTable, config: Config) -> tuple[np.ndarray, np.ndarray]:
+    """The document and the sentence that each row names `[rows]`, `ABSENT` where there is none."""
+    texts = config.probe.text_column or config.corpus.text_column
+    if config.probe.text_column is None and "document" in table.columns:
+        document = _named_documents(corpus, table)
+    elif texts in table.columns:
+        document = _documents_of(corpus, table.columns[texts])
+    elif len(table.where) == len(corpus.first_token):
+        sentence = np.arange(len(table.where))
+        return corpus.document_of(sentence), sentence
+    else:
+        raise ProbekitError(
+            f"probe.labels {table.path} has {len(table.where):,} rows, but the corpus has "
+            f"{len(corpus.first_token):,} sentences; name its column of texts by --text, or write a table to "
+            "fill in with `probekit corpus RUN --export FILE`"
+        )
+    within = table.numbers("sentence")
+    first, last = corpus.document_sentences[document], corpus.document_sentences[document + 1]
+    if len(wrong := np.flatnonzero((document != ABSENT) & (within >= last - first))):
+        row = int(wrong[0])
+        raise ProbekitError(
+            f"{table.where[row]}: 'sentence' is {within[row]}, but document {document[row]} has "
+            f"{last[row] - first[row]}, from 0 on"
+        )
+    return document, np.where((document == ABSENT) | (within < 0), ABSENT, first + within)
+
+
+def _named_documents(corpus: Corpus, table: LabelTable) -> np.ndarray:
+    """Documents by number, or by name where not all values are numbers `[rows]`."""
+    values = ["" if value is None else value for value in table.columns["document"]]
+    count = len(corpus.split)
+    if all(map(str.isdecimal, values)):
+        values = [str(int(value)) for value in values]
+        names = [str(number) for number in range(count)]
+    else:
+        names = [document.name for _, batch in corpus.texts.batches() for document in batch]
+    number_of = {name: number for number, name in enumerate(names)}
+    times = Counter(names)
+    for row, value in enumerate(values):
+        if times[value] != 1:
+            why = "no document has that" if not times[value] else f"{times[value]:,} documents have that name"
+            raise ProbekitError(
+                f"{table.where[row]}: 'document' is {value!r}; {why}; give numbers from 0 to {count - 1:,}, or "
+                f"names such as {corpus.texts[0].name!r}"
+            )
+    return np.array([number_of[value] for value in values], dtype=np.int64)
+
+
+def _documents_of(corpus: Corpus, texts: Sequence[str | None]) -> np.ndarray:
+    """The first document of each text `[rows]`."""
+    number_of: dict[bytes, int] = {}
+    for first, batch in corpus.texts.batches():
+        for number, document in enumerate(batch, first):
+            number_of.setdefault(digest(document.text), number)
+    found = (ABSENT if text is None else number_of.get(digest(text), ABSENT) for text in texts)
+    return np.fromiter(found, dtype=np.int64, count=len(texts))
+
+
+def _classes(labels: Sequence[str], described: str) -> tuple[tuple[str, ...], np.ndarray]:
+    """The classes, sorted, and the number of each label's class `[rows]`."""
+    names = sorted(set(labels))
+    if all(re.fullmatch(r"[+-]?\d+", name) for name in names):
+        names.sort(key=int)
+    elif len(names) > 1 and all(map(_is_number, names)):
+        raise ProbekitError(
+            f"{described} holds {len(names):,} different numbers with fractions, not classes; write a word or a "
+            "whole number for each class"
+        )
+    if len(names) > MOST_CLASSES:
+        raise ProbekitError(f"{described} has {len(names):,} classes; at most {MOST_CLASSES:,} can be probed")
+    if len(names) < 2:
+        raise ProbekitError(f"{described} has fewer than two classes: {', '.join(names) or 'none'}")
+    number_of = {name: number for number, name in enumerate(names)}
+    return tuple(names), np.array([number_of[label] for label in labels], dtype=np.int64)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return float(text) == float(text)  # a column that holds `nan` holds words
+    except ValueError:
+        return False
+
+
+def _ranges(
+    corpus: Corpus,
+    table: LabelTable,
+    rows: np.ndarray,
+    document: np.ndarray,
+    sentence: np.ndarray,
+    code: np.ndarray,
+    names: Sequence[str],
+) -> tuple[Ranges, np.ndarray]:
+    """The labelled ranges, in the order of the corpus, each once, and the row of each."""
+    document, sentence = document[rows], sentence[rows]
+    in_sentence = sentence != ABSENT
+    start = np.where(in_sentence, corpus.first_token[sentence], corpus.document_tokens[document] + 1)
+    stop = corpus.document_tokens[document + 1]
+    following = np.append(corpus.first_token, corpus.document_tokens[-1])[sentence + 1]
+    stop = np.where(in_sentence, np.minimum(following, stop), stop)
+    begin, end = table.numbers("start")[rows], table.numbers("end")[rows]
+    for number in np.unique(document[begin >= 0]):
+        text = corpus.texts[int(number)].text
+        spans = token_spans(corpus.folder, text)
+        for i in np.flatnonzero((document == number) & (begin >= 0)):
+            a, b = int(begin[i]), int(end[i]) if end[i] >= 0 else int(begin[i]) + 1
+            base, length = 0, len(text)
+            if in_sentence[i]:  # characters of the sentence, as it is exported
+                first, last = corpus.spans[sentence[i]]
+                own = text[first:last]
+                base, length = int(first) + len(own) - len(own.lstrip()), len(own.strip())
+            inside = np.flatnonzero((spans[:, 0] < base + b) & (spans[:, 1] > base + a))
+            if not a < b <= length or not len(inside):
+                raise ProbekitError(
+                    f"{table.where[rows[i]]}: 'start' {a} and 'end' {b} must be characters of a text of "
+                    f"{length:,}, the end exclusive, and hold one that is not white space"
+                )
+            start[i] = corpus.document_tokens[number] + 1 + inside[0]
+            stop[i] = corpus.document_tokens[number] + 2 + inside[-1]
+    order = np.lexsort((stop, start))
+    same = (np.diff(start[order]) == 0) & (np.diff(stop[order]) == 0)
+    if len(clash := np.flatnonzero(same & (np.diff(code[order]) != 0))):
+        one, two = sorted(order[clash[0] : clash[0] + 2].tolist())
+        raise ProbekitError(
+            f"{table.where[rows[one]]} and {table.where[rows[two]].removeprefix(str(table.path)).lstrip(': ')} "
+            f"label the same tokens, as {names[code[one]]!r} and as {names[code[two]]!r}; keep one of them"
+        )
+    order = order[np.append(True, ~same)]
+    return Ranges(document[order], start[order], stop[order], code[order]), rows[order]
+
+
+def _notes(
+    table: LabelTable, name: str, names: Sequence[str], counts: np.ndarray, unlabelled: int, absent: int
+) -> Iterator[str]:
+    """What a user should know of the labels: their counts, and what was left out."""
+    frequent = np.argsort(-counts, kind="stable")[:SHOWN_CLASSES]
+    shown = ", ".join(f"{names[n]} {counts[n]:,}" for n in frequent)
+    more = f", and {len(names) - len(frequent):,} more" if len(names) > len(frequent) else ""
+    yield f"labels in {table.path}: {counts.sum():,} of {len(names):,} classes of {name!r}: {shown}{more}"
+    left_out = {
+        "have no label": unlabelled,
+        "have a text that is not in the corpus": absent,
+        "label what an equal row labels": len(table.where) - unlabelled - absent - int(counts.sum()),
+    }
+    for why, number in left_out.items():
+        if number > 0:
+            yield f"{number:,} of {len(table.where):,} rows of labels {why}, and are left out"
+    if len(once := [names[n] for n in np.flatnonzero(counts == 1)]):
+        yield (
+            f"{len(once):,} of {len(names):,} classes of {name!r} are seen once ({', '.join(once[:5])}"
+            f"{', …' if len(once) > 5 else ''}): no probe can be fitted and tested on them"
+        )
