@@ -460,8 +460,8 @@ class ProbeSettings(Settings):
     a column of the table of labels."""
     labels: Annotated[str | None, AfterValidator(_absolute)] = None
     """Table of labels: CSV, TSV, JSON lines or Parquet, which may be compressed. A row labels the text in
-    `text_column`, or that of `document` (number or name); or of it the `sentence` of this number, from 0 on; or
-    the characters from `start` to before `end`. `probekit corpus RUN --export FILE` writes one to fill in."""
+    `text_column`, or that of `document` (number or name); or its `sentence` of this number, from 0 on; or its
+    characters from `start` to before `end`. `probekit corpus RUN --export FILE` writes one to fill in."""
     text_column: str | None = None
     """Column of the table of labels that holds the documents' texts; unset: rows are found by `document`, or
     else by corpus.text_column."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,9 +63,9 @@ class Corpus:
     spans: np.ndarray
     split: np.ndarray
     group: np.ndarray
-    embeddings: np.ndarray
-    actions: np.ndarray
-    codebook: Codebook
+    embeddings: np.ndarray = field(repr=False)
+    actions: np.ndarray = field(repr=False)
+    codebook: Codebook = field(repr=False)
     facts: dict[str, Any]
 
     @classmethod
@@ -80,9 +80,9 @@ class Corpus:
             set() if facts.get("actions", True) else set(OF_ACTIONS)
         )
         parts: dict[str, Any] = {
-            field.name: read_array(folder / f"{field.name}.npy")
-            for field in fields(cls)
-            if field.name not in absent
+            part.name: read_array(folder / f"{part.name}.npy")
+            for part in fields(cls)
+            if part.name not in absent
         }
         file = folder / "group.npy"  # corpora of earlier versions have none
         parts["group"] = read_array(file) if file.exists() else np.arange(len(parts["split"]))

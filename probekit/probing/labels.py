@@ -1,8 +1,8 @@
 """Tables of labels: each row labels a range of tokens, which is a text, a sentence or a span of characters.
 
 A row finds its document by its text, or by `document` (number or name); `sentence` and the characters `start`
-and `end` narrow the range. Labels are what is written: `01` and `1` are two classes, `nan` is one, an empty field
-is none.
+and `end` narrow the range. Labels are what is written: `01` and `1` are two classes, `nan` is one, an empty
+field is none.
 """
 
 from __future__ import annotations
@@ -129,7 +129,8 @@ def _read(path: Path, column: str, config: Config) -> LabelTable | None:
     for setting, wants in (("probe.target", column), ("--text", texts)):
         if wants is not None and wants not in known:
             raise ProbekitError(
-                f"probe.labels {path} has no column {wants!r} ({setting}); it has {', '.join(known) or 'none'}"
+                f"probe.labels {path} has no column {wants!r} ({setting}); "
+                f"it has {', '.join(known) or 'none'}"
             )
     # In JSON lines a field may be missing.
     columns = {name: [row.get(name) for row in rows] for name in choose(list(known))}
@@ -167,8 +168,9 @@ def _named_documents(corpus: Corpus, table: LabelTable) -> np.ndarray:
     """Documents by number, or by name where not all values are numbers `[rows]`."""
     values = ["" if value is None else value for value in table.columns["document"]]
     count = len(corpus.split)
-    if all(map(str.isdecimal, values)):
-        values = [str(int(value)) for value in values]
+    numbers = [re.fullmatch(r"(\d+)(\.0*)?", value) for value in values if value]
+    if all(numbers):
+        values = [value and str(int(value.partition(".")[0])) for value in values]
         names = [str(number) for number in range(count)]
     else:
         names = [document.name for _, batch in corpus.texts.batches() for document in batch]
@@ -178,8 +180,8 @@ def _named_documents(corpus: Corpus, table: LabelTable) -> np.ndarray:
         if times[value] != 1:
             why = "no document has that" if not times[value] else f"{times[value]:,} documents have that name"
             raise ProbekitError(
-                f"{table.where[row]}: 'document' is {value!r}; {why}; give numbers from 0 to {count - 1:,}, or "
-                f"names such as {corpus.texts[0].name!r}"
+                f"{table.where[row]}: 'document' is {value!r}; {why}; give numbers from 0 to "
+                f"{count - 1:,}, or names such as {corpus.texts[0].name!r}"
             )
     return np.array([number_of[value] for value in values], dtype=np.int64)
 
@@ -201,8 +203,8 @@ def _classes(labels: Sequence[str], described: str) -> tuple[tuple[str, ...], np
         names.sort(key=int)
     elif len(names) > 1 and all(map(_is_number, names)):
         raise ProbekitError(
-            f"{described} holds {len(names):,} different numbers with fractions, not classes; write a word or a "
-            "whole number for each class"
+            f"{described} holds {len(names):,} different numbers with fractions, not classes; write a word or "
+            "a whole number for each class"
         )
     if len(names) > MOST_CLASSES:
         raise ProbekitError(f"{described} has {len(names):,} classes; at most {MOST_CLASSES:,} can be probed")
@@ -250,7 +252,7 @@ def _ranges(
             if not a < b <= length or not len(inside):
                 raise ProbekitError(
                     f"{table.where[rows[i]]}: 'start' {a} and 'end' {b} must be characters of a text of "
-                    f"{length:,}, the end exclusive, and hold one that is not white space"
+                    f"{length:,}, the end exclusive, and hold a token, not the space before one alone"
                 )
             start[i] = corpus.document_tokens[number] + 1 + inside[0]
             stop[i] = corpus.document_tokens[number] + 2 + inside[-1]
@@ -258,9 +260,9 @@ def _ranges(
     same = (np.diff(start[order]) == 0) & (np.diff(stop[order]) == 0)
     if len(clash := np.flatnonzero(same & (np.diff(code[order]) != 0))):
         one, two = sorted(order[clash[0] : clash[0] + 2].tolist())
+        other = table.where[rows[two]].removeprefix(str(table.path)).lstrip(": ")
         raise ProbekitError(
-            f"{table.where[rows[one]]} and {table.where[rows[two]].removeprefix(str(table.path)).lstrip(': ')} "
-            f"label the same tokens, as {names[code[one]]!r} and as {names[code[two]]!r}; keep one of them"
+            f"{table.where[rows[one]]} and {other} label the same tokens, as {names[code[one]]!r} and as {names[code[two]]!r}; keep one of them"
         )
     order = order[np.append(True, ~same)]
     return Ranges(document[order], start[order], stop[order], code[order]), rows[order]
@@ -271,7 +273,7 @@ def _notes(
 ) -> Iterator[str]:
     """What a user should know of the labels: their counts, and what was left out."""
     frequent = np.argsort(-counts, kind="stable")[:SHOWN_CLASSES]
-    shown = ", ".join(f"{names[n]} {counts[n]:,}" for n in frequent)
+    shown = ", ".join(f"{names[int(n)]} {counts[n]:,}" for n in frequent)
     more = f", and {len(names) - len(frequent):,} more" if len(names) > len(frequent) else ""
     yield f"labels in {table.path}: {counts.sum():,} of {len(names):,} classes of {name!r}: {shown}{more}"
     left_out = {
@@ -282,7 +284,7 @@ def _notes(
     for why, number in left_out.items():
         if number > 0:
             yield f"{number:,} of {len(table.where):,} rows of labels {why}, and are left out"
-    if len(once := [names[n] for n in np.flatnonzero(counts == 1)]):
+    if len(once := [names[n] for n in np.flatnonzero(counts == 1).tolist()]):
         yield (
             f"{len(once):,} of {len(names):,} classes of {name!r} are seen once ({', '.join(once[:5])}"
             f"{', …' if len(once) > 5 else ''}): no probe can be fitted and tested on them"

@@ -14,7 +14,6 @@ import numpy as np
 from probekit.data.corpus import Corpus, ranges
 from probekit.errors import ProbekitError
 
-
 NO_LABEL = -1
 """The label of an example that has none; it is left out."""
 

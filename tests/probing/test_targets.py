@@ -1,12 +1,9 @@
-"""Targets against walking through every token of every document, and files of labels as users have them."""
+"""Targets against walking through every token of every document."""
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 from bare_corpora import bare_corpus
 from hypothesis import given
@@ -15,7 +12,7 @@ from hypothesis import strategies as st
 from probekit.data.corpus import Corpus
 from probekit.errors import ProbekitError
 from probekit.probing import targets
-from probekit.probing.targets import NO_LABEL, TARGETS, Target, find_examples, find_target, reached
+from probekit.probing.targets import NO_LABEL, TARGETS, find_examples, find_target, reached
 from probekit.run.run import Run
 
 DOCUMENTS = np.array([40, 3, 159, 8, 41])
@@ -169,139 +166,3 @@ def test_an_unknown_target_is_refused_with_those_that_exist(tiny_run: Run):
     with pytest.raises(ProbekitError, match=r"probe\.target is 'acton'") as caught:
         find_target(tiny_run.corpus, "acton")
     assert all(name in str(caught.value) for name in TARGETS)
-
-
-# Files of labels
-
-WRITERS: dict[str, Callable[[pd.DataFrame, Path], None]] = {
-    ".csv": lambda table, path: table.to_csv(path, index=False),
-    ".jsonl": lambda table, path: table.to_json(path, orient="records", lines=True),
-    ".parquet": lambda table, path: table.to_parquet(path, index=False),
-}
-
-SUFFIXES = list(WRITERS)
-
-
-def written(folder: Path, suffix: str, **columns: list) -> str:
-    path = folder / f"labels{suffix}"
-    WRITERS[suffix](pd.DataFrame(columns), path)
-    return str(path)
-
-
-def labels_of(target: Target, corpus: Corpus) -> list[str | None]:
-    """The name of every sentence's class."""
-    return [target.names[code] if code >= 0 else None for code in target.of_sentences]
-
-
-def cycled(values: list, corpus: Corpus) -> list:
-    return [values[n % len(values)] for n in range(len(corpus.first_token))]
-
-
-@pytest.mark.parametrize("suffix", SUFFIXES)
-@pytest.mark.parametrize(
-    ("values", "names"),
-    [
-        (["quote", "claim", "claim", "aside"], ["quote", "claim", "claim", "aside"]),
-        (["quote", None, "claim"], ["quote", None, "claim"]),
-        ([5, -2, 5, 300], ["5", "-2", "5", "300"]),
-        ([5, None, 0], ["5", None, "0"]),
-        ([True, False, False], ["True", "False", "False"]),
-        (["None", "NA", None, "null"], ["None", "NA", None, "null"]),
-        (["eins, zwei", 'drei "vier"', "fünf\nsechs"], ["eins, zwei", 'drei "vier"', "fünf\nsechs"]),
-    ],
-)
-def test_labels_come_from_a_file(
-    tiny_run: Run, tmp_path: Path, suffix: str, values: list, names: list[str | None]
-):
-    corpus = tiny_run.corpus
-    path = written(tmp_path, suffix, other=cycled([1], corpus), kind=cycled(values, corpus))
-    target = find_target(corpus, "kind", path)
-    assert target.name == "kind"
-    assert target.classes == len(target.names) == len({*names} - {None})
-    assert labels_of(target, corpus) == cycled(names, corpus)
-    found = find_examples(corpus, DOCUMENTS, target, [1, 2], "token")
-    for sentence, document, labels in zip(found.sentence, found.document, found.labels, strict=True):
-        follows = sentence + 1 < corpus.document_sentences[document + 1]
-        expected = [
-            target.of_sentences[sentence], target.of_sentences[sentence + 1] if follows else NO_LABEL
-        ]  # fmt: skip
-        assert labels.tolist() == expected
-
-
-def test_whole_numbers_are_in_their_own_order(tiny_run: Run, tmp_path: Path):
-    corpus = tiny_run.corpus
-    target = find_target(corpus, "n", written(tmp_path, ".csv", n=cycled([10, 9, None, 2], corpus)))
-    assert target.names == ("2", "9", "10")
-
-
-def test_a_large_csv_is_of_one_type_throughout(tiny_run: Run, tmp_path: Path):
-    """Its reader would guess the type of each part of the file by itself; wide rows make the parts short."""
-    corpus = tiny_run.corpus
-    half = len(corpus.first_token) // 2
-    labels = ["1"] * half + cycled(["1", "x"], corpus)[half:]
-    width = 2000
-    rows = [",".join(["kind", *map(str, range(width))]), *(label + ",7" * width for label in labels)]
-    (tmp_path / "labels.csv").write_text("\n".join(rows) + "\n")
-    assert find_target(corpus, "kind", str(tmp_path / "labels.csv")).names == ("1", "x")
-
-
-def refusal(corpus: Corpus, name: str, path: str | Path) -> str:
-    with pytest.raises(ProbekitError) as caught:
-        find_target(corpus, name, str(path))
-    line = str(caught.value)
-    assert line.startswith("probe.labels ")
-    assert "\n" not in line
-    assert str(path) in line
-    assert len(line) < 500
-    return line
-
-
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_missing_column_is_refused_with_those_that_exist(tiny_run: Run, tmp_path: Path, suffix: str):
-    corpus = tiny_run.corpus
-    path = written(tmp_path, suffix, kind=cycled([1, 2], corpus), action=cycled([1, 2], corpus))
-    assert "has no column 'knid' (probe.target); it has kind, action" in refusal(corpus, "knid", path)
-
-
-@pytest.mark.parametrize("change", [-1, 1])
-def test_a_file_of_another_length_is_refused(tiny_run: Run, tmp_path: Path, change: int):
-    corpus = tiny_run.corpus
-    count = len(corpus.first_token)
-    path = written(tmp_path, ".csv", kind=(["a", "b"] * count)[: count + change])
-    line = refusal(corpus, "kind", path)
-    assert f"has {count + change:,} rows, but the corpus has {count:,} sentences" in line
-    assert "--export" in line
-
-
-@pytest.mark.parametrize(
-    ("values", "said"),
-    [
-        ([1.5, 2.0, 3.0], "holds fractions"),
-        ([0.0, float("inf")], "holds fractions"),
-        (["a"], "fewer than two classes: a"),
-        ([3, None], "fewer than two classes: 3"),
-        ([None], "fewer than two classes: none"),
-        ([["a"], ["b"]], "holds lists or objects"),
-    ],
-)
-def test_what_is_no_label_is_refused(tiny_run: Run, tmp_path: Path, values: list, said: str):
-    corpus = tiny_run.corpus
-    suffix = ".jsonl" if isinstance(values[0], list) else ".parquet"
-    line = refusal(corpus, "kind", written(tmp_path, suffix, kind=cycled(values, corpus)))
-    assert "column 'kind'" in line
-    assert said in line
-
-
-@pytest.mark.parametrize("name", ["labels.tsv", "labels", "labels.csv.gz", ""])
-def test_a_bad_suffix_is_refused_with_the_good_ones(tiny_run: Run, tmp_path: Path, name: str):
-    assert "must end in .csv, .jsonl, .parquet" in refusal(tiny_run.corpus, "kind", tmp_path / name)
-
-
-@pytest.mark.parametrize("suffix", SUFFIXES)
-@pytest.mark.parametrize("content", [None, b"\xff\xfe\x00\xff", b'{"kind": 1}\n{"kind"'])
-def test_an_unreadable_file_is_named(tiny_run: Run, tmp_path: Path, suffix: str, content: bytes | None):
-    path = tmp_path / f"labels{suffix}"
-    if content is not None:
-        path.write_bytes(content)
-    line = refusal(tiny_run.corpus, "kind", path)
-    assert "cannot be read" in line or "has no column" in line

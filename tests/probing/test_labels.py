@@ -1,0 +1,378 @@
+"""Tables of labels against the characters and tokens that they label, as users write them."""
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from probekit.config import Config
+from probekit.data.build import write_corpus
+from probekit.data.corpus import Corpus, export_sentences
+from probekit.errors import ProbekitError
+from probekit.probing.labels import target_of
+from probekit.probing.targets import NO_LABEL, Ranges, Target, find_examples, find_target
+from probekit.progress import Progress
+from probekit.run.run import Run
+
+WRITERS: dict[str, Callable[[pd.DataFrame, Path], None]] = {
+    ".csv": lambda table, path: table.to_csv(path, index=False),
+    ".tsv": lambda table, path: table.to_csv(path, index=False, sep="\t"),
+    ".jsonl": lambda table, path: table.to_json(path, orient="records", lines=True),
+    ".parquet": lambda table, path: table.to_parquet(path, index=False),
+    ".csv.gz": lambda table, path: table.to_csv(path, index=False, compression="gzip"),
+}
+
+TEXTS = [
+    "The cat sat on the mat. It was red.",
+    "A dog barked!",
+    "Numbers: 12, 13. And more \u00e9t\u00e9, na\u00efve \U0001f600 end.",
+    "  Leading space. Then a sentence.",
+]
+
+
+def written(folder: Path, suffix: str = ".csv", **columns: list) -> Path:
+    path = folder / f"labels{suffix}"
+    WRITERS[suffix](pd.DataFrame(columns), path)
+    return path
+
+
+def read(corpus: Corpus, name: str, path: Path, **settings: Any) -> Target:
+    chosen = {f"probe.{key}": value for key, value in settings.items()}
+    return target_of(corpus, Config().override({"probe.labels": str(path), "probe.target": name} | chosen))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """A corpus of a few texts without actions, with a tokenizer trained on them."""
+    folder = tmp_path_factory.mktemp("corpus")
+    (folder / "texts.jsonl").write_text(
+        "".join(
+            json.dumps({"text": text}) + "\n"
+            for text in [*TEXTS, *(f"Filler number {n}." for n in range(16))]
+        )
+    )
+    config = Config().override(
+        {"corpus.path": str(folder / "texts.jsonl"), "actions.labels": "none", "lm.vocabulary": 280}
+    )
+    return write_corpus(config, folder / "corpus", Progress(quiet=True))
+
+
+def pieces(corpus: Corpus, ranges: Ranges) -> list[str]:
+    """The text of each range, by decoding its tokens."""
+    return [
+        corpus.tokenizer.decode(corpus.tokens[a:b].tolist())
+        for a, b in zip(ranges.start.tolist(), ranges.stop.tolist(), strict=True)
+    ]
+
+
+def named(target: Target) -> list[str]:
+    assert isinstance(target.labels, Ranges)
+    return [target.names[label] for label in target.labels.labels]
+
+
+# What a row labels
+
+
+@pytest.mark.parametrize("suffix", list(WRITERS))
+def test_whole_texts(corpus: Corpus, tmp_path: Path, suffix: str):
+    path = written(tmp_path, suffix, statement=TEXTS, truth=["yes", "no", "no", None])
+    target = read(corpus, "truth", path, text_column="statement")
+    assert isinstance(target.labels, Ranges)
+    assert target.labels.document.tolist() == [0, 1, 2]
+    assert pieces(corpus, target.labels) == TEXTS[:3]
+    assert named(target) == ["yes", "no", "no"]
+    assert target.names == ("no", "yes")
+    assert target.notes[0].endswith("3 of 2 classes of 'truth': no 2, yes 1")
+    assert "1 of 4 rows of labels have no label" in target.notes[1]
+
+
+@pytest.mark.parametrize("document", [[2, 0], ["texts.jsonl:3", "texts.jsonl:1"], ["002", "000"]])
+def test_documents_by_number_and_name(corpus: Corpus, tmp_path: Path, document: list):
+    path = written(tmp_path, document=document, truth=["yes", "no"])
+    target = read(corpus, "truth", path)
+    assert pieces(corpus, target.labels) == [TEXTS[0], TEXTS[2]]
+    assert named(target) == ["no", "yes"]
+
+
+SPANS = [(0, word) for word in ("cat", "the mat", "red.")] + [
+    (2, "12"),
+    (2, "\u00e9t\u00e9"),
+    (2, "\U0001f600"),
+]
+
+
+def test_spans_are_the_tokens_that_hold_their_characters(corpus: Corpus, tmp_path: Path):
+    path = written(
+        tmp_path,
+        document=[d for d, _ in SPANS],
+        start=[TEXTS[d].index(word) for d, word in SPANS],
+        end=[TEXTS[d].index(word) + len(word) for d, word in SPANS],
+        tag=[f"tag{n % 2}" for n in range(len(SPANS))],
+    )
+    target = read(corpus, "tag", path)
+    found = [piece.strip() for piece in pieces(corpus, target.labels)]
+    # Byte-level tokens can reach beyond a word, but hold it; here merges do not cross words.
+    assert found == [word for _, word in SPANS]
+    assert named(target) == [f"tag{n % 2}" for n in range(len(SPANS))]
+
+
+def test_a_start_alone_is_the_token_that_holds_it(corpus: Corpus, tmp_path: Path):
+    starts = [TEXTS[1].index(word) for word in ("dog", "barked")]
+    target = read(corpus, "tag", written(tmp_path, document=[1, 1], start=starts, tag=["a", "b"]))
+    assert (target.labels.stop - target.labels.start).tolist() == [1, 1]
+    assert [piece.strip()[0] for piece in pieces(corpus, target.labels)] == ["d", "b"]
+
+
+def test_characters_of_a_sentence_count_from_its_own_beginning(corpus: Corpus, tmp_path: Path):
+    path = written(tmp_path, document=[0, 3], sentence=[1, 0], start=[7, 0], end=[10, 7], tag=["a", "b"])
+    target = read(corpus, "tag", path)
+    assert [piece.strip() for piece in pieces(corpus, target.labels)] == ["red", "Leading"]
+
+
+def test_sentences_may_be_some_and_in_any_order(corpus: Corpus, tmp_path: Path):
+    target = read(
+        corpus, "tag", written(tmp_path, document=[2, 0, 0], sentence=[1, 1, 0], tag=["a", "b", "a"])
+    )
+    assert target.of_sentences is not None
+    sentences = corpus.document_sentences
+    expected = {sentences[2] + 1: "a", sentences[0] + 1: "b", sentences[0]: "a"}
+    assert {n: target.names[c] for n, c in enumerate(target.of_sentences) if c != NO_LABEL} == expected
+
+
+def test_overlapping_spans_are_examples_of_their_own(corpus: Corpus, tmp_path: Path):
+    path = written(tmp_path, document=[0, 0, 0], start=[0, 4, 0], end=[7, 11, 23], tag=["a", "b", "b"])
+    assert [piece.strip() for piece in pieces(corpus, read(corpus, "tag", path).labels)] == [
+        "The cat", "The cat sat on the mat.", "cat sat"
+    ]  # fmt: skip
+
+
+def test_equal_rows_count_once(corpus: Corpus, tmp_path: Path):
+    path = written(tmp_path, text=[TEXTS[0], TEXTS[1], TEXTS[0]], tag=["a", "b", "a"])
+    target = read(corpus, "tag", path)
+    assert named(target) == ["a", "b"]
+    assert "1 of 3 rows of labels label what an equal row labels" in target.notes[1]
+
+
+def test_texts_that_the_corpus_does_not_have_are_counted(corpus: Corpus, tmp_path: Path):
+    path = written(tmp_path, text=[TEXTS[0], TEXTS[1], "Never seen."], tag=["a", "b", "a"])
+    target = read(corpus, "tag", path)
+    assert "1 of 3 rows of labels have a text that is not in the corpus" in target.notes[1]
+    assert "2 of 2 classes of 'tag' are seen once (a, b)" in target.notes[2]
+
+
+@pytest.mark.parametrize("anchors", ["sentence", "token"])
+def test_examples_are_the_ranges_or_their_tokens(corpus: Corpus, tmp_path: Path, anchors: str):
+    path = written(tmp_path, document=[2, 0, 0], start=[0, 0, 4], end=[7, 7, 11], tag=["a", "b", "a"])
+    target = read(corpus, "tag", path)
+    found = find_examples(corpus, np.array([2, 1, 0]), target, [1], anchors)
+    order = np.argsort([0 if document == 2 else 1 for document in target.labels.document], kind="stable")
+    ranges = [
+        (
+            int(target.labels.document[n]),
+            a,
+            b if anchors == "sentence" else a + 1,
+            int(target.labels.labels[n]),
+        )
+        for n in order
+        for b in [int(target.labels.stop[n])]
+        for a in range(int(target.labels.start[n]), b)
+        if anchors == "token" or a == target.labels.start[n]
+    ]
+    assert list(zip(found.document, found.start, found.stop, found.labels[:, 0], strict=True)) == ranges
+    assert found.sentence.tolist() == [
+        max(n for n, first in enumerate(corpus.first_token) if first <= start) for start in found.start
+    ]
+    with pytest.raises(ProbekitError, match="probe.horizons is 1, 2, but the labels are of texts or spans"):
+        find_examples(corpus, np.array([0]), target, [1, 2], anchors)
+
+
+# Labels are what is written
+
+
+@pytest.mark.parametrize("suffix", list(WRITERS))
+@pytest.mark.parametrize(
+    ("values", "names"),
+    [
+        (["quote", "claim", "claim", "aside"], ["quote", "claim", "claim", "aside"]),
+        (["quote", None, "claim"], ["quote", None, "claim"]),
+        ([5, -2, 5, 300], ["5", "-2", "5", "300"]),
+        (["01", "1", "1.0", "x"], ["01", "1", "1.0", "x"]),
+        (["nan", "NaN", "null", None], ["nan", "NaN", "null", None]),
+        ([True, False, False], ["True", "False", "False"]),
+        (["None", "NA", None, "null"], ["None", "NA", None, "null"]),
+        (
+            ["eins, zwei", 'drei "vier"', "f\u00fcnf\nsechs"],
+            ["eins, zwei", 'drei "vier"', "f\u00fcnf\nsechs"],
+        ),
+    ],
+)
+def test_classes_are_what_is_written(
+    tiny_run: Run, tmp_path: Path, suffix: str, values: list, names: list[str | None]
+):
+    corpus = tiny_run.corpus
+    count = len(corpus.first_token)
+    path = written(
+        tmp_path, suffix, other=[1] * count, kind=pd.Series(values, dtype=None if None not in values else object)
+        .iloc[np.arange(count) % len(values)].tolist()
+    )  # fmt: skip
+    target = read(corpus, "kind", path)
+    assert target.name == "kind"
+    assert target.classes == len(target.names) == len({*names} - {None})
+    found = [target.names[code] if code >= 0 else None for code in target.of_sentences]
+    assert found == [names[n % len(names)] for n in range(count)]
+
+
+def test_whole_numbers_are_in_their_own_order(corpus: Corpus, tmp_path: Path):
+    assert read(corpus, "n", written(tmp_path, text=TEXTS, n=[10, 9, 2, 9])).names == ("2", "9", "10")
+
+
+def test_a_field_that_is_missing_in_json_lines_is_empty(corpus: Corpus, tmp_path: Path):
+    path = tmp_path / "labels.jsonl"
+    rows = [{"text": TEXTS[0], "kind": "a"}, {"text": TEXTS[1]}, {"text": TEXTS[2], "kind": "b", "start": 0}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    target = read(corpus, "kind", path)
+    assert named(target) == ["a", "b"]
+    assert pieces(corpus, target.labels)[0] == TEXTS[0]
+    assert target.labels.stop[1] - target.labels.start[1] == 1
+
+
+def test_a_path_is_made_absolute_where_it_enters(corpus: Corpus, tmp_path: Path, monkeypatch):
+    written(tmp_path, text=TEXTS, kind=["a", "b", "a", "b"])
+    monkeypatch.chdir(tmp_path)
+    config = Config().override({"probe.labels": "labels.csv", "probe.target": "kind"})
+    monkeypatch.chdir("/")
+    assert named(target_of(corpus, config)) == ["a", "b", "a", "b"]
+    assert Config().override({"probe.labels": "~/x.csv"}).probe.labels == str(Path.home() / "x.csv")
+
+
+# Against truth
+
+
+def test_a_column_that_copies_the_action_is_the_target_action(tiny_run: Run, tmp_path: Path):
+    corpus = tiny_run.corpus
+    path = export_sentences(corpus, tmp_path / "labels.csv")
+    target, action = read(corpus, "action", path), find_target(corpus, "action")
+    assert target.of_sentences.tolist() == corpus.actions.tolist()
+    documents = corpus.documents("test")
+    found, expected = (find_examples(corpus, documents, each, [1, 2]) for each in (target, action))
+    for field in ("document", "start", "stop", "sentence", "group", "labels"):
+        assert getattr(found, field).tolist() == getattr(expected, field).tolist()
+
+
+def test_a_planted_document_type_read_as_labels_of_texts_is_the_target_document_type(
+    tiny_run: Run, tmp_path: Path
+):
+    corpus = tiny_run.corpus
+    documents = [document for _, batch in corpus.texts.batches() for document in batch]
+    path = written(tmp_path, text=[d.text for d in documents], kind=[d.kind for d in documents])
+    target = read(corpus, "kind", path)
+    truth = find_examples(corpus, np.arange(len(documents)), find_target(corpus, "document-type"), [1])
+    first = np.unique(truth.document, return_index=True)[1]
+    assert target.labels.labels.tolist() == truth.labels[first, 0].tolist()
+    assert target.labels.start.tolist() == truth.start[first].tolist()
+    assert target.labels.stop.tolist() == corpus.document_tokens[1:].tolist()
+
+
+def test_a_built_in_target_beside_a_table(corpus: Corpus, tmp_path: Path):
+    path = written(tmp_path, text=TEXTS, kind=["a", "b", "a", "b"])
+    assert read(corpus, "token", path).name == "token"
+
+
+# Bad input
+
+
+def refusal(corpus: Corpus, name: str, path: Path, **settings: Any) -> str:
+    with pytest.raises(ProbekitError) as caught:
+        read(corpus, name, path, **settings)
+    line = str(caught.value)
+    assert "\n" not in line
+    assert len(line) < 500
+    return line
+
+
+@pytest.mark.parametrize("suffix", list(WRITERS))
+def test_a_missing_column_is_refused_with_those_that_exist(corpus: Corpus, tmp_path: Path, suffix: str):
+    path = written(tmp_path, suffix, text=TEXTS, action=[1, 2, 3, 4])
+    assert "has no column 'knid' (probe.target); it has text, action" in refusal(corpus, "knid", path)
+    line = refusal(corpus, "action", path, text_column="statement")
+    assert "has no column 'statement' (--text); it has text, action" in line
+
+
+BAD = [
+    ({"text": TEXTS, "kind": ["a"] * 4}, "fewer than two classes: a"),
+    ({"text": TEXTS, "kind": [None] * 4}, "fewer than two classes: none"),
+    ({"text": TEXTS, "kind": [0.5, 1.5, 2.0, 1e-3]}, "holds 4 different numbers with fractions, not classes"),
+    ({"text": ["Never."], "kind": ["a"]}, "no row with a label has a text of the corpus; name the column"),
+    (
+        {"document": [0, 99], "kind": ["a", "b"]},
+        "row 2: 'document' is '99'; no document has that; give numbers",
+    ),
+    (
+        {"document": ["texts.jsonl:1", "x"], "kind": ["a", "b"]},
+        "row 2: 'document' is 'x'; no document has that",
+    ),
+    ({"document": [0, None], "kind": ["a", "b"]}, "'document' is ''; no document has that"),
+    (
+        {"document": [0, 1], "sentence": [0, 7], "kind": ["a", "b"]},
+        "row 2: 'sentence' is 7, but document 1 has 1",
+    ),
+    ({"document": [0], "start": [900], "end": [901], "kind": ["a"]}, "'start' 900 and 'end' 901 must be"),
+    ({"document": [0], "start": [0], "end": [36], "kind": ["a"]}, "must be characters of a text of 35"),
+    ({"document": [0], "start": [7], "end": [7], "kind": ["a"]}, "'start' 7 and 'end' 7 must be characters"),
+    ({"document": [0], "start": [3], "end": [4], "kind": ["a"]}, "hold a token, not the space before one"),
+    ({"document": [0], "start": ["x"], "kind": ["a"]}, "row 1: 'start' is 'x'; it must be a whole number"),
+    ({"document": [0], "start": [-1], "kind": ["a"]}, "row 1: 'start' is '-1'; it must be a whole number"),
+    (
+        {"text": [TEXTS[0]] * 2, "kind": ["a", "b"]},
+        "labels.csv: row 1 and row 2 label the same tokens, as 'a' and",
+    ),
+    ({"kind": ["a", "b"]}, "has 2 rows, but the corpus has"),
+]
+
+
+@pytest.mark.parametrize(("columns", "said"), BAD, ids=[said for _, said in BAD])
+def test_what_is_no_table_of_labels_is_one_line(corpus: Corpus, tmp_path: Path, columns: dict, said: str):
+    rows = len(columns["kind"])
+    if rows == 1 and "fewer" not in said and "Never." not in columns.get("text", ()):
+        columns = {name: [*values, *values[:1]] for name, values in columns.items()}
+        columns["kind"] = ["a", "b"]
+        columns["document"] = [columns["document"][0], 1]
+        if "start" in columns:
+            columns["start"] = [columns["start"][0], 0]
+        if "end" in columns:
+            columns["end"] = [columns["end"][0], 1]
+    assert said in refusal(corpus, "kind", written(tmp_path, **columns))
+
+
+def test_more_classes_than_can_be_probed(corpus: Corpus, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("probekit.probing.labels.MOST_CLASSES", 3)
+    path = written(tmp_path, text=TEXTS, kind=["a", "b", "c", "d"])
+    assert "has 4 classes; at most 3 can be probed" in refusal(corpus, "kind", path)
+
+
+def test_lists_are_no_labels(corpus: Corpus, tmp_path: Path):
+    path = tmp_path / "labels.jsonl"
+    path.write_text(json.dumps({"text": TEXTS[0], "kind": ["a"]}) + "\n")
+    assert "labels.jsonl:1: 'kind' holds lists or objects" in refusal(corpus, "kind", path)
+
+
+@pytest.mark.parametrize("name", ["labels", "labels.txt", "labels.xlsx"])
+def test_an_ending_that_says_no_table(corpus: Corpus, tmp_path: Path, name: str):
+    (tmp_path / name).write_text("text,kind\n")
+    assert "csv" in refusal(corpus, "kind", tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", list(WRITERS))
+@pytest.mark.parametrize(
+    "content", [None, b"\xff\xfe\x00\xff", b'{"kind": 1}\n{"kind"', gzip.compress(b"a")[:9]]
+)
+def test_an_unreadable_file_is_named(corpus: Corpus, tmp_path: Path, suffix: str, content: bytes | None):
+    path = tmp_path / f"labels{suffix}"
+    if content is not None:
+        path.write_bytes(content)
+    assert str(path) in refusal(corpus, "kind", path)
