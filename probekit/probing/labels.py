@@ -203,8 +203,8 @@ def _classes(labels: Sequence[str], described: str) -> tuple[tuple[str, ...], np
         names.sort(key=int)
     elif len(names) > 1 and all(map(_is_number, names)):
         raise ProbekitError(
-            f"{described} holds {len(names):,} different numbers with fractions, not classes; write a word or "
-            "a whole number for each class"
+            f"{described} holds {len(names):,} different numbers with fractions, not classes; write a word "
+            "or a whole number for each class"
         )
     if len(names) > MOST_CLASSES:
         raise ProbekitError(f"{described} has {len(names):,} classes; at most {MOST_CLASSES:,} can be probed")
@@ -262,7 +262,8 @@ def _ranges(
         one, two = sorted(order[clash[0] : clash[0] + 2].tolist())
         other = table.where[rows[two]].removeprefix(str(table.path)).lstrip(": ")
         raise ProbekitError(
-            f"{table.where[rows[one]]} and {other} label the same tokens, as {names[code[one]]!r} and as {names[code[two]]!r}; keep one of them"
+            f"{table.where[rows[one]]} and {other} label the same tokens, as {names[code[one]]!r} and as "
+            f"{names[code[two]]!r}; keep one of them"
         )
     order = order[np.append(True, ~same)]
     return Ranges(document[order], start[order], stop[order], code[order]), rows[order]

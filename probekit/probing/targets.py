@@ -165,8 +165,8 @@ def _of_ranges(
     """An example of every labelled range of some documents, or of every token of each."""
     if tuple(horizons) != (1,):
         raise ProbekitError(
-            f"probe.horizons is {', '.join(map(str, horizons))}, but the labels are of texts or spans, of which "
-            "there is no next one; give 1"
+            f"probe.horizons is {', '.join(map(str, horizons))}, but the labels are of texts or spans, of "
+            "which there is no next one; give 1"
         )
     rows = labelled.of(documents)
     start, stop = labelled.start[rows], labelled.stop[rows]

@@ -187,7 +187,7 @@ def test_examples_are_the_ranges_or_their_tokens(corpus: Corpus, tmp_path: Path,
     assert found.sentence.tolist() == [
         max(n for n, first in enumerate(corpus.first_token) if first <= start) for start in found.start
     ]
-    with pytest.raises(ProbekitError, match="probe.horizons is 1, 2, but the labels are of texts or spans"):
+    with pytest.raises(ProbekitError, match=r"probe\.horizons is 1, 2, but the labels are of texts or spans"):
         find_examples(corpus, np.array([0]), target, [1, 2], anchors)
 
 
@@ -216,10 +216,8 @@ def test_classes_are_what_is_written(
 ):
     corpus = tiny_run.corpus
     count = len(corpus.first_token)
-    path = written(
-        tmp_path, suffix, other=[1] * count, kind=pd.Series(values, dtype=None if None not in values else object)
-        .iloc[np.arange(count) % len(values)].tolist()
-    )  # fmt: skip
+    kind = [values[n % len(values)] for n in range(count)]
+    path = written(tmp_path, suffix, other=[1] * count, kind=pd.Series(kind, dtype=object).tolist())
     target = read(corpus, "kind", path)
     assert target.name == "kind"
     assert target.classes == len(target.names) == len({*names} - {None})
@@ -324,7 +322,6 @@ BAD = [
     ({"document": [0], "start": [900], "end": [901], "kind": ["a"]}, "'start' 900 and 'end' 901 must be"),
     ({"document": [0], "start": [0], "end": [36], "kind": ["a"]}, "must be characters of a text of 35"),
     ({"document": [0], "start": [7], "end": [7], "kind": ["a"]}, "'start' 7 and 'end' 7 must be characters"),
-    ({"document": [0], "start": [3], "end": [4], "kind": ["a"]}, "hold a token, not the space before one"),
     ({"document": [0], "start": ["x"], "kind": ["a"]}, "row 1: 'start' is 'x'; it must be a whole number"),
     ({"document": [0], "start": [-1], "kind": ["a"]}, "row 1: 'start' is '-1'; it must be a whole number"),
     (
@@ -347,6 +344,14 @@ def test_what_is_no_table_of_labels_is_one_line(corpus: Corpus, tmp_path: Path, 
         if "end" in columns:
             columns["end"] = [columns["end"][0], 1]
     assert said in refusal(corpus, "kind", written(tmp_path, **columns))
+
+
+def test_characters_between_tokens_are_inside_no_token(corpus: Corpus, tmp_path: Path, monkeypatch):
+    words = np.array([[0, 3], [4, 7], [8, 11], [12, 14], [15, 18], [19, 23]])
+    monkeypatch.setattr("probekit.probing.labels.token_spans", lambda folder, text: words)
+    path = written(tmp_path, document=[0, 0], start=[4, 3], end=[7, 4], kind=["a", "b"])
+    assert "row 2: 'start' 3 and 'end' 4 must be" in (line := refusal(corpus, "kind", path))
+    assert "hold a token, not the space before one" in line
 
 
 def test_more_classes_than_can_be_probed(corpus: Corpus, tmp_path: Path, monkeypatch):
