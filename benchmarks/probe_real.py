@@ -2,11 +2,11 @@
 
     python benchmarks/probe_real.py --lm FOLDER --text FILE [--articles 500] [--runs FOLDER] [--out FOLDER]
 
-FILE holds JSON lines with the field `text`, from which articles are drawn. Each contestant is a process of its
-own: the default grid (softmax probes of every layer at six distances, with the control task and the code
-length, for the LM and for random weights), the same with closed-form probes alone, and, before and after both,
+FILE holds JSON lines with the field `text`, from which articles are drawn. Each contestant is a process of
+its own: the default grid (softmax probes of every layer at six distances, with the control task and the code
+length, for the LM and for random weights); the same with closed-form probes alone; and, after each of these,
 the LM's blocks as transformers runs them, without the head, in the same windows, batches and dtype. Two such
-passes, one for each LM, are the unit. Commands include starting Python, loading, and building the corpus.
+passes, one for each LM, are the unit. Commands include starting Python, loading and building the corpus.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ from harness import REFERENCE, Row, parse_options, run_workloads
 
 COMMANDS = {
     REFERENCE: [],
-    "closed form alone": ["--probe.solvers", "ridge", "--probe.control", "false", "--probe.code_length", "false"],
+    "closed form alone": [
+        *("--probe.solvers", "ridge"),
+        *("--probe.control", "false", "--probe.code_length", "false"),
+    ],
 }
 """Options of `probekit probe`, by contestant."""
 
@@ -86,7 +89,10 @@ def measure(lm: str, text: Path, folder: Path) -> list[Row]:
         bare.append(json.loads(done.stdout.splitlines()[-1]))
     tokens = bare[0]["tokens"]
     passes = {name: LMS * float(np.mean([row[name] for row in bare])) for name in ("seconds", "cpu_seconds")}
-    rows = [{"contestant": "bare passes"} | passes, *({"contestant": name} | found[name] for name in COMMANDS)]
+    rows = [
+        {"contestant": "bare passes"} | passes,
+        *({"contestant": name} | found[name] for name in COMMANDS),
+    ]
     for row in rows:
         row |= {"workload": Path(lm).name, "tokens": tokens, "dtype": bare[0]["dtype"]}
         row |= {"ratio": row["seconds"] / passes["seconds"]}

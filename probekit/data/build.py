@@ -179,7 +179,7 @@ def _write_actions(
             embeddings.append(block)
             task.advance(len(block))
     with progress.task("cluster sentences into actions"):
-        return _cluster(folder, config, candidates, sample)
+        return _cluster(folder, config, documents, candidates, sample)
 
 
 def _draw_sample(candidates: np.ndarray, settings: ActionSettings, seed: int) -> np.ndarray:
@@ -224,7 +224,9 @@ def _embedded(
         yield encoder.encode(waiting)
 
 
-def _cluster(folder: Path, config: Config, candidates: np.ndarray, sample: np.ndarray) -> dict[str, Any]:
+def _cluster(
+    folder: Path, config: Config, documents: DocumentFile, candidates: np.ndarray, sample: np.ndarray
+) -> dict[str, Any]:
     """Clusters embeddings, writes codebook and actions; returns facts about them."""
     embeddings = read_array(folder / "embeddings.npy")
     fitted_on = np.empty((len(sample), embeddings.shape[1]), embeddings.dtype)
@@ -243,7 +245,8 @@ def _cluster(folder: Path, config: Config, candidates: np.ndarray, sample: np.nd
             codebook = label_centroids(fitted_on, actions[sample], config.corpus.planted.actions)
     write_array(folder / "actions.npy", actions)
     codebook.save(folder / "codebook.safetensors")
-    return facts
+    texts = _sentences(folder, documents, sample)
+    return facts | {"action_words": telling_words(texts, actions[sample], len(codebook.centroids))}
 
 
 def _in_order(function: Callable[..., T], calls: Iterable[tuple[Any, ...]], processes: int) -> Iterator[T]:

@@ -134,6 +134,16 @@ class Corpus:
         rule: BosRule = self.facts.get("bos", "document")
         return rule
 
+    def action_words(self, action: int) -> list[str]:
+        """The words that set an action's training sentences apart; see `telling_words`."""
+        words: list[str] = self.facts["action_words"][action]
+        return words
+
+    def action_name(self, action: int) -> str:
+        """An action's number and its words."""
+        words = ", ".join(self.action_words(action))
+        return f"{action} ({words})" if words else str(action)
+
     def documents(self, split: str) -> np.ndarray:
         """Numbers of the documents of a split, in order."""
         return np.flatnonzero(self.split == SPLITS.index(split))
@@ -206,7 +216,8 @@ def action_table(corpus: Corpus, nearest: int = 2) -> pd.DataFrame:
         nearest: Sentences to show for each action.
 
     Returns:
-        Columns `sentences`, `share` and `nearest` (a list of texts), most frequent action first.
+        Columns `sentences`, `share`, `words` (those that set it apart) and `nearest` (a list of texts), most
+        frequent action first.
     """
     train = corpus.sentences(corpus.documents("train"))
     counts = np.bincount(corpus.actions[train], minlength=corpus.k)
@@ -215,6 +226,7 @@ def action_table(corpus: Corpus, nearest: int = 2) -> pd.DataFrame:
         {
             "sentences": counts,
             "share": counts / max(1, len(train)),
+            "words": [", ".join(corpus.action_words(action)) for action in range(corpus.k)],
             "nearest": [corpus.sentence_texts(row[row >= 0]) for row in closest],
         }
     )

@@ -92,7 +92,7 @@ def page(data: LensData) -> str:
     ends = [*data.first_token[1:], len(data.pieces)]
     sentences = [
         {
-            "name": "no known action" if action < 0 else f"action {action}",
+            "name": "no known action" if action < 0 else f"action {data.names[int(action)]}",
             "tokens": [(piece, _symbols(piece) or "·") for piece in data.pieces[start:end]],
             "examples": map(_example, data.examples.get(int(action), [])),
         }
@@ -161,6 +161,7 @@ def _numbers(data: LensData) -> dict[str, Any]:
         "scale": next((end for end in SCALES if largest <= end), 1.0),
         "planner": data.planner,
         "conditioning": data.conditioning,
+        "names": {action: _symbols(name) for action, name in data.names.items()},
         "examples": {action: [*map(_example, texts)] for action, texts in data.examples.items()},
     }
 

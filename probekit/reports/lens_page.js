@@ -94,6 +94,7 @@
     return element;
   }
   const quoted = (text) => `“${text}”`;
+  const named = (action) => `action ${data.names[action] ?? action}`;
   const sentences = (action) => data.examples[action] ?? [];
   function like(action) {
     return make("ul", {}, ...sentences(action).map((text) => make("li", { dir: "auto" }, quoted(text))));
@@ -197,14 +198,14 @@
       return section(`What comes next: sentence ${next + 1}, of no known action`,
         make("p", { dir: "auto" }, quoted(textOf(next))), "The encoder knows none of its words.");
     }
-    return section(`What comes next: sentence ${next + 1}, action ${action}`,
+    return section(`What comes next: sentence ${next + 1}, ${named(action)}`,
       make("p", { dir: "auto" }, quoted(textOf(next))), "Its action is that of sentences such as", like(action));
   }
   function planner(next) {
     if (!data.planner) return [];
     const { top: best, probability, true: ofTrue } = data.planner;
     const items = best[next].map((action, k) => make("li", {},
-      make("span", { ...(actions[next] === action ? { class: "is" } : {}) }, `action ${action}${actions[next] === action ? " ✓" : ""}`),
+      make("span", { ...(actions[next] === action ? { class: "is" } : {}) }, `${named(action)}${actions[next] === action ? " ✓" : ""}`),
       make("span", {}, percent(probability[next][k])),
       make("span", { class: "like", dir: "auto" }, sentences(action).map(quoted).join(" "))));
     const truth = labelled(next) ? `It gives the true action ${percent(ofTrue[next])}.` : "";
@@ -218,7 +219,7 @@
     if (!planned) return section("What the LM was conditioned on", "The same for every text: this variant has no plan.");
     const whose = ownAction(i, next) ? "the next sentence: the target's own action" : `sentence ${s + 1}, not the next one`;
     return section("What the LM was conditioned on here",
-      `Action ${action[s]}, weight ${percent(weight[s])} in the mix, planned for ${whose}.`, like(action[s]));
+      `The plan is ${named(action[s])}, weight ${percent(weight[s])} in the mix, planned for ${whose}.`, like(action[s]));
   }
 
   // Moving about.

@@ -363,7 +363,8 @@ class LensData:
             largest weight in each sentence's mix `[sentences + 1]`; `carried`, the sentence whose plan the LM
             received last at each token `[tokens]`; `planned`, whether a planner chose it; `changed`, whether
             it changes the activation of each point at the token itself `[points]`.
-        examples: The training sentences nearest to each action that occurs.
+        names: The name of each action that occurs.
+        examples: The training sentences nearest to each of them.
         notes: What to know of the text.
     """
 
@@ -381,6 +382,7 @@ class LensData:
     true_probability: np.ndarray
     planner: dict[str, np.ndarray] | None
     conditioning: dict[str, Any] | None
+    names: Mapping[int, str]
     examples: Mapping[int, list[str]]
     notes: list[str]
 
@@ -470,6 +472,7 @@ def read_text(
         true_probability=true_probability,
         planner=planner,
         conditioning=conditioning,
+        names={action: run.corpus.action_name(action) for action in examples},
         examples=examples,
         notes=notes,
     )

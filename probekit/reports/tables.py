@@ -72,13 +72,17 @@ def _actions_table(corpus: Corpus, nearest: int) -> Table:
     top = actions.head(SHOWN_ACTIONS)
     rarer = len(actions) - len(top)
     left_out = f"; {rarer:,} rarer ones are left out" if rarer > 0 else ""
-    caption = f"Actions ({corpus.k:,}) by training sentences, with the sentences nearest to each{left_out}"
+    caption = (
+        f"Actions ({corpus.k:,}) by training sentences, with the words that set each apart and the sentences "
+        f"nearest to it{left_out}"
+    )
     histogram = pd.DataFrame(
         {
             "action": top.index.astype(str),
             "sentences": top.sentences.map("{:,}".format),
             "share": top["share"].map("{:.1%}".format),
             "": ("█" * round(12 * share / actions["share"].max()) for share in top["share"]),
+            "words": top["words"].map(shortened),
             "nearest sentences": ("\n".join(map(shortened, texts)) for texts in top["nearest"]),
         },
         dtype="str",

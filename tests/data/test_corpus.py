@@ -22,6 +22,7 @@ from probekit.data.corpus import (
     sentence_lengths,
     sizes,
 )
+from probekit.data.encoders import WORD
 from probekit.errors import ProbekitError
 from probekit.probing.targets import find_target
 from probekit.run.run import Run
@@ -142,6 +143,8 @@ def test_action_table(tiny_run: Run):
         limit = np.sort(distances)[2] + 1e-6
         near = {text.lower() for text in corpus.sentence_texts(own[distances <= limit])}
         assert set(shown) <= near
+        own_words = {word for text in corpus.sentence_texts(own) for word in WORD.findall(text.lower())}
+        assert set(row.words.split(", ")) <= own_words
     assert sorted(table.index) == list(range(8))
     assert table.sentences.is_monotonic_decreasing
     assert table.share.sum() == pytest.approx(1)
