@@ -16,7 +16,7 @@ import joblib
 import numpy as np
 
 from probekit.config import ActionSettings, Config, CorpusSettings
-from probekit.data.codebook import fit_codebook, label_centroids
+from probekit.data.codebook import fit_codebook, label_centroids, telling_words
 from probekit.data.corpus import SPLITS, Corpus, ranges
 from probekit.data.encoders import EMBEDDED_AT_ONCE, PretrainedEncoder, TfidfEncoder, embed_batch
 from probekit.data.readers import DocumentFile, write_documents
