@@ -22,8 +22,7 @@ from probekit.data.encoders import EMBEDDED_AT_ONCE, PretrainedEncoder, TfidfEnc
 from probekit.data.readers import DocumentFile, write_documents
 from probekit.data.sentences import sentences_of_batch, tokenize_batch
 from probekit.data.splits import group_documents, grouped, split_documents
-from probekit.data.tokenizer import pretrained_tokenizer, separator_id, train_tokenizer
-from probekit.data.windows import bos_rule_for
+from probekit.data.tokenizer import bos_rule_for, pretrained_tokenizer, separator_id, train_tokenizer
 from probekit.errors import ProbekitError
 from probekit.io import ArrayAppender, atomic_folder, read_array, write_array, write_json
 from probekit.progress import Progress

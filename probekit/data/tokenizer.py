@@ -1,12 +1,12 @@
-"""The tokenizer: the LM's own, or a byte-level BPE trained on the corpus for a new LM."""
+"""The tokenizer (the LM's own, or a byte-level BPE for a new LM), and where the LM reads its BOS token."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from probekit.config import LanguageModelSettings
+from probekit.config import BosRule, LanguageModelSettings
 from probekit.data import hub
 from probekit.errors import ProbekitError
 from probekit.io import atomic_folder, one_line
@@ -80,6 +80,21 @@ def separator_id(tokenizer: PreTrainedTokenizerBase) -> int:
         f"lm.name {tokenizer.name_or_path!r}: its tokenizer has neither a beginning- nor an end-of-sequence "
         "token; set one of them in its tokenizer_config.json"
     )
+
+
+def bos_rule_for(tokenizer: PreTrainedTokenizerBase, setting: BosRule | Literal["auto"]) -> BosRule:
+    """Where an LM reads the separator: in every window, once a document, or never.
+
+    Args:
+        tokenizer: The LM's; under `auto` it says how the LM was trained.
+        setting: The setting `lm.bos`.
+    """
+    if setting != "auto":
+        return setting
+    if tokenizer("a").input_ids[0] == tokenizer.bos_token_id:
+        return "every-window"
+    # GPT-2 and its like were trained on documents that this token separates.
+    return "document" if tokenizer.bos_token_id == tokenizer.eos_token_id else "none"
 
 
 def _load(source: hub.Source, trust_remote_code: bool) -> PreTrainedTokenizerBase:

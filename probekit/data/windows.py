@@ -1,19 +1,14 @@
-"""Windows of tokens, where the LM reads a separator in them, and batches with sentences and actions."""
+"""Windows of tokens, and batches of them with sentences and actions."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from probekit.config import BosRule
 from probekit.data.corpus import Corpus, ranges
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 IGNORE = -100
 """Target of a position whose loss does not count: the default `ignore_index` of PyTorch's cross-entropy."""
@@ -40,16 +35,6 @@ class Windows:
 
     def __getitem__(self, rows: np.ndarray | slice) -> Windows:
         return Windows(*(getattr(self, field.name)[rows] for field in fields(self)))
-
-
-def bos_rule_for(tokenizer: PreTrainedTokenizerBase, setting: BosRule | Literal["auto"]) -> BosRule:
-    """Where the LM of a tokenizer reads the separator: as it was trained, or as the setting `lm.bos` says."""
-    if setting != "auto":
-        return setting
-    if tokenizer("a").input_ids[0] == tokenizer.bos_token_id:
-        return "every-window"
-    # GPT-2 and its like were trained on documents that this token separates.
-    return "document" if tokenizer.bos_token_id == tokenizer.eos_token_id else "none"
 
 
 def chunks(count: int, size: int) -> list[slice]:

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, GPT2Config, PreTrainedTokenizerBase
 
-from probekit.config import LanguageModelSettings
+from probekit.config import BosRule, LanguageModelSettings
 from probekit.data.tokenizer import (
     SEPARATOR,
+    bos_rule_for,
     load_tokenizer,
     pretrained_tokenizer,
     separator_id,
@@ -184,3 +186,27 @@ def test_code_in_a_folder_runs_only_where_it_is_trusted(
     trusting = LanguageModelSettings(name=str(own), trust_remote_code=True)
     assert type(pretrained_tokenizer(trusting)).__name__ == "Own"
     assert mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("bos", "eos", "added", "rule"),
+    [
+        ("<s>", "</s>", True, "every-window"),  # Llama, Gemma
+        ("<s>", "<s>", True, "every-window"),
+        ("<s>", "<s>", False, "document"),  # GPT-2
+        ("<s>", "</s>", False, "none"),  # BLOOM
+        (None, "</s>", False, "none"),  # Qwen
+    ],
+)
+def test_the_separator_is_read_as_the_lm_was_trained(
+    bos: str | None, eos: str, added: bool, rule: BosRule, tmp_path: Path
+):
+    tokenizer = train_tokenizer(["One sentence. Another."], 300, tmp_path / "tokenizer")
+    tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": eos})
+    tokenizer.bos_token = bos
+    if added:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", tokenizer.convert_tokens_to_ids("<s>"))]
+        )
+    assert bos_rule_for(tokenizer, "auto") == rule
+    assert bos_rule_for(tokenizer, "none") == "none"

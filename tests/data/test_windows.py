@@ -8,17 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers.processors import TemplateProcessing
 
 from probekit.config import BosRule
 from probekit.data.codebook import Codebook
 from probekit.data.corpus import Corpus
-from probekit.data.tokenizer import train_tokenizer
 from probekit.data.windows import (
     IGNORE,
     Windows,
     begun_sentences,
-    bos_rule_for,
     collate,
     cut_windows,
     document_batch,
@@ -262,27 +259,3 @@ def test_rows_of_windows(rows):
     for name, values in vars(windows[rows]).items():
         assert values.tolist() == getattr(windows, name)[rows].tolist()
     assert len(windows[rows]) == 2
-
-
-@pytest.mark.parametrize(
-    ("bos", "eos", "added", "rule"),
-    [
-        ("<s>", "</s>", True, "every-window"),  # Llama, Gemma
-        ("<s>", "<s>", True, "every-window"),
-        ("<s>", "<s>", False, "document"),  # GPT-2
-        ("<s>", "</s>", False, "none"),  # BLOOM
-        (None, "</s>", False, "none"),  # Qwen
-    ],
-)
-def test_the_separator_is_read_as_the_lm_was_trained(
-    bos: str | None, eos: str, added: bool, rule: BosRule, tmp_path: Path
-):
-    tokenizer = train_tokenizer(["One sentence. Another."], 300, tmp_path / "tokenizer")
-    tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": eos})
-    tokenizer.bos_token = bos
-    if added:
-        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", tokenizer.convert_tokens_to_ids("<s>"))]
-        )
-    assert bos_rule_for(tokenizer, "auto") == rule
-    assert bos_rule_for(tokenizer, "none") == "none"
