@@ -28,11 +28,12 @@ from probekit.causal.changes import (
 from probekit.causal.erasure import RandomErasers, erasure_accuracies, inlp, leace, read_moments
 from probekit.causal.runner import FINAL_LOCATION, MetricSums, interval_columns, open_run, write_results
 from probekit.config import GenerationSettings
+from probekit.data.tokenizer import drawable_ids
 from probekit.data.windows import IGNORE, Batch, Windows
 from probekit.errors import ProbekitError
 from probekit.evaluation.action_metrics import NO_ACTION
 from probekit.evaluation.perplexity import window_and_stride
-from probekit.generation.generate import draw
+from probekit.generation.generate import draw, without_others
 from probekit.generation.metrics import Labeller
 from probekit.models.conditioning import CONDITIONINGS
 from probekit.models.hook_points import OUTSIDE_BLOCKS, per_layer
@@ -70,9 +71,7 @@ class SentenceWriter:
         self._lm, self._run, self._labeller = lm, lm.run, Labeller(lm.run)
         self._rows = np.arange(min(count, len(lm.boundaries)))
         self.max_tokens = min(MAX_TOKENS, window - int(lm.boundaries.column[self._rows].max()))
-        tokenizer = lm.run.corpus.tokenizer
-        special = {*tokenizer.all_special_ids}
-        self._drawable = torch.tensor([n not in special for n in range(len(tokenizer))])
+        self._drawable = torch.from_numpy(drawable_ids(lm.run.corpus.tokenizer))
 
     def actions(self, edit: Edit | None = None) -> np.ndarray:
         """The action of the sentence written at each boundary `[boundaries]`; `NO_ACTION` if it is blank."""
@@ -132,8 +131,7 @@ class SentenceWriter:
 
     def _draw(self, logits: Tensor, uniforms: Tensor) -> Tensor:
         """One token each; special tokens and unused rows of the embedding are never drawn."""
-        drawable = self._drawable[: logits.shape[1]].to(logits.device)
-        allowed = logits[:, : len(drawable)].masked_fill(~drawable, -torch.inf)
+        allowed = without_others(logits, self._drawable.to(logits.device))
         return draw(allowed, uniforms.to(logits.device), SAMPLING)
 
 

@@ -22,7 +22,13 @@ from probekit.data.encoders import EMBEDDED_AT_ONCE, PretrainedEncoder, TfidfEnc
 from probekit.data.readers import DocumentFile, write_documents
 from probekit.data.sentences import sentences_of_batch, tokenize_batch
 from probekit.data.splits import group_documents, grouped, split_documents
-from probekit.data.tokenizer import bos_rule_for, pretrained_tokenizer, separator_id, train_tokenizer
+from probekit.data.tokenizer import (
+    bos_rule_for,
+    pretrained_tokenizer,
+    separator_id,
+    train_tokenizer,
+    vocabulary_size,
+)
 from probekit.errors import ProbekitError
 from probekit.io import ArrayAppender, atomic_folder, read_array, write_array, write_json
 from probekit.progress import Progress
@@ -116,7 +122,7 @@ def _write_tokens(
     progress: Progress,
 ) -> dict[str, Any]:
     """Writes tokens and sentences, and their bounds in documents; returns facts about them."""
-    token_type = np.uint16 if len(tokenizer) < 2**16 else np.uint32
+    token_type = np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.uint32
     shared = (separator_id(tokenizer), settings.language)
     calls = ((folder, batch, *shared) for batch in range(len(documents.starts) - 1))
     document_tokens, document_sentences = [], []

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+
 from probekit.config import BosRule, LanguageModelSettings
 from probekit.data import hub
 from probekit.errors import ProbekitError
@@ -95,6 +97,16 @@ def bos_rule_for(tokenizer: PreTrainedTokenizerBase, setting: BosRule | Literal[
         return "every-window"
     # GPT-2 and its like were trained on documents that this token separates.
     return "document" if tokenizer.bos_token_id == tokenizer.eos_token_id else "none"
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the largest id of a token; `len(tokenizer)` is less where some ids have no token."""
+    return 1 + max(*tokenizer.get_vocab().values(), separator_id(tokenizer))
+
+
+def drawable_ids(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """Ids of all tokens but special ones, in order: those that a written text can be made of."""
+    return np.array(sorted({*tokenizer.get_vocab().values()} - {*tokenizer.all_special_ids}), np.int64)
 
 
 def _load(source: hub.Source, trust_remote_code: bool) -> PreTrainedTokenizerBase:

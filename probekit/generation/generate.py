@@ -20,6 +20,7 @@ from torch import Tensor
 
 from probekit.config import GenerationSettings, ModelName
 from probekit.data.sentences import complete_spans, sentence_spans
+from probekit.data.tokenizer import drawable_ids
 from probekit.distributed import autocast
 from probekit.errors import ProbekitError
 from probekit.generation.prompts import Plan, Prompt, document_prompts, planned_prompts, text_prompt
@@ -66,6 +67,12 @@ def draw(logits: Tensor, uniforms: Tensor, settings: GenerationSettings) -> Tens
     # The first that reaches beyond, which is never one of probability 0.
     drawn = (reached > wanted).to(torch.uint8).argmax(dim=-1, keepdim=True)
     return (drawn if tokens is None else tokens.gather(1, drawn))[:, 0]
+
+
+def without_others(logits: Tensor, drawable: Tensor) -> Tensor:
+    """Logits `[texts, vocabulary]` with minus infinity for tokens that are not among the drawable ones."""
+    drawable = drawable[drawable < logits.shape[1]]  # an embedding may lack tokens that stand for pictures
+    return torch.full_like(logits, -torch.inf).index_copy(1, drawable, logits[:, drawable])
 
 
 @dataclass(frozen=True)
@@ -164,14 +171,12 @@ def generate(
         why = "there are planning tokens between a text's own" if inserts else "this LM gives none"
         progress.say(f"no keys and values are kept ({why}): each token reads the whole window again")
     tokenizer = run.corpus.tokenizer
-    special = torch.tensor(tokenizer.all_special_ids, device=run.device)
+    drawable = torch.from_numpy(drawable_ids(tokenizer)).to(run.device)
 
     def next_logits(states: Sequence[GenerationState]) -> Tensor:
         with autocast(run.device, precision):
             logits = decoder([state.text for state in states]).float()
-        logits[:, len(tokenizer) :] = -torch.inf  # rows of the embedding without a token
-        logits[:, special[special < logits.shape[1]]] = -torch.inf
-        return logits
+        return without_others(logits, drawable)
 
     # Texts of about the same length share a batch, so that little is padded.
     order = np.argsort([len(prompt.tokens) for prompt in known], kind="stable")

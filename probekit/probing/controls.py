@@ -26,6 +26,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from probekit.data.corpus import Corpus
+from probekit.data.tokenizer import vocabulary_size
 from probekit.errors import ProbekitError
 from probekit.evaluation.action_metrics import prior_log_probabilities
 from probekit.probing.solvers.base import expand_labels, losses
@@ -73,7 +74,7 @@ def control_labels(corpus: Corpus, positions: np.ndarray, prior: ArrayLike, seed
 @lru_cache(maxsize=4)
 def word_like_tokens(tokenizer: PreTrainedTokenizerBase) -> NDArray[np.bool_]:
     """Whether each token holds a letter or a digit; special tokens do not `[vocabulary]`."""
-    tokens = range(max(tokenizer.get_vocab().values()) + 1)
+    tokens = range(vocabulary_size(tokenizer))
     texts = tokenizer.batch_decode([[token] for token in tokens])
     word_like = np.array([any(map(str.isalnum, text)) for text in texts])
     word_like[tokenizer.all_special_ids] = False

@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 
 from probekit.data.corpus import Corpus, ranges
+from probekit.data.tokenizer import vocabulary_size
 from probekit.errors import ProbekitError
 
 NO_LABEL = -1
@@ -211,7 +212,7 @@ def _action(corpus: Corpus) -> Target:
 
 
 def _token(corpus: Corpus) -> Target:
-    counts = np.zeros(len(corpus.tokenizer), dtype=np.int64)
+    counts = np.zeros(vocabulary_size(corpus.tokenizer), dtype=np.int64)
     documents = corpus.documents("train")
     for start in range(0, len(documents), 256):
         part = documents[start : start + 256]

@@ -25,6 +25,7 @@ from probekit.data.encoders import load_encoder
 from probekit.data.tokenizer import train_tokenizer
 from probekit.errors import ProbekitError
 from probekit.planted.corpus import generate
+from probekit.probing.targets import find_examples, find_target
 from probekit.progress import Progress
 
 QUIET = Progress(quiet=True)
@@ -376,3 +377,25 @@ def test_no_more_of_a_stream_is_read_than_is_asked_for(tmp_path: Path, monkeypat
     source = {"corpus.reader": "huggingface", "corpus.path": str(tmp_path / "source")}
     built(tmp_path / "corpus", SMALL | source | {"corpus.max_documents": 20})
     assert len(read) < 25, "documents were read again, or beyond the last one"
+
+
+@pytest.mark.parametrize(
+    ("largest", "dtype"), [(2**16 - 1, np.uint16), (2**16, np.uint32), (70_000, np.uint32)]
+)
+def test_tokens_are_stored_by_the_largest_id(tmp_path: Path, largest: int, dtype: type):
+    """`len(tokenizer)` is less than the largest id where some ids have no token."""
+    lm = tmp_path / "lm"
+    train_tokenizer(stories(20), 300, lm)
+    content = json.loads((lm / "tokenizer.json").read_text("utf-8"))
+    content["model"]["vocab"]["Z"] = largest
+    (lm / "tokenizer.json").write_text(json.dumps(content), "utf-8")
+    texts = [f"{text} Z ends it." for text in stories(20)]
+    corpus = built(tmp_path / "c", SMALL | as_jsonl(tmp_path / "s", texts) | {"lm.name": str(lm)})
+    assert corpus.tokens.dtype == dtype
+    assert [corpus.tokenizer.decode(tokens_of(corpus, n)[1:]) for n in range(20)] == texts
+    target = find_target(corpus, "token")
+    assert "Z" in target.names
+    rows = find_examples(corpus, np.arange(20), target, [1], "token")
+    z = rows.labels[:, 0] == target.names.index("Z")
+    assert set(corpus.tokens[rows.anchor[z]].tolist()) == {largest}
+    assert z.sum() == 20
