@@ -12,7 +12,7 @@ import torch
 
 from probekit.errors import ProbekitError
 from probekit.models.architecture import Architecture, examine
-from probekit.models.hook_points import Backend, BridgeBackend, HFBackend
+from probekit.models.hook_points import Backend, BridgeBackend, HFBackend, apart, tolerance
 from probekit.models.language_model import bridge
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ class FrozenLM:
         name: What it is called in messages.
         like: An LM of the same architecture, whose hook points are known already.
         device: Where tokens come from and hooks compute, if accelerate places the LM; unset: it does not.
+        sample: Some text `[1, positions]`, on which a bridge is compared with the LM; unset: it is not.
     """
 
     def __init__(
@@ -40,9 +41,10 @@ class FrozenLM:
         name: str | Path,
         like: FrozenLM | None = None,
         device: torch.device | None = None,
+        sample: torch.Tensor | None = None,
     ) -> None:
         self._load, self._config, self._tokenizer, self._name = load, config, tokenizer, name
-        self._like, self._device = like, device
+        self._like, self._device, self._sample = like, device, sample
 
     @cached_property
     def plain(self) -> PreTrainedModel:
@@ -54,13 +56,28 @@ class FrozenLM:
         """The LM bridged to TransformerLens, which rewires a module in place: with weights of its own.
 
         Raises:
-            ProbekitError: TransformerLens has no bridge for this architecture, or accelerate placed the LM.
+            ProbekitError: TransformerLens has no bridge for this architecture, or computes other logits there
+                than the LM itself, or accelerate placed the LM.
         """
         if self._device is not None:
             raise ProbekitError(
                 "lm.device_map is set, but TransformerLens takes no LM that accelerate placed; leave it unset"
             )
-        return bridge(self._load(), self._tokenizer, self._name)
+        model = self._load().eval().requires_grad_(False)
+        if self._sample is None:
+            return bridge(model, self._tokenizer, self._name)
+        tokens = self._sample.to(model.device)
+        with torch.no_grad():
+            own = HFBackend(model, {}).logits(tokens, [])
+            bridged = bridge(model, self._tokenizer, self._name)
+            difference = apart(BridgeBackend(bridged).logits(tokens, []), own)
+        if not difference <= tolerance(model.dtype):
+            raise ProbekitError(
+                f"lm.name {str(self._name)!r}: on {tokens.numel()} tokens of the corpus TransformerLens "
+                f"computes other logits than the LM itself (they differ by {difference:.1%} of the largest); "
+                "choose locations that the LM's own modules hold, such as hook_resid_post"
+            )
+        return bridged
 
     def let_go(self) -> None:
         """Lets the weights go, which are loaded again when they are needed again."""

@@ -42,6 +42,11 @@ def tolerance(dtype: torch.dtype) -> float:
     return max(TOLERANCE, 8 * torch.finfo(dtype).eps)
 
 
+def apart(found: Tensor, expected: Tensor) -> float:
+    """The largest difference of two tensors, as a share of the largest number of the second."""
+    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+
+
 def hook_name(location: str, layer: int) -> str:
     """The full TransformerLens hook name of a location at a layer."""
     return location if location in OUTSIDE_BLOCKS else f"blocks.{layer}.{location}"

@@ -218,6 +218,12 @@ def shallow(config: PreTrainedConfig) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
+def shown_error(error: Exception) -> str:
+    """What another library raised, on one line that is not long."""
+    line = one_line(error) or type(error).__name__
+    return line if len(line) <= 200 else f"{line[:199]}…"
+
+
 def longest_window(config: PreTrainedConfig) -> int:
     """Positions that the LM can read at once, in tokens; without bound where it has no table of positions."""
     return int(getattr(config.get_text_config(), "max_position_embeddings", sys.maxsize))
@@ -241,14 +247,15 @@ def bridge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str
             f"lm.name {str(name)!r}: TransformerLens cannot run LoRA's updates beside weights of "
             f"{dtype_name(model.dtype)}; give lm.dtype float32, or other locations"
         )
+    model.config.architectures = model.config.architectures or [type(model).__name__]
     try:
         bridged = TransformerBridge.boot_transformers(
             str(name), hf_model=model, tokenizer=tokenizer, device=model.device, dtype=model.dtype
         )
-    except (ValueError, NotImplementedError, KeyError, AttributeError) as error:
-        architectures = ", ".join(model.config.architectures or [type(model).__name__])
+    except Exception as error:  # each architecture has an adapter of its own there, which may raise anything
         raise ProbekitError(
-            f"lm.name {str(name)!r}: TransformerLens cannot bridge {architectures} ({one_line(error)[:200]})"
+            f"lm.name {str(name)!r}: TransformerLens cannot bridge {model.config.architectures[0]} "
+            f"({shown_error(error)})"
         ) from error
     bridged.eval()
     bridged.original_model.requires_grad_(False)

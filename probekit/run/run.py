@@ -8,6 +8,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from probekit.config import MemberName, ModelName, ProbedName, VariantName
@@ -21,7 +22,7 @@ from probekit.models.conditioning import new_adapter
 from probekit.models.depth_ensemble import MEMBERS, DepthEnsemble, new_ensemble
 from probekit.models.frozen_lm import FrozenLM
 from probekit.models.hook_points import NORM_OUT, Backend
-from probekit.models.language_model import is_placed, load_model, random_weights
+from probekit.models.language_model import is_placed, load_model, longest_window, random_weights
 from probekit.models.mixing import VARIANTS
 from probekit.models.planner import Planner, TrainableEncoder
 from probekit.models.planner_lm import PlannedLM
@@ -36,6 +37,10 @@ if TYPE_CHECKING:
 
 LOADED = ("device", "dtype", "corpus", "_lm_config", "_lms")
 """Properties that are loaded once and kept in memory."""
+
+
+SAMPLE_TOKENS = 512
+"""Tokens of the corpus on which a bridge is compared with the LM itself."""
 
 
 class Run(RunFolder):
@@ -195,8 +200,15 @@ class Run(RunFolder):
                 label,
                 None if key == ("none",) else self.frozen_lm(),
                 None if self.config.lm.device_map is None else self.device,
+                self._sample,
             )
         return self._lms[key]
+
+    @property
+    def _sample(self) -> torch.Tensor:
+        """Some text of the corpus `[1, positions]`."""
+        tokens = self.corpus.tokens[: min(SAMPLE_TOKENS, longest_window(self._lm_config))]
+        return torch.from_numpy(tokens.astype(np.int64))[None]
 
     def tuned_folder(self, name: ModelName) -> Path:
         """Where a model's own tuned LM is, if it has one."""

@@ -340,7 +340,9 @@ def _language_model(run: Run, progress: Progress) -> dict[str, Any]:
         check_positions(run.config, longest_window(config))
         tokenizer = pretrained_tokenizer(settings)
         check_tokenizer(tokenizer, config, name)
-        examine(config, tokenizer, name)  # refuses what is no causal LM, or cannot be bridged
+        # Refuses what is no causal LM, or cannot be bridged.
+        if note := examine(config, tokenizer, name).note:
+            progress.say(note)
         dtype = dtype_of(settings.dtype, config, run.device)
         model = load_model(name, **where, device_map=settings.device_map, dtype=dtype)
         with atomic_folder(run.folder / "lm") as folder:

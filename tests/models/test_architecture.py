@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from probekit.errors import ProbekitError
@@ -149,6 +150,69 @@ def test_an_lm_that_transformer_lens_cannot_run(tokenizer: PreTrainedTokenizerBa
     )  # fmt: skip
     with pytest.raises(ProbekitError, match=r"lm.name 'opt': TransformerLens bridges OPT.*but cannot run it"):
         examine(config, tokenizer, "opt")
+
+
+class OddError(Exception):
+    """Of no class that this package knows."""
+
+
+@pytest.mark.parametrize("where", ["shallow", "find_module", "boot_transformers"])
+def test_whatever_an_architecture_raises_is_one_line(
+    where: str, plain: dict, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+):
+    def fails(*_: object, **__: object) -> None:
+        raise OddError("line one\nline two " + "and on " * 100)
+
+    owner = TransformerBridge if where == "boot_transformers" else architecture
+    monkeypatch.setattr(owner, where, fails)
+    with pytest.raises(ProbekitError) as raised:
+        examine(plain["llama"].config, tokenizer, "tiny")
+    message = str(raised.value)
+    assert message.startswith("lm.name 'tiny': ")
+    assert "LlamaForCausalLM" in message
+    assert "(line one line two and on" in message
+    assert message.endswith("…)")
+
+
+def test_a_configuration_that_names_no_architecture(plain: dict, tokenizer: PreTrainedTokenizerBase):
+    config = copy.deepcopy(plain["llama"].config)
+    config.architectures = None
+    assert examine(config, tokenizer, "tiny").locations.keys() >= COMMON
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_where_transformer_lens_computes_other_numbers_the_lms_own_are_read(
+    parallel: bool, make_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerBase
+):
+    """Falcon's ALiBi, which eager attention scales otherwise than the LM's usual one."""
+    model = make_model("Falcon", len(tokenizer), alibi=True, parallel_attn=parallel).eval()
+    deep = bridge(copy.deepcopy(model), tokenizer, "falcon")
+    with torch.no_grad():
+        own = model(TOKENS, output_hidden_states=True)
+        assert not torch.allclose(BridgeBackend(deep).logits(TOKENS, []), own.logits, rtol=1e-2, atol=1e-2)
+    found = examine(model.config, tokenizer, "falcon")
+    assert found.note is not None
+    assert "TransformerLens computes other logits than FalconForCausalLM itself" in found.note
+    assert found.locations.keys() >= COMMON
+    with pytest.raises(ProbekitError, match=r"'attn.hook_q': in FalconForCausalLM, TransformerLens computes"):
+        found.check("attn.hook_q", "probe.locations")
+    names = [hook_name(location, layer) for location in found.locations for layer in range(3)]
+    backend = HFBackend(model, found.points(names))
+    seen = read(backend, [*dict.fromkeys(names)])
+    for layer in range(3):
+        pre, attention, mlp, post = (
+            seen[hook_name(f"hook_{name}", layer)]
+            for name in ("resid_pre", "attn_out", "mlp_out", "resid_post")
+        )
+        assert torch.equal(pre, own.hidden_states[layer])
+        torch.testing.assert_close(pre + attention + mlp, post, rtol=1e-4, atol=1e-4)
+    assert torch.equal(seen["ln_final.hook_out"], own.hidden_states[3])
+    assert torch.equal(backend.logits(TOKENS, []), own.logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_is_noted_where_transformer_lens_computes_the_same(family: str, architectures: Architectures):
+    assert architectures(family).note is None
 
 
 @pytest.mark.parametrize("heads", [1, 2, 3, 4])

@@ -1,8 +1,10 @@
 """A frozen LM holds its weights once, loads none to look up its hooks, and is read in float32."""
 
+import copy
 import gc
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from probekit.models.conditioning import new_adapter
 from probekit.models.decoding import GrowingText, HFDecoder, new_decoder
 from probekit.models.frozen_lm import FrozenLM
 from probekit.models.hook_points import BridgeBackend, HFBackend, hook_name
-from probekit.models.language_model import load_model
+from probekit.models.language_model import bridge, load_model
 from probekit.models.mixing import Oracle
 from probekit.models.planner_lm import PlannedLM, token_losses
 from probekit.models.tuning import TUNINGS
@@ -150,3 +152,33 @@ def test_on_a_bfloat16_lm_float32_is_trained(
         assert torch.equal(found(batch, Oracle()), model(batch, Oracle()))
     with pytest.raises(ProbekitError, match="cannot run LoRA's updates beside weights of bfloat16"):
         FrozenLM(lambda: again, lm.config, lm._tokenizer, "lora", like=lm).bridged  # noqa: B018
+
+
+def test_a_bridge_that_computes_other_logits_on_the_corpus_is_refused(
+    make_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerBase
+):
+    sample, bridged = torch.arange(1, 21)[None], []
+    for name, settings in (("Falcon", {"alibi": True}), ("Llama", {"num_key_value_heads": 1})):
+        model = make_model(name, len(tokenizer), **settings)
+        load = partial(copy.deepcopy, model)
+        lm = FrozenLM(load, model.config, tokenizer, name, sample=sample)
+        if name == "Llama":
+            bridged.append(lm.bridged)
+            continue
+        with pytest.raises(ProbekitError) as raised:
+            bridged.append(lm.bridged)
+        message = str(raised.value)
+        assert message.startswith(
+            "lm.name 'Falcon': on 20 tokens of the corpus TransformerLens computes other"
+        )
+        share = float(message.split("differ by ")[1].split("%")[0])
+        own = HFBackend(model, {}).logits(sample, [])
+        other = BridgeBackend(bridge(load(), tokenizer, name)).logits(sample, [])
+        assert share == pytest.approx(100 * float((own - other).abs().max() / own.abs().max()), abs=0.1)
+    assert len(bridged) == 1
+
+
+def test_a_run_compares_a_bridge_on_its_corpus(tiny_run: Run):
+    lm, corpus = Run.open(tiny_run.folder).frozen_lm(), tiny_run.corpus
+    assert lm._sample.tolist() == [corpus.tokens[:48].tolist()]  # the LM's positions
+    assert isinstance(lm.backend_for(["blocks.1.attn.hook_q"]), BridgeBackend)
