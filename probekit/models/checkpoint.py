@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 
 from probekit.data import hub
 from probekit.data.tokenizer import separator_id
@@ -26,6 +27,9 @@ HALF = (torch.bfloat16, torch.float16)
 
 BFLOAT16_UNITS = ("amx_bf16", "avx512_bf16", "bf16")
 """What torch calls the units of CPUs that compute in bfloat16."""
+
+ADAPTER = "adapter_config.json"
+"""The file of a folder that holds an adapter of peft."""
 
 OVERHEAD = 0.05
 """Memory that loading takes beside the weights, as a share of them."""
@@ -56,8 +60,11 @@ def load_config(
         raise ProbekitError(
             f"lm.name {name!r}: no causal LM could be loaded from it; {why_not(source, error)}"
         ) from error
+    if source.path.is_dir() and (source.path / ADAPTER).is_file():
+        # Transformers would load the LM that the adapter names, whatever else the folder holds.
+        raise ProbekitError(f"lm.name {name!r}: {_adapter(source.path)}")
     if quantised := getattr(config, "quantization_config", None):
-        _check_quantisation(name, quantised if isinstance(quantised, Mapping) else quantised.to_dict())
+        _check_quantisation(source, quantised if isinstance(quantised, Mapping) else quantised.to_dict())
     text = config.get_text_config()
     if text is not config:
         if text.model_type not in CAUSAL:
@@ -88,16 +95,33 @@ def text_tower(source: hub.Source, config: PreTrainedConfig) -> dict[str, Any]:
     return {"config": copy.deepcopy(config), "key_mapping": towers}
 
 
-def _check_quantisation(name: str, quantised: Mapping[str, Any]) -> None:
+def _check_quantisation(source: hub.Source, quantised: Mapping[str, Any]) -> None:
     """Refuses quantised weights but for those of GGUF files, which are read as numbers of `lm.dtype`."""
     method = str(getattr(quantised.get("quant_method"), "value", quantised.get("quant_method")))
     if method == "gguf":
         return
     bits = quantised.get("bits") or next((n for n in (4, 8) if quantised.get(f"load_in_{n}bit")), None)
+    kind = f"{method}{f', {bits} bits' if bits else ''}"
+    if _plain_weights(source.path):
+        raise ProbekitError(
+            f"lm.name {source.name!r}: its config.json asks for quantisation ({kind}), but its weights are "
+            "plain; remove quantization_config from config.json to read them as they are"
+        )
     raise ProbekitError(
-        f"lm.name {name!r}: its weights are quantised ({method}{f', {bits} bits' if bits else ''}), and only "
-        "those of GGUF files are read; give the checkpoint that they were made from, or a GGUF file"
+        f"lm.name {source.name!r}: its weights are quantised ({kind}), and only those of GGUF files are "
+        "read; give the checkpoint that they were made from, or a GGUF file"
     )
+
+
+def _plain_weights(folder: Path) -> bool:
+    """Whether a folder's weights are all floating-point numbers, none of which is a scale of others."""
+    kinds = {
+        "" if name.endswith(("scale", "scale_inv", "absmax")) else weights.get_slice(name).get_dtype()
+        for path in folder.glob("*.safetensors")
+        for weights in [safe_open(path, "pt")]
+        for name in weights.keys()  # noqa: SIM118 - it is no mapping
+    }
+    return bool(kinds) and kinds <= {"F64", "F32", "F16", "BF16"}
 
 
 def why_not(source: hub.Source, error: Exception) -> str:
@@ -116,11 +140,8 @@ def contents(folder: Path) -> str | None:
     whole, gguf, pickles = ([n for n in names if n.endswith(e)] for e in (".safetensors", ".gguf", ".bin"))
     if gguf:
         return f"it holds {', '.join(gguf[:3])}: give the path of a GGUF file itself"
-    if "adapter_config.json" in names:
-        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "its LM"
-        return (
-            f"it holds a peft adapter alone: load {base} with it, and save what its merge_and_unload returns"
-        )
+    if ADAPTER in names:
+        return _adapter(folder)
     if pickles and not whole:
         return (
             f"its weights are a pickle ({pickles[0]}), which could run code when it is read; save them as "
@@ -131,6 +152,15 @@ def contents(folder: Path) -> str | None:
         return None
     shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
     return f"it lacks {' and '.join(n for n in there if not there[n])}, and holds {shown or 'no file'}"
+
+
+def _adapter(folder: Path) -> str:
+    """What to do with a folder that holds an adapter."""
+    base = read_json(folder / ADAPTER).get("base_model_name_or_path") or "its LM"
+    return (
+        f"it holds a peft adapter, which is no LM: load {base} with it, and save what its merge_and_unload "
+        "returns"
+    )
 
 
 def dtype_of(setting: str, config: PreTrainedConfig, device: torch.device) -> torch.dtype:

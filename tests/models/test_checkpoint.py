@@ -1,5 +1,6 @@
 """Checkpoints in every form that they come in, and what is refused before anything is loaded."""
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from probekit.config import LanguageModelSettings
@@ -268,16 +269,48 @@ def test_quantised_weights_are_refused_by_the_name_of_the_quantisation(
     shutil.copytree(folders["llama"], tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": quantised}))
-    assert shown in refusal(tmp_path)
+    message = refusal(tmp_path)
+    assert shown in message
+    assert "asks for quantisation" in message
+    assert "its weights are plain; remove quantization_config from config.json" in message
+    weights = load_file(tmp_path / "model.safetensors")
+    for kind, changed in (
+        ("packed", {name: tensor.to(torch.uint8) for name, tensor in weights.items()}),
+        ("scaled", weights | {"model.layers.0.mlp.down_proj.weight_scale_inv": torch.ones(1)}),
+    ):
+        save_file(changed, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        message = refusal(tmp_path)
+        assert f"its weights are quantised ({shown.strip('()')}" in message, kind
+        assert "give the checkpoint that they were made from, or a GGUF file" in message
 
 
 # Folders from which no LM can be loaded
 
 
+ADAPTER = (
+    "it holds a peft adapter, which is no LM: load some/base with it, and save what its merge_and_unload"
+)
+
+
 def adapter_alone(folder: Path, model: PreTrainedModel) -> str:
     settings = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
-    get_peft_model(model, settings).save_pretrained(folder)
-    return "it holds a peft adapter alone: load its LM with it, and save what its merge_and_unload returns"
+    tuned = get_peft_model(copy.deepcopy(model), settings)
+    tuned.peft_config["default"].base_model_name_or_path = "some/base"
+    tuned.save_pretrained(folder)
+    return ADAPTER
+
+
+def adapter_beside_a_config(folder: Path, model: PreTrainedModel) -> str:
+    adapter_alone(folder, model)
+    model.config.save_pretrained(folder)
+    return ADAPTER
+
+
+def adapter_beside_an_lm(folder: Path, model: PreTrainedModel) -> str:
+    """Transformers would load the LM that the adapter names."""
+    model.save_pretrained(folder)
+    adapter_alone(folder, model)
+    return ADAPTER
 
 
 def pickled(folder: Path, model: PreTrainedModel) -> str:
@@ -301,7 +334,18 @@ def empty(folder: Path, model: PreTrainedModel) -> str:
     return "it lacks config.json and model.safetensors, and holds no file"
 
 
-@pytest.mark.parametrize("make", [adapter_alone, pickled, without_config, without_weights, empty])
+@pytest.mark.parametrize(
+    "make",
+    [
+        adapter_alone,
+        adapter_beside_a_config,
+        adapter_beside_an_lm,
+        pickled,
+        without_config,
+        without_weights,
+        empty,
+    ],
+)
 def test_a_folder_says_what_it_holds(
     make: Callable[[Path, PreTrainedModel], str], tmp_path: Path, make_model: MakeModel
 ):
