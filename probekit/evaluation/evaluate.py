@@ -200,7 +200,12 @@ def evaluate(
 
 
 def _evaluate_planners(run: Run, progress: Progress) -> Evaluation:
-    run.require("planner")
+    run.require("lm")
+    if not run.finished("planner"):
+        progress.say(
+            f"no planner is trained in {run.folder}: the LM alone is evaluated "
+            f"(`probekit train --resume --out {run.folder}` trains one)"
+        )
     scoring = scoring_pass(run)
     losses: dict[tuple[str, str], np.ndarray] = {}
     for variant, actions, mixing in variants_and_actions(run):
@@ -208,8 +213,10 @@ def _evaluate_planners(run: Run, progress: Progress) -> Evaluation:
             read = replace(scoring, corpus=run.corpus_of(variant))
             model = run.model(variant)
             (losses[variant, actions],) = read.document_losses(own_losses(model), mixing, task)
-    with progress.task("evaluate planners"):
-        planner = _planner_table(run)
+    planner = None
+    if run.finished("planner"):
+        with progress.task("evaluate planners"):
+            planner = _planner_table(run)
     return Evaluation(
         perplexity_table(run.config, losses, scoring.tokens),
         differences_table(run.config, losses, scoring.tokens),

@@ -9,15 +9,19 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from running import ran
 from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 
 from probekit.data.corpus import SPLITS
 from probekit.data.windows import cut_windows
+from probekit.errors import ProbekitError
 from probekit.evaluation.evaluate import evaluate
 from probekit.evaluation.perplexity import Evaluation, Pass, own_losses
 from probekit.io import read_json, write_json
 from probekit.models.mixing import Fixed, Oracle, Predicted, Soft
 from probekit.progress import Progress
+from probekit.reports.report import report
+from probekit.reports.terminal import print_evaluation
 from probekit.run.run import Run
 
 ROWS = [
@@ -211,3 +215,44 @@ def test_the_same_run_is_evaluated_the_same(evaluated: tuple[Run, Evaluation], t
     again = evaluate(copied(run, tmp_path), {"evaluation.batch_size": 3}, quiet=True)
     for name in ("perplexity", "differences", "planner"):
         pd.testing.assert_frame_equal(getattr(again, name), getattr(evaluation, name), rtol=1e-5, atol=1e-3)
+
+
+def test_a_run_without_a_planner_has_its_lm_evaluated(
+    evaluated: tuple[Run, Evaluation], copy: Path, capsys: pytest.CaptureFixture[str]
+):
+    record = read_json(copy / "run.json")
+    stages = {name: facts for name, facts in record["stages"].items() if name in ("corpus", "lm")}
+    write_json(copy / "run.json", record | {"stages": stages})
+    found = evaluate(copy)
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"no planner is trained in {copy}: the LM alone is evaluated" in said
+    whole = evaluated[1].perplexity
+    pd.testing.assert_frame_equal(found.perplexity, whole[whole.variant == "none"])
+    assert found.planner is None
+    assert found.differences.empty
+    assert Run.open(copy).evaluation()["perplexity"] == read_json(copy / "evaluation.json")["perplexity"]
+    print_evaluation(found)
+    assert "Perplexity per token" in capsys.readouterr().out
+    report(copy, copy / "report.md")
+    assert "perplexity" in (copy / "report.md").read_text("utf-8")
+    write_json(copy / "run.json", record | {"stages": {"corpus": stages["corpus"]}})
+    with pytest.raises(ProbekitError, match=r"lacks the stage 'lm'; finish it with"):
+        evaluate(copy, quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (("probe", "--probe.variants", "soft"), "probe.variants has 'soft', which this run has not trained"),
+        (("intervene",), "planner"),
+        (("subnetwork",), "soft"),
+        (("generate", "--prompt", "A", "--variant", "soft"), "adapter/soft"),
+        (("evaluate", "--generation"), "variant"),
+    ],
+)
+def test_what_a_run_without_a_planner_lacks_is_named(copy: Path, words: tuple[str, ...], wanted: str):
+    record = read_json(copy / "run.json")
+    stages = {name: facts for name, facts in record["stages"].items() if name in ("corpus", "lm")}
+    write_json(copy / "run.json", record | {"stages": stages})
+    found = ran(words[0], copy, "--quiet", *words[1:])
+    assert found.refused(wanted), found
