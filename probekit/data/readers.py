@@ -40,6 +40,11 @@ DOCUMENTS_PER_BATCH = 256
 CHARACTERS_PER_BATCH = 1 << 23
 """A batch of the Arrow file ends with the document that reaches one of these: few books are held at once."""
 
+VISIBLE = re.compile(
+    r"[^\s\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff\ufff9-\ufffb]"
+)
+"""Matches a character that is seen: neither white space nor a control or format character."""
+
 _TITLE = re.compile(r" ?= (?!=)(?P<title>.*\S)(?<! =) =\s*")
 _ESCAPE = re.compile(r" @([-,.])@ ")
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -539,7 +544,7 @@ def write_documents(
         for batch in _batches(task.track(read_documents(settings))):
             kept = []
             for document in batch:
-                if not document.text.strip():
+                if not VISIBLE.search(document.text):
                     blank += 1
                     continue
                 text = digest(document.text)

@@ -17,16 +17,33 @@ from numpy.typing import ArrayLike, NDArray
 from sentencex import get_sentence_boundaries
 from tokenizers import Tokenizer
 
-from probekit.data.readers import Document, read_batch
+from probekit.data.readers import VISIBLE, Document, read_batch
 from probekit.errors import ProbekitError
 
 # sentencex accepts any string, and splits what it does not know ("DE" and "german" too) by English rules.
 _LANGUAGE_CODE = re.compile(r"[a-z]{2,3}(-[a-z0-9]+)*")
-_VISIBLE = re.compile(r"\S")
 # A capital, a space of several bytes and a period ("C\u00a0.") make sentencex panic: it gets plain spaces.
 _WIDE_SPACE = re.compile(r"[^\S\x00-\x7f]")
 # sentencex sees this many characters at once: its time grows with the square of their number.
 _WINDOW = 16_384
+# What sentencex takes for the end of a sentence and no reader does: abbreviations of languages whose list
+# there lacks them, initials and numbers that go on without white space, words of saying after a quotation.
+_ABBREVIATIONS = {
+    "ar": "د أ م ص هـ",
+    "fr": "m mm art chap éd vol",
+    "hi": "डॉ श्री पं प्रो",
+    "pl": "godz prof tzn",
+    "pt": "r n av",
+    "sv": "kl t.ex",
+    "tr": "vb dr",
+}
+_TITLES = {code: {f"{word}." for word in words.split()} for code, words in _ABBREVIATIONS.items()}
+_LAST_WORD = re.compile(r"[^\s'’(«“\"-]+$")
+_INITIAL = re.compile(r"(?:^|[\W\d_])[^\W\d_]\.$")
+_QUOTATION = re.compile(r"[。！？!?.…][」』”’\"»]+$")
+_SAYING = re.compile(r"[—–-]\s*")
+_EMOJI = re.compile(r"(?:[\u2600-\u27bf\U0001f000-\U0001faff\ufe0f\u200d]+\s*)+(?=[\w\"“«¿¡(])")
+_JOINED = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
 # Stands for the text to come. Not `The`: after a title (`Mr. The`) the splitter would start a sentence there.
 _NEXT_WORD = " Word"
 
@@ -58,7 +75,8 @@ def sentence_spans(text: str, language: str = "en") -> NDArray[np.int64]:
 
     Returns:
         [sentences, 2] character offsets: the first sentence starts at 0, each starts where the one before it
-        ends, the last ends at `len(text)`, and each holds a visible character. A blank text has none: [0, 2].
+        ends, the last ends at `len(text)`, and each holds a visible character. A text without any has none:
+        [0, 2].
 
     Raises:
         ProbekitError: `language` is not a language code.
@@ -70,7 +88,7 @@ def sentence_spans(text: str, language: str = "en") -> NDArray[np.int64]:
     starts: list[int] = []
     offset = 0
     for line in text.splitlines(keepends=True):
-        if not line.isspace():
+        if VISIBLE.search(line):
             starts += (offset + start for start in _visible_starts(line, language))
         offset += len(line)
     return _partition(np.unique(np.array(starts, dtype=np.int64)), len(text))
@@ -128,12 +146,35 @@ def _visible_starts(line: str, language: str) -> Iterator[int]:
         found = get_sentence_boundaries(language, plain[begin : begin + size])
         starts = [boundary["start_index"] for boundary in found]
         for start in starts:
-            if visible := _VISIBLE.search(line, begin + start):
-                yield visible.start()
+            if (visible := VISIBLE.search(line, begin + start)) and not _goes_on(
+                line[max(0, visible.start() - 40) : visible.start()], line[visible.start() :][:20], language
+            ):
+                follows = VISIBLE.search(line, 0, visible.start())
+                emoji = _EMOJI.match(line, visible.start()) if follows else None
+                yield emoji.end() if emoji else visible.start()
         if begin + size >= len(line):
             return
         # The last segment may go on after the window: the next one starts with it, or is larger if it is all.
         begin, size = begin + starts[-1], size if starts[-1] else 2 * size
+
+
+def _goes_on(before: str, after: str, language: str) -> bool:
+    """Whether no reader would begin a sentence between what stands before and after."""
+    said, joined = before.rstrip(), not before[-1:].isspace()
+    if said.endswith("."):
+        word = _LAST_WORD.search(said)
+        if word and word[0].lower() in _TITLES.get(language.split("-")[0], ()):
+            return True
+        # `p. 5 a.C. a Roma`, `1867 r. w`: a capital would begin a sentence.
+        if _INITIAL.search(said) and (joined or (after[0].islower() and after[0].title() != after[0])):
+            return True
+        return joined and said[-2:-1].isdigit() and after[0].isdigit()
+    if not _QUOTATION.search(said):
+        return False
+    if joined:
+        return bool(_JOINED.match(after))
+    saying = _SAYING.match(after)
+    return bool(saying and after[saying.end() :][:1].islower())
 
 
 def _partition(starts: NDArray[np.int64], length: int) -> NDArray[np.int64]:

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from probekit.config import CorpusSettings
-from probekit.data.readers import write_documents
+from probekit.data.readers import VISIBLE, write_documents
 from probekit.data.sentences import (
     _tokenizer,
     align,
@@ -78,12 +78,16 @@ TOKENIZERS = {
 }
 
 
+def blank(text):
+    return not VISIBLE.search(text)
+
+
 def assert_partition(text, spans):
     assert spans.dtype == np.int64
     assert spans.shape == (len(spans), 2)
-    assert "".join(text[start:end] for start, end in spans) == (text if text.strip() else "")
+    assert "".join(text[start:end] for start, end in spans) == ("" if blank(text) else text)
     assert (spans[1:, 0] == spans[:-1, 1]).all()
-    assert all(text[start:end].strip() for start, end in spans)
+    assert not any(blank(text[start:end]) for start, end in spans)
 
 
 def owners_one_by_one(text, spans, offsets):
@@ -133,7 +137,8 @@ def test_any_text_is_partitioned(text, language):
     spans = sentence_spans(text, language)
     assert_partition(text, spans)
     assert not any(text[start].isspace() for start in spans[1:, 0])
-    assert not any(len(text[start:end].strip().splitlines()) > 1 for start, end in spans)
+    for start, end in spans:
+        assert sum(not blank(line) for line in text[start:end].splitlines()) == 1
 
 
 @pytest.mark.parametrize("text", BLANK)
@@ -293,3 +298,176 @@ def test_a_batch_has_the_tokens_of_transformers(tmp_path: Path):
 def test_what_processes_import_does_not_import_torch():
     script = "import sys, probekit.data.encoders, probekit.data.sentences; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+# Sentences as readers part them
+
+JUDGED = {
+    "en": [
+        "Dr. Smith arrived at 5 p.m. on Friday. ",
+        "He paid $3.50 for it, i.e. too much. ",
+        "“Why?” she asked. ",
+        "Nobody knew. ",
+        "The U.S. Senate voted 51–49! ",
+        "See Fig. 3 for details. ",
+        "It ended... or did it? ",
+        "J. R. R. Tolkien wrote it.",
+    ],
+    "de": [
+        "Am 3. Oktober 1990 wurde Deutschland vereint. ",
+        "Das gilt z. B. für Berlin. ",
+        "Dr. Müller kam um 15.30 Uhr. ",
+        "„Warum nicht?“, fragte sie. ",
+        "Der Krieg endete am 8. Mai 1945. ",
+        "Er wohnt in der Hauptstr. 5 in Köln. ",
+        "Das war’s!",
+    ],
+    "es": [
+        "¿Qué hora es? ",
+        "¡Vámonos ya! ",
+        "El Sr. García vive en EE. UU. desde 1990. ",
+        "La Sra. López llegó a las 8.30 h. ",
+        "Costó 3.500 euros, p. ej. para viajar. ",
+        "—No lo sé —dijo él. ",
+        "Fin.",
+    ],
+    "fr": [
+        "M. Dupont est arrivé. ",
+        "Il a dit : « Je viens demain. » ",
+        "Mme Curie reçut le prix en 1903. ",
+        "Cela coûte 3,50 € ! ",
+        "Pourquoi pas ? ",
+        "L’art. 5 s’applique, cf. p. 12. ",
+        "C’est tout.",
+    ],
+    "it": [
+        "Il sig. Rossi abita a Roma. ",
+        "La dott.ssa Bianchi è arrivata alle 9.30. ",
+        "Che cosa vuoi? ",
+        "Ecc. ecc. non basta. ",
+        "Nacque nel 100 a.C. a Siracusa. ",
+        "Basta!",
+    ],
+    "ru": [
+        "А. С. Пушкин родился в 1799 г. в Москве. ",
+        "Он жил на ул. Ленина, д. 5. ",
+        "Это стоит 100 руб. в месяц. ",
+        "«Почему?» — спросила она. ",
+        "И т. д. и т. п. не считаются. ",
+        "Конец.",
+    ],
+    "ar": [
+        "وصل د. أحمد إلى القاهرة. ",
+        "هل رأيته؟ ",
+        "نعم! ",
+        "ولد سنة 570 م. في مكة. ",
+        "قال: «لا أعرف». ",
+        "انتهى.",
+    ],
+    "hi": [
+        "डॉ. शर्मा दिल्ली गए। ",
+        "क्या वह आया? ",
+        "हाँ! ",
+        "उसने ३.५ रुपये दिए। ",
+        "श्री. वर्मा ने कहा, “मैं नहीं जानता।” ",
+        "समाप्त।",
+    ],
+    "zh": [
+        "我们去北京。",
+        "你来吗？",
+        "“好的。”他说。",
+        "太好了！",
+        "价格是3.5元……真的吗？",
+        "结束了。",
+    ],
+    "ja": [
+        "東京へ行きました。",
+        "「本当ですか？」と彼は聞いた。",
+        "はい！",
+        "価格は3.5ドルです。",
+        "彼は「行く。」と言った。",
+        "終わり。",
+    ],
+    "ko": [
+        "김 박사는 서울에 갔다. ",
+        "정말이야? ",
+        "네! ",
+        "가격은 3.5달러이다. ",
+        "“모른다.”라고 그가 말했다. ",
+        "끝.",
+    ],
+    "el": [
+        "Ο κ. Παπαδόπουλος ήρθε. ",
+        "Πού πας; ",
+        "Ναι! ",
+        "Γεννήθηκε το 484 π.Χ. στην Αλικαρνασσό. ",
+        "Τέλος.",
+    ],
+    "pl": [
+        "Dr Nowak przyszedł o godz. 8.30. ",
+        "To jest np. Kraków, ul. Długa 5. ",
+        "Kto to? ",
+        "Urodził się w 1867 r. w Warszawie. ",
+        "Koniec.",
+    ],
+    "pt": [
+        "O Sr. Silva mora na R. Augusta, n.º 5. ",
+        "Nasceu em 50 a.C. em Roma. ",
+        "Quem é? ",
+        "Custou 3,50 €!",
+    ],
+    "sv": [
+        "Det gäller t.ex. Stockholm. ",
+        "Hr. Berg kom kl. 8. ",
+        "Varför?",
+    ],
+}
+"""Sentences as a reader of the language would part them."""
+
+
+@pytest.mark.parametrize("language", JUDGED)
+def test_sentences_of_many_languages(language):
+    sentences = JUDGED[language]
+    text = "".join(sentences)
+    assert [text[start:end] for start, end in sentence_spans(text, language)] == sentences
+
+
+@pytest.mark.parametrize(
+    ("text", "sentences"),
+    [
+        (
+            "Great day! 😀 Tomorrow we go. 🎉🎉 Yes!😀Next.",
+            ["Great day! 😀 ", "Tomorrow we go. 🎉🎉 ", "Yes!😀", "Next."],
+        ),
+        ("A family 👩‍👩‍👧‍👦. ❤️ All well.", ["A family 👩‍👩‍👧‍👦. ❤️ ", "All well."]),
+        ("🎉 begins. Then.", ["🎉 begins. ", "Then."]),
+        ("hello. how are you? i am fine.", ["hello. ", "how are you? ", "i am fine."]),
+        (
+            "One.\n\u200b\nTwo.\n\x10\n\ufeff\u2060\nThree.",
+            ["One.\n\u200b\n", "Two.\n\x10\n\ufeff\u2060\n", "Three."],
+        ),
+        ("\u200b\n\x10\nOne.", ["\u200b\n\x10\nOne."]),
+        ("\u200b\n\x10", []),
+    ],
+)
+def test_emoji_and_what_is_not_seen(text, sentences):
+    assert [text[start:end] for start, end in sentence_spans(text)] == sentences
+
+
+@pytest.mark.parametrize(
+    ("language", "text", "found"),
+    [
+        ("de", "Der 2. Weltkrieg begann.", ["Der 2. ", "Weltkrieg begann."]),
+        ("zh", "（他笑了。）结束了。", ["（他笑了。）结束了。"]),
+        ("zh", "“再见。”他走了。", ["“再见。”他走了。"]),
+        ("th", "ฉันไปตลาด เขากลับบ้าน", ["ฉันไปตลาด เขากลับบ้าน"]),
+    ],
+)
+def test_limits_that_the_documentation_tells(language, text, found):
+    assert [text[start:end] for start, end in sentence_spans(text, language)] == found
+
+
+@pytest.mark.parametrize("text", ["\u200b", "\x10\x1b", "\ufeff\u2060\u200d", "\xad \u202e", "\ufe0f"])
+def test_format_and_control_characters_are_not_seen(text):
+    assert blank(text)
+    assert not blank(text + ".")
