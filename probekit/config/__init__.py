@@ -13,6 +13,7 @@ from probekit.config.config import (
     setting_value,
     settings_of,
     unknown_setting,
+    user_path,
     yaml_values,
 )
 from probekit.config.sections import (
@@ -78,5 +79,6 @@ __all__ = [
     "setting_value",
     "settings_of",
     "unknown_setting",
+    "user_path",
     "yaml_values",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -29,6 +30,9 @@ from probekit.config.sections import (
     TrainingSettings,
 )
 from probekit.errors import ProbekitError
+
+PATHS = ("corpus.path", "actions.encoder", "lm.name", "evaluation.questions_file")
+"""Settings that may be paths."""
 
 PRESETS = resources.files("probekit.config") / "presets"
 
@@ -101,9 +105,21 @@ class Config(Settings):
         """The complete config as YAML text that `from_yaml` reads back to an equal config."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, explicit_end=True)
 
+    def with_absolute_paths(self) -> Self:
+        """A copy in which whatever is a path of this machine holds in any folder that it is used from."""
+        given = {name: value for name in PATHS if (value := setting_value(self, name))}
+        paths = {name: user_path(value).absolute() for name, value in given.items()}
+        # Not `Path.exists`, which raises where a name is too long for the system.
+        return self.override({name: path for name, path in paths.items() if os.path.exists(path)})  # noqa: PTH110
+
     def override(self, values: Mapping[str, Any]) -> Self:
         """A copy with settings replaced, given by dotted name: `config.override({"lm.layers": 2})`."""
         return self.from_dict(merge(self.model_dump(), nest(values)))
+
+
+def user_path(path: str | Path) -> Path:
+    """A path as a user gives it, its `~` expanded."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - Path's own raises where there is no such user
 
 
 def preset_names() -> list[str]:
@@ -124,7 +140,7 @@ def preset_values(name: str) -> dict[str, Any]:
 def yaml_values(path: str | Path) -> dict[str, Any]:
     """The nested values in a YAML file of settings."""
     try:
-        values = yaml.safe_load(Path(path).read_text("utf-8"))
+        values = yaml.safe_load(user_path(path).read_text("utf-8"))
     except OSError as error:
         raise ProbekitError(f"config file {path}: {error.strerror or error}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -69,10 +70,22 @@ MemberName = Literal["plain", "repeated", "ensemble", "distilled"]
 ModelName = VariantName | MemberName
 
 
+def _plain(value: Any) -> Any:
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value.tolist() if hasattr(value, "tolist") else [*value] if isinstance(value, range) else value
+
+
 class Settings(BaseModel):
     """Base of all sections: frozen, unknown names refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain(cls, values: Any) -> Any:
+        """Paths as text, arrays and numbers of NumPy as Python's own, ranges as lists."""
+        return {name: _plain(value) for name, value in values.items()} if isinstance(values, dict) else values
 
 
 def _heads_divide_width(section: S) -> S:
@@ -178,6 +191,9 @@ class ActionSettings(Settings):
     a sentence-transformers model."""
     dimensions: Positive = 64
     """Dimensions of the `tfidf` encoder's embeddings."""
+    long_sentences: Literal["cut", "mean"] = "cut"
+    """What a pre-trained encoder does with sentences that are longer than it reads: it reads their beginning,
+    or their pieces, whose embeddings are averaged. Either way they are counted."""
     k: Annotated[int, Field(ge=8, le=4096)] = 256
     """Number of clusters of the codebook."""
     labels: Literal["clusters", "planted", "none"] = "clusters"

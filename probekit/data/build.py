@@ -68,7 +68,8 @@ def write_corpus(config: Config, folder: Path, progress: Progress, device: str =
     with_actions = config.actions.labels != "none"
     encoder: TfidfEncoder | PretrainedEncoder | None = None
     if with_actions and config.actions.encoder != "tfidf":
-        encoder = PretrainedEncoder(config.actions.encoder, device)
+        long_sentences = config.actions.long_sentences
+        encoder = PretrainedEncoder(config.actions.encoder, device, long_sentences=long_sentences)
     tokenizer = None if config.lm.name is None else pretrained_tokenizer(config.lm)
     with atomic_folder(folder) as partial:
         facts, keys, characters = write_documents(config.corpus, partial / "documents.arrow", progress)
@@ -176,15 +177,24 @@ def _write_actions(
             encoder = TfidfEncoder.fit(fitted_on, config.actions.dimensions, config.corpus.seed)
             del fitted_on
     encoder.save(folder / "encoder")
+    total = int(document_sentences[-1])
     with (
-        progress.task("embed sentences", total=int(document_sentences[-1])) as task,
+        progress.task("embed sentences", total=total) as task,
         ArrayAppender(folder / "embeddings.npy", np.float32, (encoder.dimensions,)) as embeddings,
     ):
         for block in _embedded(folder, documents, encoder, processes):
             embeddings.append(block)
             task.advance(len(block))
+    facts = {}
+    if isinstance(encoder, PretrainedEncoder) and encoder.long:
+        facts["long_sentences"] = encoder.long
+        cut = "cut there (--actions.long_sentences mean reads all)"
+        progress.say(
+            f"{encoder.long:,} of {total:,} sentences are longer than the {encoder.longest} tokens that the "
+            f"sentence encoder reads: they are {cut if encoder.cuts else 'read in pieces'}"
+        )
     with progress.task("cluster sentences into actions"):
-        return _cluster(folder, config, documents, candidates, sample)
+        return facts | _cluster(folder, config, documents, candidates, sample)
 
 
 def _draw_sample(candidates: np.ndarray, settings: ActionSettings, seed: int) -> np.ndarray:

@@ -10,8 +10,9 @@ import json
 import re
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 import numpy as np
 from safetensors.numpy import load_file
@@ -45,6 +46,9 @@ class SentenceEncoder(Protocol):
         """Writes what `load_encoder` needs to rebuild the encoder."""
         ...
 
+
+LongSentences = Literal["cut", "mean"]
+"""The values of `actions.long_sentences`."""
 
 EMBEDDED_AT_ONCE = 1024
 """Sentences in a batch."""
@@ -169,15 +173,21 @@ class PretrainedEncoder:
         name: Hub name or local folder.
         device: Where it computes, as torch names it.
         revision: Revision on the hub; the newest if None.
+        long_sentences: What is done with sentences that are longer than it reads (`actions.long_sentences`).
 
     Attributes:
         model: The sentence-transformers module.
+        longest: Tokens that it reads of a sentence, without special ones; None: as many as there are.
+        long: How many of the sentences that were encoded are longer.
+        cuts: Whether of those only the beginning is read.
 
     Raises:
         ProbekitError: sentence-transformers is not installed, or cannot find or load the model.
     """
 
-    def __init__(self, name: str, device: str, revision: str | None = None) -> None:
+    def __init__(
+        self, name: str, device: str, revision: str | None = None, long_sentences: LongSentences = "cut"
+    ) -> None:
         library, source = _find(name, revision)
         try:
             self.model = library(source.name, device=device, trust_remote_code=False, **source.arguments)
@@ -186,12 +196,45 @@ class PretrainedEncoder:
                 f"actions.encoder is {name!r}, which sentence-transformers cannot load "
                 f"({' '.join(str(error).split())}); name one of its models, or 'tfidf'"
             ) from None
-        self._name, self._revision = source.name, source.revision
+        self._name, self._revision, self.cuts = source.name, source.revision, long_sentences == "cut"
+        self.longest, self.long = _longest(self.model), 0
         self.dimensions = self._embed([""]).shape[1]
 
     def encode(self, sentences: Sequence[str]) -> np.ndarray:
         """Float32 [sentences, dimensions]; the batch of a sentence changes its row by rounding alone."""
-        return self._embed(sentences).reshape(len(sentences), self.dimensions)
+        pieces = [self._pieces(sentence) for sentence in sentences]
+        self.long += sum(len(own) > 1 for own in pieces)
+        if self.cuts:
+            return self._embed(sentences).reshape(len(sentences), self.dimensions)
+        rows = self._embed([piece for own in pieces for piece in own]).reshape(-1, self.dimensions)
+        embeddings = np.empty((len(sentences), self.dimensions), np.float32)
+        begin = 0
+        for number, own in enumerate(pieces):
+            mean = rows[begin : begin + len(own)].mean(axis=0)
+            embeddings[number] = mean / max(np.linalg.norm(mean), 1e-12) if len(own) > 1 else mean
+            begin += len(own)
+        return embeddings
+
+    def pieces(self, sentence: str) -> list[str]:
+        """What is embedded of a sentence: its pieces, or all of it as one."""
+        return [sentence] if self.cuts else self._pieces(sentence)
+
+    def _pieces(self, sentence: str) -> list[str]:
+        """A sentence in pieces of at most as many tokens as are read, cut between words."""
+        # No token is shorter than a byte.
+        if self.longest is None or len(sentence.encode("utf-8", "replace")) <= self.longest:
+            return [sentence]
+        found = self.model.tokenizer(
+            sentence, add_special_tokens=False, truncation=False, return_offsets_mapping=True, verbose=False
+        )
+        words, offsets, begin = found.word_ids(), found["offset_mapping"], [0]
+        while begin[-1] + self.longest < len(words):
+            stop = begin[-1] + self.longest
+            while stop > begin[-1] and words[stop] == words[stop - 1]:
+                stop -= 1
+            begin.append(stop if stop > begin[-1] else begin[-1] + self.longest)
+        edges = [0, *(offsets[token][0] for token in begin[1:]), len(sentence)]
+        return [sentence[a:b] for a, b in pairwise(edges)]
 
     def save(self, folder: Path) -> None:
         """Writes where the model is, not its weights."""
@@ -202,6 +245,7 @@ class PretrainedEncoder:
             "name": self._name,
             "revision": self._revision,
             "dimensions": self.dimensions,
+            "long_sentences": "cut" if self.cuts else "mean",
         }
         with atomic_folder(folder) as partial:
             write_json(partial / "encoder.json", facts)
@@ -216,7 +260,7 @@ class PretrainedEncoder:
         from probekit.io import read_json
 
         facts: dict[str, Any] = read_json(folder / "encoder.json")
-        encoder = cls(facts["name"], device, facts["revision"])
+        encoder = cls(facts["name"], device, facts["revision"], facts.get("long_sentences", "cut"))
         if encoder.dimensions != facts["dimensions"]:
             raise ProbekitError(
                 f"the sentence encoder {facts['name']!r} has {encoder.dimensions} dimensions, but had "
@@ -233,6 +277,14 @@ class PretrainedEncoder:
             show_progress_bar=False,
         )
         return embeddings.astype(np.float32, copy=False)
+
+
+def _longest(model: SentenceTransformer) -> int | None:
+    """Tokens that a model reads of a sentence, without special ones, if its tokenizer says where they are."""
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None or not getattr(tokenizer, "is_fast", False) or not model.max_seq_length:
+        return None
+    return max(1, model.max_seq_length - tokenizer.num_special_tokens_to_add())
 
 
 def _find(name: str, revision: str | None) -> tuple[type[SentenceTransformer], hub.Source]:

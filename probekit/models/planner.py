@@ -142,11 +142,20 @@ class _ModelVectors(nn.Module):
     def __init__(self, encoder: SentenceEncoder) -> None:
         super().__init__()
         assert isinstance(encoder, PretrainedEncoder)  # noqa: S101 - there are two kinds
-        self.model = encoder.model.eval()
+        self.model, self._pieces = encoder.model.eval(), encoder.pieces
         # Called `tokenize` before version 5.2 of the library.
         self._prepare = getattr(self.model, "preprocess", None) or self.model.tokenize
 
     def forward(self, sentences: Sequence[str]) -> Tensor:
+        pieces = [self._pieces(sentence) for sentence in sentences]
+        vectors = self._embed([piece for own in pieces for piece in own])
+        if len(vectors) == len(sentences):
+            return vectors
+        owner = torch.repeat_interleave(torch.tensor([len(own) for own in pieces], device=vectors.device))
+        rows = F.normalize(vectors, dim=-1)
+        return rows.new_zeros(len(sentences), rows.shape[1]).index_add(0, owner, rows)
+
+    def _embed(self, sentences: Sequence[str]) -> Tensor:
         device = next(self.model.parameters()).device
         order = np.argsort([-len(sentence) for sentence in sentences], kind="stable")
         parts = []

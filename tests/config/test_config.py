@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -265,3 +266,45 @@ def test_a_section_and_its_setting_are_not_given_together(values: dict[str, Any]
         ProbekitError, match=f"^{list(values)[1]} is given, and {next(iter(values))} as a whole"
     ):
         nest(values)
+
+
+def test_paths_arrays_and_ranges_are_values(tmp_path: Path):
+    config = Config().override(
+        {
+            "corpus.path": tmp_path / "a.txt",
+            "lm.name": tmp_path,
+            "actions.k": np.int64(16),
+            "probe.l2": np.array([0.1, 1.0]),
+            "probe.layers": range(3),
+            "probe.horizons": np.arange(1, 3),
+        }
+    )
+    assert config.corpus.path == str(tmp_path / "a.txt")
+    assert config.lm.name == str(tmp_path)
+    assert (config.actions.k, config.probe.l2, config.probe.layers) == (16, (0.1, 1.0), (0, 1, 2))
+    assert config.probe.horizons == (1, 2)
+    assert Config.from_dict(config.model_dump()) == config
+    (tmp_path / "settings.yaml").write_text(config.to_yaml())
+    assert Config.from_yaml(tmp_path / "settings.yaml") == config
+
+
+def test_paths_that_are_there_are_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "questions.jsonl", "lm", "gpt2"):
+        (tmp_path / name).touch()
+    given = {
+        "corpus.path": "a.txt",
+        "lm.name": "~/lm",
+        "evaluation.questions_file": "./questions.jsonl",
+        "actions.encoder": "gone/model",
+    }
+    config = Config().override(given).with_absolute_paths()
+    assert config.corpus.path == str(tmp_path / "a.txt")
+    assert config.lm.name == str(tmp_path / "lm")
+    assert config.evaluation.questions_file == str(tmp_path / "questions.jsonl")
+    assert config.actions.encoder == "gone/model"  # it may be on the hub
+    monkeypatch.chdir("/")
+    assert config.with_absolute_paths() == config
+    for odd in ("~nobody-of-this-name/x", "\x00", "x" * 5000, ""):
+        assert Config().override({"corpus.path": odd}).with_absolute_paths().corpus.path == odd

