@@ -16,8 +16,8 @@ import re
 import stat
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TextIO
@@ -83,11 +83,12 @@ def read_documents(settings: CorpusSettings) -> Iterator[Document]:
         ProbekitError: A setting, a file or a record is not what the reader needs, or there is no document.
     """
     readers = {"planted": _planted, "huggingface": _huggingface}
-    documents = readers.get(settings.reader, _from_files)(settings)
+    documents: Generator[Document] = readers.get(settings.reader, _from_files)(settings)
     empty = True
-    for document in itertools.islice(documents, settings.max_documents):
-        empty = False
-        yield _encodable(document)
+    with closing(documents):  # now, not when the process ends: some libraries crash there with open streams
+        for document in itertools.islice(documents, settings.max_documents):
+            empty = False
+            yield _encodable(document)
     if empty:
         raise ProbekitError(
             f"corpus.path is {settings.path!r}: the {settings.reader} reader finds no document there"
@@ -105,12 +106,12 @@ def _encodable(document: Document) -> Document:
     return document
 
 
-def _planted(settings: CorpusSettings) -> Iterator[Document]:
+def _planted(settings: CorpusSettings) -> Generator[Document]:
     for number, (text, actions, kind) in enumerate(generate(settings.planted).documents(), 1):
         yield Document(text, f"planted:{number}", actions, kind)
 
 
-def _huggingface(settings: CorpusSettings) -> Iterator[Document]:
+def _huggingface(settings: CorpusSettings) -> Generator[Document]:
     path = _path(settings)
     try:
         for row, record in enumerate(_dataset(path, settings), 1):
@@ -147,7 +148,7 @@ def _dataset(path: str, settings: CorpusSettings) -> Iterable[dict[str, Any]]:
     return dataset
 
 
-def _from_files(settings: CorpusSettings) -> Iterator[Document]:
+def _from_files(settings: CorpusSettings) -> Generator[Document]:
     for path, name in _files(settings):
         kind = _format_of(path, settings)
         if kind not in RECORDS and (column := settings.group_column or settings.split_column):

@@ -17,7 +17,7 @@ from probekit.errors import ProbekitError
 from probekit.io import one_line, read_json
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -261,3 +261,22 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
             f"lm.name {name!r}: the token that begins its texts has id {separator}, but its embedding has "
             f"{rows} rows; give the tokenizer that the LM was trained with"
         )
+
+
+def check_weights(model: PreTrainedModel, name: str) -> None:
+    """Refuses weights that are not finite, of which all that is computed would be no number.
+
+    Raises:
+        ProbekitError: It names the first of them.
+    """
+    for parameter, weights in model.named_parameters():
+        if weights.device.type != "meta" and not weights.detach().isfinite().all():
+            reason = (
+                "too large for float16; give lm.dtype bfloat16"
+                if weights.dtype is torch.float16
+                else "damaged; get it again, or give an earlier checkpoint"
+            )
+            raise ProbekitError(
+                f"lm.name {name!r}: its weights {parameter} are not all finite in "
+                f"{dtype_name(weights.dtype)}: they are {reason}"
+            )

@@ -25,7 +25,7 @@ from probekit.distributed import precision_of
 from probekit.errors import ProbekitError
 from probekit.io import atomic_folder, write_json
 from probekit.models.architecture import examine
-from probekit.models.checkpoint import check_tokenizer, dtype_of, load_config
+from probekit.models.checkpoint import check_tokenizer, check_weights, dtype_of, load_config
 from probekit.models.conditioning import location_width, new_adapter
 from probekit.models.depth_ensemble import DepthEnsemble, new_ensemble
 from probekit.models.frozen_lm import FrozenLM
@@ -345,6 +345,7 @@ def _language_model(run: Run, progress: Progress) -> dict[str, Any]:
             progress.say(note)
         dtype = dtype_of(settings.dtype, config, run.device)
         model = load_model(name, **where, device_map=settings.device_map, dtype=dtype)
+        check_weights(model, settings.name)
         with atomic_folder(run.folder / "lm") as folder:
             write_json(folder / "source.json", {"name": name, "revision": source.revision})
     facts: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in model.parameters())}

@@ -3,6 +3,8 @@
 import gzip
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -411,3 +413,28 @@ def test_a_file_of_documents_that_is_cut_off_or_missing(tmp_path):
         ) as error:
             DocumentFile(path)
         assert "\n" not in str(error.value)
+
+
+def test_files_that_are_read_in_part_are_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    opened = []
+    read = readers._bytes
+    monkeypatch.setattr(readers, "_bytes", lambda path: opened.append(read(path)) or opened[-1])
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "A text."}\n' * 1000)
+    assert len(list(read_documents(CorpusSettings(path=str(path), max_documents=3)))) == 3
+    begun = read_documents(CorpusSettings(path=str(path)))
+    next(begun)
+    begun.close()
+    assert [file.closed for file in opened] == [True, True]
+
+
+def test_a_stream_of_datasets_that_is_read_in_part(tmp_path: Path):
+    """The process ends by itself, and well."""
+    (tmp_path / "a.jsonl").write_text('{"text": "A text."}\n' * 20_000)
+    settings = f"reader='huggingface', path={str(tmp_path)!r}, max_documents=3"
+    script = (
+        "from probekit.config import CorpusSettings; from probekit.data.readers import read_documents; "
+        f"stream = read_documents(CorpusSettings({settings})); print(next(stream).text, len(list(stream)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "A text. 2\n"), done.stderr[-2000:]

@@ -21,7 +21,7 @@ from probekit.data import hub
 from probekit.data.tokenizer import load_tokenizer, pretrained_tokenizer
 from probekit.errors import ProbekitError
 from probekit.models import checkpoint
-from probekit.models.checkpoint import check_tokenizer, dtype_of, load_config
+from probekit.models.checkpoint import check_tokenizer, check_weights, dtype_of, load_config
 from probekit.models.language_model import load_model, save_model
 
 CPU = torch.device("cpu")
@@ -387,3 +387,30 @@ def test_a_tokenizer_whose_ids_exceed_the_embedding(
         ProbekitError, match=r"tokenizer has 'plans' with id \d+, but its embedding has \d+ rows"
     ):
         check_tokenizer(larger, config, "tiny")
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "advice"),
+    [
+        (float("nan"), torch.float32, "float32: they are damaged"),
+        (float("inf"), torch.bfloat16, "bfloat16: they are damaged"),
+        (1e6, torch.float16, "float16: they are too large for float16; give lm.dtype bfloat16"),
+        (1e6, torch.bfloat16, None),
+    ],
+)
+def test_weights_that_are_not_finite(
+    value: float, dtype: torch.dtype, advice: str | None, tmp_path: Path, make_model: MakeModel
+):
+    model = make_model("Llama", 60)
+    check_weights(model, "tiny")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 2] = value
+    model.save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path), dtype=dtype)
+    if advice is None:
+        check_weights(loaded, "tiny")
+        return
+    with pytest.raises(ProbekitError) as raised:
+        check_weights(loaded, "tiny")
+    message = "its weights model.layers.1.mlp.up_proj.weight are not all finite in "
+    assert message + advice in str(raised.value)
