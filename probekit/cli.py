@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from probekit import distributed
-from probekit.config import Config, preset_names, setting_names, settings_of, unknown_setting
+from probekit.config import Config, preset_names, setting_names, settings_of, unknown_setting, user_path
 from probekit.config.options import ALL, Parser, add_sources, chosen_config, dotted, parse, seed_list
 from probekit.distributed import Stopped, terminable
 from probekit.errors import ProbekitError
@@ -192,7 +192,7 @@ def _probed_config(parsed: argparse.Namespace, given: dict[str, Any]) -> Config:
 
     `--preset` and `--config` win over both.
     """
-    there = Path(parsed.out) / "config.yaml"
+    there = user_path(parsed.out) / "config.yaml"
     begun = there if there.is_file() and not parsed.overwrite else None
     if begun is None:
         parsed.preset = parsed.preset or (None if parsed.config else ANY_MODEL)
@@ -457,7 +457,7 @@ def _parse_new_run(
 
 def _new_config(parsed: argparse.Namespace, given: dict[str, Any]) -> Config | None:
     """The settings of the run to make; None for those of the run to continue."""
-    begun = Path(parsed.out) / "config.yaml"
+    begun = user_path(parsed.out) / "config.yaml"
     return chosen_config(parsed, given, begun if parsed.resume and begun.is_file() else None)
 
 

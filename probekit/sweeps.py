@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from probekit.config import Config, setting_names, setting_value, unknown_setting
+from probekit.config import Config, setting_names, setting_value, unknown_setting, user_path
 from probekit.distributed import compute_device
 from probekit.errors import ProbekitError
 from probekit.evaluation.evaluate import evaluate
@@ -132,7 +132,7 @@ class Sweep:
         Raises:
             ProbekitError: It holds no sweep, or one of another version.
         """
-        folder = Path(folder)
+        folder = user_path(folder).absolute()
         if not (folder / SWEEP).is_file():
             what = "does not exist" if not folder.exists() else f"holds no sweep (no {SWEEP})"
             raise ProbekitError(f"{folder} {what}; make one with `probekit sweep ... --out {folder}`")
@@ -158,7 +158,8 @@ class Sweep:
 
     def config_of(self, place: Place) -> Config:
         """The settings of one run."""
-        return self.config.override({**self.members[place.member], "seed": place.seed})
+        config = self.config.override({**self.members[place.member], "seed": place.seed})
+        return config.with_absolute_paths()
 
     @cached_property
     def runs(self) -> dict[Place, Run]:
@@ -296,10 +297,11 @@ class Sweep:
 def _mismatches(run: Run, config: Config) -> Iterator[str]:
     """What in a trained and evaluated run differs from what its sweep asks for, and how to repair it."""
     used = {name for stage in stages_of(config) for name in stage_settings(config, stage)}
+    trained = run.config.with_absolute_paths()
     compared = [
         (
             "was trained with",
-            {name: setting_value(run.config, name) for name in {*used, "mixing.variants"}},
+            {name: setting_value(trained, name) for name in {*used, "mixing.variants"}},
             {name: setting_value(config, name) for name in {*used, "mixing.variants"}},
             "delete its folder",
         ),
@@ -391,7 +393,8 @@ def sweep(
             run failed.
     """
     compute_device(config.device)  # refuses a device that is not there before anything is written
-    begun = _begin(Path(out), config, members, seeds, generation=generation)
+    config = config.with_absolute_paths()
+    begun = _begin(user_path(out).absolute(), config, members, seeds, generation=generation)
     progress, failed = Progress(quiet=quiet), dict[Place, ProbekitError]()
     with locked(begun.folder):
         for number, place in enumerate(begun.places, start=1):

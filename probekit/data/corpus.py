@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from probekit.config import BosRule
+from probekit.config import BosRule, CorpusSettings, user_path
 from probekit.data.codebook import Codebook, nearest_sentences
 from probekit.data.readers import DocumentFile
 from probekit.data.sentences import sentences_of_batch
@@ -252,7 +252,7 @@ def export_sentences(corpus: Corpus, path: str | Path) -> Path:
     Raises:
         ProbekitError: The suffix is none of these.
     """
-    path = Path(path)
+    path = user_path(path)
     if path.suffix not in WRITERS:
         raise ProbekitError(f"--export is {str(path)!r}; it must end in {', '.join(WRITERS)}")
     sentences = np.arange(len(corpus.first_token))

@@ -6,6 +6,7 @@ seconds whether a name can be loaded, and gives the exact revision that a run th
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -62,7 +63,7 @@ def find(
             and its cache does not hold the revision.
     """
     # Path would turn `./name` into `name`, which the hub could know: only `~` is expanded.
-    folder = str(Path(name).expanduser()) if name.startswith("~") else name
+    folder = os.path.expanduser(name)  # noqa: PTH111 - see above
     if Path(folder).is_dir():
         return Source(folder, None, local_only=True)
     if kind == "model" and name.endswith(GGUF) and Path(folder).is_file():

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from probekit.config import BosRule, ModelName
+from probekit.config import BosRule, ModelName, user_path
 from probekit.data.corpus import Corpus
 from probekit.data.windows import IGNORE
 from probekit.distributed import autocast
@@ -195,8 +195,8 @@ def read_questions(path: str | Path, corpus: Corpus) -> list[Question]:
     """
     name = f"evaluation.questions_file {path}"
     try:
-        text = Path(path).expanduser().read_text("utf-8-sig")
-    except (OSError, ValueError, RuntimeError) as error:
+        text = user_path(path).read_text("utf-8-sig")
+    except (OSError, ValueError) as error:
         raise ProbekitError(f"{name}: cannot be read as UTF-8 text ({error})") from None
     # Not splitlines: JSON may hold characters that only Unicode takes for line breaks.
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from probekit.config import GenerationSettings, ModelName
+from probekit.config import GenerationSettings, ModelName, user_path
 from probekit.data.sentences import complete_spans, sentence_spans
 from probekit.data.tokenizer import drawable_ids
 from probekit.distributed import autocast
@@ -276,7 +276,7 @@ class Written:
             for prompt, more, sentences in zip(self.prompts, self.continuations, self.sentences, strict=True)
         ]
         try:
-            write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            write_text(user_path(path), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         except OSError as error:  # which names a temporary file
             raise ProbekitError(f"--out {path}: cannot be written ({error.strerror})") from None
 
@@ -287,7 +287,7 @@ def check_out(path: str | Path) -> None:
     Raises:
         ProbekitError: Its folder does not exist, or it is a folder itself.
     """
-    path = Path(path)
+    path = user_path(path)
     if path.is_dir():
         raise ProbekitError(f"--out {path}: is a folder; give the name of a file")
     if not path.parent.is_dir():

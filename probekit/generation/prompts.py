@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 
+from probekit.config import user_path
 from probekit.data.corpus import Corpus
 from probekit.data.sentences import complete_spans, sentence_spans
 from probekit.errors import ProbekitError
@@ -139,7 +140,7 @@ def read_prompts(path: str | Path) -> list[str]:
         ProbekitError: The file cannot be read, is empty, or a line holds no text.
     """
     try:
-        lines = [line for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
+        lines = [line for line in user_path(path).read_text("utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise ProbekitError(f"--prompts {path}: cannot be read as UTF-8 text ({error})") from None
     if not lines:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from probekit import distributed
-from probekit.config import ProbedName, SolverName
+from probekit.config import ProbedName, SolverName, user_path
 from probekit.errors import ProbekitError
 from probekit.io import atomic_folder, read_metadata, read_tensors, write_json, write_table, write_tensors
 from probekit.models.conditioning import CONDITIONINGS, conditioned_location
@@ -466,7 +466,7 @@ def origin(run: Run) -> dict[str, Any]:
         "corpus": run.corpus.facts["fingerprint"],
         "device": run.device.type,
         "dtype": str(run.dtype),  # what lm.dtype auto stands for depends on the machine
-        "labels": None if labels is None else digest_of([Path(labels).expanduser()]),
+        "labels": None if labels is None else digest_of([user_path(labels)]),
     }
 
 

@@ -14,6 +14,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from probekit.config import user_path
 from probekit.errors import ProbekitError
 from probekit.io import write_text
 from probekit.progress import Progress
@@ -68,7 +69,7 @@ def lens(
             cannot be written.
     """
     run = Run.at(run)
-    path = run.folder / "lens.html" if out is None else Path(out)
+    path = run.folder / "lens.html" if out is None else user_path(out)
     if path.suffix != ".html" or path.is_dir():
         raise ProbekitError(f"--out {path}: must be a file that ends in .html")
     if not path.parent.is_dir():

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from probekit.config import Config, ProbedName, VariantName
+from probekit.config import Config, ProbedName, VariantName, user_path
 from probekit.data.codebook import Codebook, nearest_sentences
 from probekit.data.corpus import SPLITS, Corpus, too_few
 from probekit.data.sentences import align, complete_spans, sentence_spans
@@ -54,7 +54,7 @@ def given_text(given: str | Path) -> str:
     Raises:
         ProbekitError: The file does not exist, is a folder or is not UTF-8; or the text is not valid Unicode.
     """
-    path = Path(given)
+    path = user_path(given)
     try:
         exists = bool(str(given).strip()) and path.exists()
     except (OSError, ValueError):  # too long for a name, or with a zero byte

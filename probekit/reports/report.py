@@ -17,6 +17,7 @@ from urllib.parse import quote
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
+from probekit.config import user_path
 from probekit.errors import ProbekitError
 from probekit.io import atomic_path, read_json, write_text
 from probekit.models.depth_ensemble import MEMBERS
@@ -93,7 +94,7 @@ def report(run: Run | str | Path, out: str | Path | None = None) -> list[Path]:
     run = Run.at(run)
     title, lines = f"Report on {run_name(run)}", checks(run)
     sections = [section for make in SECTIONS for section in make(run)]
-    files = [Path(out)] if out is not None else [run.folder / f"report{suffix}" for suffix in SUFFIXES]
+    files = [user_path(out)] if out is not None else [run.folder / f"report{suffix}" for suffix in SUFFIXES]
     for file in files:
         if file.suffix == ".md":
             for picture in (picture for section in sections for picture in section.pictures):

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import torch
 
 from probekit import distributed
-from probekit.config import Config
+from probekit.config import Config, user_path
 from probekit.distributed import compute_device, precision_of
 from probekit.errors import ProbekitError
 from probekit.io import (
@@ -94,7 +94,7 @@ def installed_version(package: str) -> str | None:
 
 def lm_digest(folder: str | Path) -> str | None:
     """A digest of a pre-trained LM's files; None where there is no such folder or file, as for hub names."""
-    folder = Path(folder).expanduser()
+    folder = user_path(folder)
     if folder.is_file():
         return digest_of([folder])
     if not folder.is_dir():
@@ -165,7 +165,7 @@ class RunFolder:
         Raises:
             ProbekitError: It is not a run, or one of another version.
         """
-        folder = Path(folder)
+        folder = user_path(folder).absolute()
         if (folder / SWEEP).is_file():
             runs = sorted(str(path.parent) for path in folder.glob("*/seed*/run.json"))
             shown = ", ".join([*runs[:3], *(["…"] if len(runs) > 3 else [])])
@@ -191,7 +191,8 @@ class RunFolder:
     ) -> Iterator[Self]:
         """Begins or resumes a run as `begin` does, and keeps its folder locked until the block is left."""
         with ExitStack() as stack:
-            if there := Path(folder).is_dir():
+            folder = user_path(folder).absolute()
+            if there := folder.is_dir():
                 stack.enter_context(locked(folder))
             run = cls.begin(folder, config, existing)
             if not there:
@@ -211,7 +212,8 @@ class RunFolder:
             ProbekitError: The folder exists and `existing` refuses it, it is no run, or it was begun with
                 other settings.
         """
-        folder = Path(folder)
+        folder = user_path(folder).absolute()
+        config = config and config.with_absolute_paths()
         names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
         is_run = names.issuperset(BEGUN)
         if is_run and existing == "resume":

@@ -1,11 +1,13 @@
 """`probekit corpus` as it is typed: a run's corpus, one built alone, and all sentences as a table."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pytest
 from read_tables import rows_of
 from running import ONE_CELL, Capture, printed, refused
 
@@ -55,3 +57,20 @@ def test_output_that_nobody_reads_ends_quietly(tiny_run: Run):
     command = f"{sys.executable} -m probekit corpus {tiny_run.folder} | true; exit ${{PIPESTATUS[0]}}"
     ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (141, "")
+
+
+def test_files_in_the_home_folder(
+    capsys: Capture, tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """`--export=~/x` is a word that no shell expands."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_run.folder, tmp_path / "run")
+    printed(capsys, "corpus", "~/run", "--nearest", "0", "--export=~/sentences.csv")
+    printed(capsys, "report", "~/run", "--out=~/report.md")
+    write = ["generate", "~/run", "--prompt", "A", "--tokens", "1", "--variant", "none", "--quiet"]
+    printed(capsys, *write, "--out=~/texts.jsonl")
+    (tmp_path / "prompts.txt").write_text("A word\n")
+    printed(capsys, *write[:2], "--prompts=~/prompts.txt", *write[4:])
+    assert {path.name for path in tmp_path.iterdir()} >= {"sentences.csv", "report.md", "texts.jsonl"}
+    assert not (tmp_path / "~").exists()

@@ -14,6 +14,7 @@ import torch
 from small_trainings import flat
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from probekit import load_run
 from probekit.config import Config
 from probekit.data.windows import collate, cut_windows
 from probekit.errors import ProbekitError
@@ -64,6 +65,31 @@ def test_a_new_run_holds_its_settings_and_no_stage(tmp_path: Path, where: str, e
     assert read_json(run.folder / "run.json") == {"format": FORMAT, "stages": {}}
     assert run.variants == []
     assert not run.finished("corpus")
+
+
+def test_a_run_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As Python and `--out=~/run`, which no shell expands, give it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    run = Run.begin("~/run", TINY)
+    assert run.folder == tmp_path / "run"
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
+    assert load_run("~/run").config == load_run(Path("~/run")).config == TINY
+    with Run.begun("~/run", None, "resume") as again:
+        assert again.folder == run.folder
+
+
+def test_relative_paths_hold_in_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts.txt").touch()
+    texts = TINY.override({"corpus.reader": "auto", "corpus.path": "texts.txt"})
+    run = Run.begin("run", texts)
+    monkeypatch.chdir("/")
+    assert run.stages == {}
+    assert Run.open(tmp_path / "run").config.corpus.path == str(tmp_path / "texts.txt")
+    monkeypatch.chdir(tmp_path)
+    run.mark_finished("corpus", {})
+    assert Run.begin("run", texts, "resume").finished("corpus")  # the same file, given as before
 
 
 def test_provenance_has_versions_seeds_device_and_command(tmp_path: Path):
