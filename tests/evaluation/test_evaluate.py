@@ -244,10 +244,10 @@ def test_a_run_without_a_planner_has_its_lm_evaluated(
     ("words", "wanted"),
     [
         (("probe", "--probe.variants", "soft"), "probe.variants has 'soft', which this run has not trained"),
-        (("intervene",), "planner"),
-        (("subnetwork",), "soft"),
+        (("intervene",), "run `probekit probe"),
+        (("subnetwork",), "run `probekit probe"),
         (("generate", "--prompt", "A", "--variant", "soft"), "adapter/soft"),
-        (("evaluate", "--generation"), "variant"),
+        (("evaluate", "--generation"), "lacks the stage"),
     ],
 )
 def test_what_a_run_without_a_planner_lacks_is_named(copy: Path, words: tuple[str, ...], wanted: str):
