@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from probekit.config import BosRule, CorpusSettings, user_path
+from probekit.config import BosRule, user_path
 from probekit.data.codebook import Codebook, nearest_sentences
 from probekit.data.readers import DocumentFile
 from probekit.data.sentences import sentences_of_batch
