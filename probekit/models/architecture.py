@@ -131,13 +131,13 @@ def _examined(plain: PreTrainedModel, slow: BridgeBackend, like: tuple[int, ...]
         hook: found for hook in [*widths, NORM_IN] if (found := find_module(slow.bridged, plain, hook))
     }
     seen = _read(slow, [*candidates, *(hook for hook in widths if hook not in candidates)])
-    own, found = _logits(HFBackend(plain, {}), []), _logits(slow, [])
-    faithful, note, allowed = _close(found, own), None, TOLERANCE
+    own, other = _logits(HFBackend(plain, {}), []), _logits(slow, [])
+    faithful, note, allowed = _close(other, own), None, TOLERANCE
     if not faithful:
         allowed = SAME_PLACE
         note = (
             f"TransformerLens computes other logits than {type(plain).__name__} itself (they differ by "
-            f"{apart(found, own):.1%} of the largest): only what the LM's own modules hold is read"
+            f"{apart(other, own):.1%} of the largest): only what the LM's own modules hold is read"
         )
     agreeing = _agreeing(plain, candidates, seen, allowed)
     groups = [[NORM_IN], *(_hooks_at(location, depth) for location in locations)]
