@@ -185,7 +185,7 @@ def _write_actions(
         for block in _embedded(folder, documents, encoder, processes):
             embeddings.append(block)
             task.advance(len(block))
-    facts = {}
+    facts: dict[str, Any] = {}
     if isinstance(encoder, PretrainedEncoder) and encoder.long:
         facts["long_sentences"] = encoder.long
         cut = "cut there (--actions.long_sentences mean reads all)"
@@ -194,7 +194,15 @@ def _write_actions(
             f"sentence encoder reads: they are {cut if encoder.cuts else 'read in pieces'}"
         )
     with progress.task("cluster sentences into actions"):
-        return facts | _cluster(folder, config, documents, candidates, sample)
+        facts |= _cluster(folder, config, documents, candidates, sample)
+    known = read_array(folder / "embeddings.npy").any(axis=1)
+    if config.actions.labels == "clusters" and not known.all():
+        facts["sentences_without_action"] = int((~known).sum())
+        progress.say(
+            f"{facts['sentences_without_action']:,} of {total:,} sentences hold no word that the sentence "
+            "encoder knows: they have no action to predict"
+        )
+    return facts
 
 
 def _draw_sample(candidates: np.ndarray, settings: ActionSettings, seed: int) -> np.ndarray:

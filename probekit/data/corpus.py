@@ -165,6 +165,17 @@ class Corpus:
         first = sentences == self.document_sentences[self.document_of(sentences)]
         return np.where(first, -1, labels[np.maximum(sentences - 1, 0)]).astype(np.int64)
 
+    @cached_property
+    def with_action(self) -> np.ndarray:
+        """Whether each sentence has an action to predict `[sentences]`.
+
+        One that holds no word that the encoder knows has an embedding of zeros, which is nearest to some
+        centroid, but says nothing.
+        """
+        if not self.facts.get("sentences_without_action"):
+            return np.ones(len(self.first_token), dtype=bool)
+        return self.embeddings.any(axis=1)
+
     def sentence_texts(self, sentences: Sequence[int] | np.ndarray) -> list[str]:
         """The text of sentences, surrounding white space removed."""
         numbers = np.asarray(sentences)

@@ -208,7 +208,10 @@ def _action(corpus: Corpus) -> Target:
             f"{corpus.folder / 'actions.npy'} holds action {highest}, but the codebook has {corpus.k}; "
             "build the corpus again"
         )
-    return sentence_target(corpus, "action", corpus.k, corpus.actions)
+    actions = corpus.actions
+    if not corpus.with_action.all():
+        actions = np.where(corpus.with_action, actions, NO_LABEL)
+    return sentence_target(corpus, "action", corpus.k, actions)
 
 
 def _token(corpus: Corpus) -> Target:

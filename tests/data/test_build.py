@@ -25,7 +25,7 @@ from probekit.data.encoders import load_encoder
 from probekit.data.tokenizer import train_tokenizer
 from probekit.errors import ProbekitError
 from probekit.planted.corpus import generate
-from probekit.probing.targets import find_examples, find_target
+from probekit.probing.targets import NO_LABEL, find_examples, find_target
 from probekit.progress import Progress
 
 QUIET = Progress(quiet=True)
@@ -397,7 +397,7 @@ def test_tokens_are_stored_by_the_largest_id(tmp_path: Path, largest: int, dtype
     assert "Z" in target.names
     rows = find_examples(corpus, np.arange(20), target, [1], "token")
     z = rows.labels[:, 0] == target.names.index("Z")
-    assert set(corpus.tokens[rows.anchor[z]].tolist()) == {largest}
+    assert set(corpus.tokens[rows.start[z]].tolist()) == {largest}
     assert z.sum() == 20
 
 
@@ -416,3 +416,30 @@ def test_sentences_longer_than_the_encoder_reads_are_counted(
     said = " ".join(capsys.readouterr().err.split())
     assert f"1 of {corpus.facts['sentences']} sentences are longer than the 254 tokens" in said
     assert ("--actions.long_sentences mean reads all" in said) == (long_sentences == "cut")
+
+
+def test_sentences_without_a_known_word_have_no_action(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Lines that are not seen are part of the sentence before; emoji alone are a sentence without a word."""
+    texts = [f"{text}\n\u200b\n\x10\n🎉🎉\nAnd a window." for text in stories(20)]
+    config = Config().override(SMALL | as_jsonl(tmp_path / "s", texts))
+    corpus = write_corpus(config, tmp_path / "c", Progress())
+    found = corpus.sentence_texts(np.arange(len(corpus.first_token)))
+    party = np.array([text == "🎉🎉" for text in found])
+    assert party.sum() == corpus.facts["sentences_without_action"] == 20
+    assert not any(text in ("\u200b", "\x10") for text in found)
+    np.testing.assert_array_equal(corpus.with_action, ~party)
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"20 of {len(found)} sentences hold no word that the sentence encoder knows" in said
+    examples = find_examples(corpus, np.arange(20), find_target(corpus, "action"), [1, 2])
+    np.testing.assert_array_equal(examples.labels[:, 0] == NO_LABEL, party[examples.sentence])
+    assert (examples.labels[~party[examples.sentence], 0] >= 0).all()
+
+
+def test_the_other_sentences_have_an_action(source_and_corpus):
+    _, corpus = source_and_corpus
+    counts = load_encoder(corpus.folder / "encoder", "cpu").counts(
+        corpus.sentence_texts(np.arange(len(corpus.first_token)))
+    )
+    known = np.asarray(counts.sum(axis=1))[:, 0] > 0
+    np.testing.assert_array_equal(corpus.with_action, known)
+    assert corpus.facts.get("sentences_without_action", 0) == (~known).sum() < 4
