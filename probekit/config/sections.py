@@ -38,7 +38,8 @@ def _no_overflow(temperature: float) -> float:
 
 
 def _absolute(path: str | None) -> str | None:
-    return None if path is None else str(Path(path).expanduser().absolute())
+    # Not Path's own `expanduser`, which raises where there is no such user.
+    return None if path is None else str(Path(os.path.expanduser(path)).absolute())  # noqa: PTH111
 
 
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]

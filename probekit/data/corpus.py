@@ -174,7 +174,7 @@ class Corpus:
         """
         if not self.facts.get("sentences_without_action"):
             return np.ones(len(self.first_token), dtype=bool)
-        return self.embeddings.any(axis=1)
+        return np.asarray(self.embeddings.any(axis=1))
 
     def sentence_texts(self, sentences: Sequence[int] | np.ndarray) -> list[str]:
         """The text of sentences, surrounding white space removed."""

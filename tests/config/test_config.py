@@ -201,7 +201,7 @@ def test_every_setting_says_what_it_does():
 
 def test_settings_are_added_deliberately():
     # Each is a promise to users: think before this number grows.
-    assert len(setting_names()) == 156
+    assert len(setting_names()) == 157
 
 
 # Files and presets
@@ -308,3 +308,9 @@ def test_paths_that_are_there_are_made_absolute(tmp_path: Path, monkeypatch: pyt
     assert config.with_absolute_paths() == config
     for odd in ("~nobody-of-this-name/x", "\x00", "x" * 5000, ""):
         assert Config().override({"corpus.path": odd}).with_absolute_paths().corpus.path == odd
+
+
+def test_a_home_of_nobody_is_no_traceback():
+    for name in ("probe.labels", "corpus.path", "lm.name"):
+        config = Config().override({name: "~nobody-of-this-name/x"}).with_absolute_paths()
+        assert "~nobody-of-this-name/x" in config.to_yaml()
