@@ -13,11 +13,8 @@ from transformers import AutoTokenizer, GPT2Config, PreTrainedTokenizerBase
 from probekit.config import BosRule, LanguageModelSettings
 from probekit.data.tokenizer import (
     SEPARATOR,
-<<<<<<< HEAD
     bos_rule_for,
-=======
     drawable_ids,
->>>>>>> 8d275d4 (Tokens are stored and counted by the largest id of the vocabulary, which may have ids without a token)
     load_tokenizer,
     pretrained_tokenizer,
     separator_id,
@@ -193,7 +190,6 @@ def test_code_in_a_folder_runs_only_where_it_is_trusted(
     assert mark.exists()
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize(
     ("bos", "eos", "added", "rule"),
     [
@@ -216,7 +212,8 @@ def test_the_separator_is_read_as_the_lm_was_trained(
         )
     assert bos_rule_for(tokenizer, "auto") == rule
     assert bos_rule_for(tokenizer, "none") == "none"
-=======
+
+
 def sparse_tokenizer(folder: Path, largest: int) -> PreTrainedTokenizerBase:
     """A tokenizer that has ids without tokens, and 'Z' last."""
     train_tokenizer(TEXTS, 300, folder)
@@ -236,4 +233,3 @@ def test_ids_without_tokens_count_in_the_vocabulary(largest: int, tmp_path: Path
     assert ids[-1] == largest
     assert len(ids) == len(tokenizer) - 1  # all but the separator
     assert tokenizer.decode(ids[-1:]) == "Z"
->>>>>>> 8d275d4 (Tokens are stored and counted by the largest id of the vocabulary, which may have ids without a token)
