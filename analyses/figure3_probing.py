@@ -1,14 +1,14 @@
-"""Figure 3: what linear probes read of the next action, by variant, location, layer and distance.
+"""Figure 3: what linear probes read of the next action, by variant, location, layer and position.
 
     python analyses/figure3_probing.py runs/demo
     python analyses/figure3_probing.py runs/seed0 runs/seed1 --variants none soft random --metric bits
 
-Above, a heat map for each variant (column) and location (row), layers by distances, all on one colour scale
+Above, a heat map for each variant (column) and location (row), layers by positions, all on one colour scale
 that spans the cells that are not injected. A star marks injected cells, where the target's own action was
 added at or below the point that is read, a dash those with too few examples.
 
-Below, for each location the metric against distance: a line for each variant at the layer that is best on
-validation documents (lowest mean cross-entropy over the distances at which no layer is injected), or a line
+Below, for each location the metric by position: a line for each variant at the layer that is best on
+validation documents (lowest mean cross-entropy over the positions at which no layer is injected), or a line
 for each layer if there is one variant. Bands are 95 % intervals from resampling test documents, hollow points
 are injected, the variant with random weights is dashed, lines without points are baselines and ceilings.
 
@@ -35,8 +35,8 @@ from probekit.models.hook_points import LOCATIONS, label, per_layer
 from probekit.models.mixing import VARIANTS
 from probekit.reports.drawing import colour_bar, colours_of_names
 from probekit.reports.plot_probes import (
-    DISTANCE,
     METRICS,
+    POSITION,
     Panel,
     best_layer,
     draw_baselines,
@@ -44,8 +44,8 @@ from probekit.reports.plot_probes import (
     draw_heat_map,
     draw_layers,
     mean_over_seeds,
+    position_axis,
     probe_scale,
-    set_distance_axis,
 )
 from probekit.run.run import Run
 
@@ -122,7 +122,7 @@ def draw(table: pd.DataFrame, panels: list[list[Panel]], metric: str) -> Figure:
     layers = [probes[probes.location == row[0].location].layer.nunique() for row in panels]
     heights = [max(count, 1.5) for count in layers]
     columns = min(3, len(panels))
-    width = max(7.2, 1.6 + len(panels[0]) * max(1.1, 0.1 + 0.17 * probes.distance.nunique()))
+    width = max(7.2, 1.6 + len(panels[0]) * max(1.1, 0.1 + 0.17 * probes.position.nunique()))
     above = 0.7 + 0.2 * sum(heights) + 0.15 * len(heights)
     below = 1.0 + 2.5 * -(-len(panels) // columns)
     figure = Figure(figsize=(width, above + below), layout="constrained")
@@ -164,7 +164,7 @@ def draw_heat_maps(
             axes.set_ylabel(
                 label(panels[i][j].location), fontsize=7.5, rotation=0, ha="right", va="center", labelpad=9
             )
-    part.supxlabel(DISTANCE + "   (* target's own action was added;  – too few examples)", fontsize=7.5)
+    part.supxlabel(POSITION + "   (* target's own action was added;  – too few examples)", fontsize=7.5)
     part.supylabel("layer", fontsize=7.5)
     values = pd.concat(means).value
     bar = colour_bar(part, grid, scale, values, METRICS[metric], aspect=30, pad=0.01)
@@ -173,7 +173,8 @@ def draw_heat_maps(
 
 
 def draw_lines(axes: Axes, table: pd.DataFrame, row: list[Panel], metric: str) -> None:
-    """Draws the metric at one location against distance, and the baselines."""
+    """Draws the metric at one location by position, and the baselines."""
+    position_axis(axes, table.position[table.reader == "probe"], metric)
     draw_baselines(axes, row[0].baselines(table), metric)
     layers = []
     if len(row) == 1:
@@ -190,7 +191,6 @@ def draw_lines(axes: Axes, table: pd.DataFrame, row: list[Panel], metric: str) -
     if layers and per_layer(row[0].location):
         title += "\n" + textwrap.fill(f"best layer: {', '.join(layers)}", 50)
     axes.set_title(title, fontsize=7.5)
-    set_distance_axis(axes, sorted(table.distance[table.reader == "probe"].unique()), metric)
     axes.tick_params(labelsize=6.5)
     axes.xaxis.label.set_size(7)
     axes.yaxis.label.set_size(7)

@@ -4,9 +4,9 @@
     probekit probe runs/steps --checkpoints
     python analyses/figure6_over_training.py runs/steps
 
-Left, test accuracy of probes of the next sentence's action by layer at the nearest distance; right, by
-distance at the layer that is best on validation documents at the last step. Bands are 95 % intervals from
-resampling documents; baselines, on the same examples, are drawn where the distance is fixed. Below, the
+Left, test accuracy of probes of the next sentence's action by layer at the nearest position; right, by
+position at the layer that is best on validation documents at the last step. Bands are 95 % intervals from
+resampling documents; baselines, on the same examples, are drawn where the position is fixed. Below, the
 losses of the training over the same steps, on a logarithmic axis from 1 on.
 """
 

@@ -42,7 +42,7 @@ def tiny_config() -> Config:
             "training.planner.epochs": 2,
             "training.adapter.epochs": 1,
             "evaluation.resamples": 200,
-            "probe.distances": [1, 2, 4],
+            "probe.positions": [1, 2, 4],
             "mixing.variants": ["fixed", "oracle", "predicted", "soft", "joint"],
         }
     )
@@ -77,7 +77,7 @@ def quick_probes() -> dict[str, Any]:
 def probed_run(tiny_run: Run, quick_probes: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A copy of the tiny run with probes of the base LM and of two variants; tests must not write into it."""
     run = Run.open(shutil.copytree(tiny_run.folder, tmp_path_factory.mktemp("probed") / "run"))
-    own = {"probe.variants": ["none", "soft", "oracle"], "probe.distances": [1, 2, 3]}
+    own = {"probe.variants": ["none", "soft", "oracle"], "probe.positions": [1, 2, 3]}
     probe(run, quick_probes | own, quiet=True)
     return run
 

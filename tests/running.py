@@ -19,7 +19,7 @@ from probekit.cli import main
 
 Capture = pytest.CaptureFixture[str]
 
-ONE_CELL = ["--probe.layers", "0", "--probe.distances", "1", "--probe.variants", "none"]
+ONE_CELL = ["--probe.layers", "0", "--probe.positions", "1", "--probe.variants", "none"]
 ONE_CELL += ["--probe.l2", "0.1", "--probe.code_length", "false", "--evaluation.resamples", "100"]
 """A probe grid that is fitted at once."""
 

@@ -75,7 +75,7 @@ SETTINGS = {
     # What draws random numbers draws others in two processes.
     "planner.dropout": 0.0,
     "mixing.variants": ["fixed", "joint"],
-    "probe.distances": [1, 2],
+    "probe.positions": [1, 2],
     "probe.layers": [0, 2],
     "probe.solvers": ["softmax", "ridge"],
     "probe.l2": [0.01, 0.1],

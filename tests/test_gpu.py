@@ -23,7 +23,7 @@ pytestmark = [
 ON_GPU = {"device": "cuda", "training.precision": "float32"}
 FEW = {
     "probe.layers": [0, 2],
-    "probe.distances": [1, 2],
+    "probe.positions": [1, 2],
     "probe.l2": [0.1],
     "probe.solvers": ["softmax", "ridge"],
 }

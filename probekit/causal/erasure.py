@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from probekit.config import ProbedName
+from probekit.config import Position, ProbedName
 from probekit.evaluation.perplexity import window_and_stride
 from probekit.probing.activations import HookPoint, Reader
 from probekit.probing.grid import FITTED_ON, Grid
@@ -171,12 +171,12 @@ def erasure_accuracies(
 
 def read_moments(
     run: Run, variant: ProbedName, points: Sequence[HookPoint], grid: Grid, progress: Progress
-) -> dict[tuple[HookPoint, int], Moments]:
-    """Sums over the activations that probes are fitted on, by hook point and distance."""
-    reader = Reader(run, variant, points, grid.distances, windows=window_and_stride(run))
-    distances, classes = len(grid.distances), grid.target.classes
+) -> dict[tuple[HookPoint, Position], Moments]:
+    """Sums over the activations that probes are fitted on, by hook point and position."""
+    reader = Reader(run, variant, points, grid.positions, windows=window_and_stride(run))
+    positions, classes = len(grid.positions), grid.target.classes
     sums = [
-        Moments.zeros(len(block.points) * distances, block.width, classes, run.device, torch.float64)
+        Moments.zeros(len(block.points) * positions, block.width, classes, run.device, torch.float64)
         for block in reader.stacks
     ]
     examples, labels = grid.examples[FITTED_ON], torch.from_numpy(grid.labels(FITTED_ON, 1)).to(run.device)
@@ -187,10 +187,10 @@ def read_moments(
             for moments, values in zip(sums, blocks, strict=True):
                 moments.add(values.flatten(0, 1), labels[rows])
     return {
-        (point, distance): _select(moments, distances * p + d)
+        (point, position): _select(moments, positions * p + n)
         for block, moments in zip(reader.stacks, sums, strict=True)
         for p, point in enumerate(block.points)
-        for d, distance in enumerate(grid.distances)
+        for n, position in enumerate(grid.positions)
     }
 
 

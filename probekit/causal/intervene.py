@@ -27,7 +27,7 @@ from probekit.causal.changes import (
 )
 from probekit.causal.erasure import RandomErasers, erasure_accuracies, inlp, leace, read_moments
 from probekit.causal.runner import FINAL_LOCATION, MetricSums, interval_columns, open_run, write_results
-from probekit.config import GenerationSettings
+from probekit.config import GenerationSettings, InterventionSettings
 from probekit.data.tokenizer import drawable_ids
 from probekit.data.windows import IGNORE, Batch, Windows
 from probekit.errors import ProbekitError
@@ -423,7 +423,8 @@ def _sites(lm: EditedLM, points: Sequence[HookPoint], grid: Grid, progress: Prog
     if set(chosen.kinds) != {"codebook"}:
         moments = read_moments(lm.run, chosen.variant, points, grid, progress)
         for point in points:
-            activations = dict(zip(grid.distances, lm.activations(point, grid.distances), strict=True))
+            edited = _distances(chosen)
+            activations = dict(zip(edited, lm.activations(point, edited), strict=True))
             for far in sorted(chosen.distances):
                 distances = tuple(range(1, far + 1)) if chosen.span else (far,)
                 sums = {distance: moments[point, distance] for distance in distances}
@@ -434,19 +435,22 @@ def _sites(lm: EditedLM, points: Sequence[HookPoint], grid: Grid, progress: Prog
         yield Site(None, (1,), {}, {})
 
 
+def _distances(chosen: InterventionSettings) -> tuple[int, ...]:
+    """Every distance that is edited, ascending."""
+    return tuple(range(1, max(chosen.distances) + 1) if chosen.span else sorted(chosen.distances))
+
+
 def _grid(run: Run) -> Grid:
     """The examples that erasers and directions are fitted on, at every distance that is edited."""
-    chosen = run.config.intervene
-    farthest = max(chosen.distances)
-    distances = tuple(range(1, farthest + 1)) if chosen.span else tuple(sorted(set(chosen.distances)))
+    distances = _distances(run.config.intervene)
     settings = run.config.probe.model_copy(
-        update={"distances": distances, "horizons": (1,), "anchors": "sentence"}
+        update={"positions": distances, "horizons": (1,), "anchors": "start"}
     )
     grid = make_grid(run.corpus, settings, find_target(run.corpus, "action"), run.config.seed)
-    if missing := sorted({*distances} - {*grid.distances}):
+    if missing := sorted({*distances} - {*grid.positions}):
         raise ProbekitError(
-            f"intervene.distances has {farthest}, but too few sentences begin after so many tokens to fit "
-            f"anything at distance {missing[0]}; give smaller distances"
+            f"intervene.distances has {distances[-1]}, but too few sentences begin after so many tokens to "
+            f"fit anything at distance {missing[0]}; give smaller distances"
         )
     return grid
 

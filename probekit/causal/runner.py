@@ -58,9 +58,9 @@ def final_layer_probe(run: Run, variant: VariantName) -> tuple[HookPoint, Linear
     folder, point = run.folder / "probes", (FINAL_LOCATION, run.frozen_lm().layers - 1)
     saved = SavedProbes(folder, variant, run.config.seed)
     probed = read_probe_record(run.folder).config.probe
-    if (probed.target, probed.labels, probed.anchors) != ("action", None, "sentence"):
+    if (probed.target, probed.labels, probed.anchors) != ("action", None, "start"):
         raise ProbekitError(
-            f"{folder} holds probes of {probed.target!r} before every {probed.anchors}, but causal tests "
+            f"{folder} holds probes of {probed.target!r} (probe.anchors {probed.anchors}), but causal tests "
             "need those of the next sentence's action; run "
             f"`probekit probe {run.folder} --probe.variants {variant}`"
         )

@@ -16,6 +16,7 @@ from probekit.config.config import (
     user_path,
     yaml_values,
 )
+from probekit.config.positions import NAMED, Position, as_position, nearest, reading_order
 from probekit.config.sections import (
     ActionSettings,
     BaseSettings,
@@ -45,6 +46,7 @@ from probekit.config.sections import (
 )
 
 __all__ = [
+    "NAMED",
     "ActionSettings",
     "BaseSettings",
     "BosRule",
@@ -64,6 +66,7 @@ __all__ = [
     "PlannerSettings",
     "PlannerStageSettings",
     "PlantedSettings",
+    "Position",
     "ProbeSettings",
     "ProbedName",
     "SolverName",
@@ -71,10 +74,13 @@ __all__ = [
     "SubnetworkSettings",
     "TrainingSettings",
     "VariantName",
+    "as_position",
     "merge",
+    "nearest",
     "nest",
     "preset_names",
     "preset_values",
+    "reading_order",
     "setting_names",
     "setting_value",
     "settings_of",

@@ -6,7 +6,9 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from probekit.config.positions import Position, as_position
 
 T = TypeVar("T")
 S = TypeVar("S")
@@ -482,8 +484,9 @@ class ProbeSettings(Settings):
     text_column: str | None = None
     """Column of the table of labels that holds the documents' texts; unset: rows are found by `document`, or
     else by corpus.text_column."""
-    anchors: Literal["sentence", "token"] = "sentence"
-    """Target tokens: the first one of every sentence, or every token."""
+    anchors: Literal["start", "token"] = "start"
+    """start: every sentence (or labelled range) is an example, and positions count from its first token;
+    token: every token of it is one."""
     variants: Several[ProbedName] = ("none", "random")
     """Variants whose activations are read; none is the base LM without conditioning, random is the same
     architecture with random weights."""
@@ -492,11 +495,13 @@ class ProbeSettings(Settings):
     the conditioned location as it was before the action was added."""
     layers: Several[Count] | None = None
     """Layers that are read; unset: all."""
-    distances: Several[Positive] = (1, 2, 3, 4, 6, 8)
-    """Tokens before the target token at which activations are read; 1 is the token right before. All
-    distances share the anchors that the farthest one reaches."""
+    positions: Several[Annotated[Position, BeforeValidator(as_position)]] | None = None
+    """Where activations are read. A number of tokens before the example's first one: 1 is the token right
+    before it, 0 the first one itself, -1 the one after it; first, last: these tokens of the example; mean:
+    the mean over all its tokens. All positions share the examples that each reaches. Unset: 1 2 3 4 6 8, or
+    last for labels of texts and spans."""
     horizons: Several[Positive] = (1,)
-    """Sentences ahead: 1 is the sentence that the target token is in, 2 the one after it."""
+    """Sentences ahead: 1 is the example's own sentence, 2 the one after it."""
     solvers: Several[SolverName] = ("softmax",)
     """softmax: softmax regression; ridge, lda, mean-difference (nearest class mean): closed form, at the cost
     of about one forward pass; l1: softmax regression on few features; mlp: one hidden layer, for information

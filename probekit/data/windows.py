@@ -42,7 +42,9 @@ def chunks(count: int, size: int) -> list[slice]:
     return [slice(i, i + size) for i in range(0, count, size)]
 
 
-def cut_windows(corpus: Corpus, documents: np.ndarray, window: int, stride: int) -> Windows:
+def cut_windows(
+    corpus: Corpus, documents: np.ndarray, window: int, stride: int, *, to_end: bool = False
+) -> Windows:
     """Cuts documents into windows of at most `window` inputs that advance by `stride` tokens.
 
     A document's first window scores all its targets, each later one its last `stride`. The last one is
@@ -52,9 +54,16 @@ def cut_windows(corpus: Corpus, documents: np.ndarray, window: int, stride: int)
     An LM that never reads the separator begins with a document's first token, which it does not predict. For
     one that reads it in every window, a later window's first input, which must not be scored, is replaced by
     it (`input_tokens`): such windows advance by less than their length.
+
+    Args:
+        corpus: The corpus.
+        documents: Numbers of the documents, ascending.
+        window: Most inputs.
+        stride: Tokens by which windows advance.
+        to_end: Whether a document's last token, which predicts nothing, is an input too.
     """
     begin = corpus.document_tokens[documents] + (corpus.bos_rule == "none")
-    targets = np.maximum(corpus.document_tokens[documents + 1] - begin - 1, 0)
+    targets = np.maximum(corpus.document_tokens[documents + 1] - begin - (not to_end), 0)
     if corpus.bos_rule == "every-window":
         stride = min(stride, window - 1)
     windows = (targets > 0) + np.ceil(np.maximum(targets - window, 0) / stride).astype(np.int64)
@@ -90,7 +99,8 @@ class Batch:
         begun: Whether a touched sentence's first token is scored in the batch `[touched]`; each is scored in
             exactly one window.
         sentence: For every position, the row of `touched` whose sentence holds the next token
-            `[windows, positions]`: position t carries the action of token t + 1.
+            `[windows, positions]`: position t carries the action of token t + 1, a document's last one that
+            of its own sentence.
     """
 
     tokens: Tensor
@@ -133,7 +143,7 @@ def collate(corpus: Corpus, windows: Windows) -> Batch:
     index, inside = _indices(windows)
     positions = np.arange(index.shape[1])
     scored = inside & (positions >= (windows.length - windows.scored)[:, None])
-    next_tokens = corpus.tokens[index + 1].astype(np.int64)
+    next_tokens = corpus.tokens[np.minimum(index + 1, len(corpus.tokens) - 1)].astype(np.int64)
     next_sentence = np.searchsorted(corpus.first_token, index + 1, side="right") - 1
     touched, sentence = np.unique(next_sentence, return_inverse=True)
 

@@ -1,4 +1,4 @@
-"""Activations: one forward pass reads every hook point at every distance, a chunk of documents at a time.
+"""Activations: one forward pass reads every hook point at every position, a chunk of documents at a time.
 
 A document is one window if the LM can read it at once, so that every token is read once. Longer ones are cut
 into windows that overlap, so that every token is read with some context.
@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from probekit import distributed
-from probekit.config import ProbedName
+from probekit.config import Position, ProbedName
 from probekit.data.corpus import Corpus, ranges
 from probekit.data.windows import Windows, collate, cut_windows, input_tokens
 from probekit.distributed import autocast
@@ -90,7 +90,7 @@ class Activations(Protocol):
             done: Called with the number of tokens (or examples) that have been read since the last call.
 
         Yields:
-            The rows of the chunk, and for every stack its activations `[points, distances, chunk, width]`.
+            The rows of the chunk, and for every stack its activations `[points, positions, chunk, width]`.
         """
         ...
 
@@ -124,36 +124,70 @@ def probing_windows(run: Run) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class Placement:
-    """Where examples are read: each position in the window that predicts the token after it.
+class Pieces:
+    """What is read of windows: a token each, or several neighbours that are summed for a mean.
 
-    Windows without an example are left out, and each ends with the last position that is read.
+    Attributes:
+        window: Number of the window `[pieces]`.
+        begin: Column of the first token, which is the number of tokens before it in the window `[pieces]`.
+        end: Column after the last token `[pieces]`.
+        summed: Whether tokens are summed `[pieces]`, bool.
+        goes_to: Where the token goes, a flat index of positions and examples; a sum goes to its example
+            `[pieces]`.
+    """
+
+    window: np.ndarray
+    begin: np.ndarray
+    end: np.ndarray
+    summed: np.ndarray
+    goes_to: np.ndarray
+
+    def __getitem__(self, rows: np.ndarray) -> Pieces:
+        return Pieces(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where examples are read: every token in the first window that reaches it.
+
+    Windows without a piece are left out, and each ends with the last token that is read.
 
     Attributes:
         windows: The windows `[windows]`.
-        window: The window of each position, as a row of `windows` `[distances, examples]`.
-        column: The position in its window: the number of tokens before it `[distances, examples]`.
+        pieces: What is read of them. The mean of a range that lies in several windows has a piece in each.
+        tokens_read: Tokens that the LM has read by the last one that is read `[positions, examples]`.
     """
 
     windows: Windows
-    window: np.ndarray
-    column: np.ndarray
+    pieces: Pieces
+    tokens_read: np.ndarray
 
     @classmethod
     def of(
-        cls, corpus: Corpus, examples: Examples, distances: Sequence[int], window: int, stride: int
+        cls, corpus: Corpus, examples: Examples, positions: Sequence[Position], window: int, stride: int
     ) -> Self:
         """Places examples in windows of at most `window` tokens that advance by `stride`."""
-        positions = np.stack([examples.positions(distance) for distance in distances])
-        every = cut_windows(corpus, np.unique(examples.document), window, stride)
-        found = np.searchsorted(every.start + every.length, positions, side="right")
-        used, row = np.unique(found, return_inverse=True)
-        windows, row = every[used], row.reshape(positions.shape)
-        column = positions - windows.start[row]
-        length = np.zeros_like(windows.length)
-        np.maximum.at(length, row, column + 1)
-        scored = np.maximum(windows.scored - (windows.length - length), 0)
-        return cls(Windows(windows.document, windows.start, length, scored), row, column)
+        bounds = np.array([examples.bounds(position) for position in positions])
+        first, last = bounds[:, 0].ravel(), bounds[:, 1].ravel()
+        every = cut_windows(corpus, np.unique(examples.document), window, stride, to_end=True)
+        ends = every.start + every.length
+        in_first, in_last = (np.searchsorted(ends, at, side="right") for at in (first, last))
+        reading = np.repeat(np.arange(len(first)), in_last - in_first + 1)
+        number = ranges(in_first, in_last + 1)
+        # What several windows reach is read in the first of them.
+        begin = np.where(number == in_first[reading], first[reading], ends[number - 1])
+        end = np.minimum(last[reading] + 1, ends[number])
+        used, row = np.unique(number, return_inverse=True)
+        begin, end = begin - every.start[number], end - every.start[number]
+        length = np.zeros(len(used), np.int64)
+        np.maximum.at(length, row, end)
+        summed = np.array([position == "mean" for position in positions])[reading // len(examples)]
+        goes_to = np.where(summed, reading % len(examples), reading)
+        return cls(
+            replace(every[used], length=length, scored=np.zeros_like(length)),
+            Pieces(row, begin, end, summed, goes_to),
+            end[np.cumsum(in_last - in_first + 1) - 1].reshape(len(positions), len(examples)),
+        )
 
     @property
     def tokens(self) -> int:
@@ -188,7 +222,7 @@ class Reader:
         run: The run.
         variant: Whose activations: `none`, a trained variant, or `random` for random weights.
         points: The hook points to read.
-        distances: Tokens before the anchor, in the order of the second axis.
+        positions: Where examples are read, in the order of the second axis.
         seed: Seed of random weights.
         windows: Length and stride of the windows; unset: `probing_windows`.
     """
@@ -200,12 +234,12 @@ class Reader:
         run: Run,
         variant: ProbedName,
         points: Sequence[HookPoint],
-        distances: Sequence[int],
+        positions: Sequence[Position],
         seed: int = 0,
         windows: tuple[int, int] | None = None,
     ) -> None:
         self.run, self.variant, self.seed = run, variant, seed
-        self.stacks, self.distances = stacks_of(points, run.locations), tuple(distances)
+        self.stacks, self.positions = stacks_of(points, run.locations), tuple(positions)
         self.windows = windows or probing_windows(run)
         self._model = run.model(variant) if variant in VARIANTS else None
         self._corpus = run.corpus_of(variant) if variant in VARIANTS else run.corpus
@@ -219,13 +253,14 @@ class Reader:
     def chunk_examples(self) -> tuple[int, int]:
         """Most examples in a chunk, and most of one document; see `chunk_slices`."""
         widths = sum(len(stack.points) * stack.width for stack in self.stacks)
-        fitting = CHUNK_BYTES[self.run.device.type] // (widths * len(self.distances) * self.dtype.itemsize)
+        size = len(self.positions) * self.dtype.itemsize + 4 * ("mean" in self.positions)
+        fitting = CHUNK_BYTES[self.run.device.type] // (widths * size)
         most = max(1, min(CHUNK_EXAMPLES // distributed.count(), fitting))
         return most, max(most, self.windows[0])
 
     def place(self, examples: Examples) -> Placement:
         """Where the examples are read."""
-        return Placement.of(self.run.corpus, examples, self.distances, *self.windows)
+        return Placement.of(self.run.corpus, examples, self.positions, *self.windows)
 
     def size(self, examples: Examples) -> int:
         """How many tokens have to be read for the examples."""
@@ -246,21 +281,26 @@ class Reader:
             done: As in `Activations.chunks`.
 
         Returns:
-            For every stack the activations `[points, distances, examples, width]`.
+            For every stack the activations `[points, positions, examples, width]`.
 
         Raises:
             ProbekitError: An activation is not finite; it names the location and layer.
         """
-        into, place = self._empty(len(self.distances), len(examples)), self.place(examples)
-        length, window, column = place.windows.length, place.window.ravel(), place.column.ravel()
-        order = np.argsort(window, kind="stable")
-        first = np.searchsorted(window[order], np.arange(len(length) + 1))
+        into, place = self._empty(len(self.positions), len(examples)), self.place(examples)
+        sums = self._sums(len(examples) if "mean" in self.positions else 0)
+        length, pieces = place.windows.length, place.pieces
+        pieces = pieces[np.argsort(pieces.window, kind="stable")]
+        first = np.searchsorted(pieces.window, np.arange(len(length) + 1))
         config = self.run.config  # as many tokens in a pass as in one of an evaluation, in longer windows
         for rows in batches(length, config.evaluation.batch_size * config.training.window):
-            index = order[ranges(first[rows], first[rows + 1])]
-            row = np.repeat(np.arange(len(rows)), first[rows + 1] - first[rows])
-            self._pass(self._inputs(place.windows[rows]), into, row, column[index], index)
+            part = pieces[ranges(first[rows], first[rows + 1])]
+            number = np.repeat(np.arange(len(rows)), first[rows + 1] - first[rows])
+            self._pass(self._inputs(place.windows[rows]), replace(part, window=number), into, sums)
             done(int(length[rows].sum()))
+        if "mean" in self.positions:
+            tokens = torch.from_numpy(examples.stop - examples.start).to(self.run.device)
+            for values, totals in zip(into, sums, strict=True):
+                values[:, self.positions.index("mean")] = totals / tokens[:, None]
         for stack, values in zip(self.stacks, into, strict=True):
             check_finite(stack, values, self.run.dtype)
         return into
@@ -275,9 +315,10 @@ class Reader:
         conditioned = torch.tensor([[adapter.lag, 1]], device=device)
         nothing = torch.zeros_like(adapter.codebook[0])
         without, added = self._empty(1, 1), self._empty(1, 1)
+        second = Pieces(*(np.array([value]) for value in (0, 1, 2, False, 0)))
         for action, into in ((nothing, without), (nothing + 1, added)):
             given = adapter.conditioned(tokens, torch.stack([nothing, action]), conditioned)
-            self._pass(given, into, np.array([0]), np.array([1]), np.array([0]))
+            self._pass(given, second, into, self._sums(0))
         return {
             point
             for stack, before, after in zip(self.stacks, without, added, strict=True)
@@ -292,41 +333,48 @@ class Reader:
         with torch.no_grad():
             return self._model.conditioned(collate(self._corpus, batch).to(self.run.device), self._mixing)
 
-    def _pass(
-        self, given: Conditioned, into: list[Tensor], row: np.ndarray, column: np.ndarray, index: np.ndarray
-    ) -> None:
-        """Runs the model once; reads at (row, column) go to the flat index of distances and examples."""
-        device = given.tokens.device
-        at = torch.from_numpy(row).to(device), torch.from_numpy(column).to(device)
-        if given.slots is not None:
-            at = at[0], given.slots.own[at]
-        flat = torch.from_numpy(index).to(device)
+    def _pass(self, given: Conditioned, pieces: Pieces, into: list[Tensor], sums: list[Tensor]) -> None:
+        """Runs the model once: single tokens go `into` flat indices, sums are added to those of examples."""
+        device, slots = given.tokens.device, given.slots
+        one, several = pieces[~pieces.summed], pieces[pieces.summed]
+        window, column, flat = (torch.from_numpy(i).to(device) for i in (one.window, one.begin, one.goes_to))
+        ranges_of = several.window, several.begin, several.end, several.goes_to
+        windows, begin, end, example = (torch.from_numpy(i).to(device) for i in ranges_of)
+        if slots is not None:
+            column = slots.own[window, column]
 
-        def reading(target: Tensor) -> Any:
+        def reading(target: Tensor, total: Tensor) -> Any:
             def read(activation: Tensor, hook: Any = None) -> None:
-                target.flatten(0, 1)[flat] = activation[at].flatten(1).to(target.dtype)
+                target.flatten(0, 1)[flat] = activation[window, column].flatten(1).to(target.dtype)
+                if len(total):
+                    if slots is not None:
+                        activation = activation[
+                            torch.arange(len(activation), device=device)[:, None], slots.own
+                        ]
+                    # Of the sums up to every token, so that memory does not depend on how ranges overlap.
+                    upto = nn.functional.pad(activation.flatten(2).double().cumsum(1), (0, 0, 1, 0))
+                    total.index_add_(0, example, (upto[windows, end] - upto[windows, begin]).float())
 
             return read
 
         before: list[Hook] = []
         after: list[Hook] = []
-        for stack, values in zip(self.stacks, into, strict=True):
-            for point, target in zip(stack.points, values, strict=True):
+        for stack, values, totals in zip(self.stacks, into, sums, strict=True):
+            for point, target, total in zip(stack.points, values, totals, strict=True):
                 hooks = before if point[0].endswith(BEFORE) else after
-                hooks.append((_hook_name(point), reading(target)))
+                hooks.append((_hook_name(point), reading(target, total)))
         with torch.no_grad(), autocast(device, self.run.config.training.precision):
             hooks = [*before, *given.hooks, *after]
             self._forward(given.tokens, hooks, len(before) + len(after), given.positions)
 
-    def _empty(self, distances: int, examples: int) -> list[Tensor]:
-        return [
-            torch.empty(
-                (len(stack.points), distances, examples, stack.width),
-                dtype=self.dtype,
-                device=self.run.device,
-            )
-            for stack in self.stacks
-        ]
+    def _empty(self, positions: int, examples: int) -> list[Tensor]:
+        shapes = [(len(stack.points), positions, examples, stack.width) for stack in self.stacks]
+        return [torch.empty(shape, dtype=self.dtype, device=self.run.device) for shape in shapes]
+
+    def _sums(self, examples: int) -> list[Tensor]:
+        """Zeros for sums over the ranges of examples, for every stack `[points, examples, width]`."""
+        shapes = [(len(stack.points), examples, stack.width) for stack in self.stacks]
+        return [torch.zeros(shape, device=self.run.device) for shape in shapes]
 
 
 def chunk_slices(document: np.ndarray, most: int, of_one: int) -> Iterator[slice]:

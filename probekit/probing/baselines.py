@@ -1,20 +1,21 @@
 """Baselines and ceilings on the grid's own examples: what can be predicted without any activation.
 
-The prior, the bigram (given the label of the last sentence that ends before the position) and the skip n-gram
-(given the last tokens up to it) are counted on the training documents and those that probes are fitted on;
-their smoothing is chosen on validation documents. "bigram (current action)", planners and two of the ceilings
-know the whole sentence before the anchor, however far before it a probe reads.
+The prior, the bigram (given the label of the last sentence read whole) and the skip n-gram (given the last
+tokens read) are counted on the training documents and those that probes are fitted on; their smoothing is
+chosen on validation documents. No bigram is given the label that is asked for, where a probe has read that
+sentence. "bigram (current action)", planners and two of the ceilings know the whole sentence before the
+example, and nothing of its own, however far before or behind its first token a probe reads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
-from probekit.config import ProbeSettings
+from probekit.config import Position, ProbeSettings
 from probekit.data.corpus import Corpus
 from probekit.evaluation.action_metrics import fit_bigram, prior_log_probabilities
 from probekit.evaluation.baselines import SkipNgram, contexts, planner_log_probabilities, planners
@@ -33,6 +34,9 @@ MOST_EXAMPLES = 1_000_000
 ORDER = 3
 """Most tokens that the skip n-gram is given."""
 
+BEFORE_ALONE = ("ceiling (actions)", "ceiling (words)")
+"""Ceilings that hold where nothing of the example itself has been read."""
+
 Predict = Callable[[slice], np.ndarray]
 """Log-probabilities `[examples, classes]` in nats of some test examples, all those of a document together."""
 
@@ -45,20 +49,21 @@ class Baseline(NamedTuple):
 
 
 def baseline_sums(run: Run, grid: Grid) -> list[DocumentSums]:
-    """Scores every baseline on the grid's test examples, in rows for every distance and horizon."""
+    """Scores every baseline on the grid's test examples, in rows for every position and horizon."""
     training = counted_examples(run.corpus, run.config.probe, grid, run.config.seed)
     scored = []
     for horizon in grid.horizons:
         for name, baseline in _of_sentences(run, grid, training, horizon).items():
-            scored.append(_scored(grid, horizon, grid.distances, name, baseline))
-        for distance in grid.distances:
-            for name, baseline in _of_positions(run, grid, training, horizon, distance).items():
-                scored.append(_scored(grid, horizon, [distance], name, baseline))
+            if positions := grid.positions if name not in BEFORE_ALONE else _before(grid):
+                scored.append(_scored(grid, horizon, positions, name, baseline))
+        for position in grid.positions:
+            for name, baseline in _at_position(run, grid, training, horizon, position).items():
+                scored.append(_scored(grid, horizon, [position], name, baseline))
     return scored
 
 
 def counted_examples(corpus: Corpus, settings: ProbeSettings, grid: Grid, seed: int) -> Examples:
-    """Examples to count in, which all distances reach and all horizons label.
+    """Examples to count in, which all positions reach and all horizons label.
 
     Of the documents, those that the grid's probes are fitted on come first, so that no probe wins by having
     seen more; others are drawn while there are at most `MOST_EXAMPLES`.
@@ -67,15 +72,15 @@ def counted_examples(corpus: Corpus, settings: ProbeSettings, grid: Grid, seed: 
     documents = np.concatenate([corpus.documents("train"), corpus.documents(FITTED_ON)])
     order = np.random.default_rng(seed).permutation(np.setdiff1d(documents, fitted_on))
     order = np.concatenate([fitted_on, order])
-    ends = corpus.document_sentences if settings.anchors == "sentence" else corpus.document_tokens
+    ends = corpus.document_sentences if settings.anchors == "start" else corpus.document_tokens
     drawn = np.sort(order[np.cumsum(ends[order + 1] - ends[order]) <= MOST_EXAMPLES])
     examples = find_examples(corpus, drawn, grid.target, grid.horizons, settings.anchors)
-    usable = reached(corpus, examples, max(grid.distances)) & (examples.labels != NO_LABEL).all(axis=1)
-    return examples[usable]
+    near = [reached(corpus, examples, position) for position in grid.positions]
+    return examples[np.all(near, axis=0) & (examples.labels != NO_LABEL).all(axis=1)]
 
 
 def _of_sentences(run: Run, grid: Grid, training: Examples, horizon: int) -> dict[str, Baseline]:
-    """Readers of whole sentences, for which the distance makes no difference."""
+    """Readers of whole sentences, for which the position makes no difference."""
     corpus, target, h = run.corpus, grid.target, grid.horizons.index(horizon)
     chosen, test = grid.examples[CHOSEN_ON], grid.examples[TESTED_ON]
     prior = prior_log_probabilities(training.labels[:, h], target.classes)
@@ -102,53 +107,65 @@ def _of_sentences(run: Run, grid: Grid, training: Examples, horizon: int) -> dic
         for name, (planner, read) in planners(run).items():
             predict = partial(planner_log_probabilities, planner, read)
             baselines[name] = Baseline(partial(of_test, predict))
-    if has_ceiling(run.config) and run.config.probe.anchors == "sentence":
-        for name in ("ceiling (actions)", "ceiling (words)"):
+    if has_ceiling(run.config) and run.config.probe.anchors == "start":
+        for name in BEFORE_ALONE:
             baselines[name] = Baseline(partial(of_test, partial(ceiling, name)))
     return baselines
 
 
-def _of_positions(
-    run: Run, grid: Grid, training: Examples, horizon: int, distance: int
+def _before(grid: Grid) -> list[Position]:
+    """The positions before the examples' first tokens."""
+    return [position for position in grid.positions if isinstance(position, int) and position > 0]
+
+
+def _at_position(
+    run: Run, grid: Grid, training: Examples, horizon: int, position: Position
 ) -> dict[str, Baseline]:
-    """Readers of the tokens up to the position, and no more."""
+    """Readers of the tokens up to the last one that is read at a position, and no more."""
     corpus, target, h = run.corpus, grid.target, grid.horizons.index(horizon)
     chosen, test = grid.examples[CHOSEN_ON], grid.examples[TESTED_ON]
-    last_tokens = partial(contexts, corpus, order=ORDER)
+
+    def last_tokens(examples: Examples) -> np.ndarray:
+        return contexts(corpus, examples.last_read(position), ORDER)
+
     ngram = SkipNgram.fit(
-        last_tokens(training.positions(distance)),
+        last_tokens(training),
         training.labels[:, h],
         target.classes,
-        (last_tokens(chosen.positions(distance)), chosen.labels[:, h]),
+        (last_tokens(chosen), chosen.labels[:, h]),
     )
     baselines = {
         "skip n-gram": Baseline(
-            lambda rows: ngram.log_probabilities(last_tokens(test[rows].positions(distance))),
-            ngram.validation_cross_entropy,
+            lambda rows: ngram.log_probabilities(last_tokens(test[rows])), ngram.validation_cross_entropy
         )
     }
     if target.of_sentences is not None:
         previous = [
-            corpus.previous_labels(target.of_sentences, next_sentences(corpus, examples.positions(distance)))
+            corpus.previous_labels(
+                target.of_sentences,
+                np.minimum(
+                    next_sentences(corpus, examples.last_read(position)), examples.sentence + horizon - 1
+                ),
+            )
             for examples in (training, chosen, test)
         ]
         baselines["bigram"] = _bigram(grid, training, h, *previous)
-    # With anchors at every token, the ceiling is given the number of sentences ahead. From distance 2 on no
-    # reader of a position knows that, so probes far below this ceiling could hide a leak.
-    exact = run.config.probe.anchors == "sentence" or distance == 1
-    if target.name == "action" and has_ceiling(run.config) and exact:
-
-        def ceiling(rows: slice) -> np.ndarray:
-            asked = test.sentence[rows] + horizon - 1
-            return position_ceiling(run.config, corpus, test[rows].positions(distance), asked)
-
-        baselines[CEILING] = Baseline(ceiling)
+    if target.name == "action" and has_ceiling(run.config):
+        asked, at = test.sentence + horizon - 1, test.last_read(position)
+        # With anchors at every token, the ceiling is given the number of sentences ahead. From distance 2 on
+        # no reader of a position knows that, so probes far below this ceiling could hide a leak.
+        exact = run.config.probe.anchors == "start" or (at >= test.start - 1).all()
+        # Nothing is left to predict behind the sentence that is asked for.
+        if exact and (at < np.append(corpus.first_token, len(corpus.tokens))[asked + 1]).all():
+            baselines[CEILING] = Baseline(
+                lambda rows: position_ceiling(run.config, corpus, at[rows], asked[rows])
+            )
     return baselines
 
 
-def next_sentences(corpus: Corpus, positions: np.ndarray) -> np.ndarray:
-    """The sentence that holds the token after each position; the one before it has been read `[rows]`."""
-    return np.searchsorted(corpus.first_token, positions + 1, side="right") - 1
+def next_sentences(corpus: Corpus, tokens: np.ndarray) -> np.ndarray:
+    """The sentence that holds the token after each one; the sentence before it has been read `[rows]`."""
+    return np.searchsorted(corpus.first_token, tokens + 1, side="right") - 1
 
 
 def _bigram(
@@ -161,12 +178,10 @@ def _bigram(
     return Baseline(lambda rows: bigram.log_probabilities(test[rows]), loss)
 
 
-def _scored(
-    grid: Grid, horizon: int, distances: tuple[int, ...] | list[int], name: str, of: Baseline
-) -> DocumentSums:
-    """The scores of a baseline that predicts the same at all of the distances."""
+def _scored(grid: Grid, horizon: int, positions: Sequence[Position], name: str, of: Baseline) -> DocumentSums:
+    """The scores of a baseline that predicts the same at all of the positions."""
     readers: list[Facts] = [
-        {"reader": name, "distance": distance, "horizon": horizon} for distance in distances
+        {"reader": name, "position": position, "horizon": horizon} for position in positions
     ]
     if of.validation_cross_entropy is not None:
         readers = [r | {"validation_cross_entropy": of.validation_cross_entropy} for r in readers]

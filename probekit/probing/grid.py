@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from probekit import distributed
-from probekit.config import ProbeSettings, SolverName
+from probekit.config import Position, ProbeSettings, SolverName
 from probekit.data.corpus import Corpus
 from probekit.errors import ProbekitError
 from probekit.evaluation.action_metrics import prior_log_probabilities
@@ -42,13 +42,13 @@ MINIMUM_EXAMPLES = 20
 """A cell with fewer examples in any of its splits stays empty."""
 
 LEAST_SHARED = 0.1
-"""So does one that would leave less than this share of the nearest cell's anchors to all."""
+"""So does one that would leave less than this share of the best reached cell's examples to all."""
 
 LEAST_DOCUMENTS = 20
 """Examples are drawn from this many documents at least, if there are so many."""
 
 FEW_SHARED = 0.5
-"""Below this share of the anchors that some cell can use, a note says what the farthest distance costs."""
+"""Below this share of the examples that some cell can use, a note says what the least reached one costs."""
 
 
 @dataclass(frozen=True)
@@ -57,18 +57,18 @@ class Grid:
 
     Attributes:
         target: What is predicted.
-        distances: Distances that are not empty.
+        positions: Positions that are not empty.
         horizons: Horizons that are not empty.
         examples: For every split its examples, with labels of these horizons.
-        empty: Number of test examples of every distance and horizon that is empty.
+        empty: Number of test examples of every position and horizon that is empty.
         notes: Lines to show the user.
     """
 
     target: Target
-    distances: tuple[int, ...]
+    positions: tuple[Position, ...]
     horizons: tuple[int, ...]
     examples: Mapping[str, Examples]
-    empty: Mapping[tuple[int, int], int]
+    empty: Mapping[tuple[Position, int], int]
     notes: tuple[str, ...]
 
     def labels(self, split: str, horizon: int) -> np.ndarray:
@@ -77,17 +77,18 @@ class Grid:
 
 
 def make_grid(corpus: Corpus, settings: ProbeSettings, target: Target, seed: int) -> Grid:
-    """Draws documents, and finds the anchors that all cells share.
+    """Draws documents, and finds the examples that all cells share.
 
     Args:
         corpus: The corpus.
-        settings: Distances, horizons, anchors and the largest number of examples.
+        settings: Positions, horizons, anchors and the largest number of examples.
         target: What is predicted.
         seed: Seed of the draw of documents to fit on and to choose on; all test documents are used.
 
     Raises:
         ProbekitError: A split has no documents, or no cell has enough examples.
     """
+    positions = settings.positions or target.positions
     every: dict[str, Examples] = {}
     usable: dict[str, np.ndarray] = {}
     for split in (FITTED_ON, CHOSEN_ON, TESTED_ON):
@@ -98,97 +99,109 @@ def make_grid(corpus: Corpus, settings: ProbeSettings, target: Target, seed: int
                 f"corpus.{split}_fraction above 0"
             )
         if split != TESTED_ON:
-            documents = _drawn(corpus, documents, settings, seed)
+            documents = _drawn(corpus, documents, settings, positions, seed)
         every[split] = find_examples(corpus, documents, target, settings.horizons, settings.anchors)
-        near = [reached(corpus, every[split], distance) for distance in settings.distances]
+        near = [reached(corpus, every[split], position) for position in positions]
         labelled = every[split].labels != NO_LABEL
         usable[split] = np.stack(near, axis=1)[:, :, None] & labelled[:, None, :]
 
-    d_kept, h_kept = _filled(usable, settings)
+    by_reach, h_kept = _filled(usable, settings)
+    p_kept = sorted(by_reach)
     examples = {}
     for split, whole in every.items():
-        rows = np.flatnonzero(usable[split][:, d_kept][:, :, h_kept].all((1, 2)))
+        rows = np.flatnonzero(usable[split][:, p_kept][:, :, h_kept].all((1, 2)))
         if split != TESTED_ON:  # of a few long documents every n-th example
             rows = rows[:: max(1, -(-len(rows) // settings.max_examples))]
         kept = whole[rows]
         examples[split] = replace(kept, labels=kept.labels[:, h_kept])
     grid = Grid(
         target,
-        tuple(settings.distances[d] for d in d_kept),
+        tuple(positions[p] for p in p_kept),
         tuple(settings.horizons[h] for h in h_kept),
         examples,
         empty={
-            (distance, horizon): int(usable[TESTED_ON][:, d, h].sum())
-            for d, distance in enumerate(settings.distances)
+            (position, horizon): int(usable[TESTED_ON][:, p, h].sum())
+            for p, position in enumerate(positions)
             for h, horizon in enumerate(settings.horizons)
-            if d not in d_kept or h not in h_kept
+            if p not in p_kept or h not in h_kept
         },
         notes=(),
     )
     most = int(usable[TESTED_ON].any((1, 2)).sum())
-    return replace(grid, notes=tuple(_notes(grid, most)))
+    return replace(grid, notes=tuple(_notes(grid, most, positions[by_reach[-1]])))
 
 
-def _drawn(corpus: Corpus, documents: np.ndarray, settings: ProbeSettings, seed: int) -> np.ndarray:
-    """Documents in random order, as long as they hold `max_examples` anchors at most.
+def _drawn(
+    corpus: Corpus, documents: np.ndarray, settings: ProbeSettings, positions: Sequence[Position], seed: int
+) -> np.ndarray:
+    """Documents in random order, as long as they hold `max_examples` examples at most.
 
-    But at least `LEAST_DOCUMENTS`, or all that there are; their anchors are thinned out later.
+    But at least `LEAST_DOCUMENTS`, or all that there are; their examples are thinned out later.
     """
     order = np.random.default_rng(seed).permutation(documents)
-    ends = corpus.document_sentences if settings.anchors == "sentence" else corpus.document_tokens
-    # Nothing is before the first sentence, so it is no anchor.
-    anchors = np.cumsum(np.maximum(ends[order + 1] - ends[order] - 1, 0))
-    return order[: max(LEAST_DOCUMENTS, int((anchors <= settings.max_examples).sum()))]
+    ends = corpus.document_sentences if settings.anchors == "start" else corpus.document_tokens
+    # Nothing is before the first sentence, so where something before is read, it is no example.
+    unread = any(isinstance(position, int) and position > 0 for position in positions)
+    examples = np.cumsum(np.maximum(ends[order + 1] - ends[order] - unread, 0))
+    return order[: max(LEAST_DOCUMENTS, int((examples <= settings.max_examples).sum()))]
 
 
 def _filled(usable: Mapping[str, np.ndarray], settings: ProbeSettings) -> tuple[list[int], list[int]]:
-    """Numbers of the distances and horizons that are not empty.
+    """Numbers of the positions, those that most examples reach first, and horizons that are not empty.
 
-    The farthest distance is dropped until enough anchors are left to all, then the farthest horizon.
+    The position that fewest examples reach is dropped until enough are left to all, then the farthest
+    horizon.
 
     Args:
-        usable: By split, whether each distance and horizon can use each anchor, bool
-            `[examples, distances, horizons]`.
-        settings: The distances and horizons.
+        usable: By split, whether each position and horizon can use each example, bool
+            `[examples, positions, horizons]`.
+        settings: The horizons.
     """
-    distances = sorted(range(len(settings.distances)), key=settings.distances.__getitem__)
     horizons = sorted(range(len(settings.horizons)), key=settings.horizons.__getitem__)
+    reach = sum(part.any(axis=2).sum(axis=0) for part in usable.values())
+    positions = np.argsort(-reach, kind="stable").tolist()
 
-    def anchors(part: np.ndarray, distances: list[int], horizons: list[int]) -> int:
-        return int(part[:, distances][:, :, horizons].all((1, 2)).sum())
+    def examples(part: np.ndarray, positions: list[int], horizons: list[int]) -> int:
+        return int(part[:, positions][:, :, horizons].all((1, 2)).sum())
 
     wanted = {
-        split: max(MINIMUM_EXAMPLES, LEAST_SHARED * anchors(part, distances[:1], horizons[:1]))
+        split: max(MINIMUM_EXAMPLES, LEAST_SHARED * examples(part, positions[:1], horizons[:1]))
         for split, part in usable.items()
     }
 
-    def enough(distances: list[int], horizons: list[int]) -> bool:
-        return all(anchors(part, distances, horizons) >= wanted[split] for split, part in usable.items())
+    def enough(positions: list[int], horizons: list[int]) -> bool:
+        return all(examples(part, positions, horizons) >= wanted[split] for split, part in usable.items())
 
-    while len(distances) > 1 and not enough(distances, horizons[:1]):
-        distances.pop()
-    while len(horizons) > 1 and not enough(distances, horizons):
+    while len(positions) > 1 and not enough(positions, horizons[:1]):
+        positions.pop()
+    while len(horizons) > 1 and not enough(positions, horizons):
         horizons.pop()
-    if not enough(distances, horizons):
+    if not enough(positions, horizons):
         raise ProbekitError(
-            f"no distance and horizon has {MINIMUM_EXAMPLES} examples in each of the splits "
-            f"{', '.join(usable)}; lower probe.distances or probe.horizons, raise probe.max_examples, or "
-            "give more documents"
+            f"no position and horizon has {MINIMUM_EXAMPLES} examples in each of the splits "
+            f"{', '.join(usable)}; give nearer probe.positions or probe.horizons, raise probe.max_examples, "
+            "or give more documents"
         )
-    return sorted(distances), sorted(horizons)
+    return positions, sorted(horizons)
 
 
-def _notes(grid: Grid, most: int) -> Iterator[str]:
-    """What a user should know of the examples, of which some cell could use `most` test anchors."""
-    for (distance, horizon), count in grid.empty.items():
+def _notes(grid: Grid, most: int, least: Position) -> Iterator[str]:
+    """What a user should know of the examples, of which some cell could use `most` test examples.
+
+    Args:
+        grid: The grid.
+        most: How many test examples some cell could use.
+        least: The position that fewest examples reach.
+    """
+    for (position, horizon), count in grid.empty.items():
         yield (
-            f"distance {distance}, horizon {horizon} is empty: {count:,} test examples, and in some "
-            f"split fewer than {MINIMUM_EXAMPLES}, or {LEAST_SHARED:.0%} of the nearest cell's"
+            f"position {position}, horizon {horizon} is empty: {count:,} test examples, and in some "
+            f"split fewer than {MINIMUM_EXAMPLES}, or {LEAST_SHARED:.0%} of the best reached cell's"
         )
     left = len(grid.examples[TESTED_ON])
     if left < FEW_SHARED * most:
         yield (
-            f"all cells share the {left:,} of {most:,} test anchors that distance {max(grid.distances)} and "
+            f"all cells share the {left:,} of {most:,} test examples that position {least} and "
             f"horizon {max(grid.horizons)} leave; give far ones a run of their own to keep more"
         )
     target = grid.target
@@ -228,7 +241,7 @@ class Task:
 
     Attributes:
         horizon: Horizon of the target; None for the control task.
-        labels: By split, `[examples]`, or `[distances, examples]` where they depend on what is read.
+        labels: By split, `[examples]`, or `[positions, examples]` where they depend on what is read.
     """
 
     horizon: int | None
@@ -257,7 +270,7 @@ def control_task(corpus: Corpus, grid: Grid, seed: int) -> Task:
         None,
         {
             split: np.stack(
-                [control_labels(corpus, examples.positions(d), prior, seed) for d in grid.distances]
+                [control_labels(corpus, examples.last_read(p), prior, seed) for p in grid.positions]
             )
             for split, examples in grid.examples.items()
         },
@@ -278,7 +291,7 @@ class FitJob:
         name: What the job is called there.
         folder: Where activations are held for which memory has no room.
         meter: Counts the tokens that are read.
-        tokens_read: By distance, the median number of tokens that the LM had read at test positions.
+        tokens_read: By position, the median number of tokens that the LM had read there of test examples.
     """
 
     grid: Grid
@@ -290,7 +303,7 @@ class FitJob:
     name: str
     folder: Path
     meter: Meter
-    tokens_read: Mapping[int, int]
+    tokens_read: Mapping[Position, int]
 
     def read(self, activations: Activations, split: str) -> Iterator[tuple[slice, list[Tensor]]]:
         """Reads this process's share of a split, a chunk at a time; every stack `[probes, chunk, width]`."""
@@ -325,7 +338,7 @@ class Fitted:
 
     Attributes:
         stack: Number of the stack.
-        rows: Which of the stack's probes, of which there is one for each hook point and distance, in this
+        rows: Which of the stack's probes, of which there is one for each hook point and position, in this
             order.
         solver: How they were fitted.
         horizon: What they predict.
@@ -347,9 +360,9 @@ class Fitted:
     def cells(self, stacks: Sequence[Stack], grid: Grid) -> list[Cell]:
         """The cell of each probe."""
         return [
-            Cell(location, layer, distance, self.horizon, self.solver)
+            Cell(location, layer, position, self.horizon, self.solver)
             for location, layer in stacks[self.stack].points
-            for distance in grid.distances
+            for position in grid.positions
         ][self.rows]
 
     def weights(self, stacks: Sequence[Stack], grid: Grid) -> dict[str, Tensor]:
@@ -368,7 +381,7 @@ def hold(activations: Activations, job: FitJob, splits: Sequence[str]) -> Held:
     """Reads all activations of some splits, and holds them."""
     grid, memory = job.grid, 1e9 * job.settings.memory
     examples = {split: grid.examples[split] for split in splits}
-    held = Held(activations, examples, len(grid.distances), memory, job.folder, job.device)
+    held = Held(activations, examples, len(grid.positions), memory, job.folder, job.device)
     for split in splits:
         for rows, chunk in job.read(activations, split):
             held.write(split, rows, chunk)
@@ -376,9 +389,9 @@ def hold(activations: Activations, job: FitJob, splits: Sequence[str]) -> Held:
 
 
 def fit(held: Held, job: FitJob, solvers: Sequence[SolverName]) -> list[Fitted]:
-    """Fits solvers at all hook points, distances and horizons, to activations of two splits."""
+    """Fits solvers at all hook points, positions and horizons, to activations of two splits."""
     tasks, fitted = target_tasks(job.grid), []
-    probes = len(job.grid.distances) * sum(len(stack.points) for stack in held.stacks)
+    probes = len(job.grid.positions) * sum(len(stack.points) for stack in held.stacks)
     total = len(tasks) * len(solvers) * probes
     with job.progress.task(f"{job.name}: fit {', '.join(solvers)}", total=total, unit="probes") as progress:
         for stack, rows in held.groups():
@@ -421,7 +434,7 @@ def fit_sums(activations: Activations, job: FitJob, solvers: Sequence[SolverName
     """Fits closed-form solvers to sums: one pass over the examples to fit on, one over those to choose on."""
     grid, stacks = job.grid, activations.stacks
     tasks = [*target_tasks(grid), *([job.control] if job.control else [])]
-    every = [slice(0, len(stack.points) * len(grid.distances)) for stack in stacks]
+    every = [slice(0, len(stack.points) * len(grid.positions)) for stack in stacks]
     moments: dict[tuple[int, int], Moments] = {}  # by stack and task; tasks share mean and scatter
     for s, stack in enumerate(stacks):
         shape = every[s].stop, stack.width, grid.target.classes
@@ -521,7 +534,7 @@ def _facts(fitted: Fitted, cells: Sequence[Cell], job: FitJob) -> Iterator[Facts
         known = {name: column[i].item() for name, column in columns.items() if column is not None}
         yield (
             vars(cell)
-            | {"fitted_on": len(examples), "tokens_read": job.tokens_read[cell.distance]}
+            | {"fitted_on": len(examples), "tokens_read": job.tokens_read[cell.position]}
             | known
             | {
                 "validation_cross_entropy": float(losses[i].min()),

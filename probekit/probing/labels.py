@@ -102,7 +102,7 @@ def target_of(corpus: Corpus, config: Config) -> Target:
         of_sentences = np.full(len(corpus.first_token), NO_LABEL, dtype=np.int64)
         of_sentences[sentence[kept]] = ranges.labels
         return replace(sentence_target(corpus, name, len(names), of_sentences, names), notes=tuple(lines))
-    return Target(name, len(names), ranges, names=names, notes=tuple(lines))
+    return Target(name, len(names), ranges, names=names, notes=tuple(lines), positions=("last",))
 
 
 def _read(path: Path, column: str, config: Config) -> LabelTable | None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from probekit import distributed
-from probekit.config import ProbedName, SolverName, user_path
+from probekit.config import ProbedName, SolverName, reading_order, user_path
 from probekit.errors import ProbekitError
 from probekit.io import atomic_folder, read_metadata, read_tensors, write_json, write_table, write_tensors
 from probekit.models.conditioning import CONDITIONINGS, conditioned_location
@@ -94,7 +94,7 @@ class ProbeResults:
         probes = self.table[(self.table.reader == "probe") & ~self.table.injected]
         probes = probes[probes.validation_cross_entropy.notna()]
         of = ["variant", "location", "solver", "horizon"]
-        cell = [*of, "layer", "distance"]
+        cell = [*of, "layer", "position"]
         means = probes.groupby(cell, sort=False).validation_cross_entropy.mean().reset_index()
         best = means.loc[means.groupby(of, sort=False).validation_cross_entropy.idxmin(), cell]
         return probes.merge(best, on=cell)
@@ -115,7 +115,7 @@ def probe(
 
     Args:
         run: The run or its folder; a corpus and an LM are enough.
-        settings: Settings to replace, by dotted name, such as `probe.distances`.
+        settings: Settings to replace, by dotted name, such as `probe.positions`.
         store: Keep activations in `activations/`, and read them from there if they exist.
         quiet: Show no progress.
 
@@ -153,8 +153,8 @@ def probe(
 
     empty: list[Facts] = [
         {"reader": "probe", "solver": solver, "variant": variant, "seed": seed, "location": location}
-        | {"layer": layer, "distance": distance, "horizon": horizon, "examples": count}
-        for (distance, horizon), count in shared.empty.items()
+        | {"layer": layer, "position": position, "horizon": horizon, "examples": count}
+        for (position, horizon), count in shared.empty.items()
         for seed in grids
         for variant in config.variants
         for solver in config.solvers
@@ -165,7 +165,7 @@ def probe(
     table = table_of(scored, counts, empty, resampling).assign(target=target.name)
     constant = {
         f"constant activations, which hold no information: {known['location']}, layer {known['layer']}, "
-        f"distance {known['distance']} ({known['variant'] or known['reader']})"
+        f"position {known['position']} ({known['variant'] or known['reader']})"
         for sums in scored
         for known in sums.readers
         if known.get("constant")
@@ -201,9 +201,9 @@ def _announce(run: Run, grids: Mapping[int, Grid], points: Sequence[HookPoint], 
     for seed, grid in grids.items():
         examples = grid.examples
         once = sum(
-            Placement.of(run.corpus, part, grid.distances, *windows).tokens for part in examples.values()
+            Placement.of(run.corpus, part, grid.positions, *windows).tokens for part in examples.values()
         )
-        probes = cells * len(grid.distances) * len(grid.horizons)
+        probes = cells * len(grid.positions) * len(grid.horizons)
         documents = sum(len(np.unique(part.document)) for part in examples.values())
         progress.say(
             f"grid of seed {seed}: {probes:,} probes; {len(examples[FITTED_ON]):,} examples to fit on, "
@@ -233,10 +233,11 @@ def _parts(solvers: Sequence[SolverName]) -> dict[str, list[SolverName]]:
 
 
 def _closed_form_table(variant: str, scored: Sequence[DocumentSums], examples: int) -> str:
-    """Cross-entropy by layer and distance, to be read while other solvers are fitted."""
-    rows = pd.DataFrame([reader for part in scored for reader in part.readers])
+    """Cross-entropy by layer and position, to be read while other solvers are fitted."""
+    rows = pd.DataFrame([reader for part in scored for reader in part.readers]).astype({"position": str})
+    rows["position"] = pd.Categorical(rows.position, reading_order(rows.position), ordered=True)
     rows["nats"] = np.concatenate([part.sums["cross_entropy"].sum(0) for part in scored]) / examples
-    table = rows.pivot_table("nats", ["solver", "location", "layer"], ["horizon", "distance"])
+    table = rows.pivot_table("nats", ["solver", "location", "layer"], ["horizon", "position"], observed=True)
     shown = table.to_string(float_format="%.3f")
     return f"{variant}: test cross-entropy of closed-form probes, in nats\n{shown}"
 
@@ -297,10 +298,11 @@ def _grids(run: Run, target: Target) -> dict[int, Grid]:
     config = run.config.probe
     seeds = config.seeds or (run.config.seed,)
     grids = {seed: make_grid(run.corpus, config, target, seed) for seed in seeds}
-    if len({(grid.distances, grid.horizons) for grid in grids.values()}) > 1:
+    if len({(grid.positions, grid.horizons) for grid in grids.values()}) > 1:
         raise ProbekitError(
-            f"probe.max_examples is {config.max_examples}, so few that distances and horizons are empty for "
-            "some of probe.seeds and not for others; raise it, or lower probe.distances and probe.horizons"
+            f"probe.max_examples is {config.max_examples}, so few that positions and horizons are empty for "
+            "some of probe.seeds and not for others; raise it, or give nearer probe.positions and "
+            "probe.horizons"
         )
     return grids
 
@@ -397,7 +399,7 @@ class _VariantProbes:
     def _job(self) -> FitJob:
         run, grid = self._run, self._grid
         config = run.config.probe
-        place = Placement.of(run.corpus, grid.examples[TESTED_ON], grid.distances, *probing_windows(run))
+        place = Placement.of(run.corpus, grid.examples[TESTED_ON], grid.positions, *probing_windows(run))
         return FitJob(
             grid,
             config,
@@ -408,11 +410,11 @@ class _VariantProbes:
             self._name,
             run.folder,
             self._meter,
-            dict(zip(grid.distances, np.median(place.column + 1, axis=1).astype(int).tolist(), strict=True)),
+            dict(zip(grid.positions, np.median(place.tokens_read, axis=1).astype(int).tolist(), strict=True)),
         )
 
     def _reader(self, points: Sequence[HookPoint]) -> Reader:
-        return Reader(self._run, self._variant, points, self._grid.distances, self._seed)
+        return Reader(self._run, self._variant, points, self._grid.positions, self._seed)
 
     def _source(self, points: Sequence[HookPoint]) -> Activations:
         if self._store:
@@ -430,7 +432,7 @@ def _groups(run: Run, grid: Grid, points: Sequence[HookPoint]) -> Iterator[list[
         width = run.locations[point[0].removesuffix(BEFORE)]
         # The sums are float64, and held once more by every solver.
         numbers = 2 * (1 + len(config.solvers)) * (width + sums)
-        size = 4 * len(grid.distances) * width * numbers
+        size = 4 * len(grid.positions) * width * numbers
         if group and held + size > config.memory * 1e9:
             yield group
             group, held = [], 0
@@ -448,14 +450,14 @@ def _mark_injected(
     """
     changed: set[HookPoint] = set()
     if variant in VARIANTS and VARIANTS[variant].evaluation.needs_scores:
-        changed = Reader(run, variant, points, grid.distances).changed_by_conditioning()
+        changed = Reader(run, variant, points, grid.positions).changed_by_conditioning()
     lag = CONDITIONINGS[run.config.conditioning.kind].lag
     test = grid.examples[TESTED_ON]
     for known in (known for sums in scored for known in sums.readers):
         known["injected"] = (known["location"], known["layer"]) in changed
         if known["injected"] and grid.target.of_sentences is not None:
             first = run.corpus.first_token[test.sentence + known["horizon"] - 1]
-            known["injected"] = bool((test.positions(known["distance"]) >= first - 1 + lag).any())
+            known["injected"] = bool((test.last_read(known["position"]) >= first - 1 + lag).any())
 
 
 def origin(run: Run) -> dict[str, Any]:

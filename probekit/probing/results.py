@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from probekit import distributed
-from probekit.config import Config
+from probekit.config import Config, Position, as_position
 from probekit.errors import ProbekitError
 from probekit.evaluation.action_metrics import METRICS, score_actions
 from probekit.io import read_json, read_tensors
@@ -45,7 +45,7 @@ _INTERVALS = (*METRICS.values(), "bits", "selectivity", "shortfall", "gain")
 
 COLUMNS = (
     {"reader": "str", "solver": "str", "variant": "str", "target": "str", "seed": "Int64"}
-    | {"location": "str", "layer": "Int64", "distance": "int64", "horizon": "int64"}
+    | {"location": "str", "layer": "Int64", "position": "str", "distance": "Int64", "horizon": "int64"}
     | {"injected": "bool", "constant": "boolean", "examples": "int64", "documents": "Int64"}
     | {f"{metric}{bound}": "float64" for metric in _INTERVALS for bound in ("", "_low", "_high")}
     | {"gain_over": "str", "control_accuracy": "float64"}
@@ -62,8 +62,8 @@ COLUMNS = (
 )
 """The table's columns and their types."""
 
-ROW_KEY = ["reader", "solver", "variant", "seed", "location", "layer", "distance", "horizon"]
-"""Columns that identify a row."""
+ROW_KEY = ["reader", "solver", "variant", "seed", "location", "layer", "distance", "position", "horizon"]
+"""Columns that identify a row, in the order by which rows are sorted: `distance` puts positions in order."""
 
 
 class DocumentSums:
@@ -122,7 +122,7 @@ def table_of(
 
     Args:
         scored: Scores of all readers on the same test examples; the prior and the other model-free baselines
-            of every distance and horizon are among them.
+            of every position and horizon are among them.
         counts: Test examples of every document `[documents]`.
         empty: What is known of the cells that are empty.
         resampling: How documents are resampled.
@@ -130,7 +130,7 @@ def table_of(
     Returns:
         A row for each reader and cell, with `COLUMNS`, sorted by `ROW_KEY`.
     """
-    rows = pd.DataFrame([reader for part in scored for reader in part.readers])
+    rows = pd.DataFrame([reader for part in scored for reader in part.readers]).astype({"position": str})
 
     def joined(score: str) -> NDArray[np.float64]:
         """The sums of a score `[documents, rows]`; NaN for readers that were not scored by it."""
@@ -148,7 +148,7 @@ def table_of(
     prior, _ = _same_cell(rows, rows.reader == "prior")
     ceiling, has_ceiling = _same_cell(rows, rows.reader == CEILING)
     free = rows[rows.reader.isin(MODEL_FREE)]
-    best = free.groupby(["distance", "horizon"]).validation_cross_entropy.idxmin()
+    best = free.groupby(["position", "horizon"]).validation_cross_entropy.idxmin()
     strongest, _ = _same_cell(rows, rows.index.isin(best))
 
     measured = {METRICS[score]: joined(score) for score in METRICS} | {
@@ -172,13 +172,15 @@ def table_of(
         write("gain", np.flatnonzero(compared), simultaneous_ratios(gains, counts, **draws))
 
     table = pd.concat([rows, pd.DataFrame(list(empty))]).reindex(columns=list(COLUMNS))
+    table["position"] = table.position.astype(str)
+    table["distance"] = pd.to_numeric(table.position, errors="coerce")
     table["injected"] = table.injected.fillna(False).astype(bool)
     return table.astype(COLUMNS).sort_values(ROW_KEY, kind="stable", ignore_index=True)
 
 
 def _same_cell(rows: pd.DataFrame, chosen: pd.Series | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each row the number of the chosen row of its distance and horizon, and whether there is one."""
-    cell = pd.MultiIndex.from_frame(rows[["distance", "horizon"]])
+    """For each row the number of the chosen row of its position and horizon, and whether there is one."""
+    cell = pd.MultiIndex.from_frame(rows[["position", "horizon"]])
     numbers = pd.Series(np.arange(len(rows)), cell)[np.asarray(chosen)].reindex(cell, fill_value=-1)
     return numbers.to_numpy(), numbers.to_numpy() >= 0
 
@@ -190,30 +192,30 @@ class Cell:
     Attributes:
         location: TransformerLens hook, without the layer.
         layer: The layer.
-        distance: Tokens before the anchor.
+        position: Where it reads, in or near its example.
         horizon: Sentences ahead.
         solver: How it was fitted.
     """
 
     location: str
     layer: int
-    distance: int
+    position: Position
     horizon: int = 1
     solver: str = "softmax"
 
     def __str__(self) -> str:
-        return f"{self.location}, layer {self.layer}, distance {self.distance}, horizon {self.horizon}"
+        return f"{self.location}, layer {self.layer}, position {self.position}, horizon {self.horizon}"
 
     @property
     def key(self) -> str:
         """Its name in the file of probes."""
-        return "|".join(map(str, (self.solver, self.location, self.layer, self.distance, self.horizon)))
+        return "|".join(map(str, (self.solver, self.location, self.layer, self.position, self.horizon)))
 
     @classmethod
     def of(cls, key: str) -> Cell:
         """The cell of a name in the file of probes."""
-        solver, location, layer, distance, horizon = key.split("|")
-        return cls(location, int(layer), int(distance), int(horizon), solver)
+        solver, location, layer, position, horizon = key.split("|")
+        return cls(location, int(layer), as_position(position), int(horizon), solver)
 
 
 @dataclass(frozen=True)
@@ -231,6 +233,11 @@ class LinearProbe:
     def log_probabilities(self, activations: Tensor) -> Tensor:
         """Log-probabilities of the classes in nats, given activations `[..., width]`."""
         return (activations.float() @ self.coef + self.intercept).log_softmax(dim=-1)
+
+
+def _sorted(values: Iterable[int | str]) -> list[str]:
+    """Distinct values, numbers before words."""
+    return [str(value) for value in sorted({*values}, key=lambda value: (isinstance(value, str), value))]
 
 
 def probes_file(folder: Path, variant: str, seed: int) -> Path:
@@ -277,8 +284,8 @@ class SavedProbes:
         """
         if f"{cell.key}|coef" not in self._tensors:
             known = "; ".join(
-                f"{name}s {', '.join(map(str, sorted({getattr(other, name) for other in self.cells})))}"
-                for name in ("location", "layer", "distance", "horizon", "solver")
+                f"{name}s {', '.join(_sorted(getattr(other, name) for other in self.cells))}"
+                for name in ("location", "layer", "position", "horizon", "solver")
             )
             raise ProbekitError(
                 f"{self._folder} has no {cell.solver} probe of {self._variant!r} at {cell}; it has {known}"

@@ -44,7 +44,7 @@ class Held:
     Args:
         activations: Where they come from.
         splits: Examples of the splits.
-        distances: Number of distances; every stack has as many probes for each of its hook points.
+        positions: Number of positions; every stack has as many probes for each of its hook points.
         memory: Bytes for what is held and what `load` returns.
         folder: Where the file is made.
         device: Where solvers want activations.
@@ -59,20 +59,20 @@ class Held:
         self,
         activations: Activations,
         splits: Mapping[str, Examples],
-        distances: int,
+        positions: int,
         memory: float,
         folder: Path,
         device: torch.device,
     ) -> None:
         self.stacks, self.dtype = activations.stacks, activations.dtype
-        self._splits, self._distances, self._device = dict(splits), distances, device
+        self._splits, self._positions, self._device = dict(splits), positions, device
         self._written: dict[str, list[slice]] = {split: [] for split in splits}
         self._group, room = GROUP_SHARE * memory, (1 - GROUP_SHARE) * memory
         self._tensors: dict[tuple[str, int], Tensor] = {}
         self._begin: dict[tuple[str, int], int] = {}
         spilled = 0
         for number, stack in enumerate(self.stacks):
-            probes = len(stack.points) * distances
+            probes = len(stack.points) * positions
             sizes = {name: len(e) * stack.width * self.dtype.itemsize for name, e in splits.items()}
             kept = min(probes, int(room // sum(sizes.values())))
             room -= kept * sum(sizes.values())
@@ -83,7 +83,7 @@ class Held:
                 spilled += (probes - kept) * size
         self._file: IO[bytes] | None = None
         if spilled:
-            _check_room(folder, spilled, "raise probe.memory, or read fewer hook points or distances")
+            _check_room(folder, spilled, "raise probe.memory, or read fewer hook points or positions")
             self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - open as long as this is held
             self._file.truncate(spilled)  # what other processes read is zero here
 
@@ -101,7 +101,7 @@ class Held:
         """The probes that are fitted together: the number of their stack, and which of its probes."""
         examples = sum(map(len, self._splits.values()))
         for number, stack in enumerate(self.stacks):
-            probes = len(stack.points) * self._distances
+            probes = len(stack.points) * self._positions
             size = max(1, int(self._group // (4 * examples * stack.width)))
             yield from ((number, slice(first, min(first + size, probes))) for first in range(0, probes, size))
 
@@ -124,8 +124,8 @@ class Held:
             yield (
                 rows,
                 [
-                    self._read(split, number, slice(0, len(stack.points) * self._distances), rows)
-                    .unflatten(0, (len(stack.points), self._distances))
+                    self._read(split, number, slice(0, len(stack.points) * self._positions), rows)
+                    .unflatten(0, (len(stack.points), self._positions))
                     .to(self._device)
                     for number, stack in enumerate(self.stacks)
                 ],
@@ -235,7 +235,7 @@ def write_store(
         total = sum(rows.stop - rows.start for _, rows in missing)
         size = (
             reader.dtype.itemsize
-            * len(reader.distances)
+            * len(reader.positions)
             * total
             * sum(len(s.points) * s.width for s in reader.stacks)
         )
@@ -274,7 +274,7 @@ def store_contents(reader: Reader, splits: Mapping[str, Examples]) -> dict[str, 
         "precision": precision_of(run.device, config.training.precision),
         "conditioning": conditioning if variant in VARIANTS else None,
         "temperature": config.mixing.temperature if variant in VARIANTS else None,
-        "distances": [*reader.distances],
+        "positions": [*reader.positions],
         "points": [_key(point) for stack in reader.stacks for point in stack.points],
         "examples": {split: _digest(examples) for split, examples in splits.items()},
     }
@@ -305,7 +305,8 @@ def _key(point: HookPoint) -> str:
 
 def _digest(examples: Examples) -> str:
     """Identifies where examples are, and their order."""
-    return hashlib.sha256(np.ascontiguousarray(examples.start, dtype=np.int64).tobytes()).hexdigest()[:12]
+    places = np.stack([examples.start, examples.stop]).astype(np.int64)
+    return hashlib.sha256(places.tobytes()).hexdigest()[:12]
 
 
 def _shard_name(examples: Examples, rows: slice) -> str:

@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 
+from probekit.config import Position
 from probekit.data.corpus import Corpus, ranges
 from probekit.data.tokenizer import vocabulary_size
 from probekit.errors import ProbekitError
@@ -67,6 +68,7 @@ class Target:
         names: Names of the classes; empty where numbers are enough.
         kind: Whether labels are classes, or numbers: float64, NaN where there is none, and `classes` is 0.
         notes: Lines to show the user.
+        positions: Where probes read if `probe.positions` is unset.
     """
 
     name: str
@@ -76,13 +78,14 @@ class Target:
     names: tuple[str, ...] = ()
     kind: Literal["classes", "numbers"] = "classes"
     notes: tuple[str, ...] = ()
+    positions: tuple[Position, ...] = (1, 2, 3, 4, 6, 8)
 
-    def anchors(self, corpus: Corpus, anchors: Literal["sentence", "token"]) -> np.ndarray:
+    def anchors(self, corpus: Corpus, anchors: Literal["start", "token"]) -> np.ndarray:
         """How many examples each document can have `[documents]`."""
         documents = len(corpus.split)
         if not isinstance(self.labels, Ranges):
-            return np.diff(corpus.document_sentences if anchors == "sentence" else corpus.document_tokens)
-        lengths = None if anchors == "sentence" else self.labels.stop - self.labels.start
+            return np.diff(corpus.document_sentences if anchors == "start" else corpus.document_tokens)
+        lengths = None if anchors == "start" else self.labels.stop - self.labels.start
         return np.bincount(self.labels.document, lengths, minlength=documents).astype(np.int64)
 
 
@@ -119,9 +122,16 @@ class Examples:
     def __getitem__(self, rows: slice | np.ndarray) -> Examples:
         return Examples(*(getattr(self, field.name)[rows] for field in fields(self)))
 
-    def positions(self, distance: int) -> np.ndarray:
-        """Where probes read at a distance before the first token, in `corpus.tokens` `[examples]`."""
-        return self.start - distance
+    def bounds(self, position: Position) -> tuple[np.ndarray, np.ndarray]:
+        """The first and the last token that a probe reads at a position, in `corpus.tokens` `[examples]`."""
+        if position == "mean":
+            return self.start, self.stop - 1
+        at = self.stop - 1 if position == "last" else self.start - (0 if position == "first" else position)
+        return at, at
+
+    def last_read(self, position: Position) -> np.ndarray:
+        """The last token that a probe reads at a position, in `corpus.tokens` `[examples]`."""
+        return self.bounds(position)[1]
 
 
 def find_examples(
@@ -129,7 +139,7 @@ def find_examples(
     documents: np.ndarray,
     target: Target,
     horizons: Sequence[int],
-    anchors: Literal["sentence", "token"] = "sentence",
+    anchors: Literal["start", "token"] = "start",
 ) -> Examples:
     """Makes an example of every sentence or token of some documents; labels that do not exist are `NO_LABEL`.
 
@@ -143,7 +153,7 @@ def find_examples(
     if isinstance(target.labels, Ranges):
         return _of_ranges(corpus, documents, target.labels, horizons, anchors)
     first, last = corpus.document_sentences[documents], corpus.document_sentences[documents + 1]
-    if anchors == "sentence":
+    if anchors == "start":
         sentence = ranges(first, last)
         document = np.repeat(documents, last - first)
         first_token = np.append(corpus.first_token, corpus.document_tokens[-1])
@@ -179,12 +189,14 @@ def _of_ranges(
     return Examples(document, start, stop, sentence, corpus.group[document], labelled.labels[rows][:, None])
 
 
-def reached(corpus: Corpus, examples: Examples, distance: int) -> np.ndarray:
-    """Whether the document has a token at a distance before each example `[examples]`, bool.
+def reached(corpus: Corpus, examples: Examples, position: Position) -> np.ndarray:
+    """Whether the document of each example has a token at a position `[examples]`, bool.
 
     The separator in front of a document is not one of its tokens: nothing has been read there.
     """
-    return examples.positions(distance) > corpus.document_tokens[examples.document]
+    at = examples.last_read(position)
+    begin, end = (corpus.document_tokens[examples.document + behind] for behind in (0, 1))
+    return (at > begin) & (at < end)
 
 
 def find_target(corpus: Corpus, name: str) -> Target:

@@ -229,7 +229,7 @@ def probes_above_ceiling(run: Run) -> Iterator[str]:
         worst = above.sort_values("shortfall_high").iloc[0]
         yield (
             f"{len(above):,} of {len(probes):,} probes are above the ceiling by more than their intervals, "
-            f"the most {worst.variant}, {worst.location}, layer {worst.layer}, distance {worst.distance}, "
+            f"the most {worst.variant}, {worst.location}, layer {worst.layer}, position {worst.position}, "
             f"horizon {worst.horizon}: by {number(-worst.shortfall)} bits. {LEAK}"
         )
 

@@ -1,6 +1,6 @@
 """What all figures are drawn with: colours and their scales, points and lines with intervals, heat maps.
 
-Colours have one meaning everywhere: viridis for amounts and for whatever has an order (layers, distances),
+Colours have one meaning everywhere: viridis for amounts and for whatever has an order (layers, positions),
 red and blue around zero for differences, the colour-blind palette for names.
 """
 
@@ -19,6 +19,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.typing import ColorType
 
+from probekit.config import reading_order
 from probekit.reports.display import with_interval
 
 AMOUNTS, DIFFERENCES = "viridis", "RdBu_r"
@@ -139,13 +140,14 @@ def draw_line(axes: Axes, rows: pd.DataFrame, x: str, name: str, colour: ColorTy
 def heat_map(
     axes: Axes, cells: pd.DataFrame, columns: Sequence[str], scale: ScalarMappable, **style: Any
 ) -> list[pd.DataFrame]:
-    """Draws the first column by layer (upwards) and distance (leftwards), annotated with the second.
+    """Draws the first column by layer (upwards) and position (in reading order), annotated with the second.
 
     Returns:
-        Each column as a table of layers and distances, in the order in which they are drawn.
+        Each column as a table of layers and positions, in the order in which they are drawn.
     """
+    order = reading_order(cells.position)
     tables = [
-        cells.pivot_table(column, "layer", "distance", aggfunc="first", dropna=False).iloc[::-1, ::-1]
+        cells.pivot_table(column, "layer", "position", aggfunc="first", dropna=False).iloc[::-1][order]
         for column in columns
     ]
     colours = {"cmap": scale.cmap, "norm": scale.norm}

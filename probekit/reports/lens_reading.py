@@ -266,11 +266,11 @@ def kept_probes(
         raise ProbekitError(f"{run.folder} keeps no linear probes; run `probekit probe {run.folder}`")
     record = read_probe_record(run.folder)
     probed = record.config.probe
-    if (probed.target, probed.labels, probed.anchors) != ("action", None, "sentence"):
+    if (probed.target, probed.labels, probed.anchors) != ("action", None, "start"):
         raise ProbekitError(
-            f"the probes of {run.folder} read {probed.target!r} at every {probed.anchors}, but the "
+            f"the probes of {run.folder} read {probed.target!r} (probe.anchors {probed.anchors}), but the "
             "lens shows the next sentence's action; run "
-            f"`probekit probe {run.folder} --probe.target action --probe.anchors sentence`"
+            f"`probekit probe {run.folder} --probe.target action --probe.anchors start`"
         )
     known = [name for name in probed.variants if name in seeds]
     variant = known[0] if variant is None else variant
@@ -280,11 +280,13 @@ def kept_probes(
             f"for others run `probekit probe {run.folder} --probe.variants ...`"
         )
     saved, seed = SavedProbes(folder, variant, seeds[variant]), seeds[variant]
-    cells = [cell for cell in saved.cells if cell.horizon == 1]
+    before = {cell: cell.position for cell in saved.cells if cell.horizon == 1}
+    cells = {cell: d for cell, d in before.items() if isinstance(d, int) and d > 0}
     solver = next((solver for solver in LINEAR_SOLVERS if solver in {cell.solver for cell in cells}), None)
     if solver is None:
         raise ProbekitError(
-            f"the probes in {folder} have no horizon 1; run `probekit probe {run.folder} --probe.horizons 1`"
+            f"the probes in {folder} have none of horizon 1 that reads before a sentence; run "
+            f"`probekit probe {run.folder} --probe.horizons 1 --probe.positions 1`"
         )
 
     found = sorted({(cell.location, cell.layer) for cell in cells})
@@ -294,8 +296,8 @@ def kept_probes(
     ):
         for value in asked or ():
             if value not in there:
-                names = ", ".join(map(str, there))
-                raise ProbekitError(f"{option} has {value!r}, where no probe reads; there are {names}")
+                known_ones = ", ".join(map(str, there))
+                raise ProbekitError(f"{option} has {value!r}, where no probe reads; there are {known_ones}")
     points = [
         (location, layer)
         for each in dict.fromkeys([*probed.locations, *(location for location, _ in found)])
@@ -306,14 +308,15 @@ def kept_probes(
     if not points:
         raise ProbekitError("--locations and --layers together leave no point that a probe reads; give one")
 
-    distances = sorted({cell.distance for cell in cells})
+    distances = sorted({*cells.values()})
+    names = [str(distance) for distance in distances]
     rows = run.probes().query("horizon == 1")
     own = rows.query("reader == 'probe' and variant == @variant and solver == @solver and seed == @seed")
-    own = own.set_index(["location", "layer", "distance"])
-    own = own.loc[[(*point, distance) for point in points for distance in distances]]
+    own = own.set_index(["location", "layer", "position"])
+    own = own.loc[[(*point, name) for point in points for name in names]]
     free = own.validation_cross_entropy.where(~own.injected).fillna(float("inf")).to_numpy()
     baselines = {
-        name: baseline.set_index("distance").loc[distances]
+        name: baseline.set_index("position").loc[names]
         for name in BASELINES
         if len(baseline := rows[rows.reader == name])
     }
@@ -427,7 +430,7 @@ def read_text(
     tokens = np.arange(len(cut.pieces))
     following = np.searchsorted(cut.first_token, tokens, side="right")
     actions = np.where(cut.known, cut.actions, NONE)
-    reader = Reader(alone, probes.variant, probes.points, [0], probes.seed)
+    reader = Reader(alone, probes.variant, probes.points, ["first"], probes.seed)
     with progress.task("read the text", total=len(tokens)) as task:
         top, probability, true_probability = _read(probes, reader, np.append(actions, NONE)[following], task)
 
@@ -486,7 +489,7 @@ def _read(
     Returns:
         The most probable action, its probability, and that of the true action, each `[cells, tokens]`.
     """
-    # Every token is an anchor that is read at itself; token 0 of the document is the separator.
+    # Every token is an example; token 0 of the document is the separator.
     zeros = np.zeros(len(true), np.int64)
     examples = Examples.of_tokens(zeros, 1 + np.arange(len(true)), zeros, np.zeros((len(true), 1), np.int64))
     chunks = []

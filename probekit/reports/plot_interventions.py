@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from probekit.errors import ProbekitError
 from probekit.reports.display import decimals_for, number
 from probekit.reports.drawing import BOUNDS, COLOUR, NotebookFigure, colour_scale, draw_line, heat_map
-from probekit.reports.plot_probes import DISTANCE, Panel
+from probekit.reports.plot_probes import Panel
 from probekit.run.run import Run
 
 PROBES = "read"
@@ -172,13 +172,13 @@ def _draw_map(axes: Axes, cells: pd.DataFrame, scale: ScalarMappable) -> None:
     text = text.where(~close, "(" + text + ")") + cells.injected.astype(bool).map({True: "+", False: ""})
     heat_map(
         axes,
-        cells.assign(text=text),
+        cells.assign(text=text, position=cells.distance.astype(str)),
         ["value", "text"],
         scale,
         annot_kws={"fontsize": 7},
         cbar_kws={"format": "{x:.3g}"},
     )
-    axes.set_xlabel(DISTANCE, fontsize=8)
+    axes.set_xlabel("distance: tokens before the target", fontsize=8)
     axes.set_ylabel("layer", fontsize=8)
     axes.tick_params(labelsize=7, rotation=0)
     if (bar := axes.collections[0].colorbar) is not None:

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from probekit.config import nearest, reading_order
 from probekit.errors import ProbekitError
 from probekit.io import atomic_path
 from probekit.models.hook_points import label
@@ -25,9 +26,9 @@ def plot_over_training(
 ) -> Figure:
     """Plots a metric of probes against training steps.
 
-    Left, by layer at the nearest distance; right, by distance at the best layer, which is chosen on
+    Left, by layer at the nearest position; right, by position at the best layer, which is chosen on
     validation documents at the last step. Bands are 95 % intervals from resampling documents. Below are the
-    stage's losses. The bigram and the ceiling, which depend on the distance, are drawn on the left alone.
+    stage's losses. The bigram and the ceiling, which depend on the position, are drawn on the left alone.
 
     Args:
         run: A run whose checkpoints were probed.
@@ -57,7 +58,7 @@ def over_training_numbers(
     """Collects the numbers of `plot_over_training` from a table of `probe_checkpoints`.
 
     Returns:
-        A row for each step, reader, layer and distance: means over seeds of `value`, `low`, `high`,
+        A row for each step, reader, layer and position: means over seeds of `value`, `low`, `high`,
         `validation_cross_entropy` and `documents`.
 
     Raises:
@@ -77,7 +78,7 @@ def over_training_numbers(
     columns = {"value": metric, "low": f"{metric}_low", "high": f"{metric}_high"}
     columns |= {"validation_cross_entropy": "validation_cross_entropy"}
     rows = rows.assign(**{name: rows.get(column, np.nan) for name, column in columns.items()})
-    cell = rows.groupby(["step", "reader", "layer", "distance"], dropna=False, sort=True)
+    cell = rows.groupby(["step", "reader", "layer", "position"], dropna=False, sort=True)
     means = cell[[*columns, "documents"]].mean().reset_index()
     return means.assign(metric=metric, variant=chosen.variant, location=chosen.location, solver=chosen.solver)
 
@@ -85,20 +86,20 @@ def over_training_numbers(
 def draw_over_training(numbers: pd.DataFrame, losses: pd.DataFrame) -> Figure:
     """Draws `over_training_numbers` above the losses of the stage by step."""
     probes = numbers[(numbers.reader == "probe") & numbers.value.notna()]
-    near, last = probes.distance.min(), probes[probes.step == probes.step.max()]
-    best = last.loc[last[last.distance == near].validation_cross_entropy.idxmin()].layer
+    near, last = nearest(probes.position), probes[probes.step == probes.step.max()]
+    best = last.loc[last[last.position == near].validation_cross_entropy.idxmin()].layer
     figure = NotebookFigure(figsize=(10.4, 5.4), layout="constrained")
     grid = figure.subplots(2, 2, sharex=True, height_ratios=[3.4, 1.6])
     for axes, below, by, own, title in (
-        (*grid[:, 0], "layer", probes[probes.distance == near], f"by layer, distance {near}"),
-        (*grid[:, 1], "distance", probes[probes.layer == best], f"by distance, layer {int(best)}"),
+        (*grid[:, 0], "layer", probes[probes.position == near], f"by layer, position {near}"),
+        (*grid[:, 1], "position", probes[probes.layer == best], f"by position, layer {int(best)}"),
     ):
-        lines = [*own.groupby(by)]
-        for (value, rows), colour in zip(lines, colours_in_order(len(lines)), strict=True):
-            rows, name = rows.sort_values("step"), f"{by} {int(str(value))}"
-            draw_line(axes, rows, "step", name, colour, marker="o", markersize=3)
-        readers = numbers[(numbers.distance == near) & (numbers.step == numbers.step.max())]
-        # On the right, distances differ: only the prior does not depend on them.
+        values = sorted(own.layer.unique()) if by == "layer" else reading_order(own.position)[::-1]
+        for value, colour in zip(values, colours_in_order(len(values)), strict=True):
+            rows = own[own[by] == value].sort_values("step")
+            draw_line(axes, rows, "step", f"{by} {value}", colour, marker="o", markersize=3)
+        readers = numbers[(numbers.position == near) & (numbers.step == numbers.step.max())]
+        # On the right, positions differ: only the prior does not depend on them.
         readers = readers[readers.reader.isin(BESIDE if by == "layer" else ["prior"])]
         for reader, value in readers.dropna(subset="value").set_index("reader").value.items():
             colour, style = BASELINE_STYLES[str(reader)]

@@ -1,4 +1,4 @@
-"""Plots of the probe grid: panels of layers by distances, heat maps, curves against distance, baselines.
+"""Plots of the probe grid: panels of layers by positions, heat maps, curves by position, baselines.
 
 Several seeds are drawn as their mean: value and interval are means over seeds, thin lines are single seeds.
 Intervals describe other test documents, not other seeds.
@@ -7,7 +7,7 @@ Intervals describe other test documents, not other seeds.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.typing import ColorType
 
+from probekit.config import NAMED, reading_order
 from probekit.errors import ProbekitError
 from probekit.io import atomic_path, write_text
 from probekit.models.hook_points import label, per_layer
@@ -69,7 +70,7 @@ BASELINE_STYLES = {
 }
 """Colour and line style of the baselines and ceilings."""
 
-DISTANCE = "distance: tokens before the target"
+POSITION = "position: tokens before the target"
 INJECTED = "the target's own action was added"
 
 
@@ -77,7 +78,7 @@ INJECTED = "the target's own action was added"
 
 
 class Panel(NamedTuple):
-    """One picture's part of the probe grid: all layers and distances of a variant at a location."""
+    """One picture's part of the probe grid: all layers and positions of a variant at a location."""
 
     variant: str
     location: str
@@ -114,23 +115,23 @@ def panels(table: pd.DataFrame) -> list[Panel]:
 
 
 def mean_over_seeds(cells: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Averages a metric and its interval over seeds, by layer and distance.
+    """Averages a metric and its interval over seeds, by layer and position.
 
     Returns:
-        Columns `layer`, `distance`, `value`, `low`, `high` (NaN where the metric has no interval) and
+        Columns `layer`, `position`, `value`, `low`, `high` (NaN where the metric has no interval) and
         `injected`. A cell that is empty for one seed is empty.
     """
     bounds = {"value": metric, "low": f"{metric}_low", "high": f"{metric}_high"}
     parts = pd.DataFrame(
         {
             "layer": cells.layer.astype("Int64"),
-            "distance": cells.distance,
+            "position": cells.position,
             **{name: cells.get(column, np.nan) for name, column in bounds.items()},
             "injected": cells.injected.astype(bool),
         }
     )
     parts["missing"] = parts.value.isna()
-    cell = parts.groupby(["layer", "distance"])
+    cell = parts.groupby(["layer", "position"])
     means = cell[list(bounds)].mean().join(cell[["injected", "missing"]].any()).reset_index()
     means.loc[means.pop("missing"), list(bounds)] = np.nan
     return means
@@ -139,10 +140,10 @@ def mean_over_seeds(cells: pd.DataFrame, metric: str) -> pd.DataFrame:
 def best_layer(cells: pd.DataFrame) -> int | None:
     """Returns the layer with the lowest mean cross-entropy on validation documents; None if all are empty.
 
-    The mean is over the distances at which no layer is injected, or over all if there is no such distance.
+    The mean is over the positions at which no layer is injected, or over all if there is no such position.
     """
     fitted = cells[cells.validation_cross_entropy.notna()]
-    injected = fitted.groupby("distance").injected.transform("any").astype(bool)
+    injected = fitted.groupby("position").injected.transform("any").astype(bool)
     fitted = fitted if injected.all() else fitted[~injected]
     means = fitted.groupby("layer").validation_cross_entropy.mean()
     return None if means.empty else int(means.index[int(means.argmin())])
@@ -165,7 +166,7 @@ def probe_scale(means: Sequence[pd.DataFrame], metric: str) -> ScalarMappable:
 def draw_heat_map(
     axes: Axes, cells: pd.DataFrame, metric: str, scale: ScalarMappable, *, numbers: bool = True
 ) -> None:
-    """Draws a metric of one panel's probes by layer and distance.
+    """Draws a metric of one panel's probes by layer and position.
 
     A star marks cells where the target's own action was injected, a dash empty cells. Injected cells have no
     gain, since they are compared with no baseline: they show the star alone.
@@ -185,7 +186,7 @@ def draw_heat_map(
     for row, column in np.argwhere(values.isna().to_numpy()):
         mark = "*" if stars.iloc[row, column] == "*" else "–"
         axes.text(column + 0.5, row + 0.5, mark, ha="center", va="center")
-    axes.set(xlabel=DISTANCE, ylabel="layer")
+    axes.set(xlabel=POSITION, ylabel="layer")
     axes.tick_params(axis="y", rotation=0)
 
 
@@ -196,15 +197,15 @@ def draw_heat_maps(
     cells = [panel.cells(table) for panel in chosen]
     means = [mean_over_seeds(one, metric) for one in cells]
     scale = scale or probe_scale(means, metric)
-    distances, layers = cells[0].distance.nunique(), cells[0].layer.nunique()
-    figure, grid = panel_grid(len(chosen), 3, max(2.4, 0.42 * distances), max(1.1, 0.28 * layers) + 0.55)
+    positions, layers = cells[0].position.nunique(), cells[0].layer.nunique()
+    figure, grid = panel_grid(len(chosen), 3, max(2.4, 0.42 * positions), max(1.1, 0.28 * layers) + 0.55)
     with mpl.rc_context({"font.size": 7}):
         for axes, panel, own in zip(grid, chosen, cells, strict=True):
-            draw_heat_map(axes, own, metric, scale, numbers=distances <= 12)
+            draw_heat_map(axes, own, metric, scale, numbers=positions <= 12)
             axes.set(xlabel="", ylabel="")
             axes.set_title(panel.variant, fontsize=9)
             axes.tick_params(labelsize=8)
-    figure.supxlabel(DISTANCE, fontsize=9)
+    figure.supxlabel(POSITION, fontsize=9)
     figure.supylabel("layer", fontsize=9)
     colour_bar(figure, grid, scale, pd.concat(means).value, METRICS[metric])
     star = f"\n* {INJECTED}" if any(one.injected.any() for one in cells) else ""
@@ -212,25 +213,34 @@ def draw_heat_maps(
     return figure
 
 
-# Curves against distance
+# Curves by position
 
 
 def draw_curve(
     axes: Axes, cells: pd.DataFrame, metric: str, name: str, colour: ColorType, style: Any = "-"
 ) -> None:
-    """Draws a metric of one layer's probes against distance, with its 95 % interval.
+    """Draws a metric of one layer's probes by position, with its 95 % interval, on axes of `position_axis`.
 
-    Points where the target's own action was injected are hollow. Several seeds are thin lines, too.
+    Numbers of tokens are joined by a line, named positions are not. Points where the target's own action was
+    injected are hollow. Several seeds are thin lines, too.
     """
     repetitions = [column for column in ("run", "seed") if column in cells]
-    seeds = [seed.sort_values("distance") for _, seed in cells.groupby(repetitions)]
+    seeds = [_joined(seed) for _, seed in cells.groupby(repetitions)]
     for seed in seeds if len(seeds) > 1 else ():
-        axes.plot(seed.distance, seed[metric], color=colour, linewidth=0.5, alpha=0.6, label="_seed")
-    means = mean_over_seeds(cells, metric).sort_values("distance")
-    draw_line(axes, means, "distance", name, colour, linestyle=style)
+        axes.plot(seed.position, seed[metric], color=colour, linewidth=0.5, alpha=0.6, label="_seed")
+    means = mean_over_seeds(cells, metric)
+    draw_line(axes, _joined(means), "position", name, colour, linestyle=style)
+    named = means[means.position.isin(NAMED)]
+    axes.vlines(named.position, named.low, named.high, color=colour, alpha=0.5)
     for injected, points in means.groupby("injected"):
         face = "white" if injected else colour
-        axes.scatter(points.distance, points.value, s=16, facecolors=[face], edgecolors=[colour], zorder=3)
+        axes.scatter(points.position, points.value, s=16, facecolors=[face], edgecolors=[colour], zorder=3)
+
+
+def _joined(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of numeric positions, far before near."""
+    numeric = rows[~rows.position.isin(NAMED)]
+    return numeric.sort_values("position", key=lambda names: -names.astype(int))
 
 
 def draw_layers(axes: Axes, cells: pd.DataFrame, metric: str) -> None:
@@ -245,26 +255,27 @@ def draw_layers(axes: Axes, cells: pd.DataFrame, metric: str) -> None:
 def draw_baselines(axes: Axes, baselines: pd.DataFrame, metric: str) -> None:
     """Draws a line for each baseline or ceiling that has the metric, averaged over runs and seeds."""
     for reader, (shade, style) in BASELINE_STYLES.items():
-        line = baselines[baselines.reader == reader].groupby("distance")[metric].mean().dropna()
-        if len(line):
-            axes.plot(line.index, line, color=shade, linestyle=style, linewidth=1.2, label=reader)
+        means = (
+            baselines[baselines.reader == reader].groupby("position")[metric].mean().dropna().reset_index()
+        )
+        if len(means):
+            line, named = _joined(means), means[means.position.isin(NAMED)]
+            axes.plot(line.position, line[metric], style, color=shade, linewidth=1.2, label=reader)
+            axes.plot(named.position, named[metric], "_", color=shade, markersize=10, label="_named")
 
 
-def set_distance_axis(axes: Axes, distances: Sequence[int], metric: str) -> None:
-    """Labels the axes of curves: distance from far to near on a log scale, and the metric."""
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(distances, map(str, distances))
-    axes.set_xticks([], minor=True)
-    axes.invert_xaxis()
+def position_axis(axes: Axes, positions: Iterable[str], metric: str) -> None:
+    """Prepares the axes of curves: positions in reading order, evenly spaced, and the metric."""
+    axes.xaxis.update_units(reading_order(positions))
     axes.axhline(0.0, color="0.4", linewidth=0.8, label="_zero")
-    axes.set_xlabel(DISTANCE)
+    axes.set_xlabel(POSITION)
     axes.set_ylabel(METRICS[metric])
 
 
 def draw_curves(
     table: pd.DataFrame, panel: Panel, metric: str, draw: Callable[[Axes], bool], title: str
 ) -> Figure:
-    """Draws curves against distance beside the baselines and ceilings of a panel.
+    """Draws curves by position beside the baselines and ceilings of a panel.
 
     Args:
         table: The results.
@@ -275,10 +286,10 @@ def draw_curves(
     """
     figure = NotebookFigure(figsize=(8.4, 4.4), layout="constrained")
     axes = figure.subplots()
+    probed = table[(table.reader == "probe") & table.accuracy.notna()]
+    position_axis(axes, probed.position, metric)
     draw_baselines(axes, panel.baselines(table), metric)
     injected = draw(axes)
-    probed = table[(table.reader == "probe") & table.accuracy.notna()]
-    set_distance_axis(axes, sorted(probed.distance.unique()), metric)
     hollow = f"; hollow: {INJECTED}" if injected else ""
     documents = f"{int(probed.documents.max()):,} test documents"
     axes.set_title(f"{title}\n{documents}{hollow}", fontsize=10, parse_math=False)
@@ -298,7 +309,7 @@ def plot_probes(
     horizon: int | None = None,
     solver: str | None = None,
 ) -> Figure:
-    """Plots heat maps of probes by layer and distance.
+    """Plots heat maps of probes by layer and position.
 
     Args:
         run: A probed run.
@@ -325,9 +336,9 @@ def plot_curve(
     horizon: int | None = None,
     solver: str | None = None,
 ) -> Figure:
-    """Plots a metric against distance: each variant at its best layer, beside baselines and ceilings.
+    """Plots a metric by position: each variant at its best layer, beside baselines and ceilings.
 
-    The best layer has the lowest cross-entropy on validation documents, averaged over distances.
+    The best layer has the lowest cross-entropy on validation documents, averaged over positions.
 
     Args:
         run: A probed run.
@@ -405,7 +416,7 @@ def probe_heat_map(table: pd.DataFrame, panel: Panel, metric: str = "accuracy") 
 
 
 def probe_lines(table: pd.DataFrame, panel: Panel, metric: str = "accuracy") -> Figure:
-    """Draws a panel's curves against distance, one for each layer, and the baselines."""
+    """Draws a panel's curves by position, one for each layer, and the baselines."""
     cells = panel.cells(table)
 
     def draw(axes: Axes) -> bool:

@@ -285,15 +285,15 @@ def _probe_pictures(run: Run, table: pd.DataFrame) -> Iterator[Picture]:
         file = re.sub(r"[^\w-]+", "_", f"{location}_h{horizon}_{solver}")
         yield Picture(
             f"heatmap_{file}",
-            f"{name}: test accuracy by layer and distance, all on one scale.",
-            f"Heat maps of accuracy by layer and distance at {location}, for {shown}.",
+            f"{name}: test accuracy by layer and position, all on one scale.",
+            f"Heat maps of accuracy by layer and position at {location}, for {shown}.",
             svg_of(plot_probes(run, variants, **where)),
             place >= UNFOLDED,
         )
         yield Picture(
             f"curve_{file}",
-            f"{name}: accuracy of each variant's best layer against distance, with baselines and ceilings.",
-            f"Accuracy against distance at {location}, for {shown}, beside baselines and ceilings.",
+            f"{name}: accuracy of each variant's best layer by position, with baselines and ceilings.",
+            f"Accuracy by position at {location}, for {shown}, beside baselines and ceilings.",
             svg_of(plot_curve(run, variants, **where)),
             place >= UNFOLDED,
         )
@@ -305,7 +305,7 @@ def over_training(run: Run) -> Iterator[Section]:
         table = run.probes_over_training(stage)
         picture = Picture(
             f"over_training_{stage.replace('/', '_')}",
-            f"Test accuracy at {table.step.nunique():,} steps of {stage}, by layer and by distance; bands "
+            f"Test accuracy at {table.step.nunique():,} steps of {stage}, by layer and by position; bands "
             f"are {INTERVALS}, and below are the losses.",
             f"Accuracy against training steps of {stage}; the table below has the best layer at every step.",
             svg_of(plot_over_training(run, stage)),

@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from probekit.config import nearest, reading_order
 from probekit.data.corpus import Corpus, action_table, sentence_lengths, sizes
 from probekit.models.hook_points import label
 from probekit.reports.display import (
@@ -176,7 +177,7 @@ def generation_notes(metrics: pd.DataFrame) -> Iterator[str]:
 
 
 def probe_tables(table: pd.DataFrame, best: pd.DataFrame) -> list[Table]:
-    """The best cells, and the baselines and ceilings at the same distances and horizons.
+    """The best cells, and the baselines and ceilings at the same positions and horizons.
 
     Args:
         table: All rows of `probekit probe`.
@@ -184,21 +185,21 @@ def probe_tables(table: pd.DataFrame, best: pd.DataFrame) -> list[Table]:
     """
     cells = best.sort_values(["horizon", "variant", "location", "solver", "seed"])
     examples = int(table.examples[table.accuracy.notna()].max())
-    keys = ["target", "variant", "location", "solver", "layer", "distance", "horizon", "seed"]
+    keys = ["target", "variant", "location", "solver", "layer", "position", "horizon", "seed"]
     caption = (
         f"Best cells, chosen on validation documents, on {examples:,} test examples of "
         f"{int(table.documents.max()):,} documents"
     )
     metrics = ["accuracy", "bits", "gain", "gain_over", "selectivity", "compression"]
-    beside = table[table.reader != "probe"].merge(best[["distance", "horizon"]].drop_duplicates())
+    beside = table[table.reader != "probe"].merge(best[["position", "horizon"]].drop_duplicates())
     return [
         display(
             caption, cells, [*keys, *metrics], optional=["target", "solver", "horizon", "seed", *metrics[-2:]]
         ),
         display(
-            "Baselines and ceilings at the distances and horizons of these cells, on the same examples",
-            beside.sort_values(["horizon", "distance"], kind="stable"),
-            ["reader", "distance", "horizon", "seed", "accuracy", "bits"],
+            "Baselines and ceilings at the positions and horizons of these cells, on the same examples",
+            beside.sort_values(["horizon", "distance", "position"], kind="stable"),
+            ["reader", "position", "horizon", "seed", "accuracy", "bits"],
             optional=["seed"],
         ),
     ]
@@ -230,7 +231,7 @@ def unreliable_probes(probes: pd.DataFrame) -> Iterator[str]:
     empty = probes[probes.accuracy.isna()]
     if len(empty):
         where = "; ".join(
-            f"distance {', '.join(map(str, sorted(cells.distance.unique())))} of horizon {horizon}"
+            f"position {', '.join(reading_order(cells.position))} of horizon {horizon}"
             for horizon, cells in empty.groupby("horizon")
         )
         yield f"{len(empty):,} of {len(probes):,} cells are empty (too few examples): {where}"
@@ -247,10 +248,10 @@ def best_by_step(table: pd.DataFrame) -> pd.DataFrame:
         table: Rows of `probe_checkpoints`.
 
     Returns:
-        A row for every variant, location, solver, horizon, seed and step, at the nearest distance.
+        A row for every variant, location, solver, horizon, seed and step, at the nearest position.
     """
     probes = table[(table.reader == "probe") & table.accuracy.notna()]
-    near = probes[probes.distance == probes.distance.min()]
+    near = probes[probes.position == nearest(probes.position)]
     keys = ["variant", "location", "solver", "horizon", "seed", "step"]
     return near.loc[near.groupby(keys).validation_cross_entropy.idxmin()].sort_values(keys, kind="stable")
 
@@ -260,8 +261,8 @@ def over_training_table(table: pd.DataFrame, stage: str) -> Table:
     best = best_by_step(table)
     keys = ["variant", "location", "solver", "horizon", "seed"]
     return display(
-        f"Best layer after each step of {stage}, chosen on validation documents, at distance "
-        f"{best.distance.min()}, on {int(best.documents.max()):,} test documents ({INTERVALS})",
+        f"Best layer after each step of {stage}, chosen on validation documents, at position "
+        f"{best.position.iloc[0]}, on {int(best.documents.max()):,} test documents ({INTERVALS})",
         best,
         [*keys[:3], "step", "layer", *keys[3:], "accuracy", "bits", "gain", "gain_over"],
         optional=keys,

@@ -134,7 +134,7 @@ def print_probes(results: ProbeResults) -> None:
 
 
 def print_over_training(results: TrainingProbes, picture: Path) -> None:
-    """The layer that is best on validation documents at every checkpoint, at the nearest distance."""
+    """The layer that is best on validation documents at every checkpoint, at the nearest position."""
     print_tables([tables.over_training_table(results.table, results.stage)])
     print_lines(
         too_few(int(tables.best_by_step(results.table).documents.max())),

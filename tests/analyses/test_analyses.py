@@ -124,8 +124,9 @@ def test_figure_3_of_several_variants(tiny_run: Run, tmp_path: Path, figure_3):
         for variant in ("none", "random", "soft"):
             cells = Panel(variant, location).cells(table)
             line = next(line for line in axes.lines if line.get_label() == variant)
-            shown = cells[cells.layer == 2].sort_values("distance")
-            np.testing.assert_allclose(line.get_xydata(), shown[["distance", "accuracy"]].astype(float))
+            shown = cells[cells.layer == 2].sort_values("distance", ascending=False)
+            assert line.get_xdata().tolist() == shown.position.tolist()
+            np.testing.assert_allclose(line.get_ydata(), shown.accuracy)
         assert {*BASELINES} <= {line.get_label() for line in axes.lines}
         assert ("best layer: none 2, random 2, soft 2" in axes.get_title()) == (
             location != "ln_final.hook_out"
@@ -168,7 +169,7 @@ def test_runs_that_differ_in_their_seed_are_averaged(tiny_run: Run, tmp_path: Pa
     assert {*numbers.run} == {"seed0", "seed4"}
     lines = panels_below(figure)[0].lines
     mean = next(line for line in lines if line.get_label() == "none")
-    expected = [accuracy_of(2, distance) + 0.02 for distance in mean.get_xdata()]
+    expected = [accuracy_of(2, int(name)) + 0.02 for name in mean.get_xdata()]
     np.testing.assert_allclose(mean.get_ydata(), expected)
     assert [line.get_label() for line in lines].count("_seed") == 4
 

@@ -20,7 +20,7 @@ WIDTH, SIZE = 32, 16
 @pytest.fixture
 def planted(probed_copy: Run, quick_probes: dict[str, Any]) -> Callable[[dict[tuple[int, int], slice]], Run]:
     """Makes the run one in which some heads alone write, each into some features; the first tells actions."""
-    last = {"probe.layers": [2], "probe.distances": [1], "probe.l2": [0.01, 0.1]}
+    last = {"probe.layers": [2], "probe.positions": [1], "probe.l2": [0.01, 0.1]}
     return lambda heads: _planted(probed_copy, heads, quick_probes | last)
 
 
@@ -58,7 +58,7 @@ def _tell(run: Run, layer: int, head: int) -> None:
     """Gives every sentence the action that a head tells right before it, as a linear probe would read it."""
     corpus = run.corpus
     target = find_target(corpus, "action")
-    examples = find_examples(corpus, np.arange(len(corpus.split)), target, (1,), "sentence")
+    examples = find_examples(corpus, np.arange(len(corpus.split)), target, (1,), "start")
     chunks = Reader(run, "none", [("attn.hook_z", layer)], (1,)).chunks(examples)
     z = torch.cat([block[0, 0] for _, (block,) in chunks])[:, SIZE * head : SIZE * (head + 1)]
     drawn = torch.randn(SIZE, corpus.k, generator=torch.Generator().manual_seed(0))

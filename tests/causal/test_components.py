@@ -80,7 +80,7 @@ def test_positions_are_those_of_sentences(stride: int, probed_run: Run, plain: M
 
 
 def test_states_are_what_probes_are_fitted_on(probed_run: Run, plain: MaskedLM):
-    settings = probed_run.config.probe.model_copy(update={"distances": (1,)})
+    settings = probed_run.config.probe.model_copy(update={"positions": (1,)})
     grid = make_grid(probed_run.corpus, settings, find_target(probed_run.corpus, "action"), 0)
     examples = grid.examples["test"]
     (expected,) = Reader(probed_run, "none", [("hook_resid_post", 2)], (1,)).read(examples)

@@ -176,7 +176,7 @@ def conditioned(probed_copy: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
     write_tensors(path, tensors)
     run = Run.open(probed_copy.folder)
     one = {"probe.l2": [0.01], "probe.control": False, "probe.code_length": False, "probe.layers": [2]}
-    probe(run, one | {"probe.distances": [1, 2, 3], "probe.variants": ["oracle"]}, quiet=True)
+    probe(run, one | {"probe.positions": [1, 2, 3], "probe.variants": ["oracle"]}, quiet=True)
     return run
 
 
@@ -207,7 +207,7 @@ def test_erasing_behind_the_adapter_removes_the_plan(conditioned: Run):
 
 def erased(run: Run, activations: torch.Tensor) -> torch.Tensor:
     """Activations as an eraser of the run's own examples leaves them."""
-    one = run.config.probe.model_copy(update={"distances": (1,), "horizons": (1,)})
+    one = run.config.probe.model_copy(update={"positions": (1,), "horizons": (1,)})
     grid = make_grid(run.corpus, one, find_target(run.corpus, "action"), 0)
     moments = read_moments(run, "oracle", [HEADS], grid, Progress(quiet=True))
     assert moments[HEADS, 1].dtype == torch.float64

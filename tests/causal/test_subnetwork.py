@@ -86,7 +86,7 @@ def test_information_that_is_carried_twice_is_found_by_a_refitted_probe(planted:
 
 def read_half(run: Run) -> None:
     """Saves a probe that does not read what the second head writes, but is as good as that allows."""
-    settings = run.config.probe.model_copy(update={"distances": (1,)})
+    settings = run.config.probe.model_copy(update={"positions": (1,)})
     grid = make_grid(run.corpus, settings, find_target(run.corpus, "action"), 0)
     reader, parts = Reader(run, "none", [("hook_resid_post", 2)], (1,)), []
     for split in ("probe", "validation"):

@@ -12,7 +12,7 @@ def test_the_demo_goes_all_the_way_and_does_nothing_twice(
     capsys: Capture, copy: Path, tiny_config: Config, monkeypatch: pytest.MonkeyPatch
 ):
     config = tiny_config.override(
-        {"probe.variants": ["soft"], "probe.layers": [1], "probe.distances": [1, 2]}
+        {"probe.variants": ["soft"], "probe.layers": [1], "probe.positions": [1, 2]}
     )
     monkeypatch.setattr(Config, "from_preset", lambda name: {"demo": config}[name])
     weights = copy / "lm" / "model.safetensors"

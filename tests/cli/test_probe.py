@@ -16,7 +16,7 @@ from probekit.run.run import Run
 
 
 def test_probing_writes_table_and_pictures(capsys: Capture, copy: Path):
-    words = ["--probe.layers", "0", "--probe.distances", "1", "2", "--probe.variants", "none"]
+    words = ["--probe.layers", "0", "--probe.positions", "1", "2", "--probe.variants", "none"]
     out = printed(capsys, "probe", copy, *words, "--quiet")
     table = Run.open(copy).probes()
     probes = table[table.reader == "probe"]
@@ -45,8 +45,8 @@ def test_a_store_of_activations_is_used_again(capsys: Capture, copy: Path):
     printed(capsys, *words)
     assert [path.stat().st_mtime_ns for path in shards] == times
     assert Run.open(copy).probes().equals(first)
-    line = refused(capsys, *words, "--probe.distances", "2", "3")
-    assert "none-seed0 stores activations of another distances: [1], but [2, 3]" in line
+    line = refused(capsys, *words, "--probe.positions", "2", "3")
+    assert "none-seed0 stores activations of another positions: [1], but [2, 3]" in line
     assert "delete it, or run without --store" in line
 
 

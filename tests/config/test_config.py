@@ -81,7 +81,7 @@ def test_any_value_survives_yaml(
     tmp_path_factory: pytest.TempPathFactory, rate: float, seed: int, path: str, distances: list[int]
 ):
     config = Config().override(
-        {"training.lm.learning_rate": rate, "seed": seed, "corpus.path": path, "probe.distances": distances}
+        {"training.lm.learning_rate": rate, "seed": seed, "corpus.path": path, "probe.positions": distances}
     )
     file = tmp_path_factory.getbasetemp() / "any.yaml"
     file.write_text(config.to_yaml(), "utf-8")
@@ -130,7 +130,7 @@ def test_unknown_setting_gets_the_nearest(wrong: str, near: str):
         ("mixing.temperature", math.nan),
         ("training.lm.epochs", math.inf),
         ("mixing.variants", "soft"),
-        ("probe.distances", []),
+        ("probe.positions", []),
     ],
 )
 def test_wrong_value_names_setting_and_value(name: str, value: object):

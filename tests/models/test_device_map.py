@@ -176,7 +176,7 @@ def test_every_command_runs_a_placed_lm(
         "evaluation.window": 16,
         "probe.variants": ["none", "random", "soft"],
         "probe.layers": [0, 2],
-        "probe.distances": [1],
+        "probe.positions": [1],
         "probe.solvers": ["ridge"],
         "probe.code_length": False,
     }

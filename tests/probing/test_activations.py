@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def read(reader: Reader, examples: Examples) -> dict[HookPoint, Tensor]:
         end = part.stop
         for block, values in zip(reader.stacks, blocks, strict=True):
             assert values.shape == (
-                len(block.points), len(reader.distances), part.stop - part.start, block.width
+                len(block.points), len(reader.positions), part.stop - part.start, block.width
             )  # fmt: skip
             assert values.dtype == torch.float32
             for place, value in zip(block.points, values, strict=True):
@@ -154,12 +155,15 @@ class Watched:
         """All places at a position, in the window that scores its next token, cut off after the position."""
         corpus = self._run.corpus
         document = int(np.searchsorted(corpus.document_tokens, position, side="right")) - 1
-        start = int(corpus.document_tokens[document])
+        start = int(corpus.document_tokens[document]) + (corpus.bos_rule == "none")
         stop = window
         while stop < position + 1 - start:
             stop += stride
         begin = start + stop - window
         tokens = corpus.tokens[begin : position + 1].astype(np.int64)
+        if corpus.bos_rule == "every-window":
+            tokens[0] = corpus.separator
+            assert len(tokens) > 1, "the token that the separator replaces is read before"
         if self._conditioned is not None:
             self._added = self._actions(document, begin, position)
         self._model(torch.from_numpy(tokens)[None])
@@ -251,6 +255,90 @@ def test_the_bridge_reads_the_same(tiny_run: Run, variant: str, monkeypatch: pyt
     assert {*taken} == {BridgeBackend}
     for place, values in found.items():
         torch.testing.assert_close(values, expected[place], rtol=1e-4, atol=1e-4)
+
+
+POSITIONS = (17, 1, 0, -2, "first", "last", "mean")
+
+
+def ranges_of(run: Run, documents: np.ndarray) -> Examples:
+    """Every sentence that all positions reach, and the whole of every document, the last token among them."""
+    corpus = run.corpus
+    found = find_examples(corpus, documents, find_target(corpus, "action"), (1,))
+    near = np.all([reached(corpus, found, position) for position in POSITIONS], axis=0)
+    found = found[np.flatnonzero(near)]
+    whole = replace(
+        found,
+        start=np.where(found.sentence % 5 == 0, corpus.document_tokens[found.document] + 18, found.start),
+        stop=np.where(found.sentence % 5 < 2, corpus.document_tokens[found.document + 1], found.stop),
+    )
+    assert {*corpus.document_tokens[documents + 1]} <= {*whole.stop}
+    return whole
+
+
+@pytest.mark.parametrize("variant", ["none", "soft"])
+@pytest.mark.parametrize("bos", ["document", "every-window", "none"])
+@pytest.mark.parametrize(("window", "stride"), [(48, 24), (12, 11), (9, 9)])
+def test_every_position_equals_passes_one_by_one(
+    tiny_run: Run, window: int, stride: int, bos: str, variant: str
+):
+    """Also means of ranges in several windows, and a document's last token, which predicts nothing."""
+    run = loud(tiny_run.with_settings({"evaluation.batch_size": 3}))
+    run.corpus = replace(tiny_run.corpus, facts=tiny_run.corpus.facts | {"bos": bos})
+    if bos == "every-window":
+        stride = min(stride, window - 1)
+    examples, places = (
+        ranges_of(run, np.array([4, 31])),
+        [("hook_resid_post", 2), ("mlp.hook_post", 1), BEFORE],
+    )
+    found = read(Reader(run, variant, places, POSITIONS, windows=(window, stride)), examples)
+    slow = Watched(run, run.plain_model(), run.model(variant) if variant == "soft" else None)
+    seen = cache(lambda token: slow.at(token, window, stride))
+    for row in range(0, len(examples), 2):
+        for p, position in enumerate(POSITIONS):
+            first, last = (int(bound[row]) for bound in examples.bounds(position))
+            for place, values in found.items():
+                expected = torch.stack([seen(token)[place] for token in range(first, last + 1)]).mean(0)
+                torch.testing.assert_close(values[p, row], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["none", "soft"])
+def test_the_last_token_of_all_is_that_of_a_plain_pass(tiny_run: Run, variant: str):
+    corpus = tiny_run.corpus
+    begin, sentences = int(corpus.document_tokens[7]), int(corpus.document_sentences[7])
+    cut = {"tokens": corpus.tokens[begin : begin + 40], "document_tokens": np.array([0, 40])}
+    first = corpus.first_token[sentences : sentences + 4] - begin
+    cut |= {"first_token": first, "document_sentences": np.array([0, len(first)])}
+    cut |= {name: getattr(corpus, name)[sentences : sentences + 4] for name in ("embeddings", "actions")}
+    run = settings(tiny_run, 48, 24)
+    run.corpus = replace(corpus, **cut)
+    zero, one = np.array([0]), np.array([1])
+    examples = Examples(zero, one, np.array([40]), zero, zero, zero[:, None])
+    found = read(Reader(run, variant, PLACES, ["last", "mean"]), examples)
+    if variant == "none":
+        tokens = torch.from_numpy(run.corpus.tokens.astype(np.int64))[None]
+        with torch.no_grad():
+            hidden = run.plain_model()(tokens, output_hidden_states=True).hidden_states
+        torch.testing.assert_close(found["hook_resid_post", 0][0, 0], hidden[1][0, -1], rtol=1e-4, atol=1e-4)
+        mean = hidden[1][0, 1:].mean(0)
+        torch.testing.assert_close(found["hook_resid_post", 0][1, 0], mean, rtol=1e-4, atol=1e-4)
+
+
+def test_means_are_summed_in_float32(tiny_run: Run, monkeypatch: pytest.MonkeyPatch):
+    """In an LM of half precision too: there, sums of hundreds of activations would lose their last digits."""
+    run = tiny_run.with_settings({"lm.dtype": "bfloat16"})
+    examples = ranges_of(run, np.array([4]))
+    reader = Reader(run, "none", [("hook_resid_post", 1)], ["mean"], windows=(48, 24))
+    (found,) = reader.read(examples)
+    assert found.dtype == reader.dtype == torch.bfloat16
+    tokens = np.unique(
+        np.concatenate([np.arange(a, b) for a, b in zip(examples.start, examples.stop, strict=True)])
+    )
+    document = np.full(len(tokens), 4)
+    single = Reader(run, "none", [("hook_resid_post", 1)], ["first"], windows=(48, 24))
+    (alone,) = single.read(Examples.of_tokens(document, tokens, document, document[:, None]))
+    for row, (start, stop) in enumerate(zip(examples.start, examples.stop, strict=True)):
+        own = alone[0, 0, np.searchsorted(tokens, start) : np.searchsorted(tokens, stop)]
+        assert torch.equal(found[0, 0, row], own.double().mean(0).bfloat16())
 
 
 # What does not matter
@@ -533,8 +621,11 @@ def test_placement_leaves_out_what_nobody_asks_about(tiny_run: Run):
     assert (start[0], length[0]) == (begin, 6)  # up to the position before the first anchor
     assert start[-1] + length[-1] == end - 1
     assert len(start) <= 3
-    np.testing.assert_array_equal(
-        place.windows.start[place.window] + place.column, np.stack([anchor - 1, anchor - 4])
-    )
-    later = place.windows.start[place.window] > begin
-    assert (place.column[later] >= 10 - 4).all()  # tokens of context
+    pieces = place.pieces
+    assert pieces.goes_to.tolist() == [0, 1, 2, 3]
+    assert (pieces.end == pieces.begin + 1).all()
+    read = place.windows.start[pieces.window] + pieces.begin
+    np.testing.assert_array_equal(read, np.concatenate([anchor - 1, anchor - 4]))
+    np.testing.assert_array_equal(place.tokens_read.ravel(), pieces.end)
+    later = place.windows.start[pieces.window] > begin
+    assert (pieces.begin[later] >= 10 - 4).all()  # tokens of context

@@ -8,17 +8,18 @@ import numpy as np
 import pytest
 
 from probekit.data.corpus import export_sentences
-from probekit.evaluation.action_metrics import STRENGTHS
+from probekit.evaluation.action_metrics import STRENGTHS, fit_bigram
 from probekit.evaluation.baselines import SkipNgram, planner_log_probabilities
 from probekit.planted.ceilings import ceiling_log_probabilities, position_ceiling
 from probekit.probing import baselines
 from probekit.probing.baselines import ORDER, baseline_sums
 from probekit.probing.grid import Grid, make_grid
+from probekit.probing.results import CEILING
 from probekit.probing.targets import find_target
 from probekit.run.run import Run
 
 DISTANCES, HORIZONS = (1, 9), (1, 2)
-SETTINGS = {"probe.distances": list(DISTANCES), "probe.horizons": list(HORIZONS)}
+SETTINGS = {"probe.positions": list(DISTANCES), "probe.horizons": list(HORIZONS)}
 CELLS = [(distance, horizon) for distance in DISTANCES for horizon in HORIZONS]
 
 Walked = list[tuple[int, int, int]]
@@ -70,7 +71,7 @@ def rows_of(run: Run, grid: Grid) -> dict[tuple[str, int, int], dict[str, Any]]:
     found: dict[tuple[str, int, int], dict[str, Any]] = {}
     for part in baseline_sums(run, grid):
         for number, head in enumerate(part.readers):
-            key = head["reader"], head["distance"], head["horizon"]
+            key = head["reader"], head["position"], head["horizon"]
             assert key not in found
             found[key] = {"head": head} | {name: sums[:, number] for name, sums in part.sums.items()}
     return found
@@ -269,7 +270,7 @@ def test_the_bigram_of_a_column_is_given_the_label_before(tiny_run: Run, tmp_pat
 
 def test_every_token_as_anchor(tiny_run: Run):
     """Planner and ceiling know of each token's own sentence; others are given what is before it."""
-    run = tiny_run.with_settings({"probe.anchors": "token", "probe.distances": [1, 2], "probe.horizons": [2]})
+    run = tiny_run.with_settings({"probe.anchors": "token", "probe.positions": [1, 2], "probe.horizons": [2]})
     grid = grid_of(run)
     rows = rows_of(run, grid)
     counted = {"prior", "bigram", "bigram (current action)", "skip n-gram"}
@@ -280,6 +281,60 @@ def test_every_token_as_anchor(tiny_run: Run):
     assert len(test) > 4 * len(corpus.sentences(corpus.documents("test")))
     read = position_ceiling(run.config, corpus, test.start - 1, test.sentence + 1)
     check(rows["ceiling (tokens read)", 1, 2], read, test.labels[:, 0], test.document)
+
+
+# At and behind the first token
+
+
+def test_what_baselines_know_behind_the_first_token(tiny_run: Run):
+    """No bigram is given the label that is asked for, and a ceiling stands where it holds."""
+    positions = [1, 0, -1, -40, "last", "mean"]
+    run = tiny_run.with_settings({"probe.positions": positions, "probe.horizons": [1, 2]})
+    grid = grid_of(run)
+    rows, corpus, test = rows_of(run, grid), run.corpus, grid.examples["test"]
+    assert grid.positions == tuple(positions)
+    ahead = {position for name, position, _ in rows if name in ("ceiling (actions)", "ceiling (words)")}
+    assert ahead == {1}
+    exact = {
+        position: {h for name, at, h in rows if (name, at) == (CEILING, position)} for position in positions
+    }
+    assert exact == {position: set() if position == -40 else {1, 2} for position in positions}
+    nats = [rows[CEILING, position, 1]["cross_entropy"].sum() for position in (1, 0, -1, "last")]
+    assert nats == sorted(nats, reverse=True)
+    last = position_ceiling(run.config, corpus, test.stop - 1, test.sentence)
+    for position in ("last", "mean"):
+        check(rows[CEILING, position, 1], last, test.labels[:, 0], test.document)
+
+    current = rows["bigram (current action)", 1, 1]
+    for position in positions:
+        np.testing.assert_array_equal(rows["bigram", position, 1]["cross_entropy"], current["cross_entropy"])
+    # Of the sentence after it, the label of the whole sentence is the one that a bigram is given.
+    training = baselines.counted_examples(corpus, run.config.probe, grid, 0)
+    chosen = grid.examples["validation"]
+    own = fit_bigram(
+        corpus.actions[training.sentence].astype(np.int64),
+        training.labels[:, 1],
+        8,
+        (corpus.actions[chosen.sentence].astype(np.int64), chosen.labels[:, 1]),
+    )
+    log_p = own.log_probabilities(corpus.actions[test.sentence].astype(np.int64))
+    for position in ("last", "mean", -40):
+        check(rows["bigram", position, 2], log_p, test.labels[:, 1], test.document)
+    for position in (0, -1):
+        farther = rows["bigram (current action)", position, 2]
+        np.testing.assert_array_equal(rows["bigram", position, 2]["cross_entropy"], farther["cross_entropy"])
+
+
+def test_of_a_token_itself_the_ceiling_is_exact(tiny_run: Run):
+    settings = {"probe.anchors": "token", "probe.positions": [0, "mean", -1], "probe.horizons": [1]}
+    run = tiny_run.with_settings(settings)
+    grid = grid_of(run)
+    rows, test = rows_of(run, grid), grid.examples["test"]
+    # The token after a sentence's last one is in the next: nothing of that action is left to predict.
+    assert {position for name, position, _ in rows if name == CEILING} == {0, "mean"}
+    read = position_ceiling(run.config, run.corpus, test.start, test.sentence)
+    for position in (0, "mean"):
+        check(rows[CEILING, position, 1], read, test.labels[:, 0], test.document)
 
 
 # What is missing

@@ -132,7 +132,7 @@ def rows_of(scored: list[DocumentSums]) -> dict[tuple[Any, ...], tuple[Facts, di
     found = {}
     for part in scored:
         for number, head in enumerate(part.readers):
-            key = (head["solver"], (head["location"], head["layer"]), head["distance"], head["horizon"])
+            key = (head["solver"], (head["location"], head["layer"]), head["position"], head["horizon"])
             assert key not in found
             found[key] = head, {name: sums[:, number] for name, sums in part.sums.items()}
     return found

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from probekit.config import ProbeSettings
+from probekit.config import NAMED, Position, ProbeSettings
 from probekit.data.corpus import SPLITS, Corpus
 from probekit.errors import ProbekitError
 from probekit.probing import grid as grid_module
@@ -25,7 +25,7 @@ def grid_of(corpus: Corpus, seed: int = 0, target: Target | None = None, **setti
     return make_grid(corpus, ProbeSettings(**settings), target or find_target(corpus, "action"), seed)
 
 
-def walk(corpus: Corpus, split: str, settings: ProbeSettings) -> dict[int, set[tuple[int, int]]]:
+def walk(corpus: Corpus, split: str, settings: ProbeSettings) -> dict[int, set[tuple[Position, int]]]:
     """For every anchor of a split the cells that can use it; documents of any size are drawn."""
     found = {}
     action = find_target(corpus, "action")
@@ -34,33 +34,35 @@ def walk(corpus: Corpus, split: str, settings: ProbeSettings) -> dict[int, set[t
         text = range(int(corpus.document_tokens[document]) + 1, int(corpus.document_tokens[document + 1]))
         for anchor, labels in zip(examples.start.tolist(), examples.labels, strict=True):
             found[anchor] = {
-                (distance, horizon)
-                for distance in settings.distances
+                (position, horizon)
+                for position in settings.positions
                 for horizon, label in zip(settings.horizons, labels, strict=True)
-                if anchor - distance in text and label != NO_LABEL
+                if (isinstance(position, str) or anchor - position in text) and label != NO_LABEL
             }
     return found
 
 
-def slow_grid(corpus: Corpus, settings: ProbeSettings, least: int) -> tuple[list[int], list[int], dict]:
-    """Distances, horizons and shared anchors of each split, by the rule in words.
+def slow_grid(corpus: Corpus, settings: ProbeSettings, least: int) -> tuple[list[Position], list[int], dict]:
+    """Positions, horizons and shared anchors of each split, by the rule in words.
 
-    The farthest distance gives way until enough anchors are left, then the farthest horizon.
+    The position that fewest anchors reach gives way until enough are left, then the farthest horizon.
     """
     usable = {split: walk(corpus, split, settings) for split in USED}
 
-    def shared(distances: list[int], horizons: list[int]) -> dict[str, set[int]]:
-        cells = {(distance, horizon) for distance in distances for horizon in horizons}
+    def shared(positions: list[Position], horizons: list[int]) -> dict[str, set[int]]:
+        cells = {(position, horizon) for position in positions for horizon in horizons}
         return {
             split: {anchor for anchor, can in anchors.items() if cells <= can}
             for split, anchors in usable.items()
         }
 
-    near, soon = sorted(settings.distances), sorted(settings.horizons)
+    every = [{position for position, _ in cells} for can in usable.values() for cells in can.values()]
+    reach = Counter(position for positions in every for position in positions)
+    near, soon = sorted(settings.positions, key=lambda p: -reach[p]), sorted(settings.horizons)
     nearest = shared(near[:1], soon[:1])
 
-    def enough(distances: list[int], horizons: list[int]) -> bool:
-        left = shared(distances, horizons)
+    def enough(positions: list[Position], horizons: list[int]) -> bool:
+        left = shared(positions, horizons)
         return all(len(left[split]) >= max(least, len(nearest[split]) / 10) for split in USED)
 
     kept = [near[:n] for n in range(len(near), 0, -1) if enough(near[:n], soon[:1])]
@@ -68,7 +70,7 @@ def slow_grid(corpus: Corpus, settings: ProbeSettings, least: int) -> tuple[list
         return [], [], {}
     horizons = next(soon[:n] for n in range(len(soon), 0, -1) if enough(kept[0], soon[:n]))
     return (
-        [d for d in settings.distances if d in kept[0]],
+        [p for p in settings.positions if p in kept[0]],
         [h for h in settings.horizons if h in horizons],
         shared(kept[0], horizons),
     )
@@ -80,24 +82,24 @@ DOCUMENT = st.tuples(st.sampled_from(USED), st.lists(st.integers(1, 5), max_size
 @hypothesis_settings(max_examples=200, deadline=None)
 @given(
     st.lists(DOCUMENT, min_size=3, max_size=14),
-    st.lists(st.integers(1, 12), min_size=1, max_size=4, unique=True),
+    st.lists(st.integers(-6, 12) | st.sampled_from(NAMED), min_size=1, max_size=4, unique=True),
     st.lists(st.integers(1, 5), min_size=1, max_size=3, unique=True),
-    st.sampled_from(["sentence", "token"]),
+    st.sampled_from(["start", "token"]),
     st.integers(1, 6),
     st.integers(0, 5),
 )
-def test_the_grid_is_what_walking_gives(documents, distances, horizons, anchors, least: int, seed: int):
+def test_the_grid_is_what_walking_gives(documents, positions, horizons, anchors, least: int, seed: int):
     corpus = bare_corpus([*documents, *((split, [2, 1, 3]) for split in USED)])
-    settings = ProbeSettings(distances=distances, horizons=horizons, anchors=anchors)
+    settings = ProbeSettings(positions=positions, horizons=horizons, anchors=anchors)
     kept, soon, shared = slow_grid(corpus, settings, least)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grid_module, "MINIMUM_EXAMPLES", least)
         if not shared:
-            with pytest.raises(ProbekitError, match=f"no distance and horizon has {least} examples"):
+            with pytest.raises(ProbekitError, match=f"no position and horizon has {least} examples"):
                 make_grid(corpus, settings, find_target(corpus, "action"), seed)
             return
         grid = make_grid(corpus, settings, find_target(corpus, "action"), seed)
-    assert (list(grid.distances), list(grid.horizons)) == (kept, soon)
+    assert (list(grid.positions), list(grid.horizons)) == (kept, soon)
     assert list(grid.examples) == list(USED)
     for split, examples in grid.examples.items():
         assert set(examples.start.tolist()) == shared[split]
@@ -110,7 +112,7 @@ def test_the_grid_is_what_walking_gives(documents, distances, horizons, anchors,
         assert NO_LABEL not in examples.labels
         for n, horizon in enumerate(soon):
             assert np.array_equal(grid.labels(split, horizon), examples.labels[:, n])
-    cells = [(d, h) for d in distances for h in horizons if d not in kept or h not in soon]
+    cells = [(p, h) for p in positions for h in horizons if p not in kept or h not in soon]
     tested = walk(corpus, TESTED_ON, settings)
     assert grid.empty == {cell: sum(cell in can for can in tested.values()) for cell in cells}
 
@@ -122,7 +124,7 @@ def split_of(corpus: Corpus, documents: np.ndarray) -> set[str]:
     return {SPLITS[number] for number in corpus.split[documents]}
 
 
-@pytest.mark.parametrize("anchors", ["sentence", "token"])
+@pytest.mark.parametrize("anchors", ["start", "token"])
 def test_a_document_is_in_one_split_and_the_test_has_all_of_its_own(tiny_run: Run, anchors: str):
     corpus = tiny_run.corpus
     grid = grid_of(corpus, anchors=anchors)
@@ -132,16 +134,16 @@ def test_a_document_is_in_one_split_and_the_test_has_all_of_its_own(tiny_run: Ru
         assert numbers.tolist() == corpus.documents(split).tolist()
 
 
-@pytest.mark.parametrize("anchors", ["sentence", "token"])
+@pytest.mark.parametrize("anchors", ["start", "token"])
 @pytest.mark.parametrize("most", [40, 60, 100])
 def test_at_most_so_many_examples_by_whole_documents(
     tiny_run: Run, anchors: str, most: int, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(grid_module, "LEAST_DOCUMENTS", 1)
     corpus = tiny_run.corpus
-    most *= 1 if anchors == "sentence" else 12
-    grid = grid_of(corpus, anchors=anchors, max_examples=most, distances=[1])
-    whole = grid_of(corpus, anchors=anchors, distances=[1])
+    most *= 1 if anchors == "start" else 12
+    grid = grid_of(corpus, anchors=anchors, max_examples=most, positions=[1])
+    whole = grid_of(corpus, anchors=anchors, positions=[1])
     for split in (FITTED_ON, CHOSEN_ON):
         counts = Counter(whole.examples[split].document.tolist())
         drawn = Counter(grid.examples[split].document.tolist())
@@ -155,7 +157,7 @@ def test_at_most_so_many_examples_by_whole_documents(
 
 def test_few_long_documents_give_examples_spread_over_all():
     corpus = bare_corpus([(split, [3] * 100) for split in USED for _ in range(6)])
-    grid = grid_of(corpus, distances=[1], max_examples=50)
+    grid = grid_of(corpus, positions=[1], max_examples=50)
     for split in (FITTED_ON, CHOSEN_ON):
         examples = grid.examples[split]
         assert len(examples) <= 50
@@ -166,7 +168,7 @@ def test_few_long_documents_give_examples_spread_over_all():
 
 
 def test_seeds_draw_different_documents_and_the_same_seed_the_same(tiny_run: Run):
-    grids = [grid_of(tiny_run.corpus, seed, max_examples=40, distances=[1, 2]) for seed in (0, 0, 1, 2)]
+    grids = [grid_of(tiny_run.corpus, seed, max_examples=40, positions=[1, 2]) for seed in (0, 0, 1, 2)]
     for split in (FITTED_ON, CHOSEN_ON):
         same, again, *others = (grid.examples[split].start.tolist() for grid in grids)
         assert same == again
@@ -180,13 +182,13 @@ def test_seeds_draw_different_documents_and_the_same_seed_the_same(tiny_run: Run
 
 
 def test_empty_cells_are_noted(tiny_run: Run):
-    grid = grid_of(tiny_run.corpus, distances=[1, 500, 2], horizons=[90, 1])
-    assert (grid.distances, grid.horizons) == ((1, 2), (1,))
+    grid = grid_of(tiny_run.corpus, positions=[1, 500, 2], horizons=[90, 1])
+    assert (grid.positions, grid.horizons) == ((1, 2), (1,))
     assert grid.empty == {(1, 90): 0, (500, 90): 0, (500, 1): 0, (2, 90): 0}
     noted = [note for note in grid.notes if "is empty" in note]
     assert noted == [
-        f"distance {d}, horizon {h} is empty: 0 test examples, and in some split fewer than "
-        f"{MINIMUM_EXAMPLES}, or 10% of the nearest cell's"
+        f"position {d}, horizon {h} is empty: 0 test examples, and in some split fewer than "
+        f"{MINIMUM_EXAMPLES}, or 10% of the best reached cell's"
         for d, h in grid.empty
     ]
 
@@ -194,9 +196,9 @@ def test_empty_cells_are_noted(tiny_run: Run):
 def test_the_price_of_a_far_distance_is_noted():
     """Documents of five sentences of four tokens: distance 13 reaches back from the last one alone."""
     corpus = bare_corpus([(split, [4] * 5) for split in USED for _ in range(30)])
-    assert grid_of(corpus, distances=[1, 8]).notes == ()
-    (note,) = grid_of(corpus, distances=[13, 1]).notes
-    assert note.startswith("all cells share the 30 of 120 test anchors that distance 13 and horizon 1 leave")
+    assert grid_of(corpus, positions=[1, 8]).notes == ()
+    (note,) = grid_of(corpus, positions=[13, 1]).notes
+    assert note.startswith("all cells share the 30 of 120 test examples that position 13 and horizon 1 leave")
 
 
 @pytest.mark.parametrize("named", [False, True])
@@ -213,24 +215,24 @@ def test_classes_that_nobody_can_learn_are_noted(named: bool):
         return codes[sentence]
 
     target = Target("kind", 4, labels, codes, names)
-    (note,) = grid_of(corpus, target=target, distances=[1]).notes
+    (note,) = grid_of(corpus, target=target, positions=[1]).notes
     assert note.startswith("2 of 4 classes have fewer than two examples to fit on")
     assert ("(rare, unseen)" if named else "(2, 3)") in note
     assert "the 4 of 120 test examples that have them" in note
     codes[-4:] = 0  # rare, but nobody is asked
-    assert grid_of(corpus, target=target, distances=[1]).notes == ()
+    assert grid_of(corpus, target=target, positions=[1]).notes == ()
 
 
 # What is refused
 
 
 def test_nothing_left_is_refused_with_what_to_change(tiny_run: Run):
-    for settings in ({"distances": [500]}, {"horizons": [90]}):
+    for settings in ({"positions": [500]}, {"horizons": [90]}):
         with pytest.raises(ProbekitError, match=f"has {MINIMUM_EXAMPLES} examples in each") as caught:
             grid_of(tiny_run.corpus, **settings)
         line = str(caught.value)
         assert "\n" not in line
-        for name in ("probe.distances", "probe.horizons", "probe.max_examples"):
+        for name in ("probe.positions", "probe.horizons", "probe.max_examples"):
             assert name in line
 
 

@@ -165,7 +165,7 @@ def test_texts_that_the_corpus_does_not_have_are_counted(corpus: Corpus, tmp_pat
     assert "2 of 2 classes of 'tag' are seen once (a, b)" in target.notes[2]
 
 
-@pytest.mark.parametrize("anchors", ["sentence", "token"])
+@pytest.mark.parametrize("anchors", ["start", "token"])
 def test_examples_are_the_ranges_or_their_tokens(corpus: Corpus, tmp_path: Path, anchors: str):
     path = written(tmp_path, document=[2, 0, 0], start=[0, 0, 4], end=[7, 7, 11], tag=["a", "b", "a"])
     target = read(corpus, "tag", path)
@@ -175,7 +175,7 @@ def test_examples_are_the_ranges_or_their_tokens(corpus: Corpus, tmp_path: Path,
         (
             int(target.labels.document[n]),
             a,
-            b if anchors == "sentence" else a + 1,
+            b if anchors == "start" else a + 1,
             int(target.labels.labels[n]),
         )
         for n in order

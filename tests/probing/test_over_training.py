@@ -19,7 +19,7 @@ from probekit.training.train import train
 
 FAST = {
     "probe.layers": [0, 2],
-    "probe.distances": [1, 2],
+    "probe.positions": [1, 2],
     "probe.l2": [0.1],
     "probe.code_length": False,
     "probe.control": False,
@@ -67,7 +67,7 @@ def test_what_is_probed_is_not_probed_again(run: Run, results: over_training.Tra
     monkeypatch.setattr(
         over_training, "probe", lambda other, **_: asked.append(other.folder) or probe(other, quiet=True)
     )
-    probe_checkpoints(run, FAST | {"probe.distances": [1]}, quiet=True)
+    probe_checkpoints(run, FAST | {"probe.positions": [1]}, quiet=True)
     assert asked == [*run.checkpoints("lm").values()]
 
 

@@ -30,7 +30,7 @@ from probekit.probing.activations import Reader
 from probekit.probing.controls import control_labels
 from probekit.probing.grid import Grid, make_grid
 from probekit.probing.probe import ProbeResults, _grid_notes, probe
-from probekit.probing.results import COLUMNS
+from probekit.probing.results import CEILING, COLUMNS, Cell, SavedProbes
 from probekit.probing.targets import find_target
 from probekit.run.run import Run
 from probekit.training.train import train
@@ -39,7 +39,7 @@ DISTANCES, HORIZONS = (1, 3), (1, 2)
 WIDE: dict[str, Any] = {
     "probe.variants": ["none", "random", "soft", "fixed"],
     "probe.locations": ["hook_resid_post", "attn.hook_z:before", "attn.hook_z"],
-    "probe.distances": [*DISTANCES, 500],
+    "probe.positions": [*DISTANCES, 500],
     "probe.horizons": list(HORIZONS),
     "probe.solvers": ["softmax", "ridge"],
     "probe.l2": [0.03, 0.3],
@@ -49,7 +49,7 @@ SMALL: dict[str, Any] = {
     "probe.variants": ["random", "soft"],
     "probe.locations": ["hook_resid_post", "mlp.hook_post", "hook_embed"],
     "probe.layers": [0, 2],
-    "probe.distances": list(DISTANCES),
+    "probe.positions": list(DISTANCES),
     "probe.solvers": ["softmax", "lda"],
     "probe.l2": [0.1],
     "probe.max_examples": 150,
@@ -58,7 +58,7 @@ SMALL: dict[str, Any] = {
 """A small one, of two widths, with documents and weights drawn at random."""
 PLAIN = {"probe.control": False, "probe.code_length": False, "probe.variants": ["none"], "probe.l2": [0.1]}
 METRICS = ["accuracy", "top5", "cross_entropy", "bits"]
-KEY = ["reader", "solver", "variant", "seed", "location", "layer", "distance", "horizon"]
+KEY = ["reader", "solver", "variant", "seed", "location", "layer", "distance", "position", "horizon"]
 
 
 def copied(run: Run, folder: Path) -> Run:
@@ -155,7 +155,7 @@ def learned(learned_run: Run, tmp_path_factory) -> pd.DataFrame:
     settings = {
         "probe.variants": ["none", "random"],
         "probe.locations": ["hook_resid_pre", "hook_resid_post"],
-        "probe.distances": [1, 3],
+        "probe.positions": [1, 3],
         "probe.l2": [0.01, 0.1],
     }
     return table_of(learned_run, tmp_path_factory.mktemp("read"), settings)
@@ -190,7 +190,7 @@ def test_the_parquet_file_holds_the_table(wide: ProbeResults, loud_run: Run):
     pd.testing.assert_frame_equal(read, wide.table, check_exact=True)
     same(Run.open(wide.folder.parent).probes(), wide.table, check_exact=True)
     written = json.loads((wide.folder / "settings.json").read_text())
-    assert written["probe"]["distances"] == [*DISTANCES, 500]
+    assert written["probe"]["positions"] == [*DISTANCES, 500]
     assert written["documents"] == {"0": {"probe": 32, "validation": 16, "test": 16}}
     assert written["notes"] == wide.notes
 
@@ -228,7 +228,7 @@ def test_cells_with_too_few_examples_are_empty(wide: ProbeResults):
     assert probes.tokens_read.notna().all()
     assert not near.injected.isna().any()
     for horizon in HORIZONS:
-        assert any(f"distance 500, horizon {horizon} is empty" in note for note in wide.notes)
+        assert any(f"position 500, horizon {horizon} is empty" in note for note in wide.notes)
 
 
 def test_constant_activations_are_noted(wide: ProbeResults):
@@ -237,7 +237,7 @@ def test_constant_activations_are_noted(wide: ProbeResults):
     assert set(constant.reader) == {"token embedding"}
     assert set(constant.distance) == {1}
     assert (
-        "constant activations, which hold no information: hook_embed, layer 0, distance 1 (token embedding)"
+        "constant activations, which hold no information: hook_embed, layer 0, position 1 (token embedding)"
         in (wide.notes)
     )
     assert constant.bits.abs().max() < 0.05
@@ -445,10 +445,10 @@ def test_every_token_as_anchor_depends_on_its_own_sentence(loud_run: Run, tmp_pa
     """Most tokens lie within their sentence, whose action was added long before."""
     settings = PLAIN | {
         "probe.variants": ["soft", "none"],
-        "probe.starts": "token",
+        "probe.anchors": "token",
         "probe.solvers": ["ridge"],
     }
-    settings |= {"probe.distances": [1, 4], "probe.horizons": [1, 2], "probe.max_examples": 600}
+    settings |= {"probe.positions": [1, 4], "probe.horizons": [1, 2], "probe.max_examples": 600}
     table = table_of(loud_run, tmp_path, settings)
     probes = cells(table, reader="probe", layer=2)
     assert cells(probes, variant="soft", horizon=1).injected.all()
@@ -497,7 +497,7 @@ def test_an_action_written_into_a_layer_is_found_from_there_on(
     settings = PLAIN | {
         "probe.variants": ["oracle"],
         "probe.locations": ["hook_resid_pre", "attn.hook_z:before", "attn.hook_z", "hook_resid_post"],
-        "probe.distances": [1, 3],
+        "probe.positions": [1, 3],
         "probe.l2": [1e-3],
     }
     table = probe(run, settings, quiet=True).table
@@ -561,7 +561,7 @@ def test_shuffled_labels_are_not_read(learned_run: Run, tmp_path: Path):
     settings = PLAIN | {
         "actions.labels": "clusters",  # shuffled actions are impossible under the planted model
         "probe.locations": ["hook_resid_post", "attn.hook_z"],
-        "probe.distances": [1, 3, 5],
+        "probe.positions": [1, 3, 5],
         "probe.horizons": [1, 2],
         "probe.solvers": ["softmax", "lda"],
         "probe.max_examples": 1000,
@@ -603,7 +603,7 @@ def test_a_column_of_labels_that_the_token_before_determines(learned_run: Run, t
     known = common[0][np.argsort(-common[1])[:3]]
     table["before"] = np.select([before == token for token in known], ["one", "two", "three"], "other")
     table.to_csv(path, index=False)
-    settings = PLAIN | {"probe.target": "before", "probe.labels": str(path), "probe.distances": [1, 2]}
+    settings = PLAIN | {"probe.target": "before", "probe.labels": str(path), "probe.positions": [1, 2]}
     settings |= {"probe.layers": [0], "probe.locations": ["hook_resid_pre", "hook_embed"]}
     found = probe(run, settings | {"probe.l2": [1e-3]}, quiet=True).table
     assert (found.target == "before").all()
@@ -620,20 +620,56 @@ def test_a_column_of_labels_that_the_token_before_determines(learned_run: Run, t
 @pytest.mark.parametrize(
     ("settings", "least"),
     [
-        ({"probe.target": "token", "probe.starts": "token", "probe.distances": [1]}, 0.5),
-        ({"probe.target": "token", "probe.starts": "sentence", "probe.distances": [1]}, 0.1),
+        ({"probe.target": "token", "probe.anchors": "token", "probe.positions": [1]}, 0.5),
+        ({"probe.target": "token", "probe.anchors": "start", "probe.positions": [1]}, 0.1),
         ({"probe.target": "sentence-position"}, 0.1),
-        ({"probe.target": "document-type", "probe.distances": [2]}, 0.05),
+        ({"probe.target": "document-type", "probe.positions": [2]}, 0.05),
     ],
 )
 def test_other_targets_are_read(learned_run: Run, tmp_path: Path, settings: dict, least: float):
-    common = {"probe.layers": [1], "probe.max_examples": 4000, "probe.distances": [1, 2]}
+    common = {"probe.layers": [1], "probe.max_examples": 4000, "probe.positions": [1, 2]}
     common |= {"probe.solvers": ["ridge"], "probe.horizons": [1, 2]}
     table = table_of(learned_run, tmp_path, PLAIN | common | settings)
     assert (table.target == settings["probe.target"]).all()
     assert set(table.reader) == {"probe", "token embedding", "prior", "skip n-gram"}
     for row in cells(table, reader="probe", horizon=1).itertuples():
         assert row.bits_low > least, row.bits_low
+
+
+def test_a_token_is_read_from_its_own_embedding(learned_run: Run, tmp_path: Path):
+    """Word for word, and by no more than the baseline that is a probe of that embedding."""
+    settings = PLAIN | {"probe.target": "token", "probe.anchors": "token", "probe.max_examples": 4000}
+    settings |= {"probe.positions": [0, "last", "mean", 1], "probe.l2": [1e-4]}
+    settings |= {"probe.locations": ["hook_embed"]}
+    table = table_of(learned_run, tmp_path, settings)
+    probes, baseline = (
+        cells(table, reader=name).set_index("position") for name in ("probe", "token embedding")
+    )
+    assert probes.index.tolist() == ["0", "1", "last", "mean"]
+    assert probes.distance.tolist() == [0, 1, pd.NA, pd.NA]
+    for position in ("0", "last", "mean"):
+        assert probes.accuracy[position] > 0.99  # some tokens are too rare to be learned
+        assert cell(table, reader="skip n-gram", position=position).accuracy > 0.99
+        assert probes.bits[position] == pytest.approx(baseline.bits[position], abs=1e-6)
+        assert probes.accuracy[position] == probes.accuracy["0"]
+    assert probes.accuracy["1"] < 0.9
+    saved = SavedProbes(tmp_path / "run" / "probes", "none", 0)
+    assert {str(one.position) for one in saved.cells} == {*probes.index}
+    assert all(Cell.of(one.key) == one for one in saved.cells)
+
+
+def test_the_words_of_a_sentence_say_its_action(learned_run: Run, tmp_path: Path):
+    """More than anything before it can, as does the mean of their embeddings; nothing beats its ceiling."""
+    settings = PLAIN | {"probe.positions": [1, 0, "last", "mean"], "probe.locations": ["hook_resid_post"]}
+    table = table_of(learned_run, tmp_path, settings | {"probe.layers": [2], "probe.solvers": ["ridge"]})
+    probes = cells(table, reader="probe").set_index("position")
+    possible = cell(table, reader=CEILING, position="1").bits_high
+    assert (probes.loc[["last", "mean"]].bits_low > possible).all()
+    assert cell(table, reader="token embedding", position="mean").bits_low > possible
+    assert (probes.shortfall_high > 0).all()
+    # Nothing of the sentence is in what the bigram knows, wherever the probe reads.
+    assert len({*cells(table, reader="bigram").cross_entropy}) == 1
+    assert (probes.loc[["last", "mean"]].tokens_read > probes.tokens_read["0"]).all()
 
 
 # Choice and refusal
@@ -654,7 +690,7 @@ def test_best_cells_are_chosen_on_validation():
     ]
     columns = ["variant", "location", "layer", "seed", "validation_cross_entropy", "accuracy", "injected"]
     table = pd.DataFrame(rows, columns=columns).assign(
-        reader="probe", solver="softmax", horizon=1, distance=1
+        reader="probe", solver="softmax", horizon=1, position="1"
     )
     other = table[table.variant == "none"].assign(solver="ridge")
     other["validation_cross_entropy"] *= -1
@@ -673,7 +709,7 @@ def test_best_cells_are_chosen_on_validation():
 
 
 def test_layers_of_the_settings_and_locations_without_one(loud_run: Run, tmp_path: Path):
-    settings = PLAIN | {"probe.layers": [2, 0], "probe.distances": [2], "probe.solvers": ["ridge"]}
+    settings = PLAIN | {"probe.layers": [2, 0], "probe.positions": [2], "probe.solvers": ["ridge"]}
     settings |= {"probe.locations": ["ln_final.hook_out", "hook_resid_post", "hook_embed"]}
     run = copied(loud_run, tmp_path)
     table = probe(run.folder, settings, quiet=True).table
@@ -706,10 +742,10 @@ def test_layers_of_the_settings_and_locations_without_one(loud_run: Run, tmp_pat
             {"probe.locations": ["hook_nothing:before"]},
             r"probe\.locations is 'hook_nothing'.*hook_resid_post",
         ),
-        ({"probe.distances": [500, 600]}, r"no distance and horizon has 20 examples.*probe\.distances"),
+        ({"probe.positions": [500, 600]}, r"no position and horizon has 20 examples.*probe\.positions"),
         ({"probe.max_examples": 12}, r"probe\.max_examples is 12"),
         (
-            {"probe.max_examples": 60, "probe.distances": [1, 60], "probe.seeds": [0, 2]},
+            {"probe.max_examples": 60, "probe.positions": [1, 60], "probe.seeds": [0, 2]},
             r"probe\.max_examples is 60, so few .* empty for some of probe\.seeds",
         ),
         ({"probe.target": "plan"}, r"probe\.target is 'plan'; it must be one of action, token"),

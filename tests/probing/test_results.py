@@ -59,7 +59,7 @@ def make_scored(seed: int = 0, **validation: float) -> list[DocumentSums]:
     known = {"prior": 2.1, "bigram": 1.7, "skip n-gram": 1.9} | validation
     made = []
     for horizon, distance in itertools.product(HORIZONS, DISTANCES):
-        cell = {"distance": distance, "horizon": horizon}
+        cell = {"position": distance, "horizon": horizon}
         for reader, loss in FREE.items():
             loss_known = {"reader": reader, "validation_cross_entropy": known[reader]}
             made.append(sums_of([loss_known | cell], loss, generator))
@@ -69,7 +69,7 @@ def make_scored(seed: int = 0, **validation: float) -> list[DocumentSums]:
         for horizon in reversed(HORIZONS):
             readers = [
                 {"reader": "probe", "solver": "softmax", "variant": variant, "seed": 7}
-                | {"location": "hook_resid_post", "layer": layer, "distance": distance, "horizon": horizon}
+                | {"location": "hook_resid_post", "layer": layer, "position": distance, "horizon": horizon}
                 | {"injected": variant == "soft" and layer == 1 and distance == 1, "constant": False}
                 | {"l2": 0.1, "iterations": 9, "converged": True, "validation_cross_entropy": 1.5}
                 | {"fitted_on": 400, "code_length": 1.5, "compression": 2.0}
@@ -82,7 +82,7 @@ def make_scored(seed: int = 0, **validation: float) -> list[DocumentSums]:
 
 EMPTY: list[Facts] = [
     {"reader": "probe", "solver": "softmax", "variant": "none", "seed": 7, "location": "hook_resid_post"}
-    | {"layer": layer, "distance": 9, "horizon": 1, "examples": 3}
+    | {"layer": layer, "position": 9, "horizon": 1, "examples": 3}
     for layer in (0, 1)
 ]
 
@@ -102,7 +102,7 @@ def sums_by_row(scored: list[DocumentSums]) -> dict[tuple[Any, ...], tuple[Facts
     found = {}
     for one in scored:
         for number, head in enumerate(one.readers):
-            key = head["reader"], head.get("variant"), head.get("layer"), head["distance"], head["horizon"]
+            key = head["reader"], head.get("variant"), head.get("layer"), head["position"], head["horizon"]
             found[key] = head, {name: sums[:, number] for name, sums in one.sums.items()}
     return found
 
@@ -205,7 +205,7 @@ def test_empty_cells_have_counts_and_nothing_else(table: pd.DataFrame):
     empty = table[table.distance == 9]
     assert len(empty) == 2
     assert (empty.examples == 3).all()
-    named = ["reader", "solver", "variant", "seed", "location", "layer", "distance", "horizon"]
+    named = ["reader", "solver", "variant", "seed", "location", "layer", "position", "distance", "horizon"]
     assert empty[named].notna().all(axis=None)
     assert not empty.injected.any()
     assert empty.drop(columns=[*named, "injected", "examples"]).isna().all(axis=None)
@@ -308,10 +308,10 @@ def test_kept_probes_have_the_accuracy_of_the_table(variant: str, solver: str, p
     grid = make_grid(probed.corpus, probed.config.probe, find_target(probed.corpus, "action", None), 0)
     saved = SavedProbes(probed.folder / "probes", variant, 0)
     points = [("hook_resid_post", 2), ("attn.hook_z", 1)]
-    (blocks,) = [Reader(probed, variant, points, grid.distances).read(grid.examples[TESTED_ON])]
+    (blocks,) = [Reader(probed, variant, points, grid.positions).read(grid.examples[TESTED_ON])]
     labels = torch.from_numpy(grid.labels(TESTED_ON, 1))
     for (location, layer), activations in zip(points, (part for b in blocks for part in b), strict=True):
-        for distance, X in zip(grid.distances, activations, strict=True):
+        for distance, X in zip(grid.positions, activations, strict=True):
             found = saved[Cell(location, layer, distance, solver=solver)].log_probabilities(X)
             row = table[
                 (table.reader == "probe") & (table.variant == variant) & (table.solver == solver)
@@ -324,7 +324,7 @@ def test_kept_probes_have_the_accuracy_of_the_table(variant: str, solver: str, p
 def test_only_linear_probes_are_kept(probed: Run):
     saved = SavedProbes(probed.folder / "probes", "none", 0)
     assert {cell.solver for cell in saved.cells} == {"softmax", "ridge"}
-    assert len(saved.cells) == 2 * 2 * 3 * len(probed.config.probe.distances)
+    assert len(saved.cells) == 2 * 2 * 3 * len(probed.config.probe.positions)
     assert all(Cell.of(cell.key) == cell for cell in saved.cells)
     cells = [Cell("hook_resid_post", layer, 1) for layer in range(3)]
     X = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(0))
@@ -351,7 +351,7 @@ def test_what_is_not_kept(variant: str, seed: int, cell: Cell | None, said: str,
 
 
 def test_a_record_is_read_back(tmp_path: Path):
-    config = Config().override({"probe.distances": [1, 5]})
+    config = Config().override({"probe.positions": [1, 5]})
     documents = {"3": {"probe": 4, "validation": 2, "test": 1}}
     record = {"notes": ["one"], "of": {"version": "0"}, "documents": documents}
     write_json(tmp_path / "probes" / "settings.json", config.model_dump(mode="json") | record)

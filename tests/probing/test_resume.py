@@ -15,7 +15,7 @@ from probekit.run.run import Run
 
 FEW = {
     "probe.layers": [0, 2],
-    "probe.distances": [1, 2],
+    "probe.positions": [1, 2],
     "probe.l2": [0.1],
     "probe.solvers": ["softmax", "ridge"],
     "probe.variants": ["none", "soft", "random"],

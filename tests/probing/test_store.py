@@ -38,7 +38,7 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def grid_of(run: Run, distances: tuple[int, ...] = (1, 3)) -> Grid:
-    settings = run.with_settings({"probe.distances": distances, "probe.max_examples": 70}).config.probe
+    settings = run.with_settings({"probe.positions": distances, "probe.max_examples": 70}).config.probe
     return make_grid(run.corpus, settings, find_target(run.corpus, "action"), seed=0)
 
 
@@ -47,7 +47,7 @@ def write(
 ) -> list[int]:
     """Writes the store of the soft variant, perhaps interrupted; the sizes of the chunks that were read."""
     grid = grid_of(run)
-    reader = Reader(run, "soft", points, grid.distances)
+    reader = Reader(run, "soft", points, grid.positions)
     calls: list[int] = []
     read = reader.read
 
@@ -101,7 +101,7 @@ def by_point(stacks: list[Stack], chunks: Iterator[tuple[slice, list[Tensor]]]) 
 @pytest.mark.parametrize("points", [POINTS, POINTS[3:], POINTS[:1], POINTS[1:3]])
 def test_what_is_stored_is_what_was_read_bit_for_bit(stored: Path, tiny_run: Run, points: list[HookPoint]):
     grid, kept = grid_of(tiny_run), opened(stored, tiny_run, points)
-    reader = Reader(tiny_run, "soft", POINTS, grid.distances)
+    reader = Reader(tiny_run, "soft", POINTS, grid.positions)
     for split, examples in grid.examples.items():
         expected = by_point(reader.stacks, reader.chunks(examples))
         found = by_point(kept.stacks, kept.chunks(examples))
@@ -142,7 +142,7 @@ def test_a_shard_that_is_missing_or_cut_short_is_named_and_read_again(stored: Pa
     assert contents(stored) == before
 
 
-@pytest.mark.parametrize("name", ["model", "corpus", "variant", "version", "distances", "points", "examples"])
+@pytest.mark.parametrize("name", ["model", "corpus", "variant", "version", "positions", "points", "examples"])
 def test_a_store_of_something_else_is_refused(stored: Path, tiny_run: Run, name: str):
     manifest = stored / "manifest.json"
     write_json(manifest, read_json(manifest) | {name: "other"})

@@ -9,6 +9,7 @@ from bare_corpora import bare_corpus
 from hypothesis import given
 from hypothesis import strategies as st
 
+from probekit.config import Position
 from probekit.data.corpus import Corpus
 from probekit.errors import ProbekitError
 from probekit.probing import targets
@@ -63,7 +64,7 @@ def frequent_tokens(corpus: Corpus) -> dict[int, int]:
     return {token: rank for rank, token in enumerate(ranked[: targets.MOST_TOKENS])}
 
 
-@pytest.mark.parametrize("anchors", ["sentence", "token"])
+@pytest.mark.parametrize("anchors", ["start", "token"])
 @pytest.mark.parametrize("name", list(TARGETS))
 def test_examples_equal_the_walk(tiny_run: Run, name: str, anchors: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(targets, "MOST_TOKENS", 40)  # fewer than there are: some tokens have no label
@@ -80,7 +81,7 @@ def test_examples_equal_the_walk(tiny_run: Run, name: str, anchors: str, monkeyp
     assert len(found) == len(expected)
     stops = {n: token + 1 for document in DOCUMENTS.tolist() for token, n in walk(corpus, document)}
     assert found.stop.tolist() == [
-        stops[sentence] if anchors == "sentence" else anchor + 1 for _, anchor, sentence in expected
+        stops[sentence] if anchors == "start" else anchor + 1 for _, anchor, sentence in expected
     ]
     assert found.group.tolist() == found.document.tolist()
     sample = np.random.default_rng(0).choice(len(expected), size=min(200, len(expected)), replace=False)
@@ -91,17 +92,37 @@ def test_examples_equal_the_walk(tiny_run: Run, name: str, anchors: str, monkeyp
     assert found.labels.max() < target.classes
 
 
-@pytest.mark.parametrize("anchors", ["sentence", "token"])
-@pytest.mark.parametrize("distance", [1, 2, 9, 40, 1000])
-def test_what_a_distance_reaches(tiny_run: Run, distance: int, anchors: str):
+@pytest.mark.parametrize("anchors", ["start", "token"])
+@pytest.mark.parametrize("position", [1, 2, 9, 40, 1000, 0, -1, -7, -1000, "first", "last", "mean"])
+def test_what_a_position_reaches(tiny_run: Run, position: Position, anchors: str):
     corpus = tiny_run.corpus
     found = find_examples(corpus, DOCUMENTS, find_target(corpus, "action"), [1], anchors)
     expected = [
-        anchor - distance in {token for token, _ in walk(corpus, document)}
+        isinstance(position, str) or anchor - position in {token for token, _ in walk(corpus, document)}
         for document in DOCUMENTS.tolist()
         for anchor, _ in anchors_by_walking(corpus, document, anchors)
     ]
-    assert reached(corpus, found, distance).tolist() == expected
+    assert reached(corpus, found, position).tolist() == expected
+
+
+@pytest.mark.parametrize("anchors", ["start", "token"])
+def test_what_is_read_at_a_position(tiny_run: Run, anchors: str):
+    corpus = tiny_run.corpus
+    found = find_examples(corpus, DOCUMENTS, find_target(corpus, "action"), [1], anchors)
+    tokens: dict[int, list[int]] = {}
+    for document in DOCUMENTS.tolist():
+        for token, sentence in walk(corpus, document):
+            tokens.setdefault(sentence if anchors == "start" else token, []).append(token)
+    ranges = [*tokens.values()]
+    for position, read in {
+        "first": [(own[0], own[0]) for own in ranges],
+        "last": [(own[-1], own[-1]) for own in ranges],
+        "mean": [(own[0], own[-1]) for own in ranges],
+        0: [(own[0], own[0]) for own in ranges],
+        3: [(own[0] - 3, own[0] - 3) for own in ranges],
+        -2: [(own[0] + 2, own[0] + 2) for own in ranges],
+    }.items():
+        assert [*zip(*(bound.tolist() for bound in found.bounds(position)), strict=True)] == read
 
 
 def test_the_first_token_of_a_document_is_reached_but_not_its_separator(tiny_run: Run):
@@ -116,7 +137,7 @@ def test_the_first_token_of_a_document_is_reached_but_not_its_separator(tiny_run
     st.lists(st.lists(st.integers(1, 4), max_size=4), min_size=1, max_size=6),
     st.integers(0, 2),
     st.integers(1, 4),
-    st.sampled_from(["sentence", "token"]),
+    st.sampled_from(["start", "token"]),
     st.integers(0, 100),
 )
 def test_documents_of_any_shape(documents, lead: int, horizon: int, anchors: str, seed: int):

@@ -164,7 +164,7 @@ def test_cells(spoil: Callable[[pd.DataFrame], pd.DataFrame], line: str, run: Ru
     assert line in found
     if spoil is above:
         row = sound_probes().loc[first_probe(sound_probes())]
-        place = f"{row.variant}, {row.location}, layer {row.layer}, distance {row.distance}, horizon 1"
+        place = f"{row.variant}, {row.location}, layer {row.layer}, position {row.position}, horizon 1"
         assert place in found
         assert "a leak until shown otherwise" in found
 
@@ -224,10 +224,10 @@ def test_a_run_that_only_probes_is_finished(run: Run):
 
 def test_settings_that_were_replaced(run: Run):
     write_evaluation(run, stride=12)
-    write_probes(run, sound_probes(), **{"probe.distances": [1, 2], "probe.layers": [0]})
+    write_probes(run, sound_probes(), **{"probe.positions": [1, 2], "probe.layers": [0]})
     assert others(run) == [
         "Evaluated with other settings than the run's: evaluation.stride 12",
-        "Probed with other settings than the run's: probe.layers 0, probe.distances 1 2",
+        "Probed with other settings than the run's: probe.layers 0, probe.positions 1 2",
     ]
 
 

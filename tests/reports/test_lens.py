@@ -236,7 +236,7 @@ def test_probes_for_something_else_are_refused(
     one = {"probe.layers": [0], "probe.variants": ["none"], "probe.target": "sentence-position"}
     probe(folder, quick_probes | one, quiet=True)
     assert main(["lens", str(folder), "--text", "Some words."]) == 2
-    assert "read 'sentence-position' at every sentence" in capsys.readouterr().err
+    assert "read 'sentence-position' (probe.anchors start)" in capsys.readouterr().err
 
 
 def test_closed_form_probes_will_do(tiny_run: Run, quick_probes: dict[str, Any], tmp_path: Path):

@@ -230,8 +230,8 @@ def test_the_base_lm_is_not_conditioned(plain: LensData):
 def test_quality_is_that_of_the_results(probed_run: Run, conditioned: LensData):
     table, probes = probed_run.probes(), conditioned.probes
     rows = table[(table.reader == "probe") & (table.variant == "soft")]
-    keys = ["location", "layer", "distance"]
-    cells = [(*point, distance) for point in probes.points for distance in DISTANCES]
+    keys = ["location", "layer", "position"]
+    cells = [(*point, str(distance)) for point in probes.points for distance in DISTANCES]
     assert probes.quality.index.to_list() == cells
     expected = rows.set_index(keys).loc[cells]
     for column in ("accuracy", "accuracy_low", "accuracy_high", "documents", "injected"):

@@ -30,6 +30,7 @@ from probekit.reports.plot_probes import (
 
 EMPTY = (1, 4)
 INJECTED = (2, 1)
+NAMES = [str(distance) for distance in DISTANCES[::-1]]  # from left to right
 
 
 def table(**choices) -> pd.DataFrame:
@@ -67,8 +68,9 @@ def points(axes: Axes) -> dict[tuple[float, float], bool]:
         (round(x, 6), round(y, 6)): tuple(dots.get_facecolors()[0]) == to_rgba("white")
         for dots in axes.collections
         if isinstance(dots, mpl.collections.PathCollection)
-        for x, y in dots.get_offsets()
+        for place, y in dots.get_offsets()
         if np.isfinite(y)
+        for x in [DISTANCES[::-1][int(place)]]
     }
 
 
@@ -134,18 +136,19 @@ def test_lines_have_values_and_intervals(metric: str):
     assert len(bands) == (0 if metric == "compression" else len(LAYERS))
     cells = Panel("none", "attn.hook_z").cells(numbers)
     for layer, band in itertools.zip_longest(LAYERS, bands):
-        rows = cells[cells.layer == layer].sort_values("distance")
+        rows = cells[cells.layer == layer].sort_values("distance", ascending=False)
         x, y = lines[f"layer {layer}"].get_data()
-        assert x.tolist() == list(DISTANCES)
+        assert x.tolist() == NAMES
         np.testing.assert_allclose(y, rows[metric])
         for offset in (-0.02, 0.03) if band else ():
             corners = {tuple(np.round(corner, 6)) for path in band.get_paths() for corner in path.vertices}
             for row in rows[rows[metric].notna()].to_dict("records"):
-                assert (row["distance"], round(row[metric] + offset, 6)) in corners
+                place = NAMES.index(row["position"])
+                assert (place, round(row[metric] + offset, 6)) in corners
     axes = figure.axes[0]
-    assert axes.xaxis_inverted()
     assert axes.get_ylim()[0] <= 0.0
-    assert axes.get_xticks().tolist() == list(DISTANCES)
+    figure.draw_without_rendering()
+    assert [label.get_text() for label in axes.get_xticklabels()] == NAMES
 
 
 def test_baselines_are_drawn_where_they_have_the_metric():
@@ -153,8 +156,9 @@ def test_baselines_are_drawn_where_they_have_the_metric():
     lines = lines_of(probe_lines(numbers, Panel("none", "attn.hook_z")))
     assert {name for name in lines if name[0] != "_"} == {*BASELINES} | {f"layer {n}" for n in LAYERS}
     for reader in BASELINES:
-        rows = numbers[(numbers.reader == reader) & (numbers.horizon == 1)].sort_values("distance")
-        assert lines[reader].get_xdata().tolist() == list(DISTANCES)
+        rows = numbers[(numbers.reader == reader) & (numbers.horizon == 1)]
+        rows = rows.sort_values("distance", ascending=False)
+        assert lines[reader].get_xdata().tolist() == NAMES
         assert lines[reader].get_ydata().tolist() == rows.accuracy.tolist()
     two = lines_of(probe_lines(numbers, Panel("none", "attn.hook_z", horizon=2)))
     assert {*lines} - {*two} == {"planner", "planner after joint"}
@@ -186,11 +190,11 @@ def test_seeds_are_averaged_and_each_is_a_thin_line():
     mean = {cell: value + 0.01 for cell, value in expected("none", seed=3).items()}
     assert points(axes) == {(d, round(value, 6)): False for (_, d), value in mean.items()}
     thin = sorted(line.get_ydata().tolist() for line in axes.lines if line.get_label() == "_seed")
-    rows = cells.sort_values("distance").groupby(["layer", "seed"]).accuracy.agg(list)
+    rows = cells.sort_values("distance", ascending=False).groupby(["layer", "seed"]).accuracy.agg(list)
     np.testing.assert_allclose(thin, sorted(rows))
-    found = mean_over_seeds(cells, "accuracy").set_index(["layer", "distance"])
-    for cell, value in mean.items():
-        assert found.loc[cell, ["value", "low", "high"]].tolist() == pytest.approx(
+    found = mean_over_seeds(cells, "accuracy").set_index(["layer", "position"])
+    for (layer, distance), value in mean.items():
+        assert found.loc[(layer, str(distance)), ["value", "low", "high"]].tolist() == pytest.approx(
             [value, value - 0.02, value + 0.03]
         )
     assert drawn_cells(probe_heat_map(numbers, panel).axes[0])[0, 1] == f"{mean[0, 1]:.2f}"
@@ -199,8 +203,8 @@ def test_seeds_are_averaged_and_each_is_a_thin_line():
 def test_a_cell_that_is_empty_for_one_seed_is_empty():
     cells = Panel("none", "attn.hook_z").cells(table(seeds=(0, 1))).copy()
     cells.loc[(cells.seed == 1) & (cells.layer == 0) & (cells.distance == 2), "accuracy"] = np.nan
-    found = mean_over_seeds(cells, "accuracy").set_index(["layer", "distance"])
-    assert {cell for cell, value in found.value.items() if np.isnan(value)} == {EMPTY, (0, 2)}
+    found = mean_over_seeds(cells, "accuracy").set_index(["layer", "position"])
+    assert {cell for cell, value in found.value.items() if np.isnan(value)} == {(1, "4"), (0, "2")}
     assert found.low.isna().equals(found.value.isna())
 
 

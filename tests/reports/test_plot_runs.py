@@ -106,9 +106,9 @@ def test_the_curve_has_each_variant_at_its_best_layer_and_all_baselines(probed: 
     lines = lines_of(figure)
     assert {f"{variant}, layer 2" for variant in ("none", "random", "soft")} <= {*lines}
     assert {*BASELINES} <= {*lines}
-    distances, values = lines["none, layer 2"]
-    np.testing.assert_allclose(values, [accuracy_of(2, d) for d in distances])
-    assert sorted(distances) == sorted(DISTANCES)
+    positions, values = lines["none, layer 2"]
+    np.testing.assert_allclose(values, [accuracy_of(2, int(name)) for name in positions])
+    assert [*positions] == [str(distance) for distance in DISTANCES[::-1]]
     assert "hollow" in figure.axes[0].get_title()
     alone = probekit.plot_curve(probed, "none")
     assert not any("random" in name for name in lines_of(alone))
@@ -240,27 +240,27 @@ LOSSES = pd.DataFrame(
 
 def test_numbers_are_means_over_seeds(checkpoints: pd.DataFrame):
     numbers = over_training_numbers(checkpoints, location="attn.hook_z", solver="ridge")
-    probes = numbers[numbers.reader == "probe"].set_index(["step", "layer", "distance"]).value
+    probes = numbers[numbers.reader == "probe"].set_index(["step", "layer", "position"]).value
     for place, step in enumerate(STEPS):
         for layer in LAYERS:
             for distance in DISTANCES:
                 if (layer, distance) == (1, 4):
-                    assert np.isnan(probes[step, layer, distance])
+                    assert np.isnan(probes[step, layer, str(distance)])
                     continue
                 expected = accuracy_of(layer, distance) + 0.005 - 0.02
-                assert probes[step, layer, distance] == pytest.approx(expected * (0.5 + place / 6))
+                assert probes[step, layer, str(distance)] == pytest.approx(expected * (0.5 + place / 6))
 
 
 def test_lines_go_through_the_numbers(checkpoints: pd.DataFrame):
     numbers = over_training_numbers(checkpoints)
     figure = draw_over_training(numbers, LOSSES)
-    by_layer, by_distance, losses, _ = figure.axes
-    assert by_distance.get_title() == "by distance, layer 2"
-    probes = numbers[(numbers.reader == "probe") & (numbers.distance == 1)]
+    by_layer, by_position, losses, _ = figure.axes
+    assert by_position.get_title() == "by position, layer 2"
+    probes = numbers[(numbers.reader == "probe") & (numbers.position == "1")]
     drawn = {line.get_label(): line.get_xydata() for line in by_layer.get_lines()}
     for layer in LAYERS:
         np.testing.assert_allclose(drawn[f"layer {layer}"], probes[probes.layer == layer][["step", "value"]])
-    known = numbers[(numbers.reader == "bigram") & (numbers.distance == 1)]
+    known = numbers[(numbers.reader == "bigram") & (numbers.position == "1")]
     assert drawn["bigram"][0][1] == pytest.approx(known.value.iloc[-1])
     trained = next(line for line in losses.get_lines() if line.get_label() == "training")
     assert trained.get_ydata().tolist() == [5, 4, 3, 2]

@@ -266,7 +266,7 @@ def test_cells_are_counted_by_what_they_read(capsys):
         f"{total} of 75 cells read more than the bigram or skip n-gram, 95 % for all together ({each})"
         in printed
     )
-    assert "6 of 84 cells are empty (too few examples): distance 4 of horizon 1" in printed
+    assert "6 of 84 cells are empty (too few examples): position 4 of horizon 1" in printed
     assert "same activation" not in printed
     assert "did not converge" not in printed
 
@@ -281,7 +281,7 @@ def test_cells_that_are_not_to_be_relied_on_are_counted(capsys):
     printed = capsys.readouterr().out
     assert "4 of 168 probes did not converge" in printed
     assert "3 of 168 cells have the same activation in all examples" in printed
-    assert "(too few examples): distance 4 of horizon 1; distance 4, 8 of horizon 2" in printed
+    assert "(too few examples): position 4 of horizon 1; position 8, 4 of horizon 2" in printed
 
 
 def test_seeds_and_targets_are_shown(capsys):

@@ -242,7 +242,7 @@ def test_changed_settings_are_refused_by_name(tiny_run: Run, name: str, value: o
 
 
 def test_settings_that_no_stage_depends_on_may_change_and_are_kept(copy: Run):
-    changed = copy.config.override({"device": "auto", "evaluation.stride": 7, "probe.distances": [3]})
+    changed = copy.config.override({"device": "auto", "evaluation.stride": 7, "probe.positions": [3]})
     run = Run.begin(copy.folder, changed, "resume")
     assert run.config == changed
     assert Run.open(copy.folder).config == changed
@@ -432,9 +432,9 @@ def test_forward_passes_leave_the_lm_as_it_is(tiny_run: Run):
 
 def test_the_same_run_with_other_settings(tiny_run: Run):
     window = tiny_run.config.evaluation.window
-    run = tiny_run.with_settings({"evaluation.window": 11, "probe.distances": [3]})
+    run = tiny_run.with_settings({"evaluation.window": 11, "probe.positions": [3]})
     assert run.folder == tiny_run.folder
-    assert (run.config.evaluation.window, run.config.probe.distances) == (11, (3,))
+    assert (run.config.evaluation.window, run.config.probe.positions) == (11, (3,))
     assert run.config.training == tiny_run.config.training
     assert tiny_run.config.evaluation.window == window
     assert Run.open(tiny_run.folder).config == tiny_run.config, "settings for now are not written"

@@ -168,7 +168,7 @@ def test_what_a_stage_does_not_use_leaves_its_bits(tiny_config: Config, tiny_run
             "training.base.rank": 3,
             "evaluation.stride": 7,
             "generation.prompts": 7,
-            "probe.distances": [3],
+            "probe.positions": [3],
         }
     )
     same = {"corpus", "lm", "adapter/fixed"}

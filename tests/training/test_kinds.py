@@ -199,18 +199,18 @@ def test_what_conditioning_changes(make_run: MakeRun, kind: str, unchanged: set[
 
 
 def injected(run: Run, locations: list[str], **settings: Any) -> pd.DataFrame:
-    """Which cells are marked, by location, layer and distance."""
+    """Which cells are marked, by location and position."""
     given = {
         "probe.variants": ["soft"],
         "probe.locations": locations,
         "probe.layers": [0],
-        "probe.distances": [1, 2],
+        "probe.positions": [1, 2],
         "probe.solvers": ["ridge"],
         "probe.control": False,
     } | {name.replace("__", "."): value for name, value in settings.items()}
     table = probe(run, given, quiet=True).table
     table = table[table.reader == "probe"]
-    return table.set_index(["location", "distance"]).injected
+    return table.set_index(["location", "position"]).injected
 
 
 def test_cells_are_marked_where_the_embedding_tells_the_action(make_run: MakeRun):
@@ -218,7 +218,7 @@ def test_cells_are_marked_where_the_embedding_tells_the_action(make_run: MakeRun
         make_run(conditioning__kind="embedding"), ["hook_embed:before", "hook_embed", "hook_resid_post"]
     )
     # Two tokens before it begins, no token carries the sentence's action yet.
-    expected = {("hook_embed", 1), ("hook_resid_post", 1)}
+    expected = {("hook_embed", "1"), ("hook_resid_post", "1")}
     assert set(found.index[found]) == expected
     assert len(found) == 6
 
@@ -228,7 +228,10 @@ def test_a_planning_token_tells_nothing_to_the_tokens_before_it(make_run: MakeRu
     assert not injected(run, ["hook_embed", "hook_resid_post"]).any()
     # Of a token in the sentence, the one before it has read the sentence's action already.
     found = injected(run, ["hook_embed", "hook_resid_post"], probe__anchors="token")
-    assert set(found.index[found]) == {("hook_resid_post", 1), ("hook_resid_post", 2)}
+    assert set(found.index[found]) == {("hook_resid_post", "1"), ("hook_resid_post", "2")}
+    # So has a sentence's first token, which stands behind the planning token.
+    found = injected(run, ["hook_resid_post"], probe__positions=[1, 0, "last", "mean"])
+    assert set(found.index[found]) == {("hook_resid_post", name) for name in ("0", "last", "mean")}
 
 
 @pytest.mark.parametrize(

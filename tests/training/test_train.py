@@ -255,7 +255,7 @@ def test_a_pretrained_lm_is_conditioned_evaluated_and_probed(
             "lm.name": "model",
             "training.window": 40,
             "mixing.variants": ["fixed", "joint"],
-            "probe.distances": [1],
+            "probe.positions": [1],
             "probe.layers": [2],
             "probe.variants": ["none", "joint"],
         }
@@ -300,7 +300,7 @@ def test_any_lm_is_probed_with_nothing_trained(
     assert sorted(path.name for path in run.folder.iterdir()) == [
         "config.yaml", "corpus", "lm", "provenance.json", "run.json",
     ]  # fmt: skip
-    few = {"probe.variants": ["none", "random"], "probe.layers": [1], "probe.distances": [1]}
+    few = {"probe.variants": ["none", "random"], "probe.layers": [1], "probe.positions": [1]}
     table = probe(run, few, quiet=True).table
     assert set(table[table.reader == "probe"].variant) == {"none", "random"}
     assert "planner" not in set(table.reader)
