@@ -305,7 +305,7 @@ def probed(tiny_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.mark.parametrize("variant", ["none", "soft"])
 def test_kept_probes_have_the_accuracy_of_the_table(variant: str, solver: str, probed: Run):
     table = probed.probes()
-    grid = make_grid(probed.corpus, probed.config.probe, find_target(probed.corpus, "action", None), 0)
+    grid = make_grid(probed.corpus, probed.config.probe, find_target(probed.corpus, "action"), 0)
     saved = SavedProbes(probed.folder / "probes", variant, 0)
     points = [("hook_resid_post", 2), ("attn.hook_z", 1)]
     (blocks,) = [Reader(probed, variant, points, grid.positions).read(grid.examples[TESTED_ON])]
