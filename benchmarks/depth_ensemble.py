@@ -76,7 +76,7 @@ class Scene:
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator).to(device)
 
-        # Neighbouring layers are alike, the last one is drawn first, and logits spread by about 2.
+        # Neighbouring layers are similar, the last one is drawn first, and logits spread by about 2.
         common = normal(sizes.tokens, sizes.width)
         noise = [0.5 * normal(sizes.tokens, sizes.width) for _ in range(sizes.layers)]
         self.head = nn.Linear(sizes.width, sizes.vocabulary, bias=False).requires_grad_(False).to(device)

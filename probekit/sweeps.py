@@ -42,7 +42,7 @@ FORMAT = 1
 KEYS = ["member", "variant", "actions", "texts", "length", "metric"]
 """Columns that identify a metric in the table; `length` in tokens, 0 where texts have their own."""
 
-RESOLVED = {"precision": "training.precision", "weights": "lm.name"}
+RESOLVED = {"precision": "training.precision", "dtype": "lm.dtype", "weights": "lm.name"}
 """Facts of a stage that say what a setting amounted to on the machine, and the setting."""
 
 ANY_NUMBER = ("prompts", "batch_size")

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from probekit.progress import Progress
 
 
+File = tuple[Path, str, str]
+"""A file to read, its short name and the name of its format."""
+
 DOCUMENTS_PER_BATCH = 256
 CHARACTERS_PER_BATCH = 1 << 23
 """A batch of the Arrow file ends with the document that reaches one of these: few books are held at once."""
@@ -73,17 +76,25 @@ class Document:
     split: str | None = None
 
 
-def read_documents(settings: CorpusSettings) -> Iterator[Document]:
+def read_documents(settings: CorpusSettings, files: Sequence[File] = ()) -> Iterator[Document]:
     """Streams the documents of a corpus, at most `max_documents` of them, blank ones included.
 
     Text keeps its line ends. Only a UTF-8 byte order mark at the start of a file is dropped, and WikiText's
     escapes (` @-@ `, ` @,@ `, ` @.@ `) are undone.
 
+    Args:
+        settings: Where and how to read.
+        files: What `files_read` found, so that it is not looked for again.
+
     Raises:
         ProbekitError: A setting, a file or a record is not what the reader needs, or there is no document.
     """
     readers = {"planted": _planted, "huggingface": _huggingface}
-    documents: Generator[Document] = readers.get(settings.reader, _from_files)(settings)
+    documents: Generator[Document]
+    if settings.reader in readers:
+        documents = readers[settings.reader](settings)
+    else:
+        documents = _from_files(settings, files or files_read(settings))
     empty = True
     with closing(documents):  # now, not when the process ends: some libraries crash there with open streams
         for document in itertools.islice(documents, settings.max_documents):
@@ -148,9 +159,8 @@ def _dataset(path: str, settings: CorpusSettings) -> Iterable[dict[str, Any]]:
     return dataset
 
 
-def _from_files(settings: CorpusSettings) -> Generator[Document]:
-    for path, name in _files(settings):
-        kind = _format_of(path, settings)
+def _from_files(settings: CorpusSettings, files: Sequence[File]) -> Generator[Document]:
+    for path, name, kind in files:
         if kind not in RECORDS and (column := settings.group_column or settings.split_column):
             raise ProbekitError(
                 f"corpus.group_column or corpus.split_column is {column!r}, but {path} is read as {kind}, "
@@ -159,15 +169,13 @@ def _from_files(settings: CorpusSettings) -> Generator[Document]:
         yield from FORMATS[kind][1](path, name, settings)
 
 
-def formats_read(settings: CorpusSettings) -> dict[str, int]:
-    """How many files are read in each format; none where the corpus is not read from files.
+def files_read(settings: CorpusSettings) -> list[File]:
+    """The files that a corpus is read from, with their formats.
 
     Raises:
         ProbekitError: There is no such file or folder, or a file of no known format.
     """
-    if settings.reader in ("planted", "huggingface"):
-        return {}
-    return dict(Counter(_format_of(path, settings) for path, _ in _files(settings)))
+    return [(path, name, _format_of(path, settings)) for path, name in _files(settings)]
 
 
 def _format_of(path: Path, settings: CorpusSettings) -> str:
@@ -534,15 +542,18 @@ def write_documents(
     keys = DocumentKeys()
     number_of: dict[bytes, int] = {}
     blank = characters = 0
+    files: list[File] = []
     if settings.reader == "auto":
-        formats = ", ".join(f"{count:,} as {name}" for name, count in formats_read(settings).items())
-        progress.say(f"corpus.reader auto: files read: {formats}")
+        files = files_read(settings)
+        formats = Counter(kind for *_, kind in files)
+        shown = ", ".join(f"{count:,} as {name}" for name, count in formats.items())
+        progress.say(f"corpus.reader auto: files read: {shown}")
     with (
         progress.task("read documents") as task,
         pa.OSFile(str(path), "wb") as sink,
         pa.ipc.new_file(sink, _SCHEMA) as writer,
     ):
-        for batch in _batches(task.track(read_documents(settings))):
+        for batch in _batches(task.track(read_documents(settings, files))):
             kept = []
             for document in batch:
                 if not VISIBLE.search(document.text):

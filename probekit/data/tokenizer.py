@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 SEPARATOR = "<|endoftext|>"
 
+OFFSETS_OF = "A sentence of some words."
+"""A text whose tokens must know where in it they are."""
+
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int, folder: Path) -> PreTrainedTokenizerBase:
     """Trains a byte-level BPE tokenizer, saves it in Hugging Face format and loads it back.
@@ -128,5 +131,12 @@ def _load(source: hub.Source, trust_remote_code: bool) -> PreTrainedTokenizerBas
         raise ProbekitError(
             f"lm.name {source.name!r}: its tokenizer gives no character offsets; save it as a fast tokenizer "
             "first"
+        )
+    found = tokenizer(OFFSETS_OF, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    if 2 * (lost := len(found) - len({start for start, stop in found if stop > start})) > len(found):
+        raise ProbekitError(
+            f"lm.name {source.name!r}: its tokenizer gives no character offsets of their own to {lost} of "
+            f"the {len(found)} tokens of {OFFSETS_OF!r}, so sentences cannot be found in them; give an LM "
+            "whose tokenizer does"
         )
     return tokenizer

@@ -40,6 +40,7 @@ from probekit.evaluation.perplexity import (
     scoring_pass,
     source_of_actions,
 )
+from probekit.models.checkpoint import dtype_name
 from probekit.models.depth_ensemble import MEMBERS, reader_losses
 from probekit.models.mixing import VARIANTS, Fixed, Mixing, Oracle
 from probekit.models.planner_lm import PlannedLM
@@ -195,6 +196,7 @@ def evaluate(
     progress = Progress(quiet=quiet)
     depth = run.config.method == "depth-ensemble"
     evaluation = evaluate_ensembles(run, progress) if depth else _evaluate_planners(run, progress)
+    evaluation = replace(evaluation, settings=evaluation.settings | {"dtype": dtype_name(run.dtype)})
     evaluation.write(run)
     return evaluation
 
@@ -243,11 +245,12 @@ def variants_and_actions(run: Run) -> list[tuple[Any, str, Mixing]]:
 
 
 def _planner_table(run: Run) -> pd.DataFrame:
-    """Accuracy, top-5 and cross-entropy over all test sentences that have one before them."""
+    """Accuracy, top-5 and cross-entropy over all test sentences that have one before them, and an action."""
     corpus = run.corpus
     documents = corpus.documents("test")
     sentences = corpus.sentences(documents)
     later = sentences > corpus.document_sentences[corpus.document_of(sentences)]
+    later &= corpus.with_action[sentences]
     document = np.searchsorted(documents, corpus.document_of(sentences[later]))
     actions = corpus.actions[sentences[later]]
     counts = np.bincount(document, minlength=len(documents))

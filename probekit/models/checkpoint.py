@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,9 @@ BFLOAT16_UNITS = ("amx_bf16", "avx512_bf16", "bf16")
 
 ADAPTER = "adapter_config.json"
 """The file of a folder that holds an adapter of peft."""
+
+GROUPS, PROCESS = Path("/sys/fs/cgroup"), Path("/proc/self")
+"""Where Linux shows limits on groups of processes, and this process's groups."""
 
 OVERHEAD = 0.05
 """Memory that loading takes beside the weights, as a share of them."""
@@ -230,7 +233,7 @@ def check_memory(name: str, source: hub.Source, config: PreTrainedConfig, dtype:
 
     stored = sum(path.stat().st_size for path in Path(source.name).glob("model*.safetensors"))
     needed = stored * dtype.itemsize / _own_dtype(config).itemsize * (1 + OVERHEAD)
-    free = psutil.virtual_memory().available
+    free = min([psutil.virtual_memory().available, *_left_to_group()])
     if not source.file and needed > free:
         smaller = "" if dtype in HALF else "lm.dtype bfloat16, "
         raise ProbekitError(
@@ -238,6 +241,30 @@ def check_memory(name: str, source: hub.Source, config: PreTrainedConfig, dtype:
             f"{dtype_name(dtype)}, and {free / 1e9:.1f} GB of memory are free; give {smaller}"
             "lm.device_map auto (GPUs, memory and disk), or a smaller LM"
         )
+
+
+def _left_to_group() -> Iterator[int]:
+    """Bytes of memory that are left to this process by each limit on its group, as containers set them."""
+    try:
+        groups = dict(line.split(":", 2)[1:] for line in (PROCESS / "cgroup").read_text().split())
+    except (OSError, ValueError):
+        return
+    own = [(GROUPS, groups.get("", ""), "memory.max", "memory.current", "inactive_file")]
+    if "memory" in groups:
+        limit, used = "memory.limit_in_bytes", "memory.usage_in_bytes"
+        own.append((GROUPS / "memory", groups["memory"], limit, used, "total_inactive_file"))
+    for root, path, limit, used, cache in own:
+        folder = root / path.strip("/")
+        for group in (folder, *folder.parents):
+            try:
+                most, taken = (int((group / name).read_text()) for name in (limit, used))
+                counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            except (
+                OSError,
+                ValueError,
+            ):  # no limit, or a container that shows its group as the root
+                continue
+            yield max(0, most - taken + int(counts.get(cache, 0)))
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, name: str) -> None:

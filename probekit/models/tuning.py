@@ -60,7 +60,12 @@ class Tuning(ABC):
     @staticmethod
     @abstractmethod
     def load(
-        folder: Path, base: Callable[[], PreTrainedModel], settings: BaseSettings, dtype: torch.dtype
+        folder: Path,
+        base: Callable[[], PreTrainedModel],
+        settings: BaseSettings,
+        dtype: torch.dtype,
+        *,
+        trust_remote_code: bool = False,
     ) -> PreTrainedModel:
         """The tuned LM of a folder.
 
@@ -69,6 +74,7 @@ class Tuning(ABC):
             base: Loads the untuned LM.
             settings: Those it was tuned with.
             dtype: Of the weights, where all of them are in the folder.
+            trust_remote_code: Let the folder run its own code, where all weights are in it.
 
         Raises:
             ProbekitError: What is in the folder does not fit the LM.
@@ -111,7 +117,12 @@ class Lora(Tuning):
 
     @staticmethod
     def load(
-        folder: Path, base: Callable[[], PreTrainedModel], settings: BaseSettings, dtype: torch.dtype
+        folder: Path,
+        base: Callable[[], PreTrainedModel],
+        settings: BaseSettings,
+        dtype: torch.dtype,
+        *,
+        trust_remote_code: bool = False,
     ) -> PreTrainedModel:
         """The LM with the updates, merged into weights of float32 that accelerate did not place."""
         from peft import set_peft_model_state_dict
@@ -141,14 +152,23 @@ class Full(Tuning):
 
     @staticmethod
     def load(
-        folder: Path, base: Callable[[], PreTrainedModel], settings: BaseSettings, dtype: torch.dtype
+        folder: Path,
+        base: Callable[[], PreTrainedModel],
+        settings: BaseSettings,
+        dtype: torch.dtype,
+        *,
+        trust_remote_code: bool = False,
     ) -> PreTrainedModel:
         """The LM with all weights of the folder."""
         from transformers import AutoModelForCausalLM
 
         with _fitting(folder), without_bars_of_transformers():
             tuned, report = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, local_files_only=True, output_loading_info=True
+                folder,
+                dtype=dtype,
+                local_files_only=True,
+                output_loading_info=True,
+                trust_remote_code=trust_remote_code,
             )
             if report["missing_keys"]:
                 raise ValueError("weights are missing")

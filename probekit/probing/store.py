@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -85,7 +87,7 @@ class Held:
         if spilled:
             _check_room(folder, spilled, "raise probe.memory, or read fewer hook points or positions")
             self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - open as long as this is held
-            self._file.truncate(spilled)  # what other processes read is zero here
+            _reserve(self._file.fileno(), spilled, folder)  # what other processes read is zero here
 
     def write(self, split: str, rows: slice, chunk: list[Tensor]) -> None:
         """Holds some examples: for every stack `[probes, rows, width]`."""
@@ -297,6 +299,25 @@ def _check_room(folder: Path, size: int, advice: str) -> None:
             f"{folder}: the activations take {size / 1e9:,.2f} GB, and the disk has {free / 1e9:,.2f} GB "
             f"free; {advice}"
         )
+
+
+def _reserve(file: int, size: int, folder: Path) -> None:
+    """Makes a new file as long as it will be, its room reserved where the system can: zeros.
+
+    Raises:
+        ProbekitError: The disk has no room for it.
+    """
+    try:
+        os.posix_fallocate(file, 0, size)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise ProbekitError(
+                f"{folder}: {size / 1e9:,.2f} GB of activations cannot be kept there ({error.strerror}); "
+                "raise probe.memory, or read fewer hook points or distances"
+            ) from None
+        os.truncate(file, size)  # such as a file system that reserves nothing
+    except AttributeError:  # such as macOS
+        os.truncate(file, size)
 
 
 def _key(point: HookPoint) -> str:

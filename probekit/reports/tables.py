@@ -93,7 +93,7 @@ def _actions_table(corpus: Corpus, nearest: int) -> Table:
 
 def stages_table(stages: Mapping[str, Mapping[str, Any]]) -> Table:
     """The finished stages of a run, by name as in its run.json."""
-    names = ("seconds", "parameters", "tuned_parameters", "precision", "taken_from")
+    names = ("seconds", "parameters", "tuned_parameters", "precision", "dtype", "taken_from")
     rows = [{"stage": stage, **{name: facts.get(name) for name in names}} for stage, facts in stages.items()]
     table = pd.DataFrame(rows, columns=["stage", *names], dtype=object)
     table["seconds"] = table.seconds.astype(float)

@@ -3,7 +3,11 @@
 config.yaml       complete settings          planner/      planner weights
 provenance.json   versions, commit, seeds    adapters/     one file for each variant, joint ones with planner
 run.json          finished stages            metrics.jsonl losses of every stage
-corpus/           tokens, labels, codebook   evaluation.json, probes/, figures/
+corpus/           tokens, labels, codebook   figures/      pictures of probes and interventions
+evaluation.json   what `evaluate` measures; losses.parquet by document, choices.parquet by question
+generation.json   what is measured of written text; generation.parquet by document
+probes/           results and weights of probes
+activations/V-S/  activations of variant V and seed S, where `probe --store` keeps them
 lm/               the base LM, in Hugging Face format, or the name and revision of a pre-trained one
 adapters/V/       the LM of variant V, if it was tuned: low-rank updates, or all weights
 interventions/V/  what interventions in variant V found

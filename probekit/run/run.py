@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from probekit.config import MemberName, ModelName, ProbedName, VariantName
+from probekit.config import Config, MemberName, ModelName, ProbedName, VariantName, setting_value
 from probekit.data.corpus import Corpus
 from probekit.data.encoders import SentenceEncoder, load_encoder
 from probekit.distributed import compute_device
@@ -29,7 +29,7 @@ from probekit.models.planner_lm import PlannedLM
 from probekit.models.tuning import TUNINGS
 from probekit.progress import without_bars_of_transformers
 from probekit.run.folder import WEIGHTS, RunFolder, digest_of, lm_digest
-from probekit.run.stages import stages_of
+from probekit.run.stages import stages_of, stages_that_use
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 LOADED = ("device", "dtype", "corpus", "_lm_config", "_lms")
 """Properties that are loaded once and kept in memory."""
 
+
+HOW_TO_LOAD = ("lm.dtype", "lm.device_map", "lm.trust_remote_code")
+"""Settings of an LM that change nothing of what a run holds."""
 
 SAMPLE_TOKENS = 512
 """Tokens of the corpus on which a bridge is compared with the LM itself."""
@@ -63,9 +66,23 @@ class Run(RunFolder):
         What is loaded is shared, unless a setting changes what to load or where.
         """
         run = Run(self.folder, self.config.override(settings))
+        self._check_kept(run.config, settings)
         if (run.config.device, run.config.lm) == (self.config.device, self.config.lm):
             vars(run).update({name: vars(self)[name] for name in LOADED if name in vars(self)})
         return run
+
+    def _check_kept(self, config: Config, settings: Mapping[str, Any]) -> None:
+        """Refuses other settings of a corpus or LM that are finished: these are what they are."""
+        made_of = ("corpus.", "actions.", "lm.")
+        for name in (name for name in settings if name.startswith(made_of) and name not in HOW_TO_LOAD):
+            users = {stage.removesuffix("/new") for stage in stages_that_use(name)} & {"corpus", "lm"}
+            before, now = (setting_value(each, name) for each in (self.config, config))
+            finished = sorted(stage for stage in users if self.finished(stage))
+            if before != now and finished:
+                raise ProbekitError(
+                    f"{name} was {before!r} when the {finished[0]} of {self.folder} was made, and cannot be "
+                    f"{now!r} now; leave it out, or make another run"
+                )
 
     @cached_property
     def device(self) -> torch.device:
@@ -135,7 +152,11 @@ class Run(RunFolder):
                 torch.float32 if (settings.tuning, self.config.lm.dtype) == ("full", "auto") else self.dtype
             )
             return TUNINGS[settings.tuning].load(
-                self.tuned_folder(name), partial(self.plain_model, below, dtype), settings, dtype or trained
+                self.tuned_folder(name),
+                partial(self.plain_model, below, dtype),
+                settings,
+                dtype or trained,
+                trust_remote_code=self.config.lm.trust_remote_code,
             )
         if name in MEMBERS:
             return self.plain_model(self.variant_of(name), dtype)

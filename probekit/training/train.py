@@ -25,7 +25,7 @@ from probekit.distributed import precision_of
 from probekit.errors import ProbekitError
 from probekit.io import atomic_folder, write_json
 from probekit.models.architecture import examine
-from probekit.models.checkpoint import check_tokenizer, check_weights, dtype_of, load_config
+from probekit.models.checkpoint import check_tokenizer, check_weights, dtype_name, dtype_of, load_config
 from probekit.models.conditioning import location_width, new_adapter
 from probekit.models.depth_ensemble import DepthEnsemble, new_ensemble
 from probekit.models.frozen_lm import FrozenLM
@@ -267,10 +267,14 @@ def _stage(run: Run, name: str, work: Callable[[], dict[str, Any] | None]) -> No
 
 
 def _precision(run: Run, stage: str) -> dict[str, str]:
-    """The arithmetic of a stage's forward passes, if it has any."""
-    if "training.precision" not in stage_settings(run.config, stage):
-        return {}
-    return {"precision": precision_of(run.device, run.config.training.precision)}
+    """What `auto` stood for in a stage: the arithmetic of its forward passes, the LM's dtype."""
+    used = stage_settings(run.config, stage)
+    facts: dict[str, str] = {}
+    if "training.precision" in used:
+        facts["precision"] = precision_of(run.device, run.config.training.precision)
+    if "lm.dtype" in used:
+        facts["dtype"] = dtype_name(run.dtype)
+    return facts
 
 
 def _state(run: Run, stage: str) -> StateFile:

@@ -36,7 +36,7 @@ def _planted(run: Run, heads: dict[tuple[int, int], slice], probes: dict[str, An
                 module.weight.zero_()
                 module.bias.zero_()
             for head in range(2):
-                # Queries and keys are zero: every position is attended to alike. Both heads read the same.
+                # Queries and keys are zero: every position gets the same attention. Both heads read the same.
                 first = 2 * WIDTH + SIZE * head
                 block.attn.c_attn.weight[:SIZE, first : first + SIZE] = 3 * torch.eye(SIZE)
             for (own_layer, head), features in heads.items():

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -285,7 +286,7 @@ def test_the_format_follows_the_file(mixed: Path):
         "Eight.",
         "",
     ]
-    found = readers.formats_read(CorpusSettings(path=str(mixed)))
+    found = Counter(kind for *_, kind in readers.files_read(CorpusSettings(path=str(mixed))))
     assert found == {"jsonl": 2, "csv": 2, "wikitext": 1, "text": 1, "parquet": 1}
     assert "d.tsv.zst: row 2: no 'text'" in refusal(mixed, "auto")
     assert "set corpus.reader to text, lines, " in refusal(mixed / "h.md", "auto")
@@ -426,6 +427,15 @@ def test_files_that_are_read_in_part_are_closed(tmp_path: Path, monkeypatch: pyt
     next(begun)
     begun.close()
     assert [file.closed for file in opened] == [True, True]
+
+
+def test_the_format_of_a_file_is_looked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for number in range(3):
+        (tmp_path / f"{number}.txt").write_text("A text.\n")
+    opened, read = [], readers._bytes
+    monkeypatch.setattr(readers, "_bytes", lambda path: opened.append(path) or read(path))
+    write_documents(CorpusSettings(path=str(tmp_path)), tmp_path / "documents.arrow", Progress(quiet=True))
+    assert len(opened) == 6  # each once for its format, and once for its text
 
 
 def test_a_stream_of_datasets_that_is_read_in_part(tmp_path: Path):

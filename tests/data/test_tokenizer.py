@@ -1,6 +1,7 @@
 """The tokenizer gives back every text, and what is no usable tokenizer is refused in one line."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -233,3 +234,15 @@ def test_ids_without_tokens_count_in_the_vocabulary(largest: int, tmp_path: Path
     assert ids[-1] == largest
     assert len(ids) == len(tokenizer) - 1  # all but the separator
     assert tokenizer.decode(ids[-1:]) == "Z"
+
+
+def test_a_tokenizer_without_offsets_is_refused(folder: Path, tmp_path: Path):
+    """One whose normaliser replaces the text as a whole has tokens that are nowhere in it."""
+    shutil.copytree(folder, tmp_path / "lost")
+    file = tmp_path / "lost" / "tokenizer.json"
+    content = json.loads(file.read_text("utf-8"))
+    content["normalizer"] = {"type": "Replace", "pattern": {"Regex": "^.*$"}, "content": "words of no text"}
+    file.write_text(json.dumps(content), "utf-8")
+    assert re.search(
+        r"no character offsets of their own to \d+ of the \d+ tokens", refusal(tmp_path / "lost")
+    )

@@ -327,4 +327,4 @@ def test_no_more_is_read_than_was_trained(run: Run):
     assert reading_window(run) == WINDOW
     assert reading_window(run.with_settings({"training.window": 20})) == 20
     loaded = {"training.window": 20, "lm.name": str(run.folder / "lm")}
-    assert reading_window(run.with_settings(loaded)) == WINDOW
+    assert reading_window(Run(run.folder, run.config.override(loaded))) == WINDOW

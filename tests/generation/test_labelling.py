@@ -114,5 +114,5 @@ def test_what_is_counted_is_labelled_like_generated_text(tiny_run: Run, labels: 
         pairs += list(zip([8, *own[:-1]], own, strict=True))
     losses = [-sum(table[pair] for pair in pairs) for table in tables]
     assert bigram.table == pytest.approx(tables[int(np.argmin(losses))])
-    # The two ways of labelling differ: what is measured alike was not measured so by chance.
+    # The two ways of labelling differ: that both measure the same is no coincidence.
     assert (np.array(corpus.actions) == nearest(corpus, slice(None))).mean() < 1

@@ -213,8 +213,8 @@ def test_reduces_as_the_authors_code_does():
 def test_texts_that_are_the_same_and_texts_that_are_not():
     assert cluster_texts(features(0), features(0), 0).mauve == pytest.approx(1.0)
     assert cluster_texts(features(0), features(0, shift=50.0), 0).mauve < 0.01
-    alike = [cluster_texts(features(s, 500), features(100 + s, 500), s).mauve for s in range(3)]
-    assert min(alike) > 0.9
+    same = [cluster_texts(features(s, 500), features(100 + s, 500), s).mauve for s in range(3)]
+    assert min(same) > 0.9
 
 
 def test_a_cluster_for_every_ten_texts_of_the_smaller_sample():

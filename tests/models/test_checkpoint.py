@@ -373,6 +373,48 @@ def test_a_checkpoint_larger_than_memory_is_refused_before_it_is_loaded(
     assert load_model(str(folders["llama"]), device_map="cpu") is not None
 
 
+@pytest.mark.parametrize(
+    ("line", "files"),
+    [
+        (
+            "0::/box\n",
+            {"box/memory.max": 1000, "box/memory.current": 700, "box/memory.stat": "inactive_file 50"},
+        ),
+        ("0::/box\n", {"memory.max": 1000, "memory.current": 700, "memory.stat": "anon 1\ninactive_file 50"}),
+        (
+            "9:memory:/a/b\n0::/\n",
+            {
+                "memory/a/memory.limit_in_bytes": 1000,
+                "memory/a/memory.usage_in_bytes": 700,
+                "memory/a/memory.stat": "inactive_file 9\ntotal_inactive_file 50",
+            },
+        ),
+    ],
+)
+def test_a_containers_limit_counts(
+    line: str,
+    files: dict[str, object],
+    tmp_path: Path,
+    folders: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """A container is stopped at its own limit, whatever the machine has free."""
+    (tmp_path / "cgroup").write_text(line)
+    for name, value in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{value}\n")
+    monkeypatch.setattr(checkpoint, "PROCESS", tmp_path)
+    monkeypatch.setattr(checkpoint, "GROUPS", tmp_path)
+    assert list(checkpoint._left_to_group()) == [350]
+    assert "0.0 GB of memory are free" in refusal(folders["llama"])
+    for name in files:
+        if name.endswith(("max", "limit_in_bytes")):
+            (tmp_path / name).write_text("max\n" if name.endswith("max") else f"{2**63 - 4096}\n")
+    assert load_model(str(folders["llama"])) is not None
+    (tmp_path / "cgroup").unlink()
+    assert list(checkpoint._left_to_group()) == []
+
+
 def test_a_tokenizer_whose_ids_exceed_the_embedding(
     folders: dict[str, Path], tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ):

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -227,3 +228,20 @@ def test_saving_and_loading_show_no_bars(fresh: Callable, tmp_path: Path, capsys
     assert not capsys.readouterr().err
     type(model).from_pretrained(tmp_path / "tuned")
     assert "%|" in capsys.readouterr().err, "or there is nothing to hide"
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_all_weights_of_an_lm_with_code_of_its_own(
+    trusted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """`lm.trust_remote_code` holds for the tuned LM, too."""
+    asked: list[bool] = []
+
+    def load(folder: Path, **arguments: object) -> None:
+        asked.append(bool(arguments["trust_remote_code"]))
+        raise ValueError("no LM")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    with pytest.raises(ProbekitError, match="does not fit the run's LM"):
+        TUNINGS["full"].load(tmp_path, Mock(), settings("full"), torch.float32, trust_remote_code=trusted)
+    assert asked == [trusted]

@@ -1,5 +1,7 @@
 """Activations that memory has no room for: the same to the bit, in a file that nothing leaves behind."""
 
+import errno
+import os
 import shutil
 import subprocess
 import sys
@@ -121,3 +123,26 @@ def test_a_killed_process_leaves_no_file(tmp_path: Path):
     done = subprocess.run([sys.executable, "-c", KILLED, tmp_path, here], check=False)
     assert done.returncode == -9
     assert [*tmp_path.iterdir()] == []
+
+
+def test_room_for_the_file_is_reserved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A disk that fills in the middle would end a long pass; one that reserves nothing is used."""
+    reserved: list[int] = []
+
+    def reserve(code: int) -> None:
+        def call(file: int, start: int, size: int) -> None:
+            reserved.append(start + size)
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(os, "posix_fallocate", call, raising=False)
+
+    reserve(errno.ENOSPC)
+    with pytest.raises(ProbekitError, match=r"No space left on device\); raise probe.memory, or read fewer"):
+        held(Source(torch.float32), splits(), 0.0, tmp_path)
+    reserve(errno.EOPNOTSUPP)
+    source = Source(torch.float32)
+    found = held(source, splits(), 0.0, tmp_path)
+    assert reserved[0] == reserved[1] == sum(v.nbytes for split in SIZES for v in source.values(split))
+    for number, values in enumerate(source.values("probe")):
+        assert torch.equal(found.load("probe", number, slice(0, len(values))), values)
+    assert list(tmp_path.iterdir()) == []

@@ -15,7 +15,7 @@ from small_trainings import flat
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from probekit import load_run
-from probekit.config import Config
+from probekit.config import Config, setting_value
 from probekit.data.windows import collate, cut_windows
 from probekit.errors import ProbekitError
 from probekit.io import read_json, read_tensors, write_json
@@ -440,6 +440,32 @@ def test_the_same_run_with_other_settings(tiny_run: Run):
     assert Run.open(tiny_run.folder).config == tiny_run.config, "settings for now are not written"
     with pytest.raises(ProbekitError, match=r"unknown setting 'evaluation\.windows'"):
         tiny_run.with_settings({"evaluation.windows": 3})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "stage"),
+    [
+        ("lm.bos", "none", "corpus"),
+        ("lm.name", "gpt2", "corpus"),
+        ("lm.layers", 2, "lm"),
+        ("corpus.language", "de", "corpus"),
+        ("actions.k", 9, "corpus"),
+    ],
+)
+def test_settings_of_what_is_made_already_are_refused(tiny_run: Run, name: str, value: object, stage: str):
+    with pytest.raises(ProbekitError) as raised:
+        Run.at(tiny_run.folder, {"evaluation.window": 11, name: value})
+    before = setting_value(tiny_run.config, name)
+    assert str(raised.value) == (
+        f"{name} was {before!r} when the {stage} of {tiny_run.folder} was made, and cannot be {value!r} now; "
+        "leave it out, or make another run"
+    )
+    tiny_run.with_settings({name: before})
+
+
+def test_how_an_lm_is_loaded_may_change(tiny_run: Run):
+    for settings in ({"lm.dtype": "bfloat16"}, {"lm.trust_remote_code": True}, {"training.window": 8}):
+        assert tiny_run.with_settings(settings).config != tiny_run.config
 
 
 def test_other_settings_load_nothing_anew_unless_they_say_what_to_load(tiny_run: Run):

@@ -366,3 +366,9 @@ def test_few_test_documents_are_noted_when_the_corpus_is_built(
 ):
     build_corpus(tiny_config, tmp_path / "run")
     assert "Only 16 test documents: intervals from resampling so few" in capsys.readouterr().err
+
+
+def test_what_auto_stood_for_is_recorded(tiny_run: Run):
+    """The dtype of the LM beside which something was trained."""
+    for stage, facts in tiny_run.stages.items():
+        assert facts.get("dtype") == ("float32" if stage.startswith("adapter/") else None), stage
