@@ -265,3 +265,25 @@ def test_values_intervals_and_seeds_are_drawn_where_they_are():
     assert ((1.0, 1.0),) in points
     assert ((0.9, 1.0), (1.1, 1.0)) in points
     assert axes.get_ylim()[0] > axes.get_ylim()[1], "the first name is at the top"
+
+
+def test_named_positions_stand_apart():
+    """On the right, in the order of reading; no line joins them to the numbers."""
+    numbers = table()
+    for distance, name in ((4, "last"), (8, "mean")):
+        numbers.loc[numbers.distance == distance, "position"] = name
+    panel, names = Panel("none", "attn.hook_z"), ["2", "1", "last", "mean"]
+    figure = probe_heat_map(numbers, panel)
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == names
+    mesh = np.ma.asarray(figure.axes[0].collections[0].get_array()).reshape(len(LAYERS), len(names))
+    np.testing.assert_allclose(mesh[-1], [expected("none")[0, d] for d in (2, 1, 4, 8)])
+
+    axes = probe_lines(numbers, panel).axes[0]
+    drawn = {str(line.get_label()): line for line in axes.lines}
+    for reader in ("layer 0", "bigram"):
+        assert drawn[reader].get_xdata().tolist() == ["2", "1"]
+    marks = [line for line in axes.lines if line.get_label() == "_named"]
+    assert {tuple(line.get_xdata()) for line in marks} == {("last", "mean")}
+    dots = next(dots for dots in axes.collections if isinstance(dots, mpl.collections.PathCollection))
+    places = dict(zip(*np.transpose(dots.get_offsets()), strict=True))
+    assert places == pytest.approx({n: expected("none")[0, d] for n, d in enumerate((2, 1, 4, 8))})
