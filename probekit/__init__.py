@@ -23,8 +23,11 @@ if TYPE_CHECKING:
     from probekit.generation.evaluate import GenerationEvaluation, evaluate_generation
     from probekit.generation.generate import Generated, generate
     from probekit.generation.prompts import Prompt
+    from probekit.probing.arrays import ArrayResults, LinearProbes, fit_grid, load_probes
     from probekit.probing.over_training import TrainingProbes, probe_checkpoints
     from probekit.probing.probe import ProbeResults, probe
+    from probekit.probing.score import score
+    from probekit.probing.texts import TextActivations, activations
     from probekit.reports.lens import lens
     from probekit.reports.plot_interventions import plot_interventions
     from probekit.reports.plot_over_training import plot_over_training
@@ -38,24 +41,30 @@ if TYPE_CHECKING:
     load_run = Run.open
 
 _HOME = {
+    "ArrayResults": "probekit.probing.arrays",
     "Config": "probekit.config",
     "Evaluation": "probekit.evaluation.perplexity",
     "Generated": "probekit.generation.generate",
     "GenerationEvaluation": "probekit.generation.evaluate",
     "InterventionResults": "probekit.causal.intervene",
+    "LinearProbes": "probekit.probing.arrays",
     "ProbeResults": "probekit.probing.probe",
     "ProbekitError": "probekit.errors",
     "Prompt": "probekit.generation.prompts",
     "Run": "probekit.run.run",
     "SubnetworkResults": "probekit.causal.subnetwork",
     "Sweep": "probekit.sweeps",
+    "TextActivations": "probekit.probing.texts",
     "TrainingProbes": "probekit.probing.over_training",
+    "activations": "probekit.probing.texts",
     "build_corpus": "probekit.training.train",
     "demo": "probekit.cli:run_demo",
     "evaluate": "probekit.evaluation.evaluate",
     "evaluate_generation": "probekit.generation.evaluate",
+    "fit_grid": "probekit.probing.arrays",
     "generate": "probekit.generation.generate",
     "intervene": "probekit.causal.intervene",
+    "load_probes": "probekit.probing.arrays",
     "load_run": "probekit.run.run:Run.open",
     "lens": "probekit.reports.lens",
     "plot_curve": "probekit.reports.plot_probes",
@@ -69,6 +78,7 @@ _HOME = {
     "probe": "probekit.probing.probe",
     "probe_checkpoints": "probekit.probing.over_training",
     "report": "probekit.reports.report",
+    "score": "probekit.probing.score",
     "subnetwork": "probekit.causal.subnetwork",
     "sweep": "probekit.sweeps",
     "train": "probekit.training.train",

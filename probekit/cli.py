@@ -263,6 +263,34 @@ def lens(words: list[str]) -> None:
     sys.stdout.write(f"The lens: {page}\n")
 
 
+def score(words: list[str]) -> None:
+    """Apply a probe of a run to new texts: what it predicts at their ends, or at every token."""
+    parser = _run_parser("score", score)
+    parser.usage = "probekit score RUN TEXTS [--OPTION VALUE ...]"
+    parser.add_argument("texts", metavar="TEXTS", type=Path, help="texts, in any format of a corpus")
+    parser.add_argument(
+        "--cell", metavar="NAME", help="solver|location|layer|position|horizon (the best on validation)"
+    )
+    parser.add_argument("--tokens", action="store_true", help="a row for every token, not only for each text")
+    parser.add_argument("--out", metavar="FILE", help="write the table: .csv, .jsonl or .parquet")
+    parsed, given = parse(parser, words, ("device", "lm.device_map", "lm.dtype"))
+    from probekit.probing.score import score as score_texts
+    from probekit.run.run import Run
+
+    table = score_texts(
+        Run.at(parsed.run, dotted(given)),
+        parsed.texts,
+        parsed.cell,
+        tokens=parsed.tokens,
+        out=parsed.out,
+        quiet=parsed.quiet,
+    )
+    shown = table if parsed.out is None else table.head(10)
+    sys.stdout.write(f"{shown.to_string(index=False, max_colwidth=40)}\n")
+    if parsed.out:
+        sys.stdout.write(f"All {len(table):,} rows: {parsed.out}\n")
+
+
 def report(words: list[str]) -> None:
     """Write all of a run on one page, what to mind at the top: report.html, and the same as report.md."""
     parser = _run_parser("report", report)
@@ -469,7 +497,7 @@ def _existing(parsed: argparse.Namespace) -> Existing:
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     command.__name__: command
     for command in (
-        train, evaluate, generate, probe, intervene, subnetwork, lens, report, corpus, sweep, demo,
+        train, evaluate, generate, probe, score, intervene, subnetwork, lens, report, corpus, sweep, demo,
     )
 }  # fmt: skip
 

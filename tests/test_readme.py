@@ -16,7 +16,7 @@ from probekit.errors import ProbekitError
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 GUIDES = [(ROOT / "docs" / "guides" / f"{name}.md").read_text("utf-8") for name in (
-    "train", "generate", "probe", "causal-tests", "sweep", "depth-ensemble", "lens-and-report",
+    "train", "generate", "probe", "python", "causal-tests", "sweep", "depth-ensemble", "lens-and-report",
 )]  # fmt: skip
 COMMANDS = list(
     dict.fromkeys(
@@ -72,6 +72,7 @@ def folder(probed_run: probekit.Run, tmp_path_factory: pytest.TempPathFactory) -
     shutil.copytree(probed_run.folder, folder / "runs" / "demo")
     (folder / "articles.txt").write_text(articles(40), encoding="utf-8")
     (folder / "mine.yaml").write_text("planner: {layers: 1}\n", encoding="utf-8")
+    (folder / "new.jsonl").write_text('{"text": "a plan"}\n{"text": "of a king"}\n', encoding="utf-8")
     return folder
 
 
@@ -83,6 +84,7 @@ def test_the_readme_has_the_commands_that_are_tested():
         "evaluate",
         "generate",
         "probe",
+        "score",
         "lens",
         "report",
         "corpus",
@@ -137,6 +139,27 @@ def test_python_of_the_readme(folder: Path, tiny_config: Config, monkeypatch: py
     exec(brief, {})  # noqa: S102 - our own README
     exec(code.replace('"runs/seed1"', '"runs/seed2"'), scope)  # noqa: S102 - our own guide
     assert (folder / "runs" / "seed1" / "probes" / "results.parquet").exists()
+
+
+def test_python_of_the_guide_to_arrays(
+    tiny_run: probekit.Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "guides" / "python.md").read_text("utf-8")
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
+    texts = [f"{'red' if number % 2 else 'blue'} river number {number}" for number in range(120)]
+    scope = {
+        "texts": texts,
+        "labels": ["odd", "even"] * 60,
+        "authors": [number // 3 for number in range(120)],
+    }
+    scope |= {"model": tiny_run.plain_model(), "tokenizer": tiny_run.corpus.tokenizer}
+    exec(code, scope)  # noqa: S102 - our own guide
+    assert "even" in capsys.readouterr().out
+    assert (tmp_path / "genre.safetensors").exists()
 
 
 def test_make_targets_of_the_readme_exist():

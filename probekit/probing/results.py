@@ -218,6 +218,15 @@ class Cell:
         return cls(location, int(layer), as_position(position), int(horizon), solver)
 
 
+def cells_of(rows: pd.DataFrame) -> list[Cell]:
+    """The cell of each row of a table of results that is a probe's."""
+    columns = rows[["location", "layer", "position", "horizon", "solver"]]
+    return [
+        Cell(location, int(layer), as_position(position), int(horizon), solver)
+        for location, layer, position, horizon, solver in columns.itertuples(index=False, name=None)
+    ]
+
+
 @dataclass(frozen=True)
 class LinearProbe:
     """A linear probe on raw activations.

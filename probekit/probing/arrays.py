@@ -1,0 +1,447 @@
+"""Activations in, probes out: the grid of `probekit probe` on arrays that the user holds.
+
+    results = probekit.fit_grid(activations, labels, groups=authors)
+    results.table, results.probes[12], results.save("truth.safetensors")
+
+Solvers, scores, intervals and the table are those of a run. The control task is that of shuffled labels:
+arrays do not say which tokens were read.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from probekit.config import NAMED, Config, Position, SolverName
+from probekit.distributed import compute_device
+from probekit.errors import ProbekitError
+from probekit.evaluation.action_metrics import prior_log_probabilities
+from probekit.io import read_array, read_metadata, read_tensors, write_tensors
+from probekit.probing.activations import Done, HookPoint, Stack
+from probekit.probing.grid import (
+    CHOSEN_ON,
+    FITTED_ON,
+    MINIMUM_EXAMPLES,
+    TESTED_ON,
+    FitJob,
+    Grid,
+    Task,
+    document_numbers,
+    fit,
+    hold,
+    score,
+)
+from probekit.probing.results import Cell, DocumentSums, LinearProbe, cells_of, table_of
+from probekit.probing.targets import MOST_CLASSES, Examples, Target
+from probekit.probing.texts import TextActivations
+from probekit.progress import Meter, Progress
+from probekit.statistics import Resampling
+
+SPLITS = {FITTED_ON: 0.6, CHOSEN_ON: 0.2, TESTED_ON: 0.2}
+"""The share of the examples in each split."""
+
+CHUNK_EXAMPLES = 1024
+"""Examples of an array that are handed on at once."""
+
+MOST_SHOWN = 20
+"""Most classes whose probabilities have a column each in a table of predictions."""
+
+Arrays = TextActivations | np.ndarray | Tensor | str | Path
+"""Activations `[examples, width]` or `[layers, examples, width]`, or a .npy or .safetensors file of such."""
+
+
+class LinearProbes:
+    """Linear probes, and a card that says what they read; `probes[layer]` is one of them.
+
+    Attributes:
+        card: `model`, `revision`, `target`, `classes` (names), and a list of `scores` of each cell.
+    """
+
+    def __init__(self, probes: Mapping[Cell, LinearProbe], card: Mapping[str, Any]) -> None:
+        self._probes, self.card = dict(probes), dict(card)
+
+    @property
+    def cells(self) -> list[Cell]:
+        """Where each probe reads and how it was fitted; the best on validation examples comes first."""
+        return list(self._probes)
+
+    def __getitem__(self, at: int | Cell) -> LinearProbe:
+        """The probe of a layer (the best one, if there are several), or of a cell."""
+        found = [cell for cell in self._probes if at in (cell, cell.layer)]
+        if not found:
+            raise ProbekitError(
+                f"no linear probe at {at}; there are {'; '.join(map(str, self.cells)) or 'none'}"
+            )
+        return self._probes[found[0]]
+
+    def score(self, activations: Arrays, layer: int | None = None) -> pd.DataFrame:
+        """What a probe predicts for new activations, a row for each example.
+
+        Args:
+            activations: As in `fit_grid`; those of one layer, or of all layers in the same order.
+            layer: The layer; None: that of the probe that was best on validation examples.
+
+        Raises:
+            ProbekitError: There is no such layer, or the width is another.
+        """
+        values, points = arrays_of(activations)
+        cell = next((cell for cell in self.cells if layer in (None, cell.layer)), None)
+        layers = [own for _, own in points]
+        if cell is None or (len(values) > 1 and cell.layer not in layers):
+            raise ProbekitError(f"layer is {layer}; the probes are of {'; '.join(map(str, self.cells))}")
+        own, probe = values[layers.index(cell.layer) if len(values) > 1 else 0], self[cell]
+        if own.shape[1] != len(probe.coef):
+            raise ProbekitError(
+                f"activations have width {own.shape[1]}, but the probe reads {len(probe.coef)}"
+            )
+        return predictions(probe.log_probabilities(own), self.card["classes"])
+
+    def save(self, path: str | Path) -> None:
+        """Writes the probes and their card into one safetensors file, which `probekit.load_probes` reads."""
+        tensors = {
+            f"{cell.key}|{part}": getattr(probe, part).contiguous()
+            for cell, probe in self._probes.items()
+            for part in ("coef", "intercept")
+        }
+        cells = [cell.key for cell in self._probes]
+        write_tensors(path, tensors, {"card": json.dumps(self.card), "cells": json.dumps(cells)})
+
+
+def load_probes(path: str | Path) -> LinearProbes:
+    """Reads what `LinearProbes.save` wrote.
+
+    Raises:
+        ProbekitError: The file is no such file.
+    """
+    metadata, tensors = read_metadata(Path(path)), read_tensors(path)
+    if "card" not in metadata:
+        raise ProbekitError(f"{path} has no card of probes; give a file that `results.save` wrote")
+    probes = {
+        Cell.of(key): LinearProbe(tensors[f"{key}|coef"], tensors[f"{key}|intercept"])
+        for key in json.loads(metadata["cells"])
+    }
+    return LinearProbes(probes, json.loads(metadata["card"]))
+
+
+def predictions(log_probabilities: Tensor, classes: Sequence[str]) -> pd.DataFrame:
+    """The most probable class of each example, its probability, and that of every class if they are few.
+
+    Args:
+        log_probabilities: In nats [examples, classes].
+        classes: Names of the classes.
+    """
+    p, best = log_probabilities.exp(), log_probabilities.argmax(-1)
+    table = pd.DataFrame(
+        {"predicted": np.array(classes)[best.numpy()], "probability": p.amax(-1).numpy().astype(np.float64)}
+    )
+    if len(classes) <= MOST_SHOWN:
+        table[[f"p({name})" for name in classes]] = p.numpy().astype(np.float64)
+    return table
+
+
+@dataclass(frozen=True)
+class ArrayResults:
+    """Results of `fit_grid`.
+
+    Attributes:
+        table: A row for the prior and each probe, with the columns of a run's `probes/results.parquet`.
+        probes: The linear probes.
+        notes: What to know of all rows together.
+    """
+
+    table: pd.DataFrame
+    probes: LinearProbes
+    notes: list[str]
+
+    def score(self, activations: Arrays, layer: int | None = None) -> pd.DataFrame:
+        """What a probe predicts for new activations; see `LinearProbes.score`."""
+        return self.probes.score(activations, layer)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the linear probes and their card; see `LinearProbes.save`."""
+        self.probes.save(path)
+
+
+def fit_grid(
+    activations: Arrays,
+    labels: Any,
+    *,
+    groups: Any = None,
+    split: Any = None,
+    solvers: SolverName | Sequence[SolverName] = ("softmax",),
+    seed: int = 0,
+    control: bool = True,
+    code_length: bool = False,
+    name: str = "label",
+    device: str = "auto",
+    resamples: int = 1000,
+    quiet: bool = True,
+    **settings: Any,
+) -> ArrayResults:
+    """Fits a probe to every layer of some activations, and measures it on examples of other groups.
+
+    Args:
+        activations: What `probekit.activations` gave, an array of NumPy or PyTorch `[examples, width]` or
+            `[layers, examples, width]`, or a .npy or .safetensors file of one.
+        labels: A label of each example: words or whole numbers [examples].
+        groups: What never crosses splits, and is resampled for intervals, such as the author of each example
+            [examples]; None: every example by itself.
+        split: `train`, `validation` or `test` for each example [examples]; None: 60, 20 and 20 percent of the
+            examples, by groups drawn with the seed.
+        solvers: How probes are fitted, as in `probe.solvers`.
+        seed: Seed of the split, the shuffled labels and the MLP.
+        control: Fit every probe to shuffled labels, too.
+        code_length: Measure the code length of softmax probes.
+        name: What the labels are called in the table and the card.
+        device: Where to fit: cpu, cuda, or auto.
+        resamples: Bootstrap resamples of the groups.
+        quiet: Show no progress.
+        settings: Further settings of the section `probe`, such as `l2`, `l1` or `hidden`.
+
+    Raises:
+        ProbekitError: An argument does not fit the others, or something is missing in it.
+    """
+    values, points = arrays_of(activations)
+    codes, classes = _classes(labels, values.shape[1])
+    splits, group_of = _splits(groups, split, values.shape[1], seed)
+    position = activations.position if isinstance(activations, TextActivations) else "last"
+    position = position if position in NAMED else "last"
+    target = Target(name, len(classes), lambda start, *_: codes[start], names=classes)
+    grid = _grid(target, position, splits, group_of, codes)
+    options = {"solvers": [solvers] if isinstance(solvers, str) else list(solvers), "control": control}
+    options |= {"code_length": code_length, **settings}
+    config = Config().override({f"probe.{option}": value for option, value in options.items()})
+    progress = Progress(quiet=quiet)
+    read = activations.tokens_read if isinstance(activations, TextActivations) else np.zeros(len(codes))
+    on = compute_device(device)
+    with tempfile.TemporaryDirectory() as folder:
+        job = FitJob(
+            grid,
+            config.probe,
+            _shuffled(grid, seed) if control else None,
+            seed,
+            on,
+            progress,
+            name,
+            Path(folder),
+            Meter(progress),
+            {position: int(np.median(read))},
+        )
+        source = ArraySource(values, points, on)
+        fitted = fit(hold(source, job, [FITTED_ON, CHOSEN_ON]), job, config.probe.solvers)
+        facts = {"reader": "probe", "variant": "none", "seed": seed, "injected": False}
+        scored = [_prior(grid, position), *score(source, job, fitted, facts)]
+    counts = np.bincount(document_numbers(grid.examples[TESTED_ON].document))
+    table = table_of(scored, counts, [], Resampling(resamples=resamples, seed=seed)).assign(target=name)
+    weights: dict[str, Tensor] = {}
+    for batch in fitted:
+        weights |= batch.weights(source.stacks, grid)
+    rows = table[table.reader == "probe"].sort_values("validation_cross_entropy", kind="stable")
+    probes = {
+        cell: LinearProbe(weights[f"{cell.key}|coef"], weights[f"{cell.key}|intercept"])
+        for cell in cells_of(rows)
+        if f"{cell.key}|coef" in weights
+    }
+    card = _card(activations, target, rows, seed)
+    return ArrayResults(table, LinearProbes(probes, card), list(grid.notes))
+
+
+class ArraySource:
+    """Activations in memory, with the interface of `Activations`; an example's `start` is its row.
+
+    Args:
+        values: The activations [points, examples, width].
+        points: Location and layer of each.
+        device: Where they are wanted.
+    """
+
+    unit = "examples"
+
+    def __init__(self, values: Tensor, points: Sequence[HookPoint], device: torch.device) -> None:
+        self.stacks, self.dtype = [Stack(values.shape[2], tuple(points))], values.dtype
+        self._values, self._device = values, device
+
+    def size(self, examples: Examples) -> int:
+        """How many examples there are."""
+        return len(examples)
+
+    def chunks(
+        self, examples: Examples, done: Done = lambda examples: None
+    ) -> Iterator[tuple[slice, list[Tensor]]]:
+        """See `Activations.chunks`."""
+        for start in range(0, len(examples), CHUNK_EXAMPLES):
+            rows = slice(start, min(start + CHUNK_EXAMPLES, len(examples)))
+            chunk = self._values[:, torch.from_numpy(examples.start[rows])]
+            yield rows, [chunk[:, None].to(self._device)]
+            done(rows.stop - rows.start)
+
+
+def arrays_of(activations: Arrays) -> tuple[Tensor, tuple[HookPoint, ...]]:
+    """The activations [points, examples, width], and location and layer of each point.
+
+    Raises:
+        ProbekitError: They are not of that shape, not all finite, or the file holds no such array.
+    """
+    values: Any = activations.values if isinstance(activations, TextActivations) else activations
+    if isinstance(activations, str | Path):
+        path = Path(activations)
+        if path.suffix not in (".npy", ".safetensors"):
+            raise ProbekitError(f"activations is {str(path)!r}; it must end in .npy or .safetensors")
+        if path.suffix == ".npy":
+            values = read_array(path, mapped=False)
+        else:
+            tensors = read_tensors(path)
+            if len(tensors) != 1:
+                raise ProbekitError(
+                    f"{path} holds {len(tensors)} tensors ({', '.join(tensors)}); it must be one"
+                )
+            (values,) = tensors.values()
+    values = values.detach().cpu() if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
+    values = values[None] if values.ndim == 2 else values
+    if values.ndim != 3 or not values.numel():
+        raise ProbekitError(
+            f"activations {list(values.shape)} must be [examples, width] or [layers, examples, width], none 0"
+        )
+    values = values if values.is_floating_point() else values.float()
+    for layer, value in enumerate(values):
+        if not value.isfinite().all():
+            example = int((~value.isfinite()).any(1).nonzero()[0])
+            raise ProbekitError(
+                f"activations: example {example} of layer {layer} is not finite; leave it out"
+            )
+    if isinstance(activations, TextActivations):
+        return values, activations.points
+    return values, tuple(("activations", layer) for layer in range(len(values)))
+
+
+def _column(values: Any, name: str, examples: int) -> pd.Series:
+    """Labels, groups or splits as a column without gaps."""
+    column = pd.Series(values.tolist() if isinstance(values, Tensor | np.ndarray) else list(values))
+    if len(column) != examples:
+        raise ProbekitError(
+            f"{name} has {len(column):,} values, but activations {examples:,} examples: they must be as many"
+        )
+    if column.isna().any():
+        first = int(column.isna().to_numpy().argmax())
+        raise ProbekitError(
+            f"{name}: {column.isna().sum():,} of {examples:,} are missing, the first is number {first}; "
+            "leave these examples out"
+        )
+    return column
+
+
+def _classes(labels: Any, examples: int) -> tuple[np.ndarray, tuple[str, ...]]:
+    """The class of every example, and the names of the classes, sorted."""
+    column = _column(labels, "labels", examples)
+    if pd.api.types.is_float_dtype(column):
+        if (column % 1 != 0).any():
+            raise ProbekitError("labels holds fractions; give classes, as words or whole numbers")
+        column = column.astype("int64")
+    try:
+        codes, classes = pd.factorize(column, sort=True)
+    except TypeError:
+        raise ProbekitError("labels holds lists or objects; give words or whole numbers") from None
+    if not 2 <= len(classes) <= MOST_CLASSES:
+        raise ProbekitError(f"labels has {len(classes):,} classes; it must have 2 to {MOST_CLASSES:,}")
+    return codes.astype(np.int64), tuple(map(str, classes))
+
+
+def _splits(groups: Any, split: Any, examples: int, seed: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Rows of every split, those of a group together, and the group of each example."""
+    column = pd.Series(np.arange(examples)) if groups is None else _column(groups, "groups", examples)
+    group, names = pd.factorize(column)
+    taken = np.random.default_rng(seed).permutation(len(names))  # groups in the order in which they are taken
+    if split is None:
+        if len(names) < len(SPLITS):
+            raise ProbekitError(
+                f"groups has {len(names)} groups, but {', '.join(SPLITS)} need one each; give more of them"
+            )
+        size, left, of_group = np.bincount(group) / examples, dict(SPLITS), np.empty(len(names), dtype=object)
+        for number, own in enumerate(taken):
+            # The first groups fill no split twice; then each goes where most is missing.
+            name = [*SPLITS][number] if number < len(SPLITS) else max(left, key=left.__getitem__)
+            left[name] -= size[own]
+            of_group[own] = name
+        split_of = of_group[group]
+    else:
+        split_of = _column(split, "split", examples).replace({"train": FITTED_ON}).to_numpy()
+        for row, name in enumerate(split_of):
+            if name not in SPLITS:
+                raise ProbekitError(f"split has {name!r} at {row}; it must be train, validation or test")
+        crossing = pd.Series(split_of).groupby(group).nunique().to_numpy() > 1
+        if crossing.any():
+            raise ProbekitError(f"groups: {names[int(crossing.argmax())]} is in more than one split")
+    order = np.argsort(np.argsort(taken)[group], kind="stable")
+    rows = {name: order[split_of[order] == name] for name in SPLITS}
+    if empty := [name for name, part in rows.items() if not len(part)]:
+        raise ProbekitError(f"split has no {'train' if empty[0] == FITTED_ON else empty[0]} examples")
+    return rows, group
+
+
+def _grid(
+    target: Target, position: Position, splits: Mapping[str, np.ndarray], group: np.ndarray, codes: np.ndarray
+) -> Grid:
+    """The grid of one position, whose examples say which row of the arrays they are."""
+    notes = [
+        f"the split {name} has {len(rows):,} examples, fewer than {MINIMUM_EXAMPLES}: intervals are wide"
+        for name, rows in splits.items()
+        if len(rows) < MINIMUM_EXAMPLES
+    ]
+    known = np.unique(codes[splits[FITTED_ON]])
+    if len(known) < 2:
+        raise ProbekitError(
+            f"labels: all examples to fit on are {target.names[known[0]]!r}; split them otherwise"
+        )
+    unseen = np.setdiff1d(codes[splits[TESTED_ON]], known)
+    if len(unseen):
+        first = target.names[unseen[0]]
+        notes.append(f"{len(unseen)} classes of test examples, such as {first!r}, are in none to fit on")
+    examples = {
+        name: Examples(group[rows], rows, rows + 1, rows, group[rows], codes[rows, None])
+        for name, rows in splits.items()
+    }
+    return Grid(target, (position,), (1,), examples, {}, tuple(notes))
+
+
+def _shuffled(grid: Grid, seed: int) -> Task:
+    """The control task: the labels of each split in random order."""
+    generator = np.random.default_rng(seed)
+    return Task(None, {split: generator.permutation(grid.labels(split, 1)) for split in grid.examples})
+
+
+def _prior(grid: Grid, position: Position) -> DocumentSums:
+    """The scores of the class prior."""
+    prior = prior_log_probabilities(grid.labels(FITTED_ON, 1), grid.target.classes)
+    labels, number = grid.labels(TESTED_ON, 1), document_numbers(grid.examples[TESTED_ON].document)
+    loss = float(-prior[grid.labels(CHOSEN_ON, 1)].mean())
+    facts = {"reader": "prior", "position": position, "horizon": 1, "validation_cross_entropy": loss}
+    sums = DocumentSums([facts], int(number.max()) + 1)
+    sums.add(number, np.tile(prior, (1, len(labels), 1)), labels)
+    return sums
+
+
+def _card(activations: Arrays, target: Target, rows: pd.DataFrame, seed: int) -> dict[str, Any]:
+    """What probes read, and how well."""
+    texts = activations if isinstance(activations, TextActivations) else None
+    scored = ["solver", "location", "layer", "position", "accuracy", "accuracy_low", "accuracy_high"]
+    scored += ["cross_entropy", "bits", "bits_low", "bits_high", "control_accuracy", "examples", "documents"]
+    return {
+        "model": None if texts is None else texts.model,
+        "revision": None if texts is None else texts.revision,
+        "position": None if texts is None else texts.position,
+        "target": target.name,
+        "classes": list(target.names),
+        "seed": seed,
+        "version": version("probekit-lm"),
+        "scores": json.loads(rows[scored].to_json(orient="records")),
+    }

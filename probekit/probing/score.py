@@ -1,0 +1,143 @@
+"""`probekit score`: what a run's linear probe reads of new texts, at their last tokens or at all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from probekit.config import CorpusSettings, ProbedName
+from probekit.data.readers import read_documents
+from probekit.errors import ProbekitError
+from probekit.io import atomic_path, write_table
+from probekit.models.hook_points import hook_name
+from probekit.models.replanning import decoded
+from probekit.probing.activations import probing_windows
+from probekit.probing.arrays import predictions
+from probekit.probing.labels import target_of
+from probekit.probing.results import LINEAR_SOLVERS, Cell, SavedProbes, cells_of, read_probe_record
+from probekit.probing.texts import activation_at, encoded_texts, read_batches
+from probekit.progress import Progress
+from probekit.run.run import Run
+
+UNCONDITIONED = ("none", "random")
+"""Variants that read a text without planned actions."""
+
+FORMATS = (".csv", ".jsonl", ".parquet")
+"""Files that a table of predictions is written to."""
+
+
+def score(
+    run: Run | str | Path,
+    texts: str | Path | Sequence[str],
+    cell: str | None = None,
+    *,
+    tokens: bool = False,
+    batch_size: int = 16,
+    out: str | Path | None = None,
+    quiet: bool = False,
+) -> pd.DataFrame:
+    """Applies a linear probe of a run to new texts.
+
+    Args:
+        run: The run, which was probed.
+        texts: The texts, or a file of any format that the readers of a corpus know.
+        cell: Name of the probe, as in the run's file of probes: solver|location|layer|position|horizon. None:
+            the one with the least cross-entropy on validation documents.
+        tokens: Read every token of a text, not only the last (of a probe at `first` or `mean`: there).
+        batch_size: Texts read at once.
+        out: Also write the table: .csv, .jsonl or .parquet.
+        quiet: Show no progress.
+
+    Returns:
+        A row for each text or token: its number and name, the class predicted and its probability, and the
+        probability of every class if there are at most 20.
+
+    Raises:
+        ProbekitError: The run has no such probe, or a text is empty or longer than the LM reads.
+    """
+    if out is not None and Path(out).suffix not in FORMATS:
+        raise ProbekitError(f"--out is {str(out)!r}; it must end in {', '.join(FORMATS)}")
+    run = Run.at(run)
+    record = read_probe_record(run.folder)
+    run = run.with_settings({"probe.window": record.config.probe.window})
+    variant, seed, chosen = _chosen(run, cell)
+    probe = SavedProbes(run.folder / "probes", variant, seed)[chosen]
+    target = target_of(run.corpus, record.config)
+    classes = target.names or tuple(map(str, range(target.classes)))
+    named = _named(texts)
+    begin = [] if run.corpus.bos_rule == "none" else [run.corpus.separator]
+    window = probing_windows(run)[0]
+    encoded = encoded_texts(run.corpus.tokenizer, [text for _, text in named], window - len(begin))
+    found: list[tuple[list[int], Tensor]] = []
+
+    def read(_: str, activation: Tensor, lengths: Tensor) -> None:
+        if tokens:
+            column = torch.arange(activation.shape[1], device=activation.device)
+            own = activation[(column >= len(begin)) & (column < len(begin) + lengths[:, None])]
+        else:
+            position = chosen.position if isinstance(chosen.position, str) else "last"
+            own = activation_at(position, activation, len(begin), lengths)
+        found.append(([], probe.log_probabilities(own.cpu())))
+
+    name = hook_name(chosen.location, chosen.layer)
+    backend = run.backend_for([name], variant, seed)
+    with Progress(quiet=quiet).task("score texts", total=len(named), unit="texts") as task:
+        for rows in read_batches(backend, [name], encoded, begin, batch_size, read):
+            found[-1][0].extend(rows)
+            task.advance(len(rows))
+    parts = []
+    for rows, log_p in found:
+        text = [row for row in rows for _ in range(len(encoded[row]) if tokens else 1)]
+        part = pd.DataFrame({"text": text, "name": [named[row][0] for row in text]})
+        if tokens:
+            part["token"] = [number for row in rows for number in range(len(encoded[row]))]
+            part["piece"] = [decoded(run.corpus.tokenizer, [t]) for row in rows for t in encoded[row]]
+        parts.append(pd.concat([part, predictions(log_p, classes)], axis=1))
+    table = pd.concat(parts).sort_values("text", kind="stable", ignore_index=True)
+    if out is not None:
+        _write(table, Path(out))
+    return table
+
+
+def _chosen(run: Run, key: str | None) -> tuple[ProbedName, int, Cell]:
+    """The variant, the seed and the cell of the probe that was asked for, else of the best one."""
+    rows = run.probes()
+    rows = rows[
+        (rows.reader == "probe") & rows.variant.isin(UNCONDITIONED) & rows.solver.isin(LINEAR_SOLVERS)
+    ]
+    rows = rows.dropna(subset="validation_cross_entropy").sort_values(
+        "validation_cross_entropy", kind="stable"
+    )
+    cells = cells_of(rows)
+    known = [cell.key for cell in cells]
+    if not known:
+        raise ProbekitError(
+            f"{run.folder} keeps no linear probes of {' or '.join(UNCONDITIONED)}; "
+            f"run `probekit probe {run.folder}`"
+        )
+    if key is not None and key not in known:
+        raise ProbekitError(f"--cell is {key!r}; the best of {len(known)} probes are {', '.join(known[:3])}")
+    number = 0 if key is None else known.index(key)
+    return rows.variant.iloc[number], int(rows.seed.iloc[number]), cells[number]
+
+
+def _named(texts: str | Path | Sequence[str]) -> list[tuple[str, str]]:
+    """Names and texts."""
+    if not isinstance(texts, str | Path):
+        return [(str(number), text) for number, text in enumerate(texts)]
+    return [(document.name, document.text) for document in read_documents(CorpusSettings(path=str(texts)))]
+
+
+def _write(table: pd.DataFrame, path: Path) -> None:
+    if path.suffix == ".parquet":
+        write_table(path, table)
+        return
+    with atomic_path(path) as partial:
+        if path.suffix == ".csv":
+            table.to_csv(partial, index=False)
+        else:
+            table.to_json(partial, orient="records", lines=True, force_ascii=False)

@@ -1,0 +1,289 @@
+"""Activations of texts in an LM that the user holds: a Hugging Face model, or TransformerLens's bridge.
+
+    activations = probekit.activations(model, tokenizer, texts)
+
+The LM is left as it was. Texts are read as the package reads documents, with a beginning-of-sequence token
+where the LM was trained with one, and without padding before them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from probekit.config import NAMED, Position
+from probekit.data.tokenizer import bos_rule_for, separator_id
+from probekit.errors import ProbekitError
+from probekit.models.architecture import Architecture, examine
+from probekit.models.hook_points import (
+    OUTSIDE_BLOCKS,
+    Backend,
+    BridgeBackend,
+    HFBackend,
+    hook_name,
+    per_layer,
+)
+from probekit.models.language_model import longest_window
+from probekit.models.replanning import encoded
+from probekit.probing.activations import HookPoint
+from probekit.progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+_EXAMINED: WeakKeyDictionary[Any, Architecture] = WeakKeyDictionary()
+"""Hook points of models that have been read: finding them takes seconds."""
+
+
+@dataclass(frozen=True)
+class TextActivations:
+    """One activation of every text at every layer; `numpy.asarray` gives the values, too.
+
+    Attributes:
+        values: The activations, [locations * layers, texts, width], on the CPU.
+        points: Location and layer of each row of `values`.
+        position: Where texts were read, as it was asked for.
+        tokens_read: Tokens of each text up to the last one that was read, [texts].
+        model: Name of the LM.
+        revision: Commit of the LM on the hub, if it is from there.
+    """
+
+    values: Tensor
+    points: tuple[HookPoint, ...]
+    position: Position
+    tokens_read: np.ndarray
+    model: str
+    revision: str | None
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layer of each row of `values`."""
+        return tuple(layer for _, layer in self.points)
+
+    @property
+    def positions(self) -> np.ndarray:
+        """The token of each text that was read, from 0, the last one for a mean [texts]."""
+        return self.tokens_read - 1
+
+    def __len__(self) -> int:
+        return self.values.shape[1]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """The values as a NumPy array, in float32 where NumPy lacks the dtype."""
+        values = self.values.float() if self.values.dtype == torch.bfloat16 else self.values
+        return np.array(values.numpy(), dtype=dtype, copy=copy)
+
+
+def activations(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    texts: Sequence[str],
+    layers: int | Sequence[int] | None = None,
+    location: str | Sequence[str] = "hook_resid_post",
+    position: Position = "last",
+    *,
+    batch_size: int = 16,
+    truncate: bool = False,
+    quiet: bool = False,
+) -> TextActivations:
+    """Reads texts with an LM, and keeps one activation of each at every layer.
+
+    Args:
+        model: A causal LM of Hugging Face, or a TransformerBridge; it is run where it is.
+        tokenizer: Its tokenizer; None: the one that a bridge holds.
+        texts: The texts.
+        layers: The layers to read; None: all.
+        location: TransformerLens hook without the layer, or several of one width.
+        position: `last`, `first` or `mean` (over the tokens of the text), or a negative number that counts
+            from the end: -1 is the last token.
+        batch_size: Texts read at once.
+        truncate: Read only the beginning of a text that is longer than the LM reads.
+        quiet: Show no progress.
+
+    Raises:
+        ProbekitError: The model, a layer, a location, a text or the position is not usable; it names it.
+    """
+    bridged = hasattr(model, "original_model")
+    tokenizer = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
+    if tokenizer is None or not (bridged or hasattr(model, "base_model")):
+        raise ProbekitError(
+            f"model is a {type(model).__name__}, tokenizer a {type(tokenizer).__name__}; give a causal LM of "
+            "Hugging Face or a TransformerBridge, and its tokenizer"
+        )
+    if not (position in NAMED or (isinstance(position, int) and position < 0)):
+        raise ProbekitError(f"position is {position!r}; it must be {', '.join(NAMED)}, or -1, -2 and so on")
+    plain = model.original_model if bridged else model
+    config = plain.config.get_text_config()
+    points = _points(location, layers, int(config.num_hidden_layers))
+    rule = bos_rule_for(tokenizer, "auto")
+    begin = [] if rule == "none" else [separator_id(tokenizer)]
+    longest = longest_window(config)
+    tokens = encoded_texts(tokenizer, texts, longest - len(begin), truncate=truncate)
+    if isinstance(position, int) and (short := [n for n, own in enumerate(tokens) if len(own) < -position]):
+        raise ProbekitError(
+            f"text {short[0]} has {len(tokens[short[0]])} tokens, but position is {position}; "
+            f"{len(short)} of {len(texts)} texts are that short"
+        )
+    names = [hook_name(*point) for point in points]
+    with _as_it_was(model):
+        backend = _bridge_backend(model, names) if bridged else _plain_backend(model, tokenizer, points)
+        values: dict[str, list[Tensor]] = {name: [] for name in names}
+
+        def read(name: str, activation: Tensor, lengths: Tensor) -> None:
+            values[name].append(
+                activation_at(position, activation, len(begin), lengths).to(plain.dtype).cpu()
+            )
+
+        with Progress(quiet=quiet).task("read texts", total=len(texts), unit="texts") as task:
+            order = []
+            for rows in read_batches(backend, names, tokens, begin, batch_size, read):
+                order += rows
+                task.advance(len(rows))
+    widths = {name: part[0].shape[1] for name, part in values.items()}
+    if len(set(widths.values())) > 1:
+        raise ProbekitError(f"location: widths differ ({widths}); read locations of one width at a time")
+    back = torch.from_numpy(np.argsort(order))
+    lengths = np.array([len(own) for own in tokens])
+    shift = 1 + position if isinstance(position, int) else 0
+    return TextActivations(
+        torch.stack([torch.cat(part)[back] for part in values.values()]),
+        tuple(points),
+        position,
+        np.ones_like(lengths) if position == "first" else lengths + shift,
+        plain.config.name_or_path,
+        getattr(plain.config, "_commit_hash", None),
+    )
+
+
+def encoded_texts(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], most: int, *, truncate: bool = False
+) -> list[list[int]]:
+    """The tokens of texts, at least one and at most so many.
+
+    Raises:
+        ProbekitError: A text has no token, or too many and is not to be truncated; it gives the number of the
+            first such text, from 0.
+    """
+    if isinstance(texts, str) or not len(texts):
+        raise ProbekitError(f"texts is {texts!r}; give a list of texts, one at least")
+    tokens = [encoded(tokenizer, text) for text in texts]
+    if empty := [number for number, own in enumerate(tokens) if not own]:
+        raise ProbekitError(
+            f"text {empty[0]} is empty, as are {len(empty)} of {len(texts)} texts; leave them out"
+        )
+    if (long := [number for number, own in enumerate(tokens) if len(own) > most]) and not truncate:
+        raise ProbekitError(
+            f"text {long[0]} has {len(tokens[long[0]]):,} tokens, but the LM reads {most:,} of a text; "
+            f"{len(long)} of {len(texts)} texts are that long: shorten them, or give truncate=True"
+        )
+    return [own[:most] for own in tokens]
+
+
+def read_batches(
+    backend: Backend,
+    names: Sequence[str],
+    tokens: Sequence[Sequence[int]],
+    begin: Sequence[int],
+    batch_size: int,
+    read: Callable[[str, Tensor, Tensor], None],
+) -> Iterator[list[int]]:
+    """Runs an LM on texts, those of about one length together.
+
+    Args:
+        backend: Runs the LM.
+        names: Hooks to read.
+        tokens: The tokens of each text.
+        begin: Tokens read before each text.
+        batch_size: Texts read at once.
+        read: Called with a hook's name, its activations [batch, positions, width], and the number of each
+            text's tokens [batch]; tokens follow on those of `begin`.
+
+    Yields:
+        The numbers of the texts that have been read.
+    """
+    order = sorted(range(len(tokens)), key=lambda number: -len(tokens[number]))
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        # Padding behind a text changes nothing before it.
+        batch = [torch.tensor([*begin, *tokens[number]]) for number in rows]
+        padded = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True).to(backend.device)
+        lengths = torch.tensor([len(tokens[number]) for number in rows], device=backend.device)
+
+        def hook(name: str, lengths: Tensor = lengths) -> tuple[str, Callable[..., None]]:
+            return name, lambda activation, hook=None: read(name, activation.flatten(2), lengths)
+
+        with torch.no_grad():
+            backend(padded, [hook(name) for name in names], len(names))
+        yield rows
+
+
+def activation_at(position: Position, activation: Tensor, begin: int, lengths: Tensor) -> Tensor:
+    """Of activations [texts, positions, width] that of each text [texts, width]."""
+    if position == "mean":
+        column = torch.arange(activation.shape[1], device=activation.device)
+        own = (column >= begin) & (column < begin + lengths[:, None])
+        return (activation * own[..., None]).sum(1) / lengths[:, None]
+    last = begin + lengths - 1
+    column = torch.full_like(last, begin) if position == "first" else last
+    if isinstance(position, int):
+        column = last + 1 + position
+    return activation[torch.arange(len(column), device=activation.device), column]
+
+
+def _points(location: str | Sequence[str], layers: int | Sequence[int] | None, depth: int) -> list[HookPoint]:
+    """Every location at every layer; one outside the blocks at the nearest layer."""
+    asked = [layers] if isinstance(layers, int) else dict.fromkeys(range(depth) if layers is None else layers)
+    for layer in asked:
+        if not 0 <= layer < depth:
+            raise ProbekitError(f"layers has {layer}, but the LM's layers are 0 to {depth - 1}")
+    nearest = dict(zip(OUTSIDE_BLOCKS, (0, depth - 1), strict=True))
+    return [
+        (name, layer)
+        for name in ([location] if isinstance(location, str) else location)
+        for layer in (asked if per_layer(name) else [nearest[name]])
+    ]
+
+
+def _bridge_backend(model: Any, names: Sequence[str]) -> Backend:
+    for name in names:
+        if name not in model.hook_dict:
+            raise ProbekitError(f"location: {type(model).__name__} has no hook {name}")
+    return BridgeBackend(model)
+
+
+def _plain_backend(model: Any, tokenizer: PreTrainedTokenizerBase, points: Sequence[HookPoint]) -> Backend:
+    if model not in _EXAMINED:
+        _EXAMINED[model] = examine(model.config, tokenizer, model.config.name_or_path or type(model).__name__)
+    architecture = _EXAMINED[model]
+    for location, _ in points:
+        architecture.check(location, "location")
+    modules = architecture.points([hook_name(*point) for point in points])
+    if modules is None:
+        raise ProbekitError(
+            f"location: no module of {type(model).__name__} has {points[0][0]}; give the model as a "
+            "TransformerBridge of TransformerLens"
+        )
+    return HFBackend(model, modules)
+
+
+@contextmanager
+def _as_it_was(model: torch.nn.Module) -> Iterator[None]:
+    """Afterwards a model is in training mode, and its parameters require gradients, as before."""
+    training = [(module, module.training) for module in model.modules()]
+    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training:
+            module.training = mode
+        for parameter, needs in required:
+            parameter.requires_grad_(needs)

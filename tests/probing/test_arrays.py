@@ -1,0 +1,169 @@
+"""`probekit.fit_grid` on arrays against scikit-learn, probes on disk, and input that is refused."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+import probekit
+from probekit.errors import ProbekitError
+from probekit.probing.results import COLUMNS
+
+EXAMPLES, WIDTH, GROUPS = 300, 8, 60
+FAST = {"l2": [0.01, 0.1], "control": False, "resamples": 100}
+
+
+@pytest.fixture(scope="module")
+def data() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Activations of three layers, labels that only layer 1 holds, and groups."""
+    generator = np.random.default_rng(0)
+    labels = generator.integers(2, size=EXAMPLES)
+    X = generator.normal(size=(3, EXAMPLES, WIDTH)).astype(np.float32)
+    X[1, :, 2] += 2 * labels
+    return X, np.array(["false", "true"])[labels], generator.integers(GROUPS, size=EXAMPLES)
+
+
+def own_split(groups: np.ndarray) -> np.ndarray:
+    return np.array(["train", "train", "train", "validation", "test"])[groups % 5]
+
+
+def test_the_label_is_found_where_it_is(data):
+    X, labels, groups = data
+    solvers = ("softmax", "lda", "mean-difference", "l1", "mlp")
+    results = probekit.fit_grid(X, labels, groups=groups, solvers=solvers, name="truth")
+    table = results.table
+    assert list(table.columns) == list(COLUMNS)
+    assert set(table.target) == {"truth"}
+    probes = table[table.reader == "probe"]
+    assert len(probes) == 3 * len(solvers)
+    assert (probes[probes.layer == 1].accuracy_low > 0.6).all()
+    elsewhere = probes[probes.layer != 1]
+    assert ((elsewhere.accuracy_low < 0.55) & (elsewhere.bits < 0.1)).all()
+    assert (probes.control_accuracy < 0.75).all()
+    (prior,) = table[table.reader == "prior"].cross_entropy
+    assert prior == pytest.approx(np.log(2), abs=0.03)
+    assert results.probes.cells[0].layer == 1
+
+
+def test_equals_scikit_learn_on_the_same_split(data):
+    X, labels, groups = data
+    split = own_split(groups)
+    results = probekit.fit_grid(X, labels, groups=groups, split=split, **(FAST | {"l2": [0.1]}))
+    for layer in range(3):
+        train, test = X[layer][split == "train"], X[layer][split == "test"]
+        scaler = StandardScaler().fit(train)
+        oracle = LogisticRegression(C=2 / (0.1 * len(train)), tol=1e-8)  # the two classes halve the weights
+        oracle.fit(scaler.transform(train), labels[split == "train"])
+        row = results.table[(results.table.layer == layer)].iloc[0]
+        assert row.accuracy == pytest.approx(oracle.score(scaler.transform(test), labels[split == "test"]))
+        p = results.score(X, layer)[["p(false)", "p(true)"]].to_numpy()
+        np.testing.assert_allclose(p, oracle.predict_proba(scaler.transform(X[layer])), atol=2e-3)
+
+
+def test_groups_cross_no_split_and_intervals_resample_them(data):
+    X, labels, groups = data
+    results = probekit.fit_grid(X[1], labels, groups=groups, **FAST)
+    row = results.table[results.table.reader == "probe"].iloc[0]
+    assert 0.12 * EXAMPLES < row.examples < 0.28 * EXAMPLES
+    assert 0.5 * EXAMPLES < row.fitted_on < 0.7 * EXAMPLES
+    assert row.documents < GROUPS / 3
+    alone = probekit.fit_grid(X[1], labels, **FAST).table.iloc[0]
+    assert alone.documents == alone.examples
+
+
+def test_the_same_seed_gives_the_same_table(data):
+    X, labels, groups = data
+    tables = [probekit.fit_grid(X[:2], labels, groups=groups, seed=s, **FAST).table for s in (3, 3, 4)]
+    assert tables[0].equals(tables[1])
+    assert not tables[0].equals(tables[2])
+
+
+@pytest.mark.parametrize("kind", ["torch", "bfloat16", "npy", "safetensors", "list of classes"])
+def test_all_kinds_of_arrays_give_the_same(data, kind, tmp_path: Path):
+    X, labels, groups = data
+    given: object = torch.from_numpy(X)
+    if kind == "bfloat16":
+        given = torch.from_numpy(X).bfloat16()
+        X = given.float().numpy()
+    if kind == "npy":
+        given = tmp_path / "x.npy"
+        np.save(given, X)
+    if kind == "safetensors":
+        given = str(tmp_path / "x.safetensors")
+        save_file({"activations": torch.from_numpy(X)}, given)
+    found = probekit.fit_grid(given, labels.tolist(), groups=torch.from_numpy(groups), **FAST)
+    assert found.table.equals(probekit.fit_grid(X, labels, groups=groups, **FAST).table)
+
+
+def test_probes_are_kept_with_a_card(data, tmp_path: Path):
+    X, labels, groups = data
+    results = probekit.fit_grid(X, labels, groups=groups, solvers=["softmax", "ridge"], name="truth", **FAST)
+    results.save(tmp_path / "probes.safetensors")
+
+    probes = probekit.load_probes(tmp_path / "probes.safetensors")
+    assert probes.card["classes"] == ["false", "true"]
+    assert probes[1].coef.shape == (WIDTH, 2)
+
+    assert probes.cells == results.probes.cells
+    assert len(probes.cells) == 6
+    assert probes.card == results.probes.card
+    assert probes.card["target"] == "truth"
+    assert [row["accuracy"] for row in probes.card["scores"]] == pytest.approx(
+        [results.probes.card["scores"][i]["accuracy"] for i in range(6)]
+    )
+    assert probes.score(X).equals(results.score(X))
+    assert probes.score(X[1], layer=1).equals(results.score(X, layer=1))
+    right = (results.score(X).predicted == labels).mean()
+    assert right > 0.8
+    with pytest.raises(ProbekitError, match="layer is 7"):
+        probes.score(X, layer=7)
+    with pytest.raises(ProbekitError, match=f"width 5, but the probe reads {WIDTH}"):
+        probes.score(X[:, :, :5])
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ProbekitError, match="no card of probes"):
+        probekit.load_probes(tmp_path / "other.safetensors")
+
+
+def test_few_examples_are_noted(data):
+    X, labels, _ = data
+    notes = probekit.fit_grid(X[1, :40], labels[:40], **FAST).notes
+    assert notes == [
+        f"the split {name} has 8 examples, fewer than 20: intervals are wide"
+        for name in ("validation", "test")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"labels": ["a"] * 10}, "labels has 10 values, but activations 300 examples"),
+        ({"groups": [1, 2]}, "groups has 2 values, but activations 300 examples"),
+        ({"labels": ["a"] * EXAMPLES}, "labels has 1 classes; it must have 2 to 4,096"),
+        ({"labels": [*["a", "b"] * 149, "a", None]}, "labels: 1 of 300 are missing, the first is number 299"),
+        ({"labels": [["a"], ["b"]] * 150}, "labels holds lists or objects"),
+        ({"groups": [0, 1] * 150}, "groups has 2 groups, but probe, validation, test need one each"),
+        ({"split": ["train"] * EXAMPLES}, "split has no validation examples"),
+        ({"split": ["dev"] * EXAMPLES}, "split has 'dev' at 0; it must be train, validation or test"),
+        (
+            {"split": ["train", "test"] * 150, "groups": np.arange(EXAMPLES) // 4},
+            "groups: 0 is in more than one",
+        ),
+        ({"solvers": "svm"}, "probe.solvers.0 is 'svm'"),
+        ({"l3": 1}, "l3"),
+        (
+            {"activations": np.zeros(5)},
+            r"activations \[5\] must be \[examples, width\] or \[layers, examples",
+        ),
+        ({"activations": "x.csv"}, "it must end in .npy or .safetensors"),
+        ({"activations": np.full((EXAMPLES, 3), np.nan)}, "example 0 of layer 0 is not finite"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(data, changed, message):
+    X, labels, _ = data
+    with pytest.raises(ProbekitError, match=message) as caught:
+        probekit.fit_grid(**({"activations": X, "labels": labels} | changed))
+    assert "\n" not in str(caught.value)

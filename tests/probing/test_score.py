@@ -1,0 +1,101 @@
+"""`probekit score`: a run's own probes on the run's own texts, on the command line, and what is refused."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import probekit
+from probekit.cli import main
+from probekit.errors import ProbekitError
+from probekit.io import read_table
+from probekit.probing.activations import Reader
+from probekit.probing.results import Cell, SavedProbes
+from probekit.probing.score import score
+from probekit.probing.targets import Examples
+
+CELL = "softmax|hook_resid_post|1|1|1"
+
+
+@pytest.fixture(scope="module")
+def texts(probed_run: probekit.Run) -> list[str]:
+    """Beginnings of documents of the run's corpus, which the LM reads whole."""
+    corpus = probed_run.corpus
+    whole = [document.text for _, documents in corpus.texts.batches() for document in documents][:5]
+    return [text[:80] for text in whole]
+
+
+def test_every_token_is_read_as_in_probing(probed_run: probekit.Run, texts: list[str]):
+    """The tokens of a document's beginning, read by the grid's own reader."""
+    table = score(probed_run, texts, CELL, tokens=True, batch_size=2, quiet=True)
+    corpus = probed_run.corpus
+    for number in range(len(texts)):
+        rows = table[table.text == number]
+        first = corpus.document_tokens[number] + 1
+        ids = corpus.tokenizer(texts[number], add_special_tokens=False).input_ids
+        same = int(np.argmin([*np.equal(ids, corpus.tokens[first : first + len(ids)]), False]))
+        assert same > 3  # the last token may be cut
+        start = np.arange(first, first + same) + 1
+        examples = Examples.of_tokens(
+            np.full(same, number), start, np.zeros(same, int), np.zeros((same, 1), int)
+        )
+        (values,) = Reader(probed_run, "none", [("hook_resid_post", 1)], [1]).read(examples)
+        probe = SavedProbes(probed_run.folder / "probes", "none", probed_run.config.seed)[Cell.of(CELL)]
+        expected = probe.log_probabilities(values[0, 0]).exp().numpy()
+        found = rows[[f"p({action})" for action in range(corpus.k)]].to_numpy()[:same]
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+        assert rows.token.tolist() == list(range(len(ids)))
+        assert "".join(rows.piece) == texts[number]
+
+
+def test_the_last_token_is_that_of_the_text(probed_run: probekit.Run, texts: list[str]):
+    every = score(probed_run, texts, CELL, tokens=True, quiet=True)
+    last = score(probed_run, texts, CELL, batch_size=2, quiet=True)
+    expected = every.groupby("text").last().reset_index()[list(last.columns)]
+    pd.testing.assert_frame_equal(last, expected, atol=1e-5, check_dtype=False)
+
+
+def test_without_a_cell_the_best_on_validation_is_taken(probed_run: probekit.Run, texts: list[str]):
+    rows = probed_run.probes().query("reader == 'probe' and variant == 'none'")
+    best = rows.loc[rows.validation_cross_entropy.idxmin()]
+    key = f"{best.solver}|{best.location}|{best.layer}|{best.position}|{best.horizon}"
+    assert score(probed_run, texts, quiet=True).equals(score(probed_run, texts, key, quiet=True))
+
+
+@pytest.mark.parametrize("ending", [".csv", ".jsonl", ".parquet"])
+def test_the_command_reads_and_writes_files(
+    ending: str,
+    probed_run: probekit.Run,
+    texts: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    source, out = tmp_path / "texts.jsonl", tmp_path / f"out{ending}"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
+    words = ["score", str(probed_run.folder), str(source), "--cell", CELL, "--out", str(out), "--quiet"]
+    assert main(words) == 0
+    assert f"All {len(texts)} rows" in capsys.readouterr().out
+    found = {
+        ".csv": pd.read_csv,
+        ".jsonl": lambda path: pd.read_json(path, lines=True),
+        ".parquet": read_table,
+    }[ending](out)
+    expected = score(probed_run, texts, CELL, quiet=True)
+    assert found.predicted.astype(str).tolist() == expected.predicted.tolist()
+    np.testing.assert_allclose(found.probability, expected.probability, rtol=1e-5)
+    assert found["name"].iloc[1] == "texts.jsonl:2"
+
+
+def test_what_cannot_be_scored_is_refused(probed_run: probekit.Run, tiny_run: probekit.Run, texts: list[str]):
+    with pytest.raises(ProbekitError, match=r"--cell is 'softmax\|9'; the best of \d+ probes are softmax\|"):
+        score(probed_run, texts, "softmax|9", quiet=True)
+    with pytest.raises(ProbekitError, match="text 1 is empty"):
+        score(probed_run, ["a plan", ""], quiet=True)
+    with pytest.raises(ProbekitError, match="but the LM reads 47 of a text"):
+        score(probed_run, [" ".join(texts)], quiet=True)
+    with pytest.raises(ProbekitError, match=r"must end in \.csv, \.jsonl, \.parquet"):
+        score(probed_run, texts, out="x.txt", quiet=True)
+    with pytest.raises(ProbekitError, match="run `probekit probe"):
+        score(tiny_run, texts, quiet=True)
