@@ -241,12 +241,11 @@ class Reader:
         self.run, self.variant, self.seed = run, variant, seed
         self.stacks, self.positions = stacks_of(points, run.locations), tuple(positions)
         self.windows = windows or probing_windows(run)
-        self._model = run.model(variant) if variant in VARIANTS else None
+        names = [_hook_name(point) for point in points]
+        self._model = run.model(variant, names) if variant in VARIANTS else None
         self._corpus = run.corpus_of(variant) if variant in VARIANTS else run.corpus
         self._mixing = evaluation_mixing(variant)
-        adapter = None if self._model is None else self._model.adapter
-        names = [_hook_name(point) for point in points] + list(adapter.names if adapter is not None else ())
-        self._forward = run.backend_for(names, variant, seed)
+        self._forward = run.backend_for(names, variant, seed) if self._model is None else self._model.backend
         self.dtype: torch.dtype = self._forward.model.dtype
 
     @property
@@ -256,7 +255,8 @@ class Reader:
         size = len(self.positions) * self.dtype.itemsize + 4 * ("mean" in self.positions)
         fitting = CHUNK_BYTES[self.run.device.type] // (widths * size)
         most = max(1, min(CHUNK_EXAMPLES // distributed.count(), fitting))
-        return most, max(most, self.windows[0])
+        # Every part of a document reads its windows again: a few times at most, whatever that takes.
+        return most, max(most, self.windows[0] // 4)
 
     def place(self, examples: Examples) -> Placement:
         """Where the examples are read."""

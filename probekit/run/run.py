@@ -72,9 +72,8 @@ class Run(RunFolder):
         return run
 
     def _check_kept(self, config: Config, settings: Mapping[str, Any]) -> None:
-        """Refuses other settings of a corpus or LM that are finished: these are what they are."""
-        made_of = ("corpus.", "actions.", "lm.")
-        for name in (name for name in settings if name.startswith(made_of) and name not in HOW_TO_LOAD):
+        """Refuses other settings of an LM, or of its tokens, that are finished: they are what they are."""
+        for name in (name for name in settings if name.startswith("lm.") and name not in HOW_TO_LOAD):
             users = {stage.removesuffix("/new") for stage in stages_that_use(name)} & {"corpus", "lm"}
             before, now = (setting_value(each, name) for each in (self.config, config))
             finished = sorted(stage for stage in users if self.finished(stage))
@@ -285,11 +284,12 @@ class Run(RunFolder):
         name = "model" if fold is None else f"fold{fold}"
         write_tensors(self.folder / "planner" / f"{name}.safetensors", planner.state_dict())
 
-    def model(self, name: ModelName) -> PlannedLM:
+    def model(self, name: ModelName, hooks: Sequence[str] = ()) -> PlannedLM:
         """The trained, frozen model of a variant, or of a member of a depth ensemble; `none` is the base LM.
 
         Args:
             name: Which one.
+            hooks: Full names of further hooks that its backend is to have.
 
         Raises:
             ProbekitError: The settings have no such variant or member, or it is not trained yet.
@@ -308,7 +308,7 @@ class Run(RunFolder):
             depth = self._ensemble(name)
         planner = self.planner(variant) if self.finished("planner") else None
         parts = [part for part in (adapter, depth) if part is not None]
-        names = [hook for part in parts for hook in part.names] or [NORM_OUT]
+        names = [*(hook for part in parts for hook in part.names), *hooks] or [NORM_OUT]
         return PlannedLM(
             lm.backend_for(names), planner, adapter, self.temperature(variant), depth=depth
         ).eval()

@@ -1,6 +1,8 @@
 """Activations against a plain Hugging Face model, run on nothing but the tokens before each position."""
 
+import gc
 import itertools
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -107,8 +109,8 @@ def loud(run: Run) -> Run:
     """The run with adapters that cannot be overheard."""
     trained = run.model
 
-    def model(variant: str) -> PlannedLM:
-        found = trained(variant)
+    def model(variant: str, hooks: Sequence[str] = ()) -> PlannedLM:
+        found = trained(variant, hooks)
         found.adapter.projections.data *= 100
         return found
 
@@ -562,7 +564,8 @@ def test_windows_of_a_new_lm_are_those_it_was_trained_in(tiny_run: Run, window: 
 
 
 def test_windows_of_a_pretrained_lm_are_as_long_as_its_positions(tiny_run: Run):
-    run = tiny_run.with_settings({"lm.name": str(tiny_run.folder / "lm"), "training.window": 16})
+    loaded = {"lm.name": str(tiny_run.folder / "lm"), "training.window": 16}
+    run = Run(tiny_run.folder, tiny_run.config.override(loaded))
     assert probing_windows(run) == (48, 24)
 
 
@@ -629,3 +632,30 @@ def test_placement_leaves_out_what_nobody_asks_about(tiny_run: Run):
     np.testing.assert_array_equal(place.tokens_read.ravel(), pieces.end)
     later = place.windows.start[pieces.window] > begin
     assert (pieces.begin[later] >= 10 - 4).all()  # tokens of context
+
+
+@pytest.mark.parametrize("variant", ["none", "soft"])
+def test_a_reader_holds_one_copy_of_the_lm(tiny_run: Run, variant: str, monkeypatch: pytest.MonkeyPatch):
+    """Also where only TransformerLens has a hook, and the variant's adapter is at one that both have."""
+    loaded: list[Any] = []
+    load = Run.plain_model
+
+    def counted(run: Run, *names: Any) -> PreTrainedModel:
+        model = load(run, *names)
+        loaded.append(weakref.ref(model.transformer.wte.weight))
+        return model
+
+    monkeypatch.setattr(Run, "plain_model", counted)
+    run = Run.open(tiny_run.folder)
+    reader = Reader(run, variant, [("attn.hook_q", 1)], [1])
+    assert isinstance(reader._forward, BridgeBackend)
+    gc.collect()
+    assert sum(weights() is not None for weights in loaded) == 1
+
+
+def test_a_chunk_of_one_long_document_keeps_to_the_limit(tiny_run: Run, monkeypatch: pytest.MonkeyPatch):
+    reader = Reader(Run.open(tiny_run.folder), "none", [("hook_resid_post", 1)], [1, 2])
+    row = 2 * 32 * 4
+    for fitting, most in ((40, 40), (12, 12), (2, 12)):  # windows of 48 tokens are read four times at most
+        monkeypatch.setitem(activations.CHUNK_BYTES, "cpu", fitting * row)
+        assert reader.chunk_examples == (fitting, most)

@@ -448,8 +448,7 @@ def test_the_same_run_with_other_settings(tiny_run: Run):
         ("lm.bos", "none", "corpus"),
         ("lm.name", "gpt2", "corpus"),
         ("lm.layers", 2, "lm"),
-        ("corpus.language", "de", "corpus"),
-        ("actions.k", 9, "corpus"),
+        ("lm.revision", "main", "corpus"),
     ],
 )
 def test_settings_of_what_is_made_already_are_refused(tiny_run: Run, name: str, value: object, stage: str):
