@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 SEPARATOR = "<|endoftext|>"
 
+ADDS_BOS = "add_bos_token"
+"""What tokenizer_config.json says of an LM that was trained with a beginning-of-sequence token."""
+
 OFFSETS_OF = "A sentence of some words."
 """A text whose tokens must know where in it they are."""
 
@@ -96,7 +99,9 @@ def bos_rule_for(tokenizer: PreTrainedTokenizerBase, setting: BosRule | Literal[
     """
     if setting != "auto":
         return setting
-    if tokenizer("a").input_ids[0] == tokenizer.bos_token_id:
+    # Some classes of Transformers leave out what tokenizer_config.json asks for, as those of OPT's do.
+    asked = tokenizer.init_kwargs.get(ADDS_BOS) and tokenizer.bos_token_id is not None
+    if asked or tokenizer("a").input_ids[0] == tokenizer.bos_token_id:
         return "every-window"
     # GPT-2 and its like were trained on documents that this token separates.
     return "document" if tokenizer.bos_token_id == tokenizer.eos_token_id else "none"
@@ -114,6 +119,7 @@ def drawable_ids(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
 
 def _load(source: hub.Source, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -122,6 +128,9 @@ def _load(source: hub.Source, trust_remote_code: bool) -> PreTrainedTokenizerBas
         # For a folder without a tokenizer, transformers makes one up with no vocabulary.
         if not tokenizer("a", add_special_tokens=False).input_ids:
             raise ValueError("it has no vocabulary")
+        if source.file is None:
+            declared = get_tokenizer_config(source.name, **source.arguments)
+            tokenizer.init_kwargs[ADDS_BOS] = bool(declared.get(ADDS_BOS))
     except Exception as error:
         raise ProbekitError(
             f"lm.name {source.name!r}: no tokenizer could be loaded from it; it needs a tokenizer.json and a "

@@ -246,3 +246,17 @@ def test_a_tokenizer_without_offsets_is_refused(folder: Path, tmp_path: Path):
     assert re.search(
         r"no character offsets of their own to \d+ of the \d+ tokens", refusal(tmp_path / "lost")
     )
+
+
+@pytest.mark.parametrize(("flag", "rule"), [(True, "every-window"), (False, "none"), (None, "none")])
+def test_a_beginning_that_is_asked_for_and_not_added(
+    flag: bool | None, rule: str, folder: Path, tmp_path: Path
+):
+    """Transformers ignores `add_bos_token` where tokenizer.json adds nothing; the LM was trained with it."""
+    shutil.copytree(folder, tmp_path / "asked")
+    file = tmp_path / "asked" / "tokenizer_config.json"
+    content = json.loads(file.read_text("utf-8")) | {"eos_token": "a"}
+    file.write_text(json.dumps(content if flag is None else content | {"add_bos_token": flag}), "utf-8")
+    tokenizer = load_tokenizer(tmp_path / "asked")
+    assert tokenizer("b").input_ids[0] != tokenizer.bos_token_id
+    assert bos_rule_for(tokenizer, "auto") == rule
