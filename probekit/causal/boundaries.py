@@ -19,6 +19,7 @@ from probekit.models.hook_points import Hook, hook_name
 from probekit.models.mixing import Fixed, Mixing, Uniform
 from probekit.models.planner_lm import token_losses
 from probekit.probing.activations import HookPoint
+from probekit.probing.targets import NO_LABEL
 from probekit.run.run import Run
 
 
@@ -31,29 +32,36 @@ class Boundaries:
         column: In the window, the position that predicts the next sentence's first token `[boundaries]`.
         last: The position that predicts its last token, or the window's last position `[boundaries]`.
         sentence: The next sentence's number in the corpus `[boundaries]`.
-        action: Its action `[boundaries]`.
+        label: Its label `[boundaries]`.
     """
 
     windows: Windows
     column: np.ndarray
     last: np.ndarray
     sentence: np.ndarray
-    action: np.ndarray
+    label: np.ndarray
 
     def __len__(self) -> int:
         return len(self.column)
 
 
 def draw_boundaries(
-    corpus: Corpus, documents: np.ndarray, count: int, window: int, reach: int, seed: int
+    corpus: Corpus,
+    labels: np.ndarray,
+    documents: np.ndarray,
+    count: int,
+    window: int,
+    reach: int,
+    seed: int,
 ) -> Boundaries:
     """Draws documents, and a sentence boundary of each.
 
-    About half of a window lies before the boundary. Boundaries with fewer than `reach` tokens before them
-    are left out, and so are documents that have no other.
+    About half of a window lies before the boundary. Boundaries with fewer than `reach` tokens before them,
+    or before a sentence without a label, are left out, and so are documents that have no other.
 
     Args:
         corpus: The corpus.
+        labels: Labels of all its sentences, `NO_LABEL` where there is none `[sentences]`.
         documents: Numbers of the documents to draw from.
         count: How many to draw at most.
         window: Tokens that the LM reads at once.
@@ -79,7 +87,8 @@ def draw_boundaries(
         begin, end = corpus.document_tokens[document : document + 2]
         first, last = corpus.document_sentences[document : document + 2]
         anchors = corpus.first_token[first + 1 : last]
-        usable = np.arange(first + 1, last)[anchors - reach > begin]
+        labelled = labels[first + 1 : last] != NO_LABEL
+        usable = np.arange(first + 1, last)[labelled & (anchors - reach > begin)]
         if not len(usable):
             continue
         sentence = int(generator.choice(usable))
@@ -91,12 +100,12 @@ def draw_boundaries(
         rows.append((document, start, length, anchor - 1 - start, last_column, sentence))
     if not rows:
         raise ProbekitError(
-            f"no test document has a sentence that begins after its first {reach} tokens; lower "
+            f"no test document has a sentence with a label that begins after its first {reach} tokens; lower "
             "intervene.distances"
         )
     document, start, length, column, last_column, sentence = np.array(sorted(rows), dtype=np.int64).T
     windows = Windows(document, start, length, length)
-    return Boundaries(windows, column, last_column, sentence, corpus.actions[sentence].astype(np.int64))
+    return Boundaries(windows, column, last_column, sentence, labels[sentence].astype(np.int64))
 
 
 Change = Callable[[Tensor, np.ndarray, int], Tensor]
@@ -131,7 +140,7 @@ class Outcomes:
         other_loss: Summed loss of the tokens after it `[boundaries]`.
         other_tokens: Their number, zero where the window ends with the sentence `[boundaries]`.
         first: Log-probabilities of the next sentence's first token `[boundaries, vocabulary]`.
-        action: The final-layer probe's log-probabilities of its action `[boundaries, actions]`.
+        label: The final-layer probe's log-probabilities of its label `[boundaries, classes]`.
         moved: Norm of the edit, summed over distances `[boundaries]`.
         norm: Norm of the activations before the edit, summed likewise `[boundaries]`.
     """
@@ -142,7 +151,7 @@ class Outcomes:
     other_loss: np.ndarray
     other_tokens: np.ndarray
     first: np.ndarray
-    action: np.ndarray
+    label: np.ndarray
     moved: np.ndarray
     norm: np.ndarray
 
@@ -269,7 +278,7 @@ class EditedLM(VariantLM):
             other_loss=np.where(behind, losses, 0.0).sum(1),
             other_tokens=behind.sum(1),
             first=logits[numbers, column].float().log_softmax(dim=-1).cpu().numpy(),
-            action=self.probe.log_probabilities(state).cpu().numpy(),
+            label=self.probe.log_probabilities(state).cpu().numpy(),
             moved=moved,
             norm=norm,
         )

@@ -17,7 +17,7 @@ from probekit.probing.results import LinearProbe
 from probekit.probing.solvers import Moments
 
 Steering = Callable[[Tensor, Tensor, float], Tensor]
-"""Maps float32 activations `[boundaries, width]`, the action that each is steered to `[boundaries]` and a
+"""Maps float32 activations `[boundaries, width]`, the label that each is steered to `[boundaries]` and a
 strength to the moved activations."""
 
 
@@ -29,7 +29,7 @@ def class_mean_vectors(moments: Moments) -> Tensor:
 
 
 def along_vectors(vectors: Tensor) -> Steering:
-    """Adds the action's vector, given for strength 1 `[actions, width]`, whatever the activation."""
+    """Adds the label's vector, given for strength 1 `[classes, width]`, whatever the activation."""
 
     def steer(activations: Tensor, target: Tensor, strength: float) -> Tensor:
         return activations + strength * vectors[target]
@@ -38,17 +38,17 @@ def along_vectors(vectors: Tensor) -> Steering:
 
 
 def along_weights(probe: LinearProbe, lengths: Tensor) -> Steering:
-    """Adds the probe's weights of the action, less the mean over actions, scaled to lengths `[actions]`."""
+    """Adds the probe's weights of the label, less the mean over labels, scaled to lengths `[classes]`."""
     weights = probe.coef.T - probe.coef.T.mean(dim=0)
     return along_vectors(_scaled(weights, lengths))
 
 
 def along_gradient(probe: LinearProbe, lengths: Tensor, steps: int) -> Steering:
-    """Follows the gradient of the probe's log-probability of the action (Dathathri et al. 2020).
+    """Follows the gradient of the probe's log-probability of the label (Dathathri et al. 2020).
 
     Args:
         probe: The probe of these activations.
-        lengths: Length of the path to each action at strength 1 `[actions]`.
+        lengths: Length of the path to each label at strength 1 `[classes]`.
         steps: Number of steps, all equally long.
     """
 
@@ -87,8 +87,8 @@ class Condition:
     Attributes:
         name: Its name in the table.
         change: The change.
-        target: The action that each boundary is moved to `[boundaries]`; None where there is no target.
-        strength: Of steering, in units of the distance between the action's mean and the mean of all.
+        target: The label that each boundary is moved to `[boundaries]`; None where there is no target.
+        strength: Of steering, in units of the distance between the label's mean and the mean of all.
         included: Which boundaries take part, bool `[boundaries]`; None for all.
         controls: The conditions, by name, that it is compared with on the same boundaries, and the names of
             these comparisons in the table.
@@ -128,22 +128,22 @@ def erasing(
 
 
 def patching(donated: Mapping[int, Tensor], boundaries: Boundaries, seed: int) -> list[Condition]:
-    """Replaces activations by those of a donor, a boundary whose next sentence has another action.
+    """Replaces activations by those of a donor, a boundary whose next sentence has another label.
 
     The controls are a norm-matched change in a random direction, and a donor whose next sentence has the same
-    action. Only boundaries with both donors take part.
+    label. Only boundaries with both donors take part.
 
     Args:
         donated: The activations before every boundary, by distance `[boundaries, width]`.
         boundaries: The boundaries.
         seed: Of the donors and directions.
     """
-    donors = {same: draw_donors(boundaries.action, same=same, seed=seed) for same in (False, True)}
+    donors = {same: draw_donors(boundaries.label, same=same, seed=seed) for same in (False, True)}
     included = (donors[False] != NO_DONOR) & (donors[True] != NO_DONOR)
     if not included.any():
         raise ProbekitError(
             f"intervene.kinds has patch, but of {len(boundaries)} boundaries none has both a donor whose "
-            "next sentence has the same action and one whose has another; raise intervene.boundaries"
+            "next sentence has the same label and one whose has another; raise intervene.boundaries"
         )
 
     def replace_by(donor: np.ndarray) -> Change:
@@ -155,13 +155,13 @@ def patching(donated: Mapping[int, Tensor], boundaries: Boundaries, seed: int) -
 
         return patch
 
-    target = np.where(included, boundaries.action[donors[False]], boundaries.action)
-    patch, same_action = replace_by(donors[False]), replace_by(donors[True])
-    controls = {name: name for name in ("random", "same action")}
+    target = np.where(included, boundaries.label[donors[False]], boundaries.label)
+    patch, same_label = replace_by(donors[False]), replace_by(donors[True])
+    controls = {name: name for name in ("random", "same label")}
     return [
         Condition("patch", patch, target, included=included, controls=controls),
         Condition("random", norm_matched(patch, seed), target, included=included),
-        Condition("same action", same_action, boundaries.action, included=included),
+        Condition("same label", same_label, boundaries.label, included=included),
     ]
 
 
@@ -172,22 +172,22 @@ def steering(
     strengths: Sequence[float],
     seed: int,
 ) -> list[Condition]:
-    """Steers toward a wrong action, of those `known`, and toward the true one, by methods given by distance.
+    """Steers toward a wrong label, of those `known`, and toward the true one, by methods given by distance.
 
     Each has a norm-matched random control.
     """
 
     def toward(strength: float, target: np.ndarray) -> Change:
         def steer(activations: Tensor, numbers: np.ndarray, distance: int) -> Tensor:
-            actions = torch.from_numpy(target[numbers]).to(activations.device)
-            return methods[distance](activations.float(), actions, strength).to(activations.dtype)
+            labels = torch.from_numpy(target[numbers]).to(activations.device)
+            return methods[distance](activations.float(), labels, strength).to(activations.dtype)
 
         return steer
 
     return [
         condition
         for strength in strengths
-        for condition in _to_actions(partial(toward, strength), boundaries, known, strength, seed)
+        for condition in _to_labels(partial(toward, strength), boundaries, known, strength, seed)
     ]
 
 
@@ -203,23 +203,23 @@ def replanning(codebook: Tensor, boundaries: Boundaries, known: np.ndarray, seed
 
         return replace
 
-    return _to_actions(toward, boundaries, known, None, seed)
+    return _to_labels(toward, boundaries, known, None, seed)
 
 
-def _to_actions(
+def _to_labels(
     toward: Callable[[np.ndarray], Change],
     boundaries: Boundaries,
     known: np.ndarray,
     strength: float | None,
     seed: int,
 ) -> list[Condition]:
-    """Changes toward a wrong action and toward the true one, each with its norm-matched random control."""
-    targets = {"wrong": draw_wrong(boundaries.action, known, seed), "true": boundaries.action}
+    """Changes toward a wrong label and toward the true one, each with its norm-matched random control."""
+    targets = {"wrong": draw_wrong(boundaries.label, known, seed), "true": boundaries.label}
     conditions = []
     for name, target in targets.items():
         change, random = toward(target), f"random ({name})"
         controls = {random: "random"}
-        conditions.append(Condition(f"{name} action", change, target, strength, controls=controls))
+        conditions.append(Condition(f"{name} label", change, target, strength, controls=controls))
         conditions.append(Condition(random, norm_matched(change, seed), target, strength))
     return conditions
 
@@ -237,22 +237,22 @@ def norm_matched(change: Change, seed: int) -> Change:
     return move
 
 
-def draw_wrong(action: np.ndarray, known: np.ndarray, seed: int) -> np.ndarray:
-    """For every boundary one of the known actions other than its own `[boundaries]`; its own if none."""
+def draw_wrong(label: np.ndarray, known: np.ndarray, seed: int) -> np.ndarray:
+    """For every boundary one of the known labels other than its own `[boundaries]`; its own if none."""
     generator = np.random.default_rng(seed)
     wrong = []
-    for own in action:
+    for own in label:
         others = known[known != own]
         wrong.append(generator.choice(others) if len(others) else own)
     return np.array(wrong)
 
 
-def draw_donors(action: np.ndarray, *, same: bool, seed: int) -> np.ndarray:
-    """For every boundary the number of another one with the same action, or with another; or `NO_DONOR`."""
+def draw_donors(label: np.ndarray, *, same: bool, seed: int) -> np.ndarray:
+    """For every boundary the number of another one with the same label, or with another; or `NO_DONOR`."""
     generator = np.random.default_rng(seed)
-    donors = np.full(len(action), NO_DONOR)
-    for number, own in enumerate(action):
-        suitable = np.flatnonzero((action == own) == same)
+    donors = np.full(len(label), NO_DONOR)
+    for number, own in enumerate(label):
+        suitable = np.flatnonzero((label == own) == same)
         suitable = suitable[suitable != number]
         if len(suitable):
             donors[number] = generator.choice(suitable)

@@ -16,6 +16,7 @@ from probekit.data.windows import IGNORE, Batch, Windows, chunks
 from probekit.errors import ProbekitError
 from probekit.models.conditioning import Adapter, Conditioned
 from probekit.models.hook_points import OUTSIDE_BLOCKS, Hook, hook_name, layer_of
+from probekit.probing.targets import NO_LABEL
 from probekit.progress import Progress
 from probekit.run.run import Run
 
@@ -152,7 +153,7 @@ class Components:
 class ScoredWindows:
     """Windows, and what each of their positions predicts; every token is scored in just one window.
 
-    A document's first sentence has no action to predict, so its tokens count as `other`.
+    A document's first sentence, or one without a label, has nothing to predict: its tokens count as `other`.
 
     Attributes:
         batch: The windows.
@@ -160,9 +161,9 @@ class ScoredWindows:
         first: Positions that predict a sentence's first token; the probe reads there
             `[windows, positions]`, bool.
         rest: Positions that predict another token of such a sentence `[windows, positions]`, bool.
-        other: Positions that predict a token of a document's first sentence `[windows, positions]`, bool.
+        other: Positions that predict a token of any other sentence `[windows, positions]`, bool.
         row: The window of every position in `first` `[sentences]`, on the CPU.
-        actions: The action of the sentence that begins there `[sentences]`, on the CPU.
+        labels: The label of the sentence that begins there `[sentences]`, on the CPU.
     """
 
     batch: Batch
@@ -171,7 +172,7 @@ class ScoredWindows:
     rest: Tensor
     other: Tensor
     row: np.ndarray
-    actions: np.ndarray
+    labels: np.ndarray
 
     @property
     def kept(self) -> Tensor:
@@ -216,9 +217,10 @@ class MaskedLM(VariantLM):
         next_token = windows.start[:, None] + np.arange(batch.tokens.shape[1]) + 1
         sentence = np.searchsorted(corpus.first_token, next_token, side="right") - 1
         begins = corpus.first_token[sentence] == next_token
-        in_first = sentence == corpus.document_sentences[windows.document][:, None]
+        unpredicted = sentence == corpus.document_sentences[windows.document][:, None]
+        unpredicted |= self.labels[sentence] == NO_LABEL
         counted = (batch.targets != IGNORE).cpu().numpy()
-        first = begins & counted & ~in_first
+        first = begins & counted & ~unpredicted
 
         def on_device(mask: np.ndarray) -> Tensor:
             return torch.from_numpy(mask).to(self.device)
@@ -227,10 +229,10 @@ class MaskedLM(VariantLM):
             batch=batch,
             read=self.model.conditioned(batch, self.mixing),
             first=on_device(first),
-            rest=on_device(counted & ~in_first & ~first),
-            other=on_device(counted & in_first),
+            rest=on_device(counted & ~unpredicted & ~first),
+            other=on_device(counted & unpredicted),
             row=first.nonzero()[0],
-            actions=corpus.actions[sentence[first]].astype(np.int64),
+            labels=self.labels[sentence[first]].astype(np.int64),
         )
 
     def __call__(self, scored: ScoredWindows, removed: Tensor) -> tuple[Tensor, Tensor]:
@@ -251,8 +253,8 @@ class MaskedLM(VariantLM):
         self.run_hooks(scored.read, hooks, readers)
         return states[0]
 
-    def action_log_probabilities(self, states: Tensor) -> Tensor:
-        """Log-probabilities `[sentences, actions]` by the final-layer probe of what it reads."""
+    def label_log_probabilities(self, states: Tensor) -> Tensor:
+        """Log-probabilities `[sentences, classes]` by the final-layer probe of what it reads."""
         # Finite, so that a class without examples, times its probability of 0, is 0.
         return self.probe.log_probabilities(states).clamp(min=-1e4)
 

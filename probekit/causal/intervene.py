@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import Tensor
 
 from probekit.causal.boundaries import Edit, EditedLM, Outcomes, draw_boundaries
@@ -26,114 +25,29 @@ from probekit.causal.changes import (
     steering,
 )
 from probekit.causal.erasure import RandomErasers, erasure_accuracies, inlp, leace, read_moments
-from probekit.causal.runner import FINAL_LOCATION, MetricSums, interval_columns, open_run, write_results
-from probekit.config import GenerationSettings, InterventionSettings
-from probekit.data.tokenizer import drawable_ids
-from probekit.data.windows import IGNORE, Batch, Windows
+from probekit.causal.runner import (
+    FINAL_LOCATION,
+    MetricSums,
+    final_layer_probe,
+    interval_columns,
+    open_run,
+    write_results,
+)
+from probekit.causal.writing import SentenceWriter
+from probekit.config import InterventionSettings
 from probekit.errors import ProbekitError
-from probekit.evaluation.action_metrics import NO_ACTION
 from probekit.evaluation.perplexity import window_and_stride
-from probekit.generation.generate import draw, without_others
-from probekit.generation.metrics import Labeller
 from probekit.models.conditioning import CONDITIONINGS
 from probekit.models.hook_points import OUTSIDE_BLOCKS, per_layer
 from probekit.models.mixing import VARIANTS
-from probekit.models.replanning import GenerationState
 from probekit.probing.activations import HookPoint, Reader
 from probekit.probing.grid import Grid, make_grid
 from probekit.probing.results import Cell, LinearProbe, SavedProbes
 from probekit.probing.solvers import Moments
-from probekit.probing.targets import find_target
+from probekit.probing.targets import Target
 from probekit.progress import Progress
 from probekit.run.run import Run
 from probekit.statistics import Resampling, bootstrap_ratios
-
-MAX_TOKENS = 24
-"""A sentence that is not finished after so many tokens is cut."""
-
-SAMPLING = GenerationSettings(temperature=1.0, top_k=None, top_p=None)
-"""Tokens are drawn from the LM's own distribution."""
-
-
-class SentenceWriter:
-    """Writes the next sentence of some boundaries.
-
-    The edit keeps its positions while the text grows, and every token reads the whole window again. The draws
-    of a boundary depend on the seed and its number alone, so that edits are compared on equal draws.
-
-    Args:
-        lm: The LM and its boundaries.
-        count: How many of the boundaries to use, from the first.
-        window: Tokens that the LM reads at once.
-    """
-
-    def __init__(self, lm: EditedLM, count: int, window: int) -> None:
-        self._lm, self._run, self._labeller = lm, lm.run, Labeller(lm.run)
-        self._rows = np.arange(min(count, len(lm.boundaries)))
-        self.max_tokens = min(MAX_TOKENS, window - int(lm.boundaries.column[self._rows].max()))
-        self._drawable = torch.from_numpy(drawable_ids(lm.run.corpus.tokenizer))
-
-    def actions(self, edit: Edit | None = None) -> np.ndarray:
-        """The action of the sentence written at each boundary `[boundaries]`; `NO_ACTION` if it is blank."""
-        written = [text for rows in self._lm.batches(self._rows) for text in self.write(rows, edit)]
-        contexts = [self.context(row) for row in self._rows.tolist()]
-        cut = self._labeller.cut(written, [self.max_tokens], contexts)[self.max_tokens]
-        return np.array([own[0] if len(own) else NO_ACTION for own in cut.actions], np.int64)
-
-    def context(self, row: int) -> np.ndarray:
-        """The tokens of a boundary's window before it, without the separator."""
-        corpus, boundaries = self._run.corpus, self._lm.boundaries
-        start = boundaries.windows.start[row]
-        end = start + boundaries.column[row] + 1
-        begins_document = start == corpus.document_tokens[boundaries.windows.document[row]]
-        first = start + (begins_document or corpus.bos_rule == "every-window")
-        return np.asarray(corpus.tokens[first:end], dtype=np.int64)
-
-    def write(self, rows: np.ndarray, edit: Edit | None) -> list[np.ndarray]:
-        """The tokens of the next sentence of some boundaries."""
-        corpus, column = self._run.corpus, torch.from_numpy(self._lm.boundaries.column[rows])
-        states = [
-            GenerationState(
-                [corpus.separator, *self.context(row)], corpus.tokenizer, self._run.config.corpus.language
-            )
-            for row in rows.tolist()
-        ]
-        seed, unfinished = self._run.config.seed, list(range(len(rows)))
-        uniforms = np.stack([np.random.default_rng([seed, row]).random(self.max_tokens) for row in rows])
-        batch = self.growing_batch(rows)
-        for step in range(self.max_tokens):
-            # A view: tokens that are written into the batch are read in the next step.
-            length = int(column.max()) + step + 1
-            parts = {name: getattr(batch, name)[:, :length] for name in ("tokens", "sentence", "targets")}
-            logits, *_ = self._lm.predict(replace(batch, **parts), rows, edit)
-            last = logits[torch.arange(len(rows)), column + step].float()
-            tokens = self._draw(last, torch.from_numpy(uniforms[:, step]))
-            for number in unfinished:
-                states[number].text.tokens.append(int(tokens[number]))
-                states[number].read()
-            unfinished = [n for n in unfinished if len(states[n].sentences) <= states[n].first]
-            if not unfinished or step + 1 == self.max_tokens:
-                break
-            batch.tokens[torch.arange(len(rows)), column + step + 1] = tokens
-        return [np.array(state.written, dtype=np.int64) for state in states]
-
-    def growing_batch(self, rows: np.ndarray) -> Batch:
-        """The windows up to the boundary, padded for the tokens to be written, all of the next sentence."""
-        boundaries, device = self._lm.boundaries, self._lm.device
-        column, windows = boundaries.column[rows], boundaries.windows[rows]
-        batch = self._lm.read(Windows(windows.document, windows.start, column + 1, column + 1))
-        padding = (0, int(column.max()) + self.max_tokens - batch.tokens.shape[1])
-        tokens, sentence = (torch.nn.functional.pad(t, padding) for t in (batch.tokens, batch.sentence))
-        at = torch.from_numpy(column).to(device)[:, None]
-        behind = torch.arange(tokens.shape[1], device=device) > at
-        sentence = torch.where(behind, batch.sentence.gather(1, at), sentence)
-        return replace(batch, tokens=tokens, sentence=sentence, targets=torch.full_like(tokens, IGNORE))
-
-    def _draw(self, logits: Tensor, uniforms: Tensor) -> Tensor:
-        """One token each; special tokens and unused rows of the embedding are never drawn."""
-        allowed = without_others(logits, self._drawable.to(logits.device))
-        return draw(allowed, uniforms.to(logits.device), SAMPLING)
-
 
 PLAN = "plan"
 """Stands for the location where the adapter takes the action embedding."""
@@ -155,13 +69,13 @@ class InterventionResults:
             same boundaries without an edit: `next_loss`, `rest_loss` and `other_loss` (nats a token, of the
             next sentence, of it without its first token, and of the tokens after it), `first_kl` and
             `readout_kl` (nats, from the LM's distribution over the next token, and from the final-layer
-            probe's over the next action), `readout_true` and `readout_target` (that probe's probability of
-            the true action, and of the target). `next_loss_over_random` and the like are differences from a
+            probe's over the next label), `readout_true` and `readout_target` (that probe's probability of
+            the true label, and of the target). `next_loss_over_random` and the like are differences from a
             control on the same boundaries. `moved` is the norm of the edit as a share of the activations'.
             `fitted_accuracy`, `refitted_accuracy` and `prior_accuracy` are those of a linear probe before
-            erasure, of one that is fitted again after it, and of the most frequent action;
-            `erased_dimensions` are removed: with as many actions as the LM is wide, all.
-            `plan_following` is the share of newly written sentences that have the target action,
+            erasure, of one that is fitted again after it, and of the most frequent label;
+            `erased_dimensions` are removed: with as many classes as the LM is wide, all.
+            `plan_following` is the share of newly written sentences that have the target label,
             `plan_following_unedited` the same without the edit.
 
             `readout_direct` marks edits of the very activation that the final-layer probe reads: there the
@@ -214,9 +128,17 @@ def intervene(
     points = _points(run)
     window, _ = window_and_stride(run)
     documents, reach = run.corpus.documents("test"), max(chosen.distances)
-    boundaries = draw_boundaries(run.corpus, documents, chosen.boundaries, window, reach, run.config.seed)
-    grid = _grid(run)
+    _, _, target = final_layer_probe(run, chosen.variant)
+    assert target.of_sentences is not None  # noqa: S101 - refused before
+    drawn = chosen.boundaries, window, reach, run.config.seed
+    boundaries = draw_boundaries(run.corpus, target.of_sentences, documents, *drawn)
+    grid = _grid(run, target)
     lm = EditedLM(run, chosen.variant, boundaries, points)
+    if "codebook" in chosen.kinds and target.name != "action":
+        raise ProbekitError(
+            f"intervene.kinds has 'codebook', which changes the plan, but the probes read {target.name!r}; "
+            "probe the target action, or leave it out"
+        )
     if "codebook" in chosen.kinds and lm.codebook is None:
         raise ProbekitError(
             f"intervene.kinds has 'codebook', but variant {chosen.variant!r} is not conditioned on actions; "
@@ -239,6 +161,8 @@ def intervene(
             f"{len(boundaries):,} sentence boundaries, for no more test documents have one; "
             f"intervene.boundaries asks for {chosen.boundaries:,}"
         ]
+    if writer is not None and writer.judge is not None:
+        notes.append(writer.judge.note)
     results = InterventionResults(table, run.folder / "interventions" / chosen.variant, notes)
     write_results(results.folder, {"results": table}, run, notes)
     return results
@@ -250,12 +174,12 @@ class _Trials:
     def __init__(self, lm: EditedLM, writer: SentenceWriter | None, conditioned: set[HookPoint]) -> None:
         self._lm, self._run, self._writer, self._conditioned = lm, lm.run, writer, conditioned
         self._plain = lm.outcomes()
-        self._written = None if writer is None else writer.actions()
+        self._written = None if writer is None else writer.labels()
 
     def rows(self, kind: str, site: Site) -> list[dict[str, Any]]:
         """A row for every condition and metric."""
         conditions, known = self._conditions(kind, site)
-        true, config = self._lm.boundaries.action, self._run.config
+        true, config = self._lm.boundaries.label, self._run.config
         resampling: Resampling = {"resamples": config.evaluation.resamples, "seed": config.seed}
         rows: list[dict[str, Any]] = []
         for strength in dict.fromkeys(condition.strength for condition in conditions):
@@ -266,7 +190,7 @@ class _Trials:
                 _check_finite(kind, site, condition, outcomes[condition.name])
             written = {}
             if self._writer is not None and all(condition.target is not None for condition in group):
-                written = {name: self._writer.actions(edit) for name, edit in edits.items()}
+                written = {name: self._writer.labels(edit) for name, edit in edits.items()}
             for condition in group:
                 sums = known | effects(condition, self._plain, outcomes, true)
                 if written and self._written is not None:
@@ -297,7 +221,7 @@ class _Trials:
         }
         random = {d: RandomErasers(moments, erasers[d].rank) for d, moments in site.moments.items()}
         measured = erasure_accuracies(
-            site.moments[far], erasers[far], site.activations[far], boundaries.action
+            site.moments[far], erasers[far], site.activations[far], boundaries.label
         )
         measured["erased_dimensions"] = np.full(len(boundaries), float(erasers[far].rank))
         one = np.ones(len(boundaries))
@@ -335,16 +259,16 @@ class _Trials:
 def effects(
     condition: Condition, plain: Outcomes, outcomes: Mapping[str, Outcomes], true: np.ndarray
 ) -> MetricSums:
-    """Differences of a condition from outcomes without an edit, and from its controls, by true actions."""
+    """Differences of a condition from outcomes without an edit, and from its controls, by true labels."""
     now, numbers, one = outcomes[condition.name], np.arange(len(true)), np.ones(len(true))
     rest = plain.next_tokens - 1
-    probability = np.exp(now.action) - np.exp(plain.action)
+    probability = np.exp(now.label) - np.exp(plain.label)
     sums: MetricSums = {
         "next_loss": (now.next_loss - plain.next_loss, plain.next_tokens),
         "rest_loss": (_rest_loss(now) - _rest_loss(plain), rest),
         "other_loss": (now.other_loss - plain.other_loss, plain.other_tokens),
         "first_kl": (_kl(plain.first, now.first), one),
-        "readout_kl": (_kl(plain.action, now.action), one),
+        "readout_kl": (_kl(plain.label, now.label), one),
         "readout_true": (probability[numbers, true], one),
         "moved": (now.moved, now.norm),
     }
@@ -440,14 +364,14 @@ def _distances(chosen: InterventionSettings) -> tuple[int, ...]:
     return tuple(range(1, max(chosen.distances) + 1) if chosen.span else sorted(chosen.distances))
 
 
-def _grid(run: Run) -> Grid:
+def _grid(run: Run, target: Target) -> Grid:
     """The examples that erasers and directions are fitted on, at every distance that is edited."""
     distances = _distances(run.config.intervene)
     settings = run.config.probe.model_copy(
         update={"positions": distances, "horizons": (1,), "anchors": "start"}
     )
-    grid = make_grid(run.corpus, settings, find_target(run.corpus, "action"), run.config.seed)
-    if missing := sorted({*distances} - {*grid.positions}):
+    grid = make_grid(run.corpus, settings, target, run.config.seed)
+    if missing := sorted({*distances} - {*grid.distances}):
         raise ProbekitError(
             f"intervene.distances has {distances[-1]}, but too few sentences begin after so many tokens to "
             f"fit anything at distance {missing[0]}; give smaller distances"

@@ -62,13 +62,13 @@ def information(log_p: Tensor, prior: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - prior)).sum(dim=1)
 
 
-def probe_metrics(log_p: Tensor, actions: Tensor, prior: Tensor) -> dict[str, Tensor]:
+def probe_metrics(log_p: Tensor, labels: Tensor, prior: Tensor) -> dict[str, Tensor]:
     """By metric, how well log-probabilities `[sentences, actions]` predict true actions `[sentences]`."""
-    true = log_p.gather(1, actions[:, None])[:, 0]
+    true = log_p.gather(1, labels[:, None])[:, 0]
     return {
-        "bits": (true - prior[actions]) / np.log(2),
+        "bits": (true - prior[labels]) / np.log(2),
         "true": true.exp(),
-        "accuracy": (log_p.argmax(dim=1) == actions).float(),
+        "accuracy": (log_p.argmax(dim=1) == labels).float(),
     }
 
 
@@ -85,15 +85,15 @@ class Measured:
         sums: By metric, sums `[masks, documents]` and counts `[documents]`. `first_loss`, `rest_loss`,
             `other_loss`: losses of next tokens in nats, by the positions of `ScoredWindows`; `kept_kl`: KL in
             nats from the whole LM's next tokens, except sentences' first ones; of the final-layer probe:
-            `information`, `bits` over the prior, the probability of the true action `true`, and `accuracy`.
+            `information`, `bits` over the prior, the probability of the true label `true`, and `accuracy`.
         states: The activations that the probe reads `[masks, sentences, width]`.
-        actions: The true actions `[sentences]`.
+        labels: The true labels `[sentences]`.
         document: The column of the sums that each sentence belongs to `[sentences]`.
     """
 
     sums: MetricSums
     states: Tensor
-    actions: np.ndarray
+    labels: np.ndarray
     document: np.ndarray
 
 
@@ -107,20 +107,20 @@ def measure(
         masked: The LM.
         windows: What it reads.
         masks: How much each mask removes of each component `[masks, components]`.
-        prior: Log-probabilities of actions without a probe `[actions]`.
+        prior: Log-probabilities of labels without a probe `[classes]`.
         batch_size: Windows in a forward pass.
         task: Advances with every mask of every batch.
     """
     documents, column = np.unique(windows.document, return_inverse=True)
     sums: MetricSums = {}
-    states, actions, document = [], [], []
+    states, labels, document = [], [], []
     for rows in chunks(len(windows), batch_size):
         scored = masked.scored(windows[rows])
         whole = masked(scored, masked.nothing)[0].log_softmax(dim=-1)
         read = []
         for number, mask in enumerate(masks):
             logits, state = masked(scored, mask[None])
-            log_p = masked.action_log_probabilities(state)
+            log_p = masked.label_log_probabilities(state)
             for name, (values, counts) in _window_sums(scored, logits, whole, log_p, prior).items():
                 if name not in sums:
                     sums[name] = np.zeros((len(masks), len(documents))), np.zeros(len(documents))
@@ -130,9 +130,9 @@ def measure(
             read.append(state.cpu())
             task.advance()
         states.append(torch.stack(read))
-        actions.append(scored.actions)
+        labels.append(scored.labels)
         document.append(column[rows][scored.row])
-    return Measured(sums, torch.cat(states, dim=1), np.concatenate(actions), np.concatenate(document))
+    return Measured(sums, torch.cat(states, dim=1), np.concatenate(labels), np.concatenate(document))
 
 
 def _window_sums(
@@ -150,8 +150,8 @@ def _window_sums(
         name: ((values * mask).sum(1).double().cpu().numpy(), mask.sum(1).double().cpu().numpy())
         for name, (values, mask) in by_position.items()
     }
-    actions = torch.from_numpy(scored.actions).to(log_p.device)
-    by_sentence = {"information": information(log_p, prior)} | probe_metrics(log_p, actions, prior)
+    labels = torch.from_numpy(scored.labels).to(log_p.device)
+    by_sentence = {"information": information(log_p, prior)} | probe_metrics(log_p, labels, prior)
     for name, values in by_sentence.items():
         total = np.bincount(scored.row, values.double().cpu().numpy(), minlength=len(losses))
         sums[name] = total, sums["first_loss"][1]
@@ -190,7 +190,7 @@ def learn(
     Args:
         masked: The LM.
         windows: To learn on.
-        prior: Log-probabilities of actions without a probe `[actions]`.
+        prior: Log-probabilities of labels without a probe `[classes]`.
         settings: Steps, learning rate and weight of the tokens that are to stay.
         penalty: On every removed component, in nats.
         seed: Of noise and of the windows drawn, which do not depend on the penalty.
@@ -205,7 +205,7 @@ def learn(
         with torch.no_grad():
             whole = masked(scored, masked.nothing)[0].log_softmax(dim=-1)
         logits, states = masked(scored, draw_removal(log_alpha, size, noise))
-        carried = information(masked.action_log_probabilities(states), prior).sum() / max(len(states), 1)
+        carried = information(masked.label_log_probabilities(states), prior).sum() / max(len(states), 1)
         loss = carried + settings.keep * divergence(whole[scored.kept], logits[scored.kept]).mean()
         count = expected_removals(log_alpha)
         optimiser.zero_grad()
@@ -273,8 +273,8 @@ def best_removed_alone(objective: np.ndarray, count: int) -> np.ndarray:
 def masked_states(
     masked: MaskedLM, windows: Windows, masks: Tensor, batch_size: int, task: Task
 ) -> tuple[Tensor, Tensor]:
-    """What `measure` returns as states and actions, on the CPU, without the cost of logits."""
-    states, actions = [], []
+    """What `measure` returns as states and labels, on the CPU, without the cost of logits."""
+    states, labels = [], []
     for rows in chunks(len(windows), batch_size):
         scored = masked.scored(windows[rows])
         read = []
@@ -282,8 +282,8 @@ def masked_states(
             read.append(masked.states(scored, mask[None]).cpu())
             task.advance()
         states.append(torch.stack(read))
-        actions.append(torch.from_numpy(scored.actions))
-    return torch.cat(states, dim=1), torch.cat(actions)
+        labels.append(torch.from_numpy(scored.labels))
+    return torch.cat(states, dim=1), torch.cat(labels)
 
 
 def refit_probes(
@@ -297,13 +297,13 @@ def refit_probes(
 
     Args:
         settings: Penalties and iterations.
-        classes: Number of actions.
-        fitted_on: Activations `[masks, examples, width]` and actions `[examples]`.
+        classes: Number of classes.
+        fitted_on: Activations `[masks, examples, width]` and labels `[examples]`.
         chosen_on: The same to choose penalties on.
         states: Activations to predict from `[masks, sentences, width]`.
 
     Returns:
-        Log-probabilities `[masks, sentences, actions]`.
+        Log-probabilities `[masks, sentences, classes]`.
     """
     probes = SoftmaxProbes(settings.l2, settings.max_iterations)
     (X, y), (X_chosen, y_chosen) = fitted_on, chosen_on

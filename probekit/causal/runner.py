@@ -20,7 +20,9 @@ from probekit.models.conditioning import Conditioned
 from probekit.models.hook_points import Hook, hook_name
 from probekit.models.mixing import evaluation_mixing
 from probekit.probing.activations import HookPoint
+from probekit.probing.labels import target_of
 from probekit.probing.results import Cell, LinearProbe, SavedProbes, read_probe_record
+from probekit.probing.targets import Target
 from probekit.run.run import Run
 from probekit.statistics import Interval
 
@@ -49,29 +51,31 @@ def open_run(
     return run
 
 
-def final_layer_probe(run: Run, variant: VariantName) -> tuple[HookPoint, LinearProbe]:
-    """The saved probe of the next action in the final layer, right before a sentence, and where it reads.
+def final_layer_probe(run: Run, variant: VariantName) -> tuple[HookPoint, LinearProbe, Target]:
+    """The saved probe in the final layer, right before a sentence, where it reads, and what.
 
     Raises:
-        ProbekitError: The run has no such probe, or its probes have another target.
+        ProbekitError: The run has no such probe, or its probes read no label of the next sentence.
     """
     folder, point = run.folder / "probes", (FINAL_LOCATION, run.frozen_lm().layers - 1)
     saved = SavedProbes(folder, variant, run.config.seed)
-    probed = read_probe_record(run.folder).config.probe
-    if (probed.target, probed.labels, probed.anchors) != ("action", None, "start"):
+    config = read_probe_record(run.folder).config
+    target = target_of(run.corpus, config)
+    if target.of_sentences is None or config.probe.anchors != "start":
         raise ProbekitError(
-            f"{folder} holds probes of {probed.target!r} (probe.anchors {probed.anchors}), but causal tests "
-            "need those of the next sentence's action; run "
-            f"`probekit probe {run.folder} --probe.variants {variant}`"
+            f"{folder} holds probes of {target.name!r} (probe.anchors {config.probe.anchors}), but causal "
+            "tests change what is read of the next sentence; run `probekit probe` with the target action, or "
+            "with labels of sentences"
         )
     probe = saved[Cell(*point, 1)]
-    return point, LinearProbe(probe.coef.to(run.device), probe.intercept.to(run.device))
+    return point, LinearProbe(probe.coef.to(run.device), probe.intercept.to(run.device)), target
 
 
 class VariantLM:
-    """A variant of a run's LM, run with hooks, and the final-layer probe of the next sentence's action.
+    """A variant of a run's LM, run with hooks, and the final-layer probe of the next sentence's label.
 
-    Subclasses call `use_hooks` before the first forward pass.
+    Subclasses call `use_hooks` before the first forward pass. `labels` are those of all sentences of the
+    corpus: actions, or the labels that were probed.
 
     Args:
         run: The run; it needs probes of the variant.
@@ -85,7 +89,9 @@ class VariantLM:
         self.run, self.variant, self.device = run, variant, run.device
         self.model, self.mixing = run.model(variant), evaluation_mixing(variant)
         self.corpus = run.corpus_of(variant)
-        point, self.probe = final_layer_probe(run, variant)
+        point, self.probe, target = final_layer_probe(run, variant)
+        assert target.of_sentences is not None  # noqa: S101 - refused before
+        self.target, self.labels = target, target.of_sentences
         self.probe_hook = hook_name(*point)
 
     def use_hooks(self, names: Sequence[str]) -> None:

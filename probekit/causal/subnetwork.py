@@ -34,6 +34,7 @@ from probekit.evaluation.action_metrics import prior_log_probabilities
 from probekit.evaluation.perplexity import window_and_stride
 from probekit.probing.grid import CHOSEN_ON, FITTED_ON, TESTED_ON
 from probekit.probing.results import read_probe_record
+from probekit.probing.targets import NO_LABEL
 from probekit.progress import Progress, Task
 from probekit.run.run import Run
 from probekit.statistics import Resampling, bootstrap_ratios, mean_over_draws
@@ -64,7 +65,7 @@ class SubnetworkResults:
             sentences' first tokens, of their others, and of documents' first sentences), `kept_kl` (nats a
             token, from the whole LM's next tokens, except sentences' first ones), and of the final-layer
             probe `information` (KL from the prior to its prediction, in nats), `bits` over the prior, the
-            probability of the `true` action, and `accuracy`; `refitted_bits` and the like are those of a
+            probability of the `true` label, and `accuracy`; `refitted_bits` and the like are those of a
             probe fitted again without the components. `_change` is the difference from `whole`,
             `_over_random` that from the mean of random draws; intervals of that mean are over draws and
             documents. `removed` of `components` are removed, `shared` of them with the subnetwork.
@@ -139,7 +140,8 @@ class _Search:
         # Documents' first sentences are not predicted.
         first = corpus.document_sentences[documents[FITTED_ON]]
         sentences = np.setdiff1d(corpus.sentences(documents[FITTED_ON]), first)
-        prior = prior_log_probabilities(corpus.actions[sentences], corpus.k)
+        labels, classes = self._masked.labels[sentences], self._masked.target.classes
+        prior = prior_log_probabilities(labels[labels != NO_LABEL], classes)
         self._prior = torch.from_numpy(prior).float().to(run.device)
         self._batch_size = run.config.evaluation.batch_size
         self._masked.measure_means(self._windows[FITTED_ON], self._batch_size, progress)
@@ -194,11 +196,11 @@ class _Search:
                 )
         probing = read_probe_record(self._run.folder).config.probe
         with self._progress.task(f"{self._settings.variant}: fit probes again", total=len(masks)) as task:
-            classes = self._run.corpus.k
+            classes = self._masked.target.classes
             log_p = refit_probes(probing, classes, states[FITTED_ON], states[CHOSEN_ON], measured.states)
             task.advance(len(masks))
-        actions, prior = torch.from_numpy(measured.actions), self._prior.cpu()
-        by_mask = [probe_metrics(own, actions, prior) for own in log_p]
+        labels, prior = torch.from_numpy(measured.labels), self._prior.cpu()
+        by_mask = [probe_metrics(own, labels, prior) for own in log_p]
         sums, (_, counts) = dict(measured.sums), measured.sums["bits"]
         for name in by_mask[0]:
             totals = [

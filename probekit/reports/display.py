@@ -64,7 +64,7 @@ COLUMNS: dict[str, Column] = {
     "next_loss_over_random": Column("over random", signed=True),
     "rest_loss_over_random": Column("rest, over random", signed=True),
     "other_loss": Column("later sentences", signed=True),
-    "readout_true": Column("probe, true action"),
+    "readout_true": Column("probe, true label"),
     "fitted_accuracy": Column("before erasing"),
     "refitted_accuracy": Column("refitted after erasing"),
     "prior_accuracy": Column("most frequent action"),

@@ -23,9 +23,9 @@ PANELS = {
     PROBES: "read by a linear probe",
     "erase": "erased",
     "patch": "patched",
-    "steer": "steered to a wrong action",
+    "steer": "steered to a wrong label",
 }
-MAPPED = {"erase": "erase", "patch": "patch", "steer": "wrong action"}
+MAPPED = {"erase": "erase", "patch": "patch", "steer": "wrong label"}
 """The condition that the heat map of each kind shows, over its random control."""
 
 LINES: dict[str, dict[str, tuple[str, str]]] = {
@@ -36,10 +36,10 @@ LINES: dict[str, dict[str, tuple[str, str]]] = {
         "prior_accuracy": ("0.5", ":"),
     },
     "erase": {"erase": (COLOUR, "-"), "random subspace": ("#e08a2e", "--"), "random": ("0.5", ":")},
-    "patch": {"patch": (COLOUR, "-"), "same action": ("#e08a2e", "--"), "random": ("0.5", ":")},
+    "patch": {"patch": (COLOUR, "-"), "same label": ("#e08a2e", "--"), "random": ("0.5", ":")},
     "steer": {
-        "wrong action": (COLOUR, "-"),
-        "true action": ("#2e8b57", "-"),
+        "wrong label": (COLOUR, "-"),
+        "true label": ("#2e8b57", "-"),
         "random (wrong)": ("0.5", ":"),
         "random (true)": ("#9bc49b", ":"),
     },

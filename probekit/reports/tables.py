@@ -278,7 +278,7 @@ def intervention_tables(table: pd.DataFrame, *, folded: bool = False) -> list[Ta
     marks = table.readout_direct.map({True: "*", False: ""}) + table.injected.map({True: "+", False: ""})
     layer = table.location.map(label) + " " + table.layer.astype("Int64").astype("str")
     rows = table.assign(condition=condition, layer=layer.where(table.layer.notna(), "") + marks)
-    losses = "losses in nats a token, and the probability that the last layer's probe gives the true action"
+    losses = "losses in nats a token, and the probability that the last layer's probe gives the true label"
     kinds = rows.groupby("kind", sort=False)
     parts = [
         *((f"{kind}: changes of {losses}", own, EFFECTS) for kind, own in kinds),

@@ -22,8 +22,8 @@ SCRIPT = Path(__file__).parents[2] / "analyses" / "figure5_causal.py"
 LAYERS, DISTANCES, STRENGTHS = (0, 1, 2), (1, 2), (1.0, 3.0)
 CONDITIONS = {
     "erase": ("erase", "random", "random subspace"),
-    "patch": ("patch", "random", "same action"),
-    "steer": ("wrong action", "random (wrong)", "true action", "random (true)"),
+    "patch": ("patch", "random", "same label"),
+    "steer": ("wrong label", "random (wrong)", "true label", "random (true)"),
 }
 ACCURACIES = ("fitted_accuracy", "refitted_accuracy", "prior_accuracy")
 
@@ -88,7 +88,7 @@ def test_maps_and_lines_are_those_of_the_tables(run: Path, tmp_path: Path, monke
     for layer in LAYERS:
         for distance in DISTANCES:
             assert maps["read", layer, distance] == pytest.approx(accuracy_of(layer, distance))
-            for kind, name in {"erase": "erase", "patch": "patch", "steer": "wrong action"}.items():
+            for kind, name in {"erase": "erase", "patch": "patch", "steer": "wrong label"}.items():
                 expected = effect_of(name, layer, distance) - 0.3
                 assert maps[kind, layer, distance] == pytest.approx(expected)
     lines = numbers[numbers.part == "line"].set_index(["panel", "line", "layer"])
@@ -121,8 +121,7 @@ def test_the_title_tells_of_how_many_documents_the_numbers_are(
     patched = numbers.assign(documents=numbers.documents.where(numbers.panel != "patch", 9))
     told = draw_interventions(patched).get_suptitle()
     assert (
-        "boundaries, one of each document: erased at 12, patched at 9, steered to a wrong action at 12"
-        in told
+        "boundaries, one of each document: erased at 12, patched at 9, steered to a wrong label at 12" in told
     )
 
 
@@ -139,7 +138,7 @@ def test_marks_and_strength(run: Path, tmp_path: Path, monkeypatch: pytest.Monke
     words = (run, "--variant", "soft", "--strength", 3)
     numbers, figure, _ = drawn(monkeypatch, tmp_path / "figure5.png", *words)
     steer = numbers[(numbers.panel == "steer") & (numbers.part == "map")]
-    assert steer.value.max() == pytest.approx(effect_of("wrong action", 2, 2, 3.0) - 0.3)
+    assert steer.value.max() == pytest.approx(effect_of("wrong label", 2, 2, 3.0) - 0.3)
     texts = [text.get_text() for text in figure.axes[1].texts]
     assert [text.endswith("+") for text in texts] == [True, True, False, False, False, False]
     assert "conditioned" in figure.get_suptitle()

@@ -16,6 +16,7 @@ from probekit.data.windows import collate
 from probekit.errors import ProbekitError
 from probekit.models.mixing import VARIANTS
 from probekit.probing.results import Cell, SavedProbes
+from probekit.probing.targets import NO_LABEL
 from probekit.run.run import Run
 
 DOCUMENTS = st.lists(st.lists(st.integers(1, 9), max_size=8), min_size=1, max_size=12).filter(
@@ -23,7 +24,7 @@ DOCUMENTS = st.lists(st.lists(st.integers(1, 9), max_size=8), min_size=1, max_si
 )
 LAST = ("hook_resid_post", 2)
 POINTS = [("hook_resid_post", 0), ("hook_resid_post", 1), LAST]
-FIELDS = ("next_loss", "first_loss", "other_loss", "first", "action")
+FIELDS = ("next_loss", "first_loss", "other_loss", "first", "label")
 
 
 def corpus_of(documents: list[list[int]], bos: BosRule = "document") -> Any:
@@ -62,9 +63,9 @@ def test_columns_are_right(
     ]
     if reach + (bos == "every-window") > window or not any(possible):
         with pytest.raises(ProbekitError, match=r"intervene\.distances"):
-            draw_boundaries(corpus, numbers, count, window, reach, seed)
+            draw_boundaries(corpus, corpus.actions, numbers, count, window, reach, seed)
         return
-    drawn = draw_boundaries(corpus, numbers, count, window, reach, seed)
+    drawn = draw_boundaries(corpus, corpus.actions, numbers, count, window, reach, seed)
     assert len(drawn) == min(count, sum(possible))
     assert len(set(drawn.windows.document)) == len(drawn)
     for n in range(len(drawn)):
@@ -74,7 +75,7 @@ def test_columns_are_right(
         column, last = drawn.column[n], drawn.last[n]
         of_document = range(*corpus.document_sentences[document : document + 2])
         assert sentence in of_document[1:]
-        assert drawn.action[n] == corpus.actions[sentence]
+        assert drawn.label[n] == corpus.actions[sentence]
         # Inputs and their targets are tokens of the document, in one window.
         assert begin + (bos == "none") <= start
         assert start + length <= end - 1
@@ -94,15 +95,24 @@ def test_columns_are_right(
 
 
 def test_the_only_boundary_is_drawn():
-    drawn = draw_boundaries(corpus_of([[3, 4], [5], []]), np.arange(3), 9, 8, 2, 0)
+    corpus = corpus_of([[3, 4], [5], []])
+    drawn = draw_boundaries(corpus, corpus.actions, np.arange(3), 9, 8, 2, 0)
     assert (drawn.windows.document.tolist(), drawn.sentence.tolist()) == ([0], [1])
     assert (drawn.windows.start[0], drawn.column[0]) == (0, 3)
     assert drawn.last[0] == drawn.windows.length[0] - 1 == 6
 
 
+def test_sentences_without_a_label_are_no_boundaries():
+    corpus = corpus_of([[3, 4, 2], [5, 3], [2, 2]])
+    labels = np.array([0, NO_LABEL, 4, 1, NO_LABEL, 2, 3])
+    drawn = draw_boundaries(corpus, labels, np.arange(3), 9, 8, 2, 0)
+    assert (drawn.sentence.tolist(), drawn.label.tolist()) == ([2, 6], [4, 3])
+
+
 @pytest.fixture(scope="module")
 def boundaries(probed_run: Run) -> Boundaries:
-    return draw_boundaries(probed_run.corpus, probed_run.corpus.documents("test"), 12, 40, 3, 0)
+    corpus = probed_run.corpus
+    return draw_boundaries(corpus, corpus.actions, corpus.documents("test"), 12, 40, 3, 0)
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +166,7 @@ def outcomes_by_hand(
         found["other_loss"].append(losses[own.stop :].sum())
         found["first"].append(log_p[own.start].numpy())
         state = states[0][0, own.start]
-        found["action"].append((state @ probe.coef + probe.intercept).log_softmax(-1).numpy())
+        found["label"].append((state @ probe.coef + probe.intercept).log_softmax(-1).numpy())
     return {name: np.array(values) for name, values in found.items()}
 
 
@@ -182,7 +192,7 @@ def test_outcomes_are_those_of_hooks_made_by_hand(
 
 def test_windows_that_end_with_the_sentence_have_no_loss_behind_it(probed_run: Run):
     corpus = probed_run.corpus
-    short = draw_boundaries(corpus, corpus.documents("test"), 16, 12, 3, 0)
+    short = draw_boundaries(corpus, corpus.actions, corpus.documents("test"), 16, 12, 3, 0)
     found = EditedLM(probed_run, "none", short, POINTS).outcomes()
     ended = short.last == short.windows.length - 1
     assert ended.any()
@@ -284,7 +294,7 @@ def test_edits_of_a_conditioned_variant_come_behind_the_adapter(
 def test_another_plan_is_that_of_the_next_sentence_alone(
     probed_run: Run, boundaries: Boundaries, soft: EditedLM
 ):
-    target = (boundaries.action + 3) % probed_run.corpus.k
+    target = (boundaries.label + 3) % probed_run.corpus.k
     codebook = soft.codebook
     assert codebook is not None
 

@@ -25,7 +25,7 @@ from probekit.probing.results import LinearProbe
 from probekit.probing.solvers import Moments
 
 WIDTH, ACTION = 6, np.array([0, 1, 1, 2, 0, 1, 3])
-BOUNDARIES: Any = SimpleNamespace(action=ACTION)
+BOUNDARIES: Any = SimpleNamespace(label=ACTION)
 ALL = np.arange(len(ACTION))
 
 
@@ -125,8 +125,8 @@ def test_steering_adds_the_direction_of_the_target():
             expected = x + condition.strength * directions[condition.target]
             torch.testing.assert_close(condition.change(x, ALL, 1), expected)
     targets = {c.name: c.target for c in conditions}
-    assert targets["true action"].tolist() == ACTION.tolist()
-    assert (targets["wrong action"] != ACTION).all()
+    assert targets["true label"].tolist() == ACTION.tolist()
+    assert (targets["wrong label"] != ACTION).all()
 
 
 def test_wrong_actions_are_known_ones():

@@ -76,7 +76,7 @@ def test_positions_are_those_of_sentences(stride: int, probed_run: Run, plain: M
     assert found == {name: sorted(tokens) for name, tokens in expected.items()}
     at = windows.start[scored.row] + scored.first.nonzero()[:, 1].numpy() + 1
     sentence = np.searchsorted(corpus.first_token, at, side="right") - 1
-    np.testing.assert_array_equal(scored.actions, corpus.actions[sentence])
+    np.testing.assert_array_equal(scored.labels, corpus.actions[sentence])
 
 
 def test_states_are_what_probes_are_fitted_on(probed_run: Run, plain: MaskedLM):
@@ -87,7 +87,7 @@ def test_states_are_what_probes_are_fitted_on(probed_run: Run, plain: MaskedLM):
     every = len(probed_run.corpus.documents("test"))
     scored = plain.scored(windows_of(probed_run, "test", every))
     torch.testing.assert_close(plain.states(scored, plain.nothing), expected[0, 0], atol=1e-4, rtol=1e-4)
-    np.testing.assert_array_equal(scored.actions, examples.labels[:, 0])
+    np.testing.assert_array_equal(scored.labels, examples.labels[:, 0])
 
 
 def heads_by_hand(run: Run, windows: Windows, change: Any) -> list[torch.Tensor]:

@@ -1,6 +1,7 @@
 """Interventions as a whole: which rows there are, and effects that are known beforehand."""
 
 import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ import torch
 from probekit.causal.boundaries import EditedLM, draw_boundaries
 from probekit.causal.erasure import leace, read_moments
 from probekit.causal.intervene import InterventionResults, intervene
+from probekit.data.corpus import export_sentences
+from probekit.errors import ProbekitError
 from probekit.io import read_tensors, write_tensors
 from probekit.models.mixing import VARIANTS, Oracle, Variant
 from probekit.probing.grid import make_grid
@@ -48,8 +51,8 @@ def test_every_condition_has_its_rows(results: InterventionResults):
     assert cells.groupby(["kind", "condition"]).size().to_dict() == dict.fromkeys(
         [
             *(("erase", name) for name in ("erase", "random", "random subspace")),
-            *(("patch", name) for name in ("patch", "random", "same action")),
-            *(("steer", f"{which} action") for which in ("wrong", "true")),
+            *(("patch", name) for name in ("patch", "random", "same label")),
+            *(("steer", f"{which} label") for which in ("wrong", "true")),
             *(("steer", f"random ({which})") for which in ("wrong", "true")),
         ],
         3 * 2,
@@ -64,6 +67,31 @@ def test_every_condition_has_its_rows(results: InterventionResults):
     assert set(zip(direct.layer, direct.distance, strict=True)) == {(2, 1), (2, 3)}
 
 
+@pytest.fixture
+def labelled(probed_copy: Run, quick_probes: dict[str, Any], tmp_path: Path) -> Run:
+    """Probes of a column of labels that copies the actions."""
+    path = export_sentences(probed_copy.corpus, tmp_path / "sentences.csv")
+    pd.read_csv(path).assign(copied=lambda table: table.action).to_csv(path, index=False)
+    of_labels = {"probe.labels": str(path), "probe.target": "copied", "probe.positions": [1, 2, 3]}
+    probe(probed_copy, quick_probes | {"probe.variants": ["none"]} | of_labels, quiet=True)
+    return probed_copy
+
+
+def test_labels_that_copy_actions_have_the_effects_of_actions(results: InterventionResults, labelled: Run):
+    pd.testing.assert_frame_equal(intervene(labelled, FEW, quiet=True).table, results.table)
+    with pytest.raises(ProbekitError, match=r"'codebook', which changes the plan, but .* 'copied'"):
+        intervene(labelled, FEW | {"intervene.kinds": ["codebook"]}, quiet=True)
+
+
+def test_sentences_toward_a_label_are_judged_by_their_words(labelled: Run):
+    few = FEW | {"intervene.layers": [2], "intervene.distances": [1], "intervene.kinds": ["steer"]}
+    found = intervene(labelled, few | {"intervene.samples": 6, "intervene.strengths": [30.0]}, quiet=True)
+    follows = found.table[found.table.metric == "plan_following"]
+    assert follows.value.between(0, 1).all()
+    assert len(follows) == 4
+    assert any("labelled by a classifier of words" in note for note in found.notes)
+
+
 def test_equal_settings_give_equal_results_and_followed_plans_are_counted(probed_copy: Run):
     few = FEW | {"intervene.layers": [2], "intervene.distances": [1], "intervene.kinds": ["steer", "erase"]}
     few |= {"intervene.samples": 6, "intervene.strengths": [30.0]}
@@ -73,7 +101,7 @@ def test_equal_settings_give_equal_results_and_followed_plans_are_counted(probed
     assert (follows.documents == 6).all()
     assert set(follows.kind) == {"steer"}
     wrong, random, true = (
-        cell(follows, condition=name) for name in ("wrong action", "random (wrong)", "true action")
+        cell(follows, condition=name) for name in ("wrong label", "random (wrong)", "true label")
     )
     expected = wrong.plan_following - random.plan_following
     assert wrong.plan_following_over_random == pytest.approx(expected)
@@ -84,7 +112,7 @@ def test_equal_settings_give_equal_results_and_followed_plans_are_counted(probed
 
 def test_random_changes_are_as_large_and_differences_those_of_the_values(results: InterventionResults):
     """All are of the same boundaries, so that the difference of two means is the mean difference."""
-    pairs = {"erase": "random", "wrong action": "random (wrong)", "true action": "random (true)"}
+    pairs = {"erase": "random", "wrong label": "random (wrong)", "true label": "random (true)"}
     checked = 0
     for _, rows in results.table.groupby(["kind", "layer", "distance"]):
         values = rows.set_index(["condition", "metric"]).value
@@ -127,7 +155,7 @@ def test_all_directions_move_as_far_as_the_mean_vectors(probed_copy: Run):
     found = {
         direction: cell(
             intervene(probed_copy, few | {"intervene.direction": direction}, quiet=True).table,
-            condition="wrong action",
+            condition="wrong label",
             distance=3,
         )
         for direction in ("means", "probe", "gradient")
@@ -149,7 +177,7 @@ def test_variants_stand_side_by_side(probed_copy: Run):
     injected = soft.groupby(["kind", soft.layer.fillna(-1)]).injected.agg(["min", "max"])
     assert injected["min"].equals(injected["max"])
     assert injected["max"].to_dict() == {("erase", 1): False, ("erase", 2): True, ("codebook", -1): True}
-    plan = cell(soft, kind="codebook", condition="true action")
+    plan = cell(soft, kind="codebook", condition="true label")
     assert plan.moved > 0
     assert plan.readout_target == plan.readout_true
 
@@ -188,19 +216,20 @@ def test_erasing_behind_the_adapter_removes_the_plan(conditioned: Run):
     # The heads' outputs are the plan alone: a probe reads all of it, and, erased, no more than the prior.
     assert found.fitted_accuracy == 1.0
     assert found.refitted_accuracy == found.prior_accuracy < 0.5
-    boundaries = draw_boundaries(conditioned.corpus, conditioned.corpus.documents("test"), 12, 48, 1, 0)
+    corpus = conditioned.corpus
+    boundaries = draw_boundaries(corpus, corpus.actions, corpus.documents("test"), 12, 48, 1, 0)
     lm = EditedLM(conditioned, "oracle", boundaries, [HEADS])
-    known = np.exp(lm.outcomes().action[np.arange(12), boundaries.action]).mean()
+    known = np.exp(lm.outcomes().label[np.arange(12), boundaries.label]).mean()
     assert known > 0.9
     assert known + found.readout_true < 0.4
     # Every activation becomes the mean of all: nothing else is left of it.
     (activations,) = lm.activations(HEADS, (1,))
     assert erased(conditioned, activations).std(0).max() < 1e-3 * activations.std(0).max()
     # The plan that it already has changes nothing.
-    same = cell(table, kind="codebook", condition="true action")
+    same = cell(table, kind="codebook", condition="true label")
     assert same.drop("moved").abs().max() < 1e-4
     assert same.moved == 0
-    wrong = cell(table, kind="codebook", condition="wrong action")
+    wrong = cell(table, kind="codebook", condition="wrong label")
     assert wrong.readout_target > 0.8
     assert wrong.readout_true < -0.8
 

@@ -155,14 +155,14 @@ def test_states_and_their_documents(setting: Setting):
     with Progress(quiet=True).task("read") as task:
         states, actions = masked_states(setting.masked, setting.windows, MASKS, 6, task)
     torch.testing.assert_close(found.states, states, atol=1e-4, rtol=1e-4)
-    np.testing.assert_array_equal(found.actions, actions.numpy())
+    np.testing.assert_array_equal(found.labels, actions.numpy())
     np.testing.assert_array_equal(np.bincount(found.document), found.sums["bits"][1])
 
 
 def test_classes_without_examples_add_no_information(setting: Setting, monkeypatch: pytest.MonkeyPatch):
     probe = LinearProbe(torch.zeros(2, 3), torch.tensor([0.0, 0.0, -torch.inf]))
     monkeypatch.setattr(setting.masked, "probe", probe)
-    log_p = setting.masked.action_log_probabilities(torch.zeros(1, 2))
+    log_p = setting.masked.label_log_probabilities(torch.zeros(1, 2))
     found = information(log_p, torch.tensor([0.5, 0.25, 0.25]).log())
     assert found.item() == pytest.approx(0.5 * np.log(0.5 / 0.5) + 0.5 * np.log(0.5 / 0.25))
 

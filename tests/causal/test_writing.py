@@ -1,5 +1,6 @@
 """Newly written sentences: how tokens are drawn, where sentences end, and which action they have."""
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -7,10 +8,14 @@ import pytest
 import torch
 
 from probekit.causal.boundaries import Edit, EditedLM, draw_boundaries
-from probekit.causal.intervene import MAX_TOKENS, SentenceWriter
+from probekit.causal.writing import MAX_TOKENS, Judge, SentenceWriter
+from probekit.data.encoders import WORD
 from probekit.data.sentences import complete_spans
+from probekit.errors import ProbekitError
+from probekit.evaluation.action_metrics import NO_ACTION
 from probekit.models.conditioning import CONDITIONINGS, new_adapter
 from probekit.models.replanning import decoded
+from probekit.probing.targets import NO_LABEL
 from probekit.run.run import Run
 
 WINDOW = 48
@@ -18,7 +23,8 @@ POINT = ("hook_resid_post", 0)
 
 
 def edited_lm(run: Run, variant: str, count: int = 8) -> EditedLM:
-    boundaries = draw_boundaries(run.corpus, run.corpus.documents("test"), count, WINDOW, 3, 0)
+    corpus = run.corpus
+    boundaries = draw_boundaries(corpus, corpus.actions, corpus.documents("test"), count, WINDOW, 3, 0)
     return EditedLM(run, variant, boundaries, [POINT])
 
 
@@ -83,11 +89,28 @@ def test_texts_end_with_the_sentence(probed_run: Run, written):
 def test_actions_are_the_nearest_centroids(probed_run: Run, written):
     _, writer, texts = written
     corpus = probed_run.corpus
-    found = writer.actions()
+    found = writer.labels()
     whole = [n for n, text in enumerate(texts) if len(text) < writer.max_tokens]
     sentences = [decoded(corpus.tokenizer, texts[n]).strip() for n in whole]
     expected = corpus.codebook.nearest(probed_run.encoder().encode(sentences))
     np.testing.assert_array_equal(found[whole], expected)
+
+
+def test_the_judge_knows_sentences_by_their_words(probed_run: Run):
+    corpus = probed_run.corpus
+    texts = corpus.sentence_texts(np.arange(len(corpus.first_token)))
+    words = [set(WORD.findall(text.lower())) for text in texts]
+    common = Counter(word for own in words for word in own).most_common(9)[-1][0]
+    labels = np.array([3 if common in own else 5 for own in words])
+    labels[::7] = NO_LABEL
+    judge = Judge(corpus, labels)
+    unlabelled = np.arange(0, len(labels), 7)
+    expected = [3 if common in words[n] else 5 for n in unlabelled]
+    assert np.mean(judge([texts[n] for n in unlabelled]) == expected) > 0.9
+    assert judge([f"The {common}.", "?!"]).tolist() == [3, NO_ACTION]
+    assert "validation sentences its accuracy is 0.9" in judge.note or "is 1.000" in judge.note
+    with pytest.raises(ProbekitError, match="fewer than two labels"):
+        Judge(corpus, np.full(len(labels), 2))
 
 
 @pytest.mark.parametrize("kind", sorted(CONDITIONINGS))
