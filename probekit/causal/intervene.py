@@ -371,7 +371,7 @@ def _grid(run: Run, target: Target) -> Grid:
         update={"positions": distances, "horizons": (1,), "anchors": "start"}
     )
     grid = make_grid(run.corpus, settings, target, run.config.seed)
-    if missing := sorted({*distances} - {*grid.distances}):
+    if missing := sorted({*distances} - {*grid.positions}):
         raise ProbekitError(
             f"intervene.distances has {distances[-1]}, but too few sentences begin after so many tokens to "
             f"fit anything at distance {missing[0]}; give smaller distances"
