@@ -161,9 +161,10 @@ class Corpus:
         return self.previous_labels(self.actions, sentences)
 
     def previous_labels(self, labels: np.ndarray, sentences: np.ndarray) -> np.ndarray:
-        """The label before each sentence, as `previous_actions`, of any labels of all sentences."""
+        """The label before each sentence, as `previous_actions`, of any labels; NaN for no number."""
         first = sentences == self.document_sentences[self.document_of(sentences)]
-        return np.where(first, -1, labels[np.maximum(sentences - 1, 0)]).astype(np.int64)
+        missing, kind = (np.nan, np.float64) if labels.dtype.kind == "f" else (-1, np.int64)
+        return np.where(first, missing, labels[np.maximum(sentences - 1, 0)]).astype(kind)
 
     @cached_property
     def with_action(self) -> np.ndarray:

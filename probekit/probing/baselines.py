@@ -4,7 +4,9 @@ The prior, the bigram (given the label of the last sentence read whole) and the 
 tokens read) are counted on the training documents and those that probes are fitted on; their smoothing is
 chosen on validation documents. No bigram is given the label that is asked for, where a probe has read that
 sentence. "bigram (current action)", planners and two of the ceilings know the whole sentence before the
-example, and nothing of its own, however far before or behind its first token a probe reads.
+example, and nothing of its own, however far before or behind its first token a probe reads. A number's prior
+is the mean, its bigram a least-squares line from the number of the last sentence. A file's labels are also
+predicted from the bag of words: how often each token of the document occurs up to the last token read.
 """
 
 from __future__ import annotations
@@ -14,15 +16,18 @@ from functools import partial
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from probekit.config import Position, ProbeSettings
-from probekit.data.corpus import Corpus
+from probekit.data.corpus import Corpus, ranges
 from probekit.evaluation.action_metrics import fit_bigram, prior_log_probabilities
 from probekit.evaluation.baselines import SkipNgram, contexts, planner_log_probabilities, planners
 from probekit.planted.ceilings import ceiling_log_probabilities, has_ceiling, position_ceiling
-from probekit.probing.grid import CHOSEN_ON, FITTED_ON, TESTED_ON, Grid, document_numbers
-from probekit.probing.results import CEILING, DocumentSums, Facts
-from probekit.probing.targets import NO_LABEL, Examples, find_examples, reached
+from probekit.probing.grid import CHOSEN_ON, FITTED_ON, TESTED_ON, Grid, document_numbers, predicted
+from probekit.probing.results import CEILING, DocumentSums, Facts, ScoredExamples
+from probekit.probing.solvers import Moments, RegressionProbes, RidgeProbes
+from probekit.probing.targets import Examples, find_examples, labelled, reached
 from probekit.run.run import Run
 
 CHUNK_EXAMPLES = 512
@@ -37,28 +42,38 @@ ORDER = 3
 BEFORE_ALONE = ("ceiling (actions)", "ceiling (words)")
 """Ceilings that hold where nothing of the example itself has been read."""
 
+BAG = 1024
+"""Counts of a bag of words: ids of tokens count modulo this."""
+
+MOST_BAGS = 50_000
+"""Bags of words are fitted on about this many examples, spread evenly over those that are counted."""
+
+BAG_PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
+"""Penalties of their ridge probes, per example."""
+
 Predict = Callable[[slice], np.ndarray]
-"""Log-probabilities `[examples, classes]` in nats of some test examples, all those of a document together."""
+"""Log-probabilities `[examples, classes]` in nats of some test examples, all those of a document together; or
+numbers `[examples]`."""
 
 
 class Baseline(NamedTuple):
     """A reader of no activations, and its loss on validation examples where gains may be measured over it."""
 
     predict: Predict
-    validation_cross_entropy: float | None = None
+    validation_loss: float | None = None
 
 
 def baseline_sums(run: Run, grid: Grid) -> list[DocumentSums]:
     """Scores every baseline on the grid's test examples, in rows for every position and horizon."""
     training = counted_examples(run.corpus, run.config.probe, grid, run.config.seed)
-    scored = []
+    scored, tested = [], grid.tested()
     for horizon in grid.horizons:
         for name, baseline in _of_sentences(run, grid, training, horizon).items():
             if positions := grid.positions if name not in BEFORE_ALONE else _before(grid):
-                scored.append(_scored(grid, horizon, positions, name, baseline))
+                scored.append(_scored(grid, tested, horizon, positions, name, baseline))
         for position in grid.positions:
             for name, baseline in _at_position(run, grid, training, horizon, position).items():
-                scored.append(_scored(grid, horizon, [position], name, baseline))
+                scored.append(_scored(grid, tested, horizon, [position], name, baseline))
     return scored
 
 
@@ -76,13 +91,17 @@ def counted_examples(corpus: Corpus, settings: ProbeSettings, grid: Grid, seed: 
     drawn = np.sort(order[np.cumsum(ends[order + 1] - ends[order]) <= MOST_EXAMPLES])
     examples = find_examples(corpus, drawn, grid.target, grid.horizons, settings.anchors)
     near = [reached(corpus, examples, position) for position in grid.positions]
-    return examples[np.all(near, axis=0) & (examples.labels != NO_LABEL).all(axis=1)]
+    return examples[np.all(near, axis=0) & labelled(examples.labels).all(axis=1)]
 
 
 def _of_sentences(run: Run, grid: Grid, training: Examples, horizon: int) -> dict[str, Baseline]:
     """Readers of whole sentences, for which the position makes no difference."""
     corpus, target, h = run.corpus, grid.target, grid.horizons.index(horizon)
     chosen, test = grid.examples[CHOSEN_ON], grid.examples[TESTED_ON]
+    if target.kind == "numbers":
+        mean = float(training.labels[:, h].mean())
+        loss = float(((chosen.labels[:, h] - mean) ** 2).mean())
+        return {"mean": Baseline(lambda rows: np.full(len(test[rows]), mean), loss)}
     prior = prior_log_probabilities(training.labels[:, h], target.classes)
     loss = float(-prior[chosen.labels[:, h]].mean())
     baselines = {"prior": Baseline(lambda rows: np.tile(prior, (len(test[rows]), 1)), loss)}
@@ -128,17 +147,17 @@ def _at_position(
     def last_tokens(examples: Examples) -> np.ndarray:
         return contexts(corpus, examples.last_read(position), ORDER)
 
-    ngram = SkipNgram.fit(
-        last_tokens(training),
-        training.labels[:, h],
-        target.classes,
-        (last_tokens(chosen), chosen.labels[:, h]),
-    )
-    baselines = {
-        "skip n-gram": Baseline(
+    baselines: dict[str, Baseline] = {}
+    if target.kind == "classes":
+        ngram = SkipNgram.fit(
+            last_tokens(training),
+            training.labels[:, h],
+            target.classes,
+            (last_tokens(chosen), chosen.labels[:, h]),
+        )
+        baselines["skip n-gram"] = Baseline(
             lambda rows: ngram.log_probabilities(last_tokens(test[rows])), ngram.validation_cross_entropy
         )
-    }
     if target.of_sentences is not None:
         previous = [
             corpus.previous_labels(
@@ -149,7 +168,12 @@ def _at_position(
             )
             for examples in (training, chosen, test)
         ]
-        baselines["bigram"] = _bigram(grid, training, h, *previous)
+        if target.kind == "classes":
+            baselines["bigram"] = _bigram(grid, training, h, *previous)
+        else:
+            baselines["previous number"] = _line(grid, training, h, *previous)
+    if run.config.probe.labels is not None:
+        baselines["bag of words"] = _bag_of_words(corpus, grid, training, h, position)
     if target.name == "action" and has_ceiling(run.config):
         asked, at = test.sentence + horizon - 1, test.last_read(position)
         # With anchors at every token, the ceiling is given the number of sentences ahead. From distance 2 on
@@ -178,19 +202,86 @@ def _bigram(
     return Baseline(lambda rows: bigram.log_probabilities(test[rows]), loss)
 
 
-def _scored(grid: Grid, horizon: int, positions: Sequence[Position], name: str, of: Baseline) -> DocumentSums:
+def _line(
+    grid: Grid, training: Examples, h: int, fit: np.ndarray, choose: np.ndarray, test: np.ndarray
+) -> Baseline:
+    """A line by least squares, given the previous numbers; the mean of such examples where there is none."""
+    labels, known = training.labels[:, h], labelled(fit)
+    level = labels[~known].mean() if (~known).any() else labels.mean()
+    x, y = fit[known], labels[known]
+    centre = x.mean() if len(x) else 0.0
+    variance = ((x - centre) ** 2).sum()
+    slope = ((x - centre) * y).sum() / variance if variance > 0 else 0.0
+
+    def predict(previous: np.ndarray) -> np.ndarray:
+        exists = labelled(previous)
+        line = slope * (np.where(exists, previous, centre) - centre) + (y.mean() if len(y) else level)
+        return np.where(exists, line, level)
+
+    loss = float(((predict(choose) - grid.examples[CHOSEN_ON].labels[:, h]) ** 2).mean())
+    return Baseline(lambda rows: predict(test[rows]), loss)
+
+
+def bags_of_words(corpus: Corpus, examples: Examples, positions: np.ndarray) -> np.ndarray:
+    """Log of one and how often each token occurs in the document up to positions `[examples, bag]`."""
+    size = min(BAG, len(corpus.tokenizer))
+    first = corpus.document_tokens[examples.document] + 1
+    row = np.repeat(np.arange(len(positions)), positions + 1 - first)
+    token = corpus.tokens[ranges(first, positions + 1)].astype(np.int64) % size
+    return np.log1p(np.bincount(row * size + token, minlength=len(positions) * size).reshape(-1, size))
+
+
+def _bag_of_words(corpus: Corpus, grid: Grid, training: Examples, h: int, position: Position) -> Baseline:
+    """A ridge probe of the bag of words, its penalty chosen on validation examples."""
+    target, test = grid.target, grid.examples[TESTED_ON]
+    numbers = target.kind == "numbers"
+    probe = RegressionProbes(BAG_PENALTIES) if numbers else RidgeProbes(BAG_PENALTIES)
+
+    def parts(examples: Examples) -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, len(examples), CHUNK_EXAMPLES):
+            part = examples[start : start + CHUNK_EXAMPLES]
+            bags = bags_of_words(corpus, part, part.last_read(position))
+            yield torch.from_numpy(bags)[None], torch.from_numpy(part.labels[:, h])
+
+    moments: Moments | None = None
+    for X, y in parts(training[:: -(-len(training) // MOST_BAGS)]):
+        moments = moments or Moments.zeros(1, X.shape[2] + numbers, 1 if numbers else target.classes)
+        if numbers:
+            moments.add_numbers(X, y[None, :, None])
+        else:
+            moments.add(X, y)
+    assert moments is not None  # noqa: S101 - a grid has examples
+    probe.fit_moments(moments)
+    for X, y in parts(grid.examples[CHOSEN_ON]):
+        probe.observe_validation(X, y)
+    probe.choose()
+
+    def predict(rows: slice) -> np.ndarray:
+        X = torch.cat([X for X, _ in parts(test[rows])], 1)
+        return predicted(probe, X)[0].numpy()
+
+    losses = (
+        probe.validation_squared_error_
+        if isinstance(probe, RegressionProbes)
+        else probe.validation_cross_entropy_
+    )
+    return Baseline(predict, float(losses.min()))
+
+
+def _scored(
+    grid: Grid, tested: ScoredExamples, horizon: int, positions: Sequence[Position], name: str, of: Baseline
+) -> DocumentSums:
     """The scores of a baseline that predicts the same at all of the positions."""
     readers: list[Facts] = [
         {"reader": name, "position": position, "horizon": horizon} for position in positions
     ]
-    if of.validation_cross_entropy is not None:
-        readers = [r | {"validation_cross_entropy": of.validation_cross_entropy} for r in readers]
-    number = document_numbers(grid.examples[TESTED_ON].document)
-    labels, documents = grid.labels(TESTED_ON, horizon), int(number.max()) + 1
-    once = DocumentSums(readers[:1], documents)
-    for rows in whole_documents(number):
-        once.add(number[rows], of.predict(rows)[None], labels[rows])
-    repeated = DocumentSums(readers, documents)
+    if of.validation_loss is not None:
+        loss = "squared_error" if grid.target.kind == "numbers" else "cross_entropy"
+        readers = [reader | {f"validation_{loss}": of.validation_loss} for reader in readers]
+    once, labels = DocumentSums(readers[:1], tested), grid.labels(TESTED_ON, horizon)
+    for rows in whole_documents(document_numbers(grid.examples[TESTED_ON].document)):
+        once.add(rows, of.predict(rows)[None], labels[rows])
+    repeated = DocumentSums(readers)
     repeated.sums = {score: np.repeat(sums, len(readers), axis=1) for score, sums in once.sums.items()}
     return repeated
 

@@ -41,19 +41,32 @@ SHARES = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.0625, 0.125, 0.25, 0.5, 1.
 
 
 def control_labels(corpus: Corpus, positions: np.ndarray, prior: ArrayLike, seed: int) -> NDArray[np.int64]:
-    """A random label for each position, tied to the last token that holds a letter or a digit.
+    """A random class for each position, see `control_draws`, of probabilities `[classes]`; `[rows]`."""
+    draws = control_draws(corpus, positions, seed)
+    return np.searchsorted(np.cumsum(np.asarray(prior, np.float64))[:-1], draws, side="right")
+
+
+def control_numbers(
+    corpus: Corpus, positions: np.ndarray, numbers: ArrayLike, seed: int
+) -> NDArray[np.float64]:
+    """A random one of some numbers for each position `[rows]`, see `control_draws`."""
+    known = np.sort(np.asarray(numbers, np.float64))
+    return known[(control_draws(corpus, positions, seed) * len(known)).astype(np.int64)]
+
+
+def control_draws(corpus: Corpus, positions: np.ndarray, seed: int) -> NDArray[np.float64]:
+    """A random draw from 0 to 1 for each position, tied to the last token that holds a letter or a digit.
 
     The token at the position itself would not do: right before a sentence it is nearly always a full stop.
-    A token's label depends on the token, the prior and the seed, not on which positions are asked for.
+    A token's draw depends on the token and the seed, not on which positions are asked for.
 
     Args:
         corpus: The corpus.
         positions: Where activations are read, in `corpus.tokens` `[rows]`.
-        prior: Probability of each class of the target `[classes]`.
         seed: Seed of the draws.
 
     Returns:
-        Labels `[rows]`. Where the document holds no letter or digit up to the position, the label is that of
+        Draws `[rows]`. Where the document holds no letter or digit up to the position, the draw is that of
         the position's own token.
     """
     word_like = word_like_tokens(corpus.tokenizer)
@@ -66,9 +79,7 @@ def control_labels(corpus: Corpus, positions: np.ndarray, prior: ArrayLike, seed
         found[searching[hit]] = current[searching[hit]]
         current[searching] -= 1
         searching = searching[~hit & (current[searching] >= first[searching])]
-    points = np.random.default_rng(seed).random(len(word_like))
-    label = np.searchsorted(np.cumsum(np.asarray(prior, np.float64))[:-1], points, side="right")
-    return label[corpus.tokens[found]]
+    return np.random.default_rng(seed).random(len(word_like))[corpus.tokens[found]]
 
 
 @lru_cache(maxsize=4)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -20,19 +21,26 @@ from probekit.data.corpus import Corpus
 from probekit.errors import ProbekitError
 from probekit.evaluation.action_metrics import prior_log_probabilities
 from probekit.probing.activations import Activations, Stack
-from probekit.probing.controls import block_ends, control_labels, prequential_code, prior_code
-from probekit.probing.results import LINEAR_SOLVERS, Cell, DocumentSums, Facts, row_slices
+from probekit.probing.controls import (
+    block_ends,
+    control_labels,
+    control_numbers,
+    prequential_code,
+    prior_code,
+)
+from probekit.probing.results import LINEAR_SOLVERS, Cell, DocumentSums, Facts, ScoredExamples, row_slices
 from probekit.probing.solvers import (
     L1Probes,
     LDAProbes,
     MeanDifferenceProbes,
     MLPProbes,
     Moments,
+    RegressionProbes,
     RidgeProbes,
     SoftmaxProbes,
 )
 from probekit.probing.store import Held
-from probekit.probing.targets import NO_LABEL, Examples, Target, find_examples, reached
+from probekit.probing.targets import Examples, Target, find_examples, labelled, reached
 from probekit.progress import Meter, Progress
 
 FITTED_ON, CHOSEN_ON, TESTED_ON = "probe", "validation", "test"
@@ -46,6 +54,9 @@ LEAST_SHARED = 0.1
 
 LEAST_DOCUMENTS = 20
 """Examples are drawn from this many documents at least, if there are so many."""
+
+LARGEST_SHARE = 0.8
+"""A class with a larger share of the test examples is named in a note."""
 
 FEW_SHARED = 0.5
 """Below this share of the examples that some cell can use, a note says what the least reached one costs."""
@@ -75,6 +86,11 @@ class Grid:
         """Labels at a horizon `[examples]`."""
         return self.examples[split].labels[:, self.horizons.index(horizon)]
 
+    def tested(self) -> ScoredExamples:
+        """The test examples."""
+        labels = {horizon: self.labels(TESTED_ON, horizon) for horizon in self.horizons}
+        return ScoredExamples(self.target, pd.factorize(self.examples[TESTED_ON].group)[0], labels)
+
 
 def make_grid(corpus: Corpus, settings: ProbeSettings, target: Target, seed: int) -> Grid:
     """Draws documents, and finds the examples that all cells share.
@@ -86,8 +102,14 @@ def make_grid(corpus: Corpus, settings: ProbeSettings, target: Target, seed: int
         seed: Seed of the draw of documents to fit on and to choose on; all test documents are used.
 
     Raises:
-        ProbekitError: A split has no documents, or no cell has enough examples.
+        ProbekitError: A split has no documents, no cell has enough examples, or a solver cannot read numbers.
     """
+    classifiers = [solver for solver in settings.solvers if solver != "ridge"]
+    if target.kind == "numbers" and classifiers:
+        raise ProbekitError(
+            f"probe.solvers has {', '.join(classifiers)}, which read classes, and {target.name!r} holds "
+            "numbers; give probe.solvers ridge"
+        )
     positions = settings.positions or target.positions
     every: dict[str, Examples] = {}
     usable: dict[str, np.ndarray] = {}
@@ -102,8 +124,8 @@ def make_grid(corpus: Corpus, settings: ProbeSettings, target: Target, seed: int
             documents = _drawn(corpus, documents, settings, positions, seed)
         every[split] = find_examples(corpus, documents, target, settings.horizons, settings.anchors)
         near = [reached(corpus, every[split], position) for position in positions]
-        labelled = every[split].labels != NO_LABEL
-        usable[split] = np.stack(near, axis=1)[:, :, None] & labelled[:, None, :]
+        known = labelled(every[split].labels)
+        usable[split] = np.stack(near, axis=1)[:, :, None] & known[:, None, :]
 
     by_reach, h_kept = _filled(usable, settings)
     p_kept = sorted(by_reach)
@@ -204,16 +226,41 @@ def _notes(grid: Grid, most: int, least: Position) -> Iterator[str]:
             f"all cells share the {left:,} of {most:,} test examples that position {least} and "
             f"horizon {max(grid.horizons)} leave; give far ones a run of their own to keep more"
         )
+    tested = grid.tested()
+    for horizon in grid.horizons:
+        yield from _label_notes(tested, horizon)
     target = grid.target
+    if target.kind == "numbers":
+        return
     counts = np.bincount(grid.examples[FITTED_ON].labels[:, 0], minlength=target.classes)
     rare = np.flatnonzero(counts < 2)
-    tested = np.isin(grid.examples[TESTED_ON].labels[:, 0], rare)
-    if tested.any():
-        named = ", ".join(target.names[c] if target.names else str(c) for c in rare[:5])
+    rarely = np.isin(grid.examples[TESTED_ON].labels[:, 0], rare)
+    if rarely.any():
+        named = ", ".join(map(target.name_of, rare[:5]))
         yield (
             f"{len(rare):,} of {target.classes:,} classes have fewer than two examples to fit on ({named}"
             f"{', …' if len(rare) > 5 else ''}): no probe can learn them; they stay classes, and count in "
-            f"the {tested.sum():,} of {len(tested):,} test examples that have them"
+            f"the {rarely.sum():,} of {len(rarely):,} test examples that have them"
+        )
+
+
+def _label_notes(tested: ScoredExamples, horizon: int) -> Iterator[str]:
+    """What the test labels of a horizon cannot show."""
+    labels, target = tested.labels[horizon], tested.target
+    found, counts = np.unique(labels, return_counts=True)
+    most = found[counts.argmax()]
+    named = target.name_of(most) if target.kind == "classes" else f"{most:g}"
+    if len(found) == 1:
+        yield (
+            f"all {len(labels):,} test examples at horizon {horizon} have the label {named}: nothing can be "
+            "told of what probes read, and nothing has an interval; give more documents, or a larger "
+            "corpus.test_fraction"
+        )
+    elif target.kind == "classes" and counts.max() > LARGEST_SHARE * len(labels):
+        yield (
+            f"{counts.max() / len(labels):.0%} of the test examples at horizon {horizon} have the class "
+            f"{named}, and so much accuracy means nothing: see the balanced accuracy, of which "
+            f"{1 / len(found):.2f} is chance, and the bits"
         )
 
 
@@ -223,7 +270,8 @@ def document_numbers(document: np.ndarray) -> np.ndarray:
 
 
 ClosedForm = RidgeProbes | LDAProbes
-Probes = SoftmaxProbes | L1Probes | MLPProbes | ClosedForm
+Classifiers = SoftmaxProbes | L1Probes | MLPProbes | ClosedForm
+Probes = Classifiers | RegressionProbes
 
 CLOSED_FORM: frozenset[SolverName] = frozenset({"ridge", "lda", "mean-difference"})
 """Solvers that need sums over their examples, not the examples."""
@@ -265,16 +313,22 @@ def target_tasks(grid: Grid) -> list[Task]:
 
 def control_task(corpus: Corpus, grid: Grid, seed: int) -> Task:
     """The control task: labels that can only be predicted by memorising tokens; see `control_labels`."""
-    prior = np.exp(prior_log_probabilities(grid.labels(FITTED_ON, grid.horizons[0]), grid.target.classes))
-    return Task(
-        None,
-        {
-            split: np.stack(
-                [control_labels(corpus, examples.last_read(p), prior, seed) for p in grid.positions]
-            )
-            for split, examples in grid.examples.items()
-        },
-    )
+    known = grid.labels(FITTED_ON, grid.horizons[0])
+
+    def make(positions: np.ndarray) -> np.ndarray:
+        if grid.target.kind == "numbers":
+            return control_numbers(corpus, positions, known, seed)
+        prior = np.exp(prior_log_probabilities(known, grid.target.classes))
+        return control_labels(corpus, positions, prior, seed)
+
+    labels = {
+        split: np.stack([make(examples.last_read(p)) for p in grid.positions])
+        for split, examples in grid.examples.items()
+    }
+    if grid.target.kind == "numbers":  # R2 is measured against the mean of the examples fitted on
+        level = labels[FITTED_ON].mean(axis=1, keepdims=True)
+        labels = {split: numbers - level for split, numbers in labels.items()}
+    return Task(None, labels)
 
 
 @dataclass(frozen=True)
@@ -315,7 +369,7 @@ class FitJob:
             for rows, stacks in activations.chunks(examples, lambda read: done(read * distributed.count())):
                 yield rows, [values.flatten(0, 1) for values in stacks]
 
-    def solver(self, name: SolverName) -> Probes:
+    def solver(self, name: SolverName) -> Classifiers:
         """A new batch of probes, not fitted."""
         if name in CLOSED_FORM:
             return self.closed_form(name)
@@ -435,22 +489,10 @@ def fit_sums(activations: Activations, job: FitJob, solvers: Sequence[SolverName
     grid, stacks = job.grid, activations.stacks
     tasks = [*target_tasks(grid), *([job.control] if job.control else [])]
     every = [slice(0, len(stack.points) * len(grid.positions)) for stack in stacks]
-    moments: dict[tuple[int, int], Moments] = {}  # by stack and task; tasks share mean and scatter
-    for s, stack in enumerate(stacks):
-        shape = every[s].stop, stack.width, grid.target.classes
-        moments[s, 0] = Moments.zeros(*shape, job.device)
-        moments |= {(s, t): moments[s, 0].relabelled() for t in range(1, len(tasks))}
-    for rows, chunk in job.read(activations, FITTED_ON):
-        for (s, t), sums in moments.items():
-            add = sums.add_labels if t else sums.add
-            add(chunk[s], tasks[t].of(FITTED_ON, rows, every[s], job.device))
-    for (_, t), sums in moments.items():
-        sums.over_processes(labels_alone=t > 0)
-    solved = {
-        (solver, *key): job.closed_form(solver).fit_moments(sums)
-        for key, sums in moments.items()
-        for solver in solvers
-    }
+    if grid.target.kind == "numbers":
+        solved, constant = _solve_numbers(activations, job, tasks, every)
+    else:
+        solved, constant = _solve_classes(activations, job, tasks, every, solvers)
     for rows, chunk in job.read(activations, CHOSEN_ON):
         for (_, s, t), probes in solved.items():
             probes.observe_validation(chunk[s], tasks[t].of(CHOSEN_ON, rows, every[s], job.device))
@@ -465,12 +507,71 @@ def fit_sums(activations: Activations, job: FitJob, solvers: Sequence[SolverName
             solved[solver, s, t],
             control=solved[solver, s, len(tasks) - 1] if job.control else None,
             code=None,
-            constant=moments[s, t].scatter.diagonal(dim1=1, dim2=2).sum(1) == 0,
+            constant=constant[s],
         )
         for solver in solvers
         for s in range(len(stacks))
         for t, horizon in enumerate(grid.horizons)
     ]
+
+
+Solved = dict[tuple[SolverName, int, int], ClosedForm | RegressionProbes]
+"""Probes of all penalties by solver, stack and task."""
+
+
+def _solve_classes(
+    activations: Activations,
+    job: FitJob,
+    tasks: Sequence[Task],
+    every: Sequence[slice],
+    solvers: Sequence[SolverName],
+) -> tuple[Solved, list[Tensor]]:
+    """Reads the examples to fit on; also says which probes' activations are constant, by stack `[probes]`."""
+    moments: dict[tuple[int, int], Moments] = {}  # by stack and task; tasks share mean and scatter
+    for s, stack in enumerate(activations.stacks):
+        shape = every[s].stop, stack.width, job.grid.target.classes
+        moments[s, 0] = Moments.zeros(*shape, job.device)
+        moments |= {(s, t): moments[s, 0].relabelled() for t in range(1, len(tasks))}
+    for rows, chunk in job.read(activations, FITTED_ON):
+        for (s, t), sums in moments.items():
+            add = sums.add_labels if t else sums.add
+            add(chunk[s], tasks[t].of(FITTED_ON, rows, every[s], job.device))
+    for (_, t), sums in moments.items():
+        sums.over_processes(labels_alone=t > 0)
+    solved: Solved = {
+        (solver, *key): job.closed_form(solver).fit_moments(sums)
+        for key, sums in moments.items()
+        for solver in solvers
+    }
+    return solved, [_constant(moments[s, 0], stack.width) for s, stack in enumerate(activations.stacks)]
+
+
+def _solve_numbers(
+    activations: Activations, job: FitJob, tasks: Sequence[Task], every: Sequence[slice]
+) -> tuple[Solved, list[Tensor]]:
+    """The same for numbers: those of all tasks are further features of one set of moments a stack."""
+    moments = [
+        Moments.zeros(probes.stop, stack.width + len(tasks), 1, job.device)
+        for probes, stack in zip(every, activations.stacks, strict=True)
+    ]
+    for rows, chunk in job.read(activations, FITTED_ON):
+        for sums, probes, X in zip(moments, every, chunk, strict=True):
+            labels = [task.of(FITTED_ON, rows, probes, job.device).expand(X.shape[:2]) for task in tasks]
+            sums.add_numbers(X, torch.stack(labels, 2))
+    for sums in moments:
+        sums.over_processes()
+    solved: Solved = {
+        ("ridge", s, t): RegressionProbes(job.settings.l2).fit_moments(sums, len(tasks), t)
+        for s, sums in enumerate(moments)
+        for t in range(len(tasks))
+    }
+    widths = [stack.width for stack in activations.stacks]
+    return solved, [_constant(sums, width) for sums, width in zip(moments, widths, strict=True)]
+
+
+def _constant(moments: Moments, width: int) -> Tensor:
+    """Whether activations are the same in all examples `[probes]`."""
+    return moments.scatter.diagonal(dim1=1, dim2=2)[:, :width].sum(1) == 0
 
 
 def score(
@@ -485,17 +586,16 @@ def score(
         facts: What every row of results begins with.
 
     Returns:
-        The scores of every batch, `control_correct` among them if there is a control task.
+        The scores of every batch, those of the control task among them if there is one.
     """
     grid, stacks = job.grid, activations.stacks
-    number = document_numbers(grid.examples[TESTED_ON].document)
-    documents = int(number.max()) + 1
+    tested = grid.tested()
     tasks = {task.horizon: task for task in target_tasks(grid)}
     scored, controls = [], []
     for batch in fitted:
         readers = [facts | known for known in _facts(batch, batch.cells(stacks, grid), job)]
-        scored.append(DocumentSums(readers, documents))
-        controls.append(DocumentSums(readers, documents, ["correct"]))
+        scored.append(DocumentSums(readers, tested))
+        controls.append(DocumentSums(readers, tested, control=True))
     for rows, chunk in job.read(activations, TESTED_ON):
         for batch, sums, control_sums in zip(fitted, scored, controls, strict=True):
             X = chunk[batch.stack][batch.rows]
@@ -505,15 +605,20 @@ def score(
             ):
                 if probes is not None and task is not None:
                     labels = task.of(TESTED_ON, rows, batch.rows, job.device)
-                    for part in row_slices(X.shape[0], X.shape[1], grid.target.classes):
-                        predicted = probes.log_probabilities(X[:, part])
-                        into.add(number[rows][part], predicted, labels[..., part])
+                    for part in row_slices(X.shape[0], X.shape[1], max(1, grid.target.classes)):
+                        of_part = slice(rows.start + part.start, min(rows.start + part.stop, rows.stop))
+                        into.add(of_part, predicted(probes, X[:, part]), labels[..., part])
     for batch, sums, control_sums in zip(fitted, scored, controls, strict=True):
         sums.over_processes(job.device)
         control_sums.over_processes(job.device)
         if batch.control is not None:
-            sums.sums["control_correct"] = control_sums.sums["correct"]
+            sums.sums |= {f"control_{score}": values for score, values in control_sums.sums.items()}
     return scored
+
+
+def predicted(probes: Probes, X: Tensor) -> Tensor:
+    """Log-probabilities, or numbers."""
+    return probes.predict(X) if isinstance(probes, RegressionProbes) else probes.log_probabilities(X)
 
 
 def _facts(fitted: Fitted, cells: Sequence[Cell], job: FitJob) -> Iterator[Facts]:
@@ -524,7 +629,10 @@ def _facts(fitted: Fitted, cells: Sequence[Cell], job: FitJob) -> Iterator[Facts
         ends = block_ends(examples.document)
         prior = prior_code(grid.labels(FITTED_ON, fitted.horizon), grid.target.classes, ends)
         columns |= {"code_length": fitted.code, "compression": prior / fitted.code}
-    losses = fitted.probes.validation_cross_entropy_
+    validation = "validation_cross_entropy"
+    if grid.target.kind == "numbers":
+        validation = "validation_squared_error"
+    losses = getattr(fitted.probes, f"{validation}_")
     if isinstance(fitted.probes, SoftmaxProbes | L1Probes):  # others were fitted loosely, or not at all
         name = "l1" if isinstance(fitted.probes, L1Probes) else "l2"
         penalties = torch.tensor(getattr(fitted.probes, name), dtype=torch.float64)
@@ -537,7 +645,7 @@ def _facts(fitted: Fitted, cells: Sequence[Cell], job: FitJob) -> Iterator[Facts
             | {"fitted_on": len(examples), "tokens_read": job.tokens_read[cell.position]}
             | known
             | {
-                "validation_cross_entropy": float(losses[i].min()),
+                validation: float(losses[i].min()),
                 "constant": bool(fitted.constant[i]),
             }
         )

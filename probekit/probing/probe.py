@@ -46,7 +46,6 @@ from probekit.probing.grid import (
     Fitted,
     Grid,
     control_task,
-    document_numbers,
     fit,
     fit_sums,
     hold,
@@ -54,7 +53,7 @@ from probekit.probing.grid import (
     score,
 )
 from probekit.probing.labels import target_of
-from probekit.probing.results import SETTINGS, DocumentSums, Facts, probes_file, table_of
+from probekit.probing.results import SETTINGS, DocumentSums, Facts, probes_file, table_of, validation_loss
 from probekit.probing.store import Held, Store, write_store
 from probekit.probing.targets import Target
 from probekit.progress import Meter, Progress, duration
@@ -92,11 +91,12 @@ class ProbeResults:
         where the target's own action was injected, are left out.
         """
         probes = self.table[(self.table.reader == "probe") & ~self.table.injected]
-        probes = probes[probes.validation_cross_entropy.notna()]
+        loss = validation_loss(probes)
+        probes = probes[loss.notna()]
         of = ["variant", "location", "solver", "horizon"]
         cell = [*of, "layer", "position"]
-        means = probes.groupby(cell, sort=False).validation_cross_entropy.mean().reset_index()
-        best = means.loc[means.groupby(of, sort=False).validation_cross_entropy.idxmin(), cell]
+        means = probes.assign(loss=loss).groupby(cell, sort=False).loss.mean().reset_index()
+        best = means.loc[means.groupby(of, sort=False).loss.idxmin(), cell]
         return probes.merge(best, on=cell)
 
 
@@ -160,9 +160,8 @@ def probe(
         for solver in config.solvers
         for location, layer in points
     ]
-    counts = np.bincount(document_numbers(shared.examples[TESTED_ON].document))
     resampling = Resampling(resamples=run.config.evaluation.resamples, seed=run.config.seed)
-    table = table_of(scored, counts, empty, resampling).assign(target=target.name)
+    table = table_of(scored, shared.tested(), empty, resampling).assign(target=target.name)
     constant = {
         f"constant activations, which hold no information: {known['location']}, layer {known['layer']}, "
         f"position {known['position']} ({known['variant'] or known['reader']})"
@@ -425,7 +424,7 @@ class _VariantProbes:
 def _groups(run: Run, grid: Grid, points: Sequence[HookPoint]) -> Iterator[list[HookPoint]]:
     """Hook points whose sums stay within `probe.memory`, for solvers that are all closed form."""
     config = run.config.probe
-    sums = grid.target.classes * (len(grid.horizons) + config.control)
+    sums = max(1, grid.target.classes) * (len(grid.horizons) + config.control)
     group: list[HookPoint] = []
     held = 0
     for point in points:
@@ -486,7 +485,7 @@ class _FinishedParts:
         kept = path.exists() and read_metadata(path).get("identity") == identity
         # All processes look before one writes. They must decide the same, or they would deadlock.
         if distributed.total(float(kept), self._run.device) == distributed.count():
-            scored = [DocumentSums(readers, 0, ()) for readers in json.loads(read_metadata(path)["readers"])]
+            scored = [DocumentSums(readers) for readers in json.loads(read_metadata(path)["readers"])]
             weights = {}
             for key, tensor in read_tensors(path).items():
                 kind, _, rest = key.partition("|")

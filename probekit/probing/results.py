@@ -1,4 +1,4 @@
-"""Results of probing: scores by document, the table, saved linear probes, and the record of settings."""
+"""Results of probing: scores of readers, the table, saved linear probes, and the record of settings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,17 @@ from probekit.config import Config, Position, as_position
 from probekit.errors import ProbekitError
 from probekit.evaluation.action_metrics import METRICS, score_actions
 from probekit.io import read_json, read_tensors
-from probekit.statistics import Intervals, Resampling, bootstrap_ratios, simultaneous_ratios
+from probekit.probing.targets import Target
+from probekit.statistics import (
+    Intervals,
+    Resampling,
+    balanced_accuracies,
+    bootstrap_ratios,
+    paired_differences,
+    rank_correlations,
+    simultaneous_ratios,
+    two_class_metrics,
+)
 
 Facts = dict[str, Any]
 """What is known of a reader, by column of the table: what identifies it, and how it was fitted."""
@@ -35,13 +45,19 @@ SETTINGS = "settings.json"
 LINEAR_SOLVERS = ("softmax", "ridge", "lda", "l1", "mean-difference")
 """Solvers whose probes are linear; the weights of these are kept."""
 
-MODEL_FREE = ("prior", "bigram", "skip n-gram")
+SINGLE = ("log_odds", "predicted")
+"""Scores of single examples."""
+
+FALSE_POSITIVE_RATE = 0.05
+"""That of `recall`. At 0.01, a few hundred test texts would leave one or two false positives to count."""
+
+MODEL_FREE = ("prior", "mean", "bigram", "skip n-gram", "previous number", "bag of words")
 """Baselines that need no model: a probe should gain over the strongest of them."""
 
 CEILING = "ceiling (tokens read)"
 """The reader that nothing that sees the same tokens can beat, where the data is planted."""
 
-_INTERVALS = (*METRICS.values(), "bits", "selectivity", "shortfall", "gain")
+_INTERVALS = (*METRICS.values(), "bits", "selectivity", "shortfall", "gain", "balanced_accuracy")
 
 COLUMNS = (
     {"reader": "str", "solver": "str", "variant": "str", "target": "str", "seed": "Int64"}
@@ -62,44 +78,107 @@ COLUMNS = (
 )
 """The table's columns and their types."""
 
+_TWO_CLASSES = ("auroc", "average_precision", "recall", "calibration_error")
+_NUMBERS = ("r2", "rank_correlation", "squared_error")
+
 ROW_KEY = ["reader", "solver", "variant", "seed", "location", "layer", "distance", "position", "horizon"]
 """Columns that identify a row, in the order by which rows are sorted: `distance` puts positions in order."""
 
 
+@dataclass(frozen=True)
+class ScoredExamples:
+    """The test examples, on which all readers are scored.
+
+    Attributes:
+        target: What is predicted.
+        group: Number of each example's group from 0 `[examples]`; groups are what intervals resample.
+        labels: Labels `[examples]` by horizon.
+    """
+
+    target: Target
+    group: NDArray[np.int64]
+    labels: Mapping[int, np.ndarray]
+
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """Examples of every group `[groups]`."""
+        return np.bincount(self.group)
+
+    def pairs(self, horizon: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Groups with each class that they have `[pairs, 2]`, examples `[pairs]`, and each example's pair."""
+        each = self.group * self.target.classes + self.labels[horizon]
+        pairs, pair, counts = np.unique(each, return_inverse=True, return_counts=True)
+        return np.stack(np.divmod(pairs, self.target.classes), 1), counts, pair
+
+    def differ(self, horizon: int) -> bool:
+        """Whether there are two labels at least; else no reader can be told from another."""
+        return len(np.unique(self.labels[horizon])) > 1
+
+
 class DocumentSums:
-    """Scores of readers on the same examples, summed over those of each document.
+    """Scores of readers on the same examples, summed over those of each document or group.
 
     Args:
-        readers: What is known of each reader.
-        documents: Number of documents.
-        scores: The scores to sum.
+        readers: What is known of each reader, all of one horizon.
+        tested: The examples; None: nothing is scored.
+        control: Score the control task, of which less is reported.
 
     Attributes:
         readers: What is known of each reader `[readers]`; its row of the table begins with it.
-        sums: For every score its sums, float64 `[documents, readers]`.
+        sums: For every score its sums, float64 `[groups, readers]`. For classes `class_correct`, correct
+            predictions, is by group and class `[pairs, readers]`. `log_odds` of the second of two classes and
+            `predicted` numbers are single ones, float32 `[examples, readers]`.
     """
 
-    def __init__(self, readers: Sequence[Facts], documents: int, scores: Sequence[str] = SCORES) -> None:
-        self.readers = list(readers)
-        self.sums: dict[str, NDArray[np.float64]] = {
-            score: np.zeros((documents, len(self.readers))) for score in scores
-        }
-
-    def add(
-        self, document: np.ndarray, log_probabilities: Tensor | np.ndarray, labels: Tensor | np.ndarray
+    def __init__(
+        self, readers: Sequence[Facts], tested: ScoredExamples | None = None, *, control: bool = False
     ) -> None:
+        self.readers = list(readers)
+        self.sums: dict[str, NDArray[Any]] = {}
+        if tested is None:
+            return
+        examples = np.arange(len(tested.group))
+        if tested.target.kind == "numbers":
+            of_groups: Sequence[str] = ("squared_error", "total") if control else ("squared_error",)
+            single = {} if control else {"predicted": examples}
+        else:
+            of_groups = ("correct",) if control else SCORES
+            single = {"log_odds": examples} if tested.target.classes == 2 and not control else {}
+        self._rows = dict.fromkeys(of_groups, tested.group) | single
+        if not control and tested.target.kind == "classes":
+            self._rows["class_correct"] = tested.pairs(readers[0]["horizon"])[2]
+        for score, row in self._rows.items():
+            kind = np.float32 if score in SINGLE else np.float64
+            self.sums[score] = np.zeros((int(row.max()) + 1, len(self.readers)), kind)
+
+    def add(self, rows: slice, predicted: Tensor | np.ndarray, labels: Tensor | np.ndarray) -> None:
         """Scores some examples.
 
         Args:
-            document: Number of each example's document, from 0; those of one are together `[examples]`.
-            log_probabilities: In nats `[readers, examples, classes]`.
-            labels: True classes `[examples]`, or `[readers, examples]` where each reader has its own.
+            rows: Which examples.
+            predicted: Log-probabilities in nats `[readers, examples, classes]`, or numbers
+                `[readers, examples]`.
+            labels: True labels `[examples]`, or `[readers, examples]` where each reader has its own.
         """
-        starts = np.flatnonzero(np.diff(document, prepend=-1))
-        scores = score_actions(log_probabilities, labels)
+        found = torch.as_tensor(predicted)
+        scores: dict[str, NDArray[Any]]
+        if "squared_error" in self.sums:
+            truth = torch.as_tensor(labels, device=found.device)
+            parts = {"predicted": found, "squared_error": (found - truth).square()}
+            parts["total"] = truth.square().expand_as(found)
+            scores = {score: parts[score].double().cpu().numpy() for score in self.sums}
+        else:
+            scores = dict(vars(score_actions(found, labels)))
+            scores["class_correct"] = scores["correct"]
+            if "log_odds" in self.sums:
+                scores["log_odds"] = (found[..., 1] - found[..., 0]).float().cpu().numpy()
         for score, sums in self.sums.items():
-            values = getattr(scores, score).astype(np.float64)
-            sums[document[starts]] += np.add.reduceat(values, starts, axis=1).T
+            row, values = self._rows[score][rows], scores[score].astype(sums.dtype)
+            if (np.diff(row) < 0).any():
+                order = np.argsort(row, kind="stable")
+                row, values = row[order], values[:, order]
+            starts = np.flatnonzero(np.diff(row, prepend=-1))
+            sums[row[starts]] += np.add.reduceat(values, starts, axis=1).T
 
     def over_processes(self, device: torch.device) -> None:
         """Adds up what all processes have scored."""
@@ -115,25 +194,51 @@ def row_slices(readers: int, examples: int, classes: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, examples, size)]
 
 
+def columns_of(target: Target) -> dict[str, str]:
+    """The columns of a target's table, and their types: `COLUMNS`, and those of its kind."""
+    numbers = target.kind == "numbers"
+    metrics = _NUMBERS if numbers else _TWO_CLASSES if target.classes == 2 else ()
+    own = {f"{metric}{bound}": "float64" for metric in metrics for bound in ("", "_low", "_high")}
+    return (
+        COLUMNS
+        | own
+        | (dict.fromkeys(("control_r2", "validation_squared_error"), "float64") if numbers else {})
+    )
+
+
+def main_metric(table: pd.DataFrame) -> str:
+    """The metric that a table's target is shown by: R2 of numbers, AUROC of two classes, else accuracy."""
+    return next((name for name in ("r2", "auroc") if name in table and table[name].notna().any()), "accuracy")
+
+
+def validation_loss(table: pd.DataFrame) -> pd.Series:
+    """What readers are chosen by on validation examples: cross-entropy, of numbers the squared error."""
+    nothing = pd.Series(np.nan, table.index)
+    loss = table.get("validation_cross_entropy", nothing)
+    return loss.fillna(table.get("validation_squared_error", nothing))
+
+
 def table_of(
-    scored: Sequence[DocumentSums], counts: np.ndarray, empty: Sequence[Facts], resampling: Resampling
+    scored: Sequence[DocumentSums], tested: ScoredExamples, empty: Sequence[Facts], resampling: Resampling
 ) -> pd.DataFrame:
     """Makes the table of results.
 
     Args:
-        scored: Scores of all readers on the same test examples; the prior and the other model-free baselines
+        scored: Scores of all readers; the prior and the other model-free baselines
             of every position and horizon are among them.
-        counts: Test examples of every document `[documents]`.
+        tested: The test examples.
         empty: What is known of the cells that are empty.
-        resampling: How documents are resampled.
+        resampling: How groups are resampled.
 
     Returns:
-        A row for each reader and cell, with `COLUMNS`, sorted by `ROW_KEY`.
+        A row for each reader and cell, with `columns_of` the target, sorted by `ROW_KEY`. Where all test
+        examples have one label, nothing has an interval.
     """
     rows = pd.DataFrame([reader for part in scored for reader in part.readers]).astype({"position": str})
+    counts, numbers = tested.counts, tested.target.kind == "numbers"
 
     def joined(score: str) -> NDArray[np.float64]:
-        """The sums of a score `[documents, rows]`; NaN for readers that were not scored by it."""
+        """The sums of a score `[groups, rows]`; NaN for readers that were not scored by it."""
         missing = [np.full((len(counts), len(part.readers)), np.nan) for part in scored]
         return np.concatenate(
             [part.sums.get(score, nan) for part, nan in zip(scored, missing, strict=True)], axis=1
@@ -143,39 +248,84 @@ def table_of(
         for suffix, values in (("", found.value), ("_low", found.low), ("_high", found.high)):
             rows.loc[numbers, f"{metric}{suffix}"] = values
 
-    correct, control, nats = joined("correct"), joined("control_correct"), joined("cross_entropy")
+    # Bits over the prior divide by the number of examples, R2 by the squared error of the mean.
+    loss, unit = (joined("squared_error"), 1.0) if numbers else (joined("cross_entropy"), np.log(2))
     probes = (rows.reader == "probe").to_numpy()
-    prior, _ = _same_cell(rows, rows.reader == "prior")
-    ceiling, has_ceiling = _same_cell(rows, rows.reader == CEILING)
+    prior, _ = _same_cell(rows, rows.reader.isin(("prior", "mean")))
+    weight = loss[:, prior] if numbers else counts[:, None]
     free = rows[rows.reader.isin(MODEL_FREE)]
-    best = free.groupby(["position", "horizon"]).validation_cross_entropy.idxmin()
+    best = validation_loss(free).groupby([free.position, free.horizon]).idxmin()
     strongest, _ = _same_cell(rows, rows.index.isin(best))
 
-    measured = {METRICS[score]: joined(score) for score in METRICS} | {
-        "bits": (nats[:, prior] - nats) / np.log(2),
-        "selectivity": correct - control,
-        "shortfall": np.where(has_ceiling & probes, (nats - nats[:, ceiling]) / np.log(2), np.nan),
-    }
-    for metric, values in measured.items():
+    def ratios(metric: str, values: NDArray[np.float64], weight: np.ndarray) -> None:
         known = np.flatnonzero(np.isfinite(values).all(axis=0))
-        write(metric, known, bootstrap_ratios(values[:, known], counts, **resampling))
-    rows["control_accuracy"] = control.sum(0) / counts.sum()
+        of_known = weight if weight.shape[1] == 1 else weight[:, known]
+        write(metric, known, bootstrap_ratios(values[:, known], of_known, **resampling))
+
+    ratios("r2" if numbers else "bits", (loss[:, prior] - loss) / unit, weight)
+    if numbers:
+        ratios("squared_error", loss, counts[:, None])
+        control, total = joined("control_squared_error"), joined("control_total")
+        rows["control_r2"] = 1 - control.sum(0) / total.sum(0)
+        known = np.flatnonzero(rows.control_r2.notna())
+        each = (values[:, known] for values in (control, loss, total))
+        gap = paired_differences(*each, second_counts=weight[:, known], **resampling)
+        write("selectivity", known, gap)
+    else:
+        correct, control = joined("correct"), joined("control_correct")
+        ceiling, has_ceiling = _same_cell(rows, rows.reader == CEILING)
+        for score, metric in METRICS.items():
+            ratios(metric, joined(score), counts[:, None])
+        ratios("selectivity", correct - control, counts[:, None])
+        shortfall = np.where(has_ceiling & probes, (loss - loss[:, ceiling]) / unit, np.nan)
+        ratios("shortfall", shortfall, counts[:, None])
+        rows["control_accuracy"] = control.sum(0) / counts.sum()
+    first = 0
+    for part in scored:
+        for metric, found in _of_single_examples(part, tested, resampling).items():
+            write(metric, np.arange(first, first + len(part.readers)), found)
+        first += len(part.readers)
     rows["examples"] = int(counts.sum())
     rows["documents"] = int(np.count_nonzero(counts))
 
     # The intervals of gains hold for all cells together, those where actions were injected left out.
-    compared = probes & (rows.injected != True).to_numpy()  # noqa: E712 - NaN for baselines
+    differ = rows.horizon.map(tested.differ).to_numpy(bool)
+    compared = probes & (rows.injected != True).to_numpy() & differ  # noqa: E712 - NaN for baselines
     rows["gain_over"] = rows.reader.iloc[strongest].set_axis(rows.index).where(compared)
     if compared.any():
-        gains = (nats[:, strongest[compared]] - nats[:, compared]) / np.log(2)
+        gains = (loss[:, strongest[compared]] - loss[:, compared]) / unit
         draws = {"resamples": resampling["resamples"], "seed": resampling["seed"]}
-        write("gain", np.flatnonzero(compared), simultaneous_ratios(gains, counts, **draws))
+        of_compared = weight[:, compared] if numbers else weight
+        write("gain", np.flatnonzero(compared), simultaneous_ratios(gains, of_compared, **draws))
+    columns = columns_of(tested.target)
+    bounds = [name for name in columns if name.endswith(("_low", "_high")) and name in rows]
+    rows.loc[~differ, bounds] = np.nan
 
-    table = pd.concat([rows, pd.DataFrame(list(empty))]).reindex(columns=list(COLUMNS))
+    table = pd.concat([rows, pd.DataFrame(list(empty))]).reindex(columns=list(columns))
     table["position"] = table.position.astype(str)
     table["distance"] = pd.to_numeric(table.position, errors="coerce")
     table["injected"] = table.injected.fillna(False).astype(bool)
-    return table.astype(COLUMNS).sort_values(ROW_KEY, kind="stable", ignore_index=True)
+    return table.astype(columns).sort_values(ROW_KEY, kind="stable", ignore_index=True)
+
+
+def _of_single_examples(
+    part: DocumentSums, tested: ScoredExamples, resampling: Resampling
+) -> dict[str, Intervals]:
+    """Metrics that are no ratios of sums, by name."""
+    found: dict[str, Intervals] = {}
+    horizon = part.readers[0]["horizon"]
+    if "class_correct" in part.sums:
+        pairs, counts, _ = tested.pairs(horizon)
+        own = part.sums["class_correct"]
+        found["balanced_accuracy"] = balanced_accuracies(own, counts, pairs[:, 1], pairs[:, 0], **resampling)
+    if "log_odds" in part.sums:
+        second = tested.labels[horizon] == 1
+        own = part.sums["log_odds"]
+        found |= two_class_metrics(own, second, tested.group, FALSE_POSITIVE_RATE, **resampling)
+    if "predicted" in part.sums:
+        own = part.sums["predicted"]
+        found["rank_correlation"] = rank_correlations(own, tested.labels[horizon], tested.group, **resampling)
+    return found
 
 
 def _same_cell(rows: pd.DataFrame, chosen: pd.Series | np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -88,6 +88,10 @@ class Target:
         lengths = None if anchors == "start" else self.labels.stop - self.labels.start
         return np.bincount(self.labels.document, lengths, minlength=documents).astype(np.int64)
 
+    def name_of(self, label: int) -> str:
+        """The name of a class, or its number."""
+        return self.names[label] if self.names else str(label)
+
 
 @dataclass(frozen=True)
 class Examples:
@@ -187,6 +191,11 @@ def _of_ranges(
     document = labelled.document[rows]
     sentence = np.searchsorted(corpus.first_token, start, side="right") - 1
     return Examples(document, start, stop, sentence, corpus.group[document], labelled.labels[rows][:, None])
+
+
+def labelled(labels: np.ndarray) -> np.ndarray:
+    """Which labels exist."""
+    return ~np.isnan(labels) if labels.dtype.kind == "f" else labels != NO_LABEL
 
 
 def reached(corpus: Corpus, examples: Examples, position: Position) -> np.ndarray:

@@ -27,24 +27,32 @@ from probekit.probing.results import (
     DocumentSums,
     Facts,
     SavedProbes,
+    Tested,
     read_probe_record,
     row_slices,
     table_of,
 )
-from probekit.probing.targets import find_target
+from probekit.probing.targets import Target, find_target
 from probekit.run.run import Run
 from probekit.statistics import Resampling, bootstrap_ratio, simultaneous_ratios
 
 COUNTS = np.array([9, 4, 12, 7, 8, 3, 10, 6, 5, 11])
 RESAMPLING = Resampling(resamples=300, seed=4)
 DISTANCES, HORIZONS = (1, 2), (1, 3)
+EXAMPLES = np.repeat(np.arange(len(COUNTS)), COUNTS)
 FREE = {"prior": 2.0, "bigram": 1.6, "skip n-gram": 1.8}
 """Model-free baselines and what each loses on the test, in nats."""
 
 
+def tested_of(group: np.ndarray, *labels: np.ndarray, classes: int = 7) -> Tested:
+    """Test examples with labels at the horizons 1 and 3."""
+    target = Target("made up", classes, lambda start, sentence, horizon: start)
+    return Tested(target, group, dict(zip(HORIZONS, labels, strict=False)))
+
+
 def sums_of(readers: list[Facts], loss: float, generator: Any, *, control: bool = False) -> DocumentSums:
     shape = len(COUNTS), len(readers)
-    made = DocumentSums(readers, len(COUNTS))
+    made = DocumentSums(readers)
     made.sums["correct"] = generator.binomial(COUNTS[:, None], 0.4, size=shape).astype(float)
     made.sums["top5"] = np.minimum(COUNTS[:, None], made.sums["correct"] + 2)
     made.sums["cross_entropy"] = COUNTS[:, None] * (loss + 0.2 * generator.normal(size=shape))
@@ -80,6 +88,7 @@ def make_scored(seed: int = 0, **validation: float) -> list[DocumentSums]:
     return made
 
 
+TESTED = tested_of(EXAMPLES, *(np.arange(len(EXAMPLES)) % n for n in (7, 3)))
 EMPTY: list[Facts] = [
     {"reader": "probe", "solver": "softmax", "variant": "none", "seed": 7, "location": "hook_resid_post"}
     | {"layer": layer, "position": 9, "horizon": 1, "examples": 3}
@@ -94,7 +103,7 @@ def scored() -> list[DocumentSums]:
 
 @pytest.fixture(scope="module")
 def table(scored: list[DocumentSums]) -> pd.DataFrame:
-    return table_of(scored, COUNTS, EMPTY, RESAMPLING)
+    return table_of(scored, TESTED, EMPTY, RESAMPLING)
 
 
 def sums_by_row(scored: list[DocumentSums]) -> dict[tuple[Any, ...], tuple[Facts, dict[str, np.ndarray]]]:
@@ -163,7 +172,7 @@ def test_gain_is_over_the_strongest_baseline_that_needs_no_model(
 
 def test_the_strongest_baseline_is_chosen_on_validation():
     """Not on the test, where the bigram remains the strongest."""
-    table = table_of(make_scored(**{"skip n-gram": 1.0}), COUNTS, [], RESAMPLING)
+    table = table_of(make_scored(**{"skip n-gram": 1.0}), TESTED, [], RESAMPLING)
     probes = table[(table.reader == "probe") & ~table.injected]
     assert (probes.gain_over == "skip n-gram").all()
     for row in probes.itertuples():
@@ -187,14 +196,14 @@ def test_a_cell_that_is_injected_changes_no_other_cells_gain(table: pd.DataFrame
         for number, head in enumerate(one.readers):
             if head.get("injected"):
                 one.sums["cross_entropy"][:, number] = np.random.default_rng(8).exponential(9, len(COUNTS))
-    again = table_of(scored, COUNTS, EMPTY, RESAMPLING)
+    again = table_of(scored, TESTED, EMPTY, RESAMPLING)
     columns = ["gain", "gain_low", "gain_high", "gain_over"]
     pd.testing.assert_frame_equal(again[columns], table[columns])
 
 
 def test_without_a_ceiling_nothing_falls_short(table: pd.DataFrame):
     scored = [one for one in make_scored() if one.readers[0]["reader"] != "ceiling (tokens read)"]
-    without = table_of(scored, COUNTS, EMPTY, RESAMPLING)
+    without = table_of(scored, TESTED, EMPTY, RESAMPLING)
     known = [name for name in COLUMNS if not name.startswith("shortfall")]
     assert without.drop(columns=known).isna().all(axis=None)
     others = table[table.reader != "ceiling (tokens read)"].reset_index(drop=True)
@@ -215,7 +224,7 @@ def test_empty_cells_have_counts_and_nothing_else(table: pd.DataFrame):
 def test_the_order_of_the_readers_makes_no_difference(table: pd.DataFrame, seed: int):
     scored = make_scored()
     order = np.random.default_rng(seed).permutation(len(scored))
-    again = table_of([scored[number] for number in order], COUNTS, EMPTY[::-1], RESAMPLING)
+    again = table_of([scored[number] for number in order], TESTED, EMPTY[::-1], RESAMPLING)
     pd.testing.assert_frame_equal(again, table)
 
 
@@ -253,22 +262,41 @@ def test_parts_add_up_to_the_sums_of_each_document(
 ):
     """However examples are cut into parts, within documents too."""
     document, log_p, labels = random_case(readers, lengths, 7, seed)
-    found = DocumentSums([{}] * readers, len(lengths))
+    found = DocumentSums([{"horizon": 1}] * readers, tested_of(document, labels))
     edges = sorted({0, len(document), *(cut for cut in cuts if cut < len(document))})
     for start, stop in itertools.pairwise(edges):
-        found.add(document[start:stop], log_p[:, start:stop], labels[start:stop])
-    for score, sums in slow_sums(document, log_p, labels).items():
+        found.add(slice(start, stop), log_p[:, start:stop], labels[start:stop])
+    slow = slow_sums(document, log_p, labels)
+    for score, sums in slow.items():
         np.testing.assert_allclose(found.sums[score], sums, rtol=1e-12, atol=1e-12)
+    pairs, counts, _ = tested_of(document, labels).pairs(1)
+    for (number, label), count, correct in zip(pairs, counts, found.sums["class_correct"], strict=True):
+        own = (document == number) & (labels == label)
+        assert own.sum() == count
+        assert correct.tolist() == (log_p[:, own].argmax(2) == label).sum(1).tolist()
+
+
+def test_groups_need_not_be_together():
+    generator = np.random.default_rng(4)
+    _, log_p, labels = random_case(2, [40], 2)
+    group = generator.integers(5, size=40)
+    found = DocumentSums([{"horizon": 1}] * 2, tested_of(group, labels, classes=2))
+    for part in (slice(0, 17), slice(17, 40)):
+        found.add(part, log_p[:, part], labels[part])
+    for score, sums in slow_sums(group, log_p, labels).items():
+        np.testing.assert_allclose(found.sums[score], sums)
+    np.testing.assert_allclose(found.sums["log_odds"].T, log_p[..., 1] - log_p[..., 0], rtol=1e-6)
 
 
 def test_readers_may_have_labels_of_their_own_and_tensors():
     document, log_p, _ = random_case(3, [2, 5, 1], 6)
     labels = np.random.default_rng(1).integers(6, size=(3, 8))
-    found = DocumentSums([{"a": i} for i in range(3)], 3)
-    found.add(document, torch.from_numpy(log_p), torch.from_numpy(labels))
+    readers = [{"a": i, "horizon": 1} for i in range(3)]
+    found = DocumentSums(readers, tested_of(document, labels[0]))
+    found.add(slice(0, 8), torch.from_numpy(log_p), torch.from_numpy(labels))
     for score, sums in slow_sums(document, log_p, labels).items():
         np.testing.assert_allclose(found.sums[score], sums)
-    assert found.readers == [{"a": 0}, {"a": 1}, {"a": 2}]
+    assert found.readers == readers
 
 
 @pytest.mark.parametrize(("readers", "examples", "classes"), [(1, 1, 1), (3, 100, 7), (50, 9, 10)])
