@@ -277,7 +277,7 @@ def test_streaming_equals_holding(
 def test_without_control_there_is_no_control(activations: Source, grid: Grid, solvers: list[str]):
     settings = {"solvers": solvers, "code_length": False}
     for head, sums in fitted_rows(activations, make_job(grid, None, **settings)).values():
-        assert set(sums) == {"correct", "top5", "cross_entropy"}
+        assert set(sums) == {"correct", "top5", "cross_entropy", "class_correct"}
         assert "code_length" not in head
 
 

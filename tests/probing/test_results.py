@@ -27,7 +27,7 @@ from probekit.probing.results import (
     DocumentSums,
     Facts,
     SavedProbes,
-    Tested,
+    ScoredExamples,
     read_probe_record,
     row_slices,
     table_of,
@@ -44,10 +44,10 @@ FREE = {"prior": 2.0, "bigram": 1.6, "skip n-gram": 1.8}
 """Model-free baselines and what each loses on the test, in nats."""
 
 
-def tested_of(group: np.ndarray, *labels: np.ndarray, classes: int = 7) -> Tested:
+def made_up(group: np.ndarray, *labels: np.ndarray, classes: int = 7) -> ScoredExamples:
     """Test examples with labels at the horizons 1 and 3."""
     target = Target("made up", classes, lambda start, sentence, horizon: start)
-    return Tested(target, group, dict(zip(HORIZONS, labels, strict=False)))
+    return ScoredExamples(target, group, dict(zip(HORIZONS, labels, strict=False)))
 
 
 def sums_of(readers: list[Facts], loss: float, generator: Any, *, control: bool = False) -> DocumentSums:
@@ -88,7 +88,7 @@ def make_scored(seed: int = 0, **validation: float) -> list[DocumentSums]:
     return made
 
 
-TESTED = tested_of(EXAMPLES, *(np.arange(len(EXAMPLES)) % n for n in (7, 3)))
+TESTED = made_up(EXAMPLES, *(np.arange(len(EXAMPLES)) % n for n in (7, 3)))
 EMPTY: list[Facts] = [
     {"reader": "probe", "solver": "softmax", "variant": "none", "seed": 7, "location": "hook_resid_post"}
     | {"layer": layer, "position": 9, "horizon": 1, "examples": 3}
@@ -262,14 +262,14 @@ def test_parts_add_up_to_the_sums_of_each_document(
 ):
     """However examples are cut into parts, within documents too."""
     document, log_p, labels = random_case(readers, lengths, 7, seed)
-    found = DocumentSums([{"horizon": 1}] * readers, tested_of(document, labels))
+    found = DocumentSums([{"horizon": 1}] * readers, made_up(document, labels))
     edges = sorted({0, len(document), *(cut for cut in cuts if cut < len(document))})
     for start, stop in itertools.pairwise(edges):
         found.add(slice(start, stop), log_p[:, start:stop], labels[start:stop])
     slow = slow_sums(document, log_p, labels)
     for score, sums in slow.items():
         np.testing.assert_allclose(found.sums[score], sums, rtol=1e-12, atol=1e-12)
-    pairs, counts, _ = tested_of(document, labels).pairs(1)
+    pairs, counts, _ = made_up(document, labels).pairs(1)
     for (number, label), count, correct in zip(pairs, counts, found.sums["class_correct"], strict=True):
         own = (document == number) & (labels == label)
         assert own.sum() == count
@@ -280,7 +280,7 @@ def test_groups_need_not_be_together():
     generator = np.random.default_rng(4)
     _, log_p, labels = random_case(2, [40], 2)
     group = generator.integers(5, size=40)
-    found = DocumentSums([{"horizon": 1}] * 2, tested_of(group, labels, classes=2))
+    found = DocumentSums([{"horizon": 1}] * 2, made_up(group, labels, classes=2))
     for part in (slice(0, 17), slice(17, 40)):
         found.add(part, log_p[:, part], labels[part])
     for score, sums in slow_sums(group, log_p, labels).items():
@@ -292,7 +292,7 @@ def test_readers_may_have_labels_of_their_own_and_tensors():
     document, log_p, _ = random_case(3, [2, 5, 1], 6)
     labels = np.random.default_rng(1).integers(6, size=(3, 8))
     readers = [{"a": i, "horizon": 1} for i in range(3)]
-    found = DocumentSums(readers, tested_of(document, labels[0]))
+    found = DocumentSums(readers, made_up(document, labels[0]))
     found.add(slice(0, 8), torch.from_numpy(log_p), torch.from_numpy(labels))
     for score, sums in slow_sums(document, log_p, labels).items():
         np.testing.assert_allclose(found.sums[score], sums)
