@@ -290,11 +290,12 @@ number in its document, and the planted corpus's hidden document type."""
 def sentence_target(
     corpus: Corpus, name: str, classes: int, of_sentences: np.ndarray, names: tuple[str, ...] = ()
 ) -> Target:
-    """A target that labels every sentence `[sentences]`, `NO_LABEL` where there is no label."""
+    """A target that labels every sentence `[sentences]` with a class, or with a number if there are none."""
+    missing, dtype = (NO_LABEL, np.int64) if classes else (np.nan, np.float64)
 
     def labels(start: np.ndarray, sentence: np.ndarray, horizon: int) -> np.ndarray:
         asked = sentence + horizon - 1
         exists = asked < corpus.document_sentences[corpus.document_of(sentence) + 1]
-        return np.where(exists, of_sentences[np.where(exists, asked, 0)], NO_LABEL).astype(np.int64)
+        return np.where(exists, of_sentences[np.where(exists, asked, 0)], missing).astype(dtype)
 
-    return Target(name, classes, labels, of_sentences, names)
+    return Target(name, classes, labels, of_sentences, names, "classes" if classes else "numbers")

@@ -14,6 +14,7 @@ from probekit.planted.ceilings import ceiling_log_probabilities, position_ceilin
 from probekit.probing import baselines
 from probekit.probing.baselines import ORDER, baseline_sums
 from probekit.probing.grid import Grid, make_grid
+from probekit.probing.labels import target_of
 from probekit.probing.results import CEILING
 from probekit.probing.targets import find_target
 from probekit.run.run import Run
@@ -53,7 +54,7 @@ def run(tiny_run: Run) -> Run:
 
 def grid_of(run: Run, seed: int = 0) -> Grid:
     probe = run.config.probe
-    return make_grid(run.corpus, probe, find_target(run.corpus, probe.target, probe.labels), seed)
+    return make_grid(run.corpus, probe, target_of(run.corpus, run.config), seed)
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +230,10 @@ def sentence_file(run: Run, folder: Path) -> Path:
         ({"probe.target": "token"}, {"prior", "skip n-gram"}),
         ({"probe.target": "sentence-position"}, {"prior", "skip n-gram"}),
         ({"probe.target": "document-type"}, {"prior", "skip n-gram"}),
-        ({"probe.target": "words"}, {"prior", "bigram", "bigram (current action)", "skip n-gram"}),
+        (
+            {"probe.target": "words"},
+            {"prior", "bigram", "bigram (current action)", "skip n-gram", "bag of words"},
+        ),
     ],
 )
 def test_readers_of_other_targets(tiny_run: Run, tmp_path: Path, settings: dict, readers: set[str]):
@@ -257,7 +261,7 @@ def _training_labels(run: Run, grid: Grid) -> np.ndarray:
 def test_the_bigram_of_a_column_is_given_the_label_before(tiny_run: Run, tmp_path: Path):
     labels = {"probe.target": "words", "probe.labels": str(sentence_file(tiny_run, tmp_path))}
     run = tiny_run.with_settings(labels)
-    target = find_target(run.corpus, "words", labels["probe.labels"])
+    target = target_of(run.corpus, run.config)
     sentences = np.arange(len(run.corpus.first_token))
     found = run.corpus.previous_labels(target.of_sentences, sentences)
     texts = run.corpus.sentence_texts(sentences)
