@@ -280,25 +280,23 @@ def table_of(
         shortfall = np.where(has_ceiling & probes, (loss - loss[:, ceiling]) / unit, np.nan)
         ratios("shortfall", shortfall, counts[:, None])
         rows["control_accuracy"] = control.sum(0) / counts.sum()
-    first = 0
-    for part in scored:
+    ends = np.cumsum([len(part.readers) for part in scored])
+    for part, end in zip(scored, ends, strict=True):
         for metric, found in _of_single_examples(part, tested, resampling).items():
-            write(metric, np.arange(first, first + len(part.readers)), found)
-        first += len(part.readers)
+            write(metric, np.arange(end - len(part.readers), end), found)
     rows["examples"] = int(counts.sum())
     rows["documents"] = int(np.count_nonzero(counts))
 
-    # The intervals of gains hold for all cells together, those where actions were injected left out.
     differ = rows.horizon.map(tested.differ).to_numpy(bool)
     compared = probes & (rows.injected != True).to_numpy() & differ  # noqa: E712 - NaN for baselines
     rows["gain_over"] = rows.reader.iloc[strongest].set_axis(rows.index).where(compared)
     if compared.any():
         gains = (loss[:, strongest[compared]] - loss[:, compared]) / unit
-        draws = {"resamples": resampling["resamples"], "seed": resampling["seed"]}
-        of_compared = weight[:, compared] if numbers else weight
-        if numbers:  # a probe that keeps the mean differs from the baseline by rounding
-            gains = np.where(np.abs(gains) > 1e-9 * of_compared, gains, 0.0)
-        write("gain", np.flatnonzero(compared), simultaneous_ratios(gains, of_compared, **draws))
+        write(
+            "gain",
+            np.flatnonzero(compared),
+            _of_gains(gains, weight[:, compared] if numbers else weight, resampling),
+        )
     columns = columns_of(tested.target)
     bounds = [name for name in columns if name.endswith(("_low", "_high")) and name in rows]
     rows.loc[~differ, bounds] = np.nan
@@ -308,6 +306,13 @@ def table_of(
     table["distance"] = pd.to_numeric(table.position, errors="coerce")
     table["injected"] = table.injected.fillna(False).astype(bool)
     return table.astype(columns).sort_values(ROW_KEY, kind="stable", ignore_index=True)
+
+
+def _of_gains(gains: NDArray[np.float64], weight: np.ndarray, resampling: Resampling) -> Intervals:
+    """Intervals that hold for all cells together, those where actions were injected left out."""
+    if weight.shape == gains.shape:  # numbers: a probe that keeps the mean differs from it by rounding
+        gains = np.where(np.abs(gains) > 1e-9 * weight, gains, 0.0)
+    return simultaneous_ratios(gains, weight, resamples=resampling["resamples"], seed=resampling["seed"])
 
 
 def _of_single_examples(

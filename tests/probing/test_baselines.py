@@ -16,7 +16,6 @@ from probekit.probing.baselines import ORDER, baseline_sums
 from probekit.probing.grid import Grid, make_grid
 from probekit.probing.labels import target_of
 from probekit.probing.results import CEILING
-from probekit.probing.targets import find_target
 from probekit.run.run import Run
 
 DISTANCES, HORIZONS = (1, 9), (1, 2)

@@ -105,7 +105,7 @@ def fitted_table(grid: Grid, source: Source, *, control: Task | None = None, **s
     name = "mean" if grid.target.kind == "numbers" else "prior"
     labels = grid.labels(FITTED_ON, 1)
     loss = "squared_error" if name == "mean" else "cross_entropy"
-    simple = DocumentSums([{"reader": name, "distance": 1, "horizon": 1, f"validation_{loss}": 9.0}], tested)
+    simple = DocumentSums([{"reader": name, "position": 1, "horizon": 1, f"validation_{loss}": 9.0}], tested)
     whole = slice(0, len(tested.group))
     shares = np.log(np.bincount(labels.astype(int)) / len(labels)) if name == "prior" else None
     guess = np.full(whole.stop, labels.mean()) if shares is None else np.tile(shares, (whole.stop, 1))
@@ -227,7 +227,7 @@ def numbers(tiny_run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Ru
     settings = {
         "probe.variants": ["none"],
         "probe.solvers": ["ridge"],
-        "probe.distances": [1, 3],
+        "probe.positions": [1, 3],
         "probe.horizons": [1, 2],
         "probe.labels": "made-up.csv",
     }
@@ -250,7 +250,7 @@ def test_numbers_of_sentences_are_probed_beside_their_baselines(
     assert set(probes.gain_over) <= {"mean", "previous number", "bag of words"}
     assert probes[["r2_low", "selectivity", "control_r2", "gain_low"]].notna().all(axis=None)
     for row in probes.itertuples():
-        own = table[(table.distance == row.distance) & (table.horizon == row.horizon)].set_index("reader")
+        own = table[(table.position == row.position) & (table.horizon == row.horizon)].set_index("reader")
         free = own.loc[["mean", "previous number", "bag of words"]]
         assert row.gain_over == free.validation_squared_error.idxmin()
         assert row.gain == pytest.approx(row.r2 - free.r2[row.gain_over])
@@ -271,7 +271,7 @@ def test_the_previous_number_is_a_line_by_least_squares(numbers: tuple[Run, pd.D
     line = LinearRegression().fit(x[~np.isnan(x), None], y[~np.isnan(x)])
     x_test, truth = before(test), test.labels[:, 0]
     expected = np.where(np.isnan(x_test), y[np.isnan(x)].mean(), line.predict(np.nan_to_num(x_test)[:, None]))
-    row = table[(table.reader == "previous number") & (table.distance == 1) & (table.horizon == 1)].iloc[0]
+    row = table[(table.reader == "previous number") & (table.position == "1") & (table.horizon == 1)].iloc[0]
     assert row.squared_error == pytest.approx(((expected - truth) ** 2).mean())
     mean = ((truth - y.mean()) ** 2).mean()
     assert row.r2 == pytest.approx(1 - row.squared_error / mean)
@@ -291,7 +291,7 @@ def test_a_bag_of_words_counts_the_tokens_up_to_the_position(tiny_run: Run):
 @pytest.mark.parametrize("kind", ["classes", "numbers"])
 def test_a_bag_of_words_reads_what_counting_tokens_gives(tiny_run: Run, kind: str):
     """How often the most frequent token came so far: linear in the logarithm of its count."""
-    corpus, settings = tiny_run.corpus, ProbeSettings(solvers=("ridge",), distances=(1,))
+    corpus, settings = tiny_run.corpus, ProbeSettings(solvers=("ridge",), positions=(1,))
     token = np.bincount(corpus.tokens[1:]).argsort()[-2]
     ends = np.asarray(corpus.first_token) - 1
     start = corpus.document_tokens[corpus.document_of(np.arange(len(ends)))] + 1
