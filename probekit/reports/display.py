@@ -13,6 +13,8 @@ from unicodedata import category
 
 import pandas as pd
 
+from probekit.probing.results import FALSE_POSITIVE_RATE
+
 INTERVALS = "95 % intervals from resampling documents"
 
 DECIMALS = 3
@@ -46,10 +48,15 @@ COLUMNS: dict[str, Column] = {
     "selectivity": Column("selectivity", better=1, signed=True),
     "compression": Column("compression", better=1),
     "shortfall": Column("below the ceiling", "bits", better=-1),
+    "balanced_accuracy": Column("balanced accuracy", better=1),
     "auroc": Column("AUROC", better=1),
+    "average_precision": Column("average precision", better=1),
+    "recall": Column(f"recall at {FALSE_POSITIVE_RATE:.0%} false positives", better=1),
     "calibration_error": Column("calibration error", better=-1),
     "r2": Column("R²", better=1),
+    "gain_r2": Column("gain in R²", better=1, signed=True),
     "rank_correlation": Column("rank correlation", better=1),
+    "squared_error": Column("mean squared error", better=-1),
     # Generated text
     "rouge2": Column("ROUGE-2", better=1),
     "levenshtein": Column("edit distance", "actions", better=-1),

@@ -13,6 +13,7 @@ from probekit.errors import ProbekitError
 from probekit.io import atomic_path
 from probekit.models.hook_points import label
 from probekit.probing.over_training import TrainingProbes
+from probekit.probing.results import main_metric, validation_loss
 from probekit.reports.drawing import NotebookFigure, colours_in_order, draw_line
 from probekit.reports.plot_probes import BASELINE_STYLES, METRICS, PREFERRED, check_metric, panels
 from probekit.run.run import Run
@@ -22,7 +23,7 @@ BESIDE = ("prior", "bigram", "ceiling (tokens read)")
 
 
 def plot_over_training(
-    run: Run, stage: str = "lm", metric: str = "accuracy", location: str | None = None
+    run: Run, stage: str = "lm", metric: str | None = None, location: str | None = None
 ) -> Figure:
     """Plots a metric of probes against training steps.
 
@@ -33,7 +34,7 @@ def plot_over_training(
     Args:
         run: A run whose checkpoints were probed.
         stage: The stage of training.
-        metric: One of accuracy, top5, bits, gain, selectivity, compression.
+        metric: As in `plot_probes`.
         location: Where; None: the residual stream after each block, if it was probed.
 
     Raises:
@@ -53,18 +54,19 @@ def save_over_training(results: TrainingProbes) -> Path:
 
 
 def over_training_numbers(
-    table: pd.DataFrame, metric: str = "accuracy", location: str | None = None, solver: str | None = None
+    table: pd.DataFrame, metric: str | None = None, location: str | None = None, solver: str | None = None
 ) -> pd.DataFrame:
     """Collects the numbers of `plot_over_training` from a table of `probe_checkpoints`.
 
     Returns:
         A row for each step, reader, layer and position: means over seeds of `value`, `low`, `high`,
-        `validation_cross_entropy` and `documents`.
+        `validation_loss` and `documents`.
 
     Raises:
         ProbekitError: The metric or location was not probed.
     """
-    check_metric(metric)
+    metric = metric or main_metric(table)
+    check_metric(metric, table)
     known = [panel for panel in panels(table) if solver in (None, panel.solver)]
     asked = [panel for panel in known if location in (None, panel.location)]
     if not asked:
@@ -76,10 +78,10 @@ def over_training_numbers(
     baselines = chosen.baselines(table)
     rows = pd.concat([chosen.cells(table), baselines[baselines.reader.isin(BESIDE)]])
     columns = {"value": metric, "low": f"{metric}_low", "high": f"{metric}_high"}
-    columns |= {"validation_cross_entropy": "validation_cross_entropy"}
     rows = rows.assign(**{name: rows.get(column, np.nan) for name, column in columns.items()})
+    rows["validation_loss"] = validation_loss(rows)
     cell = rows.groupby(["step", "reader", "layer", "position"], dropna=False, sort=True)
-    means = cell[[*columns, "documents"]].mean().reset_index()
+    means = cell[[*columns, "validation_loss", "documents"]].mean().reset_index()
     return means.assign(metric=metric, variant=chosen.variant, location=chosen.location, solver=chosen.solver)
 
 
@@ -87,7 +89,7 @@ def draw_over_training(numbers: pd.DataFrame, losses: pd.DataFrame) -> Figure:
     """Draws `over_training_numbers` above the losses of the stage by step."""
     probes = numbers[(numbers.reader == "probe") & numbers.value.notna()]
     near, last = nearest(probes.position), probes[probes.step == probes.step.max()]
-    best = last.loc[last[last.position == near].validation_cross_entropy.idxmin()].layer
+    best = last.loc[last[last.position == near].validation_loss.idxmin()].layer
     figure = NotebookFigure(figsize=(10.4, 5.4), layout="constrained")
     grid = figure.subplots(2, 2, sharex=True, height_ratios=[3.4, 1.6])
     for axes, below, by, own, title in (
@@ -100,7 +102,7 @@ def draw_over_training(numbers: pd.DataFrame, losses: pd.DataFrame) -> Figure:
             draw_line(axes, rows, "step", f"{by} {value}", colour, marker="o", markersize=3)
         readers = numbers[(numbers.position == near) & (numbers.step == numbers.step.max())]
         # On the right, positions differ: only the prior does not depend on them.
-        readers = readers[readers.reader.isin(BESIDE if by == "layer" else ["prior"])]
+        readers = readers[readers.reader.isin(BESIDE if by == "layer" else ["prior", "mean"])]
         for reader, value in readers.dropna(subset="value").set_index("reader").value.items():
             colour, style = BASELINE_STYLES[str(reader)]
             axes.axhline(value, color=colour, linestyle=style, linewidth=1, label=str(reader))

@@ -24,6 +24,7 @@ from probekit.errors import ProbekitError
 from probekit.io import atomic_path, write_text
 from probekit.models.hook_points import label, per_layer
 from probekit.models.mixing import VARIANTS
+from probekit.probing.results import main_metric, validation_loss
 from probekit.reports.display import number, visible
 from probekit.reports.drawing import (
     NotebookFigure,
@@ -43,10 +44,15 @@ PREFERRED = {"location": "hook_resid_post", "solver": "softmax"}
 
 METRICS = {
     "accuracy": "test accuracy",
+    "balanced_accuracy": "test balanced accuracy",
+    "auroc": "test AUROC",
+    "average_precision": "test average precision",
+    "r2": "test R²",
+    "rank_correlation": "test rank correlation",
     "top5": "test top-5 accuracy",
     "bits": "bits over the prior",
-    "gain": "bits over the strongest\nmodel-free baseline",
-    "selectivity": "selectivity (accuracy\nover the control task)",
+    "gain": "bits (numbers: R²) over the\nstrongest model-free baseline",
+    "selectivity": "selectivity (accuracy, numbers:\nR², over the control task)",
     "compression": "compression",
 }
 """Metrics that can be drawn, with their axis labels; higher is better for all of them."""
@@ -56,6 +62,9 @@ SIGNED = ("gain", "selectivity")
 
 BASELINE_STYLES = {
     "prior": ("0.55", ":"),
+    "mean": ("0.55", ":"),
+    "previous number": ("#b35900", "--"),
+    "bag of words": ("#1b7837", "--"),
     "bigram": ("#b35900", "--"),
     "bigram (current action)": ("#e08a2e", "-."),
     "skip n-gram": ("#b35900", ":"),
@@ -110,7 +119,7 @@ class Panel(NamedTuple):
 
 def panels(table: pd.DataFrame) -> list[Panel]:
     """Returns every panel of a table with at least one cell that is not empty."""
-    probes = table[(table.reader == "probe") & table.accuracy.notna()]
+    probes = table[(table.reader == "probe") & table[main_metric(table)].notna()]
     return [Panel(*row) for row in probes[list(Panel._fields)].drop_duplicates().to_numpy()]
 
 
@@ -142,10 +151,10 @@ def best_layer(cells: pd.DataFrame) -> int | None:
 
     The mean is over the positions at which no layer is injected, or over all if there is no such position.
     """
-    fitted = cells[cells.validation_cross_entropy.notna()]
+    fitted = cells.assign(loss=validation_loss(cells)).dropna(subset="loss")
     injected = fitted.groupby("position").injected.transform("any").astype(bool)
     fitted = fitted if injected.all() else fitted[~injected]
-    means = fitted.groupby("layer").validation_cross_entropy.mean()
+    means = fitted.groupby("layer").loss.mean()
     return None if means.empty else int(means.index[int(means.argmin())])
 
 
@@ -286,7 +295,7 @@ def draw_curves(
     """
     figure = NotebookFigure(figsize=(8.4, 4.4), layout="constrained")
     axes = figure.subplots()
-    probed = table[(table.reader == "probe") & table.accuracy.notna()]
+    probed = table[(table.reader == "probe") & table[main_metric(table)].notna()]
     position_axis(axes, probed.position, metric)
     draw_baselines(axes, panel.baselines(table), metric)
     injected = draw(axes)
@@ -304,7 +313,7 @@ def plot_probes(
     run: Run,
     variant: str | Sequence[str] = "none",
     location: str | None = None,
-    metric: str = "accuracy",
+    metric: str | None = None,
     *,
     horizon: int | None = None,
     solver: str | None = None,
@@ -315,7 +324,7 @@ def plot_probes(
         run: A probed run.
         variant: Whose activations; several are drawn side by side on one colour scale.
         location: Where they were read; None: the residual stream after each block, if it was probed.
-        metric: One of accuracy, top5, bits, gain, selectivity, compression.
+        metric: One of `METRICS`; None: AUROC of two classes, R² of numbers, else accuracy.
         horizon: Sentences ahead; None: the nearest that was probed.
         solver: How the probes were fitted; None: softmax, if such probes were fitted.
 
@@ -323,6 +332,7 @@ def plot_probes(
         ProbekitError: The run was not probed, or not in this way.
     """
     table = run.probes()
+    metric = metric or main_metric(table)
     chosen = _chosen_panels(run, table, variant, metric, location=location, horizon=horizon, solver=solver)
     return draw_heat_maps(table, chosen, metric)
 
@@ -331,7 +341,7 @@ def plot_curve(
     run: Run,
     variant: str | Sequence[str] | None = None,
     location: str | None = None,
-    metric: str = "accuracy",
+    metric: str | None = None,
     *,
     horizon: int | None = None,
     solver: str | None = None,
@@ -352,6 +362,7 @@ def plot_curve(
         ProbekitError: The run was not probed, or not in this way.
     """
     table = run.probes()
+    metric = metric or main_metric(table)
     names = variant or probed_variants(table)
     chosen = _chosen_panels(run, table, names, metric, location=location, horizon=horizon, solver=solver)
 
@@ -384,7 +395,7 @@ def _chosen_panels(
             found = ", ".join(map(str, known)) or "none"
             raise ProbekitError(f"{run.folder} has no probes of {name} {value!r}; it has {found}")
 
-    check_metric(metric)
+    check_metric(metric, table)
     left = panels(table)
     for name, value in wanted.items():
         known = list(dict.fromkeys(getattr(panel, name) for panel in left))
@@ -400,23 +411,26 @@ def _chosen_panels(
     return [by_variant[variant] for variant in variants]
 
 
-def check_metric(metric: str) -> None:
-    """Refuses a metric that cannot be drawn."""
-    if metric not in METRICS:
-        raise ProbekitError(f"metric is {metric!r}; it must be one of {', '.join(METRICS)}")
+def check_metric(metric: str, table: pd.DataFrame) -> None:
+    """Refuses a metric that cannot be drawn, or that a table's target does not have."""
+    known = [name for name in METRICS if name in table and table[name].notna().any()]
+    if metric not in known:
+        raise ProbekitError(f"metric is {metric!r}; it must be one of {', '.join(known)}")
 
 
 # Pictures beside the results of `probekit probe`
 
 
-def probe_heat_map(table: pd.DataFrame, panel: Panel, metric: str = "accuracy") -> Figure:
+def probe_heat_map(table: pd.DataFrame, panel: Panel, metric: str | None = None) -> Figure:
     """Draws a panel's heat map; all panels of a table share one colour scale."""
+    metric = metric or main_metric(table)
     scale = probe_scale([mean_over_seeds(each.cells(table), metric) for each in panels(table)], metric)
     return draw_heat_maps(table, [panel], metric, scale)
 
 
-def probe_lines(table: pd.DataFrame, panel: Panel, metric: str = "accuracy") -> Figure:
+def probe_lines(table: pd.DataFrame, panel: Panel, metric: str | None = None) -> Figure:
     """Draws a panel's curves by position, one for each layer, and the baselines."""
+    metric = metric or main_metric(table)
     cells = panel.cells(table)
 
     def draw(axes: Axes) -> bool:

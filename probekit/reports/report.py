@@ -24,6 +24,7 @@ from probekit.models.depth_ensemble import MEMBERS
 from probekit.models.hook_points import label
 from probekit.models.mixing import VARIANTS
 from probekit.probing.probe import ProbeResults
+from probekit.probing.results import main_metric
 from probekit.reports import tables
 from probekit.reports.checks import (
     EVALUATION,
@@ -39,7 +40,7 @@ from probekit.reports.checks import (
     setting_words,
     variants_with,
 )
-from probekit.reports.display import INTERVALS, Table, display, number, visible
+from probekit.reports.display import INTERVALS, Table, described, display, number, visible
 from probekit.reports.drawing import svg_of
 from probekit.reports.plot_over_training import plot_over_training
 from probekit.reports.plot_probes import PREFERRED, panels, plot_curve, plot_probes, probed_variants
@@ -259,9 +260,10 @@ def probes(run: Run) -> Iterator[Section]:
         return
     table = run.probes()
     cells = table[table.reader == "probe"]
+    examples = int(table.examples[table[main_metric(table)].notna()].max())
     yield Section(
         "Probes",
-        f"Probes of {cells.target.iloc[0]} on {int(table.examples[table.accuracy.notna()].max()):,} test "
+        f"Probes of {cells.target.iloc[0]} on {examples:,} test "
         f"examples of {int(table.documents.max()):,} documents. Accuracy and bits have "
         f"{INTERVALS}; the intervals of the gain over the strongest baseline that needs no model "
         "hold for all cells together.",
@@ -281,19 +283,21 @@ def _probe_pictures(run: Run, table: pd.DataFrame) -> Iterator[Picture]:
         there = variants_at[location, horizon, solver]
         variants = [name for name in probed_variants(table) if name in there]
         where: dict[str, Any] = {"location": location, "horizon": horizon, "solver": solver}
+        metric = described(main_metric(table)).label
         name, shown = f"{label(location)}, horizon {horizon}, {solver}", ", ".join(variants)
         file = re.sub(r"[^\w-]+", "_", f"{location}_h{horizon}_{solver}")
         yield Picture(
             f"heatmap_{file}",
-            f"{name}: test accuracy by layer and position, all on one scale.",
-            f"Heat maps of accuracy by layer and position at {location}, for {shown}.",
+            f"{name}: test {metric} by layer and position, all on one scale.",
+            f"Heat maps of {metric} by layer and position at {location}, for {shown}.",
             svg_of(plot_probes(run, variants, **where)),
             place >= UNFOLDED,
         )
         yield Picture(
             f"curve_{file}",
-            f"{name}: accuracy of each variant's best layer by position, with baselines and ceilings.",
-            f"Accuracy by position at {location}, for {shown}, beside baselines and ceilings.",
+            f"{name}: {metric} of each variant's best layer by position, with baselines and ceilings.",
+            f"{metric[0].upper()}{metric[1:]} by position at {location}, for {shown}, beside baselines and "
+            "ceilings.",
             svg_of(plot_curve(run, variants, **where)),
             place >= UNFOLDED,
         )
@@ -303,11 +307,13 @@ def over_training(run: Run) -> Iterator[Section]:
     """What probes read at the checkpoints of each stage: the picture, and the best layer by step."""
     for stage in probed_stages(run):
         table = run.probes_over_training(stage)
+        metric = described(main_metric(table)).label
         picture = Picture(
             f"over_training_{stage.replace('/', '_')}",
-            f"Test accuracy at {table.step.nunique():,} steps of {stage}, by layer and by position; bands "
+            f"Test {metric} at {table.step.nunique():,} steps of {stage}, by layer and by position; bands "
             f"are {INTERVALS}, and below are the losses.",
-            f"Accuracy against training steps of {stage}; the table below has the best layer at every step.",
+            f"{metric[0].upper()}{metric[1:]} against training steps of {stage}; the table below has the "
+            "best layer at every step.",
             svg_of(plot_over_training(run, stage)),
         )
         folders = [path.relative_to(run.folder) / "probes" for path in run.checkpoints(stage).values()]

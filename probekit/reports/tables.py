@@ -13,6 +13,7 @@ import pandas as pd
 from probekit.config import nearest, reading_order
 from probekit.data.corpus import Corpus, action_table, sentence_lengths, sizes
 from probekit.models.hook_points import label
+from probekit.probing.results import main_metric, validation_loss
 from probekit.reports.display import (
     INTERVALS,
     Table,
@@ -35,6 +36,25 @@ MORE_BOUNDARIES = "raise intervene.boundaries, or intervene.samples where that i
 
 MORE_SUBNETWORK_DOCUMENTS = "raise subnetwork.documents, or give more documents"
 """What to do where a subnetwork is measured on few documents."""
+
+METRICS_OF = {
+    "accuracy": (
+        ("accuracy", "bits", "gain", "gain_over", "selectivity", "compression"),
+        ("accuracy", "bits"),
+    ),
+    "auroc": (
+        ("auroc", "accuracy", "bits", "gain", "gain_over", "selectivity", "compression"),
+        ("auroc", "accuracy", "bits"),
+    ),
+    "r2": (
+        ("r2", "rank_correlation", "squared_error", "gain_r2", "gain_over", "selectivity"),
+        ("r2", "rank_correlation", "squared_error"),
+    ),
+}
+"""What tables show of probes and of baselines, by the main metric of the target."""
+
+GAIN_R2 = {f"gain{end}": f"gain_r2{end}" for end in ("", "_low", "_high")}
+"""The gain of numbers is no bits."""
 
 EFFECTS = ("next_loss", "next_loss_over_random", "rest_loss_over_random", "other_loss", "readout_true")
 ERASURE = ("fitted_accuracy", "refitted_accuracy", "prior_accuracy")
@@ -184,22 +204,27 @@ def probe_tables(table: pd.DataFrame, best: pd.DataFrame) -> list[Table]:
         best: Its best cells.
     """
     cells = best.sort_values(["horizon", "variant", "location", "solver", "seed"])
-    examples = int(table.examples[table.accuracy.notna()].max())
+    examples = int(table.examples[table[main_metric(table)].notna()].max())
     keys = ["target", "variant", "location", "solver", "layer", "position", "horizon", "seed"]
     caption = (
         f"Best cells, chosen on validation documents, on {examples:,} test examples of "
         f"{int(table.documents.max()):,} documents"
     )
-    metrics = ["accuracy", "bits", "gain", "gain_over", "selectivity", "compression"]
+    metrics, of_baselines = METRICS_OF[main_metric(table)]
+    if "gain_r2" in metrics:
+        cells = cells.rename(columns=GAIN_R2)
     beside = table[table.reader != "probe"].merge(best[["position", "horizon"]].drop_duplicates())
     return [
         display(
-            caption, cells, [*keys, *metrics], optional=["target", "solver", "horizon", "seed", *metrics[-2:]]
+            caption,
+            cells,
+            [*keys, *metrics],
+            optional=["target", "solver", "horizon", "seed", "selectivity", "compression"],
         ),
         display(
             "Baselines and ceilings at the positions and horizons of these cells, on the same examples",
             beside.sort_values(["horizon", "distance", "position"], kind="stable"),
-            ["reader", "position", "horizon", "seed", "accuracy", "bits"],
+            ["reader", "position", "horizon", "seed", *of_baselines],
             optional=["seed"],
         ),
     ]
@@ -228,7 +253,7 @@ def probe_notes(probes: pd.DataFrame) -> Iterator[str]:
 
 def unreliable_probes(probes: pd.DataFrame) -> Iterator[str]:
     """How many cells are empty, how many have constant activations, and how many probes did not converge."""
-    empty = probes[probes.accuracy.isna()]
+    empty = probes[probes[main_metric(probes)].isna()]
     if len(empty):
         where = "; ".join(
             f"position {', '.join(reading_order(cells.position))} of horizon {horizon}"
@@ -250,21 +275,24 @@ def best_by_step(table: pd.DataFrame) -> pd.DataFrame:
     Returns:
         A row for every variant, location, solver, horizon, seed and step, at the nearest position.
     """
-    probes = table[(table.reader == "probe") & table.accuracy.notna()]
+    probes = table[(table.reader == "probe") & table[main_metric(table)].notna()]
     near = probes[probes.position == nearest(probes.position)]
     keys = ["variant", "location", "solver", "horizon", "seed", "step"]
-    return near.loc[near.groupby(keys).validation_cross_entropy.idxmin()].sort_values(keys, kind="stable")
+    best = near.assign(loss=validation_loss(near)).groupby(keys).loss.idxmin()
+    return near.loc[best].sort_values(keys, kind="stable")
 
 
 def over_training_table(table: pd.DataFrame, stage: str) -> Table:
     """The best layer after each step of a stage whose checkpoints were probed."""
     best = best_by_step(table)
     keys = ["variant", "location", "solver", "horizon", "seed"]
+    metrics, _ = METRICS_OF[main_metric(table)]
+    best = best.rename(columns=GAIN_R2) if "gain_r2" in metrics else best
     return display(
         f"Best layer after each step of {stage}, chosen on validation documents, at position "
         f"{best.position.iloc[0]}, on {int(best.documents.max()):,} test documents ({INTERVALS})",
         best,
-        [*keys[:3], "step", "layer", *keys[3:], "accuracy", "bits", "gain", "gain_over"],
+        [*keys[:3], "step", "layer", *keys[3:], *metrics[: metrics.index("gain_over") + 1]],
         optional=keys,
     )
 
