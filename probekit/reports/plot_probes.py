@@ -62,8 +62,8 @@ SIGNED = ("gain", "selectivity")
 
 BASELINE_STYLES = {
     "prior": ("0.55", ":"),
-    "mean": ("0.55", ":"),
-    "previous number": ("#b35900", "--"),
+    "mean": ("0.55", "--"),
+    "previous number": ("#e08a2e", "--"),
     "bag of words": ("#1b7837", "--"),
     "bigram": ("#b35900", "--"),
     "bigram (current action)": ("#e08a2e", "-."),

@@ -119,13 +119,13 @@ def test_the_heat_map_colours_what_it_says():
 
 def test_signed_metrics_part_their_colours_at_zero():
     cells = Panel("none", "attn.hook_z").cells(table())
-    for metric in METRICS:
+    for metric in OF_CLASSES:
         scale = probe_scale([mean_over_seeds(cells, metric)], metric).norm
         assert (scale.vmin == -scale.vmax) == (metric in ("gain", "selectivity"))
         assert scale.vmin <= 0.0 < scale.vmax
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", OF_CLASSES)
 def test_lines_have_values_and_intervals(metric: str):
     numbers = table()
     figure = probe_lines(numbers, Panel("none", "attn.hook_z"), metric)
