@@ -36,7 +36,6 @@ from probekit.probing.grid import (
     FitJob,
     Grid,
     Task,
-    document_numbers,
     fit,
     hold,
     score,
@@ -241,8 +240,8 @@ def fit_grid(
         fitted = fit(hold(source, job, [FITTED_ON, CHOSEN_ON]), job, config.probe.solvers)
         facts = {"reader": "probe", "variant": "none", "seed": seed, "injected": False}
         scored = [_prior(grid, position), *score(source, job, fitted, facts)]
-    counts = np.bincount(document_numbers(grid.examples[TESTED_ON].document))
-    table = table_of(scored, counts, [], Resampling(resamples=resamples, seed=seed)).assign(target=name)
+    resampling = Resampling(resamples=resamples, seed=seed)
+    table = table_of(scored, grid.tested(), [], resampling).assign(target=name)
     weights: dict[str, Tensor] = {}
     for batch in fitted:
         weights |= batch.weights(source.stacks, grid)
@@ -422,11 +421,11 @@ def _shuffled(grid: Grid, seed: int) -> Task:
 def _prior(grid: Grid, position: Position) -> DocumentSums:
     """The scores of the class prior."""
     prior = prior_log_probabilities(grid.labels(FITTED_ON, 1), grid.target.classes)
-    labels, number = grid.labels(TESTED_ON, 1), document_numbers(grid.examples[TESTED_ON].document)
+    labels = grid.labels(TESTED_ON, 1)
     loss = float(-prior[grid.labels(CHOSEN_ON, 1)].mean())
     facts = {"reader": "prior", "position": position, "horizon": 1, "validation_cross_entropy": loss}
-    sums = DocumentSums([facts], int(number.max()) + 1)
-    sums.add(number, np.tile(prior, (1, len(labels), 1)), labels)
+    sums = DocumentSums([facts], grid.tested())
+    sums.add(slice(0, len(labels)), np.tile(prior, (1, len(labels), 1)), labels)
     return sums
 
 

@@ -91,11 +91,12 @@ class ProbeResults:
         where the target's own action was injected, are left out.
         """
         probes = self.table[(self.table.reader == "probe") & ~self.table.injected]
-        loss = validation_loss(probes)
-        probes = probes[loss.notna()]
+        probes = probes[validation_loss(probes).notna()]
         of = ["variant", "location", "solver", "horizon"]
         cell = [*of, "layer", "position"]
-        means = probes.assign(loss=loss).groupby(cell, sort=False).loss.mean().reset_index()
+        means = (
+            probes.assign(loss=validation_loss(probes)).groupby(cell, sort=False).loss.mean().reset_index()
+        )
         best = means.loc[means.groupby(of, sort=False).loss.idxmin(), cell]
         return probes.merge(best, on=cell)
 

@@ -213,9 +213,9 @@ def main_metric(table: pd.DataFrame) -> str:
 
 def validation_loss(table: pd.DataFrame) -> pd.Series:
     """What readers are chosen by on validation examples: cross-entropy, of numbers the squared error."""
-    nothing = pd.Series(np.nan, table.index)
-    loss = table.get("validation_cross_entropy", nothing)
-    return loss.fillna(table.get("validation_squared_error", nothing))
+    both = (f"validation_{loss}" for loss in ("cross_entropy", "squared_error"))
+    first, second = (np.asarray(table.get(name, np.full(len(table), np.nan)), float) for name in both)
+    return pd.Series(np.where(np.isnan(first), second, first), table.index)
 
 
 def table_of(

@@ -607,7 +607,7 @@ def test_a_column_of_labels_that_the_token_before_determines(learned_run: Run, t
     settings |= {"probe.layers": [0], "probe.locations": ["hook_resid_pre", "hook_embed"]}
     found = probe(run, settings | {"probe.l2": [1e-3]}, quiet=True).table
     assert (found.target == "before").all()
-    counted = {"prior", "bigram", "bigram (current action)", "skip n-gram"}
+    counted = {"prior", "bigram", "bigram (current action)", "skip n-gram", "bag of words"}
     assert set(found.reader) == counted | {"probe", "token embedding"}
     assert (cells(found, reader="skip n-gram").accuracy > 0.99).all(), "the tokens before determine it"
     for reader in ("probe", "token embedding"):

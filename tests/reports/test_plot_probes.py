@@ -18,7 +18,6 @@ from probekit.probing.results import MODEL_FREE
 from probekit.reports.drawing import draw_intervals
 from probekit.reports.plot_probes import (
     BASELINE_STYLES,
-    METRICS,
     Panel,
     mean_over_seeds,
     panels,
@@ -29,6 +28,7 @@ from probekit.reports.plot_probes import (
 )
 
 EMPTY = (1, 4)
+OF_CLASSES = ["accuracy", "top5", "bits", "gain", "selectivity", "compression"]
 INJECTED = (2, 1)
 NAMES = [str(distance) for distance in DISTANCES[::-1]]  # from left to right
 
