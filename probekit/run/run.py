@@ -284,12 +284,15 @@ class Run(RunFolder):
         name = "model" if fold is None else f"fold{fold}"
         write_tensors(self.folder / "planner" / f"{name}.safetensors", planner.state_dict())
 
-    def model(self, name: ModelName, hooks: Sequence[str] = ()) -> PlannedLM:
+    def model(
+        self, name: ModelName, hooks: Sequence[str] = (), plain: PreTrainedModel | None = None
+    ) -> PlannedLM:
         """The trained, frozen model of a variant, or of a member of a depth ensemble; `none` is the base LM.
 
         Args:
             name: Which one.
             hooks: Full names of further hooks that its backend is to have.
+            plain: Its LM, if that is in memory already, to be trained.
 
         Raises:
             ProbekitError: The settings have no such variant or member, or it is not trained yet.
@@ -310,7 +313,7 @@ class Run(RunFolder):
         parts = [part for part in (adapter, depth) if part is not None]
         names = [*(hook for part in parts for hook in part.names), *hooks] or [NORM_OUT]
         return PlannedLM(
-            lm.backend_for(names), planner, adapter, self.temperature(variant), depth=depth
+            lm.backend_for(names, plain), planner, adapter, self.temperature(variant), depth=depth
         ).eval()
 
     def _ensemble(self, member: MemberName) -> DepthEnsemble:

@@ -428,8 +428,9 @@ def _ensemble(run: Run, progress: Progress, member: MemberName) -> dict[str, Any
             tuning.save(run.tuned_folder(member))
 
     saving = Saving(run, stage, save)
+    conditioned = run.model(variant, plain=None if tuning is None else tuning.model)
     ensemble = train_ensemble(
-        trainer, member, run.frozen_lm(variant), run.model(variant), tuning, fold_planners, saving.checkpoint
+        trainer, member, run.frozen_lm(variant), conditioned, tuning, fold_planners, saving.checkpoint
     )
     saving.final(ensemble)
     facts: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in ensemble.trained)}

@@ -291,8 +291,9 @@ def test_paths_arrays_and_ranges_are_values(tmp_path: Path):
 def test_paths_that_are_there_are_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    for name in ("a.txt", "questions.jsonl", "lm", "gpt2"):
+    for name in ("a.txt", "questions.jsonl", "lm", "gpt2", "tfidf"):
         (tmp_path / name).touch()
+    assert Config().with_absolute_paths() == Config()  # tfidf is an encoder, whatever has its name here
     given = {
         "corpus.path": "a.txt",
         "lm.name": "~/lm",

@@ -1,5 +1,7 @@
 """The depth ensemble's stage: its loss against one written out, what it trains, on every kind of LM."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +20,7 @@ from probekit.models.depth_ensemble import MEMBERS, final_norm
 from probekit.models.mixing import VARIANTS, Fixed
 from probekit.models.tuning import TUNINGS
 from probekit.run.run import Run
+from probekit.training import train as stages
 from probekit.training.depth_ensemble import DepthTraining
 from probekit.training.train import train
 from probekit.training.trainer import Trainer
@@ -212,3 +215,26 @@ def test_planners_of_folds_score_training_documents(make_run: MakeRun, monkeypat
     )
     rows = np.arange(8)
     trained.loss(rows, rows)
+
+
+def test_an_ensemble_on_a_tuned_lm_holds_one_copy(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch):
+    """What conditions the LM runs the copy that is tuned."""
+    run = make_run(depth__members=["plain"], training__base__tuning="lora")
+    loaded: list[Any] = []
+    load = Run.plain_model
+
+    def counted(run: Run, *names: Any) -> Any:
+        model = load(run, *names)
+        loaded.append(weakref.ref(model.transformer.wte.weight))
+        return model
+
+    def begun(trainer: Any, member: str, lm: Any, conditioned: Any, tuning: Any, *_: Any) -> None:
+        gc.collect()
+        assert conditioned.backend.model is tuning.model
+        assert sum(weights() is not None for weights in loaded) == 1
+        raise ProbekitError("seen")
+
+    monkeypatch.setattr(Run, "plain_model", counted)
+    monkeypatch.setattr(stages, "train_ensemble", begun)
+    with pytest.raises(ProbekitError, match="seen"):
+        stages._ensemble(run, QUIET, "plain")
