@@ -27,6 +27,7 @@ docs: .venv/dev  ## Build the documentation in site/; a warning is an error
 
 bench: .venv/base ## Measure speed and memory; tables and benchmarks/results/ (make bench DEVICE=cuda)
 	$(BIN)/python benchmarks/fit_grid.py --device $(DEVICE)
+	$(BIN)/python benchmarks/arrays.py --device $(DEVICE)
 	$(BIN)/python benchmarks/extraction.py --device $(DEVICE)
 	$(BIN)/python benchmarks/memory.py --device $(DEVICE)
 	$(BIN)/python benchmarks/corpus.py

@@ -38,7 +38,7 @@ def planted():
 
 
 @pytest.mark.parametrize(
-    "name", ["depth_ensemble", "extraction", "fit_grid", "generation", "memory", "training"]
+    "name", ["arrays", "depth_ensemble", "extraction", "fit_grid", "generation", "memory", "training"]
 )
 def test_a_quick_run_compares_equal_results(name: str, tmp_path: Path):
     import_module(name).main(["--quick", "--repeats", "1", "--out", str(tmp_path)])
