@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -36,11 +36,21 @@ from probekit.probing.grid import (
     FitJob,
     Grid,
     Task,
+    check_solvers,
     fit,
+    fit_sums,
     hold,
     score,
 )
-from probekit.probing.results import Cell, DocumentSums, LinearProbe, cells_of, table_of
+from probekit.probing.results import (
+    Cell,
+    DocumentSums,
+    Facts,
+    LinearProbe,
+    cells_of,
+    table_of,
+    validation_loss,
+)
 from probekit.probing.targets import MOST_CLASSES, Examples, Target
 from probekit.probing.texts import TextActivations
 from probekit.progress import Meter, Progress
@@ -51,6 +61,13 @@ SPLITS = {FITTED_ON: 0.6, CHOSEN_ON: 0.2, TESTED_ON: 0.2}
 
 CHUNK_EXAMPLES = 1024
 """Examples of an array that are handed on at once."""
+
+CARD = (
+    *("solver", "location", "layer", "position", "accuracy", "accuracy_low", "accuracy_high"),
+    *("auroc", "auroc_low", "auroc_high", "r2", "r2_low", "r2_high", "cross_entropy", "bits", "bits_low"),
+    *("bits_high", "control_accuracy", "control_r2", "examples", "documents"),
+)
+"""Columns of the table that a card of probes has, where its target has them."""
 
 MOST_SHOWN = 20
 """Most classes whose probabilities have a column each in a table of predictions."""
@@ -103,7 +120,7 @@ class LinearProbes:
             raise ProbekitError(
                 f"activations have width {own.shape[1]}, but the probe reads {len(probe.coef)}"
             )
-        return predictions(probe.log_probabilities(own), self.card["classes"])
+        return predictions(probe, own, self.card["classes"])
 
     def save(self, path: str | Path) -> None:
         """Writes the probes and their card into one safetensors file, which `probekit.load_probes` reads."""
@@ -132,17 +149,19 @@ def load_probes(path: str | Path) -> LinearProbes:
     return LinearProbes(probes, json.loads(metadata["card"]))
 
 
-def predictions(log_probabilities: Tensor, classes: Sequence[str]) -> pd.DataFrame:
-    """The most probable class of each example, its probability, and that of every class if they are few.
+def predictions(probe: LinearProbe, activations: Tensor, classes: Sequence[str]) -> pd.DataFrame:
+    """What a probe says of examples: a number, or the most probable class and its probability.
 
     Args:
-        log_probabilities: In nats [examples, classes].
-        classes: Names of the classes.
+        probe: The probe.
+        activations: The examples [examples, width].
+        classes: Names of the classes, of which each has a column too if they are few; none for numbers.
     """
-    p, best = log_probabilities.exp(), log_probabilities.argmax(-1)
-    table = pd.DataFrame(
-        {"predicted": np.array(classes)[best.numpy()], "probability": p.amax(-1).numpy().astype(np.float64)}
-    )
+    if not classes:
+        return pd.DataFrame({"predicted": probe.scores(activations)[:, 0].numpy().astype(np.float64)})
+    p = probe.log_probabilities(activations).exp()
+    best, names = p.argmax(-1).numpy(), np.array(classes)
+    table = pd.DataFrame({"predicted": names[best], "probability": p.amax(-1).numpy().astype(np.float64)})
     if len(classes) <= MOST_SHOWN:
         table[[f"p({name})" for name in classes]] = p.numpy().astype(np.float64)
     return table
@@ -177,10 +196,11 @@ def fit_grid(
     *,
     groups: Any = None,
     split: Any = None,
-    solvers: SolverName | Sequence[SolverName] = ("softmax",),
+    solvers: SolverName | Sequence[SolverName] | None = None,
     seed: int = 0,
     control: bool = True,
     code_length: bool = False,
+    kind: Literal["classes", "numbers"] | None = None,
     name: str = "label",
     device: str = "auto",
     resamples: int = 1000,
@@ -192,15 +212,16 @@ def fit_grid(
     Args:
         activations: What `probekit.activations` gave, an array of NumPy or PyTorch `[examples, width]` or
             `[layers, examples, width]`, or a .npy or .safetensors file of one.
-        labels: A label of each example: words or whole numbers [examples].
+        labels: A label of each example: a class, or a number [examples].
         groups: What never crosses splits, and is resampled for intervals, such as the author of each example
             [examples]; None: every example by itself.
         split: `train`, `validation` or `test` for each example [examples]; None: 60, 20 and 20 percent of the
             examples, by groups drawn with the seed.
-        solvers: How probes are fitted, as in `probe.solvers`.
+        solvers: How probes are fitted, as in `probe.solvers`; None: `softmax`, or `ridge` for numbers.
         seed: Seed of the split, the shuffled labels and the MLP.
         control: Fit every probe to shuffled labels, too.
         code_length: Measure the code length of softmax probes.
+        kind: Whether labels are `classes` or `numbers`; None: those with fractions are numbers.
         name: What the labels are called in the table and the card.
         device: Where to fit: cpu, cuda, or auto.
         resamples: Bootstrap resamples of the groups.
@@ -211,17 +232,19 @@ def fit_grid(
         ProbekitError: An argument does not fit the others, or something is missing in it.
     """
     values, points = arrays_of(activations)
-    codes, classes = _classes(labels, values.shape[1])
+    target, numbered = _target(labels, values.shape[1], name, kind)
     splits, group_of = _splits(groups, split, values.shape[1], seed)
     position = activations.position if isinstance(activations, TextActivations) else "last"
     position = position if position in NAMED else "last"
-    target = Target(name, len(classes), lambda start, *_: codes[start], names=classes)
-    grid = _grid(target, position, splits, group_of, codes)
+    grid = _grid(target, numbered, position, splits, group_of)
+    if solvers is None:
+        solvers = "ridge" if target.kind == "numbers" else "softmax"
     options = {"solvers": [solvers] if isinstance(solvers, str) else list(solvers), "control": control}
     options |= {"code_length": code_length, **settings}
     config = Config().override({f"probe.{option}": value for option, value in options.items()})
+    check_solvers(target, config.probe)
     progress = Progress(quiet=quiet)
-    read = activations.tokens_read if isinstance(activations, TextActivations) else np.zeros(len(codes))
+    read = activations.tokens_read if isinstance(activations, TextActivations) else np.zeros(1)
     on = compute_device(device)
     with tempfile.TemporaryDirectory() as folder:
         job = FitJob(
@@ -237,7 +260,10 @@ def fit_grid(
             {position: int(np.median(read))},
         )
         source = ArraySource(values, points, on)
-        fitted = fit(hold(source, job, [FITTED_ON, CHOSEN_ON]), job, config.probe.solvers)
+        if target.kind == "numbers":
+            fitted = fit_sums(source, job, config.probe.solvers)
+        else:
+            fitted = fit(hold(source, job, [FITTED_ON, CHOSEN_ON]), job, config.probe.solvers)
         facts = {"reader": "probe", "variant": "none", "seed": seed, "injected": False}
         scored = [_prior(grid, position), *score(source, job, fitted, facts)]
     resampling = Resampling(resamples=resamples, seed=seed)
@@ -245,7 +271,8 @@ def fit_grid(
     weights: dict[str, Tensor] = {}
     for batch in fitted:
         weights |= batch.weights(source.stacks, grid)
-    rows = table[table.reader == "probe"].sort_values("validation_cross_entropy", kind="stable")
+    rows = table[table.reader == "probe"]
+    rows = rows.iloc[np.argsort(validation_loss(rows), kind="stable")]
     probes = {
         cell: LinearProbe(weights[f"{cell.key}|coef"], weights[f"{cell.key}|intercept"])
         for cell in cells_of(rows)
@@ -339,20 +366,30 @@ def _column(values: Any, name: str, examples: int) -> pd.Series:
     return column
 
 
-def _classes(labels: Any, examples: int) -> tuple[np.ndarray, tuple[str, ...]]:
-    """The class of every example, and the names of the classes, sorted."""
+def _target(
+    labels: Any, examples: int, name: str, kind: Literal["classes", "numbers"] | None
+) -> tuple[Target, np.ndarray]:
+    """The target, and the class or number of every example; fractions are numbers, unless a kind is given."""
     column = _column(labels, "labels", examples)
-    if pd.api.types.is_float_dtype(column):
-        if (column % 1 != 0).any():
-            raise ProbekitError("labels holds fractions; give classes, as words or whole numbers")
+    fractions = pd.api.types.is_float_dtype(column) and bool((column % 1 != 0).any())
+    if kind == "numbers" or (kind is None and fractions):
+        if not pd.api.types.is_numeric_dtype(column):
+            raise ProbekitError("labels holds words, but kind is numbers; give numbers, or kind classes")
+        values = column.to_numpy(np.float64)
+        if not np.isfinite(values).all() or len(np.unique(values)) < 2:
+            raise ProbekitError("labels: numbers must be finite, and not all the same")
+        return Target(name, 0, lambda start, *_: values[start], kind="numbers"), values
+    if pd.api.types.is_float_dtype(column) and not fractions:
         column = column.astype("int64")
     try:
         codes, classes = pd.factorize(column, sort=True)
     except TypeError:
-        raise ProbekitError("labels holds lists or objects; give words or whole numbers") from None
+        raise ProbekitError("labels holds lists or objects; give words or numbers") from None
     if not 2 <= len(classes) <= MOST_CLASSES:
         raise ProbekitError(f"labels has {len(classes):,} classes; it must have 2 to {MOST_CLASSES:,}")
-    return codes.astype(np.int64), tuple(map(str, classes))
+    codes = codes.astype(np.int64)
+    names = tuple(map(str, classes))
+    return Target(name, len(classes), lambda start, *_: codes[start], names=names), codes
 
 
 def _splits(groups: Any, split: Any, examples: int, seed: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -388,7 +425,11 @@ def _splits(groups: Any, split: Any, examples: int, seed: int) -> tuple[dict[str
 
 
 def _grid(
-    target: Target, position: Position, splits: Mapping[str, np.ndarray], group: np.ndarray, codes: np.ndarray
+    target: Target,
+    values: np.ndarray,
+    position: Position,
+    splits: Mapping[str, np.ndarray],
+    group: np.ndarray,
 ) -> Grid:
     """The grid of one position, whose examples say which row of the arrays they are."""
     notes = [
@@ -396,17 +437,15 @@ def _grid(
         for name, rows in splits.items()
         if len(rows) < MINIMUM_EXAMPLES
     ]
-    known = np.unique(codes[splits[FITTED_ON]])
+    labels = {name: values[rows] for name, rows in splits.items()}
+    known = np.unique(labels[FITTED_ON])
     if len(known) < 2:
-        raise ProbekitError(
-            f"labels: all examples to fit on are {target.names[known[0]]!r}; split them otherwise"
-        )
-    unseen = np.setdiff1d(codes[splits[TESTED_ON]], known)
-    if len(unseen):
-        first = target.names[unseen[0]]
-        notes.append(f"{len(unseen)} classes of test examples, such as {first!r}, are in none to fit on")
+        raise ProbekitError("labels: all examples to fit on have the same; split them otherwise")
+    if target.kind == "classes" and len(unseen := np.setdiff1d(labels[TESTED_ON], known)):
+        named = target.name_of(unseen[0])
+        notes.append(f"{len(unseen)} classes of test examples, such as {named}, are in none to fit on")
     examples = {
-        name: Examples(group[rows], rows, rows + 1, rows, group[rows], codes[rows, None])
+        name: Examples(group[rows], rows, rows + 1, rows, group[rows], labels[name][:, None])
         for name, rows in splits.items()
     }
     return Grid(target, (position,), (1,), examples, {}, tuple(notes))
@@ -415,25 +454,34 @@ def _grid(
 def _shuffled(grid: Grid, seed: int) -> Task:
     """The control task: the labels of each split in random order."""
     generator = np.random.default_rng(seed)
-    return Task(None, {split: generator.permutation(grid.labels(split, 1)) for split in grid.examples})
+    labels = {split: generator.permutation(grid.labels(split, 1)) for split in grid.examples}
+    if grid.target.kind == "numbers":  # R2 is measured against the mean of the examples fitted on
+        level = labels[FITTED_ON].mean()
+        labels = {split: numbers - level for split, numbers in labels.items()}
+    return Task(None, labels)
 
 
 def _prior(grid: Grid, position: Position) -> DocumentSums:
-    """The scores of the class prior."""
-    prior = prior_log_probabilities(grid.labels(FITTED_ON, 1), grid.target.classes)
-    labels = grid.labels(TESTED_ON, 1)
-    loss = float(-prior[grid.labels(CHOSEN_ON, 1)].mean())
-    facts = {"reader": "prior", "position": position, "horizon": 1, "validation_cross_entropy": loss}
+    """The scores of the class prior, or of the mean of numbers."""
+    fitted, chosen, labels = (grid.labels(split, 1) for split in (FITTED_ON, CHOSEN_ON, TESTED_ON))
+    facts: Facts = {"position": position, "horizon": 1}
+    if grid.target.kind == "numbers":
+        predicted = np.full(len(labels), fitted.mean())
+        error = float(((chosen - fitted.mean()) ** 2).mean())
+        facts |= {"reader": "mean", "validation_squared_error": error}
+    else:
+        prior = prior_log_probabilities(fitted, grid.target.classes)
+        predicted = np.tile(prior, (len(labels), 1))
+        facts |= {"reader": "prior", "validation_cross_entropy": float(-prior[chosen].mean())}
     sums = DocumentSums([facts], grid.tested())
-    sums.add(slice(0, len(labels)), np.tile(prior, (1, len(labels), 1)), labels)
+    sums.add(slice(0, len(labels)), predicted[None], labels)
     return sums
 
 
 def _card(activations: Arrays, target: Target, rows: pd.DataFrame, seed: int) -> dict[str, Any]:
     """What probes read, and how well."""
     texts = activations if isinstance(activations, TextActivations) else None
-    scored = ["solver", "location", "layer", "position", "accuracy", "accuracy_low", "accuracy_high"]
-    scored += ["cross_entropy", "bits", "bits_low", "bits_high", "control_accuracy", "examples", "documents"]
+    scored = [name for name in CARD if name in rows]
     return {
         "model": None if texts is None else texts.model,
         "revision": None if texts is None else texts.revision,

@@ -104,12 +104,7 @@ def make_grid(corpus: Corpus, settings: ProbeSettings, target: Target, seed: int
     Raises:
         ProbekitError: A split has no documents, no cell has enough examples, or a solver cannot read numbers.
     """
-    classifiers = [solver for solver in settings.solvers if solver != "ridge"]
-    if target.kind == "numbers" and classifiers:
-        raise ProbekitError(
-            f"probe.solvers has {', '.join(classifiers)}, which read classes, and {target.name!r} holds "
-            "numbers; give probe.solvers ridge"
-        )
+    check_solvers(target, settings)
     positions = settings.positions or target.positions
     every: dict[str, Examples] = {}
     usable: dict[str, np.ndarray] = {}
@@ -151,6 +146,16 @@ def make_grid(corpus: Corpus, settings: ProbeSettings, target: Target, seed: int
     )
     most = int(usable[TESTED_ON].any((1, 2)).sum())
     return replace(grid, notes=tuple(_notes(grid, most, positions[by_reach[-1]])))
+
+
+def check_solvers(target: Target, settings: ProbeSettings) -> None:
+    """Refuses solvers that read classes where the target holds numbers."""
+    classifiers = [solver for solver in settings.solvers if solver != "ridge"]
+    if target.kind == "numbers" and classifiers:
+        raise ProbekitError(
+            f"probe.solvers has {', '.join(classifiers)}, which read classes, and {target.name!r} holds "
+            "numbers; give probe.solvers ridge"
+        )
 
 
 def _drawn(

@@ -396,9 +396,13 @@ class LinearProbe:
     coef: Tensor
     intercept: Tensor
 
+    def scores(self, activations: Tensor) -> Tensor:
+        """The scores of classes, or the number `[..., 1]`, given activations `[..., width]`."""
+        return activations.float() @ self.coef + self.intercept
+
     def log_probabilities(self, activations: Tensor) -> Tensor:
         """Log-probabilities of the classes in nats, given activations `[..., width]`."""
-        return (activations.float() @ self.coef + self.intercept).log_softmax(dim=-1)
+        return self.scores(activations).log_softmax(dim=-1)
 
 
 def _sorted(values: Iterable[int | str]) -> list[str]:

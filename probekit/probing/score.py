@@ -18,7 +18,14 @@ from probekit.models.replanning import decoded
 from probekit.probing.activations import probing_windows
 from probekit.probing.arrays import predictions
 from probekit.probing.labels import target_of
-from probekit.probing.results import LINEAR_SOLVERS, Cell, SavedProbes, cells_of, read_probe_record
+from probekit.probing.results import (
+    LINEAR_SOLVERS,
+    Cell,
+    SavedProbes,
+    cells_of,
+    read_probe_record,
+    validation_loss,
+)
 from probekit.probing.texts import activation_at, encoded_texts, read_batches
 from probekit.progress import Progress
 from probekit.run.run import Run
@@ -46,7 +53,7 @@ def score(
         run: The run, which was probed.
         texts: The texts, or a file of any format that the readers of a corpus know.
         cell: Name of the probe, as in the run's file of probes: solver|location|layer|position|horizon. None:
-            the one with the least cross-entropy on validation documents.
+            the best one on validation documents.
         tokens: Read every token of a text, not only the last (of a probe at `first` or `mean`: there).
         batch_size: Texts read at once.
         out: Also write the table: .csv, .jsonl or .parquet.
@@ -67,7 +74,7 @@ def score(
     variant, seed, chosen = _chosen(run, cell)
     probe = SavedProbes(run.folder / "probes", variant, seed)[chosen]
     target = target_of(run.corpus, record.config)
-    classes = target.names or tuple(map(str, range(target.classes)))
+    classes = tuple(map(target.name_of, range(target.classes)))
     named = _named(texts)
     begin = [] if run.corpus.bos_rule == "none" else [run.corpus.separator]
     window = probing_windows(run)[0]
@@ -81,7 +88,7 @@ def score(
         else:
             position = chosen.position if isinstance(chosen.position, str) else "last"
             own = activation_at(position, activation, len(begin), lengths)
-        found.append(([], probe.log_probabilities(own.cpu())))
+        found.append(([], own.cpu()))
 
     name = hook_name(chosen.location, chosen.layer)
     backend = run.backend_for([name], variant, seed)
@@ -90,13 +97,13 @@ def score(
             found[-1][0].extend(rows)
             task.advance(len(rows))
     parts = []
-    for rows, log_p in found:
+    for rows, own in found:
         text = [row for row in rows for _ in range(len(encoded[row]) if tokens else 1)]
         part = pd.DataFrame({"text": text, "name": [named[row][0] for row in text]})
         if tokens:
             part["token"] = [number for row in rows for number in range(len(encoded[row]))]
             part["piece"] = [decoded(run.corpus.tokenizer, [t]) for row in rows for t in encoded[row]]
-        parts.append(pd.concat([part, predictions(log_p, classes)], axis=1))
+        parts.append(pd.concat([part, predictions(probe, own, classes)], axis=1))
     table = pd.concat(parts).sort_values("text", kind="stable", ignore_index=True)
     if out is not None:
         _write(table, Path(out))
@@ -109,9 +116,7 @@ def _chosen(run: Run, key: str | None) -> tuple[ProbedName, int, Cell]:
     rows = rows[
         (rows.reader == "probe") & rows.variant.isin(UNCONDITIONED) & rows.solver.isin(LINEAR_SOLVERS)
     ]
-    rows = rows.dropna(subset="validation_cross_entropy").sort_values(
-        "validation_cross_entropy", kind="stable"
-    )
+    rows = rows.assign(loss=validation_loss(rows)).dropna(subset="loss").sort_values("loss", kind="stable")
     cells = cells_of(rows)
     known = [cell.key for cell in cells]
     if not known:

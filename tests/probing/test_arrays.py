@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import save_file
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
 import probekit
@@ -31,12 +33,17 @@ def own_split(groups: np.ndarray) -> np.ndarray:
     return np.array(["train", "train", "train", "validation", "test"])[groups % 5]
 
 
+def probes_at(table: pd.DataFrame, layer: int) -> pd.DataFrame:
+    return table[(table.reader == "probe") & (table.layer == layer)]
+
+
 def test_the_label_is_found_where_it_is(data):
     X, labels, groups = data
     solvers = ("softmax", "lda", "mean-difference", "l1", "mlp")
     results = probekit.fit_grid(X, labels, groups=groups, solvers=solvers, name="truth")
     table = results.table
-    assert list(table.columns)[: len(COLUMNS)] == list(COLUMNS)
+    assert set(COLUMNS) < set(table.columns)
+    assert (probes_at(table, 1).auroc_low > 0.6).all()
     assert set(table.target) == {"truth"}
     probes = table[table.reader == "probe"]
     assert len(probes) == 3 * len(solvers)
@@ -58,7 +65,9 @@ def test_equals_scikit_learn_on_the_same_split(data):
         scaler = StandardScaler().fit(train)
         oracle = LogisticRegression(C=2 / (0.1 * len(train)), tol=1e-8)  # the two classes halve the weights
         oracle.fit(scaler.transform(train), labels[split == "train"])
-        row = results.table[(results.table.layer == layer)].iloc[0]
+        (row,) = probes_at(results.table, layer).itertuples()
+        decided = oracle.decision_function(scaler.transform(test))
+        assert row.auroc == pytest.approx(roc_auc_score(labels[split == "test"], decided), abs=1e-3)
         assert row.accuracy == pytest.approx(oracle.score(scaler.transform(test), labels[split == "test"]))
         p = results.score(X, layer)[["p(false)", "p(true)"]].to_numpy()
         np.testing.assert_allclose(p, oracle.predict_proba(scaler.transform(X[layer])), atol=2e-3)
@@ -128,6 +137,27 @@ def test_probes_are_kept_with_a_card(data, tmp_path: Path):
         probekit.load_probes(tmp_path / "other.safetensors")
 
 
+def test_numbers_are_read_by_ridge(data, tmp_path: Path):
+    X, _, groups = data
+    noise = np.random.default_rng(1).normal(size=EXAMPLES)
+    numbers = 10 + 3 * X[1, :, 2] - 2 * X[1, :, 5] + noise
+    split = own_split(groups)
+    results = probekit.fit_grid(X, numbers, groups=groups, split=split, l2=[0.01], resamples=100)
+    row = next(probes_at(results.table, 1).itertuples())
+    train, test = X[1][split == "train"], X[1][split == "test"]
+    scaler = StandardScaler().fit(train)
+    oracle = Ridge(alpha=0.01 * len(train)).fit(scaler.transform(train), numbers[split == "train"])
+    expected = oracle.predict(scaler.transform(test))
+    error = ((expected - numbers[split == "test"]) ** 2).mean()
+    assert row.squared_error == pytest.approx(error, rel=1e-3)
+    assert row.r2_low > 0.8
+    assert probes_at(results.table, 0).r2.item() < 0.3
+    assert abs(row.control_r2) < 0.3
+    results.save(tmp_path / "numbers.safetensors")
+    scored = probekit.load_probes(tmp_path / "numbers.safetensors").score(X[:, split == "test"])
+    np.testing.assert_allclose(scored.predicted, expected, atol=1e-2)
+
+
 def test_few_examples_are_noted(data):
     X, labels, _ = data
     notes = probekit.fit_grid(X[1, :40], labels[:40], **FAST).notes
@@ -154,6 +184,12 @@ def test_few_examples_are_noted(data):
         ),
         ({"solvers": "svm"}, "probe.solvers.0 is 'svm'"),
         ({"l3": 1}, "l3"),
+        (
+            {"labels": np.linspace(0, 1, EXAMPLES), "solvers": "lda"},
+            "lda, which read classes, and 'label' holds",
+        ),
+        ({"kind": "numbers"}, "labels holds words, but kind is numbers"),
+        ({"labels": [1.5] * EXAMPLES}, "numbers must be finite, and not all the same"),
         (
             {"activations": np.zeros(5)},
             r"activations \[5\] must be \[examples, width\] or \[layers, examples",
