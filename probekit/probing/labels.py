@@ -94,8 +94,13 @@ def target_of(corpus: Corpus, config: Config) -> Target:
             "holds texts by --text, or make a corpus of this table by --model with --text"
         )
     labels = [label for label in (table.labels[row] for row in rows) if label is not None]
-    names, code = _classes(labels, f"probe.labels {table.path}: column {name!r}")
-    ranges, kept = _ranges(corpus, table, rows, document, sentence, code, names)
+    if numbers := _are_numbers(labels):
+        code = np.array(labels, dtype=np.float64)
+    else:
+        names, code = _classes(labels, f"probe.labels {table.path}: column {name!r}")
+    ranges, kept = _ranges(corpus, table, rows, document, sentence, code)
+    if numbers:
+        return _of_numbers(corpus, table, name, ranges, sentence[kept])
     counts = np.bincount(ranges.labels, minlength=len(names))
     lines = _notes(table, name, names, counts, int((~labelled).sum()), int((document == ABSENT).sum()))
     if "start" not in table.columns and (sentence[kept] != ABSENT).all():
@@ -214,6 +219,28 @@ def _classes(labels: Sequence[str], described: str) -> tuple[tuple[str, ...], np
     return tuple(names), np.array([number_of[label] for label in labels], dtype=np.int64)
 
 
+def _are_numbers(labels: Sequence[str]) -> bool:
+    """Whether labels are numbers: with fractions, or more different ones than there can be classes."""
+    different = set(labels)
+    if not different or not all(_is_number(label) and abs(float(label)) < np.inf for label in different):
+        return False
+    return len(different) > MOST_CLASSES or any(float(label) % 1 for label in different)
+
+
+def _of_numbers(corpus: Corpus, table: LabelTable, name: str, ranges: Ranges, sentence: np.ndarray) -> Target:
+    """A target of numbers, of sentences if every labelled range is one."""
+    values = ranges.labels
+    line = (
+        f"labels in {table.path}: {len(values):,} numbers of {name!r} from {values.min():g} to "
+        f"{values.max():g}, mean {values.mean():g}; {len(table.where) - len(values):,} rows are left out"
+    )
+    if "start" not in table.columns and (sentence != ABSENT).all():
+        of_sentences = np.full(len(corpus.first_token), np.nan)
+        of_sentences[sentence] = values
+        return replace(sentence_target(corpus, name, 0, of_sentences), notes=(line,))
+    return Target(name, 0, ranges, kind="numbers", notes=(line,), positions=("last",))
+
+
 def _is_number(text: str) -> bool:
     try:
         return float(text) == float(text)  # a column that holds `nan` holds words
@@ -228,7 +255,6 @@ def _ranges(
     document: np.ndarray,
     sentence: np.ndarray,
     code: np.ndarray,
-    names: Sequence[str],
 ) -> tuple[Ranges, np.ndarray]:
     """The labelled ranges, in the order of the corpus, each once, and the row of each."""
     document, sentence = document[rows], sentence[rows]
@@ -261,9 +287,10 @@ def _ranges(
     if len(clash := np.flatnonzero(same & (np.diff(code[order]) != 0))):
         one, two = sorted(order[clash[0] : clash[0] + 2].tolist())
         other = table.where[rows[two]].removeprefix(str(table.path)).lstrip(": ")
+        first, second = (table.labels[rows[row]] for row in (one, two))
         raise ProbekitError(
-            f"{table.where[rows[one]]} and {other} label the same tokens, as {names[code[one]]!r} and as "
-            f"{names[code[two]]!r}; keep one of them"
+            f"{table.where[rows[one]]} and {other} label the same tokens, as {first!r} and as "
+            f"{second!r}; keep one of them"
         )
     order = order[np.append(True, ~same)]
     return Ranges(document[order], start[order], stop[order], code[order]), rows[order]

@@ -301,10 +301,19 @@ def test_a_missing_column_is_refused_with_those_that_exist(corpus: Corpus, tmp_p
     assert "has no column 'statement' (--text); it has text, action" in line
 
 
+@pytest.mark.parametrize("suffix", list(WRITERS))
+def test_fractions_are_numbers(corpus: Corpus, tmp_path: Path, suffix: str):
+    values = [0.5, None, 2.0, 1e-3]
+    target = read(corpus, "kind", written(tmp_path, suffix, text=TEXTS, kind=values))
+    assert (target.kind, target.classes, target.names) == ("numbers", 0, ())
+    assert isinstance(target.labels, Ranges)
+    assert target.labels.labels.tolist() == [0.5, 2.0, 1e-3]
+    assert "3 numbers of 'kind' from 0.001 to 2, mean 0.833667; 1 rows are left out" in target.notes[0]
+
+
 BAD = [
     ({"text": TEXTS, "kind": ["a"] * 4}, "fewer than two classes: a"),
     ({"text": TEXTS, "kind": [None] * 4}, "fewer than two classes: none"),
-    ({"text": TEXTS, "kind": [0.5, 1.5, 2.0, 1e-3]}, "holds 4 different numbers with fractions, not classes"),
     ({"text": ["Never."], "kind": ["a"]}, "no row with a label has a text of the corpus; name the column"),
     (
         {"document": [0, 99], "kind": ["a", "b"]},
