@@ -398,7 +398,7 @@ def _two_class_statistic(scores: NDArray, positive: NDArray[np.bool_], rate: flo
             found, found_hits = every.take(least, 1), hits.take(least_hit, 1)
             false = found - found_hits
             lower = false + every.take(above, 1) - hits.take(above_hit, 1)
-            auroc = 1 - 0.5 * np.einsum("ij,ij->i", own, lower) * positives / negatives
+            auroc = 1 - 0.5 * np.einsum("ij,ij->i", own, lower) / (hits[:, -1] * negatives)
             precision = np.einsum("ij,ij->i", own, found_hits / np.maximum(found, 1)) * positives
             few = false <= (1 + 1e-12) * rate * negatives[:, None]
             recall = np.where(negatives > 0, np.einsum("ij,ij->i", own, few) * positives, np.nan)
