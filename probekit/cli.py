@@ -9,7 +9,7 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,19 @@ SHARED = ("train", "probe")
 
 TRAINING_SECTIONS = ("lm", "planner", "conditioning", "depth", "training")
 """Sections whose settings only matter in training."""
+
+SHORTHANDS = {
+    "model": "lm.name",
+    "corpus": "corpus.path",
+    "group": "corpus.group_column",
+    "labels": "probe.labels",
+    "text": "probe.text_column",
+    "target": "probe.target",
+}
+"""Options of `probekit probe`, and the settings that they stand for."""
+
+OF_LABELS = ("labels", "text", "target")
+"""Those of them that a run takes, too."""
 
 STUDIES = {"mixing-fraction": ("mixing.fraction", (0, 0.25, 0.5, 0.75, 1), "mixed")}
 """Sweeps with a name: the setting, its values, the variant they are about (arXiv 2410.12492, Figure 4)."""
@@ -134,7 +147,7 @@ def probe(words: list[str]) -> None:
     from probekit.reports.terminal import print_probes
     from probekit.training.train import prepare
 
-    run, settings = parsed.run, dotted(given)
+    run, settings = parsed.run, dotted(given) | _shorthands(parsed, OF_LABELS)
     if parsed.model is not None:
         existing: Existing = "overwrite" if parsed.overwrite else "resume"
         run = prepare(_probed_config(parsed, given), parsed.out, existing=existing, quiet=parsed.quiet)
@@ -147,8 +160,9 @@ def probe(words: list[str]) -> None:
 
 def _parse_probe(words: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     usage = (
-        "probekit probe RUN [--checkpoints] [--SETTING VALUE ...]\n"
-        "       probekit probe --model NAME_OR_FOLDER --corpus FILE_OR_FOLDER [--out FOLDER] [--SETTING ...]"
+        "probekit probe RUN [--labels FILE --target COLUMN] [--checkpoints] [--SETTING VALUE ...]\n"
+        "       probekit probe --model NAME_OR_FOLDER --corpus FILE_OR_FOLDER [--out FOLDER] [--SETTING ...]\n"
+        "       probekit probe --model NAME_OR_FOLDER --labels FILE --text COLUMN --target COLUMN [...]"
     )
     parser = Parser("probekit probe", usage=usage, description=probe.__doc__)
     parser.add_argument("run", nargs="?", metavar="RUN", type=Path, help="a run's folder")
@@ -162,6 +176,17 @@ def _parse_probe(words: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
         "--stage", metavar="STAGE", help="whose checkpoints: lm or adapter/VARIANT (the first that has any)"
     )
     parser.add_argument("--quiet", action="store_true", help="show no progress")
+    group = parser.add_argument_group(
+        "labels", "what is read: a built-in target, or a column of a table of yours"
+    )
+    group.add_argument("--labels", metavar="FILE", help="table of labels: CSV, TSV, JSON lines or Parquet")
+    group.add_argument(
+        "--text", metavar="COLUMN", help="its column of texts; without --corpus, these are the corpus"
+    )
+    group.add_argument("--target", metavar="NAME", help="its column of labels, or a built-in target (action)")
+    group.add_argument(
+        "--group", metavar="COLUMN", help="its column of groups, such as topics, which no two splits share"
+    )
     group = parser.add_argument_group("any model", f"a causal LM on a corpus, by the preset {ANY_MODEL}")
     group.add_argument("--model", metavar="NAME", help="hub name or local folder of a causal LM (lm.name)")
     group.add_argument("--corpus", metavar="FILE", help="file, folder or dataset to read (corpus.path)")
@@ -172,8 +197,10 @@ def _parse_probe(words: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     sections = ALL if any_model else ("device", "evaluation", "probe", "lm.device_map", "lm.dtype")
     parsed, given = parse(parser, words, sections, ANY_MODEL if any_model else None)
     if (parsed.run is None) == (parsed.model is None):
-        parser.error("give a run's folder, or --model with --corpus")
-    for name in ("corpus", "out", "overwrite", "preset", "config"):
+        parser.error("give a run's folder, or --model with --corpus or --labels")
+    if parsed.labels and not (parsed.target or "target" in given.get("probe", {})):
+        parser.error("argument --labels: goes with --target, the column of labels")
+    for name in ("corpus", "group", "out", "overwrite", "preset", "config"):
         if parsed.run is not None and getattr(parsed, name):
             parser.error(f"argument --{name}: goes with --model; {parsed.run} has its own")
     for name in ("model", "store"):
@@ -188,17 +215,31 @@ def _parse_probe(words: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
 
 
 def _probed_config(parsed: argparse.Namespace, given: dict[str, Any]) -> Config:
-    """The config of `--model` and `--corpus`, on the run in `--out` or the preset `any-model`.
+    """The config of `--model`, `--corpus` and `--labels`, on the run in `--out` or the preset `any-model`.
 
-    `--preset` and `--config` win over both.
+    `--preset` and `--config` win over both. Where no corpus is given, it is made of the texts of the labels.
     """
     there = user_path(parsed.out) / "config.yaml"
     begun = there if there.is_file() and not parsed.overwrite else None
     if begun is None:
         parsed.preset = parsed.preset or (None if parsed.config else ANY_MODEL)
     config = chosen_config(parsed, given, begun) or (Config.from_yaml(begun) if begun else Config())
-    paths = {"lm.name": parsed.model, "corpus.path": parsed.corpus}
-    return config.override({name: value for name, value in paths.items() if value is not None})
+    config = config.override(_shorthands(parsed, SHORTHANDS))
+    if begun is not None:
+        return config
+    made: dict[str, Any] = {}
+    if config.corpus.path is None and config.corpus.reader == "auto" and config.probe.labels is not None:
+        made = {"corpus.path": config.probe.labels, "corpus.distinct": True}
+        made |= {"corpus.text_column": parsed.text} if parsed.text else {}
+    if config.probe.target != "action" and not parsed.config and "labels" not in given.get("actions", {}):
+        made["actions.labels"] = "none"  # nothing is built that the target does not need
+    return config.override(made)
+
+
+def _shorthands(parsed: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """The settings that were given by short options."""
+    values = {SHORTHANDS[name]: getattr(parsed, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _probe_checkpoints(parsed: argparse.Namespace, given: dict[str, Any]) -> None:
@@ -206,7 +247,8 @@ def _probe_checkpoints(parsed: argparse.Namespace, given: dict[str, Any]) -> Non
     from probekit.reports.plot_over_training import save_over_training
     from probekit.reports.terminal import print_over_training
 
-    results = probe_checkpoints(parsed.run, dotted(given), parsed.stage, quiet=parsed.quiet)
+    settings = dotted(given) | _shorthands(parsed, OF_LABELS)
+    results = probe_checkpoints(parsed.run, settings, parsed.stage, quiet=parsed.quiet)
     if distributed.is_first():
         print_over_training(results, save_over_training(results))
 
