@@ -161,7 +161,7 @@ def probe(words: list[str]) -> None:
 def _parse_probe(words: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     usage = (
         "probekit probe RUN [--labels FILE --target COLUMN] [--checkpoints] [--SETTING VALUE ...]\n"
-        "       probekit probe --model NAME_OR_FOLDER --corpus FILE_OR_FOLDER [--out FOLDER] [--SETTING ...]\n"
+        "       probekit probe --model NAME_OR_FOLDER --corpus FILE_OR_FOLDER [--out FOLDER] [...]\n"
         "       probekit probe --model NAME_OR_FOLDER --labels FILE --text COLUMN --target COLUMN [...]"
     )
     parser = Parser("probekit probe", usage=usage, description=probe.__doc__)

@@ -148,6 +148,10 @@ class Corpus:
         """Numbers of the documents of a split, in order."""
         return np.flatnonzero(self.split == SPLITS.index(split))
 
+    def groups(self, split: str) -> int:
+        """Number of groups of documents in a split."""
+        return len(np.unique(self.group[self.documents(split)]))
+
     def sentences(self, documents: np.ndarray) -> np.ndarray:
         """Numbers of all sentences of some documents, in order."""
         return ranges(self.document_sentences[documents], self.document_sentences[documents + 1])

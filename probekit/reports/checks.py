@@ -161,10 +161,10 @@ def unfinished(run: Run) -> Iterator[str]:
 
 def few_documents(run: Run) -> Iterator[str]:
     """Intervals from resampling few documents."""
-    if has(run, "corpus/facts.json") and (line := too_few(len(run.corpus.documents("test")))):
+    if has(run, "corpus/facts.json") and (line := too_few(run.corpus.groups("test"))):
         yield line
     counted = []
-    if has(run, PROBES) and len(tested := _probes(run).documents.dropna()):
+    if has(run, PROBES) and len(tested := _probes(run).groups.dropna()):
         counted.append(("", tested.max(), MORE_DOCUMENTS))
     for stage in probed_stages(run):
         documents = best_by_step(run.probes_over_training(stage)).documents.max()

@@ -196,6 +196,12 @@ def generation_notes(metrics: pd.DataFrame) -> Iterator[str]:
 # Probes
 
 
+def documents_tested(table: pd.DataFrame) -> str:
+    """How many documents probes were tested on, and in how many groups if they are fewer."""
+    documents, groups = int(table.documents.max()), int(table.groups.max())
+    return f"{documents:,} documents" + (f" in {groups:,} groups" if groups < documents else "")
+
+
 def probe_tables(table: pd.DataFrame, best: pd.DataFrame) -> list[Table]:
     """The best cells, and the baselines and ceilings at the same positions and horizons.
 
@@ -208,7 +214,7 @@ def probe_tables(table: pd.DataFrame, best: pd.DataFrame) -> list[Table]:
     keys = ["target", "variant", "location", "solver", "layer", "position", "horizon", "seed"]
     caption = (
         f"Best cells, chosen on validation documents, on {examples:,} test examples of "
-        f"{int(table.documents.max()):,} documents"
+        f"{documents_tested(table)}"
     )
     metrics, of_baselines = METRICS_OF[main_metric(table)]
     if "gain_r2" in metrics:

@@ -125,7 +125,7 @@ def print_probes(results: ProbeResults) -> None:
     probes = table[table.reader == "probe"]
     print_tables(tables.probe_tables(table, results.best_cells()))
     print_lines(
-        too_few(table.documents.max()),
+        too_few(table.groups.max()),
         *tables.probe_notes(probes),
         *tables.unreliable_probes(probes),
         *results.notes,

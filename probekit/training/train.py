@@ -319,7 +319,7 @@ def _corpus(run: Run, progress: Progress) -> dict[str, Any]:
     if not distributed.is_first():
         return {}
     corpus = write_corpus(run.config, run.folder / "corpus", progress, str(run.device))
-    if warning := too_few(len(corpus.documents("test"))):
+    if warning := too_few(corpus.groups("test")):
         progress.say(warning)
     return corpus.facts
 

@@ -24,7 +24,7 @@ from probekit.data.corpus import (
 )
 from probekit.data.encoders import WORD
 from probekit.errors import ProbekitError
-from probekit.probing.targets import find_target
+from probekit.probing.labels import target_of
 from probekit.run.run import Run
 from probekit.training.train import build_corpus
 
@@ -208,8 +208,9 @@ def test_a_column_that_is_added_to_an_export_can_be_probed_for(
     assert len(table) == len(expected)
     kinds = ["even" if number % 2 else "odd" for number in range(len(table))]
     WRITERS[suffix](table.assign(kind=kinds), path)
-    target = find_target(difficult, "kind", str(path))
+    config = Config().override({"probe.labels": str(path), "probe.target": "kind"})
+    target = target_of(difficult, config)
     assert [target.names[code] for code in target.of_sentences] == kinds
     if suffix != ".csv":
         assert table.text.tolist() == [row[-1] for row in expected]
-    assert find_target(difficult, "action", str(path)).of_sentences is not None
+    assert target_of(difficult, config.override({"probe.target": "action"})).of_sentences is not None
