@@ -14,7 +14,7 @@ BASELINES = (
 BASELINE_METRICS = ("accuracy", "top5", "cross", "bits")
 ONCE = {"hook_embed": 0, "ln_final.hook_out": 2}
 TYPES = {
-    **dict.fromkeys(("layer", "seed", "distance", "documents", "iterations", "fitted_on"), "Int64"),
+    **dict.fromkeys(("layer", "seed", "distance", "documents", "groups", "iterations", "fitted_on"), "Int64"),
     **dict.fromkeys(("reader", "solver", "variant", "target", "location", "position", "gain_over"), "str"),
     **dict.fromkeys(("converged", "constant"), "boolean"),
 }
@@ -67,7 +67,7 @@ def probe_table(
             accuracy = 0.02 * len(reader) + 0.01 * horizon + 0.01 / distance
             metrics = {k: v for k, v in _metrics(accuracy).items() if k.split("_")[0] in BASELINE_METRICS}
             rows.append(cell | metrics)
-    table = pd.DataFrame(rows).assign(target="action", examples=200, documents=16)
+    table = pd.DataFrame(rows).assign(target="action", examples=200, documents=16, groups=16)
     table["position"] = table.distance.astype(str)
     return table.astype(TYPES).sample(frac=1, random_state=0, ignore_index=True)
 

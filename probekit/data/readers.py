@@ -408,10 +408,13 @@ def _document(record: object, where: str, name: str, settings: CorpusSettings) -
 
 
 def as_written(value: object) -> str | None:
-    """A value of a table as text: None where it is empty, missing, or a number that is none."""
+    """A value of a table as text: None where it is empty, missing, or a number that is none.
+
+    A float that is whole has no fraction: a column of whole numbers of which some are missing holds floats.
+    """
     if value is None or value == "" or (isinstance(value, float) and value != value):
         return None
-    return str(value)
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 @contextmanager

@@ -204,13 +204,13 @@ def _documents_of(corpus: Corpus, texts: Sequence[str | None]) -> np.ndarray:
 def _classes(labels: Sequence[str], described: str) -> tuple[tuple[str, ...], np.ndarray]:
     """The classes, sorted, and the number of each label's class `[rows]`."""
     names = sorted(set(labels))
-    if all(re.fullmatch(r"[+-]?\d+", name) for name in names):
-        names.sort(key=int)
-    elif len(names) > 1 and all(map(_is_number, names)):
-        raise ProbekitError(
-            f"{described} holds {len(names):,} different numbers with fractions, not classes; write a word "
-            "or a whole number for each class"
-        )
+    if all(map(_is_number, names)):
+        if any(float(name) % 1 for name in names):
+            raise ProbekitError(
+                f"{described} holds {len(names):,} different numbers with fractions, not classes; write a word "
+                "or a whole number for each class"
+            )
+        names.sort(key=float)
     if len(names) > MOST_CLASSES:
         raise ProbekitError(f"{described} has {len(names):,} classes; at most {MOST_CLASSES:,} can be probed")
     if len(names) < 2:

@@ -86,7 +86,7 @@ def test_a_sound_run_is_not_suspected(causal: Run):
 
 @pytest.mark.parametrize(("documents", "few"), [(FEW_DOCUMENTS - 1, 1), (FEW_DOCUMENTS, 0)])
 def test_few_documents(documents: int, few: int, run: Run):
-    write_probes(run, sound_probes().assign(documents=documents))
+    write_probes(run, sound_probes().assign(documents=60, groups=documents))
     lines = [line for line in checks(run) if line.startswith("Only 39 test documents")]
     assert len(lines) == few
 
