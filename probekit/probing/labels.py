@@ -207,8 +207,8 @@ def _classes(labels: Sequence[str], described: str) -> tuple[tuple[str, ...], np
     if all(map(_is_number, names)):
         if any(float(name) % 1 for name in names):
             raise ProbekitError(
-                f"{described} holds {len(names):,} different numbers with fractions, not classes; write a word "
-                "or a whole number for each class"
+                f"{described} holds {len(names):,} different numbers with fractions, not classes; write a "
+                "word or a whole number for each class"
             )
         names.sort(key=float)
     if len(names) > MOST_CLASSES:
