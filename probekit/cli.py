@@ -41,10 +41,11 @@ SHORTHANDS = {
     "labels": "probe.labels",
     "text": "probe.text_column",
     "target": "probe.target",
+    "positions": "probe.positions",
 }
 """Options of `probekit probe`, and the settings that they stand for."""
 
-OF_LABELS = ("labels", "text", "target")
+OF_LABELS = ("labels", "text", "target", "positions")
 """Those of them that a run takes, too."""
 
 STUDIES = {"mixing-fraction": ("mixing.fraction", (0, 0.25, 0.5, 0.75, 1), "mixed")}
@@ -186,6 +187,12 @@ def _parse_probe(words: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     group.add_argument("--target", metavar="NAME", help="its column of labels, or a built-in target (action)")
     group.add_argument(
         "--group", metavar="COLUMN", help="its column of groups, such as topics, which no two splits share"
+    )
+    group.add_argument(
+        "--positions",
+        nargs="+",
+        metavar="POSITION",
+        help="where it is read: last, mean, first, or tokens before",
     )
     group = parser.add_argument_group("any model", f"a causal LM on a corpus, by the preset {ANY_MODEL}")
     group.add_argument("--model", metavar="NAME", help="hub name or local folder of a causal LM (lm.name)")

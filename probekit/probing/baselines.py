@@ -87,8 +87,8 @@ def counted_examples(corpus: Corpus, settings: ProbeSettings, grid: Grid, seed: 
     documents = np.concatenate([corpus.documents("train"), corpus.documents(FITTED_ON)])
     order = np.random.default_rng(seed).permutation(np.setdiff1d(documents, fitted_on))
     order = np.concatenate([fitted_on, order])
-    ends = corpus.document_sentences if settings.anchors == "start" else corpus.document_tokens
-    drawn = np.sort(order[np.cumsum(ends[order + 1] - ends[order]) <= MOST_EXAMPLES])
+    anchors = grid.target.anchors(corpus, settings.anchors)
+    drawn = np.sort(order[np.cumsum(anchors[order]) <= MOST_EXAMPLES])
     examples = find_examples(corpus, drawn, grid.target, grid.horizons, settings.anchors)
     near = [reached(corpus, examples, position) for position in grid.positions]
     return examples[np.all(near, axis=0) & labelled(examples.labels).all(axis=1)]
@@ -111,7 +111,7 @@ def _of_sentences(run: Run, grid: Grid, training: Examples, horizon: int) -> dic
             for examples in (training, chosen, test)
         ]
         baselines["bigram (current action)"] = _bigram(grid, training, h, *previous)
-    if target.name != "action":
+    if target.name != "action" or target.of_sentences is None:
         return baselines
 
     def of_test(predict: Callable[[np.ndarray], np.ndarray], rows: slice) -> np.ndarray:

@@ -40,7 +40,7 @@ from probekit.probing.solvers import (
     SoftmaxProbes,
 )
 from probekit.probing.store import Held
-from probekit.probing.targets import Examples, Target, find_examples, labelled, reached
+from probekit.probing.targets import Examples, Ranges, Target, find_examples, labelled, reached
 from probekit.progress import Meter, Progress
 
 FITTED_ON, CHOSEN_ON, TESTED_ON = "probe", "validation", "test"
@@ -116,13 +116,15 @@ def make_grid(corpus: Corpus, settings: ProbeSettings, target: Target, seed: int
                 f"corpus.{split}_fraction above 0"
             )
         if split != TESTED_ON:
-            documents = _drawn(corpus, documents, settings, positions, seed)
+            documents = _drawn(corpus, documents, target, settings, positions, seed)
         every[split] = find_examples(corpus, documents, target, settings.horizons, settings.anchors)
         near = [reached(corpus, every[split], position) for position in positions]
         known = labelled(every[split].labels)
         usable[split] = np.stack(near, axis=1)[:, :, None] & known[:, None, :]
 
     by_reach, h_kept = _filled(usable, settings)
+    if not by_reach:
+        raise ProbekitError(_too_few(every, usable, positions, settings))
     p_kept = sorted(by_reach)
     examples = {}
     for split, whole in every.items():
@@ -131,6 +133,12 @@ def make_grid(corpus: Corpus, settings: ProbeSettings, target: Target, seed: int
             rows = rows[:: max(1, -(-len(rows) // settings.max_examples))]
         kept = whole[rows]
         examples[split] = replace(kept, labels=kept.labels[:, h_kept])
+    if len(fitted := np.unique(examples[FITTED_ON].labels)) < 2 and target.kind == "classes":
+        name = target.names[int(fitted[0])] if target.names else fitted[0]
+        raise ProbekitError(
+            f"all {len(examples[FITTED_ON]):,} examples to fit on are of the class {name!r} of "
+            f"{target.name!r}; give documents of other classes to the split 'probe'"
+        )
     grid = Grid(
         target,
         tuple(positions[p] for p in p_kept),
@@ -159,17 +167,22 @@ def check_solvers(target: Target, settings: ProbeSettings) -> None:
 
 
 def _drawn(
-    corpus: Corpus, documents: np.ndarray, settings: ProbeSettings, positions: Sequence[Position], seed: int
+    corpus: Corpus,
+    documents: np.ndarray,
+    target: Target,
+    settings: ProbeSettings,
+    positions: Sequence[Position],
+    seed: int,
 ) -> np.ndarray:
     """Documents in random order, as long as they hold `max_examples` examples at most.
 
     But at least `LEAST_DOCUMENTS`, or all that there are; their examples are thinned out later.
     """
     order = np.random.default_rng(seed).permutation(documents)
-    ends = corpus.document_sentences if settings.anchors == "start" else corpus.document_tokens
     # Nothing is before the first sentence, so where something before is read, it is no example.
-    unread = any(isinstance(position, int) and position > 0 for position in positions)
-    examples = np.cumsum(np.maximum(ends[order + 1] - ends[order] - unread, 0))
+    before = any(isinstance(position, int) and position > 0 for position in positions)
+    unread = before and not isinstance(target.labels, Ranges)
+    examples = np.cumsum(np.maximum(target.anchors(corpus, settings.anchors)[order] - unread, 0))
     return order[: max(LEAST_DOCUMENTS, int((examples <= settings.max_examples).sum()))]
 
 
@@ -177,7 +190,7 @@ def _filled(usable: Mapping[str, np.ndarray], settings: ProbeSettings) -> tuple[
     """Numbers of the positions, those that most examples reach first, and horizons that are not empty.
 
     The position that fewest examples reach is dropped until enough are left to all, then the farthest
-    horizon.
+    horizon. None are left where no cell has enough.
 
     Args:
         usable: By split, whether each position and horizon can use each example, bool
@@ -203,13 +216,37 @@ def _filled(usable: Mapping[str, np.ndarray], settings: ProbeSettings) -> tuple[
         positions.pop()
     while len(horizons) > 1 and not enough(positions, horizons):
         horizons.pop()
-    if not enough(positions, horizons):
-        raise ProbekitError(
-            f"no position and horizon has {MINIMUM_EXAMPLES} examples in each of the splits "
-            f"{', '.join(usable)}; give nearer probe.positions or probe.horizons, raise probe.max_examples, "
-            "or give more documents"
+    return (positions, sorted(horizons)) if enough(positions, horizons) else ([], [])
+
+
+def _too_few(
+    every: Mapping[str, Examples],
+    usable: Mapping[str, np.ndarray],
+    positions: Sequence[Position],
+    settings: ProbeSettings,
+) -> str:
+    """What is short where no cell has enough examples, and the setting that helps."""
+    counts, unread = [], False
+    for split, examples in every.items():
+        known = int(labelled(examples.labels).any(axis=1).sum())
+        read = int(usable[split].any(axis=2).sum(axis=0).max())
+        unread |= read < MINIMUM_EXAMPLES <= known
+        counts.append(
+            f"{split} has {known:,} with a label in {len(np.unique(examples.document)):,} documents, "
+            f"{read:,} of them read"
         )
-    return positions, sorted(horizons)
+    remedy = (
+        "label more, give more documents, or change corpus.probe_fraction, corpus.validation_fraction and "
+        "corpus.test_fraction"
+    )
+    if unread:
+        remedy = (
+            f"position {', '.join(map(str, positions))} is outside most texts: give nearer probe.positions, "
+            "or last, mean or first"
+        )
+    elif len(settings.horizons) > 1 or settings.horizons != (1,):
+        remedy += ", or lower probe.horizons"
+    return f"no position and horizon has {MINIMUM_EXAMPLES} examples in each split: {', '.join(counts)}; {remedy}"
 
 
 def _notes(grid: Grid, most: int, least: Position) -> Iterator[str]:

@@ -110,6 +110,19 @@ def target_of(corpus: Corpus, config: Config) -> Target:
     return Target(name, len(names), ranges, names=names, notes=tuple(lines), positions=("last",))
 
 
+def beyond_window(corpus: Corpus, target: Target, window: int) -> str | None:
+    """A line if the LM cannot read at once all of the text up to the end of some labelled ranges."""
+    if not isinstance(target.labels, Ranges):
+        return None
+    before = target.labels.stop - corpus.document_tokens[target.labels.document]
+    if not (count := int((before > window).sum())):
+        return None
+    return (
+        f"{count:,} of {len(before):,} labelled ranges end after the {window:,} tokens that the LM reads at once: "
+        "it has not read the beginning there; raise probe.window, or label shorter texts"
+    )
+
+
 def _read(path: Path, column: str, config: Config) -> LabelTable | None:
     """Reads a table; None if it lacks the column, but there is a built-in target of its name."""
     texts = config.probe.text_column

@@ -52,7 +52,7 @@ from probekit.probing.grid import (
     make_grid,
     score,
 )
-from probekit.probing.labels import target_of
+from probekit.probing.labels import beyond_window, target_of
 from probekit.probing.results import SETTINGS, DocumentSums, Facts, probes_file, table_of, validation_loss
 from probekit.probing.store import Held, Store, write_store
 from probekit.probing.targets import Target
@@ -137,6 +137,10 @@ def probe(
     target = target_of(run.corpus, run.config)
     grids = _grids(run, target)
     progress = Progress(quiet=quiet)
+    beyond = beyond_window(run.corpus, target, probing_windows(run)[0])
+    of_labels = [*target.notes, *([beyond] if beyond else [])]
+    for line in of_labels:
+        progress.say(line)
     shared = next(iter(grids.values()))
     with progress.task("score baselines"):
         scored = baseline_sums(run, shared)
@@ -170,7 +174,7 @@ def probe(
         for known in sums.readers
         if known.get("constant")
     }
-    notes = [*_grid_notes(grids), *sorted(constant)]
+    notes = [*of_labels, *_grid_notes(grids), *sorted(constant)]
     if distributed.is_first():
         documents = {
             seed: {split: len(np.unique(e.document)) for split, e in grid.examples.items()}
