@@ -133,8 +133,8 @@ def make_grid(corpus: Corpus, settings: ProbeSettings, target: Target, seed: int
             rows = rows[:: max(1, -(-len(rows) // settings.max_examples))]
         kept = whole[rows]
         examples[split] = replace(kept, labels=kept.labels[:, h_kept])
-    if len(fitted := np.unique(examples[FITTED_ON].labels)) < 2 and target.kind == "classes":
-        name = target.names[int(fitted[0])] if target.names else fitted[0]
+    if target.names and len(fitted := np.unique(examples[FITTED_ON].labels)) < 2:
+        name = target.names[int(fitted[0])]
         raise ProbekitError(
             f"all {len(examples[FITTED_ON]):,} examples to fit on are of the class {name!r} of "
             f"{target.name!r}; give documents of other classes to the split 'probe'"
@@ -246,7 +246,8 @@ def _too_few(
         )
     elif len(settings.horizons) > 1 or settings.horizons != (1,):
         remedy += ", or lower probe.horizons"
-    return f"no position and horizon has {MINIMUM_EXAMPLES} examples in each split: {', '.join(counts)}; {remedy}"
+    shown = ", ".join(counts)
+    return f"no position and horizon has {MINIMUM_EXAMPLES} examples in each split: {shown}; {remedy}"
 
 
 def _notes(grid: Grid, most: int, least: Position) -> Iterator[str]:

@@ -118,8 +118,8 @@ def beyond_window(corpus: Corpus, target: Target, window: int) -> str | None:
     if not (count := int((before > window).sum())):
         return None
     return (
-        f"{count:,} of {len(before):,} labelled ranges end after the {window:,} tokens that the LM reads at once: "
-        "it has not read the beginning there; raise probe.window, or label shorter texts"
+        f"{count:,} of {len(before):,} labelled ranges end after the {window:,} tokens that the LM reads at "
+        "once: it has not read the beginning there; raise probe.window, or label shorter texts"
     )
 
 

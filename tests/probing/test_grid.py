@@ -1,5 +1,6 @@
 """The grid against walking through every anchor: what all cells share, what is empty, what the notes say."""
 
+import re
 from collections import Counter
 from typing import Any
 
@@ -226,14 +227,16 @@ def test_classes_that_nobody_can_learn_are_noted(named: bool):
 # What is refused
 
 
-def test_nothing_left_is_refused_with_what_to_change(tiny_run: Run):
-    for settings in ({"positions": [500]}, {"horizons": [90]}):
-        with pytest.raises(ProbekitError, match=f"has {MINIMUM_EXAMPLES} examples in each") as caught:
-            grid_of(tiny_run.corpus, **settings)
-        line = str(caught.value)
-        assert "\n" not in line
-        for name in ("probe.positions", "probe.horizons", "probe.max_examples"):
-            assert name in line
+@pytest.mark.parametrize("name", ["positions", "horizons"])
+def test_nothing_left_is_refused_with_what_is_short_and_what_to_change(tiny_run: Run, name: str):
+    with pytest.raises(ProbekitError, match=f"has {MINIMUM_EXAMPLES} examples in each") as caught:
+        grid_of(tiny_run.corpus, **{name: [500]})
+    line = str(caught.value)
+    assert "\n" not in line
+    assert f"probe.{name}" in line
+    labelled = "0" if name == "horizons" else r"\d+"
+    for split in USED:
+        assert re.search(rf"{split} has {labelled} with a label in \d+ documents, 0 of them read", line)
 
 
 @pytest.mark.parametrize("split", USED)
