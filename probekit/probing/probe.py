@@ -167,6 +167,8 @@ def probe(
     ]
     resampling = Resampling(resamples=run.config.evaluation.resamples, seed=run.config.seed)
     table = table_of(scored, shared.tested(), empty, resampling).assign(target=target.name)
+    documents_tested = len(np.unique(shared.examples[TESTED_ON].document))
+    table["documents"] = table.documents.where(table.documents.isna(), documents_tested)
     constant = {
         f"constant activations, which hold no information: {known['location']}, layer {known['layer']}, "
         f"position {known['position']} ({known['variant'] or known['reader']})"

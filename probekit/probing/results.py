@@ -62,7 +62,8 @@ _INTERVALS = (*METRICS.values(), "bits", "selectivity", "shortfall", "gain", "ba
 COLUMNS = (
     {"reader": "str", "solver": "str", "variant": "str", "target": "str", "seed": "Int64"}
     | {"location": "str", "layer": "Int64", "position": "str", "distance": "Int64", "horizon": "int64"}
-    | {"injected": "bool", "constant": "boolean", "examples": "int64", "documents": "Int64"}
+    | {"injected": "bool", "constant": "boolean"}
+    | {"examples": "int64", "documents": "Int64", "groups": "Int64"}
     | {f"{metric}{bound}": "float64" for metric in _INTERVALS for bound in ("", "_low", "_high")}
     | {"gain_over": "str", "control_accuracy": "float64"}
     | {"code_length": "float64", "compression": "float64"}
@@ -285,7 +286,7 @@ def table_of(
         for metric, found in _of_single_examples(part, tested, resampling).items():
             write(metric, np.arange(end - len(part.readers), end), found)
     rows["examples"] = int(counts.sum())
-    rows["documents"] = int(np.count_nonzero(counts))
+    rows["documents"] = rows["groups"] = int(np.count_nonzero(counts))
 
     differ = rows.horizon.map(tested.differ).to_numpy(bool)
     compared = probes & (rows.injected != True).to_numpy() & differ  # noqa: E712 - NaN for baselines

@@ -264,7 +264,7 @@ def probes(run: Run) -> Iterator[Section]:
     yield Section(
         "Probes",
         f"Probes of {cells.target.iloc[0]} on {examples:,} test "
-        f"examples of {int(table.documents.max()):,} documents. Accuracy and bits have "
+        f"examples of {tables.documents_tested(table)}. Accuracy and bits have "
         f"{INTERVALS}; the intervals of the gain over the strongest baseline that needs no model "
         "hold for all cells together.",
         pictures=list(_probe_pictures(run, table)),

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from running import ONE_CELL, Capture, printed, refused
@@ -11,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from probekit.cli import _parse_probe, _probed_config
 from probekit.config import Config
 from probekit.data.tokenizer import train_tokenizer
+from probekit.errors import ProbekitError
 from probekit.io import read_json, write_json
 from probekit.run.run import Run
 
@@ -185,3 +187,57 @@ def test_a_model_that_was_probed_before_keeps_its_settings(tmp_path: Path):
     assert probed(out=tmp_path, overwrite=True) == afresh
     demo = probed("--preset", "demo", out=tmp_path)
     assert demo == Config.from_preset("demo").override({"lm.name": "gpt2", "corpus.path": "some/text"})
+
+
+# Tables of labels
+
+
+def statements(folder: Path, count: int = 400) -> Path:
+    """Statements of one sentence, true if they end in `old king`; two rows a topic are copies."""
+    generator = np.random.default_rng(1)
+    rows = []
+    for n in range(count):
+        true = bool(generator.integers(2))
+        words = " ".join(generator.choice(["the", "plan", "of", "a", "river", "town", "went"], size=6))
+        end = "old king" if true else "a town"
+        rows.append({"statement": f"{words} {end}.".capitalize(), "topic": f"t{n % 60}"})
+        rows[-1]["is_true"] = "yes" if true else "no"
+    path = folder / "truth.csv"
+    pd.DataFrame(rows).drop_duplicates("statement").to_csv(path, index=False)
+    return path
+
+
+def test_a_table_of_statements_is_corpus_and_labels(capsys: Capture, lm: Path, tmp_path: Path):
+    table, out = statements(tmp_path), tmp_path / "out"
+    words = ["--text", "statement", "--target", "is_true", "--group", "topic", "--training.window", "32"]
+    few = ["--probe.layers", "1", "--probe.variants", "none", "--evaluation.resamples", "100", "--quiet"]
+    shown = printed(capsys, "probe", "--model", lm, "--labels", table, *words, "--out", out, *few)
+    assert "classes of 'is_true'" in shown
+    assert "groups" in shown
+    run = Run.open(out)
+    corpus = run.corpus
+    assert not corpus.has_actions
+    assert not (out / "corpus" / "encoder").exists(), "nothing is built that the target does not need"
+    found = run.probes()
+    (probe,) = found[found.reader == "probe"].itertuples()
+    assert probe.position == "last"
+    assert probe.groups < probe.documents == len(corpus.documents("test"))
+    assert set(found.reader) >= {"probe", "prior", "skip n-gram", "token embedding"}
+    with pytest.raises(ProbekitError, match="built without actions"):
+        _ = corpus.actions
+    # Another column of a table for the finished run, from another folder.
+    spans = tmp_path / "spans.tsv"
+    texts = [document.text for _, batch in corpus.texts.batches() for document in batch]
+    rows = [(n, text.rindex(" ") + 1, len(text) - 1) for n, text in enumerate(texts)]
+    last = [texts[n][a:b] for n, a, b in rows]
+    pd.DataFrame(rows, columns=["document", "start", "end"]).assign(word=last).to_csv(
+        spans, sep="\t", index=False
+    )
+    printed(capsys, "probe", out, "--labels", spans, "--target", "word", "--positions", "mean", *few)
+    found = Run.open(out).probes()
+    (probe,) = found[found.reader == "probe"].itertuples()
+    assert (probe.target, probe.position) == ("word", "mean")
+    assert probe.accuracy > 0.95, "the word is in its own tokens"
+    assert "built without actions" in refused(capsys, "probe", out, "--target", "action", "--quiet")
+    assert "goes with --target" in refused(capsys, "probe", out, "--labels", spans)
+    assert "--group: goes with --model" in refused(capsys, "probe", out, "--group", "topic")
