@@ -148,7 +148,7 @@ def probe(words: list[str]) -> None:
     from probekit.reports.terminal import print_probes
     from probekit.training.train import prepare
 
-    run, settings = parsed.run, dotted(given) | _shorthands(parsed, OF_LABELS)
+    run, settings = parsed.run, _shorthands(parsed, OF_LABELS) | dotted(given)
     if parsed.model is not None:
         existing: Existing = "overwrite" if parsed.overwrite else "resume"
         run = prepare(_probed_config(parsed, given), parsed.out, existing=existing, quiet=parsed.quiet)
@@ -246,7 +246,9 @@ def _probed_config(parsed: argparse.Namespace, given: dict[str, Any]) -> Config:
 def _shorthands(parsed: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
     """The settings that were given by short options."""
     values = {SHORTHANDS[name]: getattr(parsed, name) for name in names}
-    return {name: value for name, value in values.items() if value is not None}
+    found = {name: value for name, value in values.items() if value is not None}
+    # Another table need not have the column of texts that an earlier one had.
+    return {"probe.text_column": None} | found if parsed.labels else found
 
 
 def _probe_checkpoints(parsed: argparse.Namespace, given: dict[str, Any]) -> None:
@@ -254,7 +256,7 @@ def _probe_checkpoints(parsed: argparse.Namespace, given: dict[str, Any]) -> Non
     from probekit.reports.plot_over_training import save_over_training
     from probekit.reports.terminal import print_over_training
 
-    settings = dotted(given) | _shorthands(parsed, OF_LABELS)
+    settings = _shorthands(parsed, OF_LABELS) | dotted(given)
     results = probe_checkpoints(parsed.run, settings, parsed.stage, quiet=parsed.quiet)
     if distributed.is_first():
         print_over_training(results, save_over_training(results))
