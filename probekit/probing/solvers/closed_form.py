@@ -15,9 +15,10 @@ become probabilities by
     log p(c | z) = log p_c + score_c(z) / T + constant
 
 at a temperature T chosen for each probe, with its penalty, on validation examples. An infinite T, the class
-prior, is a candidate. Of several maps from a regression's scores to probabilities, this one came closest to
-a softmax probe, and LDA at T = 1 is far overconfident (LOG.md). Classes without examples have no score:
-together they get the probability 1 / (n + 1) at every activation, the others share the rest.
+prior, is a candidate, but not for mean-difference probes. Of several maps from a regression's scores to
+probabilities, this one came closest to a softmax probe, and LDA at T = 1 is far overconfident (LOG.md).
+Classes without examples have no score: together they get the probability 1 / (n + 1) at every activation, the
+others share the rest.
 """
 
 from __future__ import annotations
@@ -228,6 +229,9 @@ class ClosedFormProbes(ABC):
         classes_: Number of classes.
     """
 
+    may_be_prior = True
+    """Whether an infinite temperature is a candidate."""
+
     def __init__(self, penalties: Sequence[float]) -> None:
         self.penalties = tuple(penalties)
 
@@ -281,6 +285,8 @@ class ClosedFormProbes(ABC):
         observed = distributed.total(self._observed, self._losses.device)
         found = self._losses / observed  # [probes, penalties, temperatures]
         check_validation(found)
+        if not self.may_be_prior:
+            found[..., torch.tensor(TEMPERATURES).isinf().to(found.device)] = torch.inf
         best, each = found.flatten(1).argmin(1), torch.arange(len(found), device=found.device)
         penalty, temperature = best // len(TEMPERATURES), best % len(TEMPERATURES)
         self.validation_cross_entropy_ = found.amin(2)
@@ -400,7 +406,12 @@ class LDAProbes(ClosedFormProbes):
 
 
 class MeanDifferenceProbes(LDAProbes):
-    """A batch of classifiers by the nearest class mean: LDA with a multiple of the identity as covariance."""
+    """A batch of classifiers by the nearest class mean: LDA with a multiple of the identity as covariance.
+
+    They keep their directions, which order examples, where on validation examples the prior is better.
+    """
+
+    may_be_prior = False
 
     def __init__(self) -> None:
         super().__init__([1.0])
