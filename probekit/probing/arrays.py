@@ -28,20 +28,8 @@ from probekit.errors import ProbekitError
 from probekit.evaluation.action_metrics import prior_log_probabilities
 from probekit.io import read_array, read_metadata, read_tensors, write_tensors
 from probekit.probing.activations import Done, HookPoint, Stack
-from probekit.probing.grid import (
-    CHOSEN_ON,
-    FITTED_ON,
-    MINIMUM_EXAMPLES,
-    TESTED_ON,
-    FitJob,
-    Grid,
-    Task,
-    check_solvers,
-    fit,
-    fit_sums,
-    hold,
-    score,
-)
+from probekit.probing.fitting import FitJob, Task, fit, fit_sums, hold, score
+from probekit.probing.grid import CHOSEN_ON, FITTED_ON, MINIMUM_EXAMPLES, TESTED_ON, Grid, check_solvers
 from probekit.probing.results import (
     Cell,
     DocumentSums,

@@ -24,7 +24,8 @@ from probekit.data.corpus import Corpus, ranges
 from probekit.evaluation.action_metrics import fit_bigram, prior_log_probabilities
 from probekit.evaluation.baselines import SkipNgram, contexts, planner_log_probabilities, planners
 from probekit.planted.ceilings import ceiling_log_probabilities, has_ceiling, position_ceiling
-from probekit.probing.grid import CHOSEN_ON, FITTED_ON, TESTED_ON, Grid, document_numbers, predicted
+from probekit.probing.fitting import predicted
+from probekit.probing.grid import CHOSEN_ON, FITTED_ON, TESTED_ON, Grid, document_numbers
 from probekit.probing.results import CEILING, DocumentSums, Facts, ScoredExamples
 from probekit.probing.solvers import Moments, RegressionProbes, RidgeProbes
 from probekit.probing.targets import Examples, find_examples, labelled, reached

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from probekit import distributed
-from probekit.config import ProbedName, SolverName, reading_order, user_path
+from probekit.config import ProbedName, ProbeSettings, SolverName, reading_order, user_path
 from probekit.errors import ProbekitError
 from probekit.io import atomic_folder, read_metadata, read_tensors, write_json, write_table, write_tensors
 from probekit.models.conditioning import CONDITIONINGS, conditioned_location
@@ -37,21 +37,8 @@ from probekit.probing.activations import (
     stacks_of,
 )
 from probekit.probing.baselines import baseline_sums
-from probekit.probing.grid import (
-    CHOSEN_ON,
-    CLOSED_FORM,
-    FITTED_ON,
-    TESTED_ON,
-    FitJob,
-    Fitted,
-    Grid,
-    control_task,
-    fit,
-    fit_sums,
-    hold,
-    make_grid,
-    score,
-)
+from probekit.probing.fitting import CLOSED_FORM, FitJob, Fitted, control_task, fit, fit_sums, hold, score
+from probekit.probing.grid import CHOSEN_ON, FITTED_ON, TESTED_ON, Grid, make_grid
 from probekit.probing.labels import beyond_window, target_of
 from probekit.probing.results import SETTINGS, DocumentSums, Facts, probes_file, table_of, validation_loss
 from probekit.probing.store import Held, Store, write_store
@@ -135,6 +122,9 @@ def probe(
             )
     points = _hook_points(run)
     target = target_of(run.corpus, run.config)
+    if target.kind == "numbers" and config.solvers == ProbeSettings().solvers:
+        run = run.with_settings({"probe.solvers": ["ridge"]})
+        config = run.config.probe
     grids = _grids(run, target)
     progress = Progress(quiet=quiet)
     beyond = beyond_window(run.corpus, target, probing_windows(run)[0])

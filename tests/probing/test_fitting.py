@@ -14,20 +14,8 @@ from torch import Tensor
 from probekit.config import Config
 from probekit.probing.activations import Stack
 from probekit.probing.controls import block_ends, prequential_code, prior_code
-from probekit.probing.grid import (
-    CHOSEN_ON,
-    CLOSED_FORM,
-    FITTED_ON,
-    TESTED_ON,
-    FitJob,
-    Grid,
-    Task,
-    fit,
-    fit_sums,
-    hold,
-    score,
-    target_tasks,
-)
+from probekit.probing.fitting import CLOSED_FORM, FitJob, Task, fit, fit_sums, hold, score, target_tasks
+from probekit.probing.grid import CHOSEN_ON, FITTED_ON, TESTED_ON, Grid
 from probekit.probing.results import DocumentSums, Facts
 from probekit.probing.solvers import (
     L1Probes,

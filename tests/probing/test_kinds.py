@@ -25,17 +25,8 @@ from probekit.probing import baselines
 from probekit.probing import probe as probing
 from probekit.probing.activations import Stack
 from probekit.probing.controls import control_labels, control_numbers
-from probekit.probing.grid import (
-    CHOSEN_ON,
-    FITTED_ON,
-    TESTED_ON,
-    FitJob,
-    Grid,
-    Task,
-    fit_sums,
-    make_grid,
-    score,
-)
+from probekit.probing.fitting import FitJob, Task, fit_sums, score
+from probekit.probing.grid import CHOSEN_ON, FITTED_ON, TESTED_ON, Grid, make_grid
 from probekit.probing.results import DocumentSums, main_metric, table_of
 from probekit.probing.targets import Examples, Target, sentence_target
 from probekit.progress import Meter, Progress

@@ -60,11 +60,12 @@ def test_corpus(tiny_run: Run, capsys):
     assert f"adjusted Rand index {index:.3f}" in printed
     table = inspect.action_table(tiny_run.corpus, nearest=2)
     for action, row in table.iterrows():
-        line = next(r for r in rows if r[0] == str(action) and len(r) == 5)
+        line = next(r for r in rows if r[0] == str(action) and len(r) == 6)
         assert line[1] == str(row.sentences)
         assert line[2] == f"{row['share']:.1%}"
         assert len(line[3]) == round(12 * row["share"] / table["share"].max())
-        assert line[4] == row.nearest[0]
+        assert line[4] == row.words
+        assert line[5] == row.nearest[0]
         assert row.nearest[1] in printed
 
 
@@ -73,7 +74,7 @@ def test_rarer_actions_are_counted(tiny_run: Run, capsys, monkeypatch):
     print_corpus(tiny_run.corpus, nearest=0)
     printed = capsys.readouterr().out
     assert "5 rarer ones are left out" in printed
-    assert len([row for row in rows_of(printed) if row[0].isdigit() and len(row) == 5]) == 3
+    assert len([row for row in rows_of(printed) if row[0].isdigit() and len(row) == 6]) == 3
 
 
 def test_text_of_a_corpus_is_shown_as_it_is(tmp_path: Path, capsys):

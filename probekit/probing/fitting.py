@@ -1,0 +1,423 @@
+"""Fitting and scoring all cells of a grid for one variant, in batches of probes.
+
+Solvers that need all their examples at once hold those of the two splits they are fitted and chosen on, which
+`probe.max_examples` bounds; closed-form solvers alone hold sums. Test examples are scored as they are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from probekit import distributed
+from probekit.config import Position, ProbeSettings, SolverName
+from probekit.data.corpus import Corpus
+from probekit.evaluation.action_metrics import prior_log_probabilities
+from probekit.probing.activations import Activations, Stack
+from probekit.probing.controls import (
+    block_ends,
+    control_labels,
+    control_numbers,
+    prequential_code,
+    prior_code,
+)
+from probekit.probing.grid import CHOSEN_ON, FITTED_ON, TESTED_ON, Grid
+from probekit.probing.results import LINEAR_SOLVERS, Cell, DocumentSums, Facts, row_slices
+from probekit.probing.solvers import (
+    L1Probes,
+    LDAProbes,
+    MeanDifferenceProbes,
+    MLPProbes,
+    Moments,
+    RegressionProbes,
+    RidgeProbes,
+    SoftmaxProbes,
+)
+from probekit.probing.store import Held
+from probekit.progress import Meter, Progress
+
+ClosedForm = RidgeProbes | LDAProbes
+Classifiers = SoftmaxProbes | L1Probes | MLPProbes | ClosedForm
+Probes = Classifiers | RegressionProbes
+
+CLOSED_FORM: frozenset[SolverName] = frozenset({"ridge", "lda", "mean-difference"})
+"""Solvers that need sums over their examples, not the examples."""
+
+FACTS = {"l2": "l2_", "l1": "l1_", "nonzero": "nonzero_", "shrinkage": "shrinkage_"} | {
+    "iterations": "n_iter_",
+    "converged": "converged_",
+}
+"""Columns of the results, and the attributes in which solvers that have such a thing keep it."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a batch of probes predicts: the target at a horizon, or the control task.
+
+    Attributes:
+        horizon: Horizon of the target; None for the control task.
+        labels: By split, `[examples]`, or `[positions, examples]` where they depend on what is read.
+    """
+
+    horizon: int | None
+    labels: Mapping[str, np.ndarray]
+
+    def of(self, split: str, rows: slice, probes: slice, device: torch.device) -> Tensor:
+        """Labels of some examples `[examples]`, or `[probes, examples]` for some probes of a stack."""
+        labels = self.labels[split][..., rows]
+        if labels.ndim == 2:
+            labels = labels[np.arange(probes.start, probes.stop) % len(labels)]
+        return torch.from_numpy(np.ascontiguousarray(labels)).to(device)
+
+
+def target_tasks(grid: Grid) -> list[Task]:
+    """The grid's target at every horizon."""
+    return [
+        Task(horizon, {split: grid.labels(split, horizon) for split in grid.examples})
+        for horizon in grid.horizons
+    ]
+
+
+def control_task(corpus: Corpus, grid: Grid, seed: int) -> Task:
+    """The control task: labels that can only be predicted by memorising tokens; see `control_labels`."""
+    known = grid.labels(FITTED_ON, grid.horizons[0])
+
+    def make(positions: np.ndarray) -> np.ndarray:
+        if grid.target.kind == "numbers":
+            return control_numbers(corpus, positions, known, seed)
+        prior = np.exp(prior_log_probabilities(known, grid.target.classes))
+        return control_labels(corpus, positions, prior, seed)
+
+    labels = {
+        split: np.stack([make(examples.last_read(p)) for p in grid.positions])
+        for split, examples in grid.examples.items()
+    }
+    if grid.target.kind == "numbers":  # R2 is measured against the mean of the examples fitted on
+        level = labels[FITTED_ON].mean(axis=1, keepdims=True)
+        labels = {split: numbers - level for split, numbers in labels.items()}
+    return Task(None, labels)
+
+
+@dataclass(frozen=True)
+class FitJob:
+    """What is fitted for one variant.
+
+    Attributes:
+        grid: The grid.
+        settings: Solvers and penalties.
+        control: The control task, or None.
+        seed: Seed of the solvers that need one.
+        device: Where to fit and score.
+        progress: Shows the tokens that are read and the probes that are fitted.
+        name: What the job is called there.
+        folder: Where activations are held for which memory has no room.
+        meter: Counts the tokens that are read.
+        tokens_read: By position, the median number of tokens that the LM had read there of test examples.
+    """
+
+    grid: Grid
+    settings: ProbeSettings
+    control: Task | None
+    seed: int
+    device: torch.device
+    progress: Progress
+    name: str
+    folder: Path
+    meter: Meter
+    tokens_read: Mapping[Position, int]
+
+    def read(self, activations: Activations, split: str) -> Iterator[tuple[slice, list[Tensor]]]:
+        """Reads this process's share of a split, a chunk at a time; every stack `[probes, chunk, width]`."""
+        examples, unit = self.grid.examples[split], activations.unit
+        total, name = activations.size(examples), f"{self.name}: read the split {split!r}"
+        meter = self.meter if unit == "tokens" else Meter(self.progress)
+        with self.progress.task(name, total=total, unit=unit) as task, meter.reading(task) as done:
+            # Other processes read as many.
+            for rows, stacks in activations.chunks(examples, lambda read: done(read * distributed.count())):
+                yield rows, [values.flatten(0, 1) for values in stacks]
+
+    def solver(self, name: SolverName) -> Classifiers:
+        """A new batch of probes, not fitted."""
+        if name in CLOSED_FORM:
+            return self.closed_form(name)
+        if name == "mlp":
+            return MLPProbes(self.settings.hidden, seed=self.seed)
+        if name == "l1":
+            return L1Probes(self.settings.l1)
+        return SoftmaxProbes(self.settings.l2, self.settings.max_iterations)
+
+    def closed_form(self, name: SolverName) -> ClosedForm:
+        """A new batch of closed-form probes, not fitted."""
+        if name == "mean-difference":
+            return MeanDifferenceProbes()
+        return RidgeProbes(self.settings.l2) if name == "ridge" else LDAProbes(self.settings.shrinkage)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A batch of fitted probes.
+
+    Attributes:
+        stack: Number of the stack.
+        rows: Which of the stack's probes, of which there is one for each hook point and position, in this
+            order.
+        solver: How they were fitted.
+        horizon: What they predict.
+        probes: The probes.
+        control: The same for the control task; None where there is none.
+        code: Prequential code length in bits per example `[probes]`; None where it was not measured.
+        constant: Whether a probe's activations are the same in all examples `[probes]`, bool.
+    """
+
+    stack: int
+    rows: slice
+    solver: SolverName
+    horizon: int
+    probes: Probes
+    control: Probes | None
+    code: Tensor | None
+    constant: Tensor
+
+    def cells(self, stacks: Sequence[Stack], grid: Grid) -> list[Cell]:
+        """The cell of each probe."""
+        return [
+            Cell(location, layer, position, self.horizon, self.solver)
+            for location, layer in stacks[self.stack].points
+            for position in grid.positions
+        ][self.rows]
+
+    def weights(self, stacks: Sequence[Stack], grid: Grid) -> dict[str, Tensor]:
+        """The weights by the names they are saved under, if the probes are linear."""
+        weights: dict[str, Tensor] = {}
+        if self.solver in LINEAR_SOLVERS:
+            rows = zip(self.cells(stacks, grid), self.probes.coef_, self.probes.intercept_, strict=True)
+            for cell, coef, intercept in rows:
+                # Cloned: a view of a row would keep the whole batch in memory.
+                weights[f"{cell.key}|coef"] = coef.detach().float().cpu().clone()
+                weights[f"{cell.key}|intercept"] = intercept.detach().float().cpu().clone()
+        return weights
+
+
+def hold(activations: Activations, job: FitJob, splits: Sequence[str]) -> Held:
+    """Reads all activations of some splits, and holds them."""
+    grid, memory = job.grid, 1e9 * job.settings.memory
+    examples = {split: grid.examples[split] for split in splits}
+    held = Held(activations, examples, len(grid.positions), memory, job.folder, job.device)
+    for split in splits:
+        for rows, chunk in job.read(activations, split):
+            held.write(split, rows, chunk)
+    return held
+
+
+def fit(held: Held, job: FitJob, solvers: Sequence[SolverName]) -> list[Fitted]:
+    """Fits solvers at all hook points, positions and horizons, to activations of two splits."""
+    tasks, fitted = target_tasks(job.grid), []
+    probes = len(job.grid.positions) * sum(len(stack.points) for stack in held.stacks)
+    total = len(tasks) * len(solvers) * probes
+    with job.progress.task(f"{job.name}: fit {', '.join(solvers)}", total=total, unit="probes") as progress:
+        for stack, rows in held.groups():
+            X, X_chosen = (held.load(split, stack, rows) for split in (FITTED_ON, CHOSEN_ON))
+            constant = torch.stack([(x == x[:1]).all() for x in X])
+            for solver in solvers:
+                for task in tasks:
+                    found = _fit_batch(job, solver, task, X, X_chosen, rows)
+                    fitted.append(Fitted(stack, rows, solver, task.horizon or 0, *found, constant))
+                    progress.advance(len(constant))
+    return fitted
+
+
+def _fit_batch(
+    job: FitJob, solver: SolverName, task: Task, X: Tensor, X_chosen: Tensor, rows: slice
+) -> tuple[Probes, Probes | None, Tensor | None]:
+    """Some probes of a stack, those of the control task, and the code lengths."""
+
+    def labels(task: Task, split: str) -> Tensor:
+        return task.of(split, slice(None), rows, job.device)
+
+    classes, probes = job.grid.target.classes, job.solver(solver)
+    fitted_on, chosen_on = (X, labels(task, FITTED_ON), classes), (X_chosen, labels(task, CHOSEN_ON))
+    if not isinstance(probes, SoftmaxProbes | L1Probes):
+        probes.fit(*fitted_on, *chosen_on)
+        if job.control is None:
+            return probes, None, None
+        y, y_chosen = labels(job.control, FITTED_ON), labels(job.control, CHOSEN_ON)
+        return probes, job.solver(solver).fit(X, y, classes, X_chosen, y_chosen), None
+    # The control task has the penalty of the real one: selectivity compares probes of one family.
+    probes.fit(*fitted_on, *chosen_on, None if job.control is None else labels(job.control, FITTED_ON))
+    if not job.settings.code_length or isinstance(probes, L1Probes):
+        return probes, probes.control_, None
+    ends = block_ends(job.grid.examples[FITTED_ON].document)
+    code = prequential_code(*fitted_on, probes.l2_, ends, job.settings.max_iterations)
+    return probes, probes.control_, code.total
+
+
+def fit_sums(activations: Activations, job: FitJob, solvers: Sequence[SolverName]) -> list[Fitted]:
+    """Fits closed-form solvers to sums: one pass over the examples to fit on, one over those to choose on."""
+    grid, stacks = job.grid, activations.stacks
+    tasks = [*target_tasks(grid), *([job.control] if job.control else [])]
+    every = [slice(0, len(stack.points) * len(grid.positions)) for stack in stacks]
+    if grid.target.kind == "numbers":
+        solved, constant = _solve_numbers(activations, job, tasks, every)
+    else:
+        solved, constant = _solve_classes(activations, job, tasks, every, solvers)
+    for rows, chunk in job.read(activations, CHOSEN_ON):
+        for (_, s, t), probes in solved.items():
+            probes.observe_validation(chunk[s], tasks[t].of(CHOSEN_ON, rows, every[s], job.device))
+    for probes in solved.values():
+        probes.choose()
+    return [
+        Fitted(
+            s,
+            every[s],
+            solver,
+            horizon,
+            solved[solver, s, t],
+            control=solved[solver, s, len(tasks) - 1] if job.control else None,
+            code=None,
+            constant=constant[s],
+        )
+        for solver in solvers
+        for s in range(len(stacks))
+        for t, horizon in enumerate(grid.horizons)
+    ]
+
+
+Solved = dict[tuple[SolverName, int, int], ClosedForm | RegressionProbes]
+"""Probes of all penalties by solver, stack and task."""
+
+
+def _solve_classes(
+    activations: Activations,
+    job: FitJob,
+    tasks: Sequence[Task],
+    every: Sequence[slice],
+    solvers: Sequence[SolverName],
+) -> tuple[Solved, list[Tensor]]:
+    """Reads the examples to fit on; also says which probes' activations are constant, by stack `[probes]`."""
+    moments: dict[tuple[int, int], Moments] = {}  # by stack and task; tasks share mean and scatter
+    for s, stack in enumerate(activations.stacks):
+        shape = every[s].stop, stack.width, job.grid.target.classes
+        moments[s, 0] = Moments.zeros(*shape, job.device)
+        moments |= {(s, t): moments[s, 0].relabelled() for t in range(1, len(tasks))}
+    for rows, chunk in job.read(activations, FITTED_ON):
+        for (s, t), sums in moments.items():
+            add = sums.add_labels if t else sums.add
+            add(chunk[s], tasks[t].of(FITTED_ON, rows, every[s], job.device))
+    for (_, t), sums in moments.items():
+        sums.over_processes(labels_alone=t > 0)
+    solved: Solved = {
+        (solver, *key): job.closed_form(solver).fit_moments(sums)
+        for key, sums in moments.items()
+        for solver in solvers
+    }
+    return solved, [_constant(moments[s, 0], stack.width) for s, stack in enumerate(activations.stacks)]
+
+
+def _solve_numbers(
+    activations: Activations, job: FitJob, tasks: Sequence[Task], every: Sequence[slice]
+) -> tuple[Solved, list[Tensor]]:
+    """The same for numbers: those of all tasks are further features of one set of moments a stack."""
+    moments = [
+        Moments.zeros(probes.stop, stack.width + len(tasks), 1, job.device)
+        for probes, stack in zip(every, activations.stacks, strict=True)
+    ]
+    for rows, chunk in job.read(activations, FITTED_ON):
+        for sums, probes, X in zip(moments, every, chunk, strict=True):
+            labels = [task.of(FITTED_ON, rows, probes, job.device).expand(X.shape[:2]) for task in tasks]
+            sums.add_numbers(X, torch.stack(labels, 2))
+    for sums in moments:
+        sums.over_processes()
+    solved: Solved = {
+        ("ridge", s, t): RegressionProbes(job.settings.l2).fit_moments(sums, len(tasks), t)
+        for s, sums in enumerate(moments)
+        for t in range(len(tasks))
+    }
+    widths = [stack.width for stack in activations.stacks]
+    return solved, [_constant(sums, width) for sums, width in zip(moments, widths, strict=True)]
+
+
+def _constant(moments: Moments, width: int) -> Tensor:
+    """Whether activations are the same in all examples `[probes]`."""
+    return moments.scatter.diagonal(dim1=1, dim2=2)[:, :width].sum(1) == 0
+
+
+def score(
+    activations: Activations, job: FitJob, fitted: Sequence[Fitted], facts: Facts
+) -> list[DocumentSums]:
+    """Scores fitted probes on the test examples as they are read.
+
+    Args:
+        activations: Where activations come from.
+        job: What is fitted.
+        fitted: The probes.
+        facts: What every row of results begins with.
+
+    Returns:
+        The scores of every batch, those of the control task among them if there is one.
+    """
+    grid, stacks = job.grid, activations.stacks
+    tested = grid.tested()
+    tasks = {task.horizon: task for task in target_tasks(grid)}
+    scored, controls = [], []
+    for batch in fitted:
+        readers = [facts | known for known in _facts(batch, batch.cells(stacks, grid), job)]
+        scored.append(DocumentSums(readers, tested))
+        controls.append(DocumentSums(readers, tested, control=True))
+    for rows, chunk in job.read(activations, TESTED_ON):
+        for batch, sums, control_sums in zip(fitted, scored, controls, strict=True):
+            X = chunk[batch.stack][batch.rows]
+            for probes, task, into in (
+                (batch.probes, tasks[batch.horizon], sums),
+                (batch.control, job.control, control_sums),
+            ):
+                if probes is not None and task is not None:
+                    labels = task.of(TESTED_ON, rows, batch.rows, job.device)
+                    for part in row_slices(X.shape[0], X.shape[1], max(1, grid.target.classes)):
+                        of_part = slice(rows.start + part.start, min(rows.start + part.stop, rows.stop))
+                        into.add(of_part, predicted(probes, X[:, part]), labels[..., part])
+    for batch, sums, control_sums in zip(fitted, scored, controls, strict=True):
+        sums.over_processes(job.device)
+        control_sums.over_processes(job.device)
+        if batch.control is not None:
+            sums.sums |= {f"control_{score}": values for score, values in control_sums.sums.items()}
+    return scored
+
+
+def predicted(probes: Probes, X: Tensor) -> Tensor:
+    """Log-probabilities, or numbers."""
+    return probes.predict(X) if isinstance(probes, RegressionProbes) else probes.log_probabilities(X)
+
+
+def _facts(fitted: Fitted, cells: Sequence[Cell], job: FitJob) -> Iterator[Facts]:
+    """The cell and the fit of each probe of a batch."""
+    columns = {name: getattr(fitted.probes, attribute, None) for name, attribute in FACTS.items()}
+    grid, examples = job.grid, job.grid.examples[FITTED_ON]
+    if fitted.code is not None:
+        ends = block_ends(examples.document)
+        prior = prior_code(grid.labels(FITTED_ON, fitted.horizon), grid.target.classes, ends)
+        columns |= {"code_length": fitted.code, "compression": prior / fitted.code}
+    validation = "validation_cross_entropy"
+    if grid.target.kind == "numbers":
+        validation = "validation_squared_error"
+    losses = getattr(fitted.probes, f"{validation}_")
+    if isinstance(fitted.probes, SoftmaxProbes | L1Probes):  # others were fitted loosely, or not at all
+        name = "l1" if isinstance(fitted.probes, L1Probes) else "l2"
+        penalties = torch.tensor(getattr(fitted.probes, name), dtype=torch.float64)
+        kept = (getattr(fitted.probes, FACTS[name]).cpu()[:, None] - penalties).abs().argmin(1)
+        losses = losses.cpu().gather(1, kept[:, None])
+    for i, cell in enumerate(cells):
+        known = {name: column[i].item() for name, column in columns.items() if column is not None}
+        yield (
+            vars(cell)
+            | {"fitted_on": len(examples), "tokens_read": job.tokens_read[cell.position]}
+            | known
+            | {
+                validation: float(losses[i].min()),
+                "constant": bool(fitted.constant[i]),
+            }
+        )
