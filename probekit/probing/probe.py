@@ -114,12 +114,7 @@ def probe(
     run.check_writable()
     run.require("lm")
     config = run.config.probe
-    known = ["none", "random", *run.variants]
-    for variant in config.variants:
-        if variant not in known:
-            raise ProbekitError(
-                f"probe.variants has {variant!r}, which this run has not trained; it has {', '.join(known)}"
-            )
+    _check_variants(run)
     points = _hook_points(run)
     target = target_of(run.corpus, run.config)
     if target.kind == "numbers" and config.solvers == ProbeSettings().solvers:
@@ -187,6 +182,15 @@ def probe(
             f"a second; peak memory {_peak_memory(run.device)}"
         )
     return ProbeResults(table, results, notes)
+
+
+def _check_variants(run: Run) -> None:
+    known = ["none", "random", *run.variants]
+    for variant in run.config.probe.variants:
+        if variant not in known:
+            raise ProbekitError(
+                f"probe.variants has {variant!r}, which this run has not trained; it has {', '.join(known)}"
+            )
 
 
 def _announce(run: Run, grids: Mapping[int, Grid], points: Sequence[HookPoint], progress: Progress) -> Meter:

@@ -75,11 +75,11 @@ def test_help_needs_no_pytorch():
         (["train", "--resume", "--overwrite"], "not allowed with argument"),
         (["evaluate"], "the following arguments are required: RUN; see `probekit evaluate --help`"),
         (["evaluate", "run", "--generation.samples", "9"], "argument --generation.samples: goes with"),
-        (["probe"], "give a run's folder, or --model with --corpus; see `probekit probe --help`"),
+        (["probe"], "give a run's folder, or --model with --corpus or --labels; see `probekit probe --help`"),
         (["probe", "run", "--model", "gpt2"], "give a run's folder, or --model with --corpus"),
         (["probe", "run", "--overwrite"], "argument --overwrite: goes with --model"),
         (["probe", "run", "--lm.layers", "2"], "unknown setting 'lm.layers'; did you mean 'probe.layers'?"),
-        (["corpus", "nowhere"], "nowhere does not exist; make one with `probekit train --out nowhere`"),
+        (["corpus", "nowhere"], "/nowhere does not exist; make one with `probekit train --out /"),
         (["corpus", "nowhere", "--nearest", "-1"], "argument --nearest: -1 is below 0"),
         (["evaluate", "x" * 300], "File name too long"),
         (["sweep"], "the sweep has no settings to change; give --preset or --config"),
@@ -132,13 +132,12 @@ def test_sigterm_is_code_143_and_what_is_half_done_is_cleared(
 # Runs with something missing
 
 
-@pytest.mark.parametrize("stage", ["corpus", "lm", "planner"])
+@pytest.mark.parametrize("stage", ["corpus", "lm"])
 def test_a_run_that_lacks_a_stage_names_it_and_the_command(capsys: Capture, copy: Path, stage: str):
     state = read_json(copy / "run.json")
     del state["stages"][stage]
     write_json(copy / "run.json", state)
-    # Probes need no planner: without one they are compared with what needs none.
-    for command in ("evaluate", "probe") if stage != "planner" else ("evaluate",):
+    for command in ("evaluate", "probe"):
         line = refused(capsys, command, copy, "--quiet")
         assert f"lacks the stage {stage!r}" in line
         assert f"`probekit train --resume --out {copy}`" in line
