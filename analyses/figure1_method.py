@@ -20,7 +20,7 @@ from shared.script import run_script, save_figure, script_parser
 import probekit
 from probekit.config import VariantName
 from probekit.models import mixing
-from probekit.models.hook_points import layer_of
+from probekit.models.locations import layer_of
 from probekit.run.run import Run
 
 PLAN, BUS, STACK = 0.0, 4.1, 8.2

@@ -16,7 +16,7 @@ from matplotlib.patches import Circle
 from shared.drawing import SUM, Box, Drawing, Spot, Wire, draw, empty_figure, frame
 from shared.script import run_script, save_figure, script_parser
 
-from probekit.models.hook_points import LOCATIONS, Location, table_rows
+from probekit.models.locations import LOCATIONS, Location, table_rows
 
 STREAM, BRANCH, MLP_BESIDE, ADAPTER = 0.0, 2.4, -2.9, 6.35
 """Columns of the drawing: x of the residual stream, of the two branches, of the adapter."""

@@ -31,7 +31,7 @@ from shared.script import run_script, save_figure, script_parser
 
 import probekit
 from probekit.errors import ProbekitError
-from probekit.models.hook_points import LOCATIONS, label, per_layer
+from probekit.models.locations import LOCATIONS, label, per_layer
 from probekit.models.mixing import VARIANTS
 from probekit.reports.drawing import colour_bar, colours_of_names
 from probekit.reports.plot_probes import (

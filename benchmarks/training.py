@@ -37,8 +37,8 @@ from random_lm import forward_flops, product_dtype, random_corpus, random_gpt2
 from probekit.config import Config, VariantName
 from probekit.data.corpus import SPLITS, Corpus
 from probekit.data.windows import Windows, input_tokens
+from probekit.models.backends import BridgeBackend
 from probekit.models.frozen_lm import FrozenLM
-from probekit.models.hook_points import BridgeBackend
 from probekit.models.planner import Planner
 from probekit.progress import Progress
 from probekit.training.adapter import AdapterTraining

@@ -16,8 +16,8 @@ import transformers
 
 from probekit.data.tokenizer import train_tokenizer
 from probekit.errors import ProbekitError
-from probekit.models.architecture import Architecture, examine
-from probekit.models.hook_points import BEFORE, LOCATIONS, hook_name
+from probekit.models.hook_points import Architecture, examine
+from probekit.models.locations import BEFORE, LOCATIONS, hook_name
 
 PAGE = Path(__file__).parent / "reference" / "architectures.md"
 

@@ -15,7 +15,8 @@ from probekit.config import VariantName
 from probekit.data.corpus import Corpus
 from probekit.data.windows import Batch, Windows
 from probekit.errors import ProbekitError
-from probekit.models.hook_points import Hook, hook_name
+from probekit.models.backends import Hook
+from probekit.models.locations import hook_name
 from probekit.models.mixing import Fixed, Mixing, Uniform
 from probekit.models.planner_lm import token_losses
 from probekit.probing.activations import HookPoint

@@ -14,8 +14,9 @@ from probekit.causal.runner import VariantLM
 from probekit.config import VariantName
 from probekit.data.windows import IGNORE, Batch, Windows, chunks
 from probekit.errors import ProbekitError
+from probekit.models.backends import Hook
 from probekit.models.conditioning import Adapter, Conditioned
-from probekit.models.hook_points import OUTSIDE_BLOCKS, Hook, hook_name, layer_of
+from probekit.models.locations import OUTSIDE_BLOCKS, hook_name, layer_of
 from probekit.probing.targets import NO_LABEL
 from probekit.progress import Progress
 from probekit.run.run import Run

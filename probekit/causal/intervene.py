@@ -38,7 +38,7 @@ from probekit.config import InterventionSettings
 from probekit.errors import ProbekitError
 from probekit.evaluation.perplexity import window_and_stride
 from probekit.models.conditioning import CONDITIONINGS
-from probekit.models.hook_points import OUTSIDE_BLOCKS, per_layer
+from probekit.models.locations import OUTSIDE_BLOCKS, per_layer
 from probekit.models.mixing import VARIANTS
 from probekit.probing.activations import HookPoint, Reader
 from probekit.probing.grid import Grid, make_grid

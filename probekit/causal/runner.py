@@ -16,8 +16,9 @@ from probekit.data.windows import Batch, Windows, collate
 from probekit.distributed import autocast
 from probekit.errors import ProbekitError
 from probekit.io import atomic_folder, write_json, write_table
+from probekit.models.backends import Hook
 from probekit.models.conditioning import Conditioned
-from probekit.models.hook_points import Hook, hook_name
+from probekit.models.locations import hook_name
 from probekit.models.mixing import evaluation_mixing
 from probekit.probing.activations import HookPoint
 from probekit.probing.labels import target_of

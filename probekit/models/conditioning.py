@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from probekit.config import ConditioningSettings
 from probekit.errors import ProbekitError
-from probekit.models.hook_points import OUTSIDE_BLOCKS, Hook, hook_name
+from probekit.models.backends import Hook
+from probekit.models.locations import OUTSIDE_BLOCKS, hook_name
 
 if TYPE_CHECKING:
     from probekit.models.frozen_lm import FrozenLM

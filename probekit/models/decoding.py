@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from probekit.config import BosRule
 from probekit.data.windows import IGNORE, Batch
+from probekit.models.backends import Backend, HFBackend, Hook, in_float32, position_arguments, tolerance
 from probekit.models.conditioning import Conditioned
-from probekit.models.hook_points import Backend, HFBackend, Hook, in_float32, position_arguments, tolerance
 from probekit.models.mixing import Precomputed
 from probekit.models.planner_lm import PlannedLM
 

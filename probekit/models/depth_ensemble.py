@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from probekit.config import DepthSettings, DistillationSettings, MemberName
 from probekit.errors import ProbekitError
-from probekit.models.hook_points import NORM_IN, NORM_OUT, Hook, hook_name, in_float32, tolerance
+from probekit.models.backends import Hook, in_float32, tolerance
+from probekit.models.locations import NORM_IN, NORM_OUT, hook_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from probekit.errors import ProbekitError
-from probekit.models.architecture import Architecture, examine
-from probekit.models.hook_points import Backend, BridgeBackend, HFBackend, apart, tolerance
+from probekit.models.backends import Backend, BridgeBackend, HFBackend, apart, tolerance
+from probekit.models.hook_points import Architecture, examine
 from probekit.models.language_model import bridge
 
 if TYPE_CHECKING:

@@ -1,319 +1,352 @@
-"""Hook points: TransformerLens names as inputs or outputs of a plain module, or through the bridge.
+"""The hook points of an architecture, found and checked once on a shallow LM with random weights.
 
-A location is a hook name without `blocks.L.`. Any hook that holds a vector for each position can be probed;
-the table of standard locations gives some of them a short name and a point in the drawing of a block.
+A location is TransformerLens's name of a hook without its layer. Where the plain Hugging Face module holds
+the same at the input or output of a submodule, the plain module is run: it is faster than the bridge.
+Whether it does is measured, not taken from names. On an LM of the same architecture with one layer of every
+kind, in float32, both are compared in what they read and in what a change does to the logits. There it is
+also checked that what attention and MLP are said to add to the residual stream adds up to it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+import copy
+import inspect
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from probekit.models.language_model import main_device
+from probekit.errors import ProbekitError
+from probekit.models.backends import TOLERANCE, Backend, BridgeBackend, HFBackend, ModuleHook, apart
+from probekit.models.language_model import bridge, layers_like, shallow, shown_error
+from probekit.models.locations import NORM_IN, OUTSIDE_BLOCKS, hook_name, layer_of
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-Hook = tuple[str, Callable[..., Tensor | None]]
-"""A full TransformerLens hook name, and a function of the activation there; it may return another."""
+LAYER = "{layer}"
+"""Stands for the number of a layer in the path of a module."""
 
-OUTSIDE_BLOCKS = ("hook_embed", "ln_final.hook_out")
-"""Locations that a model has once: before its first block, and after its last."""
-
-NORM_IN = "ln_final.hook_in"
-"""The output of the last layer, which the final norm reads."""
-
-NORM_OUT = OUTSIDE_BLOCKS[1]
-"""The output of the final norm, which the head reads."""
-
-TOLERANCE = 1e-3
-"""Largest difference of what is computed in float32 in two ways, as a share of the largest number."""
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    """`TOLERANCE`, or more for weights of half precision, which keep two or three digits."""
-    return max(TOLERANCE, 8 * torch.finfo(dtype).eps)
-
-
-def apart(found: Tensor, expected: Tensor) -> float:
-    """The largest difference of two tensors, as a share of the largest number of the second."""
-    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
-
-
-def hook_name(location: str, layer: int) -> str:
-    """The full TransformerLens hook name of a location at a layer."""
-    return location if location in OUTSIDE_BLOCKS else f"blocks.{layer}.{location}"
-
-
-def layer_of(name: str) -> int | None:
-    """The last layer that has to be run for a hook to fire; None where all of the model has to."""
-    if name == OUTSIDE_BLOCKS[0]:
-        return 0
-    first, _, rest = name.partition(".")
-    return int(rest.partition(".")[0]) if first == "blocks" else None
+SAME_PLACE = 0.25
+"""Takes the place of `TOLERANCE` where TransformerLens computes other numbers than the LM: two activations
+that differ by less of the largest number are of one place; those of two places differ by about all of it."""
 
 
 @dataclass(frozen=True)
-class ModuleHook:
-    """A hook point of the plain module.
+class Architecture:
+    """The hook points of an architecture.
 
     Attributes:
-        module: Path of a submodule.
-        is_input: Whether the hook sees its input, or else its output.
-    """
-
-    module: str
-    is_input: bool
-
-
-class HFBackend:
-    """Runs the plain Hugging Face module; hooks see float32, whatever the weights are.
-
-    Args:
-        model: Frozen and put into evaluation mode.
-        points: Where hooks are, by their full TransformerLens names.
-        device: Where tokens come from, hooks compute and logits are wanted; unset: where the model is.
-    """
-
-    def __init__(
-        self, model: PreTrainedModel, points: dict[str, ModuleHook], device: torch.device | None = None
-    ) -> None:
-        self.model = model.eval().requires_grad_(False)
-        self.points = points
-        self.device = main_device(model) if device is None else device
-
-    def __call__(
-        self, tokens: Tensor, hooks: Sequence[Hook], reads: int, positions: Tensor | None = None
-    ) -> None:
-        """Runs hooks in their order, and stops once the given number of them has returned nothing.
-
-        Args:
-            tokens: `[windows, positions]`.
-            hooks: Those that read return nothing, those that change an activation return it.
-            reads: How many hooks read; nothing after the last of them is computed.
-            positions: The tokens' position ids `[windows, positions]`; unset: 0, 1, 2 and so on.
-        """
-        left = reads
-
-        def counted(function: Callable[..., Tensor | None]) -> Callable[[Tensor], Tensor | None]:
-            def call(activation: Tensor) -> Tensor | None:
-                nonlocal left
-                changed = function(activation)
-                if changed is None:
-                    left -= 1
-                    if not left:
-                        raise _AllReadError
-                return changed
-
-            return call
-
-        with self.hooked([(name, counted(function)) for name, function in hooks]), suppress(_AllReadError):
-            self.model.base_model(use_cache=False, **self._inputs(tokens, positions))
-
-    def logits(self, tokens: Tensor, hooks: Sequence[Hook], positions: Tensor | None = None) -> Tensor:
-        """Next-token logits `[windows, positions, vocabulary]`, with hooks that change activations."""
-        with self.hooked(hooks) as model:
-            logits = model(use_cache=False, **self._inputs(tokens, positions)).logits
-        return in_float32(logits).to(self.device)
-
-    @contextmanager
-    def hooked(self, hooks: Sequence[Hook]) -> Iterator[PreTrainedModel]:
-        """The plain module, with hooks on it until the block is left; those that read return nothing."""
-        with ExitStack() as stack:
-            for name, function in hooks:
-                stack.callback(self._attach(self.points[name], function).remove)
-            yield self.model
-
-    def _inputs(self, tokens: Tensor, positions: Tensor | None) -> dict[str, Tensor]:
-        device = main_device(self.model)
-        inputs = {"input_ids": tokens} | position_arguments(positions)
-        return {name: value.to(device) for name, value in inputs.items()}
-
-    def _attach(self, point: ModuleHook, function: Callable[[Tensor], Tensor | None]) -> Any:
-        module = self.model.get_submodule(point.module)
-
-        def called(activation: Tensor) -> Tensor | None:
-            changed = function(in_float32(activation).to(self.device))  # layers may be on several devices
-            return None if changed is None else changed.to(activation)
-
-        def before(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
-            changed = called(inputs[0] if inputs else named["hidden_states"])
-            if changed is None:
-                return None
-            return ((changed, *inputs[1:]), named) if inputs else (inputs, named | {"hidden_states": changed})
-
-        def after(_: nn.Module, inputs: Any, output: Any) -> Any:
-            if not isinstance(output, tuple):
-                return called(output)
-            changed = called(output[0])
-            return None if changed is None else (changed, *output[1:])
-
-        if point.is_input:
-            return module.register_forward_pre_hook(before, with_kwargs=True)
-        return module.register_forward_hook(after)
-
-
-class BridgeBackend:
-    """Runs the bridge, with the interface of `HFBackend`."""
-
-    def __init__(self, bridged: TransformerBridge) -> None:
-        self.bridged = bridged
-        self.model: PreTrainedModel = bridged.original_model
-        self.device: torch.device = self.model.device
-
-    def __call__(
-        self, tokens: Tensor, hooks: Sequence[Hook], reads: int, positions: Tensor | None = None
-    ) -> None:
-        """Runs hooks as `HFBackend` does; stops after the last layer that a hook is in."""
-        layers = [layer_of(name) for name, _ in hooks]
-        stop = None if None in layers else max(layer for layer in layers if layer is not None) + 1
-        if stop == self.bridged.cfg.n_layers:
-            stop = None
-        self.bridged.run_with_hooks(
-            tokens,
-            fwd_hooks=[(name, _called(function)) for name, function in hooks],
-            stop_at_layer=stop,
-            return_type=None,
-            **position_arguments(positions),
-        )
-
-    def logits(self, tokens: Tensor, hooks: Sequence[Hook], positions: Tensor | None = None) -> Tensor:
-        """Next-token logits `[windows, positions, vocabulary]`, with hooks that change activations."""
-        with self.bridged.hooks(fwd_hooks=[(name, _called(function)) for name, function in hooks]):
-            return in_float32(self.bridged(tokens, return_type="logits", **position_arguments(positions)))
-
-
-def _called(function: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
-    """A hook of the bridge that calls a function with float32."""
-
-    def call(activation: Tensor, hook: Any) -> Tensor | None:
-        changed = function(in_float32(activation))
-        return None if changed is None else changed.to(activation)
-
-    return call
-
-
-def in_float32(values: Tensor) -> Tensor:
-    """Activations or logits in float32 where they are of half precision, in which sums lose digits."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-Backend = HFBackend | BridgeBackend
-
-
-class _AllReadError(Exception):
-    """All that is read has been read."""
-
-
-def position_arguments(positions: Tensor | None) -> dict[str, Tensor]:
-    """Keyword arguments that give an LM the positions of its tokens, if there are any to give."""
-    if positions is None:
-        return {}
-    # Without a mask, Transformers takes two tokens of one position for the end of a text and the next one's
-    # beginning, and lets none see across.
-    return {"position_ids": positions, "attention_mask": torch.ones_like(positions)}
-
-
-BEFORE = ":before"
-"""Suffix of the conditioned location: the activation as it was before the adapter added the action."""
-
-
-@dataclass(frozen=True)
-class Location:
-    """A standard location.
-
-    Attributes:
-        name: TransformerLens hook without the block, perhaps with `BEFORE`.
-        label: Short name for figures.
-        text: What it holds, in one sentence.
-        point: Where it is in the drawing of a block.
-        parallel: Whether blocks whose attention and MLP read the same input, as GPT-NeoX's, have it.
+        name: The class of the Hugging Face module.
+        takes_positions: Whether the positions of tokens can be given.
+        locations: Locations that hold a vector for each position in every layer, and its features.
+        refused: Other locations that hold vectors, and why they cannot be read.
+        modules: Where the plain module has a hook, by full names of hooks of the shallow LM.
+        like: For every layer of the LM the layer of the shallow one that is of its kind.
+        note: What the user should know: that TransformerLens computes other numbers than the LM.
     """
 
     name: str
-    label: str
-    text: str
-    point: str
-    parallel: bool = True
+    takes_positions: bool
+    locations: dict[str, int]
+    refused: dict[str, str]
+    modules: dict[str, ModuleHook]
+    like: tuple[int, ...]
+    note: str | None = None
 
-    @property
-    def per_layer(self) -> bool:
-        """Whether every layer has it, not the model once."""
-        return per_layer(self.name)
+    def check(self, location: str, setting: str) -> None:
+        """Refuses a location that does not hold a vector for each position, or not what it is called.
 
+        Raises:
+            ProbekitError: Names the setting, and says why or lists the locations that there are.
+        """
+        if location in self.refused:
+            raise ProbekitError(f"{setting} is {location!r}: in {self.name}, {self.refused[location]}")
+        if location not in self.locations:
+            raise ProbekitError(
+                f"{setting} is {location!r}, where {self.name} holds no vector for each position; it does at "
+                f"{', '.join(self.locations)}"
+            )
 
-_TABLE = (
-    Location(
-        "hook_embed",
-        "token embedding",
-        "The embedding of the token alone, before position embeddings where the model has them.",
-        "embedding",
-    ),
-    Location("hook_resid_pre", "resid pre", "The residual stream that enters the block.", "block input"),
-    Location(
-        "attn.hook_z" + BEFORE,
-        "heads, before",
-        "What the attention heads read, side by side, before a conditioned layer adds the action.",
-        "heads",
-    ),
-    Location(
-        "attn.hook_z",
-        "heads",
-        "What the attention heads read, side by side, with the action that a conditioned layer adds.",
-        "heads conditioned",
-    ),
-    Location("hook_attn_out", "attn out", "What attention adds to the residual stream.", "attention output"),
-    Location(
-        "hook_resid_mid",
-        "resid mid",
-        "The residual stream between attention and MLP; parallel blocks, as GPT-NeoX's, do not have it.",
-        "between",
-        parallel=False,
-    ),
-    Location("hook_mlp_out", "mlp out", "What the MLP adds to the residual stream.", "mlp output"),
-    Location("hook_resid_post", "resid post", "The residual stream that leaves the block.", "block output"),
-    Location(
-        "ln_final.hook_out",
-        "final norm",
-        "What leaves the last layer, normalised, with the norm's gain and bias; the unembedding reads it.",
-        "final norm",
-    ),
-)
-
-LOCATIONS: dict[str, Location] = {location.name: location for location in _TABLE}
-"""The standard locations by name, in the order in which a token passes them."""
+    def points(self, names: Sequence[str]) -> dict[str, ModuleHook] | None:
+        """Where the plain module has hooks, by their full names; None where only TransformerLens has all."""
+        found: dict[str, ModuleHook] = {}
+        for name in names:
+            layer = layer_of(name) if name.startswith("blocks.") else None
+            known = name if layer is None else name.replace(f".{layer}.", f".{self.like[layer]}.", 1)
+            if known not in self.modules:
+                return None
+            module = self.modules[known]
+            found[name] = ModuleHook(module.module.replace(LAYER, str(layer)), module.is_input)
+        return found
 
 
-def per_layer(location: str) -> bool:
-    """Whether every layer has a location, standard or not, or the model has it once."""
-    return location.removesuffix(BEFORE) not in OUTSIDE_BLOCKS
+def examine(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, name: str | Path) -> Architecture:
+    """Finds and checks the hook points of an architecture.
+
+    Args:
+        config: The LM's.
+        tokenizer: The LM's; nothing is read with it.
+        name: What the LM is called in messages.
+
+    Raises:
+        ProbekitError: It is no causal LM, or TransformerLens has no bridge for it.
+    """
+    made = (config.architectures or [type(config).__name__])[0]
+    doing = f"a small {made} cannot be run"
+    try:
+        plain = shallow(config)
+        check_causal(plain, name)
+        slow = BridgeBackend(bridge(copy.deepcopy(plain), tokenizer, name))
+        doing = f"TransformerLens bridges {made}, but cannot run it"
+        return _examined(plain, slow, layers_like(config))
+    except ProbekitError:
+        raise
+    except Exception as error:  # an architecture's own code, or TransformerLens's for it, may raise anything
+        raise ProbekitError(f"lm.name {str(name)!r}: {doing} ({shown_error(error)})") from error
 
 
-def label(location: str) -> str:
-    """The short name of a location for figures; a hook that is not in the table keeps its own name."""
-    if location in LOCATIONS:
-        return LOCATIONS[location].label
-    if location.endswith(BEFORE):
-        return f"{label(location.removesuffix(BEFORE))}, before"
-    return location
-
-
-def table_rows() -> list[dict[str, str]]:
-    """The table in words: number, location, label, how often the model has it, and what it holds."""
-    return [
-        {
-            "number": str(number),
-            "location": location.name,
-            "label": location.label,
-            "where": "every layer" if location.per_layer else "once in the model",
-            "what": location.text,
+def _examined(plain: PreTrainedModel, slow: BridgeBackend, like: tuple[int, ...]) -> Architecture:
+    depth = plain.config.get_text_config().num_hidden_layers
+    widths = _vectors(slow.bridged)
+    locations, refused = _in_every_layer(widths, depth)
+    candidates = {
+        hook: found for hook in [*widths, NORM_IN] if (found := find_module(slow.bridged, plain, hook))
+    }
+    seen = _read(slow, [*candidates, *(hook for hook in widths if hook not in candidates)])
+    own, other = _logits(HFBackend(plain, {}), []), _logits(slow, [])
+    faithful, note, allowed = _close(other, own), None, TOLERANCE
+    if not faithful:
+        allowed = SAME_PLACE
+        note = (
+            f"TransformerLens computes other logits than {type(plain).__name__} itself (they differ by "
+            f"{apart(other, own):.1%} of the largest): only what the LM's own modules hold is read"
+        )
+    agreeing = _agreeing(plain, candidates, seen, allowed)
+    groups = [[NORM_IN], *(_hooks_at(location, depth) for location in locations)]
+    groups = [hooks for hooks in groups if agreeing.issuperset(hooks)]
+    modules = {hook: candidates[hook] for group in groups for hook in group}
+    for hook in _other_effects(slow, HFBackend(plain, modules), groups, allowed):
+        del modules[hook]
+    if not faithful:
+        seen = _read(HFBackend(plain, modules), [*modules])
+        refused |= {
+            location: "TransformerLens computes other logits, and the plain module has no such place"
+            for location in locations
+            if not modules.keys() >= {*_hooks_at(location, depth)}
         }
-        for number, location in enumerate(LOCATIONS.values(), start=1)
-    ]
+    for layer in range(depth):
+        refused |= broken_sums({location: seen.get(hook_name(location, layer)) for location in locations})
+    return Architecture(
+        type(plain).__name__,
+        "position_ids" in inspect.signature(plain.forward).parameters,
+        {location: width for location, width in locations.items() if location not in refused},
+        refused,
+        {
+            hook: ModuleHook(_without_layer(module.module, hook), module.is_input)
+            for hook, module in modules.items()
+        },
+        tuple(min(layer, depth - 1) for layer in like),
+        note,
+    )
+
+
+def check_causal(model: PreTrainedModel, name: str | Path) -> None:
+    """Refuses an LM that reads the tokens it should predict, such as a BERT, which loads as a causal LM too.
+
+    Raises:
+        ProbekitError: The next token changes a position's logits.
+    """
+    with torch.no_grad():
+        one, other = model(torch.tensor([[1, 1], [1, 2]])).logits[:, 0]
+    if (one - other).abs().max() > 1e-4 * one.abs().max():
+        raise ProbekitError(
+            f"lm.name {str(name)!r}: {type(model).__name__} reads the tokens that it should predict; give a "
+            "causal LM"
+        )
+
+
+def find_module(bridged: TransformerBridge, model: PreTrainedModel, name: str) -> ModuleHook | None:
+    """Where a hook of the bridge may be in the plain module; None where the plain module has no such place.
+
+    Args:
+        bridged: The bridge of the LM.
+        model: The LM, not bridged.
+        name: The hook's full TransformerLens name.
+    """
+    *path, hook = name.split(".")
+    component: Any = bridged
+    modules: list[str] = []
+    for part in path:
+        if part.isdigit():
+            component = component[int(part)]
+            modules.append(part)
+            continue
+        wrapped = bridged.adapter.component_mapping.get(part) if component is bridged else None
+        component = getattr(component, part, None)
+        wrapped = wrapped if wrapped is not None else component
+        if component is None or not getattr(wrapped, "name", None):
+            return None
+        modules += wrapped.name.split(".")
+    aliases = (getattr(component, "hook_aliases", None) or {}).get(hook, ())
+    for alias in [aliases] if isinstance(aliases, str) else aliases:
+        if point := find_module(bridged, model, ".".join([*path, alias])):
+            return point
+    sides = {"hook_in": True, "hook_out": False}
+    known = ".".join(modules) in dict(model.named_modules())
+    return ModuleHook(".".join(modules), sides[hook]) if modules and known and hook in sides else None
+
+
+def broken_sums(seen: Mapping[str, Tensor | None]) -> dict[str, str]:
+    """Locations of one layer that do not hold what is added to the residual stream, and why.
+
+    Args:
+        seen: Activations by location; those that the architecture lacks are missing or None. Blocks whose
+            attention and MLP read the same have no `hook_resid_mid`.
+    """
+    pre, attention, middle, mlp, post = (
+        seen.get(f"hook_{name}") for name in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+    )
+    parts: list[tuple[Tensor | None, dict[str, Tensor | None], Tensor | None]]
+    if middle is not None:
+        parts = [(pre, {"hook_attn_out": attention}, middle), (middle, {"hook_mlp_out": mlp}, post)]
+        totals = [("hook_resid_pre", "hook_resid_mid"), ("hook_resid_mid", "hook_resid_post")]
+    else:
+        parts = [(pre, {"hook_attn_out": attention, "hook_mlp_out": mlp}, post)]
+        totals = [("hook_resid_pre", "hook_resid_post")]
+    broken: dict[str, str] = {}
+    for (before, added, after), (first, last) in zip(parts, totals, strict=True):
+        there = {name: value for name, value in added.items() if value is not None}
+        if not there:
+            continue
+        reason = f"there is no {first if before is None else last}"
+        if before is not None and after is not None:
+            if _close(torch.stack([*there.values()]).sum(dim=0), after - before):
+                continue
+            reason = f"{' + '.join([first, *there])} is not {last}"
+        broken |= dict.fromkeys(there, f"it is not what is added to the residual stream: {reason}")
+    return broken
+
+
+def _hooks_at(location: str, depth: int) -> list[str]:
+    """Full names of the hooks at a location, in all layers or once."""
+    return [*dict.fromkeys(hook_name(location, layer) for layer in range(depth))]
+
+
+def _without_layer(path: str, hook: str) -> str:
+    """The path of a module with `LAYER` in place of its layer's number."""
+    if not hook.startswith("blocks."):
+        return path
+    return ".".join(LAYER if part.isdigit() else part for part in path.split("."))
+
+
+def _in_every_layer(widths: Mapping[str, int], depth: int) -> tuple[dict[str, int], dict[str, str]]:
+    """Locations that all layers have with the same number of features, and those that only some have."""
+    locations: dict[str, int] = {}
+    refused: dict[str, str] = {}
+    for hook, width in sorted(widths.items()):
+        layer = layer_of(hook) if hook.startswith("blocks.") else None
+        location = hook if layer is None else hook.removeprefix(hook_name("", layer))
+        if {widths.get(each) for each in _hooks_at(location, depth)} == {width}:
+            locations[location] = width
+        else:
+            refused[location] = "only some layers hold it, or not all the same number of features"
+    return locations, refused
+
+
+def _vectors(bridged: TransformerBridge) -> dict[str, int]:
+    """Features of every hook, by its full name, that holds a vector for each position.
+
+    Some hooks never fire, some hold attention patterns, some have the heads before the positions. Where there
+    is a vector for each position, one more token makes the second axis longer and changes no other.
+    """
+    short, long = (_shapes(bridged, length) for length in (1, 2))
+    return {
+        hook: math.prod(shape[2:])
+        for hook, shape in short.items()
+        if (*shape[:2], *long.get(hook, ())) == (2, 1, 2, 2, *shape[2:])
+    }
+
+
+def _shapes(bridged: TransformerBridge, length: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of all that fires in and around the blocks, over two texts of some tokens."""
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*gated-off hook")
+        _, cache = bridged.run_with_cache(
+            torch.ones(2, length, dtype=torch.long),
+            names_filter=lambda name: name.startswith("blocks.") or name in OUTSIDE_BLOCKS,
+            output_attentions=False,
+        )
+    return {name: tuple(value.shape) for name, value in cache.items() if isinstance(value, Tensor)}
+
+
+def _agreeing(
+    plain: PreTrainedModel, modules: Mapping[str, ModuleHook], seen: Mapping[str, Tensor], allowed: float
+) -> set[str]:
+    """Those of some hooks at which the plain module sees what the bridge has seen."""
+    found = _read(HFBackend(plain, dict(modules)), [*modules])
+    return {hook for hook, value in found.items() if hook in seen and _close(value, seen[hook], allowed)}
+
+
+def _other_effects(slow: Backend, fast: Backend, groups: Sequence[Sequence[str]], allowed: float) -> set[str]:
+    """The hooks of all groups in which a change of all activations has other logits in one backend.
+
+    One text is read as often as there are groups, and a group's hooks change those of one row alone.
+    """
+    tokens = _tokens(slow)[:1].expand(len(groups), -1)
+
+    def scaling(row: int) -> Callable[[Tensor], Tensor]:
+        def scale(activation: Tensor) -> Tensor:
+            factors = torch.ones(len(activation)).index_fill(0, torch.tensor(row), 1.1)
+            return activation * factors.view(-1, *[1] * (activation.dim() - 1))
+
+        return scale
+
+    hooks = [(hook, scaling(row)) for row, group in enumerate(groups) for hook in group]
+    with torch.no_grad():
+        found, expected = (backend.logits(tokens, hooks) for backend in (fast, slow))
+        if allowed > TOLERANCE:  # of backends that differ anyway, what the change adds is compared
+            found -= fast.logits(tokens, [])
+            expected -= slow.logits(tokens, [])
+    rows = zip(groups, found, expected, strict=True)
+    return {hook for group, one, other in rows if not _close(one, other, allowed) for hook in group}
+
+
+def _tokens(backend: Backend) -> Tensor:
+    rows = backend.model.config.get_text_config().vocab_size
+    return 1 + torch.arange(15).view(3, 5) % (rows - 1)
+
+
+@torch.no_grad()
+def _logits(backend: Backend, hooks: Sequence[tuple[str, Callable[..., Tensor | None]]]) -> Tensor:
+    return backend.logits(_tokens(backend), hooks)
+
+
+@torch.no_grad()
+def _read(backend: Backend, names: Sequence[str]) -> dict[str, Tensor]:
+    """What hooks see `[windows, positions, features]`; those that never fire are missing."""
+    if not names:
+        return {}
+    seen: dict[str, Tensor] = {}
+
+    def reader(name: str) -> Callable[..., None]:
+        def read(activation: Tensor) -> None:
+            if activation.dim() > 2:
+                seen.setdefault(name, activation.flatten(2).clone())
+
+        return read
+
+    backend(_tokens(backend), [(name, reader(name)) for name in names], len(names) + 1)
+    return seen
+
+
+def _close(first: Tensor, second: Tensor, allowed: float = TOLERANCE) -> bool:
+    """Whether two activations agree, position by position."""
+    return first.shape == second.shape and apart(first, second) <= allowed

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from probekit.data.windows import IGNORE, Batch
+from probekit.models.backends import Backend, Hook
 from probekit.models.conditioning import Adapter, Conditioned
 from probekit.models.depth_ensemble import DepthEnsemble
-from probekit.models.hook_points import Backend, Hook
 from probekit.models.mixing import Mixing
 from probekit.models.planner import Planner, TrainableEncoder
 

@@ -26,7 +26,7 @@ from probekit.config import ProbedName, ProbeSettings, SolverName, reading_order
 from probekit.errors import ProbekitError
 from probekit.io import atomic_folder, read_metadata, read_tensors, write_json, write_table, write_tensors
 from probekit.models.conditioning import CONDITIONINGS, conditioned_location
-from probekit.models.hook_points import BEFORE, OUTSIDE_BLOCKS, per_layer
+from probekit.models.locations import BEFORE, OUTSIDE_BLOCKS, per_layer
 from probekit.models.mixing import VARIANTS
 from probekit.probing.activations import (
     Activations,

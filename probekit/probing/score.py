@@ -13,7 +13,7 @@ from probekit.config import CorpusSettings, ProbedName
 from probekit.data.readers import read_documents
 from probekit.errors import ProbekitError
 from probekit.io import atomic_path, write_table
-from probekit.models.hook_points import hook_name
+from probekit.models.locations import hook_name
 from probekit.models.replanning import decoded
 from probekit.probing.activations import probing_windows
 from probekit.probing.arrays import predictions

@@ -21,16 +21,10 @@ from torch import Tensor
 from probekit.config import NAMED, Position
 from probekit.data.tokenizer import bos_rule_for, separator_id
 from probekit.errors import ProbekitError
-from probekit.models.architecture import Architecture, examine
-from probekit.models.hook_points import (
-    OUTSIDE_BLOCKS,
-    Backend,
-    BridgeBackend,
-    HFBackend,
-    hook_name,
-    per_layer,
-)
+from probekit.models.backends import Backend, BridgeBackend, HFBackend
+from probekit.models.hook_points import Architecture, examine
 from probekit.models.language_model import longest_window
+from probekit.models.locations import OUTSIDE_BLOCKS, hook_name, per_layer
 from probekit.models.replanning import encoded
 from probekit.probing.activations import HookPoint
 from probekit.progress import Progress

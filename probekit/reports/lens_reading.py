@@ -18,7 +18,7 @@ from probekit.data.corpus import SPLITS, Corpus, too_few
 from probekit.data.sentences import align, complete_spans, sentence_spans
 from probekit.errors import ProbekitError
 from probekit.models.conditioning import CONDITIONINGS
-from probekit.models.hook_points import label, per_layer
+from probekit.models.locations import label, per_layer
 from probekit.models.mixing import VARIANTS
 from probekit.probing.activations import HookPoint, Reader
 from probekit.probing.results import LINEAR_SOLVERS, Cell, LinearProbe, SavedProbes, read_probe_record

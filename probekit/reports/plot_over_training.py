@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from probekit.config import nearest, reading_order
 from probekit.errors import ProbekitError
 from probekit.io import atomic_path
-from probekit.models.hook_points import label
+from probekit.models.locations import label
 from probekit.probing.over_training import TrainingProbes
 from probekit.probing.results import main_metric, validation_loss
 from probekit.reports.drawing import NotebookFigure, colours_in_order, draw_line

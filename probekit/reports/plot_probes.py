@@ -22,7 +22,7 @@ from matplotlib.typing import ColorType
 from probekit.config import NAMED, reading_order
 from probekit.errors import ProbekitError
 from probekit.io import atomic_path, write_text
-from probekit.models.hook_points import label, per_layer
+from probekit.models.locations import label, per_layer
 from probekit.models.mixing import VARIANTS
 from probekit.probing.results import main_metric, validation_loss
 from probekit.reports.display import number, visible

@@ -21,7 +21,7 @@ from probekit.config import user_path
 from probekit.errors import ProbekitError
 from probekit.io import atomic_path, read_json, write_text
 from probekit.models.depth_ensemble import MEMBERS
-from probekit.models.hook_points import label
+from probekit.models.locations import label
 from probekit.models.mixing import VARIANTS
 from probekit.probing.probe import ProbeResults
 from probekit.probing.results import main_metric

@@ -12,7 +12,7 @@ import pandas as pd
 
 from probekit.config import nearest, reading_order
 from probekit.data.corpus import Corpus, action_table, sentence_lengths, sizes
-from probekit.models.hook_points import label
+from probekit.models.locations import label
 from probekit.probing.results import main_metric, validation_loss
 from probekit.reports.display import (
     INTERVALS,

@@ -17,12 +17,13 @@ from probekit.data.encoders import SentenceEncoder, load_encoder
 from probekit.distributed import compute_device
 from probekit.errors import ProbekitError
 from probekit.io import read_array, read_json, read_tensors, write_tensors
+from probekit.models.backends import Backend
 from probekit.models.checkpoint import dtype_of, load_config
 from probekit.models.conditioning import new_adapter
 from probekit.models.depth_ensemble import MEMBERS, DepthEnsemble, new_ensemble
 from probekit.models.frozen_lm import FrozenLM
-from probekit.models.hook_points import NORM_OUT, Backend
 from probekit.models.language_model import is_placed, load_model, longest_window, random_weights
+from probekit.models.locations import NORM_OUT
 from probekit.models.mixing import VARIANTS
 from probekit.models.planner import Planner, TrainableEncoder
 from probekit.models.planner_lm import PlannedLM

@@ -24,11 +24,11 @@ from probekit.data.windows import Windows, collate
 from probekit.distributed import precision_of
 from probekit.errors import ProbekitError
 from probekit.io import atomic_folder, write_json
-from probekit.models.architecture import examine
 from probekit.models.checkpoint import check_tokenizer, check_weights, dtype_name, dtype_of, load_config
 from probekit.models.conditioning import location_width, new_adapter
 from probekit.models.depth_ensemble import DepthEnsemble, new_ensemble
 from probekit.models.frozen_lm import FrozenLM
+from probekit.models.hook_points import examine
 from probekit.models.language_model import load_model, longest_window, new_model, save_model
 from probekit.models.mixing import VARIANTS
 from probekit.models.planner import Planner, write_embeddings

@@ -20,7 +20,7 @@ from synthetic_probes import BASELINES, accuracy_of, probe_table
 import probekit
 from probekit.config import Config
 from probekit.io import read_json, write_json
-from probekit.models.hook_points import LOCATIONS
+from probekit.models.locations import LOCATIONS
 from probekit.models.mixing import VARIANTS
 from probekit.reports.plot_probes import Panel
 from probekit.run.run import Run

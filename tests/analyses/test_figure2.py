@@ -10,7 +10,7 @@ from matplotlib.patches import Circle, FancyBboxPatch
 from matplotlib.text import Annotation, Text
 from matplotlib.transforms import Bbox
 
-from probekit.models.hook_points import LOCATIONS
+from probekit.models.locations import LOCATIONS
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["sequential", "parallel"])

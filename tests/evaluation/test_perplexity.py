@@ -8,8 +8,9 @@ from torch.nn.functional import softmax
 from probekit.config import VariantName
 from probekit.data.windows import cut_windows
 from probekit.evaluation.perplexity import Pass, own_losses
-from probekit.models.hook_points import BridgeBackend, layer_of
+from probekit.models.backends import BridgeBackend
 from probekit.models.language_model import bridge, new_model
+from probekit.models.locations import layer_of
 from probekit.models.mixing import VARIANTS, Fixed, Mixing, Oracle
 from probekit.models.planner_lm import PlannedLM
 from probekit.progress import Progress

@@ -16,6 +16,7 @@ from probekit.config import ConditioningSettings, PlannerSettings
 from probekit.data.corpus import Corpus
 from probekit.data.windows import Batch, collate, cut_windows
 from probekit.errors import ProbekitError
+from probekit.models.backends import Backend, BridgeBackend, HFBackend, Hook
 from probekit.models.conditioning import (
     CONDITIONINGS,
     Adapter,
@@ -26,7 +27,7 @@ from probekit.models.conditioning import (
     new_adapter,
 )
 from probekit.models.frozen_lm import FrozenLM
-from probekit.models.hook_points import Backend, BridgeBackend, HFBackend, Hook, hook_name
+from probekit.models.locations import hook_name
 from probekit.models.mixing import Oracle, Soft
 from probekit.models.planner import Planner
 from probekit.models.planner_lm import PlannedLM, token_losses

@@ -11,10 +11,10 @@ from transformers import DynamicCache
 from probekit.config import BosRule, ConditioningSettings
 from probekit.data.corpus import Corpus
 from probekit.data.windows import cut_windows, input_tokens
+from probekit.models.backends import BridgeBackend
 from probekit.models.conditioning import new_adapter
 from probekit.models.decoding import Decoder, GrowingText, HFDecoder, new_decoder, read_windows, window_start
 from probekit.models.frozen_lm import FrozenLM
-from probekit.models.hook_points import BridgeBackend
 from probekit.models.planner_lm import PlannedLM
 
 FAMILIES = ["gpt2", "gpt_neox", "llama", "olmo", "olmo2", "qwen2", "qwen3"]

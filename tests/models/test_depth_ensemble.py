@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from probekit.config import DepthSettings, DistillationSettings, MemberName
 from probekit.data.windows import collate, cut_windows
 from probekit.errors import ProbekitError
+from probekit.models.backends import BridgeBackend
 from probekit.models.decoding import Decoder, GrowingText, HFDecoder, new_decoder
 from probekit.models.depth_ensemble import (
     DepthEnsemble,
@@ -23,7 +24,6 @@ from probekit.models.depth_ensemble import (
     reader_losses,
 )
 from probekit.models.frozen_lm import FrozenLM
-from probekit.models.hook_points import BridgeBackend
 from probekit.models.language_model import load_model
 from probekit.models.mixing import Fixed
 from probekit.models.planner_lm import PlannedLM

@@ -16,12 +16,13 @@ from probekit.data.windows import Batch, collate, cut_windows
 from probekit.errors import ProbekitError
 from probekit.evaluation.evaluate import evaluate
 from probekit.generation.generate import generate
+from probekit.models.backends import HFBackend
 from probekit.models.checkpoint import load_config
 from probekit.models.conditioning import CONDITIONINGS, new_adapter
 from probekit.models.decoding import GrowingText, new_decoder
 from probekit.models.frozen_lm import FrozenLM
-from probekit.models.hook_points import HFBackend, hook_name
 from probekit.models.language_model import load_model, random_weights
+from probekit.models.locations import hook_name
 from probekit.models.mixing import Oracle
 from probekit.models.planner_lm import PlannedLM, token_losses
 from probekit.models.tuning import TUNINGS

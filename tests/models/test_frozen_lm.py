@@ -18,12 +18,13 @@ from probekit.config import BaseSettings, ConditioningSettings
 from probekit.data.corpus import Corpus
 from probekit.data.windows import Batch, collate, cut_windows
 from probekit.errors import ProbekitError
+from probekit.models.backends import BridgeBackend, HFBackend
 from probekit.models.checkpoint import load_config
 from probekit.models.conditioning import new_adapter
 from probekit.models.decoding import GrowingText, HFDecoder, new_decoder
 from probekit.models.frozen_lm import FrozenLM
-from probekit.models.hook_points import BridgeBackend, HFBackend, hook_name
 from probekit.models.language_model import bridge, load_model
+from probekit.models.locations import hook_name
 from probekit.models.mixing import Oracle
 from probekit.models.planner_lm import PlannedLM, token_losses
 from probekit.models.tuning import TUNINGS

@@ -3,13 +3,7 @@
 import pytest
 import torch
 
-from probekit.models.hook_points import (
-    BEFORE,
-    LOCATIONS,
-    OUTSIDE_BLOCKS,
-    hook_name,
-    per_layer,
-)
+from probekit.models.locations import BEFORE, LOCATIONS, OUTSIDE_BLOCKS, hook_name, per_layer
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from probekit.config import ConditioningSettings, MixingSettings, PlannerSettings
 from probekit.data.corpus import Corpus
 from probekit.data.windows import IGNORE, Batch, collate, cut_windows
+from probekit.models.backends import BridgeBackend
 from probekit.models.checkpoint import load_config
 from probekit.models.conditioning import new_adapter
 from probekit.models.frozen_lm import FrozenLM
-from probekit.models.hook_points import BridgeBackend
 from probekit.models.language_model import load_model
 from probekit.models.mixing import (
     VARIANTS,

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PreTr
 from probekit.config import Config
 from probekit.errors import ProbekitError
 from probekit.evaluation.perplexity import window_and_stride
-from probekit.models.hook_points import BridgeBackend, HFBackend
+from probekit.models.backends import BridgeBackend, HFBackend
 from probekit.models.language_model import random_weights
 from probekit.models.planner_lm import PlannedLM
 from probekit.probing import activations

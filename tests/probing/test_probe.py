@@ -21,8 +21,8 @@ from probekit.config import Config
 from probekit.data.corpus import export_sentences
 from probekit.errors import ProbekitError
 from probekit.io import read_tensors, write_tensors
+from probekit.models.backends import BridgeBackend
 from probekit.models.conditioning import new_adapter
-from probekit.models.hook_points import BridgeBackend
 from probekit.models.mixing import VARIANTS, Oracle, Variant
 from probekit.models.planner_lm import PlannedLM
 from probekit.probing import grid as grid_module

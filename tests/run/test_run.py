@@ -19,7 +19,7 @@ from probekit.config import Config, setting_value
 from probekit.data.windows import collate, cut_windows
 from probekit.errors import ProbekitError
 from probekit.io import read_json, read_tensors, write_json
-from probekit.models.hook_points import Backend, BridgeBackend, HFBackend
+from probekit.models.backends import Backend, BridgeBackend, HFBackend
 from probekit.models.language_model import random_weights
 from probekit.models.mixing import Fixed
 from probekit.run.folder import BEGUN, FORMAT, Existing
