@@ -11,7 +11,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from probekit.errors import ProbekitError
-from probekit.models import architecture
+from probekit.models import hook_points
 from probekit.models.backends import BridgeBackend, HFBackend
 from probekit.models.hook_points import Architecture, broken_sums, examine, find_module
 from probekit.models.language_model import bridge, shallow
@@ -109,7 +109,7 @@ def test_modules_that_see_something_else_are_found_out(
         right = find_module(lm, model, name)
         return find_module(lm, model, "blocks.1.hook_resid_pre") if name == "blocks.0.hook_mlp_out" else right
 
-    monkeypatch.setattr(architecture, "find_module", wrong)
+    monkeypatch.setattr(hook_points, "find_module", wrong)
     found = examine(plain["llama"].config, tokenizer, "llama")
     assert found.points(["blocks.1.hook_mlp_out"]) is None
     assert found.points(["blocks.1.hook_attn_out"]) is not None
@@ -135,8 +135,8 @@ def test_a_difference_in_what_a_change_does_is_found_out(
 
     config = plain["gpt2"].config
     assert examine(config, tokenizer, "gpt2").points(["blocks.0.hook_mlp_out"]) is not None
-    monkeypatch.setattr(architecture, "shallow", deaf)
-    monkeypatch.setattr(architecture, "bridge", lambda model, *names: bridge(shallow(config), *names))
+    monkeypatch.setattr(hook_points, "shallow", deaf)
+    monkeypatch.setattr(hook_points, "bridge", lambda model, *names: bridge(shallow(config), *names))
     found = examine(config, tokenizer, "gpt2")
     assert found.points(["blocks.0.hook_mlp_out"]) is None
     assert found.points(["ln_final.hook_out"]) is not None
@@ -259,7 +259,7 @@ def test_a_location_that_is_not_what_it_is_called_is_refused_by_name(
     monkeypatch: pytest.MonkeyPatch, plain: dict, tokenizer: PreTrainedTokenizerBase
 ):
     reason = {"hook_mlp_out": "it is not what is added to the residual stream"}
-    monkeypatch.setattr(architecture, "broken_sums", lambda seen: reason)
+    monkeypatch.setattr(hook_points, "broken_sums", lambda seen: reason)
     found = examine(plain["llama"].config, tokenizer, "llama")
     assert "hook_mlp_out" not in found.locations
     with pytest.raises(
