@@ -164,7 +164,7 @@ def test_whatever_an_architecture_raises_is_one_line(
     def fails(*_: object, **__: object) -> None:
         raise OddError("line one\nline two " + "and on " * 100)
 
-    owner = TransformerBridge if where == "boot_transformers" else architecture
+    owner = TransformerBridge if where == "boot_transformers" else hook_points
     monkeypatch.setattr(owner, where, fails)
     with pytest.raises(ProbekitError) as raised:
         examine(plain["llama"].config, tokenizer, "tiny")
