@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-OF_ACTIONS = ("embeddings", "actions", "codebook")
-"""What a corpus without actions lacks."""
+ARRAYS = ("tokens", "document_tokens", "document_sentences", "first_token", "spans", "split")
+"""Files that every corpus has, without their ending."""
 
 FEW_DOCUMENTS = 40
 """Fewer test documents are warned of: 95 % intervals cover 91 % at 40, 88 % at 9 (simulated)."""
@@ -52,7 +52,8 @@ class Corpus:
     sentence arrays. Tokens of sentence j begin at `tokens[first_token[j]]`. `group[i]` is the number of
     the first document of its group: copies of a text, and documents of one value of the group column.
 
-    A corpus without actions (`actions.labels: none`) has no `embeddings`, `actions` and `codebook`.
+    A corpus without actions (`actions.labels: none`) has embeddings of no dimensions, actions of -1 and an
+    empty codebook.
     """
 
     folder: Path
@@ -63,9 +64,9 @@ class Corpus:
     spans: np.ndarray
     split: np.ndarray
     group: np.ndarray
-    embeddings: np.ndarray = field(repr=False)
-    actions: np.ndarray = field(repr=False)
-    codebook: Codebook = field(repr=False)
+    embeddings: np.ndarray
+    actions: np.ndarray
+    codebook: Codebook
     facts: dict[str, Any]
 
     @classmethod
@@ -76,37 +77,35 @@ class Corpus:
             ProbekitError: A file is missing or cut off.
         """
         facts = read_json(folder / "facts.json")
-        absent = {"folder", "group", "codebook", "facts"} | (
-            set() if facts.get("actions", True) else set(OF_ACTIONS)
-        )
-        parts: dict[str, Any] = {
-            part.name: read_array(folder / f"{part.name}.npy")
-            for part in fields(cls)
-            if part.name not in absent
-        }
+        parts: dict[str, Any] = {name: read_array(folder / f"{name}.npy") for name in ARRAYS}
         file = folder / "group.npy"  # corpora of earlier versions have none
         parts["group"] = read_array(file) if file.exists() else np.arange(len(parts["split"]))
-        if "actions" in parts:
+        if facts.get("actions", True):
+            parts |= {name: read_array(folder / f"{name}.npy") for name in ("embeddings", "actions")}
             parts["codebook"] = Codebook.load(folder / "codebook.safetensors")
-        corpus = cls.__new__(cls)  # `__init__` would ask for what a corpus without actions lacks
-        vars(corpus).update(parts, folder=folder, facts=facts)
-        return corpus
-
-    if not TYPE_CHECKING:  # with it, any name would pass for one of an attribute
-
-        def __getattr__(self, name: str) -> Any:
-            """Refuses what a corpus without actions lacks."""
-            if name not in OF_ACTIONS:
-                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-            raise ProbekitError(
-                "the corpus was built without actions (actions.labels is 'none'), which this needs; build "
-                "one with --actions.labels clusters in another --out"
-            )
+        else:
+            sentences = len(parts["first_token"])
+            parts["embeddings"] = np.zeros((sentences, 0), np.float32)
+            parts["actions"] = np.full(sentences, -1, np.int32)
+            parts["codebook"] = Codebook(np.zeros((0, 0), np.float32))
+        return cls(folder=folder, facts=facts, **parts)
 
     @property
     def has_actions(self) -> bool:
         """Whether sentences have actions."""
-        return "actions" in vars(self)
+        return self.k > 0
+
+    def require_actions(self) -> None:
+        """Checks that sentences have actions.
+
+        Raises:
+            ProbekitError: The corpus was built without.
+        """
+        if not self.has_actions:
+            raise ProbekitError(
+                "the corpus was built without actions (actions.labels is 'none'), which this needs; build "
+                "one with --actions.labels clusters in another --out"
+            )
 
     @property
     def k(self) -> int:

@@ -60,6 +60,7 @@ class Labeller:
     """Labels the sentences of any text with their actions, as the corpus's own are with nearest centroids."""
 
     def __init__(self, run: Run) -> None:
+        run.corpus.require_actions()
         self._corpus, self._encoder = run.corpus, run.encoder()
         self._language = run.config.corpus.language
 

@@ -223,6 +223,7 @@ def find_target(corpus: Corpus, name: str) -> Target:
 
 
 def _action(corpus: Corpus) -> Target:
+    corpus.require_actions()
     highest = int(corpus.actions.max(initial=0))
     if highest >= corpus.k:
         raise ProbekitError(

@@ -224,7 +224,7 @@ def test_a_table_of_statements_is_corpus_and_labels(capsys: Capture, lm: Path, t
     assert probe.groups < probe.documents == len(corpus.documents("test"))
     assert set(found.reader) >= {"probe", "prior", "skip n-gram", "token embedding"}
     with pytest.raises(ProbekitError, match="built without actions"):
-        _ = corpus.actions
+        corpus.require_actions()
     # Another column of a table for the finished run, from another folder.
     spans = tmp_path / "spans.tsv"
     texts = [document.text for _, batch in corpus.texts.batches() for document in batch]
