@@ -23,7 +23,7 @@ from probekit.training.trainer import Group, Stage, Trainer
 def fold_of_documents(corpus: Corpus, folds: int, seed: int) -> np.ndarray:
     """The fold of every document, -1 for those that are not for training `[documents]`.
 
-    Documents with the same tokens are in the same fold.
+    Documents with the same tokens, or of one group, are in the same fold.
 
     Raises:
         ProbekitError: There are fewer distinct training documents than folds.
@@ -31,10 +31,14 @@ def fold_of_documents(corpus: Corpus, folds: int, seed: int) -> np.ndarray:
     train = corpus.documents("train")
     bounds = zip(corpus.document_tokens[train], corpus.document_tokens[train + 1], strict=True)
     digests = [_digest(corpus.tokens[start:stop]) for start, stop in bounds]
-    distinct, number = np.unique(np.array(digests, dtype="S16"), return_inverse=True)
+    _, number = np.unique(np.array(digests, dtype="S16"), return_inverse=True)
+    of_group = np.full(len(corpus.split), len(train))
+    np.minimum.at(of_group, corpus.group[train], number)
+    distinct, number = np.unique(of_group[corpus.group[train]], return_inverse=True)
     if folds > len(distinct):
         raise ProbekitError(
-            f"training.planner.folds is {folds}, but there are {len(distinct)} distinct training documents; "
+            f"training.planner.folds is {folds}, but there are {len(distinct)} distinct training documents "
+            f"(those of one group count once); "
             f"set it to {len(distinct)} or less"
         )
     found = np.full(len(corpus.split), -1)

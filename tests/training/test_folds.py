@@ -1,6 +1,7 @@
 """Out-of-fold scores: who has seen what, and that evaluation does not read them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,21 @@ def test_the_same_text_is_in_one_fold(make_documents: Callable[[list[list[int]]]
     fold = fold_of_documents(make_documents(texts * 4), FOLDS, seed=0)
     assert sorted(np.bincount(fold) // 4) == [1, 2, 2]
     assert all(len(set(fold[i::5])) == 1 for i in range(5))
+
+
+def test_a_group_is_in_one_fold(make_documents: Callable[[list[list[int]]], Corpus]):
+    """Other documents are dealt as they are without groups."""
+    texts = [[n, n + 1] for n in range(12)]
+    alone = fold_of_documents(make_documents(texts), FOLDS, seed=0)
+    corpus = make_documents([*texts, *([50 + n] for n in range(12))])
+    group = np.tile(np.arange(12), 2)
+    fold = fold_of_documents(replace(corpus, group=group), FOLDS, seed=0)
+    assert all(len(set(fold[group == number])) == 1 for number in range(12))
+    assert np.bincount(fold).tolist() == [8, 8, 8]
+    same = fold_of_documents(replace(make_documents(texts * 2), group=group), FOLDS, seed=0)
+    np.testing.assert_array_equal(same, np.tile(alone, 2))
+    with pytest.raises(ProbekitError, match="there are 1 distinct training documents"):
+        fold_of_documents(replace(corpus, group=np.zeros(24, np.int64)), 2, seed=0)
 
 
 def test_more_folds_than_texts_are_refused(make_documents: Callable[[list[list[int]]], Corpus]):
