@@ -21,7 +21,7 @@ from probekit.models.conditioning import Conditioned
 from probekit.models.locations import hook_name
 from probekit.models.mixing import evaluation_mixing
 from probekit.probing.activations import HookPoint
-from probekit.probing.labels import target_of
+from probekit.probing.labels import labels_digest, target_of
 from probekit.probing.results import Cell, LinearProbe, SavedProbes, read_probe_record
 from probekit.probing.targets import Target
 from probekit.run.run import Run
@@ -56,11 +56,18 @@ def final_layer_probe(run: Run, variant: VariantName) -> tuple[HookPoint, Linear
     """The saved probe in the final layer, right before a sentence, where it reads, and what.
 
     Raises:
-        ProbekitError: The run has no such probe, or its probes read no label of the next sentence.
+        ProbekitError: The run has no such probe, its probes read no label of the next sentence, or
+            the labels have changed.
     """
     folder, point = run.folder / "probes", (FINAL_LOCATION, run.frozen_lm().layers - 1)
     saved = SavedProbes(folder, variant, run.config.seed)
-    config = read_probe_record(run.folder).config
+    record = read_probe_record(run.folder)
+    config = record.config
+    if record.origin.get("labels") != labels_digest(config):
+        raise ProbekitError(
+            f"probe.labels {config.probe.labels} has changed since {folder} was made of it; run "
+            f"`probekit probe {run.folder}` again"
+        )
     target = target_of(run.corpus, config)
     if target.of_sentences is None or config.probe.anchors != "start":
         raise ProbekitError(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from probekit.config import Config
+from probekit.config import Config, user_path
 from probekit.data.corpus import Corpus
 from probekit.data.readers import as_written, read_records
 from probekit.data.sentences import token_spans
@@ -30,6 +30,7 @@ from probekit.probing.targets import (
     find_target,
     sentence_target,
 )
+from probekit.run.folder import digest_of
 
 SHOWN_CLASSES = 12
 """So many classes are listed with their counts."""
@@ -110,6 +111,12 @@ def target_of(corpus: Corpus, config: Config) -> Target:
     return Target(name, len(names), ranges, names=names, notes=tuple(lines), positions=("last",))
 
 
+def labels_digest(config: Config) -> str | None:
+    """A digest of the table of labels; None where there is none."""
+    path = None if config.probe.labels is None else user_path(config.probe.labels)
+    return digest_of([path]) if path is not None and path.is_file() else None
+
+
 def beyond_window(corpus: Corpus, target: Target, window: int) -> str | None:
     """A line if the LM cannot read at once all of the text up to the end of some labelled ranges."""
     if not isinstance(target.labels, Ranges):
@@ -126,7 +133,7 @@ def beyond_window(corpus: Corpus, target: Target, window: int) -> str | None:
 def _read(path: Path, column: str, config: Config) -> LabelTable | None:
     """Reads a table; None if it lacks the column, but there is a built-in target of its name."""
     texts = config.probe.text_column
-    wanted = {"document", "sentence", "start", "end", texts or config.corpus.text_column} - {column}
+    wanted = {"document", "sentence", "start", "end", "text", texts or config.corpus.text_column} - {column}
     known: dict[str, None] = {}
 
     def choose(columns: Sequence[str]) -> list[str]:
@@ -179,7 +186,31 @@ def _places(corpus: Corpus, table: LabelTable, config: Config) -> tuple[np.ndarr
             f"{table.where[row]}: 'sentence' is {within[row]}, but document {document[row]} has "
             f"{last[row] - first[row]}, from 0 on"
         )
-    return document, np.where((document == ABSENT) | (within < 0), ABSENT, first + within)
+    sentence = np.where((document == ABSENT) | (within < 0), ABSENT, first + within)
+    if "document" in table.columns and config.probe.text_column is None:
+        exported = "text" if "sentence" in table.columns and texts not in table.columns else texts
+        _check_texts(corpus, table, exported, document, sentence)
+    return document, sentence
+
+
+def _check_texts(
+    corpus: Corpus, table: LabelTable, column: str, document: np.ndarray, sentence: np.ndarray
+) -> None:
+    """Refuses a row whose text is not that of the document or sentence that it names, white space aside."""
+    number, text = ABSENT, ""
+    for row, given in enumerate(table.columns.get(column, ())):
+        if given is None:
+            continue
+        if document[row] != number:
+            number = int(document[row])
+            text = corpus.texts[number].text
+        own = text if sentence[row] == ABSENT else text[slice(*corpus.spans[sentence[row]])]
+        if own.split() != given.split():
+            what = "document" if sentence[row] == ABSENT else "sentence"
+            raise ProbekitError(
+                f"{table.where[row]}: {column!r} is {given.strip()[:40]!r}, but that {what} of the corpus is "
+                f"{own.strip()[:40]!r}; label this corpus's texts (`probekit corpus RUN --export FILE`)"
+            )
 
 
 def _named_documents(corpus: Corpus, table: LabelTable) -> np.ndarray:

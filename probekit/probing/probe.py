@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from probekit import distributed
-from probekit.config import ProbedName, ProbeSettings, SolverName, reading_order, user_path
+from probekit.config import ProbedName, ProbeSettings, SolverName, reading_order
 from probekit.errors import ProbekitError
 from probekit.io import atomic_folder, read_metadata, read_tensors, write_json, write_table, write_tensors
 from probekit.models.conditioning import CONDITIONINGS, conditioned_location
@@ -39,12 +39,11 @@ from probekit.probing.activations import (
 from probekit.probing.baselines import baseline_sums
 from probekit.probing.fitting import CLOSED_FORM, FitJob, Fitted, control_task, fit, fit_sums, hold, score
 from probekit.probing.grid import CHOSEN_ON, FITTED_ON, TESTED_ON, Grid, make_grid
-from probekit.probing.labels import beyond_window, target_of
+from probekit.probing.labels import beyond_window, labels_digest, target_of
 from probekit.probing.results import SETTINGS, DocumentSums, Facts, probes_file, table_of, validation_loss
 from probekit.probing.store import Held, Store, write_store
 from probekit.probing.targets import Target
 from probekit.progress import Meter, Progress, duration
-from probekit.run.folder import digest_of
 from probekit.run.run import Run
 from probekit.statistics import Resampling
 
@@ -173,6 +172,7 @@ def probe(
                     write_tensors(folder / file, tensors)
             write_table(folder / "results.parquet", table)
             record = {"notes": notes, "of": origin(run), "documents": documents}
+            record["classes"] = [target.name_of(label) for label in range(target.classes)]
             write_json(folder / SETTINGS, run.config.model_dump(mode="json") | record)
         finished.forget()
     distributed.wait()
@@ -462,13 +462,12 @@ def _mark_injected(
 
 def origin(run: Run) -> dict[str, Any]:
     """What results depend on beside settings and weights; a file of labels may have been edited."""
-    labels = run.config.probe.labels
     return {
         "version": version("probekit-lm"),
         "corpus": run.corpus.facts["fingerprint"],
         "device": run.device.type,
         "dtype": str(run.dtype),  # what lm.dtype auto stands for depends on the machine
-        "labels": None if labels is None else digest_of([user_path(labels)]),
+        "labels": labels_digest(run.config),
     }
 
 

@@ -481,12 +481,14 @@ class ProbeRecord:
         notes: What to know of all rows together.
         documents: By seed and split the documents that examples were drawn from.
         origin: What the results depend on beside settings and weights; see `probe.origin`.
+        classes: Names of the classes, none of numbers; None of probes of an earlier version.
     """
 
     config: Config
     notes: list[str]
     documents: Mapping[str, Mapping[str, int]]
     origin: Mapping[str, Any]
+    classes: tuple[str, ...] | None
 
 
 def read_probe_record(run: Path) -> ProbeRecord:
@@ -505,4 +507,5 @@ def read_probe_record(run: Path) -> ProbeRecord:
         recorded.get("notes", []),
         recorded.get("documents", {}),
         recorded.get("of", {}),
+        None if (classes := recorded.get("classes")) is None else tuple(classes),
     )

@@ -17,7 +17,6 @@ from probekit.models.locations import hook_name
 from probekit.models.replanning import decoded
 from probekit.probing.activations import probing_windows
 from probekit.probing.arrays import predictions
-from probekit.probing.labels import target_of
 from probekit.probing.results import (
     LINEAR_SOLVERS,
     Cell,
@@ -73,8 +72,11 @@ def score(
     run = run.with_settings({"probe.window": record.config.probe.window})
     variant, seed, chosen = _chosen(run, cell)
     probe = SavedProbes(run.folder / "probes", variant, seed)[chosen]
-    target = target_of(run.corpus, record.config)
-    classes = tuple(map(target.name_of, range(target.classes)))
+    if record.classes is None:
+        raise ProbekitError(
+            f"the probes of {run.folder} are of an earlier version, which kept no names of classes; run "
+            f"`probekit probe {run.folder}` again"
+        )
     named = _named(texts)
     begin = [] if run.corpus.bos_rule == "none" else [run.corpus.separator]
     window = probing_windows(run)[0]
@@ -103,7 +105,7 @@ def score(
         if tokens:
             part["token"] = [number for row in rows for number in range(len(encoded[row]))]
             part["piece"] = [decoded(run.corpus.tokenizer, [t]) for row in rows for t in encoded[row]]
-        parts.append(pd.concat([part, predictions(probe, own, classes)], axis=1))
+        parts.append(pd.concat([part, predictions(probe, own, record.classes)], axis=1))
     table = pd.concat(parts).sort_values("text", kind="stable", ignore_index=True)
     if out is not None:
         _write(table, Path(out))

@@ -18,6 +18,8 @@ from probekit.io import read_tensors, write_tensors
 from probekit.models.mixing import VARIANTS, Oracle, Variant
 from probekit.probing.grid import make_grid
 from probekit.probing.probe import probe
+from probekit.probing.results import read_probe_record
+from probekit.probing.score import score
 from probekit.probing.targets import find_target
 from probekit.progress import Progress, without_bars_of_transformers
 from probekit.run.run import Run
@@ -75,6 +77,22 @@ def labelled(probed_copy: Run, quick_probes: dict[str, Any], tmp_path: Path) -> 
     of_labels = {"probe.labels": str(path), "probe.target": "copied", "probe.positions": [1, 2, 3]}
     probe(probed_copy, quick_probes | {"probe.variants": ["none"]} | of_labels, quiet=True)
     return probed_copy
+
+
+def test_a_class_added_after_probing_shifts_no_names(labelled: Run):
+    """Probes keep the names of their classes; what needs the labels themselves refuses changed ones."""
+    path = Path(str(read_probe_record(labelled.folder).config.probe.labels))
+    text = ["A plan of some words. And"]
+    before = score(labelled, text, quiet=True)
+    table = pd.read_csv(path)
+    table.assign(copied=table.copied.where(table.index > 0, -1)).to_csv(path, index=False)
+    pd.testing.assert_frame_equal(score(labelled, text, quiet=True), before)
+    with pytest.raises(
+        ProbekitError, match=r"has changed since .*probes was made of it; run `probekit probe"
+    ):
+        intervene(labelled, FEW, quiet=True)
+    path.unlink()
+    pd.testing.assert_frame_equal(score(labelled, text, quiet=True), before)
 
 
 def test_labels_that_copy_actions_have_the_effects_of_actions(results: InterventionResults, labelled: Run):

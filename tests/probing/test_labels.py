@@ -390,3 +390,26 @@ def test_an_unreadable_file_is_named(corpus: Corpus, tmp_path: Path, suffix: str
     if content is not None:
         path.write_bytes(content)
     assert str(path) in refusal(corpus, "kind", path)
+
+
+def test_a_table_of_other_texts_is_refused(corpus: Corpus, tmp_path: Path):
+    """The texts of an exported table must be those of the sentences that its rows name."""
+    path = export_sentences(corpus, tmp_path / "labels.csv")
+    table = pd.read_csv(path).assign(kind=lambda table: np.where(table.index % 2, "a", "b"))
+    table.assign(text="  " + table.text + " \n").to_csv(path, index=False)
+    assert read(corpus, "kind", path).of_sentences is not None
+    table.loc[2, "text"] = "A dog sang!"
+    table.to_csv(path, index=False)
+    with pytest.raises(
+        ProbekitError, match=r"labels\.csv: row 3: 'text' is 'A dog sang!', but that sentence .*'A dog b"
+    ):
+        read(corpus, "kind", path)
+    other = Config().override(
+        {"probe.labels": str(path), "probe.target": "kind", "corpus.text_column": "body"}
+    )
+    with pytest.raises(ProbekitError, match="'A dog sang!'"):
+        target_of(corpus, other)
+    whole = {"document": [1, 0], "text": [TEXTS[1], TEXTS[0]], "kind": ["a", "b"]}
+    assert read(corpus, "kind", written(tmp_path, **whole)).names == ("a", "b")
+    with pytest.raises(ProbekitError, match=r"row 1: 'text' is .* that document of the corpus"):
+        read(corpus, "kind", written(tmp_path, **whole | {"document": [0, 1]}))

@@ -385,4 +385,8 @@ def test_a_record_is_read_back(tmp_path: Path):
     write_json(tmp_path / "probes" / "settings.json", config.model_dump(mode="json") | record)
     found = read_probe_record(tmp_path)
     assert (found.config, found.notes, found.documents) == (config, ["one"], documents)
-    assert found.origin == {"version": "0"}
+    assert (found.origin, found.classes) == ({"version": "0"}, None)
+    write_json(
+        tmp_path / "probes" / "settings.json", config.model_dump(mode="json") | record | {"classes": ["no"]}
+    )
+    assert read_probe_record(tmp_path).classes == ("no",)
