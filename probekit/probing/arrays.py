@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +26,7 @@ from probekit.config import NAMED, Config, Position, SolverName
 from probekit.distributed import compute_device
 from probekit.errors import ProbekitError
 from probekit.evaluation.action_metrics import prior_log_probabilities
-from probekit.io import read_array, read_metadata, read_tensors, write_tensors
+from probekit.io import one_line, read_array, read_metadata, read_tensors, write_tensors
 from probekit.probing.activations import Done, HookPoint, Stack
 from probekit.probing.fitting import FitJob, Task, fit, fit_sums, hold, score
 from probekit.probing.grid import CHOSEN_ON, FITTED_ON, MINIMUM_EXAMPLES, TESTED_ON, Grid, check_solvers
@@ -56,6 +56,9 @@ CARD = (
     *("bits_high", "control_accuracy", "control_r2", "examples", "documents"),
 )
 """Columns of the table that a card of probes has, where its target has them."""
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Types of activations that are kept as they are."""
 
 MOST_SHOWN = 20
 """Most classes whose probabilities have a column each in a table of predictions."""
@@ -128,13 +131,14 @@ def load_probes(path: str | Path) -> LinearProbes:
         ProbekitError: The file is no such file.
     """
     metadata, tensors = read_metadata(Path(path)), read_tensors(path)
-    if "card" not in metadata:
-        raise ProbekitError(f"{path} has no card of probes; give a file that `results.save` wrote")
-    probes = {
-        Cell.of(key): LinearProbe(tensors[f"{key}|coef"], tensors[f"{key}|intercept"])
-        for key in json.loads(metadata["cells"])
-    }
-    return LinearProbes(probes, json.loads(metadata["card"]))
+    try:
+        probes = {
+            Cell.of(key): LinearProbe(tensors[f"{key}|coef"], tensors[f"{key}|intercept"])
+            for key in json.loads(metadata["cells"])
+        }
+        return LinearProbes(probes, json.loads(metadata["card"]))
+    except (KeyError, ValueError, TypeError):
+        raise ProbekitError(f"{path} has no card of probes; give a file that `results.save` wrote") from None
 
 
 def predictions(probe: LinearProbe, activations: Tensor, classes: Sequence[str]) -> pd.DataFrame:
@@ -219,17 +223,20 @@ def fit_grid(
     Raises:
         ProbekitError: An argument does not fit the others, or something is missing in it.
     """
+    config = Config().override({"seed": seed, "device": device, "evaluation.resamples": resamples})
+    if kind not in (None, "classes", "numbers"):
+        raise ProbekitError(f"kind is {kind!r}; it must be classes or numbers")
     values, points = arrays_of(activations)
     target, numbered = _target(labels, values.shape[1], name, kind)
     splits, group_of = _splits(groups, split, values.shape[1], seed)
     position = activations.position if isinstance(activations, TextActivations) else "last"
     position = position if position in NAMED else "last"
     grid = _grid(target, numbered, position, splits, group_of)
-    if solvers is None:
-        solvers = "ridge" if target.kind == "numbers" else "softmax"
-    options = {"solvers": [solvers] if isinstance(solvers, str) else list(solvers), "control": control}
-    options |= {"code_length": code_length, **settings}
-    config = Config().override({f"probe.{option}": value for option, value in options.items()})
+    options = {"control": control, "code_length": code_length, **settings}
+    options["solvers"] = solvers or ("ridge" if target.kind == "numbers" else "softmax")
+    if isinstance(options["solvers"], str):
+        options["solvers"] = [options["solvers"]]
+    config = config.override({f"probe.{option}": value for option, value in options.items()})
     check_solvers(target, config.probe)
     progress = Progress(quiet=quiet)
     read = activations.tokens_read if isinstance(activations, TextActivations) else np.zeros(1)
@@ -320,13 +327,12 @@ def arrays_of(activations: Arrays) -> tuple[Tensor, tuple[HookPoint, ...]]:
                     f"{path} holds {len(tensors)} tensors ({', '.join(tensors)}); it must be one"
                 )
             (values,) = tensors.values()
-    values = values.detach().cpu() if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
+    values = _numbers(values)
     values = values[None] if values.ndim == 2 else values
     if values.ndim != 3 or not values.numel():
         raise ProbekitError(
             f"activations {list(values.shape)} must be [examples, width] or [layers, examples, width], none 0"
         )
-    values = values if values.is_floating_point() else values.float()
     for layer, value in enumerate(values):
         if not value.isfinite().all():
             example = int((~value.isfinite()).any(1).nonzero()[0])
@@ -338,9 +344,26 @@ def arrays_of(activations: Arrays) -> tuple[Tensor, tuple[HookPoint, ...]]:
     return values, tuple(("activations", layer) for layer in range(len(values)))
 
 
+def _numbers(values: Any) -> Tensor:
+    """An array as a tensor on the CPU, in float32 if its numbers are no usual floats."""
+    try:
+        found = values.detach().cpu() if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
+        if found.is_complex():
+            raise TypeError("they are complex")
+        return found.to_dense() if found.dtype in FLOATS else found.to_dense().float()
+    except (TypeError, ValueError, RuntimeError) as error:  # words, rows of different lengths, no storage
+        raise ProbekitError(
+            f"activations is a {type(values).__name__} that makes no array of numbers ({one_line(error)})"
+        ) from None
+
+
 def _column(values: Any, name: str, examples: int) -> pd.Series:
     """Labels, groups or splits as a column without gaps."""
+    if isinstance(values, str) or not hasattr(values, "__iter__"):
+        raise ProbekitError(f"{name} is {values!r}; give a list or an array with a value for each example")
     column = pd.Series(values.tolist() if isinstance(values, Tensor | np.ndarray) else list(values))
+    if not column.map(lambda value: isinstance(value, Hashable)).all():
+        raise ProbekitError(f"{name} holds lists or objects; give words or numbers")
     if len(column) != examples:
         raise ProbekitError(
             f"{name} has {len(column):,} values, but activations {examples:,} examples: they must be as many"

@@ -166,8 +166,15 @@ def encoded_texts(
         ProbekitError: A text has no token, or too many and is not to be truncated; it gives the number of the
             first such text, from 0.
     """
-    if isinstance(texts, str) or not len(texts):
+    if isinstance(texts, str) or not hasattr(texts, "__len__") or not len(texts):
         raise ProbekitError(f"texts is {texts!r}; give a list of texts, one at least")
+    for number, text in enumerate(texts):
+        try:
+            str.encode(text)
+        except (TypeError, UnicodeEncodeError):
+            raise ProbekitError(
+                f"text {number} is {text!r}; it must be a string, without halves of surrogate pairs"
+            ) from None
     tokens = [encoded(tokenizer, text) for text in texts]
     if empty := [number for number, own in enumerate(tokens) if not own]:
         raise ProbekitError(
@@ -203,6 +210,8 @@ def read_batches(
     Yields:
         The numbers of the texts that have been read.
     """
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ProbekitError(f"batch_size is {batch_size!r}; it must be a whole number from 1 on")
     order = sorted(range(len(tokens)), key=lambda number: -len(tokens[number]))
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
@@ -234,14 +243,19 @@ def activation_at(position: Position, activation: Tensor, begin: int, lengths: T
 
 def _points(location: str | Sequence[str], layers: int | Sequence[int] | None, depth: int) -> list[HookPoint]:
     """Every location at every layer; one outside the blocks at the nearest layer."""
-    asked = [layers] if isinstance(layers, int) else dict.fromkeys(range(depth) if layers is None else layers)
-    for layer in asked:
-        if not 0 <= layer < depth:
+    given = range(depth) if layers is None else layers
+    asked = dict.fromkeys(given if hasattr(given, "__iter__") else [given])
+    for layer in asked or ["none"]:
+        if not isinstance(layer, int | np.integer) or not 0 <= layer < depth:
             raise ProbekitError(f"layers has {layer}, but the LM's layers are 0 to {depth - 1}")
+    names = [location] if isinstance(location, str) or not hasattr(location, "__iter__") else location
+    for name in dict.fromkeys(names) or [None]:
+        if not isinstance(name, str):
+            raise ProbekitError(f"location has {name!r}; give TransformerLens hooks, such as hook_resid_post")
     nearest = dict(zip(OUTSIDE_BLOCKS, (0, depth - 1), strict=True))
     return [
         (name, layer)
-        for name in ([location] if isinstance(location, str) else location)
+        for name in dict.fromkeys(names)
         for layer in (asked if per_layer(name) else [nearest[name]])
     ]
 

@@ -13,6 +13,7 @@ from sklearn.preprocessing import StandardScaler
 
 import probekit
 from probekit.errors import ProbekitError
+from probekit.io import write_tensors
 from probekit.probing.results import COLUMNS
 
 EXAMPLES, WIDTH, GROUPS = 300, 8, 60
@@ -133,8 +134,10 @@ def test_probes_are_kept_with_a_card(data, tmp_path: Path):
     with pytest.raises(ProbekitError, match=f"width 5, but the probe reads {WIDTH}"):
         probes.score(X[:, :, :5])
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ProbekitError, match="no card of probes"):
-        probekit.load_probes(tmp_path / "other.safetensors")
+    write_tensors(tmp_path / "odd.safetensors", {"x": torch.zeros(1)}, {"card": "{}", "cells": '["a|b"]'})
+    for name in ("other", "odd"):
+        with pytest.raises(ProbekitError, match="no card of probes"):
+            probekit.load_probes(tmp_path / f"{name}.safetensors")
 
 
 def test_numbers_are_read_by_ridge(data, tmp_path: Path):
@@ -196,6 +199,17 @@ def test_few_examples_are_noted(data):
         ),
         ({"activations": "x.csv"}, "it must end in .npy or .safetensors"),
         ({"activations": np.full((EXAMPLES, 3), np.nan)}, "example 0 of layer 0 is not finite"),
+        ({"activations": [[1.0], [1.0, 2.0]]}, "activations is a list that makes no array of numbers"),
+        ({"activations": np.full((EXAMPLES, 3), "a")}, "activations is a ndarray that makes no array of num"),
+        ({"activations": np.ones((EXAMPLES, 3), complex)}, "no array of numbers .they are complex"),
+        ({"activations": torch.empty(EXAMPLES, 3, device="meta")}, "makes no array of numbers"),
+        ({"labels": None}, "labels is None; give a list or an array"),
+        ({"labels": 1}, "labels is 1; give a list or an array"),
+        ({"groups": [[1]] * EXAMPLES}, "groups holds lists or objects"),
+        ({"split": [["train"]] * EXAMPLES}, "split holds lists or objects"),
+        ({"kind": "number"}, "kind is 'number'; it must be classes or numbers"),
+        ({"seed": -1}, "seed is -1"),
+        ({"resamples": 0}, "evaluation.resamples is 0"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(data, changed, message):

@@ -107,6 +107,14 @@ def test_long_texts_are_cut_if_asked_for(model, tokenizer):
         ({"position": 1}, "position is 1; it must be first, last, mean, or -1"),
         ({"position": -3}, "text 1 has 1 tokens, but position is -3"),
         ({"model": 3}, "model is a int"),
+        ({"texts": ["a", None]}, "text 1 is None; it must be a string"),
+        ({"texts": ["a", "\ud800"]}, "text 1 is .* halves of surrogate pairs"),
+        ({"texts": iter(["a"])}, "give a list of texts"),
+        ({"layers": "last"}, "layers has l, but the LM's layers are 0 to 2"),
+        ({"layers": 1.5}, "layers has 1.5, but"),
+        ({"layers": []}, "layers has none, but"),
+        ({"location": None}, "location has None; give TransformerLens hooks"),
+        ({"batch_size": 0}, "batch_size is 0; it must be a whole number from 1 on"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(model, tokenizer, changed, message):
