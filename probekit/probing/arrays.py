@@ -361,7 +361,10 @@ def _column(values: Any, name: str, examples: int) -> pd.Series:
     """Labels, groups or splits as a column without gaps."""
     if isinstance(values, str) or not hasattr(values, "__iter__"):
         raise ProbekitError(f"{name} is {values!r}; give a list or an array with a value for each example")
-    column = pd.Series(values.tolist() if isinstance(values, Tensor | np.ndarray) else list(values))
+    try:
+        column = pd.Series(values.tolist() if isinstance(values, Tensor | np.ndarray) else list(values))
+    except UnicodeEncodeError:
+        raise ProbekitError(f"{name} holds half a surrogate pair; correct it") from None
     if not column.map(lambda value: isinstance(value, Hashable)).all():
         raise ProbekitError(f"{name} holds lists or objects; give words or numbers")
     if len(column) != examples:

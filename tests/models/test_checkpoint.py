@@ -456,3 +456,21 @@ def test_weights_that_are_not_finite(
         check_weights(loaded, "tiny")
     message = "its weights model.layers.1.mlp.up_proj.weight are not all finite in "
     assert message + advice in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("architectures", 3, "has 3 as architectures, where a list"),
+        ("architectures", "LlamaForCausalLM", "has 'LlamaForCausalLM' as architectures, where a list"),
+        ("dtype", -1, "has -1 as dtype, where the name of a dtype"),
+        ("quantization_config", [1], r"has \[1\] as quantization_config, where a mapping"),
+    ],
+)
+def test_values_of_another_type_in_a_configuration(
+    folders: dict[str, Path], tmp_path: Path, key: str, value: object, expected: str
+):
+    config = json.loads((folders["llama"] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(ProbekitError, match=expected):
+        load_config(str(tmp_path))

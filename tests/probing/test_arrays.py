@@ -204,6 +204,7 @@ def test_few_examples_are_noted(data):
         ({"activations": np.ones((EXAMPLES, 3), complex)}, "no array of numbers .they are complex"),
         ({"activations": torch.empty(EXAMPLES, 3, device="meta")}, "makes no array of numbers"),
         ({"labels": None}, "labels is None; give a list or an array"),
+        ({"labels": ["\ud800", "a"] * 150}, "labels holds half a surrogate pair"),
         ({"labels": 1}, "labels is 1; give a list or an array"),
         ({"groups": [[1]] * EXAMPLES}, "groups holds lists or objects"),
         ({"split": [["train"]] * EXAMPLES}, "split holds lists or objects"),
