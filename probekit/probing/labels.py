@@ -249,6 +249,11 @@ def _classes(labels: Sequence[str], described: str) -> tuple[tuple[str, ...], np
     """The classes, sorted, and the number of each label's class `[rows]`."""
     names = sorted(set(labels))
     if all(map(_is_number, names)):
+        if infinite := [name for name in names if abs(float(name)) == np.inf]:
+            raise ProbekitError(
+                f"{described} holds {infinite[0][:20]!r}, which is no finite number; leave such rows out, or "
+                "write a word for each class"
+            )
         if any(float(name) % 1 for name in names):
             raise ProbekitError(
                 f"{described} holds {len(names):,} different numbers with fractions, not classes; write a "
