@@ -66,19 +66,16 @@ def load_config(
     if source.path.is_dir() and (source.path / ADAPTER).is_file():
         # Transformers would load the LM that the adapter names, whatever else the folder holds.
         raise ProbekitError(f"lm.name {name!r}: {_adapter(source.path)}")
-    quantised = getattr(config, "quantization_config", None) or {}
-    quantised = quantised.to_dict() if hasattr(quantised, "to_dict") else quantised
     for key, value, kind, wanted in (
         ("architectures", config.architectures or [], list, "a list"),
         ("dtype", config.dtype or torch.float32, torch.dtype, "the name of a dtype"),
-        ("quantization_config", quantised, Mapping, "a mapping"),
     ):
         if not isinstance(value, kind):
             raise ProbekitError(
                 f"lm.name {name!r}: its config.json has {value!r} as {key}, where {wanted} should be"
             )
-    if quantised:
-        _check_quantisation(source, quantised)
+    if quantised := getattr(config, "quantization_config", None):
+        _check_quantisation(source, quantised if isinstance(quantised, Mapping) else quantised.to_dict())
     text = config.get_text_config()
     if text is not config:
         if text.model_type not in CAUSAL:
