@@ -46,7 +46,7 @@ def load_config(
     Raises:
         ProbekitError: There is none, it is of no causal LM, or its weights are quantised and not in GGUF.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
     source = hub.find(name, setting="lm.name", revision=revision)
@@ -69,6 +69,7 @@ def load_config(
     for key, value, kind, wanted in (
         ("architectures", config.architectures or [], list, "a list"),
         ("dtype", config.dtype or torch.float32, torch.dtype, "the name of a dtype"),
+        ("text_config", config.get_text_config(), PreTrainedConfig, "a configuration"),
     ):
         if not isinstance(value, kind):
             raise ProbekitError(

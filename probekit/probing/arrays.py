@@ -39,7 +39,7 @@ from probekit.probing.results import (
     table_of,
     validation_loss,
 )
-from probekit.probing.targets import MOST_CLASSES, Examples, Target
+from probekit.probing.targets import MOST_CLASSES, Examples, Target, vary
 from probekit.probing.texts import TextActivations
 from probekit.progress import Meter, Progress
 from probekit.statistics import Resampling
@@ -390,8 +390,8 @@ def _target(
         if not pd.api.types.is_numeric_dtype(column):
             raise ProbekitError("labels holds words, but kind is numbers; give numbers, or kind classes")
         values = column.to_numpy(np.float64)
-        if not np.isfinite(values).all() or len(np.unique(values)) < 2:
-            raise ProbekitError("labels: numbers must be finite, and not all the same")
+        if not vary(values):
+            raise ProbekitError("labels: numbers must be finite, not all the same, and not of extreme size")
         return Target(name, 0, lambda start, *_: values[start], kind="numbers"), values
     if pd.api.types.is_float_dtype(column) and not fractions:
         column = column.astype("int64")

@@ -29,6 +29,7 @@ from probekit.probing.targets import (
     Target,
     find_target,
     sentence_target,
+    vary,
 )
 from probekit.run.folder import digest_of
 
@@ -279,6 +280,11 @@ def _are_numbers(labels: Sequence[str]) -> bool:
 def _of_numbers(corpus: Corpus, table: LabelTable, name: str, ranges: Ranges, sentence: np.ndarray) -> Target:
     """A target of numbers, of sentences if every labelled range is one."""
     values = ranges.labels
+    if not vary(values):
+        raise ProbekitError(
+            f"probe.labels {table.path}: {name!r} goes from {values.min():g} to {values.max():g}, "
+            "which leaves nothing to predict, or has no finite variance; scale them, or give others"
+        )
     line = (
         f"labels in {table.path}: {len(values):,} numbers of {name!r} from {values.min():g} to "
         f"{values.max():g}, mean {values.mean():g}; {len(table.where) - len(values):,} rows are left out"

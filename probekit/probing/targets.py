@@ -208,6 +208,12 @@ def reached(corpus: Corpus, examples: Examples, position: Position) -> np.ndarra
     return (at > begin) & (at < end)
 
 
+def vary(numbers: np.ndarray) -> bool:
+    """Whether numbers have a variance that is neither 0 nor, in float64, infinite: else R2 is undefined."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(0 < np.var(numbers) < np.inf)
+
+
 def find_target(corpus: Corpus, name: str) -> Target:
     """Finds one of `TARGETS` by name.
 

@@ -243,15 +243,14 @@ def activation_at(position: Position, activation: Tensor, begin: int, lengths: T
 
 def _points(location: str | Sequence[str], layers: int | Sequence[int] | None, depth: int) -> list[HookPoint]:
     """Every location at every layer; one outside the blocks at the nearest layer."""
-    given = range(depth) if layers is None else layers
+    given: Any = range(depth) if layers is None else layers
     asked = dict.fromkeys(given if hasattr(given, "__iter__") else [given])
     for layer in asked or ["none"]:
         if not isinstance(layer, int | np.integer) or not 0 <= layer < depth:
             raise ProbekitError(f"layers has {layer}, but the LM's layers are 0 to {depth - 1}")
-    names = [location] if isinstance(location, str) or not hasattr(location, "__iter__") else location
-    for name in dict.fromkeys(names) or [None]:
-        if not isinstance(name, str):
-            raise ProbekitError(f"location has {name!r}; give TransformerLens hooks, such as hook_resid_post")
+    names = [location] if isinstance(location, str) else location
+    if not isinstance(names, Sequence) or not names:
+        raise ProbekitError(f"location is {names!r}; give TransformerLens hooks, such as hook_resid_post")
     nearest = dict(zip(OUTSIDE_BLOCKS, (0, depth - 1), strict=True))
     return [
         (name, layer)

@@ -210,7 +210,7 @@ def probe_tables(table: pd.DataFrame, best: pd.DataFrame) -> list[Table]:
         best: Its best cells.
     """
     cells = best.sort_values(["horizon", "variant", "location", "solver", "seed"])
-    examples = int(table.examples[table[main_metric(table)].notna()].max())
+    examples = int(table.examples.max())
     keys = ["target", "variant", "location", "solver", "layer", "position", "horizon", "seed"]
     caption = (
         f"Best cells, chosen on validation documents, on {examples:,} test examples of "

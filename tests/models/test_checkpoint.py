@@ -463,6 +463,7 @@ def test_weights_that_are_not_finite(
     [
         ("architectures", 3, "has 3 as architectures, where a list"),
         ("architectures", "LlamaForCausalLM", "has 'LlamaForCausalLM' as architectures, where a list"),
+        ("text_config", [1], r"has \[1\] as text_config, where a configuration"),
         ("dtype", -1, "has -1 as dtype, where the name of a dtype"),
     ],
 )

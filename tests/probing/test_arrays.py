@@ -192,7 +192,11 @@ def test_few_examples_are_noted(data):
             "lda, which read classes, and 'label' holds",
         ),
         ({"kind": "numbers"}, "labels holds words, but kind is numbers"),
-        ({"labels": [1.5] * EXAMPLES}, "numbers must be finite, and not all the same"),
+        ({"labels": [1.5] * EXAMPLES}, "numbers must be finite, not all the same"),
+        (
+            {"labels": [1e-300, 2.5e-300] * 150},
+            "numbers must be finite, not all the same, and not of extreme",
+        ),
         (
             {"activations": np.zeros(5)},
             r"activations \[5\] must be \[examples, width\] or \[layers, examples",

@@ -314,6 +314,8 @@ def test_fractions_are_numbers(corpus: Corpus, tmp_path: Path, suffix: str):
 BAD = [
     ({"text": TEXTS, "kind": ["a"] * 4}, "fewer than two classes: a"),
     ({"text": TEXTS, "kind": [None] * 4}, "fewer than two classes: none"),
+    ({"text": TEXTS, "kind": [0.5] * 4}, "goes from 0.5 to 0.5, which leaves nothing to predict"),
+    ({"text": TEXTS, "kind": [1e-300, 2e-300, 3e-300, 4e-300]}, "goes from 1e-300 to 4e-300, which leaves"),
     ({"text": TEXTS, "kind": ["0.5", "2", "inf", "1"]}, "holds 'inf', which is no finite number"),
     ({"text": TEXTS, "kind": ["1" * 400, "2", "3", "1"]}, "holds '11111111111111111111', which is no finite"),
     ({"text": ["Never."], "kind": ["a"]}, "no row with a label has a text of the corpus; name the column"),

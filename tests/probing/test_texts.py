@@ -113,7 +113,7 @@ def test_long_texts_are_cut_if_asked_for(model, tokenizer):
         ({"layers": "last"}, "layers has l, but the LM's layers are 0 to 2"),
         ({"layers": 1.5}, "layers has 1.5, but"),
         ({"layers": []}, "layers has none, but"),
-        ({"location": None}, "location has None; give TransformerLens hooks"),
+        ({"location": 3}, "location is 3; give TransformerLens hooks"),
         ({"batch_size": 0}, "batch_size is 0; it must be a whole number from 1 on"),
     ],
 )
