@@ -9,7 +9,7 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -148,7 +148,7 @@ def probe(words: list[str]) -> None:
     from probekit.reports.terminal import print_probes
     from probekit.training.train import prepare
 
-    run, settings = parsed.run, _shorthands(parsed, OF_LABELS) | dotted(given)
+    run, settings = parsed.run, _shorthands(parsed, given, OF_LABELS) | dotted(given)
     if parsed.model is not None:
         existing: Existing = "overwrite" if parsed.overwrite else "resume"
         run = prepare(_probed_config(parsed, given), parsed.out, existing=existing, quiet=parsed.quiet)
@@ -186,7 +186,9 @@ def _parse_probe(words: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     )
     group.add_argument("--target", metavar="NAME", help="its column of labels, or a built-in target (action)")
     group.add_argument(
-        "--group", metavar="COLUMN", help="its column of groups, such as topics, which no two splits share"
+        "--group",
+        metavar="COLUMN",
+        help="the corpus's column of groups, such as topics, which no two splits share",
     )
     group.add_argument(
         "--positions",
@@ -231,24 +233,27 @@ def _probed_config(parsed: argparse.Namespace, given: dict[str, Any]) -> Config:
     if begun is None:
         parsed.preset = parsed.preset or (None if parsed.config else ANY_MODEL)
     config = chosen_config(parsed, given, begun) or (Config.from_yaml(begun) if begun else Config())
-    config = config.override(_shorthands(parsed, SHORTHANDS))
+    config = config.override(_shorthands(parsed, given, SHORTHANDS))
     if begun is not None:
         return config
     made: dict[str, Any] = {}
     if config.corpus.path is None and config.corpus.reader == "auto" and config.probe.labels is not None:
         made = {"corpus.path": config.probe.labels, "corpus.distinct": True}
-        made |= {"corpus.text_column": parsed.text} if parsed.text else {}
+        texts = config.probe.text_column
+        made |= {"corpus.text_column": texts} if texts else {}
     if config.probe.target != "action" and not parsed.config and "labels" not in given.get("actions", {}):
         made["actions.labels"] = "none"  # nothing is built that the target does not need
     return config.override(made)
 
 
-def _shorthands(parsed: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+def _shorthands(parsed: argparse.Namespace, given: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     """The settings that were given by short options."""
     values = {SHORTHANDS[name]: getattr(parsed, name) for name in names}
     found = {name: value for name, value in values.items() if value is not None}
-    # Another table need not have the column of texts that an earlier one had.
-    return {"probe.text_column": None} | found if parsed.labels else found
+    if parsed.labels and not parsed.config and "text_column" not in given.get("probe", {}):
+        # Another table need not have the column of texts that an earlier one had.
+        return {"probe.text_column": None} | found
+    return found
 
 
 def _probe_checkpoints(parsed: argparse.Namespace, given: dict[str, Any]) -> None:
@@ -256,7 +261,7 @@ def _probe_checkpoints(parsed: argparse.Namespace, given: dict[str, Any]) -> Non
     from probekit.reports.plot_over_training import save_over_training
     from probekit.reports.terminal import print_over_training
 
-    settings = _shorthands(parsed, OF_LABELS) | dotted(given)
+    settings = _shorthands(parsed, given, OF_LABELS) | dotted(given)
     results = probe_checkpoints(parsed.run, settings, parsed.stage, quiet=parsed.quiet)
     if distributed.is_first():
         print_over_training(results, save_over_training(results))

@@ -1,7 +1,8 @@
 """Which documents belong together, and the splits, which no group of documents crosses.
 
 Documents are of one group if they share a value of the group column, or have texts that differ in case, white
-space and punctuation alone. Groups are also what intervals resample: two copies are one observation.
+space and punctuation alone, but not in the signs and decimal points of numbers. Groups are also what
+intervals resample: two copies are one observation.
 """
 
 from __future__ import annotations
@@ -55,7 +56,10 @@ def digest(text: str) -> bytes:
 
 
 def normalised(text: str) -> str:
-    """A text without its case, white space and punctuation; the text itself where nothing is left."""
+    """A text without its case, white space and punctuation; the text itself where nothing is left.
+
+    Numbers keep their signs and decimal points: `-5` is not `5`, nor `1.5` what `1 5` is.
+    """
     return _not_of_words().sub(" ", text.casefold()).strip() or text
 
 
@@ -63,7 +67,8 @@ def normalised(text: str) -> str:
 def _not_of_words() -> re.Pattern[str]:
     """White space and punctuation; the vowel signs of Hindi and the plus of sums are neither."""
     blank = (chr(c) for c in range(sys.maxunicode + 1) if unicodedata.category(chr(c))[0] in "PZ")
-    return re.compile(f"[\\s{re.escape(''.join(blank))}]+")
+    of_number = r"(?<![^\W\d_])[-–.](?=\d)|(?<=\d),(?=\d)"  # not in covid-19, nor at a sentence's end
+    return re.compile(f"(?:(?!{of_number})[\\s{re.escape(''.join(blank))}])+")
 
 
 def _numbers(digests: bytearray) -> np.ndarray:

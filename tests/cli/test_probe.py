@@ -241,3 +241,21 @@ def test_a_table_of_statements_is_corpus_and_labels(capsys: Capture, lm: Path, t
     assert "built without actions" in refused(capsys, "probe", out, "--target", "action", "--quiet")
     assert "goes with --target" in refused(capsys, "probe", out, "--labels", spans)
     assert "--group: goes with --model" in refused(capsys, "probe", out, "--group", "topic")
+
+
+def test_a_given_column_of_texts_is_kept(tmp_path: Path):
+    """Whether by --text, as a setting or in a file; only an earlier run's own is forgotten."""
+    out = tmp_path / "out"
+    words = ["--model", "m", "--labels", "t.csv", "--target", "is_true", "--out", str(out)]
+    file = tmp_path / "own.yaml"
+    file.write_text("probe: {text_column: statement}\n", "utf-8")
+    for given in (["--text"], ["--probe.text_column"], ["--config"]):
+        value = str(file) if given == ["--config"] else "statement"
+        config = _probed_config(*_parse_probe([*words, *given, value]))
+        assert (config.probe.text_column, config.corpus.text_column) == ("statement", "statement")
+    out.mkdir()
+    earlier = config.override({"probe.text_column": "earlier"}).to_yaml()
+    (out / "config.yaml").write_text(earlier, "utf-8")
+    assert _probed_config(*_parse_probe(words)).probe.text_column is None
+    given = ["--probe.text_column", "statement"]
+    assert _probed_config(*_parse_probe([*words, *given])).probe.text_column == "statement"

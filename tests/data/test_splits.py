@@ -125,6 +125,16 @@ def test_groups_are_what_can_be_reached_by_shared_words_and_groups(rows: list[tu
         ("Stra\u00dfe", "STRASSE", True),
         ("no tab", "no\ttab\n", True),
         ("notab", "no tab", False),
+        ("-5", "5", False),
+        ("It is -5.", "It is 5.", False),
+        ("1.5", "1 5", False),
+        (".5", "5", False),
+        ("1,5", "1 5", False),
+        ("10-5", "10 5", False),
+        ("It was 5.", "it was 5", True),
+        ("Covid-19, in 2020.", "covid 19 in 2020", True),
+        ("5, 6", "5 6", True),
+        ("- 5", "5", True),
     ],
 )
 def test_which_texts_are_copies(one: str, other: str, same: bool):
