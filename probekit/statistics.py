@@ -85,6 +85,21 @@ def bootstrap_ratios(sums: ArrayLike, counts: ArrayLike, **resampling: Unpack[Re
     return _intervals(np.asarray(sums)[None], counts, **resampling)
 
 
+def sum_groups(group: ArrayLike, values: ArrayLike) -> NDArray:
+    """Sums of documents `[documents, ...]` over those of each group, which are what is resampled.
+
+    Groups are in the order in which they appear; where each is one document, nothing changes.
+
+    Args:
+        group: Number of each document's group `[documents]`.
+        values: Sums or counts of the documents.
+    """
+    number, found = pd.factorize(np.asarray(group))
+    summed = np.zeros((len(found), *np.shape(values)[1:]), np.asarray(values).dtype)
+    np.add.at(summed, number, np.asarray(values))
+    return summed
+
+
 def simultaneous_ratios(
     sums: ArrayLike, counts: ArrayLike, *, resamples: int, seed: int, level: float = 0.95
 ) -> Intervals:

@@ -529,3 +529,9 @@ def test_balanced_accuracies_are_scikit_learns_in_every_resample():
         value = balanced_accuracy_score(label, predicted[:, cell])
         bounds = np.quantile(expected, [tail, 1 - tail])
         assert found[cell] == pytest.approx((value, *bounds, 15), abs=1e-9)
+
+
+def test_groups_are_summed_in_the_order_in_which_they_appear():
+    values = np.array([[1.0, 2], [3, 4], [5, 6], [7, 8]])
+    np.testing.assert_array_equal(statistics.sum_groups([9, 2, 9, 4], values), [[6, 8], [3, 4], [7, 8]])
+    np.testing.assert_array_equal(statistics.sum_groups([3, 1, 0, 2], values), values)

@@ -26,7 +26,7 @@ from probekit.run.run import Run
 
 @dataclass(frozen=True)
 class Boundaries:
-    """One sentence boundary of each document; the sentence that begins there is the *next* one.
+    """One sentence boundary of each group of documents; the sentence that begins there is the *next* one.
 
     Attributes:
         windows: The window around each boundary, all of it scored `[boundaries]`.
@@ -55,7 +55,7 @@ def draw_boundaries(
     reach: int,
     seed: int,
 ) -> Boundaries:
-    """Draws documents, and a sentence boundary of each.
+    """Draws documents, at most one of each group, and a sentence boundary of each.
 
     About half of a window lies before the boundary. Boundaries with fewer than `reach` tokens before them,
     or before a sentence without a label, are left out, and so are documents that have no other.
@@ -82,9 +82,12 @@ def draw_boundaries(
         )
     generator = np.random.default_rng(seed)
     rows: list[tuple[int, ...]] = []
+    drawn: set[int] = set()
     for document in generator.permutation(documents):
         if len(rows) == count:
             break
+        if corpus.group[document] in drawn:
+            continue
         begin, end = corpus.document_tokens[document : document + 2]
         first, last = corpus.document_sentences[document : document + 2]
         anchors = corpus.first_token[first + 1 : last]
@@ -93,6 +96,7 @@ def draw_boundaries(
         if not len(usable):
             continue
         sentence = int(generator.choice(usable))
+        drawn.add(int(corpus.group[document]))
         anchor = int(corpus.first_token[sentence])
         following = int(corpus.first_token[sentence + 1]) if sentence + 1 < last else int(end)
         start = max(int(begin) + (corpus.bos_rule == "none"), anchor - max(window // 2, room))

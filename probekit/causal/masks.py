@@ -82,7 +82,7 @@ class Measured:
     """Effects of some masks on the same windows.
 
     Attributes:
-        sums: By metric, sums `[masks, documents]` and counts `[documents]`. `first_loss`, `rest_loss`,
+        sums: By metric, sums `[masks, groups]` and counts `[groups]` of documents. `first_loss`, `rest_loss`,
             `other_loss`: losses of next tokens in nats, by the positions of `ScoredWindows`; `kept_kl`: KL in
             nats from the whole LM's next tokens, except sentences' first ones; of the final-layer probe:
             `information`, `bits` over the prior, the probability of the true label `true`, and `accuracy`.
@@ -111,7 +111,7 @@ def measure(
         batch_size: Windows in a forward pass.
         task: Advances with every mask of every batch.
     """
-    documents, column = np.unique(windows.document, return_inverse=True)
+    documents, column = np.unique(masked.corpus.group[windows.document], return_inverse=True)
     sums: MetricSums = {}
     states, labels, document = [], [], []
     for rows in chunks(len(windows), batch_size):

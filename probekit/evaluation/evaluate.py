@@ -46,7 +46,7 @@ from probekit.models.mixing import VARIANTS, Fixed, Mixing, Oracle
 from probekit.models.planner_lm import PlannedLM
 from probekit.progress import Progress
 from probekit.run.run import Run
-from probekit.statistics import Resampling, bootstrap_ratio, bootstrap_ratios, paired_difference
+from probekit.statistics import Resampling, bootstrap_ratio, bootstrap_ratios, paired_difference, sum_groups
 
 Parts = dict[str, tuple[ModelName, int | None]]
 """Member and layer of each model that predicts, by the name under which it stands in the tables."""
@@ -87,10 +87,11 @@ def evaluate_ensembles(run: Run, progress: Progress) -> Evaluation:
                 right = solved(choice_losses(run, name, questions, token_losses, task), questions)
             answered |= dict(zip(own, right, strict=True))
 
-    whole = {key: sums for key, sums in losses.items() if parts[key[0]][1] is None}
+    resampled, tokens = scoring.by_group(losses)
+    whole = {key: sums for key, sums in resampled.items() if parts[key[0]][1] is None}
     evaluation = Evaluation(
-        _with_parts(perplexity_table(config, losses, scoring.tokens), parts),
-        differences_table(config, whole, scoring.tokens),
+        _with_parts(perplexity_table(config, resampled, tokens), parts),
+        differences_table(config, whole, tokens),
         losses_table(losses, scoring),
         evaluation_record(config),
     )
@@ -157,6 +158,9 @@ def _accuracies(
     """Accuracies, and their differences between every two members."""
     options: Resampling = {"resamples": run.config.evaluation.resamples, "seed": run.config.seed}
     sums, counts = by_document(np.stack(list(answered.values())), questions)
+    if run.config.evaluation.questions_file is None:  # else they are of the file's lines
+        group = run.corpus.group[np.unique([question.document for question in questions])]
+        sums, counts = sum_groups(group, sums), sum_groups(group, counts)
     found = bootstrap_ratios(sums, counts, **options)
     chance = float(np.mean([1 / len(question.choices) for question in questions]))
     accuracies = pd.DataFrame(
@@ -215,13 +219,13 @@ def _evaluate_planners(run: Run, progress: Progress) -> Evaluation:
             read = replace(scoring, corpus=run.corpus_of(variant))
             model = run.model(variant)
             (losses[variant, actions],) = read.document_losses(own_losses(model), mixing, task)
-    planner = None
+    resampled, planner = scoring.by_group(losses), None
     if run.finished("planner"):
         with progress.task("evaluate planners"):
             planner = _planner_table(run)
     return Evaluation(
-        perplexity_table(run.config, losses, scoring.tokens),
-        differences_table(run.config, losses, scoring.tokens),
+        perplexity_table(run.config, *resampled),
+        differences_table(run.config, *resampled),
         losses_table(losses, scoring),
         evaluation_record(run.config),
         planner=planner,
@@ -251,14 +255,15 @@ def _planner_table(run: Run) -> pd.DataFrame:
     sentences = corpus.sentences(documents)
     later = sentences > corpus.document_sentences[corpus.document_of(sentences)]
     later &= corpus.with_action[sentences]
-    document = np.searchsorted(documents, corpus.document_of(sentences[later]))
+    groups = np.unique(corpus.group[documents])
+    group = np.searchsorted(groups, corpus.group[corpus.document_of(sentences[later])])
     actions = corpus.actions[sentences[later]]
-    counts = np.bincount(document, minlength=len(documents))
+    counts = np.bincount(group, minlength=len(groups))
     rows = []
     for reader, log_probabilities in action_predictions(run, documents).items():
         scores = score_actions(log_probabilities[later], actions)
         for score, metric in METRICS.items():
-            sums = np.bincount(document, weights=getattr(scores, score), minlength=len(documents))
+            sums = np.bincount(group, weights=getattr(scores, score), minlength=len(groups))
             found = bootstrap_ratio(
                 sums, counts, resamples=run.config.evaluation.resamples, seed=run.config.seed
             )

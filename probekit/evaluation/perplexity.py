@@ -23,7 +23,7 @@ from probekit.models.mixing import VARIANTS, Mixing, evaluation_mixing
 from probekit.models.planner_lm import PlannedLM, token_losses
 from probekit.progress import Task
 from probekit.run.run import Run
-from probekit.statistics import Interval, Resampling, bootstrap_ratio, paired_difference
+from probekit.statistics import Interval, Resampling, bootstrap_ratio, paired_difference, sum_groups
 
 TokenLosses = Callable[[Batch, Mixing], Tensor]
 """Next-token losses of some readers in nats `[readers, windows, positions]`, zero where nothing is scored."""
@@ -35,6 +35,8 @@ Losses = Mapping[tuple[str, str], np.ndarray]
 @dataclass(frozen=True)
 class Evaluation:
     """Results of an evaluation; every value has a 95 % interval (`_low`, `_high`) from resampling documents.
+
+    Documents of one group are resampled together: `documents` counts groups.
 
     Of a depth ensemble, `variant` is a member, or one of its layers read by that layer's own norm, such as
     `ensemble, layer 2`; columns `member` and `layer` (missing where all layers count) hold the two apart.
@@ -123,6 +125,11 @@ class Pass:
         by_window = np.concatenate(parts, axis=1)[:, np.argsort(order)]
         return np.stack([self._by_document(reader) for reader in by_window])
 
+    def by_group(self, losses: Losses) -> tuple[Losses, np.ndarray]:
+        """Losses and numbers of scored tokens, summed over each group of documents `[groups]`."""
+        group = self.corpus.group[self.documents]
+        return {key: sum_groups(group, sums) for key, sums in losses.items()}, sum_groups(group, self.tokens)
+
     def _by_document(self, by_window: np.ndarray) -> np.ndarray:
         return np.bincount(np.searchsorted(self.documents, self.windows.document), weights=by_window)
 
@@ -193,7 +200,7 @@ def losses_table(losses: Losses, scoring: Pass) -> pd.DataFrame:
 
 
 def perplexity_table(config: Config, losses: Losses, tokens: np.ndarray) -> pd.DataFrame:
-    """Perplexities of losses, which are summed over `tokens` `[documents]` tokens of each document."""
+    """Perplexities of losses, which are summed over `tokens` `[groups]` tokens of each group of documents."""
     options = _resampling(config)
     return pd.DataFrame(
         {"variant": variant, "actions": actions, "tokens": int(tokens.sum())}

@@ -123,7 +123,10 @@ def evaluate_generation(
         values += measured
     table = pd.concat(values, ignore_index=True)
     resampling = {"resamples": run.config.evaluation.resamples, "seed": run.config.seed}
-    rows = over_seeds(table, KEYS, TRANSFORMS, **resampling)
+    of_documents = (table.texts == "continuations") | (table.variant == "true")
+    group = run.corpus.group[table.document.where(of_documents, 0)]
+    resampled = table.assign(document=np.where(of_documents, group, table.document))
+    rows = over_seeds(resampled, KEYS, TRANSFORMS, **resampling)
     empty = table.groupby(KEYS)["empty"].sum().reset_index()
     metrics = rows[rows.seed.isna()].drop(columns="seed").merge(empty, on=KEYS)
     mauve, mauve_notes = _mauve(run, true.samples, samples, progress)

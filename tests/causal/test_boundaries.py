@@ -40,6 +40,7 @@ def corpus_of(documents: list[list[int]], bos: BosRule = "document") -> Any:
         document_sentences=np.concatenate([[0], np.cumsum([len(lengths) for lengths in documents])]),
         first_token=np.array(first, dtype=np.int64),
         actions=np.arange(len(first), dtype=np.int16),
+        group=np.arange(len(documents)),
         bos_rule=bos,
     )
 
@@ -107,6 +108,16 @@ def test_sentences_without_a_label_are_no_boundaries():
     labels = np.array([0, NO_LABEL, 4, 1, NO_LABEL, 2, 3])
     drawn = draw_boundaries(corpus, labels, np.arange(3), 9, 8, 2, 0)
     assert (drawn.sentence.tolist(), drawn.label.tolist()) == ([2, 6], [4, 3])
+
+
+def test_a_group_has_one_boundary():
+    """So no donor of an activation is a copy; a copy without a usable boundary takes no place."""
+    corpus = corpus_of([[3, 4, 2], [3, 4, 2], [5], [5, 3, 3], [2, 2]])
+    corpus.group = np.array([0, 0, 2, 2, 4])
+    for seed in range(20):
+        drawn = draw_boundaries(corpus, corpus.actions, np.arange(5), 9, 8, 2, seed)
+        assert len(drawn) == 3
+        assert corpus.group[drawn.windows.document].tolist() == [0, 2, 4]
 
 
 @pytest.fixture(scope="module")

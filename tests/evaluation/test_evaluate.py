@@ -23,6 +23,7 @@ from probekit.progress import Progress
 from probekit.reports.report import report
 from probekit.reports.terminal import print_evaluation
 from probekit.run.run import Run
+from probekit.statistics import bootstrap_ratio
 
 ROWS = [
     ("none", "none"),
@@ -257,3 +258,25 @@ def test_what_a_run_without_a_planner_lacks_is_named(copy: Path, words: tuple[st
     write_json(copy / "run.json", record | {"stages": stages})
     found = ran(words[0], copy, "--quiet", *words[1:])
     assert found.refused(wanted), found
+
+
+def test_copies_are_resampled_together(evaluated: tuple[Run, Evaluation], tmp_path: Path):
+    """Test documents in pairs: the same values, and intervals from the pairs' sums."""
+    run, alone = copied(evaluated[0], tmp_path), evaluated[1]
+    group, test = run.corpus.group.copy(), run.corpus.documents("test")
+    group[test[1::2]] = group[test[::2][: len(test) // 2]]
+    np.save(run.folder / "corpus" / "group.npy", group)
+    run = Run.open(run.folder)
+    found = evaluate(run, quiet=True)
+    pairs = -(-len(test) // 2)
+    assert set(found.perplexity.documents) == set(found.planner.documents) == {pairs}
+    pd.testing.assert_frame_equal(found.losses, alone.losses)
+    np.testing.assert_allclose(found.perplexity.perplexity, alone.perplexity.perplexity)
+    np.testing.assert_allclose(found.planner.value, alone.planner.value)
+    for table in (found.perplexity.iloc[[0]], found.perplexity.iloc[[-1]]):
+        (row,) = table.itertuples()
+        own = found.losses[(found.losses.variant == row.variant) & (found.losses.actions == row.actions)]
+        sums = own.groupby(np.arange(len(own)) // 2)[["loss", "tokens"]].sum()
+        options = {"resamples": 200, "seed": run.config.seed, "transform": np.exp}
+        expected = bootstrap_ratio(sums.loss, sums.tokens, **options)
+        assert (row.perplexity_low, row.perplexity_high) == pytest.approx((expected.low, expected.high))
