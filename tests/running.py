@@ -98,7 +98,7 @@ def printed(capsys: Capture, *words: str | Path) -> str:
     except SystemExit as end:
         code = end.code
     captured = capsys.readouterr()
-    assert (code, captured.err) == (0, "")
+    assert (code, captured.err) == (0, ""), captured.err
     return captured.out
 
 

@@ -275,6 +275,7 @@ def export_sentences(corpus: Corpus, path: str | Path) -> Path:
     table = pd.DataFrame(
         {
             "document": document,
+            "name": np.array([text.name for _, batch in corpus.texts.batches() for text in batch])[document],
             "split": np.array(SPLITS)[corpus.split[document]],
             "sentence": sentences - corpus.document_sentences[document],
             **({"action": corpus.actions} if corpus.has_actions else {}),

@@ -269,8 +269,8 @@ def kept_probes(
     if (probed.target, probed.labels, probed.anchors) != ("action", None, "start"):
         raise ProbekitError(
             f"the probes of {run.folder} read {probed.target!r} (probe.anchors {probed.anchors}), but the "
-            "lens shows the next sentence's action; run "
-            f"`probekit probe {run.folder} --probe.target action --probe.anchors start`"
+            f"lens shows the next sentence's action; `probekit score {run.folder} TEXTS --tokens` shows what "
+            "they read, token by token"
         )
     known = [name for name in probed.variants if name in seeds]
     variant = known[0] if variant is None else variant

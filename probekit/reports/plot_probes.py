@@ -17,6 +17,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from matplotlib.typing import ColorType
 
 from probekit.config import NAMED, reading_order
@@ -306,6 +307,28 @@ def draw_curves(
     return figure
 
 
+def draw_layer_curves(table: pd.DataFrame, chosen: Sequence[Panel], metric: str) -> Figure:
+    """Draws a metric at the only position by layer, a curve for each variant, beside the baselines."""
+    figure = NotebookFigure(figsize=(8.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    for panel, colour in zip(chosen, colours_of_names(len(chosen)), strict=True):
+        means = mean_over_seeds(panel.cells(table), metric)
+        draw_line(axes, means.sort_values("layer"), "layer", panel.variant, colour)
+        axes.scatter(means.layer, means.value, s=16, color=[colour], zorder=3)
+    baselines = panel.baselines(table)
+    for reader, (shade, style) in BASELINE_STYLES.items():
+        value = baselines[baselines.reader == reader][metric].mean()
+        if np.isfinite(value):
+            axes.axhline(value, color=shade, linestyle=style, linewidth=1.2, label=reader)
+    axes.set(xlabel="layer", ylabel=METRICS[metric])
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    (position,) = chosen[0].cells(table).position.unique()
+    documents = f"{int(table.documents.max()):,} test documents"
+    axes.set_title(f"{chosen[0].title}, position {position}\n{documents}", fontsize=10, parse_math=False)
+    outer_legend(figure)
+    return figure
+
+
 # Plots of a run
 
 
@@ -348,7 +371,8 @@ def plot_curve(
 ) -> Figure:
     """Plots a metric by position: each variant at its best layer, beside baselines and ceilings.
 
-    The best layer has the lowest cross-entropy on validation documents, averaged over positions.
+    Where one position was probed, the metric is drawn by layer. The best layer has the lowest cross-entropy
+    on validation documents, averaged over positions.
 
     Args:
         run: A probed run.
@@ -365,6 +389,8 @@ def plot_curve(
     metric = metric or main_metric(table)
     names = variant or probed_variants(table)
     chosen = _chosen_panels(run, table, names, metric, location=location, horizon=horizon, solver=solver)
+    if chosen[0].cells(table).position.nunique() == 1 < chosen[0].cells(table).layer.nunique():
+        return draw_layer_curves(table, chosen, metric)
 
     def draw(axes: Axes) -> bool:
         injected = False
@@ -429,9 +455,11 @@ def probe_heat_map(table: pd.DataFrame, panel: Panel, metric: str | None = None)
 
 
 def probe_lines(table: pd.DataFrame, panel: Panel, metric: str | None = None) -> Figure:
-    """Draws a panel's curves by position, one for each layer, and the baselines."""
+    """Draws a panel's curves by position, one for each layer, or by layer at one position; and baselines."""
     metric = metric or main_metric(table)
     cells = panel.cells(table)
+    if cells.position.nunique() == 1 < cells.layer.nunique():
+        return draw_layer_curves(table, [panel], metric)
 
     def draw(axes: Axes) -> bool:
         draw_layers(axes, cells, metric)

@@ -295,9 +295,10 @@ def _probe_pictures(run: Run, table: pd.DataFrame) -> Iterator[Picture]:
         )
         yield Picture(
             f"curve_{file}",
-            f"{name}: {metric} of each variant's best layer by position, with baselines and ceilings.",
-            f"{metric[0].upper()}{metric[1:]} by position at {location}, for {shown}, beside baselines and "
-            "ceilings.",
+            f"{name}: {metric} of each variant's best layer by position, or by layer at a single one, with "
+            "baselines and ceilings.",
+            f"{metric[0].upper()}{metric[1:]} by position or layer at {location}, for {shown}, "
+            "beside baselines and ceilings.",
             svg_of(plot_curve(run, variants, **where)),
             place >= UNFOLDED,
         )

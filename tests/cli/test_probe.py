@@ -259,3 +259,25 @@ def test_a_given_column_of_texts_is_kept(tmp_path: Path):
     assert _probed_config(*_parse_probe(words)).probe.text_column is None
     given = ["--probe.text_column", "statement"]
     assert _probed_config(*_parse_probe([*words, *given])).probe.text_column == "statement"
+
+
+def test_labels_of_sentences_are_probed_and_changed_without_actions(
+    capsys: Capture, lm: Path, texts: Path, tmp_path: Path
+):
+    out, table = tmp_path / "out", tmp_path / "sentences.csv"
+    few = ["--probe.variants", "none", "--evaluation.resamples", "100", "--quiet"]
+    corpus = ["--corpus", texts, "--target", "token", "--training.window", "32"]
+    printed(capsys, "probe", "--model", lm, *corpus, "--out", out, *few)
+    printed(capsys, "corpus", out, "--export", table)
+    sentences = pd.read_csv(table)
+    assert "action" not in sentences
+    sentences.assign(
+        length=np.where(sentences.text.str.len() > sentences.text.str.len().median(), "long", "short")
+    ).to_csv(table, index=False)
+    printed(capsys, "probe", out, "--labels", table, "--target", "length", "--positions", "1", "2", *few)
+    changed = ["--intervene.distances", "1", "--intervene.samples", "4", "--intervene.strengths", "1"]
+    shown = printed(capsys, "intervene", out, *changed, "--evaluation.resamples", "100", "--quiet")
+    assert "labelled by a classifier of words" in shown
+    found = Run.open(out).interventions()
+    assert {"erase", "steer", "patch"} == set(found.kind)
+    assert found.value.notna().all()

@@ -287,3 +287,17 @@ def test_named_positions_stand_apart():
     dots = next(dots for dots in axes.collections if isinstance(dots, mpl.collections.PathCollection))
     places = dict(zip(*np.transpose(dots.get_offsets()), strict=True))
     assert places == pytest.approx({n: expected("none")[0, d] for n, d in enumerate((2, 1, 4, 8))})
+
+
+def test_one_position_is_drawn_by_layer():
+    rows = table()
+    rows = rows[rows.position == "2"]
+    figure = probe_lines(rows, Panel("none", "hook_resid_post"), "accuracy")
+    axes = figure.axes[0]
+    (line,) = (line for line in axes.lines if line.get_label() == "none")
+    values = {layer: value for (layer, distance), value in expected("none").items() if distance == 2}
+    assert dict(zip(line.get_xdata(), line.get_ydata(), strict=True)) == pytest.approx(values)
+    assert axes.get_xlabel() == "layer"
+    assert "position 2" in axes.get_title()
+    prior = rows[(rows.reader == "prior") & (rows.horizon == 1)].accuracy.mean()
+    assert lines_of(figure)["prior"].get_ydata()[0] == pytest.approx(prior)
