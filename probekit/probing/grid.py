@@ -153,7 +153,7 @@ def _drawn(
     # Nothing is before the first sentence, so where something before is read, it is no example.
     before = any(isinstance(position, int) and position > 0 for position in positions)
     unread = before and not isinstance(target.labels, Ranges)
-    examples = np.cumsum(np.maximum(target.anchors(corpus, settings.anchors)[order] - unread, 0))
+    examples = np.cumsum(target.anchors(corpus, settings.anchors, first=not unread)[order])
     return order[: max(LEAST_DOCUMENTS, int((examples <= settings.max_examples).sum()))]
 
 

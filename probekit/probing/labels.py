@@ -101,13 +101,15 @@ def target_of(corpus: Corpus, config: Config) -> Target:
     else:
         names, code = _classes(labels, f"probe.labels {table.path}: column {name!r}")
     ranges, kept = _ranges(corpus, table, rows, document, sentence, code)
+    whole = (sentence[kept] != ABSENT) & (table.numbers("start")[kept] < 0)
+    of_sentence = sentence[kept] if whole.all() else None
     if numbers:
-        return _of_numbers(corpus, table, name, ranges, sentence[kept])
+        return _of_numbers(corpus, table, name, ranges, of_sentence)
     counts = np.bincount(ranges.labels, minlength=len(names))
     lines = _notes(table, name, names, counts, int((~labelled).sum()), int((document == ABSENT).sum()))
-    if "start" not in table.columns and (sentence[kept] != ABSENT).all():
+    if of_sentence is not None:
         of_sentences = np.full(len(corpus.first_token), NO_LABEL, dtype=np.int64)
-        of_sentences[sentence[kept]] = ranges.labels
+        of_sentences[of_sentence] = ranges.labels
         return replace(sentence_target(corpus, name, len(names), of_sentences, names), notes=tuple(lines))
     return Target(name, len(names), ranges, names=names, notes=tuple(lines), positions=("last",))
 
@@ -277,7 +279,9 @@ def _are_numbers(labels: Sequence[str]) -> bool:
     return len(different) > MOST_CLASSES or any(float(label) % 1 for label in different)
 
 
-def _of_numbers(corpus: Corpus, table: LabelTable, name: str, ranges: Ranges, sentence: np.ndarray) -> Target:
+def _of_numbers(
+    corpus: Corpus, table: LabelTable, name: str, ranges: Ranges, sentence: np.ndarray | None
+) -> Target:
     """A target of numbers, of sentences if every labelled range is one."""
     values = ranges.labels
     if not vary(values):
@@ -289,7 +293,7 @@ def _of_numbers(corpus: Corpus, table: LabelTable, name: str, ranges: Ranges, se
         f"labels in {table.path}: {len(values):,} numbers of {name!r} from {values.min():g} to "
         f"{values.max():g}, mean {values.mean():g}; {len(table.where) - len(values):,} rows are left out"
     )
-    if "start" not in table.columns and (sentence != ABSENT).all():
+    if sentence is not None:
         of_sentences = np.full(len(corpus.first_token), np.nan)
         of_sentences[sentence] = values
         return replace(sentence_target(corpus, name, 0, of_sentences), notes=(line,))
@@ -319,6 +323,11 @@ def _ranges(
     following = np.append(corpus.first_token, corpus.document_tokens[-1])[sentence + 1]
     stop = np.where(in_sentence, np.minimum(following, stop), stop)
     begin, end = table.numbers("start")[rows], table.numbers("end")[rows]
+    if len(alone := np.flatnonzero((begin < 0) & (end >= 0))):
+        raise ProbekitError(
+            f"{table.where[rows[alone[0]]]}: 'end' is {end[alone[0]]}, but 'start' is empty; give both, or "
+            "neither to label the whole text or sentence"
+        )
     for number in np.unique(document[begin >= 0]):
         text = corpus.texts[int(number)].text
         spans = token_spans(corpus.folder, text)

@@ -23,7 +23,7 @@ MOST_TOKENS = 1000
 """The target `token` has this many classes at most: the most frequent tokens of the training documents."""
 
 MOST_CLASSES = 4096
-"""A column of labels with more classes than this is taken for texts or row numbers, and refused."""
+"""A column with more classes is refused where it holds words; where it holds numbers, it is of numbers."""
 
 LAST_POSITION = 15
 """The target `sentence-position` counts sentences from 0 to this one, which stands for all later ones."""
@@ -80,11 +80,24 @@ class Target:
     notes: tuple[str, ...] = ()
     positions: tuple[Position, ...] = (1, 2, 3, 4, 6, 8)
 
-    def anchors(self, corpus: Corpus, anchors: Literal["start", "token"]) -> np.ndarray:
-        """How many examples each document can have `[documents]`."""
+    def anchors(
+        self, corpus: Corpus, anchors: Literal["start", "token"], *, first: bool = True
+    ) -> np.ndarray:
+        """How many examples with a label each document can have, with its first or not `[documents]`."""
         documents = len(corpus.split)
         if not isinstance(self.labels, Ranges):
-            return np.diff(corpus.document_sentences if anchors == "start" else corpus.document_tokens)
+            every = corpus.document_sentences if anchors == "start" else corpus.document_tokens
+            found = np.diff(every) - (not first)
+            if self.of_sentences is not None:
+                missing = np.flatnonzero(~labelled(self.of_sentences))
+                document = corpus.document_of(missing)
+                following = np.append(corpus.first_token, corpus.document_tokens[-1])[missing + 1]
+                stop = np.minimum(following, corpus.document_tokens[document + 1])
+                lost = stop - corpus.first_token[missing]
+                if anchors == "start":
+                    lost = np.where(missing == corpus.document_sentences[document], int(first), 1)
+                found = found - np.bincount(document, lost, minlength=documents).astype(np.int64)
+            return np.maximum(found, 0)
         lengths = None if anchors == "start" else self.labels.stop - self.labels.start
         return np.bincount(self.labels.document, lengths, minlength=documents).astype(np.int64)
 

@@ -417,3 +417,17 @@ def test_a_table_of_other_texts_is_refused(corpus: Corpus, tmp_path: Path):
     assert read(corpus, "kind", written(tmp_path, **whole)).names == ("a", "b")
     with pytest.raises(ProbekitError, match=r"row 1: 'text' is .* that document of the corpus"):
         read(corpus, "kind", written(tmp_path, **whole | {"document": [0, 1]}))
+
+
+def test_an_empty_column_of_starts_leaves_labels_of_sentences(corpus: Corpus, tmp_path: Path):
+    columns: dict[str, list] = {"document": [0, 0, 1], "sentence": [0, 1, 0], "start": [None] * 3}
+    words = read(corpus, "tag", written(tmp_path, **columns, tag=["a", "b", "a"]))
+    numbers = read(corpus, "size", written(tmp_path, **columns, size=[0.5, 1.5, 2]))
+    assert words.of_sentences is not None
+    assert words.of_sentences[:3].tolist() == [0, 1, 0]
+    assert numbers.of_sentences is not None
+    assert numbers.of_sentences[:3].tolist() == [0.5, 1.5, 2]
+    some = written(tmp_path, **columns | {"start": [None, None, 0]}, tag=["a", "b", "a"])
+    assert isinstance(read(corpus, "tag", some).labels, Ranges)
+    with pytest.raises(ProbekitError, match=r"row 2: 'end' is 3, but 'start' is empty; give both"):
+        read(corpus, "tag", written(tmp_path, **columns, end=[None, 3, None], tag=["a", "b", "a"]))

@@ -13,7 +13,7 @@ from probekit.config import Position
 from probekit.data.corpus import Corpus
 from probekit.errors import ProbekitError
 from probekit.probing import targets
-from probekit.probing.targets import NO_LABEL, TARGETS, find_examples, find_target, reached
+from probekit.probing.targets import NO_LABEL, TARGETS, find_examples, find_target, reached, sentence_target
 from probekit.run.run import Run
 
 DOCUMENTS = np.array([40, 3, 159, 8, 41])
@@ -187,3 +187,20 @@ def test_an_unknown_target_is_refused_with_those_that_exist(tiny_run: Run):
     with pytest.raises(ProbekitError, match=r"probe\.target is 'acton'") as caught:
         find_target(tiny_run.corpus, "acton")
     assert all(name in str(caught.value) for name in TARGETS)
+
+
+@pytest.mark.parametrize("anchors", ["start", "token"])
+def test_examples_without_a_label_are_not_counted(tiny_run: Run, anchors: str):
+    corpus = tiny_run.corpus
+    labels = np.where(np.random.default_rng(0).random(len(corpus.first_token)) < 0.7, NO_LABEL, 1)
+    target = sentence_target(corpus, "rare", 2, labels)
+    for first in (True, False):
+        counts = target.anchors(corpus, anchors, first=first)
+        for document in DOCUMENTS:
+            found = find_examples(corpus, np.array([document]), target, [1], anchors)
+            known = found.labels[:, 0] != NO_LABEL
+            if anchors == "token":  # the separator counts for the first token
+                expected = int(known.sum()) + first
+            else:
+                expected = int(known[0 if first else 1 :].sum())
+            assert counts[document] == expected
