@@ -73,16 +73,20 @@ class Resampling(TypedDict):
     """Probability that the interval is meant to cover, 0.95 by default."""
 
 
-def bootstrap_ratios(sums: ArrayLike, counts: ArrayLike, **resampling: Unpack[Resampling]) -> Intervals:
+def bootstrap_ratios(
+    sums: ArrayLike, counts: ArrayLike, *, examples: ArrayLike | None = None, **resampling: Unpack[Resampling]
+) -> Intervals:
     """Percentile bootstrap over documents of `transform(sum of sums / sum of counts)`, for each cell.
 
     Args:
         sums: A metric summed over each document's examples, [documents, cells].
         counts: Number of those examples, [documents, cells], or [documents] where the cells share them; a
             document without any contributes nothing.
+        examples: Number of examples, [documents], where `counts` are denominators of another kind, which may
+            be 0 for a document with examples; None: `counts`.
         **resampling: See `Resampling`.
     """
-    return _intervals(np.asarray(sums)[None], counts, **resampling)
+    return _intervals(np.asarray(sums)[None], counts, examples, **resampling)
 
 
 def sum_groups(group: ArrayLike, values: ArrayLike) -> NDArray:
@@ -101,7 +105,13 @@ def sum_groups(group: ArrayLike, values: ArrayLike) -> NDArray:
 
 
 def simultaneous_ratios(
-    sums: ArrayLike, counts: ArrayLike, *, resamples: int, seed: int, level: float = 0.95
+    sums: ArrayLike,
+    counts: ArrayLike,
+    *,
+    resamples: int,
+    seed: int,
+    level: float = 0.95,
+    examples: ArrayLike | None = None,
 ) -> Intervals:
     """Intervals of `sum of sums / sum of counts` that cover the truth in all cells at once.
 
@@ -117,8 +127,9 @@ def simultaneous_ratios(
         resamples: Number of resamples.
         seed: Seed of the draws.
         level: Probability that all intervals are meant to cover together.
+        examples: As for `bootstrap_ratios`.
     """
-    (values,), numbers = _checked(np.asarray(sums)[None], counts)
+    (values,), numbers, there = _checked(np.asarray(sums)[None], counts, examples)
     documents, cells = values.shape
     total = np.broadcast_to(np.where(numbers.any(0), numbers.sum(0), np.nan), cells)
     value = values.sum(0) / total
@@ -134,7 +145,7 @@ def simultaneous_ratios(
             for weights in resample_weights(documents, resamples, seed)
         )
         largest = np.maximum(largest, np.concatenate([part.max(1) for part in deviations]))
-    present = np.broadcast_to((numbers > 0).sum(0), value.shape)
+    present = np.broadcast_to(there.sum(0), value.shape)
     half = np.where(present >= 2, np.quantile(largest, level) * error, np.nan)
     return Intervals(value, value - half, value + half, present.astype(np.int64))
 
@@ -145,6 +156,7 @@ def paired_differences(
     counts: ArrayLike,
     *,
     second_counts: ArrayLike | None = None,
+    examples: ArrayLike | None = None,
     **resampling: Unpack[Resampling],
 ) -> Intervals:
     """Percentile bootstrap of `transform(ratio of first) - transform(ratio of second)` over documents.
@@ -154,12 +166,13 @@ def paired_differences(
         second: Sums of the other over the same examples, [documents, cells].
         counts: Number of those examples, [documents, cells] or [documents].
         second_counts: Number of the second's examples, shaped as `counts`, if they differ.
+        examples: As for `bootstrap_ratios`.
         **resampling: See `Resampling`.
     """
     numbers = np.asarray(counts) if second_counts is None else np.stack([counts, second_counts])
     if second_counts is not None and numbers.ndim == 2:
         numbers = numbers[..., None]
-    return _intervals(np.stack([first, second]), numbers, **resampling)
+    return _intervals(np.stack([first, second]), numbers, examples, **resampling)
 
 
 def bootstrap_ratio(sums: ArrayLike, counts: ArrayLike, **resampling: Unpack[Resampling]) -> Interval:
@@ -178,13 +191,14 @@ def paired_difference(
 def _intervals(
     sums: NDArray,
     counts: ArrayLike,
+    examples: ArrayLike | None,
     resamples: int,
     seed: int,
     transform: Callable[[Floats], Floats] | None = None,
     level: float = 0.95,
 ) -> Intervals:
     """Intervals of one setting's ratio, or of the difference of two; sums `[settings, documents, cells]`."""
-    sums, counts = _checked(sums, counts)
+    sums, counts, there = _checked(sums, counts, examples)
     documents = sums.shape[1]
 
     def statistic(weights: Floats, chunk: slice) -> Floats:
@@ -194,7 +208,7 @@ def _intervals(
         return ratios[0] if len(ratios) == 1 else ratios[0] - ratios[1]
 
     value = statistic(np.ones((1, documents)), slice(None))[0]
-    present = np.broadcast_to((counts > 0).sum(-2), sums.shape[::2]).min(0).astype(np.int64)
+    present = np.broadcast_to(there.sum(-2), sums.shape[::2]).min(0).astype(np.int64)
     bounds = np.empty((2, len(value)))
     for chunk in _cell_chunks(len(value), resamples):
         draws = [statistic(weights, chunk) for weights in resample_weights(documents, resamples, seed)]
@@ -484,8 +498,11 @@ def _of_examples(
     return [value, low, high], mean, np.broadcast_to(present, value.shape)
 
 
-def _checked(sums: NDArray, counts: ArrayLike) -> tuple[Floats, Floats]:
-    """Sums [settings, documents, cells] and counts [documents, cells or 1], or those of every setting."""
+def _checked(
+    sums: NDArray, counts: ArrayLike, examples: ArrayLike | None
+) -> tuple[Floats, Floats, NDArray[np.bool_]]:
+    """Sums [settings, documents, cells], counts [documents, cells or 1] or those of every setting, and where
+    there are examples, shaped as counts or [documents, 1]; elsewhere sums are 0."""
     sums, numbers = sums.astype(np.float64), np.asarray(counts, np.float64)
     numbers = numbers[:, None] if numbers.ndim == 1 else numbers
     shapes = {
@@ -498,14 +515,15 @@ def _checked(sums: NDArray, counts: ArrayLike) -> tuple[Floats, Floats]:
             f"sums {sums.shape[1:]} must be [documents, cells] with at least one document, and "
             f"counts {numbers.shape} the same or [documents]"
         )
-    sums = np.where(numbers > 0, sums, 0.0)
+    there = numbers > 0 if examples is None else np.asarray(examples)[:, None] > 0
+    sums = np.where(there, sums, 0.0)
     whole = (np.isfinite(numbers) & (numbers >= 0)).all(-1)
     broken = ~(np.isfinite(sums).all((0, 2)) & (whole if whole.ndim == 1 else whole.all(0)))
     if broken.any():
         raise ProbekitError(
             f"document {broken.argmax()}: sums and counts must be finite, counts not negative"
         )
-    return sums, numbers
+    return sums, numbers, there
 
 
 def mean_over_draws(sums: ArrayLike, counts: ArrayLike) -> Interval:

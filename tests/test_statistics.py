@@ -535,3 +535,19 @@ def test_groups_are_summed_in_the_order_in_which_they_appear():
     values = np.array([[1.0, 2], [3, 4], [5, 6], [7, 8]])
     np.testing.assert_array_equal(statistics.sum_groups([9, 2, 9, 4], values), [[6, 8], [3, 4], [7, 8]])
     np.testing.assert_array_equal(statistics.sum_groups([3, 1, 0, 2], values), values)
+
+
+def test_denominators_of_zero_are_no_missing_examples():
+    """The sums of documents with examples count, whatever their denominator; others do not."""
+    sums, denominators = np.array([1.0, 2.0, 3.0, np.nan]), np.array([2.0, 0.0, 4.0, 0.0])
+    examples, options = np.array([1, 1, 1, 0]), {"resamples": 50, "seed": 0}
+    for intervals in (
+        bootstrap_ratios(sums[:, None], denominators, examples=examples, **options),
+        simultaneous_ratios(sums[:, None], denominators, examples=examples, **options),
+        paired_differences(
+            sums[:, None], 0 * sums[:, None], denominators, examples=examples, **options
+        ),
+    ):
+        assert intervals.value == pytest.approx(1.0)
+        assert intervals.documents == 3
+    assert bootstrap_ratios(sums[:, None], denominators, **options).documents == 2

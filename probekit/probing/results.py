@@ -45,9 +45,6 @@ SETTINGS = "settings.json"
 LINEAR_SOLVERS = ("softmax", "ridge", "lda", "l1", "mean-difference")
 """Solvers whose probes are linear; the weights of these are kept."""
 
-SINGLE = ("log_odds", "predicted")
-"""Scores of single examples."""
-
 FALSE_POSITIVE_RATE = 0.05
 """That of `recall`. At 0.01, a few hundred test texts would leave one or two false positives to count."""
 
@@ -127,8 +124,8 @@ class DocumentSums:
     Attributes:
         readers: What is known of each reader `[readers]`; its row of the table begins with it.
         sums: For every score its sums, float64 `[groups, readers]`. For classes `class_correct`, correct
-            predictions, is by group and class `[pairs, readers]`. `log_odds` of the second of two classes and
-            `predicted` numbers are single ones, float32 `[examples, readers]`.
+            predictions, is by group and class `[pairs, readers]`. `log_odds` of the second of two classes,
+            float32, and `predicted` numbers are single ones `[examples, readers]`.
     """
 
     def __init__(
@@ -149,7 +146,7 @@ class DocumentSums:
         if not control and tested.target.kind == "classes":
             self._rows["class_correct"] = tested.pairs(readers[0]["horizon"])[2]
         for score, row in self._rows.items():
-            kind = np.float32 if score in SINGLE else np.float64
+            kind = np.float32 if score == "log_odds" else np.float64
             self.sums[score] = np.zeros((int(row.max()) + 1, len(self.readers)), kind)
 
     def add(self, rows: slice, predicted: Tensor | np.ndarray, labels: Tensor | np.ndarray) -> None:
@@ -261,7 +258,8 @@ def table_of(
     def ratios(metric: str, values: NDArray[np.float64], weight: np.ndarray) -> None:
         known = np.flatnonzero(np.isfinite(values).all(axis=0))
         of_known = weight if weight.shape[1] == 1 else weight[:, known]
-        write(metric, known, bootstrap_ratios(values[:, known], of_known, **resampling))
+        found = bootstrap_ratios(values[:, known], of_known, examples=counts, **resampling)
+        write(metric, known, found)
 
     ratios("r2" if numbers else "bits", (loss[:, prior] - loss) / unit, weight)
     if numbers:
@@ -270,7 +268,7 @@ def table_of(
         rows["control_r2"] = 1 - control.sum(0) / total.sum(0)
         known = np.flatnonzero(rows.control_r2.notna())
         each = (values[:, known] for values in (control, loss, total))
-        gap = paired_differences(*each, second_counts=weight[:, known], **resampling)
+        gap = paired_differences(*each, second_counts=weight[:, known], examples=counts, **resampling)
         write("selectivity", known, gap)
     else:
         correct, control = joined("correct"), joined("control_correct")
@@ -296,7 +294,7 @@ def table_of(
         write(
             "gain",
             np.flatnonzero(compared),
-            _of_gains(gains, weight[:, compared] if numbers else weight, resampling),
+            _of_gains(gains, weight[:, compared] if numbers else weight, counts, resampling),
         )
     columns = columns_of(tested.target)
     bounds = [name for name in columns if name.endswith(("_low", "_high")) and name in rows]
@@ -309,11 +307,15 @@ def table_of(
     return table.astype(columns).sort_values(ROW_KEY, kind="stable", ignore_index=True)
 
 
-def _of_gains(gains: NDArray[np.float64], weight: np.ndarray, resampling: Resampling) -> Intervals:
+def _of_gains(
+    gains: NDArray[np.float64], weight: np.ndarray, counts: np.ndarray, resampling: Resampling
+) -> Intervals:
     """Intervals that hold for all cells together, those where actions were injected left out."""
     if weight.shape == gains.shape:  # numbers: a probe that keeps the mean differs from it by rounding
-        gains = np.where(np.abs(gains) > 1e-9 * weight, gains, 0.0)
-    return simultaneous_ratios(gains, weight, resamples=resampling["resamples"], seed=resampling["seed"])
+        # Where the mean is exact, the rounding is still that of numbers as large as the others are.
+        gains = np.where(np.abs(gains) > 1e-9 * np.maximum(weight, weight.mean(0)), gains, 0.0)
+    options = {"resamples": resampling["resamples"], "seed": resampling["seed"], "examples": counts}
+    return simultaneous_ratios(gains, weight, **options)
 
 
 def _of_single_examples(

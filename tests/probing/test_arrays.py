@@ -222,3 +222,18 @@ def test_bad_input_is_refused_in_one_line(data, changed, message):
     with pytest.raises(ProbekitError, match=message) as caught:
         probekit.fit_grid(**({"activations": X, "labels": labels} | changed))
     assert "\n" not in str(caught.value)
+
+
+def test_groups_that_the_mean_predicts_exactly_count(data):
+    """Every example is a group; the mean of those fitted on is 0, the label of a third of them."""
+    numbers = np.tile([-1.0, 0.0, 1.0], EXAMPLES // 3)
+    X = np.random.default_rng(2).normal(size=(EXAMPLES, WIDTH)) + 0.5 * numbers[:, None] * (np.arange(WIDTH) == 3)
+    split = np.array(["train", "train", "train", "validation", "test"])[np.arange(EXAMPLES) // 3 % 5]
+    results = probekit.fit_grid(X, numbers, split=split, l2=[0.1], kind="numbers", resamples=100)
+    row, tested = probes_at(results.table, 0).iloc[0], split == "test"
+    error = ((results.score(X[tested]).predicted - numbers[tested]) ** 2).sum()
+    assert row.r2 == pytest.approx(1 - error / (numbers[tested] ** 2).sum(), abs=1e-6)
+    assert row.gain == pytest.approx(row.r2)
+    assert row.selectivity == pytest.approx(row.r2 - row.control_r2)
+    assert row.documents == row.examples == tested.sum()
+    assert row.r2_low < row.r2 < row.r2_high
