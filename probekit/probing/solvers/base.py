@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 
+import numpy as np
+import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -56,6 +58,16 @@ def pieces(X: Tensor, elements: int) -> Iterator[tuple[slice, slice]]:
     for first in range(0, probes, size // rows):
         for start in range(0, examples, rows):
             yield slice(first, first + size // rows), slice(start, start + rows)
+
+
+def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues [probes, width] and eigenvectors [probes, width, width] of symmetric matrices."""
+    try:
+        spectrum, basis = torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError:  # divide and conquer can fail where many eigenvalues are equal
+        found = [scipy.linalg.eigh(one.cpu().numpy(), driver="ev") for one in matrix]
+        spectrum, basis = (torch.from_numpy(np.stack(part)).to(matrix) for part in zip(*found, strict=True))
+    return spectrum, basis
 
 
 def log_softmax(X: Tensor, coef: Tensor, intercept: Tensor) -> Tensor:

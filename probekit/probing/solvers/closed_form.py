@@ -28,8 +28,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
-import numpy as np
-import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -38,6 +36,7 @@ from probekit.errors import ProbekitError
 from probekit.probing.solvers.base import (
     absent_classes,
     check_validation,
+    eigh,
     expand_labels,
     log_softmax,
     pieces,
@@ -342,14 +341,7 @@ class ClosedFormProbes(ABC):
 
     def _eigh(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
         """Eigenvalues [probes, width] and eigenvectors [probes, width, width] of the matrix to invert."""
-        try:
-            spectrum, basis = torch.linalg.eigh(matrix)
-        except torch.linalg.LinAlgError:  # divide and conquer can fail where many eigenvalues are equal
-            found = [scipy.linalg.eigh(one.cpu().numpy(), driver="ev") for one in matrix]
-            spectrum, basis = (
-                torch.from_numpy(np.stack(part)).to(matrix) for part in zip(*found, strict=True)
-            )
-        return spectrum, basis
+        return eigh(matrix)
 
     @abstractmethod
     def _inverse(self, spectrum: Tensor) -> Tensor:

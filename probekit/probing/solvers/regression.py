@@ -18,7 +18,7 @@ from torch import Tensor
 
 from probekit import distributed
 from probekit.errors import ProbekitError
-from probekit.probing.solvers.base import check_validation, pieces, probe_slices, solver_dtype
+from probekit.probing.solvers.base import check_validation, eigh, pieces, probe_slices, solver_dtype
 from probekit.probing.solvers.closed_form import CONSTANT, Moments
 
 
@@ -128,7 +128,7 @@ class RegressionProbes:
             raise ProbekitError(f"probe {probe}: it has no examples, or its values are not all finite")
         scale = torch.where(scale <= CONSTANT * mean.abs(), torch.inf, scale)
         correlations = scatter[:, :width, :width] / count / (scale * scale.mT)
-        spectrum, basis = torch.linalg.eigh(correlations)
+        spectrum, basis = eigh(correlations)
         target = torch.bmm(basis.mT, scatter[:, :width, column, None] / count / scale.mT)
         inverse = torch.stack([1 / (spectrum.clamp(min=0) + l2) for l2 in self.l2], 2)
         mean, basis, weights = (part.to(moments.dtype) for part in (mean, basis / scale.mT, target * inverse))

@@ -9,7 +9,7 @@ from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
 
 from probekit.errors import ProbekitError
-from probekit.probing.solvers import Moments, RegressionProbes
+from probekit.probing.solvers import LDAProbes, Moments, RegressionProbes
 
 WIDTH = 8
 
@@ -92,3 +92,20 @@ def test_what_is_not_finite_is_refused():
         values.copy_(kept)
     with pytest.raises(ProbekitError, match="l2 is"):
         RegressionProbes([])
+
+
+def test_an_eigenproblem_that_does_not_converge_is_solved_otherwise(monkeypatch):
+    """Divide and conquer fails; regressions and classifiers are those that they are without."""
+
+    def fitted():
+        X, y, X_validation, y_validation = planted(probes=2)
+        numbers = RegressionProbes([0.01]).fit(X, y, X_validation, y_validation)
+        classes = [(part > part.mean()).long() for part in (y, y_validation)]
+        return numbers.predict(X), LDAProbes([0.1]).fit(X, classes[0], 2, X_validation, classes[1]).coef_
+
+    def failing(matrix):
+        raise torch.linalg.LinAlgError("failed to converge")
+
+    expected = fitted()
+    monkeypatch.setattr(torch.linalg, "eigh", failing)
+    torch.testing.assert_close(fitted(), expected)
