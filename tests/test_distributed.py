@@ -1,5 +1,7 @@
 """Devices and the arithmetic on them; two processes against one: the same losses and statistics of probes."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +119,32 @@ def test_statistics_of_probes_are_those_of_one_process(one: Run, two: Run, tmp_p
         np.testing.assert_allclose(shared[column][closed], alone[column][closed], rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(shared.examples, alone.examples)
     np.testing.assert_allclose(shared.cross_entropy, alone.cross_entropy, rtol=1e-3, atol=1e-3)
+
+
+GRID = """
+import sys
+import numpy as np
+import probekit
+from probekit import distributed
+X = np.random.default_rng(0).normal(size=(2, 1300, 4))
+for name, labels in (("classes", X[0, :, 0] > 0), ("numbers", X[1, :, 1] + 0.5)):
+    solvers = ["softmax", "ridge"] if name == "classes" else ["ridge"]
+    table = probekit.fit_grid(X, labels, solvers=solvers, l2=[0.01, 0.1], resamples=50).table
+    if distributed.is_first():
+        table.to_json(f"{sys.argv[1]}-{name}.json")
+distributed.leave()
+"""
+
+
+def test_a_grid_of_arrays_is_that_of_one_process(tmp_path: Path):
+    (tmp_path / "grid.py").write_text(GRID)
+    in_two_processes(tmp_path / "grid.py", tmp_path / "two")
+    subprocess.run([sys.executable, tmp_path / "grid.py", tmp_path / "one"], check=True)
+    for name, metrics in (("classes", ["accuracy", "cross_entropy"]), ("numbers", ["r2", "squared_error"])):
+        one, two = (pd.read_json(tmp_path / f"{count}-{name}.json") for count in ("one", "two"))
+        np.testing.assert_array_equal(one.examples, two.examples)
+        for metric in metrics:
+            np.testing.assert_allclose(one[metric], two[metric], rtol=1e-3, atol=1e-4)
 
 
 def test_a_command_that_is_not_shared_is_done_once(one: Run, tmp_path: Path):

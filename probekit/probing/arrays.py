@@ -13,6 +13,7 @@ import json
 import tempfile
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +23,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from probekit.config import NAMED, Config, Position, SolverName
+from probekit import distributed
+from probekit.config import Config, Position, SolverName
 from probekit.distributed import compute_device
 from probekit.errors import ProbekitError
 from probekit.evaluation.action_metrics import prior_log_probabilities
@@ -71,7 +73,8 @@ class LinearProbes:
     """Linear probes, and a card that says what they read; `probes[layer]` is one of them.
 
     Attributes:
-        card: `model`, `revision`, `target`, `classes` (names), and a list of `scores` of each cell.
+        card: `model`, `revision`, `position`, `points` (location and layer, in the order of the activations),
+            `target`, `classes` (names), and a list of `scores` of each cell.
     """
 
     def __init__(self, probes: Mapping[Cell, LinearProbe], card: Mapping[str, Any]) -> None:
@@ -91,22 +94,42 @@ class LinearProbes:
             )
         return self._probes[found[0]]
 
-    def score(self, activations: Arrays, layer: int | None = None) -> pd.DataFrame:
+    def score(self, activations: Arrays, layer: int | Cell | None = None) -> pd.DataFrame:
         """What a probe predicts for new activations, a row for each example.
 
         Args:
-            activations: As in `fit_grid`; those of one layer, or of all layers in the same order.
-            layer: The layer; None: that of the probe that was best on validation examples.
+            activations: What `probekit.activations` gave of the same model and position; or an array of one
+                layer, or of all that the probes were fitted to, in the same order.
+            layer: The layer or the cell; None: that of the probe that was best on validation examples.
 
         Raises:
-            ProbekitError: There is no such layer, or the width is another.
+            ProbekitError: There is no such layer, or the activations are not those that the probe reads.
         """
         values, points = arrays_of(activations)
-        cell = next((cell for cell in self.cells if layer in (None, cell.layer)), None)
-        layers = [own for _, own in points]
-        if cell is None or (len(values) > 1 and cell.layer not in layers):
+        cells = [cell for cell in self.cells if layer is None or layer in (cell, cell.layer)]
+        if not cells:
             raise ProbekitError(f"layer is {layer}; the probes are of {'; '.join(map(str, self.cells))}")
-        own, probe = values[layers.index(cell.layer) if len(values) > 1 else 0], self[cell]
+        if isinstance(activations, TextActivations):
+            for name, own in (("model", activations.model), ("position", _position(activations))):
+                if self.card[name] not in (None, own):
+                    raise ProbekitError(
+                        f"activations: {name} is {own!r}, but the probes read {self.card[name]!r}; give "
+                        "`.values` of one layer to apply a probe all the same"
+                    )
+        elif len(values) == 1:
+            points = ((cells[0].location, cells[0].layer),)
+        else:
+            points = tuple((location, number) for location, number in self.card["points"])
+            if len(points) != len(values):
+                raise ProbekitError(
+                    f"activations has {len(values)} layers, but the probes were fitted to "
+                    f"{len(points)}; give as many, or one"
+                )
+        cell = next((cell for cell in cells if (cell.location, cell.layer) in points), None)
+        if cell is None or (layer is None and cell != cells[0]):
+            held = "; ".join(f"{location}, layer {number}" for location, number in points)
+            raise ProbekitError(f"the probe reads {cells[0]}, but the activations are of {held}")
+        own, probe = values[points.index((cell.location, cell.layer))], self[cell]
         if own.shape[1] != len(probe.coef):
             raise ProbekitError(
                 f"activations have width {own.shape[1]}, but the probe reads {len(probe.coef)}"
@@ -173,7 +196,7 @@ class ArrayResults:
     probes: LinearProbes
     notes: list[str]
 
-    def score(self, activations: Arrays, layer: int | None = None) -> pd.DataFrame:
+    def score(self, activations: Arrays, layer: int | Cell | None = None) -> pd.DataFrame:
         """What a probe predicts for new activations; see `LinearProbes.score`."""
         return self.probes.score(activations, layer)
 
@@ -206,7 +229,7 @@ def fit_grid(
             `[layers, examples, width]`, or a .npy or .safetensors file of one.
         labels: A label of each example: a class, or a number [examples].
         groups: What never crosses splits, and is resampled for intervals, such as the author of each example
-            [examples]; None: every example by itself.
+            [examples]; None: every example with its copies, which have the same activations.
         split: `train`, `validation` or `test` for each example [examples]; None: 60, 20 and 20 percent of the
             examples, by groups drawn with the seed.
         solvers: How probes are fitted, as in `probe.solvers`; None: `softmax`, or `ridge` for numbers.
@@ -228,9 +251,11 @@ def fit_grid(
         raise ProbekitError(f"kind is {kind!r}; it must be classes or numbers")
     values, points = arrays_of(activations)
     target, numbered = _target(labels, values.shape[1], name, kind)
+    notes: list[str] = []
+    if groups is None:
+        groups, notes = _copies(values, split)
     splits, group_of = _splits(groups, split, values.shape[1], seed)
-    position = activations.position if isinstance(activations, TextActivations) else "last"
-    position = position if position in NAMED else "last"
+    position = _position(activations) if isinstance(activations, TextActivations) else "last"
     grid = _grid(target, numbered, position, splits, group_of)
     options = {"control": control, "code_length": code_length, **settings}
     options["solvers"] = solvers or ("ridge" if target.kind == "numbers" else "softmax")
@@ -273,8 +298,8 @@ def fit_grid(
         for cell in cells_of(rows)
         if f"{cell.key}|coef" in weights
     }
-    card = _card(activations, target, rows, seed)
-    return ArrayResults(table, LinearProbes(probes, card), list(grid.notes))
+    card = _card(activations, points, target, rows, seed)
+    return ArrayResults(table, LinearProbes(probes, card), [*notes, *grid.notes])
 
 
 class ArraySource:
@@ -300,7 +325,7 @@ class ArraySource:
         self, examples: Examples, done: Done = lambda examples: None
     ) -> Iterator[tuple[slice, list[Tensor]]]:
         """See `Activations.chunks`."""
-        for start in range(0, len(examples), CHUNK_EXAMPLES):
+        for start in distributed.share(range(0, len(examples), CHUNK_EXAMPLES)):
             rows = slice(start, min(start + CHUNK_EXAMPLES, len(examples)))
             chunk = self._values[:, torch.from_numpy(examples.start[rows])]
             yield rows, [chunk[:, None].to(self._device)]
@@ -357,6 +382,33 @@ def _numbers(values: Any) -> Tensor:
         ) from None
 
 
+def _position(activations: TextActivations) -> Position:
+    """Where texts were read; -1 is the last token."""
+    return "last" if activations.position == -1 else activations.position
+
+
+def _copies(values: Tensor, split: Any) -> tuple[np.ndarray, list[str]]:
+    """Groups of examples whose activations are equal at all points `[examples]`, and what to note of them."""
+    raw = values.contiguous().view(torch.uint8).numpy()
+    examples = values.shape[1]
+    keys = pd.Series([blake2b(raw[:, row].tobytes()).digest() for row in range(examples)])
+    group = pd.factorize(keys)[0]
+    if not (copies := examples - len(np.unique(group))):
+        return group, []
+    note = f"{copies:,} of {examples:,} examples have the same activations as another, and are of its group"
+    if split is not None:  # groups may not cross the splits that are given
+        apart = pd.factorize(pd.Series(list(zip(group, _column(split, "split", examples), strict=True))))[0]
+        if crossing := len(np.unique(apart)) - len(np.unique(group)):
+            note += f" within a split; {crossing:,} have such a copy in another split"
+        group = apart
+    elif examples - copies < len(SPLITS):
+        raise ProbekitError(
+            f"activations: only {examples - copies} of {examples:,} examples differ; give at least "
+            f"{len(SPLITS)}, or the split"
+        )
+    return group, [note]
+
+
 def _column(values: Any, name: str, examples: int) -> pd.Series:
     """Labels, groups or splits as a column without gaps."""
     if isinstance(values, str) or not hasattr(values, "__iter__"):
@@ -408,8 +460,7 @@ def _target(
 
 def _splits(groups: Any, split: Any, examples: int, seed: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Rows of every split, those of a group together, and the group of each example."""
-    column = pd.Series(np.arange(examples)) if groups is None else _column(groups, "groups", examples)
-    group, names = pd.factorize(column)
+    group, names = pd.factorize(_column(groups, "groups", examples))
     taken = np.random.default_rng(seed).permutation(len(names))  # groups in the order in which they are taken
     if split is None:
         if len(names) < len(SPLITS):
@@ -492,14 +543,17 @@ def _prior(grid: Grid, position: Position) -> DocumentSums:
     return sums
 
 
-def _card(activations: Arrays, target: Target, rows: pd.DataFrame, seed: int) -> dict[str, Any]:
+def _card(
+    activations: Arrays, points: Sequence[HookPoint], target: Target, rows: pd.DataFrame, seed: int
+) -> dict[str, Any]:
     """What probes read, and how well."""
     texts = activations if isinstance(activations, TextActivations) else None
     scored = [name for name in CARD if name in rows]
     return {
         "model": None if texts is None else texts.model,
         "revision": None if texts is None else texts.revision,
-        "position": None if texts is None else texts.position,
+        "position": None if texts is None else _position(texts),
+        "points": [(location, int(layer)) for location, layer in points],
         "target": target.name,
         "classes": list(target.names),
         "seed": seed,

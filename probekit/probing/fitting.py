@@ -195,11 +195,13 @@ class Fitted:
         """The weights by the names they are saved under, if the probes are linear."""
         weights: dict[str, Tensor] = {}
         if self.solver in LINEAR_SOLVERS:
+            # float32 would round the level of large numbers, such as dates in seconds.
+            kept = torch.float64 if grid.target.kind == "numbers" else torch.float32
             rows = zip(self.cells(stacks, grid), self.probes.coef_, self.probes.intercept_, strict=True)
             for cell, coef, intercept in rows:
                 # Cloned: a view of a row would keep the whole batch in memory.
                 weights[f"{cell.key}|coef"] = coef.detach().float().cpu().clone()
-                weights[f"{cell.key}|intercept"] = intercept.detach().float().cpu().clone()
+                weights[f"{cell.key}|intercept"] = intercept.detach().to(kept).cpu().clone()
         return weights
 
 

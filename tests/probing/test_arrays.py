@@ -15,6 +15,7 @@ import probekit
 from probekit.errors import ProbekitError
 from probekit.io import write_tensors
 from probekit.probing.results import COLUMNS
+from probekit.probing.texts import TextActivations
 
 EXAMPLES, WIDTH, GROUPS = 300, 8, 60
 FAST = {"l2": [0.01, 0.1], "control": False, "resamples": 100}
@@ -201,6 +202,7 @@ def test_few_examples_are_noted(data):
             {"activations": np.zeros(5)},
             r"activations \[5\] must be \[examples, width\] or \[layers, examples",
         ),
+        ({"activations": np.zeros((EXAMPLES, 3))}, "only 1 of 300 examples differ"),
         ({"activations": "x.csv"}, "it must end in .npy or .safetensors"),
         ({"activations": np.full((EXAMPLES, 3), np.nan)}, "example 0 of layer 0 is not finite"),
         ({"activations": [[1.0], [1.0, 2.0]]}, "activations is a list that makes no array of numbers"),
@@ -227,7 +229,9 @@ def test_bad_input_is_refused_in_one_line(data, changed, message):
 def test_groups_that_the_mean_predicts_exactly_count(data):
     """Every example is a group; the mean of those fitted on is 0, the label of a third of them."""
     numbers = np.tile([-1.0, 0.0, 1.0], EXAMPLES // 3)
-    X = np.random.default_rng(2).normal(size=(EXAMPLES, WIDTH)) + 0.5 * numbers[:, None] * (np.arange(WIDTH) == 3)
+    X = np.random.default_rng(2).normal(size=(EXAMPLES, WIDTH)) + 0.5 * numbers[:, None] * (
+        np.arange(WIDTH) == 3
+    )
     split = np.array(["train", "train", "train", "validation", "test"])[np.arange(EXAMPLES) // 3 % 5]
     results = probekit.fit_grid(X, numbers, split=split, l2=[0.1], kind="numbers", resamples=100)
     row, tested = probes_at(results.table, 0).iloc[0], split == "test"
@@ -237,3 +241,58 @@ def test_groups_that_the_mean_predicts_exactly_count(data):
     assert row.selectivity == pytest.approx(row.r2 - row.control_r2)
     assert row.documents == row.examples == tested.sum()
     assert row.r2_low < row.r2 < row.r2_high
+
+
+def of_texts(X: np.ndarray, *points: tuple[str, int], model: str = "tiny", position: object = "last"):
+    return TextActivations(torch.from_numpy(X), points, position, np.full(X.shape[1], 5), model, None)
+
+
+def test_probes_are_applied_only_where_they_read(data, tmp_path: Path):
+    """Location and layer are looked up; the label is in the second stack alone."""
+    X, labels, groups = data
+    mid, post = ("hook_resid_mid", 1), ("hook_resid_post", 1)
+    fitted = probekit.fit_grid(of_texts(X[:2], mid, post, position=-2), labels, groups=groups, **FAST)
+    assert {*fitted.table.position} == {"-2"}
+    fitted.save(tmp_path / "probes.safetensors")
+    probes = probekit.load_probes(tmp_path / "probes.safetensors")
+    assert probes.cells[0].location == post[0]
+    expected = probes.score(X[:2])
+    assert (expected.predicted == labels).mean() > 0.75
+    assert probes.score(of_texts(X[1::-1].copy(), post, mid, position=-2)).equals(expected)
+    assert probes.score(of_texts(X[1:2], post, position=-2), layer=1).equals(expected)
+    other = probes.score(of_texts(X[:2], mid, post, position=-2), probes.cells[1])
+    assert probes.score(of_texts(X[:1], mid, position=-2), layer=1).equals(other)
+    for given, message in (
+        (of_texts(X[:1], mid, position=-2), "reads hook_resid_post, layer 1.*of hook_resid_mid, layer 1"),
+        (of_texts(X[:2], mid, post), "position is 'last', but the probes read -2"),
+        (of_texts(X[:2], mid, post, position=-2, model="other"), "model is 'other', but the probes read"),
+        (X, "activations has 3 layers, but the probes were fitted to 2"),
+    ):
+        with pytest.raises(ProbekitError, match=message):
+            probes.score(given)
+
+
+def test_copies_are_one_group():
+    """Labels are noise: a probe could know them only from copies in another split."""
+    generator = np.random.default_rng(0)
+    X = np.repeat(generator.normal(size=(2, 200, 60)), 5, axis=1)
+    labels = np.repeat(generator.integers(2, size=200), 5)
+    results = probekit.fit_grid(X, labels, **FAST)
+    probes = results.table[results.table.reader == "probe"]
+    assert (probes.accuracy < 0.8).all()
+    assert (probes.documents == probes.examples / 5).all()
+    assert results.notes[0].startswith("800 of 1,000 examples have the same activations as another")
+    split = np.tile(["train", "train", "train", "validation", "test"], 200)
+    (note, *_) = probekit.fit_grid(X, labels, split=split, **FAST).notes
+    assert note.endswith("within a split; 400 have such a copy in another split")
+
+
+def test_large_numbers_keep_their_order():
+    """Seconds since 1970, apart by less than float32 can tell."""
+    X = np.random.default_rng(0).normal(size=(EXAMPLES, WIDTH))
+    numbers = 1.7e9 + 10 * X[:, 0]
+    split = own_split(np.arange(EXAMPLES))
+    results = probekit.fit_grid(X, numbers, split=split, kind="numbers", l2=[1e-6], resamples=100)
+    assert probes_at(results.table, 0).rank_correlation.item() > 0.999
+    scored = results.score(X).predicted
+    assert scored.rank().corr(pd.Series(numbers).rank()) > 0.999
