@@ -327,6 +327,7 @@ def score(words: list[str]) -> None:
     parser.add_argument(
         "--cell", metavar="NAME", help="solver|location|layer|position|horizon (the best on validation)"
     )
+    parser.add_argument("--text", metavar="COLUMN", help="column that holds the texts (as when probed)")
     parser.add_argument("--tokens", action="store_true", help="a row for every token, not only for each text")
     parser.add_argument("--out", metavar="FILE", help="write the table: .csv, .jsonl or .parquet")
     parsed, given = parse(parser, words, ("device", "lm.device_map", "lm.dtype"))
@@ -337,6 +338,7 @@ def score(words: list[str]) -> None:
         Run.at(parsed.run, dotted(given)),
         parsed.texts,
         parsed.cell,
+        text=parsed.text,
         tokens=parsed.tokens,
         out=parsed.out,
         quiet=parsed.quiet,

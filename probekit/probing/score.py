@@ -9,11 +9,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from probekit.config import CorpusSettings, ProbedName
+from probekit.config import Config, CorpusSettings, ProbedName
 from probekit.data.readers import read_documents
+from probekit.distributed import autocast
 from probekit.errors import ProbekitError
 from probekit.io import atomic_path, write_table
-from probekit.models.locations import hook_name
+from probekit.models.locations import BEFORE, hook_name
 from probekit.models.replanning import decoded
 from probekit.probing.activations import probing_windows
 from probekit.probing.arrays import predictions
@@ -41,6 +42,7 @@ def score(
     texts: str | Path | Sequence[str],
     cell: str | None = None,
     *,
+    text: str | None = None,
     tokens: bool = False,
     batch_size: int = 16,
     out: str | Path | None = None,
@@ -53,6 +55,7 @@ def score(
         texts: The texts, or a file of any format that the readers of a corpus know.
         cell: Name of the probe, as in the run's file of probes: solver|location|layer|position|horizon. None:
             the best one on validation documents.
+        text: Column of the file that holds the texts; None: that of the table that the run was probed with.
         tokens: Read every token of a text, not only the last (of a probe at `first` or `mean`: there).
         batch_size: Texts read at once.
         out: Also write the table: .csv, .jsonl or .parquet.
@@ -77,7 +80,7 @@ def score(
             f"the probes of {run.folder} are of an earlier version, which kept no names of classes; run "
             f"`probekit probe {run.folder}` again"
         )
-    named = _named(texts)
+    named = _named(texts, record.config, text)
     begin = [] if run.corpus.bos_rule == "none" else [run.corpus.separator]
     window = probing_windows(run)[0]
     encoded = encoded_texts(run.corpus.tokenizer, [text for _, text in named], window - len(begin))
@@ -92,9 +95,12 @@ def score(
             own = activation_at(position, activation, len(begin), lengths)
         found.append(([], own.cpu()))
 
-    name = hook_name(chosen.location, chosen.layer)
+    name = hook_name(chosen.location.removesuffix(BEFORE), chosen.layer)
     backend = run.backend_for([name], variant, seed)
-    with Progress(quiet=quiet).task("score texts", total=len(named), unit="texts") as task:
+    with (
+        autocast(run.device, run.config.training.precision),
+        Progress(quiet=quiet).task("score texts", total=len(named), unit="texts") as task,
+    ):
         for rows in read_batches(backend, [name], encoded, begin, batch_size, read):
             found[-1][0].extend(rows)
             task.advance(len(rows))
@@ -132,11 +138,18 @@ def _chosen(run: Run, key: str | None) -> tuple[ProbedName, int, Cell]:
     return rows.variant.iloc[number], int(rows.seed.iloc[number]), cells[number]
 
 
-def _named(texts: str | Path | Sequence[str]) -> list[tuple[str, str]]:
-    """Names and texts."""
+def _named(texts: str | Path | Sequence[str], config: Config, column: str | None) -> list[tuple[str, str]]:
+    """Names and texts, of a file that is read as the run's own texts were."""
     if not isinstance(texts, str | Path):
         return [(str(number), text) for number, text in enumerate(texts)]
-    return [(document.name, document.text) for document in read_documents(CorpusSettings(path=str(texts)))]
+    column = column or config.probe.text_column or config.corpus.text_column
+    settings = CorpusSettings(
+        path=str(texts),
+        text_column=column,
+        encoding=config.corpus.encoding,
+        separator=config.corpus.separator,
+    )
+    return [(document.name, document.text) for document in read_documents(settings)]
 
 
 def _write(table: pd.DataFrame, path: Path) -> None:

@@ -1,6 +1,7 @@
 """`probekit score`: a run's own probes on the run's own texts, on the command line, and what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import probekit
 from probekit.cli import main
 from probekit.errors import ProbekitError
-from probekit.io import read_table
+from probekit.io import read_json, read_table, read_tensors, write_json, write_table, write_tensors
 from probekit.probing.activations import Reader
 from probekit.probing.results import Cell, SavedProbes
 from probekit.probing.score import score
@@ -99,3 +100,55 @@ def test_what_cannot_be_scored_is_refused(probed_run: probekit.Run, tiny_run: pr
         score(probed_run, texts, out="x.txt", quiet=True)
     with pytest.raises(ProbekitError, match="run `probekit probe"):
         score(tiny_run, texts, quiet=True)
+
+
+def test_a_table_is_read_as_the_labels_were(
+    probed_run: probekit.Run, texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """With the column of texts and the encoding that the run was probed with, or the column that is named."""
+    folder = shutil.copytree(probed_run.folder, tmp_path / "run")
+    settings = read_json(folder / "probes" / "settings.json")
+    settings["probe"]["text_column"], settings["corpus"]["encoding"] = "statement", "latin-1"
+    write_json(folder / "probes" / "settings.json", settings)
+    own = [f"é {text}" for text in texts]
+    columns = pd.DataFrame({"statement": own, "text": texts})
+    columns.to_csv(tmp_path / "truth.csv", index=False, encoding="latin-1")
+    expected = score(probed_run, own, CELL, quiet=True).drop(columns="name")
+    found = score(folder, tmp_path / "truth.csv", CELL, quiet=True)
+    pd.testing.assert_frame_equal(found.drop(columns="name"), expected)
+    words = [str(folder), str(tmp_path / "truth.csv"), "--cell", CELL, "--out", str(tmp_path / "out.parquet")]
+    assert main(["score", *words, "--text", "text", "--quiet"]) == 0
+    capsys.readouterr()
+    found = read_table(tmp_path / "out.parquet").probability
+    np.testing.assert_allclose(found, score(probed_run, texts, CELL, quiet=True).probability)
+
+
+def test_a_probe_before_an_intervention_reads_the_same(
+    probed_run: probekit.Run, texts: list[str], tmp_path: Path
+):
+    folder = shutil.copytree(probed_run.folder, tmp_path / "run")
+    table = read_table(folder / "probes" / "results.parquet")
+    write_table(
+        folder / "probes" / "results.parquet",
+        table.assign(location=table.location.replace("hook_resid_post", "hook_resid_post:before")),
+    )
+    for path in (folder / "probes").glob("*.safetensors"):
+        old = read_tensors(path)
+        write_tensors(path, {name.replace("_post|", "_post:before|"): old[name] for name in old})
+    found = score(folder, texts, CELL.replace("_post|", "_post:before|"), quiet=True)
+    assert found.equals(score(probed_run, texts, CELL, quiet=True))
+
+
+def test_texts_are_read_in_the_arithmetic_of_the_run(probed_run: probekit.Run, texts: list[str]):
+    """As the grid's own reader does."""
+    low = probed_run.with_settings({"training.precision": "bfloat16"})
+    found = score(low, texts[:1], CELL, tokens=True, quiet=True)
+    assert not found.equals(score(probed_run, texts[:1], CELL, tokens=True, quiet=True))
+    first = low.corpus.document_tokens[0] + 1
+    start = np.arange(first, first + 4) + 1
+    examples = Examples.of_tokens(np.zeros(4, int), start, np.zeros(4, int), np.zeros((4, 1), int))
+    (values,) = Reader(low, "none", [("hook_resid_post", 1)], [1]).read(examples)
+    probe = SavedProbes(low.folder / "probes", "none", low.config.seed)[Cell.of(CELL)]
+    expected = probe.log_probabilities(values[0, 0]).exp().numpy()
+    own = found[[f"p({action})" for action in range(low.corpus.k)]].to_numpy()[:4]
+    np.testing.assert_allclose(own, expected, atol=0.03)
