@@ -353,8 +353,13 @@ class Reader:
                             torch.arange(len(activation), device=device)[:, None], slots.own
                         ]
                     # Of the sums up to every token, so that memory does not depend on how ranges overlap.
-                    upto = nn.functional.pad(activation.flatten(2).double().cumsum(1), (0, 0, 1, 0))
-                    total.index_add_(0, example, (upto[windows, end] - upto[windows, begin]).float())
+                    every = activation.flatten(2).double()
+                    broken = ~every.isfinite().all(2)  # tokens that spoil their own ranges alone
+                    upto = nn.functional.pad(every.masked_fill_(broken[..., None], 0).cumsum(1), (0, 0, 1, 0))
+                    wrong = nn.functional.pad(broken.cumsum(1), (1, 0))
+                    found = (upto[windows, end] - upto[windows, begin]).float()
+                    found[wrong[windows, end] > wrong[windows, begin]] = torch.nan
+                    total.index_add_(0, example, found)
 
             return read
 

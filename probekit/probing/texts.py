@@ -233,7 +233,8 @@ def activation_at(position: Position, activation: Tensor, begin: int, lengths: T
     if position == "mean":
         column = torch.arange(activation.shape[1], device=activation.device)
         own = (column >= begin) & (column < begin + lengths[:, None])
-        return (activation * own[..., None]).sum(1) / lengths[:, None]
+        dtype = torch.promote_types(activation.dtype, torch.float32)  # half precision overflows or rounds
+        return torch.where(own[..., None], activation, 0).sum(1, dtype=dtype) / lengths[:, None]
     last = begin + lengths - 1
     column = torch.full_like(last, begin) if position == "first" else last
     if isinstance(position, int):

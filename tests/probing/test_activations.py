@@ -343,6 +343,27 @@ def test_means_are_summed_in_float32(tiny_run: Run, monkeypatch: pytest.MonkeyPa
         assert torch.equal(found[0, 0, row], own.double().mean(0).bfloat16())
 
 
+@pytest.mark.parametrize("column", [0, 20])
+def test_a_token_that_overflows_spoils_the_means_of_its_own_ranges_alone(tiny_run: Run, column: int):
+    examples = ranges_of(tiny_run, np.array([4]))
+    reader = Reader(tiny_run, "none", [("hook_resid_post", 1)], ["mean"])
+    (expected,), forward = reader.read(examples), reader._forward
+
+    def spoiling(tokens: Tensor, hooks: Sequence[Any], *given: Any) -> Any:
+        def spoiled(read: Any) -> Any:
+            return lambda x, hook=None: read(x.index_fill(1, torch.tensor([column]), torch.inf))
+
+        return forward(tokens, [(name, spoiled(read)) for name, read in hooks], *given)
+
+    spoiling.model = forward.model  # type: ignore[attr-defined]
+    reader._forward = spoiling  # type: ignore[assignment]
+    if column:
+        with pytest.raises(ProbekitError, match="hook_resid_post, layer 1, are not all finite"):
+            reader.read(examples)
+    else:  # the first of a window is read in none, or in the window before
+        torch.testing.assert_close(reader.read(examples)[0], expected)
+
+
 # What does not matter
 
 

@@ -11,6 +11,7 @@ import probekit
 from probekit.data.tokenizer import train_tokenizer
 from probekit.errors import ProbekitError
 from probekit.models.language_model import bridge
+from probekit.probing.texts import activation_at
 
 TEXTS = ["the plan and the text", "a", "the text is a plan, and the plan", "text", "and the plan is the text"]
 POSITIONS, LAYERS, WIDTH = 24, 3, 16
@@ -122,3 +123,12 @@ def test_bad_input_is_refused_in_one_line(model, tokenizer, changed, message):
     with pytest.raises(ProbekitError, match=message) as caught:
         probekit.activations(**given)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_means_of_half_precision_are_summed_in_float32(dtype):
+    """The sum of 200 activations of 1,000 is beyond float16, and bfloat16 would round it."""
+    values = torch.full((1, 202, 1), 1000.0, dtype=dtype)
+    values[:, 1::2] = 1008
+    values[0, [0, 201]] = torch.inf  # before and after the text
+    assert activation_at("mean", values, 1, torch.tensor([200])).item() == 1004
