@@ -501,8 +501,7 @@ def _of_examples(
 def _checked(
     sums: NDArray, counts: ArrayLike, examples: ArrayLike | None
 ) -> tuple[Floats, Floats, NDArray[np.bool_]]:
-    """Sums [settings, documents, cells], counts [documents, cells or 1] or those of every setting, and where
-    there are examples, shaped as counts or [documents, 1]; elsewhere sums are 0."""
+    """Sums [settings, documents, cells], 0 without examples; counts, and where there are examples."""
     sums, numbers = sums.astype(np.float64), np.asarray(counts, np.float64)
     numbers = numbers[:, None] if numbers.ndim == 1 else numbers
     shapes = {

@@ -544,9 +544,7 @@ def test_denominators_of_zero_are_no_missing_examples():
     for intervals in (
         bootstrap_ratios(sums[:, None], denominators, examples=examples, **options),
         simultaneous_ratios(sums[:, None], denominators, examples=examples, **options),
-        paired_differences(
-            sums[:, None], 0 * sums[:, None], denominators, examples=examples, **options
-        ),
+        paired_differences(sums[:, None], 0 * sums[:, None], denominators, examples=examples, **options),
     ):
         assert intervals.value == pytest.approx(1.0)
         assert intervals.documents == 3
