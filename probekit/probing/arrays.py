@@ -553,7 +553,7 @@ def _card(
         "model": None if texts is None else texts.model,
         "revision": None if texts is None else texts.revision,
         "position": None if texts is None else _position(texts),
-        "points": [(location, int(layer)) for location, layer in points],
+        "points": [[location, int(layer)] for location, layer in points],
         "target": target.name,
         "classes": list(target.names),
         "seed": seed,
