@@ -110,10 +110,10 @@ class LinearProbes:
         if not cells:
             raise ProbekitError(f"layer is {layer}; the probes are of {'; '.join(map(str, self.cells))}")
         if isinstance(activations, TextActivations):
-            for name, own in (("model", activations.model), ("position", _position(activations))):
-                if self.card[name] not in (None, own):
+            for name, given in (("model", activations.model), ("position", _position(activations))):
+                if self.card[name] not in (None, given):
                     raise ProbekitError(
-                        f"activations: {name} is {own!r}, but the probes read {self.card[name]!r}; give "
+                        f"activations: {name} is {given!r}, but the probes read {self.card[name]!r}; give "
                         "`.values` of one layer to apply a probe all the same"
                     )
         elif len(values) == 1:

@@ -314,8 +314,8 @@ def _of_gains(
     if weight.shape == gains.shape:  # numbers: a probe that keeps the mean differs from it by rounding
         # Where the mean is exact, the rounding is still that of numbers as large as the others are.
         gains = np.where(np.abs(gains) > 1e-9 * np.maximum(weight, weight.mean(0)), gains, 0.0)
-    options = {"resamples": resampling["resamples"], "seed": resampling["seed"], "examples": counts}
-    return simultaneous_ratios(gains, weight, **options)
+    resamples, seed = resampling["resamples"], resampling["seed"]
+    return simultaneous_ratios(gains, weight, resamples=resamples, seed=seed, examples=counts)
 
 
 def _of_single_examples(

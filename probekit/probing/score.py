@@ -106,8 +106,8 @@ def score(
             task.advance(len(rows))
     parts = []
     for rows, own in found:
-        text = [row for row in rows for _ in range(len(encoded[row]) if tokens else 1)]
-        part = pd.DataFrame({"text": text, "name": [named[row][0] for row in text]})
+        numbers = [row for row in rows for _ in range(len(encoded[row]) if tokens else 1)]
+        part = pd.DataFrame({"text": numbers, "name": [named[row][0] for row in numbers]})
         if tokens:
             part["token"] = [number for row in rows for number in range(len(encoded[row]))]
             part["piece"] = [decoded(run.corpus.tokenizer, [t]) for row in rows for t in encoded[row]]
