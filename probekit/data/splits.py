@@ -2,7 +2,7 @@
 
 Documents are of one group if they share a value of the group column, or have texts that differ in case, white
 space and punctuation alone, but not in the signs and decimal points of numbers. Groups are also what
-intervals resample: two copies are one observation.
+intervals resample, but for tables of sweeps: two copies are one observation.
 """
 
 from __future__ import annotations
