@@ -477,6 +477,9 @@ class ProbeSettings(Settings):
     target: str = "action"
     """What is read: action (of a sentence), token, sentence-position, document-type (planted corpus only), or
     a column of the table of labels."""
+    kind: Literal["auto", "classes", "numbers"] = "auto"
+    """What a column of labels holds: classes, or numbers, which ridge probes read. auto: numbers if some have
+    fractions or more than 4,096 are different."""
     labels: Annotated[str | None, AfterValidator(_absolute)] = None
     """Table of labels: CSV, TSV, JSON lines or Parquet, which may be compressed. A row labels the text in
     `text_column`, or that of `document` (number or name); or its `sentence` of this number, from 0 on; or its

@@ -96,7 +96,13 @@ def target_of(corpus: Corpus, config: Config) -> Target:
             "holds texts by --text, or make a corpus of this table by --model with --text"
         )
     labels = [label for label in (table.labels[row] for row in rows) if label is not None]
-    if numbers := _are_numbers(labels):
+    kind = config.probe.kind
+    if numbers := (_are_numbers(labels) if kind == "auto" else kind == "numbers"):
+        if words := [label for label in labels if not _is_number(label)]:
+            raise ProbekitError(
+                f"probe.kind is 'numbers', but column {name!r} of {table.path} holds {words[0][:20]!r}; "
+                "leave such fields empty, or give probe.kind classes"
+            )
         code = np.array(labels, dtype=np.float64)
     else:
         names, code = _classes(labels, f"probe.labels {table.path}: column {name!r}")
@@ -367,7 +373,11 @@ def _notes(
     frequent = np.argsort(-counts, kind="stable")[:SHOWN_CLASSES]
     shown = ", ".join(f"{names[int(n)]} {counts[n]:,}" for n in frequent)
     more = f", and {len(names) - len(frequent):,} more" if len(names) > len(frequent) else ""
-    yield f"labels in {table.path}: {counts.sum():,} of {len(names):,} classes of {name!r}: {shown}{more}"
+    yield (
+        f"labels in {table.path}: {counts.sum():,} labels, {len(names):,} classes of {name!r}: {shown}{more}"
+    )
+    if len(names) > SHOWN_CLASSES and all(map(_is_number, names)):
+        yield f"whole numbers are taken for classes; --probe.kind numbers reads {name!r} as numbers"
     left_out = {
         "have no label": unlabelled,
         "have a text that is not in the corpus": absent,

@@ -159,10 +159,17 @@ READERS = {
 }
 
 
-def rows_by_walking(corpus: Corpus) -> list[tuple[int, str, int, int, str]]:
-    """Document, split, number in the document, action and text of every sentence."""
+def rows_by_walking(corpus: Corpus) -> list[tuple[int, str, str, int, int, str]]:
+    """Document, its name, split, number in the document, action and text of every sentence."""
     return [
-        (document, SPLITS[corpus.split[document]], j, int(corpus.actions[first + j]), text)
+        (
+            document,
+            corpus.texts[document].name,
+            SPLITS[corpus.split[document]],
+            j,
+            int(corpus.actions[first + j]),
+            text,
+        )
         for document in range(len(corpus.split))
         for first, last in [corpus.document_sentences[document : document + 2].tolist()]
         for j, text in enumerate(corpus.sentence_texts(np.arange(first, last)))
@@ -174,7 +181,7 @@ def test_an_export_has_a_row_for_every_sentence_in_order(tiny_run: Run, tmp_path
     path = export_sentences(tiny_run.corpus, tmp_path / "new" / f"sentences{suffix}")
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     table = READERS[suffix](path)
-    assert list(table.columns) == ["document", "split", "sentence", "action", "text"]
+    assert list(table.columns) == ["document", "name", "split", "sentence", "action", "text"]
     assert list(table.itertuples(index=False, name=None)) == rows_by_walking(tiny_run.corpus)
 
 

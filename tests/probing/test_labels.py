@@ -87,7 +87,7 @@ def test_whole_texts(corpus: Corpus, tmp_path: Path, suffix: str):
     assert pieces(corpus, target.labels) == TEXTS[:3]
     assert named(target) == ["yes", "no", "no"]
     assert target.names == ("no", "yes")
-    assert target.notes[0].endswith("3 of 2 classes of 'truth': no 2, yes 1")
+    assert target.notes[0].endswith("3 labels, 2 classes of 'truth': no 2, yes 1")
     assert "1 of 4 rows of labels have no label" in target.notes[1]
 
 
@@ -309,6 +309,17 @@ def test_fractions_are_numbers(corpus: Corpus, tmp_path: Path, suffix: str):
     assert isinstance(target.labels, Ranges)
     assert target.labels.labels.tolist() == [0.5, 2.0, 1e-3]
     assert "3 numbers of 'kind' from 0.001 to 2, mean 0.833667; 1 rows are left out" in target.notes[0]
+
+
+def test_whole_numbers_are_numbers_where_it_is_said(corpus: Corpus, tmp_path: Path):
+    path = written(tmp_path, text=TEXTS, n=["10", "9", "", "2"])
+    config = Config().override({"probe.labels": str(path), "probe.target": "n", "probe.text_column": "text"})
+    target = target_of(corpus, config.override({"probe.kind": "numbers"}))
+    assert (target.kind, target.labels.labels.tolist()) == ("numbers", [10.0, 9.0, 2.0])
+    assert target_of(corpus, config).kind == "classes"
+    written(tmp_path, text=TEXTS, n=["10", "9", "n/a", "2"])
+    with pytest.raises(ProbekitError, match=r"probe\.kind is 'numbers', but column 'n' of .* holds 'n/a'"):
+        target_of(corpus, config.override({"probe.kind": "numbers"}))
 
 
 BAD = [
