@@ -11,6 +11,9 @@ Position = int | NamedPosition
 """A whole number d reads the token d before the first one of the range: 1 the one right before it, 0 itself,
 -1 the one after it. `first` and `last` read those tokens of the range, `mean` the mean over all of them."""
 
+FARTHEST = 2**31
+"""Positions are nearer than this."""
+
 NAMED: tuple[NamedPosition, ...] = get_args(NamedPosition)
 
 
@@ -24,7 +27,10 @@ def as_position(value: object) -> Position:
         if value == name:
             return name
     try:
-        return int(str(value))
+        number = int(str(value))
+        if abs(number) < FARTHEST:
+            return number
+        raise ValueError
     except ValueError:
         raise ValueError(
             f"{value!r} is no position; give {', '.join(NAMED)}, or a number of tokens before the first"

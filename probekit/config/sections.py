@@ -46,11 +46,18 @@ def _absolute(path: str | None) -> str | None:
 
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 PositiveShare = Annotated[float, Field(gt=0.0, lt=1.0)]
-Positive = Annotated[int, Field(ge=1)]
-AtLeastTwo = Annotated[int, Field(ge=2)]
-Count = Annotated[int, Field(ge=0)]
-PositiveNumber = Annotated[float, Field(gt=0.0)]
-Weight = Annotated[float, Field(ge=0.0)]
+LARGEST = 2**31 - 1
+"""No whole number is larger: counts and positions are added up in 64 bits."""
+
+HUGE = 1e12
+"""No other number is larger: its square is finite in float32."""
+
+Positive = Annotated[int, Field(ge=1, le=LARGEST)]
+AtLeastTwo = Annotated[int, Field(ge=2, le=LARGEST)]
+Count = Annotated[int, Field(ge=0, le=LARGEST)]
+PositiveNumber = Annotated[float, Field(gt=0.0, le=HUGE)]
+Weight = Annotated[float, Field(ge=0.0, le=HUGE)]
+Column = Annotated[str, Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Range = Annotated[tuple[Positive, Positive], AfterValidator(_ascending)]
 Several = Annotated[tuple[T, ...], Field(min_length=1), AfterValidator(_distinct)]
@@ -143,12 +150,12 @@ class CorpusSettings(Settings):
     separator: str | None = None
     """Line that separates documents in text files, such as <|endoftext|>, or an empty text for blank lines;
     unset: a file is one document."""
-    text_column: str = "text"
+    text_column: Column = "text"
     """Column that holds the text (jsonl, csv, parquet, huggingface)."""
-    group_column: str | None = None
+    group_column: Column | None = None
     """Column that holds a group, such as an author or a topic (jsonl, csv, parquet, huggingface). No group is
     in two splits, and intervals resample groups. Unset: every text, with its copies, is a group."""
-    split_column: str | None = None
+    split_column: Column | None = None
     """Column that holds train, probe, validation or test; unset: the splits are drawn at random."""
     distinct: bool = False
     """Read a text that several rows hold once, such as that of a table of labels with several rows a text."""
@@ -484,7 +491,7 @@ class ProbeSettings(Settings):
     """Table of labels: CSV, TSV, JSON lines or Parquet, which may be compressed. A row labels the text in
     `text_column`, or that of `document` (number or name); or its `sentence` of this number, from 0 on; or its
     characters from `start` to before `end`. `probekit corpus RUN --export FILE` writes one to fill in."""
-    text_column: str | None = None
+    text_column: Column | None = None
     """Column of the table of labels that holds the documents' texts; unset: rows are found by `document`, or
     else by corpus.text_column."""
     anchors: Literal["start", "token"] = "start"
@@ -517,7 +524,7 @@ class ProbeSettings(Settings):
     shrinkage: Several[Annotated[float, Field(gt=0.0, le=1.0)]] = (0.01, 0.1, 0.3, 0.6, 0.9)
     """Shrinkage of the covariance tried (lda), near 0 hardly any, 1 all the way to a multiple of the
     identity."""
-    hidden: Positive = 64
+    hidden: Annotated[int, Field(ge=1, le=65_536)] = 64
     """Hidden units (mlp)."""
     max_iterations: Positive = 500
     """Most iterations of the softmax solver for each penalty."""

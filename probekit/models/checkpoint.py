@@ -168,7 +168,8 @@ def contents(folder: Path) -> str | None:
 
 def _adapter(folder: Path) -> str:
     """What to do with a folder that holds an adapter."""
-    base = read_json(folder / ADAPTER).get("base_model_name_or_path") or "its LM"
+    known = read_json(folder / ADAPTER)
+    base = (known.get("base_model_name_or_path") if isinstance(known, dict) else None) or "its LM"
     return (
         f"it holds a peft adapter, which is no LM: load {base} with it, and save what its merge_and_unload "
         "returns"

@@ -131,6 +131,13 @@ def test_unknown_setting_gets_the_nearest(wrong: str, near: str):
         ("training.lm.epochs", math.inf),
         ("mixing.variants", "soft"),
         ("probe.positions", []),
+        ("probe.positions", [2**31]),
+        ("probe.horizons", [2**63 - 1]),
+        ("probe.l2", [1e300]),
+        ("probe.memory", 1e300),
+        ("probe.hidden", 10**9),
+        ("corpus.text_column", ""),
+        ("probe.text_column", ""),
     ],
 )
 def test_wrong_value_names_setting_and_value(name: str, value: object):
