@@ -228,8 +228,12 @@ def _probed_config(parsed: argparse.Namespace, given: dict[str, Any]) -> Config:
 
     `--preset` and `--config` win over both. Where no corpus is given, it is made of the texts of the labels.
     """
-    there = user_path(parsed.out) / "config.yaml"
-    begun = there if there.is_file() and not parsed.overwrite else None
+    from probekit.run.folder import RunFolder
+
+    there = user_path(parsed.out)
+    # A run without a corpus failed on its input, which the command may correct: it is begun anew.
+    made_before = (there / "run.json").is_file() and RunFolder.open(there).finished("corpus")
+    begun = there / "config.yaml" if made_before and not parsed.overwrite else None
     if begun is None:
         parsed.preset = parsed.preset or (None if parsed.config else ANY_MODEL)
     config = chosen_config(parsed, given, begun) or (Config.from_yaml(begun) if begun else Config())

@@ -14,6 +14,7 @@ from probekit.config import Config
 from probekit.data.tokenizer import train_tokenizer
 from probekit.errors import ProbekitError
 from probekit.io import read_json, write_json
+from probekit.run.folder import FORMAT
 from probekit.run.run import Run
 
 
@@ -243,6 +244,25 @@ def test_a_table_of_statements_is_corpus_and_labels(capsys: Capture, lm: Path, t
     assert "--group: goes with --model" in refused(capsys, "probe", out, "--group", "topic")
 
 
+def test_a_corrected_command_takes_the_table_that_it_names(capsys: Capture, lm: Path, tmp_path: Path):
+    wrong, out = tmp_path / "wrong.csv", tmp_path / "out"
+    wrong.write_text("sentence,is_true\nOne.,yes\n")
+    words = ["probe", "--model", lm, "--text", "statement", "--target", "is_true", "--training.window", "32"]
+    words += [
+        "--probe.layers",
+        "1",
+        "--probe.variants",
+        "none",
+        "--evaluation.resamples",
+        "100",
+        "--out",
+        out,
+    ]
+    assert "statement" in refused(capsys, *words, "--labels", wrong, "--quiet")
+    printed(capsys, *words, "--labels", statements(tmp_path), "--quiet")
+    assert Run.open(out).config.corpus.path == str(tmp_path / "truth.csv")
+
+
 def test_a_given_column_of_texts_is_kept(tmp_path: Path):
     """Whether by --text, as a setting or in a file; only an earlier run's own is forgotten."""
     out = tmp_path / "out"
@@ -256,6 +276,7 @@ def test_a_given_column_of_texts_is_kept(tmp_path: Path):
     out.mkdir()
     earlier = config.override({"probe.text_column": "earlier"}).to_yaml()
     (out / "config.yaml").write_text(earlier, "utf-8")
+    write_json(out / "run.json", {"format": FORMAT, "stages": {"corpus": {}}})
     assert _probed_config(*_parse_probe(words)).probe.text_column is None
     given = ["--probe.text_column", "statement"]
     assert _probed_config(*_parse_probe([*words, *given])).probe.text_column == "statement"
