@@ -129,7 +129,7 @@ from probekit import distributed
 X = np.random.default_rng(0).normal(size=(2, 1300, 4))
 for name, labels in (("classes", X[0, :, 0] > 0), ("numbers", X[1, :, 1] + 0.5)):
     solvers = ["softmax", "ridge"] if name == "classes" else ["ridge"]
-    table = probekit.fit_grid(X, labels, solvers=solvers, l2=[0.01, 0.1], resamples=50).table
+    table = probekit.fit_grid(X, labels, solvers=solvers, l2=[0.01, 0.1], resamples=100).table
     if distributed.is_first():
         table.to_json(f"{sys.argv[1]}-{name}.json")
 distributed.leave()
