@@ -182,6 +182,7 @@ def test_a_model_that_was_probed_before_keeps_its_settings(tmp_path: Path):
         {"actions.k": 9, "lm.name": "old", "corpus.path": "text"}
     )
     (tmp_path / "config.yaml").write_text(begun.to_yaml(), "utf-8")
+    write_json(tmp_path / "run.json", {"format": FORMAT, "stages": {"corpus": {}}})
     assert probed(model=None, corpus=None, out=tmp_path) == begun
     assert probed("--seed", "3", model="old", corpus=None, out=tmp_path) == begun.override({"seed": 3})
     afresh = Config.from_preset("any-model").override({"lm.name": "gpt2", "corpus.path": "some/text"})
