@@ -270,7 +270,7 @@ def test_cells_without_doubt_or_documents_do_not_spoil_the_others():
 def test_intervals_cover_the_truth_as_often_as_they_say(
     documents: int, draws: int, spreads: tuple[float, float, float]
 ):
-    """Spreads of documents, of draws and of both together; documents' lengths are not alike."""
+    """Spreads of documents, of draws and of both together; documents differ in length."""
     generator, tried = np.random.default_rng(1), 1000
     covered, exact = 0, 0
     for _ in range(tried):
@@ -387,7 +387,7 @@ def test_each_seed_and_their_mean_are_as_computed_by_hand():
         assert (mean.value_low, mean.value_high) == pytest.approx((interval.low, interval.high))
         assert mean.seed_spread == pytest.approx(np.sqrt(((each - each.mean()) ** 2).sum() / 2))
         assert (mean.seeds, mean.documents) == (3, 20)
-        # All seeds are wrong alike about a hard document: the mean's interval does not shrink to nothing.
+        # All seeds are equally wrong about a hard document: the mean's interval does not shrink to nothing.
         assert mean.value_low < mean.value < mean.value_high
 
 

@@ -140,7 +140,7 @@ def test_other_locations_condition_too(family: str, location: str, base: Base, m
     assert not torch.allclose(conditioned, logits(lm, batch, []), atol=1e-2)
     token_losses(conditioned, batch.targets).sum().backward()
     for gradient in (adapter.codebook.grad, *adapter.projections.grad):
-        # What is added to all keys alike changes no attention, but these differ by sentence.
+        # What is added equally to all keys changes no attention, but these differ by sentence.
         assert gradient.abs().max() > 1e-4
 
 

@@ -1,4 +1,4 @@
-"""The report: every number that the run has, in both formats alike, and text from a corpus as it is."""
+"""The report: every number that the run has, the same in both formats, and text from a corpus as it is."""
 
 import base64
 import re
