@@ -224,7 +224,7 @@ def test_members_and_seeds_can_be_added(copy: Path, config: Config, trained: Cou
 
 
 def test_a_run_that_fails_is_reported_when_the_others_are_done(config: Config, tmp_path: Path):
-    members = {"wild": {"training.adapter.learning_rate": 1e30}, "tame": {}}
+    members = {"wild": {"training.adapter.learning_rate": 1e12}, "tame": {}}
     line = refusal(config.override({"mixing.variants": ["mixed"]}), members, [0], tmp_path / "out")
     assert line.startswith("wild/seed0: training of adapter/mixed: the ")
     assert "1 of 2 runs" in line

@@ -47,11 +47,7 @@ class PlantedModel:
 
     @classmethod
     def draw(cls, settings: PlantedSettings) -> Self:
-        """Draws the model of these settings; it does not depend on the number and the lengths of documents.
-
-        Raises:
-            ProbekitError: The concentration is too large.
-        """
+        """Draws the model of these settings, whatever the number and the lengths of documents."""
         rng, _ = _generators(settings.seed)
         types, actions = settings.types, settings.actions
         prior = rng.dirichlet(np.full(types, 10.0))  # unequal, but no type is rare
@@ -61,7 +57,7 @@ class PlantedModel:
         transition = np.zeros((types, actions, actions))
         shares = rng.dirichlet(np.ones(settings.successors), size=(types, actions))
         np.put_along_axis(transition, successors, shares, axis=-1)
-        emission = _draw_emission(settings, rng)
+        emission = rng.dirichlet(np.full(settings.vocabulary, settings.concentration), size=actions)
         return cls(prior, initial, transition, emission, _draw_words(settings.vocabulary, rng))
 
     def parse(self, text: str) -> list[IntArray]:
@@ -142,17 +138,6 @@ def generate(settings: PlantedSettings) -> PlantedCorpus:
 def _generators(seed: int) -> list[np.random.Generator]:
     """One for the model and one for the documents, so that more documents leave the model as it is."""
     return np.random.default_rng(seed).spawn(2)
-
-
-def _draw_emission(settings: PlantedSettings, rng: np.random.Generator) -> FloatArray:
-    """[actions, vocabulary], Dirichlet rows."""
-    emission = rng.dirichlet(np.full(settings.vocabulary, settings.concentration), size=settings.actions)
-    if not np.allclose(emission.sum(axis=1), 1.0):
-        raise ProbekitError(
-            f"corpus.planted.concentration is {settings.concentration:g}: too large to draw word "
-            "distributions; lower it (the default is 0.05)"
-        )
-    return emission
 
 
 def _draw_words(vocabulary: int, rng: np.random.Generator) -> tuple[str, ...]:

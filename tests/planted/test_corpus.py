@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from probekit.config import PlantedSettings
+from probekit.config.sections import HUGE
 from probekit.errors import ProbekitError
 from probekit.planted.corpus import SYLLABLES, PlantedModel, generate
 from probekit.planted.posteriors import posterior_at, posterior_given_actions
@@ -106,6 +107,11 @@ def test_words_are_distinct_and_long_enough(vocabulary):
     assert all(len(word) >= 4 and word.isalpha() and word.islower() for word in words)
 
 
+def test_the_largest_concentration_gives_uniform_words():
+    emission = PlantedModel.draw(DEFAULT.model_copy(update={"concentration": HUGE})).emission
+    np.testing.assert_allclose(emission, 1 / emission.shape[1], rtol=1e-4)
+
+
 def test_bad_input_is_refused_in_one_line(corpus, documents):
     model = corpus.model
     with pytest.raises(ProbekitError, match=r"the word 'house' .* corpus\.planted settings"):
@@ -119,5 +125,3 @@ def test_bad_input_is_refused_in_one_line(corpus, documents):
     nothing_left = np.full((1, 24), -np.inf)
     with pytest.raises(ProbekitError, match="sentence 0 of document 0 is impossible"):
         posterior_at(model, [[[0]]], np.zeros(1, int), np.zeros(1, int), nothing_left, np.zeros(1, int))
-    with pytest.raises(ProbekitError, match=r"corpus\.planted\.concentration is 1e\+308"):
-        generate(PlantedSettings(concentration=1e308))
