@@ -72,7 +72,7 @@ def softmax_together(data: Data, penalties: tuple[float, ...], tolerance: float 
     # the Gram matrix and the rotation into its basis. Iterations of penalties not kept are not known.
     evaluations = float(probes.n_iter_.sum()) + count
     flops = 4.0 * rows * (width + 1) * data.classes * evaluations + 4.0 * rows * width**2 * count
-    return Fit(probes.coef_, probes.intercept_, probes.l2_, flops if len(penalties) == 1 else None)
+    return Fit(probes.coef_, probes.intercept_, probes.penalty_, flops if len(penalties) == 1 else None)
 
 
 def closed_together(

@@ -44,7 +44,7 @@ def every_penalty(data: Data, penalties: Sequence[float]) -> SoftmaxProbes:
     fits = [solve(data, [penalty]) for penalty in penalties]
     found = torch.cat([fit.validation_cross_entropy_ for fit in fits], 1)
     best, kept = (found.argmin(1), torch.arange(len(found))), fits[0]
-    for name in ("coef_", "intercept_", "l2_", "n_iter_", "converged_"):
+    for name in ("coef_", "intercept_", "penalty_", "n_iter_", "converged_"):
         setattr(kept, name, torch.stack([getattr(fit, name) for fit in fits])[best])
     kept.validation_cross_entropy_ = found
     return kept
@@ -55,7 +55,7 @@ def with_controls(data: Data) -> SoftmaxProbes:
     y = data.y["probe"]
     found = solve(data, SETTINGS.l2, y[torch.randperm(len(y), generator=torch.Generator().manual_seed(0))])
     ends = sorted({max(1, round(share * len(y))) for share in SHARES})
-    prequential_code(data.X["probe"], y, data.classes, found.l2_, ends, SETTINGS.max_iterations)
+    prequential_code(data.X["probe"], y, data.classes, found.penalty_, ends, SETTINGS.max_iterations)
     return found
 
 
@@ -91,14 +91,14 @@ def measure(labels: str, data: Data, options: Options, measured: int) -> list[Ro
         row |= {"examples": len(data.y["probe"]), "width": data.X["probe"].shape[2]}
         if name in ours:
             row |= {"measured_probes": probes} | outcome.columns()
-            row |= {"l2": found.l2_.tolist(), "same_penalty": _share(found.l2_ == full.l2_)}
+            row |= {"l2": found.penalty_.tolist(), "same_penalty": _share(found.penalty_ == full.penalty_)}
             row |= {"converged": _share(found.converged_), "iterations": float(found.n_iter_.double().mean())}
             row |= {"fitted": _share(found.validation_cross_entropy_.isfinite())}
             its, same = cross_entropies(_fit(found), data), losses
         else:
             row |= {"measured_probes": measured} | outcome.columns(probes / measured)
             row |= {"l2": found.penalty.tolist()}
-            row |= {"same_penalty": _share(torch.isclose(found.penalty.double(), reference.l2_[-measured:]))}
+            row |= {"same_penalty": _share(torch.isclose(found.penalty.double(), reference.penalty_[-measured:]))}
             its, same = cross_entropies(found, part), losses[-measured:]
         row |= {"cross_entropy": float(its.mean()), "difference": float((its / same - 1).abs().max())}
         rows.append(row)
@@ -107,7 +107,7 @@ def measure(labels: str, data: Data, options: Options, measured: int) -> list[Ro
 
 
 def _fit(probes: SoftmaxProbes) -> Fit:
-    return Fit(probes.coef_, probes.intercept_, probes.l2_, None)
+    return Fit(probes.coef_, probes.intercept_, probes.penalty_, None)
 
 
 def _share(flags: torch.Tensor) -> float:

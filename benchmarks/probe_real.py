@@ -53,7 +53,7 @@ def bare_pass(folder: Path) -> None:
     grid = make_grid(run.corpus, settings, find_target(run.corpus, settings.target), run.config.seed)
     tokens, begun = 0, (time.perf_counter(), time.process_time())
     for examples in grid.examples.values():
-        windows = Placement.of(run.corpus, examples, grid.distances, *probing_windows(run)).windows
+        windows = Placement.of(run.corpus, examples, grid.positions, *probing_windows(run)).windows
         for rows in batches(windows.length, run.config.evaluation.batch_size * run.config.training.window):
             with torch.inference_mode():
                 model(input_tokens(run.corpus, windows[rows]))

@@ -126,41 +126,47 @@ def probing_windows(run: Run) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Pieces:
-    """What is read of windows: a token each, or several neighbours that are summed for a mean.
+    """Parts of windows that are read, in the order of the windows: arrays `[pieces]`.
 
     Attributes:
-        window: Number of the window `[pieces]`.
-        begin: Column of the first token, which is the number of tokens before it in the window `[pieces]`.
-        end: Column after the last token `[pieces]`.
-        summed: Whether tokens are summed `[pieces]`, bool.
-        goes_to: Where the token goes, a flat index of positions and examples; a sum goes to its example
-            `[pieces]`.
+        window: Number of the window.
+        begin: Column of its first token, which is the number of tokens before it in the window.
+        end: Column after its last token.
+        into: Where it goes.
     """
 
     window: np.ndarray
     begin: np.ndarray
     end: np.ndarray
-    summed: np.ndarray
-    goes_to: np.ndarray
+    into: np.ndarray
 
     def __getitem__(self, rows: np.ndarray) -> Pieces:
         return Pieces(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+    def of(self, windows: np.ndarray) -> Pieces:
+        """Those of some windows, which are then numbered from 0."""
+        first, last = (np.searchsorted(self.window, windows, side) for side in ("left", "right"))
+        number = np.repeat(np.arange(len(windows)), last - first)
+        return replace(self[ranges(first, last)], window=number)
 
 
 @dataclass(frozen=True)
 class Placement:
     """Where examples are read: every token in the first window that reaches it.
 
-    Windows without a piece are left out, and each ends with the last token that is read.
+    Windows of which nothing is read are left out, and each ends with the last token that is read.
 
     Attributes:
         windows: The windows `[windows]`.
-        pieces: What is read of them. The mean of a range that lies in several windows has a piece in each.
+        single: Single tokens; one goes into a flat index of positions and examples.
+        summed: Parts of ranges whose mean is read, one for each window that a range reaches into; they are
+            added to the sum of their example.
         tokens_read: Tokens that the LM has read by the last one that is read `[positions, examples]`.
     """
 
     windows: Windows
-    pieces: Pieces
+    single: Pieces
+    summed: Pieces
     tokens_read: np.ndarray
 
     @classmethod
@@ -168,26 +174,30 @@ class Placement:
         cls, corpus: Corpus, examples: Examples, positions: Sequence[Position], window: int, stride: int
     ) -> Self:
         """Places examples in windows of at most `window` tokens that advance by `stride`."""
+        # The tokens of every position and example, `[positions * examples]`, and the windows that read them.
         bounds = np.array([examples.bounds(position) for position in positions])
         first, last = bounds[:, 0].ravel(), bounds[:, 1].ravel()
         every = cut_windows(corpus, np.unique(examples.document), window, stride, to_end=True)
         ends = every.start + every.length
-        in_first, in_last = (np.searchsorted(ends, at, side="right") for at in (first, last))
-        reading = np.repeat(np.arange(len(first)), in_last - in_first + 1)
-        number = ranges(in_first, in_last + 1)
-        # What several windows reach is read in the first of them.
-        begin = np.where(number == in_first[reading], first[reading], ends[number - 1])
-        end = np.minimum(last[reading] + 1, ends[number])
+        first_window, last_window = (np.searchsorted(ends, at, side="right") for at in (first, last))
+        # A piece for each of these windows: what an earlier window has read is not read again.
+        pieces = last_window - first_window + 1
+        whose, number = np.repeat(np.arange(len(first)), pieces), ranges(first_window, last_window + 1)
+        begin = np.where(number == first_window[whose], first[whose], ends[number - 1]) - every.start[number]
+        end = np.minimum(last[whose] + 1, ends[number]) - every.start[number]
+        tokens_read = end[np.cumsum(pieces) - 1].reshape(len(positions), len(examples))
         used, row = np.unique(number, return_inverse=True)
-        begin, end = begin - every.start[number], end - every.start[number]
         length = np.zeros(len(used), np.int64)
         np.maximum.at(length, row, end)
-        summed = np.array([position == "mean" for position in positions])[reading // len(examples)]
-        goes_to = np.where(summed, reading % len(examples), reading)
+        order = np.argsort(row, kind="stable")
+        found = Pieces(row, begin, end, whose)[order]
+        mean = np.array([position == "mean" for position in positions])[found.into // len(examples)]
+        summed = found[mean]
         return cls(
             replace(every[used], length=length, scored=np.zeros_like(length)),
-            Pieces(row, begin, end, summed, goes_to),
-            end[np.cumsum(in_last - in_first + 1) - 1].reshape(len(positions), len(examples)),
+            found[~mean],
+            replace(summed, into=summed.into % len(examples)),
+            tokens_read,
         )
 
     @property
@@ -289,14 +299,11 @@ class Reader:
         """
         into, place = self._empty(len(self.positions), len(examples)), self.place(examples)
         sums = self._sums(len(examples) if "mean" in self.positions else 0)
-        length, pieces = place.windows.length, place.pieces
-        pieces = pieces[np.argsort(pieces.window, kind="stable")]
-        first = np.searchsorted(pieces.window, np.arange(len(length) + 1))
-        config = self.run.config  # as many tokens in a pass as in one of an evaluation, in longer windows
+        length, config = place.windows.length, self.run.config
+        # As many tokens in a pass as in one of an evaluation, in longer windows.
         for rows in batches(length, config.evaluation.batch_size * config.training.window):
-            part = pieces[ranges(first[rows], first[rows + 1])]
-            number = np.repeat(np.arange(len(rows)), first[rows + 1] - first[rows])
-            self._pass(self._inputs(place.windows[rows]), replace(part, window=number), into, sums)
+            pieces = place.single.of(rows), place.summed.of(rows)
+            self._pass(self._inputs(place.windows[rows]), *pieces, into, sums)
             done(int(length[rows].sum()))
         if "mean" in self.positions:
             tokens = torch.from_numpy(examples.stop - examples.start).to(self.run.device)
@@ -316,10 +323,11 @@ class Reader:
         conditioned = torch.tensor([[adapter.lag, 1]], device=device)
         nothing = torch.zeros_like(adapter.codebook[0])
         without, added = self._empty(1, 1), self._empty(1, 1)
-        second = Pieces(*(np.array([value]) for value in (0, 1, 2, False, 0)))
+        second = Pieces(*(np.array([value]) for value in (0, 1, 2, 0)))
+        nothing_summed = second[np.array([], np.int64)]
         for action, into in ((nothing, without), (nothing + 1, added)):
             given = adapter.conditioned(tokens, torch.stack([nothing, action]), conditioned)
-            self._pass(given, second, into, self._sums(0))
+            self._pass(given, second, nothing_summed, into, self._sums(0))
         return {
             point
             for stack, before, after in zip(self.stacks, without, added, strict=True)
@@ -334,13 +342,13 @@ class Reader:
         with torch.no_grad():
             return self._model.conditioned(collate(self._corpus, batch).to(self.run.device), self._mixing)
 
-    def _pass(self, given: Conditioned, pieces: Pieces, into: list[Tensor], sums: list[Tensor]) -> None:
-        """Runs the model once: single tokens go `into` flat indices, sums are added to those of examples."""
+    def _pass(
+        self, given: Conditioned, single: Pieces, summed: Pieces, into: list[Tensor], sums: list[Tensor]
+    ) -> None:
+        """Runs the model once: single tokens go `into` flat indices, others are added to the sums of examples."""
         device, slots = given.tokens.device, given.slots
-        one, several = pieces[~pieces.summed], pieces[pieces.summed]
-        window, column, flat = (torch.from_numpy(i).to(device) for i in (one.window, one.begin, one.goes_to))
-        ranges_of = several.window, several.begin, several.end, several.goes_to
-        windows, begin, end, example = (torch.from_numpy(i).to(device) for i in ranges_of)
+        window, column, _, flat = (torch.from_numpy(part).to(device) for part in vars(single).values())
+        ranges_of = [torch.from_numpy(part).to(device) for part in vars(summed).values()]
         if slots is not None:
             column = slots.own[window, column]
 
@@ -349,17 +357,9 @@ class Reader:
                 target.flatten(0, 1)[flat] = activation[window, column].flatten(1).to(target.dtype)
                 if len(total):
                     if slots is not None:
-                        activation = activation[
-                            torch.arange(len(activation), device=device)[:, None], slots.own
-                        ]
-                    # Of the sums up to every token, so that memory does not depend on how ranges overlap.
-                    every = activation.flatten(2).double()
-                    broken = ~every.isfinite().all(2)  # tokens that spoil their own ranges alone
-                    upto = nn.functional.pad(every.masked_fill_(broken[..., None], 0).cumsum(1), (0, 0, 1, 0))
-                    wrong = nn.functional.pad(broken.cumsum(1), (1, 0))
-                    found = (upto[windows, end] - upto[windows, begin]).float()
-                    found[wrong[windows, end] > wrong[windows, begin]] = torch.nan
-                    total.index_add_(0, example, found)
+                        rows = torch.arange(len(activation), device=device)[:, None]
+                        activation = activation[rows, slots.own]
+                    _add_ranges(total, activation.flatten(2), *ranges_of)
 
             return read
 
@@ -381,6 +381,20 @@ class Reader:
         """Zeros for sums over the ranges of examples, for every stack `[points, examples, width]`."""
         shapes = [(len(stack.points), examples, stack.width) for stack in self.stacks]
         return [torch.zeros(shape, device=self.run.device) for shape in shapes]
+
+
+def _add_ranges(
+    total: Tensor, activation: Tensor, window: Tensor, begin: Tensor, end: Tensor, into: Tensor
+) -> None:
+    """Adds the sums of ranges of activations [windows, tokens, width] to totals [examples, width]."""
+    # From the sums up to every token, so that memory does not depend on how ranges overlap.
+    every = activation.double()
+    broken = ~every.isfinite().all(2)  # tokens that spoil their own ranges alone
+    upto = nn.functional.pad(every.masked_fill_(broken[..., None], 0).cumsum(1), (0, 0, 1, 0))
+    wrong = nn.functional.pad(broken.cumsum(1), (1, 0))
+    found = (upto[window, end] - upto[window, begin]).float()
+    found[wrong[window, end] > wrong[window, begin]] = torch.nan
+    total.index_add_(0, into, found)
 
 
 def chunk_slices(document: np.ndarray, most: int, of_one: int) -> Iterator[slice]:

@@ -261,12 +261,7 @@ def _bag_of_words(corpus: Corpus, grid: Grid, training: Examples, h: int, positi
         X = torch.cat([X for X, _ in parts(test[rows])], 1)
         return predicted(probe, X)[0].numpy()
 
-    losses = (
-        probe.validation_squared_error_
-        if isinstance(probe, RegressionProbes)
-        else probe.validation_cross_entropy_
-    )
-    return Baseline(predict, float(losses.min()))
+    return Baseline(predict, float(probe.validation_loss_))
 
 
 def _scored(

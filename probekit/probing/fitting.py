@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -38,7 +39,9 @@ from probekit.probing.solvers import (
     RidgeProbes,
     SoftmaxProbes,
 )
+from probekit.probing.solvers.base import PathProbes
 from probekit.probing.store import Held
+from probekit.probing.targets import Target
 from probekit.progress import Meter, Progress
 
 ClosedForm = RidgeProbes | LDAProbes
@@ -48,10 +51,7 @@ Probes = Classifiers | RegressionProbes
 CLOSED_FORM: frozenset[SolverName] = frozenset({"ridge", "lda", "mean-difference"})
 """Solvers that need sums over their examples, not the examples."""
 
-FACTS = {"l2": "l2_", "l1": "l1_", "nonzero": "nonzero_", "shrinkage": "shrinkage_"} | {
-    "iterations": "n_iter_",
-    "converged": "converged_",
-}
+FACTS = {"nonzero": "nonzero_", "iterations": "n_iter_", "converged": "converged_"}
 """Columns of the results, and the attributes in which solvers that have such a thing keep it."""
 
 
@@ -66,6 +66,14 @@ class Task:
 
     horizon: int | None
     labels: Mapping[str, np.ndarray]
+
+    @classmethod
+    def control(cls, labels: Mapping[str, np.ndarray], target: Target) -> Self:
+        """The control task of labels; of numbers less the mean of those fitted on, which R2 compares with."""
+        if target.kind == "numbers":
+            level = labels[FITTED_ON].mean(axis=-1, keepdims=True)
+            labels = {split: numbers - level for split, numbers in labels.items()}
+        return cls(None, labels)
 
     def of(self, split: str, rows: slice, probes: slice, device: torch.device) -> Tensor:
         """Labels of some examples `[examples]`, or `[probes, examples]` for some probes of a stack."""
@@ -97,10 +105,7 @@ def control_task(corpus: Corpus, grid: Grid, seed: int) -> Task:
         split: np.stack([make(examples.last_read(p)) for p in grid.positions])
         for split, examples in grid.examples.items()
     }
-    if grid.target.kind == "numbers":  # R2 is measured against the mean of the examples fitted on
-        level = labels[FITTED_ON].mean(axis=1, keepdims=True)
-        labels = {split: numbers - level for split, numbers in labels.items()}
-    return Task(None, labels)
+    return Task.control(labels, grid.target)
 
 
 @dataclass(frozen=True)
@@ -243,7 +248,7 @@ def _fit_batch(
 
     classes, probes = job.grid.target.classes, job.solver(solver)
     fitted_on, chosen_on = (X, labels(task, FITTED_ON), classes), (X_chosen, labels(task, CHOSEN_ON))
-    if not isinstance(probes, SoftmaxProbes | L1Probes):
+    if not isinstance(probes, PathProbes):
         probes.fit(*fitted_on, *chosen_on)
         if job.control is None:
             return probes, None, None
@@ -254,7 +259,7 @@ def _fit_batch(
     if not job.settings.code_length or isinstance(probes, L1Probes):
         return probes, probes.control_, None
     ends = block_ends(job.grid.examples[FITTED_ON].document)
-    code = prequential_code(*fitted_on, probes.l2_, ends, job.settings.max_iterations)
+    code = prequential_code(*fitted_on, probes.penalty_, ends, job.settings.max_iterations)
     return probes, probes.control_, code.total
 
 
@@ -398,28 +403,16 @@ def predicted(probes: Probes, X: Tensor) -> Tensor:
 def _facts(fitted: Fitted, cells: Sequence[Cell], job: FitJob) -> Iterator[Facts]:
     """The cell and the fit of each probe of a batch."""
     columns = {name: getattr(fitted.probes, attribute, None) for name, attribute in FACTS.items()}
+    if not isinstance(fitted.probes, MLPProbes):
+        columns[fitted.probes.penalty_name] = fitted.probes.penalty_
     grid, examples = job.grid, job.grid.examples[FITTED_ON]
     if fitted.code is not None:
         ends = block_ends(examples.document)
         prior = prior_code(grid.labels(FITTED_ON, fitted.horizon), grid.target.classes, ends)
         columns |= {"code_length": fitted.code, "compression": prior / fitted.code}
-    validation = "validation_cross_entropy"
-    if grid.target.kind == "numbers":
-        validation = "validation_squared_error"
-    losses = getattr(fitted.probes, f"{validation}_")
-    if isinstance(fitted.probes, SoftmaxProbes | L1Probes):  # others were fitted loosely, or not at all
-        name = "l1" if isinstance(fitted.probes, L1Probes) else "l2"
-        penalties = torch.tensor(getattr(fitted.probes, name), dtype=torch.float64)
-        kept = (getattr(fitted.probes, FACTS[name]).cpu()[:, None] - penalties).abs().argmin(1)
-        losses = losses.cpu().gather(1, kept[:, None])
+    loss = "squared_error" if grid.target.kind == "numbers" else "cross_entropy"
+    columns |= {f"validation_{loss}": fitted.probes.validation_loss_, "constant": fitted.constant}
     for i, cell in enumerate(cells):
         known = {name: column[i].item() for name, column in columns.items() if column is not None}
-        yield (
-            vars(cell)
-            | {"fitted_on": len(examples), "tokens_read": job.tokens_read[cell.position]}
-            | known
-            | {
-                validation: float(losses[i].min()),
-                "constant": bool(fitted.constant[i]),
-            }
-        )
+        facts = {"fitted_on": len(examples), "tokens_read": job.tokens_read[cell.position]}
+        yield vars(cell) | facts | known

@@ -108,13 +108,23 @@ class ScoredExamples:
         pairs, pair, counts = np.unique(each, return_inverse=True, return_counts=True)
         return np.stack(np.divmod(pairs, self.target.classes), 1), counts, pair
 
+    def rows(self, horizon: int, *, control: bool) -> dict[str, np.ndarray]:
+        """By score the row of its sums that each example is added to `[examples]`; see `DocumentSums`."""
+        numbers, single = self.target.kind == "numbers", np.arange(len(self.group))
+        if control:
+            return dict.fromkeys(("squared_error", "total") if numbers else ("correct",), self.group)
+        if numbers:
+            return {"squared_error": self.group, "predicted": single}
+        rows = dict.fromkeys(SCORES, self.group) | {"class_correct": self.pairs(horizon)[2]}
+        return rows | {"log_odds": single} if self.target.classes == 2 else rows
+
     def differ(self, horizon: int) -> bool:
         """Whether there are two labels at least; else no reader can be told from another."""
         return len(np.unique(self.labels[horizon])) > 1
 
 
 class DocumentSums:
-    """Scores of readers on the same examples, summed over those of each document or group.
+    """Scores of readers on the same test examples, summed over those of each document or group.
 
     Args:
         readers: What is known of each reader, all of one horizon.
@@ -123,31 +133,24 @@ class DocumentSums:
 
     Attributes:
         readers: What is known of each reader `[readers]`; its row of the table begins with it.
-        sums: For every score its sums, float64 `[groups, readers]`. For classes `class_correct`, correct
-            predictions, is by group and class `[pairs, readers]`. `log_odds` of the second of two classes,
-            float32, and `predicted` numbers are single ones `[examples, readers]`.
+        sums: Sums by score, float64 `[rows, readers]`. A row is a group, for scores that are reported as means:
+            `correct`, `top5` and `cross_entropy` of classes, `squared_error` of numbers and their squares,
+            `total`. It is a group and class (`ScoredExamples.pairs`) for `class_correct`, correct predictions.
+            It is an example for those whose order or size is measured: `log_odds` of the second of two
+            classes, float32, and `predicted` numbers.
     """
 
     def __init__(
         self, readers: Sequence[Facts], tested: ScoredExamples | None = None, *, control: bool = False
     ) -> None:
         self.readers = list(readers)
-        self.sums: dict[str, NDArray[Any]] = {}
-        if tested is None:
-            return
-        examples = np.arange(len(tested.group))
-        if tested.target.kind == "numbers":
-            of_groups: Sequence[str] = ("squared_error", "total") if control else ("squared_error",)
-            single = {} if control else {"predicted": examples}
-        else:
-            of_groups = ("correct",) if control else SCORES
-            single = {"log_odds": examples} if tested.target.classes == 2 and not control else {}
-        self._rows = dict.fromkeys(of_groups, tested.group) | single
-        if not control and tested.target.kind == "classes":
-            self._rows["class_correct"] = tested.pairs(readers[0]["horizon"])[2]
-        for score, row in self._rows.items():
-            kind = np.float32 if score == "log_odds" else np.float64
-            self.sums[score] = np.zeros((int(row.max()) + 1, len(self.readers)), kind)
+        self._rows = {} if tested is None else tested.rows(readers[0]["horizon"], control=control)
+        self.sums: dict[str, NDArray[Any]] = {
+            score: np.zeros(
+                (int(row.max()) + 1, len(self.readers)), np.float32 if score == "log_odds" else np.float64
+            )
+            for score, row in self._rows.items()
+        }
 
     def add(self, rows: slice, predicted: Tensor | np.ndarray, labels: Tensor | np.ndarray) -> None:
         """Scores some examples.
@@ -158,18 +161,8 @@ class DocumentSums:
                 `[readers, examples]`.
             labels: True labels `[examples]`, or `[readers, examples]` where each reader has its own.
         """
-        found = torch.as_tensor(predicted)
-        scores: dict[str, NDArray[Any]]
-        if "squared_error" in self.sums:
-            truth = torch.as_tensor(labels, device=found.device)
-            parts = {"predicted": found, "squared_error": (found - truth).square()}
-            parts["total"] = truth.square().expand_as(found)
-            scores = {score: parts[score].double().cpu().numpy() for score in self.sums}
-        else:
-            scores = dict(vars(score_actions(found, labels)))
-            scores["class_correct"] = scores["correct"]
-            if "log_odds" in self.sums:
-                scores["log_odds"] = (found[..., 1] - found[..., 0]).float().cpu().numpy()
+        of = _number_scores if "squared_error" in self.sums else _class_scores
+        scores = of(torch.as_tensor(predicted), labels)
         for score, sums in self.sums.items():
             row, values = self._rows[score][rows], scores[score].astype(sums.dtype)
             if (np.diff(row) < 0).any():
@@ -184,6 +177,22 @@ class DocumentSums:
             summed = torch.from_numpy(sums).to(device)
             distributed.add_up([summed])
             self.sums[score] = summed.cpu().numpy()
+
+
+def _number_scores(predicted: Tensor, labels: Tensor | np.ndarray) -> dict[str, NDArray[Any]]:
+    """Scores of numbers by name `[readers, examples]`."""
+    truth = torch.as_tensor(labels, device=predicted.device).expand_as(predicted)
+    scores = {"predicted": predicted, "squared_error": (predicted - truth).square(), "total": truth.square()}
+    return {score: values.double().cpu().numpy() for score, values in scores.items()}
+
+
+def _class_scores(predicted: Tensor, labels: Tensor | np.ndarray) -> dict[str, NDArray[Any]]:
+    """Scores of log-probabilities by name `[readers, examples]`."""
+    scores: dict[str, NDArray[Any]] = dict(vars(score_actions(predicted, labels)))
+    scores["class_correct"] = scores["correct"]
+    if predicted.shape[-1] == 2:
+        scores["log_odds"] = (predicted[..., 1] - predicted[..., 0]).float().cpu().numpy()
+    return scores
 
 
 def row_slices(readers: int, examples: int, classes: int) -> list[slice]:
@@ -232,117 +241,148 @@ def table_of(
         A row for each reader and cell, with `columns_of` the target, sorted by `ROW_KEY`. Where all test
         examples have one label, nothing has an interval.
     """
-    rows = pd.DataFrame([reader for part in scored for reader in part.readers]).astype({"position": str})
-    counts, numbers = tested.counts, tested.target.kind == "numbers"
-
-    def joined(score: str) -> NDArray[np.float64]:
-        """The sums of a score `[groups, rows]`; NaN for readers that were not scored by it."""
-        missing = [np.full((len(counts), len(part.readers)), np.nan) for part in scored]
-        return np.concatenate(
-            [part.sums.get(score, nan) for part, nan in zip(scored, missing, strict=True)], axis=1
-        )
-
-    def write(metric: str, numbers: np.ndarray, found: Intervals) -> None:
-        for suffix, values in (("", found.value), ("_low", found.low), ("_high", found.high)):
-            rows.loc[numbers, f"{metric}{suffix}"] = values
-
-    # Bits over the prior divide by the number of examples, R2 by the squared error of the mean.
-    loss, unit = (joined("squared_error"), 1.0) if numbers else (joined("cross_entropy"), np.log(2))
-    probes = (rows.reader == "probe").to_numpy()
-    prior, _ = _same_cell(rows, rows.reader.isin(("prior", "mean")))
-    weight = loss[:, prior] if numbers else counts[:, None]
-    free = rows[rows.reader.isin(MODEL_FREE)]
-    best = validation_loss(free).groupby([free.position, free.horizon]).idxmin()
-    strongest, _ = _same_cell(rows, rows.index.isin(best))
-
-    def ratios(metric: str, values: NDArray[np.float64], weight: np.ndarray) -> None:
-        known = np.flatnonzero(np.isfinite(values).all(axis=0))
-        of_known = weight if weight.shape[1] == 1 else weight[:, known]
-        found = bootstrap_ratios(values[:, known], of_known, examples=counts, **resampling)
-        write(metric, known, found)
-
-    ratios("r2" if numbers else "bits", (loss[:, prior] - loss) / unit, weight)
+    rows, numbers = _Rows(scored, tested, resampling), tested.target.kind == "numbers"
+    loss = rows.sums("squared_error" if numbers else "cross_entropy")
+    prior = rows.in_same_cell(rows.table.reader.isin(("prior", "mean")))
+    # R2 is a share of the squared error of the mean, bits over the prior are those of an example.
+    weight, unit = (loss[:, prior], 1.0) if numbers else (rows.counts[:, None], np.log(2))
+    rows.write_ratios("r2" if numbers else "bits", (loss[:, prior] - loss) / unit, weight)
     if numbers:
-        ratios("squared_error", loss, counts[:, None])
-        control, total = joined("control_squared_error"), joined("control_total")
-        rows["control_r2"] = 1 - control.sum(0) / total.sum(0)
-        known = np.flatnonzero(rows.control_r2.notna())
-        each = (values[:, known] for values in (control, loss, total))
-        gap = paired_differences(*each, second_counts=weight[:, known], examples=counts, **resampling)
-        write("selectivity", known, gap)
+        _write_numbers(rows, loss, weight)
     else:
-        correct, control = joined("correct"), joined("control_correct")
-        ceiling, has_ceiling = _same_cell(rows, rows.reader == CEILING)
-        for score, metric in METRICS.items():
-            ratios(metric, joined(score), counts[:, None])
-        ratios("selectivity", correct - control, counts[:, None])
-        shortfall = np.where(has_ceiling & probes, (loss - loss[:, ceiling]) / unit, np.nan)
-        ratios("shortfall", shortfall, counts[:, None])
-        rows["control_accuracy"] = control.sum(0) / counts.sum()
-    ends = np.cumsum([len(part.readers) for part in scored])
-    for part, end in zip(scored, ends, strict=True):
-        for metric, found in _of_single_examples(part, tested, resampling).items():
-            write(metric, np.arange(end - len(part.readers), end), found)
-    rows["examples"] = int(counts.sum())
-    rows["documents"] = rows["groups"] = int(np.count_nonzero(counts))
-
-    differ = rows.horizon.map(tested.differ).to_numpy(bool)
-    compared = probes & (rows.injected != True).to_numpy() & differ  # noqa: E712 - NaN for baselines
-    rows["gain_over"] = rows.reader.iloc[strongest].set_axis(rows.index).where(compared)
-    if compared.any():
-        gains = (loss[:, strongest[compared]] - loss[:, compared]) / unit
-        write(
-            "gain",
-            np.flatnonzero(compared),
-            _of_gains(gains, weight[:, compared] if numbers else weight, counts, resampling),
-        )
+        _write_classes(rows, loss)
+    _write_single_examples(rows)
+    _write_gains(rows, loss, weight, unit)
+    table = rows.table.assign(examples=int(rows.counts.sum()))
+    table["documents"] = table["groups"] = int(np.count_nonzero(rows.counts))
     columns = columns_of(tested.target)
-    bounds = [name for name in columns if name.endswith(("_low", "_high")) and name in rows]
-    rows.loc[~differ, bounds] = np.nan
+    bounds = [name for name in columns if name.endswith(("_low", "_high")) and name in table]
+    table.loc[~rows.differ, bounds] = np.nan
 
-    table = pd.concat([rows, pd.DataFrame(list(empty))]).reindex(columns=list(columns))
+    table = pd.concat([table, pd.DataFrame(list(empty))]).reindex(columns=list(columns))
     table["position"] = table.position.astype(str)
     table["distance"] = pd.to_numeric(table.position, errors="coerce")
     table["injected"] = table.injected.fillna(False).astype(bool)
     return table.astype(columns).sort_values(ROW_KEY, kind="stable", ignore_index=True)
 
 
-def _of_gains(
-    gains: NDArray[np.float64], weight: np.ndarray, counts: np.ndarray, resampling: Resampling
-) -> Intervals:
-    """Intervals that hold for all cells together, those where actions were injected left out."""
-    if weight.shape == gains.shape:  # numbers: a probe that keeps the mean differs from it by rounding
+class _Rows:
+    """The rows of a table while its metrics are written into it.
+
+    Attributes:
+        table: What is known of each reader, and its metrics `[rows]`.
+        counts: Examples of every group `[groups]`.
+        probes: Whether a row is a probe's `[rows]`.
+        differ: Whether the labels of a row's horizon differ `[rows]`.
+    """
+
+    def __init__(
+        self, scored: Sequence[DocumentSums], tested: ScoredExamples, resampling: Resampling
+    ) -> None:
+        self.scored, self.tested, self.resampling = scored, tested, resampling
+        self.table = pd.DataFrame([reader for part in scored for reader in part.readers])
+        self.table = self.table.astype({"position": str})
+        self.counts = tested.counts
+        self.probes = (self.table.reader == "probe").to_numpy()
+        self.differ = self.table.horizon.map(tested.differ).to_numpy(bool)
+
+    def sums(self, score: str) -> NDArray[np.float64]:
+        """The sums of a score `[groups, rows]`; NaN for readers that were not scored by it."""
+        shape = len(self.counts)
+        parts = [part.sums.get(score, np.full((shape, len(part.readers)), np.nan)) for part in self.scored]
+        return np.concatenate(parts, axis=1)
+
+    def in_same_cell(self, chosen: pd.Series | np.ndarray) -> np.ndarray:
+        """For each row the number of the chosen row of its position and horizon, -1 where there is none."""
+        cell = pd.MultiIndex.from_frame(self.table[["position", "horizon"]])
+        numbers = pd.Series(np.arange(len(cell)), cell)[np.asarray(chosen)]
+        return numbers.reindex(cell, fill_value=-1).to_numpy()
+
+    def write(self, metric: str, at: np.ndarray, found: Intervals) -> None:
+        """Writes a metric and its bounds into some rows, given by their numbers."""
+        for suffix, values in (("", found.value), ("_low", found.low), ("_high", found.high)):
+            self.table.loc[at, f"{metric}{suffix}"] = values
+
+    def write_ratios(self, metric: str, sums: NDArray[np.float64], weight: np.ndarray) -> None:
+        """Writes sums `[groups, rows]` over weights `[groups, rows or 1]`, where the sums are known."""
+        known = np.flatnonzero(np.isfinite(sums).all(axis=0))
+        of_known = weight if weight.shape[1] == 1 else weight[:, known]
+        found = bootstrap_ratios(sums[:, known], of_known, examples=self.counts, **self.resampling)
+        self.write(metric, known, found)
+
+
+def _write_numbers(rows: _Rows, loss: NDArray[np.float64], weight: np.ndarray) -> None:
+    """Writes the squared error, and how far R2 is above that of the control task."""
+    rows.write_ratios("squared_error", loss, rows.counts[:, None])
+    control, total = rows.sums("control_squared_error"), rows.sums("control_total")
+    rows.table["control_r2"] = 1 - control.sum(0) / total.sum(0)
+    known = np.flatnonzero(rows.table.control_r2.notna())
+    each = (values[:, known] for values in (control, loss, total))
+    gap = paired_differences(
+        *each, second_counts=weight[:, known], examples=rows.counts, **rows.resampling
+    )
+    rows.write("selectivity", known, gap)
+
+
+def _write_classes(rows: _Rows, loss: NDArray[np.float64]) -> None:
+    """Writes means over examples, and how far they are above the control task and below the ceiling."""
+    counts = rows.counts[:, None]
+    for score, metric in METRICS.items():
+        rows.write_ratios(metric, rows.sums(score), counts)
+    control = rows.sums("control_correct")
+    rows.table["control_accuracy"] = control.sum(0) / counts.sum()
+    rows.write_ratios("selectivity", rows.sums("correct") - control, counts)
+    ceiling = rows.in_same_cell(rows.table.reader == CEILING)
+    shortfall = np.where((ceiling >= 0) & rows.probes, (loss - loss[:, ceiling]) / np.log(2), np.nan)
+    rows.write_ratios("shortfall", shortfall, counts)
+
+
+def _write_single_examples(rows: _Rows) -> None:
+    """Writes metrics that are no ratios of sums."""
+    tested, resampling, end = rows.tested, rows.resampling, 0
+    for part in rows.scored:
+        own, horizon = part.sums, part.readers[0]["horizon"]
+        found: dict[str, Intervals] = {}
+        if "class_correct" in own:
+            pairs, counts, _ = tested.pairs(horizon)
+            found["balanced_accuracy"] = balanced_accuracies(
+                own["class_correct"], counts, pairs[:, 1], pairs[:, 0], **resampling
+            )
+        if "log_odds" in own:
+            second = tested.labels[horizon] == 1
+            found |= two_class_metrics(
+                own["log_odds"], second, tested.group, FALSE_POSITIVE_RATE, **resampling
+            )
+        if "predicted" in own:
+            found["rank_correlation"] = rank_correlations(
+                own["predicted"], tested.labels[horizon], tested.group, **resampling
+            )
+        start, end = end, end + len(part.readers)
+        for metric, intervals in found.items():
+            rows.write(metric, np.arange(start, end), intervals)
+
+
+def _write_gains(rows: _Rows, loss: NDArray[np.float64], weight: np.ndarray, unit: float) -> None:
+    """Writes gains over the strongest baseline without a model; their intervals hold for all cells together.
+
+    Cells where actions were injected, or all labels are one, are left out.
+    """
+    table = rows.table
+    free = table[table.reader.isin(MODEL_FREE)]
+    best = validation_loss(free).groupby([free.position, free.horizon]).idxmin()
+    strongest = rows.in_same_cell(table.index.isin(best))
+    compared = rows.probes & (table.injected != True).to_numpy() & rows.differ  # noqa: E712 - NaN for baselines
+    table["gain_over"] = table.reader.iloc[strongest].set_axis(table.index).where(compared)
+    if not compared.any():
+        return
+    gains = (loss[:, strongest[compared]] - loss[:, compared]) / unit
+    if rows.tested.target.kind == "numbers":  # a probe that keeps the mean differs from it by rounding
+        weight = weight[:, compared]
         # Where the mean is exact, the rounding is still that of numbers as large as the others are.
         gains = np.where(np.abs(gains) > 1e-9 * np.maximum(weight, weight.mean(0)), gains, 0.0)
-    resamples, seed = resampling["resamples"], resampling["seed"]
-    return simultaneous_ratios(gains, weight, resamples=resamples, seed=seed, examples=counts)
-
-
-def _of_single_examples(
-    part: DocumentSums, tested: ScoredExamples, resampling: Resampling
-) -> dict[str, Intervals]:
-    """Metrics that are no ratios of sums, by name."""
-    found: dict[str, Intervals] = {}
-    horizon = part.readers[0]["horizon"]
-    if "class_correct" in part.sums:
-        pairs, counts, _ = tested.pairs(horizon)
-        own = part.sums["class_correct"]
-        found["balanced_accuracy"] = balanced_accuracies(own, counts, pairs[:, 1], pairs[:, 0], **resampling)
-    if "log_odds" in part.sums:
-        second = tested.labels[horizon] == 1
-        own = part.sums["log_odds"]
-        found |= two_class_metrics(own, second, tested.group, FALSE_POSITIVE_RATE, **resampling)
-    if "predicted" in part.sums:
-        own = part.sums["predicted"]
-        found["rank_correlation"] = rank_correlations(own, tested.labels[horizon], tested.group, **resampling)
-    return found
-
-
-def _same_cell(rows: pd.DataFrame, chosen: pd.Series | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each row the number of the chosen row of its position and horizon, and whether there is one."""
-    cell = pd.MultiIndex.from_frame(rows[["position", "horizon"]])
-    numbers = pd.Series(np.arange(len(rows)), cell)[np.asarray(chosen)].reindex(cell, fill_value=-1)
-    return numbers.to_numpy(), numbers.to_numpy() >= 0
+    resamples, seed = rows.resampling["resamples"], rows.resampling["seed"]
+    found = simultaneous_ratios(gains, weight, resamples=resamples, seed=seed, examples=rows.counts)
+    rows.write("gain", np.flatnonzero(compared), found)
 
 
 @dataclass(frozen=True)

@@ -182,22 +182,21 @@ def test_every_cell_is_as_if_it_were_fitted_alone(
             np.testing.assert_allclose(sums["cross_entropy"], by_document(grid, nats), rtol=2e-3)
             correct = (log_p.argmax(1) == y[TESTED_ON]).numpy()
             assert np.abs(sums["correct"] - by_document(grid, correct)).sum() <= 1
-            losses = probe.validation_cross_entropy_[0]
-            assert head["validation_cross_entropy"] == pytest.approx(float(losses.min()), rel=1e-3)
+            assert head["validation_cross_entropy"] == pytest.approx(float(probe.validation_loss_), rel=1e-3)
             assert head["fitted_on"] == len(grid.examples[FITTED_ON])
             assert head["seed"] == 3
             assert not head["constant"]
 
             on_control = MAKE[solver]()
             if isinstance(probe, SoftmaxProbes) and isinstance(on_control, SoftmaxProbes):
-                on_control.fit_at(X[FITTED_ON], asked[FITTED_ON], CLASSES, probe.l2_)
-                assert head["l2"] == pytest.approx(probe.l2_.item())
+                on_control.fit_at(X[FITTED_ON], asked[FITTED_ON], CLASSES, probe.penalty_)
+                assert head["l2"] == pytest.approx(probe.penalty_.item())
                 assert head["converged"]
                 assert head["iterations"] > 0
             elif isinstance(probe, L1Probes):
-                on_control = L1Probes([probe.l1_.item()])
+                on_control = L1Probes([probe.penalty_.item()])
                 on_control.fit(X[FITTED_ON], asked[FITTED_ON], CLASSES, X[CHOSEN_ON], asked[CHOSEN_ON])
-                assert head["l1"] == pytest.approx(probe.l1_.item())
+                assert head["l1"] == pytest.approx(probe.penalty_.item())
                 assert head["nonzero"] == probe.nonzero_.item()
             else:
                 on_control.fit(X[FITTED_ON], asked[FITTED_ON], CLASSES, X[CHOSEN_ON], asked[CHOSEN_ON])

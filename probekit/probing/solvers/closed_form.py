@@ -36,8 +36,10 @@ from probekit.errors import ProbekitError
 from probekit.probing.solvers.base import (
     absent_classes,
     check_validation,
+    checked_penalties,
     eigh,
     expand_labels,
+    joined,
     log_softmax,
     pieces,
     probe_slices,
@@ -138,6 +140,19 @@ class Moments:
             self._add_classes(at[0], X[at].double(), y[at])
         return self
 
+    def deviations(self, at: slice) -> Tensor:
+        """Standard deviations of the features of some probes, [probes, 1, width]; infinite where constant.
+
+        Raises:
+            ProbekitError: There is no example, or a value was not finite; names the probe.
+        """
+        variance = self.scatter[at].diagonal(dim1=1, dim2=2)[:, None] / self.count[at, None, None]
+        scale = variance.clamp(min=0).sqrt()
+        if len(broken := (~scale.isfinite()).nonzero()):
+            probe = at.start + int(broken[0, 0])
+            raise ProbekitError(f"probe {probe}: it has no examples, or values that are not all finite")
+        return torch.where(scale <= CONSTANT * self.mean[at, None].abs(), torch.inf, scale)
+
     def merge(self, other: Self) -> Self:
         """Adds the examples of other moments of the same shape."""
         shapes = [list(moments.class_sums.shape) for moments in (self, other)]
@@ -214,27 +229,60 @@ class _Solved(NamedTuple):
     absent: Tensor  # [probes, 1, classes]: the part of the prior that classes without examples have
 
 
-class ClosedFormProbes(ABC):
-    """Base class of ridge, LDA and mean-difference probes.
+class MomentProbes(ABC):
+    """Base of solvers that read moments, of probes whose penalty is chosen on validation examples.
 
     `fit` calls `fit_moments`, `observe_validation` and `choose`. Where memory is too small for all examples,
     call `observe_validation` with one part of the validation examples after the other.
+
+    Attributes:
+        coef_: Weights on raw activations, [probes, width, classes], or 1 in place of classes for a number.
+        intercept_: Intercepts, [probes, classes].
+        penalty_: The penalty or shrinkage kept, [probes]; `penalty_name` says which it is.
+        validation_loss_: The least mean loss on validation examples, [probes].
+    """
+
+    penalty_name = "l2"
+    coef_: Tensor
+    intercept_: Tensor
+    penalty_: Tensor
+    validation_loss_: Tensor
+
+    def __init__(self, penalties: Sequence[float]) -> None:
+        """Sets the penalties to try."""
+        self.penalties = checked_penalties(self.penalty_name, penalties)
+
+    def _expect(self, losses: Tensor) -> None:
+        """Begins with zero losses on validation examples, [probes, ...]."""
+        self._losses, self._observed = losses, 0
+
+    def _mean_losses(self) -> Tensor:
+        """The mean losses [probes, ...], those that other processes have observed included.
+
+        Raises:
+            ProbekitError: One is not finite; names the probe.
+        """
+        distributed.add_up([self._losses])
+        found = self._losses / distributed.total(self._observed, self._losses.device)
+        check_validation(found)
+        del self._losses
+        return found
+
+
+class ClosedFormProbes(MomentProbes):
+    """Base of ridge, LDA and mean-difference probes.
 
     Attributes:
         coef_: Weights on raw activations, temperature included, [probes, width, classes].
         intercept_: Intercepts, likewise, [probes, classes]; minus infinity for a class without examples.
         absent_: Probability of each class without examples, 0 for the others, [probes, classes].
         temperature_: What scores were divided by, [probes]; infinite where the class prior was best.
-        penalty_: The penalty or shrinkage kept, [probes].
         validation_cross_entropy_: In nats, at the best temperature, [probes, penalties].
         classes_: Number of classes.
     """
 
     may_be_prior = True
     """Whether an infinite temperature is a candidate."""
-
-    def __init__(self, penalties: Sequence[float]) -> None:
-        self.penalties = tuple(penalties)
 
     def fit(self, X: Tensor, y: Tensor, classes: int, X_validation: Tensor, y_validation: Tensor) -> Self:
         """Fits all probes; the arguments are those of `SoftmaxProbes.fit`."""
@@ -250,10 +298,8 @@ class ClosedFormProbes(ABC):
         """
         probes, classes, width = moments.class_sums.shape
         slices = probe_slices(probes, 4 * width * (width + classes), moments.mean)
-        parts = [self._solve(moments, at) for at in slices]
-        self._solved = _Solved(*(torch.cat(part) for part in zip(*parts, strict=True)))
-        self._losses = moments.mean.new_zeros(probes, len(self.penalties), len(TEMPERATURES))
-        self._observed, self.classes_ = 0, classes
+        self._solved, self.classes_ = joined([self._solve(moments, at) for at in slices]), classes
+        self._expect(moments.mean.new_zeros(probes, len(self.penalties), len(TEMPERATURES)))
         return self
 
     def observe_validation(self, X: Tensor, y: Tensor) -> Self:
@@ -282,15 +328,12 @@ class ClosedFormProbes(ABC):
         Raises:
             ProbekitError: The loss on them is not finite; names the probe.
         """
-        distributed.add_up([self._losses])
-        observed = distributed.total(self._observed, self._losses.device)
-        found = self._losses / observed  # [probes, penalties, temperatures]
-        check_validation(found)
+        found = self._mean_losses()  # [probes, penalties, temperatures]
         if not self.may_be_prior:
             found[..., torch.tensor(TEMPERATURES).isinf().to(found.device)] = torch.inf
         best, each = found.flatten(1).argmin(1), torch.arange(len(found), device=found.device)
         penalty, temperature = best // len(TEMPERATURES), best % len(TEMPERATURES)
-        self.validation_cross_entropy_ = found.amin(2)
+        self.validation_cross_entropy_, self.validation_loss_ = found.amin(2), found.amin((1, 2))
         self.penalty_ = found.new_tensor(self.penalties)[penalty]
         self.temperature_ = found.new_tensor(TEMPERATURES)[temperature]
         solved, divisor = self._solved, self.temperature_[:, None, None].to(self._solved.basis)
@@ -299,7 +342,7 @@ class ClosedFormProbes(ABC):
         intercept = (solved.prior - solved.absent).log() + base / divisor
         self.intercept_ = (intercept - torch.bmm(solved.mean, self.coef_))[:, 0]
         self.absent_ = solved.absent[:, 0]
-        del self._solved, self._losses  # as large as the moments
+        del self._solved  # as large as the moments
         return self
 
     def log_probabilities(self, X: Tensor) -> Tensor:
@@ -311,12 +354,7 @@ class ClosedFormProbes(ABC):
     def _solve(self, moments: Moments, at: slice) -> _Solved:
         """Some of the probes, at every penalty."""
         count, counts = moments.count[at, None, None], moments.class_counts[at, :, None]
-        mean, scatter = moments.mean[at, None], moments.scatter[at]
-        scale = (scatter.diagonal(dim1=1, dim2=2)[:, None] / count).clamp(min=0).sqrt()
-        if len(broken := (~scale.isfinite() | (count == 0)).nonzero()):
-            probe = at.start + int(broken[0, 0])
-            raise ProbekitError(f"probe {probe}: it has no examples, or activations that are not finite")
-        scale = torch.where(scale <= CONSTANT * mean.abs(), torch.inf, scale)
+        mean, scatter, scale = moments.mean[at, None], moments.scatter[at], moments.deviations(at)
         means = (moments.class_sums[at] / counts.clamp(min=1) - mean) / scale
         means = torch.where(counts > 0, means, 0.0)
         matrix, targets = self._system(scatter / count / (scale * scale.mT), means, counts / count)
@@ -355,17 +393,6 @@ class ClosedFormProbes(ABC):
 class RidgeProbes(ClosedFormProbes):
     """A batch of ridge regressions on one-hot labels; each keeps the penalty that is best on validation."""
 
-    def __init__(self, l2: Sequence[float]) -> None:
-        """Sets the penalties to try, all positive."""
-        if not l2 or min(l2) <= 0:
-            raise ProbekitError(f"l2 is {list(l2)}; it must hold at least one penalty, all above 0")
-        super().__init__(l2)
-
-    @property
-    def l2_(self) -> Tensor:
-        """The penalty kept, [probes]."""
-        return self.penalty_
-
     def _system(self, covariance: Tensor, means: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
         return covariance, ((shares * means.shape[1]).sqrt() * means).mT
 
@@ -379,18 +406,7 @@ class RidgeProbes(ClosedFormProbes):
 class LDAProbes(ClosedFormProbes):
     """A batch of linear discriminant analyses; each keeps the shrinkage that is best on validation."""
 
-    def __init__(self, shrinkage: Sequence[float]) -> None:
-        """Sets the shrinkages to try, above 0 and at most 1."""
-        if not shrinkage or min(shrinkage) <= 0 or max(shrinkage) > 1:
-            raise ProbekitError(
-                f"shrinkage is {list(shrinkage)}; it must hold at least one, all above 0 and at most 1"
-            )
-        super().__init__(shrinkage)
-
-    @property
-    def shrinkage_(self) -> Tensor:
-        """The shrinkage kept, [probes]."""
-        return self.penalty_
+    penalty_name = "shrinkage"
 
     def _system(self, covariance: Tensor, means: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
         return covariance - torch.bmm(means.mT, shares * means), means.mT

@@ -8,39 +8,29 @@ where z are the features standardised by the probe's own training mean and devia
 scikit-learn's `C` is 1 / (examples * l1), for two classes too.
 
 The solver is FISTA (Beck and Teboulle 2009) with a line search and restarts (O'Donoghue and Candes 2015) on
-the features that have weights or whose gradient exceeds the penalty, until no other feature's does. Penalties
-are compared on validation examples from strong to weak, each from the solution of the last, at a loose
-tolerance; the fit at the best is then completed. A probe leaves this path after two penalties in a row that
-are worse than an earlier one.
-
-Where a class has no training example, an example is added, as in `SoftmaxProbes`.
+the features that have weights or whose gradient exceeds the penalty, until no other feature's does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from probekit.errors import ProbekitError
 from probekit.probing.solvers.base import (
+    Basis,
+    PathProbes,
     absent_classes,
-    check_validation,
-    expand_labels,
-    log_softmax,
-    losses,
     probe_slices,
+    rows_of,
     solver_dtype,
     standardised,
 )
 
 ROUNDS = 20
 """Most times that features are added for a penalty."""
-
-PATIENCE = 2
-"""Weaker penalties with a worse validation loss after which a probe leaves the path."""
 
 LOOSE = 0.1
 """The tolerance at which penalties are compared."""
@@ -49,23 +39,14 @@ GROW, SHRINK = 2.0, 0.95
 """Factors of the curvature that the line search assumes, after a step that it refuses and one it accepts."""
 
 
-class L1Probes:
+class L1Probes(PathProbes["_Problem"]):
     """A batch of L1-penalised probes; each keeps the penalty that is best on its validation examples.
 
     Attributes:
-        coef_: Weights on raw activations, [probes, width, classes].
-        intercept_: Intercepts for raw activations, [probes, classes].
         nonzero_: Features with a weight that is not zero, [probes].
-        n_iter_: Iterations at the kept penalty, from its warm start, [probes].
-        converged_: Whether the kept fit met the tolerance, [probes], bool.
-        l1_: The penalty kept, [probes].
-        validation_cross_entropy_: In nats, [probes, penalties] in the order given; infinite at penalties that
-            the probe did not reach.
-        control_: The probes of the control task, at the penalties in `l1_`; None if `fit` got none.
-        classes_: Number of classes.
     """
 
-    control_: Self | None = None
+    penalty_name, patience = "l1", 2
 
     def __init__(self, l1: Sequence[float], max_iterations: int = 2000, tolerance: float = 1e-2) -> None:
         """Sets the penalties to try and when the solver stops.
@@ -75,85 +56,42 @@ class L1Probes:
             max_iterations: Most evaluations of the gradient for a penalty, each time that features are added.
             tolerance: A probe stops when no element of its proximal gradient is above this share of l1.
         """
-        if not l1 or min(l1) <= 0:
-            raise ProbekitError(f"l1 is {list(l1)}; it must hold at least one penalty, all above 0")
-        self.l1, self.max_iterations, self.tolerance = tuple(l1), max_iterations, tolerance
+        super().__init__(l1, max_iterations, tolerance)
 
-    def fit(
-        self,
-        X: Tensor,
-        y: Tensor,
-        classes: int,
-        X_validation: Tensor,
-        y_validation: Tensor,
-        y_control: Tensor | None = None,
-    ) -> Self:
-        """Chooses a penalty for each probe, and fits all probes; arguments as in `SoftmaxProbes.fit`."""
-        y, y_validation = expand_labels(X, y, classes), expand_labels(X_validation, y_validation, classes)
-        elements = max(X.shape[1], X_validation.shape[1]) * (3 * X.shape[2] + 8 * classes)
-        fitted, controls = [], []
-        for at in probe_slices(len(X), elements, X):
-            Z, mean, scale = standardised(X[at].to(solver_dtype(X)), at.start)
-            problem = _Problem.of(Z, y[at], classes)
-            l1, start, validation = self._follow_path(
-                problem, mean, scale, X_validation[at], y_validation[at]
-            )
-            solved = self._minimise(problem, l1, start, self.tolerance)
-            found = _Fitted(*_on_raw(solved, mean, scale), l1, validation)
-            kept = losses(X_validation[at], y_validation[at], found.coef, found.intercept).mean(1)
-            check_validation(kept, at.start)
-            validation[torch.tensor(self.l1, dtype=l1.dtype, device=X.device) == l1[:, None]] = kept
-            fitted.append(found)
-            if y_control is not None:
-                problem = _Problem.of(Z, expand_labels(X, y_control, classes)[at], classes)
-                solved = self._minimise(problem, l1, problem.start(), self.tolerance)
-                controls.append(_Fitted(*_on_raw(solved, mean, scale), l1, validation))
-        self._keep(fitted, classes)
-        if controls:
-            self.control_ = type(self)(self.l1, self.max_iterations, self.tolerance)
-            self.control_._keep(controls, classes)
-        return self
+    @property
+    def nonzero_(self) -> Tensor:
+        """Features with a weight that is not zero, [probes]."""
+        return (self.coef_ != 0).any(2).sum(1)
 
-    def log_probabilities(self, X: Tensor) -> Tensor:
-        """Log-probabilities [probes, examples, classes] in nats of activations [probes, examples, width]."""
-        return log_softmax(X, self.coef_, self.intercept_)
+    def _chunks(self, X: Tensor, classes: int, validation: int) -> list[slice]:
+        return probe_slices(len(X), max(X.shape[1], validation) * (3 * X.shape[2] + 8 * classes), X)
 
-    def _follow_path(
-        self, problem: _Problem, mean: Tensor, scale: Tensor, X: Tensor, y: Tensor
+    def _features(self, X: Tensor, first: int) -> tuple[Tensor, Basis]:
+        Z, mean, scale = standardised(X.to(solver_dtype(X)), first)
+        return Z, Basis(mean, scale)
+
+    def _problem(self, Z: Tensor, y: Tensor, classes: int) -> _Problem:
+        probes, examples, _ = Z.shape
+        Y = Z.new_zeros(probes, examples + 1, classes).scatter_(2, y[..., None], 1.0)
+        Y[:, -1:] = absent_classes(Y.sum(1, keepdim=True))
+        Z = torch.nn.functional.pad(torch.nn.functional.pad(Z, (0, 0, 0, 1)), (0, 1), value=1.0)
+        return _Problem(Z, Y / examples)
+
+    def _start(self, problem: _Problem) -> Tensor:
+        weights = problem.Y.new_zeros(len(problem.Z), problem.Z.shape[2], problem.Y.shape[2])
+        shares = problem.Y.sum(1)
+        weights[:, -1] = (shares / shares.sum(1, keepdim=True)).log()
+        return weights
+
+    def _minimise(
+        self, problem: _Problem, penalty: Tensor, weights: Tensor, *, loose: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Weakens the penalty of each probe as long as its loss on validation examples falls.
-
-        Returns:
-            The best penalties [probes], weights fitted at these, and the losses [probes, penalties].
-        """
-        active, weights = torch.arange(len(X), device=X.device), problem.start()
-        validation = weights.new_full((len(X), len(self.l1)), torch.inf)
-        best, kept = validation.new_full((len(X),), max(self.l1)), weights.clone()
-        least, waited = validation[:, 0].clone(), torch.zeros_like(active)
-        for column in sorted(range(len(self.l1)), key=lambda column: -self.l1[column]):
-            l1 = weights.new_full((len(active),), self.l1[column])
-            solved = self._minimise(problem, l1, weights, max(LOOSE, self.tolerance))
-            weights = solved.weights
-            raw = _on_raw(solved, mean[active], scale[active])
-            loss = losses(X[active], y[active], *raw[:2]).mean(1)
-            validation[active, column] = loss
-            better = loss < least[active]
-            rows = active[better]
-            best[rows], kept[rows], least[rows] = l1[better], weights[better], loss[better]
-            waited[active] = torch.where(loss > least[active], waited[active] + 1, 0)
-            stays = waited[active] < PATIENCE
-            if not stays.any():
-                break
-            if not stays.all():
-                active, weights, problem = active[stays], weights[stays], problem.rows(stays)
-        return best, kept, validation
-
-    def _minimise(self, problem: _Problem, l1: Tensor, weights: Tensor, tolerance: float) -> _Solved:
-        """Solves each probe at its own penalty [probes], with more and more of the features."""
-        threshold = (tolerance * l1).clamp(min=8 * torch.finfo(l1.dtype).eps)
-        curvature, iterations = torch.ones_like(l1), torch.zeros_like(l1, dtype=torch.int64)
+        """Solves each probe with more and more of the features."""
+        tolerance = max(LOOSE, self.tolerance) if loose else self.tolerance
+        threshold = (tolerance * penalty).clamp(min=8 * torch.finfo(penalty.dtype).eps)
+        curvature, iterations = torch.ones_like(penalty), torch.zeros_like(penalty, dtype=torch.int64)
         for _ in range(ROUNDS):
-            above = problem.gradient(weights).abs().amax(2) - l1[:, None]
+            above = problem.gradient(weights).abs().amax(2) - penalty[:, None]
             used = (weights != 0).any(2)
             used[:, -1] = True  # the intercept
             missing = ~used & (above > threshold[:, None])
@@ -162,11 +100,11 @@ class L1Probes:
             # Probes that want fewer features than others get some that they do not use.
             wanted = used | (above > 0)
             index = wanted.sort(dim=1, descending=True, stable=True).indices[:, : int(wanted.sum(1).max())]
-            penalty = torch.where(wanted, l1[:, None], torch.inf)
-            penalty[:, -1] = 0.0
+            of_feature = torch.where(wanted, penalty[:, None], torch.inf)
+            of_feature[:, -1] = 0.0
             found = _fista(
                 problem.features(index),
-                penalty.gather(1, index)[..., None],
+                of_feature.gather(1, index)[..., None],
                 weights.gather(1, index[..., None].expand(-1, -1, weights.shape[2])),
                 curvature,
                 threshold,
@@ -177,28 +115,7 @@ class L1Probes:
             )
             curvature, converged = found.curvature, found.converged
             iterations += found.n_iter
-        return _Solved(weights, iterations, converged & ~missing.any(1), curvature)
-
-    def _keep(self, chunks: list[_Fitted], classes: int) -> None:
-        kept = _Fitted(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
-        self.coef_, self.intercept_, self.n_iter_, self.converged_ = kept[:4]
-        self.l1_, self.validation_cross_entropy_, self.classes_ = kept.l1, kept.validation, classes
-
-    @property
-    def nonzero_(self) -> Tensor:
-        """Features with a weight that is not zero, [probes]."""
-        return (self.coef_ != 0).any(2).sum(1)
-
-
-class _Fitted(NamedTuple):
-    """Results of a chunk of probes, as `L1Probes` lists them."""
-
-    coef: Tensor
-    intercept: Tensor
-    n_iter: Tensor
-    converged: Tensor
-    l1: Tensor
-    validation: Tensor
+        return weights, iterations, converged & ~missing.any(1)
 
 
 class _Solved(NamedTuple):
@@ -216,22 +133,6 @@ class _Problem(NamedTuple):
     Z: Tensor  # [probes, examples + 1, width + 1]
     Y: Tensor  # [probes, examples + 1, classes]: labels over the number of examples; zeros: takes no part
 
-    @classmethod
-    def of(cls, Z: Tensor, y: Tensor, classes: int) -> Self:
-        """The problem of standardised features and classes [probes, examples]."""
-        probes, examples, _ = Z.shape
-        Y = Z.new_zeros(probes, examples + 1, classes).scatter_(2, y[..., None], 1.0)
-        Y[:, -1:] = absent_classes(Y.sum(1, keepdim=True))
-        Z = torch.nn.functional.pad(torch.nn.functional.pad(Z, (0, 0, 0, 1)), (0, 1), value=1.0)
-        return cls(Z, Y / examples)
-
-    def start(self) -> Tensor:
-        """The weights of the model that knows only the prior, [probes, width + 1, classes]."""
-        weights = self.Y.new_zeros(len(self.Z), self.Z.shape[2], self.Y.shape[2])
-        shares = self.Y.sum(1)
-        weights[:, -1] = (shares / shares.sum(1, keepdim=True)).log()
-        return weights
-
     def gradient(self, weights: Tensor) -> Tensor:
         """The gradient of the mean loss, [probes, width + 1, classes]."""
         p = torch.softmax(torch.bmm(self.Z, weights), -1)
@@ -240,10 +141,6 @@ class _Problem(NamedTuple):
     def features(self, index: Tensor) -> _Problem:
         """The same with some features [probes, some] alone."""
         return self._replace(Z=self.Z.gather(2, index[:, None].expand(-1, self.Z.shape[1], -1)))
-
-    def rows(self, chosen: Tensor) -> _Problem:
-        """The same of some probes."""
-        return _Problem(*(part[chosen] for part in self))
 
 
 class _State(NamedTuple):
@@ -291,8 +188,8 @@ def _fista(
             break
         if stopped.any():
             rows = ~stopped
-            active, problem, penalty = active[rows], problem.rows(rows), penalty[rows]
-            state = _State(*(part[rows] for part in state))
+            active, problem, penalty = active[rows], rows_of(problem, rows), penalty[rows]
+            state = rows_of(state, rows)
     return solved
 
 
@@ -317,13 +214,6 @@ def _advance(problem: _Problem, penalty: Tensor, at: _State) -> tuple[_State, Te
     old = at._replace(curvature=GROW * at.curvature)
     state = _State(*(torch.where(accepted, *parts) for parts in zip(new, old, strict=True)))
     return state, accepted[:, 0, 0], largest
-
-
-def _on_raw(solved: _Solved, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The first fields of `_Fitted`: the solution for activations that are not standardised."""
-    coef = solved.weights[:, :-1] / scale.mT
-    intercept = solved.weights[:, -1] - solved.weights[:, -1].mean(1, keepdim=True)
-    return coef, intercept - torch.bmm(mean, coef)[:, 0], solved.n_iter, solved.converged
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

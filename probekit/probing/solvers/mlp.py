@@ -38,7 +38,7 @@ class MLPProbes:
         intercept_: Its intercepts, [probes, classes].
         n_iter_: The epoch whose state was kept, [probes].
         converged_: Whether the validation loss stopped falling before the last epoch allowed, [probes].
-        validation_cross_entropy_: Of the kept state in nats, [probes, 1].
+        validation_loss_: Cross-entropy of the kept state on validation examples in nats, [probes].
         classes_: Number of classes.
     """
 
@@ -85,7 +85,7 @@ class MLPProbes:
         layers, losses, epochs, converged = (list(part) for part in zip(*parts, strict=True))
         kept = (torch.cat(part) for part in zip(*layers, strict=True))
         self.hidden_coef_, self.hidden_intercept_, self.coef_, self.intercept_ = kept
-        self.validation_cross_entropy_ = torch.cat(losses)[:, None]
+        self.validation_loss_ = torch.cat(losses)
         self.n_iter_, self.converged_, self.classes_ = torch.cat(epochs), torch.cat(converged), classes
         return self
 

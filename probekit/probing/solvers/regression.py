@@ -16,10 +16,8 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from probekit import distributed
-from probekit.errors import ProbekitError
-from probekit.probing.solvers.base import check_validation, eigh, pieces, probe_slices, solver_dtype
-from probekit.probing.solvers.closed_form import CONSTANT, Moments
+from probekit.probing.solvers.base import eigh, joined, pieces, probe_slices, solver_dtype
+from probekit.probing.solvers.closed_form import MomentProbes, Moments
 
 
 class _Solved(NamedTuple):
@@ -31,24 +29,19 @@ class _Solved(NamedTuple):
     level: Tensor  # [probes, 1, 1], the mean of the numbers
 
 
-class RegressionProbes:
+class RegressionProbes(MomentProbes):
     """A batch of ridge regressions on a number; each keeps the penalty that is best on validation examples.
 
-    `fit` calls `fit_moments`, `observe_validation` and `choose`. Where memory is too small for all examples,
-    call `observe_validation` with one part of the validation examples after the other.
+    The penalty is infinite where the mean was best.
 
     Attributes:
-        coef_: Weights on raw activations, [probes, width, 1].
-        intercept_: Intercepts, [probes, 1].
-        l2_: The penalty kept, [probes]; infinite where the mean was best.
         validation_squared_error_: Mean squared error on validation examples, [probes, penalties + 1].
     """
 
     def __init__(self, l2: Sequence[float]) -> None:
         """Sets the penalties to try, all positive."""
-        if not l2 or min(l2) <= 0:
-            raise ProbekitError(f"l2 is {list(l2)}; it must hold at least one penalty, all above 0")
-        self.l2 = (*l2, float("inf"))
+        super().__init__(l2)
+        self.penalties = (*self.penalties, float("inf"))
 
     def fit(self, X: Tensor, y: Tensor, X_validation: Tensor, y_validation: Tensor) -> Self:
         """Fits all probes.
@@ -76,15 +69,14 @@ class RegressionProbes:
         """
         width = moments.mean.shape[1] - targets
         slices = probe_slices(len(moments.mean), 4 * width**2, moments.mean)
-        parts = [self._solve(moments, at, width, width + target) for at in slices]
-        self._solved = _Solved(*(torch.cat(part) for part in zip(*parts, strict=True)))
-        self._losses, self._observed = moments.mean.new_zeros(len(moments.mean), len(self.l2)), 0
+        self._solved = joined([self._solve(moments, at, width, width + target) for at in slices])
+        self._expect(moments.mean.new_zeros(len(moments.mean), len(self.penalties)))
         return self
 
     def observe_validation(self, X: Tensor, y: Tensor) -> Self:
         """Adds examples to those on which the penalty is chosen; arguments as in `fit`."""
         y = y.expand(X.shape[:2])
-        for at in pieces(X, 2 * X.shape[2] + 3 * len(self.l2)):
+        for at in pieces(X, 2 * X.shape[2] + 3 * len(self.penalties)):
             mean, basis, weights, level = (part[at[0]] for part in self._solved)
             centred = (y[at][..., None] - level).to(weights.dtype)
             predicted = torch.bmm(torch.bmm(X[at].to(basis.dtype) - mean, basis), weights)
@@ -100,16 +92,14 @@ class RegressionProbes:
         Raises:
             ProbekitError: The error on them is not finite; names the probe.
         """
-        distributed.add_up([self._losses])
-        found = self._losses / distributed.total(self._observed, self._losses.device)
-        check_validation(found)
+        found = self._mean_losses()
         best, each = found.argmin(1), torch.arange(len(found), device=found.device)
-        self.validation_squared_error_ = found
-        self.l2_ = found.new_tensor(self.l2)[best]
+        self.validation_squared_error_, self.validation_loss_ = found, found.amin(1)
+        self.penalty_ = found.new_tensor(self.penalties)[best]
         solved = self._solved
         self.coef_ = torch.bmm(solved.basis, solved.weights[each, :, best, None])
         self.intercept_ = (solved.level - torch.bmm(solved.mean, self.coef_).double())[:, 0]
-        del self._solved, self._losses
+        del self._solved
         return self
 
     def predict(self, X: Tensor) -> Tensor:
@@ -120,16 +110,10 @@ class RegressionProbes:
         """Some of the probes, at every penalty; the number is a column of the moments."""
         count, scatter = moments.count[at, None, None], moments.scatter[at]
         mean, level = moments.mean[at, None, :width], moments.mean[at, None, column, None]
-        variance = scatter.diagonal(dim1=1, dim2=2) / count[:, 0]
-        scale = variance[:, None, :width].clamp(min=0).sqrt()
-        known = scale.isfinite().all(2)[:, 0] & variance[:, column].isfinite() & (count[:, 0, 0] > 0)
-        if len(broken := (~known).nonzero()):
-            probe = at.start + int(broken[0, 0])
-            raise ProbekitError(f"probe {probe}: it has no examples, or its values are not all finite")
-        scale = torch.where(scale <= CONSTANT * mean.abs(), torch.inf, scale)
+        scale = moments.deviations(at)[..., :width]
         correlations = scatter[:, :width, :width] / count / (scale * scale.mT)
         spectrum, basis = eigh(correlations)
         target = torch.bmm(basis.mT, scatter[:, :width, column, None] / count / scale.mT)
-        inverse = torch.stack([1 / (spectrum.clamp(min=0) + l2) for l2 in self.l2], 2)
+        inverse = torch.stack([1 / (spectrum.clamp(min=0) + l2) for l2 in self.penalties], 2)
         mean, basis, weights = (part.to(moments.dtype) for part in (mean, basis / scale.mT, target * inverse))
         return _Solved(mean, basis, weights, level)

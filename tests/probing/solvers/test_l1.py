@@ -83,7 +83,7 @@ def test_the_penalty_is_the_best_on_validation():
     alone = torch.cat(
         [L1Probes([l1]).fit(*data[:2], 2, *data[2:]).validation_cross_entropy_ for l1 in penalties], 1
     )
-    assert found.l1_.tolist() == pytest.approx([penalties[i] for i in alone.argmin(1)])
+    assert found.penalty_.tolist() == pytest.approx([penalties[i] for i in alone.argmin(1)])
     assert found.validation_cross_entropy_.amin(1).tolist() == pytest.approx(alone.amin(1).tolist(), abs=1e-3)
 
 
@@ -114,7 +114,7 @@ def test_results_do_not_depend_on_the_batch(limit, monkeypatch):
         at = slice(probe, probe + 1)
         alone = L1Probes([1e-1, 1e-2, 1e-3]).fit(data[0][at], y, 2, data[1][at], y_validation)
         assert torch.allclose(alone.coef_[0], found.coef_[probe], rtol=1e-2, atol=1e-3)
-        assert alone.l1_[0] == found.l1_[probe]
+        assert alone.penalty_[0] == found.penalty_[probe]
 
 
 def test_the_control_task_is_fitted_at_the_penalty_of_the_real_one():
@@ -122,7 +122,7 @@ def test_the_control_task_is_fitted_at_the_penalty_of_the_real_one():
     control = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(1))]
     found = L1Probes([1e-1, 1e-2]).fit(X, y, 2, *validation, control)
     assert found.control_ is not None
-    for probe, l1 in enumerate(found.l1_.tolist()):
+    for probe, l1 in enumerate(found.penalty_.tolist()):
         alone = L1Probes([l1]).fit(X, control, 2, *validation)
         assert torch.allclose(found.control_.coef_[probe], alone.coef_[probe], rtol=0.05, atol=1e-3)
 

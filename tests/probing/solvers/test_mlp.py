@@ -49,7 +49,7 @@ def test_a_probe_does_not_depend_on_its_company(monkeypatch):
     assert len(together.n_iter_.unique()) > 1
     monkeypatch.setitem(batch.CHUNK_BYTES, "cpu", 1)
     apart = fit((X, y, X_validation, y_validation))
-    for name in ("hidden_coef_", "coef_", "intercept_", "n_iter_", "converged_", "validation_cross_entropy_"):
+    for name in ("hidden_coef_", "coef_", "intercept_", "n_iter_", "converged_", "validation_loss_"):
         assert torch.allclose(getattr(together, name).double(), getattr(apart, name).double(), rtol=1e-6), (
             name
         )
@@ -64,9 +64,9 @@ def test_the_state_kept_is_the_best_on_validation():
     assert not fit(data, patience=40).converged_.any()
     log_p = kept.log_probabilities(X_validation)
     loss = -log_p.gather(2, y_validation[..., None]).mean((1, 2))
-    assert torch.allclose(kept.validation_cross_entropy_[:, 0], loss, rtol=1e-4)
-    epochs = [fit(data, max_epochs=n).validation_cross_entropy_[:, 0] for n in range(1, 8)]
-    assert torch.allclose(torch.stack(epochs).amin(0), kept.validation_cross_entropy_[:, 0])
+    assert torch.allclose(kept.validation_loss_, loss, rtol=1e-4)
+    epochs = [fit(data, max_epochs=n).validation_loss_ for n in range(1, 8)]
+    assert torch.allclose(torch.stack(epochs).amin(0), kept.validation_loss_)
 
 
 def test_begins_as_the_class_prior_and_keeps_absent_classes_possible():
@@ -78,7 +78,7 @@ def test_begins_as_the_class_prior_and_keeps_absent_classes_possible():
     assert torch.allclose(p, (counts / 400)[:, None].expand_as(p), rtol=1e-3)
     y_validation = y_validation.clone()
     y_validation[:, 0] = 3
-    assert fit((X, y, X_validation, y_validation), classes=4).validation_cross_entropy_.isfinite().all()
+    assert fit((X, y, X_validation, y_validation), classes=4).validation_loss_.isfinite().all()
 
 
 def test_constant_features_give_the_class_prior():

@@ -9,7 +9,7 @@ from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
 
 from probekit.errors import ProbekitError
-from probekit.probing.solvers import LDAProbes, Moments, RegressionProbes
+from probekit.probing.solvers import LDAProbes, Moments, RegressionProbes, SoftmaxProbes
 
 WIDTH = 8
 
@@ -47,14 +47,14 @@ def test_chooses_the_penalty_that_is_best_on_validation():
     found = RegressionProbes([1e-3, 0.3, 10.0]).fit(X, y, X_validation, y_validation)
     errors = (found.predict(X_validation) - y_validation).square().mean(1)
     assert torch.allclose(errors, found.validation_squared_error_.amin(1), rtol=1e-4)
-    assert len(set(found.l2_.tolist())) > 1
+    assert len(set(found.penalty_.tolist())) > 1
 
 
 def test_the_mean_is_kept_where_nothing_can_be_read():
     X, y, _, _ = planted(examples=60)
     level = y.mean(1, keepdim=True)
     found = RegressionProbes([1e-4, 1.0]).fit(X, y, X, 2 * level - y)
-    assert found.l2_.isinf().all()
+    assert found.penalty_.isinf().all()
     assert (found.coef_ == 0).all()
     assert torch.allclose(found.predict(X), level.expand_as(y))
 
@@ -101,7 +101,10 @@ def test_an_eigenproblem_that_does_not_converge_is_solved_otherwise(monkeypatch)
         X, y, X_validation, y_validation = planted(probes=2)
         numbers = RegressionProbes([0.01]).fit(X, y, X_validation, y_validation)
         classes = [(part > part.mean()).long() for part in (y, y_validation)]
-        return numbers.predict(X), LDAProbes([0.1]).fit(X, classes[0], 2, X_validation, classes[1]).coef_
+        return numbers.predict(X), *(
+            solver.fit(X, classes[0], 2, X_validation, classes[1]).coef_
+            for solver in (LDAProbes([0.1]), SoftmaxProbes([0.1], tolerance=1e-8))
+        )
 
     def failing(matrix):
         raise torch.linalg.LinAlgError("failed to converge")

@@ -55,7 +55,7 @@ def test_fit_at_fits_each_probe_at_its_own_penalty(monkeypatch):
     together = SoftmaxProbes([1.0], 500, 1e-8).fit_at(X, y, 5, l2)
     monkeypatch.setitem(batch.CHUNK_BYTES, "cpu", 1)
     for found in (together, SoftmaxProbes([1.0], 500, 1e-8).fit_at(X, y, 5, l2)):
-        assert torch.equal(found.l2_, l2)
+        assert torch.equal(found.penalty_, l2)
         assert found.converged_.all()
         for probe in range(3):
             part = slice(probe, probe + 1)
@@ -91,7 +91,7 @@ def test_results_do_not_depend_on_the_batch(limit, monkeypatch):
     together = fit((X, labels, X_validation, y_validation), [1e-1, 1e-3])
     monkeypatch.setitem(batch.CHUNK_BYTES, "cpu", limit)
     again = fit((X, labels, X_validation, y_validation), [1e-1, 1e-3])
-    for name in ("coef_", "intercept_", "l2_", "n_iter_", "converged_", "validation_cross_entropy_"):
+    for name in ("coef_", "intercept_", "penalty_", "n_iter_", "converged_", "validation_cross_entropy_"):
         pair = getattr(together, name), getattr(again, name)
         torch.testing.assert_close(*pair, rtol=1e-9, atol=0, equal_nan=True)
     for probe in range(5):
@@ -133,7 +133,7 @@ def test_the_path_ends_where_a_weaker_penalty_is_worse(make):
     found = fit(data, PATH, classes, tolerance=1e-4)
     assert found.converged_.all()
     exact = torch.cat([fit(data, [l2], classes).validation_cross_entropy_ for l2 in PATH], 1)
-    assert found.l2_.tolist() == [PATH[column] for column in exact.argmin(1)]
+    assert found.penalty_.tolist() == [PATH[column] for column in exact.argmin(1)]
     fitted = found.validation_cross_entropy_.isfinite()
     assert torch.allclose(found.validation_cross_entropy_[fitted], exact[fitted], rtol=0.1)
     order = sorted(range(len(PATH)), key=lambda column: -PATH[column])
@@ -145,7 +145,7 @@ def test_the_path_ends_where_a_weaker_penalty_is_worse(make):
     least = found.validation_cross_entropy_.nan_to_num(torch.inf).min(1).values
     log_p = found.log_probabilities(X_validation)
     assert torch.allclose(cross_entropy(log_p, y_validation), least, rtol=1e-5)
-    alone = SoftmaxProbes([1.0], 500, 1e-8).fit_at(X, y, classes, found.l2_)
+    alone = SoftmaxProbes([1.0], 500, 1e-8).fit_at(X, y, classes, found.penalty_)
     exact_loss = cross_entropy(alone.log_probabilities(X_validation), y_validation)
     assert torch.allclose(cross_entropy(log_p, y_validation), exact_loss, rtol=2e-2)
 
@@ -155,8 +155,8 @@ def test_the_control_task_is_fitted_at_the_penalty_of_the_real_one():
     control = torch.stack([y.roll(shift) for shift in range(6)])
     found = SoftmaxProbes(PATH, 500, 1e-7).fit(X, y, 5, X_validation, y_validation, control)
     assert found.control_ is not None
-    alone = SoftmaxProbes([1.0], 500, 1e-7).fit_at(X, control, 5, found.l2_)
-    assert torch.equal(found.control_.l2_, found.l2_)
+    alone = SoftmaxProbes([1.0], 500, 1e-7).fit_at(X, control, 5, found.penalty_)
+    assert torch.equal(found.control_.penalty_, found.penalty_)
     assert torch.allclose(found.control_.coef_, alone.coef_)
     without = SoftmaxProbes(PATH, 500, 1e-7).fit(X, y, 5, X_validation, y_validation)
     assert without.control_ is None
@@ -262,21 +262,3 @@ def test_probes_whose_features_are_all_constant_end_at_the_prior(width):
     prior = torch.bincount(y, minlength=3) / len(y)
     torch.testing.assert_close(probes.log_probabilities(X[:, :1])[0, 0].exp(), prior, rtol=1e-4, atol=1e-5)
     assert (probes.coef_ == 0).all()
-
-
-def test_an_eigenproblem_that_float32_does_not_end_is_solved_in_float64(monkeypatch):
-    calls, solve = [], torch.linalg.eigh
-
-    def failing(matrix):
-        calls.append(matrix.dtype)
-        if matrix.dtype == torch.float32:
-            raise torch.linalg.LinAlgError("failed to converge")
-        return solve(matrix)
-
-    monkeypatch.setattr(torch.linalg, "eigh", failing)
-    generator = torch.Generator().manual_seed(0)
-    X, y = torch.randn(1, 60, 4, generator=generator), torch.arange(60) % 3
-    probes = SoftmaxProbes([0.1]).fit(X, y, 3, X, y)
-    assert calls == [torch.float32, torch.float64]
-    assert probes.coef_.dtype == torch.float32
-    assert probes.coef_.isfinite().all()
