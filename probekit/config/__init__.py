@@ -16,11 +16,10 @@ from probekit.config.config import (
     user_path,
     yaml_values,
 )
-from probekit.config.positions import NAMED, Position, as_position, nearest, reading_order
+from probekit.config.positions import NAMED, Position, as_position, before_last, nearest, reading_order
 from probekit.config.sections import (
     ActionSettings,
     BaseSettings,
-    BosRule,
     ConditioningSettings,
     CorpusSettings,
     DepthSettings,
@@ -30,20 +29,16 @@ from probekit.config.sections import (
     InterventionSettings,
     JointSettings,
     LanguageModelSettings,
-    MemberName,
     MixingSettings,
-    ModelName,
     PlannerSettings,
     PlannerStageSettings,
     PlantedSettings,
-    ProbedName,
     ProbeSettings,
-    SolverName,
     StageSettings,
     SubnetworkSettings,
     TrainingSettings,
-    VariantName,
 )
+from probekit.config.types import BosRule, MemberName, ModelName, ProbedName, SolverName, VariantName
 
 __all__ = [
     "NAMED",
@@ -75,6 +70,7 @@ __all__ = [
     "TrainingSettings",
     "VariantName",
     "as_position",
+    "before_last",
     "merge",
     "nearest",
     "nest",

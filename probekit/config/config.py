@@ -24,11 +24,10 @@ from probekit.config.sections import (
     MixingSettings,
     PlannerSettings,
     ProbeSettings,
-    Seed,
-    Settings,
     SubnetworkSettings,
     TrainingSettings,
 )
+from probekit.config.types import Seed, Settings
 from probekit.errors import ProbekitError
 
 PATHS = ("corpus.path", "actions.encoder", "lm.name", "evaluation.questions_file")

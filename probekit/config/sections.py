@@ -2,100 +2,35 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from probekit.config.positions import Position, as_position
+from probekit.config.types import (
+    AtLeastTwo,
+    BosRule,
+    Column,
+    Count,
+    LabelsPath,
+    MemberName,
+    NoneOrTwo,
+    Positive,
+    PositiveNumber,
+    PositiveShare,
+    ProbedName,
+    Range,
+    ReadAt,
+    Seed,
+    Settings,
+    Several,
+    Share,
+    SolverName,
+    Temperature,
+    VariantName,
+    Weight,
+)
 
-T = TypeVar("T")
 S = TypeVar("S")
-
-
-def _distinct(values: tuple[T, ...]) -> tuple[T, ...]:
-    for value in values:
-        if values.count(value) > 1:
-            raise ValueError(f"{value!r} is listed twice")
-    return values
-
-
-def _ascending(values: tuple[int, int]) -> tuple[int, int]:
-    if values[0] > values[1]:
-        raise ValueError(f"the fewest, {values[0]}, exceed the most, {values[1]}")
-    return values
-
-
-def _not_one(value: int) -> int:
-    if value == 1:
-        raise ValueError("1 is not enough; give 0, or 2 and more")
-    return value
-
-
-def _no_overflow(temperature: float) -> float:
-    if 0.0 < temperature < 1e-3:
-        raise ValueError(f"{temperature:g} is too low to divide by; give 0.001 or more, or 0")
-    return temperature
-
-
-def _absolute(path: str | None) -> str | None:
-    # Not Path's own `expanduser`, which raises where there is no such user.
-    return None if path is None else str(Path(os.path.expanduser(path)).absolute())  # noqa: PTH111
-
-
-Share = Annotated[float, Field(ge=0.0, lt=1.0)]
-PositiveShare = Annotated[float, Field(gt=0.0, lt=1.0)]
-LARGEST = 2**31 - 1
-"""No whole number is larger: counts and positions are added up in 64 bits."""
-
-HUGE = 1e12
-"""No other number is larger: its square is finite in float32."""
-
-Positive = Annotated[int, Field(ge=1, le=LARGEST)]
-AtLeastTwo = Annotated[int, Field(ge=2, le=LARGEST)]
-Count = Annotated[int, Field(ge=0, le=LARGEST)]
-PositiveNumber = Annotated[float, Field(gt=0.0, le=HUGE)]
-Weight = Annotated[float, Field(ge=0.0, le=HUGE)]
-Column = Annotated[str, Field(min_length=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Range = Annotated[tuple[Positive, Positive], AfterValidator(_ascending)]
-Several = Annotated[tuple[T, ...], Field(min_length=1), AfterValidator(_distinct)]
-
-VariantName = Literal[
-    "none",
-    "fixed",
-    "uniform",
-    "oracle",
-    "predicted",
-    "mixed",
-    "straight-through",
-    "gumbel",
-    "soft",
-    "joint",
-]
-ProbedName = Literal[VariantName, "random"]
-SolverName = Literal["softmax", "ridge", "lda", "mean-difference", "l1", "mlp"]
-MemberName = Literal["plain", "repeated", "ensemble", "distilled"]
-ModelName = VariantName | MemberName
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    return value.tolist() if hasattr(value, "tolist") else [*value] if isinstance(value, range) else value
-
-
-class Settings(BaseModel):
-    """Base of all sections: frozen, unknown names refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _plain(cls, values: Any) -> Any:
-        """Paths as text, arrays and numbers of NumPy as Python's own, ranges as lists."""
-        return {name: _plain(value) for name, value in values.items()} if isinstance(values, dict) else values
 
 
 def _heads_divide_width(section: S) -> S:
@@ -211,10 +146,6 @@ class ActionSettings(Settings):
     none: nothing is clustered and sentences have no action, for probes of other targets."""
     fit_sentences: Annotated[int, Field(ge=8)] = 200_000
     """The encoder and k-means are fitted on at most this many training sentences, drawn at random."""
-
-
-BosRule = Literal["every-window", "document", "none"]
-"""Where an LM reads a beginning-of-sequence token."""
 
 
 class LanguageModelSettings(Settings):
@@ -352,7 +283,7 @@ class StageSettings(Settings):
 class CheckpointedStageSettings(StageSettings):
     """A stage of training that can keep checkpoints."""
 
-    checkpoints: Annotated[Count, AfterValidator(_not_one)] = 0
+    checkpoints: NoneOrTwo = 0
     """How many checkpoints to keep, from before the first step to the last, evenly spaced in the logarithm of
     the step. Each is a run of its own, which `probekit probe --checkpoints` probes."""
 
@@ -363,7 +294,7 @@ class PlannerStageSettings(StageSettings):
     target_temperature: Weight = 0.0
     """0: the target is the sentence's action. Above 0, such as 0.1: a softmax with this temperature over the
     negative squared distances of the sentence's embedding to all centroids."""
-    folds: Annotated[Count, AfterValidator(_not_one)] = 0
+    folds: NoneOrTwo = 0
     """Folds of out-of-fold planners, for small corpora: adapters with a frozen planner are trained on the
     scores of a planner that has not seen the document. 0: on the planner's own scores."""
 
@@ -468,7 +399,7 @@ class GenerationSettings(Settings):
     generated."""
     samples: Positive = 500
     """Texts generated with no prompt, for MAUVE and latent perplexity."""
-    temperature: Annotated[float, Field(ge=0.0), AfterValidator(_no_overflow)] = 1.0
+    temperature: Temperature = 1.0
     """Divides the LM's logits before a token is drawn, at least 0.001; 0 takes the most probable one."""
     top_k: Positive | None = None
     """Draw among this many most probable tokens only."""
@@ -487,7 +418,7 @@ class ProbeSettings(Settings):
     kind: Literal["auto", "classes", "numbers"] = "auto"
     """What a column of labels holds: classes, or numbers, which ridge probes read. auto: numbers if some have
     fractions or more than 4,096 are different."""
-    labels: Annotated[str | None, AfterValidator(_absolute)] = None
+    labels: LabelsPath = None
     """Table of labels: CSV, TSV, JSON lines or Parquet, which may be compressed. A row labels the text in
     `text_column`, or that of `document` (number or name); or its `sentence` of this number, from 0 on; or its
     characters from `start` to before `end`. `probekit corpus RUN --export FILE` writes one to fill in."""
@@ -505,10 +436,10 @@ class ProbeSettings(Settings):
     the conditioned location as it was before the action was added."""
     layers: Several[Count] | None = None
     """Layers that are read; unset: all."""
-    positions: Several[Annotated[Position, BeforeValidator(as_position)]] | None = None
+    positions: Several[ReadAt] | None = None
     """Where activations are read. A number of tokens before the example's first one: 1 is the token right
-    before it, 0 the first one itself, -1 the one after it; first, last: these tokens of the example; mean:
-    the mean over all its tokens. All positions share the examples that each reaches. Unset: 1 2 3 4 6 8, or
+    before it, 0 the first one itself, -1 the one after it; first, last, last-1: these tokens of the example;
+    mean: the mean over all its tokens. All positions share the examples that each reaches. Unset: 1 2 3 4 6 8, or
     last for labels of texts and spans."""
     horizons: Several[Positive] = (1,)
     """Sentences ahead: 1 is the example's own sentence, 2 the one after it."""

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from probekit.config import PlantedSettings
-from probekit.config.sections import HUGE
+from probekit.config.types import HUGE
 from probekit.errors import ProbekitError
 from probekit.planted.corpus import SYLLABLES, PlantedModel, generate
 from probekit.planted.posteriors import posterior_at, posterior_given_actions
