@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from probekit.causal.runner import VariantLM
+from probekit.causal.runner import FinalProbe, VariantLM
 from probekit.config import VariantName
 from probekit.data.corpus import Corpus
 from probekit.data.windows import Batch, Windows
@@ -169,12 +169,18 @@ class EditedLM(VariantLM):
         variant: `none`, or a trained variant, conditioned as in evaluation.
         boundaries: Where it runs.
         points: All hook points that will be edited or read.
+        final: The variant's final-layer probe, if that has been read.
     """
 
     def __init__(
-        self, run: Run, variant: VariantName, boundaries: Boundaries, points: Sequence[HookPoint]
+        self,
+        run: Run,
+        variant: VariantName,
+        boundaries: Boundaries,
+        points: Sequence[HookPoint],
+        final: FinalProbe | None = None,
     ) -> None:
-        super().__init__(run, variant)
+        super().__init__(run, variant, final)
         self.boundaries = boundaries
         self.use_hooks([hook_name(*point) for point in points])
 

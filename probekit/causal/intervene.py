@@ -38,7 +38,7 @@ from probekit.config import InterventionSettings
 from probekit.errors import ProbekitError
 from probekit.evaluation.perplexity import window_and_stride
 from probekit.models.conditioning import CONDITIONINGS
-from probekit.models.locations import OUTSIDE_BLOCKS, per_layer
+from probekit.models.locations import at_layers
 from probekit.models.mixing import VARIANTS
 from probekit.probing.activations import HookPoint, Reader
 from probekit.probing.grid import Grid, make_grid
@@ -128,12 +128,13 @@ def intervene(
     points = _points(run)
     window, _ = window_and_stride(run)
     documents, reach = run.corpus.documents("test"), max(chosen.distances)
-    _, _, target = final_layer_probe(run, chosen.variant)
+    final = final_layer_probe(run, chosen.variant)
+    target = final[2]
     assert target.of_sentences is not None  # noqa: S101 - refused before
     drawn = chosen.boundaries, window, reach, run.config.seed
     boundaries = draw_boundaries(run.corpus, target.of_sentences, documents, *drawn)
     grid = _grid(run, target)
-    lm = EditedLM(run, chosen.variant, boundaries, points)
+    lm = EditedLM(run, chosen.variant, boundaries, points, final)
     if "codebook" in chosen.kinds and target.name != "action":
         raise ProbekitError(
             f"intervene.kinds has 'codebook', which changes the plan, but the probes read {target.name!r}; "
@@ -380,20 +381,11 @@ def _grid(run: Run, target: Target) -> Grid:
 
 
 def _points(run: Run) -> list[HookPoint]:
-    """Every location at every layer of the settings; one outside the blocks at the layer next to it."""
-    chosen, layers = run.config.intervene, run.frozen_lm().layers
+    """Every location at every layer of the settings."""
+    chosen, lm = run.config.intervene, run.frozen_lm()
     for location in chosen.locations:
-        run.frozen_lm().architecture.check(location, "intervene.locations")
-    for layer in chosen.layers or ():
-        if layer >= layers:
-            raise ProbekitError(f"intervene.layers has {layer}, but the LM's layers are 0 to {layers - 1}")
-    outside = dict(zip(OUTSIDE_BLOCKS, (0, layers - 1), strict=True))
-    every = dict.fromkeys(chosen.layers or range(layers))
-    return [
-        (location, layer)
-        for location in dict.fromkeys(chosen.locations)
-        for layer in (every if per_layer(location) else [outside[location]])
-    ]
+        lm.architecture.check(location, "intervene.locations")
+    return at_layers(chosen.locations, chosen.layers, lm.layers, "intervene.layers")
 
 
 def _conditioned_points(run: Run, points: Sequence[HookPoint]) -> set[HookPoint]:

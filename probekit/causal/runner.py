@@ -52,8 +52,12 @@ def open_run(
     return run
 
 
-def final_layer_probe(run: Run, variant: VariantName) -> tuple[HookPoint, LinearProbe, Target]:
-    """The saved probe in the final layer, right before a sentence, where it reads, and what.
+FinalProbe = tuple[HookPoint, LinearProbe, Target]
+"""Where a probe reads, the probe, and what it reads."""
+
+
+def final_layer_probe(run: Run, variant: VariantName) -> FinalProbe:
+    """The saved probe in the final layer, right before a sentence.
 
     Raises:
         ProbekitError: The run has no such probe, its probes read no label of the next sentence, or
@@ -88,16 +92,17 @@ class VariantLM:
     Args:
         run: The run; it needs probes of the variant.
         variant: `none`, or a trained variant, conditioned as in evaluation.
+        final: Its final-layer probe, if that has been read.
 
     Raises:
         ProbekitError: The run has no such probe.
     """
 
-    def __init__(self, run: Run, variant: VariantName) -> None:
+    def __init__(self, run: Run, variant: VariantName, final: FinalProbe | None = None) -> None:
         self.run, self.variant, self.device = run, variant, run.device
         self.model, self.mixing = run.model(variant), evaluation_mixing(variant)
         self.corpus = run.corpus_of(variant)
-        point, self.probe, target = final_layer_probe(run, variant)
+        point, self.probe, target = final or final_layer_probe(run, variant)
         assert target.of_sentences is not None  # noqa: S101 - refused before
         self.target, self.labels = target, target.of_sentences
         self.probe_hook = hook_name(*point)

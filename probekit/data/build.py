@@ -7,7 +7,7 @@ are tokenised and embedded on all cores, with the same result to the bit as on o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -171,11 +171,10 @@ def _write_actions(
     numbers = np.flatnonzero(train)
     candidates = ranges(document_sentences[numbers], document_sentences[numbers + 1])
     sample = _draw_sample(candidates, config.actions, config.corpus.seed)
+    texts = _sentences(folder, documents, sample)
     if encoder is None:
         with progress.task("fit the sentence encoder"):
-            fitted_on = _sentences(folder, documents, sample)
-            encoder = TfidfEncoder.fit(fitted_on, config.actions.dimensions, config.corpus.seed)
-            del fitted_on
+            encoder = TfidfEncoder.fit(texts, config.actions.dimensions, config.corpus.seed)
     encoder.save(folder / "encoder")
     total = int(document_sentences[-1])
     with (
@@ -194,7 +193,7 @@ def _write_actions(
             f"sentence encoder reads: they are {cut if encoder.cuts else 'read in pieces'}"
         )
     with progress.task("cluster sentences into actions"):
-        facts |= _cluster(folder, config, documents, candidates, sample)
+        facts |= _cluster(folder, config, candidates, sample, texts)
     known = read_array(folder / "embeddings.npy").any(axis=1)
     if config.actions.labels == "clusters" and not known.all():
         facts["sentences_without_action"] = int((~known).sum())
@@ -248,9 +247,9 @@ def _embedded(
 
 
 def _cluster(
-    folder: Path, config: Config, documents: DocumentFile, candidates: np.ndarray, sample: np.ndarray
+    folder: Path, config: Config, candidates: np.ndarray, sample: np.ndarray, texts: Sequence[str]
 ) -> dict[str, Any]:
-    """Clusters embeddings, writes codebook and actions; returns facts about them."""
+    """Clusters embeddings, writes codebook and actions; returns facts about them; `texts` are the sample's."""
     embeddings = read_array(folder / "embeddings.npy")
     fitted_on = np.empty((len(sample), embeddings.shape[1]), embeddings.dtype)
     for part in np.array_split(np.arange(len(sample)), len(sample) // _ROWS_AT_ONCE + 1):
@@ -268,7 +267,6 @@ def _cluster(
             codebook = label_centroids(fitted_on, actions[sample], config.corpus.planted.actions)
     write_array(folder / "actions.npy", actions)
     codebook.save(folder / "codebook.safetensors")
-    texts = _sentences(folder, documents, sample)
     return facts | {"action_words": telling_words(texts, actions[sample], len(codebook.centroids))}
 
 

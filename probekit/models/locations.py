@@ -6,7 +6,10 @@ them a short name and a point in the drawing of a block.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from probekit.errors import ProbekitError
 
 OUTSIDE_BLOCKS = ("hook_embed", "ln_final.hook_out")
 """Locations that a model has once: before its first block, and after its last."""
@@ -104,6 +107,25 @@ LOCATIONS: dict[str, Location] = {location.name: location for location in _TABLE
 def per_layer(location: str) -> bool:
     """Whether every layer has a location, standard or not, or the model has it once."""
     return location.removesuffix(BEFORE) not in OUTSIDE_BLOCKS
+
+
+def at_layers(
+    locations: Iterable[str], layers: Iterable[int] | None, depth: int, setting: str
+) -> list[tuple[str, int]]:
+    """Every location at every layer, or at all of an LM's; one outside the blocks at the layer next to it.
+
+    Raises:
+        ProbekitError: The LM has no such layer; names the setting.
+    """
+    chosen = dict.fromkeys(range(depth) if layers is None else layers)
+    if missing := [layer for layer in chosen if layer not in range(depth)]:
+        raise ProbekitError(f"{setting} has {missing[0]}, but the LM's layers are 0 to {depth - 1}")
+    nearest = dict(zip(OUTSIDE_BLOCKS, (0, depth - 1), strict=True))
+    return [
+        (location, layer)
+        for location in dict.fromkeys(locations)
+        for layer in (chosen if per_layer(location) else [nearest[location.removesuffix(BEFORE)]])
+    ]
 
 
 def label(location: str) -> str:

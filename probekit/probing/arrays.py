@@ -41,7 +41,7 @@ from probekit.probing.results import (
     table_of,
     validation_loss,
 )
-from probekit.probing.targets import MOST_CLASSES, Examples, Target, vary
+from probekit.probing.targets import MOST_CLASSES, Examples, Target, are_numbers, vary
 from probekit.probing.texts import TextActivations
 from probekit.progress import Meter, Progress
 from probekit.statistics import Resampling
@@ -58,6 +58,9 @@ CARD = (
     *("bits_high", "control_accuracy", "control_r2", "examples", "documents"),
 )
 """Columns of the table that a card of probes has, where its target has them."""
+
+READ_OF_CARD = ("model", "position", "points", "classes")
+"""What applying probes needs to know; the rest of a card is for people."""
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Types of activations that are kept as they are."""
@@ -110,7 +113,8 @@ class LinearProbes:
         if not cells:
             raise ProbekitError(f"layer is {layer}; the probes are of {'; '.join(map(str, self.cells))}")
         if isinstance(activations, TextActivations):
-            for name, given in (("model", activations.model), ("position", _position(activations))):
+            for name in ("model", "position"):
+                given = getattr(activations, name)
                 if self.card[name] not in (None, given):
                     raise ProbekitError(
                         f"activations: {name} is {given!r}, but the probes read {self.card[name]!r}; give "
@@ -159,7 +163,8 @@ def load_probes(path: str | Path) -> LinearProbes:
             Cell.of(key): LinearProbe(tensors[f"{key}|coef"], tensors[f"{key}|intercept"])
             for key in json.loads(metadata["cells"])
         }
-        return LinearProbes(probes, json.loads(metadata["card"]))
+        card = json.loads(metadata["card"])
+        return LinearProbes(probes, {name: card[name] for name in READ_OF_CARD} | card)
     except (KeyError, ValueError, TypeError):
         raise ProbekitError(f"{path} has no card of probes; give a file that `results.save` wrote") from None
 
@@ -234,9 +239,11 @@ def fit_grid(
             examples, by groups drawn with the seed.
         solvers: How probes are fitted, as in `probe.solvers`; None: `softmax`, or `ridge` for numbers.
         seed: Seed of the split, the shuffled labels and the MLP.
-        control: Fit every probe to shuffled labels, too.
+        control: Fit every probe to shuffled labels, too: in the table, `control_accuracy`, `control_r2` and
+            `selectivity` are theirs, and not those of the control task of a run.
         code_length: Measure the code length of softmax probes.
-        kind: Whether labels are `classes` or `numbers`; None: those with fractions are numbers.
+        kind: Whether labels are `classes` or `numbers`; None: numbers if some have fractions or more than 4,096
+            are different.
         name: What the labels are called in the table and the card.
         device: Where to fit: cpu, cuda, or auto.
         resamples: Bootstrap resamples of the groups.
@@ -255,7 +262,7 @@ def fit_grid(
     if groups is None:
         groups, notes = _copies(values, split)
     splits, group_of = _splits(groups, split, values.shape[1], seed)
-    position = _position(activations) if isinstance(activations, TextActivations) else "last"
+    position = activations.position if isinstance(activations, TextActivations) else "last"
     grid = _grid(target, numbered, position, splits, group_of)
     options = {"control": control, "code_length": code_length, **settings}
     options["solvers"] = solvers or ("ridge" if target.kind == "numbers" else "softmax")
@@ -265,12 +272,13 @@ def fit_grid(
     check_solvers(target, config.probe)
     progress = Progress(quiet=quiet)
     read = activations.tokens_read if isinstance(activations, TextActivations) else np.zeros(1)
-    on = compute_device(device)
+    on, generator = compute_device(device), np.random.default_rng(seed)
+    shuffled = Task.control({name: generator.permutation(grid.labels(name, 1)) for name in splits}, target)
     with tempfile.TemporaryDirectory() as folder:
         job = FitJob(
             grid,
             config.probe,
-            _shuffled(grid, seed) if control else None,
+            shuffled if control else None,
             seed,
             on,
             progress,
@@ -382,11 +390,6 @@ def _numbers(values: Any) -> Tensor:
         ) from None
 
 
-def _position(activations: TextActivations) -> Position:
-    """Where texts were read; -1 is the last token."""
-    return "last" if activations.position == -1 else activations.position
-
-
 def _copies(values: Tensor, split: Any) -> tuple[np.ndarray, list[str]]:
     """Groups of examples whose activations are equal at all points `[examples]`, and what to note of them."""
     raw = values.contiguous().view(torch.uint8).numpy()
@@ -435,17 +438,17 @@ def _column(values: Any, name: str, examples: int) -> pd.Series:
 def _target(
     labels: Any, examples: int, name: str, kind: Literal["classes", "numbers"] | None
 ) -> tuple[Target, np.ndarray]:
-    """The target, and the class or number of every example; fractions are numbers, unless a kind is given."""
+    """The target, and the class or number of every example; see `are_numbers`, unless a kind is given."""
     column = _column(labels, "labels", examples)
-    fractions = pd.api.types.is_float_dtype(column) and bool((column % 1 != 0).any())
-    if kind == "numbers" or (kind is None and fractions):
+    numeric = pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
+    if kind == "numbers" or (kind is None and numeric and are_numbers(column.to_numpy())):
         if not pd.api.types.is_numeric_dtype(column):
             raise ProbekitError("labels holds words, but kind is numbers; give numbers, or kind classes")
         values = column.to_numpy(np.float64)
         if not vary(values):
             raise ProbekitError("labels: numbers must be finite, not all the same, and not of extreme size")
         return Target(name, 0, lambda start, *_: values[start], kind="numbers"), values
-    if pd.api.types.is_float_dtype(column) and not fractions:
+    if pd.api.types.is_float_dtype(column) and not (column % 1 != 0).any():
         column = column.astype("int64")
     try:
         codes, classes = pd.factorize(column, sort=True)
@@ -516,16 +519,6 @@ def _grid(
     return Grid(target, (position,), (1,), examples, {}, tuple(notes))
 
 
-def _shuffled(grid: Grid, seed: int) -> Task:
-    """The control task: the labels of each split in random order."""
-    generator = np.random.default_rng(seed)
-    labels = {split: generator.permutation(grid.labels(split, 1)) for split in grid.examples}
-    if grid.target.kind == "numbers":  # R2 is measured against the mean of the examples fitted on
-        level = labels[FITTED_ON].mean()
-        labels = {split: numbers - level for split, numbers in labels.items()}
-    return Task(None, labels)
-
-
 def _prior(grid: Grid, position: Position) -> DocumentSums:
     """The scores of the class prior, or of the mean of numbers."""
     fitted, chosen, labels = (grid.labels(split, 1) for split in (FITTED_ON, CHOSEN_ON, TESTED_ON))
@@ -552,7 +545,7 @@ def _card(
     return {
         "model": None if texts is None else texts.model,
         "revision": None if texts is None else texts.revision,
-        "position": None if texts is None else _position(texts),
+        "position": None if texts is None else texts.position,
         "points": [[location, int(layer)] for location, layer in points],
         "target": target.name,
         "classes": list(target.names),

@@ -27,6 +27,7 @@ from probekit.probing.targets import (
     TARGETS,
     Ranges,
     Target,
+    are_numbers,
     find_target,
     sentence_target,
     vary,
@@ -97,7 +98,11 @@ def target_of(corpus: Corpus, config: Config) -> Target:
         )
     labels = [label for label in (table.labels[row] for row in rows) if label is not None]
     kind = config.probe.kind
-    if numbers := (_are_numbers(labels) if kind == "auto" else kind == "numbers"):
+    numbers = kind == "numbers"
+    if kind == "auto" and all(map(_is_number, labels)):
+        values = np.array(labels, dtype=np.float64)
+        numbers = bool(np.isfinite(values).all()) and are_numbers(values)
+    if numbers:
         if words := [label for label in labels if not _is_number(label)]:
             raise ProbekitError(
                 f"probe.kind is 'numbers', but column {name!r} of {table.path} holds {words[0][:20]!r}; "
@@ -275,14 +280,6 @@ def _classes(labels: Sequence[str], described: str) -> tuple[tuple[str, ...], np
         raise ProbekitError(f"{described} has fewer than two classes: {', '.join(names) or 'none'}")
     number_of = {name: number for number, name in enumerate(names)}
     return tuple(names), np.array([number_of[label] for label in labels], dtype=np.int64)
-
-
-def _are_numbers(labels: Sequence[str]) -> bool:
-    """Whether labels are numbers: with fractions, or more different ones than there can be classes."""
-    different = set(labels)
-    if not different or not all(_is_number(label) and abs(float(label)) < np.inf for label in different):
-        return False
-    return len(different) > MOST_CLASSES or any(float(label) % 1 for label in different)
 
 
 def _of_numbers(

@@ -26,7 +26,7 @@ from probekit.config import ProbedName, ProbeSettings, SolverName, reading_order
 from probekit.errors import ProbekitError
 from probekit.io import atomic_folder, read_metadata, read_tensors, write_json, write_table, write_tensors
 from probekit.models.conditioning import CONDITIONINGS, conditioned_location
-from probekit.models.locations import BEFORE, OUTSIDE_BLOCKS, per_layer
+from probekit.models.locations import BEFORE, at_layers
 from probekit.models.mixing import VARIANTS
 from probekit.probing.activations import (
     Activations,
@@ -262,9 +262,8 @@ def _peak_memory(device: torch.device) -> str:
 
 
 def _hook_points(run: Run) -> list[HookPoint]:
-    """Every location at every layer of the settings; one outside the blocks at the nearest layer."""
-    settings, layers = run.config.probe, run.frozen_lm().layers
-    conditioning = run.config.conditioning
+    """Every location at every layer of the settings."""
+    settings, conditioning = run.config.probe, run.config.conditioning
     conditioned = conditioned_location(conditioning)
     for location in settings.locations:
         run.frozen_lm().architecture.check(location.removesuffix(BEFORE), "probe.locations")
@@ -278,19 +277,7 @@ def _hook_points(run: Run) -> list[HookPoint]:
                 f"probe.locations has {location!r}, but actions are added at {conditioned!r} "
                 f"(conditioning); only {conditioned}{BEFORE} differs from its hook"
             )
-    for layer in settings.layers or ():
-        if layer >= layers:
-            raise ProbekitError(f"probe.layers has {layer}, but the LM's layers are 0 to {layers - 1}")
-    nearest = dict(zip(OUTSIDE_BLOCKS, (0, layers - 1), strict=True))
-    return [
-        (location, layer)
-        for location in settings.locations
-        for layer in (
-            settings.layers or range(layers)
-            if per_layer(location)
-            else [nearest[location.removesuffix(BEFORE)]]
-        )
-    ]
+    return at_layers(settings.locations, settings.layers, run.frozen_lm().layers, "probe.layers")
 
 
 def _grids(run: Run, target: Target) -> dict[int, Grid]:

@@ -26,7 +26,7 @@ from probekit.probing.results import (
     read_probe_record,
     validation_loss,
 )
-from probekit.probing.texts import activation_at, encoded_texts, read_batches
+from probekit.probing.texts import activation_at, check_reach, encoded_texts, read_batches
 from probekit.progress import Progress
 from probekit.run.run import Run
 
@@ -56,7 +56,7 @@ def score(
         cell: Name of the probe, as in the run's file of probes: solver|location|layer|position|horizon. None:
             the best one on validation documents.
         text: Column of the file that holds the texts; None: that of the table that the run was probed with.
-        tokens: Read every token of a text, not only the last (of a probe at `first` or `mean`: there).
+        tokens: Read every token of a text, not only the last (of a probe at a named position: there).
         batch_size: Texts read at once.
         out: Also write the table: .csv, .jsonl or .parquet.
         quiet: Show no progress.
@@ -84,6 +84,9 @@ def score(
     begin = [] if run.corpus.bos_rule == "none" else [run.corpus.separator]
     window = probing_windows(run)[0]
     encoded = encoded_texts(run.corpus.tokenizer, [text for _, text in named], window - len(begin))
+    position = chosen.position if isinstance(chosen.position, str) else "last"
+    if not tokens:
+        check_reach(position, encoded)
     found: list[tuple[list[int], Tensor]] = []
 
     def read(_: str, activation: Tensor, lengths: Tensor) -> None:
@@ -91,7 +94,6 @@ def score(
             column = torch.arange(activation.shape[1], device=activation.device)
             own = activation[(column >= len(begin)) & (column < len(begin) + lengths[:, None])]
         else:
-            position = chosen.position if isinstance(chosen.position, str) else "last"
             own = activation_at(position, activation, len(begin), lengths)
         found.append(([], own.cpu()))
 

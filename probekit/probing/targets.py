@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from probekit.config import Position
+from probekit.config import Position, before_last
 from probekit.data.corpus import Corpus, ranges
 from probekit.data.tokenizer import vocabulary_size
 from probekit.errors import ProbekitError
@@ -143,7 +143,11 @@ class Examples:
         """The first and the last token that a probe reads at a position, in `corpus.tokens` `[examples]`."""
         if position == "mean":
             return self.start, self.stop - 1
-        at = self.stop - 1 if position == "last" else self.start - (0 if position == "first" else position)
+        if isinstance(position, int):
+            at = self.start - position
+        else:
+            behind = before_last(position)
+            at = self.start if behind is None else self.stop - 1 - behind
         return at, at
 
     def last_read(self, position: Position) -> np.ndarray:
@@ -219,6 +223,12 @@ def reached(corpus: Corpus, examples: Examples, position: Position) -> np.ndarra
     at = examples.last_read(position)
     begin, end = (corpus.document_tokens[examples.document + behind] for behind in (0, 1))
     return (at > begin) & (at < end)
+
+
+def are_numbers(values: np.ndarray) -> bool:
+    """Whether a column of numbers is to be read as such, not as classes: some have fractions, or too many differ."""
+    different = np.unique(values)
+    return len(different) > MOST_CLASSES or bool((different % 1 != 0).any())
 
 
 def vary(numbers: np.ndarray) -> bool:

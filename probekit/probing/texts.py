@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from probekit.config import NAMED, Position
+from probekit.config import Position, before_last
 from probekit.data.tokenizer import bos_rule_for, separator_id
 from probekit.errors import ProbekitError
 from probekit.models.backends import Backend, BridgeBackend, HFBackend
 from probekit.models.hook_points import Architecture, examine
 from probekit.models.language_model import longest_window
-from probekit.models.locations import OUTSIDE_BLOCKS, hook_name, per_layer
+from probekit.models.locations import at_layers, hook_name
 from probekit.models.replanning import encoded
 from probekit.probing.activations import HookPoint
 from probekit.progress import Progress
@@ -96,8 +96,8 @@ def activations(
         texts: The texts.
         layers: The layers to read; None: all.
         location: TransformerLens hook without the layer, or several of one width.
-        position: `last`, `first` or `mean` (over the tokens of the text), or a negative number that counts
-            from the end: -1 is the last token.
+        position: `last`, `last-1` (the token before the last) and so on, `first`, or `mean` (over the tokens of
+            the text).
         batch_size: Texts read at once.
         truncate: Read only the beginning of a text that is longer than the LM reads.
         quiet: Show no progress.
@@ -112,8 +112,10 @@ def activations(
             f"model is a {type(model).__name__}, tokenizer a {type(tokenizer).__name__}; give a causal LM of "
             "Hugging Face or a TransformerBridge, and its tokenizer"
         )
-    if not (position in NAMED or (isinstance(position, int) and position < 0)):
-        raise ProbekitError(f"position is {position!r}; it must be {', '.join(NAMED)}, or -1, -2 and so on")
+    if position not in ("first", "mean") and before_last(position) is None:
+        raise ProbekitError(
+            f"position is {position!r}; it must be first, mean, last, last-1 (the token before the last) and so on"
+        )
     plain = model.original_model if bridged else model
     config = plain.config.get_text_config()
     points = _points(location, layers, int(config.num_hidden_layers))
@@ -121,11 +123,7 @@ def activations(
     begin = [] if rule == "none" else [separator_id(tokenizer)]
     longest = longest_window(config)
     tokens = encoded_texts(tokenizer, texts, longest - len(begin), truncate=truncate)
-    if isinstance(position, int) and (short := [n for n, own in enumerate(tokens) if len(own) < -position]):
-        raise ProbekitError(
-            f"text {short[0]} has {len(tokens[short[0]])} tokens, but position is {position}; "
-            f"{len(short)} of {len(texts)} texts are that short"
-        )
+    check_reach(position, tokens)
     names = [hook_name(*point) for point in points]
     with _as_it_was(model):
         backend = _bridge_backend(model, names) if bridged else _plain_backend(model, tokenizer, points)
@@ -146,12 +144,11 @@ def activations(
         raise ProbekitError(f"location: widths differ ({widths}); read locations of one width at a time")
     back = torch.from_numpy(np.argsort(order))
     lengths = np.array([len(own) for own in tokens])
-    shift = 1 + position if isinstance(position, int) else 0
     return TextActivations(
         torch.stack([torch.cat(part)[back] for part in values.values()]),
         tuple(points),
         position,
-        np.ones_like(lengths) if position == "first" else lengths + shift,
+        np.ones_like(lengths) if position == "first" else lengths - (before_last(position) or 0),
         plain.config.name_or_path,
         getattr(plain.config, "_commit_hash", None),
     )
@@ -186,6 +183,16 @@ def encoded_texts(
             f"{len(long)} of {len(texts)} texts are that long: shorten them, or give truncate=True"
         )
     return [own[:most] for own in tokens]
+
+
+def check_reach(position: Position, tokens: Sequence[Sequence[int]]) -> None:
+    """Refuses texts that are too short for a position; names the first one, from 0."""
+    behind = before_last(position) or 0
+    if short := [number for number, own in enumerate(tokens) if len(own) <= behind]:
+        raise ProbekitError(
+            f"text {short[0]} has {len(tokens[short[0]])} tokens, but position is {position}; "
+            f"{len(short)} of {len(tokens)} texts are that short"
+        )
 
 
 def read_batches(
@@ -229,35 +236,26 @@ def read_batches(
 
 
 def activation_at(position: Position, activation: Tensor, begin: int, lengths: Tensor) -> Tensor:
-    """Of activations [texts, positions, width] that of each text [texts, width]."""
+    """Of activations [texts, positions, width] that of each text [texts, width]; see `check_reach`."""
     if position == "mean":
         column = torch.arange(activation.shape[1], device=activation.device)
         own = (column >= begin) & (column < begin + lengths[:, None])
         dtype = torch.promote_types(activation.dtype, torch.float32)  # half precision overflows or rounds
         return torch.where(own[..., None], activation, 0).sum(1, dtype=dtype) / lengths[:, None]
-    last = begin + lengths - 1
-    column = torch.full_like(last, begin) if position == "first" else last
-    if isinstance(position, int):
-        column = last + 1 + position
+    behind = before_last(position)
+    column = torch.full_like(lengths, begin) if behind is None else begin + lengths - 1 - behind
     return activation[torch.arange(len(column), device=activation.device), column]
 
 
 def _points(location: str | Sequence[str], layers: int | Sequence[int] | None, depth: int) -> list[HookPoint]:
-    """Every location at every layer; one outside the blocks at the nearest layer."""
+    """Every location at every layer."""
     given: Any = range(depth) if layers is None else layers
-    asked = dict.fromkeys(given if hasattr(given, "__iter__") else [given])
-    for layer in asked or ["none"]:
-        if not isinstance(layer, int | np.integer) or not 0 <= layer < depth:
-            raise ProbekitError(f"layers has {layer}, but the LM's layers are 0 to {depth - 1}")
+    listed = list(given if hasattr(given, "__iter__") else [given]) or ["none"]
+    asked: Any = [layer if isinstance(layer, int | np.integer) else str(layer) for layer in listed]
     names = [location] if isinstance(location, str) else location
     if not isinstance(names, Sequence) or not names:
         raise ProbekitError(f"location is {names!r}; give TransformerLens hooks, such as hook_resid_post")
-    nearest = dict(zip(OUTSIDE_BLOCKS, (0, depth - 1), strict=True))
-    return [
-        (name, layer)
-        for name in dict.fromkeys(names)
-        for layer in (asked if per_layer(name) else [nearest[name]])
-    ]
+    return at_layers(names, asked, depth, "layers")
 
 
 def _bridge_backend(model: Any, names: Sequence[str]) -> Backend:

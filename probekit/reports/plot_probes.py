@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from matplotlib.typing import ColorType
 
-from probekit.config import NAMED, reading_order
+from probekit.config import as_position, reading_order
 from probekit.errors import ProbekitError
 from probekit.io import atomic_path, write_text
 from probekit.models.locations import label, per_layer
@@ -240,7 +240,7 @@ def draw_curve(
         axes.plot(seed.position, seed[metric], color=colour, linewidth=0.5, alpha=0.6, label="_seed")
     means = mean_over_seeds(cells, metric)
     draw_line(axes, _joined(means), "position", name, colour, linestyle=style)
-    named = means[means.position.isin(NAMED)]
+    named = means[~_numeric(means)]
     axes.vlines(named.position, named.low, named.high, color=colour, alpha=0.5)
     for injected, points in means.groupby("injected"):
         face = "white" if injected else colour
@@ -249,8 +249,12 @@ def draw_curve(
 
 def _joined(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows of numeric positions, far before near."""
-    numeric = rows[~rows.position.isin(NAMED)]
-    return numeric.sort_values("position", key=lambda names: -names.astype(int))
+    return rows[_numeric(rows)].sort_values("position", key=lambda names: -names.astype(int))
+
+
+def _numeric(rows: pd.DataFrame) -> pd.Series:
+    """Whether the position of each row is a number of tokens."""
+    return rows.position.map(lambda name: isinstance(as_position(name), int)).astype(bool)
 
 
 def draw_layers(axes: Axes, cells: pd.DataFrame, metric: str) -> None:
@@ -269,7 +273,7 @@ def draw_baselines(axes: Axes, baselines: pd.DataFrame, metric: str) -> None:
             baselines[baselines.reader == reader].groupby("position")[metric].mean().dropna().reset_index()
         )
         if len(means):
-            line, named = _joined(means), means[means.position.isin(NAMED)]
+            line, named = _joined(means), means[~_numeric(means)]
             axes.plot(line.position, line[metric], style, color=shade, linewidth=1.2, label=reader)
             axes.plot(named.position, named[metric], "_", color=shade, markersize=10, label="_named")
 

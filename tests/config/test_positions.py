@@ -7,14 +7,14 @@ from probekit.errors import ProbekitError
 
 
 @pytest.mark.parametrize(
-    ("given", "position"), [(3, 3), ("3", 3), ("-2", -2), (0, 0), ("first", "first"), ("mean", "mean")]
+    ("given", "position"), [(3, 3), ("3", 3), ("-2", -2), (0, 0), ("first", "first"), ("mean", "mean"), ("last-12", "last-12")]
 )
 def test_what_is_a_position(given: object, position: object):
     assert as_position(given) == position
     assert Config().override({"probe.positions": [given]}).probe.positions == (position,)
 
 
-@pytest.mark.parametrize("given", ["middle", "", 2.5, None, "Last", "1.0"])
+@pytest.mark.parametrize("given", ["middle", "", 2.5, None, "Last", "1.0", "last-0", "last+1", "first-1"])
 def test_what_is_none(given: object):
     with pytest.raises(
         ProbekitError, match=r"probe\.positions\.1: .* is no position; give first, last, mean"
@@ -28,8 +28,9 @@ def test_a_position_is_listed_once():
 
 
 def test_the_order_of_reading():
-    names = ["mean", "1", "-3", "10", "2", "first", "0", "last", "1"]
-    assert reading_order(names) == ["10", "2", "1", "0", "-3", "first", "last", "mean"]
+    names = ["mean", "1", "-3", "last-1", "10", "2", "first", "0", "last", "1", "last-10"]
+    numbers = ["10", "2", "1", "0", "-3"]
+    assert reading_order(names) == [*numbers, "first", "last-10", "last-1", "last", "mean"]
 
 
 @pytest.mark.parametrize(
@@ -37,7 +38,7 @@ def test_the_order_of_reading():
     [
         (["4", "2", "0", "-1"], "2"),
         (["-3", "0", "last"], "0"),
-        (["mean", "last"], "last"),
+        (["mean", "last", "last-1"], "last-1"),
         (["-3", "9"], "9"),
     ],
 )

@@ -1,5 +1,6 @@
 """`probekit.fit_grid` on arrays against scikit-learn, probes on disk, and input that is refused."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -136,7 +137,12 @@ def test_probes_are_kept_with_a_card(data, tmp_path: Path):
         probes.score(X[:, :, :5])
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     write_tensors(tmp_path / "odd.safetensors", {"x": torch.zeros(1)}, {"card": "{}", "cells": '["a|b"]'})
-    for name in ("other", "odd"):
+    key = "softmax|hook_resid_post|0|last|1"
+    parts = {f"{key}|coef": torch.zeros(2, 2), f"{key}|intercept": torch.zeros(2)}
+    card = {"model": None, "position": "last", "classes": ["a", "b"]}
+    written = {"card": json.dumps(card), "cells": json.dumps([key])}
+    write_tensors(tmp_path / "pointless.safetensors", parts, written)
+    for name in ("other", "odd", "pointless"):
         with pytest.raises(ProbekitError, match="no card of probes"):
             probekit.load_probes(tmp_path / f"{name}.safetensors")
 
@@ -251,21 +257,21 @@ def test_probes_are_applied_only_where_they_read(data, tmp_path: Path):
     """Location and layer are looked up; the label is in the second stack alone."""
     X, labels, groups = data
     mid, post = ("hook_resid_mid", 1), ("hook_resid_post", 1)
-    fitted = probekit.fit_grid(of_texts(X[:2], mid, post, position=-2), labels, groups=groups, **FAST)
-    assert {*fitted.table.position} == {"-2"}
+    fitted = probekit.fit_grid(of_texts(X[:2], mid, post, position="last-1"), labels, groups=groups, **FAST)
+    assert {*fitted.table.position} == {"last-1"}
     fitted.save(tmp_path / "probes.safetensors")
     probes = probekit.load_probes(tmp_path / "probes.safetensors")
     assert probes.cells[0].location == post[0]
     expected = probes.score(X[:2])
     assert (expected.predicted == labels).mean() > 0.75
-    assert probes.score(of_texts(X[1::-1].copy(), post, mid, position=-2)).equals(expected)
-    assert probes.score(of_texts(X[1:2], post, position=-2), layer=1).equals(expected)
-    other = probes.score(of_texts(X[:2], mid, post, position=-2), probes.cells[1])
-    assert probes.score(of_texts(X[:1], mid, position=-2), layer=1).equals(other)
+    assert probes.score(of_texts(X[1::-1].copy(), post, mid, position="last-1")).equals(expected)
+    assert probes.score(of_texts(X[1:2], post, position="last-1"), layer=1).equals(expected)
+    other = probes.score(of_texts(X[:2], mid, post, position="last-1"), probes.cells[1])
+    assert probes.score(of_texts(X[:1], mid, position="last-1"), layer=1).equals(other)
     for given, message in (
-        (of_texts(X[:1], mid, position=-2), "reads hook_resid_post, layer 1.*of hook_resid_mid, layer 1"),
-        (of_texts(X[:2], mid, post), "position is 'last', but the probes read -2"),
-        (of_texts(X[:2], mid, post, position=-2, model="other"), "model is 'other', but the probes read"),
+        (of_texts(X[:1], mid, position="last-1"), "reads hook_resid_post, layer 1.*of hook_resid_mid, layer 1"),
+        (of_texts(X[:2], mid, post), "position is 'last', but the probes read 'last-1'"),
+        (of_texts(X[:2], mid, post, position="last-1", model="other"), "model is 'other', but the probes read"),
         (X, "activations has 3 layers, but the probes were fitted to 2"),
     ):
         with pytest.raises(ProbekitError, match=message):

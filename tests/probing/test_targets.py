@@ -117,6 +117,7 @@ def test_what_is_read_at_a_position(tiny_run: Run, anchors: str):
     for position, read in {
         "first": [(own[0], own[0]) for own in ranges],
         "last": [(own[-1], own[-1]) for own in ranges],
+        "last-2": [(own[-1] - 2, own[-1] - 2) for own in ranges],
         "mean": [(own[0], own[-1]) for own in ranges],
         0: [(own[0], own[0]) for own in ranges],
         3: [(own[0] - 3, own[0] - 3) for own in ranges],
