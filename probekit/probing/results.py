@@ -18,16 +18,14 @@ from probekit.config import Config, Position, as_position
 from probekit.errors import ProbekitError
 from probekit.evaluation.action_metrics import METRICS, score_actions
 from probekit.io import read_json, read_tensors
+from probekit.probing.metrics import balanced_accuracies, rank_correlations, two_class_metrics
 from probekit.probing.targets import Target
 from probekit.statistics import (
     Intervals,
     Resampling,
-    balanced_accuracies,
     bootstrap_ratios,
     paired_differences,
-    rank_correlations,
     simultaneous_ratios,
-    two_class_metrics,
 )
 
 Facts = dict[str, Any]
