@@ -19,7 +19,7 @@ from probekit.config.config import (
 from probekit.config.positions import NAMED, Position, as_position, before_last, nearest, reading_order
 from probekit.config.sections import (
     ActionSettings,
-    BaseSettings,
+    TuningSettings,
     ConditioningSettings,
     CorpusSettings,
     DepthSettings,
@@ -43,7 +43,7 @@ from probekit.config.types import BosRule, MemberName, ModelName, ProbedName, So
 __all__ = [
     "NAMED",
     "ActionSettings",
-    "BaseSettings",
+    "TuningSettings",
     "BosRule",
     "ConditioningSettings",
     "Config",

@@ -336,7 +336,7 @@ class JointSettings(Settings):
         return self
 
 
-class BaseSettings(Settings):
+class TuningSettings(Settings):
     """Tuning of the base LM together with an adapter or depth ensemble, each of which then has its own LM."""
 
     tuning: Literal["frozen", "lora", "full"] = "frozen"
@@ -366,7 +366,7 @@ class TrainingSettings(Settings):
     adapter: CheckpointedStageSettings = CheckpointedStageSettings()
     joint: JointSettings = JointSettings()
     depth: StageSettings = StageSettings()
-    base: BaseSettings = BaseSettings()
+    base: TuningSettings = TuningSettings()
 
 
 class EvaluationSettings(Settings):

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from probekit.config import BaseSettings
+from probekit.config import TuningSettings
 from probekit.errors import ProbekitError
 from probekit.io import atomic_folder, read_tensors, write_tensors
 from probekit.models.language_model import is_placed, save_model
@@ -51,7 +51,7 @@ class Tuning(ABC):
     parameters: list[nn.Parameter]
 
     @abstractmethod
-    def __init__(self, model: PreTrainedModel, settings: BaseSettings, seed: int) -> None: ...
+    def __init__(self, model: PreTrainedModel, settings: TuningSettings, seed: int) -> None: ...
 
     @abstractmethod
     def save(self, folder: Path) -> None:
@@ -62,7 +62,7 @@ class Tuning(ABC):
     def load(
         folder: Path,
         base: Callable[[], PreTrainedModel],
-        settings: BaseSettings,
+        settings: TuningSettings,
         dtype: torch.dtype,
         *,
         trust_remote_code: bool = False,
@@ -87,7 +87,7 @@ class Lora(Tuning):
     The second halves of the updates begin as zero, so nothing is changed at first.
     """
 
-    def __init__(self, model: PreTrainedModel, settings: BaseSettings, seed: int) -> None:
+    def __init__(self, model: PreTrainedModel, settings: TuningSettings, seed: int) -> None:
         from peft import LoraConfig, get_peft_model
 
         self._settings = LoraConfig(
@@ -119,7 +119,7 @@ class Lora(Tuning):
     def load(
         folder: Path,
         base: Callable[[], PreTrainedModel],
-        settings: BaseSettings,
+        settings: TuningSettings,
         dtype: torch.dtype,
         *,
         trust_remote_code: bool = False,
@@ -141,7 +141,7 @@ class Lora(Tuning):
 class Full(Tuning):
     """All weights are trained; the LM's own dropout stays off."""
 
-    def __init__(self, model: PreTrainedModel, settings: BaseSettings, seed: int) -> None:
+    def __init__(self, model: PreTrainedModel, settings: TuningSettings, seed: int) -> None:
         self.model = model
         self.parameters = list(model.requires_grad_(True).parameters())
 
@@ -154,7 +154,7 @@ class Full(Tuning):
     def load(
         folder: Path,
         base: Callable[[], PreTrainedModel],
-        settings: BaseSettings,
+        settings: TuningSettings,
         dtype: torch.dtype,
         *,
         trust_remote_code: bool = False,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from probekit.config import BaseSettings, ConditioningSettings, Config
+from probekit.config import TuningSettings, ConditioningSettings, Config
 from probekit.data.corpus import Corpus
 from probekit.data.windows import Batch, collate, cut_windows
 from probekit.errors import ProbekitError
@@ -101,7 +101,7 @@ def test_random_weights_are_the_same(family: str, pair: Callable, batch: Batch):
 @pytest.mark.parametrize("kind", CONDITIONINGS)
 @pytest.mark.parametrize("family", DEVICE_MAPS)
 def test_gradients_are_the_same(family: str, kind: str, tuning: str, pair: Callable, batch: Batch):
-    settings = BaseSettings(tuning=tuning, rank=2)
+    settings = TuningSettings(tuning=tuning, rank=2)
     codebook = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
     gradients: list[list[Tensor]] = []
     for lm in pair(family):
@@ -123,7 +123,7 @@ def test_gradients_are_the_same(family: str, kind: str, tuning: str, pair: Calla
 
 @pytest.mark.parametrize("family", DEVICE_MAPS)
 def test_lora_begins_the_same_and_is_found_again(family: str, pair: Callable, batch: Batch, tmp_path: Path):
-    settings = BaseSettings(tuning="lora", rank=2)
+    settings = TuningSettings(tuning="lora", rank=2)
     logits = []
     for i, lm in enumerate(pair(family)):
         lora = TUNINGS["lora"](lm.plain, settings, 0)

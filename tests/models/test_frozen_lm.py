@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from probekit.config import BaseSettings, ConditioningSettings
+from probekit.config import TuningSettings, ConditioningSettings
 from probekit.data.corpus import Corpus
 from probekit.data.windows import Batch, collate, cut_windows
 from probekit.errors import ProbekitError
@@ -127,7 +127,7 @@ def test_on_a_bfloat16_lm_float32_is_trained(
     tuning: str, make_lm: Callable[..., FrozenLM], batch: Batch, tmp_path: Path
 ):
     """Updates are kept beside the weights, in which small ones would be rounded away."""
-    lm, settings = make_lm("llama", dtype=torch.bfloat16), BaseSettings(tuning=tuning, rank=2)
+    lm, settings = make_lm("llama", dtype=torch.bfloat16), TuningSettings(tuning=tuning, rank=2)
     adapter = new_adapter(ConditioningSettings(skip_layers=1), torch.randn(5, 3), lm, seed=0)
     tuned = None if tuning == "frozen" else TUNINGS[tuning](lm._load(), settings, 0)
     backend = lm.backend_for(adapter.names, tuned and tuned.model)

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from probekit.config import BaseSettings, ConditioningSettings
+from probekit.config import TuningSettings, ConditioningSettings
 from probekit.data.corpus import Corpus
 from probekit.data.windows import Batch, collate, cut_windows
 from probekit.errors import ProbekitError
@@ -45,11 +45,11 @@ def fresh(folders: dict[str, Path], tokenizer: PreTrainedTokenizerBase) -> Calla
     )
 
 
-def settings(tuning: str, **more: float) -> BaseSettings:
-    return BaseSettings(tuning=tuning, **{"rank": 2, **more})
+def settings(tuning: str, **more: float) -> TuningSettings:
+    return TuningSettings(tuning=tuning, **{"rank": 2, **more})
 
 
-def tuned(base: FrozenLM, batch: Batch, chosen: BaseSettings, steps: int = 4) -> tuple[PlannedLM, Tuning]:
+def tuned(base: FrozenLM, batch: Batch, chosen: TuningSettings, steps: int = 4) -> tuple[PlannedLM, Tuning]:
     """A model whose adapter and LM were trained on a batch, and what became of the LM."""
     tuning = TUNINGS[chosen.tuning](load_model(base.plain.name_or_path), chosen, 0)
     codebook = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
@@ -183,23 +183,23 @@ def test_others_read_what_was_tuned(fresh: Callable, batch: Batch, tmp_path: Pat
             assert base.plain.name_or_path not in path.read_text()
 
 
-def other_rank(folder: Path, model: PreTrainedModel) -> BaseSettings:
+def other_rank(folder: Path, model: PreTrainedModel) -> TuningSettings:
     return settings("lora", rank=3)
 
 
-def fewer_updates(folder: Path, model: PreTrainedModel) -> BaseSettings:
+def fewer_updates(folder: Path, model: PreTrainedModel) -> TuningSettings:
     tensors = read_tensors(folder / LORA_WEIGHTS)
     write_tensors(folder / LORA_WEIGHTS, dict(list(tensors.items())[2:]))
     return settings("lora")
 
 
-def more_updates(folder: Path, model: PreTrainedModel) -> BaseSettings:
+def more_updates(folder: Path, model: PreTrainedModel) -> TuningSettings:
     tensors = read_tensors(folder / LORA_WEIGHTS)
     write_tensors(folder / LORA_WEIGHTS, tensors | {"base_model.model.other.lora_A.weight": torch.ones(2, 2)})
     return settings("lora")
 
 
-def no_weights(folder: Path, model: PreTrainedModel) -> BaseSettings:
+def no_weights(folder: Path, model: PreTrainedModel) -> TuningSettings:
     for path in folder.glob("*.safetensors"):
         path.unlink()
     return settings("full")

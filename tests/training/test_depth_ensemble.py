@@ -133,16 +133,16 @@ def test_a_step_moves_norms_router_and_what_is_tuned_and_nothing_else(
 
 
 def test_updates_in_the_last_layers_alone(tiny_run: Run):
-    from probekit.config import BaseSettings
+    from probekit.config import TuningSettings
 
-    settings = BaseSettings(tuning="lora", rank=2, last_layers=1)
+    settings = TuningSettings(tuning="lora", rank=2, last_layers=1)
     model = tiny_run.plain_model()
     trained = TUNINGS["lora"](model, settings, 0).parameters
     names = [name for name, value in model.named_parameters() if any(value is one for one in trained)]
     assert names
     assert all(name.startswith("transformer.h.2.") for name in names)
     with pytest.raises(ProbekitError, match=r"training\.base\.last_layers is 7, but the LM has 3 layers"):
-        TUNINGS["lora"](tiny_run.plain_model(), BaseSettings(tuning="lora", last_layers=7), 0)
+        TUNINGS["lora"](tiny_run.plain_model(), TuningSettings(tuning="lora", last_layers=7), 0)
 
 
 @pytest.mark.parametrize(
