@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
 
 from probekit import distributed
 from probekit.config import Config, MemberName, ModelName, VariantName
@@ -20,7 +19,6 @@ from probekit.data.build import write_corpus
 from probekit.data.corpus import too_few
 from probekit.data.encoders import check_encoder
 from probekit.data.tokenizer import pretrained_tokenizer
-from probekit.data.windows import Windows, collate
 from probekit.distributed import precision_of
 from probekit.errors import ProbekitError
 from probekit.io import atomic_folder, write_json
@@ -32,7 +30,7 @@ from probekit.models.hook_points import examine
 from probekit.models.language_model import load_model, longest_window, new_model, save_model
 from probekit.models.mixing import VARIANTS
 from probekit.models.planner import Planner, write_embeddings
-from probekit.models.planner_lm import PlannedLM, token_losses
+from probekit.models.planner_lm import PlannedLM
 from probekit.models.tuning import TUNINGS, Tuning
 from probekit.progress import Progress
 from probekit.run.folder import Existing, lm_digest
@@ -40,51 +38,15 @@ from probekit.run.run import Run
 from probekit.run.stages import folds_of, stage_settings, stages_of, variants_of
 from probekit.training.adapter import train_adapter
 from probekit.training.depth_ensemble import train_ensemble
+from probekit.training.language_model import train_language_model
 from probekit.training.planner import train_planner
-from probekit.training.trainer import Group, Stage, StateFile, Trainer
+from probekit.training.trainer import StateFile, Trainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 T = TypeVar("T")
-
-
-def train_language_model(
-    trainer: Trainer, keep: Callable[[PreTrainedModel, int], None] | None = None
-) -> PreTrainedModel:
-    """Trains a new LM on next-token loss, as the plain Hugging Face module.
-
-    Args:
-        trainer: What every stage needs.
-        keep: Keeps the LM as it is after a step.
-    """
-    config, corpus = trainer.config, trainer.corpus
-    settings = config.training.lm
-    model = new_model(config.lm, corpus.tokenizer, config.seed).to(trainer.device)
-    train, validation = trainer.windows("train"), trainer.windows("validation")
-
-    def losses(windows: Windows) -> Tensor:
-        batch = collate(corpus, windows).to(trainer.device)
-        with trainer.autocast():
-            logits = model(batch.tokens, use_cache=False).logits
-        return token_losses(logits, batch.targets)
-
-    model.train()
-    trainer.optimise(
-        Stage(
-            "lm",
-            settings,
-            [Group(list(model.parameters()), settings.learning_rate)],
-            len(train),
-            lambda rows, step: losses(train[rows]).sum() / int(train.scored[step].sum()),
-            lambda: trainer.mean_loss(validation, settings.batch_size, losses),
-            keep=keep and partial(keep, model),
-            checkpoints=settings.checkpoints,
-            documents=train.document,
-        )
-    )
-    return model.eval()
 
 
 def check_new_model(config: Config) -> None:

@@ -6,7 +6,7 @@ from small_trainings import first_loss, mean_token_loss, one_step, trainer
 
 from probekit.models.language_model import new_model
 from probekit.run.run import Run
-from probekit.training.train import train_language_model
+from probekit.training.language_model import train_language_model
 
 
 @pytest.mark.parametrize("accumulate", [1, 7])

@@ -1,0 +1,54 @@
+"""Training of a new LM on next-token loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from probekit.data.windows import Windows, collate
+from probekit.models.language_model import new_model
+from probekit.models.planner_lm import token_losses
+from probekit.training.trainer import Group, Stage, Trainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def train_language_model(
+    trainer: Trainer, keep: Callable[[PreTrainedModel, int], None] | None = None
+) -> PreTrainedModel:
+    """Trains a new LM on next-token loss, as the plain Hugging Face module.
+
+    Args:
+        trainer: What every stage needs.
+        keep: Keeps the LM as it is after a step.
+    """
+    config, corpus = trainer.config, trainer.corpus
+    settings = config.training.lm
+    model = new_model(config.lm, corpus.tokenizer, config.seed).to(trainer.device)
+    train, validation = trainer.windows("train"), trainer.windows("validation")
+
+    def losses(windows: Windows) -> Tensor:
+        batch = collate(corpus, windows).to(trainer.device)
+        with trainer.autocast():
+            logits = model(batch.tokens, use_cache=False).logits
+        return token_losses(logits, batch.targets)
+
+    model.train()
+    trainer.optimise(
+        Stage(
+            "lm",
+            settings,
+            [Group(list(model.parameters()), settings.learning_rate)],
+            len(train),
+            lambda rows, step: losses(train[rows]).sum() / int(train.scored[step].sum()),
+            lambda: trainer.mean_loss(validation, settings.batch_size, losses),
+            keep=keep and partial(keep, model),
+            checkpoints=settings.checkpoints,
+            documents=train.document,
+        )
+    )
+    return model.eval()
