@@ -9,14 +9,26 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from probekit import distributed
-from probekit.config import Config, preset_names, setting_names, settings_of, unknown_setting, user_path
-from probekit.config.options import ALL, Parser, add_sources, chosen_config, dotted, parse, seed_list
+from probekit.config import Config, preset_names, setting_names, unknown_setting, user_path
+from probekit.config.options import (
+    ALL,
+    OF_LABELS,
+    SHORTHANDS,
+    Parser,
+    add_sources,
+    chosen_config,
+    dotted,
+    parse,
+    seed_list,
+    shorthands,
+    typed_value,
+)
 from probekit.distributed import Stopped, terminable
 from probekit.errors import ProbekitError
 
@@ -31,47 +43,29 @@ ANY_MODEL = "any-model"
 SHARED = ("train", "probe")
 """Commands that several processes run together; the first process runs the others alone."""
 
-TRAINING_SECTIONS = ("lm", "planner", "conditioning", "depth", "training")
-"""Sections whose settings only matter in training."""
-
-SHORTHANDS = {
-    "model": "lm.name",
-    "corpus": "corpus.path",
-    "group": "corpus.group_column",
-    "labels": "probe.labels",
-    "text": "probe.text_column",
-    "target": "probe.target",
-    "positions": "probe.positions",
-}
-"""Options of `probekit probe`, and the settings that they stand for."""
-
-OF_LABELS = ("labels", "text", "target", "positions")
-"""Those of them that a run takes, too."""
-
 STUDIES = {"mixing-fraction": ("mixing.fraction", (0, 0.25, 0.5, 0.75, 1), "mixed")}
 """Sweeps with a name: the setting, its values, the variant they are about (arXiv 2410.12492, Figure 4)."""
 
 
 def train(words: list[str]) -> None:
     """Train corpus, LM (if new), planner and an adapter for each variant, or depth ensembles (--method)."""
-    parsed, given = _parse_new_run("train", train, words)
+    parsed, given = _parse_new_run(train, words)
     config = _new_config(parsed, given)
     from probekit.reports.terminal import print_training
-    from probekit.run.stages import EXECUTION_ONLY, why_idle
+    from probekit.run.stages import idle_in_training
     from probekit.training import train as training
 
-    for name in dotted(given) if distributed.is_first() else ():
-        trains = name.split(".")[0] in TRAINING_SECTIONS and name not in EXECUTION_ONLY
-        if config and trains and (reason := why_idle(config, name)):
-            sys.stderr.write(f"probekit: note: {name} changes nothing here: {reason}\n")
-    run = training.train(config, parsed.out, existing=_existing(parsed), quiet=parsed.quiet)
+    if config and distributed.is_first():
+        for line in idle_in_training(config, dotted(given)):
+            sys.stderr.write(f"probekit: note: {line}\n")
+    run = training.train(config, parsed.out, existing=parsed.existing, quiet=parsed.quiet)
     if distributed.is_first():
         print_training(run)
 
 
 def evaluate(words: list[str]) -> None:
     """Perplexity of every model, planners' metrics or multiple choice; generated text if asked for."""
-    parser = _run_parser("evaluate", evaluate)
+    parser = _run_parser(evaluate)
     parser.add_argument(
         "--generation", action="store_true", help="generate text with every variant and measure it, too"
     )
@@ -92,7 +86,7 @@ def evaluate(words: list[str]) -> None:
 
 def generate(words: list[str]) -> None:
     """Write text with a run: continue prompts or test documents, or begin from nothing."""
-    parser = _run_parser("generate", generate)
+    parser = _run_parser(generate)
     text = parser.add_mutually_exclusive_group()
     text.add_argument("--prompt", nargs="+", metavar="TEXT", help="texts to continue")
     text.add_argument("--prompts", metavar="FILE", help="prompts, one a line, or .jsonl with a field text")
@@ -140,15 +134,22 @@ def generate(words: list[str]) -> None:
 def probe(words: list[str]) -> None:
     """Fit probes of a run, or of any causal LM on any corpus; replaces the results of an earlier probe."""
     parsed, given = _parse_probe(words)
+    settings = shorthands(parsed, given, OF_LABELS) | dotted(given)
     if parsed.checkpoints:
-        _probe_checkpoints(parsed, given)
+        from probekit.probing.over_training import probe_checkpoints
+        from probekit.reports.plot_over_training import save_over_training
+        from probekit.reports.terminal import print_over_training
+
+        over_training = probe_checkpoints(parsed.run, settings, parsed.stage, quiet=parsed.quiet)
+        if distributed.is_first():
+            print_over_training(over_training, save_over_training(over_training))
         return
     from probekit.probing.probe import probe as probe_run
     from probekit.reports.plot_probes import save_probe_figures
     from probekit.reports.terminal import print_probes
     from probekit.training.train import prepare
 
-    run, settings = parsed.run, _shorthands(parsed, given, OF_LABELS) | dotted(given)
+    run = parsed.run
     if parsed.model is not None:
         existing: Existing = "overwrite" if parsed.overwrite else "resume"
         run = prepare(_probed_config(parsed, given), parsed.out, existing=existing, quiet=parsed.quiet)
@@ -165,7 +166,7 @@ def _parse_probe(words: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
         "       probekit probe --model NAME_OR_FOLDER --corpus FILE_OR_FOLDER [--out FOLDER] [...]\n"
         "       probekit probe --model NAME_OR_FOLDER --labels FILE --text COLUMN --target COLUMN [...]"
     )
-    parser = Parser("probekit probe", usage=usage, description=probe.__doc__)
+    parser = _parser(probe, usage)
     parser.add_argument("run", nargs="?", metavar="RUN", type=Path, help="a run's folder")
     parser.add_argument(
         "--store", action="store_true", help="keep activations in RUN/activations, and reuse them"
@@ -176,7 +177,6 @@ def _parse_probe(words: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     parser.add_argument(
         "--stage", metavar="STAGE", help="whose checkpoints: lm or adapter/VARIANT (the first that has any)"
     )
-    parser.add_argument("--quiet", action="store_true", help="show no progress")
     group = parser.add_argument_group(
         "labels", "what is read: a built-in target, or a column of a table of yours"
     )
@@ -237,7 +237,7 @@ def _probed_config(parsed: argparse.Namespace, given: dict[str, Any]) -> Config:
     if begun is None:
         parsed.preset = parsed.preset or (None if parsed.config else ANY_MODEL)
     config = chosen_config(parsed, given, begun) or (Config.from_yaml(begun) if begun else Config())
-    config = config.override(_shorthands(parsed, given, SHORTHANDS))
+    config = config.override(shorthands(parsed, given, SHORTHANDS))
     if begun is not None:
         return config
     made: dict[str, Any] = {}
@@ -250,30 +250,9 @@ def _probed_config(parsed: argparse.Namespace, given: dict[str, Any]) -> Config:
     return config.override(made)
 
 
-def _shorthands(parsed: argparse.Namespace, given: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """The settings that were given by short options."""
-    values = {SHORTHANDS[name]: getattr(parsed, name) for name in names}
-    found = {name: value for name, value in values.items() if value is not None}
-    if parsed.labels and not parsed.config and "text_column" not in given.get("probe", {}):
-        # Another table need not have the column of texts that an earlier one had.
-        return {"probe.text_column": None} | found
-    return found
-
-
-def _probe_checkpoints(parsed: argparse.Namespace, given: dict[str, Any]) -> None:
-    from probekit.probing.over_training import probe_checkpoints
-    from probekit.reports.plot_over_training import save_over_training
-    from probekit.reports.terminal import print_over_training
-
-    settings = _shorthands(parsed, given, OF_LABELS) | dotted(given)
-    results = probe_checkpoints(parsed.run, settings, parsed.stage, quiet=parsed.quiet)
-    if distributed.is_first():
-        print_over_training(results, save_over_training(results))
-
-
 def intervene(words: list[str]) -> None:
     """Change activations and see what the LM does: is what probes read used?"""
-    parsed, given = parse(_run_parser("intervene", intervene), words, ("device", "evaluation", "intervene"))
+    parsed, given = parse(_run_parser(intervene), words, ("device", "evaluation", "intervene"))
     from probekit.causal.intervene import intervene as intervene_on
     from probekit.reports.terminal import print_interventions
 
@@ -284,7 +263,7 @@ def intervene(words: list[str]) -> None:
 def subnetwork(words: list[str]) -> None:
     """Find the heads and parts of the adapter without which nothing is read of the next sentence's action."""
     sections = ("device", "evaluation", "subnetwork")
-    parsed, given = parse(_run_parser("subnetwork", subnetwork), words, sections)
+    parsed, given = parse(_run_parser(subnetwork), words, sections)
     from probekit.causal.subnetwork import subnetwork as find_subnetwork
     from probekit.reports.terminal import print_subnetwork
 
@@ -294,7 +273,7 @@ def subnetwork(words: list[str]) -> None:
 
 def lens(words: list[str]) -> None:
     """Show what probes read of the next sentence at every token of a text: one HTML page."""
-    parser = _run_parser("lens", lens)
+    parser = _run_parser(lens)
     parser.add_argument(
         "--text",
         required=True,
@@ -325,7 +304,7 @@ def lens(words: list[str]) -> None:
 
 def score(words: list[str]) -> None:
     """Apply a probe of a run to new texts: what it predicts at their ends, or at every token."""
-    parser = _run_parser("score", score)
+    parser = _run_parser(score)
     parser.usage = "probekit score RUN TEXTS [--OPTION VALUE ...]"
     parser.add_argument("texts", metavar="TEXTS", type=Path, help="texts, in any format of a corpus")
     parser.add_argument(
@@ -355,7 +334,7 @@ def score(words: list[str]) -> None:
 
 def report(words: list[str]) -> None:
     """Write all of a run on one page, what to mind at the top: report.html, and the same as report.md."""
-    parser = _run_parser("report", report)
+    parser = _run_parser(report)
     parser.add_argument(
         "-o", "--out", metavar="FILE", help="write only this file, .html or .md (RUN/report.html and .md)"
     )
@@ -368,7 +347,7 @@ def report(words: list[str]) -> None:
 
 def corpus(words: list[str]) -> None:
     """Build a corpus, or inspect a run's: sizes, sentence lengths, actions, the sentences nearest to each."""
-    parsed, given = _parse_new_run("corpus", corpus, words)
+    parsed, given = _parse_new_run(corpus, words)
     from probekit.data.corpus import export_sentences
     from probekit.reports.terminal import print_corpus
     from probekit.run.run import Run
@@ -378,7 +357,7 @@ def corpus(words: list[str]) -> None:
         run: Run = Run.open(parsed.run)
     else:
         config = _new_config(parsed, given)
-        run = build_corpus(config, parsed.out, existing=_existing(parsed), quiet=parsed.quiet)
+        run = build_corpus(config, parsed.out, existing=parsed.existing, quiet=parsed.quiet)
     print_corpus(run.corpus, parsed.nearest)
     if parsed.export:
         sys.stdout.write(f"All sentences: {export_sentences(run.corpus, parsed.export)}\n")
@@ -402,7 +381,7 @@ def _parse_sweep(words: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
         "                      [--preset NAME] [--config FILE] [--SETTING VALUE ...] [--out FOLDER]\n"
         f"       probekit sweep {{{','.join(STUDIES)}}} ..."
     )
-    parser = Parser("probekit sweep", usage=usage, description=sweep.__doc__)
+    parser = _parser(sweep, usage)
     parser.add_argument("what", nargs="?", metavar="SETTING", help=f"a setting, or {', '.join(STUDIES)}")
     parser.add_argument(
         "--values", nargs="+", metavar="VALUE", help="its values; those of one that takes several: a,b"
@@ -425,7 +404,6 @@ def _parse_sweep(words: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     )
     parser.add_argument("--generation", action="store_true", help="measure generated text, too")
     parser.add_argument("--out", default="runs/sweep", metavar="FOLDER", help="the folder (runs/sweep)")
-    parser.add_argument("--quiet", action="store_true", help="show no progress")
     add_sources(parser)
     return parse(parser, words, ALL)
 
@@ -457,26 +435,15 @@ def _swept(
     for name, *words in over:
         if name in values:
             raise ProbekitError(f"{name} is swept over twice; give all its values at once")
-        values[name] = [_swept_value(name, word) for word in words]
+        values[name] = [typed_value(name, word) if isinstance(word, str) else word for word in words]
     return config, grid(config, values), seed_list(parsed.seeds, config.seed)
-
-
-def _swept_value(name: str, word: Any) -> Any:
-    """One value as it was typed; those of a setting that takes several are joined by commas."""
-    field = settings_of(Config).get(name)
-    if field is None or not isinstance(word, str):
-        return word
-    if word == "null":
-        return None
-    return word.split(",") if "tuple[" in str(field.annotation) else word
 
 
 def demo(words: list[str]) -> None:
     """Train, evaluate and probe on the planted corpus: the main job in a few minutes on a CPU."""
-    parser = Parser("probekit demo", description=demo.__doc__)
+    parser = _parser(demo)
     parser.add_argument("--out", default="runs/demo", metavar="FOLDER", help="the run's folder (runs/demo)")
     parser.add_argument("--overwrite", action="store_true", help="begin again")
-    parser.add_argument("--quiet", action="store_true", help="show no progress")
     parsed, _ = parse(parser, words)
     run_demo(parsed.out, overwrite=parsed.overwrite, quiet=parsed.quiet)
 
@@ -509,26 +476,33 @@ def run_demo(out: str | Path = "runs/demo", *, overwrite: bool = False, quiet: b
 # What several commands share
 
 
-def _run_parser(name: str, command: Callable[[list[str]], None]) -> Parser:
-    """The parser of a command that takes a run."""
-    usage = f"probekit {name} RUN [--OPTION VALUE ...]"
-    parser = Parser(f"probekit {name}", usage=usage, description=command.__doc__)
-    parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder")
+def _parser(command: Callable[[list[str]], None], usage: str | None = None) -> Parser:
+    """The parser of a command, with what all have."""
+    parser = Parser(f"probekit {command.__name__}", usage=usage, description=command.__doc__)
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     return parser
 
 
+def _run_parser(command: Callable[[list[str]], None]) -> Parser:
+    """The parser of a command that takes a run."""
+    parser = _parser(command, f"probekit {command.__name__} RUN [--OPTION VALUE ...]")
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder")
+    return parser
+
+
 def _parse_new_run(
-    name: str, command: Callable[[list[str]], None], words: list[str]
+    command: Callable[[list[str]], None], words: list[str]
 ) -> tuple[argparse.Namespace, dict[str, Any]]:
     """Parses the command line of a command that makes a run or continues one."""
+    name = command.__name__
     usage = f"probekit {name} [--out FOLDER] [--preset NAME] [--config FILE] [--SETTING VALUE ...]"
-    parser = Parser(f"probekit {name}", usage=usage, description=command.__doc__)
+    parser = _parser(command, usage)
     parser.add_argument("--out", default="runs/run", metavar="FOLDER", help="the run's folder (runs/run)")
     existing = parser.add_mutually_exclusive_group()
-    existing.add_argument("--resume", action="store_true", help="continue the run in that folder")
-    existing.add_argument("--overwrite", action="store_true", help="replace the run in that folder")
-    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    for what, text in (("resume", "continue the run in that folder"), ("overwrite", "replace that run")):
+        existing.add_argument(
+            f"--{what}", dest="existing", action="store_const", const=what, default="refuse", help=text
+        )
     if name == "corpus":
         parser.usage = f"{usage}\n       probekit corpus RUN [--nearest INT] [--export FILE]"
         parser.add_argument("run", nargs="?", metavar="RUN", help="inspect this run's corpus; build nothing")
@@ -548,12 +522,7 @@ def _parse_new_run(
 def _new_config(parsed: argparse.Namespace, given: dict[str, Any]) -> Config | None:
     """The settings of the run to make; None for those of the run to continue."""
     begun = user_path(parsed.out) / "config.yaml"
-    return chosen_config(parsed, given, begun if parsed.resume and begun.is_file() else None)
-
-
-def _existing(parsed: argparse.Namespace) -> Existing:
-    """What to do with a run that is there already."""
-    return "resume" if parsed.resume else "overwrite" if parsed.overwrite else "refuse"
+    return chosen_config(parsed, given, begun if parsed.existing == "resume" and begun.is_file() else None)
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {

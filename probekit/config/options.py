@@ -4,18 +4,40 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 from pydantic import Field, create_model
 from pydantic_settings import BaseSettings, CliSettingsSource
 
-from probekit.config.config import Config, merge, preset_values, setting_names, unknown_setting, yaml_values
+from probekit.config.config import (
+    Config,
+    merge,
+    preset_values,
+    setting_names,
+    settings_of,
+    unknown_setting,
+    yaml_values,
+)
 from probekit.errors import ProbekitError
 
 ALL = tuple(Config.model_fields)
 """All sections of the settings."""
+
+SHORTHANDS = {
+    "model": "lm.name",
+    "corpus": "corpus.path",
+    "group": "corpus.group_column",
+    "labels": "probe.labels",
+    "text": "probe.text_column",
+    "target": "probe.target",
+    "positions": "probe.positions",
+}
+"""Options of `probekit probe`, and the settings that they stand for."""
+
+OF_LABELS = ("labels", "text", "target", "positions")
+"""Those of them that a run takes, too."""
 
 SINGLE = tuple(name for name in ALL if name in setting_names())
 """Settings that are in no section."""
@@ -156,6 +178,24 @@ def chosen_config(
     if file:
         values = merge(values, yaml_values(file))
     return Config.from_dict(merge(values, given))
+
+
+def shorthands(parsed: argparse.Namespace, given: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """The settings that were given by short options, of these names."""
+    values = {SHORTHANDS[name]: getattr(parsed, name) for name in names}
+    found = {name: value for name, value in values.items() if value is not None}
+    if parsed.labels and not parsed.config and "text_column" not in given.get("probe", {}):
+        # Another table need not have the column of texts that an earlier one had.
+        return {"probe.text_column": None} | found
+    return found
+
+
+def typed_value(name: str, word: str) -> Any:
+    """One value of a setting as it was typed; those of a setting that takes several are joined by commas."""
+    field = settings_of(Config).get(name)
+    if word == "null":
+        return None
+    return word.split(",") if "tuple[" in str(field and field.annotation) else word
 
 
 def seed_list(given: Sequence[int], first: int) -> list[int]:

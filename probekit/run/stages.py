@@ -7,6 +7,7 @@ equal, and the runs of a sweep share it.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from probekit.config import Config, VariantName, setting_names, setting_value
@@ -70,6 +71,9 @@ USED_BY: dict[str, tuple[str, ...]] = {
 EXECUTION_ONLY = ("training.save_minutes", "lm.device_map")
 """Settings of training that change how it runs, and nothing of its results."""
 
+TRAINING_SECTIONS = ("lm", "planner", "conditioning", "depth", "training")
+"""Sections whose settings only matter in training."""
+
 CHOOSE_STAGES = ("method", "mixing.variants", "depth.members")
 """Settings that no stage uses, but that decide which stages there are."""
 
@@ -111,6 +115,14 @@ def why_idle(config: Config, name: str) -> str | None:
             return f"lm.name is {config.lm.name}, and that LM is not trained"
         return f"only {', '.join(users)} would use it, and none of these is trained"
     return "no stage of training uses it"
+
+
+def idle_in_training(config: Config, names: Iterable[str]) -> Iterator[str]:
+    """A line for each of some settings that is one of training and changes nothing of what is trained."""
+    for name in names:
+        trains = name.split(".")[0] in TRAINING_SECTIONS and name not in EXECUTION_ONLY
+        if trains and (reason := why_idle(config, name)):
+            yield f"{name} changes nothing here: {reason}"
 
 
 def stages_of(config: Config) -> list[str]:
