@@ -1,5 +1,7 @@
 """`python -m probekit`, the same as the command `probekit`."""
 
-from runpy import run_module
+import sys
 
-run_module("probekit.cli", run_name="__main__")
+from probekit.cli import main
+
+sys.exit(main())

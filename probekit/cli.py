@@ -49,7 +49,7 @@ STUDIES = {"mixing-fraction": ("mixing.fraction", (0, 0.25, 0.5, 0.75, 1), "mixe
 
 def train(words: list[str]) -> None:
     """Train corpus, LM (if new), planner and an adapter for each variant, or depth ensembles (--method)."""
-    parsed, given = _parse_new_run(train, words)
+    parsed, given = parse(_new_run_parser(train), words, ALL)
     config = _new_config(parsed, given)
     from probekit.reports.terminal import print_training
     from probekit.run.stages import idle_in_training
@@ -347,7 +347,18 @@ def report(words: list[str]) -> None:
 
 def corpus(words: list[str]) -> None:
     """Build a corpus, or inspect a run's: sizes, sentence lengths, actions, the sentences nearest to each."""
-    parsed, given = _parse_new_run(corpus, words)
+    parser = _new_run_parser(corpus)
+    parser.usage = f"{parser.usage}\n       probekit corpus RUN [--nearest INT] [--export FILE]"
+    parser.add_argument("run", nargs="?", metavar="RUN", help="inspect this run's corpus; build nothing")
+    parser.add_argument(
+        "--nearest", type=int, default=2, metavar="INT", help="sentences shown for an action (2)"
+    )
+    parser.add_argument(
+        "--export", metavar="FILE", help="write the sentences as a table to label: .csv, .jsonl, .parquet"
+    )
+    parsed, given = parse(parser, words, ALL)
+    if parsed.nearest < 0:
+        parser.error(f"argument --nearest: {parsed.nearest} is below 0")
     from probekit.data.corpus import export_sentences
     from probekit.reports.terminal import print_corpus
     from probekit.run.run import Run
@@ -490,33 +501,18 @@ def _run_parser(command: Callable[[list[str]], None]) -> Parser:
     return parser
 
 
-def _parse_new_run(
-    command: Callable[[list[str]], None], words: list[str]
-) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """Parses the command line of a command that makes a run or continues one."""
-    name = command.__name__
-    usage = f"probekit {name} [--out FOLDER] [--preset NAME] [--config FILE] [--SETTING VALUE ...]"
-    parser = _parser(command, usage)
+def _new_run_parser(command: Callable[[list[str]], None]) -> Parser:
+    """The parser of a command that makes a run or continues one."""
+    sources = "[--preset NAME] [--config FILE] [--SETTING VALUE ...]"
+    parser = _parser(command, f"probekit {command.__name__} [--out FOLDER] {sources}")
     parser.add_argument("--out", default="runs/run", metavar="FOLDER", help="the run's folder (runs/run)")
     existing = parser.add_mutually_exclusive_group()
     for what, text in (("resume", "continue the run in that folder"), ("overwrite", "replace that run")):
         existing.add_argument(
             f"--{what}", dest="existing", action="store_const", const=what, default="refuse", help=text
         )
-    if name == "corpus":
-        parser.usage = f"{usage}\n       probekit corpus RUN [--nearest INT] [--export FILE]"
-        parser.add_argument("run", nargs="?", metavar="RUN", help="inspect this run's corpus; build nothing")
-        parser.add_argument(
-            "--nearest", type=int, default=2, metavar="INT", help="sentences shown for an action (2)"
-        )
-        parser.add_argument(
-            "--export", metavar="FILE", help="write the sentences as a table to label: .csv, .jsonl, .parquet"
-        )
     add_sources(parser)
-    parsed, given = parse(parser, words, ALL)
-    if name == "corpus" and parsed.nearest < 0:
-        parser.error(f"argument --nearest: {parsed.nearest} is below 0")
-    return parsed, given
+    return parser
 
 
 def _new_config(parsed: argparse.Namespace, given: dict[str, Any]) -> Config | None:
@@ -596,7 +592,3 @@ def _run_command(words: list[str]) -> None:
             return
         distributed.alone()
     COMMANDS[command](words[1:])
-
-
-if __name__ == "__main__":
-    sys.exit(main())
