@@ -6,7 +6,7 @@ Solvers that need all their examples at once hold those of the two splits they a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -48,7 +48,19 @@ ClosedForm = RidgeProbes | LDAProbes
 Classifiers = SoftmaxProbes | L1Probes | MLPProbes | ClosedForm
 Probes = Classifiers | RegressionProbes
 
-CLOSED_FORM: frozenset[SolverName] = frozenset({"ridge", "lda", "mean-difference"})
+_CLOSED_FORM: dict[str, Callable[[ProbeSettings], ClosedForm]] = {
+    "ridge": lambda settings: RidgeProbes(settings.l2),
+    "lda": lambda settings: LDAProbes(settings.shrinkage),
+    "mean-difference": lambda settings: MeanDifferenceProbes(),
+}
+_ITERATIVE: dict[str, Callable[[ProbeSettings, int], Classifiers]] = {
+    "softmax": lambda settings, seed: SoftmaxProbes(settings.l2, settings.max_iterations),
+    "l1": lambda settings, seed: L1Probes(settings.l1),
+    "mlp": lambda settings, seed: MLPProbes(settings.hidden, seed=seed),
+}
+"""New batches of probes by the name of their solver, from settings and a seed."""
+
+CLOSED_FORM = frozenset(_CLOSED_FORM)
 """Solvers that need sums over their examples, not the examples."""
 
 FACTS = {"nonzero": "nonzero_", "iterations": "n_iter_", "converged": "converged_"}
@@ -150,17 +162,11 @@ class FitJob:
         """A new batch of probes, not fitted."""
         if name in CLOSED_FORM:
             return self.closed_form(name)
-        if name == "mlp":
-            return MLPProbes(self.settings.hidden, seed=self.seed)
-        if name == "l1":
-            return L1Probes(self.settings.l1)
-        return SoftmaxProbes(self.settings.l2, self.settings.max_iterations)
+        return _ITERATIVE[name](self.settings, self.seed)
 
     def closed_form(self, name: SolverName) -> ClosedForm:
         """A new batch of closed-form probes, not fitted."""
-        if name == "mean-difference":
-            return MeanDifferenceProbes()
-        return RidgeProbes(self.settings.l2) if name == "ridge" else LDAProbes(self.settings.shrinkage)
+        return _CLOSED_FORM[name](self.settings)
 
 
 @dataclass(frozen=True)
