@@ -233,12 +233,14 @@ def _probed_config(parsed: argparse.Namespace, given: dict[str, Any]) -> Config:
     there = user_path(parsed.out)
     # A run without a corpus failed on its input, which the command may correct: it is begun anew.
     made_before = (there / "run.json").is_file() and RunFolder.open(there).finished("corpus")
-    begun = there / "config.yaml" if made_before and not parsed.overwrite else None
-    if begun is None:
+    continued = there / "config.yaml" if made_before and not parsed.overwrite else None
+    if continued is None:
         parsed.preset = parsed.preset or (None if parsed.config else ANY_MODEL)
-    config = chosen_config(parsed, given, begun) or (Config.from_yaml(begun) if begun else Config())
+    config = chosen_config(parsed, given, continued) or (
+        Config.from_yaml(continued) if continued else Config()
+    )
     config = config.override(shorthands(parsed, given, SHORTHANDS))
-    if begun is not None:
+    if continued is not None:
         return config
     made: dict[str, Any] = {}
     if config.corpus.path is None and config.corpus.reader == "auto" and config.probe.labels is not None:
@@ -517,8 +519,8 @@ def _new_run_parser(command: Callable[[list[str]], None]) -> Parser:
 
 def _new_config(parsed: argparse.Namespace, given: dict[str, Any]) -> Config | None:
     """The settings of the run to make; None for those of the run to continue."""
-    begun = user_path(parsed.out) / "config.yaml"
-    return chosen_config(parsed, given, begun if parsed.existing == "resume" and begun.is_file() else None)
+    there = user_path(parsed.out) / "config.yaml"
+    return chosen_config(parsed, given, there if parsed.existing == "resume" and there.is_file() else None)
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {

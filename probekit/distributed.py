@@ -1,4 +1,4 @@
-"""Where and in which arithmetic to compute, in one process or in several begun by torchrun or accelerate.
+"""Where and in which arithmetic to compute, in one process or in several of torchrun or accelerate.
 
 Of several processes, each has its own device and its own share of the work; the first one writes. Signals to
 stop are raised as `Stopped`, or held back by `Holding` until the work can stop without loss.

@@ -28,7 +28,7 @@ class Task:
         self._per_second = f" {unit} a second" if unit else "/s"
         self._before = self._done = done
         self._note = ""
-        self._begun = self._printed = time.monotonic()
+        self._start = self._printed = time.monotonic()
         self._bars = Bars(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -58,7 +58,7 @@ class Task:
             self.advance()
 
     def _rate(self) -> str:
-        seconds = time.monotonic() - self._begun
+        seconds = time.monotonic() - self._start
         if seconds <= 0.1:
             return ""
         return f"({(self._done - self._before) / seconds:,.0f}{self._per_second})"
@@ -67,7 +67,7 @@ class Task:
         if self._total is None:
             return f"{self._done:,} {self._rate()} {self._note}"
         steps = max(self._done - self._before, 1)
-        left = (time.monotonic() - self._begun) * (self._total - self._done) / steps
+        left = (time.monotonic() - self._start) * (self._total - self._done) / steps
         return f"{self._done:,} of {self._total:,} {self._rate()}, {left:.0f} s left {self._note}"
 
     @contextmanager
@@ -78,7 +78,7 @@ class Task:
                 yield self
             end = "done"
         finally:
-            seconds = time.monotonic() - self._begun
+            seconds = time.monotonic() - self._start
             counted = f", {self._done:,} {self._rate()}" if self._done else ""
             line = f"{self._name}: {end} in {seconds:.1f} s{counted} {self._note}".rstrip()
             self._console.print(line, highlight=False)
@@ -133,11 +133,11 @@ class Meter:
     @contextmanager
     def reading(self, task: Task) -> Iterator[Callable[[int], None]]:
         """Times the block, which calls what it is given for the tokens that were read."""
-        begun, before = time.monotonic(), self.seconds
+        start, before = time.monotonic(), self.seconds
 
         def done(tokens: int) -> None:
             self.tokens += tokens
-            self.seconds = before + time.monotonic() - begun
+            self.seconds = before + time.monotonic() - start
             task.advance(tokens)
             if self._total is not None and self.seconds > FIRST_SECONDS:
                 rate = self.tokens / self.seconds
@@ -148,7 +148,7 @@ class Meter:
                 self._total = None
 
         yield done
-        self.seconds = before + time.monotonic() - begun
+        self.seconds = before + time.monotonic() - start
 
 
 def duration(seconds: float) -> str:

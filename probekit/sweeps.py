@@ -394,37 +394,37 @@ def sweep(
     """
     compute_device(config.device)  # refuses a device that is not there before anything is written
     config = config.with_absolute_paths()
-    begun = _begin(user_path(out).absolute(), config, members, seeds, generation=generation)
+    current = _begin(user_path(out).absolute(), config, members, seeds, generation=generation)
     progress, failed = Progress(quiet=quiet), dict[Place, ProbekitError]()
-    with locked(begun.folder):
-        for number, place in enumerate(begun.places, start=1):
-            measured = not generation or (begun.folder / str(place) / "generation.json").is_file()
-            if place in begun.runs and measured:
+    with locked(current.folder):
+        for number, place in enumerate(current.places, start=1):
+            measured = not generation or (current.folder / str(place) / "generation.json").is_file()
+            if place in current.runs and measured:
                 continue
-            progress.say(f"run {number} of {len(begun.places)}: {place}")
+            progress.say(f"run {number} of {len(current.places)}: {place}")
             try:
-                _run(begun, place, progress, generation=generation, quiet=quiet)
+                _run(current, place, progress, generation=generation, quiet=quiet)
             except ProbekitError as error:
                 progress.say(f"{place} failed: {error}")
                 failed[place] = error
-        done = Sweep.open(begun.folder)
+        done = Sweep.open(current.folder)
         if done.runs:
             write_table(done.folder / "results.parquet", done.table())
     for place, reason in failed.items():
-        count = f"{len(failed)} of {len(begun.places)} runs in {done.folder} failed"
+        count = f"{len(failed)} of {len(current.places)} runs in {done.folder} failed"
         raise ProbekitError(f"{place}: {reason} ({count}, the others are finished)")
     return done
 
 
-def _run(begun: Sweep, place: Place, progress: Progress, *, generation: bool, quiet: bool) -> None:
+def _run(current: Sweep, place: Place, progress: Progress, *, generation: bool, quiet: bool) -> None:
     """Trains and evaluates one run, except for what is finished or can be taken from another run."""
-    folder, config = begun.folder / str(place), begun.config_of(place)
-    if place in begun.runs:
-        run = begun.runs[place]
+    folder, config = current.folder / str(place), current.config_of(place)
+    if place in current.runs:
+        run = current.runs[place]
     else:
-        with Run.begun(folder, config, "resume") as run:
+        with Run.begin_locked(folder, config, "resume") as run:
             unfinished = [stage for stage in stages_of(config) if not run.finished(stage)]
-            shared = _take_over(run, unfinished, begun.folder)
+            shared = _take_over(run, unfinished, current.folder)
         if shared:
             progress.say(f"shared with other runs: {', '.join(shared)}")
         if len(shared) < len(unfinished):

@@ -162,19 +162,19 @@ def dotted(given: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def chosen_config(
-    parsed: argparse.Namespace, given: dict[str, Any], begun: Path | None = None
+    parsed: argparse.Namespace, given: dict[str, Any], continued: Path | None = None
 ) -> Config | None:
     """The config that preset, file and single settings make; None if none of them is given.
 
     Args:
         parsed: The command's own options, with those of `add_sources`.
         given: Single settings, nested.
-        begun: The settings file of a run to continue, used where neither preset nor file is given.
+        continued: The settings file of a run to continue, used where neither preset nor file is given.
     """
     if not (given or parsed.preset or parsed.config):
         return None
     values = preset_values(parsed.preset) if parsed.preset else {}
-    file = parsed.config or (None if parsed.preset else begun)
+    file = parsed.config or (None if parsed.preset else continued)
     if file:
         values = merge(values, yaml_values(file))
     return Config.from_dict(merge(values, given))

@@ -75,7 +75,7 @@ def cut_windows(
     return Windows(document, np.repeat(begin, windows) + start, length, scored)
 
 
-def begun_sentences(corpus: Corpus, windows: Windows) -> np.ndarray:
+def beginnings(corpus: Corpus, windows: Windows) -> np.ndarray:
     """How many sentences have their first token scored in each window `[windows]`."""
     last = windows.start + windows.length
     return np.searchsorted(corpus.first_token, last, side="right") - np.searchsorted(
@@ -96,7 +96,7 @@ class Batch:
         touched: The sentences that windows touch, as rows of `context` flattened over its first two
             dimensions `[touched]`.
         actions: True actions of the touched sentences `[touched]`.
-        begun: Whether a touched sentence's first token is scored in the batch `[touched]`; each is scored in
+        begins: Whether a touched sentence's first token is scored in the batch `[touched]`; each is scored in
             exactly one window.
         sentence: For every position, the row of `touched` whose sentence holds the next token
             `[windows, positions]`: position t carries the action of token t + 1, a document's last one that
@@ -109,7 +109,7 @@ class Batch:
     context: Tensor
     touched: Tensor
     actions: Tensor
-    begun: Tensor
+    begins: Tensor
     sentence: Tensor
 
     @property
@@ -162,7 +162,7 @@ def collate(corpus: Corpus, windows: Windows) -> Batch:
         context=torch.from_numpy(context),
         touched=torch.from_numpy(row * context.shape[1] + within),
         actions=torch.from_numpy(corpus.actions[touched].astype(np.int64)),
-        begun=torch.from_numpy(np.isin(corpus.first_token[touched], index[scored] + 1)),
+        begins=torch.from_numpy(np.isin(corpus.first_token[touched], index[scored] + 1)),
         sentence=torch.from_numpy(sentence.reshape(index.shape)),
     )
 

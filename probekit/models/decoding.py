@@ -89,7 +89,7 @@ class GrowingWindows:
             context=torch.zeros(0, device=self.tokens.device),
             touched=sentences,
             actions=sentences,
-            begun=sentences.bool(),
+            begins=sentences.bool(),
             sentence=self.sentence,
         )
 

@@ -136,7 +136,7 @@ def _git_commit() -> str | None:
 FORMAT = 2
 """Version of the folder's layout; other versions are refused."""
 
-BEGUN = ("provenance.json", "config.yaml", "run.json")
+FIRST_FILES = ("provenance.json", "config.yaml", "run.json")
 """Files of every run from its beginning; a folder without them is never overwritten."""
 
 SWEEP = "sweep.json"
@@ -190,7 +190,7 @@ class RunFolder:
 
     @classmethod
     @contextmanager
-    def begun(
+    def begin_locked(
         cls, folder: str | Path, config: Config | None, existing: Existing = "refuse"
     ) -> Iterator[Self]:
         """Begins or resumes a run as `begin` does, and keeps its folder locked until the block is left."""
@@ -219,10 +219,10 @@ class RunFolder:
         folder = user_path(folder).absolute()
         config = config and config.with_absolute_paths()
         names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-        is_run = names.issuperset(BEGUN)
+        is_run = names.issuperset(FIRST_FILES)
         if is_run and existing == "resume":
             return cls._resume(folder, config)
-        if is_run and len(names) > len(BEGUN) and existing == "refuse":
+        if is_run and len(names) > len(FIRST_FILES) and existing == "refuse":
             raise ProbekitError(
                 f"{folder} holds a run already; go on with it by --resume, replace it by --overwrite, or "
                 "choose another --out"
@@ -236,7 +236,7 @@ class RunFolder:
         try:
             with nullcontext(folder) if folder.exists() else atomic_folder(folder) as files:
                 write_json(files / "run.json", {"format": FORMAT, "stages": {}})
-                for path in (folder / name for name in names.difference(BEGUN)):
+                for path in (folder / name for name in names.difference(FIRST_FILES)):
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
                 write_json(files / "provenance.json", origin)
                 write_text(files / "config.yaml", config.to_yaml())
@@ -308,7 +308,7 @@ class RunFolder:
         clear_temporaries(self.checkpoints_of(stage))
         files = self.folder / _files_of(stage)
         clear_temporaries(files.parent, files.name)
-        for name in (*BEGUN, metrics.name):
+        for name in (*FIRST_FILES, metrics.name):
             clear_temporaries(self.folder, name)
 
     def mark_finished(self, stage: str, facts: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from probekit import distributed
 from probekit.config import VariantName
 from probekit.data.encoders import load_encoder
-from probekit.data.windows import Batch, Windows, begun_sentences, collate
+from probekit.data.windows import Batch, Windows, beginnings, collate
 from probekit.models.conditioning import new_adapter
 from probekit.models.frozen_lm import FrozenLM
 from probekit.models.mixing import VARIANTS, training_mixing
@@ -92,7 +92,7 @@ class AdapterTraining:
             self._out_of_fold = OutOfFold(fold_planners, fold)
         self._planner_loss = PlannerLoss(config.training.planner, codebook.to(trainer.device))
         self._train, self._validation = trainer.windows("train"), trainer.windows("validation")
-        self._begun = begun_sentences(corpus, self._train)
+        self._beginnings = beginnings(corpus, self._train)
 
     def run(self, keep: Callable[[PlannedLM, int], None] | None = None) -> PlannedLM:
         """Trains the model and leaves it frozen but for the adapter, in evaluation mode."""
@@ -144,7 +144,7 @@ class AdapterTraining:
             scores = self._scores(batch) if self._mixing.needs_scores else None
             logits = self.model(batch, self._mixing, self._mixed(scores))
         total = token_losses(logits, batch.targets).sum() / int(self._train.scored[step].sum())
-        return total + self._own_loss(batch, scores) / max(1, int(self._begun[step].sum()))
+        return total + self._own_loss(batch, scores) / max(1, int(self._beginnings[step].sum()))
 
     def validation_losses(self, windows: Windows) -> Tensor:
         """Next-token losses of windows `[windows, positions]`, actions chosen as in evaluation."""
@@ -175,10 +175,10 @@ class AdapterTraining:
     def _own_loss(self, batch: Batch, scores: Tensor | None) -> Tensor | float:
         """The planner's weighted own loss over sentences that begin in a batch; none while it is frozen."""
         weight = self._trainer.config.training.joint.planner_loss_weight
-        if scores is None or not scores.requires_grad or not weight or not batch.begun.any():
+        if scores is None or not scores.requires_grad or not weight or not batch.begins.any():
             return 0.0
-        embeddings = batch.context.flatten(0, 1)[batch.touched[batch.begun]]
-        return weight * self._planner_loss(scores[batch.begun], batch.actions[batch.begun], embeddings)
+        embeddings = batch.context.flatten(0, 1)[batch.touched[batch.begins]]
+        return weight * self._planner_loss(scores[batch.begins], batch.actions[batch.begins], embeddings)
 
 
 def _encoder(trainer: Trainer) -> TrainableEncoder:

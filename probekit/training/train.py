@@ -117,7 +117,7 @@ def train(
         ProbekitError: The input is bad; what was written before stays whole.
     """
     progress = Progress(quiet=quiet)
-    with _begun(config, out, existing) as run:
+    with _open_run(config, out, existing) as run:
         if run.config.actions.labels == "none":
             raise ProbekitError(
                 "actions.labels is 'none', but planner and adapters are trained on actions; set "
@@ -165,7 +165,7 @@ def build_corpus(
 ) -> Run:
     """Begins a run and builds its corpus, the first stage of training; the arguments are `train`'s."""
     progress = Progress(quiet=quiet)
-    with _begun(config, out, existing) as run:
+    with _open_run(config, out, existing) as run:
         _stage(run, "corpus", partial(_corpus, run, progress))
     return run
 
@@ -191,19 +191,19 @@ def prepare(
     if config.lm.name is None:
         raise ProbekitError("lm.name is not set; give the hub name or folder of the LM to probe (--model)")
     progress = Progress(quiet=quiet)
-    with _begun(config, out, existing) as run:
+    with _open_run(config, out, existing) as run:
         _stage(run, "lm", partial(_language_model, run, progress))
         _stage(run, "corpus", partial(_corpus, run, progress))
     return run
 
 
 @contextlib.contextmanager
-def _begun(config: Config | None, out: str | Path, existing: Existing) -> Iterator[Run]:
+def _open_run(config: Config | None, out: str | Path, existing: Existing) -> Iterator[Run]:
     """The run, begun or resumed by the first process and then opened by the others."""
     if config is not None and config.lm.name is None:
         check_new_model(config)
     if distributed.is_first():
-        with Run.begun(out, config, existing) as run:
+        with Run.begin_locked(out, config, existing) as run:
             distributed.wait()
             yield run
     else:
@@ -219,10 +219,10 @@ def _stage(run: Run, name: str, work: Callable[[], dict[str, Any] | None]) -> No
         if first:
             run.begin_stage(name, _state(run, name).state().step)
         distributed.wait()
-        begun = time.monotonic()
+        start = time.monotonic()
         facts = (work() or {}) | _precision(run, name)
         if first:
-            run.mark_finished(name, {"seconds": round(time.monotonic() - begun, 1)} | facts)
+            run.mark_finished(name, {"seconds": round(time.monotonic() - start, 1)} | facts)
     if first:
         _state(run, name).path.unlink(missing_ok=True)
     distributed.wait()
@@ -252,18 +252,18 @@ class Saving(Generic[T]):
         run: The run.
         stage: The stage's name.
         save: Writes the model, and what was tuned of its LM, to a run.
-        begun: When the stage began.
+        start: When the stage began.
     """
 
     run: Run
     stage: str
     save: Callable[[Run, T], None]
-    begun: float = field(default_factory=time.monotonic)
+    start: float = field(default_factory=time.monotonic)
 
     def checkpoint(self, model: T, step: int) -> None:
         """Writes the model as it is after a step, as a run of its own."""
         if distributed.is_first():
-            facts = {"seconds": round(time.monotonic() - self.begun, 1)} | _precision(self.run, self.stage)
+            facts = {"seconds": round(time.monotonic() - self.start, 1)} | _precision(self.run, self.stage)
             with self.run.checkpoint(self.stage, step, facts) as checkpoint:
                 self.save(checkpoint, model)
 

@@ -225,14 +225,14 @@ class _Loop:
 
     def run(self) -> float:
         """Trains to the end."""
-        stage, begun = self._stage, self._state.step
+        stage, done = self._stage, self._state.step
         log_every = max(1, self._steps // LOGGED_STEPS)
-        batches = _shuffled(stage.examples, stage.settings.batch_size, self._seed, begun)
-        progress = self._trainer.progress.task(f"train {stage.name}", total=self._steps, done=begun)
+        batches = _shuffled(stage.examples, stage.settings.batch_size, self._seed, done)
+        progress = self._trainer.progress.task(f"train {stage.name}", total=self._steps, done=done)
         with progress as task, Holding.held() as holding:
-            if not begun:
+            if not done:
                 self._checkpoint(0)
-            for step in range(begun + 1, self._steps + 1):
+            for step in range(done + 1, self._steps + 1):
                 rows = next(batches)
                 loss = self._step(step, rows)
                 self._state.step = step

@@ -18,8 +18,8 @@ def typed(*words: str) -> tuple[argparse.Namespace, dict[str, Any]]:
     return parse(parser, words, ALL)
 
 
-def chosen(*words: str, begun: Path | None = None) -> Config | None:
-    return chosen_config(*typed(*words), begun)
+def chosen(*words: str, continued: Path | None = None) -> Config | None:
+    return chosen_config(*typed(*words), continued)
 
 
 def refusal(*words: str) -> str:
@@ -87,10 +87,10 @@ def test_single_settings_alone_change_the_run_that_is_resumed(tmp_path: Path):
     begun = tmp_path / "config.yaml"
     config = Config.from_preset("demo").override({"seed": 9})
     begun.write_text(config.to_yaml(), "utf-8")
-    assert chosen("--device", "cpu", begun=begun) == config.override({"device": "cpu"})
-    assert chosen(begun=begun) is None
-    assert chosen("--preset", "demo", "--seed", "9", begun=begun) == config
-    assert chosen("--config", str(begun), "--seed", "8", begun=begun) == config.override({"seed": 8})
+    assert chosen("--device", "cpu", continued=begun) == config.override({"device": "cpu"})
+    assert chosen(continued=begun) is None
+    assert chosen("--preset", "demo", "--seed", "9", continued=begun) == config
+    assert chosen("--config", str(begun), "--seed", "8", continued=begun) == config.override({"seed": 8})
 
 
 # Refusals

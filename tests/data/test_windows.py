@@ -15,7 +15,7 @@ from probekit.data.corpus import Corpus
 from probekit.data.windows import (
     IGNORE,
     Windows,
-    begun_sentences,
+    beginnings,
     collate,
     cut_windows,
     document_batch,
@@ -162,7 +162,7 @@ def test_windows_by_hand():
     assert windows.start.tolist() == [0, 2, 4, 8]
     assert windows.length.tolist() == [4, 4, 3, 2]
     assert windows.scored.tolist() == [4, 2, 1, 2]
-    assert begun_sentences(corpus, windows).tolist() == [1, 1, 0, 1]
+    assert beginnings(corpus, windows).tolist() == [1, 1, 0, 1]
 
 
 @settings(max_examples=200, deadline=None)
@@ -203,7 +203,7 @@ def test_a_batch_is_what_a_slow_reading_gives(cut, data):
 
     order = sorted(touched)
     assert batch.actions.tolist() == corpus.actions[order].tolist()
-    assert batch.begun.tolist() == [sentence in begun for sentence in order]
+    assert batch.begins.tolist() == [sentence in begun for sentence in order]
     documents = sorted({int(corpus.document_of(np.array([sentence]))[0]) for sentence in order})
     expected = torch.zeros_like(batch.context)
     for row, document in enumerate(documents):
@@ -218,11 +218,11 @@ def test_a_batch_is_what_a_slow_reading_gives(cut, data):
 def test_every_sentence_is_begun_in_one_window(cut, batch_size):
     corpus, chosen, windows, *_ = cut
     sentences = len(corpus.sentences(chosen))
-    assert begun_sentences(corpus, windows).sum() == sentences
-    each = [int(collate(corpus, windows[np.array([n])]).begun.sum()) for n in range(len(windows))]
-    assert each == begun_sentences(corpus, windows).tolist()
+    assert beginnings(corpus, windows).sum() == sentences
+    each = [int(collate(corpus, windows[np.array([n])]).begins.sum()) for n in range(len(windows))]
+    assert each == beginnings(corpus, windows).tolist()
     batches = [slice(n, n + batch_size) for n in range(0, len(windows), batch_size)]
-    assert sum(int(collate(corpus, windows[rows]).begun.sum()) for rows in batches) == sentences
+    assert sum(int(collate(corpus, windows[rows]).begins.sum()) for rows in batches) == sentences
 
 
 @settings(max_examples=100, deadline=None)

@@ -22,7 +22,7 @@ from probekit.io import read_json, read_tensors, write_json
 from probekit.models.backends import Backend, BridgeBackend, HFBackend
 from probekit.models.language_model import random_weights
 from probekit.models.mixing import Fixed
-from probekit.run.folder import BEGUN, FORMAT, Existing
+from probekit.run.folder import FIRST_FILES, FORMAT, Existing
 from probekit.run.run import Run
 from probekit.training.train import prepare, train
 
@@ -75,7 +75,7 @@ def test_a_run_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert run.folder == tmp_path / "run"
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
     assert load_run("~/run").config == load_run(Path("~/run")).config == TINY
-    with Run.begun("~/run", None, "resume") as again:
+    with Run.begin_locked("~/run", None, "resume") as again:
         assert again.folder == run.folder
 
 
@@ -175,7 +175,7 @@ def test_a_stage_clears_what_killed_ones_left_of_its_own(begun: Run):
         (begun.folder / path).write_text("half")
     (begun.folder / "adapters" / ".tmp-0123456789ab-soft").mkdir()
     begun.begin_stage("adapter/soft")
-    assert contents(begun.folder).keys() == {*BEGUN, *others}
+    assert contents(begun.folder).keys() == {*FIRST_FILES, *others}
     assert not (begun.folder / "adapters" / ".tmp-0123456789ab-soft").exists()
 
 

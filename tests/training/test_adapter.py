@@ -10,7 +10,7 @@ from small_trainings import base_lm, first_loss, flat, mean_action_loss, one_ste
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from probekit.data.windows import IGNORE, begun_sentences, collate, cut_windows
+from probekit.data.windows import IGNORE, beginnings, collate, cut_windows
 from probekit.models.mixing import VARIANTS, Oracle, Predicted
 from probekit.run.run import Run
 from probekit.training.adapter import train_adapter
@@ -100,11 +100,11 @@ def test_every_sentence_begins_in_exactly_one_window(tiny_run: Run, window: int)
     corpus = tiny_run.corpus
     documents = corpus.documents("train")
     windows = cut_windows(corpus, documents, window, window)
-    begun = begun_sentences(corpus, windows)
+    begun = beginnings(corpus, windows)
     assert begun.sum() == len(corpus.sentences(documents))
     for start in range(0, len(windows), 50):
         rows = slice(start, start + 50)
-        assert int(collate(corpus, windows[rows]).begun.sum()) == begun[rows].sum()
+        assert int(collate(corpus, windows[rows]).begins.sum()) == begun[rows].sum()
 
 
 def joint_planner(run: Run, **settings: Any) -> Tensor:
