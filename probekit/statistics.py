@@ -35,6 +35,11 @@ class Interval(NamedTuple):
     high: float
     documents: int
 
+    def columns(self, name: str = "value") -> dict[str, Any]:
+        """The metric and its bounds by columns of a table."""
+        bounds = {f"{name}_low": self.low, f"{name}_high": self.high}
+        return {name: self.value, **bounds, "documents": self.documents}
+
 
 @dataclass(frozen=True)
 class Intervals:

@@ -29,7 +29,6 @@ from probekit.causal.runner import (
     FINAL_LOCATION,
     MetricSums,
     final_layer_probe,
-    interval_columns,
     open_run,
     write_results,
 )
@@ -313,7 +312,7 @@ def metric_rows(
         )
         intervals = bootstrap_ratios(values, counts, **resampling)
         for number, metric in enumerate(own):
-            rows.append({**head, "metric": metric, **interval_columns(intervals[number])})
+            rows.append({**head, "metric": metric, **intervals[number].columns()})
     return rows
 
 

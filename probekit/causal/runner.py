@@ -25,7 +25,6 @@ from probekit.probing.labels import labels_digest, target_of
 from probekit.probing.results import Cell, LinearProbe, SavedProbes, read_probe_record
 from probekit.probing.targets import Target
 from probekit.run.run import Run
-from probekit.statistics import Interval
 
 FINAL_LOCATION = "hook_resid_post"
 """The location that the final-layer probe reads."""
@@ -129,16 +128,6 @@ class VariantLM:
 
     def _autocast(self) -> AbstractContextManager[None]:
         return autocast(self.device, self.run.config.training.precision)
-
-
-def interval_columns(interval: Interval) -> dict[str, float]:
-    """A metric's value and interval under the names of the results' columns."""
-    return {
-        "value": interval.value,
-        "value_low": interval.low,
-        "value_high": interval.high,
-        "documents": interval.documents,
-    }
 
 
 def write_results(folder: Path, tables: Mapping[str, pd.DataFrame], run: Run, notes: list[str]) -> None:

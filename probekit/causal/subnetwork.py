@@ -27,7 +27,7 @@ from probekit.causal.masks import (
     probe_metrics,
     refit_probes,
 )
-from probekit.causal.runner import MetricSums, interval_columns, open_run, write_results
+from probekit.causal.runner import MetricSums, open_run, write_results
 from probekit.data.windows import Windows, chunks, cut_windows
 from probekit.errors import ProbekitError
 from probekit.evaluation.action_metrics import prior_log_probabilities
@@ -247,7 +247,7 @@ def results_table(sums: MetricSums, masks: np.ndarray, resampling: Resampling) -
             (name, None, called, mean_over_draws(line, counts)) for name, called, line in over_draws
         ]
         rows += [
-            {"condition": name, "draw": draw, "metric": called, **interval_columns(interval)}
+            {"condition": name, "draw": draw, "metric": called, **interval.columns()}
             for name, draw, called, interval in intervals
         ]
     table = pd.DataFrame(rows).astype({"draw": "Int64"})

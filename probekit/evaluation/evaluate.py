@@ -33,7 +33,6 @@ from probekit.evaluation.perplexity import (
     TokenLosses,
     differences_table,
     evaluation_record,
-    interval_columns,
     losses_table,
     own_losses,
     perplexity_table,
@@ -165,13 +164,13 @@ def _accuracies(
     chance = float(np.mean([1 / len(question.choices) for question in questions]))
     accuracies = pd.DataFrame(
         {"variant": reader, "questions": len(questions), "chance": chance}
-        | interval_columns("accuracy", found[number])
+        | found[number].columns("accuracy")
         for number, reader in enumerate(answered)
     )
     whole = {reader: own for reader, own in zip(answered, sums.T, strict=True) if parts[reader][1] is None}
     differences = pd.DataFrame(
         {"first": first, "second": second}
-        | interval_columns("difference", paired_difference(whole[first], whole[second], counts, **options))
+        | paired_difference(whole[first], whole[second], counts, **options).columns("difference")
         for first, second in itertools.combinations(whole, 2)
     )
     return accuracies, differences
@@ -269,6 +268,6 @@ def _planner_table(run: Run) -> pd.DataFrame:
             )
             rows.append(
                 {"reader": reader, "metric": metric, "sentences": len(actions)}
-                | interval_columns("value", found)
+                | found.columns()
             )
     return pd.DataFrame(rows)

@@ -23,7 +23,7 @@ from probekit.models.mixing import VARIANTS, Mixing, evaluation_mixing
 from probekit.models.planner_lm import PlannedLM, token_losses
 from probekit.progress import Task
 from probekit.run.run import Run
-from probekit.statistics import Interval, Resampling, bootstrap_ratio, paired_difference, sum_groups
+from probekit.statistics import Resampling, bootstrap_ratio, paired_difference, sum_groups
 
 TokenLosses = Callable[[Batch, Mixing], Tensor]
 """Next-token losses of some readers in nats `[readers, windows, positions]`, zero where nothing is scored."""
@@ -204,7 +204,7 @@ def perplexity_table(config: Config, losses: Losses, tokens: np.ndarray) -> pd.D
     options = _resampling(config)
     return pd.DataFrame(
         {"variant": variant, "actions": actions, "tokens": int(tokens.sum())}
-        | interval_columns("perplexity", bootstrap_ratio(sums, tokens, **options))
+        | bootstrap_ratio(sums, tokens, **options).columns("perplexity")
         for (variant, actions), sums in losses.items()
     )
 
@@ -218,20 +218,10 @@ def differences_table(config: Config, losses: Losses, tokens: np.ndarray) -> pd.
     }
     return pd.DataFrame(
         {"first": labels[first], "second": labels[second]}
-        | interval_columns("difference", paired_difference(losses[first], losses[second], tokens, **options))
+        | paired_difference(losses[first], losses[second], tokens, **options).columns("difference")
         for first, second in itertools.combinations(losses, 2)
     )
 
 
 def _resampling(config: Config) -> Resampling:
     return {"resamples": config.evaluation.resamples, "seed": config.seed, "transform": np.exp}
-
-
-def interval_columns(name: str, interval: Interval) -> dict[str, Any]:
-    """A metric and its interval as columns of a table."""
-    return {
-        name: interval.value,
-        f"{name}_low": interval.low,
-        f"{name}_high": interval.high,
-        "documents": interval.documents,
-    }

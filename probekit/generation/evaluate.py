@@ -245,13 +245,10 @@ def _mauve(
         each = [one.mauve for one in clustered]
         rows.append(
             dict(zip(KEYS, (variant, actions, "samples", length, "mauve"), strict=True))
+            | interval.columns()
             | {
-                "value": interval.value,
-                "value_low": interval.low,
-                "value_high": interval.high,
                 "seed_spread": float(np.std(each, ddof=1)) if len(each) > 1 else np.nan,
                 "seeds": len(each),
-                "documents": interval.documents,
                 "empty": sum(not len(ids) for texts in of_seeds for ids in texts[:size]),
             }
         )
