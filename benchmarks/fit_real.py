@@ -98,7 +98,9 @@ def measure(labels: str, data: Data, options: Options, measured: int) -> list[Ro
         else:
             row |= {"measured_probes": measured} | outcome.columns(probes / measured)
             row |= {"l2": found.penalty.tolist()}
-            row |= {"same_penalty": _share(torch.isclose(found.penalty.double(), reference.penalty_[-measured:]))}
+            row |= {
+                "same_penalty": _share(torch.isclose(found.penalty.double(), reference.penalty_[-measured:]))
+            }
             its, same = cross_entropies(found, part), losses[-measured:]
         row |= {"cross_entropy": float(its.mean()), "difference": float((its / same - 1).abs().max())}
         rows.append(row)

@@ -19,7 +19,6 @@ from probekit.config.config import (
 from probekit.config.positions import NAMED, Position, as_position, before_last, nearest, reading_order
 from probekit.config.sections import (
     ActionSettings,
-    TuningSettings,
     ConditioningSettings,
     CorpusSettings,
     DepthSettings,
@@ -37,13 +36,13 @@ from probekit.config.sections import (
     StageSettings,
     SubnetworkSettings,
     TrainingSettings,
+    TuningSettings,
 )
 from probekit.config.types import BosRule, MemberName, ModelName, ProbedName, SolverName, VariantName
 
 __all__ = [
     "NAMED",
     "ActionSettings",
-    "TuningSettings",
     "BosRule",
     "ConditioningSettings",
     "Config",
@@ -68,6 +67,7 @@ __all__ = [
     "StageSettings",
     "SubnetworkSettings",
     "TrainingSettings",
+    "TuningSettings",
     "VariantName",
     "as_position",
     "before_last",

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 Position = int | str
 """A whole number d reads the token d before the first one of the range: 1 the one right before it, 0 itself,
--1 the one after it. `first` and `last` read those tokens of the range, `last-1` the one before the last and so
-on, `mean` the mean over all of them."""
+-1 the one after it. `first` and `last` read those tokens of the range, `last-1` the one before the last and
+so on, `mean` the mean over all of them."""
 
 FARTHEST = 2**31
 """Positions are nearer than this."""
@@ -17,7 +17,7 @@ NAMED = ("first", "last", "mean")
 
 
 def before_last(position: Position) -> int | None:
-    """How many tokens before the last one of the range a position is; None if it is not counted from there."""
+    """How many tokens before the last one of the range a position is; None if it is not counted so."""
     found = re.fullmatch(r"last(?:-([1-9]\d{0,8}))?", str(position))
     return None if found is None else int(found[1] or 0)
 
@@ -37,8 +37,8 @@ def as_position(value: object) -> Position:
         raise ValueError
     except ValueError:
         raise ValueError(
-            f"{value!r} is no position; give {', '.join(NAMED)}, last-1 and so on, or a number of tokens before "
-            "the first"
+            f"{value!r} is no position; give {', '.join(NAMED)}, last-1 and so on, or a number of tokens "
+            "before the first"
         ) from None
 
 

@@ -439,8 +439,8 @@ class ProbeSettings(Settings):
     positions: Several[ReadAt] | None = None
     """Where activations are read. A number of tokens before the example's first one: 1 is the token right
     before it, 0 the first one itself, -1 the one after it; first, last, last-1: these tokens of the example;
-    mean: the mean over all its tokens. All positions share the examples that each reaches. Unset: 1 2 3 4 6 8, or
-    last for labels of texts and spans."""
+    mean: the mean over all its tokens. All positions share the examples that each reaches. Unset: 1 2 3 4 6
+    8, or last for labels of texts and spans."""
     horizons: Several[Positive] = (1,)
     """Sentences ahead: 1 is the example's own sentence, 2 the one after it."""
     solvers: Several[SolverName] = ("softmax",)

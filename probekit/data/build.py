@@ -249,7 +249,7 @@ def _embedded(
 def _cluster(
     folder: Path, config: Config, candidates: np.ndarray, sample: np.ndarray, texts: Sequence[str]
 ) -> dict[str, Any]:
-    """Clusters embeddings, writes codebook and actions; returns facts about them; `texts` are the sample's."""
+    """Clusters embeddings, writes codebook and actions; returns facts; `texts` are the sample's."""
     embeddings = read_array(folder / "embeddings.npy")
     fitted_on = np.empty((len(sample), embeddings.shape[1]), embeddings.dtype)
     for part in np.array_split(np.arange(len(sample)), len(sample) // _ROWS_AT_ONCE + 1):

@@ -163,8 +163,7 @@ def _accuracies(
     found = bootstrap_ratios(sums, counts, **options)
     chance = float(np.mean([1 / len(question.choices) for question in questions]))
     accuracies = pd.DataFrame(
-        {"variant": reader, "questions": len(questions), "chance": chance}
-        | found[number].columns("accuracy")
+        {"variant": reader, "questions": len(questions), "chance": chance} | found[number].columns("accuracy")
         for number, reader in enumerate(answered)
     )
     whole = {reader: own for reader, own in zip(answered, sums.T, strict=True) if parts[reader][1] is None}
@@ -266,8 +265,5 @@ def _planner_table(run: Run) -> pd.DataFrame:
             found = bootstrap_ratio(
                 sums, counts, resamples=run.config.evaluation.resamples, seed=run.config.seed
             )
-            rows.append(
-                {"reader": reader, "metric": metric, "sentences": len(actions)}
-                | found.columns()
-            )
+            rows.append({"reader": reader, "metric": metric, "sentences": len(actions)} | found.columns())
     return pd.DataFrame(rows)

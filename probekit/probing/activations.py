@@ -345,7 +345,7 @@ class Reader:
     def _pass(
         self, given: Conditioned, single: Pieces, summed: Pieces, into: list[Tensor], sums: list[Tensor]
     ) -> None:
-        """Runs the model once: single tokens go `into` flat indices, others are added to the sums of examples."""
+        """Runs the model once: single tokens go `into` flat indices, ranges are added to sums of examples."""
         device, slots = given.tokens.device, given.slots
         window, column, _, flat = (torch.from_numpy(part).to(device) for part in vars(single).values())
         ranges_of = [torch.from_numpy(part).to(device) for part in vars(summed).values()]

@@ -242,8 +242,8 @@ def fit_grid(
         control: Fit every probe to shuffled labels, too: in the table, `control_accuracy`, `control_r2` and
             `selectivity` are theirs, and not those of the control task of a run.
         code_length: Measure the code length of softmax probes.
-        kind: Whether labels are `classes` or `numbers`; None: numbers if some have fractions or more than 4,096
-            are different.
+        kind: Whether labels are `classes` or `numbers`; None: numbers if some have fractions or more than
+            4,096 are different.
         name: What the labels are called in the table and the card.
         device: Where to fit: cpu, cuda, or auto.
         resamples: Bootstrap resamples of the groups.

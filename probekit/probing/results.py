@@ -131,10 +131,10 @@ class DocumentSums:
 
     Attributes:
         readers: What is known of each reader `[readers]`; its row of the table begins with it.
-        sums: Sums by score, float64 `[rows, readers]`. A row is a group, for scores that are reported as means:
-            `correct`, `top5` and `cross_entropy` of classes, `squared_error` of numbers and their squares,
-            `total`. It is a group and class (`ScoredExamples.pairs`) for `class_correct`, correct predictions.
-            It is an example for those whose order or size is measured: `log_odds` of the second of two
+        sums: Sums by score, float64 `[rows, readers]`. A row is a group, for scores that are reported as
+            means: `correct`, `top5` and `cross_entropy` of classes, `squared_error` of numbers and their
+            squares, `total`. It is a group and a class (`ScoredExamples.pairs`) for correct predictions,
+            `class_correct`. It is an example where order or size is measured: `log_odds` of the second of two
             classes, float32, and `predicted` numbers.
     """
 
@@ -316,9 +316,7 @@ def _write_numbers(rows: _Rows, loss: NDArray[np.float64], weight: np.ndarray) -
     rows.table["control_r2"] = 1 - control.sum(0) / total.sum(0)
     known = np.flatnonzero(rows.table.control_r2.notna())
     each = (values[:, known] for values in (control, loss, total))
-    gap = paired_differences(
-        *each, second_counts=weight[:, known], examples=rows.counts, **rows.resampling
-    )
+    gap = paired_differences(*each, second_counts=weight[:, known], examples=rows.counts, **rows.resampling)
     rows.write("selectivity", known, gap)
 
 

@@ -226,7 +226,7 @@ def reached(corpus: Corpus, examples: Examples, position: Position) -> np.ndarra
 
 
 def are_numbers(values: np.ndarray) -> bool:
-    """Whether a column of numbers is to be read as such, not as classes: some have fractions, or too many differ."""
+    """Whether numbers are no classes: some have fractions, or more are different than there can be."""
     different = np.unique(values)
     return len(different) > MOST_CLASSES or bool((different % 1 != 0).any())
 

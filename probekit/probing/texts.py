@@ -96,8 +96,8 @@ def activations(
         texts: The texts.
         layers: The layers to read; None: all.
         location: TransformerLens hook without the layer, or several of one width.
-        position: `last`, `last-1` (the token before the last) and so on, `first`, or `mean` (over the tokens of
-            the text).
+        position: `last`, `last-1` (the token before the last) and so on, `first`, or `mean` (over the tokens
+            of the text).
         batch_size: Texts read at once.
         truncate: Read only the beginning of a text that is longer than the LM reads.
         quiet: Show no progress.
@@ -114,7 +114,8 @@ def activations(
         )
     if position not in ("first", "mean") and before_last(position) is None:
         raise ProbekitError(
-            f"position is {position!r}; it must be first, mean, last, last-1 (the token before the last) and so on"
+            f"position is {position!r}; it must be first, mean, last, last-1 (the token before the last), "
+            "and so on"
         )
     plain = model.original_model if bridged else model
     config = plain.config.get_text_config()

@@ -7,7 +7,8 @@ from probekit.errors import ProbekitError
 
 
 @pytest.mark.parametrize(
-    ("given", "position"), [(3, 3), ("3", 3), ("-2", -2), (0, 0), ("first", "first"), ("mean", "mean"), ("last-12", "last-12")]
+    ("given", "position"),
+    [(3, 3), ("3", 3), ("-2", -2), (0, 0), ("first", "first"), ("mean", "mean"), ("last-12", "last-12")],
 )
 def test_what_is_a_position(given: object, position: object):
     assert as_position(given) == position

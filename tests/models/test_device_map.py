@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from probekit.config import TuningSettings, ConditioningSettings, Config
+from probekit.config import ConditioningSettings, Config, TuningSettings
 from probekit.data.corpus import Corpus
 from probekit.data.windows import Batch, collate, cut_windows
 from probekit.errors import ProbekitError

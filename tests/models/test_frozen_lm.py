@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from probekit.config import TuningSettings, ConditioningSettings
+from probekit.config import ConditioningSettings, TuningSettings
 from probekit.data.corpus import Corpus
 from probekit.data.windows import Batch, collate, cut_windows
 from probekit.errors import ProbekitError

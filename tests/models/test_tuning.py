@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from probekit.config import TuningSettings, ConditioningSettings
+from probekit.config import ConditioningSettings, TuningSettings
 from probekit.data.corpus import Corpus
 from probekit.data.windows import Batch, collate, cut_windows
 from probekit.errors import ProbekitError

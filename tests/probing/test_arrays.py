@@ -269,9 +269,15 @@ def test_probes_are_applied_only_where_they_read(data, tmp_path: Path):
     other = probes.score(of_texts(X[:2], mid, post, position="last-1"), probes.cells[1])
     assert probes.score(of_texts(X[:1], mid, position="last-1"), layer=1).equals(other)
     for given, message in (
-        (of_texts(X[:1], mid, position="last-1"), "reads hook_resid_post, layer 1.*of hook_resid_mid, layer 1"),
+        (
+            of_texts(X[:1], mid, position="last-1"),
+            "reads hook_resid_post, layer 1.*of hook_resid_mid, layer 1",
+        ),
         (of_texts(X[:2], mid, post), "position is 'last', but the probes read 'last-1'"),
-        (of_texts(X[:2], mid, post, position="last-1", model="other"), "model is 'other', but the probes read"),
+        (
+            of_texts(X[:2], mid, post, position="last-1", model="other"),
+            "model is 'other', but the probes read",
+        ),
         (X, "activations has 3 layers, but the probes were fitted to 2"),
     ):
         with pytest.raises(ProbekitError, match=message):

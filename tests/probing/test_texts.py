@@ -104,7 +104,10 @@ def test_long_texts_are_cut_if_asked_for(model, tokenizer):
         ({"texts": ["a", ""]}, "text 1 is empty, as are 1 of 2 texts"),
         ({"layers": 3}, "layers has 3, but the LM's layers are 0 to 2"),
         ({"location": "hook_resid"}, "location is 'hook_resid'"),
-        ({"position": -2}, r"position is -2; it must be first, mean, last, last-1 \(the token before the last\)"),
+        (
+            {"position": -2},
+            r"position is -2; it must be first, mean, last, last-1 \(the token before the last\)",
+        ),
         ({"position": "last-2"}, "text 1 has 1 tokens, but position is last-2"),
         ({"model": 3}, "model is a int"),
         ({"texts": ["a", None]}, "text 1 is None; it must be a string"),

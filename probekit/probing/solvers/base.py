@@ -1,4 +1,4 @@
-"""What solvers share: a batch of probes, worked on in pieces that bound the memory, and the path of penalties."""
+"""What solvers share: batches of probes, pieces of them that bound the memory, the path of penalties."""
 
 from __future__ import annotations
 
@@ -75,7 +75,8 @@ def pieces(X: Tensor, elements: int) -> Iterator[tuple[slice, slice]]:
 
 def rows_of(parts: P, rows: Tensor) -> P:
     """A named tuple of some of the probes; what is None stays so."""
-    return type(parts)(*(None if part is None else part[rows] for part in parts))
+    chosen: list[Any] = [None if part is None else part[rows] for part in parts]
+    return type(parts)(*chosen)
 
 
 def joined(chunks: Sequence[P]) -> P:
@@ -152,7 +153,7 @@ class Basis(NamedTuple):
 
     mean: Tensor  # [probes, 1, width], as is scale
     scale: Tensor
-    vectors: Tensor | None = None  # [probes, width, rank], orthonormal columns; None: features are not rotated
+    vectors: Tensor | None = None  # [probes, width, rank], orthonormal columns; None: not rotated
 
     def on_raw(self, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Weights [probes, width, classes] and intercepts [probes, classes] for raw activations."""
@@ -268,9 +269,7 @@ class PathProbes(ABC, Generic[P]):
         order = sorted(range(len(self.penalties)), key=lambda column: -self.penalties[column])
         weights, active = self._start(problem), torch.arange(len(X), device=X.device)
         validation = weights.new_full((len(X), len(order)), torch.nan)
-        path = _Path(
-            weights.clone(), torch.zeros_like(active), torch.full_like(active, order[0]), validation
-        )
+        path = _Path(weights.clone(), torch.zeros_like(active), torch.full_like(active, order[0]), validation)
         least, waited = weights.new_full((len(X),), torch.inf), torch.zeros_like(active)
         promised = self._promised(problem, basis, X, y, [self.penalties[column] for column in order])
         for step, column in enumerate(order):
@@ -300,15 +299,13 @@ class PathProbes(ABC, Generic[P]):
         self.coef_, self.intercept_, self.n_iter_, self.converged_ = joined(chunks)
         self.penalty_, self.classes_ = penalty, classes
 
-    def _promised(
-        self, problem: P, basis: Basis, X: Tensor, y: Tensor, penalties: Sequence[float]
-    ) -> Tensor:
+    def _promised(self, problem: P, basis: Basis, X: Tensor, y: Tensor, penalties: Sequence[float]) -> Tensor:
         """The validation loss that penalties weaker than each of a path promise, [probes, penalties]."""
         return torch.full((len(X), len(penalties)), torch.inf, device=X.device)
 
     @abstractmethod
     def _chunks(self, X: Tensor, classes: int, validation: int) -> list[slice]:
-        """Slices of probes whose working memory stays within bounds, given the number of validation examples."""
+        """Slices of probes whose working memory stays within bounds; `validation` counts examples."""
 
     @abstractmethod
     def _features(self, X: Tensor, first: int) -> tuple[Tensor, Basis]:

@@ -12,8 +12,8 @@ section 7.2), preconditioned by the exact Hessian of the model that knows only t
 (diag(p) - p p') (x) Z'Z / n + l2 I. The usual probe, of little signal, is a few steps away from that model.
 One eigendecomposition of Z'Z inverts this Hessian for every penalty.
 
-A probe leaves the path of penalties (`PathProbes`) once a weaker penalty is worse and still weaker ones promise
-no better (`_promised`).
+A probe leaves the path of penalties (`PathProbes`) once a weaker penalty is worse and still weaker ones
+promise no better (`_promised`).
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class SoftmaxProbes(PathProbes["_Problem"]):
         return probe_slices(len(X), examples * (3 * width + 2 * classes) + 12 * width * classes, X)
 
     def _features(self, X: Tensor, first: int) -> tuple[Tensor, Basis]:
-        """The features are rotated into the eigenbasis of their products; a last one of 1 is the intercept's."""
+        """Features in the eigenbasis of their products; a last one of 1 is the intercept's."""
         Z, mean, scale = standardised(X.to(solver_dtype(X)), first)
         probes, examples, width = Z.shape
         span = None
@@ -125,7 +125,7 @@ class SoftmaxProbes(PathProbes["_Problem"]):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Runs each probe until its gradient norm is at most a share of that at zero weights."""
         problem = problem._replace(l2=penalty[:, None, None])
-        rounding = 8 * torch.finfo(weights.dtype).eps  # where no feature varies, the gradient is rounding alone
+        rounding = 8 * torch.finfo(weights.dtype).eps  # the gradient where no feature varies
         threshold = (self.tolerance * problem.size).clamp(min=rounding)
         # A step of zero from an infinite objective: the first call of _advance evaluates the start.
         zero, infinite = torch.zeros_like(weights), weights.new_full((len(weights), 1, 1), torch.inf)
