@@ -25,16 +25,8 @@ from probekit.training.planner import OutOfFold, PlannerLoss, fold_of_documents
 from probekit.training.trainer import Group, Stage, Trainer
 
 
-def train_adapter(
-    trainer: Trainer,
-    variant: VariantName,
-    lm: FrozenLM,
-    planner: Planner,
-    tuning: Tuning | None = None,
-    fold_planners: Sequence[Planner] = (),
-    keep: Callable[[PlannedLM, int], None] | None = None,
-) -> PlannedLM:
-    """Trains an adapter, and in a joint variant the planner with it, on next-token loss.
+class AdapterTraining:
+    """The training of one variant: what is trained and how, and the loss.
 
     Args:
         trainer: What every stage needs.
@@ -44,20 +36,13 @@ def train_adapter(
         tuning: The same LM, and what is to be trained of it; None: nothing.
         fold_planners: For every fold a planner that has not seen its documents; scores them in training,
             unless the variant is joint.
-        keep: Keeps the model as it is after a step.
+
+    Attributes:
+        model: What is trained, all of it in one module.
 
     Raises:
         ProbekitError: The base LM is to be tuned, or accelerate placed it, but actions enter where only the
             bridge has a hook.
-    """
-    return AdapterTraining(trainer, variant, lm, planner, tuning, fold_planners).run(keep)
-
-
-class AdapterTraining:
-    """The training of one variant: what is trained and how, and the loss.
-
-    Attributes:
-        model: What is trained, all of it in one module.
     """
 
     def __init__(

@@ -30,16 +30,8 @@ from probekit.training.planner import OutOfFold, fold_of_documents
 from probekit.training.trainer import Group, Stage, Trainer
 
 
-def train_ensemble(
-    trainer: Trainer,
-    member: MemberName,
-    lm: FrozenLM,
-    conditioned: PlannedLM,
-    tuning: Tuning | None = None,
-    fold_planners: Sequence[Planner] = (),
-    keep: Callable[[DepthEnsemble, int], None] | None = None,
-) -> DepthEnsemble:
-    """Trains a member of a depth ensemble on next-token loss.
+class DepthTraining:
+    """The training of one member: what is trained and how, and the loss.
 
     Args:
         trainer: What every stage needs, with the corpus as the LM's planner reads it.
@@ -48,21 +40,14 @@ def train_ensemble(
         conditioned: The same, conditioned by an adapter or not.
         tuning: The same LM, and what is to be trained of it; None: nothing.
         fold_planners: For every fold a planner that has not seen its documents; scores them in training.
-        keep: Keeps the ensemble as it is after a step.
-
-    Raises:
-        ProbekitError: The LM does not bear an ensemble; or it is to be tuned, but only TransformerLens has
-            the places that are read.
-    """
-    return DepthTraining(trainer, member, lm, conditioned, tuning, fold_planners).run(keep)
-
-
-class DepthTraining:
-    """The training of one member: what is trained and how, and the loss.
 
     Attributes:
         model: The LM with its ensemble.
         ensemble: The ensemble.
+
+    Raises:
+        ProbekitError: The LM does not bear an ensemble; or it is to be tuned, but only TransformerLens has
+            the places that are read.
     """
 
     def __init__(

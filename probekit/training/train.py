@@ -36,8 +36,8 @@ from probekit.progress import Progress
 from probekit.run.folder import Existing, lm_digest
 from probekit.run.run import Run
 from probekit.run.stages import folds_of, stage_settings, stages_of, variants_of
-from probekit.training.adapter import train_adapter
-from probekit.training.depth_ensemble import train_ensemble
+from probekit.training.adapter import AdapterTraining
+from probekit.training.depth_ensemble import DepthTraining
 from probekit.training.language_model import train_language_model
 from probekit.training.planner import train_planner
 from probekit.training.trainer import StateFile, Trainer
@@ -358,15 +358,9 @@ def _adapter(run: Run, progress: Progress, variant: VariantName) -> dict[str, An
             tuning.save(run.tuned_folder(variant))
 
     saving = Saving(run, stage, save)
-    model = train_adapter(
-        _trainer(run, progress, stage),
-        variant,
-        run.frozen_lm(),
-        run.planner(),
-        tuning,
-        fold_planners,
-        saving.checkpoint,
-    )
+    model = AdapterTraining(
+        _trainer(run, progress, stage), variant, run.frozen_lm(), run.planner(), tuning, fold_planners
+    ).run(saving.checkpoint)
     saving.final(model)
     assert model.adapter is not None  # noqa: S101 - only trained variants come here
     facts: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in model.adapter.parameters())}
@@ -391,8 +385,8 @@ def _ensemble(run: Run, progress: Progress, member: MemberName) -> dict[str, Any
 
     saving = Saving(run, stage, save)
     conditioned = run.model(variant, plain=None if tuning is None else tuning.model)
-    ensemble = train_ensemble(
-        trainer, member, run.frozen_lm(variant), conditioned, tuning, fold_planners, saving.checkpoint
+    ensemble = DepthTraining(trainer, member, run.frozen_lm(variant), conditioned, tuning, fold_planners).run(
+        saving.checkpoint
     )
     saving.final(ensemble)
     facts: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in ensemble.trained)}

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from probekit.data.windows import IGNORE, beginnings, collate, cut_windows
 from probekit.models.mixing import VARIANTS, Oracle, Predicted
 from probekit.run.run import Run
-from probekit.training.adapter import train_adapter
+from probekit.training.adapter import AdapterTraining
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -21,7 +21,7 @@ def test_the_base_is_left_as_it_was_to_the_bit(tiny_run: Run, variant: str):
     lm, planner = base_lm(tiny_run), tiny_run.planner()
     before, planned = flat(lm.plain), flat(planner)
     stage, _ = trainer(tiny_run, training__adapter__epochs=0.3)
-    model = train_adapter(stage, variant, lm, planner)
+    model = AdapterTraining(stage, variant, lm, planner).run()
     assert torch.equal(flat(lm.plain), before)
     assert all(parameter.grad is None for parameter in lm.plain.parameters())
     # Every variant moves its adapter, only joint ones the planner, and nothing is left in training.
@@ -36,7 +36,7 @@ def test_all_variants_begin_with_the_same_adapter(tiny_run: Run):
     first = []
     for variant in ("fixed", "oracle", "joint"):
         stage, _ = trainer(tiny_run, training__adapter__epochs=0.01, training__adapter__learning_rate=1e-12)
-        model = train_adapter(stage, variant, base_lm(tiny_run), tiny_run.planner())
+        model = AdapterTraining(stage, variant, base_lm(tiny_run), tiny_run.planner()).run()
         first.append(flat(model.adapter))
     torch.testing.assert_close(first[0], first[1], rtol=0, atol=1e-9)
     torch.testing.assert_close(first[0], first[2], rtol=0, atol=1e-9)
@@ -47,7 +47,7 @@ def test_adapters_are_selected_by_their_loss_as_it_is_evaluated(tiny_run: Run):
     corpus, window = tiny_run.corpus, tiny_run.config.training.window
     settings = {"training__adapter__learning_rate": 0.1, "conditioning__skip_layers": 0}
     stage, rows = trainer(tiny_run, **settings)
-    model = train_adapter(stage, "oracle", base_lm(tiny_run), tiny_run.planner())
+    model = AdapterTraining(stage, "oracle", base_lm(tiny_run), tiny_run.planner()).run()
     windows = cut_windows(corpus, corpus.documents("validation"), window, window)
     losses = {}
     for name, mixing in (("predicted", Predicted()), ("true", Oracle())):
@@ -65,7 +65,7 @@ def test_the_planner_drops_nothing_out_while_adapters_are_trained(tiny_run: Run)
     planner = tiny_run.planner().train()
     assert planner.encoder.layers[0].dropout.p > 0
     stage, rows = trainer(tiny_run)
-    train_adapter(stage, "joint", base_lm(tiny_run), planner)
+    AdapterTraining(stage, "joint", base_lm(tiny_run), planner).run()
     logged = [
         row for row in map(json.loads, (tiny_run.folder / "metrics.jsonl").open()) if "joint" in row["stage"]
     ]
@@ -77,7 +77,7 @@ def test_the_planner_drops_nothing_out_while_adapters_are_trained(tiny_run: Run)
 def joint_loss(run: Run, **settings: Any) -> float:
     """Loss of all training data at the first step of joint training."""
     stage, rows = trainer(run, **one_step("adapter", **settings))
-    train_adapter(stage, "joint", base_lm(run), run.planner())
+    AdapterTraining(stage, "joint", base_lm(run), run.planner()).run()
     return first_loss(rows)
 
 
@@ -111,7 +111,7 @@ def joint_planner(run: Run, **settings: Any) -> Tensor:
     """The planner's weights after some joint training."""
     planner = run.planner()
     stage, _ = trainer(run, **settings)
-    train_adapter(stage, "joint", base_lm(run), planner)
+    AdapterTraining(stage, "joint", base_lm(run), planner).run()
     return flat(planner)
 
 
@@ -130,7 +130,7 @@ def test_bfloat16_trains_too_near_to_float32(tiny_run: Run):
     losses = []
     for precision in ("float32", "bfloat16"):
         stage, rows = trainer(tiny_run, training__precision=precision, **one_step("adapter"))
-        model = train_adapter(stage, "joint", base_lm(tiny_run), tiny_run.planner())
+        model = AdapterTraining(stage, "joint", base_lm(tiny_run), tiny_run.planner()).run()
         assert model.adapter.projections.dtype == torch.float32
         losses.append(first_loss(rows))
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)

@@ -235,6 +235,6 @@ def test_an_ensemble_on_a_tuned_lm_holds_one_copy(make_run: MakeRun, monkeypatch
         raise ProbekitError("seen")
 
     monkeypatch.setattr(Run, "plain_model", counted)
-    monkeypatch.setattr(stages, "train_ensemble", begun)
+    monkeypatch.setattr(stages, "DepthTraining", begun)
     with pytest.raises(ProbekitError, match="seen"):
         stages._ensemble(run, QUIET, "plain")

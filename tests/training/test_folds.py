@@ -19,7 +19,7 @@ from probekit.io import read_json, read_tensors
 from probekit.models.planner import Planner
 from probekit.run.run import Run
 from probekit.training import planner as planner_stage
-from probekit.training.adapter import train_adapter
+from probekit.training.adapter import AdapterTraining
 from probekit.training.planner import OutOfFold, fold_of_documents, train_planner
 from probekit.training.train import train
 
@@ -153,7 +153,7 @@ def test_training_reads_no_planner_that_has_seen_the_document(tiny_run: Run, var
     planners = [Recording(tiny_run.planner()) for _ in range(FOLDS)]
     whole = Recording(tiny_run.planner())
     stage, _ = trainer(tiny_run)
-    train_adapter(stage, variant, base_lm(tiny_run), whole, fold_planners=planners)
+    AdapterTraining(stage, variant, base_lm(tiny_run), whole, fold_planners=planners).run()
     train = corpus.documents("train")
     for number, planner in enumerate(planners):
         assert planner.read
@@ -171,7 +171,9 @@ def test_variants_whose_planner_is_trained_or_not_read_have_no_folds(
     trained = []
     for planners in ([], others):
         stage, _ = trainer(tiny_run)
-        model = train_adapter(stage, variant, base_lm(tiny_run), tiny_run.planner(), fold_planners=planners)
+        model = AdapterTraining(
+            stage, variant, base_lm(tiny_run), tiny_run.planner(), fold_planners=planners
+        ).run()
         trained.append(flat(model.adapter))
     assert torch.equal(*trained) != changes
 

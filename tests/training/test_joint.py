@@ -17,7 +17,7 @@ from probekit.models.mixing import VARIANTS
 from probekit.models.planner import TrainableEncoder
 from probekit.models.planner_lm import PlannedLM
 from probekit.run.run import Run
-from probekit.training.adapter import AdapterTraining, _encoder, train_adapter
+from probekit.training.adapter import AdapterTraining, _encoder
 from probekit.training.train import train
 
 JOINT = [name for name, variant in VARIANTS.items() if variant.joint]
@@ -26,7 +26,7 @@ TRAINED = {"training__joint__encoder_learning_rate": 1e-2}
 
 def trained(run: Run, variant: str = "joint", **settings: Any) -> tuple[PlannedLM, list[dict[str, Any]]]:
     stage, rows = trainer(run, **settings)
-    return train_adapter(stage, variant, base_lm(run), run.planner()), rows
+    return AdapterTraining(stage, variant, base_lm(run), run.planner()).run(), rows
 
 
 # The planner frozen at first

@@ -17,7 +17,7 @@ from probekit.data.windows import IGNORE
 from probekit.errors import ProbekitError
 from probekit.models.planner import Planner
 from probekit.run.run import Run
-from probekit.training.adapter import train_adapter
+from probekit.training.adapter import AdapterTraining
 from probekit.training.planner import PlannerLoss, train_planner
 
 WORDS = [
@@ -160,7 +160,7 @@ def test_soft_targets_are_a_softmax_over_negative_squared_distances(tiny_run: Ru
         stage, rows = trainer(
             tiny_run, **one_step("adapter", training__joint__planner_loss_weight=weight, **settings)
         )
-        train_adapter(stage, "joint", base_lm(tiny_run), tiny_run.planner())
+        AdapterTraining(stage, "joint", base_lm(tiny_run), tiny_run.planner()).run()
         own.append(first_loss(rows))
     expected = soft_loss(corpus, tiny_run.planner(), corpus.documents("train"), temperature)
     assert own[1] - own[0] == pytest.approx(expected, rel=1e-4)

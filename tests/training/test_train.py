@@ -127,7 +127,7 @@ def test_a_stage_that_is_not_marked_is_made_again_and_no_other(tiny_run: Run, co
 
 
 def test_a_finished_run_is_left_as_it_is(copy: Path, monkeypatch: pytest.MonkeyPatch):
-    for work in ("train_language_model", "train_planner", "train_adapter"):
+    for work in ("train_language_model", "train_planner", "AdapterTraining"):
         monkeypatch.delattr(f"probekit.training.train.{work}")
     before = written(copy)
     run = train(None, copy, existing="resume", quiet=True)
@@ -289,7 +289,7 @@ def test_a_pretrained_lm_is_conditioned_evaluated_and_probed(
 def test_any_lm_is_probed_with_nothing_trained(
     tiny_config: Config, tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    for work in ("train_language_model", "train_planner", "train_adapter"):
+    for work in ("train_language_model", "train_planner", "AdapterTraining"):
         monkeypatch.delattr(f"probekit.training.train.{work}")
     name = str(pretrained("llama", tiny_run, tmp_path / "model"))
     config = tiny_config.override({"lm.name": name, "training.window": 40})
