@@ -1,7 +1,10 @@
 """What many tests share: a tiny planted run, trained, evaluated and probed once a session."""
 
+import gc
 import os
 import shutil
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +89,25 @@ def probed_run(tiny_run: Run, quick_probes: dict[str, Any], tmp_path_factory: py
 def probed_copy(probed_run: Run, tmp_path: Path) -> Run:
     """A copy of the probed run that a test may write into."""
     return Run.open(shutil.copytree(probed_run.folder, tmp_path / "run"))
+
+
+@pytest.fixture
+def copies(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """Counts the copies of LMs in memory, of those that are loaded from now on."""
+    loaded: list[Any] = []
+    load = Run.plain_model
+
+    def watched(run: Run, *names: Any) -> Any:
+        model = load(run, *names)
+        loaded.append(weakref.ref(model.transformer.wte.weight))
+        return model
+
+    def count() -> int:
+        gc.collect()
+        return sum(weights() is not None for weights in loaded)
+
+    monkeypatch.setattr(Run, "plain_model", watched)
+    return count
 
 
 @pytest.fixture(scope="session")
