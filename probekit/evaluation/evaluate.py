@@ -39,10 +39,10 @@ from probekit.evaluation.perplexity import (
     scoring_pass,
     source_of_actions,
 )
-from probekit.models.checkpoint import dtype_name
 from probekit.models.depth_ensemble import MEMBERS, reader_losses
 from probekit.models.mixing import VARIANTS, Fixed, Mixing, Oracle
 from probekit.models.planner_lm import PlannedLM
+from probekit.models.pretrained import dtype_name
 from probekit.progress import Progress
 from probekit.run.run import Run
 from probekit.statistics import Resampling, bootstrap_ratio, bootstrap_ratios, paired_difference, sum_groups

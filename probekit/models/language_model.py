@@ -16,7 +16,7 @@ from probekit.data import hub
 from probekit.data.tokenizer import separator_id
 from probekit.errors import ProbekitError
 from probekit.io import one_line
-from probekit.models.checkpoint import check_memory, dtype_name, load_config, text_tower, why_not
+from probekit.models.pretrained import check_memory, dtype_name, load_config, text_tower, why_not
 from probekit.progress import without_bars_of_transformers
 
 if TYPE_CHECKING:

@@ -22,11 +22,11 @@ from probekit.data.windows import Windows, collate, cut_windows, input_tokens
 from probekit.distributed import autocast
 from probekit.errors import ProbekitError
 from probekit.models.backends import Hook
-from probekit.models.checkpoint import dtype_name
 from probekit.models.conditioning import Conditioned
 from probekit.models.language_model import longest_window
 from probekit.models.locations import BEFORE, hook_name
 from probekit.models.mixing import VARIANTS, evaluation_mixing
+from probekit.models.pretrained import dtype_name
 from probekit.probing.targets import Examples
 from probekit.run.run import Run
 

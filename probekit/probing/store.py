@@ -21,8 +21,8 @@ from probekit import distributed
 from probekit.distributed import precision_of
 from probekit.errors import ProbekitError
 from probekit.io import read_json, write_json, write_tensors
-from probekit.models.checkpoint import dtype_name
 from probekit.models.mixing import VARIANTS
+from probekit.models.pretrained import dtype_name
 from probekit.probing.activations import Activations, Done, HookPoint, Reader, Stack, chunk_slices
 from probekit.probing.targets import Examples
 from probekit.progress import Meter, Progress

@@ -18,7 +18,6 @@ from probekit.distributed import compute_device
 from probekit.errors import ProbekitError
 from probekit.io import read_array, read_json, read_tensors, write_tensors
 from probekit.models.backends import Backend
-from probekit.models.checkpoint import dtype_of, load_config
 from probekit.models.conditioning import new_adapter
 from probekit.models.depth_ensemble import MEMBERS, DepthEnsemble, new_ensemble
 from probekit.models.frozen_lm import FrozenLM
@@ -27,6 +26,7 @@ from probekit.models.locations import NORM_OUT
 from probekit.models.mixing import VARIANTS
 from probekit.models.planner import Planner, TrainableEncoder
 from probekit.models.planner_lm import PlannedLM
+from probekit.models.pretrained import dtype_of, load_config
 from probekit.models.tuning import TUNINGS
 from probekit.progress import without_bars_of_transformers
 from probekit.run.folder import WEIGHTS, RunFolder, digest_of, lm_digest

@@ -22,7 +22,6 @@ from probekit.data.tokenizer import pretrained_tokenizer
 from probekit.distributed import precision_of
 from probekit.errors import ProbekitError
 from probekit.io import atomic_folder, write_json
-from probekit.models.checkpoint import check_tokenizer, check_weights, dtype_name, dtype_of, load_config
 from probekit.models.conditioning import location_width, new_adapter
 from probekit.models.depth_ensemble import DepthEnsemble, new_ensemble
 from probekit.models.frozen_lm import FrozenLM
@@ -31,6 +30,7 @@ from probekit.models.language_model import load_model, longest_window, new_model
 from probekit.models.mixing import VARIANTS
 from probekit.models.planner import Planner, write_embeddings
 from probekit.models.planner_lm import PlannedLM
+from probekit.models.pretrained import check_tokenizer, check_weights, dtype_name, dtype_of, load_config
 from probekit.models.tuning import TUNINGS, Tuning
 from probekit.progress import Progress
 from probekit.run.folder import Existing, lm_digest

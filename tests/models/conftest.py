@@ -13,10 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from probekit.data.codebook import Codebook
 from probekit.data.corpus import Corpus
 from probekit.data.tokenizer import train_tokenizer
-from probekit.models.checkpoint import load_config
 from probekit.models.frozen_lm import FrozenLM
 from probekit.models.hook_points import Architecture, examine
 from probekit.models.language_model import bridge, load_model
+from probekit.models.pretrained import load_config
 
 transformers.logging.disable_progress_bar()
 

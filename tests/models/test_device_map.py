@@ -17,7 +17,6 @@ from probekit.errors import ProbekitError
 from probekit.evaluation.evaluate import evaluate
 from probekit.generation.generate import generate
 from probekit.models.backends import HFBackend
-from probekit.models.checkpoint import load_config
 from probekit.models.conditioning import CONDITIONINGS, new_adapter
 from probekit.models.decoding import GrowingText, new_decoder
 from probekit.models.frozen_lm import FrozenLM
@@ -25,6 +24,7 @@ from probekit.models.language_model import load_model, random_weights
 from probekit.models.locations import hook_name
 from probekit.models.mixing import Oracle
 from probekit.models.planner_lm import PlannedLM, token_losses
+from probekit.models.pretrained import load_config
 from probekit.models.tuning import TUNINGS
 from probekit.probing.probe import probe
 from probekit.run.run import Run

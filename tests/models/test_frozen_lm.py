@@ -19,7 +19,6 @@ from probekit.data.corpus import Corpus
 from probekit.data.windows import Batch, collate, cut_windows
 from probekit.errors import ProbekitError
 from probekit.models.backends import BridgeBackend, HFBackend
-from probekit.models.checkpoint import load_config
 from probekit.models.conditioning import new_adapter
 from probekit.models.decoding import GrowingText, HFDecoder, new_decoder
 from probekit.models.frozen_lm import FrozenLM
@@ -27,6 +26,7 @@ from probekit.models.language_model import bridge, load_model
 from probekit.models.locations import hook_name
 from probekit.models.mixing import Oracle
 from probekit.models.planner_lm import PlannedLM, token_losses
+from probekit.models.pretrained import load_config
 from probekit.models.tuning import TUNINGS
 from probekit.run.run import Run
 

@@ -11,7 +11,6 @@ from probekit.config import ConditioningSettings, MixingSettings, PlannerSetting
 from probekit.data.corpus import Corpus
 from probekit.data.windows import IGNORE, Batch, collate, cut_windows
 from probekit.models.backends import BridgeBackend
-from probekit.models.checkpoint import load_config
 from probekit.models.conditioning import new_adapter
 from probekit.models.frozen_lm import FrozenLM
 from probekit.models.language_model import load_model
@@ -25,6 +24,7 @@ from probekit.models.mixing import (
 )
 from probekit.models.planner import Planner
 from probekit.models.planner_lm import PlannedLM, token_losses
+from probekit.models.pretrained import load_config
 
 Base = Callable[[str], FrozenLM]
 DOCUMENTS = [[3, 2, 4, 2], [2, 6], [1, 1, 5, 2, 3, 1]]

@@ -19,12 +19,12 @@ from probekit.data.windows import Batch, collate, cut_windows
 from probekit.errors import ProbekitError
 from probekit.io import read_tensors, write_tensors
 from probekit.models.backends import BridgeBackend, HFBackend
-from probekit.models.checkpoint import load_config
 from probekit.models.conditioning import new_adapter
 from probekit.models.frozen_lm import FrozenLM
 from probekit.models.language_model import load_model
 from probekit.models.mixing import Oracle
 from probekit.models.planner_lm import PlannedLM, token_losses
+from probekit.models.pretrained import load_config
 from probekit.models.tuning import LORA_WEIGHTS, TUNINGS, Tuning
 
 FAMILIES = ["gpt2", "gpt_neox", "llama", "olmo", "olmo2", "qwen2", "qwen3"]

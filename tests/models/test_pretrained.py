@@ -20,9 +20,9 @@ from probekit.config import LanguageModelSettings
 from probekit.data import hub
 from probekit.data.tokenizer import load_tokenizer, pretrained_tokenizer
 from probekit.errors import ProbekitError
-from probekit.models import checkpoint
-from probekit.models.checkpoint import check_tokenizer, check_weights, dtype_of, load_config
+from probekit.models import pretrained
 from probekit.models.language_model import load_model, save_model
+from probekit.models.pretrained import check_tokenizer, check_weights, dtype_of, load_config
 
 CPU = torch.device("cpu")
 TOKENS = torch.arange(1, 13).view(2, 6)
@@ -77,7 +77,7 @@ def test_the_dtype_on_a_gpu(own: torch.dtype, monkeypatch: pytest.MonkeyPatch):
     """The checkpoint's own, unless the GPU does not compute in it."""
     gpu = torch.device("cuda")
     for computes in (True, False):
-        monkeypatch.setattr(checkpoint, "_computes_in", lambda dtype, device, known=computes: known)
+        monkeypatch.setattr(pretrained, "_computes_in", lambda dtype, device, known=computes: known)
         assert dtype_of("auto", transformers.LlamaConfig(dtype=own), gpu) is (
             own if computes else torch.float32
         )
@@ -212,7 +212,7 @@ def test_a_gguf_file(tmp_path: Path, make_model: MakeModel, tokenizer: PreTraine
 
 def test_a_gguf_file_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
-    monkeypatch.setattr(checkpoint, "find_spec", lambda name: None)
+    monkeypatch.setattr(pretrained, "find_spec", lambda name: None)
     assert "pip install 'probekit-lm[gguf]'" in refusal(tmp_path / "tiny.gguf")
 
 
@@ -403,16 +403,16 @@ def test_a_containers_limit_counts(
     for name, value in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"{value}\n")
-    monkeypatch.setattr(checkpoint, "PROCESS", tmp_path)
-    monkeypatch.setattr(checkpoint, "GROUPS", tmp_path)
-    assert list(checkpoint._left_to_group()) == [350]
+    monkeypatch.setattr(pretrained, "PROCESS", tmp_path)
+    monkeypatch.setattr(pretrained, "GROUPS", tmp_path)
+    assert list(pretrained._left_to_group()) == [350]
     assert "0.0 GB of memory are free" in refusal(folders["llama"])
     for name in files:
         if name.endswith(("max", "limit_in_bytes")):
             (tmp_path / name).write_text("max\n" if name.endswith("max") else f"{2**63 - 4096}\n")
     assert load_model(str(folders["llama"])) is not None
     (tmp_path / "cgroup").unlink()
-    assert list(checkpoint._left_to_group()) == []
+    assert list(pretrained._left_to_group()) == []
 
 
 def test_a_tokenizer_whose_ids_exceed_the_embedding(

@@ -1,4 +1,4 @@
-"""What a checkpoint is, before its weights are loaded: configuration, dtype, size, or why it is refused."""
+"""What a pre-trained LM is, before its weights are loaded: config, dtype, size, or why it is refused."""
 
 from __future__ import annotations
 
