@@ -3,11 +3,13 @@
     python analyses/figure2_locations.py
     python analyses/figure2_locations.py --parallel   # attention and MLP side by side, as in GPT-NeoX
 
-After Figure 2 of arXiv 2410.12492. The marks come from the table of locations; this file places them. Blocks
-are drawn with their norms first, and conditioned at `attn.hook_z`, the default of the adapter.
+After Figure 2 of arXiv 2410.12492. Blocks are drawn with their norms first, and
+conditioned at `attn.hook_z`, the default of the adapter.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -16,7 +18,7 @@ from matplotlib.patches import Circle
 from shared.drawing import SUM, Box, Drawing, Spot, Wire, draw, empty_figure, frame
 from shared.script import run_script, save_figure, script_parser
 
-from probekit.models.locations import LOCATIONS, Location, table_rows
+from probekit.models.locations import BEFORE, label, per_layer
 
 STREAM, BRANCH, MLP_BESIDE, ADAPTER = 0.0, 2.4, -2.9, 6.35
 """Columns of the drawing: x of the residual stream, of the two branches, of the adapter."""
@@ -24,6 +26,50 @@ JOINED = 10.6
 """Height at which attention joins the stream again."""
 
 _DOT = "#1f4e79"
+
+
+class Location(NamedTuple):
+    """A marked location: its hook, what it holds, its spot, and whether parallel blocks have it."""
+
+    name: str
+    text: str
+    point: str
+    parallel: bool = True
+
+
+LOCATIONS = (
+    Location(
+        "hook_embed",
+        "The embedding of the token alone, before position embeddings where the model has them.",
+        "embedding",
+    ),
+    Location("hook_resid_pre", "The residual stream that enters the block.", "block input"),
+    Location(
+        f"attn.hook_z{BEFORE}",
+        "What the attention heads read, side by side, before a conditioned layer adds the action.",
+        "heads",
+    ),
+    Location(
+        "attn.hook_z",
+        "What the attention heads read, side by side, with the action that a conditioned layer adds.",
+        "heads conditioned",
+    ),
+    Location("hook_attn_out", "What attention adds to the residual stream.", "attention output"),
+    Location(
+        "hook_resid_mid",
+        "The residual stream between attention and MLP; parallel blocks, as GPT-NeoX's, do not have it.",
+        "between",
+        parallel=False,
+    ),
+    Location("hook_mlp_out", "What the MLP adds to the residual stream.", "mlp output"),
+    Location("hook_resid_post", "The residual stream that leaves the block.", "block output"),
+    Location(
+        "ln_final.hook_out",
+        "What leaves the last layer, normalised, with the norm's gain and bias; the unembedding reads it.",
+        "final norm",
+    ),
+)
+"""The standard locations, in the order in which a token passes them."""
 
 
 def block_figure(*, parallel: bool = False) -> Figure:
@@ -42,7 +88,7 @@ def block_figure(*, parallel: bool = False) -> Figure:
         -0.3, 7.3, "residual stream", ha="center", va="center", fontsize=12.5, style="italic", rotation=90
     )
     draw(axes, drawing)
-    for number, location in enumerate(LOCATIONS.values(), start=1):
+    for number, location in enumerate(LOCATIONS, start=1):
         if location.parallel or not parallel:
             _mark(axes, number, location, drawing.spots[location.point])
     return figure
@@ -152,7 +198,7 @@ def _mark(axes: Axes, number: int, location: Location, spot: Spot) -> None:
     axes.text(x, y - 0.015, str(number), ha="center", va="center", **white)
     side, offset = ("left", 0.42) if spot.side == "right" else ("right", -0.42)
     name = {"fontsize": 13, "weight": "bold", "color": _DOT}
-    axes.text(x + offset, y + 0.02, location.label, ha=side, va="bottom", **name)
+    axes.text(x + offset, y + 0.02, label(location.name), ha=side, va="bottom", **name)
     axes.text(x + offset, y - 0.02, location.name, ha=side, va="top", fontsize=11.5, family="monospace")
 
 
@@ -164,7 +210,17 @@ def main() -> None:
     out = given.out
     if given.parallel and out == parser.get_default("out"):
         out = out.with_stem(f"{out.stem}_parallel")
-    rows = [row for row in table_rows() if LOCATIONS[row["location"]].parallel or not given.parallel]
+    rows = [
+        {
+            "number": str(number),
+            "location": location.name,
+            "label": label(location.name),
+            "where": "every layer" if per_layer(location.name) else "once in the model",
+            "what": location.text,
+        }
+        for number, location in enumerate(LOCATIONS, start=1)
+        if location.parallel or not given.parallel
+    ]
     figure = block_figure(parallel=given.parallel)
     save_figure(figure, pd.DataFrame(rows), out, {"parallel": given.parallel}, [])
 

@@ -1,13 +1,11 @@
 """Locations: TransformerLens's names of hooks without the layer, and how figures and tables call them.
 
-Any hook that holds a vector for each position can be probed; the table of standard locations gives some of
-them a short name and a point in the drawing of a block.
+Any hook that holds a vector for each position can be probed; some standard ones have a short name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from probekit.errors import ProbekitError
 
@@ -38,70 +36,18 @@ BEFORE = ":before"
 """Suffix of the conditioned location: the activation as it was before the adapter added the action."""
 
 
-@dataclass(frozen=True)
-class Location:
-    """A standard location.
-
-    Attributes:
-        name: TransformerLens hook without the block, perhaps with `BEFORE`.
-        label: Short name for figures.
-        text: What it holds, in one sentence.
-        point: Where it is in the drawing of a block.
-        parallel: Whether blocks whose attention and MLP read the same input, as GPT-NeoX's, have it.
-    """
-
-    name: str
-    label: str
-    text: str
-    point: str
-    parallel: bool = True
-
-    @property
-    def per_layer(self) -> bool:
-        """Whether every layer has it, not the model once."""
-        return per_layer(self.name)
-
-
-_TABLE = (
-    Location(
-        "hook_embed",
-        "token embedding",
-        "The embedding of the token alone, before position embeddings where the model has them.",
-        "embedding",
-    ),
-    Location("hook_resid_pre", "resid pre", "The residual stream that enters the block.", "block input"),
-    Location(
-        "attn.hook_z" + BEFORE,
-        "heads, before",
-        "What the attention heads read, side by side, before a conditioned layer adds the action.",
-        "heads",
-    ),
-    Location(
-        "attn.hook_z",
-        "heads",
-        "What the attention heads read, side by side, with the action that a conditioned layer adds.",
-        "heads conditioned",
-    ),
-    Location("hook_attn_out", "attn out", "What attention adds to the residual stream.", "attention output"),
-    Location(
-        "hook_resid_mid",
-        "resid mid",
-        "The residual stream between attention and MLP; parallel blocks, as GPT-NeoX's, do not have it.",
-        "between",
-        parallel=False,
-    ),
-    Location("hook_mlp_out", "mlp out", "What the MLP adds to the residual stream.", "mlp output"),
-    Location("hook_resid_post", "resid post", "The residual stream that leaves the block.", "block output"),
-    Location(
-        "ln_final.hook_out",
-        "final norm",
-        "What leaves the last layer, normalised, with the norm's gain and bias; the unembedding reads it.",
-        "final norm",
-    ),
-)
-
-LOCATIONS: dict[str, Location] = {location.name: location for location in _TABLE}
-"""The standard locations by name, in the order in which a token passes them."""
+LABELS = {
+    "hook_embed": "token embedding",
+    "hook_resid_pre": "resid pre",
+    f"attn.hook_z{BEFORE}": "heads, before",
+    "attn.hook_z": "heads",
+    "hook_attn_out": "attn out",
+    "hook_resid_mid": "resid mid",
+    "hook_mlp_out": "mlp out",
+    "hook_resid_post": "resid post",
+    "ln_final.hook_out": "final norm",
+}
+"""Short names of the standard locations, in the order in which a token passes them."""
 
 
 def per_layer(location: str) -> bool:
@@ -130,22 +76,8 @@ def at_layers(
 
 def label(location: str) -> str:
     """The short name of a location for figures; a hook that is not in the table keeps its own name."""
-    if location in LOCATIONS:
-        return LOCATIONS[location].label
+    if location in LABELS:
+        return LABELS[location]
     if location.endswith(BEFORE):
         return f"{label(location.removesuffix(BEFORE))}, before"
     return location
-
-
-def table_rows() -> list[dict[str, str]]:
-    """The table in words: number, location, label, how often the model has it, and what it holds."""
-    return [
-        {
-            "number": str(number),
-            "location": location.name,
-            "label": location.label,
-            "where": "every layer" if location.per_layer else "once in the model",
-            "what": location.text,
-        }
-        for number, location in enumerate(LOCATIONS.values(), start=1)
-    ]

@@ -3,14 +3,14 @@
 import itertools
 
 import pytest
-from figure2_locations import block_figure
+from figure2_locations import LOCATIONS, block_figure
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyBboxPatch
 from matplotlib.text import Annotation, Text
 from matplotlib.transforms import Bbox
 
-from probekit.models.locations import LOCATIONS
+from probekit.models.locations import LABELS, label
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["sequential", "parallel"])
@@ -35,18 +35,21 @@ def box(artist: Text | FancyBboxPatch, figure: Figure) -> Bbox:
 
 def test_every_location_has_its_dot_label_and_name(figure: Figure, parallel: bool):
     there = texts(figure)
-    for number, location in enumerate(LOCATIONS.values(), start=1):
+    for number, location in enumerate(LOCATIONS, start=1):
         shown = location.parallel or not parallel
         assert (str(number) in there) == (location.name in there) == shown
         if shown:
             x, y = there[str(number)].get_position()
-            label = next(
-                t for t in figure.axes[0].texts if t.get_text() == location.label and t.get_weight() == "bold"
+            called = next(
+                text
+                for text in figure.axes[0].texts
+                if text.get_text() == label(location.name) and text.get_weight() == "bold"
             )
-            for text in (label, there[location.name]):
+            for text in (called, there[location.name]):
                 assert abs(text.get_position()[0] - x) < 0.5
                 assert abs(text.get_position()[1] - y) < 0.1
     assert ("hook_resid_mid" in there) != parallel
+    assert [location.name for location in LOCATIONS] == [*LABELS]
 
 
 def test_no_text_covers_another_or_leaves_the_picture(figure: Figure):

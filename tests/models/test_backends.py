@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from probekit.models.backends import Backend, BridgeBackend, HFBackend, Hook
 from probekit.models.hook_points import Architecture, examine
 from probekit.models.language_model import bridge, load_model
-from probekit.models.locations import BEFORE, LOCATIONS, OUTSIDE_BLOCKS, hook_name, layer_of
+from probekit.models.locations import BEFORE, LABELS, OUTSIDE_BLOCKS, hook_name, layer_of
 
 FAMILIES = ["gpt2", "gpt_neox", "llama", "olmo", "olmo2", "qwen2", "qwen3"]
 LAYERS = 3
@@ -37,7 +37,7 @@ def backend_for(lm: TransformerBridge, model: PreTrainedModel, names: Sequence[s
 def table_names(lm: TransformerBridge) -> list[str]:
     """Full names of the table's locations at all layers, as far as the architecture has them."""
     there = architecture_of(lm).locations
-    names = [name.removesuffix(BEFORE) for name in LOCATIONS if name.removesuffix(BEFORE) in there]
+    names = [name.removesuffix(BEFORE) for name in LABELS if name.removesuffix(BEFORE) in there]
     return sorted({hook_name(name, layer) for name in names for layer in range(LAYERS)})
 
 
@@ -87,7 +87,7 @@ def test_reads_are_hugging_faces_hidden_states(family: str, bridged: dict, plain
     assert_same(seen, dict(zip(names, states, strict=True)))
 
 
-@pytest.mark.parametrize("location", [name for name in LOCATIONS if not name.endswith(BEFORE)])
+@pytest.mark.parametrize("location", [name for name in LABELS if not name.endswith(BEFORE)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_change_anywhere_reaches_all_that_is_behind_it(
     family: str, location: str, bridged: dict, plain: dict

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from probekit.models.locations import BEFORE, LOCATIONS, OUTSIDE_BLOCKS, hook_name, per_layer
+from probekit.models.locations import BEFORE, LABELS, OUTSIDE_BLOCKS, hook_name, per_layer
 
 
 @pytest.fixture(scope="module")
 def seen(tiny_run) -> dict[str, torch.Tensor]:
     """Activations of two tokens at every location of the table, in the last layer of a GPT-2."""
     last = tiny_run.frozen_lm().bridged.cfg.n_layers - 1
-    names = {name: hook_name(name.removesuffix(BEFORE), last) for name in LOCATIONS}
+    names = {name: hook_name(name.removesuffix(BEFORE), last) for name in LABELS}
     with torch.no_grad():
         _, cache = tiny_run.frozen_lm().bridged.run_with_cache(
             torch.tensor([[3, 4]]), names_filter=list(names.values()), output_attentions=False
@@ -19,7 +19,7 @@ def seen(tiny_run) -> dict[str, torch.Tensor]:
 
 
 def test_each_is_a_hook_with_a_vector_for_each_position(seen: dict[str, torch.Tensor]):
-    assert {name: len(values) for name, values in seen.items()} == dict.fromkeys(LOCATIONS, 2)
+    assert {name: len(values) for name, values in seen.items()} == dict.fromkeys(LABELS, 2)
 
 
 def test_the_texts_say_what_is_there(seen: dict[str, torch.Tensor], tiny_run):
@@ -36,6 +36,6 @@ def test_the_texts_say_what_is_there(seen: dict[str, torch.Tensor], tiny_run):
 
 
 def test_locations_outside_the_blocks_are_there_once():
-    assert {name for name, location in LOCATIONS.items() if not location.per_layer} == {*OUTSIDE_BLOCKS}
+    assert {name for name in LABELS if not per_layer(name)} == {*OUTSIDE_BLOCKS}
     assert per_layer("mlp.hook_pre")
     assert per_layer("attn.hook_z" + BEFORE)
