@@ -67,6 +67,8 @@ def solved(run: Run, member: MemberName) -> pd.DataFrame:
             f"`probekit evaluate {run.folder}`"
         )
     numbers = (own.layer - own.layer.max() - 1).fillna(WHOLE).astype(int)
+    if run.config.evaluation.questions_file is None:  # else documents are lines of the file
+        own = run.corpus.by_group(own)
     table = own.assign(number=numbers).pivot_table(
         "solved", ["question", "document"], "number", aggfunc="first"
     )

@@ -47,7 +47,9 @@ CLAIMS = (
 
 def measured(runs: Sequence[Run]) -> pd.DataFrame:
     """Measures one base LM: perplexities and differences, as the column `what` says."""
-    losses = pd.concat([run.losses().assign(seed=run.config.seed) for run in runs], ignore_index=True)
+    losses = pd.concat(
+        [run.corpus.by_group(run.losses()).assign(seed=run.config.seed) for run in runs], ignore_index=True
+    )
     losses["name"] = losses.variant.where(losses.actions != "true", TRUE)
     names = [name for name in ("none", *TRAINED, TRUE) if name in set(losses.name)]
     sums = losses.rename(columns={"loss": "sum", "tokens": "count"}).assign(metric="perplexity")

@@ -73,7 +73,7 @@ def _folder(name: str) -> str:
 def compare(sweep: probekit.Sweep, table: Mapping[str, Row]) -> pd.DataFrame:
     """Measures differences from soft mixing, and planners' accuracies, as the column `what` says."""
     names = {_folder(name): name for name in table}
-    losses = sweep.losses()
+    losses = sweep.corpus.by_group(sweep.losses())
     losses = losses[(losses.variant != "none") & (losses.actions != "true")]
     losses = losses.assign(name=losses.member.map(names)).dropna(subset=["name"])
     pairs = [(name, REFERENCE) for name in table if name != REFERENCE]

@@ -19,6 +19,7 @@ from probekit.config import Config, preset_names, setting_names, unknown_setting
 from probekit.config.options import (
     ALL,
     OF_LABELS,
+    READING,
     SHORTHANDS,
     Parser,
     add_sources,
@@ -203,7 +204,7 @@ def _parse_probe(words: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     group.add_argument("--overwrite", action="store_true", help="replace the run in that folder")
     add_sources(parser)
     any_model = any(word.split("=")[0] == "--model" for word in words)
-    sections = ALL if any_model else ("device", "evaluation", "probe", "lm.device_map", "lm.dtype")
+    sections = ALL if any_model else (*READING, "evaluation", "probe")
     parsed, given = parse(parser, words, sections, ANY_MODEL if any_model else None)
     if (parsed.run is None) == (parsed.model is None):
         parser.error("give a run's folder, or --model with --corpus or --labels")
@@ -312,10 +313,12 @@ def score(words: list[str]) -> None:
     parser.add_argument(
         "--cell", metavar="NAME", help="solver|location|layer|position|horizon (the best on validation)"
     )
+    parser.add_argument("--layer", type=int, metavar="INT", help="the best probe of this layer")
     parser.add_argument("--text", metavar="COLUMN", help="column that holds the texts (as when probed)")
     parser.add_argument("--tokens", action="store_true", help="a row for every token, not only for each text")
     parser.add_argument("--out", metavar="FILE", help="write the table: .csv, .jsonl or .parquet")
-    parsed, given = parse(parser, words, ("device", "lm.device_map", "lm.dtype"))
+    parsed, given = parse(parser, words, READING)
+    encoding = given.pop("corpus", {}).get("encoding")
     from probekit.probing.score import score as score_texts
     from probekit.run.run import Run
 
@@ -323,7 +326,9 @@ def score(words: list[str]) -> None:
         Run.at(parsed.run, dotted(given)),
         parsed.texts,
         parsed.cell,
+        layer=parsed.layer,
         text=parsed.text,
+        encoding=encoding,
         tokens=parsed.tokens,
         out=parsed.out,
         quiet=parsed.quiet,

@@ -20,11 +20,12 @@ import numpy as np
 import pandas as pd
 
 from probekit.config import Config, setting_names, setting_value, unknown_setting, user_path
+from probekit.data.corpus import Corpus
 from probekit.distributed import compute_device
 from probekit.errors import ProbekitError
 from probekit.evaluation.evaluate import evaluate
 from probekit.evaluation.perplexity import evaluation_record
-from probekit.generation.evaluate import TRANSFORMS, evaluate_generation
+from probekit.generation.evaluate import TRANSFORMS, by_group, evaluate_generation
 from probekit.io import locked, read_json, write_json, write_table
 from probekit.progress import Progress
 from probekit.run.folder import SWEEP
@@ -194,6 +195,17 @@ class Sweep:
         return runs
 
     @property
+    def corpus(self) -> Corpus:
+        """The corpus of all runs.
+
+        Raises:
+            ProbekitError: No run is finished.
+        """
+        if not self.runs:
+            raise ProbekitError(f"{self.folder} has no finished run yet; repeat the command that began it")
+        return next(iter(self.runs.values())).corpus
+
+    @property
     def missing(self) -> list[Place]:
         """The runs that are not trained and evaluated yet."""
         return [place for place in self.places if place not in self.runs]
@@ -204,8 +216,7 @@ class Sweep:
         Raises:
             ProbekitError: No run is finished, or runs were not evaluated on the same tokens.
         """
-        if not self.runs:
-            raise ProbekitError(f"{self.folder} has no finished run yet; repeat the command that began it")
+        _ = self.corpus  # refuses a sweep without a finished run
         losses = self._of_all_runs(Run.losses)
         self._check_same(
             {place: tuple(rows.groupby("document").tokens.first()) for place, rows in self._by_place(losses)},
@@ -214,14 +225,17 @@ class Sweep:
         return losses
 
     def values(self) -> pd.DataFrame:
-        """What metrics are computed from: `sum` and `count` by `KEYS`, `seed` and `document` (or sample).
+        """What metrics are computed from: `sum` and `count` by `KEYS`, `seed` and `document`.
+
+        `document` is the number of a document's group, or that of a sample or of a line of questions: groups
+        are what is resampled.
 
         Raises:
             ProbekitError: As for `losses`; or runs were asked other questions, or their generated texts were
                 compared with other documents.
         """
         losses = self.losses().rename(columns={"loss": "sum", "tokens": "count"})
-        losses = losses.assign(metric="perplexity", texts="test documents", length=0)
+        losses = self.corpus.by_group(losses).assign(metric="perplexity", texts="test documents", length=0)
         self._check_same(
             {place: run.evaluation()["settings"].get("asked") for place, run in self.runs.items()},
             "was asked other questions than others (they depend on the window and the questions file); sweep "
@@ -238,6 +252,7 @@ class Sweep:
                 "generated text that was not compared with the same documents as that of others; delete its "
                 "generation.json and generation.parquet",
             )
+            generated = by_group(generated, self.corpus)
         columns = [*KEYS, "seed", "document", "sum", "count"]
         return pd.concat([losses, self._of_all_runs(_solved), generated], ignore_index=True)[columns]
 
@@ -340,7 +355,10 @@ def _solved(run: Run) -> pd.DataFrame:
     """Sums and counts of multiple-choice questions, if they were asked."""
     if run.config.method != "depth-ensemble" or not (run.folder / "choices.parquet").is_file():
         return pd.DataFrame()
-    questions = run.choices().groupby(["variant", "actions", "document"], sort=False).solved
+    choices = run.choices()
+    if run.config.evaluation.questions_file is None:  # else documents are lines of the file
+        choices = run.corpus.by_group(choices)
+    questions = choices.groupby(["variant", "actions", "document"], sort=False).solved
     table = questions.agg(["sum", "count"]).reset_index()
     return table.assign(metric="accuracy", texts="questions", length=0)
 

@@ -16,6 +16,7 @@ from probekit.errors import ProbekitError
 from probekit.evaluation.evaluate import evaluate
 from probekit.io import locked, read_json, write_json
 from probekit.run.run import Run
+from probekit.statistics import bootstrap_ratio
 from probekit.sweeps import Place, Sweep, grid, sweep
 from probekit.training import train as training
 from probekit.training.train import train
@@ -259,6 +260,38 @@ def test_the_table_is_as_computed_by_hand(swept: tuple[Sweep, Counter[str]]):
         assert mean.seed_spread == pytest.approx(np.std(np.exp(sums), ddof=1))
         assert mean.documents == len(run.corpus.documents("test"))
         assert mean.value_low < mean.value < mean.value_high
+
+
+def test_copies_are_resampled_together(copy: Path):
+    """Test documents in pairs: the same values, and intervals from the pairs' sums."""
+    before, place = Sweep.open(copy), Place("mixing.fraction=1", 0)
+    corpus, alone = before.corpus, before.table()
+    group, test = corpus.group.copy(), corpus.documents("test")
+    group[test[1::2]] = group[test[::2][: len(test) // 2]]
+    rows = {"variant": "mixed", "actions": "planner", "length": 8, "metric": "rouge2", "empty": 0}
+    continued = pd.DataFrame(rows | {"texts": "continuations", "document": test[:4], "sum": 1.0, "count": 1})
+    samples = continued.assign(texts="samples", document=range(4))
+    for run in before.runs.values():
+        file = run.folder / "corpus" / "group.npy"
+        file.unlink()  # linked files are one
+        np.save(file, group)
+        pd.concat([continued, samples], ignore_index=True).to_parquet(run.folder / "generation.parquet")
+    done = Sweep.open(copy)
+    table = done.table()
+    perplexity = table[table.metric == "perplexity"].reset_index(drop=True)
+    pd.testing.assert_series_equal(perplexity.value, alone.value)
+    pairs = -(-len(test) // 2)
+    assert set(perplexity.documents) == {pairs}
+    assert done.values().query("metric == 'rouge2' and texts == 'samples'").document.nunique() == 4
+    assert done.values().query("metric == 'rouge2' and texts == 'continuations'").document.nunique() == 2
+    losses = done.runs[place].losses().query("variant == 'mixed' and actions == 'planner'")
+    sums = losses.groupby(np.arange(len(losses)) // 2)[["loss", "tokens"]].sum()
+    resampling = {"resamples": 200, "seed": done.config.seed, "transform": np.exp}
+    expected = bootstrap_ratio(sums.loss, sums.tokens, **resampling)
+    (row,) = perplexity.query(
+        "member == @place.member and seed == 0 and variant == 'mixed' and actions == 'planner'"
+    ).itertuples()
+    assert (row.value_low, row.value_high) == pytest.approx((expected.low, expected.high))
 
 
 def test_runs_on_other_tokens_are_not_averaged(copy: Path):

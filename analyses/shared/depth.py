@@ -226,8 +226,11 @@ def sums_of(runs: Sequence[Run]) -> pd.DataFrame:
     """
     parts = []
     for run in runs:
-        losses = run.losses().rename(columns={"loss": "sum", "tokens": "count"})
-        solved = run.choices().groupby(["variant", "document"], sort=False).solved.agg(["sum", "count"])
+        losses = run.corpus.by_group(run.losses()).rename(columns={"loss": "sum", "tokens": "count"})
+        choices = run.choices()
+        if run.config.evaluation.questions_file is None:  # else documents are lines of the file
+            choices = run.corpus.by_group(choices)
+        solved = choices.groupby(["variant", "document"], sort=False).solved.agg(["sum", "count"])
         both = losses.assign(metric="perplexity"), solved.reset_index().assign(metric="accuracy")
         parts += [part.assign(seed=run.config.seed, name=part.variant) for part in both]
     return pd.concat(parts, ignore_index=True)[["metric", "name", "seed", "document", "sum", "count"]]

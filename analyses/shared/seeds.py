@@ -16,8 +16,8 @@ def differences_over_seeds(
     """Differences of perplexities, paired over documents, of each seed and of the mean over seeds.
 
     Args:
-        losses: Columns `name` (what is compared), `seed`, `document`, `tokens` and `loss` in nats; every name
-            has the same seeds and documents.
+        losses: Columns `name` (what is compared), `seed`, `document` (or its group; see `Corpus.by_group`),
+            `tokens` and `loss` in nats; every name has the same seeds and documents.
         pairs: Names, of which the second's perplexity is taken from the first's.
         resamples: Number of resamples of documents.
         seed: Seed of their draws.
@@ -26,7 +26,8 @@ def differences_over_seeds(
         As `over_seeds`, for each `first` and `second`, and `below`, the number of seeds whose value is below
         zero.
     """
-    tokens = losses.groupby("document").tokens.first()
+    one = losses[(losses.name == losses.name.iloc[0]) & (losses.seed == losses.seed.iloc[0])]
+    tokens = one.groupby("document").tokens.sum()
     by_name = {
         name: rows.pivot_table(index="document", columns="seed", values="loss", aggfunc="sum").loc[
             tokens.index

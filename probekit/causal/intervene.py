@@ -208,8 +208,8 @@ class _Trials:
         if kind == "codebook":
             corpus, codebook = self._run.corpus, self._lm.codebook
             assert codebook is not None  # noqa: S101 - refused before
-            known = np.unique(corpus.actions[corpus.sentences(corpus.documents("train"))])
-            return replanning(codebook, boundaries, known, seed), {}
+            known = np.unique(corpus.known_actions[corpus.sentences(corpus.documents("train"))])
+            return replanning(codebook, boundaries, known[known >= 0], seed), {}
         far = site.distances[-1]
         if kind == "steer":
             known = np.flatnonzero(site.moments[far].class_counts[0].cpu().numpy())

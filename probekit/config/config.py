@@ -117,7 +117,13 @@ class Config(Settings):
 
 
 def user_path(path: str | Path) -> Path:
-    """A path as a user gives it, its `~` expanded."""
+    """A path as a user gives it, its `~` expanded.
+
+    Raises:
+        ProbekitError: It is no path.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise ProbekitError(f"{path!r} is no path; give a string or a Path")
     return Path(os.path.expanduser(path))  # noqa: PTH111 - Path's own raises where there is no such user
 
 
@@ -155,6 +161,8 @@ def nest(values: Mapping[str, Any]) -> dict[str, Any]:
     """Turns dotted names into nested mappings: `{"a.b": 1}` to `{"a": {"b": 1}}`."""
     nested: dict[str, Any] = {}
     for name, value in values.items():
+        if not isinstance(name, str):
+            raise ProbekitError(f"{name!r} is no name of a setting; give dotted names such as 'probe.layers'")
         section = nested
         *sections, last = name.split(".")
         for part in sections:

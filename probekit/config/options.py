@@ -39,6 +39,9 @@ SHORTHANDS = {
 OF_LABELS = ("labels", "text", "target", "positions")
 """Those of them that a run takes, too."""
 
+READING = ("device", "lm.device_map", "lm.dtype", "corpus.encoding")
+"""Settings of how an LM is held and a file is read, for what is done with a run."""
+
 SINGLE = tuple(name for name in ALL if name in setting_names())
 """Settings that are in no section."""
 

@@ -120,10 +120,10 @@ class CorpusSettings(Settings):
     @model_validator(mode="after")
     def _leaves_training_documents(self) -> Self:
         held_out = self.probe_fraction + self.validation_fraction + self.test_fraction
-        if held_out >= 1.0:
+        if held_out > 1.0 + 1e-9:
             raise ValueError(
-                f"probe_fraction + validation_fraction + test_fraction is {held_out:g}; it must be below 1 "
-                "to leave training documents"
+                f"probe_fraction + validation_fraction + test_fraction is {held_out:g}; it must be at "
+                "most 1, and below to leave training documents"
             )
         return self
 

@@ -80,10 +80,12 @@ def write_corpus(config: Config, folder: Path, progress: Progress, device: str =
         write_array(partial / "split.npy", split)
         train = split == SPLITS.index("train")
         if not train.any() and (tokenizer is None or with_actions):
+            where = f"corpus.split_column {config.corpus.split_column!r} names"
+            if config.corpus.split_column is None:
+                where = "the sum of corpus.probe_fraction, validation_fraction and test_fraction leaves"
             raise ProbekitError(
-                f"corpus.split_column {config.corpus.split_column!r} names no document 'train', which the "
-                "tokenizer of a new LM and actions are fitted on; name some, or give lm.name and "
-                "actions.labels none"
+                f"{where} no document 'train', which the tokenizer of a new LM and actions are fitted on; "
+                "leave some, or give lm.name and actions.labels none"
             )
         facts |= {"actions": with_actions, "groups": len(np.unique(group))}
         if line := grouped(facts["groups"], len(documents)):
@@ -254,7 +256,10 @@ def _cluster(
     fitted_on = np.empty((len(sample), embeddings.shape[1]), embeddings.dtype)
     for part in np.array_split(np.arange(len(sample)), len(sample) // _ROWS_AT_ONCE + 1):
         fitted_on[part] = embeddings[sample[part]]
-    codebook = fit_codebook(fitted_on, config.actions.k, config.corpus.seed)
+    said = fitted_on.any(axis=1)  # a sentence without a word that is known would have a cluster of its own
+    codebook = fit_codebook(
+        fitted_on if said.all() else fitted_on[said], config.actions.k, config.corpus.seed
+    )
     actions = codebook.nearest(embeddings)
     facts: dict[str, Any] = {}
     if config.corpus.reader == "planted":

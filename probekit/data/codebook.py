@@ -135,7 +135,7 @@ def nearest_sentences(
 
     Args:
         embeddings: Float32 [sentences, dimensions].
-        labels: Integers [sentences], each sentence's action.
+        labels: Integers [sentences], each sentence's action, -1 for one that is not to be found.
         codebook: The k actions.
         per_action: Sentences wanted for each action.
 
@@ -146,7 +146,7 @@ def nearest_sentences(
     order = np.lexsort((_squared_distances(embeddings, codebook.centroids, labels), labels))
     ordered = np.asarray(labels)[order]
     rank = np.arange(len(order)) - np.searchsorted(ordered, ordered)
-    shown = rank < per_action
+    shown = (rank < per_action) & (ordered >= 0)
     nearest = np.full((len(codebook.centroids), per_action), -1, np.int64)
     nearest[ordered[shown], rank[shown]] = order[shown]
     return nearest

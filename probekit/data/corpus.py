@@ -34,13 +34,11 @@ MORE_DOCUMENTS = "give more documents, or a larger corpus.test_fraction"
 """The remedy if all test documents are few."""
 
 
-def too_few(documents: int, remedy: str = MORE_DOCUMENTS) -> str | None:
+def too_few(documents: int, remedy: str = MORE_DOCUMENTS, what: str = "test documents") -> str | None:
     """A warning and its remedy if there are too few test documents for trustworthy intervals, else None."""
     if documents >= FEW_DOCUMENTS:
         return None
-    return (
-        f"Only {documents} test documents: intervals from resampling so few are too narrow to trust; {remedy}"
-    )
+    return f"Only {documents} {what}: intervals from resampling so few are too narrow to trust; {remedy}"
 
 
 @dataclass(frozen=True)
@@ -160,8 +158,8 @@ class Corpus:
         return np.searchsorted(self.document_sentences, sentences, side="right") - 1
 
     def previous_actions(self, sentences: np.ndarray) -> np.ndarray:
-        """The action before each sentence `[sentences]`, -1 for a document's first."""
-        return self.previous_labels(self.actions, sentences)
+        """The action before each sentence `[sentences]`, -1 for a document's first or where none is."""
+        return self.previous_labels(self.known_actions, sentences)
 
     def previous_labels(self, labels: np.ndarray, sentences: np.ndarray) -> np.ndarray:
         """The label before each sentence, as `previous_actions`, of any labels; NaN for no number."""
@@ -179,6 +177,15 @@ class Corpus:
         if not self.facts.get("sentences_without_action"):
             return np.ones(len(self.first_token), dtype=bool)
         return np.asarray(self.embeddings.any(axis=1))
+
+    @cached_property
+    def known_actions(self) -> np.ndarray:
+        """Each sentence's action, -1 for one that has none to predict `[sentences]`."""
+        return self.actions if self.with_action.all() else np.where(self.with_action, self.actions, -1)
+
+    def by_group(self, table: pd.DataFrame) -> pd.DataFrame:
+        """A table with the number of each document's group in place of its own: what is resampled."""
+        return table.assign(document=self.group[table.document])
 
     def sentence_texts(self, sentences: Sequence[int] | np.ndarray) -> list[str]:
         """The text of sentences, surrounding white space removed."""
@@ -235,12 +242,13 @@ def action_table(corpus: Corpus, nearest: int = 2) -> pd.DataFrame:
         frequent action first.
     """
     train = corpus.sentences(corpus.documents("train"))
-    counts = np.bincount(corpus.actions[train], minlength=corpus.k)
-    closest = nearest_sentences(corpus.embeddings, corpus.actions, corpus.codebook, nearest)
+    actions = corpus.known_actions
+    counts = np.bincount(actions[train][actions[train] >= 0], minlength=corpus.k)
+    closest = nearest_sentences(corpus.embeddings, actions, corpus.codebook, nearest)
     table = pd.DataFrame(
         {
             "sentences": counts,
-            "share": counts / max(1, len(train)),
+            "share": counts / max(1, counts.sum()),
             "words": [", ".join(corpus.action_words(action)) for action in range(corpus.k)],
             "nearest": [corpus.sentence_texts(row[row >= 0]) for row in closest],
         }

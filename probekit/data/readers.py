@@ -435,7 +435,7 @@ def _opened(path: Path, settings: CorpusSettings) -> Iterator[TextIO]:
     except UnicodeError:
         raise ProbekitError(
             f"{path}: byte {_bad_byte(path, encoding)} is not valid {settings.encoding}; set "
-            "--corpus.encoding to the encoding of the file"
+            "--corpus.encoding to the encoding of the file, such as latin-1, or cp1252 of Windows"
         ) from None
     except OSError as error:
         raise ProbekitError(f"{path}: cannot be read: {_reason(error)}") from None

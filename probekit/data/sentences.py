@@ -41,6 +41,15 @@ _TITLES = {code: {f"{word}." for word in words.split()} for code, words in _ABBR
 _LAST_WORD = re.compile(r"[^\s'’(«“\"-]+$")
 _INITIAL = re.compile(r"(?:^|[\W\d_])[^\W\d_]\.$")
 _QUOTATION = re.compile(r"[。！？!?.…][」』”’\"»]+$")
+# An ellipsis ends a sentence before a capital, as three full stops do, for which sentencex knows it.
+_ELLIPSIS = re.compile(r"(?<![.!?])…(?:\s?»|[”’\")])*\s+(?=[“«„¿¡\"'(—–]*\s?([^\W\d_]))")
+# Ordinals with a full stop: before the name of a month in German, before any word in lower case in others.
+_ORDINAL = re.compile(r"(?:^|[^\w.,])\d{1,4}\.$")
+_ORDINALS = frozenset(["cs", "da", "et", "fi", "hr", "hu", "is", "lv", "nb", "nn", "no", "pl", "sk", "sl"])
+_MONTH = re.compile(
+    r"(Jan(uar)?|Jän(ner)?|Feb(ruar)?|März?|Apr(il)?|Mai|Juni?|Juli?|Aug(ust)?|Sept?(ember)?|Okt(ober)?"
+    r"|Nov(ember)?|Dez(ember)?)\b"
+)
 _SAYING = re.compile(r"[—–-]\s*")
 _EMOJI = re.compile(r"(?:[\u2600-\u27bf\U0001f000-\U0001faff\ufe0f\u200d]+\s*)+(?=[\w\"“«¿¡(])")
 _JOINED = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
@@ -90,6 +99,7 @@ def sentence_spans(text: str, language: str = "en") -> NDArray[np.int64]:
     for line in text.splitlines(keepends=True):
         if VISIBLE.search(line):
             starts += (offset + start for start in _visible_starts(line, language))
+            starts += (offset + found.end() for found in _ELLIPSIS.finditer(line) if found[1].isupper())
         offset += len(line)
     return _partition(np.unique(np.array(starts, dtype=np.int64)), len(text))
 
@@ -167,6 +177,11 @@ def _goes_on(before: str, after: str, language: str) -> bool:
             return True
         # `p. 5 a.C. a Roma`, `1867 r. w`: a capital would begin a sentence.
         if _INITIAL.search(said) and (joined or (after[0].islower() and after[0].title() != after[0])):
+            return True
+        of_language = language.split("-")[0]
+        if _ORDINAL.search(said) and (
+            (of_language in _ORDINALS and after[0].islower()) or (of_language == "de" and _MONTH.match(after))
+        ):
             return True
         return joined and said[-2:-1].isdigit() and after[0].isdigit()
     if not _QUOTATION.search(said):

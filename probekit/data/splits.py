@@ -2,7 +2,7 @@
 
 Documents are of one group if they share a value of the group column, or have texts that differ in case, white
 space and punctuation alone, but not in the signs and decimal points of numbers. Groups are also what
-intervals resample, but for tables of sweeps: two copies are one observation.
+intervals resample: two copies are one observation.
 """
 
 from __future__ import annotations
@@ -125,12 +125,16 @@ def _drawn_splits(settings: CorpusSettings, digests: np.ndarray) -> np.ndarray:
     unique, inverse = np.unique(digests, return_inverse=True)
     counts = [round(share * len(unique)) for share in shares]
     counts.insert(0, len(unique) - sum(counts))
+    if counts[0] < 0:  # shares that are rounded up
+        counts[int(np.argmax(counts))] += counts[0]
+        counts[0] = 0
     what, remedy = "distinct documents", "or cut text files into documents by corpus.separator"
     if settings.group_column is not None:
         what = f"groups of corpus.group_column {settings.group_column!r}"
         remedy = "or give each text its split in a corpus.split_column"
-    for name, count, share in zip(SPLITS, counts, [1.0, *shares], strict=True):
-        if share and count < 1:
+    training = max(0.0, 1.0 - sum(shares))  # none is needed where nothing is trained
+    for name, count, share in zip(SPLITS, counts, [training, *shares], strict=True):
+        if share > 1e-9 and count < 1:
             raise ProbekitError(
                 f"the corpus has {len(unique)} {what}, which leaves none for the split {name!r}; give more "
                 "of them, change corpus.probe_fraction, corpus.validation_fraction and corpus.test_fraction, "

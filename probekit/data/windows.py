@@ -76,11 +76,13 @@ def cut_windows(
 
 
 def beginnings(corpus: Corpus, windows: Windows) -> np.ndarray:
-    """How many sentences have their first token scored in each window `[windows]`."""
+    """How many sentences with an action have their first token scored in each window `[windows]`."""
     last = windows.start + windows.length
-    return np.searchsorted(corpus.first_token, last, side="right") - np.searchsorted(
-        corpus.first_token, last - windows.scored, side="right"
+    begun, before = (
+        np.searchsorted(corpus.first_token, at, side="right") for at in (last, last - windows.scored)
     )
+    with_action = np.append(0, np.cumsum(corpus.with_action))
+    return with_action[begun] - with_action[before]
 
 
 @dataclass(frozen=True)
@@ -96,8 +98,8 @@ class Batch:
         touched: The sentences that windows touch, as rows of `context` flattened over its first two
             dimensions `[touched]`.
         actions: True actions of the touched sentences `[touched]`.
-        begins: Whether a touched sentence's first token is scored in the batch `[touched]`; each is scored in
-            exactly one window.
+        begins: Whether a touched sentence has an action to predict, and its first token is scored in the batch
+            `[touched]`; each is scored in exactly one window.
         sentence: For every position, the row of `touched` whose sentence holds the next token
             `[windows, positions]`: position t carries the action of token t + 1, a document's last one that
             of its own sentence.
@@ -162,7 +164,9 @@ def collate(corpus: Corpus, windows: Windows) -> Batch:
         context=torch.from_numpy(context),
         touched=torch.from_numpy(row * context.shape[1] + within),
         actions=torch.from_numpy(corpus.actions[touched].astype(np.int64)),
-        begins=torch.from_numpy(np.isin(corpus.first_token[touched], index[scored] + 1)),
+        begins=torch.from_numpy(
+            np.isin(corpus.first_token[touched], index[scored] + 1) & corpus.with_action[touched]
+        ),
         sentence=torch.from_numpy(sentence.reshape(index.shape)),
     )
 
@@ -179,7 +183,7 @@ def document_batch(corpus: Corpus, documents: np.ndarray) -> tuple[Tensor, Tenso
 
     Returns:
         Embeddings `[documents, sentences, dimensions]` and actions `[documents, sentences]`, `IGNORE` at
-        padding.
+        padding and for a sentence that has none to predict.
     """
     first, last = corpus.document_sentences[documents], corpus.document_sentences[documents + 1]
     filled = np.arange((last - first).max()) < (last - first)[:, None]
@@ -187,5 +191,5 @@ def document_batch(corpus: Corpus, documents: np.ndarray) -> tuple[Tensor, Tenso
     embeddings = np.zeros((*filled.shape, corpus.embeddings.shape[1]), dtype=np.float32)
     actions = np.full(filled.shape, IGNORE, dtype=np.int64)
     embeddings[filled] = corpus.embeddings[rows]
-    actions[filled] = corpus.actions[rows]
+    actions[filled] = np.where(corpus.with_action[rows], corpus.actions[rows], IGNORE)
     return torch.from_numpy(embeddings), torch.from_numpy(actions)

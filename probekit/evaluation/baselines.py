@@ -241,7 +241,7 @@ def action_predictions(run: Run, documents: np.ndarray) -> dict[str, np.ndarray]
     corpus = run.corpus
     sentences = corpus.sentences(documents)
     (pairs, later), (validation, _) = (
-        count_labels(corpus, corpus.documents(split), corpus.actions, corpus.k)
+        count_labels(corpus, corpus.documents(split), corpus.known_actions, corpus.k)
         for split in ("train", "validation")
     )
     bigram = bigram_of_counts(pairs, validation)
@@ -264,10 +264,12 @@ def planner_log_probabilities(
     parts = []
     for start in range(0, len(documents), batch_size):
         batch = documents[start : start + batch_size]
-        embeddings, actions = document_batch(corpus, batch)
+        embeddings, _ = document_batch(corpus, batch)
+        lengths = torch.from_numpy(corpus.document_sentences[batch + 1] - corpus.document_sentences[batch])
         with torch.no_grad():
             scores = planner(embeddings.to(device)).cpu()
-        parts.append(scores[actions >= 0].log_softmax(dim=-1).double().numpy())
+        own = torch.arange(scores.shape[1]) < lengths[:, None]
+        parts.append(scores[own].log_softmax(dim=-1).double().numpy())
     return np.concatenate(parts)
 
 

@@ -123,13 +123,10 @@ def evaluate_generation(
         values += measured
     table = pd.concat(values, ignore_index=True)
     resampling = {"resamples": run.config.evaluation.resamples, "seed": run.config.seed}
-    of_documents = (table.texts == "continuations") | (table.variant == "true")
-    group = run.corpus.group[table.document.where(of_documents, 0)]
-    resampled = table.assign(document=np.where(of_documents, group, table.document))
-    rows = over_seeds(resampled, KEYS, TRANSFORMS, **resampling)
+    rows = over_seeds(by_group(table, run.corpus), KEYS, TRANSFORMS, **resampling)
     empty = table.groupby(KEYS)["empty"].sum().reset_index()
     metrics = rows[rows.seed.isna()].drop(columns="seed").merge(empty, on=KEYS)
-    mauve, mauve_notes = _mauve(run, true.samples, samples, progress)
+    mauve, mauve_notes = _mauve(run, true, samples, progress)
     notes = []
     if (found := len(true.prompts)) < (wanted := chosen.prompts):
         notes.append(f"{found:,} prompts in place of {wanted:,}: no more test documents are long enough")
@@ -155,6 +152,12 @@ def evaluate_generation(
     record = {"settings": evaluation.settings, "notes": evaluation.notes, "metrics": records}
     write_json(run.folder / "generation.json", record)
     return evaluation
+
+
+def by_group(values: pd.DataFrame, corpus: Corpus) -> pd.DataFrame:
+    """Values with the number of each document's group in place of its own; samples keep their numbers."""
+    of_documents = (values.texts == "continuations") | (values.variant == "true")
+    return pd.concat([corpus.by_group(values[of_documents]), values[~of_documents]]).sort_index()
 
 
 def check_generation(run: Run | str | Path, settings: Mapping[str, Any] | None = None) -> None:
@@ -200,17 +203,18 @@ def _measured(
 
 
 def _mauve(
-    run: Run, true: Tokens, samples: Mapping[tuple[str, str], Sequence[Tokens]], progress: Progress
+    run: Run, true: TrueTexts, samples: Mapping[tuple[str, str], Sequence[Tokens]], progress: Progress
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """MAUVE of samples `[seeds]` against as many beginnings of test documents, and notes.
 
     The reference, variant "true", is other true text, from the split `probe`, which no training has seen.
     """
     settings, seed = run.config.generation, run.config.seed
-    size, length = min(len(true), settings.samples), max(settings.lengths)
+    there, length = len(true.samples), max(settings.lengths)
+    size = min(there, settings.samples)
     if size < LEAST_TEXTS:
         return [], [
-            f"No MAUVE: it needs {LEAST_TEXTS} texts of {length:,} tokens on either side, and {len(true):,} "
+            f"No MAUVE: it needs {LEAST_TEXTS} texts of {length:,} tokens on either side, and {there:,} "
             f"test documents are that long, of generation.samples {settings.samples:,}; lower "
             "generation.lengths, or raise what is too low"
         ]
@@ -220,7 +224,7 @@ def _mauve(
             f"MAUVE of {size:,} texts on either side does not tell variants apart; it takes {FEW_TEXTS}: "
             "generation.samples, and as many test documents that are long enough"
         )
-    _, other = beginnings(run, "probe")
+    others, other = beginnings(run, "probe")
     if len(other) < size:
         notes.append(
             f"No MAUVE of true text: it needs {size:,} documents of {length:,} tokens in the split probe, "
@@ -228,20 +232,24 @@ def _mauve(
         )
     else:
         samples = {("true", "true"): [other], **samples}
+    groups = {"true": run.corpus.group[others[:size]]}
+    true_groups = run.corpus.group[true.sampled[:size]]
     window, _ = window_and_stride(run)
 
     def features(name: str, texts: Tokens) -> np.ndarray:
         with progress.task(f"features of {name}", total=size) as task:
             return text_features(run, texts[:size], window, task)
 
-    true_features, rows = features("test documents", true), []
+    true_features, rows = features("test documents", true.samples), []
     for (variant, actions), of_seeds in samples.items():
         if not of_seeds:
             continue
         clustered = [
             cluster_texts(features(f"texts ({variant})", texts), true_features, seed) for texts in of_seeds
         ]
-        interval = mauve_interval(clustered, resamples=run.config.evaluation.resamples, seed=seed)
+        own_groups = groups.get(variant, np.arange(size))
+        resampling = {"resamples": run.config.evaluation.resamples, "seed": seed}
+        interval = mauve_interval(clustered, (own_groups, true_groups), **resampling)
         each = [one.mauve for one in clustered]
         rows.append(
             dict(zip(KEYS, (variant, actions, "samples", length, "mauve"), strict=True))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import ArrayLike
 from rapidfuzz.distance import Levenshtein
@@ -329,7 +330,13 @@ def mauve_of_histograms(first: ArrayLike, second: ArrayLike) -> Floats:
     return 0.5 * (x_points[:-1] * y_points[1:] - x_points[1:] * y_points[:-1]).sum(axis=0)
 
 
-def mauve_interval(clustered: Sequence[Clustered], *, resamples: int, seed: int) -> Interval:
+def mauve_interval(
+    clustered: Sequence[Clustered],
+    groups: tuple[Integers, Integers] | None = None,
+    *,
+    resamples: int,
+    seed: int,
+) -> Interval:
     """The mean MAUVE of several samples against the same true texts, and its 95 % interval.
 
     Texts of both sides are resampled, each keeping its cluster. Resampling lowers MAUVE as drawing the sample
@@ -339,19 +346,23 @@ def mauve_interval(clustered: Sequence[Clustered], *, resamples: int, seed: int)
 
     Args:
         clustered: Generated texts (first), clustered with the true ones (second), for every seed.
+        groups: Number of the group of each generated and each true text, which are drawn together; None: each
+            text on its own.
         resamples: Number of resamples.
         seed: Seed of the draws.
     """
-    drawn = []
-    for number, one in enumerate(clustered):
-        # The true texts drawn are the same for all samples.
-        weights = (
-            np.concatenate(list(resample_weights(sample.shape[1], resamples, seeds)))
-            for sample, seeds in ((one.first, [seed, 1 + number]), (one.second, [seed, 0]))
-        )
-        drawn.append(one.weighted_mauve(*weights))
+    sizes = clustered[0].first.shape[1], clustered[0].second.shape[1]
+    numbers = [pd.factorize(own)[0] for own in groups or map(np.arange, sizes)]
+
+    def drawn_texts(side: int, seeds: list[int]) -> Floats:
+        weights = resample_weights(int(numbers[side].max()) + 1, resamples, seeds)
+        return np.concatenate(list(weights)).take(numbers[side], 1)
+
+    # The true texts drawn are the same for all samples.
+    true = drawn_texts(1, [seed, 0])
+    drawn = [one.weighted_mauve(drawn_texts(0, [seed, 1 + n]), true) for n, one in enumerate(clustered)]
     value = float(np.mean([one.mauve for one in clustered]))
-    documents = min(clustered[0].first.shape[1], clustered[0].second.shape[1])
+    documents = int(min(own.max() for own in numbers)) + 1
     half = -stdtrit(documents - 1, 0.025) * float(np.std(np.mean(drawn, axis=0), ddof=1))
     return Interval(value, max(value - half, 0.0), min(value + half, 1.0), documents)
 

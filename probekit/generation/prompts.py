@@ -140,9 +140,11 @@ def read_prompts(path: str | Path) -> list[str]:
         ProbekitError: The file cannot be read, is empty, or a line holds no text.
     """
     try:
-        lines = [line for line in user_path(path).read_text("utf-8").splitlines() if line.strip()]
+        text = user_path(path).read_text("utf-8-sig")
     except (OSError, ValueError) as error:
-        raise ProbekitError(f"--prompts {path}: cannot be read as UTF-8 text ({error})") from None
+        raise ProbekitError(f"--prompts {path}: cannot be read as UTF-8 text ({error}); convert it") from None
+    # Not splitlines: JSON may hold characters that only Unicode takes for line breaks.
+    lines = [line for line in text.split("\n") if line.strip()]
     if not lines:
         raise ProbekitError(f"--prompts {path}: holds no prompt; give one a line")
     if Path(path).suffix != ".jsonl":

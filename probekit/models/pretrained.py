@@ -202,7 +202,7 @@ def dtype_of(setting: str, config: PreTrainedConfig, device: torch.device) -> to
     if own not in HALF:
         return torch.float32
     if device.type == "cpu":
-        return torch.bfloat16 if _cpu_has_bfloat16() else torch.float32
+        return torch.bfloat16 if cpu_has_bfloat16() else torch.float32
     return own if _computes_in(own, device) else torch.float32
 
 
@@ -217,7 +217,8 @@ def _own_dtype(config: PreTrainedConfig) -> torch.dtype:
     return own if isinstance(own, torch.dtype) else getattr(torch, own)
 
 
-def _cpu_has_bfloat16() -> bool:
+def cpu_has_bfloat16() -> bool:
+    """Whether the CPU has units that compute in bfloat16."""
     known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11
     return any(known.get(unit) for unit in BFLOAT16_UNITS)
 

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from probekit import distributed
-from probekit.config import Config, Position, SolverName
+from probekit.config import Config, Position, SolverName, user_path
+from probekit.data.corpus import too_few
 from probekit.distributed import compute_device
 from probekit.errors import ProbekitError
 from probekit.evaluation.action_metrics import prior_log_probabilities
@@ -41,13 +42,23 @@ from probekit.probing.results import (
     table_of,
     validation_loss,
 )
-from probekit.probing.targets import MOST_CLASSES, Examples, Target, are_numbers, vary
+from probekit.probing.targets import (
+    MOST_CLASSES,
+    Examples,
+    Target,
+    are_numbers,
+    nearly_two_classes,
+    vary,
+)
 from probekit.probing.texts import TextActivations
 from probekit.progress import Meter, Progress
 from probekit.statistics import Resampling
 
 SPLITS = {FITTED_ON: 0.6, CHOSEN_ON: 0.2, TESTED_ON: 0.2}
 """The share of the examples in each split."""
+
+MORE_GROUPS = "give examples of more groups"
+"""What to do where test examples are of few groups."""
 
 CHUNK_EXAMPLES = 1024
 """Examples of an array that are handed on at once."""
@@ -148,7 +159,7 @@ class LinearProbes:
             for part in ("coef", "intercept")
         }
         cells = [cell.key for cell in self._probes]
-        write_tensors(path, tensors, {"card": json.dumps(self.card), "cells": json.dumps(cells)})
+        write_tensors(user_path(path), tensors, {"card": json.dumps(self.card), "cells": json.dumps(cells)})
 
 
 def load_probes(path: str | Path) -> LinearProbes:
@@ -157,7 +168,8 @@ def load_probes(path: str | Path) -> LinearProbes:
     Raises:
         ProbekitError: The file is no such file.
     """
-    metadata, tensors = read_metadata(Path(path)), read_tensors(path)
+    path = user_path(path)
+    metadata, tensors = read_metadata(path), read_tensors(path)
     try:
         probes = {
             Cell.of(key): LinearProbe(tensors[f"{key}|coef"], tensors[f"{key}|intercept"])
@@ -348,7 +360,7 @@ def arrays_of(activations: Arrays) -> tuple[Tensor, tuple[HookPoint, ...]]:
     """
     values: Any = activations.values if isinstance(activations, TextActivations) else activations
     if isinstance(activations, str | Path):
-        path = Path(activations)
+        path = user_path(activations)
         if path.suffix not in (".npy", ".safetensors"):
             raise ProbekitError(f"activations is {str(path)!r}; it must end in .npy or .safetensors")
         if path.suffix == ".npy":
@@ -509,6 +521,11 @@ def _grid(
     known = np.unique(labels[FITTED_ON])
     if len(known) < 2:
         raise ProbekitError("labels: all examples to fit on have the same; split them otherwise")
+    if few := too_few(len(np.unique(group[splits[TESTED_ON]])), MORE_GROUPS, "groups of test examples"):
+        notes.append(few)
+    counts = np.bincount(values, minlength=target.classes) if target.kind == "classes" else np.zeros(0)
+    if slips := nearly_two_classes(target.name, target.names, counts):
+        notes.append(slips)
     if target.kind == "classes" and len(unseen := np.setdiff1d(labels[TESTED_ON], known)):
         named = target.name_of(unseen[0])
         notes.append(f"{len(unseen)} classes of test examples, such as {named}, are in none to fit on")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from probekit.probing.targets import (
     Target,
     are_numbers,
     find_target,
+    nearly_two_classes,
     sentence_target,
     vary,
 )
@@ -91,10 +92,12 @@ def target_of(corpus: Corpus, config: Config) -> Target:
     document, sentence = _places(corpus, table, config)
     labelled = np.array([label is not None for label in table.labels], dtype=bool)
     rows = np.flatnonzero(labelled & (document != ABSENT))
+    made_of = config.corpus.path or config.corpus.reader
     if labelled.any() and not len(rows):
         raise ProbekitError(
-            f"probe.labels {table.path}: no row with a label has a text of the corpus; name the column that "
-            "holds texts by --text, or make a corpus of this table by --model with --text"
+            f"probe.labels {table.path}: no row with a label has a text of the corpus, which was made of "
+            f"{made_of}; name the column that holds texts by --text, or make a corpus of this table "
+            "by --model with --text, in another --out or with --overwrite"
         )
     labels = [label for label in (table.labels[row] for row in rows) if label is not None]
     kind = config.probe.kind
@@ -117,7 +120,9 @@ def target_of(corpus: Corpus, config: Config) -> Target:
     if numbers:
         return _of_numbers(corpus, table, name, ranges, of_sentence)
     counts = np.bincount(ranges.labels, minlength=len(names))
-    lines = _notes(table, name, names, counts, int((~labelled).sum()), int((document == ABSENT).sum()))
+    absent = f"have a text that is not in the corpus, which was made of {made_of}"
+    left_out = {"have no label": int((~labelled).sum()), absent: int((document == ABSENT).sum())}
+    lines = _notes(table, name, names, counts, left_out)
     if of_sentence is not None:
         of_sentences = np.full(len(corpus.first_token), NO_LABEL, dtype=np.int64)
         of_sentences[of_sentence] = ranges.labels
@@ -364,7 +369,7 @@ def _ranges(
 
 
 def _notes(
-    table: LabelTable, name: str, names: Sequence[str], counts: np.ndarray, unlabelled: int, absent: int
+    table: LabelTable, name: str, names: Sequence[str], counts: np.ndarray, left_out: Mapping[str, int]
 ) -> Iterator[str]:
     """What a user should know of the labels: their counts, and what was left out."""
     frequent = np.argsort(-counts, kind="stable")[:SHOWN_CLASSES]
@@ -375,12 +380,10 @@ def _notes(
     )
     if len(names) > SHOWN_CLASSES and all(map(_is_number, names)):
         yield f"whole numbers are taken for classes; --probe.kind numbers reads {name!r} as numbers"
-    left_out = {
-        "have no label": unlabelled,
-        "have a text that is not in the corpus": absent,
-        "label what an equal row labels": len(table.where) - unlabelled - absent - int(counts.sum()),
-    }
-    for why, number in left_out.items():
+    if line := nearly_two_classes(name, names, counts):
+        yield line
+    equal = len(table.where) - sum(left_out.values()) - int(counts.sum())
+    for why, number in {**left_out, "label what an equal row labels": equal}.items():
         if number > 0:
             yield f"{number:,} of {len(table.where):,} rows of labels {why}, and are left out"
     if len(once := [names[n] for n in np.flatnonzero(counts == 1).tolist()]):

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from probekit.config import Config, CorpusSettings, ProbedName
+from probekit.config import Config, CorpusSettings, ProbedName, user_path
 from probekit.data.readers import read_documents
 from probekit.distributed import autocast
 from probekit.errors import ProbekitError
@@ -42,7 +42,9 @@ def score(
     texts: str | Path | Sequence[str],
     cell: str | None = None,
     *,
+    layer: int | None = None,
     text: str | None = None,
+    encoding: str | None = None,
     tokens: bool = False,
     batch_size: int = 16,
     out: str | Path | None = None,
@@ -55,7 +57,9 @@ def score(
         texts: The texts, or a file of any format that the readers of a corpus know.
         cell: Name of the probe, as in the run's file of probes: solver|location|layer|position|horizon. None:
             the best one on validation documents.
+        layer: The best one of this layer.
         text: Column of the file that holds the texts; None: that of the table that the run was probed with.
+        encoding: Encoding of the file; None: that of the run's texts.
         tokens: Read every token of a text, not only the last (of a probe at a named position: there).
         batch_size: Texts read at once.
         out: Also write the table: .csv, .jsonl or .parquet.
@@ -68,19 +72,19 @@ def score(
     Raises:
         ProbekitError: The run has no such probe, or a text is empty or longer than the LM reads.
     """
-    if out is not None and Path(out).suffix not in FORMATS:
+    if out is not None and (out := user_path(out)).suffix not in FORMATS:
         raise ProbekitError(f"--out is {str(out)!r}; it must end in {', '.join(FORMATS)}")
     run = Run.at(run)
     record = read_probe_record(run.folder)
     run = run.with_settings({"probe.window": record.config.probe.window})
-    variant, seed, chosen = _chosen(run, cell)
+    variant, seed, chosen = _chosen(run, cell, layer)
     probe = SavedProbes(run.folder / "probes", variant, seed)[chosen]
     if record.classes is None:
         raise ProbekitError(
             f"the probes of {run.folder} are of an earlier version, which kept no names of classes; run "
             f"`probekit probe {run.folder}` again"
         )
-    named = _named(texts, record.config, text)
+    named = _named(texts, record.config, text, encoding)
     begin = [] if run.corpus.bos_rule == "none" else [run.corpus.separator]
     window = probing_windows(run)[0]
     encoded = encoded_texts(run.corpus.tokenizer, [text for _, text in named], window - len(begin))
@@ -116,12 +120,12 @@ def score(
         parts.append(pd.concat([part, predictions(probe, own, record.classes)], axis=1))
     table = pd.concat(parts).sort_values("text", kind="stable", ignore_index=True)
     if out is not None:
-        _write(table, Path(out))
+        _write(table, user_path(out))
     return table
 
 
-def _chosen(run: Run, key: str | None) -> tuple[ProbedName, int, Cell]:
-    """The variant, the seed and the cell of the probe that was asked for, else of the best one."""
+def _chosen(run: Run, key: str | None, layer: int | None) -> tuple[ProbedName, int, Cell]:
+    """The variant, the seed and the cell of the probe that was asked for, else of the best (of a layer)."""
     rows = run.probes()
     rows = rows[
         (rows.reader == "probe") & rows.variant.isin(UNCONDITIONED) & rows.solver.isin(LINEAR_SOLVERS)
@@ -136,11 +140,18 @@ def _chosen(run: Run, key: str | None) -> tuple[ProbedName, int, Cell]:
         )
     if key is not None and key not in known:
         raise ProbekitError(f"--cell is {key!r}; the best of {len(known)} probes are {', '.join(known[:3])}")
-    number = 0 if key is None else known.index(key)
+    of_layer = [n for n, cell in enumerate(cells) if layer in (None, cell.layer) and key in (None, cell.key)]
+    if not of_layer:
+        layers = ", ".join(map(str, sorted({cell.layer for cell in cells})))
+        which = "" if key is None else f", and --cell {key!r}"
+        raise ProbekitError(f"--layer is {layer}{which}; probes are kept of layers {layers}")
+    number = of_layer[0]
     return rows.variant.iloc[number], int(rows.seed.iloc[number]), cells[number]
 
 
-def _named(texts: str | Path | Sequence[str], config: Config, column: str | None) -> list[tuple[str, str]]:
+def _named(
+    texts: str | Path | Sequence[str], config: Config, column: str | None, encoding: str | None
+) -> list[tuple[str, str]]:
     """Names and texts, of a file that is read as the run's own texts were."""
     if not isinstance(texts, str | Path):
         return [(str(number), text) for number, text in enumerate(texts)]
@@ -148,7 +159,7 @@ def _named(texts: str | Path | Sequence[str], config: Config, column: str | None
     settings = CorpusSettings(
         path=str(texts),
         text_column=column,
-        encoding=config.corpus.encoding,
+        encoding=encoding or config.corpus.encoding,
         separator=config.corpus.separator,
     )
     return [(document.name, document.text) for document in read_documents(settings)]

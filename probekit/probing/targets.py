@@ -19,6 +19,9 @@ from probekit.errors import ProbekitError
 NO_LABEL = -1
 """The label of an example that has none; it is left out."""
 
+LARGEST_SLIP = 0.05
+"""The largest share of labels that may be slips of the pen."""
+
 MOST_TOKENS = 1000
 """The target `token` has this many classes at most: the most frequent tokens of the training documents."""
 
@@ -237,6 +240,18 @@ def vary(numbers: np.ndarray) -> bool:
         return bool(0 < np.var(numbers) < np.inf)
 
 
+def nearly_two_classes(name: str, names: Sequence[str], counts: np.ndarray) -> str | None:
+    """A line where all classes but two are so rare that they may be slips of the pen."""
+    order = np.argsort(-counts, kind="stable")
+    if len(order) < 3 or counts[order[2:]].sum() > LARGEST_SLIP * counts.sum():
+        return None
+    shown = ", ".join(f"{names[number]!r} {counts[number]:,}" for number in order[:5].tolist())
+    return (
+        f"{name!r} has {len(order):,} classes ({shown}{', …' if len(order) > 5 else ''}), so AUROC and other "
+        "metrics of two classes are left out; if it is to have two, correct the others or leave them out"
+    )
+
+
 def find_target(corpus: Corpus, name: str) -> Target:
     """Finds one of `TARGETS` by name.
 
@@ -259,15 +274,14 @@ def _action(corpus: Corpus) -> Target:
             f"{corpus.folder / 'actions.npy'} holds action {highest}, but the codebook has {corpus.k}; "
             "build the corpus again"
         )
-    actions = corpus.actions
-    if not corpus.with_action.all():
-        actions = np.where(corpus.with_action, actions, NO_LABEL)
-    return sentence_target(corpus, "action", corpus.k, actions)
+    return sentence_target(corpus, "action", corpus.k, corpus.known_actions)
 
 
 def _token(corpus: Corpus) -> Target:
     counts = np.zeros(vocabulary_size(corpus.tokenizer), dtype=np.int64)
     documents = corpus.documents("train")
+    if not len(documents):  # nothing is to be trained
+        documents = corpus.documents("probe")
     for start in range(0, len(documents), 256):
         part = documents[start : start + 256]
         tokens = corpus.tokens[ranges(corpus.document_tokens[part] + 1, corpus.document_tokens[part + 1])]

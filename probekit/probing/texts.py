@@ -8,6 +8,7 @@ where the LM was trained with one, and without padding before them.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from probekit.config import Position, before_last
 from probekit.data.tokenizer import bos_rule_for, separator_id
 from probekit.errors import ProbekitError
 from probekit.models.backends import Backend, BridgeBackend, HFBackend
+from probekit.models.pretrained import HALF, cpu_has_bfloat16, dtype_name
 from probekit.models.hook_points import Architecture, examine
 from probekit.models.language_model import longest_window
 from probekit.models.locations import at_layers, hook_name
@@ -125,6 +127,12 @@ def activations(
     longest = longest_window(config)
     tokens = encoded_texts(tokenizer, texts, longest - len(begin), truncate=truncate)
     check_reach(position, tokens)
+    if plain.device.type == "cpu" and plain.dtype in HALF and not cpu_has_bfloat16():
+        warnings.warn(
+            f"this CPU has no units for {dtype_name(plain.dtype)}, in which the model is held: float32 is "
+            "faster here by far (model.float(), or dtype=torch.float32 where it is loaded)",
+            stacklevel=2,
+        )
     names = [hook_name(*point) for point in points]
     with _as_it_was(model):
         backend = _bridge_backend(model, names) if bridged else _plain_backend(model, tokenizer, points)

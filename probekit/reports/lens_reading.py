@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from probekit.config import Config, ProbedName, VariantName, user_path
-from probekit.data.codebook import Codebook, nearest_sentences
+from probekit.data.codebook import nearest_sentences
 from probekit.data.corpus import SPLITS, Corpus, too_few
 from probekit.data.sentences import align, complete_spans, sentence_spans
 from probekit.errors import ProbekitError
@@ -556,10 +556,8 @@ def _examples(corpus: Corpus, actions: np.ndarray) -> dict[int, list[str]]:
     """Different training sentences nearest to each of some actions."""
     train = np.zeros(len(corpus.first_token), bool)
     train[corpus.sentences(corpus.documents("train"))] = True
-    # Other splits get an additional action, so that embeddings need not be copied.
-    labels = np.where(train, corpus.actions, corpus.k)
-    centroids = np.pad(corpus.codebook.centroids, ((0, 1), (0, 0)))
-    nearest = nearest_sentences(corpus.embeddings, labels, Codebook(centroids), 2 * EXAMPLES)
+    labels = np.where(train, corpus.known_actions, -1)
+    nearest = nearest_sentences(corpus.embeddings, labels, corpus.codebook, 2 * EXAMPLES)
     texts = {int(action): corpus.sentence_texts(nearest[action][nearest[action] >= 0]) for action in actions}
     return {action: list(dict.fromkeys(found))[:EXAMPLES] for action, found in texts.items()}
 

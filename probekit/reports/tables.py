@@ -13,7 +13,7 @@ import pandas as pd
 from probekit.config import nearest, reading_order
 from probekit.data.corpus import Corpus, action_table, sentence_lengths, sizes
 from probekit.models.locations import label
-from probekit.probing.results import main_metric, validation_loss
+from probekit.probing.results import MODEL_FREE, main_metric, validation_loss
 from probekit.reports.display import (
     INTERVALS,
     Table,
@@ -52,6 +52,9 @@ METRICS_OF = {
     ),
 }
 """What tables show of probes and of baselines, by the main metric of the target."""
+
+METRIC_WORDS = {"bits": "bits over the prior", "r2": "R²"}
+"""What notes call metrics."""
 
 GAIN_R2 = {f"gain{end}": f"gain_r2{end}" for end in ("", "_low", "_high")}
 """The gain of numbers is no bits."""
@@ -254,6 +257,26 @@ def probe_notes(probes: pd.DataFrame) -> Iterator[str]:
         yield (
             f"{better['sum'].sum():,} of {len(compared):,} cells read more than the "
             f"{' or '.join(sorted(compared.gain_over.unique()))}, 95 % for all together ({each})"
+        )
+
+
+def baseline_notes(table: pd.DataFrame) -> Iterator[str]:
+    """Where a gain is above zero, but another baseline is better on test examples and than the probe.
+
+    The baseline that a gain is over is chosen on validation examples; of few documents it can be another one.
+    """
+    metric = "r2" if main_metric(table) == "r2" else "bits"
+    free = table[table.reader.isin(MODEL_FREE) & table[metric].notna()]
+    cell = ["position", "horizon"]
+    best = free.loc[free.groupby(cell)[metric].idxmax(), [*cell, "reader", metric]]
+    probes = table[(table.reader == "probe") & (table.gain > 0) & ~table.injected]
+    beside = probes.merge(best, on=cell, suffixes=("", "_beside"))
+    below = beside[beside[metric] < beside[f"{metric}_beside"]]
+    for (over, better), own in below.groupby(["gain_over", "reader_beside"]):
+        yield (
+            f"{len(own):,} of {len(probes):,} cells with a gain above zero read less than the {better}: the "
+            f"{over} is the strongest baseline on validation examples, and its gain is over that, but the "
+            f"{better} is on test examples ({number(own[f'{metric}_beside'].max())} {METRIC_WORDS[metric]})"
         )
 
 

@@ -127,6 +127,7 @@ def print_probes(results: ProbeResults) -> None:
     print_lines(
         too_few(table.groups.max()),
         *tables.probe_notes(probes),
+        *tables.baseline_notes(table),
         *tables.unreliable_probes(probes),
         *results.notes,
         f"All {len(table):,} rows: {results.folder / 'results.parquet'}; pictures: {results.folder}",

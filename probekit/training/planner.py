@@ -114,7 +114,8 @@ def train_planner(
 ) -> Planner:
     """Trains the planner on the cross-entropy of every sentence's action.
 
-    Documents of one sentence are left out: they have no next sentence to plan.
+    Sentences that have none do not count. Documents without an action behind their first sentence are left
+    out: they have no next one to plan.
 
     Args:
         trainer: What every stage needs.
@@ -129,7 +130,7 @@ def train_planner(
     planner = Planner(config.planner, codebook, config.seed).to(trainer.device)
     planner_loss = PlannerLoss(settings, codebook.to(trainer.device))
     train, validation = _documents(trainer, "train", fold), _documents(trainer, "validation")
-    lengths = np.diff(corpus.document_sentences)
+    counted = _actions_by_document(corpus)
 
     def loss(documents: np.ndarray) -> Tensor:
         embeddings, actions = (tensor.to(trainer.device) for tensor in document_batch(corpus, documents))
@@ -143,7 +144,7 @@ def train_planner(
             own = distributed.share(chunks(len(validation), settings.batch_size))
             total = sum(loss(validation[rows]).item() for rows in own)
         planner.train()
-        return distributed.total(total, trainer.device) / int(lengths[validation].sum())
+        return distributed.total(total, trainer.device) / int(counted[validation].sum())
 
     planner.train()
     trainer.optimise(
@@ -152,7 +153,7 @@ def train_planner(
             settings,
             [Group(list(planner.parameters()), settings.learning_rate)],
             len(train),
-            lambda rows, step: loss(train[rows]) / int(lengths[train[step]].sum()),
+            lambda rows, step: loss(train[rows]) / int(counted[train[step]].sum()),
             validation_loss,
             keep=keep and partial(keep, planner),
             documents=train,
@@ -168,9 +169,16 @@ def _documents(trainer: Trainer, split: str, fold: int | None = None) -> np.ndar
     if fold is not None:
         of_document = fold_of_documents(corpus, config.training.planner.folds, config.seed)
         documents, which = documents[of_document[documents] != fold], f"{which} outside fold {fold}"
-    longer = documents[np.diff(corpus.document_sentences)[documents] > 1]
+    first = corpus.document_sentences[documents]
+    longer = documents[_actions_by_document(corpus)[documents] > corpus.with_action[first]]
     if not len(longer):
         raise ProbekitError(
-            f"all documents of {which} have one sentence: there is no next one to plan; give longer documents"
+            f"all documents of {which} have one sentence (or no action in later ones): there is no next one "
+            "to plan; give longer documents"
         )
     return longer
+
+
+def _actions_by_document(corpus: Corpus) -> np.ndarray:
+    """How many sentences of each document have an action to predict `[documents]`."""
+    return np.diff(np.append(0, np.cumsum(corpus.with_action))[corpus.document_sentences])

@@ -193,7 +193,13 @@ class Trainer:
     def windows(self, split: str) -> Windows:
         """The training windows of a split; they do not overlap."""
         window = self.config.training.window
-        return cut_windows(self.corpus, self.corpus.documents(split), window, window)
+        found = cut_windows(self.corpus, self.corpus.documents(split), window, window)
+        if not len(found):
+            raise ProbekitError(
+                f"the split {split!r} of the corpus holds no document with two tokens, and a stage is "
+                "trained on it; give it some by corpus.split_column, or by smaller fractions of the others"
+            )
+        return found
 
     def mean_loss(self, windows: Windows, batch_size: int, losses: Callable[[Windows], Tensor]) -> float:
         """Mean loss of the scored tokens of windows, batch by batch, without gradients."""

@@ -264,6 +264,60 @@ def test_a_corrected_command_takes_the_table_that_it_names(capsys: Capture, lm: 
     assert Run.open(out).config.corpus.path == str(tmp_path / "truth.csv")
 
 
+FEW = ["--probe.layers", "1", "--probe.variants", "none", "--evaluation.resamples", "100", "--quiet"]
+
+
+def test_a_table_of_other_texts_names_what_the_corpus_was_made_of(capsys: Capture, lm: Path, tmp_path: Path):
+    """A command that was refused after the corpus was made, and corrected to name another table."""
+    table, other, out = statements(tmp_path), tmp_path / "other.csv", tmp_path / "out"
+    pd.read_csv(table).assign(statement=lambda rows: "So, " + rows.statement).to_csv(other, index=False)
+    words = ["probe", "--model", lm, "--text", "statement", "--training.window", "32", "--out", out, *FEW]
+    assert "has no column 'truth'" in refused(capsys, *words, "--labels", table, "--target", "truth")
+    line = refused(capsys, *words, "--labels", other, "--target", "is_true")
+    assert f"no row with a label has a text of the corpus, which was made of {table}" in line
+    assert "--overwrite" in line
+    printed(capsys, *words, "--labels", other, "--target", "is_true", "--overwrite")
+    assert Run.open(out).config.corpus.path == str(other)
+
+
+@pytest.mark.parametrize("given", ["column", "shares"])
+def test_no_training_documents_are_needed_to_probe(capsys: Capture, lm: Path, tmp_path: Path, given: str):
+    table, out = statements(tmp_path), tmp_path / "out"
+    rows = pd.read_csv(table)[:360]
+    rows.assign(part=np.array(["probe", "probe", "validation", "test"])[np.arange(len(rows)) % 4]).to_csv(
+        table, index=False
+    )
+    words = ["--text", "statement", "--target", "is_true", "--training.window", "32", "--out", out]
+    fractions = {"probe": "0.5", "validation": "0.25", "test": "0.25"}
+    words += (
+        ["--corpus.split_column", "part"]
+        if given == "column"
+        else [word for name, share in fractions.items() for word in (f"--corpus.{name}_fraction", share)]
+    )
+    printed(capsys, "probe", "--model", lm, "--labels", table, *words, *FEW)
+    run = Run.open(out)
+    assert not len(run.corpus.documents("train"))
+    assert run.probes().query("reader == 'probe'").auroc.item() > 0.5
+    new = ["--corpus.reader", "csv", "--corpus.path", table, "--corpus.text_column", "statement"]
+    new += ["--actions.labels", "clusters", "--lm.name", "null", *words[6:], "--overwrite", "--quiet"]
+    line = refused(capsys, "train", "--preset", "demo", *new)
+    assert "no document 'train', which the tokenizer of a new LM and actions are fitted on" in line
+
+
+def test_a_table_of_another_encoding_for_a_run(capsys: Capture, lm: Path, tmp_path: Path):
+    table, out = statements(tmp_path), tmp_path / "out"
+    rows = pd.read_csv(table).assign(is_true=lambda rows: rows.is_true.replace("yes", "sí"))
+    words = ["--text", "statement", "--target", "is_true"]
+    model = ["--model", lm, "--training.window", "32", "--out", out]
+    printed(capsys, "probe", "--labels", table, *words, *model, *FEW)
+    rows.to_csv(table, index=False, encoding="latin-1")
+    line = refused(capsys, "probe", out, "--labels", table, *words, *FEW)
+    assert "is not valid utf-8; set --corpus.encoding to the encoding of the file, such as latin-1" in line
+    shown = printed(capsys, "probe", out, "--labels", table, *words, *FEW, "--corpus.encoding", "latin-1")
+    assert "classes of 'is_true': " in shown
+    assert "sí" in shown
+
+
 def test_a_given_column_of_texts_is_kept(tmp_path: Path):
     """Whether by --text, as a setting or in a file; only an earlier run's own is forgotten."""
     out = tmp_path / "out"

@@ -311,10 +311,19 @@ JUDGED = {
         "The U.S. Senate voted 51–49! ",
         "See Fig. 3 for details. ",
         "It ended... or did it? ",
+        "It ended… or did it? ",
+        "He waited… ",
+        "Then she came, “and so…” ",
+        "“Yes…” ",
         "J. R. R. Tolkien wrote it.",
     ],
     "de": [
         "Am 3. Oktober 1990 wurde Deutschland vereint. ",
+        "Am 14. Februar, einem Montag, fiel Schnee. ",
+        "Vom 3. bis zum 5. März, also drei Tage, und am 3. Jan. wieder… ",
+        "Dann ging er. ",
+        "Er kam als Nr. 3. ",
+        "Mehr ist nicht bekannt. ",
         "Das gilt z. B. für Berlin. ",
         "Dr. Müller kam um 15.30 Uhr. ",
         "„Warum nicht?“, fragte sie. ",
@@ -325,6 +334,8 @@ JUDGED = {
     "es": [
         "¿Qué hora es? ",
         "¡Vámonos ya! ",
+        "Esperó… ",
+        "¿Vendría? ",
         "El Sr. García vive en EE. UU. desde 1990. ",
         "La Sra. López llegó a las 8.30 h. ",
         "Costó 3.500 euros, p. ej. para viajar. ",
@@ -421,6 +432,9 @@ JUDGED = {
         "Hr. Berg kom kl. 8. ",
         "Varför?",
     ],
+    "nb": ["Den 14. februar, en mandag, kom han. ", "Han er nr. 3. ", "Så gikk han."],
+    "cs": ["Přišel 14. února, v pondělí. ", "Pak odešel."],
+    "hu": ["1990. február 14., szerda volt. ", "Aztán elment."],
 }
 """Sentences as a reader of the language would part them."""
 

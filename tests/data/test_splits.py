@@ -79,6 +79,16 @@ def test_another_seed_splits_otherwise_and_a_split_of_no_share_is_empty():
     assert np.bincount(without, minlength=4).tolist() == [16, 0, 2, 2]
 
 
+@pytest.mark.parametrize("documents", [6, 7, 100, 101])
+def test_no_training_document_is_needed_where_all_shares_are_given(documents: int):
+    """Also where shares are rounded up, as half of seven and twice a quarter of it are."""
+    shares = {"probe_fraction": 0.5, "validation_fraction": 0.25, "test_fraction": 0.25}
+    found = np.bincount(split_of(CorpusSettings(**shares), np.arange(documents)), minlength=4)
+    assert found[0] <= 1
+    assert found.sum() == documents
+    np.testing.assert_allclose(found[1:], np.array([0.5, 0.25, 0.25]) * documents, atol=1)
+
+
 @pytest.mark.parametrize(
     ("documents", "overrides", "split"),
     [

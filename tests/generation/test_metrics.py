@@ -179,6 +179,19 @@ def test_many_histograms_at_once():
     assert together[1, 2] == pytest.approx(float(mauve_of_histograms(first[1, 2], second[1, 2])))
 
 
+def test_texts_of_one_group_are_drawn_together():
+    """True texts that are all there twice count once: the interval stays that of the texts once."""
+    first, second = np.random.default_rng(0).integers(6, size=(2, 3, 60))
+    options = {"resamples": 200, "seed": 0}
+    once = mauve_interval([Clustered(first, second, 6)], **options)
+    twice = [Clustered(first, np.repeat(second, 2, axis=1), 6)]
+    number = np.arange(60)
+    found = mauve_interval(twice, (number, np.repeat(number, 2)), **options)
+    assert found == pytest.approx(once)
+    alone = mauve_interval(twice, **options)
+    assert alone.high - alone.low < 0.95 * (once.high - once.low)
+
+
 # MAUVE of texts, beside the authors' own code
 
 

@@ -77,6 +77,8 @@ def test_prompts_come_from_files(tiny_run: Run, tmp_path: Path, capsys: Capture)
     lines.write_text('{"text": "One.", "other": 1}\n{"text": "Two.\\nAnd three"}\n', "utf-8")
     assert read_prompts(plain) == ["One.", "Two. And three"]
     assert read_prompts(lines) == ["One.", "Two.\nAnd three"]
+    lines.write_text('\ufeff{"text": "One\u2028line.\x85"}\n', "utf-8")  # a mark, breaks of Unicode alone
+    assert read_prompts(lines) == ["One\u2028line.\x85"]
     shown = printed(capsys, tiny_run.folder, "--prompts", plain, "--tokens", "4")
     assert "Two. And three" in shown
 

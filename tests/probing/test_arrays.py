@@ -171,10 +171,36 @@ def test_numbers_are_read_by_ridge(data, tmp_path: Path):
 def test_few_examples_are_noted(data):
     X, labels, _ = data
     notes = probekit.fit_grid(X[1, :40], labels[:40], **FAST).notes
-    assert notes == [
+    assert notes[:2] == [
         f"the split {name} has 8 examples, fewer than 20: intervals are wide"
         for name in ("validation", "test")
     ]
+    assert notes[2].startswith("Only 8 groups of test examples: intervals from resampling so few are too nar")
+
+
+def test_few_groups_are_noted_and_many_are_not(data):
+    X, labels, groups = data
+    few = probekit.fit_grid(X[1], labels, groups=groups, **FAST)
+    tested = few.table.groups.max()
+    assert tested < 20
+    assert [note for note in few.notes if "groups" in note] == [
+        f"Only {tested} groups of test examples: intervals from resampling so few are too narrow to trust; "
+        "give examples of more groups"
+    ]
+    assert not probekit.fit_grid(X[1], labels, **FAST).notes
+
+
+def test_a_class_that_may_be_a_slip_of_the_pen_is_noted(data):
+    X, labels, _ = data
+    written = labels.astype(object)
+    written[5] = written[9] = "ture"
+    results = probekit.fit_grid(X[1], written, **FAST)
+    counts = [(written == name).sum() for name in ("false", "true")]
+    (note,) = [note for note in results.notes if "AUROC" in note]
+    assert "'label' has 3 classes (" in note
+    assert all(f"'{name}' {count}" in note for name, count in zip(("false", "true"), counts, strict=True))
+    assert "'ture' 2" in note
+    assert "auroc" not in results.table
 
 
 @pytest.mark.parametrize(

@@ -161,8 +161,20 @@ def test_equal_rows_count_once(corpus: Corpus, tmp_path: Path):
 def test_texts_that_the_corpus_does_not_have_are_counted(corpus: Corpus, tmp_path: Path):
     path = written(tmp_path, text=[TEXTS[0], TEXTS[1], "Never seen."], tag=["a", "b", "a"])
     target = read(corpus, "tag", path)
-    assert "1 of 3 rows of labels have a text that is not in the corpus" in target.notes[1]
+    assert "1 of 3 rows of labels have a text that is not in the corpus, which was made of" in target.notes[1]
     assert "2 of 2 classes of 'tag' are seen once (a, b)" in target.notes[2]
+
+
+@pytest.mark.parametrize(("slips", "noted"), [(1, True), (4, False)])
+def test_a_class_that_may_be_a_slip_of_the_pen_is_noted(
+    corpus: Corpus, tmp_path: Path, slips: int, noted: bool
+):
+    tags = [*["yes", "no"] * 10][: 20 - slips] + ["yse"] * slips
+    target = read(corpus, "tag", written(tmp_path, document=list(range(20)), tag=tags))
+    notes = [note for note in target.notes if "AUROC" in note]
+    assert bool(notes) == noted
+    if noted:
+        assert "'tag' has 3 classes ('yes' 10, 'no' 9, 'yse' 1), so AUROC" in notes[0]
 
 
 @pytest.mark.parametrize("anchors", ["start", "token"])

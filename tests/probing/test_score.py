@@ -65,6 +65,42 @@ def test_without_a_cell_the_best_on_validation_is_taken(probed_run: probekit.Run
     assert score(probed_run, texts, quiet=True).equals(score(probed_run, texts, key, quiet=True))
 
 
+def test_the_best_probe_of_a_layer(
+    probed_run: probekit.Run, texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    rows = probed_run.probes().query("reader == 'probe' and variant == 'none' and layer == 1")
+    best = rows.loc[rows.validation_cross_entropy.idxmin()]
+    key = f"{best.solver}|{best.location}|1|{best.position}|{best.horizon}"
+    expected = score(probed_run, texts, key, quiet=True)
+    assert score(probed_run, texts, layer=1, quiet=True).equals(expected)
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts), "utf-8")
+    words = ["score", str(probed_run.folder), str(tmp_path / "texts.jsonl"), "--layer", "1", "--quiet"]
+    assert main([*words, "--out", str(tmp_path / "out.parquet")]) == 0
+    capsys.readouterr()
+    found = read_table(tmp_path / "out.parquet")
+    np.testing.assert_allclose(found.probability, expected.probability, rtol=1e-6)
+    with pytest.raises(ProbekitError, match=r"--layer is 9; probes are kept of layers 0, 1, 2"):
+        score(probed_run, texts, layer=9, quiet=True)
+    with pytest.raises(ProbekitError, match=r"--layer is 0, and --cell 'softmax"):
+        score(probed_run, texts, CELL, layer=0, quiet=True)
+
+
+def test_a_file_has_an_encoding_of_its_own(
+    probed_run: probekit.Run, texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    file = tmp_path / "texts.csv"
+    pd.DataFrame({"text": [f"é {text}" for text in texts]}).to_csv(file, index=False, encoding="latin-1")
+    words = ["score", str(probed_run.folder), str(file), "--cell", CELL, "--quiet"]
+    assert main(words) == 2
+    assert "not valid utf-8; set --corpus.encoding to the encoding of the file, such as latin-1" in (
+        capsys.readouterr().err
+    )
+    assert main([*words, "--corpus.encoding", "latin-1", "--out", str(tmp_path / "out.parquet")]) == 0
+    capsys.readouterr()
+    expected = score(probed_run, [f"é {text}" for text in texts], CELL, quiet=True)
+    np.testing.assert_allclose(read_table(tmp_path / "out.parquet").probability, expected.probability)
+
+
 @pytest.mark.parametrize("ending", [".csv", ".jsonl", ".parquet"])
 def test_the_command_reads_and_writes_files(
     ending: str,

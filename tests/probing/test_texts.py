@@ -1,6 +1,7 @@
 """`probekit.activations` against Transformers' own hidden states, one text at a time."""
 
 import copy
+import warnings
 
 import numpy as np
 import pytest
@@ -125,6 +126,21 @@ def test_bad_input_is_refused_in_one_line(model, tokenizer, changed, message):
     with pytest.raises(ProbekitError, match=message) as caught:
         probekit.activations(**given)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("units", [False, True])
+def test_a_dtype_that_the_cpu_emulates_is_warned_of(model, tokenizer, monkeypatch, units):
+    monkeypatch.setattr("probekit.probing.texts.cpu_has_bfloat16", lambda: units)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        half = probekit.activations(copy.deepcopy(model).bfloat16(), tokenizer, TEXTS, 0, quiet=True)
+        probekit.activations(model, tokenizer, TEXTS, 0, quiet=True)
+    assert half.values.dtype == torch.bfloat16
+    said = [str(warning.message) for warning in caught if "this CPU" in str(warning.message)]
+    assert len(said) == (not units)
+    if said:
+        assert "no units for bfloat16" in said[0]
+        assert "model.float()" in said[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

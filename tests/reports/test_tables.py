@@ -10,6 +10,7 @@ from read_tables import shows
 
 from probekit.reports.display import heading
 from probekit.reports.tables import (
+    baseline_notes,
     best_by_step,
     intervention_notes,
     intervention_tables,
@@ -66,6 +67,30 @@ def test_every_number_of_a_subnetwork():
     alone, _, which = subnetwork_notes(results, mask)
     assert "the mean of 2 draws" in alone
     assert which == "The subnetwork (2 of 3): head 0, mlp 0"
+
+
+def probed(probe_bits: float, free: dict[str, float], metric: str = "bits") -> pd.DataFrame:
+    """A probe whose gain is over the bag of words, and baselines at its position, by their bits on test."""
+    rows = [
+        {"reader": reader, "position": "last", "horizon": 1, metric: bits} for reader, bits in free.items()
+    ]
+    gain = probe_bits - free["bag of words"]
+    own = {"reader": "probe", "position": "last", "horizon": 1, metric: probe_bits, "gain": gain}
+    table = pd.DataFrame([*rows, own | {"gain_over": "bag of words"}])
+    return table.assign(injected=False, **({"r2": table[metric]} if metric == "r2" else {}))
+
+
+@pytest.mark.parametrize("metric", ["bits", "r2"])
+def test_a_baseline_that_is_better_on_test_is_named_where_a_gain_hides_it(metric: str):
+    free = {"bag of words": 0.1, "skip n-gram": 0.5, "prior": 0.0}
+    (note,) = baseline_notes(probed(0.2, free, metric))
+    assert note.startswith(
+        "1 of 1 cells with a gain above zero read less than the skip n-gram: the bag of wor"
+    )
+    assert "is on test examples (0.500 " in note
+    assert not [*baseline_notes(probed(0.6, free, metric))], "it is above both"
+    assert not [*baseline_notes(probed(0.05, free, metric))], "it has no gain"
+    assert not [*baseline_notes(probed(0.2, free | {"skip n-gram": 0.15}, metric))]
 
 
 def test_the_best_layer_of_every_step_is_chosen_on_validation_documents():

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from probekit.config import Config, PlannerStageSettings
 from probekit.data.build import write_corpus
-from probekit.data.corpus import Corpus
-from probekit.data.windows import IGNORE
+from probekit.data.corpus import Corpus, action_table
+from probekit.data.windows import IGNORE, beginnings, collate, cut_windows
 from probekit.errors import ProbekitError
+from probekit.evaluation.baselines import count_labels, planner_log_probabilities
 from probekit.models.planner import Planner
 from probekit.run.run import Run
 from probekit.training.adapter import AdapterTraining
@@ -71,14 +72,14 @@ def short_documents(tiny_run: Run, tmp_path_factory: pytest.TempPathFactory) -> 
     return read_corpus(tiny_run.config, tmp_path_factory.mktemp("short"), [1, 3, 5] * 20)
 
 
-def read_corpus(config: Config, folder: Path, lengths: list[int]) -> Corpus:
-    """A corpus of documents with so many sentences each."""
+def read_corpus(config: Config, folder: Path, lengths: list[int], wordless: int = 0) -> Corpus:
+    """A corpus of documents with so many sentences each, and an emoji in place of the `wordless`-th."""
     rng = np.random.default_rng(0)
 
-    def sentence() -> str:
-        return " ".join(rng.choice(WORDS, 6)).capitalize() + " there."
+    def sentence(number: int) -> str:
+        return "🎉🎉" if number == wordless else " ".join(rng.choice(WORDS, 6)).capitalize() + " there."
 
-    lines = [json.dumps({"text": " ".join(sentence() for _ in range(length))}) for length in lengths]
+    lines = [json.dumps({"text": "\n".join(map(sentence, range(1, length + 1)))}) for length in lengths]
     (folder / "documents.jsonl").write_text("\n".join(lines), "utf-8")
     config = config.override(
         {
@@ -116,6 +117,89 @@ def test_a_corpus_of_single_sentences_is_refused(tiny_run: Run, tmp_path: Path):
     stage, _ = trainer(tiny_run, read_corpus(tiny_run.config, tmp_path, [1] * 40))
     with pytest.raises(ProbekitError, match="split 'train' have one sentence"):
         train_planner(stage)
+
+
+@pytest.fixture(scope="module")
+def wordless_sentences(tiny_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """A corpus in which a third of the sentences is emoji, which have no action."""
+    return read_corpus(tiny_run.config, tmp_path_factory.mktemp("wordless"), [4, 4, 2] * 20, wordless=3)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.3])
+def test_sentences_without_an_action_are_no_targets(
+    tiny_run: Run, wordless_sentences: Corpus, temperature: float
+):
+    corpus = wordless_sentences
+    assert corpus.facts["sentences_without_action"] == (~corpus.with_action).sum() == 40
+    settings = one_step("planner", planner__dropout=0.0)
+    stage, rows = trainer(tiny_run, corpus, **settings, training__planner__target_temperature=temperature)
+    train_planner(stage)
+    centroids = torch.from_numpy(corpus.codebook.centroids)
+    planner = Planner(stage.config.planner, centroids, tiny_run.config.seed).eval()
+    documents, losses = corpus.documents("train"), []
+    for document in documents:
+        own = np.arange(*corpus.document_sentences[document : document + 2])
+        with torch.no_grad():
+            log_p = (
+                planner(torch.from_numpy(np.array(corpus.embeddings[own]))[None])[0].double().log_softmax(-1)
+            )
+        for row, sentence in zip(log_p.numpy(), own, strict=True):
+            if corpus.with_action[sentence] and temperature:
+                losses.append(-(softmax(-distances(corpus, [sentence])[0] / temperature) * row).sum())
+            elif corpus.with_action[sentence]:
+                losses.append(-row[corpus.actions[sentence]])
+    assert first_loss(rows) == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_sentences_without_an_action_have_no_cluster_and_are_no_example_of_one(wordless_sentences: Corpus):
+    corpus = wordless_sentences
+    assert (np.linalg.norm(corpus.codebook.centroids, axis=1) > 0.3).all()
+    shown = action_table(corpus, nearest=100)
+    assert not any("🎉" in text for texts in shown.nearest for text in texts)
+    train = corpus.sentences(corpus.documents("train"))
+    assert shown.sentences.sum() == corpus.with_action[train].sum() < len(train)
+    assert shown.share.sum() == pytest.approx(1)
+
+
+def test_counting_baselines_pass_over_sentences_without_an_action(wordless_sentences: Corpus):
+    corpus = wordless_sentences
+    pairs, later = count_labels(corpus, np.arange(60), corpus.known_actions, corpus.k)
+    expected_pairs, expected = np.zeros_like(pairs), np.zeros_like(later)
+    for document in range(60):
+        first, stop = corpus.document_sentences[document : document + 2]
+        for sentence in range(first, stop):
+            if corpus.with_action[sentence]:
+                known = sentence > first and corpus.with_action[sentence - 1]
+                before = corpus.actions[sentence - 1] if known else corpus.k
+                expected_pairs[before, corpus.actions[sentence]] += 1
+                expected[corpus.actions[sentence]] += sentence > first
+    np.testing.assert_array_equal(pairs, expected_pairs)
+    np.testing.assert_array_equal(later, expected)
+    sentences = np.arange(len(corpus.first_token))
+    np.testing.assert_array_equal(corpus.known_actions == -1, ~corpus.with_action)
+    behind = np.flatnonzero(~corpus.with_action[:-1]) + 1
+    assert (corpus.previous_actions(sentences)[behind] == -1).all()
+
+
+def test_the_planner_predicts_every_sentence_with_an_action_or_without(
+    tiny_run: Run, wordless_sentences: Corpus
+):
+    corpus = wordless_sentences
+    planner = Planner(tiny_run.config.planner, torch.from_numpy(corpus.codebook.centroids), 0).eval()
+    found = planner_log_probabilities(planner, corpus, np.arange(60), batch_size=7)
+    assert len(found) == len(corpus.first_token)
+    last = slice(*corpus.document_sentences[-2:])
+    alone = planner(torch.from_numpy(np.array(corpus.embeddings[last]))[None])[0].log_softmax(-1)
+    np.testing.assert_allclose(found[last], alone.detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_sentences_that_begin_in_a_batch_are_those_with_an_action(wordless_sentences: Corpus):
+    corpus = wordless_sentences
+    windows = cut_windows(corpus, np.arange(60), 16, 8)
+    begun = beginnings(corpus, windows)
+    assert begun.sum() == corpus.with_action.sum()
+    batches = [collate(corpus, windows[np.array([number])]) for number in range(len(windows))]
+    assert [int(batch.begins.sum()) for batch in batches] == begun.tolist()
 
 
 # Soft targets
