@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
@@ -19,6 +20,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from running import ran
 
+import probekit
 from probekit.config import Config, settings_of
 from probekit.errors import ProbekitError
 from probekit.evaluation.multiple_choice import read_questions
@@ -276,3 +278,78 @@ def test_files_of_questions(tiny_run: Run, tmp_path_factory, bytes_):
     except ProbekitError:
         return
     assert all(len(question.choices) > 1 for question in questions)
+
+
+# What is no text, path, setting or number, given to the Python interface
+
+OBJECTS = [
+    *(
+        None,
+        True,
+        -1,
+        2**70,
+        0.5,
+        float("nan"),
+        "",
+        "\0",
+        "\ud800",
+        "x" * 400,
+        b"x",
+        [],
+        [None],
+        [[1]],
+        {},
+        {3: 1},
+    ),
+    *(
+        range(2),
+        object(),
+        Path("x"),
+        {1},
+        1j,
+        pd.NA,
+        np.array([1, 2]),
+        np.array(3),
+        np.int64(0),
+        torch.tensor(3),
+    ),
+]
+PYTHON: dict[str, Callable[[Path, Path, Any], Any]] = {
+    "override": lambda run, out, given: Config().override(given),
+    "from_dict": lambda run, out, given: Config.from_dict(given),
+    "from_preset": lambda run, out, given: Config.from_preset(given),
+    "from_yaml": lambda run, out, given: Config.from_yaml(given),
+    "settings": lambda run, out, given: Run.open(run).with_settings({"probe.layers": given}),
+    "prepare": lambda run, out, given: probekit.prepare(given, out / "run", quiet=True),
+    "build_corpus": lambda run, out, given: probekit.build_corpus(given, out / "run", quiet=True),
+    "load_run": lambda run, out, given: probekit.load_run(given),
+    "sweep": lambda run, out, given: probekit.Sweep.open(given),
+    "load_probes": lambda run, out, given: probekit.load_probes(given),
+    "fit_grid": lambda run, out, given: probekit.fit_grid(given, given),
+    "report": lambda run, out, given: probekit.report(given),
+    "report to": lambda run, out, given: probekit.report(run, given),
+    "score": lambda run, out, given: probekit.score(run, given, quiet=True),
+    "score of": lambda run, out, given: probekit.score(run, ["a"], given, layer=given, quiet=True),
+    "score layer": lambda run, out, given: probekit.score(run, ["a"], layer=given, quiet=True),
+    "lens text": lambda run, out, given: probekit.lens(run, given, out / "lens.html", quiet=True),
+    "lens limit": lambda run, out, given: probekit.lens(
+        run, "A.", out / "lens.html", limit=given, quiet=True
+    ),
+    "lens layers": lambda run, out, given: probekit.lens(run, "A.", out / "l.html", layers=given, quiet=True),
+    "lens of": lambda run, out, given: probekit.lens(run, "A.", out / "l.html", variant=given, quiet=True),
+    "generate": lambda run, out, given: probekit.generate(run, given, variant="none", tokens=1),
+    "generate tokens": lambda run, out, given: probekit.generate(run, "A.", tokens=given),
+    "generate seed": lambda run, out, given: probekit.generate(run, "A.", tokens=1, seed=given),
+    "generate variant": lambda run, out, given: probekit.generate(run, "A.", tokens=1, variant=given),
+}
+
+
+@fuzz(60)
+@given(call=st.sampled_from(sorted(PYTHON)), number=st.integers(0, len(OBJECTS) - 1))
+def test_objects_of_other_types_in_python(probed: Path, tmp_path_factory, monkeypatch, call, number):
+    folder = tmp_path_factory.mktemp("python")
+    monkeypatch.chdir(folder)
+    try:
+        PYTHON[call](probed, folder, OBJECTS[number])
+    except ProbekitError as error:
+        assert "\n" not in str(error)

@@ -84,6 +84,8 @@ class Config(Settings):
         Raises:
             ProbekitError: One line that names the first setting that is wrong, its value and the remedy.
         """
+        if not isinstance(values, Mapping):
+            raise ProbekitError(f"settings are a {type(values).__name__}; give them by name, as a dictionary")
         try:
             # Over the defaults of `Config`: those of a section's class differ, as in `training.lm.epochs`.
             return cls.model_validate(merge(cls().model_dump(), values))
@@ -124,6 +126,10 @@ def user_path(path: str | Path) -> Path:
     """
     if not isinstance(path, str | os.PathLike):
         raise ProbekitError(f"{path!r} is no path; give a string or a Path")
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        raise ProbekitError(f"{str(path)!r} is no path that the system can have; correct it") from None
     return Path(os.path.expanduser(path))  # noqa: PTH111 - Path's own raises where there is no such user
 
 
@@ -137,8 +143,10 @@ def preset_names() -> list[str]:
 def preset_values(name: str) -> dict[str, Any]:
     """The nested values that a preset sets."""
     names = preset_names()
-    if name not in names:
-        raise ProbekitError(f"unknown preset {name!r}{_nearest(name, names)}; there are {', '.join(names)}")
+    if not isinstance(name, str) or name not in names:
+        raise ProbekitError(
+            f"unknown preset {name!r}{_nearest(str(name), names)}; there are {', '.join(names)}"
+        )
     return yaml.safe_load((PRESETS / f"{name}.yaml").read_text("utf-8"))
 
 
@@ -159,6 +167,8 @@ def yaml_values(path: str | Path) -> dict[str, Any]:
 
 def nest(values: Mapping[str, Any]) -> dict[str, Any]:
     """Turns dotted names into nested mappings: `{"a.b": 1}` to `{"a": {"b": 1}}`."""
+    if not isinstance(values, Mapping):
+        raise ProbekitError(f"settings are a {type(values).__name__}; give them by name, as a dictionary")
     nested: dict[str, Any] = {}
     for name, value in values.items():
         if not isinstance(name, str):

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from probekit.config import GenerationSettings, ModelName, user_path
+from probekit.config import Config, GenerationSettings, ModelName, user_path
 from probekit.data.sentences import complete_spans, sentence_spans
 from probekit.data.tokenizer import drawable_ids
 from probekit.distributed import autocast
@@ -34,6 +34,9 @@ from probekit.run.run import Run
 
 TOKENS = 128
 """Tokens that are written for a prompt by default."""
+
+MOST_TOKENS = 1_000_000
+"""More would be written for days."""
 
 DOCUMENTS = 4
 """Test documents whose beginnings `probekit generate` continues by default."""
@@ -155,10 +158,13 @@ def generate(
         run, settings = run.with_settings(settings), None
     settings = settings or run.config.generation
     progress = progress or Progress(quiet=True)
-    if not isinstance(tokens, int | np.integer) or isinstance(tokens, bool) or tokens < 1:
-        raise ProbekitError(f"tokens is {tokens!r}; it must be a whole number, 1 or more")
-    known = planned_prompts(run.corpus, prompts, plan)
-    variant = variant or usual_variant(run)
+    whole = isinstance(tokens, int | np.integer) and not isinstance(tokens, bool)
+    if not whole or not 1 <= tokens <= MOST_TOKENS:
+        raise ProbekitError(f"tokens is {tokens!r}; it must be a whole number from 1 to {MOST_TOKENS:,}")
+    known, seed = planned_prompts(run.corpus, prompts, plan), Config().override({"seed": seed}).seed
+    variant = usual_variant(run) if variant is None else variant
+    if not isinstance(variant, str):
+        raise ProbekitError(f"variant is {variant!r}; give the name of one")
     model, conditioning = run.model(variant), run.variant_of(variant)
     given = not (isinstance(plan, str) and plan == "planner")
     # Given plans are the corpus's actions: its own encoder labels the sentences of the prompts.

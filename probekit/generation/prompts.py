@@ -7,7 +7,7 @@ import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -97,10 +97,10 @@ def planned_prompts(
     Raises:
         ProbekitError: Something is no prompt, or a plan is missing, empty, or has unknown actions.
     """
-    if not isinstance(prompts, Iterable) or isinstance(prompts, str):
-        prompts = [prompts]
+    single = isinstance(prompts, str) or not isinstance(prompts, Iterable) or getattr(prompts, "ndim", 1) == 0
+    given: Any = [prompts] if single else prompts
     known: list[Prompt] = []
-    for number, prompt in enumerate(prompts):
+    for number, prompt in enumerate(given):
         if not isinstance(prompt, str | Prompt):
             raise ProbekitError(f"prompt {number} is a {type(prompt).__name__}; give a text or a Prompt")
         known.append(text_prompt(corpus, prompt) if isinstance(prompt, str) else prompt)

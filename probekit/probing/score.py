@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from probekit.config import Config, CorpusSettings, ProbedName, user_path
+from probekit.config import Config, ProbedName, user_path
 from probekit.data.readers import read_documents
 from probekit.distributed import autocast
 from probekit.errors import ProbekitError
@@ -77,6 +78,8 @@ def score(
     run = Run.at(run)
     record = read_probe_record(run.folder)
     run = run.with_settings({"probe.window": record.config.probe.window})
+    if not isinstance(layer, int | np.integer | None):
+        raise ProbekitError(f"--layer is {layer!r}; give the number of a layer")
     variant, seed, chosen = _chosen(run, cell, layer)
     probe = SavedProbes(run.folder / "probes", variant, seed)[chosen]
     if record.classes is None:
@@ -138,10 +141,10 @@ def _chosen(run: Run, key: str | None, layer: int | None) -> tuple[ProbedName, i
             f"{run.folder} keeps no linear probes of {' or '.join(UNCONDITIONED)}; "
             f"run `probekit probe {run.folder}`"
         )
-    if key is not None and key not in known:
+    if key is not None and not (isinstance(key, str) and key in known):
         raise ProbekitError(f"--cell is {key!r}; the best of {len(known)} probes are {', '.join(known[:3])}")
     of_layer = [n for n, cell in enumerate(cells) if layer in (None, cell.layer) and key in (None, cell.key)]
-    if not of_layer:
+    if isinstance(layer, bool) or not of_layer:
         layers = ", ".join(map(str, sorted({cell.layer for cell in cells})))
         which = "" if key is None else f", and --cell {key!r}"
         raise ProbekitError(f"--layer is {layer}{which}; probes are kept of layers {layers}")
@@ -155,14 +158,12 @@ def _named(
     """Names and texts, of a file that is read as the run's own texts were."""
     if not isinstance(texts, str | Path):
         return [(str(number), text) for number, text in enumerate(texts)]
-    column = column or config.probe.text_column or config.corpus.text_column
-    settings = CorpusSettings(
-        path=str(texts),
-        text_column=column,
-        encoding=encoding or config.corpus.encoding,
-        separator=config.corpus.separator,
-    )
-    return [(document.name, document.text) for document in read_documents(settings)]
+    if column is None:
+        column = config.probe.text_column or config.corpus.text_column
+    own = {"path": str(texts), "text_column": column, "separator": config.corpus.separator}
+    own["encoding"] = config.corpus.encoding if encoding is None else encoding
+    settings = Config().override({f"corpus.{name}": value for name, value in own.items()})
+    return [(document.name, document.text) for document in read_documents(settings.corpus)]
 
 
 def _write(table: pd.DataFrame, path: Path) -> None:

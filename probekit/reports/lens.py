@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +74,15 @@ def lens(
         raise ProbekitError(f"--out {path}: must be a file that ends in .html")
     if not path.parent.is_dir():
         raise ProbekitError(f"--out {path}: there is no folder {path.parent}")
-    if limit < 1:
-        raise ProbekitError(f"--limit is {limit}; give the largest number of tokens of a text, 1 or more")
+    if not isinstance(limit, int | np.integer) or limit < 1:
+        raise ProbekitError(f"--limit is {limit!r}; give the largest number of tokens of a text, 1 or more")
+    for option, asked in (("--locations", locations), ("--layers", layers)):
+        if (
+            isinstance(asked, str | bytes)
+            or not isinstance(asked, Iterable | None)
+            or getattr(asked, "ndim", 1) != 1
+        ):
+            raise ProbekitError(f"{option} is {asked!r}; give a list")
     progress = Progress(quiet=quiet)
     chosen: dict[str, Any] = {"locations": locations, "layers": layers, "limit": limit}
     data = read_text(run, given_text(text), variant, **chosen, progress=progress)

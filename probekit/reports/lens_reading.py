@@ -54,6 +54,8 @@ def given_text(given: str | Path) -> str:
     Raises:
         ProbekitError: The file does not exist, is a folder or is not UTF-8; or the text is not valid Unicode.
     """
+    if isinstance(given, str) and any("\ud800" <= character <= "\udc7f" for character in given):
+        raise ProbekitError("--text is not valid Unicode; give it as UTF-8")
     path = user_path(given)
     try:
         exists = bool(str(given).strip()) and path.exists()
@@ -274,7 +276,7 @@ def kept_probes(
         )
     known = [name for name in probed.variants if name in seeds]
     variant = known[0] if variant is None else variant
-    if variant not in known:
+    if not isinstance(variant, str) or variant not in known:
         raise ProbekitError(
             f"--variant is {variant!r}, of which {folder} keeps no linear probes; it has {', '.join(known)}; "
             f"for others run `probekit probe {run.folder} --probe.variants ...`"
@@ -294,7 +296,7 @@ def kept_probes(
         ("--locations", locations, sorted({location for location, _ in found})),
         ("--layers", layers, sorted({layer for _, layer in found})),
     ):
-        for value in asked or ():
+        for value in () if asked is None else asked:
             if value not in there:
                 known_ones = ", ".join(map(str, there))
                 raise ProbekitError(f"{option} has {value!r}, where no probe reads; there are {known_ones}")

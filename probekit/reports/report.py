@@ -90,7 +90,7 @@ def report(run: Run | str | Path, out: str | Path | None = None) -> list[Path]:
     Raises:
         ProbekitError: There is no run, a file in it is damaged, or the suffix is another one.
     """
-    if out is not None and Path(out).suffix not in SUFFIXES:
+    if out is not None and user_path(out).suffix not in SUFFIXES:
         raise ProbekitError(f"-o is {str(out)!r}; it must end in {' or '.join(SUFFIXES)}")
     run = Run.at(run)
     title, lines = f"Report on {run_name(run)}", checks(run)

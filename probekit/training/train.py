@@ -188,7 +188,7 @@ def prepare(
     Raises:
         ProbekitError: No LM is named, or the input is bad.
     """
-    if config.lm.name is None:
+    if isinstance(config, Config) and config.lm.name is None:
         raise ProbekitError("lm.name is not set; give the hub name or folder of the LM to probe (--model)")
     progress = Progress(quiet=quiet)
     with _open_run(config, out, existing) as run:
@@ -200,6 +200,8 @@ def prepare(
 @contextlib.contextmanager
 def _open_run(config: Config | None, out: str | Path, existing: Existing) -> Iterator[Run]:
     """The run, begun or resumed by the first process and then opened by the others."""
+    if not isinstance(config, Config | None):
+        raise ProbekitError(f"config is {config!r}; give a Config, such as Config.from_preset('demo')")
     if config is not None and config.lm.name is None:
         check_new_model(config)
     if distributed.is_first():
