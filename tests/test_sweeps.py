@@ -271,11 +271,12 @@ def test_copies_are_resampled_together(copy: Path):
     rows = {"variant": "mixed", "actions": "planner", "length": 8, "metric": "rouge2", "empty": 0}
     continued = pd.DataFrame(rows | {"texts": "continuations", "document": test[:4], "sum": 1.0, "count": 1})
     samples = continued.assign(texts="samples", document=range(4))
+    true = continued.assign(variant="true", actions="true")
     for run in before.runs.values():
         file = run.folder / "corpus" / "group.npy"
         file.unlink()  # linked files are one
         np.save(file, group)
-        pd.concat([continued, samples], ignore_index=True).to_parquet(run.folder / "generation.parquet")
+        pd.concat([continued, samples, true], ignore_index=True).to_parquet(run.folder / "generation.parquet")
     done = Sweep.open(copy)
     table = done.table()
     perplexity = table[table.metric == "perplexity"].reset_index(drop=True)
