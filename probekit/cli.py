@@ -318,7 +318,6 @@ def score(words: list[str]) -> None:
     parser.add_argument("--tokens", action="store_true", help="a row for every token, not only for each text")
     parser.add_argument("--out", metavar="FILE", help="write the table: .csv, .jsonl or .parquet")
     parsed, given = parse(parser, words, READING)
-    encoding = given.pop("corpus", {}).get("encoding")
     from probekit.probing.score import score as score_texts
     from probekit.run.run import Run
 
@@ -328,7 +327,7 @@ def score(words: list[str]) -> None:
         parsed.cell,
         layer=parsed.layer,
         text=parsed.text,
-        encoding=encoding,
+        encoding=given.get("corpus", {}).get("encoding"),
         tokens=parsed.tokens,
         out=parsed.out,
         quiet=parsed.quiet,

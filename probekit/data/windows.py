@@ -98,8 +98,8 @@ class Batch:
         touched: The sentences that windows touch, as rows of `context` flattened over its first two
             dimensions `[touched]`.
         actions: True actions of the touched sentences `[touched]`.
-        begins: Whether a touched sentence has an action to predict, and its first token is scored in the batch
-            `[touched]`; each is scored in exactly one window.
+        begins: Whether a touched sentence has an action to predict, and its first token is scored in the
+            batch `[touched]`; each is scored in exactly one window.
         sentence: For every position, the row of `touched` whose sentence holds the next token
             `[windows, positions]`: position t carries the action of token t + 1, a document's last one that
             of its own sentence.

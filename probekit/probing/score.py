@@ -78,8 +78,6 @@ def score(
     run = Run.at(run)
     record = read_probe_record(run.folder)
     run = run.with_settings({"probe.window": record.config.probe.window})
-    if not isinstance(layer, int | np.integer | None):
-        raise ProbekitError(f"--layer is {layer!r}; give the number of a layer")
     variant, seed, chosen = _chosen(run, cell, layer)
     probe = SavedProbes(run.folder / "probes", variant, seed)[chosen]
     if record.classes is None:
@@ -143,13 +141,18 @@ def _chosen(run: Run, key: str | None, layer: int | None) -> tuple[ProbedName, i
         )
     if key is not None and not (isinstance(key, str) and key in known):
         raise ProbekitError(f"--cell is {key!r}; the best of {len(known)} probes are {', '.join(known[:3])}")
-    of_layer = [n for n, cell in enumerate(cells) if layer in (None, cell.layer) and key in (None, cell.key)]
-    if isinstance(layer, bool) or not of_layer:
+    number = isinstance(layer, int | np.integer | None) and not isinstance(layer, bool)
+    of_layer = [
+        n
+        for n, cell in enumerate(cells)
+        if key in (None, cell.key) and number and layer in (None, cell.layer)
+    ]
+    if not of_layer:
         layers = ", ".join(map(str, sorted({cell.layer for cell in cells})))
         which = "" if key is None else f", and --cell {key!r}"
-        raise ProbekitError(f"--layer is {layer}{which}; probes are kept of layers {layers}")
-    number = of_layer[0]
-    return rows.variant.iloc[number], int(rows.seed.iloc[number]), cells[number]
+        raise ProbekitError(f"--layer is {layer!r}{which}; probes are kept of layers {layers}")
+    row = of_layer[0]
+    return rows.variant.iloc[row], int(rows.seed.iloc[row]), cells[row]
 
 
 def _named(

@@ -23,10 +23,10 @@ from probekit.config import Position, before_last
 from probekit.data.tokenizer import bos_rule_for, separator_id
 from probekit.errors import ProbekitError
 from probekit.models.backends import Backend, BridgeBackend, HFBackend
-from probekit.models.pretrained import HALF, cpu_has_bfloat16, dtype_name
 from probekit.models.hook_points import Architecture, examine
 from probekit.models.language_model import longest_window
 from probekit.models.locations import at_layers, hook_name
+from probekit.models.pretrained import HALF, cpu_has_bfloat16, dtype_name
 from probekit.models.replanning import encoded
 from probekit.probing.activations import HookPoint
 from probekit.progress import Progress
