@@ -341,7 +341,7 @@ BAD = [
     ({"text": TEXTS, "kind": [1e-300, 2e-300, 3e-300, 4e-300]}, "goes from 1e-300 to 4e-300, which leaves"),
     ({"text": TEXTS, "kind": ["0.5", "2", "inf", "1"]}, "holds 'inf', which is no finite number"),
     ({"text": TEXTS, "kind": ["1" * 400, "2", "3", "1"]}, "holds '11111111111111111111', which is no finite"),
-    ({"text": ["Never."], "kind": ["a"]}, "no row with a label has a text of the corpus; name the column"),
+    ({"text": ["Never."], "kind": ["a"]}, "no row with a label has a text of the corpus, which was made of"),
     (
         {"document": [0, 99], "kind": ["a", "b"]},
         "row 2: 'document' is '99'; no document has that; give numbers",
