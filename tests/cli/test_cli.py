@@ -38,7 +38,7 @@ def test_version(capsys: Capture):
     [
         ("train", None),
         ("evaluate", ("method", "device", "evaluation.", "generation.")),
-        ("probe", ("device", "evaluation.", "probe.", "lm.device_map", "lm.dtype")),
+        ("probe", ("device", "evaluation.", "probe.", "lm.device_map", "lm.dtype", "corpus.encoding")),
         ("report", ()),
     ],
 )
