@@ -34,6 +34,43 @@ SIZE: dict[str, Any] = {
 }
 GROUPED = {"num_key_value_heads": 1, "head_dim": 8}
 EXPERTS = GROUPED | {"num_local_experts": 2, "num_experts_per_tok": 1}
+MOE = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8}
+ROUTED = {
+    "n_routed_experts": 2,
+    "num_experts_per_tok": 1,
+    "moe_intermediate_size": 8,
+    "first_k_dense_replace": 1,
+}
+DEEPSEEK = ROUTED | {
+    "n_group": 1,
+    "topk_group": 1,
+    "num_key_value_heads": 2,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+}
+STATES = {"mamba_n_heads": 2, "mamba_d_state": 4, "mamba_n_groups": 1}
+JAMBA = {
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+    "num_experts": 2,
+    "num_experts_per_tok": 1,
+    "mamba_d_state": 4,
+    "mamba_dt_rank": 4,
+    "use_mamba_kernels": False,
+    "pad_token_id": 0,
+}
+CONVOLUTIONS = {"layer_types": ["conv", "full_attention", "conv"]}
+LINEAR = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 2,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
 SLIDING = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -42,14 +79,31 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "BLOOM": ("BloomForCausalLM", {}),
     "Cohere (Command R)": ("CohereForCausalLM", GROUPED),
     "Cohere 2": ("Cohere2ForCausalLM", GROUPED),
+    "DeepSeek V2": ("DeepseekV2ForCausalLM", DEEPSEEK),
+    "DeepSeek V3": ("DeepseekV3ForCausalLM", DEEPSEEK),
     "Ernie 4.5": ("Ernie4_5ForCausalLM", GROUPED),
+    "Ernie 4.5 MoE": (
+        "Ernie4_5_MoeForCausalLM",
+        GROUPED | {"moe_num_experts": 2, "moe_k": 1, "moe_intermediate_size": 8},
+    ),
     "EXAONE 4": ("Exaone4ForCausalLM", GROUPED | SLIDING),
     "Falcon": ("FalconForCausalLM", {"num_kv_heads": 1}),
+    "Falcon H1": (
+        "FalconH1ForCausalLM",
+        GROUPED | STATES | {"mamba_d_ssm": 16, "mamba_d_head": 8, "pad_token_id": 0},
+    ),
+    "Falcon Mamba": ("FalconMambaForCausalLM", {"state_size": 4}),
+    "FlexOlmo": (
+        "FlexOlmoForCausalLM",
+        GROUPED | {"num_experts": 2, "num_experts_per_tok": 1, "pad_token_id": 0},
+    ),
     "Gemma": ("GemmaForCausalLM", GROUPED),
     "Gemma 2": ("Gemma2ForCausalLM", GROUPED),
     "Gemma 3": ("Gemma3ForCausalLM", GROUPED | SLIDING),
+    "Gemma 4": ("Gemma4ForCausalLM", GROUPED | SLIDING),
     "GLM": ("GlmForCausalLM", GROUPED),
     "GLM-4": ("Glm4ForCausalLM", GROUPED),
+    "GLM-4 MoE": ("Glm4MoeForCausalLM", GROUPED | ROUTED),
     "GPT-2": ("GPT2LMHeadModel", {}),
     "GPT-BigCode": ("GPTBigCodeForCausalLM", {}),
     "GPT-J": ("GPTJForCausalLM", {"rotary_dim": 4}),
@@ -59,9 +113,14 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "Granite": ("GraniteForCausalLM", GROUPED | {"residual_multiplier": 0.3}),
     "Granite MoE": ("GraniteMoeForCausalLM", EXPERTS | {"residual_multiplier": 0.3}),
     "Hunyuan": ("HunYuanDenseV1ForCausalLM", GROUPED),
-    "LFM2": ("Lfm2ForCausalLM", GROUPED | {"layer_types": ["conv", "full_attention", "conv"]}),
+    "Jamba": ("JambaForCausalLM", GROUPED | JAMBA),
+    "LFM2": ("Lfm2ForCausalLM", GROUPED | CONVOLUTIONS),
+    "LFM2 MoE": ("Lfm2MoeForCausalLM", GROUPED | MOE | CONVOLUTIONS | {"num_dense_layers": 1}),
     "Llama": ("LlamaForCausalLM", GROUPED),
+    "Llama 4": ("Llama4ForCausalLM", EXPERTS | {"intermediate_size_mlp": 24, "pad_token_id": 0}),
     "Mamba": ("MambaForCausalLM", {"state_size": 4}),
+    "Mamba 2": ("Mamba2ForCausalLM", {"state_size": 4, "num_heads": 4, "head_dim": 8, "n_groups": 1}),
+    "MiniMax M2": ("MiniMaxM2ForCausalLM", EXPERTS | {"rotary_dim": 4}),
     "Ministral 3": ("Ministral3ForCausalLM", GROUPED),
     "Mistral": ("MistralForCausalLM", GROUPED),
     "Mixtral": ("MixtralForCausalLM", EXPERTS),
@@ -75,11 +134,15 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "Phi": ("PhiForCausalLM", {}),
     "Phi-3": ("Phi3ForCausalLM", GROUPED | {"pad_token_id": 0}),
     "Qwen 2": ("Qwen2ForCausalLM", GROUPED),
+    "Qwen 2 MoE": ("Qwen2MoeForCausalLM", GROUPED | MOE | {"shared_expert_intermediate_size": 8}),
     "Qwen 3": ("Qwen3ForCausalLM", GROUPED),
     "Qwen 3 MoE": (
         "Qwen3MoeForCausalLM",
-        GROUPED | {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8},
+        GROUPED | MOE,
     ),
+    "Qwen 3 Next": ("Qwen3NextForCausalLM", GROUPED | MOE | LINEAR | {"shared_expert_intermediate_size": 8}),
+    "Qwen 3.5": ("Qwen3_5ForCausalLM", GROUPED | LINEAR),
+    "Seed OSS": ("SeedOssForCausalLM", GROUPED),
     "SmolLM 3": ("SmolLM3ForCausalLM", GROUPED | {"pad_token_id": 0}),
     "StableLM": ("StableLmForCausalLM", {"num_key_value_heads": 1}),
     "StarCoder 2": ("Starcoder2ForCausalLM", GROUPED),

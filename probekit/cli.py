@@ -146,8 +146,6 @@ def probe(words: list[str]) -> None:
             print_over_training(over_training, save_over_training(over_training))
         return
     from probekit.probing.probe import probe as probe_run
-    from probekit.reports.plot_probes import save_probe_figures
-    from probekit.reports.terminal import print_probes
     from probekit.training.train import prepare
 
     run = parsed.run
@@ -157,6 +155,9 @@ def probe(words: list[str]) -> None:
         settings = {}
     results = probe_run(run, settings, store=parsed.store, quiet=parsed.quiet)
     if distributed.is_first():
+        from probekit.reports.plot_probes import save_probe_figures
+        from probekit.reports.terminal import print_probes
+
         save_probe_figures(results.table, results.folder)
         print_probes(results)
 

@@ -10,6 +10,7 @@ also checked that what attention and MLP are said to add to the residual stream 
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import math
 import warnings
@@ -99,6 +100,15 @@ def examine(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, name: 
     Raises:
         ProbekitError: It is no causal LM, or TransformerLens has no bridge for it.
     """
+    try:
+        return _examine_small(config, tokenizer, name)
+    finally:
+        gc.collect()  # a bridge refers to itself, and would keep its weights beside those of the LM
+
+
+def _examine_small(
+    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, name: str | Path
+) -> Architecture:
     made = (config.architectures or [type(config).__name__])[0]
     doing = f"a small {made} cannot be run"
     try:

@@ -16,7 +16,14 @@ from probekit.data import hub
 from probekit.data.tokenizer import separator_id
 from probekit.errors import ProbekitError
 from probekit.io import one_line
-from probekit.models.pretrained import check_memory, dtype_name, load_config, text_tower, why_not
+from probekit.models.pretrained import (
+    OWN_CODE,
+    check_memory,
+    dtype_name,
+    load_config,
+    text_tower,
+    why_not,
+)
 from probekit.progress import without_bars_of_transformers
 
 if TYPE_CHECKING:
@@ -84,10 +91,10 @@ def load_model(
         )
     source = hub.find(name, setting="lm.name", revision=revision)
     config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
-    if device_map is None:
-        check_memory(name, source, config, dtype)
     offloaded = None if device_map is None else TemporaryDirectory(prefix="probekit-")
     try:
+        if device_map is None:
+            check_memory(name, config, dtype)
         with without_bars_of_transformers():
             model, report = AutoModelForCausalLM.from_pretrained(
                 source.name,
@@ -100,6 +107,8 @@ def load_model(
                 **text_tower(source, config),
                 **source.arguments,
             )
+    except ProbekitError:
+        raise
     except Exception as error:
         placing = "" if device_map is None else f" with lm.device_map {device_map!r}"
         raise ProbekitError(
@@ -171,7 +180,7 @@ def random_weights(
         # Not the seed itself: an untrained model of that seed would come out again.
         torch.manual_seed(seed + 2**40)
         # The class of a configuration comes from the checkpoint's own code only where that is trusted.
-        trusted = type(config).__module__.startswith("transformers_modules.")
+        trusted = type(config).__module__.startswith(OWN_CODE)
         model = AutoModelForCausalLM.from_config(
             copy.deepcopy(config), dtype=dtype, trust_remote_code=trusted
         )

@@ -34,6 +34,9 @@ ADAPTER = "adapter_config.json"
 GROUPS, PROCESS = Path("/sys/fs/cgroup"), Path("/proc/self")
 """Where Linux shows limits on groups of processes, and this process's groups."""
 
+OWN_CODE = "transformers_modules."
+"""Begins the module of a configuration that comes with its checkpoint, whose code is trusted."""
+
 OVERHEAD = 0.05
 """Memory that loading takes beside the weights, as a share of them."""
 
@@ -234,24 +237,33 @@ def _computes_in(dtype: torch.dtype, device: torch.device) -> bool:
     return True
 
 
-def check_memory(name: str, source: hub.Source, config: PreTrainedConfig, dtype: torch.dtype) -> None:
-    """Refuses a checkpoint of a local folder whose weights are larger than the memory that is free.
+def check_memory(name: str, config: PreTrainedConfig, dtype: torch.dtype) -> None:
+    """Refuses an LM whose weights are larger than the memory that is free, before any is had or loaded.
 
     Raises:
         ProbekitError: It gives both sizes, and the ways out.
     """
     import psutil
 
-    stored = sum(path.stat().st_size for path in Path(source.name).glob("model*.safetensors"))
-    needed = stored * dtype.itemsize / _own_dtype(config).itemsize * (1 + OVERHEAD)
+    needed = count_weights(config) * dtype.itemsize * (1 + OVERHEAD)
     free = min([psutil.virtual_memory().available, *_left_to_group()])
-    if not source.file and needed > free:
+    if needed > free:
         smaller = "" if dtype in HALF else "lm.dtype bfloat16, "
         raise ProbekitError(
             f"lm.name {name!r}: its weights take {needed / 1e9:.1f} GB in "
             f"{dtype_name(dtype)}, and {free / 1e9:.1f} GB of memory are free; give {smaller}"
             "lm.device_map auto (GPUs, memory and disk), or a smaller LM"
         )
+
+
+def count_weights(config: PreTrainedConfig) -> int:
+    """The number of an LM's weights, of which none is made."""
+    from transformers import AutoModelForCausalLM
+
+    trusted = type(config).__module__.startswith(OWN_CODE)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trusted)
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _left_to_group() -> Iterator[int]:
@@ -308,7 +320,10 @@ def check_weights(model: PreTrainedModel, name: str) -> None:
         ProbekitError: It names the first of them.
     """
     for parameter, weights in model.named_parameters():
-        if weights.device.type != "meta" and not weights.detach().isfinite().all():
+        if weights.device.type == "meta":
+            continue
+        # A sum is finite if all is, unless it overflows, and takes no memory.
+        if not weights.detach().sum().isfinite() and not weights.detach().isfinite().all():
             reason = (
                 "too large for float16; give lm.dtype bfloat16"
                 if weights.dtype is torch.float16

@@ -160,7 +160,7 @@ def probe(
         for known in sums.readers
         if known.get("constant")
     }
-    notes = [*of_labels, *_grid_notes(grids), *sorted(constant)]
+    notes = [*of_labels, *_grid_notes(grids), *_context_note(run, shared), *sorted(constant)]
     if distributed.is_first():
         documents = {
             seed: {split: len(np.unique(e.document)) for split, e in grid.examples.items()}
@@ -249,6 +249,19 @@ def _grid_notes(grids: Mapping[int, Grid]) -> list[str]:
     return [
         note if len(seeds) == len(grids) else f"{note} (seed {', '.join(map(str, seeds))})"
         for note, seeds in having.items()
+    ]
+
+
+def _context_note(run: Run, grid: Grid) -> list[str]:
+    """How much the LM has read where positions count from an example: early ones have little context."""
+    if not any(isinstance(position, int) for position in grid.positions):
+        return []
+    test = grid.examples[TESTED_ON]
+    read = Placement.of(run.corpus, test, grid.positions, *probing_windows(run)).tokens_read.max(axis=0)
+    tenth, half = np.quantile(read, (0.1, 0.5), method="lower")
+    return [
+        f"context: the LM has read {tenth:,} tokens or fewer at a tenth of the test examples, {half:,} or "
+        "fewer at half of them (tokens_read: the median at each position)"
     ]
 
 

@@ -22,7 +22,13 @@ from probekit.data.tokenizer import load_tokenizer, pretrained_tokenizer
 from probekit.errors import ProbekitError
 from probekit.models import pretrained
 from probekit.models.language_model import load_model, save_model
-from probekit.models.pretrained import check_tokenizer, check_weights, dtype_of, load_config
+from probekit.models.pretrained import (
+    check_tokenizer,
+    check_weights,
+    count_weights,
+    dtype_of,
+    load_config,
+)
 
 CPU = torch.device("cpu")
 TOKENS = torch.arange(1, 13).view(2, 6)
@@ -356,21 +362,35 @@ def test_a_folder_says_what_it_holds(
 # Memory and tokenizers
 
 
+def free_memory(monkeypatch: pytest.MonkeyPatch, size: float) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=size))
+
+
 def test_a_checkpoint_larger_than_memory_is_refused_before_it_is_loaded(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ):
-    size = (folders["llama"] / "model.safetensors").stat().st_size
+    model = load_model(str(folders["llama"]))
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    assert count_weights(model.config) == weights
+    free_memory(monkeypatch, 4 * weights)
+    assert load_model(str(folders["llama"]), dtype=torch.bfloat16) is not None
+    assert load_model(str(folders["llama"]), device_map="cpu") is not None
     monkeypatch.setattr(
         AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("it was loaded")
     )
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=size))
     message = refusal(folders["llama"])
-    assert f"take {1.05 * size / 1e9:.1f} GB in float32" in message
+    assert f"take {1.05 * 4 * weights / 1e9:.1f} GB in float32" in message
     assert "lm.dtype bfloat16, lm.device_map auto" in message
-    monkeypatch.undo()
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=size))
-    assert load_model(str(folders["llama"]), dtype=torch.bfloat16) is not None
-    assert load_model(str(folders["llama"]), device_map="cpu") is not None
+
+
+def test_the_configuration_says_how_large_an_lm_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """So nothing that is too large is downloaded; here Llama 3.1 70B, without any weights."""
+    size = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
+    heads = {"num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256}
+    transformers.LlamaConfig(**size, **heads).save_pretrained(tmp_path)
+    free_memory(monkeypatch, 24e9)
+    message = refusal(tmp_path, dtype=torch.bfloat16)
+    assert "take 148.2 GB in bfloat16, and 24.0 GB of memory are free; give lm.device_map auto" in message
 
 
 @pytest.mark.parametrize(

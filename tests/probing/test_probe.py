@@ -136,11 +136,16 @@ def test_all_cells_share_their_examples(wide: ProbeResults, loud_run: Run):
 def test_cells_say_how_much_the_lm_had_read(wide: ProbeResults, loud_run: Run, grid: Grid):
     """The windows are of 48 tokens, and later ones begin 24 tokens apart."""
     examples, corpus = grid.examples["test"], loud_run.corpus
+    read = []
     for distance in DISTANCES:
         before = examples.start - distance - corpus.document_tokens[examples.document]
-        read = np.where(before < 48, before, 24 + before % 24) + 1
+        read.append(np.where(before < 48, before, 24 + before % 24) + 1)
         rows = cells(wide.table, reader="probe", distance=distance)
-        assert set(rows.tokens_read) == {int(np.median(read))}
+        assert set(rows.tokens_read) == {int(np.median(read[-1]))}
+    most = np.sort(np.max(read, axis=0))
+    half, tenth = most[(len(most) - 1) // 2], most[(len(most) - 1) // 10]
+    expected = f"read {tenth} tokens or fewer at a tenth of the test examples, {half} or fewer at half"
+    assert sum(expected in note for note in wide.notes) == 1
 
 
 def test_cells_with_too_few_examples_are_empty(wide: ProbeResults):

@@ -170,12 +170,15 @@ class Moments:
         Args:
             labels_alone: Leave mean and scatter, which are shared with moments that are merged already.
         """
+        if distributed.count() == 1:
+            return self
         own, means = self.count, self.mean * self.count[:, None]
         distributed.add_up([self.class_counts, self.class_sums])
         if not labels_alone:
             distributed.add_up([means])
             mean = means / self.count[:, None].clamp(min=1)
-            self.scatter += _outer(self.mean - mean) * own[:, None, None]
+            for scatter, delta, count in zip(self.scatter, self.mean - mean, own, strict=True):
+                scatter += count * torch.outer(delta, delta)  # one probe at a time: they are large
             distributed.add_up([self.scatter])
             self.mean.copy_(mean)
         return self
