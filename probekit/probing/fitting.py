@@ -40,6 +40,7 @@ from probekit.probing.solvers import (
     SoftmaxProbes,
 )
 from probekit.probing.solvers.base import PathProbes
+from probekit.probing.solvers.closed_form import fit_together
 from probekit.probing.store import Held
 from probekit.probing.targets import Target
 from probekit.progress import Meter, Progress
@@ -323,11 +324,12 @@ def _solve_classes(
             add(chunk[s], tasks[t].of(FITTED_ON, rows, every[s], job.device))
     for (_, t), sums in moments.items():
         sums.over_processes(labels_alone=t > 0)
-    solved: Solved = {
-        (solver, *key): job.closed_form(solver).fit_moments(sums)
-        for key, sums in moments.items()
-        for solver in solvers
-    }
+    solved: Solved = {}
+    for solver in solvers:
+        for s in range(len(activations.stacks)):
+            batches = [job.closed_form(solver) for _ in tasks]
+            fit_together(batches, [moments[s, t] for t in range(len(tasks))])
+            solved |= {(solver, s, t): batch for t, batch in enumerate(batches)}
     return solved, [_constant(moments[s, 0], stack.width) for s, stack in enumerate(activations.stacks)]
 
 

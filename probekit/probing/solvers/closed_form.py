@@ -39,7 +39,6 @@ from probekit.probing.solvers.base import (
     checked_penalties,
     eigh,
     expand_labels,
-    joined,
     log_softmax,
     pieces,
     probe_slices,
@@ -220,6 +219,10 @@ def _outer(a: Tensor) -> Tensor:
     return a[:, :, None] * a[:, None, :]
 
 
+Eigen = tuple[Tensor, Tensor]
+"""Eigenvalues [probes, width] and eigenvectors [probes, width, width]."""
+
+
 class _Solved(NamedTuple):
     """Probes whose penalty is not chosen yet, in the eigenbasis of the matrix that their weights invert."""
 
@@ -287,6 +290,9 @@ class ClosedFormProbes(MomentProbes):
     may_be_prior = True
     """Whether an infinite temperature is a candidate."""
 
+    reads_labels = True
+    """Whether the matrix to invert depends on labels."""
+
     def fit(self, X: Tensor, y: Tensor, classes: int, X_validation: Tensor, y_validation: Tensor) -> Self:
         """Fits all probes; the arguments are those of `SoftmaxProbes.fit`."""
         y = expand_labels(X, y, classes)
@@ -299,10 +305,7 @@ class ClosedFormProbes(MomentProbes):
         Raises:
             ProbekitError: There is no example, or an activation was not finite; names the probe.
         """
-        probes, classes, width = moments.class_sums.shape
-        slices = probe_slices(probes, 4 * width * (width + classes), moments.mean)
-        self._solved, self.classes_ = joined([self._solve(moments, at) for at in slices]), classes
-        self._expect(moments.mean.new_zeros(probes, len(self.penalties), len(TEMPERATURES)))
+        fit_together([self], [moments])
         return self
 
     def observe_validation(self, X: Tensor, y: Tensor) -> Self:
@@ -354,21 +357,21 @@ class ClosedFormProbes(MomentProbes):
         present = log_softmax(X, self.coef_, self.intercept_) + torch.log1p(-absent.sum(2, keepdim=True))
         return torch.where(absent > 0, absent.log(), present)
 
-    def _solve(self, moments: Moments, at: slice) -> _Solved:
-        """Some of the probes, at every penalty."""
+    def _solve(self, moments: Moments, at: slice, known: Eigen | None) -> tuple[_Solved, Eigen]:
+        """Some of the probes, at every penalty, and their decomposition if it is not known yet."""
         count, counts = moments.count[at, None, None], moments.class_counts[at, :, None]
         mean, scatter, scale = moments.mean[at, None], moments.scatter[at], moments.deviations(at)
         means = (moments.class_sums[at] / counts.clamp(min=1) - mean) / scale
         means = torch.where(counts > 0, means, 0.0)
         matrix, targets = self._system(scatter / count / (scale * scale.mT), means, counts / count)
-        spectrum, basis = self._eigh(matrix)
+        spectrum, basis = eigen = known or self._eigh(matrix)
         targets = torch.bmm(basis.mT, targets)
         inverse = self._inverse(spectrum.clamp(min=0))
         weighed = counts.mT + absent_classes(counts.mT)
         prior = weighed / weighed.sum(2, keepdim=True)
         absent = torch.where(counts.mT == 0, prior, 0.0)
         solved = mean, basis / scale.mT, targets, inverse, self._base(targets, inverse), prior, absent
-        return _Solved(*(part.to(moments.dtype) for part in solved))
+        return _Solved(*(part.to(moments.dtype) for part in solved)), eigen
 
     @abstractmethod
     def _system(self, covariance: Tensor, means: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
@@ -380,7 +383,7 @@ class ClosedFormProbes(MomentProbes):
             shares: Of each class, [probes, classes, 1].
         """
 
-    def _eigh(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+    def _eigh(self, matrix: Tensor) -> Eigen:
         """Eigenvalues [probes, width] and eigenvectors [probes, width, width] of the matrix to invert."""
         return eigh(matrix)
 
@@ -395,6 +398,8 @@ class ClosedFormProbes(MomentProbes):
 
 class RidgeProbes(ClosedFormProbes):
     """A batch of ridge regressions on one-hot labels; each keeps the penalty that is best on validation."""
+
+    reads_labels = False
 
     def _system(self, covariance: Tensor, means: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
         return covariance, ((shares * means.shape[1]).sqrt() * means).mT
@@ -443,8 +448,36 @@ class MeanDifferenceProbes(LDAProbes):
         )
         return along[:, None, None] * torch.eye(means.shape[2]).to(means), means.mT
 
-    def _eigh(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+    def _eigh(self, matrix: Tensor) -> Eigen:
         return matrix.diagonal(dim1=1, dim2=2), torch.eye(matrix.shape[1]).to(matrix).expand_as(matrix)
+
+
+def fit_together(batches: Sequence[ClosedFormProbes], moments: Sequence[Moments]) -> None:
+    """`fit_moments` of batches of one kind and its moments, which share mean and scatter (`relabelled`).
+
+    Where the matrix to invert depends on no labels it is decomposed once, and its basis held once.
+
+    Raises:
+        ProbekitError: There is no example, or an activation was not finite; names the probe.
+    """
+    probes, classes, width = moments[0].class_sums.shape
+    for at in probe_slices(probes, 4 * width * (width + classes), moments[0].mean):
+        eigen: Eigen | None = None
+        for batch, own in zip(batches, moments, strict=True):
+            parts, found = batch._solve(own, at, eigen)
+            eigen = None if batch.reads_labels else found
+            if at.start == 0:
+                batch._solved = _Solved(*(part.new_empty(probes, *part.shape[1:]) for part in parts))
+                if eigen is not None:
+                    first = batches[0]._solved
+                    batch._solved = batch._solved._replace(
+                        mean=first.mean, basis=first.basis, inverse=first.inverse
+                    )
+            for whole, part in zip(batch._solved, parts, strict=True):
+                whole[at] = part
+    for batch in batches:
+        batch._expect(moments[0].mean.new_zeros(probes, len(batch.penalties), len(TEMPERATURES)))
+        batch.classes_ = classes
 
 
 def _losses(scores: Tensor, y: Tensor, prior: Tensor, absent: Tensor) -> Tensor:

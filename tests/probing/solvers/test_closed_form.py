@@ -171,6 +171,28 @@ def test_validation_examples_may_come_in_parts(solver, sizes):
     assert torch.allclose(solver.choose().validation_cross_entropy_, whole, rtol=1e-9)
 
 
+@pytest.mark.parametrize(
+    "make", [lambda: RidgeProbes([1e-2, 1.0]), lambda: LDAProbes([0.02, 0.9]), MeanDifferenceProbes]
+)
+def test_tasks_that_share_activations_are_solved_as_if_alone(make, monkeypatch):
+    monkeypatch.setitem(batch.CHUNK_BYTES, "cpu", 8 * 4 * WIDTH * (WIDTH + CLASSES) * 3)  # probes by threes
+    X, y, X_validation, y_validation = planted(probes=7, examples=60)
+    labels = [(y, y_validation), (y.flip(1), y_validation.flip(1))]
+    moments = Moments.zeros(7, WIDTH, CLASSES, dtype=torch.float64)
+    both = [moments, moments.relabelled()]
+    moments.add(X, y)
+    both[1].add_labels(X, y.flip(1))
+    together = [make(), make()]
+    closed_form.fit_together(together, both)
+    held_once = together[0]._solved.basis is together[1]._solved.basis
+    assert held_once == isinstance(together[0], RidgeProbes)
+    for found, (fitted_on, chosen_on) in zip(together, labels, strict=True):
+        alone = make().fit(X, fitted_on, CLASSES, X_validation, chosen_on)
+        found.observe_validation(X_validation, chosen_on).choose()
+        assert torch.equal(found.coef_, alone.coef_)
+        assert torch.equal(found.intercept_, alone.intercept_)
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_results_do_not_depend_on_memory(solver, monkeypatch):
     data = planted(probes=3)
