@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partialmethod
 from typing import TypeVar
 
 from rich.console import Console
@@ -162,14 +163,15 @@ def duration(seconds: float) -> str:
 @contextmanager
 def without_bars_of_transformers() -> Iterator[None]:
     """Keeps progress bars and reports of transformers, whose errors are raised, off standard error."""
+    from tqdm.std import tqdm
     from transformers.utils import logging
 
-    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
+    made, verbosity = tqdm.__init__, logging.get_verbosity()
+    # Not transformers' own switch: the bar of a GGUF file does not heed it.
+    tqdm.__init__ = partialmethod(made, disable=True)
     logging.set_verbosity_error()
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
-        if shown:
-            logging.enable_progress_bar()
+        tqdm.__init__ = made

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from probekit import progress
@@ -71,16 +72,13 @@ def test_a_terminal_gets_a_bar_and_a_line_that_stays(
     assert last == "read: done in 0.0 s, 2  loss 1\n"
 
 
-@pytest.mark.parametrize("shown", [True, False])
-def test_transformers_shows_no_bars_meanwhile_and_what_it_showed_after(shown: bool):
-    before = logging.is_progress_bar_enabled()
-    try:
-        (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
-        with without_bars_of_transformers():
-            assert not logging.is_progress_bar_enabled()
-        assert logging.is_progress_bar_enabled() == shown
-    finally:
-        (logging.enable_progress_bar if before else logging.disable_progress_bar)()
+def test_transformers_shows_no_bars_meanwhile(capsys: pytest.CaptureFixture[str]):
+    """Those of its own, and those that it makes of tqdm itself."""
+    with without_bars_of_transformers():
+        assert [*tqdm(range(2)), *logging.tqdm(range(2))] == [0, 1, 0, 1]
+    assert capsys.readouterr().err == ""
+    assert [*tqdm(range(2))] == [0, 1]
+    assert "2/2" in capsys.readouterr().err
 
 
 def test_a_meter_forecasts_once_by_the_time_spent_reading(

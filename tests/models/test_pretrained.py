@@ -201,11 +201,18 @@ def write_gguf(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokeni
     return path
 
 
-def test_a_gguf_file(tmp_path: Path, make_model: MakeModel, tokenizer: PreTrainedTokenizerBase):
+def test_a_gguf_file(
+    tmp_path: Path,
+    make_model: MakeModel,
+    tokenizer: PreTrainedTokenizerBase,
+    capsys: pytest.CaptureFixture[str],
+):
     size = {"hidden_size": 32, "num_key_value_heads": 1, "rms_norm_eps": 1e-5}
     model = make_model("Llama", len(tokenizer), **size)
     path = write_gguf(tmp_path, model, tokenizer)
+    capsys.readouterr()
     found = load_model(str(path))
+    assert capsys.readouterr().err == ""
     torch.testing.assert_close(logits(found), logits(model), atol=1e-4, rtol=1e-4)
     read = pretrained_tokenizer(LanguageModelSettings(name=str(path)))
     assert read("the plan").input_ids == tokenizer("the plan").input_ids
