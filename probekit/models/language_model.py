@@ -91,10 +91,10 @@ def load_model(
         )
     source = hub.find(name, setting="lm.name", revision=revision)
     config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
+    if device_map is None:
+        check_memory(name, config, dtype)
     offloaded = None if device_map is None else TemporaryDirectory(prefix="probekit-")
     try:
-        if device_map is None:
-            check_memory(name, config, dtype)
         with without_bars_of_transformers():
             model, report = AutoModelForCausalLM.from_pretrained(
                 source.name,
@@ -107,8 +107,6 @@ def load_model(
                 **text_tower(source, config),
                 **source.arguments,
             )
-    except ProbekitError:
-        raise
     except Exception as error:
         placing = "" if device_map is None else f" with lm.device_map {device_map!r}"
         raise ProbekitError(
@@ -119,6 +117,8 @@ def load_model(
             f"lm.name {name!r}: its weights lack {missing[0]} and {len(missing) - 1} more that "
             f"{type(model).__name__} needs; give a folder or name with all weights of a causal LM"
         )
+    if source.file:  # its weights are plain numbers now, which Transformers would refuse to save
+        model.hf_quantizer.remove_quantization_config(model)
     if offloaded is not None:
         placed = getattr(model, "hf_device_map", {"": str(model.device)})
         if len({*placed.values()}) == 1:  # Transformers leaves out the hooks that move tokens to the device

@@ -30,7 +30,14 @@ from probekit.models.language_model import load_model, longest_window, new_model
 from probekit.models.mixing import VARIANTS
 from probekit.models.planner import Planner, write_embeddings
 from probekit.models.planner_lm import PlannedLM
-from probekit.models.pretrained import check_tokenizer, check_weights, dtype_name, dtype_of, load_config
+from probekit.models.pretrained import (
+    check_memory,
+    check_tokenizer,
+    check_weights,
+    dtype_name,
+    dtype_of,
+    load_config,
+)
 from probekit.models.tuning import TUNINGS, Tuning
 from probekit.progress import Progress
 from probekit.run.folder import Existing, lm_digest
@@ -308,10 +315,12 @@ def _language_model(run: Run, progress: Progress) -> dict[str, Any]:
         check_positions(run.config, longest_window(config))
         tokenizer = pretrained_tokenizer(settings)
         check_tokenizer(tokenizer, config, name)
+        dtype = dtype_of(settings.dtype, config, run.device)
+        if settings.device_map is None:
+            check_memory(name, config, dtype)  # a few layers alone of a very large LM take long to make
         # Refuses what is no causal LM, or cannot be bridged.
         if note := examine(config, tokenizer, name).note:
             progress.say(note)
-        dtype = dtype_of(settings.dtype, config, run.device)
         model = load_model(name, **where, device_map=settings.device_map, dtype=dtype)
         check_weights(model, settings.name)
         with atomic_folder(run.folder / "lm") as folder:
