@@ -163,7 +163,7 @@ def duration(seconds: float) -> str:
 @contextmanager
 def without_bars_of_transformers() -> Iterator[None]:
     """Keeps progress bars and reports of transformers, whose errors are raised, off standard error."""
-    from tqdm.std import tqdm
+    from tqdm.std import tqdm  # type: ignore[import-untyped]
     from transformers.utils import logging
 
     made, verbosity = tqdm.__init__, logging.get_verbosity()

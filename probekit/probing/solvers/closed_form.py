@@ -293,6 +293,9 @@ class ClosedFormProbes(MomentProbes):
     reads_labels = True
     """Whether the matrix to invert depends on labels."""
 
+    classes_: int
+    _solved: _Solved
+
     def fit(self, X: Tensor, y: Tensor, classes: int, X_validation: Tensor, y_validation: Tensor) -> Self:
         """Fits all probes; the arguments are those of `SoftmaxProbes.fit`."""
         y = expand_labels(X, y, classes)
