@@ -251,7 +251,7 @@ def check_memory(name: str, config: PreTrainedConfig, dtype: torch.dtype) -> Non
         return
     free = min([psutil.virtual_memory().available, *_left_to_group()])
     if needed > free:
-        smaller = "" if dtype in HALF else "lm.dtype bfloat16, "
+        smaller = "lm.dtype bfloat16, " if dtype not in HALF and needed / 2 <= free else ""
         raise ProbekitError(
             f"lm.name {name!r}: its weights take {needed / 1e9:.1f} GB in "
             f"{dtype_name(dtype)}, and {free / 1e9:.1f} GB of memory are free; give {smaller}"
