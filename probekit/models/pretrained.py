@@ -143,8 +143,9 @@ def why_not(source: hub.Source, error: Exception) -> str:
     """Why nothing could be loaded from a source: what its folder holds, or what was raised."""
     if source.file:
         return f"the file cannot be read ({one_line(error)[:200]})"
-    needed = f"it needs a config.json and model.safetensors ({one_line(error)[:200]})"
-    return contents(Path(source.name)) or needed
+    if Path(source.name).is_dir():
+        return contents(Path(source.name)) or one_line(error)[:200]
+    return f"it needs a config.json and model.safetensors ({one_line(error)[:200]})"
 
 
 def contents(folder: Path) -> str | None:

@@ -208,6 +208,9 @@ def test_what_cannot_be_placed_is_refused(folders: dict[str, Path], monkeypatch:
         Config().override({"lm.device_map": "auto", "method": "depth-ensemble"})
     with pytest.raises(ProbekitError, match=r"with lm.device_map 'nowhere'"):
         load_model(str(folders["gpt2"]), device_map="nowhere")
+    if not torch.cuda.is_available():
+        with pytest.raises(ProbekitError, match=r"with lm.device_map 'cuda:0'; .*(CUDA|NVIDIA)"):
+            load_model(str(folders["gpt2"]), device_map="cuda:0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ProbekitError, match=r"lm.device_map is 'auto', but 2 processes run"):
         load_model(str(folders["gpt2"]), device_map="auto")
