@@ -127,9 +127,11 @@ def user_path(path: str | Path) -> Path:
     if not isinstance(path, str | os.PathLike):
         raise ProbekitError(f"{path!r} is no path; give a string or a Path")
     try:
-        os.fsencode(path)
+        possible = b"\0" not in os.fsencode(path)
     except UnicodeEncodeError:
-        raise ProbekitError(f"{str(path)!r} is no path that the system can have; correct it") from None
+        possible = False
+    if not possible:
+        raise ProbekitError(f"{str(path)!r} is no path that the system can have; correct it")
     return Path(os.path.expanduser(path))  # noqa: PTH111 - Path's own raises where there is no such user
 
 

@@ -378,7 +378,7 @@ class EvaluationSettings(Settings):
     """Tokens by which windows advance; each window scores its last `stride` tokens. Unset: half a window."""
     batch_size: Positive = 32
     """Windows in one forward pass, or texts generated at once."""
-    resamples: Annotated[int, Field(ge=100)] = 2000
+    resamples: Annotated[int, Field(ge=100, le=1_000_000)] = 2000
     """Bootstrap resamples of documents for every 95 % interval."""
     questions: Positive = 400
     """Multiple-choice questions (`method: depth-ensemble`): which of four sentences of a test document comes

@@ -266,6 +266,8 @@ def fit_grid(
         ProbekitError: An argument does not fit the others, or something is missing in it.
     """
     config = Config().override({"seed": seed, "device": device, "evaluation.resamples": resamples})
+    if not isinstance(name, str):
+        raise ProbekitError(f"name is {name!r}; give what the labels are called")
     if kind not in (None, "classes", "numbers"):
         raise ProbekitError(f"kind is {kind!r}; it must be classes or numbers")
     values, points = arrays_of(activations)
@@ -452,6 +454,8 @@ def _target(
 ) -> tuple[Target, np.ndarray]:
     """The target, and the class or number of every example; see `are_numbers`, unless a kind is given."""
     column = _column(labels, "labels", examples)
+    if pd.api.types.is_complex_dtype(column):
+        raise ProbekitError("labels holds complex numbers; give words or numbers")
     numeric = pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
     if kind == "numbers" or (kind is None and numeric and are_numbers(column.to_numpy())):
         if not pd.api.types.is_numeric_dtype(column):

@@ -161,7 +161,9 @@ def _named(
     """Names and texts, of a file that is read as the run's own texts were."""
     if not isinstance(texts, str | Path):
         if not isinstance(texts, Iterable) or getattr(texts, "ndim", 1) != 1:
-            raise ProbekitError(f"texts is {texts!r}; give a list of texts, or the name of a file")
+            raise ProbekitError(
+                f"texts is a {type(texts).__name__}; give a list of texts, or the name of a file"
+            )
         return [(str(number), text) for number, text in enumerate(texts)]
     if column is None:
         column = config.probe.text_column or config.corpus.text_column

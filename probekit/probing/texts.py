@@ -109,7 +109,8 @@ def activations(
     """
     bridged = hasattr(model, "original_model")
     tokenizer = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
-    if tokenizer is None or not (bridged or hasattr(model, "base_model")):
+    causal = bridged or getattr(model, "base_model", model) is not model
+    if not causal or not hasattr(tokenizer, "init_kwargs"):
         raise ProbekitError(
             f"model is a {type(model).__name__}, tokenizer a {type(tokenizer).__name__}; give a causal LM of "
             "Hugging Face or a TransformerBridge, and its tokenizer"
@@ -174,6 +175,8 @@ def encoded_texts(
     """
     if isinstance(texts, str) or not hasattr(texts, "__len__") or not len(texts):
         raise ProbekitError(f"texts is {texts!r}; give a list of texts, one at least")
+    if getattr(texts, "ndim", 1) != 1:
+        raise ProbekitError(f"texts is a {type(texts).__name__} of several columns; give a list of texts")
     for number, text in enumerate(texts):
         try:
             str.encode(text)
@@ -226,7 +229,7 @@ def read_batches(
     Yields:
         The numbers of the texts that have been read.
     """
-    if not isinstance(batch_size, int) or batch_size < 1:
+    if not isinstance(batch_size, int | np.integer) or batch_size < 1:
         raise ProbekitError(f"batch_size is {batch_size!r}; it must be a whole number from 1 on")
     order = sorted(range(len(tokens)), key=lambda number: -len(tokens[number]))
     for start in range(0, len(order), batch_size):
@@ -260,7 +263,9 @@ def _points(location: str | Sequence[str], layers: int | Sequence[int] | None, d
     """Every location at every layer."""
     given: Any = range(depth) if layers is None else layers
     listed = list(given if hasattr(given, "__iter__") else [given]) or ["none"]
-    asked: Any = [layer if isinstance(layer, int | np.integer) else str(layer) for layer in listed]
+    asked: Any = [n if isinstance(n, int | np.integer) and n is not True else str(n) for n in listed]
+        layer if isinstance(layer, int | np.integer) and layer is not True else str(layer) for layer in listed
+    ]
     names = [location] if isinstance(location, str) else location
     if not isinstance(names, Sequence) or not names:
         raise ProbekitError(f"location is {names!r}; give TransformerLens hooks, such as hook_resid_post")

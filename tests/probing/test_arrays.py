@@ -207,6 +207,8 @@ def test_a_class_that_may_be_a_slip_of_the_pen_is_noted(data):
     ("changed", "message"),
     [
         ({"labels": ["a"] * 10}, "labels has 10 values, but activations 300 examples"),
+        ({"labels": [1j, 2j] * 150}, "labels holds complex numbers; give words or numbers"),
+        ({"name": ["a"]}, r"name is \['a'\]; give what the labels are called"),
         ({"groups": [1, 2]}, "groups has 2 values, but activations 300 examples"),
         ({"labels": ["a"] * EXAMPLES}, "labels has 1 classes; it must have 2 to 4,096"),
         ({"labels": [*["a", "b"] * 149, "a", None]}, "labels: 1 of 300 are missing, the first is number 299"),
