@@ -264,8 +264,6 @@ def _points(location: str | Sequence[str], layers: int | Sequence[int] | None, d
     given: Any = range(depth) if layers is None else layers
     listed = list(given if hasattr(given, "__iter__") else [given]) or ["none"]
     asked: Any = [n if isinstance(n, int | np.integer) and n is not True else str(n) for n in listed]
-        layer if isinstance(layer, int | np.integer) and layer is not True else str(layer) for layer in listed
-    ]
     names = [location] if isinstance(location, str) else location
     if not isinstance(names, Sequence) or not names:
         raise ProbekitError(f"location is {names!r}; give TransformerLens hooks, such as hook_resid_post")
