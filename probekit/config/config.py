@@ -109,7 +109,8 @@ class Config(Settings):
     def with_absolute_paths(self) -> Self:
         """A copy in which whatever is a path of this machine holds in any folder that it is used from."""
         given = {name: value for name in PATHS if (value := setting_value(self, name))}
-        paths = {name: user_path(value).absolute() for name, value in given.items() if value != "tfidf"}
+        expanded = {name: os.path.expanduser(value) for name, value in given.items() if value != "tfidf"}  # noqa: PTH111
+        paths = {name: Path(value).absolute() for name, value in expanded.items()}
         # Not `Path.exists`, which raises where a name is too long for the system.
         return self.override({name: path for name, path in paths.items() if os.path.exists(path)})  # noqa: PTH110
 
