@@ -313,7 +313,8 @@ def _write_numbers(rows: _Rows, loss: NDArray[np.float64], weight: np.ndarray) -
     """Writes the squared error, and how far R2 is above that of the control task."""
     rows.write_ratios("squared_error", loss, rows.counts[:, None])
     control, total = rows.sums("control_squared_error"), rows.sums("control_total")
-    rows.table["control_r2"] = 1 - control.sum(0) / total.sum(0)
+    with np.errstate(invalid="ignore"):  # the control labels of all test examples may be the mean
+        rows.table["control_r2"] = 1 - control.sum(0) / total.sum(0)
     known = np.flatnonzero(rows.table.control_r2.notna())
     each = (values[:, known] for values in (control, loss, total))
     gap = paired_differences(*each, second_counts=weight[:, known], examples=rows.counts, **rows.resampling)
