@@ -45,9 +45,9 @@ def bare_pass(folder: Path) -> None:
     from probekit.probing.activations import Placement, batches, probing_windows
     from probekit.probing.grid import make_grid
     from probekit.probing.targets import find_target
-    from probekit.run.run import load_run
+    from probekit.run.run import Run
 
-    run = load_run(folder)
+    run = Run.open(folder)
     model = AutoModel.from_pretrained(run.config.lm.name, dtype=run.dtype).eval()
     settings = run.config.probe
     grid = make_grid(run.corpus, settings, find_target(run.corpus, settings.target), run.config.seed)
