@@ -156,9 +156,12 @@ def probe(words: list[str]) -> None:
     results = probe_run(run, settings, store=parsed.store, quiet=parsed.quiet)
     if distributed.is_first():
         from probekit.reports.plot_probes import save_probe_figures
+        from probekit.reports.plot_transfer import save_transfer_figures
         from probekit.reports.terminal import print_probes
 
         save_probe_figures(results.table, results.folder)
+        if results.transfer is not None:
+            save_transfer_figures(results.transfer, results.best_cells(), results.folder)
         print_probes(results)
 
 

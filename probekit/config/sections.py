@@ -425,6 +425,8 @@ class ProbeSettings(Settings):
     text_column: Column | None = None
     """Column of the table of labels that holds the documents' texts; unset: rows are found by `document`, or
     else by corpus.text_column."""
+    transfer: Column | None = None
+    """Column of the labels, such as topic: probes fitted on each value alone are tested on all values."""
     anchors: Literal["start", "token"] = "start"
     """start: every sentence (or labelled range) is an example, and positions count from its first token;
     token: every token of it is one."""
@@ -446,15 +448,14 @@ class ProbeSettings(Settings):
     solvers: Several[SolverName] = ("softmax",)
     """softmax: softmax regression; ridge, lda, mean-difference (nearest class mean): closed form, at the cost
     of about one forward pass; l1: softmax regression on few features; mlp: one hidden layer, for information
-    that is not linearly readable. Numbers are read by ridge, and no other."""
+    that is not linear; logit-lens, tuned-lens: the LM's own head (target token). Numbers: ridge alone."""
     l2: Several[PositiveNumber] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
     """L2 penalties tried (softmax, ridge); each probe keeps the best on validation documents. Unit: per
     example, on standardised activations."""
     l1: Several[PositiveNumber] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
     """L1 penalties tried (l1), in the same way."""
     shrinkage: Several[Annotated[float, Field(gt=0.0, le=1.0)]] = (0.01, 0.1, 0.3, 0.6, 0.9)
-    """Shrinkage of the covariance tried (lda), near 0 hardly any, 1 all the way to a multiple of the
-    identity."""
+    """Shrinkage of the covariance tried (lda), from near 0 to 1, which leaves a multiple of the identity."""
     hidden: Annotated[int, Field(ge=1, le=65_536)] = 64
     """Hidden units (mlp)."""
     max_iterations: Positive = 500
@@ -470,13 +471,11 @@ class ProbeSettings(Settings):
     code_length: bool = True
     """Measure the prequential code length of softmax probes (Voita and Titov 2020)."""
     window: AtLeastTwo | None = None
-    """Tokens that the LM reads at once. Longer documents are read in windows that overlap by 512 tokens, or
-    by half a window if that is less. Unset: 2,048, or the LM's positions if that is less; for a new LM, its
-    training window."""
+    """Tokens that the LM reads at once; longer documents are read in windows that overlap by 512 tokens, or
+    by half a window if that is less. Unset: 2,048, or what the LM reads, a new one what it was trained on."""
     memory: PositiveNumber = 2.0
-    """Gigabytes of main memory for activations, in the LM's dtype; what does not fit is kept in a temporary
-    file in the run's folder. For closed-form solvers alone: for their sums; further hook points are then read
-    in further passes."""
+    """Gigabytes of main memory for activations, in the LM's dtype; the rest goes into a temporary file in
+    the run's folder. Closed-form solvers alone hold sums, and read further hook points in further passes."""
 
 
 class InterventionSettings(Settings):

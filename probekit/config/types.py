@@ -78,7 +78,7 @@ VariantName = Literal[
     "joint",
 ]
 ProbedName = Literal[VariantName, "random"]
-SolverName = Literal["softmax", "ridge", "lda", "mean-difference", "l1", "mlp"]
+SolverName = Literal["softmax", "ridge", "lda", "mean-difference", "l1", "mlp", "logit-lens", "tuned-lens"]
 MemberName = Literal["plain", "repeated", "ensemble", "distilled"]
 ModelName = VariantName | MemberName
 BosRule = Literal["every-window", "document", "none"]

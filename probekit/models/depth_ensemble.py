@@ -213,9 +213,9 @@ def final_norm(lm: FrozenLM, model: PreTrainedModel) -> nn.Module:
     points = lm.architecture.points([NORM_OUT])
     if points is None:
         raise ProbekitError(
-            f"{type(model).__name__} has no final norm (no {NORM_OUT}), from which a depth ensemble's "
-            "normalisations begin; choose an LM that has one before its head, as GPT-2, Llama, OLMo and Qwen "
-            "have, or give --method planner"
+            f"{type(model).__name__} has no final norm (no {NORM_OUT}), which depth ensembles and the logit "
+            "lens apply to earlier layers; choose an LM that has one before its head, as GPT-2, Llama, OLMo "
+            "and Qwen have, or give --method planner"
         )
     norm, head = model.get_submodule(points[NORM_OUT].module), model.get_output_embeddings()
     seen: list[Tensor] = []

@@ -27,6 +27,7 @@ from probekit.models.language_model import longest_window
 from probekit.models.locations import BEFORE, hook_name
 from probekit.models.mixing import VARIANTS, evaluation_mixing
 from probekit.models.pretrained import dtype_name
+from probekit.probing.logit_lens import LogitLens
 from probekit.probing.targets import Examples
 from probekit.run.run import Run
 
@@ -258,6 +259,10 @@ class Reader:
         self._mixing = evaluation_mixing(variant)
         self._forward = run.backend_for(names, variant, seed) if self._model is None else self._model.backend
         self.dtype: torch.dtype = self._forward.model.dtype
+
+    def logit_lens(self, tokens: np.ndarray) -> LogitLens:
+        """The variant's own head, for tokens of these ids."""
+        return LogitLens.of(self.run.frozen_lm(), self._forward.model, tokens)
 
     @property
     def chunk_examples(self) -> tuple[int, int]:

@@ -28,15 +28,13 @@ from probekit.config import Config, Position, SolverName, user_path
 from probekit.data.corpus import too_few
 from probekit.distributed import compute_device
 from probekit.errors import ProbekitError
-from probekit.evaluation.action_metrics import prior_log_probabilities
 from probekit.io import one_line, read_array, read_metadata, read_tensors, write_tensors
 from probekit.probing.activations import Done, HookPoint, Stack
+from probekit.probing.baselines import prior_sums
 from probekit.probing.fitting import FitJob, Task, fit, fit_sums, hold, score
 from probekit.probing.grid import CHOSEN_ON, FITTED_ON, MINIMUM_EXAMPLES, TESTED_ON, Grid, check_solvers
 from probekit.probing.results import (
     Cell,
-    DocumentSums,
-    Facts,
     LinearProbe,
     cells_of,
     table_of,
@@ -51,6 +49,7 @@ from probekit.probing.targets import (
     vary,
 )
 from probekit.probing.texts import TextActivations
+from probekit.probing.transfer import Values, enough_examples, transfer_table, transferred
 from probekit.progress import Meter, Progress
 from probekit.statistics import Resampling
 
@@ -207,11 +206,14 @@ class ArrayResults:
         table: A row for the prior and each probe, with the columns of a run's `probes/results.parquet`.
         probes: The linear probes.
         notes: What to know of all rows together.
+        transfer: What probes of each value of the argument `transfer` read of the others, with the columns
+            of a run's `probes/transfer.parquet`; None without it.
     """
 
     table: pd.DataFrame
     probes: LinearProbes
     notes: list[str]
+    transfer: pd.DataFrame | None = None
 
     def score(self, activations: Arrays, layer: int | Cell | None = None) -> pd.DataFrame:
         """What a probe predicts for new activations; see `LinearProbes.score`."""
@@ -228,6 +230,7 @@ def fit_grid(
     *,
     groups: Any = None,
     split: Any = None,
+    transfer: Any = None,
     solvers: SolverName | Sequence[SolverName] | None = None,
     seed: int = 0,
     control: bool = True,
@@ -249,6 +252,8 @@ def fit_grid(
             [examples]; None: every example with its copies, which have the same activations.
         split: `train`, `validation` or `test` for each example [examples]; None: 60, 20 and 20 percent of the
             examples, by groups drawn with the seed.
+        transfer: A value of each example, such as its topic [examples]: probes are also fitted on each value
+            alone, and tested on all.
         solvers: How probes are fitted, as in `probe.solvers`; None: `softmax`, or `ridge` for numbers.
         seed: Seed of the split, the shuffled labels and the MLP.
         control: Fit every probe to shuffled labels, too: in the table, `control_accuracy`, `control_r2` and
@@ -278,6 +283,7 @@ def fit_grid(
     splits, group_of = _splits(groups, split, values.shape[1], seed)
     position = activations.position if isinstance(activations, TextActivations) else "last"
     grid = _grid(target, numbered, position, splits, group_of)
+    compared = None if transfer is None else _values(grid, transfer, values.shape[1])
     options = {"control": control, "code_length": code_length, **settings}
     options["solvers"] = solvers or ("ridge" if target.kind == "numbers" else "softmax")
     if isinstance(options["solvers"], str):
@@ -302,13 +308,17 @@ def fit_grid(
             {position: int(np.median(read))},
         )
         source = ArraySource(values, points, on)
+        resampling = Resampling(resamples=resamples, seed=seed)
         if target.kind == "numbers":
             fitted = fit_sums(source, job, config.probe.solvers)
         else:
             fitted = fit(hold(source, job, [FITTED_ON, CHOSEN_ON]), job, config.probe.solvers)
         facts = {"reader": "probe", "variant": "none", "seed": seed, "injected": False}
-        scored = [_prior(grid, position), *score(source, job, fitted, facts)]
-    resampling = Resampling(resamples=resamples, seed=seed)
+        scored = [*prior_sums(grid), *score(source, job, fitted, facts)]
+        matrix = None
+        if compared is not None:
+            moved = transferred(hold(source, job, [*SPLITS]), job, compared, facts)
+            matrix = transfer_table(moved, grid, compared, resampling)
     table = table_of(scored, grid.tested(), [], resampling).assign(target=name)
     weights: dict[str, Tensor] = {}
     for batch in fitted:
@@ -321,7 +331,8 @@ def fit_grid(
         if f"{cell.key}|coef" in weights
     }
     card = _card(activations, points, target, rows, seed)
-    return ArrayResults(table, LinearProbes(probes, card), [*notes, *grid.notes])
+    more = () if compared is None else compared.notes
+    return ArrayResults(table, LinearProbes(probes, card), [*notes, *grid.notes, *more], matrix)
 
 
 class ArraySource:
@@ -540,21 +551,11 @@ def _grid(
     return Grid(target, (position,), (1,), examples, {}, tuple(notes))
 
 
-def _prior(grid: Grid, position: Position) -> DocumentSums:
-    """The scores of the class prior, or of the mean of numbers."""
-    fitted, chosen, labels = (grid.labels(split, 1) for split in (FITTED_ON, CHOSEN_ON, TESTED_ON))
-    facts: Facts = {"position": position, "horizon": 1}
-    if grid.target.kind == "numbers":
-        predicted = np.full(len(labels), fitted.mean())
-        error = float(((chosen - fitted.mean()) ** 2).mean())
-        facts |= {"reader": "mean", "validation_squared_error": error}
-    else:
-        prior = prior_log_probabilities(fitted, grid.target.classes)
-        predicted = np.tile(prior, (len(labels), 1))
-        facts |= {"reader": "prior", "validation_cross_entropy": float(-prior[chosen].mean())}
-    sums = DocumentSums([facts], grid.tested())
-    sums.add(slice(0, len(labels)), predicted[None], labels)
-    return sums
+def _values(grid: Grid, transfer: Any, examples: int) -> Values:
+    """The values between which probes are transferred; the examples of the grid say which row they are."""
+    code, names = pd.factorize(_column(transfer, "transfer", examples).astype(str), sort=True)
+    codes = {split: code[part.start] for split, part in grid.examples.items()}
+    return enough_examples(grid, "transfer", tuple(names), codes)
 
 
 def _card(

@@ -99,13 +99,9 @@ def _of_sentences(run: Run, grid: Grid, training: Examples, horizon: int) -> dic
     """Readers of whole sentences, for which the position makes no difference."""
     corpus, target, h = run.corpus, grid.target, grid.horizons.index(horizon)
     chosen, test = grid.examples[CHOSEN_ON], grid.examples[TESTED_ON]
+    baselines = _prior(grid, training, h)
     if target.kind == "numbers":
-        mean = float(training.labels[:, h].mean())
-        loss = float(((chosen.labels[:, h] - mean) ** 2).mean())
-        return {"mean": Baseline(lambda rows: np.full(len(test[rows]), mean), loss)}
-    prior = prior_log_probabilities(training.labels[:, h], target.classes)
-    loss = float(-prior[chosen.labels[:, h]].mean())
-    baselines = {"prior": Baseline(lambda rows: np.tile(prior, (len(test[rows]), 1)), loss)}
+        return baselines
     if target.of_sentences is not None:
         previous = [
             corpus.previous_labels(target.of_sentences, examples.sentence)
@@ -131,6 +127,29 @@ def _of_sentences(run: Run, grid: Grid, training: Examples, horizon: int) -> dic
         for name in BEFORE_ALONE:
             baselines[name] = Baseline(partial(of_test, partial(ceiling, name)))
     return baselines
+
+
+def prior_sums(grid: Grid) -> list[DocumentSums]:
+    """The scores of the prior (or mean) of the examples to fit on, at every position and horizon."""
+    tested, fitted_on = grid.tested(), grid.examples[FITTED_ON]
+    return [
+        _scored(grid, tested, horizon, grid.positions, name, baseline)
+        for h, horizon in enumerate(grid.horizons)
+        for name, baseline in _prior(grid, fitted_on, h).items()
+    ]
+
+
+def _prior(grid: Grid, training: Examples, h: int) -> dict[str, Baseline]:
+    """The class prior of some examples, or the mean of their numbers."""
+    chosen, test = grid.examples[CHOSEN_ON].labels[:, h], grid.examples[TESTED_ON]
+    if grid.target.kind == "numbers":
+        mean = float(training.labels[:, h].mean())
+        loss = float(((chosen - mean) ** 2).mean())
+        return {"mean": Baseline(lambda rows: np.full(len(test[rows]), mean), loss)}
+    prior = prior_log_probabilities(training.labels[:, h], grid.target.classes)
+    return {
+        "prior": Baseline(lambda rows: np.tile(prior, (len(test[rows]), 1)), float(-prior[chosen].mean()))
+    }
 
 
 def _before(grid: Grid) -> list[Position]:

@@ -6,6 +6,7 @@ Solvers that need all their examples at once hold those of the two splits they a
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,8 @@ from probekit.probing.controls import (
     prequential_code,
     prior_code,
 )
-from probekit.probing.grid import CHOSEN_ON, FITTED_ON, TESTED_ON, Grid
+from probekit.probing.grid import CHOSEN_ON, FITTED_ON, LENSES, TESTED_ON, Grid
+from probekit.probing.logit_lens import LogitLens
 from probekit.probing.results import LINEAR_SOLVERS, Cell, DocumentSums, Facts, row_slices
 from probekit.probing.solvers import (
     L1Probes,
@@ -41,12 +43,12 @@ from probekit.probing.solvers import (
 )
 from probekit.probing.solvers.base import PathProbes
 from probekit.probing.solvers.closed_form import fit_together
-from probekit.probing.store import Held
+from probekit.probing.store import Held, Part
 from probekit.probing.targets import Target
 from probekit.progress import Meter, Progress
 
 ClosedForm = RidgeProbes | LDAProbes
-Classifiers = SoftmaxProbes | L1Probes | MLPProbes | ClosedForm
+Classifiers = SoftmaxProbes | L1Probes | MLPProbes | LogitLens | ClosedForm
 Probes = Classifiers | RegressionProbes
 
 _CLOSED_FORM: dict[str, Callable[[ProbeSettings], ClosedForm]] = {
@@ -136,6 +138,7 @@ class FitJob:
         folder: Where activations are held for which memory has no room.
         meter: Counts the tokens that are read.
         tokens_read: By position, the median number of tokens that the LM had read there of test examples.
+        lens: The LM's own head; None where it does not read.
     """
 
     grid: Grid
@@ -148,6 +151,7 @@ class FitJob:
     folder: Path
     meter: Meter
     tokens_read: Mapping[Position, int]
+    lens: LogitLens | None = None
 
     def read(self, activations: Activations, split: str) -> Iterator[tuple[slice, list[Tensor]]]:
         """Reads this process's share of a split, a chunk at a time; every stack `[probes, chunk, width]`."""
@@ -163,6 +167,8 @@ class FitJob:
         """A new batch of probes, not fitted."""
         if name in CLOSED_FORM:
             return self.closed_form(name)
+        if name in LENSES and self.lens is not None:
+            return copy.copy(self.lens)
         return _ITERATIVE[name](self.settings, self.seed)
 
     def closed_form(self, name: SolverName) -> ClosedForm:
@@ -206,7 +212,7 @@ class Fitted:
     def weights(self, stacks: Sequence[Stack], grid: Grid) -> dict[str, Tensor]:
         """The weights by the names they are saved under, if the probes are linear."""
         weights: dict[str, Tensor] = {}
-        if self.solver in LINEAR_SOLVERS:
+        if self.solver in LINEAR_SOLVERS and not isinstance(self.probes, LogitLens):
             # float32 would round the level of large numbers, such as dates in seconds.
             kept = torch.float64 if grid.target.kind == "numbers" else torch.float32
             rows = zip(self.cells(stacks, grid), self.probes.coef_, self.probes.intercept_, strict=True)
@@ -228,7 +234,7 @@ def hold(activations: Activations, job: FitJob, splits: Sequence[str]) -> Held:
     return held
 
 
-def fit(held: Held, job: FitJob, solvers: Sequence[SolverName]) -> list[Fitted]:
+def fit(held: Held | Part, job: FitJob, solvers: Sequence[SolverName]) -> list[Fitted]:
     """Fits solvers at all hook points, positions and horizons, to activations of two splits."""
     tasks, fitted = target_tasks(job.grid), []
     probes = len(job.grid.positions) * sum(len(stack.points) for stack in held.stacks)
@@ -237,27 +243,54 @@ def fit(held: Held, job: FitJob, solvers: Sequence[SolverName]) -> list[Fitted]:
         for stack, rows in held.groups():
             X, X_chosen = (held.load(split, stack, rows) for split in (FITTED_ON, CHOSEN_ON))
             constant = torch.stack([(x == x[:1]).all() for x in X])
+            teachers = _teachers(held, job, stack, rows) if "tuned-lens" in solvers else []
             for solver in solvers:
                 for task in tasks:
-                    found = _fit_batch(job, solver, task, X, X_chosen, rows)
+                    found = _fit_batch(job, solver, task, X, X_chosen, rows, teachers)
                     fitted.append(Fitted(stack, rows, solver, task.horizon or 0, *found, constant))
                     progress.advance(len(constant))
     return fitted
 
 
+def _teachers(held: Held | Part, job: FitJob, stack: int, rows: slice) -> list[Tensor]:
+    """What leaves the last layer where some probes read, at the examples to fit and to choose on."""
+    positions, points = len(job.grid.positions), held.stacks[stack].points
+    last = max(range(len(points)), key=lambda i: (points[i][1], points[i][0] == "hook_resid_post"))
+    own, of_last = (
+        np.arange(rows.start, rows.stop) % positions,
+        slice(last * positions, (last + 1) * positions),
+    )
+    return [held.load(split, stack, of_last)[own] for split in (FITTED_ON, CHOSEN_ON)]
+
+
 def _fit_batch(
-    job: FitJob, solver: SolverName, task: Task, X: Tensor, X_chosen: Tensor, rows: slice
+    job: FitJob,
+    solver: SolverName,
+    task: Task,
+    X: Tensor,
+    X_chosen: Tensor,
+    rows: slice,
+    teachers: Sequence[Tensor] = (),
 ) -> tuple[Probes, Probes | None, Tensor | None]:
     """Some probes of a stack, those of the control task, and the code lengths."""
 
     def labels(task: Task, split: str) -> Tensor:
         return task.of(split, slice(None), rows, job.device)
 
+    if job.grid.target.kind == "numbers":
+        found = [
+            RegressionProbes(job.settings.l2).fit(X, labels(of, FITTED_ON), X_chosen, labels(of, CHOSEN_ON))
+            for of in (task, job.control)
+            if of is not None
+        ]
+        return found[0], found[1] if job.control else None, None
     classes, probes = job.grid.target.classes, job.solver(solver)
+    if solver == "tuned-lens" and isinstance(probes, LogitLens):
+        probes = probes.tuned(teachers, job.seed)
     fitted_on, chosen_on = (X, labels(task, FITTED_ON), classes), (X_chosen, labels(task, CHOSEN_ON))
     if not isinstance(probes, PathProbes):
         probes.fit(*fitted_on, *chosen_on)
-        if job.control is None:
+        if job.control is None or isinstance(probes, LogitLens):
             return probes, None, None
         y, y_chosen = labels(job.control, FITTED_ON), labels(job.control, CHOSEN_ON)
         return probes, job.solver(solver).fit(X, y, classes, X_chosen, y_chosen), None

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from probekit.config import Position, ProbeSettings
+from probekit.config import Position, ProbeSettings, SolverName
 from probekit.data.corpus import Corpus
 from probekit.errors import ProbekitError
 from probekit.probing.results import ScoredExamples
@@ -31,6 +31,10 @@ LARGEST_SHARE = 0.8
 
 FEW_SHARED = 0.5
 """Below this share of the examples that some cell can use, a note says what the least reached one costs."""
+
+
+LENSES: frozenset[SolverName] = frozenset({"logit-lens", "tuned-lens"})
+"""Solvers that are the LM's own head."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,19 @@ def make_grid(corpus: Corpus, settings: ProbeSettings, target: Target, seed: int
 
 
 def check_solvers(target: Target, settings: ProbeSettings) -> None:
-    """Refuses solvers that read classes where the target holds numbers."""
+    """Refuses solvers that read classes where the target holds numbers, and lenses of anything but tokens."""
+    other = [name for name in settings.locations if not name.startswith("hook_resid_")]
+    lenses = [solver for solver in settings.solvers if solver in LENSES]
+    if lenses and (target.tokens is None or other):
+        wrong = (
+            f"probe.target is {target.name!r}"
+            if target.tokens is None
+            else f"probe.locations has {other[0]!r}"
+        )
+        raise ProbekitError(
+            f"probe.solvers has {lenses[0]}, which reads tokens from the residual stream, but {wrong}; give "
+            "probe.target token and probe.locations hook_resid_post"
+        )
     classifiers = [solver for solver in settings.solvers if solver != "ridge"]
     if target.kind == "numbers" and classifiers:
         raise ProbekitError(

@@ -38,11 +38,12 @@ from probekit.probing.activations import (
 )
 from probekit.probing.baselines import baseline_sums
 from probekit.probing.fitting import CLOSED_FORM, FitJob, Fitted, control_task, fit, fit_sums, hold, score
-from probekit.probing.grid import CHOSEN_ON, FITTED_ON, TESTED_ON, Grid, make_grid
+from probekit.probing.grid import CHOSEN_ON, FITTED_ON, LENSES, TESTED_ON, Grid, make_grid
 from probekit.probing.labels import beyond_window, labels_digest, target_of
 from probekit.probing.results import SETTINGS, DocumentSums, Facts, probes_file, table_of, validation_loss
 from probekit.probing.store import Held, Store, write_store
 from probekit.probing.targets import Target
+from probekit.probing.transfer import TRANSFER, Values, find_values, transfer_table, transferred
 from probekit.progress import Meter, Progress, duration
 from probekit.run.run import Run
 from probekit.statistics import Resampling
@@ -64,11 +65,14 @@ class ProbeResults:
             had been added by the time of the reading. Cells with too few examples are empty.
         folder: Where it was written.
         notes: Lines to show the user.
+        transfer: If `probe.transfer` is set, what probes of each value read of the others; see
+            `transfer.transfer_table`.
     """
 
     table: pd.DataFrame
     folder: Path
     notes: list[str] = field(default_factory=list)
+    transfer: pd.DataFrame | None = None
 
     def best_cells(self) -> pd.DataFrame:
         """The best cell of each variant, location, solver and horizon, a row for each seed.
@@ -120,6 +124,7 @@ def probe(
         run = run.with_settings({"probe.solvers": ["ridge"]})
         config = run.config.probe
     grids = _grids(run, target)
+    values = _values(run, grids)
     progress = Progress(quiet=quiet)
     beyond = beyond_window(run.corpus, target, probing_windows(run)[0])
     of_labels = [*target.notes, *([beyond] if beyond else [])]
@@ -131,7 +136,9 @@ def probe(
     meter = _announce(run, grids, points, progress)
     finished = _FinishedParts(run)
     results = run.folder / "probes"
+    resampling = Resampling(resamples=run.config.evaluation.resamples, seed=run.config.seed)
     weights: dict[Path, dict[str, Tensor]] = {}
+    moved: list[pd.DataFrame] = []
     for seed, grid in grids.items():
         embedding = _token_embedding(run, grid, seed, progress)
         scored += finished.once(f"token-embedding-seed{seed}", "none", embedding)[0]
@@ -139,6 +146,7 @@ def probe(
             probes = _VariantProbes(run, grid, variant, points, seed, progress, meter, store=store)
             sums, weights[probes_file(Path(), variant, seed)] = probes.once(finished)
             scored += sums
+            moved += [probes.transfer(values[seed], resampling)] if values else []
 
     empty: list[Facts] = [
         {"reader": "probe", "solver": solver, "variant": variant, "seed": seed, "location": location}
@@ -149,7 +157,6 @@ def probe(
         for solver in config.solvers
         for location, layer in points
     ]
-    resampling = Resampling(resamples=run.config.evaluation.resamples, seed=run.config.seed)
     table = table_of(scored, shared.tested(), empty, resampling).assign(target=target.name)
     documents_tested = len(np.unique(shared.examples[TESTED_ON].document))
     table["documents"] = table.documents.where(table.documents.isna(), documents_tested)
@@ -160,7 +167,9 @@ def probe(
         for known in sums.readers
         if known.get("constant")
     }
-    notes = [*of_labels, *_grid_notes(grids), *_context_note(run, shared), *sorted(constant)]
+    of_values = dict.fromkeys(note for found in values.values() for note in found.notes)
+    notes = [*of_labels, *_grid_notes(grids), *_context_note(run, shared), *of_values, *sorted(constant)]
+    transfer = pd.concat(moved, ignore_index=True) if moved else None
     if distributed.is_first():
         documents = {
             seed: {split: len(np.unique(e.document)) for split, e in grid.examples.items()}
@@ -171,6 +180,8 @@ def probe(
                 if tensors:
                     write_tensors(folder / file, tensors)
             write_table(folder / "results.parquet", table)
+            if transfer is not None:
+                write_table(folder / TRANSFER, transfer)
             record = {"notes": notes, "of": origin(run), "documents": documents}
             record["classes"] = [target.name_of(label) for label in range(target.classes)]
             write_json(folder / SETTINGS, run.config.model_dump(mode="json") | record)
@@ -181,7 +192,7 @@ def probe(
             f"read {meter.tokens:,} tokens in {duration(meter.seconds)}, {meter.tokens / meter.seconds:,.0f} "
             f"a second; peak memory {_peak_memory(run.device)}"
         )
-    return ProbeResults(table, results, notes)
+    return ProbeResults(table, results, notes, transfer)
 
 
 def _check_variants(run: Run) -> None:
@@ -290,6 +301,14 @@ def _hook_points(run: Run) -> list[HookPoint]:
                 f"probe.locations has {location!r}, but actions are added at {conditioned!r} "
                 f"(conditioning); only {conditioned}{BEFORE} differs from its hook"
             )
+    last = run.frozen_lm().layers - 1
+    if "tuned-lens" in settings.solvers and (
+        last not in (settings.layers or [last]) or "hook_resid_post" not in settings.locations
+    ):
+        raise ProbekitError(
+            f"probe.solvers has tuned-lens, which learns from the last layer; give {last} in probe.layers, "
+            "and hook_resid_post in probe.locations"
+        )
     return at_layers(settings.locations, settings.layers, run.frozen_lm().layers, "probe.layers")
 
 
@@ -307,12 +326,26 @@ def _grids(run: Run, target: Target) -> dict[int, Grid]:
     return grids
 
 
+def _values(run: Run, grids: Mapping[int, Grid]) -> dict[int, Values]:
+    """For every grid the values between which probes are transferred; none if `probe.transfer` is unset."""
+    if run.config.probe.transfer is None:
+        return {}
+    return {seed: find_values(run.corpus, grid, run.config) for seed, grid in grids.items()}
+
+
 def _token_embedding(run: Run, grid: Grid, seed: int, progress: Progress) -> Callable[[], Probed]:
     """The baseline that knows the token at the position and nothing before it: probes on its embedding."""
     solvers = run.config.probe.solvers
     # Softmax probes, unless no solver of the grid holds its examples: then they are not held here either.
     solver: SolverName = solvers[0] if CLOSED_FORM.issuperset(solvers) else "softmax"
-    plain = run.with_settings({"probe.control": False, "probe.code_length": False, "probe.solvers": [solver]})
+    plain = run.with_settings(
+        {
+            "probe.control": False,
+            "probe.code_length": False,
+            "probe.solvers": [solver],
+            "probe.transfer": None,
+        }
+    )
     points, name = [("hook_embed", 0)], "token embedding"
 
     def probed() -> Probed:
@@ -374,31 +407,42 @@ class _VariantProbes:
             for batch in batches:
                 weights.update(batch.weights(source.stacks, self._grid))
 
-        if CLOSED_FORM.issuperset(self._run.config.probe.solvers):
+        config = self._run.config.probe
+        if CLOSED_FORM.issuperset(config.solvers) and not config.transfer:
             for points in _groups(self._run, self._grid, self._points):
                 source = self._source(points)
                 add(source, fit_sums(source, self._job, solvers))
         else:
-            tested = self._held if self._scored_twice else self._source(self._points)
+            tested = self._held if self._test_held else self._source(self._points)
             add(tested, fit(self._held, self._job, solvers))
         _mark_injected(self._run, self._grid, self._variant, self._points, scored)
         return scored, weights
 
+    def transfer(self, values: Values, resampling: Resampling) -> pd.DataFrame:
+        """The table of probes of every value of a column, tested on those of every other."""
+        facts: Facts = {"reader": "probe", "variant": self._variant, "seed": self._seed}
+        scored = transferred(self._held, self._job, values, facts)
+        for sums in scored.values():
+            _mark_injected(self._run, self._grid, self._variant, self._points, sums)
+        return transfer_table(scored, self._grid, values, resampling)
+
     @property
-    def _scored_twice(self) -> bool:
-        """Whether closed-form solvers are scored before others are fitted."""
-        return len(_parts(self._run.config.probe.solvers)) > 1
+    def _test_held(self) -> bool:
+        """Whether test examples are scored again: closed-form solvers come first, transfer last."""
+        config = self._run.config.probe
+        return len(_parts(config.solvers)) > 1 or config.transfer is not None
 
     @cached_property
     def _held(self) -> Held:
         """The activations that solvers need at once; those of the test split too if they are scored twice."""
-        splits = [FITTED_ON, CHOSEN_ON, *([TESTED_ON] if self._scored_twice else [])]
+        splits = [FITTED_ON, CHOSEN_ON, *([TESTED_ON] if self._test_held else [])]
         return hold(self._source(self._points), self._job, splits)
 
     @cached_property
     def _job(self) -> FitJob:
-        run, grid = self._run, self._grid
+        run, grid, tokens = self._run, self._grid, self._grid.target.tokens
         config = run.config.probe
+        lenses = LENSES.intersection(config.solvers)
         place = Placement.of(run.corpus, grid.examples[TESTED_ON], grid.positions, *probing_windows(run))
         return FitJob(
             grid,
@@ -411,6 +455,7 @@ class _VariantProbes:
             run.folder,
             self._meter,
             dict(zip(grid.positions, np.median(place.tokens_read, axis=1).astype(int).tolist(), strict=True)),
+            None if tokens is None or not lenses else self._reader(self._points).logit_lens(tokens),
         )
 
     def _reader(self, points: Sequence[HookPoint]) -> Reader:

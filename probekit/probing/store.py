@@ -153,6 +153,45 @@ class Held:
         return self._file
 
 
+class Part:
+    """Some of the examples of activations that are held, with the interface of `Held`.
+
+    Args:
+        held: The activations.
+        splits: The examples that they are of.
+        rows: Which examples of each split, in increasing order.
+    """
+
+    unit = "examples"
+
+    def __init__(self, held: Held, splits: Mapping[str, Examples], rows: Mapping[str, np.ndarray]) -> None:
+        self.stacks, self.dtype, self.groups = held.stacks, held.dtype, held.groups
+        self.examples = {split: splits[split][own] for split, own in rows.items()}
+        self._held, self._splits, self._rows = held, splits, rows
+
+    def load(self, split: str, stack: int, probes: slice) -> Tensor:
+        """See `Held.load`."""
+        whole = self._held.load(split, stack, probes)
+        return whole[:, torch.from_numpy(self._rows[split]).to(whole.device)]
+
+    def size(self, examples: Examples) -> int:
+        """How many examples there are."""
+        return len(examples)
+
+    def chunks(
+        self, examples: Examples, done: Done = lambda examples: None
+    ) -> Iterator[tuple[slice, list[Tensor]]]:
+        """See `Held.chunks`."""
+        (split,) = (name for name, known in self.examples.items() if known is examples)
+        rows = self._rows[split]
+        for whole, stacks in self._held.chunks(self._splits[split]):
+            first, stop = np.searchsorted(rows, (whole.start, whole.stop)).tolist()
+            if first < stop:
+                own = torch.from_numpy(rows[first:stop] - whole.start)
+                yield slice(first, stop), [values[:, :, own.to(values.device)] for values in stacks]
+                done(stop - first)
+
+
 def _bytes(values: Tensor) -> memoryview:
     """The bytes of a contiguous tensor."""
     return values.view(torch.uint8).numpy().data.cast("B")

@@ -72,6 +72,7 @@ class Target:
         kind: Whether labels are classes, or numbers: float64, NaN where there is none, and `classes` is 0.
         notes: Lines to show the user.
         positions: Where probes read if `probe.positions` is unset.
+        tokens: Ids of the tokens `[classes]`, if classes are tokens.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Target:
     kind: Literal["classes", "numbers"] = "classes"
     notes: tuple[str, ...] = ()
     positions: tuple[Position, ...] = (1, 2, 3, 4, 6, 8)
+    tokens: np.ndarray | None = None
 
     def anchors(
         self, corpus: Corpus, anchors: Literal["start", "token"], *, first: bool = True
@@ -296,7 +298,7 @@ def _token(corpus: Corpus) -> Target:
         return np.where(exists, class_of[corpus.tokens[np.where(exists, token, 0)]], NO_LABEL)
 
     names = tuple(corpus.tokenizer.convert_ids_to_tokens(frequent.tolist()))
-    return Target("token", len(frequent), labels, names=names)
+    return Target("token", len(frequent), labels, names=names, tokens=frequent)
 
 
 def _sentence_position(corpus: Corpus) -> Target:

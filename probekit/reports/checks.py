@@ -14,6 +14,7 @@ from probekit.data.corpus import FEW_DOCUMENTS, MORE_DOCUMENTS, too_few
 from probekit.evaluation.perplexity import evaluation_record
 from probekit.io import read_json
 from probekit.models.mixing import VARIANTS
+from probekit.probing.transfer import TRANSFER
 from probekit.reports.display import described, number
 from probekit.reports.tables import (
     MORE_BOUNDARIES,
@@ -26,6 +27,8 @@ from probekit.run.run import Run
 from probekit.run.stages import stages_of
 
 EVALUATION, GENERATION, PROBES = "evaluation.json", "generation.json", "probes/results.parquet"
+
+TRANSFER_FILE = f"probes/{TRANSFER}"
 
 CEILING = "ceiling (words)"
 """What no planner can beat: it reads the sentences before, and so does the ceiling."""

@@ -46,6 +46,7 @@ COLUMNS: dict[str, Column] = {
     "gain": Column("gain in bits", better=1, signed=True),
     "gain_over": Column("gain over"),
     "selectivity": Column("selectivity", better=1, signed=True),
+    "over_own": Column("over its own probe", signed=True),
     "compression": Column("compression", better=1),
     "shortfall": Column("below the ceiling", "bits", better=-1),
     "balanced_accuracy": Column("balanced accuracy", better=1),

@@ -30,6 +30,7 @@ from probekit.reports.checks import (
     EVALUATION,
     GENERATION,
     PROBES,
+    TRANSFER_FILE,
     changed_settings,
     checks,
     compared_interventions,
@@ -45,6 +46,7 @@ from probekit.reports.drawing import svg_of
 from probekit.reports.plot_over_training import plot_over_training
 from probekit.reports.plot_probes import PREFERRED, panels, plot_curve, plot_probes, probed_variants
 from probekit.reports.plot_runs import plot_perplexity, plot_training
+from probekit.reports.plot_transfer import draw_transfer
 from probekit.run.run import Run
 
 SUFFIXES = (".html", ".md")
@@ -273,6 +275,32 @@ def probes(run: Run) -> Iterator[Section]:
     )
 
 
+def transfer(run: Run) -> Iterator[Section]:
+    """Which value's probe reads which value."""
+    if not has(run, TRANSFER_FILE):
+        return
+    found, best = run.transfer(), ProbeResults(run.probes(), run.folder / "probes").best_cells()
+    pictures = [
+        Picture(
+            f"transfer_{panel.name}",
+            f"{panel.variant}, {panel.title}: rows are what probes were fitted on, columns what they were "
+            "tested on.",
+            f"Matrix of {described(main_metric(found)).label} by {found.by.iloc[0]}; see the table below.",
+            svg_of(draw_transfer(found, panel, best)),
+            panel.variant == "random",
+        )
+        for panel in panels(found.assign(reader="probe"))
+    ]
+    yield Section(
+        "Transfer",
+        "Probes fitted on the documents of each value alone, at the best cells of all probes. A probe of the "
+        "concept reads every value as well as that value's own probe does.",
+        pictures=pictures,
+        tables=tables.transfer_tables(found, best),
+        notes=list(tables.transfer_notes(found, best)),
+    )
+
+
 def _probe_pictures(run: Run, table: pd.DataFrame) -> Iterator[Picture]:
     """Heat maps and curves for each location, horizon and solver; the usual location first."""
     variants_at: dict[tuple[str, int, str], set[str]] = {}
@@ -474,7 +502,7 @@ def settings(run: Run) -> Iterator[Section]:
 
 
 SECTIONS = (
-    *(about, corpus, evaluation, generation, probes, over_training, interventions, subnetworks),
+    *(about, corpus, evaluation, generation, probes, transfer, over_training, interventions, subnetworks),
     *(stages, training, reproduction, settings),
 )
 """What makes the sections, in their order; each makes those that the run has results for."""

@@ -14,10 +14,12 @@ from probekit.config import nearest, reading_order
 from probekit.data.corpus import Corpus, action_table, sentence_lengths, sizes
 from probekit.models.locations import label
 from probekit.probing.results import MODEL_FREE, main_metric, validation_loss
+from probekit.probing.transfer import ALL
 from probekit.reports.display import (
     INTERVALS,
     Table,
     by_metric,
+    cell,
     display,
     heading,
     number,
@@ -55,6 +57,9 @@ METRICS_OF = {
 
 METRIC_WORDS = {"bits": "bits over the prior", "r2": "R²"}
 """What notes call metrics."""
+
+CELL = ["variant", "location", "solver", "layer", "position", "horizon", "seed"]
+"""What identifies a cell of the grid of probes."""
 
 GAIN_R2 = {f"gain{end}": f"gain_r2{end}" for end in ("", "_low", "_high")}
 """The gain of numbers is no bits."""
@@ -237,6 +242,50 @@ def probe_tables(table: pd.DataFrame, best: pd.DataFrame) -> list[Table]:
             optional=["seed"],
         ),
     ]
+
+
+def transfer_cells(transfer: pd.DataFrame, best: pd.DataFrame) -> pd.DataFrame:
+    """The rows of transfer at the best cells of the table of probes."""
+    return transfer.merge(best[CELL].drop_duplicates(), on=CELL)
+
+
+def transfer_tables(transfer: pd.DataFrame, best: pd.DataFrame) -> list[Table]:
+    """What the probe of each value reads of every other, and how that compares with the other's own probe.
+
+    Args:
+        transfer: The table of transfer.
+        best: The best cells of the table of probes.
+    """
+    tables = []
+    for cell_, own in transfer_cells(transfer, best).groupby(CELL, sort=False):
+        variant, location, solver, layer, position, horizon, seed = cell_
+        at = f"{variant}, {label(str(location))}, layer {layer}, position {position}, horizon {horizon}, "
+        at += f"{solver}, seed {seed}"
+        metric = main_metric(own)
+        for name in (metric, "over_own"):
+            shown = own.assign(text=[cell(row, name) for row in own.to_dict("records")])
+            order = list(dict.fromkeys(own.fitted_on)), list(dict.fromkeys(own.tested_on))
+            matrix = shown.pivot_table("text", "fitted_on", "tested_on", aggfunc="first").loc[order]
+            what = f"{heading(metric)} of probes fitted on a row's {own.by.iloc[0]}, tested on a column's"
+            if name == "over_own":
+                what = f"{'R²' if metric == 'r2' else 'Accuracy'} less that of the column's own probe, paired"
+            caption = f"{what}; {at} ({INTERVALS})"
+            cells = matrix.reset_index(names="fitted on").rename_axis(columns=None)
+            tables.append(Table(caption, cells.astype("str"), folded=name == "over_own"))
+    return tables
+
+
+def transfer_notes(transfer: pd.DataFrame, best: pd.DataFrame) -> Iterator[str]:
+    """How many probes read less of another value than that value's own probe."""
+    rows = transfer_cells(transfer, best)
+    others = rows[(rows.fitted_on != rows.tested_on) & (rows.fitted_on != ALL) & rows.over_own_low.notna()]
+    for variant, own in others.groupby("variant", sort=False):
+        worse, above = (own.over_own_high < 0).sum(), (own.bits_low > 0).sum() if "bits_low" in own else None
+        prior = "" if above is None else f"; {above:,} predict it better than its own prior does (bits)"
+        yield (
+            f"{variant}: of {len(own):,} probes tested on another {own.by.iloc[0]}, {worse:,} read less than "
+            f"its own probe{prior}"
+        )
 
 
 def better_than_baselines(probes: pd.DataFrame) -> pd.Series:

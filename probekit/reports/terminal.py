@@ -123,11 +123,15 @@ def print_probes(results: ProbeResults) -> None:
     """The best cells, the baselines on the same examples, and what to know of all cells together."""
     table = results.table
     probes = table[table.reader == "probe"]
-    print_tables(tables.probe_tables(table, results.best_cells()))
+    best = results.best_cells()
+    print_tables(tables.probe_tables(table, best))
+    if results.transfer is not None:
+        print_tables(tables.transfer_tables(results.transfer, best))
     print_lines(
         too_few(table.groups.max()),
         *tables.probe_notes(probes),
         *tables.baseline_notes(table),
+        *(() if results.transfer is None else tables.transfer_notes(results.transfer, best)),
         *tables.unreliable_probes(probes),
         *results.notes,
         f"All {len(table):,} rows: {results.folder / 'results.parquet'}; pictures: {results.folder}",

@@ -428,6 +428,10 @@ class RunFolder:
         """What `probekit probe` found: one row for each probe or baseline and cell of the grid."""
         return read_table(self._result("probes/results.parquet", "probe"))
 
+    def transfer(self) -> pd.DataFrame:
+        """What probes of each value of `probe.transfer` read of the others: a row for each two and cell."""
+        return read_table(self._result("probes/transfer.parquet", "probe", " --probe.transfer COLUMN"))
+
     def probes_file(self, stage: str) -> Path:
         """Where the results of probing a stage's checkpoints are."""
         return self.checkpoints_of(stage) / "probes.parquet"
