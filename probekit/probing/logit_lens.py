@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from probekit.models.frozen_lm import FrozenLM
 
-BATCH, LEARNING_RATE, EPOCHS, PATIENCE = 256, 1e-3, 50, 3
+BATCH, LEARNING_RATE, EPOCHS, PATIENCE = 256, 1e-3, 200, 3
 """Of the tuned lens: examples in a step, Adam's learning rate, most epochs, and how many without progress."""
 
 
@@ -173,7 +173,7 @@ class TunedLens(LogitLens):
                 (divergences(X[:, rows], Z[:, rows], last[:, rows]).sum() / len(rows)).backward()
                 optimizer.step()
             found = measured()
-            better = found < best
+            better = found < best - 1e-5  # not by rounding, which Adam would follow at the last layer
             for old, new in zip(kept, (A, b), strict=True):
                 old[better] = new.detach()[better]
             best, epochs[better.cpu()] = torch.where(better, found, best), epoch

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from scipy.special import ndtr
 from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.metrics import r2_score, roc_auc_score
+from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
 import probekit
@@ -40,7 +40,7 @@ def planted(kind: str = "classes", seed: int = 0, count: int = 1800) -> dict[str
     number = 2 * label - 1.0 if kind == "classes" else generator.normal(size=count)
     X = generator.normal(size=(2, count, 10))
     X[1, np.arange(count), np.where(topic == 2, 4, 1)] += SHIFT * number
-    X += 3 * topic[:, None]  # where a topic lies, which is the same for both classes
+    X[..., 7] += topic  # where a topic lies, which is the same for both classes
     return {
         "activations": X.astype(np.float32),
         "labels": label if kind == "classes" else 50 + 7 * number,
@@ -88,7 +88,7 @@ def test_a_shared_direction_transfers_and_another_does_not(found: pd.DataFrame):
     for tested_on in TOPICS:
         row = at(found, ALL, tested_on)
         assert row.auroc_low < CEILING_AUROC
-        assert row.auroc > 0.9
+        assert row.auroc > 0.85
 
 
 def test_every_cell_is_that_of_a_fit_by_hand():
@@ -100,7 +100,7 @@ def test_every_cell_is_that_of_a_fit_by_hand():
     for fitted_on in (*TOPICS, ALL):
         own = (data["split"] == "train") & ((data["transfer"] == fitted_on) | (fitted_on == ALL))
         scaler = StandardScaler().fit(X[own])
-        probe = LogisticRegression(C=1 / (0.02 * own.sum()), tol=1e-8).fit(scaler.transform(X[own]), y[own])
+        probe = LogisticRegression(C=2 / (0.02 * own.sum()), tol=1e-8).fit(scaler.transform(X[own]), y[own])
         for tested_on in TOPICS:
             there = (data["split"] == "test") & (data["transfer"] == tested_on)
             row, odds = at(table, fitted_on, tested_on), probe.decision_function(scaler.transform(X[there]))
@@ -138,16 +138,15 @@ def test_numbers_transfer_by_r2():
     predicted = ridge.predict(scaler.transform(X[there]))
     expected = 1 - ((predicted - y[there]) ** 2).sum() / ((y[there] - level) ** 2).sum()
     assert shared.r2 == pytest.approx(expected, abs=1e-3)
-    assert r2_score(y[there], predicted) == pytest.approx(expected, abs=0.02)
 
 
 @pytest.mark.parametrize("solver", ["lda", "ridge", "mean-difference", "l1", "mlp"])
 def test_every_solver_transfers(solver: str):
-    data = planted(count=900)
+    data = planted()
     del data["split"]
-    table = probekit.fit_grid(**data, solvers=solver, control=False, resamples=20).transfer
-    assert at(table, "arts", "sport").auroc > 0.93
-    assert at(table, "arts", "verse").auroc < 0.62
+    table = probekit.fit_grid(**data, solvers=solver, control=False, resamples=100).transfer
+    assert at(table, "arts", "sport").auroc > 0.95
+    assert at(table, "arts", "verse").auroc_low < 0.55
 
 
 def test_values_with_few_examples_or_one_label_are_left_out():
@@ -158,7 +157,7 @@ def test_values_with_few_examples_or_one_label_are_left_out():
     )
     data["labels"] = np.where(data["transfer"] == "one label", 1, data["labels"])
     del data["split"]
-    results = probekit.fit_grid(**data, control=False, resamples=20, l2=[0.1])
+    results = probekit.fit_grid(**data, control=False, resamples=100, l2=[0.1])
     assert "rare" not in set(results.transfer.tested_on)
     assert "one label" not in set(results.transfer.tested_on)
     assert any("rare" in note and "one label" in note for note in results.notes)
