@@ -335,17 +335,11 @@ def _values(run: Run, grids: Mapping[int, Grid]) -> dict[int, Values]:
 
 def _token_embedding(run: Run, grid: Grid, seed: int, progress: Progress) -> Callable[[], Probed]:
     """The baseline that knows the token at the position and nothing before it: probes on its embedding."""
-    solvers = run.config.probe.solvers
+    solvers = [name for name in run.config.probe.solvers if name not in LENSES] or ["ridge"]
     # Softmax probes, unless no solver of the grid holds its examples: then they are not held here either.
     solver: SolverName = solvers[0] if CLOSED_FORM.issuperset(solvers) else "softmax"
-    plain = run.with_settings(
-        {
-            "probe.control": False,
-            "probe.code_length": False,
-            "probe.solvers": [solver],
-            "probe.transfer": None,
-        }
-    )
+    fewer = {"probe.control": False, "probe.code_length": False, "probe.transfer": None}
+    plain = run.with_settings(fewer | {"probe.solvers": [solver]})
     points, name = [("hook_embed", 0)], "token embedding"
 
     def probed() -> Probed:

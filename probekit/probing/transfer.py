@@ -35,7 +35,7 @@ ALL = "all values"
 MOST_VALUES = 20
 """So many values are compared, those with most examples to fit on."""
 
-LEFT_OUT = ("reader", "gain", "gain_over", "shortfall", "control_accuracy", "control_r2", "code_length")
+LEFT_OUT = ("reader", "gain", "gain_over", "control_accuracy", "control_r2")
 """Columns of the table of probes that this one does not have, with their intervals."""
 
 Scored = dict[tuple[str, str], list[DocumentSums]]
