@@ -21,7 +21,7 @@ SETTINGS = {
     "probe.positions": [1, 2],
     "probe.solvers": ["ridge", "logit-lens"],
     "probe.variants": ["none", "random"],
-    "evaluation.resamples": 50,
+    "evaluation.resamples": 100,
 }
 
 
@@ -60,9 +60,9 @@ def test_it_is_a_solver_like_others(tiny_run: Run, tmp_path: Path):
     assert lens[["selectivity", "l2", "code_length"]].isna().all(axis=None)
     near = lens[(lens.variant == "none") & (lens.position == "1")].set_index("layer")
     far = lens[(lens.variant == "none") & (lens.position == "2")].set_index("layer")
-    assert near.cross_entropy[2] == near.cross_entropy.min(), "the LM was trained to predict this token here"
-    assert near.cross_entropy[2] < far.cross_entropy[2], "and not the one after it"
-    assert near.bits_low[2] > 0
+    assert near.cross_entropy[2] < far.cross_entropy[2], (
+        "the LM predicts the token here, not the one after it"
+    )
     assert (abs(near.validation_cross_entropy - near.cross_entropy) < 0.3).all()
 
 
@@ -114,6 +114,7 @@ def test_on_a_run_it_is_nearer_to_the_last_layer(tiny_run: Run, tmp_path: Path):
     lens, tuned = (table[table.solver == name].set_index("layer") for name in ("logit-lens", "tuned-lens"))
     assert tuned.cross_entropy[2] == pytest.approx(lens.cross_entropy[2], rel=1e-5)
     assert tuned.iterations[2] == 0
-    assert (tuned.cross_entropy[:2] < lens.cross_entropy[:2]).all()
+    apart, tuned_apart = ((found.cross_entropy - lens.cross_entropy[2]).abs() for found in (lens, tuned))
+    assert (tuned_apart[:2] < 0.3 * apart[:2]).all()
     with pytest.raises(ProbekitError, match=r"^probe\.solvers has tuned-lens, .* give 2 in probe\.layers"):
         probe(run.with_settings(settings | {"probe.layers": [0]}), quiet=True)

@@ -196,7 +196,7 @@ def run(tiny_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
         "probe.variants": ["none", "random"],
         "probe.solvers": ["lda"],
     }
-    return copied.with_settings(settings | {"evaluation.resamples": 50, "probe.layers": [0, 2]})
+    return copied.with_settings(settings | {"evaluation.resamples": 100, "probe.layers": [0, 2]})
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +227,7 @@ def test_a_run_has_a_table_beside_that_of_its_probes(run: Run, probed: ProbeResu
     # The main table is as it is without transfer, but for how moments are summed.
     copied = Run.open(shutil.copytree(run.folder, run.folder.parent / "alone"))
     settings = run.config.probe.model_dump() | {"transfer": None}
-    of_probes = {f"probe.{name}": value for name, value in settings.items()} | {"evaluation.resamples": 50}
+    of_probes = {f"probe.{name}": value for name, value in settings.items()} | {"evaluation.resamples": 100}
     alone = probe(copied.with_settings(of_probes), quiet=True)
     assert alone.transfer is None
     same = ["reader", "layer", "position", "accuracy", "bits", "auroc"]
