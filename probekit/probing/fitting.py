@@ -444,7 +444,7 @@ def predicted(probes: Probes, X: Tensor) -> Tensor:
 def _facts(fitted: Fitted, cells: Sequence[Cell], job: FitJob) -> Iterator[Facts]:
     """The cell and the fit of each probe of a batch."""
     columns = {name: getattr(fitted.probes, attribute, None) for name, attribute in FACTS.items()}
-    if not isinstance(fitted.probes, MLPProbes):
+    if not isinstance(fitted.probes, MLPProbes | LogitLens):
         columns[fitted.probes.penalty_name] = fitted.probes.penalty_
     grid, examples = job.grid, job.grid.examples[FITTED_ON]
     if fitted.code is not None:

@@ -47,7 +47,7 @@ class LogitLens:
         bias: Their biases [classes], if it has any.
 
     Attributes:
-        validation_cross_entropy_: On validation examples in nats, [probes, 1].
+        validation_loss_: Cross-entropy on validation examples in nats, [probes].
     """
 
     def __init__(self, norm: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
@@ -83,7 +83,7 @@ class LogitLens:
         for at in pieces(X_validation, X.shape[2] + 2 * classes):
             own = self._decoded(X_validation[at], at[0]).gather(2, y_validation[at][..., None])
             losses[at[0]] -= own.double().sum((1, 2))
-        self.validation_cross_entropy_ = losses[:, None] / X_validation.shape[1]
+        self.validation_loss_ = losses / X_validation.shape[1]
         return self
 
     def log_probabilities(self, X: Tensor) -> Tensor:
