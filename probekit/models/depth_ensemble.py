@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from probekit.config import DepthSettings, DistillationSettings, MemberName
 from probekit.errors import ProbekitError
-from probekit.models.backends import Hook, in_float32, tolerance
+from probekit.models.backends import Hook
 from probekit.models.locations import NORM_IN, NORM_OUT, hook_name
+from probekit.models.logit_lens import logit_lens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -210,27 +211,13 @@ def final_norm(lm: FrozenLM, model: PreTrainedModel) -> nn.Module:
     Raises:
         ProbekitError: There is none, or the logits are capped or scaled after the head.
     """
-    points = lm.architecture.points([NORM_OUT])
-    if points is None:
-        raise ProbekitError(
-            f"{type(model).__name__} has no final norm (no {NORM_OUT}), which depth ensembles and the logit "
-            "lens apply to earlier layers; choose an LM that has one before its head, as GPT-2, Llama, OLMo "
-            "and Qwen have, or give --method planner"
-        )
-    norm, head = model.get_submodule(points[NORM_OUT].module), model.get_output_embeddings()
-    seen: list[Tensor] = []
-    handle = norm.register_forward_hook(lambda _, __, output: seen.append(output))
-    with torch.no_grad():
-        tokens = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
-        logits = in_float32(model(tokens, use_cache=False).logits)
-        handle.remove()
-        own = in_float32(head(seen[-1]))
-    if own.shape != logits.shape or (own - logits).abs().max() > tolerance(model.dtype) * logits.abs().max():
+    lens = logit_lens(lm, model)
+    if lens.cap is not None or lens.scale != 1:
         raise ProbekitError(
             f"{type(model).__name__} does more to its logits than its head does (it caps or scales them), so "
             "late layers have no logits of their own by that head alone; choose an LM whose head comes last"
         )
-    return norm
+    return lens.norm
 
 
 @dataclass(frozen=True)

@@ -188,7 +188,7 @@ def test_a_model_without_a_final_norm(folders: dict, tokenizer: PreTrainedTokeni
     model = load_model(str(folders["gpt2"]))
     lm = FrozenLM(lambda: model, model.config, tokenizer, "gpt2")
     vars(lm)["architecture"] = replace(lm.architecture, modules={})
-    with pytest.raises(ProbekitError, match=r"no final norm.*--method planner"):
+    with pytest.raises(ProbekitError, match="no final norm"):
         ensemble_on(lm, layers=1)
 
 
