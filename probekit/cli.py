@@ -279,7 +279,7 @@ def subnetwork(words: list[str]) -> None:
 
 
 def lens(words: list[str]) -> None:
-    """Show what probes read of the next sentence at every token of a text: one HTML page."""
+    """Show what probes read at every token of a text: one HTML page."""
     parser = _run_parser(lens)
     parser.add_argument(
         "--text",
@@ -288,7 +288,8 @@ def lens(words: list[str]) -> None:
         help="a file, or the text itself; one word that has a slash, or ends in .txt or .md, is a file",
     )
     parser.add_argument("-o", "--out", metavar="FILE", help="the page, ending in .html (RUN/lens.html)")
-    parser.add_argument("--variant", metavar="NAME", help="whose activations (the first variant probed)")
+    whose = "whose activations, or two side by side (the first variant probed)"
+    parser.add_argument("--variant", nargs="+", metavar="NAME", help=whose)
     parser.add_argument("--locations", nargs="+", metavar="NAME", help="show only these (all probed)")
     parser.add_argument("--layers", nargs="+", type=int, metavar="INT", help="show only these (all probed)")
     parser.add_argument("--limit", type=int, default=2000, metavar="INT", help="most tokens of a text (2000)")
@@ -296,7 +297,7 @@ def lens(words: list[str]) -> None:
     from probekit.reports.lens import lens as write_lens
     from probekit.run.run import Run
 
-    page = write_lens(
+    shown = write_lens(
         Run.at(parsed.run, dotted(given)),
         parsed.text,
         parsed.out,
@@ -306,7 +307,7 @@ def lens(words: list[str]) -> None:
         limit=parsed.limit,
         quiet=parsed.quiet,
     )
-    sys.stdout.write(f"The lens: {page}\n")
+    sys.stdout.write(f"The lens: {shown.path}\n")
 
 
 def score(words: list[str]) -> None:

@@ -12,6 +12,9 @@ from probekit.errors import ProbekitError
 OUTSIDE_BLOCKS = ("hook_embed", "ln_final.hook_out")
 """Locations that a model has once: before its first block, and after its last."""
 
+RESIDUAL = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post")
+"""Locations of the residual stream, which the final norm and the head can read (the logit lens)."""
+
 NORM_IN = "ln_final.hook_in"
 """The output of the last layer, which the final norm reads."""
 

@@ -36,6 +36,11 @@ class LogitLens:
     scale: float
     cap: float | None
 
+    @property
+    def vocabulary(self) -> int:
+        """Number of logits."""
+        return int(next(self.head.parameters()).shape[0])
+
     def __call__(self, residual: Tensor) -> Tensor:
         """Logits in float32 `[..., vocabulary]` of the residual stream `[..., width]`, on its device."""
         weight = next(self.head.parameters())

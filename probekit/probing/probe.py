@@ -184,6 +184,10 @@ def probe(
                 write_table(folder / TRANSFER, transfer)
             record = {"notes": notes, "of": origin(run), "documents": documents}
             record["classes"] = [target.name_of(label) for label in range(target.classes)]
+            record["extent"] = target.extent(run.corpus)
+            if target.kind == "numbers":
+                numbers = shared.examples[FITTED_ON].labels
+                record["range"] = [float(numbers.min()), float(numbers.max())]
             write_json(folder / SETTINGS, run.config.model_dump(mode="json") | record)
         finished.forget()
     distributed.wait()

@@ -521,6 +521,8 @@ class ProbeRecord:
         documents: By seed and split the documents that examples were drawn from.
         origin: What the results depend on beside settings and weights; see `probe.origin`.
         classes: Names of the classes, none of numbers; None of probes of an earlier version.
+        extent: What a label is of: sentences (or the tokens in them), texts or spans.
+        range: The least and the largest number that probes were fitted on; None for classes.
     """
 
     config: Config
@@ -528,6 +530,8 @@ class ProbeRecord:
     documents: Mapping[str, Mapping[str, int]]
     origin: Mapping[str, Any]
     classes: tuple[str, ...] | None
+    extent: str
+    range: tuple[float, float] | None
 
 
 def read_probe_record(run: Path) -> ProbeRecord:
@@ -547,4 +551,6 @@ def read_probe_record(run: Path) -> ProbeRecord:
         recorded.get("documents", {}),
         recorded.get("of", {}),
         None if (classes := recorded.get("classes")) is None else tuple(classes),
+        recorded.get("extent", "sentences"),
+        None if (ends := recorded.get("range")) is None else tuple(ends),
     )

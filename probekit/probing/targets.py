@@ -106,6 +106,14 @@ class Target:
         lengths = None if anchors == "start" else self.labels.stop - self.labels.start
         return np.bincount(self.labels.document, lengths, minlength=documents).astype(np.int64)
 
+    def extent(self, corpus: Corpus) -> Literal["sentences", "texts", "spans"]:
+        """What a label is of."""
+        if not isinstance(self.labels, Ranges):
+            return "sentences"
+        begin, end = (corpus.document_tokens[self.labels.document + behind] for behind in (0, 1))
+        whole = (self.labels.start == begin + 1) & (self.labels.stop == end)
+        return "texts" if whole.all() else "spans"
+
     def name_of(self, label: int) -> str:
         """The name of a class, or its number."""
         return self.names[label] if self.names else str(label)

@@ -1,11 +1,12 @@
-"""`probekit lens`: a page that shows, token by token, what probes read of the next sentence in any text."""
+"""`probekit lens`: a page that shows, token by token, what probes read in any text; notebooks show it inline."""
 
 from __future__ import annotations
 
 import base64
 import json
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,16 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from probekit.config import user_path
+from probekit.config import Position, user_path
 from probekit.errors import ProbekitError
 from probekit.io import write_text
+from probekit.models.mixing import VARIANTS
 from probekit.progress import Progress
-from probekit.reports.display import shortened, visible
-from probekit.reports.lens_reading import LIMIT, LensData, given_text, read_text
+from probekit.reports.display import described, shortened, visible
+from probekit.reports.lens_reading import LensData, Reading, read_text
+from probekit.reports.lens_text import LIMIT, given_text
 from probekit.reports.tables import better_than_baselines
 from probekit.run.run import Run
-
-MISSING = 65535
-"""Stands for a missing probability; the others are steps of 1 / 65,534."""
 
 SHOWN_CHARACTERS = 160
 """Characters shown of a sentence that illustrates an action."""
@@ -35,7 +35,47 @@ SCALES = (0.1, 0.2, 0.5, 1.0)
 SYMBOLS = str.maketrans({"\t": "⇥", "\n": "↵", "\r": "↩", "\u2028": "↵", "\u2029": "↵"})
 """What stands for white space that would not be seen."""
 
+HEADINGS = {
+    "action": "The action of a sentence",
+    "token": "Tokens",
+    "sentence-position": "The number of a sentence",
+    "document-type": "The type of the document",
+}
+"""What is read, as the page calls it; a column of labels is called by its name."""
+
+INLINE_HEIGHT = "48rem"
+"""Height of the page in a notebook."""
+
 FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Lens:
+    """A page that shows what probes read in a text; a notebook shows it inline.
+
+    Attributes:
+        data: What is shown, as numbers.
+        html: The page, which needs no network.
+        path: Where it was written.
+    """
+
+    data: LensData
+    html: str
+    path: Path
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the page to a file that ends in .html, and returns its path.
+
+        Raises:
+            ProbekitError: It cannot be written.
+        """
+        return _write(_checked(path), self.html)
+
+    def _repr_html_(self) -> str:
+        return (
+            f'<iframe srcdoc="{escape(self.html)}" title="probekit lens" sandbox="allow-scripts" '
+            f'style="width: 100%; height: {INLINE_HEIGHT}; border: 1px solid"></iframe>'
+        )
 
 
 def lens(
@@ -43,53 +83,58 @@ def lens(
     text: str | Path,
     out: str | Path | None = None,
     *,
-    variant: str | None = None,
+    variant: str | Sequence[str] | None = None,
     locations: Sequence[str] | None = None,
     layers: Sequence[int] | None = None,
     limit: int = LIMIT,
     quiet: bool = False,
-) -> Path:
+) -> Lens:
     """Reads a text with a run's probes and writes a page that shows what they read.
 
     Args:
-        run: The run or its folder, with linear probes for the next sentence's action.
-        text: The text, or the name of its file (see `lens_reading.given_text`).
+        run: The run or its folder, with linear probes for any target.
+        text: The text, or the name of its file (see `lens_text.given_text`).
         out: The page, ending in .html; None: `lens.html` in the run's folder.
-        variant: Whose activations; None: those of the first variant that was probed.
+        variant: Whose activations, or two variants to show side by side; None: those of the first variant
+            that was probed.
         locations: Read only these.
         layers: Read only these.
         limit: The largest number of tokens.
         quiet: Show no progress.
 
     Returns:
-        The page's path.
+        The page, which a notebook shows inline.
 
     Raises:
         ProbekitError: There are no such probes; the text is blank, too long or cannot be read; or the page
             cannot be written.
     """
     run = Run.at(run)
-    path = run.folder / "lens.html" if out is None else user_path(out)
+    path = _checked(run.folder / "lens.html" if out is None else out)
+    if limit < 1:
+        raise ProbekitError(f"--limit is {limit}; give the largest number of tokens of a text, 1 or more")
+    progress = Progress(quiet=quiet)
+    chosen: dict[str, Any] = {"locations": locations, "layers": layers, "limit": limit}
+    variants = [variant] if variant is None or isinstance(variant, str) else variant
+    data = read_text(run, given_text(text), variants, **chosen, progress=progress)
+    for note in data.notes:
+        progress.say(note)
+    html = page(data)
+    return Lens(data, html, _write(path, html))
+
+
+def _checked(out: str | Path) -> Path:
+    path = user_path(out)
     if path.suffix != ".html" or path.is_dir():
         raise ProbekitError(f"--out {path}: must be a file that ends in .html")
     if not path.parent.is_dir():
         raise ProbekitError(f"--out {path}: there is no folder {path.parent}")
-    if not isinstance(limit, int | np.integer) or limit < 1:
-        raise ProbekitError(f"--limit is {limit!r}; give the largest number of tokens of a text, 1 or more")
-    for option, asked in (("--locations", locations), ("--layers", layers)):
-        if (
-            isinstance(asked, str | bytes)
-            or not isinstance(asked, Iterable | None)
-            or getattr(asked, "ndim", 1) != 1
-        ):
-            raise ProbekitError(f"{option} is {asked!r}; give a list")
-    progress = Progress(quiet=quiet)
-    chosen: dict[str, Any] = {"locations": locations, "layers": layers, "limit": limit}
-    data = read_text(run, given_text(text), variant, **chosen, progress=progress)
-    for note in data.notes:
-        progress.say(note)
+    return path
+
+
+def _write(path: Path, html: str) -> Path:
     try:
-        write_text(path, page(data))
+        write_text(path, html)
     except OSError as error:  # which names a temporary file
         raise ProbekitError(f"--out {path}: cannot be written ({error.strerror})") from None
     return path
@@ -97,14 +142,16 @@ def lens(
 
 def page(data: LensData) -> str:
     """Renders the page."""
+    probes, target = data.probes, data.probes.record.config.probe.target
     ends = [*data.first_token[1:], len(data.pieces)]
+    numbers = _numbers(data)
     sentences = [
         {
-            "name": "no known action" if action < 0 else f"action {data.names[int(action)]}",
+            "name": _sentence_name(data, label),
             "tokens": [(piece, _symbols(piece) or "·") for piece in data.pieces[start:end]],
-            "examples": map(_example, data.examples.get(int(action), [])),
+            "examples": map(_example, data.examples.get(label, []) if probes.of_actions else []),
         }
-        for start, end, action in zip(data.first_token, ends, data.actions, strict=True)
+        for start, end, label in zip(data.first_token, ends, numbers["sentences"], strict=True)
     ]
     environment = Environment(
         loader=FileSystemLoader(FOLDER),
@@ -115,14 +162,22 @@ def page(data: LensData) -> str:
         lstrip_blocks=True,
     )
     script, style = ((FOLDER / name).read_text("utf-8") for name in ("lens_page.js", "lens_page.css"))
+    built_in = probes.record.config.probe.labels is None
     return environment.get_template("lens_page.html").render(
-        title=_symbols(f"{data.facts['Run']}, {data.probes.variant}: probekit lens"),
+        title=_symbols(f"{data.facts['Run']}, {data.facts['Variant']}: probekit lens"),
+        heading=HEADINGS[target] if built_in else _symbols(target),
         facts={name: _symbols(value) for name, value in data.facts.items()},
-        notes=data.notes,
-        truth=data.truth,
+        notes=map(_symbols, data.notes),
+        kind=numbers["kind"],
+        variants=[reading.probes.variant for reading in data.readings],
+        of_actions=probes.of_actions,
+        ahead=numbers["ahead"],
+        mean="mean" in probes.positions,
+        truth=data.truth.words,
+        truth_known=bool(probes.classes) and not np.isnan(data.truth.labels).all(),
         language=data.language,
         sentences=sentences,
-        data=Markup(_json(_numbers(data))),  # noqa: S704 - escaped by _json
+        data=Markup(_json(numbers)),  # noqa: S704 - escaped by _json
         script=Markup(script),  # noqa: S704 - our own file
         style=Markup(style),  # noqa: S704 - our own file
     )
@@ -137,57 +192,97 @@ def _example(sentence: str) -> str:
     return shortened(_symbols(sentence), SHOWN_CHARACTERS)
 
 
+def _sentence_name(data: LensData, label: float | None) -> str:
+    if label is None:
+        return "no known action" if data.probes.of_actions else ""
+    return _symbols(data.names[int(label)][1]) if data.probes.classes else f"{label:,.4g}"
+
+
+def _position(position: Position) -> str:
+    """A position in words."""
+    if isinstance(position, str):
+        return {"first": "first token", "last": "last token", "mean": "mean of all tokens"}[position]
+    return f"{position} before" if position > 0 else f"{-position} after the first token" if position else "0"
+
+
 def _numbers(data: LensData) -> dict[str, Any]:
     """What the script reads; large arrays are packed."""
-    probes = data.probes
-    quality = zip(
-        _with_bounds(probes.quality, "accuracy"),
-        probes.quality.documents.tolist(),
-        probes.quality.examples.tolist(),
-        probes.quality.injected.tolist(),
-        _with_bounds(probes.quality, "gain"),
-        probes.quality.gain_over.fillna("").tolist(),
-        better_than_baselines(probes.quality).tolist(),
-        strict=True,
-    )
-    largest = np.quantile(data.probability, 0.99)
+    probes, config = data.probes, data.probes.record.config.probe
+    kind = {0: "numbers", 2: "two"}.get(len(probes.classes), "classes")
+    scale = data.scale
+    if probes.classes:
+        largest = max(np.quantile(reading.read[0], 0.99) for reading in data.readings)
+        scale = (0.0, 1.0 if kind == "two" else next((end for end in SCALES if largest <= end), 1.0))
+    before = any(isinstance(position, int) and position > 0 for position in probes.positions)
+    planners = {
+        "The planner's own forecast of the next sentence"
+        + (f" ({variant})" if variant in VARIANTS and VARIANTS[variant].joint else ""): reading.planner
+        for reading in reversed(data.readings)
+        if reading.planner and (variant := reading.probes.variant)
+    }
     return {
+        "kind": kind,
+        "ofActions": probes.of_actions,
+        "extent": probes.record.extent,
+        "ahead": before and (probes.record.extent, config.anchors, probes.horizon) == ("sentences", "start", 1),
         "first": data.first_token,
-        "actions": data.actions,
-        "complete": data.complete,
+        "sentences": [None if np.isnan(label) else label for label in data.truth.of_sentences.tolist()],
         "points": [
             {"location": location, "label": f"{label} ({location})", "layer": layer}
             for (location, layer), label in zip(probes.points, data.labels, strict=True)
         ],
-        "distances": probes.distances,
-        "best": probes.best,
-        "quality": [*quality],
-        "baselines": {name: _with_bounds(rows, "accuracy") for name, rows in probes.baselines.items()},
-        "top": _packed(data.top),
-        "read": _packed(_steps(data.probability)),
-        "right": _packed(_steps(data.true_probability)),
-        "scale": next((end for end in SCALES if largest <= end), 1.0),
-        "planner": data.planner,
-        "conditioning": data.conditioning,
-        "names": {action: _symbols(name) for action, name in data.names.items()},
+        "positions": [{"key": str(position), "label": _position(position)} for position in probes.positions],
+        "truth": _packed(data.truth.labels),
+        "fitted": _packed(data.truth.fitted),
+        "metric": described(probes.metric).label,
+        "gain": "bits" if probes.classes else "R²",
+        "baselines": {name: _with_bounds(rows, probes.metric) for name, rows in probes.baselines.items()},
+        "variants": [_variant(reading) for reading in data.readings],
+        "planners": [*planners.items()],
+        "scale": scale,
+        "names": {label: [*map(_symbols, names)] for label, names in data.names.items()},
+        "actions": {action: _symbols(name) for action, name in data.actions.items()},
         "examples": {action: [*map(_example, texts)] for action, texts in data.examples.items()},
+        "ids": data.ids,
+        "words": {token: _symbols(word) for token, word in data.words.items()},
+    }
+
+
+def _variant(reading: Reading) -> dict[str, Any]:
+    """What the script reads of one variant."""
+    probes, following = reading.probes, reading.next
+    own = probes.quality
+    quality = {
+        "value": _with_bounds(own, probes.metric),
+        "gain": _with_bounds(own, "gain"),
+        "over": own.gain_over.fillna("").tolist(),
+        "better": better_than_baselines(own).tolist(),
+        "injected": own.injected.tolist(),
+        "examples": own.examples.tolist(),
+        "documents": own.documents.tolist(),
+    }
+    packed = {name: _packed(following[name]) for name in ("tokens", "probability")} if following else {}
+    return {
+        "name": probes.variant,
+        "best": probes.best,
+        "quality": pd.DataFrame(quality).to_dict("records"),
+        "read": _packed(reading.read),
+        "top": _packed(reading.top),
+        "right": _packed(reading.of_true),
+        "next": {**packed, "points": following["points"]} if following else None,
+        "conditioning": reading.conditioning,
     }
 
 
 def _with_bounds(rows: pd.DataFrame, metric: str) -> list[list[float | None]]:
     """A metric with the ends of its interval, which a single document does not have."""
     values = rows[[metric, f"{metric}_low", f"{metric}_high"]].to_numpy(float).tolist()
-    return [[None if math.isnan(value) else round(value, 5) for value in row] for row in values]
-
-
-def _steps(probabilities: np.ndarray) -> np.ndarray:
-    steps = np.rint(np.nan_to_num(probabilities) * (MISSING - 1))
-    return np.where(np.isnan(probabilities), MISSING, steps)
+    return [[None if np.isnan(value) else round(value, 5) for value in row] for row in values]
 
 
 def _packed(values: np.ndarray) -> str:
-    """Base64 of 16-bit unsigned integers, low byte first."""
-    return base64.b64encode(values.astype("<u2").tobytes()).decode("ascii")
+    """Base64 of 32-bit floating-point numbers, low byte first."""
+    return base64.b64encode(values.astype("<f4").tobytes()).decode("ascii")
 
 
 def _json(value: Any) -> str:

@@ -2,14 +2,27 @@
 (() => {
   const $ = (id) => document.getElementById(id);
   const data = JSON.parse($("data").textContent);
+  const { first, points, positions, variants, kind } = data;
   const tokens = [...document.querySelectorAll("#text .t")];
-  const number = new Map(tokens.map((token, i) => [token, i]));
-  const N = tokens.length;
-  const { first, actions, points, distances } = data;
-  const S = actions.length;
-  const labelled = (s) => s < S && actions[s] >= 0;
-  const MISSING = 65535;
-  const [top, read, right] = [data.top, data.read, data.right].map(unpack);
+  const [N, S, P, C, two] = [tokens.length, first.length, positions.length, points.length * positions.length, kind === "two"];
+  const [truth, fitted] = [data.truth, data.fitted].map(unpack);
+  for (const variant of variants) {
+    for (const name of ["read", "top", "right"]) variant[name] = unpack(variant[name]);
+    if (variant.next) for (const name of ["tokens", "probability"]) variant.next[name] = unpack(variant.next[name]);
+  }
+
+  // A second variant has the same text in a second column, which only the first one's tokens lead to.
+  if (variants.length > 1) {
+    for (const text of document.querySelectorAll("#text .x")) {
+      const copy = text.cloneNode(true);
+      copy.setAttribute("aria-hidden", "true");
+      copy.classList.add("second");
+      for (const token of copy.children) for (const name of ["role", "tabindex", "aria-selected"]) token.removeAttribute(name);
+      text.after(copy);
+    }
+  }
+  const columns = [tokens, ...(variants.length > 1 ? [[...document.querySelectorAll("#text .second .t")]] : [])];
+  const number = new Map(columns.flatMap((column) => column.map((token, i) => [token, i])));
 
   // The sentence of each token; the next one begins behind it. Sentence S would come after the text.
   const sentence = new Uint32Array(N);
@@ -19,69 +32,99 @@
   }
   const begins = (s) => (s < S ? first[s] : N);
 
-  const chosen = {
-    location: points[Math.floor(data.best / distances.length)].location,
-    layer: points[Math.floor(data.best / distances.length)].layer,
-    distance: String(distances[data.best % distances.length]),
-    colour: "top",
-  };
+  const best = variants[0].best;
+  const chosen = { ...points[Math.floor(best / P)], position: positions[best % P].key, colour: "read", difference: false };
   const at = { focus: 0, hover: null, pin: null };
 
   function unpack(text) {
-    const bytes = atob(text);
-    const view = new Uint16Array(bytes.length / 2);
-    for (let i = 0; i < view.length; i++) view[i] = bytes.charCodeAt(2 * i) | (bytes.charCodeAt(2 * i + 1) << 8);
-    return view;
+    return new Float32Array(Uint8Array.from(atob(text), (character) => character.charCodeAt(0)).buffer);
   }
 
-  const share = (value) => (value === MISSING ? null : value / (MISSING - 1));
+  // Numbers in words.
+  const short = (value) => value.toLocaleString("en", { maximumSignificantDigits: 4 });
   const percent = (p) => (p < 0.0005 ? "<0.1 %" : `${(100 * p).toFixed(p < 0.1 ? 1 : 0)} %`);
+  const score = (value) => (data.metric === "accuracy" ? (100 * value).toFixed(1) : value.toFixed(3));
+  const unit = data.metric === "accuracy" ? " %" : "";
   const interval = ([value, low, high]) => {
-    const [a, b, c] = [value, low, high].map((p) => (100 * p).toFixed(1));
-    return low === null ? `${a} %` : `${a} % [${b}, ${c}]`;
+    if (value === null) return "unknown";
+    return score(value) + unit + (low === null ? "" : ` [${score(low)}, ${score(high)}]`);
   };
+  const signed = (value) => (value < 0 ? "−" : "+") + (kind === "numbers" ? short(Math.abs(value)) : `${(100 * Math.abs(value)).toFixed(1)} points`);
+  const quoted = (text) => `“${text}”`;
+  const named = (label) => data.names[label]?.[1] ?? String(label);
+  const sentences = (action) => data.examples[action] ?? [];
+  const like = (action) => make("ul", {}, ...sentences(action).map((text) => make("li", { dir: "auto" }, quoted(text))));
+  const textOf = (s) => tokens.slice(first[s], begins(s + 1)).map((token) => token.textContent).join("").trim();
 
-  // Cells are numbered point by point and, within a point, distance by distance.
+  // Cells are numbered point by point and, within a point, position by position.
   const pointOf = (layer) => points.findIndex((p) => p.location === chosen.location && p.layer === layer);
-  const cell = (point, d) => point * distances.length + d;
-  const ahead = (i) => begins(sentence[i] + 1) - i;
-  function distanceAt(i) {
-    const asked = chosen.distance === "own" ? ahead(i) : Number(chosen.distance);
-    if (chosen.distance === "own" && sentence[i] + 1 >= S && !data.complete) return -1;
-    return distances.indexOf(asked);
+  const cell = (point, p) => point * P + p;
+  const fits = (p, i) => fitted[p * N + i] === 1;
+  function positionAt(i) {
+    if (chosen.position !== "own") return positions.findIndex((position) => position.key === chosen.position);
+    return positions.findIndex((_, p) => fits(p, i));
   }
   function cellAt(i) {
-    const d = distanceAt(i);
-    return d < 0 ? -1 : cell(pointOf(chosen.layer), d);
+    const p = positionAt(i);
+    return p < 0 ? -1 : cell(pointOf(chosen.layer), p);
   }
-  // Within a text nothing was fitted before its first sentence or where no sentence follows.
-  const fitted = (i, d) => d >= 0 && sentence[i] + 1 < S && ahead(i) === distances[d];
+  // What is read: the number, of two classes the probability of the second, of more that of the most probable.
+  const read = (v, c, i, rank = 0) => variants[v].read[(rank * C + c) * (N + 1) + i];
+  const right = (v, c, i) => variants[v].right[c * N + i];
+  const label = (v, c, i, rank = 0) => (two ? Number(read(v, c, i) > 0.5) : variants[v].top[(rank * C + c) * (N + 1) + i]);
+  const sure = (v, c, i) => (two ? Math.max(read(v, c, i), 1 - read(v, c, i)) : read(v, c, i));
+  const says = (v, c, i) => (kind === "numbers" ? short(read(v, c, i)) : `${named(label(v, c, i))}, ${percent(sure(v, c, i))}`);
+  const shown = (v, c, i) => (chosen.colour === "true" ? right : read)(v, c, i);
 
-  // Colours: a dark-blue to yellow scale that colour-blind eyes see as one of brightness (cividis).
-  const stops = ("00224e 002e6a 1a386f 32436d 434e6c 535a6d 61656f 6f7073 7d7c78 8c8878 9b9476 aba072 bcae6c cdbb63 "
-    + "dec958 f0d846 fee838").split(" ").map((hex) => [0, 2, 4].map((k) => parseInt(hex.slice(k, k + 2), 16)));
-  const shades = Array.from({ length: 256 }, (_, n) => {
-    const x = (n / 255) * (stops.length - 1);
-    const k = Math.min(Math.floor(x), stops.length - 2);
-    const rgb = stops[k].map((v, c) => Math.round(v + (x - k) * (stops[k + 1][c] - v)));
-    const linear = rgb.map((v) => (v / 255 <= 0.04045 ? v / 255 / 12.92 : ((v / 255 + 0.055) / 1.055) ** 2.4));
-    const brightness = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2];
-    return { back: `rgb(${rgb})`, ink: brightness > 0.179 ? "#000" : "#fff" };
-  });
-  const shade = (p) => shades[Math.round(255 * Math.min(1, p / data.scale))];
-
-  function paintOne(element, p) {
-    element.classList.toggle("blank", p === null);
-    element.style.backgroundColor = p === null ? "" : shade(p).back;
-    element.style.color = p === null ? "" : shade(p).ink;
+  // Colours: from dark blue to yellow (cividis), or from blue by white to red; colour-blind eyes see both.
+  const scales = {
+    one: "00224e 002e6a 1a386f 32436d 434e6c 535a6d 61656f 6f7073 7d7c78 8c8878 9b9476 aba072 bcae6c cdbb63 dec958 f0d846 fee838",
+    both: "2166ac 4393c3 92c5de d1e5f0 f7f7f7 fddbc7 f4a582 d6604d b2182b",
+  };
+  for (const [name, text] of Object.entries(scales)) {
+    const stops = text.split(" ").map((hex) => [0, 2, 4].map((k) => parseInt(hex.slice(k, k + 2), 16)));
+    const shades = Array.from({ length: 256 }, (_, n) => {
+      const x = (n / 255) * (stops.length - 1);
+      const k = Math.min(Math.floor(x), stops.length - 2);
+      const rgb = stops[k].map((v, c) => Math.round(v + (x - k) * (stops[k + 1][c] - v)));
+      const linear = rgb.map((v) => (v / 255 <= 0.04045 ? v / 255 / 12.92 : ((v / 255 + 0.055) / 1.055) ** 2.4));
+      const brightness = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2];
+      return { back: `rgb(${rgb})`, ink: brightness > 0.179 ? "#000" : "#fff" };
+    });
+    const gradient = `linear-gradient(to right, ${stops.map((rgb) => `rgb(${rgb})`).join(", ")})`;
+    const shade = (x) => shades[Math.round(255 * Math.min(1, Math.max(0, x)))];
+    scales[name] = { gradient, between: (low, high) => (value) => shade((value - low) / (high - low || 1)) };
+  }
+  const isSigned = () => two && chosen.colour === "read";
+  const scale = () => (isSigned() ? scales.both : scales.one);
+  const shade = () => scale().between(...data.scale);
+  function paintOne(element, value, shadeOf) {
+    const blank = value === null || Number.isNaN(value);
+    element.classList.toggle("blank", blank);
+    element.style.backgroundColor = blank ? "" : shadeOf(value).back;
+    element.style.color = blank ? "" : shadeOf(value).ink;
   }
   function paint() {
-    const values = chosen.colour === "top" ? read : right;
-    tokens.forEach((token, i) => {
-      const c = cellAt(i);
-      paintOne(token, c < 0 ? null : share(values[c * N + i]));
-      token.classList.toggle("fit", fitted(i, distanceAt(i)));
+    const cells = tokens.map((_, i) => cellAt(i));
+    const value = (v) => cells.map((c, i) => (c < 0 ? NaN : shown(v, c, i)));
+    const values = variants.map((_, v) => value(v));
+    const differences = chosen.difference ? values[1].map((own, i) => own - values[0][i]) : [];
+    const most = Math.max(...differences.map(Math.abs).filter((size) => size > 0), 0) || 1;
+    columns.forEach((column, v) => {
+      const compared = v === 1 && chosen.difference;
+      const shadeOf = compared ? scales.both.between(-most, most) : shade();
+      column.forEach((token, i) => {
+        paintOne(token, (compared ? differences : values[v])[i], shadeOf);
+        token.classList.toggle("fit", cells[i] >= 0 && fits(positionAt(i), i));
+        const differs = v === 1 && kind !== "numbers" && cells[i] >= 0 && label(0, cells[i], i) !== label(1, cells[i], i);
+        token.classList.toggle("differ", differs);
+      });
     });
+    const ends = kind === "numbers" ? data.scale.map(short) : ["0", percent(data.scale[1]) + (data.scale[1] < 1 ? " or more" : "")];
+    $("least").textContent = isSigned() ? named(0) : ends[0];
+    $("most").textContent = isSigned() ? named(1) : ends[1];
+    $("scale").style.background = scale().gradient;
+    $("apart").textContent = chosen.difference ? `Second column: from ${signed(-most)} (blue) to ${signed(most)} (red).` : "";
     showQuality();
     show();
   }
@@ -93,133 +136,145 @@
     element.append(...children);
     return element;
   }
-  const quoted = (text) => `“${text}”`;
-  const named = (action) => `action ${data.names[action] ?? action}`;
-  const sentences = (action) => data.examples[action] ?? [];
-  function like(action) {
-    return make("ul", {}, ...sentences(action).map((text) => make("li", { dir: "auto" }, quoted(text))));
-  }
   const section = (title, ...children) => [make("h3", {}, title), ...children];
-  const textOf = (s) => tokens.slice(first[s], begins(s + 1)).map((token) => token.textContent).join("").trim();
-
-  function showQuality() {
-    const point = pointOf(chosen.layer);
-    const [, documents, examples] = data.quality[cell(point, 0)];
-    const tested = `on ${examples.toLocaleString("en")} next sentences in ${documents.toLocaleString("en")} test documents`;
-    if (chosen.distance === "own") {
-      const by = distances.flatMap((distance, d) => [
-        `${d ? ";" : ""} distance ${distance}: ${interval(data.quality[cell(point, d)][0])}`,
-        caveat(point, d) && warning(` (${caveat(point, d)})`),
-      ]);
-      $("trust").replaceChildren(`Each token is shown at its own distance. Accuracy ${tested}, at`, ...by, ".");
-      return;
-    }
-    const d = distances.indexOf(Number(chosen.distance));
-    const baselines = Object.entries(data.baselines).map(([name, by]) => `${name} ${interval(by[d])}`).join(", ");
-    $("trust").replaceChildren(`Distance ${distances[d]}. Accuracy ${tested}: `
-      + `${interval(data.quality[cell(point, d)][0])}${baselines && `; baselines: ${baselines}`}${gain(point, d)}.`, caveat(point, d) && warning(` Beware: ${caveat(point, d)}.`));
-  }
-  // The paired difference from the strongest baseline that needs no model; its intervals hold for all cells together.
-  function gain(point, d) {
-    const [, , , , [value, low, high], over] = data.quality[cell(point, d)];
-    if (value === null) return "";
-    const [a, b, c] = [value, low, high].map((bits) => bits?.toFixed(3));
-    return `; gain over the ${over}: ${a} bits${low === null ? "" : ` [${b}, ${c}]`}`;
-  }
-  function caveat(point, d) {
-    const [, , , injected, , over, better] = data.quality[cell(point, d)];
-    if (injected) return "the LM was conditioned on this very action there";
-    return better ? "" : `not clearly better than the ${over}`;
-  }
   const warning = (text) => make("span", { class: "warning" }, text);
+  const of = (v) => (variants.length > 1 ? ` in ${variants[v].name}` : "");
+
+  // How far a reading is to be trusted: the score of the cell in the run's own table of results.
+  function showQuality() {
+    const [point, own] = [pointOf(chosen.layer), chosen.position === "own"];
+    const asked = own ? positions.keys() : [positionAt(0)];
+    const lines = variants.flatMap((variant, v) => [...asked].map((p) => {
+      const { value, gain, over, better, injected, examples, documents } = variant.quality[cell(point, p)];
+      const baselines = Object.entries(data.baselines).map(([name, by]) => `${name} ${interval(by[p])}`).join(", ");
+      const [a, b, c] = gain.map((bits) => bits?.toFixed(3));
+      const gained = gain[0] === null ? "" : `; gain over the ${over}: ${a} ${data.gain}${gain[1] === null ? "" : ` [${b}, ${c}]`}`;
+      const verdict = injected ? "the LM was conditioned on this very action there" : `not clearly better than the ${over}`;
+      const whole = { first: 0, last: N - 1, mean: N }[positions[p].key];
+      const text = data.extent === "texts" && whole !== undefined ? ` The whole text is read as: ${says(v, cell(point, p), whole)}.` : "";
+      return make("p", {},
+        `${variants.length > 1 ? `${variant.name}, ` : ""}${positions[p].label}: ${data.metric} ${interval(value)} on ${examples.toLocaleString("en")} `
+        + `examples of ${documents.toLocaleString("en")} test documents${own || !baselines ? "" : `; baselines: ${baselines}`}${gained}.`,
+        better ? ` Clearly better than the ${over}.` : injected || over ? warning(` Beware: ${verdict}.`) : "", text);
+    }));
+    $("trust").replaceChildren(...lines);
+  }
 
   // Details of one token, made when they are looked at.
   function show() {
     const i = at.pin ?? at.hover ?? at.focus;
-    const next = sentence[i] + 1;
+    const each = (part) => variants.flatMap((_, v) => part(v, i));
     $("panel").replaceChildren(
-      make("h2", {}, `${quoted(tokens[i].textContent.trim())}: token ${i + 1} of ${N}, in sentence ${next}`,
+      make("h2", {}, `${quoted(tokens[i].textContent.trim())}: token ${i + 1} of ${N}, in sentence ${sentence[i] + 1}`,
         at.pin === null ? "" : " (pinned)"),
-      ...reading(i),
-      ...heatMap(i, next),
-      ...following(next),
-      ...planner(next),
-      ...conditioning(i, next),
+      ...each(reading), ...difference(i), ...truly(i), ...each(heatMap), ...each(nextTokens), ...planners(i), ...each(conditioning),
     );
   }
   function summary(i) {
     const c = cellAt(i);
-    if (c < 0) return "No probe for this distance.";
-    return `Action ${top[c * N + i]}, ${percent(share(read[c * N + i]))}`;
+    return c < 0 ? "No probe was fitted at such a token." : variants.map((_, v) => says(v, c, i) + of(v)).join("; ");
   }
-  function reading(i) {
+  function reading(v, i) {
     const c = cellAt(i);
-    if (c < 0) return section("Read here", `No probe was fitted ${ahead(i)} tokens before a sentence.`);
-    const d = distanceAt(i);
-    const where = fitted(i, d) ? "Fitted at such positions." : "Not fitted at such positions.";
-    return section(
-      `Read here by ${chosen.location}, layer ${chosen.layer}, distance ${distances[d]}`,
-      `Action ${top[c * N + i]}, ${percent(share(read[c * N + i]))}. ${where}`,
-      like(top[c * N + i]),
-    );
+    if (c < 0) return section(`Read here${of(v)}`, "No probe was fitted at such a token.");
+    const p = positionAt(i);
+    const title = `Read here${of(v)} by ${chosen.location}, layer ${chosen.layer}, position ${positions[p].label}`;
+    const where = fits(p, i) ? "Fitted at such tokens." : "Not fitted at such tokens.";
+    if (kind === "numbers") {
+      return section(title, `${short(read(v, c, i))}; the probe was fitted on numbers from ${data.scale.map(short).join(" to ")}. ${where}`);
+    }
+    const items = two ? [0, 1].map((n) => [n, n ? read(v, c, i) : 1 - read(v, c, i)])
+      : Array.from({ length: variants[v].read.length / C / (N + 1) }, (_, rank) => [label(v, c, i, rank), read(v, c, i, rank)]);
+    return section(title, ranking(items.sort((a, b) => b[1] - a[1]), truth[p * N + i]), where);
   }
-  function heatMap(i, next) {
-    const known = labelled(next);
-    const rows = points.flatMap((point, p) => (point.location === chosen.location ? [p] : []));
-    const head = make("tr", {}, make("th", { scope: "col" }, "layer"), ...distances.map((distance) =>
-      make("th", { scope: "col", ...(known && ahead(i) === distance ? { class: "own" } : {}) }, String(distance))));
-    const own = ownAction(i, next);
-    const body = rows.reverse().map((p) => make("tr", {}, make("th", { scope: "row" }, String(points[p].layer)),
-      ...distances.map((_, d) => {
-        const c = cell(p, d) * N + i;
-        const value = share(known ? right[c] : read[c]);
-        const mark = (known && top[c] === actions[next] ? " ✓" : "") + (own && data.conditioning.changed[p] ? " †" : "");
-        const box = make("td", { "data-point": p, "data-distance": distances[d] }, percent(value),
-          make("small", {}, `${top[c]}${mark}`));
-        paintOne(box, value);
-        if (cell(p, d) === cellAt(i)) box.classList.add("chosen");
+  // Classes with their probabilities; actions also with sentences that have them.
+  const ranking = (items, is) => make("ol", { class: "plan" }, ...items.map(([n, probability]) => make("li", {},
+    make("span", is === n ? { class: "is" } : {}, `${named(n)}${is === n ? " ✓" : ""}`), make("span", {}, percent(probability)),
+    make("span", { class: "like", dir: "auto" }, data.ofActions ? sentences(n).map(quoted).join(" ") : ""))));
+  function difference(i) {
+    const c = cellAt(i);
+    if (c < 0 || variants.length < 2) return [];
+    const what = kind === "numbers" ? "number" : chosen.colour === "true" ? "probability of the true class"
+      : two ? `probability of ${named(1)}` : "probability of the class that is read";
+    const value = shown(1, c, i) - shown(0, c, i);
+    return section(`${variants[1].name} less ${variants[0].name}`, Number.isNaN(value) ? "No true label is known here." : `${what}: ${signed(value)}`);
+  }
+  function truly(i) {
+    const next = sentence[i] + 1;
+    if (data.ahead && next >= S) return section("What comes next", "The text ends with this sentence.");
+    const p = positionAt(i);
+    const known = data.ahead ? data.sentences[next] : p < 0 ? null : truth[p * N + i];
+    const name = known === null || Number.isNaN(known) ? "no known label" : kind === "numbers" ? short(known) : named(known);
+    const examples = data.ofActions && known !== null ? [like(known)] : [];
+    if (!data.ahead) return section("True here", name, ...examples);
+    return section(`What comes next: sentence ${next + 1}, ${name}`, make("p", { dir: "auto" }, quoted(textOf(next))),
+      ...(examples.length ? ["Its action is that of sentences such as", ...examples] : []));
+  }
+  const layersShown = () => points.flatMap((point, n) => (point.location === chosen.location ? [n] : [])).reverse();
+  function table(name, head, body) {
+    const top = make("tr", {}, ...head.map((text) => make("th", { scope: "col" }, text)));
+    return make("div", { class: "scroll" },
+      make("table", { class: "map", "aria-label": name }, make("thead", {}, top), make("tbody", {}, ...body)));
+  }
+  function heatMap(v, i) {
+    const own = ownAction(v, i);
+    const shadeOf = two ? scales.both.between(0, 1) : scales.one.between(...data.scale);
+    const body = layersShown().map((n) => make("tr", {}, make("th", { scope: "row" }, String(points[n].layer)),
+      ...positions.map((position, p) => {
+        const c = cell(n, p);
+        const [is, found] = [truth[p * N + i], label(v, c, i)];
+        const value = kind === "classes" && is >= 0 ? right(v, c, i) : read(v, c, i);
+        const mark = (is === found ? " ✓" : "") + (own && variants[v].conditioning.changed[n] ? " †" : "");
+        const box = make("td", { "data-point": n, "data-position": position.key },
+          kind === "numbers" ? short(value) : percent(two ? sure(v, c, i) : value));
+        if (kind !== "numbers") box.append(make("small", {}, `${data.names[found]?.[0] ?? found}${mark}`));
+        paintOne(box, value, shadeOf);
+        if (c === cellAt(i)) box.classList.add("chosen");
         return box;
       })));
-    const what = known
-      ? "Probability of the action that is true of the next sentence; below it the action that is read, ✓ where it is the true one."
-      : "Probability of the action that is read; below it that action.";
-    const marks = [
-      known && distances.includes(ahead(i)) ? " The underlined distance was fitted at such positions." : "",
-      own ? " †: conditioned on this very action here." : "",
-    ].join("");
-    return section("Layers by distances", make("p", { class: "note" }, what + marks), make("div", { class: "scroll" },
-      make("table", { class: "map", "aria-label": "Layers by distances" },
-        make("thead", {}, head), make("tbody", {}, ...body))));
+    const what = { numbers: "The number that is read.", two: "Probability of the class that is read, and that class; ✓ where it is the true one.",
+      classes: "Probability of the true class if it is known, else of the class that is read; below it the class that is read, ✓ where it is the true one." }[kind];
+    const title = `Layers by positions${of(v)}`;
+    return section(title, make("p", { class: "note" }, what + (own ? " †: conditioned on this very action here." : "")),
+      table(title, ["layer", ...positions.map(({ key }) => key)], body));
   }
-  function following(next) {
-    if (next >= S) return section("What comes next", data.complete ? "The text ends here." : "The text ends within this sentence.");
-    const action = actions[next];
-    if (!labelled(next)) {
-      return section(`What comes next: sentence ${next + 1}, of no known action`,
-        make("p", { dir: "auto" }, quoted(textOf(next))), "The encoder knows none of its words.");
-    }
-    return section(`What comes next: sentence ${next + 1}, ${named(action)}`,
-      make("p", { dir: "auto" }, quoted(textOf(next))), "Its action is that of sentences such as", like(action));
+  function nextTokens(v, i) {
+    const { next } = variants[v];
+    const rows = layersShown().flatMap((n) => (next?.points.includes(n) ? [[n, next.points.indexOf(n)]] : []));
+    if (!rows.length) return [];
+    const R = next.tokens.length / next.points.length / N;
+    const body = rows.map(([n, k]) => make("tr", {}, make("th", { scope: "row" }, String(points[n].layer)),
+      ...Array.from({ length: R }, (_, rank) => {
+        const place = (k * R + rank) * N + i;
+        const box = make("td", { class: points[n].layer === chosen.layer ? "word chosen" : "word", "data-point": n },
+          make("span", { dir: "auto" }, data.words[next.tokens[place]]),
+          make("small", {}, percent(next.probability[place]) + (next.tokens[place] === data.ids[i + 1] ? " ✓" : "")));
+        paintOne(box, next.probability[place], scales.one.between(0, 1));
+        return box;
+      })));
+    const title = `Logit lens${of(v)}: the LM's own next token`;
+    return section(title, make("p", { class: "note" }, "What each layer predicts through the final norm and the head; ✓ the token that follows."),
+      table(title, ["layer", ...Array.from({ length: R }, (_, rank) => `${rank + 1}.`)], body));
   }
-  function planner(next) {
-    if (!data.planner) return [];
-    const { top: best, probability, true: ofTrue } = data.planner;
-    const items = best[next].map((action, k) => make("li", {},
-      make("span", { ...(actions[next] === action ? { class: "is" } : {}) }, `${named(action)}${actions[next] === action ? " ✓" : ""}`),
-      make("span", {}, percent(probability[next][k])),
-      make("span", { class: "like", dir: "auto" }, sentences(action).map(quoted).join(" "))));
-    const truth = labelled(next) ? `It gives the true action ${percent(ofTrue[next])}.` : "";
-    return section("The planner's own forecast of the next sentence", make("ol", { class: "plan" }, ...items), truth);
+  function planners(i) {
+    const next = sentence[i] + 1;
+    const is = data.sentences[next] ?? null;
+    return data.planners.flatMap(([title, { top, probability, true: ofTrue }]) => section(title,
+      ranking(top[next].map((action, k) => [action, probability[next][k]]), is), is === null ? "" : `It gives the true action ${percent(ofTrue[next])}.`));
   }
-  const ownAction = (i, next) => Boolean(data.conditioning?.planned && data.conditioning.carried[i] === next);
-  function conditioning(i, next) {
-    if (!data.conditioning) return [];
-    const { action, weight, carried, planned } = data.conditioning;
-    const s = carried[i];
-    if (!planned) return section("What the LM was conditioned on", "The same for every text: this variant has no plan.");
-    const whose = ownAction(i, next) ? "the next sentence: the target's own action" : `sentence ${s + 1}, not the next one`;
-    return section("What the LM was conditioned on here",
-      `The plan is ${named(action[s])}, weight ${percent(weight[s])} in the mix, planned for ${whose}.`, like(action[s]));
+  function ownAction(v, i) {
+    const given = variants[v].conditioning;
+    return Boolean(data.ofActions && given?.planned && given.carried[i] === sentence[i] + 1);
+  }
+  function conditioning(v, i) {
+    const given = variants[v].conditioning;
+    if (!given) return [];
+    const title = `What the LM was conditioned on here${of(v)}`;
+    if (!given.planned) return section(title, "The same for every text: this variant has no plan.");
+    const s = given.carried[i];
+    const whose = s === sentence[i] + 1 ? `the next sentence${data.ofActions ? ": the target's own action" : ""}` : `sentence ${s + 1}, not the next one`;
+    const action = given.action[s];
+    return section(title, `The plan is ${data.actions[action]}, weight ${percent(given.weight[s])} in the mix, planned for ${whose}.`, like(action));
   }
 
   // Moving about.
@@ -288,7 +343,7 @@
     const box = event.target.closest(".map td");
     if (!box) return;
     chosen.layer = points[box.dataset.point].layer;
-    chosen.distance = box.dataset.distance;
+    chosen.position = box.dataset.position ?? chosen.position;
     offer();
     paint();
   });
@@ -296,14 +351,14 @@
   // Choosing what is shown.
   const layers = () => points.filter((p) => p.location === chosen.location).map((p) => p.layer);
   function fill(select, options, value) {
-    select.replaceChildren(...options.map(([key, label]) => make("option", { value: key }, label)));
+    select.replaceChildren(...options.map(([key, text]) => make("option", { value: key }, text)));
     select.value = value;
   }
   function offer() {
-    const names = new Map(points.map((p) => [p.location, p.label]));
-    fill($("location"), [...names], chosen.location);
+    fill($("location"), [...new Map(points.map((p) => [p.location, p.label]))], chosen.location);
     fill($("layer"), layers().map((layer) => [layer, String(layer)]), chosen.layer);
-    fill($("distance"), [...distances.map((d) => [d, `${d} before`]), ["own", "each token's own"]], chosen.distance);
+    const own = P > 1 ? [["own", "each token's own"]] : [];
+    fill($("position"), [...positions.map((p) => [p.key, p.label]), ...own], chosen.position);
   }
   function step(by) {
     const all = layers();
@@ -321,10 +376,11 @@
     paint();
   });
   $("layer").addEventListener("change", (event) => { chosen.layer = Number(event.target.value); paint(); });
-  $("distance").addEventListener("change", (event) => { chosen.distance = event.target.value; paint(); });
+  $("position").addEventListener("change", (event) => { chosen.position = event.target.value; paint(); });
   for (const radio of document.querySelectorAll("[name=colour]")) {
     radio.addEventListener("change", () => { chosen.colour = radio.value; paint(); });
   }
+  $("difference")?.addEventListener("change", (event) => { chosen.difference = event.target.checked; paint(); });
   $("theme").addEventListener("click", () => {
     const root = document.documentElement;
     const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
@@ -335,8 +391,6 @@
   }).observe($("bar"));
   $("ask").addEventListener("click", () => $("help").showModal());
 
-  $("scale").style.background = `linear-gradient(to right, ${stops.map((rgb) => `rgb(${rgb})`).join(", ")})`;
-  $("most").textContent = percent(data.scale) + (data.scale < 1 ? " or more" : "");
   tokens[0].tabIndex = 0;
   $("said").textContent = summary(0);
   offer();

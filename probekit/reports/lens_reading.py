@@ -1,10 +1,9 @@
-"""What the lens shows, as numbers: a text cut like the run's corpus, and what the run's probes read of it."""
+"""What the lens shows, as numbers: what a run's probes, and the LM itself, read at every token of a text."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,25 +11,33 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from probekit.config import Config, ProbedName, VariantName, user_path
-from probekit.data.codebook import nearest_sentences
-from probekit.data.corpus import SPLITS, Corpus, too_few
-from probekit.data.sentences import align, complete_spans, sentence_spans
+from probekit.config import NAMED, Position, ProbedName, VariantName
+from probekit.data.codebook import Codebook, nearest_sentences
+from probekit.data.corpus import Corpus, too_few
 from probekit.errors import ProbekitError
 from probekit.models.conditioning import CONDITIONINGS
-from probekit.models.locations import label, per_layer
+from probekit.models.locations import RESIDUAL, hook_name, label, per_layer
+from probekit.models.logit_lens import LogitLens, logit_lens
 from probekit.models.mixing import VARIANTS
+from probekit.models.replanning import decoded
 from probekit.probing.activations import HookPoint, Reader
-from probekit.probing.results import LINEAR_SOLVERS, Cell, LinearProbe, SavedProbes, read_probe_record
-from probekit.probing.targets import Examples
+from probekit.probing.results import (
+    LINEAR_SOLVERS,
+    Cell,
+    LinearProbe,
+    ProbeRecord,
+    SavedProbes,
+    main_metric,
+    read_probe_record,
+    validation_loss,
+)
+from probekit.probing.targets import NO_LABEL, Examples
 from probekit.progress import Progress, Task
+from probekit.reports.lens_text import LIMIT, Text, TextRun, Truth, cut_text, find_truth
 from probekit.run.run import Run
 
-LIMIT = 2000
-"""Default for the largest number of tokens of a text."""
-
-BASELINES = ("prior", "bigram", "planner")
-"""Baselines shown beside a probe's accuracy."""
+RANKS = 3
+"""How many of the most probable classes, and of the LM's next tokens, are shown."""
 
 PLANNED = 5
 """How many of the planner's most probable actions are shown."""
@@ -38,171 +45,8 @@ PLANNED = 5
 EXAMPLES = 3
 """Sentences that illustrate an action; fewer where they have the same text."""
 
-NONE = -1
-"""The action of a sentence that has none."""
-
-
-# The text
-
-
-def given_text(given: str | Path) -> str:
-    """Returns the text that the user means: that of a file, or the string itself.
-
-    Whatever exists is read. A `Path`, or a string without white space that contains a slash or ends in .txt
-    or .md, is the name of a file; any other string is the text.
-
-    Raises:
-        ProbekitError: The file does not exist, is a folder or is not UTF-8; or the text is not valid Unicode.
-    """
-    if isinstance(given, str) and any("\ud800" <= character <= "\udc7f" for character in given):
-        raise ProbekitError("--text is not valid Unicode; give it as UTF-8")
-    names_nothing = "\0" in str(given)
-    path = Path(str(given)) if names_nothing else user_path(given)
-    try:
-        exists = bool(str(given).strip()) and path.exists()
-    except (OSError, ValueError):  # too long for a name, or with a zero byte
-        exists = False
-    one_word = str(given).split() == [str(given)]
-    looks_like_file = one_word and not names_nothing and ("/" in str(given) or path.suffix in (".txt", ".md"))
-    if not (exists or isinstance(given, Path) or looks_like_file):
-        try:
-            str(given).encode()
-        except UnicodeEncodeError:
-            raise ProbekitError("--text is not valid Unicode; give it as UTF-8") from None
-        return str(given)
-    try:
-        # Line ends unchanged and no byte order mark, as the corpus's own files are read.
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ProbekitError(
-            f"--text {path}: is not UTF-8 (byte {error.start:,}); convert it, or give another file"
-        ) from None
-    except FileNotFoundError:
-        raise ProbekitError(
-            f"--text {path}: does not exist; give a file, or a text of several words"
-        ) from None
-    except OSError as error:
-        raise ProbekitError(f"--text {path}: cannot be read ({error.strerror})") from None
-
-
-@dataclass(frozen=True)
-class Text:
-    """A text, cut into tokens and sentences as a run's corpus was.
-
-    Attributes:
-        corpus: A corpus with this text as its only document: separator, tokens, and one more token, so that
-            the LM reads the last token too. If the last sentence is complete, that token begins one more
-            sentence, with an embedding of zeros and action 0, which nothing before it can see.
-        pieces: The text that each token adds; joined they are the text `[tokens]`.
-        first_token: Each sentence's first token `[sentences]`.
-        document: The number of the same document in the run's corpus; None if it is no document of it.
-        actions: True actions: those of the corpus's document, else the nearest centroids `[sentences]`.
-        known: Whether a sentence has a word that the encoder knows; if not, its nearest centroid means
-            nothing `[sentences]`.
-        embeddings: By the encoder of the corpus, or the variant's own `[sentences, dimensions]`.
-    """
-
-    corpus: Corpus
-    pieces: list[str]
-    first_token: np.ndarray
-    document: int | None
-    actions: np.ndarray
-    known: np.ndarray
-    embeddings: np.ndarray
-
-    @property
-    def complete(self) -> bool:
-        """Whether the last sentence is complete, so that the next token would begin another."""
-        return len(self.corpus.first_token) > len(self.first_token)
-
-
-class TextRun(Run):
-    """A run whose corpus is one text; it shares the models that another run has loaded."""
-
-    def __init__(self, run: Run, text: Text) -> None:
-        super().__init__(run.folder, run.config)
-        vars(self).update(vars(run))
-        self.corpus = text.corpus
-
-    def corpus_of(self, variant: VariantName) -> Corpus:
-        """Returns the text, which already has the variant's embeddings."""
-        return self.corpus
-
-
-def cut_text(run: Run, text: str, variant: VariantName, limit: int = LIMIT) -> Text:
-    """Cuts a text into tokens and sentences, and assigns actions to the sentences.
-
-    Special tokens in the text are read as ordinary text.
-
-    Args:
-        run: The run whose tokenizer, encoder and codebook are used.
-        text: The text.
-        variant: The variant whose planner will read it.
-        limit: The largest number of tokens.
-
-    Raises:
-        ProbekitError: The text is blank or has too many tokens.
-    """
-    language, corpus = run.config.corpus.language, run.corpus
-    spans = sentence_spans(text, language)
-    if not len(spans):
-        raise ProbekitError("--text is blank: it has no sentence to read")
-    encoded = corpus.tokenizer(
-        text,
-        add_special_tokens=False,
-        split_special_tokens=True,
-        return_offsets_mapping=True,
-        verbose=False,
-    )
-    ids, offsets = encoded["input_ids"], np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2)
-    if len(ids) > limit:
-        raise ProbekitError(
-            f"--text has {len(ids):,} tokens, more than --limit {limit:,}; shorten it, or raise that"
-        )
-    aligned = align(text, spans, offsets)
-    sentences = [text[start:end].strip() for start, end in aligned.spans]
-    encodings = run.encoder().encode(sentences)
-    own_encoder = run.corpus_of(variant) is not corpus
-    embeddings = run.encoder(variant).encode(sentences) if own_encoder else encodings
-
-    document = _document_of(corpus, np.array(ids), aligned.first_token)
-    if document is None:
-        actions = corpus.codebook.nearest(encodings)
-    else:  # planted actions are not always those of the nearest centroids
-        actions = np.array(corpus.actions[slice(*corpus.document_sentences[document : document + 2])])
-
-    more = int(len(complete_spans(text, language)) == len(spans))
-    tokens = np.array([corpus.separator, *ids, corpus.separator])
-    first = aligned.first_token + 1
-    alone = replace(
-        corpus,
-        tokens=tokens,
-        document_tokens=np.array([0, len(tokens)]),
-        document_sentences=np.array([0, len(first) + more]),
-        first_token=np.append(first, [len(tokens) - 1] * more),
-        spans=np.concatenate([aligned.spans, np.full((more, 2), len(text))]),
-        split=np.array([SPLITS.index("test")], np.uint8),
-        embeddings=np.pad(embeddings, ((0, more), (0, 0))),
-        actions=np.pad(actions, (0, more)),
-        facts={"bos": corpus.bos_rule},
-    )
-    # Characters that the tokenizer leaves out go with the token after them.
-    ends = np.maximum.accumulate(offsets[:, 1])
-    ends[-1] = len(text)
-    pieces = [text[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-    known = np.any(encodings != 0, axis=1)
-    return Text(alone, pieces, aligned.first_token, document, actions.astype(np.int64), known, embeddings)
-
-
-def _document_of(corpus: Corpus, ids: np.ndarray, first_token: np.ndarray) -> int | None:
-    """The first document of a corpus with these tokens and sentences."""
-    for document in np.flatnonzero(np.diff(corpus.document_tokens) == len(ids) + 1).tolist():
-        start, end = corpus.document_tokens[document : document + 2]
-        own = slice(*corpus.document_sentences[document : document + 2])
-        same_tokens = np.array_equal(corpus.tokens[start + 1 : end], ids)
-        if same_tokens and np.array_equal(corpus.first_token[own] - start - 1, first_token):
-            return document
-    return None
+LOGITS = 1 << 24
+"""Logits of the LM that are in memory at once."""
 
 
 # The probes
@@ -210,18 +54,20 @@ def _document_of(corpus: Corpus, ids: np.ndarray, first_token: np.ndarray) -> in
 
 @dataclass(frozen=True)
 class KeptProbes:
-    """A run's linear probes for the next sentence's action, of one variant, seed and solver.
+    """A run's linear probes of one variant, seed, solver and horizon.
 
     Attributes:
         variant: Whose activations they read.
         seed: Seed of the documents drawn to fit on.
         solver: How they were fitted.
+        horizon: Sentences (or tokens) ahead that they predict.
         points: Locations and layers, those of a location together.
-        distances: Tokens before the sentence begins, ascending; every point has all of them.
-        config: The settings that they were fitted with.
-        documents: How many documents they were fitted, selected and tested on.
+        positions: Where they read: numbers of tokens before the range, ascending, then named ones. Every
+            point has all of them.
+        record: How they were made.
+        metric: What they are judged by.
         quality: Their rows of the table of results, in the order of the cells.
-        baselines: Rows of baselines by name, in the order of the distances.
+        baselines: Rows of baselines by name, in the order of the positions.
         best: Number of the cell that is best on validation documents, among those that are not injected.
         saved: Their weights.
     """
@@ -229,18 +75,29 @@ class KeptProbes:
     variant: ProbedName
     seed: int
     solver: str
+    horizon: int
     points: list[HookPoint]
-    distances: list[int]
-    config: Config
-    documents: Mapping[str, int]
+    positions: list[Position]
+    record: ProbeRecord
+    metric: str
     quality: pd.DataFrame
     baselines: dict[str, pd.DataFrame]
     best: int
     saved: SavedProbes
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes; none of numbers."""
+        return self.record.classes or ()
+
+    @property
+    def of_actions(self) -> bool:
+        """Whether they read a sentence's action."""
+        return self.record.config.probe.target == "action" and self.record.config.probe.labels is None
+
     def at(self, point: HookPoint) -> LinearProbe:
-        """Returns the probes of a point for all distances: `coef` `[distances, width, actions]`."""
-        return self.saved.stacked([Cell(*point, distance, 1, self.solver) for distance in self.distances])
+        """Returns the probes of a point for all positions: `coef` `[positions, width, outputs]`."""
+        return self.saved.stacked([Cell(*point, p, self.horizon, self.solver) for p in self.positions])
 
 
 def kept_probes(
@@ -249,7 +106,7 @@ def kept_probes(
     locations: Sequence[str] | None = None,
     layers: Sequence[int] | None = None,
 ) -> KeptProbes:
-    """Finds the probes of a run that the lens reads with: those for the next sentence, of the first seed.
+    """Finds the probes of a run that the lens reads with: of the first seed and the nearest horizon.
 
     Args:
         run: The run.
@@ -268,42 +125,34 @@ def kept_probes(
     if not seeds:
         raise ProbekitError(f"{run.folder} keeps no linear probes; run `probekit probe {run.folder}`")
     record = read_probe_record(run.folder)
-    probed = record.config.probe
-    if (probed.target, probed.labels, probed.anchors) != ("action", None, "start"):
+    if record.classes is None:
         raise ProbekitError(
-            f"the probes of {run.folder} read {probed.target!r} (probe.anchors {probed.anchors}), but the "
-            f"lens shows the next sentence's action; `probekit score {run.folder} TEXTS --tokens` shows what "
-            "they read, token by token"
+            f"the probes of {run.folder} are of an earlier version, which kept no names of classes; run "
+            f"`probekit probe {run.folder}` again"
         )
-    known = [name for name in probed.variants if name in seeds]
+    known = [name for name in record.config.probe.variants if name in seeds]
     variant = known[0] if variant is None else variant
-    if not isinstance(variant, str) or variant not in known:
+    if variant not in known:
         raise ProbekitError(
             f"--variant is {variant!r}, of which {folder} keeps no linear probes; it has {', '.join(known)}; "
             f"for others run `probekit probe {run.folder} --probe.variants ...`"
         )
     saved, seed = SavedProbes(folder, variant, seeds[variant]), seeds[variant]
-    before = {cell: cell.position for cell in saved.cells if cell.horizon == 1}
-    cells = {cell: d for cell, d in before.items() if isinstance(d, int) and d > 0}
-    solver = next((solver for solver in LINEAR_SOLVERS if solver in {cell.solver for cell in cells}), None)
-    if solver is None:
-        raise ProbekitError(
-            f"the probes in {folder} have none of horizon 1 that reads before a sentence; run "
-            f"`probekit probe {run.folder} --probe.horizons 1 --probe.positions 1`"
-        )
-
+    horizon = min(cell.horizon for cell in saved.cells)
+    solver = next(name for name in LINEAR_SOLVERS if name in {cell.solver for cell in saved.cells})
+    cells = [cell for cell in saved.cells if (cell.horizon, cell.solver) == (horizon, solver)]
     found = sorted({(cell.location, cell.layer) for cell in cells})
     for option, asked, there in (
         ("--locations", locations, sorted({location for location, _ in found})),
         ("--layers", layers, sorted({layer for _, layer in found})),
     ):
-        for value in () if asked is None else asked:
+        for value in asked or ():
             if value not in there:
                 known_ones = ", ".join(map(str, there))
                 raise ProbekitError(f"{option} has {value!r}, where no probe reads; there are {known_ones}")
     points = [
         (location, layer)
-        for each in dict.fromkeys([*probed.locations, *(location for location, _ in found)])
+        for each in dict.fromkeys([*record.config.probe.locations, *(location for location, _ in found)])
         for location, layer in found
         if location == each and (locations is None or location in locations)
         if layers is None or layer in layers or not per_layer(location)
@@ -311,29 +160,28 @@ def kept_probes(
     if not points:
         raise ProbekitError("--locations and --layers together leave no point that a probe reads; give one")
 
-    distances = sorted({*cells.values()})
-    names = [str(distance) for distance in distances]
-    rows = run.probes().query("horizon == 1")
+    every = {cell.position for cell in cells}
+    positions: list[Position] = sorted(position for position in every if isinstance(position, int))
+    positions += [position for position in NAMED if position in every]
+    names = [str(position) for position in positions]
+    rows = run.probes().query("horizon == @horizon")
     own = rows.query("reader == 'probe' and variant == @variant and solver == @solver and seed == @seed")
     own = own.set_index(["location", "layer", "position"])
     own = own.loc[[(*point, name) for point in points for name in names]]
-    free = own.validation_cross_entropy.where(~own.injected).fillna(float("inf")).to_numpy()
-    baselines = {
-        name: baseline.set_index("position").loc[names]
-        for name in BASELINES
-        if len(baseline := rows[rows.reader == name])
-    }
+    metric = main_metric(rows)
+    others = rows[(rows.reader != "probe") & (rows.seed.isna() | (rows.seed == seed)) & rows[metric].notna()]
     return KeptProbes(
         variant,
         seed,
         solver,
+        horizon,
         points,
-        distances,
-        record.config,
-        record.documents[str(seed)],
+        positions,
+        record,
+        metric,
         own,
-        baselines,
-        int(free.argmin()),
+        {str(name): by.set_index("position").reindex(names) for name, by in others.groupby("reader")},
+        int(validation_loss(own).where(~own.injected).fillna(float("inf")).to_numpy().argmin()),
         saved,
     )
 
@@ -342,26 +190,21 @@ def kept_probes(
 
 
 @dataclass(frozen=True)
-class LensData:
-    """What the lens shows of a text.
+class Reading:
+    """What is read of a text in the activations of one variant.
 
-    Cells are numbered point by point and, within a point, distance by distance. Sentence number `sentences`
-    is the one after the text, of which nothing is known.
+    Cells are numbered point by point and, within a point, position by position.
 
     Attributes:
-        facts: What was read with what, in words.
-        language: Of the text.
         probes: The probes.
-        labels: Short name of each point's location.
-        pieces: The text that each token adds `[tokens]`.
-        first_token: Each sentence's first token `[sentences]`.
-        truth: Where true actions are from, in a sentence.
-        actions: True actions, -1 where the encoder knows none of a sentence's words `[sentences]`.
-        complete: Whether the last sentence is complete.
-        top: The most probable action `[cells, tokens]`.
-        probability: Its probability `[cells, tokens]`.
-        true_probability: That of the next sentence's true action; NaN where no sentence follows
-            `[cells, tokens]`.
+        read: What they read: the number, of two classes the probability of the second, of more those of the
+            `RANKS` most probable ones. The last column is the reading of the mean of all tokens
+            `[ranks, cells, tokens + 1]`.
+        top: The classes that these are the probabilities of, if there are more than two; else empty
+            `[ranks, cells, tokens + 1]`.
+        of_true: Probability of the true class; NaN where none is known, and of numbers `[cells, tokens]`.
+        next: The LM's own next tokens by the logit lens, or None: `points`, the points with a residual
+            stream; `tokens` and `probability`, `[points, RANKS, tokens]`.
         planner: The planner's forecast of every sentence from those before it, or None: `top` and
             `probability`, the most probable actions `[sentences + 1, PLANNED]`, and `true`, the probability
             of the true action `[sentences]`.
@@ -369,34 +212,63 @@ class LensData:
             largest weight in each sentence's mix `[sentences + 1]`; `carried`, the sentence whose plan the LM
             received last at each token `[tokens]`; `planned`, whether a planner chose it; `changed`, whether
             it changes the activation of each point at the token itself `[points]`.
-        names: The name of each action that occurs.
-        examples: The training sentences nearest to each of them.
+    """
+
+    probes: KeptProbes
+    read: np.ndarray
+    top: np.ndarray
+    of_true: np.ndarray
+    next: dict[str, Any] | None
+    planner: dict[str, np.ndarray] | None
+    conditioning: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class LensData:
+    """What the lens shows of a text.
+
+    Attributes:
+        facts: What was read with what, in words.
+        language: Of the text.
+        labels: Short name of each point's location.
+        ids: The tokens `[tokens]`.
+        pieces: The text that each token adds `[tokens]`.
+        first_token: Each sentence's first token `[sentences]`.
+        truth: What is known to be true.
+        readings: What is read, of one variant or two.
+        scale: The ends of the scale of numbers: the least and the largest that probes were fitted on.
+        names: A short and a full name of each class that occurs.
+        actions: The name of each action that occurs, be it a class or in a plan.
+        examples: The training sentences nearest to each of these actions.
+        words: Texts of the next tokens that occur, by id.
         notes: What to know of the text.
     """
 
     facts: dict[str, str]
     language: str
-    probes: KeptProbes
     labels: list[str]
+    ids: list[int]
     pieces: list[str]
     first_token: np.ndarray
-    truth: str
-    actions: np.ndarray
-    complete: bool
-    top: np.ndarray
-    probability: np.ndarray
-    true_probability: np.ndarray
-    planner: dict[str, np.ndarray] | None
-    conditioning: dict[str, Any] | None
-    names: Mapping[int, str]
+    truth: Truth
+    readings: list[Reading]
+    scale: tuple[float, float]
+    names: Mapping[int, tuple[str, str]]
+    actions: Mapping[int, str]
     examples: Mapping[int, list[str]]
+    words: Mapping[int, str]
     notes: list[str]
+
+    @property
+    def probes(self) -> KeptProbes:
+        """The probes of the first variant; those of another are of the same grid."""
+        return self.readings[0].probes
 
 
 def read_text(
     run: Run,
     text: str,
-    variant: str | None = None,
+    variants: Sequence[str | None] = (None,),
     *,
     locations: Sequence[str] | None = None,
     layers: Sequence[int] | None = None,
@@ -410,7 +282,7 @@ def read_text(
     Args:
         run: The run.
         text: The text.
-        variant: Whose activations; None: those of the first variant that was probed.
+        variants: Whose activations, one or two; None: those of the first variant that was probed.
         locations: Read only these.
         layers: Read only these.
         limit: The largest number of tokens.
@@ -419,104 +291,170 @@ def read_text(
     Raises:
         ProbekitError: The run has no such probes, or the text is blank or too long.
     """
-    probes = kept_probes(run, variant, locations, layers)
-    used = probes.config.probe.window
+    if not 1 <= len({*variants}) == len(variants) <= 2:
+        raise ProbekitError(f"--variant is {', '.join(map(str, variants))}; give one, or two different ones")
+    every = [kept_probes(run, variant, locations, layers) for variant in variants]
+    probes, record = every[0], every[0].record
     run.require("lm")
     _ = run.locations  # loads the LM, which the caller's run keeps for the next text
-    run = run.with_settings({"probe.window": used})
+    run = run.with_settings({"probe.window": record.config.probe.window})
     progress = progress or Progress(quiet=True)
-    # An LM with random weights is not conditioned, like the base LM.
-    planned_for: VariantName = "none" if probes.variant == "random" else probes.variant
     with progress.task("cut the text"):
-        cut = cut_text(run, text, planned_for, limit)
-    alone = TextRun(run, cut)
-    tokens = np.arange(len(cut.pieces))
-    following = np.searchsorted(cut.first_token, tokens, side="right")
-    actions = np.where(cut.known, cut.actions, NONE)
-    reader = Reader(alone, probes.variant, probes.points, ["first"], probes.seed)
-    with progress.task("read the text", total=len(tokens)) as task:
-        top, probability, true_probability = _read(probes, reader, np.append(actions, NONE)[following], task)
+        cuts = [cut_text(run, text, _planned_for(own), limit) for own in every]
+        truth = find_truth(run, cuts[0], record, probes.positions, probes.horizon)
+    notes: list[str] = []
+    readings = []
+    for own, cut in zip(every, cuts, strict=True):
+        with progress.task(f"read the text in {own.variant}", total=len(cut.pieces)) as task:
+            readings.append(_reading(TextRun(run, cut), own, cut, truth, notes, task))
 
-    scores, planner = _planner_scores(alone, planned_for, cut), None
-    if scores is not None:
-        chances = scores.softmax(dim=-1)
-        best = chances.sort(dim=-1, descending=True, stable=True)
-        planner = {
-            "top": best.indices[:, :PLANNED].numpy(),
-            "probability": best.values[:, :PLANNED].numpy(),
-            "true": chances[np.arange(len(cut.actions)), cut.actions].numpy(),
-        }
-    conditioning = _conditioning(alone, probes, reader, scores, cut)
-    shown = [cut.actions, top, *([planner["top"]] if planner else [])]
-    shown += [conditioning["action"]] if conditioning else []
+    of_actions, classes, actions = probes.of_actions, [], []
+    for reading in readings:
+        classes += [reading.top]
+        actions += [reading.conditioning["action"]] if reading.conditioning else []
+        actions += [reading.planner["top"]] if reading.planner else []
+    classes += [truth.labels, truth.of_sentences, np.arange(2 * (len(probes.classes) == 2))]
+    occurring = _different(classes) if probes.classes else []
     with progress.task("find the sentences nearest to the actions"):
-        examples = _examples(run.corpus, np.unique(np.concatenate([np.ravel(part) for part in shown])))
-
-    truth, notes = "A sentence's true action is the one whose centroid is nearest to it.", []
-    if cut.document is not None:
-        truth = (
-            f"The text is document {cut.document:,} of the corpus, of the split "
-            f"{SPLITS[run.corpus.split[cut.document]]!r}: true actions are those of the corpus."
-        )
-    if not cut.known.all():
+        examples = _examples(run.corpus, _different([*actions, *(classes if of_actions else [])]))
+    named = {action: f"action {run.corpus.action_name(action)}" for action in examples}
+    cut = cuts[0]
+    if of_actions and not cut.known.all():
         notes.append(
             f"{int((~cut.known).sum())} of {len(cut.known)} sentences have no word that the corpus's encoder "
             "knows: their actions mean nothing, and are not shown as true"
         )
+    read = readings[0].read
+    following = _different([reading.next["tokens"] for reading in readings if reading.next])
     return LensData(
-        facts=_facts(run, probes),
+        facts=_facts(run, every),
         language=run.config.corpus.language,
-        probes=probes,
         labels=[label(location) for location, _ in probes.points],
+        ids=cut.corpus.tokens[1:-1].tolist(),
         pieces=cut.pieces,
         first_token=cut.first_token,
         truth=truth,
-        actions=actions,
-        complete=cut.complete,
-        top=top,
-        probability=probability,
-        true_probability=true_probability,
-        planner=planner,
-        conditioning=conditioning,
-        names={action: run.corpus.action_name(action) for action in examples},
+        readings=readings,
+        scale=record.range or (float(read.min()), float(read.max())),
+        names={n: (str(n), named[n]) if of_actions else (probes.classes[n],) * 2 for n in occurring},
+        actions=named,
         examples=examples,
-        notes=notes,
+        words={token: decoded(run.corpus.tokenizer, [token]) for token in following},
+        notes=[*dict.fromkeys(notes)],
     )
 
 
-def _read(
-    probes: KeptProbes, reader: Reader, true: np.ndarray, task: Task
+def _different(numbers: Iterable[np.ndarray]) -> list[int]:
+    """All different numbers from 0 on."""
+    flat = np.concatenate([np.ravel(part) for part in numbers] or [np.zeros(0)])
+    return np.unique(flat[flat >= 0]).astype(int).tolist()
+
+
+def _planned_for(probes: KeptProbes) -> VariantName:
+    """Whose planner reads: an LM with random weights is not conditioned, like the base LM."""
+    return "none" if probes.variant == "random" else probes.variant
+
+
+def _reading(
+    run: TextRun, probes: KeptProbes, cut: Text, truth: Truth, notes: list[str], task: Task
+) -> Reading:
+    """Reads the text in one variant; adds to the notes."""
+    reader = Reader(run, probes.variant, probes.points, ["first"], probes.seed)
+    residual = [number for number, (location, _) in enumerate(probes.points) if location in RESIDUAL]
+    lens = _logit_lens(run, probes, residual, notes) if residual else None
+    # Every token is an example; token 0 of the document is the separator.
+    tokens = len(cut.pieces)
+    zeros = np.zeros(tokens, np.int64)
+    examples = Examples.of_tokens(zeros, 1 + np.arange(tokens), zeros, zeros[:, None])
+    parts, following = [], []
+    sums: dict[HookPoint, Tensor] = {}
+    for rows, stacks in reader.chunks(examples):
+        values = {
+            point: of_point[0]
+            for stack, points in zip(reader.stacks, stacks, strict=True)
+            for point, of_point in zip(stack.points, points, strict=True)
+        }
+        parts.append(_outputs(probes, values, truth.labels[:, rows]))
+        if lens is not None:
+            of_points = [_next_tokens(lens, values[probes.points[number]]) for number in residual]
+            following.append([np.stack(part) for part in zip(*of_points, strict=True)])
+        sums = {point: sums.get(point, 0) + own.double().sum(0, keepdim=True) for point, own in values.items()}
+        task.advance(rows.stop - rows.start)
+    means = {point: (total / tokens).float() for point, total in sums.items()}
+    of_mean = _outputs(probes, means, np.full((len(probes.positions), 1), np.nan))
+    read, top, of_true = (np.concatenate(part, axis=-1) for part in zip(*parts, of_mean, strict=True))
+    scores = _planner_scores(run, _planned_for(probes), cut)
+    next_tokens = [np.concatenate(part, axis=-1) for part in zip(*following, strict=True)]
+    return Reading(
+        probes,
+        read,
+        top,
+        of_true[:, :-1],
+        dict(zip(("tokens", "probability"), next_tokens, strict=True), points=residual) if following else None,
+        _forecast(scores, cut) if scores is not None and probes.of_actions else None,
+        _conditioning(run, probes, reader, scores, cut),
+    )
+
+
+def _outputs(
+    probes: KeptProbes, activations: Mapping[HookPoint, Tensor], true: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What every cell reads at every token, given the next sentence's true action `[tokens]`.
+    """What every cell says of tokens.
+
+    Args:
+        probes: The probes.
+        activations: Of every point `[tokens, width]`.
+        true: True labels `[positions, tokens]`, NaN where none is known.
 
     Returns:
-        The most probable action, its probability, and that of the true action, each `[cells, tokens]`.
+        `read`, `top` and `of_true`, as in `Reading`.
     """
-    # Every token is an example; token 0 of the document is the separator.
-    zeros = np.zeros(len(true), np.int64)
-    examples = Examples.of_tokens(zeros, 1 + np.arange(len(true)), zeros, np.zeros((len(true), 1), np.int64))
-    chunks = []
-    for rows, stacks in reader.chunks(examples):
-        activations = {
-            point: values[0]
-            for stack, points in zip(reader.stacks, stacks, strict=True)
-            for point, values in zip(stack.points, points, strict=True)
-        }
-        actions, cells = torch.from_numpy(true[rows]), []
-        for point in probes.points:
-            values, probe = activations[point], probes.at(point)
-            probe = LinearProbe(probe.coef.to(values.device), probe.intercept.to(values.device))
-            probabilities = probe.log_probabilities(values).exp().cpu()
-            highest = probabilities.max(dim=-1)
-            wanted = actions.clamp(min=0).expand(len(probabilities), -1)[..., None]
-            of_true = probabilities.gather(-1, wanted)[..., 0].masked_fill(actions == NONE, torch.nan)
-            cells.append((highest.indices, highest.values, of_true))
-        chunks.append([torch.cat(parts).numpy() for parts in zip(*cells, strict=True)])
-        task.advance(rows.stop - rows.start)
-    top, probability, true_probability = (
-        np.concatenate(parts, axis=1) for parts in zip(*chunks, strict=True)
+    known = torch.from_numpy(np.nan_to_num(true, nan=NO_LABEL)).long()
+    found = []
+    for point in probes.points:
+        values, probe = activations[point], probes.at(point)
+        probe = LinearProbe(probe.coef.to(values.device), probe.intercept.to(values.device))
+        scores = probe.scores(values).cpu()
+        none = torch.empty(0, *known.shape)
+        if not probes.classes:
+            found.append((scores.movedim(-1, 0), none, torch.full(known.shape, torch.nan)))
+            continue
+        probabilities = scores.softmax(-1)
+        wanted = known.clamp(min=0)[..., None]
+        of_true = probabilities.gather(-1, wanted)[..., 0].masked_fill(known == NO_LABEL, torch.nan)
+        if len(probes.classes) == 2:
+            found.append((probabilities[..., 1][None], none, of_true))
+            continue
+        highest, best = probabilities.topk(min(RANKS, probabilities.shape[-1]))
+        found.append((highest.movedim(-1, 0), best.movedim(-1, 0).float(), of_true))
+    read, top, of_true = zip(*found, strict=True)
+    return torch.cat(read, 1).numpy(), torch.cat(top, 1).numpy(), torch.cat(of_true).numpy()
+
+
+def _logit_lens(
+    run: TextRun, probes: KeptProbes, residual: Sequence[int], notes: list[str]
+) -> LogitLens | None:
+    """The logit lens of a variant's LM, or a note why there is none."""
+    lm = run.frozen_lm(probes.variant, probes.seed)
+    if lm.architecture.points([hook_name(*probes.points[number]) for number in residual]) is None:
+        notes.append("no logit lens: only TransformerLens has these locations; choose --locations hook_resid_post")
+        return None
+    try:
+        return logit_lens(lm, lm.plain)
+    except ProbekitError as error:
+        notes.append(f"no logit lens: {error}")
+        return None
+
+
+def _next_tokens(lens: LogitLens, residual: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """The most probable next tokens and their probabilities, each `[RANKS, tokens]`, of `[tokens, width]`."""
+    at_once = max(1, LOGITS // lens.vocabulary)
+    with torch.no_grad():
+        found = [lens(part).softmax(-1).topk(RANKS) for part in residual.split(at_once)]
+    return (
+        torch.cat([part.indices for part in found]).T.cpu().numpy(),
+        torch.cat([part.values for part in found]).T.cpu().numpy(),
     )
-    return top, probability, true_probability
 
 
 def _planner_scores(run: TextRun, variant: VariantName, cut: Text) -> Tensor | None:
@@ -528,10 +466,21 @@ def _planner_scores(run: TextRun, variant: VariantName, cut: Text) -> Tensor | N
         return run.planner(variant)(embeddings[None])[0].cpu()
 
 
+def _forecast(scores: Tensor, cut: Text) -> dict[str, np.ndarray]:
+    """The planner's forecast; see `Reading`."""
+    chances = scores.softmax(dim=-1)
+    best = chances.sort(dim=-1, descending=True, stable=True)
+    return {
+        "top": best.indices[:, :PLANNED].numpy(),
+        "probability": best.values[:, :PLANNED].numpy(),
+        "true": chances[np.arange(len(cut.actions)), cut.actions].numpy(),
+    }
+
+
 def _conditioning(
     run: TextRun, probes: KeptProbes, reader: Reader, scores: Tensor | None, cut: Text
 ) -> dict[str, Any] | None:
-    """What the LM was conditioned on; see `LensData`."""
+    """What the LM was conditioned on; see `Reading`."""
     if (variant := probes.variant) not in VARIANTS:
         return None
     mixing = VARIANTS[variant].evaluation
@@ -555,24 +504,33 @@ def _conditioning(
     }
 
 
-def _examples(corpus: Corpus, actions: np.ndarray) -> dict[int, list[str]]:
+def _examples(corpus: Corpus, actions: Sequence[int]) -> dict[int, list[str]]:
     """Different training sentences nearest to each of some actions."""
+    if not actions:
+        return {}
     train = np.zeros(len(corpus.first_token), bool)
     train[corpus.sentences(corpus.documents("train"))] = True
-    labels = np.where(train, corpus.known_actions, -1)
-    nearest = nearest_sentences(corpus.embeddings, labels, corpus.codebook, 2 * EXAMPLES)
+    # Other splits get an additional action, so that embeddings need not be copied.
+    labels = np.where(train, corpus.actions, corpus.k)
+    centroids = np.pad(corpus.codebook.centroids, ((0, 1), (0, 0)))
+    nearest = nearest_sentences(corpus.embeddings, labels, Codebook(centroids), 2 * EXAMPLES)
     texts = {int(action): corpus.sentence_texts(nearest[action][nearest[action] >= 0]) for action in actions}
     return {action: list(dict.fromkeys(found))[:EXAMPLES] for action, found in texts.items()}
 
 
-def _facts(run: Run, probes: KeptProbes) -> dict[str, str]:
-    lm, corpus, documents = run.config.lm, run.config.corpus, probes.documents
+def _facts(run: Run, every: Sequence[KeptProbes]) -> dict[str, str]:
+    probes = every[0]
+    lm, corpus, config = run.config.lm, run.config.corpus, probes.record.config.probe
+    documents = probes.record.documents[str(probes.seed)]
+    target = repr(config.target) if config.labels is not None else config.target
+    kind = f"one of {len(probes.classes):,} classes" if probes.classes else "a number"
+    ahead = f", {probes.horizon} ahead" if probes.horizon > 1 else ""
     facts = {
         "Run": run.folder.resolve().name,
-        "Variant": probes.variant,
+        "Variant": " and ".join(own.variant for own in every),
         "Model": lm.name or f"new GPT-2, {lm.layers} layers of width {lm.width}",
         "Corpus": corpus.path or f"{corpus.reader} ({run.corpus.facts['documents']:,} documents)",
-        "Probes": f"{probes.solver}, seed {probes.seed}, for one of {run.corpus.k:,} actions; fitted on "
+        "Probes": f"{probes.solver}, seed {probes.seed}, for {target}{ahead}: {kind}; fitted on "
         f"{documents['probe']:,} documents, selected on {documents['validation']:,}, tested on "
         f"{documents['test']:,}",
     }

@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import probekit
 from probekit.cli import main
 from probekit.data.corpus import SPLITS
+from probekit.errors import ProbekitError
+from probekit.io import read_json, write_json
 from probekit.probing.probe import probe
-from probekit.reports.lens import MISSING, _symbols, page
+from probekit.reports.lens import _symbols, page
 from probekit.reports.lens_reading import LensData, read_text
 from probekit.run.run import Run
 
@@ -60,13 +63,21 @@ class Parsed(HTMLParser):
 @pytest.fixture(scope="module")
 def evil(probed_run: Run) -> LensData:
     """A text, training sentences and facts that would be markup if they could."""
-    data = read_text(probed_run, f"{EVIL} Noni noni. \U0001f469\u200d\U0001f467 Mumi", "soft")
+    data = read_text(probed_run, f"{EVIL} Noni noni. \U0001f469\u200d\U0001f467 Mumi", ["soft", "none"])
     examples = {action: [EVIL] for action in data.examples}
-    return replace(data, examples=examples, facts=data.facts | {"Run": EVIL}, language='"><script>')
+    changed = {
+        "names": {label: (EVIL, EVIL) for label in data.names},
+        "words": {token: EVIL for token in data.words},
+        "truth": replace(data.truth, words=EVIL),
+        "notes": [EVIL],
+    }
+    return replace(
+        data, examples=examples, facts=data.facts | {"Run": EVIL}, language='"><script>', **changed
+    )
 
 
 def unpacked(text: str) -> np.ndarray:
-    return np.frombuffer(base64.b64decode(text), "<u2")
+    return np.frombuffer(base64.b64decode(text), "<f4")
 
 
 def test_whatever_is_shown_is_text(evil: LensData):
@@ -87,21 +98,22 @@ def test_embedded_json_ends_nothing_and_says_the_same(evil: LensData):
     data = json.loads(raw)
     assert data["examples"] == {str(action): [_symbols(EVIL)] for action in evil.examples}
     assert data["first"] == evil.first_token.tolist()
-    assert data["conditioning"]["carried"] == evil.conditioning["carried"].tolist()
+    assert set(data["words"].values()) == {_symbols(EVIL)}
+    (soft, none), (reading, _) = data["variants"], evil.readings
+    assert soft["conditioning"]["carried"] == reading.conditioning["carried"].tolist()
+    assert none["conditioning"] is None
 
 
 def test_numbers_survive_the_packing(evil: LensData):
     data = json.loads(Parsed(page(evil)).scripts[0])
-    np.testing.assert_array_equal(unpacked(data["top"]), evil.top.ravel())
-    np.testing.assert_allclose(
-        unpacked(data["read"]) / (MISSING - 1), evil.probability.ravel(), atol=0.6 / MISSING
-    )
-    right, true = unpacked(data["right"]), evil.true_probability.ravel()
-    np.testing.assert_array_equal(right == MISSING, np.isnan(true))
-    known = ~np.isnan(true)
-    assert known.any()
-    assert not known.all()
-    np.testing.assert_allclose(right[known] / (MISSING - 1), true[known], atol=0.6 / MISSING)
+    np.testing.assert_array_equal(unpacked(data["truth"]), evil.truth.labels.ravel())
+    np.testing.assert_array_equal(unpacked(data["fitted"]), evil.truth.fitted.ravel())
+    for shown, reading in zip(data["variants"], evil.readings, strict=True):
+        np.testing.assert_array_equal(unpacked(shown["read"]), reading.read.ravel())
+        np.testing.assert_array_equal(unpacked(shown["top"]), reading.top.ravel())
+        np.testing.assert_array_equal(unpacked(shown["right"]), reading.of_true.ravel())
+        np.testing.assert_array_equal(unpacked(shown["next"]["tokens"]), reading.next["tokens"].ravel())
+        np.testing.assert_array_equal(unpacked(shown["next"]["probability"]), reading.next["probability"].ravel())
 
 
 def test_one_file_that_fetches_nothing(probed_run: Run, text: str):
@@ -133,22 +145,29 @@ def test_the_page_says_where_true_actions_come_from(probed_run: Run, document: i
 
 def test_an_interval_that_does_not_exist_is_null(evil: LensData):
     quality = evil.probes.quality.assign(accuracy=0.5, accuracy_low=np.nan, accuracy_high=np.nan)
-    data = json.loads(Parsed(page(replace(evil, probes=replace(evil.probes, quality=quality)))).scripts[0])
-    first = quality.iloc[0]
-    assert data["quality"][0][:4] == [[0.5, None, None], first.documents, first.examples, first.injected]
+    shown, row = qualities(evil, quality)[0], quality.iloc[0]
+    assert shown["value"] == [0.5, None, None]
+    for name in ("documents", "examples", "injected"):
+        assert shown[name] == row[name]
+
+
+def qualities(data: LensData, quality: pd.DataFrame) -> list[dict[str, Any]]:
+    """What the page says of the first variant's cells, if the table of results says so."""
+    first = replace(data.readings[0], probes=replace(data.probes, quality=quality))
+    written = page(replace(data, readings=[first, *data.readings[1:]]))
+    return json.loads(Parsed(written).scripts[0])["variants"][0]["quality"]
 
 
 def test_a_gain_is_the_paired_difference_of_the_results(probed_run: Run, evil: LensData):
     """Over the strongest baseline that needs no model; its interval holds for all cells together."""
     table = probed_run.probes().query("variant == 'soft'").set_index(["location", "layer", "distance"])
-    data = json.loads(Parsed(page(evil)).scripts[0])
-    cells = [(*point, distance) for point in evil.probes.points for distance in evil.probes.distances]
-    for cell, (*_, gain, over, better) in zip(cells, data["quality"], strict=True):
+    cells = [(*point, distance) for point in evil.probes.points for distance in evil.probes.positions]
+    for cell, shown in zip(cells, qualities(evil, evil.probes.quality), strict=True):
         row = table.loc[cell]
         expected = row[["gain", "gain_low", "gain_high"]].to_numpy(float)
-        np.testing.assert_allclose(np.array(gain, float), expected, atol=1e-5)
-        assert over == ("" if row.injected else row.gain_over)
-        assert better == (row.gain_low > 0)
+        np.testing.assert_allclose(np.array(shown["gain"], float), expected, atol=1e-5)
+        assert shown["over"] == ("" if row.injected else row.gain_over)
+        assert shown["better"] == (row.gain_low > 0)
 
 
 @pytest.mark.parametrize("gain", [(0.197, 0.065, 0.329), (0.1, -0.1, 0.3)])
@@ -158,12 +177,8 @@ def test_a_probe_is_better_by_its_gain_and_not_by_intervals_of_accuracies(
     """The intervals of the accuracies overlap in both cases, as those of a real LM did."""
     accuracy = dict(zip(("accuracy", "accuracy_low", "accuracy_high"), (0.3, 0.2, 0.4), strict=True))
     gains = dict(zip(("gain", "gain_low", "gain_high"), gain, strict=True))
-    probes = evil.probes
-    baselines = {name: rows.assign(**accuracy) for name, rows in probes.baselines.items()}
-    quality = probes.quality.assign(**accuracy | gains, gain_over="bigram", injected=False)
-    data = replace(evil, probes=replace(probes, quality=quality, baselines=baselines))
-    rows = json.loads(Parsed(page(data)).scripts[0])["quality"]
-    assert {row[-1] for row in rows} == {gain[1] > 0}
+    quality = evil.probes.quality.assign(**accuracy | gains, gain_over="bigram", injected=False)
+    assert {shown["better"] for shown in qualities(evil, quality)} == {gain[1] > 0}
 
 
 def test_white_space_has_symbols():
@@ -182,13 +197,41 @@ def test_a_page_is_written(probed_run: Run, tmp_path: Path, capsys: Capture):
     again = probekit.lens(
         probed_run, source, tmp_path / "again.html", variant="soft", layers=[2], locations=["hook_resid_post"]
     )
-    assert again.read_text("utf-8") == written
+    assert again.html == again.path.read_text("utf-8") == written
+    assert again.save(tmp_path / "third.html").read_text("utf-8") == written
+    with pytest.raises(ProbekitError, match=r"^--out .*third\.txt: must be a file that ends in \.html"):
+        again.save(tmp_path / "third.txt")
 
 
-def test_the_page_is_in_the_run_if_not_said_otherwise(probed_run: Run, tmp_path: Path):
+def test_two_variants_by_the_command(probed_run: Run, tmp_path: Path, capsys: Capture):
+    out = tmp_path / "page.html"
+    words = ["lens", str(probed_run.folder), "--text", "Noni mumi.", "--variant", "soft", "none"]
+    assert main([*words, "-o", str(out), "--quiet"]) == 0
+    parsed = Parsed(out.read_text("utf-8"))
+    assert [variant["name"] for variant in json.loads(parsed.scripts[0])["variants"]] == ["soft", "none"]
+
+
+def test_the_page_is_in_the_run_and_inline_in_a_notebook(probed_run: Run, tmp_path: Path):
     folder = shutil.copytree(probed_run.folder, tmp_path / "run")
-    assert probekit.lens(folder, "Some words.", quiet=True) == folder / "lens.html"
-    assert (folder / "lens.html").read_text("utf-8").endswith("</html>\n")
+    shown = probekit.lens(folder, f"Some words. {EVIL}", quiet=True)
+    assert shown.path == folder / "lens.html"
+    assert shown.path.read_text("utf-8") == shown.html
+    assert shown.html.endswith("</html>\n")
+
+    class Frames(HTMLParser):
+        found: list[dict]
+
+        def handle_starttag(self, tag: str, attrs: list) -> None:
+            self.found.append({"tag": tag, **dict(attrs)})
+
+    parser = Frames(convert_charrefs=True)
+    parser.found = []
+    parser.feed(shown._repr_html_())
+    (frame,) = parser.found
+    assert frame["tag"] == "iframe"
+    assert frame["srcdoc"] == shown.html
+    assert frame["sandbox"] == "allow-scripts"
+    assert "src" not in frame
 
 
 @pytest.mark.parametrize(
@@ -229,22 +272,48 @@ def test_a_run_without_probes_says_which_command_makes_them(tiny_run: Run, capsy
     assert f"keeps no linear probes; run `probekit probe {tiny_run.folder}`" in line
 
 
-def test_probes_for_something_else_are_refused(
-    tiny_run: Run, quick_probes: dict[str, Any], tmp_path: Path, capsys: Capture
-):
-    folder = shutil.copytree(tiny_run.folder, tmp_path / "run")
-    one = {"probe.layers": [0], "probe.variants": ["none"], "probe.target": "sentence-position"}
-    probe(folder, quick_probes | one, quiet=True)
+def test_probes_of_an_earlier_version_are_refused(probed_run: Run, tmp_path: Path, capsys: Capture):
+    folder = shutil.copytree(probed_run.folder, tmp_path / "run")
+    settings = read_json(folder / "probes" / "settings.json")
+    del settings["classes"]
+    write_json(folder / "probes" / "settings.json", settings)
     assert main(["lens", str(folder), "--text", "Some words."]) == 2
-    assert "read 'sentence-position' (probe.anchors start)" in capsys.readouterr().err
+    assert "are of an earlier version" in capsys.readouterr().err
+
+
+def test_a_page_of_labels_names_them(tiny_run: Run, quick_probes: dict[str, Any], tmp_path: Path):
+    """Two classes as one signed scale, numbers on that of what was fitted, both with the run's own scores."""
+    folder = shutil.copytree(tiny_run.folder, tmp_path / "run")
+    run = Run.open(folder)
+    sizes = np.diff(run.corpus.document_tokens)
+    table = {"document": range(len(sizes)), "size": sizes / 3, "is <long>": np.where(sizes > 60, "<b>", "&")}
+    pd.DataFrame(table).to_csv(tmp_path / "labels.csv", index=False)
+    settings = {"probe.layers": [1], "probe.variants": ["none"], "probe.labels": str(tmp_path / "labels.csv")}
+    for target, kind in (("is <long>", "two"), ("size", "numbers")):
+        found = probe(folder, quick_probes | settings | {"probe.target": target}, quiet=True)
+        shown = probekit.lens(folder, "Noni mumi. Rata", quiet=True)
+        data = json.loads(Parsed(shown.html).scripts[0])
+        (row,) = found.table.query("reader == 'probe'").to_dict("records")
+        (cell,) = data["variants"][0]["quality"]
+        assert data["kind"] == kind
+        assert [*data["baselines"]]
+        if kind == "two":
+            assert data["names"] == {"0": ["&", "&"], "1": ["<b>", "<b>"]}
+            assert "<h1>is &lt;long&gt;, read token by token</h1>" in shown.html
+            assert (data["metric"], data["scale"]) == ("AUROC", [0, 1])
+        else:
+            fitted = sizes[run.corpus.documents("probe")] / 3
+            assert (data["metric"], data["names"]) == ("R²", {})
+            np.testing.assert_allclose(data["scale"], [fitted.min(), fitted.max()])
+        expected = [row[f"{'auroc' if kind == 'two' else 'r2'}{end}"] for end in ("", "_low", "_high")]
+        np.testing.assert_allclose(cell["value"], expected, atol=1e-5)
 
 
 def test_closed_form_probes_will_do(tiny_run: Run, quick_probes: dict[str, Any], tmp_path: Path):
     folder = shutil.copytree(tiny_run.folder, tmp_path / "run")
     settings = {"probe.layers": [1], "probe.variants": ["random"], "probe.solvers": ["lda", "ridge"]}
     probe(folder, quick_probes | settings | {"probe.seeds": [3, 2]}, quiet=True)
-    written = probekit.lens(folder, "Some words. And others.", quiet=True).read_text("utf-8")
+    written = probekit.lens(folder, "Some words. And others.", quiet=True).html
     assert "<dd>random</dd>" in written
-    assert "ridge, seed 2, for one of 8 actions" in written
-    raw = written.split('id="data">')[1].split("</script>")[0]
-    assert json.loads(raw)["conditioning"] is None
+    assert "ridge, seed 2, for action: one of 8 classes" in written
+    assert json.loads(Parsed(written).scripts[0])["variants"][0]["conditioning"] is None

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from probekit.reports.lens import page
+from probekit.reports.lens import _symbols, page
 from probekit.reports.lens_reading import LensData, read_text
 from probekit.run.run import Run
 
@@ -57,7 +57,7 @@ def data(probed_run: Run) -> LensData:
     # Words that the encoder knows: of others, no action is shown as true.
     begins, ends = probed_run.corpus.sentence_texts([0, 1])
     text = f"Noni <script>alert(1)</script> mumi. {begins.strip()} Moru\n\n{ends.strip()[:-1]}"
-    return read_text(probed_run, text, "soft")
+    return read_text(probed_run, text, ["soft"])
 
 
 @pytest.fixture
@@ -161,26 +161,32 @@ def test_hovering_shows_and_clicking_pins(opened: "webdriver.Chrome"):
 
 def test_what_is_shown_is_what_was_read(opened: "webdriver.Chrome", data: LensData):
     """Every cell of the heat map, in words and colours, at a token that a sentence follows."""
-    t, distances = int(data.first_token[1]) - 1, data.probes.distances
+    t, distances, (reading,) = int(data.first_token[1]) - 1, data.probes.positions, data.readings
+    action = int(data.truth.of_sentences[1])
     opened.execute_script("document.querySelectorAll('#text .t')[arguments[0]].focus()", t)
     points = [n for n, point in enumerate(data.probes.points) if point[0] == "hook_resid_post"]
     choose(opened, "location", "hook_resid_post")
     cells = opened.execute_script(
-        "return [...document.querySelectorAll('.map td')]"
+        "return [...document.querySelectorAll('.map td[data-position]')]"
         ".map((box) => [box.firstChild.data, box.lastChild.textContent])"
     )
     order = [(point, d) for point in reversed(points) for d in range(len(distances))]
     assert len(cells) == len(order)
     for (shown, below), (point, d) in zip(cells, order, strict=True):
         cell = point * len(distances) + d
-        value = 100 * data.true_probability[cell, t]
+        value = 100 * reading.of_true[cell, t]
         assert shown == ("<0.1 %" if value < 0.05 else f"{value:.{1 if value < 10 else 0}f} %")
         marks = below.split()
-        assert int(marks[0]) == data.top[cell, t]
-        assert ("✓" in marks) == (data.top[cell, t] == data.actions[1])
+        assert int(marks[0]) == reading.top[0, cell, t]
+        assert ("✓" in marks) == (int(marks[0]) == data.truth.labels[d, t])
         # The last token before a sentence carries that sentence's plan.
-        assert ("†" in marks) == data.conditioning["changed"][point]
-    assert f"action {data.actions[1]}" in text_of(opened, "#panel")
+        assert ("†" in marks) == reading.conditioning["changed"][point]
+    assert f"action {action}" in text_of(opened, "#panel")
+    words = opened.execute_script(
+        "return [...document.querySelectorAll('.map .word span')].map((span) => span.textContent)"
+    )
+    following = reading.next["tokens"][::-1, :, t].ravel()
+    assert words == [_symbols(data.words[token]) for token in following]
 
 
 def test_underlined_tokens_are_where_the_probe_was_fitted(opened: "webdriver.Chrome", data: LensData):
@@ -191,12 +197,11 @@ def test_underlined_tokens_are_where_the_probe_was_fitted(opened: "webdriver.Chr
         )
 
     begins = data.first_token[1:]
-    for distance in data.probes.distances:
-        choose(opened, "distance", str(distance))
+    for distance in data.probes.positions:
+        choose(opened, "position", str(distance))
         assert underlined() == sorted(t for t in begins - distance if t >= 0)
-    choose(opened, "distance", "own")
-    last = np.searchsorted(begins, np.arange(len(data.pieces)), side="right")
-    expected = [t for t, s in enumerate(last) if s < len(begins) and begins[s] - t in data.probes.distances]
+    choose(opened, "position", "own")
+    expected = sorted({t for begin in begins for t in begin - np.array(data.probes.positions) if t >= 0})
     assert underlined() == expected
     blank = opened.execute_script("return document.querySelectorAll('#text .t.blank').length")
     assert blank == len(data.pieces) - len(expected)
@@ -209,7 +214,7 @@ def test_brackets_change_the_layer(opened: "webdriver.Chrome"):
     for key, layer in (("]", 2), ("]", 2), ("[", 1), ("[", 0), ("[", 0)):
         press(opened, key)
         assert opened.find_element(By.ID, "layer").get_property("value") == str(layer)
-        assert f"layer {layer}, distance" in text_of(opened, "#panel")
+        assert f"layer {layer}, position" in text_of(opened, "#panel")
     assert text_of(opened, "#trust") != before
 
 
@@ -244,3 +249,27 @@ def test_colours_are_readable_in_light_and_dark(opened: "webdriver.Chrome"):
     opened.find_element(By.ID, "theme").click()
     backs.append(opened.execute_script("return getComputedStyle(document.body).backgroundColor"))
     assert backs[0] == backs[2] != backs[1]
+
+
+def test_two_variants_side_by_side(browser: "webdriver.Chrome", probed_run: Run, tmp_path: Path):
+    """The second column has the text again, is painted by its own numbers, and shows the difference."""
+    data = read_text(probed_run, "Noni mumi. Rata noni.", ["none", "soft"])
+    load(browser, page(data), tmp_path)
+    columns = "#text .x:not(.second) .t", "#text .second .t"
+    texts, colours = (
+        [
+            browser.execute_script(
+                "return [...document.querySelectorAll(arguments[0])].map((token) => eval(arguments[1]))", column, what
+            )
+            for column in columns
+        ]
+        for what in ("token.textContent", "getComputedStyle(token).backgroundColor")
+    )
+    assert texts[0] == texts[1]
+    assert colours[0] != colours[1]
+    assert "none, " in text_of(browser, "#trust")
+    assert "soft, " in text_of(browser, "#trust")
+    browser.find_element(By.ID, "difference").click()
+    assert "Second column: from −" in text_of(browser, "#apart")
+    assert "soft less none" in text_of(browser, "#panel")
+    assert browser.get_log("browser") == []

@@ -1,126 +1,36 @@
 """What the lens reads, against the plain Hugging Face module, the corpus's own readings and the results."""
 
-from dataclasses import replace
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from probekit.data.readers import VISIBLE
 from probekit.data.windows import collate, cut_windows
 from probekit.errors import ProbekitError
 from probekit.models.mixing import VARIANTS
 from probekit.probing.activations import Reader
 from probekit.probing.probe import probe
 from probekit.probing.results import Cell, SavedProbes
+from probekit.probing.score import score
 from probekit.probing.targets import Examples
-from probekit.reports.lens_reading import LensData, cut_text, given_text, kept_probes, read_text
+from probekit.reports.lens_reading import LensData, kept_probes, read_text
 from probekit.run.run import Run
 from probekit.training.train import train
 
 
-@pytest.mark.parametrize(
-    "text", ["Words.", "", " ", "a/b c", "see notes.txt now", "x" * 5000, "a\0b", "and so on..."]
-)
-def test_what_is_no_name_of_a_file_is_the_text(text: str):
-    assert given_text(text) == text
-
-
-def test_a_file_that_exists_is_read_whatever_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tmp_path)
-    Path("some words").write_bytes("\ufeffÄ line.\r\nAnother.".encode())
-    assert given_text("some words") == given_text(Path("some words")) == "Ä line.\r\nAnother."
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("missing.txt", r"^--text missing\.txt: does not exist"),
-        ("no/such", "^--text no/such: does not exist"),
-        (Path("nothing"), "^--text nothing: does not exist"),
-        ("notes.md", "^--text notes.md: does not exist"),
-        (".", r"^--text \.: cannot be read \(Is a directory\)$"),
-        ("latin", r"^--text latin: is not UTF-8 \(byte 3\)"),
-        ("lone \udcff surrogate", "^--text is not valid Unicode"),
-    ],
-)
-def test_what_cannot_be_read(text: str | Path, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tmp_path)
-    Path("latin").write_bytes("caf\xe9.".encode("latin-1"))
-    with pytest.raises(ProbekitError, match=said):
-        given_text(text)
-
-
-def test_a_document_of_the_corpus_is_cut_as_the_corpus_was(probed_run: Run, document: int, text: str):
-    corpus, cut = probed_run.corpus, cut_text(probed_run, text, "none")
-    begin, end = corpus.document_tokens[document : document + 2]
-    sentences = slice(*corpus.document_sentences[document : document + 2])
-    np.testing.assert_array_equal(cut.corpus.tokens[:-1], corpus.tokens[begin:end])
-    np.testing.assert_array_equal(cut.first_token, corpus.first_token[sentences] - begin - 1)
-    np.testing.assert_array_equal(cut.embeddings, corpus.embeddings[sentences])
-    assert cut.document == document
-    np.testing.assert_array_equal(cut.actions, corpus.actions[sentences])
-    assert cut.complete
-    # The sentence to come begins at the token after the text.
-    np.testing.assert_array_equal(cut.corpus.first_token, [*(cut.first_token + 1), end - begin])
-    assert (cut.corpus.embeddings[-1] == 0).all()
-
-
-def test_true_actions_are_those_of_the_corpus_only_of_its_own_documents(
-    probed_run: Run, document: int, text: str
-):
-    """Planted actions, here all another than that of the nearest centre."""
-    run = Run.open(probed_run.folder)
-    corpus = run.corpus
-    run.corpus = replace(corpus, actions=(corpus.actions + 1) % corpus.k)
-    sentences = slice(*corpus.document_sentences[document : document + 2])
-    np.testing.assert_array_equal(cut_text(run, text, "none").actions, run.corpus.actions[sentences])
-    more = cut_text(run, f"{text} Mumi.", "none")
-    assert more.document is None
-    nearest = corpus.codebook.nearest(corpus.embeddings[sentences])
-    np.testing.assert_array_equal(more.actions[: len(nearest)], nearest)
-    # As many tokens as a document, but others.
-    ids = corpus.tokens[slice(*corpus.document_tokens[document : document + 2])][1:]
-    assert cut_text(run, corpus.tokenizer.decode(ids[::-1]), "none").document is None
-
-
-def test_a_sentence_that_goes_on_keeps_the_token_behind_it(probed_run: Run):
-    cut = cut_text(probed_run, "One is over. The other goes", "none")
-    assert not cut.complete
-    assert len(cut.corpus.first_token) == len(cut.actions) == 2
-
-
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(text=st.text(max_size=60))
-def test_pieces_are_the_text(probed_run: Run, text: str):
-    if not VISIBLE.search(text) or not _encodes(text):
-        return
-    cut = cut_text(probed_run, text, "none")
-    assert "".join(cut.pieces) == text
-    assert len(cut.pieces) == len(cut.corpus.tokens) - 2
-    assert cut.first_token[0] == 0
-
-
-def _encodes(text: str) -> bool:
-    try:
-        return bool(text.encode())
-    except UnicodeEncodeError:
-        return False
-
-
-def test_too_long_or_blank(probed_run: Run):
-    with pytest.raises(ProbekitError, match=r"^--text is blank"):
-        cut_text(probed_run, " \n\t", "none")
-    tokens = len(cut_text(probed_run, "Some words.", "none").pieces)
-    with pytest.raises(ProbekitError, match=rf"^--text has {tokens} tokens, more than --limit {tokens - 1};"):
-        cut_text(probed_run, "Some words.", "none", limit=tokens - 1)
-
-
 LAYERS, DISTANCES = 3, [1, 2, 4]
+KINDS: dict[str, dict[str, Any]] = {
+    "two classes of texts": {"target": "long", "positions": ["first", "last", "mean"]},
+    "numbers of texts": {"target": "size", "positions": ["last", "mean"]},
+    "classes of sentences": {"target": "turn", "positions": [1, 0, "last"], "labels": "sentences"},
+    "tokens": {"target": "token", "positions": [1, 0], "anchors": "token", "labels": None},
+    "sentence positions": {"target": "sentence-position", "positions": [0, 2], "labels": None},
+}
+"""Settings of probes of other targets, with the table that holds their labels."""
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +42,35 @@ def plain(probed_run: Run, text: str) -> LensData:
 @pytest.fixture(scope="module")
 def conditioned(probed_run: Run, text: str) -> LensData:
     """The text, read in the LM that is conditioned on the plan."""
-    return read_text(probed_run, text, "soft")
+    return read_text(probed_run, text, ["soft"])
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
+def other(
+    request: pytest.FixtureRequest, tiny_run: Run, quick_probes: dict, tmp_path_factory: pytest.TempPathFactory
+) -> Run:
+    """A copy of the tiny run with probes of another target, at one layer."""
+    folder = tmp_path_factory.mktemp("other")
+    run = Run.open(shutil.copytree(tiny_run.folder, folder / "run"))
+    corpus, settings = run.corpus, KINDS[request.param]
+    sizes = np.diff(corpus.document_tokens)
+    first = np.repeat(corpus.document_sentences[:-1], np.diff(corpus.document_sentences))
+    sentence = np.arange(len(corpus.first_token)) - first
+    tables = {
+        "texts": {"document": np.arange(len(sizes)), "size": sizes / 7.0, "long": np.where(sizes > 60, "yes", "no")},
+        "sentences": {
+            "document": corpus.document_of(np.arange(len(sentence))),
+            "sentence": sentence,
+            "turn": np.array(["odd", "even", "third"])[(sentence * 7 + corpus.actions) % 3],
+        },
+    }
+    kind = settings.get("labels", "texts")
+    table = folder / "labels.csv"
+    pd.DataFrame(tables[kind or "texts"]).to_csv(table, index=False)
+    chosen = {f"probe.{name}": value for name, value in settings.items()}
+    chosen |= {"probe.labels": str(table) if kind else None, "probe.layers": [2], "probe.variants": ["none"]}
+    probe(run, quick_probes | chosen, quiet=True)
+    return Run.open(run.folder)
 
 
 def states(run: Run, ids: np.ndarray) -> np.ndarray:
@@ -159,9 +97,11 @@ def test_numbers_are_those_of_the_plain_model(probed_run: Run, document: int, pl
     ids = corpus.tokens[slice(*corpus.document_tokens[document : document + 2])]
     hidden = states(probed_run, ids)[:, 1:]
     saved = SavedProbes(probed_run.folder / "probes", "none", 0)
+    (reading,) = plain.readings
     # The embedding is at layer 0; then the layers, each with all distances.
-    assert plain.probes.points == [("hook_embed", 0), *(("hook_resid_post", n) for n in range(LAYERS))]
-    assert plain.probes.distances == DISTANCES
+    assert reading.probes.points == [("hook_embed", 0), *(("hook_resid_post", n) for n in range(LAYERS))]
+    assert reading.probes.positions == DISTANCES
+    actions = dict(zip(plain.first_token, plain.truth.of_sentences.astype(int), strict=True))
     for layer in range(LAYERS):
         for d, distance in enumerate(DISTANCES):
             probe = saved[Cell("hook_resid_post", layer, distance)]
@@ -169,19 +109,22 @@ def test_numbers_are_those_of_the_plain_model(probed_run: Run, document: int, pl
             odds = np.exp(scores - scores.max(1, keepdims=True))
             expected = odds / odds.sum(1, keepdims=True)
             cell = (1 + layer) * len(DISTANCES) + d
-            np.testing.assert_allclose(plain.probability[cell], expected.max(1), atol=1e-4)
-            # Where two actions are all but equal, rounding decides.
-            chosen = expected[np.arange(len(expected)), plain.top[cell]]
-            np.testing.assert_allclose(chosen, expected.max(1), atol=1e-4)
-            for t, value in enumerate(plain.true_probability[cell]):
-                later = [s for s, first in enumerate(plain.first_token) if first > t]
-                truth = expected[t, plain.actions[later[0]]] if later else np.nan
+            for rank, best in enumerate(-np.sort(-expected)[:, :3].T):
+                np.testing.assert_allclose(reading.read[rank, cell, :-1], best, atol=1e-4)
+                # Where two actions are all but equal, rounding decides.
+                chosen = expected[np.arange(len(expected)), reading.top[rank, cell, :-1].astype(int)]
+                np.testing.assert_allclose(chosen, best, atol=1e-4)
+            for t, value in enumerate(reading.of_true[cell]):
+                # The sentence that begins next, or the one before which the probe was fitted here.
+                begins = [first for first in actions if first == t + distance]
+                begins += [first for first in actions if first > t]
+                truth = expected[t, actions[begins[0]]] if begins else np.nan
                 np.testing.assert_allclose(value, truth, atol=1e-4)
 
 
 def test_conditioned_readings_are_those_of_the_corpus(probed_run: Run, document: int, conditioned: LensData):
     """At its anchors, a document of the corpus is read as it was when it was probed."""
-    run, corpus, data = probed_run, probed_run.corpus, conditioned
+    run, corpus, (data,) = probed_run, probed_run.corpus, conditioned.readings
     sentences = np.arange(*corpus.document_sentences[document : document + 2])[1:]
     anchors = np.asarray(corpus.first_token[sentences])
     begin = corpus.document_tokens[document] + 1
@@ -196,26 +139,26 @@ def test_conditioned_readings_are_those_of_the_corpus(probed_run: Run, document:
                 cell = data.probes.points.index((location, layer)) * len(DISTANCES) + d
                 read = saved[Cell(location, layer, distance)].log_probabilities(by_distance[d]).exp()
                 at = anchors - distance - begin
-                np.testing.assert_allclose(data.probability[cell, at], read.max(1).values, atol=1e-5)
+                np.testing.assert_allclose(data.read[0, cell, at], read.max(1).values, atol=1e-5)
 
 
 def test_plan_and_conditioning(probed_run: Run, document: int, conditioned: LensData):
-    run, data = probed_run, conditioned
+    run, (data,), actions = probed_run, conditioned.readings, conditioned.truth.of_sentences.astype(int)
     windows = cut_windows(run.corpus, np.array([document]), 10_000, 10_000)
     batch, model = collate(run.corpus, windows), run.model("soft")
     scores = model.scores(batch)
     chances = scores.softmax(-1).numpy()
-    sentences = len(data.actions)
-    np.testing.assert_allclose(data.planner["true"], chances[np.arange(sentences), data.actions], atol=1e-5)
+    sentences = len(actions)
+    np.testing.assert_allclose(data.planner["true"], chances[np.arange(sentences), actions], atol=1e-5)
     np.testing.assert_allclose(data.planner["probability"][:-1], np.sort(chances)[:, :-6:-1], atol=1e-5)
     given = data.conditioning
     weights = (scores / run.temperature("soft")).softmax(-1).numpy()
     np.testing.assert_allclose(given["weight"][:-1], weights.max(1), atol=1e-5)
     np.testing.assert_array_equal(given["action"][:-1], weights.argmax(1))
     # Position t carries the action of the sentence that holds token t + 1.
-    carried = [np.flatnonzero(data.first_token <= t + 1)[-1] for t in range(len(data.pieces) - 1)]
+    pieces, first = conditioned.pieces, conditioned.first_token
+    carried = [np.flatnonzero(first <= t + 1)[-1] for t in range(len(pieces) - 1)]
     np.testing.assert_array_equal(given["carried"][:-1], carried)
-    assert data.complete
     assert given["carried"][-1] == sentences
     # Actions are added where heads are read, from the second layer on: what leaves these layers has changed.
     skipped = run.config.conditioning.skip_layers
@@ -224,8 +167,8 @@ def test_plan_and_conditioning(probed_run: Run, document: int, conditioned: Lens
 
 
 def test_the_base_lm_is_not_conditioned(plain: LensData):
-    assert plain.conditioning is None
-    assert plain.planner["top"].shape == (len(plain.actions) + 1, 5)
+    assert plain.readings[0].conditioning is None
+    assert plain.readings[0].planner["top"].shape == (len(plain.first_token) + 1, 5)
 
 
 def test_quality_is_that_of_the_results(probed_run: Run, conditioned: LensData):
@@ -241,7 +184,9 @@ def test_quality_is_that_of_the_results(probed_run: Run, conditioned: LensData):
     assert not best.injected
     free = rows[~rows.injected]
     assert best.accuracy == free.loc[free.validation_cross_entropy.idxmin()].accuracy
-    assert set(probes.baselines) == {"prior", "bigram", "planner"}
+    assert {"prior", "bigram", "planner", "token embedding"} <= set(probes.baselines)
+    bigram = table[(table.reader == "bigram")].set_index("position").loc[[*map(str, DISTANCES)]]
+    assert probes.baselines["bigram"].accuracy.to_list() == bigram.accuracy.to_list()
 
 
 def test_examples_are_training_sentences_of_the_action(probed_run: Run, plain: LensData):
@@ -253,14 +198,94 @@ def test_examples_are_training_sentences_of_the_action(probed_run: Run, plain: L
         assert len(shown) == len(set(shown)) <= 3
         nearest = np.linalg.norm(corpus.embeddings[own] - corpus.codebook.centroids[action], axis=1).argmin()
         assert shown[0] == corpus.sentence_texts([own[nearest]])[0]
-    assert {*plain.actions, *plain.top.ravel(), *plain.planner["top"].ravel()} == set(plain.examples)
+    (reading,) = plain.readings
+    shown = {*plain.truth.of_sentences, *reading.top.ravel(), *reading.planner["top"].ravel()}
+    assert shown == set(plain.examples) == set(plain.actions)
 
 
 def test_one_sentence_has_no_next_one(probed_run: Run):
     data = read_text(probed_run, "Noni noni")
-    assert np.isnan(data.true_probability).all()
-    assert not data.complete
-    assert np.isfinite(data.probability).all()
+    assert np.isnan(data.readings[0].of_true).all()
+    assert np.isfinite(data.readings[0].read).all()
+
+
+def test_every_target_is_read_as_probekit_score_reads_it(other: Run):
+    """At every token, and the whole text at its last token, its first one and their mean."""
+    corpus = other.corpus
+    document = int(np.diff(corpus.document_tokens).argmin())
+    text = corpus.texts[document].text
+    data = read_text(other, text)
+    (reading,), probes = data.readings, data.probes
+    assert probes.points == [("hook_resid_post", 2)]
+    for c, position in enumerate(probes.positions):
+        cell = Cell("hook_resid_post", 2, position, 1, probes.solver).key
+        table = score(other, [text], cell, tokens=True, quiet=True)
+        columns = [slice(len(data.pieces))]
+        if isinstance(position, str):
+            table = pd.concat([table, score(other, [text], cell, quiet=True)])
+            columns.append({"first": 0, "last": len(data.pieces) - 1, "mean": len(data.pieces)}[position])
+        read, top, of_true = (
+            np.concatenate([np.atleast_1d(values[column]) for column in columns])
+            for values in (reading.read[0, c], reading.top[0, c] if len(reading.top) else reading.read[0, c],
+                           np.append(reading.of_true[c], np.nan))
+        )
+        if not probes.classes:
+            np.testing.assert_allclose(read, table.predicted, atol=1e-5)
+            continue
+        names = np.array(probes.classes)
+        if len(names) == 2:
+            np.testing.assert_allclose(read, table[f"p({names[1]})"], atol=1e-5)
+        else:
+            np.testing.assert_allclose(read, table.probability, atol=1e-5)
+            assert (names[top.astype(int)] == table.predicted).all()
+        if len(names) > 20:
+            continue
+        true = data.truth.labels[c]
+        known = np.flatnonzero(~np.isnan(true))
+        assert len(known)
+        expected = table[[f"p({name})" for name in names]].to_numpy()[known, true[known].astype(int)]
+        np.testing.assert_allclose(of_true[known], expected, atol=1e-5)
+
+
+def test_two_variants_are_read_as_each_alone(probed_run: Run, text: str, plain: LensData, conditioned: LensData):
+    both = read_text(probed_run, text, ["soft", "none"])
+    for reading, alone in zip(both.readings, (conditioned, plain), strict=True):
+        (expected,) = alone.readings
+        assert reading.probes.variant == expected.probes.variant
+        np.testing.assert_array_equal(reading.read, expected.read)
+        np.testing.assert_array_equal(reading.of_true, expected.of_true)
+        assert (reading.conditioning is None) == (expected.conditioning is None)
+    np.testing.assert_array_equal(both.truth.labels, plain.truth.labels)
+    for variants in (["soft", "soft"], ["none", "soft", "oracle"], []):
+        with pytest.raises(ProbekitError, match=r"^--variant is .*; give one, or two different ones"):
+            read_text(probed_run, text, variants)
+
+
+def test_the_logit_lens_ends_in_what_the_lm_predicts(probed_run: Run, plain: LensData, conditioned: LensData):
+    """At the last layer, of a text of one window; before it, norm and head are applied by hand."""
+    run, data = probed_run, read_text(probed_run, "Noni noni mumi. Rata")
+    ids = torch.tensor([[run.corpus.separator, *data.ids]])
+    model, following = run.plain_model(), data.readings[0].next
+    with torch.no_grad():
+        found = model(ids, output_hidden_states=True)
+        hidden = [model.transformer.ln_f(state[0, 1:]) for state in found.hidden_states[1:-1]]
+        logits = [model.lm_head(state) for state in hidden] + [found.logits[0, 1:]]
+    assert following["points"] == [1, 2, 3]
+    assert following["tokens"].shape == (LAYERS, 3, len(data.pieces))
+    for layer, expected in enumerate(logits):
+        chances = expected.softmax(-1).numpy()
+        best = -np.sort(-chances)[:, :3].T
+        np.testing.assert_allclose(following["probability"][layer], best, atol=1e-5)
+        given = np.take_along_axis(chances, following["tokens"][layer].T, 1).T
+        np.testing.assert_allclose(given, best, atol=1e-5)
+    decoder = run.corpus.tokenizer
+    assert data.words == {n: decoder.decode([n]) for n in np.unique(following["tokens"])}
+    # A conditioned LM predicts something else.
+    assert not np.allclose(plain.readings[0].next["probability"], conditioned.readings[0].next["probability"])
+
+
+def test_there_is_no_logit_lens_where_no_residual_stream_is_read(probed_run: Run):
+    assert read_text(probed_run, "Some words.", locations=["hook_embed"]).readings[0].next is None
 
 
 def test_fewer_points(probed_run: Run):
@@ -291,22 +316,24 @@ def test_planning_tokens_and_encoders_of_their_own(
     probe(run, quick_probes | {"probe.variants": ["joint"], "probe.layers": [1]}, quiet=True)
     corpus, document = run.corpus, int(run.corpus.documents("test")[0])
     data = read_text(run, corpus.texts[document].text)
+    (reading,) = data.readings
     sentences = np.arange(*corpus.document_sentences[document : document + 2])
-    np.testing.assert_array_equal(data.actions, corpus.actions[sentences])
+    actions = corpus.actions[sentences]
+    np.testing.assert_array_equal(data.truth.of_sentences, actions)
     anchors = np.asarray(corpus.first_token[sentences[1:]])
     at = anchors - 1 - corpus.document_tokens[document] - 1
     examples = Examples.of_tokens(np.full(len(at), document), anchors, sentences[1:], np.zeros((len(at), 1)))
     (values,) = Reader(run, "joint", [("hook_resid_post", 1)], [1]).read(examples)
     cell = SavedProbes(run.folder / "probes", "joint", 0)[Cell("hook_resid_post", 1, 1)]
     np.testing.assert_allclose(
-        data.probability[0, at], cell.log_probabilities(values[0, 0]).exp().max(1).values, atol=1e-5
+        reading.read[0, 0, at], cell.log_probabilities(values[0, 0]).exp().max(1).values, atol=1e-5
     )
     scores = run.planner("joint")(torch.from_numpy(run.corpus_of("joint").embeddings[sentences])[None])[0]
     chances = scores.softmax(-1).detach().numpy()
     np.testing.assert_allclose(
-        data.planner["true"], chances[np.arange(len(sentences)), data.actions], atol=1e-5
+        reading.planner["true"], chances[np.arange(len(sentences)), actions], atol=1e-5
     )
     # The planning token of a sentence comes after the token that predicts its first one.
     carried = np.searchsorted(data.first_token, np.arange(len(data.pieces)), side="right") - 1
-    np.testing.assert_array_equal(data.conditioning["carried"], carried)
+    np.testing.assert_array_equal(reading.conditioning["carried"], carried)
     assert not data.probes.quality.injected.any()
