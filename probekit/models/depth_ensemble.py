@@ -20,7 +20,7 @@ from probekit.config import DepthSettings, DistillationSettings, MemberName
 from probekit.errors import ProbekitError
 from probekit.models.backends import Hook
 from probekit.models.locations import NORM_IN, NORM_OUT, hook_name
-from probekit.models.logit_lens import logit_lens
+from probekit.models.unembedding import find_unembedding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -211,13 +211,13 @@ def final_norm(lm: FrozenLM, model: PreTrainedModel) -> nn.Module:
     Raises:
         ProbekitError: There is none, or the logits are capped or scaled after the head.
     """
-    lens = logit_lens(lm, model)
-    if lens.cap is not None or lens.scale != 1:
+    unembed = find_unembedding(lm, model)
+    if unembed.cap is not None or unembed.scale != 1:
         raise ProbekitError(
             f"{type(model).__name__} does more to its logits than its head does (it caps or scales them), so "
             "late layers have no logits of their own by that head alone; choose an LM whose head comes last"
         )
-    return lens.norm
+    return unembed.norm
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -59,8 +59,8 @@ class Lens:
         path: Where it was written.
     """
 
-    data: LensData
-    html: str
+    data: LensData = field(repr=False)
+    html: str = field(repr=False)
     path: Path
 
     def save(self, path: str | Path) -> Path:
@@ -201,8 +201,10 @@ def _sentence_name(data: LensData, label: float | None) -> str:
 def _position(position: Position) -> str:
     """A position in words."""
     if isinstance(position, str):
-        return {"first": "first token", "last": "last token", "mean": "mean of all tokens"}[position]
-    return f"{position} before" if position > 0 else f"{-position} after the first token" if position else "0"
+        return {"first": "first token", "last": "last token", "mean": "mean of all"}.get(position, position)
+    if position > 0:
+        return f"{position} before"
+    return f"{-position} after the first token" if position else "0 (the first token)"
 
 
 def _numbers(data: LensData) -> dict[str, Any]:

@@ -11,15 +11,15 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from probekit.config import NAMED, Position, ProbedName, VariantName
+from probekit.config import Position, ProbedName, VariantName, reading_order
 from probekit.data.codebook import Codebook, nearest_sentences
 from probekit.data.corpus import Corpus, too_few
 from probekit.errors import ProbekitError
 from probekit.models.conditioning import CONDITIONINGS
-from probekit.models.locations import RESIDUAL, hook_name, label, per_layer
-from probekit.models.logit_lens import LogitLens, logit_lens
+from probekit.models.locations import BEFORE, RESIDUAL, hook_name, label, per_layer
 from probekit.models.mixing import VARIANTS
 from probekit.models.replanning import decoded
+from probekit.models.unembedding import Unembedding, find_unembedding
 from probekit.probing.activations import HookPoint, Reader
 from probekit.probing.results import (
     LINEAR_SOLVERS,
@@ -162,13 +162,19 @@ def kept_probes(
 
     every = {cell.position for cell in cells}
     positions: list[Position] = sorted(position for position in every if isinstance(position, int))
-    positions += [position for position in NAMED if position in every]
+    positions += reading_order(position for position in every if isinstance(position, str))
     names = [str(position) for position in positions]
     rows = run.probes().query("horizon == @horizon")
     own = rows.query("reader == 'probe' and variant == @variant and solver == @solver and seed == @seed")
     own = own.set_index(["location", "layer", "position"])
     own = own.loc[[(*point, name) for point in points for name in names]]
     metric = main_metric(rows)
+    width, outputs = saved[Cell(*points[0], positions[0], horizon, solver)].coef.shape
+    if width != run.locations[points[0][0].removesuffix(BEFORE)] or outputs != max(1, len(record.classes)):
+        raise ProbekitError(
+            f"the probes of {run.folder} read pairs of spans, or vectors, which the lens does not show; probe "
+            "classes or numbers of sentences, texts or spans"
+        )
     others = rows[(rows.reader != "probe") & (rows.seed.isna() | (rows.seed == seed)) & rows[metric].notna()]
     return KeptProbes(
         variant,
@@ -361,7 +367,7 @@ def _reading(
     """Reads the text in one variant; adds to the notes."""
     reader = Reader(run, probes.variant, probes.points, ["first"], probes.seed)
     residual = [number for number, (location, _) in enumerate(probes.points) if location in RESIDUAL]
-    lens = _logit_lens(run, probes, residual, notes) if residual else None
+    unembed = _unembedding(run, probes, residual, notes) if residual else None
     # Every token is an example; token 0 of the document is the separator.
     tokens = len(cut.pieces)
     zeros = np.zeros(tokens, np.int64)
@@ -375,8 +381,8 @@ def _reading(
             for point, of_point in zip(stack.points, points, strict=True)
         }
         parts.append(_outputs(probes, values, truth.labels[:, rows]))
-        if lens is not None:
-            of_points = [_next_tokens(lens, values[probes.points[number]]) for number in residual]
+        if unembed is not None:
+            of_points = [_next_tokens(unembed, values[probes.points[number]]) for number in residual]
             following.append([np.stack(part) for part in zip(*of_points, strict=True)])
         sums = {point: sums.get(point, 0) + own.double().sum(0, keepdim=True) for point, own in values.items()}
         task.advance(rows.stop - rows.start)
@@ -431,26 +437,26 @@ def _outputs(
     return torch.cat(read, 1).numpy(), torch.cat(top, 1).numpy(), torch.cat(of_true).numpy()
 
 
-def _logit_lens(
+def _unembedding(
     run: TextRun, probes: KeptProbes, residual: Sequence[int], notes: list[str]
-) -> LogitLens | None:
-    """The logit lens of a variant's LM, or a note why there is none."""
+) -> Unembedding | None:
+    """What the logit lens reads some points with, or a note why there is none."""
     lm = run.frozen_lm(probes.variant, probes.seed)
     if lm.architecture.points([hook_name(*probes.points[number]) for number in residual]) is None:
         notes.append("no logit lens: only TransformerLens has these locations; choose --locations hook_resid_post")
         return None
     try:
-        return logit_lens(lm, lm.plain)
+        return find_unembedding(lm, lm.plain)
     except ProbekitError as error:
         notes.append(f"no logit lens: {error}")
         return None
 
 
-def _next_tokens(lens: LogitLens, residual: Tensor) -> tuple[np.ndarray, np.ndarray]:
+def _next_tokens(unembed: Unembedding, residual: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """The most probable next tokens and their probabilities, each `[RANKS, tokens]`, of `[tokens, width]`."""
-    at_once = max(1, LOGITS // lens.vocabulary)
+    at_once = max(1, LOGITS // unembed.vocabulary)
     with torch.no_grad():
-        found = [lens(part).softmax(-1).topk(RANKS) for part in residual.split(at_once)]
+        found = [unembed(part).softmax(-1).topk(RANKS) for part in residual.split(at_once)]
     return (
         torch.cat([part.indices for part in found]).T.cpu().numpy(),
         torch.cat([part.values for part in found]).T.cpu().numpy(),

@@ -1,4 +1,4 @@
-"""The logit lens: at the last layer the LM's own logits, at every other the norm and the head written out."""
+"""The unembedding: of the last layer the LM's own logits, of every other the norm and the head written out."""
 
 from dataclasses import replace
 
@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from probekit.errors import ProbekitError
 from probekit.models.frozen_lm import FrozenLM
 from probekit.models.language_model import load_model
-from probekit.models.logit_lens import logit_lens
+from probekit.models.unembedding import find_unembedding
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 
@@ -35,7 +35,7 @@ def residuals(lm: FrozenLM) -> list[torch.Tensor]:
 def test_the_last_layer_has_the_logits_of_the_lm(family: str, base):
     lm = base(family)
     with torch.no_grad():
-        found = logit_lens(lm, lm.plain)(residuals(lm)[-1])
+        found = find_unembedding(lm, lm.plain)(residuals(lm)[-1])
         torch.testing.assert_close(found, lm.plain(TOKENS).logits, rtol=1e-5, atol=1e-5)
 
 
@@ -45,7 +45,7 @@ def test_other_layers_go_through_the_final_norm_and_the_head(base):
     with torch.no_grad():
         for residual in residuals(lm):
             normed = F.layer_norm(residual, (16,), norm.weight, norm.bias, norm.eps)
-            found = logit_lens(lm, lm.plain)(residual)
+            found = find_unembedding(lm, lm.plain)(residual)
             torch.testing.assert_close(found, normed @ head.weight.T, rtol=1e-5, atol=1e-5)
 
 
@@ -63,7 +63,7 @@ def test_logits_that_are_capped_or_scaled(
     model = make_model(name, len(tokenizer), **settings).eval()
     lm = FrozenLM(lambda: model, model.config, tokenizer, name)
     with torch.no_grad():
-        found = logit_lens(lm, model)(residuals(lm)[-1])
+        found = find_unembedding(lm, model)(residuals(lm)[-1])
         torch.testing.assert_close(found, model(TOKENS).logits, rtol=1e-5, atol=1e-5)
 
 
@@ -72,4 +72,4 @@ def test_without_a_final_norm_there_is_none(folders: dict, tokenizer: PreTrained
     lm = FrozenLM(lambda: model, model.config, tokenizer, "gpt2")
     vars(lm)["architecture"] = replace(lm.architecture, modules={})
     with pytest.raises(ProbekitError, match=r"GPT2LMHeadModel has no final norm \(no ln_final\.hook_out\)"):
-        logit_lens(lm, model)
+        find_unembedding(lm, model)

@@ -1,4 +1,4 @@
-"""The logit lens: next-token logits of any layer's residual stream, by the LM's own final norm and head."""
+"""The unembedding: final norm and head, which give next-token logits of any layer's residual stream."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class LogitLens:
-    """What an LM would predict next if its later layers added nothing (nostalgebraist, LessWrong 2020).
+class Unembedding:
+    """Turns the residual stream of a layer into next-token logits; of the last layer, the LM's own.
 
-    Of the last layer's residual stream, these are the LM's own logits.
+    Of an earlier one they are the logit lens (nostalgebraist 2020): what the LM would predict if the layers
+    after it added nothing.
 
     Attributes:
         norm: The LM's final norm.
@@ -49,12 +50,12 @@ class LogitLens:
         return logits.to(residual.device)
 
 
-def logit_lens(lm: FrozenLM, model: PreTrainedModel) -> LogitLens:
-    """The logit lens of an LM.
+def find_unembedding(lm: FrozenLM, model: PreTrainedModel) -> Unembedding:
+    """The unembedding of an LM, which is checked against its logits.
 
     Args:
         lm: The LM.
-        model: Its module, not bridged.
+        model: Its module, not bridged: the LM itself, tuned, or with random weights.
 
     Raises:
         ProbekitError: It has no final norm before its head, or computes its logits in another way.
@@ -69,16 +70,16 @@ def logit_lens(lm: FrozenLM, model: PreTrainedModel) -> LogitLens:
     scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
     cap = getattr(config, "final_logit_softcapping", None)
     norm = model.get_submodule(points[NORM_OUT].module)
-    lens, seen = LogitLens(norm, model.get_output_embeddings(), scale, cap), list[Tensor]()
+    unembed, seen = Unembedding(norm, model.get_output_embeddings(), scale, cap), list[Tensor]()
     handle = norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     with torch.no_grad():
         tokens = torch.arange(4, device=model.device)[None] % config.vocab_size
         logits = in_float32(model(tokens, use_cache=False).logits)
         handle.remove()
-        own = lens(seen[-1])
+        own = unembed(seen[-1])
     if own.shape != logits.shape or (own - logits).abs().max() > tolerance(model.dtype) * logits.abs().max():
         raise ProbekitError(
             f"{type(model).__name__} computes its logits in another way than by its final norm and its head, "
             "so other layers have no logits of their own; choose an LM whose head comes last"
         )
-    return lens
+    return unembed
