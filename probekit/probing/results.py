@@ -552,5 +552,5 @@ def read_probe_record(run: Path) -> ProbeRecord:
         recorded.get("of", {}),
         None if (classes := recorded.get("classes")) is None else tuple(classes),
         recorded.get("extent", "sentences"),
-        None if (ends := recorded.get("range")) is None else tuple(ends),
+        None if (ends := recorded.get("range")) is None else (float(ends[0]), float(ends[1])),
     )

@@ -1,4 +1,4 @@
-"""`probekit lens`: a page that shows, token by token, what probes read in any text; notebooks show it inline."""
+"""`probekit lens`: a page that shows, token by token, what probes read in a text; also inline."""
 
 from __future__ import annotations
 
@@ -226,7 +226,7 @@ def _numbers(data: LensData) -> dict[str, Any]:
         "kind": kind,
         "ofActions": probes.of_actions,
         "extent": probes.record.extent,
-        "ahead": before and (probes.record.extent, config.anchors, probes.horizon) == ("sentences", "start", 1),
+        "ahead": before and config.anchors == "start" and probes.labels_sentences,
         "first": data.first_token,
         "sentences": [None if np.isnan(label) else label for label in data.truth.of_sentences.tolist()],
         "points": [

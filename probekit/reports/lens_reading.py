@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from probekit.config import Position, ProbedName, VariantName, reading_order
+from probekit.config import Position, ProbedName, VariantName, as_position, reading_order
 from probekit.data.codebook import Codebook, nearest_sentences
 from probekit.data.corpus import Corpus, too_few
 from probekit.errors import ProbekitError
@@ -95,6 +95,11 @@ class KeptProbes:
         """Whether they read a sentence's action."""
         return self.record.config.probe.target == "action" and self.record.config.probe.labels is None
 
+    @property
+    def labels_sentences(self) -> bool:
+        """Whether they read the label of the very sentence that they read at or before."""
+        return self.record.extent == "sentences" and self.horizon == 1
+
     def at(self, point: HookPoint) -> LinearProbe:
         """Returns the probes of a point for all positions: `coef` `[positions, width, outputs]`."""
         return self.saved.stacked([Cell(*point, p, self.horizon, self.solver) for p in self.positions])
@@ -161,8 +166,9 @@ def kept_probes(
         raise ProbekitError("--locations and --layers together leave no point that a probe reads; give one")
 
     every = {cell.position for cell in cells}
-    positions: list[Position] = sorted(position for position in every if isinstance(position, int))
-    positions += reading_order(position for position in every if isinstance(position, str))
+    numbers = sorted(position for position in every if isinstance(position, int))
+    named = reading_order(position for position in every if isinstance(position, str))
+    positions = [*numbers, *map(as_position, named)]
     names = [str(position) for position in positions]
     rows = run.probes().query("horizon == @horizon")
     own = rows.query("reader == 'probe' and variant == @variant and solver == @solver and seed == @seed")
@@ -172,7 +178,7 @@ def kept_probes(
     width, outputs = saved[Cell(*points[0], positions[0], horizon, solver)].coef.shape
     if width != run.locations[points[0][0].removesuffix(BEFORE)] or outputs != max(1, len(record.classes)):
         raise ProbekitError(
-            f"the probes of {run.folder} read pairs of spans, or vectors, which the lens does not show; probe "
+            f"the probes of {run.folder} read pairs of spans or vectors, which the lens does not show; probe "
             "classes or numbers of sentences, texts or spans"
         )
     others = rows[(rows.reader != "probe") & (rows.seed.isna() | (rows.seed == seed)) & rows[metric].notna()]
@@ -384,19 +390,20 @@ def _reading(
         if unembed is not None:
             of_points = [_next_tokens(unembed, values[probes.points[number]]) for number in residual]
             following.append([np.stack(part) for part in zip(*of_points, strict=True)])
-        sums = {point: sums.get(point, 0) + own.double().sum(0, keepdim=True) for point, own in values.items()}
+        sums = {point: sums.get(point, 0) + own.double().sum(0, True) for point, own in values.items()}
         task.advance(rows.stop - rows.start)
     means = {point: (total / tokens).float() for point, total in sums.items()}
     of_mean = _outputs(probes, means, np.full((len(probes.positions), 1), np.nan))
     read, top, of_true = (np.concatenate(part, axis=-1) for part in zip(*parts, of_mean, strict=True))
     scores = _planner_scores(run, _planned_for(probes), cut)
-    next_tokens = [np.concatenate(part, axis=-1) for part in zip(*following, strict=True)]
+    joined = (np.concatenate(part, axis=-1) for part in zip(*following, strict=True))
+    next_tokens = dict(zip(("tokens", "probability"), joined, strict=bool(following)), points=residual)
     return Reading(
         probes,
         read,
         top,
         of_true[:, :-1],
-        dict(zip(("tokens", "probability"), next_tokens, strict=True), points=residual) if following else None,
+        next_tokens if unembed is not None else None,
         _forecast(scores, cut) if scores is not None and probes.of_actions else None,
         _conditioning(run, probes, reader, scores, cut),
     )
@@ -443,7 +450,7 @@ def _unembedding(
     """What the logit lens reads some points with, or a note why there is none."""
     lm = run.frozen_lm(probes.variant, probes.seed)
     if lm.architecture.points([hook_name(*probes.points[number]) for number in residual]) is None:
-        notes.append("no logit lens: only TransformerLens has these locations; choose --locations hook_resid_post")
+        notes.append("no logit lens: only TransformerLens has these locations")
         return None
     try:
         return find_unembedding(lm, lm.plain)

@@ -272,9 +272,7 @@ def _examples(run: Run, cut: Text, record: ProbeRecord, horizon: int) -> tuple[E
         names = corpus.tokenizer.convert_ids_to_tokens(alone.tokens.tolist())
         class_of = np.array([number_of.get(token, NO_LABEL) for token in names[:-1]] + [NO_LABEL] * horizon)
         words = "True labels are the tokens of the text itself."
-        target = Target(
-            "token", len(classes), lambda start, sentence, ahead: class_of[start + ahead - 1]
-        )
+        target = Target("token", len(classes), lambda start, sentence, ahead: class_of[start + ahead - 1])
     else:
         actions, words = np.where(cut.known, cut.actions, NO_LABEL), "Sentences are numbered from 0."
         if config.target == "action":

@@ -1,4 +1,4 @@
-"""The unembedding: of the last layer the LM's own logits, of every other the norm and the head written out."""
+"""The unembedding: of the last layer the LM's own logits, of every other norm and head by hand."""
 
 from dataclasses import replace
 

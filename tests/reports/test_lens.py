@@ -66,8 +66,8 @@ def evil(probed_run: Run) -> LensData:
     data = read_text(probed_run, f"{EVIL} Noni noni. \U0001f469\u200d\U0001f467 Mumi", ["soft", "none"])
     examples = {action: [EVIL] for action in data.examples}
     changed = {
-        "names": {label: (EVIL, EVIL) for label in data.names},
-        "words": {token: EVIL for token in data.words},
+        "names": dict.fromkeys(data.names, (EVIL, EVIL)),
+        "words": dict.fromkeys(data.words, EVIL),
         "truth": replace(data.truth, words=EVIL),
         "notes": [EVIL],
     }
@@ -112,8 +112,8 @@ def test_numbers_survive_the_packing(evil: LensData):
         np.testing.assert_array_equal(unpacked(shown["read"]), reading.read.ravel())
         np.testing.assert_array_equal(unpacked(shown["top"]), reading.top.ravel())
         np.testing.assert_array_equal(unpacked(shown["right"]), reading.of_true.ravel())
-        np.testing.assert_array_equal(unpacked(shown["next"]["tokens"]), reading.next["tokens"].ravel())
-        np.testing.assert_array_equal(unpacked(shown["next"]["probability"]), reading.next["probability"].ravel())
+        for part in ("tokens", "probability"):
+            np.testing.assert_array_equal(unpacked(shown["next"][part]), reading.next[part].ravel())
 
 
 def test_one_file_that_fetches_nothing(probed_run: Run, text: str):

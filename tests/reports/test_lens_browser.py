@@ -259,7 +259,9 @@ def test_two_variants_side_by_side(browser: "webdriver.Chrome", probed_run: Run,
     texts, colours = (
         [
             browser.execute_script(
-                "return [...document.querySelectorAll(arguments[0])].map((token) => eval(arguments[1]))", column, what
+                "return [...document.querySelectorAll(arguments[0])].map((token) => eval(arguments[1]))",
+                column,
+                what,
             )
             for column in columns
         ]

@@ -21,7 +21,6 @@ from probekit.reports.lens_reading import LensData, kept_probes, read_text
 from probekit.run.run import Run
 from probekit.training.train import train
 
-
 LAYERS, DISTANCES = 3, [1, 2, 4]
 KINDS: dict[str, dict[str, Any]] = {
     "two classes of texts": {"target": "long", "positions": ["first", "last", "mean"]},
@@ -47,7 +46,10 @@ def conditioned(probed_run: Run, text: str) -> LensData:
 
 @pytest.fixture(scope="module", params=list(KINDS))
 def other(
-    request: pytest.FixtureRequest, tiny_run: Run, quick_probes: dict, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    tiny_run: Run,
+    quick_probes: dict,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Run:
     """A copy of the tiny run with probes of another target, at one layer."""
     folder = tmp_path_factory.mktemp("other")
@@ -57,7 +59,11 @@ def other(
     first = np.repeat(corpus.document_sentences[:-1], np.diff(corpus.document_sentences))
     sentence = np.arange(len(corpus.first_token)) - first
     tables = {
-        "texts": {"document": np.arange(len(sizes)), "size": sizes / 7.0, "long": np.where(sizes > 60, "yes", "no")},
+        "texts": {
+            "document": np.arange(len(sizes)),
+            "size": sizes / 7.0,
+            "long": np.where(sizes > 60, "yes", "no"),
+        },
         "sentences": {
             "document": corpus.document_of(np.arange(len(sentence))),
             "sentence": sentence,
@@ -226,8 +232,11 @@ def test_every_target_is_read_as_probekit_score_reads_it(other: Run):
             columns.append({"first": 0, "last": len(data.pieces) - 1, "mean": len(data.pieces)}[position])
         read, top, of_true = (
             np.concatenate([np.atleast_1d(values[column]) for column in columns])
-            for values in (reading.read[0, c], reading.top[0, c] if len(reading.top) else reading.read[0, c],
-                           np.append(reading.of_true[c], np.nan))
+            for values in (
+                reading.read[0, c],
+                reading.top[0, c] if len(reading.top) else reading.read[0, c],
+                np.append(reading.of_true[c], np.nan),
+            )
         )
         if not probes.classes:
             np.testing.assert_allclose(read, table.predicted, atol=1e-5)
@@ -247,7 +256,9 @@ def test_every_target_is_read_as_probekit_score_reads_it(other: Run):
         np.testing.assert_allclose(of_true[known], expected, atol=1e-5)
 
 
-def test_two_variants_are_read_as_each_alone(probed_run: Run, text: str, plain: LensData, conditioned: LensData):
+def test_two_variants_are_read_as_each_alone(
+    probed_run: Run, text: str, plain: LensData, conditioned: LensData
+):
     both = read_text(probed_run, text, ["soft", "none"])
     for reading, alone in zip(both.readings, (conditioned, plain), strict=True):
         (expected,) = alone.readings

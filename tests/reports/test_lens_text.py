@@ -117,7 +117,9 @@ def test_too_long_or_blank(probed_run: Run):
 POSITIONS = [2, 0, "first", "last", "mean"]
 
 
-def truth(run: Run, text: str, extent: str = "sentences", positions: list = POSITIONS, **settings: object) -> Truth:
+def truth(
+    run: Run, text: str, extent: str = "sentences", positions: list = POSITIONS, **settings: object
+) -> Truth:
     """What is known of a text, of probes of a target."""
     config: Config = run.config.override({f"probe.{name}": value for name, value in settings.items()})
     classes = {
@@ -145,7 +147,9 @@ def test_sentences_are_read_before_and_in_themselves(probed_run: Run):
         np.testing.assert_array_equal(inside, own)
     np.testing.assert_array_equal(np.flatnonzero(found.fitted[0]), sorted(fitted))
     np.testing.assert_array_equal(np.flatnonzero(found.fitted[1]), first)
-    np.testing.assert_array_equal(np.flatnonzero(found.fitted[3]), [*(np.array(first[1:]) - 1), len(tokens) - 1])
+    np.testing.assert_array_equal(
+        np.flatnonzero(found.fitted[3]), [*(np.array(first[1:]) - 1), len(tokens) - 1]
+    )
     assert not found.fitted[4].any()
     np.testing.assert_array_equal(found.of_sentences, np.arange(len(first)))
     assert found.words == "Sentences are numbered from 0."
@@ -178,7 +182,13 @@ def test_labels_of_a_table_are_known_of_its_own_documents(
     inside = found.labels[1:]
     assert (inside == document + 0.5).all()
     assert np.isnan(found.labels[0]).all()  # no text follows
-    assert [np.flatnonzero(fits).tolist() for fits in found.fitted] == [[], [0], [0], [inside.shape[1] - 1], []]
+    assert [np.flatnonzero(fits).tolist() for fits in found.fitted] == [
+        [],
+        [0],
+        [0],
+        [inside.shape[1] - 1],
+        [],
+    ]
     assert f"document {document:,} of the corpus" in found.words
     assert np.isnan(found.of_sentences).all()
 
