@@ -396,14 +396,16 @@ def _reading(
     of_mean = _outputs(probes, means, np.full((len(probes.positions), 1), np.nan))
     read, top, of_true = (np.concatenate(part, axis=-1) for part in zip(*parts, of_mean, strict=True))
     scores = _planner_scores(run, _planned_for(probes), cut)
-    joined = (np.concatenate(part, axis=-1) for part in zip(*following, strict=True))
-    next_tokens = dict(zip(("tokens", "probability"), joined, strict=bool(following)), points=residual)
+    next_tokens: dict[str, Any] | None = None
+    if unembed is not None:
+        joined = (np.concatenate(part, axis=-1) for part in zip(*following, strict=True))
+        next_tokens = dict(zip(("tokens", "probability"), joined, strict=True), points=residual)
     return Reading(
         probes,
         read,
         top,
         of_true[:, :-1],
-        next_tokens if unembed is not None else None,
+        next_tokens,
         _forecast(scores, cut) if scores is not None and probes.of_actions else None,
         _conditioning(run, probes, reader, scores, cut),
     )
@@ -440,8 +442,8 @@ def _outputs(
             continue
         highest, best = probabilities.topk(min(RANKS, probabilities.shape[-1]))
         found.append((highest.movedim(-1, 0), best.movedim(-1, 0).float(), of_true))
-    read, top, of_true = zip(*found, strict=True)
-    return torch.cat(read, 1).numpy(), torch.cat(top, 1).numpy(), torch.cat(of_true).numpy()
+    parts = [*zip(*found, strict=True)]
+    return torch.cat(parts[0], 1).numpy(), torch.cat(parts[1], 1).numpy(), torch.cat(parts[2]).numpy()
 
 
 def _unembedding(
