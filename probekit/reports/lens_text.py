@@ -161,7 +161,7 @@ def cut_text(run: Run, text: str, variant: VariantName, limit: int = LIMIT) -> T
         tokens=tokens,
         document_tokens=np.array([0, len(tokens)]),
         document_sentences=np.array([0, len(first) + more]),
-        first_token=np.append(first, [len(tokens) - 1] * more),
+        first_token=np.append(first, np.full(more, len(tokens) - 1)),
         spans=np.concatenate([aligned.spans, np.full((more, 2), len(text))]),
         split=np.array([SPLITS.index("test")], np.uint8),
         embeddings=np.pad(embeddings, ((0, more), (0, 0))),
@@ -280,7 +280,7 @@ def _examples(run: Run, cut: Text, record: ProbeRecord, horizon: int) -> tuple[E
             words = f"{own}: true actions are those of the corpus." if own else words
         else:
             actions = np.minimum(np.arange(sentences), LAST_POSITION)
-        actions = np.append(actions, [NO_LABEL] * (len(alone.first_token) - sentences))
+        actions = np.pad(actions, (0, len(alone.first_token) - sentences), constant_values=NO_LABEL)
         target = sentence_target(alone, config.target, len(classes), actions)
     found = find_examples(alone, documents, target, [horizon], config.anchors)
     start = found.start - shift

@@ -284,11 +284,17 @@ def test_probes_of_an_earlier_version_are_refused(probed_run: Run, tmp_path: Pat
 def test_a_page_of_labels_names_them(tiny_run: Run, quick_probes: dict[str, Any], tmp_path: Path):
     """Two classes as one signed scale, numbers on that of what was fitted, both with the run's own scores."""
     folder = shutil.copytree(tiny_run.folder, tmp_path / "run")
-    run = Run.open(folder)
-    sizes = np.diff(run.corpus.document_tokens)
-    table = {"document": range(len(sizes)), "size": sizes / 3, "is <long>": np.where(sizes > 60, "<b>", "&")}
+    corpus = Run.open(folder).corpus
+    sentences = np.arange(len(corpus.first_token))
+    document, sizes = (
+        corpus.document_of(sentences),
+        np.diff(np.append(corpus.first_token, len(corpus.tokens))),
+    )
+    table = {"document": document, "sentence": sentences - corpus.document_sentences[document]}
+    table |= {"size": sizes / 3, "is <long>": np.where(sizes > np.median(sizes), "<b>", "&")}
     pd.DataFrame(table).to_csv(tmp_path / "labels.csv", index=False)
     settings = {"probe.layers": [1], "probe.variants": ["none"], "probe.labels": str(tmp_path / "labels.csv")}
+    settings["probe.positions"] = ["last"]
     for target, kind in (("is <long>", "two"), ("size", "numbers")):
         found = probe(folder, quick_probes | settings | {"probe.target": target}, quiet=True)
         shown = probekit.lens(folder, "Noni mumi. Rata", quiet=True)
@@ -296,13 +302,13 @@ def test_a_page_of_labels_names_them(tiny_run: Run, quick_probes: dict[str, Any]
         (row,) = found.table.query("reader == 'probe'").to_dict("records")
         (cell,) = data["variants"][0]["quality"]
         assert data["kind"] == kind
-        assert [*data["baselines"]]
+        assert data["baselines"]
         if kind == "two":
             assert data["names"] == {"0": ["&", "&"], "1": ["<b>", "<b>"]}
             assert "<h1>is &lt;long&gt;, read token by token</h1>" in shown.html
             assert (data["metric"], data["scale"]) == ("AUROC", [0, 1])
         else:
-            fitted = sizes[run.corpus.documents("probe")] / 3
+            fitted = sizes[corpus.sentences(corpus.documents("probe"))] / 3
             assert (data["metric"], data["names"]) == ("R²", {})
             np.testing.assert_allclose(data["scale"], [fitted.min(), fitted.max()])
         expected = [row[f"{'auroc' if kind == 'two' else 'r2'}{end}"] for end in ("", "_low", "_high")]

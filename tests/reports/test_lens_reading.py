@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
+from probekit.config import Config
 from probekit.data.windows import collate, cut_windows
 from probekit.errors import ProbekitError
 from probekit.models.mixing import VARIANTS
@@ -19,7 +20,7 @@ from probekit.probing.score import score
 from probekit.probing.targets import Examples
 from probekit.reports.lens_reading import LensData, kept_probes, read_text
 from probekit.run.run import Run
-from probekit.training.train import train
+from probekit.training.train import prepare, train
 
 LAYERS, DISTANCES = 3, [1, 2, 4]
 KINDS: dict[str, dict[str, Any]] = {
@@ -44,39 +45,45 @@ def conditioned(probed_run: Run, text: str) -> LensData:
     return read_text(probed_run, text, ["soft"])
 
 
+@pytest.fixture(scope="module")
+def short(tiny_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The tiny LM and a table of short texts, three sentences each, without actions."""
+    folder = tmp_path_factory.mktemp("short")
+    sentences = tiny_run.corpus.sentence_texts(np.arange(len(tiny_run.corpus.first_token))[:750])
+    texts = [" ".join(sentences[n : n + 3]) for n in range(0, 750, 3)]
+    texts = [text for text in dict.fromkeys(texts) if len(text) < 90]
+    sizes = np.array([len(text) for text in texts])
+    long = np.where(sizes > np.median(sizes), "yes", "no")
+    pd.DataFrame({"text": texts, "size": sizes / 7, "long": long}).to_csv(folder / "texts.csv", index=False)
+    config = Config.from_preset("any-model").override(
+        {
+            "device": "cpu",
+            "lm.name": str(tiny_run.folder / "lm"),
+            "corpus.path": str(folder / "texts.csv"),
+            "actions.labels": "none",
+            "training.window": 48,
+        }
+    )
+    return prepare(config, folder / "run", quiet=True)
+
+
 @pytest.fixture(scope="module", params=list(KINDS))
-def other(
-    request: pytest.FixtureRequest,
-    tiny_run: Run,
-    quick_probes: dict,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Run:
-    """A copy of the tiny run with probes of another target, at one layer."""
-    folder = tmp_path_factory.mktemp("other")
-    run = Run.open(shutil.copytree(tiny_run.folder, folder / "run"))
-    corpus, settings = run.corpus, KINDS[request.param]
-    sizes = np.diff(corpus.document_tokens)
-    first = np.repeat(corpus.document_sentences[:-1], np.diff(corpus.document_sentences))
-    sentence = np.arange(len(corpus.first_token)) - first
-    tables = {
-        "texts": {
-            "document": np.arange(len(sizes)),
-            "size": sizes / 7.0,
-            "long": np.where(sizes > 60, "yes", "no"),
-        },
-        "sentences": {
-            "document": corpus.document_of(np.arange(len(sentence))),
-            "sentence": sentence,
-            "turn": np.array(["odd", "even", "third"])[(sentence * 7 + corpus.actions) % 3],
-        },
-    }
-    kind = settings.get("labels", "texts")
-    table = folder / "labels.csv"
-    pd.DataFrame(tables[kind or "texts"]).to_csv(table, index=False)
+def other(request: pytest.FixtureRequest, short: Run, quick_probes: dict[str, Any]) -> Run:
+    """Probes of another target, at one layer."""
+    corpus, settings, folder = short.corpus, KINDS[request.param], short.folder.parent
+    sentence = (
+        np.arange(len(corpus.first_token))
+        - corpus.document_sentences[corpus.document_of(np.arange(len(corpus.first_token)))]
+    )
+    turn = np.array(["odd", "even", "third"])[(sentence * 7 + corpus.first_token) % 3]
+    document = corpus.document_of(np.arange(len(sentence)))
+    table = pd.DataFrame({"document": document, "sentence": sentence, "turn": turn})
+    table.to_csv(folder / "sentences.csv", index=False)
+    of = settings.get("labels", "texts")
     chosen = {f"probe.{name}": value for name, value in settings.items()}
-    chosen |= {"probe.labels": str(table) if kind else None, "probe.layers": [2], "probe.variants": ["none"]}
-    probe(run, quick_probes | chosen, quiet=True)
-    return Run.open(run.folder)
+    chosen |= {"probe.labels": of and str(folder / f"{of}.csv"), "probe.layers": [2]}
+    probe(short, quick_probes | chosen | {"probe.variants": ["none"]}, quiet=True)
+    return Run.open(short.folder)
 
 
 def states(run: Run, ids: np.ndarray) -> np.ndarray:
@@ -217,43 +224,34 @@ def test_one_sentence_has_no_next_one(probed_run: Run):
 
 def test_every_target_is_read_as_probekit_score_reads_it(other: Run):
     """At every token, and the whole text at its last token, its first one and their mean."""
-    corpus = other.corpus
-    document = int(np.diff(corpus.document_tokens).argmin())
-    text = corpus.texts[document].text
+    document = int(other.corpus.documents("test")[0])
+    text = other.corpus.texts[document].text
     data = read_text(other, text)
-    (reading,), probes = data.readings, data.probes
+    (reading,), probes, tokens = data.readings, data.probes, len(data.pieces)
     assert probes.points == [("hook_resid_post", 2)]
     for c, position in enumerate(probes.positions):
         cell = Cell("hook_resid_post", 2, position, 1, probes.solver).key
         table = score(other, [text], cell, tokens=True, quiet=True)
-        columns = [slice(len(data.pieces))]
+        columns = [*range(tokens)]
         if isinstance(position, str):
             table = pd.concat([table, score(other, [text], cell, quiet=True)])
-            columns.append({"first": 0, "last": len(data.pieces) - 1, "mean": len(data.pieces)}[position])
-        read, top, of_true = (
-            np.concatenate([np.atleast_1d(values[column]) for column in columns])
-            for values in (
-                reading.read[0, c],
-                reading.top[0, c] if len(reading.top) else reading.read[0, c],
-                np.append(reading.of_true[c], np.nan),
-            )
-        )
-        if not probes.classes:
+            columns.append({"first": 0, "last": tokens - 1, "mean": tokens}[position])
+        read, names = reading.read[0, c, columns], np.array(probes.classes)
+        true = data.truth.labels[c]
+        known = np.flatnonzero(~np.isnan(true))
+        assert len(known)
+        if not len(names):
             np.testing.assert_allclose(read, table.predicted, atol=1e-5)
             continue
-        names = np.array(probes.classes)
         if len(names) == 2:
             np.testing.assert_allclose(read, table[f"p({names[1]})"], atol=1e-5)
         else:
             np.testing.assert_allclose(read, table.probability, atol=1e-5)
-            assert (names[top.astype(int)] == table.predicted).all()
-        if len(names) > 20:
-            continue
-        true = data.truth.labels[c]
-        known = np.flatnonzero(~np.isnan(true))
-        assert len(known)
-        expected = table[[f"p({name})" for name in names]].to_numpy()[known, true[known].astype(int)]
-        np.testing.assert_allclose(of_true[known], expected, atol=1e-5)
+            assert (names[reading.top[0, c, columns].astype(int)] == table.predicted).all()
+        if len(names) <= 20:
+            each = table[[f"p({name})" for name in names]].to_numpy()
+            expected = each[known, true[known].astype(int)]
+            np.testing.assert_allclose(reading.of_true[c, known], expected, atol=1e-5)
 
 
 def test_two_variants_are_read_as_each_alone(

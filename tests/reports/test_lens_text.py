@@ -125,7 +125,7 @@ def truth(
     classes = {
         "token": run.corpus.tokenizer.convert_ids_to_tokens(range(len(run.corpus.tokenizer))),
         "sentence-position": range(16),
-        "size": [],
+        "size": (),
     }.get(config.probe.target, range(8))
     origin = {"labels": labels_digest(config)}
     record = ProbeRecord(config, [], {}, origin, tuple(map(str, classes)), extent, None)
