@@ -173,7 +173,7 @@ def page(data: LensData) -> str:
         of_actions=probes.of_actions,
         ahead=numbers["ahead"],
         mean="mean" in probes.positions,
-        truth=data.truth.words,
+        truth=_symbols(data.truth.words),
         truth_known=bool(probes.classes) and not np.isnan(data.truth.labels).all(),
         language=data.language,
         sentences=sentences,

@@ -261,7 +261,7 @@ def _examples(run: Run, cut: Text, record: ProbeRecord, horizon: int) -> tuple[E
         else:
             words = "True labels are known of the run's own documents alone, not of this text."
             unknown = NO_LABEL if classes else np.nan
-            whole = np.ones(record.extent == "texts", np.int64)
+            whole = np.ones(int(record.extent == "texts"), np.int64)
             ranges = Ranges(0 * whole, whole, whole * (len(cut.pieces) + 1), whole * unknown)
             target = Target(config.target, len(classes), ranges)
             if record.extent == "sentences":

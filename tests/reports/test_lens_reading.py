@@ -1,6 +1,5 @@
 """What the lens reads, against the plain Hugging Face module, the corpus's own readings and the results."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +46,11 @@ def conditioned(probed_run: Run, text: str) -> LensData:
 
 @pytest.fixture(scope="module")
 def short(tiny_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The tiny LM and a table of short texts, three sentences each, without actions."""
+    """The tiny LM and a table of short texts, two sentences each, without actions."""
     folder = tmp_path_factory.mktemp("short")
-    sentences = tiny_run.corpus.sentence_texts(np.arange(len(tiny_run.corpus.first_token))[:750])
-    texts = [" ".join(sentences[n : n + 3]) for n in range(0, 750, 3)]
-    texts = [text for text in dict.fromkeys(texts) if len(text) < 90]
+    sentences = tiny_run.corpus.sentence_texts(np.arange(800))
+    texts = [" ".join(sentences[n : n + 2]) for n in range(0, 800, 2)]
+    texts = [text for text in dict.fromkeys(texts) if len(text) < 90][:260]
     sizes = np.array([len(text) for text in texts])
     long = np.where(sizes > np.median(sizes), "yes", "no")
     pd.DataFrame({"text": texts, "size": sizes / 7, "long": long}).to_csv(folder / "texts.csv", index=False)

@@ -193,7 +193,7 @@ def test_labels_of_a_table_are_known_of_its_own_documents(
     assert np.isnan(found.of_sentences).all()
 
 
-def test_of_another_text_or_an_edited_table_nothing_is_known(probed_run: Run, sizes: str, text: str):
+def test_of_another_text_nothing_is_known(probed_run: Run, sizes: str, text: str):
     other = truth(probed_run, "Noni mumi.", "texts", target="size", labels=sizes)
     spans = truth(probed_run, "Noni mumi.", "spans", target="size", labels=sizes)
     for found in (other, spans):
