@@ -182,12 +182,7 @@ def probe(
             write_table(folder / "results.parquet", table)
             if transfer is not None:
                 write_table(folder / TRANSFER, transfer)
-            record = {"notes": notes, "of": origin(run), "documents": documents}
-            record["classes"] = [target.name_of(label) for label in range(target.classes)]
-            record["extent"] = target.extent(run.corpus)
-            if target.kind == "numbers":
-                numbers = shared.examples[FITTED_ON].labels
-                record["range"] = [float(numbers.min()), float(numbers.max())]
+            record = {"notes": notes, "of": origin(run), "documents": documents} | _labels(run, shared)
             write_json(folder / SETTINGS, run.config.model_dump(mode="json") | record)
         finished.forget()
     distributed.wait()
@@ -197,6 +192,15 @@ def probe(
             f"a second; peak memory {_peak_memory(run.device)}"
         )
     return ProbeResults(table, results, notes, transfer)
+
+
+def _labels(run: Run, grid: Grid) -> dict[str, Any]:
+    """What the record says of labels: names of classes, what a label is of, and the range of numbers."""
+    target = grid.target
+    classes = [target.name_of(label) for label in range(target.classes)]
+    numbers = grid.examples[FITTED_ON].labels
+    ends = [float(numbers.min()), float(numbers.max())] if target.kind == "numbers" else None
+    return {"classes": classes, "extent": target.extent(run.corpus), "range": ends}
 
 
 def _check_variants(run: Run) -> None:

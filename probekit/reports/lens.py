@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -111,11 +111,18 @@ def lens(
     """
     run = Run.at(run)
     path = _checked(run.folder / "lens.html" if out is None else out)
-    if limit < 1:
-        raise ProbekitError(f"--limit is {limit}; give the largest number of tokens of a text, 1 or more")
+    if not isinstance(limit, int | np.integer) or limit < 1:
+        raise ProbekitError(f"--limit is {limit!r}; give the largest number of tokens of a text, 1 or more")
+    for option, asked in (("--locations", locations), ("--layers", layers)):
+        if (
+            isinstance(asked, str | bytes)
+            or not isinstance(asked, Iterable | None)
+            or getattr(asked, "ndim", 1) != 1
+        ):
+            raise ProbekitError(f"{option} is {asked!r}; give a list")
     progress = Progress(quiet=quiet)
     chosen: dict[str, Any] = {"locations": locations, "layers": layers, "limit": limit}
-    variants = [variant] if variant is None or isinstance(variant, str) else variant
+    variants = variant if isinstance(variant, Sequence) and not isinstance(variant, str) else [variant]
     data = read_text(run, given_text(text), variants, **chosen, progress=progress)
     for note in data.notes:
         progress.say(note)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from probekit.config import Position, ProbedName, VariantName, as_position, reading_order
-from probekit.data.codebook import Codebook, nearest_sentences
+from probekit.data.codebook import nearest_sentences
 from probekit.data.corpus import Corpus, too_few
 from probekit.errors import ProbekitError
 from probekit.models.conditioning import CONDITIONINGS
@@ -137,7 +137,7 @@ def kept_probes(
         )
     known = [name for name in record.config.probe.variants if name in seeds]
     variant = known[0] if variant is None else variant
-    if variant not in known:
+    if not isinstance(variant, str) or variant not in known:
         raise ProbekitError(
             f"--variant is {variant!r}, of which {folder} keeps no linear probes; it has {', '.join(known)}; "
             f"for others run `probekit probe {run.folder} --probe.variants ...`"
@@ -151,7 +151,7 @@ def kept_probes(
         ("--locations", locations, sorted({location for location, _ in found})),
         ("--layers", layers, sorted({layer for _, layer in found})),
     ):
-        for value in asked or ():
+        for value in () if asked is None else asked:
             if value not in there:
                 known_ones = ", ".join(map(str, there))
                 raise ProbekitError(f"{option} has {value!r}, where no probe reads; there are {known_ones}")
@@ -525,10 +525,8 @@ def _examples(corpus: Corpus, actions: Sequence[int]) -> dict[int, list[str]]:
         return {}
     train = np.zeros(len(corpus.first_token), bool)
     train[corpus.sentences(corpus.documents("train"))] = True
-    # Other splits get an additional action, so that embeddings need not be copied.
-    labels = np.where(train, corpus.actions, corpus.k)
-    centroids = np.pad(corpus.codebook.centroids, ((0, 1), (0, 0)))
-    nearest = nearest_sentences(corpus.embeddings, labels, Codebook(centroids), 2 * EXAMPLES)
+    labels = np.where(train, corpus.known_actions, -1)
+    nearest = nearest_sentences(corpus.embeddings, labels, corpus.codebook, 2 * EXAMPLES)
     texts = {int(action): corpus.sentence_texts(nearest[action][nearest[action] >= 0]) for action in actions}
     return {action: list(dict.fromkeys(found))[:EXAMPLES] for action, found in texts.items()}
 

@@ -39,13 +39,16 @@ def given_text(given: str | Path) -> str:
     Raises:
         ProbekitError: The file does not exist, is a folder or is not UTF-8; or the text is not valid Unicode.
     """
-    path = user_path(given)
+    if isinstance(given, str) and any("\ud800" <= character <= "\udc7f" for character in given):
+        raise ProbekitError("--text is not valid Unicode; give it as UTF-8")
+    names_nothing = "\0" in str(given)
+    path = Path(str(given)) if names_nothing else user_path(given)
     try:
         exists = bool(str(given).strip()) and path.exists()
     except (OSError, ValueError):  # too long for a name, or with a zero byte
         exists = False
     one_word = str(given).split() == [str(given)]
-    looks_like_file = one_word and ("/" in str(given) or path.suffix in (".txt", ".md"))
+    looks_like_file = one_word and not names_nothing and ("/" in str(given) or path.suffix in (".txt", ".md"))
     if not (exists or isinstance(given, Path) or looks_like_file):
         try:
             str(given).encode()
