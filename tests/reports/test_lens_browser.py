@@ -255,6 +255,8 @@ def test_two_variants_side_by_side(browser: "webdriver.Chrome", probed_run: Run,
     """The second column has the text again, is painted by its own numbers, and shows the difference."""
     data = read_text(probed_run, "Noni mumi. Rata noni.", ["none", "soft"])
     load(browser, page(data), tmp_path)
+    choose(browser, "location", "hook_resid_post")  # the embedding is not conditioned
+    choose(browser, "layer", "2")
     columns = "#text .x:not(.second) .t", "#text .second .t"
     texts, colours = (
         [
