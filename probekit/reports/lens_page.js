@@ -167,7 +167,7 @@
     $("panel").replaceChildren(
       make("h2", {}, `${quoted(tokens[i].textContent.trim())}: token ${i + 1} of ${N}, in sentence ${sentence[i] + 1}`,
         at.pin === null ? "" : " (pinned)"),
-      ...each(reading), ...difference(i), ...truly(i), ...each(heatMap), ...each(nextTokens), ...planners(i), ...each(conditioning),
+      ...each(reading), ...difference(i), ...truly(i), ...each(nextTokens), ...each(heatMap), ...planners(i), ...each(conditioning),
     );
   }
   function summary(i) {

@@ -327,8 +327,7 @@ def read_text(
         actions += [reading.planner["top"]] if reading.planner else []
     classes += [truth.labels, truth.of_sentences, np.arange(2 * (len(probes.classes) == 2))]
     occurring = _different(classes) if probes.classes else []
-    with progress.task("find the sentences nearest to the actions"):
-        examples = _examples(run.corpus, _different([*actions, *(classes if of_actions else [])]))
+    examples = _examples(run.corpus, _different([*actions, *(classes if of_actions else [])]))
     named = {action: f"action {run.corpus.action_name(action)}" for action in examples}
     cut = cuts[0]
     if of_actions and not cut.known.all():
