@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ INLINE_HEIGHT = "48rem"
 FOLDER = Path(__file__).parent
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Lens:
     """A page that shows what probes read in a text; a notebook shows it inline.
 
@@ -59,8 +59,8 @@ class Lens:
         path: Where it was written.
     """
 
-    data: LensData = field(repr=False)
-    html: str = field(repr=False)
+    data: LensData
+    html: str
     path: Path
 
     def save(self, path: str | Path) -> Path:
@@ -70,6 +70,9 @@ class Lens:
             ProbekitError: It cannot be written.
         """
         return _write(_checked(path), self.html)
+
+    def __repr__(self) -> str:
+        return f"Lens({len(self.data.pieces)} tokens, {self.path.name})"
 
     def _repr_html_(self) -> str:
         return (

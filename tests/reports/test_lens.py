@@ -217,6 +217,7 @@ def test_the_page_is_in_the_run_and_inline_in_a_notebook(probed_run: Run, tmp_pa
     assert shown.path == folder / "lens.html"
     assert shown.path.read_text("utf-8") == shown.html
     assert shown.html.endswith("</html>\n")
+    assert repr(shown) == f"Lens({len(shown.data.pieces)} tokens, lens.html)"
 
     class Frames(HTMLParser):
         found: list[dict]
