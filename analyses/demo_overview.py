@@ -21,10 +21,8 @@ from probekit.reports.plot_probes import INJECTED, METRICS, Panel, draw_heat_map
 def draw_perplexity(axes: Axes, table: pd.DataFrame) -> None:
     """Draws a dot with its interval for every variant, the worst at the top."""
     table = table.sort_values("perplexity").reset_index(drop=True)
-    names = [
-        f"{row.variant}\n({row.actions} actions)" if row.variant == "oracle" else row.variant
-        for row in table.itertuples()
-    ]
+    oracle = table.variant + "\n(" + table.actions + " actions)"
+    names = table.variant.where(table.variant != "oracle", oracle).tolist()
     errors = [table.perplexity - table.perplexity_low, table.perplexity_high - table.perplexity]
     axes.errorbar(table.perplexity, table.index, xerr=errors, fmt="o", color=COLOUR, capsize=3)
     axes.set_yticks(table.index, names)

@@ -194,11 +194,11 @@ def _mark(axes: Axes, number: int, location: Location, spot: Spot) -> None:
     """A numbered dot, and beside it the location's short name over its own."""
     x, y = spot.point
     axes.add_patch(Circle((x, y), 0.25, facecolor=_DOT, edgecolor="white", linewidth=1.0, zorder=5))
-    white = {"color": "white", "fontsize": 11.5, "weight": "bold", "zorder": 6}
-    axes.text(x, y - 0.015, str(number), ha="center", va="center", **white)
+    dot = axes.text(x, y - 0.015, str(number), ha="center", va="center", fontsize=11.5, zorder=6)
+    dot.set(color="white", weight="bold")
     side, offset = ("left", 0.42) if spot.side == "right" else ("right", -0.42)
-    name = {"fontsize": 13, "weight": "bold", "color": _DOT}
-    axes.text(x + offset, y + 0.02, label(location.name), ha=side, va="bottom", **name)
+    name = axes.text(x + offset, y + 0.02, label(location.name), ha=side, va="bottom", fontsize=13)
+    name.set(color=_DOT, weight="bold")
     axes.text(x + offset, y - 0.02, location.name, ha=side, va="top", fontsize=11.5, family="monospace")
 
 

@@ -31,7 +31,7 @@ from shared.script import run_script, save_figure, script_parser
 
 import probekit
 from probekit.errors import ProbekitError
-from probekit.models.locations import LOCATIONS, label, per_layer
+from probekit.models.locations import LABELS, label, per_layer
 from probekit.models.mixing import VARIANTS
 from probekit.reports.drawing import colour_bar, colours_of_names
 from probekit.reports.plot_probes import (
@@ -99,7 +99,7 @@ def panels_of(table: pd.DataFrame, arguments: argparse.Namespace) -> list[list[P
     """Returns a panel for each location (row) and variant (column), in the order asked for or the default."""
     probes = table[table.reader == "probe"]
     variants = ordered(probes.variant.unique(), arguments.variants or ("none", "random", *VARIANTS))
-    locations = ordered(probes.location.unique(), arguments.locations or LOCATIONS)
+    locations = ordered(probes.location.unique(), arguments.locations or LABELS)
     rest = {"horizon": arguments.horizon, "solver": arguments.solver, "target": arguments.target}
     return [[Panel(variant, location, **rest) for variant in variants] for location in locations]
 
@@ -126,7 +126,7 @@ def draw(table: pd.DataFrame, panels: list[list[Panel]], metric: str) -> Figure:
     above = 0.7 + 0.2 * sum(heights) + 0.15 * len(heights)
     below = 1.0 + 2.5 * -(-len(panels) // columns)
     figure = Figure(figsize=(width, above + below), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=[above, below])
+    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=[above, below]).flat
     draw_heat_maps(top, table, panels, metric, heights)
     grid = bottom.subplots(-(-len(panels) // columns), columns, squeeze=False, sharey=True)
     for axes, row in zip(grid.flat, panels, strict=False):
@@ -168,7 +168,7 @@ def draw_heat_maps(
     part.supylabel("layer", fontsize=7.5)
     values = pd.concat(means).value
     bar = colour_bar(part, grid, scale, values, METRICS[metric], aspect=30, pad=0.01)
-    bar.yaxis.label.set_size(7.5)
+    bar.yaxis.label.set_fontsize(7.5)
     bar.tick_params(labelsize=6.5)
 
 
@@ -192,8 +192,8 @@ def draw_lines(axes: Axes, table: pd.DataFrame, row: list[Panel], metric: str) -
         title += "\n" + textwrap.fill(f"best layer: {', '.join(layers)}", 50)
     axes.set_title(title, fontsize=7.5)
     axes.tick_params(labelsize=6.5)
-    axes.xaxis.label.set_size(7)
-    axes.yaxis.label.set_size(7)
+    axes.xaxis.label.set_fontsize(7)
+    axes.yaxis.label.set_fontsize(7)
 
 
 def main() -> None:

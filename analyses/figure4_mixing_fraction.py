@@ -161,12 +161,26 @@ def _draw_panel(axes: Axes, table: pd.DataFrame) -> None:
     mean, single = table[table.seed == "mean"], table[table.seed != "mean"]
     spread = single.groupby("fraction").improvement.agg(["min", "max"])
     if mean.seeds.max() > 1:
-        band = {"color": COLOUR, "alpha": 0.18, "linewidth": 0, "label": "worst to best seed"}
-        axes.fill_between(spread.index, spread["min"], spread["max"], **band)
+        axes.fill_between(
+            spread.index,
+            spread["min"],
+            spread["max"],
+            color=COLOUR,
+            alpha=0.18,
+            linewidth=0,
+            label="worst to best seed",
+        )
     errors = np.nan_to_num([mean.improvement - mean.low, mean.high - mean.improvement])
-    line = {"fmt": "o-", "color": COLOUR, "capsize": 3, "markersize": 4}
-    line["label"] = f"mean of {mean.seeds.max()} seeds, 95 % over documents"
-    axes.errorbar(mean.fraction, mean.improvement, yerr=errors, **line)
+    axes.errorbar(
+        mean.fraction,
+        mean.improvement,
+        yerr=errors,
+        fmt="o-",
+        color=COLOUR,
+        capsize=3,
+        markersize=4,
+        label=f"mean of {mean.seeds.max()} seeds, 95 % over documents",
+    )
     axes.axhline(0.0, color="0.4", linewidth=0.8)
 
 

@@ -52,7 +52,7 @@ def _of_run(run: Run) -> pd.DataFrame:
     )
     perplexity = perplexity.assign(metric="perplexity", texts="test documents", length=0)
     generated = pd.DataFrame(run.generation_metrics()["metrics"])
-    return pd.concat([perplexity, generated], ignore_index=True).assign(seed=pd.NA)
+    return pd.concat([perplexity, generated], ignore_index=True).assign(seed=None)
 
 
 def draw(table: pd.DataFrame) -> Figure:

@@ -190,7 +190,7 @@ def measure(sentences: int, options: Options, folder: Path) -> list[Row]:
     size = {"sentences": sentences, "megabytes_of_text": text.stat().st_size / 1e6}
     total = first.row(first.begun, first.ended)
     total["peak_megabytes"] = max(sample.resident for build in builds for sample in build.samples) / 1e6
-    rows = [{"workload": "all"} | size | total]
+    rows: list[Row] = [{"workload": "all"} | size | total]
     for stage, done, seconds in first.stages:
         rows.append(
             {"workload": f"{sentences:,} sentences", "stage": stage} | first.row(done - seconds, done)

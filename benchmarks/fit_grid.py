@@ -123,7 +123,7 @@ def _measure_size(workload: Workload, size: Size, options: Options) -> list[Row]
         device: best_matrix_rate(options, device, torch.float32, size.shape)
         for device in {options.device, torch.device("cpu")}
     }
-    rows = []
+    rows: list[Row] = []
     for name, solver in solvers.items():
         measured = size.one_by_one if solver.one_by_one else size.probes
         fit, scale = outcomes[name].result, size.probes / measured

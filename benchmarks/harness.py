@@ -200,8 +200,13 @@ def peak_memory(
         memory before the call (not on Linux: above the peak before the call); on a GPU also
         `peak_device_megabytes` and `added_device_megabytes`, the same of what PyTorch allocated there.
     """
-    job = {"file": prepare.__code__.co_filename, "function": prepare.__name__}
-    job |= {"device": str(device), "arguments": arguments}
+    code = prepare.__code__
+    job = {
+        "file": code.co_filename,
+        "function": code.co_name,
+        "device": str(device),
+        "arguments": arguments,
+    }
     command = [sys.executable, "-c", _STARTER, sys.executable, __file__, json.dumps(job)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - ourselves
     if done.returncode:

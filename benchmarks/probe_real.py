@@ -89,8 +89,8 @@ def measure(lm: str, text: Path, folder: Path) -> list[Row]:
         bare.append(json.loads(done.stdout.splitlines()[-1]))
     tokens = bare[0]["tokens"]
     passes = {name: LMS * float(np.mean([row[name] for row in bare])) for name in ("seconds", "cpu_seconds")}
-    rows = [
-        {"contestant": "bare passes"} | passes,
+    rows: list[Row] = [
+        {"contestant": "bare passes", **passes},
         *({"contestant": name} | found[name] for name in COMMANDS),
     ]
     for row in rows:

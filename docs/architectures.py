@@ -17,7 +17,7 @@ import transformers
 from probekit.data.tokenizer import train_tokenizer
 from probekit.errors import ProbekitError
 from probekit.models.hook_points import Architecture, examine
-from probekit.models.locations import BEFORE, LOCATIONS, hook_name
+from probekit.models.locations import BEFORE, LABELS, hook_name
 
 PAGE = Path(__file__).parent / "reference" / "architectures.md"
 
@@ -154,7 +154,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Architectures by their usual name: the class in Transformers, and settings of a tiny LM beside `SIZE`."""
 
-COLUMNS = [location for location in LOCATIONS if not location.endswith(BEFORE)]
+COLUMNS = [location for location in LABELS if not location.endswith(BEFORE)]
 
 
 def found_in(name: str, tokenizer: Any) -> Architecture:

@@ -83,8 +83,9 @@ def empty_figure(left: float, right: float, bottom: float, top: float) -> tuple[
 
 def frame(axes: Axes, corner: XY, width: float, height: float) -> None:
     """Draws a rounded area behind parts that belong together, from its lower left corner."""
-    style = {"boxstyle": "round,pad=0,rounding_size=0.25", "facecolor": FRAME, "edgecolor": "0.7"}
-    axes.add_patch(FancyBboxPatch(corner, width, height, zorder=0, **style))
+    area = FancyBboxPatch(corner, width, height, "round,pad=0,rounding_size=0.25", zorder=0)
+    area.set(facecolor=FRAME, edgecolor="0.7")
+    axes.add_patch(area)
 
 
 def draw(axes: Axes, drawing: Drawing) -> None:
@@ -103,9 +104,9 @@ def draw(axes: Axes, drawing: Drawing) -> None:
     for box in drawing.boxes:
         face, edge, dashes = _STYLES[box.kind]
         corner = (box.centre[0] - box.width / 2, box.centre[1] - box.height / 2)
-        style = {"facecolor": face, "edgecolor": edge, "linestyle": dashes, "linewidth": 1.3}
-        style["boxstyle"] = "round,pad=0,rounding_size=0.12"
-        axes.add_patch(FancyBboxPatch(corner, box.width, box.height, zorder=2, **style))
+        area = FancyBboxPatch(corner, box.width, box.height, "round,pad=0,rounding_size=0.12", zorder=2)
+        area.set(facecolor=face, edgecolor=edge, linestyle=dashes, linewidth=1.3)
+        axes.add_patch(area)
         axes.text(*box.centre, box.text, ha="center", va="center", fontsize=13, zorder=3)
     for (x, y), text in drawing.notes:
         axes.text(x, y, text, ha="center", va="center", fontsize=12.5, style="italic")

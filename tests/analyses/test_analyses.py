@@ -20,7 +20,7 @@ from synthetic_probes import BASELINES, accuracy_of, probe_table
 import probekit
 from probekit.config import Config
 from probekit.io import read_json, write_json
-from probekit.models.locations import LOCATIONS
+from probekit.models.locations import LABELS
 from probekit.models.mixing import VARIANTS
 from probekit.reports.plot_probes import Panel
 from probekit.run.run import Run
@@ -72,7 +72,7 @@ def test_figure_2(options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.
     run_script("figure2_locations.py", *options, monkeypatch=monkeypatch)
     out = tmp_path / "figures" / f"figure2_locations{'_parallel' if options else ''}.png"
     shown = pd.read_csv(out.with_suffix(".csv")).location.tolist()
-    assert shown == [name for name in LOCATIONS if not options or name != "hook_resid_mid"]
+    assert shown == [name for name in LABELS if not options or name != "hook_resid_mid"]
     assert_belongs_together(out)
 
 
