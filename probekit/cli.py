@@ -252,7 +252,8 @@ def _probed_config(parsed: argparse.Namespace, given: dict[str, Any]) -> Config:
         made = {"corpus.path": config.probe.labels, "corpus.distinct": True}
         texts = config.probe.text_column
         made |= {"corpus.text_column": texts} if texts else {}
-    if config.probe.target != "action" and not parsed.config and "labels" not in given.get("actions", {}):
+    needed = config.probe.target in ("action", "embedding") or "labels" in given.get("actions", {})
+    if not needed and not parsed.config:
         made["actions.labels"] = "none"  # nothing is built that the target does not need
     return config.override(made)
 

@@ -72,11 +72,11 @@ def final_layer_probe(run: Run, variant: VariantName) -> FinalProbe:
             f"`probekit probe {run.folder}` again"
         )
     target = target_of(run.corpus, config)
-    if target.of_sentences is None or config.probe.anchors != "start":
+    if target.kind != "classes" or target.of_sentences is None or config.probe.anchors != "start":
         raise ProbekitError(
-            f"{folder} holds probes of {target.name!r} (probe.anchors {config.probe.anchors}), but causal "
-            "tests change what is read of the next sentence; run `probekit probe` with the target action, or "
-            "with labels of sentences"
+            f"{folder} holds probes of {target.name!r}, {target.kind}, with probe.anchors "
+            f"{config.probe.anchors}, but causal tests change what class is read of the next sentence; run "
+            "`probekit probe` with the target action, or with classes of sentences"
         )
     probe = saved[Cell(*point, 1)]
     return point, LinearProbe(probe.coef.to(run.device), probe.intercept.to(run.device)), target

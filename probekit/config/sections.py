@@ -413,11 +413,11 @@ class ProbeSettings(Settings):
     """The probe grid."""
 
     target: str = "action"
-    """What is read: action (of a sentence), token, sentence-position, document-type (planted corpus only), or
-    a column of the table of labels."""
+    """What is read: action, embedding (of sentences), token, sentence-position, document-type (planted corpus
+    only), or a column of the table of labels."""
     kind: Literal["auto", "classes", "numbers"] = "auto"
     """What a column of labels holds: classes, or numbers, which ridge probes read. auto: numbers if some have
-    fractions or more than 4,096 are different."""
+    fractions or more than 4,096 are different; lists of numbers are vectors, which ridge probes read, too."""
     labels: LabelsPath = None
     """Table of labels: CSV, TSV, JSON lines or Parquet, which may be compressed. A row labels the text in
     `text_column`, or that of `document` (number or name); or its `sentence` of this number, from 0 on; or its
@@ -448,7 +448,7 @@ class ProbeSettings(Settings):
     solvers: Several[SolverName] = ("softmax",)
     """softmax: softmax regression; ridge, lda, mean-difference (nearest class mean): closed form, at the cost
     of about one forward pass; l1: softmax regression on few features; mlp: one hidden layer, for information
-    that is not linear; logit-lens, tuned-lens: the LM's own head (target token). Numbers: ridge alone."""
+    that is not linear; logit-lens, tuned-lens: the LM's own head (target token). Numbers, vectors: ridge alone."""
     l2: Several[PositiveNumber] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
     """L2 penalties tried (softmax, ridge); each probe keeps the best on validation documents. Unit: per
     example, on standardised activations."""

@@ -181,15 +181,19 @@ def load_probes(path: str | Path) -> LinearProbes:
 
 
 def predictions(probe: LinearProbe, activations: Tensor, classes: Sequence[str]) -> pd.DataFrame:
-    """What a probe says of examples: a number, or the most probable class and its probability.
+    """What a probe says of examples: a number, a vector, or the most probable class and its probability.
 
     Args:
         probe: The probe.
         activations: The examples [examples, width].
-        classes: Names of the classes, of which each has a column too if they are few; none for numbers.
+        classes: Names of the classes, of which each has a column too if they are few; none for numbers, and
+            vectors, which have a column for each of their numbers.
     """
     if not classes:
-        return pd.DataFrame({"predicted": probe.scores(activations)[:, 0].numpy().astype(np.float64)})
+        found = probe.scores(activations).numpy().astype(np.float64)
+        several = found.shape[1] > 1
+        columns = [f"predicted_{n}" for n in range(found.shape[1])] if several else ["predicted"]
+        return pd.DataFrame(found, columns=columns)
     p = probe.log_probabilities(activations).exp()
     best, names = p.argmax(-1).numpy(), np.array(classes)
     table = pd.DataFrame({"predicted": names[best], "probability": p.amax(-1).numpy().astype(np.float64)})
@@ -247,14 +251,15 @@ def fit_grid(
     Args:
         activations: What `probekit.activations` gave, an array of NumPy or PyTorch `[examples, width]` or
             `[layers, examples, width]`, or a .npy or .safetensors file of one.
-        labels: A label of each example: a class, or a number [examples].
+        labels: A label of each example: a class, or a number [examples], or a vector [examples, outputs].
         groups: What never crosses splits, and is resampled for intervals, such as the author of each example
             [examples]; None: every example with its copies, which have the same activations.
         split: `train`, `validation` or `test` for each example [examples]; None: 60, 20 and 20 percent of the
             examples, by groups drawn with the seed.
         transfer: A value of each example, such as its topic [examples]: probes are also fitted on each value
             alone, and tested on all.
-        solvers: How probes are fitted, as in `probe.solvers`; None: `softmax`, or `ridge` for numbers.
+        solvers: How probes are fitted, as in `probe.solvers`; None: `softmax`, or `ridge` for numbers and
+            vectors.
         seed: Seed of the split, the shuffled labels and the MLP.
         control: Fit every probe to shuffled labels, too: in the table, `control_accuracy`, `control_r2` and
             `selectivity` are theirs, and not those of the control task of a run.
@@ -285,7 +290,7 @@ def fit_grid(
     grid = _grid(target, numbered, position, splits, group_of)
     compared = None if transfer is None else _values(grid, transfer, values.shape[1])
     options = {"control": control, "code_length": code_length, **settings}
-    options["solvers"] = solvers or ("ridge" if target.kind == "numbers" else "softmax")
+    options["solvers"] = solvers or ("softmax" if target.kind == "classes" else "ridge")
     if isinstance(options["solvers"], str):
         options["solvers"] = [options["solvers"]]
     config = config.override({f"probe.{option}": value for option, value in options.items()})
@@ -309,7 +314,7 @@ def fit_grid(
         )
         source = ArraySource(values, points, on)
         resampling = Resampling(resamples=resamples, seed=seed)
-        if target.kind == "numbers":
+        if target.kind != "classes":
             fitted = fit_sums(source, job, config.probe.solvers)
         else:
             fitted = fit(hold(source, job, [FITTED_ON, CHOSEN_ON]), job, config.probe.solvers)
@@ -463,7 +468,12 @@ def _column(values: Any, name: str, examples: int) -> pd.Series:
 def _target(
     labels: Any, examples: int, name: str, kind: Literal["classes", "numbers"] | None
 ) -> tuple[Target, np.ndarray]:
-    """The target, and the class or number of every example; see `are_numbers`, unless a kind is given."""
+    """The target, and the class, number or row of a vector of every example.
+
+    What numbers are says `are_numbers`, unless a kind is given.
+    """
+    if getattr(labels, "ndim", 1) == 2:
+        return _vector_target(labels, examples, name, kind)
     column = _column(labels, "labels", examples)
     if pd.api.types.is_complex_dtype(column):
         raise ProbekitError("labels holds complex numbers; give words or numbers")
@@ -486,6 +496,22 @@ def _target(
     codes = codes.astype(np.int64)
     names = tuple(map(str, classes))
     return Target(name, len(classes), lambda start, *_: codes[start], names=names), codes
+
+
+def _vector_target(labels: Any, examples: int, name: str, kind: str | None) -> tuple[Target, np.ndarray]:
+    """The target of vectors `[examples, outputs]`."""
+    if kind is not None:
+        raise ProbekitError(f"labels has two axes, which makes vectors, but kind is {kind}; leave it out")
+    vectors = _numbers(labels).double().numpy()
+    if len(vectors) != examples or not vectors.shape[1]:
+        raise ProbekitError(
+            f"labels {list(vectors.shape)} must be [examples, outputs], of {examples:,} examples and one "
+            "output at least"
+        )
+    if not vary(vectors):
+        raise ProbekitError("labels: vectors must be finite, not all the same, and not of extreme size")
+    rows = np.arange(examples)
+    return Target(name, 0, lambda start, *_: rows[start], kind="vectors", vectors=vectors), rows
 
 
 def _splits(groups: Any, split: Any, examples: int, seed: int) -> tuple[dict[str, np.ndarray], np.ndarray]:

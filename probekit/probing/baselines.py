@@ -5,8 +5,9 @@ tokens read) are counted on the training documents and those that probes are fit
 chosen on validation documents. No bigram is given the label that is asked for, where a probe has read that
 sentence. "bigram (current action)", planners and two of the ceilings know the whole sentence before the
 example, and nothing of its own, however far before or behind its first token a probe reads. A number's prior
-is the mean, its bigram a least-squares line from the number of the last sentence. A file's labels are also
-predicted from the bag of words: how often each token of the document occurs up to the last token read.
+is the mean, its bigram a least-squares line from the number of the last sentence; a vector's is ridge from
+the vector of that. A file's labels, and vectors, are also predicted from the bag of words: how often each
+token of the document occurs up to the last token read; vectors also from that of the last sentence alone.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from probekit.evaluation.baselines import SkipNgram, contexts, planner_log_proba
 from probekit.planted.ceilings import ceiling_log_probabilities, has_ceiling, position_ceiling
 from probekit.probing.fitting import predicted
 from probekit.probing.grid import CHOSEN_ON, FITTED_ON, TESTED_ON, Grid, document_numbers
-from probekit.probing.results import CEILING, DocumentSums, Facts, ScoredExamples
+from probekit.probing.results import CEILING, LAST_BAG, DocumentSums, Facts, ScoredExamples
 from probekit.probing.solvers import Moments, RegressionProbes, RidgeProbes
 from probekit.probing.targets import Examples, find_examples, labelled, reached
 from probekit.run.run import Run
@@ -54,7 +55,7 @@ BAG_PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 
 Predict = Callable[[slice], np.ndarray]
 """Log-probabilities `[examples, classes]` in nats of some test examples, all those of a document together; or
-numbers `[examples]`."""
+numbers `[examples]`, or vectors `[examples, outputs]`."""
 
 
 class Baseline(NamedTuple):
@@ -100,7 +101,7 @@ def _of_sentences(run: Run, grid: Grid, training: Examples, horizon: int) -> dic
     corpus, target, h = run.corpus, grid.target, grid.horizons.index(horizon)
     chosen, test = grid.examples[CHOSEN_ON], grid.examples[TESTED_ON]
     baselines = _prior(grid, training, h)
-    if target.kind == "numbers":
+    if target.kind != "classes":
         return baselines
     if target.of_sentences is not None:
         previous = [
@@ -140,16 +141,20 @@ def prior_sums(grid: Grid) -> list[DocumentSums]:
 
 
 def _prior(grid: Grid, training: Examples, h: int) -> dict[str, Baseline]:
-    """The class prior of some examples, or the mean of their numbers."""
-    chosen, test = grid.examples[CHOSEN_ON].labels[:, h], grid.examples[TESTED_ON]
-    if grid.target.kind == "numbers":
-        mean = float(training.labels[:, h].mean())
-        loss = float(((chosen - mean) ** 2).mean())
-        return {"mean": Baseline(lambda rows: np.full(len(test[rows]), mean), loss)}
-    prior = prior_log_probabilities(training.labels[:, h], grid.target.classes)
-    return {
-        "prior": Baseline(lambda rows: np.tile(prior, (len(test[rows]), 1)), float(-prior[chosen].mean()))
-    }
+    """The class prior or mean of some examples; of vectors always the mean of those to fit on."""
+    target, chosen, test = grid.target, grid.examples[CHOSEN_ON].labels[:, h], grid.examples[TESTED_ON]
+    if target.kind == "classes":
+        prior = prior_log_probabilities(training.labels[:, h], target.classes)
+        loss = float(-prior[chosen].mean())
+        return {"prior": Baseline(lambda rows: np.tile(prior, (len(test[rows]), 1)), loss)}
+    vectors = target.kind == "vectors"
+    mean = target.mean((grid.examples[FITTED_ON] if vectors else training).labels[:, h])
+    errors = (target.values(chosen).reshape(len(chosen), -1) - mean) ** 2
+
+    def predict(rows: slice) -> np.ndarray:
+        return np.tile(mean, (len(test[rows]), 1) if vectors else len(test[rows]))
+
+    return {"mean": Baseline(predict, float(errors.sum(1).mean()))}
 
 
 def _before(grid: Grid) -> list[Position]:
@@ -179,21 +184,12 @@ def _at_position(
             lambda rows: ngram.log_probabilities(last_tokens(test[rows])), ngram.validation_cross_entropy
         )
     if target.of_sentences is not None:
-        previous = [
-            corpus.previous_labels(
-                target.of_sentences,
-                np.minimum(
-                    next_sentences(corpus, examples.last_read(position)), examples.sentence + horizon - 1
-                ),
-            )
-            for examples in (training, chosen, test)
-        ]
-        if target.kind == "classes":
-            baselines["bigram"] = _bigram(grid, training, h, *previous)
-        else:
-            baselines["previous number"] = _line(grid, training, h, *previous)
-    if run.config.probe.labels is not None:
+        name, baseline = _previous(corpus, grid, training, h, position)
+        baselines[name] = baseline
+    if run.config.probe.labels is not None or target.kind == "vectors":
         baselines["bag of words"] = _bag_of_words(corpus, grid, training, h, position)
+    if target.kind == "vectors":
+        baselines[LAST_BAG] = _bag_of_words(corpus, grid, training, h, position, last=True)
     if target.name == "action" and has_ceiling(run.config):
         asked, at = test.sentence + horizon - 1, test.last_read(position)
         # With anchors at every token, the ceiling is given the number of sentences ahead. From distance 2 on
@@ -205,6 +201,31 @@ def _at_position(
                 lambda rows: position_ceiling(run.config, corpus, at[rows], asked[rows])
             )
     return baselines
+
+
+def _previous(
+    corpus: Corpus, grid: Grid, training: Examples, h: int, position: Position
+) -> tuple[str, Baseline]:
+    """A reader of the label of the last sentence that has been read whole, and that is not asked for."""
+    target, of_sentences = grid.target, grid.target.of_sentences
+    assert of_sentences is not None  # noqa: S101 - the caller's condition
+
+    def label(examples: Examples) -> np.ndarray:
+        following = next_sentences(corpus, examples.last_read(position))
+        following = np.minimum(following, examples.sentence + grid.horizons[h] - 1)
+        return corpus.previous_labels(of_sentences, following)
+
+    def vector(examples: Examples) -> np.ndarray:
+        """The vector, or zeros and a mark."""
+        rows = label(examples)
+        exists = labelled(rows)[:, None]
+        return np.hstack([np.where(exists, target.values(np.maximum(rows, 0)), 0.0), ~exists])
+
+    if target.kind == "vectors":
+        return "previous vector", _ridge(grid, training, h, vector)
+    previous = [label(part) for part in (training, grid.examples[CHOSEN_ON], grid.examples[TESTED_ON])]
+    name, fit = ("bigram", _bigram) if target.kind == "classes" else ("previous number", _line)
+    return name, fit(grid, training, h, *previous)
 
 
 def next_sentences(corpus: Corpus, tokens: np.ndarray) -> np.ndarray:
@@ -242,34 +263,61 @@ def _line(
     return Baseline(lambda rows: predict(test[rows]), loss)
 
 
-def bags_of_words(corpus: Corpus, examples: Examples, positions: np.ndarray) -> np.ndarray:
-    """Log of one and how often each token occurs in the document up to positions `[examples, bag]`."""
+def bags_of_words(
+    corpus: Corpus, examples: Examples, positions: np.ndarray, *, last: bool = False
+) -> np.ndarray:
+    """Log of one and how often each token occurs in the document up to positions `[examples, bag]`.
+
+    Args:
+        corpus: The corpus.
+        examples: The examples.
+        positions: Last token of each that counts, in `corpus.tokens` `[examples]`.
+        last: Count those of the sentence that holds the position alone.
+    """
     size = min(BAG, len(corpus.tokenizer))
     first = corpus.document_tokens[examples.document] + 1
+    if last:
+        first = np.maximum(first, corpus.first_token[next_sentences(corpus, positions - 1)])
     row = np.repeat(np.arange(len(positions)), positions + 1 - first)
     token = corpus.tokens[ranges(first, positions + 1)].astype(np.int64) % size
     return np.log1p(np.bincount(row * size + token, minlength=len(positions) * size).reshape(-1, size))
 
 
-def _bag_of_words(corpus: Corpus, grid: Grid, training: Examples, h: int, position: Position) -> Baseline:
-    """A ridge probe of the bag of words, its penalty chosen on validation examples."""
+def _bag_of_words(
+    corpus: Corpus, grid: Grid, training: Examples, h: int, position: Position, *, last: bool = False
+) -> Baseline:
+    """A ridge probe of the bag of words, of the whole document or its last sentence up to a position."""
+    return _ridge(
+        grid, training, h, lambda part: bags_of_words(corpus, part, part.last_read(position), last=last)
+    )
+
+
+def _ridge(grid: Grid, training: Examples, h: int, features: Callable[[Examples], np.ndarray]) -> Baseline:
+    """A ridge probe of features `[examples, width]`, its penalty chosen on validation examples."""
     target, test = grid.target, grid.examples[TESTED_ON]
-    numbers = target.kind == "numbers"
-    probe = RegressionProbes(BAG_PENALTIES) if numbers else RidgeProbes(BAG_PENALTIES)
+    classes, outputs = target.kind == "classes", target.outputs
+    probe = (
+        RidgeProbes(BAG_PENALTIES)
+        if classes
+        else RegressionProbes(BAG_PENALTIES, outputs if target.kind == "vectors" else None)
+    )
 
     def parts(examples: Examples) -> Iterator[tuple[Tensor, Tensor]]:
         for start in range(0, len(examples), CHUNK_EXAMPLES):
             part = examples[start : start + CHUNK_EXAMPLES]
-            bags = bags_of_words(corpus, part, part.last_read(position))
-            yield torch.from_numpy(bags)[None], torch.from_numpy(part.labels[:, h])
+            yield (
+                torch.from_numpy(features(part))[None],
+                torch.from_numpy(target.values(part.labels[:, h])),
+            )
 
     moments: Moments | None = None
     for X, y in parts(training[:: -(-len(training) // MOST_BAGS)]):
-        moments = moments or Moments.zeros(1, X.shape[2] + numbers, 1 if numbers else target.classes)
-        if numbers:
-            moments.add_numbers(X, y[None, :, None])
-        else:
+        if classes:
+            moments = moments or Moments.zeros(1, X.shape[2], target.classes)
             moments.add(X, y)
+        else:
+            moments = moments or Moments.zeros(1, X.shape[2], 1, numbers=outputs)
+            moments.add_numbers(X, y.reshape(1, -1, outputs))
     assert moments is not None  # noqa: S101 - a grid has examples
     probe.fit_moments(moments)
     for X, y in parts(grid.examples[CHOSEN_ON]):
@@ -291,11 +339,11 @@ def _scored(
         {"reader": name, "position": position, "horizon": horizon} for position in positions
     ]
     if of.validation_loss is not None:
-        loss = "squared_error" if grid.target.kind == "numbers" else "cross_entropy"
+        loss = "cross_entropy" if grid.target.kind == "classes" else "squared_error"
         readers = [reader | {f"validation_{loss}": of.validation_loss} for reader in readers]
     once, labels = DocumentSums(readers[:1], tested), grid.labels(TESTED_ON, horizon)
     for rows in whole_documents(document_numbers(grid.examples[TESTED_ON].document)):
-        once.add(rows, of.predict(rows)[None], labels[rows])
+        once.add(rows, of.predict(rows)[None], grid.target.values(labels[rows]))
     repeated = DocumentSums(readers)
     repeated.sums = {score: np.repeat(sums, len(readers), axis=1) for score, sums in once.sums.items()}
     return repeated

@@ -18,7 +18,7 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -46,11 +46,9 @@ def control_labels(corpus: Corpus, positions: np.ndarray, prior: ArrayLike, seed
     return np.searchsorted(np.cumsum(np.asarray(prior, np.float64))[:-1], draws, side="right")
 
 
-def control_numbers(
-    corpus: Corpus, positions: np.ndarray, numbers: ArrayLike, seed: int
-) -> NDArray[np.float64]:
-    """A random one of some numbers for each position `[rows]`, see `control_draws`."""
-    known = np.sort(np.asarray(numbers, np.float64))
+def control_numbers(corpus: Corpus, positions: np.ndarray, numbers: ArrayLike, seed: int) -> NDArray[Any]:
+    """A random one of some numbers, or rows of vectors, for each position `[rows]`, see `control_draws`."""
+    known = np.sort(np.asarray(numbers))
     return known[(control_draws(corpus, positions, seed) * len(known)).astype(np.int64)]
 
 

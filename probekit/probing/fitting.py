@@ -77,31 +77,42 @@ class Task:
     Attributes:
         horizon: Horizon of the target; None for the control task.
         labels: By split, `[examples]`, or `[positions, examples]` where they depend on what is read.
+        target: Says which vectors labels number; None: labels are themselves what is predicted.
+        level: What is subtracted from numbers and vectors, shaped so that it can be.
     """
 
     horizon: int | None
     labels: Mapping[str, np.ndarray]
+    target: Target | None = None
+    level: np.ndarray | None = None
 
     @classmethod
     def control(cls, labels: Mapping[str, np.ndarray], target: Target) -> Self:
         """The control task of labels; of numbers less the mean of those fitted on, which R2 compares with."""
-        if target.kind == "numbers":
-            level = labels[FITTED_ON].mean(axis=-1, keepdims=True)
-            labels = {split: numbers - level for split, numbers in labels.items()}
-        return cls(None, labels)
+        level = None
+        if target.kind != "classes":
+            known = labels[FITTED_ON]
+            level = target.values(known).mean(axis=known.ndim - 1, keepdims=True, dtype=np.float64)
+        return cls(None, labels, target, level)
 
     def of(self, split: str, rows: slice, probes: slice, device: torch.device) -> Tensor:
-        """Labels of some examples `[examples]`, or `[probes, examples]` for some probes of a stack."""
+        """Labels of some examples `[examples]`, or `[probes, examples]` for some probes of a stack.
+
+        Vectors have a further axis.
+        """
         labels = self.labels[split][..., rows]
+        values = labels if self.target is None else self.target.values(labels)
+        if self.level is not None:
+            values = (values - self.level).astype(values.dtype)
         if labels.ndim == 2:
-            labels = labels[np.arange(probes.start, probes.stop) % len(labels)]
-        return torch.from_numpy(np.ascontiguousarray(labels)).to(device)
+            values = values[np.arange(probes.start, probes.stop) % len(labels)]
+        return torch.from_numpy(np.ascontiguousarray(values)).to(device)
 
 
 def target_tasks(grid: Grid) -> list[Task]:
     """The grid's target at every horizon."""
     return [
-        Task(horizon, {split: grid.labels(split, horizon) for split in grid.examples})
+        Task(horizon, {split: grid.labels(split, horizon) for split in grid.examples}, grid.target)
         for horizon in grid.horizons
     ]
 
@@ -111,7 +122,7 @@ def control_task(corpus: Corpus, grid: Grid, seed: int) -> Task:
     known = grid.labels(FITTED_ON, grid.horizons[0])
 
     def make(positions: np.ndarray) -> np.ndarray:
-        if grid.target.kind == "numbers":
+        if grid.target.kind != "classes":
             return control_numbers(corpus, positions, known, seed)
         prior = np.exp(prior_log_probabilities(known, grid.target.classes))
         return control_labels(corpus, positions, prior, seed)
@@ -214,7 +225,7 @@ class Fitted:
         weights: dict[str, Tensor] = {}
         if self.solver in LINEAR_SOLVERS and not isinstance(self.probes, LogitLens):
             # float32 would round the level of large numbers, such as dates in seconds.
-            kept = torch.float64 if grid.target.kind == "numbers" else torch.float32
+            kept = torch.float32 if grid.target.kind == "classes" else torch.float64
             rows = zip(self.cells(stacks, grid), self.probes.coef_, self.probes.intercept_, strict=True)
             for cell, coef, intercept in rows:
                 # Cloned: a view of a row would keep the whole batch in memory.
@@ -308,10 +319,10 @@ def fit_sums(activations: Activations, job: FitJob, solvers: Sequence[SolverName
     grid, stacks = job.grid, activations.stacks
     tasks = [*target_tasks(grid), *([job.control] if job.control else [])]
     every = [slice(0, len(stack.points) * len(grid.positions)) for stack in stacks]
-    if grid.target.kind == "numbers":
-        solved, constant = _solve_numbers(activations, job, tasks, every)
-    else:
+    if grid.target.kind == "classes":
         solved, constant = _solve_classes(activations, job, tasks, every, solvers)
+    else:
+        solved, constant = _solve_numbers(activations, job, tasks, every)
     for rows, chunk in job.read(activations, CHOSEN_ON):
         for (_, s, t), probes in solved.items():
             probes.observe_validation(chunk[s], tasks[t].of(CHOSEN_ON, rows, every[s], job.device))
@@ -369,19 +380,22 @@ def _solve_classes(
 def _solve_numbers(
     activations: Activations, job: FitJob, tasks: Sequence[Task], every: Sequence[slice]
 ) -> tuple[Solved, list[Tensor]]:
-    """The same for numbers: those of all tasks are further features of one set of moments a stack."""
+    """The same for numbers and vectors: those of all tasks are in one set of moments a stack."""
+    target = job.grid.target
+    outputs = target.outputs if target.kind == "vectors" else None
     moments = [
-        Moments.zeros(probes.stop, stack.width + len(tasks), 1, job.device)
+        Moments.zeros(probes.stop, stack.width, 1, job.device, numbers=len(tasks) * target.outputs)
         for probes, stack in zip(every, activations.stacks, strict=True)
     ]
     for rows, chunk in job.read(activations, FITTED_ON):
         for sums, probes, X in zip(moments, every, chunk, strict=True):
-            labels = [task.of(FITTED_ON, rows, probes, job.device).expand(X.shape[:2]) for task in tasks]
-            sums.add_numbers(X, torch.stack(labels, 2))
+            labels = [task.of(FITTED_ON, rows, probes, job.device) for task in tasks]
+            columns = [y[..., None] if outputs is None else y for y in labels]
+            sums.add_numbers(X, torch.cat([y.expand(*X.shape[:2], -1) for y in columns], 2))
     for sums in moments:
         sums.over_processes()
     solved: Solved = {
-        ("ridge", s, t): RegressionProbes(job.settings.l2).fit_moments(sums, len(tasks), t)
+        ("ridge", s, t): RegressionProbes(job.settings.l2, outputs).fit_moments(sums, t)
         for s, sums in enumerate(moments)
         for t in range(len(tasks))
     }
@@ -424,10 +438,10 @@ def score(
                 (batch.control, job.control, control_sums),
             ):
                 if probes is not None and task is not None:
-                    labels = task.of(TESTED_ON, rows, batch.rows, job.device)
-                    for part in row_slices(X.shape[0], X.shape[1], max(1, grid.target.classes)):
+                    for part in row_slices(X.shape[0], X.shape[1], grid.target.outputs):
                         of_part = slice(rows.start + part.start, min(rows.start + part.stop, rows.stop))
-                        into.add(of_part, predicted(probes, X[:, part]), labels[..., part])
+                        labels = task.of(TESTED_ON, of_part, batch.rows, job.device)
+                        into.add(of_part, predicted(probes, X[:, part]), labels)
     for batch, sums, control_sums in zip(fitted, scored, controls, strict=True):
         sums.over_processes(job.device)
         control_sums.over_processes(job.device)
@@ -437,7 +451,7 @@ def score(
 
 
 def predicted(probes: Probes, X: Tensor) -> Tensor:
-    """Log-probabilities, or numbers."""
+    """Log-probabilities, or numbers, or vectors."""
     return probes.predict(X) if isinstance(probes, RegressionProbes) else probes.log_probabilities(X)
 
 
@@ -451,7 +465,7 @@ def _facts(fitted: Fitted, cells: Sequence[Cell], job: FitJob) -> Iterator[Facts
         ends = block_ends(examples.document)
         prior = prior_code(grid.labels(FITTED_ON, fitted.horizon), grid.target.classes, ends)
         columns |= {"code_length": fitted.code, "compression": prior / fitted.code}
-    loss = "squared_error" if grid.target.kind == "numbers" else "cross_entropy"
+    loss = "cross_entropy" if grid.target.kind == "classes" else "squared_error"
     columns |= {f"validation_{loss}": fitted.probes.validation_loss_, "constant": fitted.constant}
     for i, cell in enumerate(cells):
         known = {name: column[i].item() for name, column in columns.items() if column is not None}

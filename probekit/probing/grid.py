@@ -64,7 +64,11 @@ class Grid:
     def tested(self) -> ScoredExamples:
         """The test examples."""
         labels = {horizon: self.labels(TESTED_ON, horizon) for horizon in self.horizons}
-        return ScoredExamples(self.target, pd.factorize(self.examples[TESTED_ON].group)[0], labels)
+        group = pd.factorize(self.examples[TESTED_ON].group)[0]
+        centres = {}
+        if self.target.kind == "vectors":
+            centres = {h: self.target.mean(self.labels(FITTED_ON, h)) for h in self.horizons}
+        return ScoredExamples(self.target, group, labels, centres)
 
 
 def make_grid(corpus: Corpus, settings: ProbeSettings, target: Target, seed: int) -> Grid:
@@ -132,7 +136,7 @@ def make_grid(corpus: Corpus, settings: ProbeSettings, target: Target, seed: int
 
 
 def check_solvers(target: Target, settings: ProbeSettings) -> None:
-    """Refuses solvers that read classes where the target holds numbers, and lenses of anything but tokens."""
+    """Refuses solvers that read classes where the target holds others, and lenses of anything but tokens."""
     other = [name for name in settings.locations if not name.startswith("hook_resid_")]
     lenses = [solver for solver in settings.solvers if solver in LENSES]
     if lenses and (target.tokens is None or other):
@@ -146,10 +150,10 @@ def check_solvers(target: Target, settings: ProbeSettings) -> None:
             "probe.target token and probe.locations hook_resid_post"
         )
     classifiers = [solver for solver in settings.solvers if solver != "ridge"]
-    if target.kind == "numbers" and classifiers:
+    if target.kind != "classes" and classifiers:
         raise ProbekitError(
             f"probe.solvers has {', '.join(classifiers)}, which read classes, and {target.name!r} holds "
-            "numbers; give probe.solvers ridge"
+            f"{target.kind}; give probe.solvers ridge"
         )
 
 
@@ -260,7 +264,7 @@ def _notes(grid: Grid, most: int, least: Position) -> Iterator[str]:
     for horizon in grid.horizons:
         yield from _label_notes(tested, horizon)
     target = grid.target
-    if target.kind == "numbers":
+    if target.kind != "classes":
         return
     counts = np.bincount(grid.examples[FITTED_ON].labels[:, 0], minlength=target.classes)
     rare = np.flatnonzero(counts < 2)

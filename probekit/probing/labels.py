@@ -101,11 +101,15 @@ def target_of(corpus: Corpus, config: Config) -> Target:
         )
     labels = [label for label in (table.labels[row] for row in rows) if label is not None]
     kind = config.probe.kind
+    names: tuple[str, ...] = ()
+    vectors: np.ndarray | None = None
     numbers = kind == "numbers"
     if kind == "auto" and all(map(_is_number, labels)):
         values = np.array(labels, dtype=np.float64)
         numbers = bool(np.isfinite(values).all()) and are_numbers(values)
-    if numbers:
+    if table.vectors:
+        vectors, code = _vectors(table, name, rows, kind)
+    elif numbers:
         if words := [label for label in labels if not _is_number(label)]:
             raise ProbekitError(
                 f"probe.kind is 'numbers', but column {name!r} of {table.path} holds {words[0][:20]!r}; "

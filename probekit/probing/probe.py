@@ -120,7 +120,7 @@ def probe(
     _check_variants(run)
     points = _hook_points(run)
     target = target_of(run.corpus, run.config)
-    if target.kind == "numbers" and config.solvers == ProbeSettings().solvers:
+    if target.kind != "classes" and config.solvers == ProbeSettings().solvers:
         run = run.with_settings({"probe.solvers": ["ridge"]})
         config = run.config.probe
     grids = _grids(run, target)
@@ -472,7 +472,7 @@ class _VariantProbes:
 def _groups(run: Run, grid: Grid, points: Sequence[HookPoint]) -> Iterator[list[HookPoint]]:
     """Hook points whose sums stay within `probe.memory`, for solvers that are all closed form."""
     config = run.config.probe
-    sums = max(1, grid.target.classes) * (len(grid.horizons) + config.control)
+    sums = grid.target.outputs * (len(grid.horizons) + config.control)
     group: list[HookPoint] = []
     held = 0
     for point in points:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from probekit.evaluation.action_metrics import METRICS, score_actions
 from probekit.io import read_json, read_tensors
 from probekit.probing.metrics import balanced_accuracies, rank_correlations, two_class_metrics
 from probekit.probing.targets import Target
+from probekit.probing.vectors import Candidates
 from probekit.statistics import (
     Intervals,
     Resampling,
@@ -46,7 +48,13 @@ LINEAR_SOLVERS = ("softmax", "ridge", "lda", "l1", "mean-difference")
 FALSE_POSITIVE_RATE = 0.05
 """That of `recall`. At 0.01, a few hundred test texts would leave one or two false positives to count."""
 
-MODEL_FREE = ("prior", "mean", "bigram", "skip n-gram", "previous number", "bag of words")
+LAST_BAG = "bag of words (last sentence)"
+"""The baseline that counts the tokens of the last sentence alone."""
+
+MODEL_FREE = (
+    *("prior", "mean", "bigram", "skip n-gram", "previous number", "previous vector", "bag of words"),
+    LAST_BAG,
+)
 """Baselines that need no model: a probe should gain over the strongest of them."""
 
 CEILING = "ceiling (tokens read)"
@@ -76,6 +84,8 @@ COLUMNS = (
 
 _TWO_CLASSES = ("auroc", "average_precision", "recall", "calibration_error")
 _NUMBERS = ("r2", "rank_correlation", "squared_error")
+_OF_VECTORS = ("cosine", "reciprocal_rank", "first_percent")
+_METRICS = {"numbers": _NUMBERS, "vectors": ("r2", *_OF_VECTORS, "squared_error")}
 
 ROW_KEY = ["reader", "solver", "variant", "seed", "location", "layer", "distance", "position", "horizon"]
 """Columns that identify a row, in the order by which rows are sorted: `distance` puts positions in order."""
@@ -89,11 +99,18 @@ class ScoredExamples:
         target: What is predicted.
         group: Number of each example's group from 0 `[examples]`; groups are what intervals resample.
         labels: Labels `[examples]` by horizon.
+        centres: The mean of the vectors of the examples fitted on `[outputs]`, by horizon.
     """
 
     target: Target
     group: NDArray[np.int64]
     labels: Mapping[int, np.ndarray]
+    centres: Mapping[int, np.ndarray] = field(default_factory=dict)
+
+    @cached_property
+    def candidates(self) -> dict[int, Candidates]:
+        """Among what vectors are ranked, by horizon."""
+        return {h: Candidates(self.target.vectors, self.labels[h], mean) for h, mean in self.centres.items()}
 
     @property
     def counts(self) -> NDArray[np.int64]:
@@ -108,10 +125,13 @@ class ScoredExamples:
 
     def rows(self, horizon: int, *, control: bool) -> dict[str, np.ndarray]:
         """By score the row of its sums that each example is added to `[examples]`; see `DocumentSums`."""
-        numbers, single = self.target.kind == "numbers", np.arange(len(self.group))
+        kind, single = self.target.kind, np.arange(len(self.group))
         if control:
-            return dict.fromkeys(("squared_error", "total") if numbers else ("correct",), self.group)
-        if numbers:
+            scores = ("correct",) if kind == "classes" else ("squared_error", "total")
+            return dict.fromkeys(scores, self.group)
+        if kind == "vectors":
+            return dict.fromkeys(("squared_error", *_OF_VECTORS), self.group)
+        if kind == "numbers":
             return {"squared_error": self.group, "predicted": single}
         rows = dict.fromkeys(SCORES, self.group) | {"class_correct": self.pairs(horizon)[2]}
         return rows | {"log_odds": single} if self.target.classes == 2 else rows
@@ -132,8 +152,8 @@ class DocumentSums:
     Attributes:
         readers: What is known of each reader `[readers]`; its row of the table begins with it.
         sums: Sums by score, float64 `[rows, readers]`. A row is a group, for scores that are reported as
-            means: `correct`, `top5` and `cross_entropy` of classes, `squared_error` of numbers and their
-            squares, `total`. It is a group and a class (`ScoredExamples.pairs`) for correct predictions,
+            means: `correct`, `top5` and `cross_entropy` of classes, `squared_error` of numbers and vectors and
+            their squares, `total`, and `Candidates.scores` of vectors. It is a group and a class (`ScoredExamples.pairs`) for correct predictions,
             `class_correct`. It is an example where order or size is measured: `log_odds` of the second of two
             classes, float32, and `predicted` numbers.
     """
@@ -143,6 +163,9 @@ class DocumentSums:
     ) -> None:
         self.readers = list(readers)
         self._rows = {} if tested is None else tested.rows(readers[0]["horizon"], control=control)
+        self._candidates: Candidates | None = None
+        if "cosine" in self._rows and tested is not None:
+            self._candidates = tested.candidates[readers[0]["horizon"]]
         self.sums: dict[str, NDArray[Any]] = {
             score: np.zeros(
                 (int(row.max()) + 1, len(self.readers)), np.float32 if score == "log_odds" else np.float64
@@ -155,12 +178,16 @@ class DocumentSums:
 
         Args:
             rows: Which examples.
-            predicted: Log-probabilities in nats `[readers, examples, classes]`, or numbers
-                `[readers, examples]`.
-            labels: True labels `[examples]`, or `[readers, examples]` where each reader has its own.
+            predicted: Log-probabilities in nats `[readers, examples, classes]`, numbers `[readers, examples]`
+                or vectors `[readers, examples, outputs]`.
+            labels: True labels `[examples]`, or `[readers, examples]` where each reader has its own; vectors
+                have a further axis.
         """
         of = _number_scores if "squared_error" in self.sums else _class_scores
-        scores = of(torch.as_tensor(predicted), labels)
+        found = torch.as_tensor(predicted)
+        scores = of(found, labels)
+        if self._candidates is not None:
+            scores |= self._candidates.scores(found, rows)
         for score, sums in self.sums.items():
             row, values = self._rows[score][rows], scores[score].astype(sums.dtype)
             if (np.diff(row) < 0).any():
@@ -178,9 +205,11 @@ class DocumentSums:
 
 
 def _number_scores(predicted: Tensor, labels: Tensor | np.ndarray) -> dict[str, NDArray[Any]]:
-    """Scores of numbers by name `[readers, examples]`."""
+    """Scores of numbers by name `[readers, examples]`; those of vectors are sums over their numbers."""
     truth = torch.as_tensor(labels, device=predicted.device).expand_as(predicted)
     scores = {"predicted": predicted, "squared_error": (predicted - truth).square(), "total": truth.square()}
+    if predicted.ndim == 3:
+        scores = {score: scores[score].sum(2) for score in ("squared_error", "total")}
     return {score: values.double().cpu().numpy() for score, values in scores.items()}
 
 
@@ -201,8 +230,8 @@ def row_slices(readers: int, examples: int, classes: int) -> list[slice]:
 
 def columns_of(target: Target) -> dict[str, str]:
     """The columns of a target's table, and their types: `COLUMNS`, and those of its kind."""
-    numbers = target.kind == "numbers"
-    metrics = _NUMBERS if numbers else _TWO_CLASSES if target.classes == 2 else ()
+    numbers = target.kind != "classes"
+    metrics = _METRICS.get(target.kind, _TWO_CLASSES if target.classes == 2 else ())
     own = {f"{metric}{bound}": "float64" for metric in metrics for bound in ("", "_low", "_high")}
     return (
         COLUMNS
@@ -212,7 +241,7 @@ def columns_of(target: Target) -> dict[str, str]:
 
 
 def main_metric(table: pd.DataFrame) -> str:
-    """The metric that a table's target is shown by: R2 of numbers, AUROC of two classes, else accuracy."""
+    """The metric that a target is shown by: R2 of numbers and vectors, AUROC of two classes, or accuracy."""
     return next((name for name in ("r2", "auroc") if name in table and table[name].notna().any()), "accuracy")
 
 
@@ -239,7 +268,7 @@ def table_of(
         A row for each reader and cell, with `columns_of` the target, sorted by `ROW_KEY`. Where all test
         examples have one label, nothing has an interval.
     """
-    rows, numbers = _Rows(scored, tested, resampling), tested.target.kind == "numbers"
+    rows, numbers = _Rows(scored, tested, resampling), tested.target.kind != "classes"
     loss = rows.sums("squared_error" if numbers else "cross_entropy")
     prior = rows.in_same_cell(rows.table.reader.isin(("prior", "mean")))
     # R2 is a share of the squared error of the mean, bits over the prior are those of an example.
@@ -310,8 +339,9 @@ class _Rows:
 
 
 def _write_numbers(rows: _Rows, loss: NDArray[np.float64], weight: np.ndarray) -> None:
-    """Writes the squared error, and how far R2 is above that of the control task."""
-    rows.write_ratios("squared_error", loss, rows.counts[:, None])
+    """Writes means over examples, and how far R2 is above that of the control task."""
+    for score in ("squared_error", *(_OF_VECTORS if rows.tested.target.kind == "vectors" else ())):
+        rows.write_ratios(score, rows.sums(score), rows.counts[:, None])
     control, total = rows.sums("control_squared_error"), rows.sums("control_total")
     with np.errstate(invalid="ignore"):  # the control labels of all test examples may be the mean
         rows.table["control_r2"] = 1 - control.sum(0) / total.sum(0)
@@ -373,7 +403,7 @@ def _write_gains(rows: _Rows, loss: NDArray[np.float64], weight: np.ndarray, uni
     if not compared.any():
         return
     gains = (loss[:, strongest[compared]] - loss[:, compared]) / unit
-    if rows.tested.target.kind == "numbers":  # a probe that keeps the mean differs from it by rounding
+    if rows.tested.target.kind != "classes":  # a probe that keeps the mean differs from it by rounding
         weight = weight[:, compared]
         # Where the mean is exact, the rounding is still that of numbers as large as the others are.
         gains = np.where(np.abs(gains) > 1e-9 * np.maximum(weight, weight.mean(0)), gains, 0.0)

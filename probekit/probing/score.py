@@ -68,7 +68,7 @@ def score(
 
     Returns:
         A row for each text or token: its number and name, the class predicted and its probability, and the
-        probability of every class if there are at most 20.
+        probability of every class if there are at most 20; or the number predicted, or those of a vector.
 
     Raises:
         ProbekitError: The run has no such probe, or a text is empty or longer than the LM reads.

@@ -6,7 +6,7 @@ An example is a range of tokens of a document, which probes read near, and one l
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 import numpy as np
@@ -64,15 +64,17 @@ class Target:
 
     Attributes:
         name: The setting `probe.target`.
-        classes: Number of classes.
+        classes: Number of classes; 0 of numbers and vectors.
         labels: Labels `[examples]` of first tokens `[examples]` in sentences `[examples]` at a horizon;
             `NO_LABEL` where there is none. Or the ranges that are labelled: then only these are examples.
         of_sentences: The label of every sentence of the corpus, if the target labels sentences.
         names: Names of the classes; empty where numbers are enough.
-        kind: Whether labels are classes, or numbers: float64, NaN where there is none, and `classes` is 0.
+        kind: Whether labels are classes; or numbers: float64, NaN where there is none; or vectors: labels
+            are rows of `vectors`.
         notes: Lines to show the user.
         positions: Where probes read if `probe.positions` is unset.
         tokens: Ids of the tokens `[classes]`, if classes are tokens.
+        vectors: The vectors, of any floating type `[rows, outputs]`; empty for other kinds.
     """
 
     name: str
@@ -80,10 +82,11 @@ class Target:
     labels: Labels | Ranges
     of_sentences: np.ndarray | None = None
     names: tuple[str, ...] = ()
-    kind: Literal["classes", "numbers"] = "classes"
+    kind: Literal["classes", "numbers", "vectors"] = "classes"
     notes: tuple[str, ...] = ()
     positions: tuple[Position, ...] = (1, 2, 3, 4, 6, 8)
     tokens: np.ndarray | None = None
+    vectors: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
 
     def anchors(
         self, corpus: Corpus, anchors: Literal["start", "token"], *, first: bool = True
@@ -113,6 +116,19 @@ class Target:
         begin, end = (corpus.document_tokens[self.labels.document + behind] for behind in (0, 1))
         whole = (self.labels.start == begin + 1) & (self.labels.stop == end)
         return "texts" if whole.all() else "spans"
+
+    @property
+    def outputs(self) -> int:
+        """How many numbers a probe predicts for an example."""
+        return {"classes": self.classes, "numbers": 1, "vectors": self.vectors.shape[1]}[self.kind]
+
+    def values(self, labels: np.ndarray) -> np.ndarray:
+        """What probes predict of labels `[...]`: these, or the vectors that they number `[..., outputs]`."""
+        return self.vectors[labels] if self.kind == "vectors" else labels
+
+    def mean(self, labels: np.ndarray) -> np.ndarray:
+        """The mean of what probes predict of labels `[examples]`, which are no classes `[1 or outputs]`."""
+        return np.atleast_1d(self.values(labels).mean(0, dtype=np.float64))
 
     def name_of(self, label: int) -> str:
         """The name of a class, or its number."""
@@ -150,7 +166,7 @@ class Examples:
         return len(self.start)
 
     def __getitem__(self, rows: slice | np.ndarray) -> Examples:
-        return Examples(*(getattr(self, field.name)[rows] for field in fields(self)))
+        return Examples(*(getattr(self, part.name)[rows] for part in fields(self)))
 
     def bounds(self, position: Position) -> tuple[np.ndarray, np.ndarray]:
         """The first and the last token that a probe reads at a position, in `corpus.tokens` `[examples]`."""
@@ -331,25 +347,40 @@ def _document_type(corpus: Corpus) -> Target:
     return Target("document-type", int(types.max()) + 1, labels)
 
 
+def _embedding(corpus: Corpus) -> Target:
+    corpus.require_actions()
+    # Zeros are the embedding of a sentence that holds no word that the encoder knows.
+    rows = np.where(corpus.embeddings.any(axis=1), np.arange(len(corpus.first_token)), NO_LABEL)
+    return sentence_target(corpus, "embedding", 0, rows, vectors=corpus.embeddings)
+
+
 TARGETS: dict[str, Callable[[Corpus], Target]] = {
     "action": _action,
     "token": _token,
     "sentence-position": _sentence_position,
     "document-type": _document_type,
+    "embedding": _embedding,
 }
 """Targets that need no file: a sentence's action, a token (as in Future Lens, arXiv 2311.04897), a sentence's
-number in its document, and the planted corpus's hidden document type."""
+number in its document, the planted corpus's hidden document type, and a sentence's embedding, a vector."""
 
 
 def sentence_target(
-    corpus: Corpus, name: str, classes: int, of_sentences: np.ndarray, names: tuple[str, ...] = ()
+    corpus: Corpus,
+    name: str,
+    classes: int,
+    of_sentences: np.ndarray,
+    names: tuple[str, ...] = (),
+    vectors: np.ndarray | None = None,
 ) -> Target:
-    """A target that labels every sentence `[sentences]` with a class, or with a number if there are none."""
-    missing, dtype = (NO_LABEL, np.int64) if classes else (np.nan, np.float64)
+    """A target that labels every sentence `[sentences]` with a class, a row of some vectors, or a number."""
+    has_codes = classes or vectors is not None
+    missing, dtype = (NO_LABEL, np.int64) if has_codes else (np.nan, np.float64)
 
     def labels(start: np.ndarray, sentence: np.ndarray, horizon: int) -> np.ndarray:
         asked = sentence + horizon - 1
         exists = asked < corpus.document_sentences[corpus.document_of(sentence) + 1]
         return np.where(exists, of_sentences[np.where(exists, asked, 0)], missing).astype(dtype)
 
-    return Target(name, classes, labels, of_sentences, names, "classes" if classes else "numbers")
+    found = Target(name, classes, labels, of_sentences, names, "classes" if classes else "numbers")
+    return found if vectors is None else replace(found, kind="vectors", vectors=vectors)

@@ -57,6 +57,9 @@ COLUMNS: dict[str, Column] = {
     "r2": Column("R²", better=1),
     "gain_r2": Column("gain in R²", better=1, signed=True),
     "rank_correlation": Column("rank correlation", better=1),
+    "cosine": Column("cosine", better=1),
+    "reciprocal_rank": Column("mean reciprocal rank", better=1),
+    "first_percent": Column("in the first 1 %", better=1),
     "squared_error": Column("mean squared error", better=-1),
     # Generated text
     "rouge2": Column("ROUGE-2", better=1),

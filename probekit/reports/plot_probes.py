@@ -25,7 +25,7 @@ from probekit.errors import ProbekitError
 from probekit.io import atomic_path, write_text
 from probekit.models.locations import label, per_layer
 from probekit.models.mixing import VARIANTS
-from probekit.probing.results import main_metric, validation_loss
+from probekit.probing.results import LAST_BAG, main_metric, validation_loss
 from probekit.reports.display import number, visible
 from probekit.reports.drawing import (
     NotebookFigure,
@@ -50,10 +50,13 @@ METRICS = {
     "average_precision": "test average precision",
     "r2": "test R²",
     "rank_correlation": "test rank correlation",
+    "cosine": "test cosine",
+    "reciprocal_rank": "test mean reciprocal rank",
+    "first_percent": "test share in the first 1 %",
     "top5": "test top-5 accuracy",
     "bits": "bits over the prior",
-    "gain": "bits (numbers: R²) over the\nstrongest model-free baseline",
-    "selectivity": "selectivity (accuracy, numbers:\nR², over the control task)",
+    "gain": "bits (numbers, vectors: R²) over\nthe strongest model-free baseline",
+    "selectivity": "selectivity (accuracy; numbers,\nvectors: R²; over the control task)",
     "compression": "compression",
 }
 """Metrics that can be drawn, with their axis labels; higher is better for all of them."""
@@ -65,7 +68,9 @@ BASELINE_STYLES = {
     "prior": ("0.55", ":"),
     "mean": ("0.55", "--"),
     "previous number": ("#e08a2e", "--"),
+    "previous vector": ("#e08a2e", "--"),
     "bag of words": ("#1b7837", "--"),
+    LAST_BAG: ("#1b7837", ":"),
     "bigram": ("#b35900", "--"),
     "bigram (current action)": ("#e08a2e", "-."),
     "skip n-gram": ("#b35900", ":"),

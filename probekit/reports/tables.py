@@ -39,6 +39,9 @@ MORE_BOUNDARIES = "raise intervene.boundaries, or intervene.samples where that i
 MORE_SUBNETWORK_DOCUMENTS = "raise subnetwork.documents, or give more documents"
 """What to do where a subnetwork is measured on few documents."""
 
+REGRESSION = ("r2", "rank_correlation", "cosine", "reciprocal_rank", "first_percent", "squared_error")
+"""Metrics of numbers and of vectors, of which each has some."""
+
 METRICS_OF = {
     "accuracy": (
         ("accuracy", "bits", "gain", "gain_over", "selectivity", "compression"),
@@ -49,11 +52,11 @@ METRICS_OF = {
         ("auroc", "accuracy", "bits"),
     ),
     "r2": (
-        ("r2", "rank_correlation", "squared_error", "gain_r2", "gain_over", "selectivity"),
-        ("r2", "rank_correlation", "squared_error"),
+        (*REGRESSION, "gain_r2", "gain_over", "selectivity"),
+        REGRESSION,
     ),
 }
-"""What tables show of probes and of baselines, by the main metric of the target."""
+"""What tables show of probes and of baselines, by the main metric of the target, as far as it has them."""
 
 METRIC_WORDS = {"bits": "bits over the prior", "r2": "R²"}
 """What notes call metrics."""
@@ -210,6 +213,13 @@ def documents_tested(table: pd.DataFrame) -> str:
     return f"{documents:,} documents" + (f" in {groups:,} groups" if groups < documents else "")
 
 
+def _metrics(table: pd.DataFrame) -> tuple[list[str], list[str]]:
+    """What is shown of the probes and of the baselines of a table."""
+    of_probes, of_baselines = METRICS_OF[main_metric(table)]
+    known = {*table.columns, "gain_r2"}
+    return [name for name in of_probes if name in known], [name for name in of_baselines if name in known]
+
+
 def probe_tables(table: pd.DataFrame, best: pd.DataFrame) -> list[Table]:
     """The best cells, and the baselines and ceilings at the same positions and horizons.
 
@@ -224,7 +234,7 @@ def probe_tables(table: pd.DataFrame, best: pd.DataFrame) -> list[Table]:
         f"Best cells, chosen on validation documents, on {examples:,} test examples of "
         f"{documents_tested(table)}"
     )
-    metrics, of_baselines = METRICS_OF[main_metric(table)]
+    metrics, of_baselines = _metrics(table)
     if "gain_r2" in metrics:
         cells = cells.rename(columns=GAIN_R2)
     beside = table[table.reader != "probe"].merge(best[["position", "horizon"]].drop_duplicates())
@@ -364,7 +374,7 @@ def over_training_table(table: pd.DataFrame, stage: str) -> Table:
     """The best layer after each step of a stage whose checkpoints were probed."""
     best = best_by_step(table)
     keys = ["variant", "location", "solver", "horizon", "seed"]
-    metrics, _ = METRICS_OF[main_metric(table)]
+    metrics, _ = _metrics(table)
     best = best.rename(columns=GAIN_R2) if "gain_r2" in metrics else best
     return display(
         f"Best layer after each step of {stage}, chosen on validation documents, at position "

@@ -396,10 +396,60 @@ def test_more_classes_than_can_be_probed(corpus: Corpus, tmp_path: Path, monkeyp
     assert "has 4 classes; at most 3 can be probed" in refusal(corpus, "kind", path)
 
 
-def test_lists_are_no_labels(corpus: Corpus, tmp_path: Path):
+def test_objects_are_no_labels(corpus: Corpus, tmp_path: Path):
     path = tmp_path / "labels.jsonl"
-    path.write_text(json.dumps({"text": TEXTS[0], "kind": ["a"]}) + "\n")
-    assert "labels.jsonl:1: 'kind' holds lists or objects" in refusal(corpus, "kind", path)
+    path.write_text(json.dumps({"text": TEXTS[0], "kind": {"a": 1}}) + "\n")
+    assert "labels.jsonl:1: 'kind' holds objects; give words" in refusal(corpus, "kind", path)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_lists_of_numbers_are_vectors(corpus: Corpus, tmp_path: Path, suffix: str):
+    lists = [[0.5, 1, -2e-3], None, [3.0, 4, 5], [0.5, 1, -2e-3]]
+    target = read(corpus, "kind", written(tmp_path, suffix, text=TEXTS, kind=lists))
+    assert (target.kind, target.classes, target.outputs, target.positions) == ("vectors", 0, 3, ("last",))
+    assert isinstance(target.labels, Ranges)
+    assert target.labels.document.tolist() == [0, 2, 3]
+    assert target.values(target.labels.labels).tolist() == [lists[0], lists[2], lists[3]]
+    assert "3 vectors of 'kind', 3 numbers each, 2 of them different; 1 rows are left" in target.notes[0]
+    twice = written(tmp_path, suffix, text=[TEXTS[0], *TEXTS[:3]], kind=[lists[0], lists[0], [1, 2, 3], None])
+    found = read(corpus, "kind", twice)
+    assert found.values(found.labels.labels).tolist() == [lists[0], [1, 2, 3]]
+
+
+def test_vectors_of_sentences_have_horizons(corpus: Corpus, tmp_path: Path):
+    columns = {"document": [0, 0, 1], "sentence": [0, 1, 0], "kind": [[1.0, 2], [3.0, 4], [5.0, 6]]}
+    target = read(corpus, "kind", written(tmp_path, ".parquet", **columns))
+    found = find_examples(corpus, np.arange(3), target, (1, 2))
+    assert target.values(found.labels[0]).tolist() == [[1, 2], [3, 4]]
+    assert found.labels[1].tolist() == [target.of_sentences[1], NO_LABEL]
+    assert (found.labels[3:] == NO_LABEL).all()
+
+
+BAD_LISTS = [
+    ([[1.0, 2.0], [1.0]], "labels.jsonl:2: 'kind' is 'a list of 1', but the first vector is a list of 2"),
+    ([[1.0, 2.0], "x"], "labels.jsonl:2: 'kind' is 'x', but the first vector is a list of 2; all must be"),
+    ([[1.0, 2.0], []], "labels.jsonl:2: 'kind' is an empty list; leave the field empty"),
+    ([[1.0, float("nan")], [1, 2]], "labels.jsonl:1: 'kind' has 'nan' in a list; lists must hold numbers"),
+    ([[1.0, 1e200], [1, 2]], "'kind' has '1e+200' in a list; lists must hold numbers, finite and below"),
+    ([["a"], ["b"]], "'kind' has 'a' in a list"),
+    ([[True], [False]], "'kind' has 'True' in a list"),
+    ([[[1.0]], [[2.0]]], "'kind' has '[1.0]' in a list"),
+    ([[1.0, 2.0], [1.0, 2.0]], "all vectors of 'kind' are equal"),
+]
+
+
+@pytest.mark.parametrize(("lists", "said"), BAD_LISTS, ids=[said for _, said in BAD_LISTS])
+def test_lists_that_are_no_vectors_are_refused(corpus: Corpus, tmp_path: Path, lists: list, said: str):
+    path = tmp_path / "labels.jsonl"
+    rows = zip(TEXTS, lists, strict=False)
+    path.write_text("".join(json.dumps({"text": text, "kind": values}) + "\n" for text, values in rows))
+    assert said in refusal(corpus, "kind", path)
+
+
+def test_a_kind_that_lists_are_not_is_refused(corpus: Corpus, tmp_path: Path):
+    path = written(tmp_path, ".jsonl", text=TEXTS, n=[[1.0], [2.0], [3.0], [4.0]])
+    with pytest.raises(ProbekitError, match=r"probe\.kind is 'numbers', but column 'n' .* which are vectors"):
+        read(corpus, "n", path, kind="numbers")
 
 
 @pytest.mark.parametrize("name", ["labels", "labels.txt", "labels.xlsx"])

@@ -48,6 +48,8 @@ def slow_label(run: Run, target: str, document: int, anchor: int, sentence: int,
         return frequent_tokens(corpus).get(int(corpus.tokens[token]), NO_LABEL)
     if asked >= last:
         return NO_LABEL
+    if target == "embedding":
+        return asked if corpus.embeddings[asked].any() else NO_LABEL
     return int(corpus.actions[asked]) if target == "action" else min(asked - first, 15)
 
 

@@ -62,7 +62,9 @@ class Moments:
         class_counts: Examples of each class, [probes, classes].
         class_sums: Sum of their activations, [probes, classes, width].
         mean: Mean of all activations, [probes, width].
-        scatter: Sum of (x - mean)(x - mean)', [probes, width, width].
+        scatter: Sum of (x - mean)(x - mean)', [probes, width, width]. Where numbers take the place of
+            classes, activations are followed by these: `class_sums` and `mean` are width + numbers wide, and
+            so is the scatter, [probes, width, width + numbers], without products of two numbers.
         dtype: Type of the products within a chunk, and of the solutions: float32, or float64 for activations
             in float64.
     """
@@ -81,9 +83,12 @@ class Moments:
         classes: int,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        *,
+        numbers: int = 0,
     ) -> Self:
-        """The moments of no example."""
-        shapes = (probes, classes), (probes, classes, width), (probes, width), (probes, width, width)
+        """The moments of no example, with classes or with several numbers, of which `classes` is 1."""
+        both = width + numbers
+        shapes = (probes, classes), (probes, classes, both), (probes, both), (probes, width, both)
         totals = [torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes]
         return cls(totals[0], totals[1], totals[2], totals[3], dtype)
 
@@ -113,13 +118,13 @@ class Moments:
         return self
 
     def add_numbers(self, X: Tensor, y: Tensor) -> Self:
-        """Adds examples with numbers in place of classes, of which there is one: the last features are `y`.
+        """Adds examples with numbers in place of classes.
 
         Args:
             X: Activations of any floating type, [probes, examples, width].
-            y: Numbers of each example, [probes, examples, numbers]; the moments are width + numbers wide.
+            y: Numbers of each example, [probes, examples, numbers].
         """
-        for at in pieces(X, 8 * X.shape[2]):
+        for at in pieces(X, 8 * (X.shape[2] + y.shape[2])):
             joined = torch.cat([X[at].double(), y[at].double()], 2)
             self._add_piece(at[0], joined, joined.new_zeros(joined.shape[:2], dtype=torch.int64))
         return self
@@ -147,10 +152,12 @@ class Moments:
         """
         variance = self.scatter[at].diagonal(dim1=1, dim2=2)[:, None] / self.count[at, None, None]
         scale = variance.clamp(min=0).sqrt()
-        if len(broken := (~scale.isfinite()).nonzero()):
+        known = scale.isfinite().all(2) & self.mean[at, None].isfinite().all(2)
+        if len(broken := (~known).nonzero()):
             probe = at.start + int(broken[0, 0])
             raise ProbekitError(f"probe {probe}: it has no examples, or values that are not all finite")
-        return torch.where(scale <= CONSTANT * self.mean[at, None].abs(), torch.inf, scale)
+        mean = self.mean[at, None, : scale.shape[2]]
+        return torch.where(scale <= CONSTANT * mean.abs(), torch.inf, scale)
 
     def merge(self, other: Self) -> Self:
         """Adds the examples of other moments of the same shape."""
@@ -177,7 +184,7 @@ class Moments:
             distributed.add_up([means])
             mean = means / self.count[:, None].clamp(min=1)
             for scatter, delta, count in zip(self.scatter, self.mean - mean, own, strict=True):
-                scatter += count * torch.outer(delta, delta)  # one probe at a time: they are large
+                scatter += count * torch.outer(delta[: len(scatter)], delta)  # one probe at a time: they are large
             distributed.add_up([self.scatter])
             self.mean.copy_(mean)
         return self
@@ -192,8 +199,8 @@ class Moments:
         centred = (X.to(centre.dtype) - centre[:, None]).to(self.dtype)
         offset = mean - centre
         self._move_mean(probes, torch.full_like(mean[:, 0], n), mean)
-        self.scatter[probes] += torch.bmm(centred.mT, centred)
-        self.scatter[probes] -= n * _outer(offset)
+        self.scatter[probes] += torch.bmm(centred[..., : self.scatter.shape[1]].mT, centred)
+        self.scatter[probes] -= n * self._outer(offset)
         self._add_classes(probes, exact, y)
 
     def _add_classes(self, probes: slice, X: Tensor, y: Tensor) -> None:
@@ -211,12 +218,12 @@ class Moments:
         before = self.class_counts[probes].sum(1)
         share = (count / (before + count).clamp(min=1))[:, None]
         delta = mean - self.mean[probes]
-        self.scatter[probes] += _outer(delta) * (before[:, None] * share)[..., None]
+        self.scatter[probes] += self._outer(delta) * (before[:, None] * share)[..., None]
         self.mean[probes] += delta * share
 
-
-def _outer(a: Tensor) -> Tensor:
-    return a[:, :, None] * a[:, None, :]
+    def _outer(self, a: Tensor) -> Tensor:
+        """Products of means or offsets, shaped as the scatter."""
+        return a[:, : self.scatter.shape[1], None] * a[:, None, :]
 
 
 Eigen = tuple[Tensor, Tensor]
@@ -242,8 +249,8 @@ class MomentProbes(ABC):
     call `observe_validation` with one part of the validation examples after the other.
 
     Attributes:
-        coef_: Weights on raw activations, [probes, width, classes], or 1 in place of classes for a number.
-        intercept_: Intercepts, [probes, classes].
+        coef_: Weights on raw activations, [probes, width, classes or numbers].
+        intercept_: Intercepts, [probes, classes or numbers].
         penalty_: The penalty or shrinkage kept, [probes]; `penalty_name` says which it is.
         validation_loss_: The least mean loss on validation examples, [probes].
     """

@@ -42,6 +42,55 @@ def test_equals_scikit_learn(l2: float, dtype: torch.dtype):
         assert found.validation_squared_error_[probe, 1] == pytest.approx(variance.item(), rel=1e-6)
 
 
+def vectors_of(y: torch.Tensor, outputs: int = 5) -> torch.Tensor:
+    """Vectors whose outputs are the numbers, each with noise and a level of its own."""
+    generator = torch.Generator().manual_seed(9)
+    noise = torch.randn(*y.shape, outputs, generator=generator, dtype=torch.float64)
+    return y[..., None] * torch.linspace(-1, 2, outputs, dtype=torch.float64) + 10 * noise
+
+
+def test_vectors_equal_the_ridge_of_scikit_learn_with_many_outputs():
+    X, y, X_validation, y_validation = planted()
+    y, y_validation = vectors_of(y), vectors_of(y_validation)
+    for shared in (False, True):
+        known = (y[0], y_validation[0]) if shared else (y, y_validation)
+        found = RegressionProbes([0.03], 5).fit(X, known[0], X_validation, known[1])
+        for probe in range(len(X)):
+            own, own_validation = (y[0], y_validation[0]) if shared else (y[probe], y_validation[probe])
+            scaler = StandardScaler().fit(X[probe])
+            ridge = Ridge(alpha=0.03 * X.shape[1]).fit(scaler.transform(X[probe]), own)
+            expected = ridge.predict(scaler.transform(X_validation[probe]))
+            np.testing.assert_allclose(found.predict(X_validation)[probe], expected, rtol=1e-6)
+            error = ((expected - own_validation.numpy()) ** 2).sum(1).mean()
+            assert found.validation_squared_error_[probe, 0] == pytest.approx(error, rel=1e-6)
+
+
+def test_all_numbers_of_a_vector_have_the_penalty_that_is_best_for_them_together():
+    X, y, X_validation, y_validation = planted(probes=20, examples=30, noise=4.0)
+    y, y_validation = vectors_of(y), vectors_of(y_validation)
+    penalties = [1e-3, 0.3, 10.0]
+    found = RegressionProbes(penalties, 5).fit(X, y, X_validation, y_validation)
+    each = [RegressionProbes([l2], 5).fit(X, y, X_validation, y_validation) for l2 in penalties]
+    predicted = torch.stack([probe.predict(X_validation) for probe in each])
+    errors = (predicted - y_validation).square().sum(3).mean(2)
+    assert torch.equal(found.l2_[found.l2_.isfinite()], torch.tensor(penalties)[errors.argmin(0)].double())
+    assert len(set(found.l2_.tolist())) > 1
+
+
+def test_vectors_of_several_tasks_in_parts_change_nothing():
+    X, y, X_validation, y_validation = planted()
+    y, y_validation = vectors_of(y), vectors_of(y_validation)
+    folds = [Moments.zeros(len(X), WIDTH, 1, dtype=torch.float64, numbers=10) for _ in range(2)]
+    for i, (start, stop) in enumerate(itertools.pairwise([0, 7, 150, 151, 300])):
+        both = torch.cat([y.flip(1), y], 2)[:, start:stop]
+        folds[i % 2].add_numbers(X[:, start:stop], both)
+    found = RegressionProbes([0.1], 5).fit_moments(folds[0].merge(folds[1]), target=1)
+    for rows in torch.arange(X_validation.shape[1]).split([11, 200, 89]):
+        found.observe_validation(X_validation[:, rows], y_validation[:, rows])
+    whole = RegressionProbes([0.1], 5).fit(X, y, X_validation, y_validation)
+    torch.testing.assert_close(found.choose().coef_, whole.coef_)
+
+
 def test_chooses_the_penalty_that_is_best_on_validation():
     X, y, X_validation, y_validation = planted(probes=20, examples=30, noise=4.0)
     found = RegressionProbes([1e-3, 0.3, 10.0]).fit(X, y, X_validation, y_validation)
@@ -62,10 +111,10 @@ def test_the_mean_is_kept_where_nothing_can_be_read():
 def test_parts_and_several_numbers_at_once_change_nothing():
     X, y, X_validation, y_validation = planted()
     both = torch.stack([y.flip(1), y], 2)
-    folds = [Moments.zeros(len(X), WIDTH + 2, 1) for _ in range(2)]
+    folds = [Moments.zeros(len(X), WIDTH, 1, numbers=2) for _ in range(2)]
     for i, (start, stop) in enumerate(itertools.pairwise([0, 7, 150, 151, 300])):
         folds[i % 2].add_numbers(X[:, start:stop].float(), both[:, start:stop])
-    found = RegressionProbes([0.1]).fit_moments(folds[0].merge(folds[1]), targets=2, target=1)
+    found = RegressionProbes([0.1]).fit_moments(folds[0].merge(folds[1]), target=1)
     for rows in torch.arange(X_validation.shape[1]).split([11, 200, 89]):
         found.observe_validation(X_validation[:, rows], y_validation[:, rows])
     whole = RegressionProbes([0.1]).fit(X, y, X_validation, y_validation)
