@@ -13,12 +13,17 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from probekit.run.run import Run
+
 MOST_CANDIDATES = 10_000
 """Of more distinct vectors so many are candidates, spread evenly over the test examples, and the true one."""
 
 FIRST = 0.01
 """The share of the candidates that counts as first: by chance the true vector is there as often, however many
 candidates there are, which is not so for the first ten."""
+
+EQUAL = 1e-6
+"""Cosines that differ by no more, which is the precision of float32, are equal."""
 
 VANISHING = 1e-9
 """A prediction whose distance from the mean is less than this share of the vectors' own predicts the mean."""
@@ -34,6 +39,7 @@ class Candidates:
 
     Attributes:
         count: How many there are.
+        rows: The row of the first example with each distinct vector `[vectors]`.
     """
 
     def __init__(self, vectors: np.ndarray, labels: np.ndarray, centre: np.ndarray) -> None:
@@ -45,6 +51,7 @@ class Candidates:
         first = np.unique(same, return_index=True)[1]
         self._least = VANISHING * float(np.sqrt((found[first] ** 2).sum(1).mean()))
         self._units = self._normalised(torch.from_numpy(found[first]))
+        self.rows = rows[first]
         self._pool = torch.arange(0, len(distinct), -(-len(distinct) // MOST_CANDIDATES))
         self.count = len(self._pool)
 
@@ -73,14 +80,27 @@ class Candidates:
         for vectors in predicted:
             units = self._normalised(vectors.double() - self._centre.to(device))
             cosine = (units * true).sum(1)
-            near = units @ candidates.T
-            closer = ((near > cosine[:, None]) & others).sum(1).double()
-            tied = ((near == cosine[:, None]) & others).sum(1) + 1.0
+            ahead = units @ candidates.T - cosine[:, None]
+            closer = ((ahead > EQUAL) & others).sum(1).double()
+            tied = ((ahead.abs() <= EQUAL) & others).sum(1) + 1.0
             ranks = torch.digamma(closer + tied + 1) - torch.digamma(closer + 1)  # sum of 1 / rank
             found.append([cosine.double(), ranks / tied, ((self._first - closer) / tied).clamp(0, 1)])
         names = "cosine", "reciprocal_rank", "first_percent"
         scores = torch.stack([torch.stack(each) for each in found], 1).cpu().numpy()
         return dict(zip(names, scores, strict=True))
+
+    def nearest(self, predicted: Tensor, count: int) -> np.ndarray:
+        """The rows of the distinct vectors that are nearest to predictions, of all, nearest first.
+
+        Args:
+            predicted: Vectors `[examples, outputs]`.
+            count: How many, at most.
+
+        Returns:
+            Rows `[examples, count]`.
+        """
+        near = self._normalised(predicted.cpu().double() - self._centre) @ self._units.T
+        return self.rows[near.topk(min(count, len(self.rows)), dim=1).indices.numpy()]
 
     @property
     def _first(self) -> int:
@@ -90,3 +110,24 @@ class Candidates:
         """Vectors of norm 1, or 0 where they vanish, in float32."""
         norm = vectors.norm(dim=1, keepdim=True)
         return torch.where(norm > self._least, vectors / norm, 0.0).float()
+
+
+def nearest(run: Run, predictions: Tensor, count: int = 3) -> np.ndarray:
+    """The sentences of a run's test documents whose embeddings are nearest to predicted ones.
+
+    Args:
+        run: The run, whose probes of the target `embedding` predicted them.
+        predictions: Embeddings `[examples, dimensions]`.
+        count: How many sentences, at most; those with equal embeddings are one.
+
+    Returns:
+        Numbers of sentences, nearest first `[examples, count]`; `corpus.sentence_texts` has their texts.
+    """
+    corpus = run.corpus
+
+    def known(split: str) -> np.ndarray:
+        sentences = corpus.sentences(corpus.documents(split))
+        return sentences[corpus.embeddings[sentences].any(axis=1)]
+
+    centre = corpus.embeddings[known("probe")].mean(0, dtype=np.float64)
+    return Candidates(corpus.embeddings, known("test"), centre).nearest(predictions, count)
