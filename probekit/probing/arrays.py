@@ -50,6 +50,7 @@ from probekit.probing.targets import (
 )
 from probekit.probing.texts import TextActivations
 from probekit.probing.transfer import Values, enough_examples, transfer_table, transferred
+from probekit.probing.vectors import PENALTIES
 from probekit.progress import Meter, Progress
 from probekit.statistics import Resampling
 
@@ -291,6 +292,8 @@ def fit_grid(
     compared = None if transfer is None else _values(grid, transfer, values.shape[1])
     options = {"control": control, "code_length": code_length, **settings}
     options["solvers"] = solvers or ("softmax" if target.kind == "classes" else "ridge")
+    if target.kind == "vectors":
+        options.setdefault("l2", PENALTIES)
     if isinstance(options["solvers"], str):
         options["solvers"] = [options["solvers"]]
     config = config.override({f"probe.{option}": value for option, value in options.items()})

@@ -182,6 +182,11 @@ class FitJob:
             return copy.copy(self.lens)
         return _ITERATIVE[name](self.settings, self.seed)
 
+    def regression(self) -> RegressionProbes:
+        """A new batch of probes of the grid's numbers or vectors, not fitted."""
+        target = self.grid.target
+        return RegressionProbes(self.settings.l2, target.outputs if target.kind == "vectors" else None)
+
     def closed_form(self, name: SolverName) -> ClosedForm:
         """A new batch of closed-form probes, not fitted."""
         return _CLOSED_FORM[name](self.settings)
@@ -288,9 +293,9 @@ def _fit_batch(
     def labels(task: Task, split: str) -> Tensor:
         return task.of(split, slice(None), rows, job.device)
 
-    if job.grid.target.kind == "numbers":
+    if job.grid.target.kind != "classes":
         found = [
-            RegressionProbes(job.settings.l2).fit(X, labels(of, FITTED_ON), X_chosen, labels(of, CHOSEN_ON))
+            job.regression().fit(X, labels(of, FITTED_ON), X_chosen, labels(of, CHOSEN_ON))
             for of in (task, job.control)
             if of is not None
         ]
@@ -381,21 +386,20 @@ def _solve_numbers(
     activations: Activations, job: FitJob, tasks: Sequence[Task], every: Sequence[slice]
 ) -> tuple[Solved, list[Tensor]]:
     """The same for numbers and vectors: those of all tasks are in one set of moments a stack."""
-    target = job.grid.target
-    outputs = target.outputs if target.kind == "vectors" else None
+    numbers, of_vectors = len(tasks) * job.grid.target.outputs, job.grid.target.kind == "vectors"
     moments = [
-        Moments.zeros(probes.stop, stack.width, 1, job.device, numbers=len(tasks) * target.outputs)
+        Moments.zeros(probes.stop, stack.width, 1, job.device, numbers=numbers)
         for probes, stack in zip(every, activations.stacks, strict=True)
     ]
     for rows, chunk in job.read(activations, FITTED_ON):
         for sums, probes, X in zip(moments, every, chunk, strict=True):
             labels = [task.of(FITTED_ON, rows, probes, job.device) for task in tasks]
-            columns = [y[..., None] if outputs is None else y for y in labels]
+            columns = [y if of_vectors else y[..., None] for y in labels]
             sums.add_numbers(X, torch.cat([y.expand(*X.shape[:2], -1) for y in columns], 2))
     for sums in moments:
         sums.over_processes()
     solved: Solved = {
-        ("ridge", s, t): RegressionProbes(job.settings.l2, outputs).fit_moments(sums, t)
+        ("ridge", s, t): job.regression().fit_moments(sums, t)
         for s, sums in enumerate(moments)
         for t in range(len(tasks))
     }

@@ -2,7 +2,7 @@
 
 A row finds its document by its text, or by `document` (number or name); `sentence` and the characters `start`
 and `end` narrow the range. Labels are what is written: `01` and `1` are two classes, `nan` is one, an empty
-field is none.
+field is none. Lists of numbers, in JSON lines or Parquet, are vectors.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -38,6 +39,9 @@ from probekit.run.folder import digest_of
 SHOWN_CLASSES = 12
 """So many classes are listed with their counts."""
 
+LARGEST = 1e150
+"""Numbers of a vector are smaller: the squares of larger ones overflow."""
+
 ABSENT = -1
 """The document of a row whose text is not in the corpus, and the sentence of a row that names none."""
 
@@ -51,12 +55,14 @@ class LabelTable:
         where: Where each row is, for messages `[rows]`.
         labels: The labels, as they are written; None where a field is empty `[rows]`.
         columns: The values of the other columns, as far as the table has them `[rows]`.
+        vectors: The labels that are lists, by row.
     """
 
     path: Path
     where: list[str]
     labels: list[str | None]
     columns: dict[str, list[str | None]]
+    vectors: dict[int, np.ndarray]
 
     def numbers(self, column: str) -> np.ndarray:
         """The whole numbers in a column `[rows]`, -1 where a field or the whole column is empty.
@@ -123,6 +129,8 @@ def target_of(corpus: Corpus, config: Config) -> Target:
     of_sentence = sentence[kept] if whole.all() else None
     if numbers:
         return _of_numbers(corpus, table, name, ranges, of_sentence)
+    if vectors is not None:
+        return _of_vectors(corpus, table, name, ranges, of_sentence, vectors)
     counts = np.bincount(ranges.labels, minlength=len(names))
     absent = f"have a text that is not in the corpus, which was made of {made_of}"
     left_out = {"have no label": int((~labelled).sum()), absent: int((document == ABSENT).sum())}
@@ -165,11 +173,15 @@ def _read(path: Path, column: str, config: Config) -> LabelTable | None:
 
     places: list[str] = []
     rows: list[dict[str, str | None]] = []
+    vectors: dict[int, np.ndarray] = {}
     for place, _, record in read_records(path, config.corpus.model_copy(update={"reader": "auto"}), choose):
         if not isinstance(record, dict):
             raise ProbekitError(f"{place}: {type(record).__name__} where a JSON object should be")
-        if isinstance(record.get(column), list | dict):
-            raise ProbekitError(f"{place}: {column!r} holds lists or objects; give words or numbers")
+        if isinstance(record.get(column), dict):
+            raise ProbekitError(f"{place}: {column!r} holds objects; give words, numbers or lists of numbers")
+        if isinstance(record.get(column), list):
+            vectors[len(rows)] = _vector(place, column, record[column])
+            record[column] = f"a list of {len(record[column])}"
         places.append(place)
         rows.append({name: as_written(record[name]) for name in choose(list(record))})
     if column not in known and column in TARGETS:
@@ -182,7 +194,7 @@ def _read(path: Path, column: str, config: Config) -> LabelTable | None:
             )
     # In JSON lines a field may be missing.
     columns = {name: [row.get(name) for row in rows] for name in choose(list(known))}
-    return LabelTable(path, places, columns.pop(column), columns)
+    return LabelTable(path, places, columns.pop(column), columns, vectors)
 
 
 def _places(corpus: Corpus, table: LabelTable, config: Config) -> tuple[np.ndarray, np.ndarray]:
@@ -310,6 +322,60 @@ def _of_numbers(
         of_sentences[sentence] = values
         return replace(sentence_target(corpus, name, 0, of_sentences), notes=(line,))
     return Target(name, 0, ranges, kind="numbers", notes=(line,), positions=("last",))
+
+
+def _vector(where: str, column: str, values: list[Any]) -> np.ndarray:
+    """A list of finite numbers as a vector, in float64."""
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST:
+            raise ProbekitError(
+                f"{where}: {column!r} has {str(value)[:20]!r} in a list; lists must hold numbers, finite and "
+                f"below {LARGEST:g}"
+            )
+    if not values:
+        raise ProbekitError(f"{where}: {column!r} is an empty list; leave the field empty")
+    return np.array(values, dtype=np.float64)
+
+
+def _vectors(table: LabelTable, name: str, rows: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """The different vectors of some rows `[vectors, outputs]`, and the number of each row's `[rows]`."""
+    if kind != "auto":
+        raise ProbekitError(
+            f"probe.kind is {kind!r}, but column {name!r} of {table.path} holds lists, which are vectors; "
+            "leave probe.kind auto"
+        )
+    length = len(next(iter(table.vectors.values())))
+    for row in rows.tolist():
+        if row not in table.vectors or len(table.vectors[row]) != length:
+            raise ProbekitError(
+                f"{table.where[row]}: {name!r} is {str(table.labels[row])[:20]!r}, but the first vector is a "
+                f"list of {length}; all must be lists of one length"
+            )
+    vectors, code = np.unique([table.vectors[row] for row in rows.tolist()], axis=0, return_inverse=True)
+    if len(vectors) < 2:
+        raise ProbekitError(f"probe.labels {table.path}: all vectors of {name!r} are equal")
+    return vectors, code.reshape(-1)
+
+
+def _of_vectors(
+    corpus: Corpus,
+    table: LabelTable,
+    name: str,
+    ranges: Ranges,
+    sentence: np.ndarray | None,
+    vectors: np.ndarray,
+) -> Target:
+    """A target of vectors, of sentences if every labelled range is one."""
+    count = len(ranges.labels)
+    line = (
+        f"labels in {table.path}: {count:,} vectors of {name!r}, {vectors.shape[1]:,} numbers each, "
+        f"{len(vectors):,} of them different; {len(table.where) - count:,} rows are left out"
+    )
+    if sentence is not None:
+        of_sentences = np.full(len(corpus.first_token), NO_LABEL, dtype=np.int64)
+        of_sentences[sentence] = ranges.labels
+        return replace(sentence_target(corpus, name, 0, of_sentences, vectors=vectors), notes=(line,))
+    return Target(name, 0, ranges, kind="vectors", notes=(line,), positions=("last",), vectors=vectors)
 
 
 def _is_number(text: str) -> bool:

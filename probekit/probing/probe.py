@@ -44,6 +44,7 @@ from probekit.probing.results import SETTINGS, DocumentSums, Facts, probes_file,
 from probekit.probing.store import Held, Store, write_store
 from probekit.probing.targets import Target
 from probekit.probing.transfer import TRANSFER, Values, find_values, transfer_table, transferred
+from probekit.probing.vectors import PENALTIES
 from probekit.progress import Meter, Progress, duration
 from probekit.run.run import Run
 from probekit.statistics import Resampling
@@ -122,7 +123,9 @@ def probe(
     target = target_of(run.corpus, run.config)
     if target.kind != "classes" and config.solvers == ProbeSettings().solvers:
         run = run.with_settings({"probe.solvers": ["ridge"]})
-        config = run.config.probe
+    if target.kind == "vectors" and config.l2 == ProbeSettings().l2:
+        run = run.with_settings({"probe.l2": PENALTIES})
+    config = run.config.probe
     grids = _grids(run, target)
     values = _values(run, grids)
     progress = Progress(quiet=quiet)

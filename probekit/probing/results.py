@@ -152,10 +152,10 @@ class DocumentSums:
     Attributes:
         readers: What is known of each reader `[readers]`; its row of the table begins with it.
         sums: Sums by score, float64 `[rows, readers]`. A row is a group, for scores that are reported as
-            means: `correct`, `top5` and `cross_entropy` of classes, `squared_error` of numbers and vectors and
-            their squares, `total`, and `Candidates.scores` of vectors. It is a group and a class (`ScoredExamples.pairs`) for correct predictions,
-            `class_correct`. It is an example where order or size is measured: `log_odds` of the second of two
-            classes, float32, and `predicted` numbers.
+            means: `correct`, `top5` and `cross_entropy` of classes; `squared_error` of numbers and vectors,
+            and their squares, `total`; `Candidates.scores` of vectors. It is a group and a class
+            (`ScoredExamples.pairs`) for correct predictions, `class_correct`. It is an example where order or
+            size is measured: `log_odds` of the second of two classes, float32, and `predicted` numbers.
     """
 
     def __init__(

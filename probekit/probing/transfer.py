@@ -159,7 +159,7 @@ def transfer_table(scored: Scored, grid: Grid, values: Values, resampling: Resam
     Returns:
         A row for each probe and value that it was tested on: `by` (the column), `fitted_on` and `tested_on`
         (values), `fitted_examples`, and the columns of the table of probes. `bits` and R2 are over the prior
-        (or mean) of the tested value's own examples to fit on. `over_own` is the accuracy, of numbers R2,
+        (or mean) of the tested value's own examples to fit on. `over_own` is the accuracy, else R2,
         less that of the tested value's own probe, a paired difference.
     """
     tables = []
@@ -169,7 +169,7 @@ def transfer_table(scored: Scored, grid: Grid, values: Values, resampling: Resam
         prior = prior_sums(of_tested)
         for sums, of_own in zip(own, scored[tested_on, tested_on], strict=True):
             # The difference from a control task is paired: here the control is the tested value's own probe.
-            if grid.target.kind == "numbers":
+            if grid.target.kind != "classes":
                 error = of_own.sums["squared_error"]
                 horizon = sums.readers[0]["horizon"]
                 mean = next(

@@ -13,7 +13,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from probekit.config import ProbeSettings
 from probekit.run.run import Run
+
+PENALTIES = (*ProbeSettings().l2, 10.0, 100.0)
+"""Tried unless `probe.l2` is set. What can be read of a sentence's embedding is so little that with few
+examples no penalty up to 1 is better than none of it; the baselines go as far."""
 
 MOST_CANDIDATES = 10_000
 """Of more distinct vectors so many are candidates, spread evenly over the test examples, and the true one."""

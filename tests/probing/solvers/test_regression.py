@@ -55,7 +55,7 @@ def test_vectors_equal_the_ridge_of_scikit_learn_with_many_outputs():
     for shared in (False, True):
         known = (y[0], y_validation[0]) if shared else (y, y_validation)
         found = RegressionProbes([0.03], 5).fit(X, known[0], X_validation, known[1])
-        assert found.l2_.isinf().tolist() == [False, shared, shared]
+        assert found.penalty_.isinf().tolist() == [False, shared, shared]
         for probe in range(1 if shared else len(X)):  # vectors of the first cannot be read from the others
             own, own_validation = y[probe], y_validation[probe]
             scaler = StandardScaler().fit(X[probe])
@@ -72,7 +72,7 @@ def test_all_numbers_of_a_vector_have_the_penalty_that_is_best_for_them_together
     found = RegressionProbes([1e-3, 0.3, 10.0], 5).fit(X, y, X_validation, y_validation)
     errors = (found.predict(X_validation) - y_validation).square().sum(2).mean(1)
     torch.testing.assert_close(errors, found.validation_squared_error_.amin(1))
-    assert len(set(found.l2_.tolist())) > 1
+    assert len(set(found.penalty_.tolist())) > 1
 
 
 def test_vectors_of_several_tasks_in_parts_change_nothing():
