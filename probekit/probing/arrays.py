@@ -192,9 +192,8 @@ def predictions(probe: LinearProbe, activations: Tensor, classes: Sequence[str])
     """
     if not classes:
         found = probe.scores(activations).numpy().astype(np.float64)
-        several = found.shape[1] > 1
-        columns = [f"predicted_{n}" for n in range(found.shape[1])] if several else ["predicted"]
-        return pd.DataFrame(found, columns=columns)
+        of_vector = [f"predicted_{n}" for n in range(found.shape[1])]
+        return pd.DataFrame(found, columns=of_vector if len(of_vector) > 1 else ["predicted"])
     p = probe.log_probabilities(activations).exp()
     best, names = p.argmax(-1).numpy(), np.array(classes)
     table = pd.DataFrame({"predicted": names[best], "probability": p.amax(-1).numpy().astype(np.float64)})
@@ -259,8 +258,7 @@ def fit_grid(
             examples, by groups drawn with the seed.
         transfer: A value of each example, such as its topic [examples]: probes are also fitted on each value
             alone, and tested on all.
-        solvers: How probes are fitted, as in `probe.solvers`; None: `softmax`, or `ridge` for numbers and
-            vectors.
+        solvers: How probes are fitted, as in `probe.solvers`; None: `softmax`, or `ridge` for others.
         seed: Seed of the split, the shuffled labels and the MLP.
         control: Fit every probe to shuffled labels, too: in the table, `control_accuracy`, `control_r2` and
             `selectivity` are theirs, and not those of the control task of a run.
@@ -471,10 +469,7 @@ def _column(values: Any, name: str, examples: int) -> pd.Series:
 def _target(
     labels: Any, examples: int, name: str, kind: Literal["classes", "numbers"] | None
 ) -> tuple[Target, np.ndarray]:
-    """The target, and the class, number or row of a vector of every example.
-
-    What numbers are says `are_numbers`, unless a kind is given.
-    """
+    """The target, and the class or number (see `are_numbers`) or row of a vector of every example."""
     if getattr(labels, "ndim", 1) == 2:
         return _vector_target(labels, examples, name, kind)
     column = _column(labels, "labels", examples)
@@ -503,17 +498,12 @@ def _target(
 
 def _vector_target(labels: Any, examples: int, name: str, kind: str | None) -> tuple[Target, np.ndarray]:
     """The target of vectors `[examples, outputs]`."""
-    if kind is not None:
-        raise ProbekitError(f"labels has two axes, which makes vectors, but kind is {kind}; leave it out")
-    vectors = _numbers(labels).double().numpy()
-    if len(vectors) != examples or not vectors.shape[1]:
+    vectors, rows = _numbers(labels).double().numpy(), np.arange(examples)
+    if kind is not None or len(vectors) != examples or not vectors.shape[1] or not vary(vectors):
         raise ProbekitError(
-            f"labels {list(vectors.shape)} must be [examples, outputs], of {examples:,} examples and one "
-            "output at least"
+            f"labels {list(vectors.shape)} must be [examples, outputs], of {examples:,} examples, without a "
+            "kind; finite, not all the same, and not of extreme size"
         )
-    if not vary(vectors):
-        raise ProbekitError("labels: vectors must be finite, not all the same, and not of extreme size")
-    rows = np.arange(examples)
     return Target(name, 0, lambda start, *_: rows[start], kind="vectors", vectors=vectors), rows
 
 

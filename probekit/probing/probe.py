@@ -121,10 +121,7 @@ def probe(
     _check_variants(run)
     points = _hook_points(run)
     target = target_of(run.corpus, run.config)
-    if target.kind != "classes" and config.solvers == ProbeSettings().solvers:
-        run = run.with_settings({"probe.solvers": ["ridge"]})
-    if target.kind == "vectors" and config.l2 == ProbeSettings().l2:
-        run = run.with_settings({"probe.l2": PENALTIES})
+    run = _with_defaults(run, target)
     config = run.config.probe
     grids = _grids(run, target)
     values = _values(run, grids)
@@ -204,6 +201,16 @@ def _labels(run: Run, grid: Grid) -> dict[str, Any]:
     numbers = grid.examples[FITTED_ON].labels
     ends = [float(numbers.min()), float(numbers.max())] if target.kind == "numbers" else None
     return {"classes": classes, "extent": target.extent(run.corpus), "range": ends}
+
+
+def _with_defaults(run: Run, target: Target) -> Run:
+    """The run with the solver and penalties of the target's kind, where none were set."""
+    config, usual, own = run.config.probe, ProbeSettings(), dict[str, Any]()
+    if target.kind != "classes" and config.solvers == usual.solvers:
+        own["probe.solvers"] = ["ridge"]
+    if target.kind == "vectors" and config.l2 == usual.l2:
+        own["probe.l2"] = PENALTIES
+    return run.with_settings(own)
 
 
 def _check_variants(run: Run) -> None:

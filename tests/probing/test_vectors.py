@@ -175,11 +175,12 @@ def test_shuffled_vectors_are_at_zero():
 
 def test_arrays_of_labels_that_are_no_vectors_are_refused():
     X = np.random.default_rng(0).normal(size=(60, 4))
+    shape = r"must be \[examples, outputs\], of 60 examples, without a kind; finite, not all the same"
     cases = [
-        (np.ones((59, 2)), {}, r"labels \[59, 2\] must be \[examples, outputs\], of 60 examples"),
-        (np.ones((60, 2)), {}, "vectors must be finite, not all the same"),
-        (np.full((60, 2), np.nan), {}, "vectors must be finite"),
-        (X, {"kind": "numbers"}, "labels has two axes, which makes vectors, but kind is numbers"),
+        (np.ones((59, 2)), {}, r"labels \[59, 2\] " + shape),
+        (np.ones((60, 2)), {}, r"labels \[60, 2\] " + shape),
+        (np.full((60, 2), np.nan), {}, shape),
+        (X, {"kind": "numbers"}, shape),
         (X, {"solvers": "softmax"}, "softmax, which read classes, and 'label' holds vectors"),
     ]
     for labels, options, message in cases:

@@ -184,7 +184,8 @@ class Moments:
             distributed.add_up([means])
             mean = means / self.count[:, None].clamp(min=1)
             for scatter, delta, count in zip(self.scatter, self.mean - mean, own, strict=True):
-                scatter += count * torch.outer(delta[: len(scatter)], delta)  # one probe at a time: they are large
+                # One probe at a time: they are large.
+                scatter += count * torch.outer(delta[: len(scatter)], delta)
             distributed.add_up([self.scatter])
             self.mean.copy_(mean)
         return self
