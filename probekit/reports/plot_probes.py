@@ -68,7 +68,7 @@ BASELINE_STYLES = {
     "prior": ("0.55", ":"),
     "mean": ("0.55", "--"),
     "previous number": ("#e08a2e", "--"),
-    "previous vector": ("#e08a2e", "--"),
+    "previous vector": ("#e08a2e", ":"),
     "bag of words": ("#1b7837", "--"),
     LAST_BAG: ("#1b7837", ":"),
     "bigram": ("#b35900", "--"),
