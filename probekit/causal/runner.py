@@ -74,8 +74,8 @@ def final_layer_probe(run: Run, variant: VariantName) -> FinalProbe:
     target = target_of(run.corpus, config)
     if target.kind != "classes" or target.of_sentences is None or config.probe.anchors != "start":
         raise ProbekitError(
-            f"{folder} holds probes of {target.name!r}, {target.kind}, with probe.anchors "
-            f"{config.probe.anchors}, but causal tests change what class is read of the next sentence; run "
+            f"{folder} holds probes of {target.name!r} ({target.kind}, probe.anchors "
+            f"{config.probe.anchors}), but causal tests change what class is read of the next sentence; run "
             "`probekit probe` with the target action, or with classes of sentences"
         )
     probe = saved[Cell(*point, 1)]
