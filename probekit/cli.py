@@ -185,9 +185,12 @@ def _parse_probe(words: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     group = parser.add_argument_group(
         "labels", "what is read: a built-in target, or a column of a table of yours"
     )
-    group.add_argument("--labels", metavar="FILE", help="table of labels: CSV, TSV, JSON lines or Parquet")
+    group.add_argument("--labels", metavar="FILE", help="table of labels: a file, or a Hugging Face dataset")
     group.add_argument(
-        "--text", metavar="COLUMN", help="its column of texts; without --corpus, these are the corpus"
+        "--text", metavar="COLUMN", help="its column of texts or chats; without --corpus, the corpus"
+    )
+    group.add_argument(
+        "--roles", nargs="+", metavar="ROLE", help="of chats, read these roles' messages alone"
     )
     group.add_argument("--target", metavar="NAME", help="its column of labels, or a built-in target (action)")
     group.add_argument(
@@ -233,6 +236,7 @@ def _probed_config(parsed: argparse.Namespace, given: dict[str, Any]) -> Config:
 
     `--preset` and `--config` win over both. Where no corpus is given, it is made of the texts of the labels.
     """
+    from probekit.data.huggingface import is_dataset
     from probekit.run.folder import RunFolder
 
     there = user_path(parsed.out)
@@ -249,7 +253,8 @@ def _probed_config(parsed: argparse.Namespace, given: dict[str, Any]) -> Config:
         return config
     made: dict[str, Any] = {}
     if config.corpus.path is None and config.corpus.reader == "auto" and config.probe.labels is not None:
-        made = {"corpus.path": config.probe.labels, "corpus.distinct": True}
+        reader = "huggingface" if is_dataset(config.probe.labels) else "auto"
+        made = {"corpus.path": config.probe.labels, "corpus.reader": reader, "corpus.distinct": True}
         texts = config.probe.text_column
         made |= {"corpus.text_column": texts} if texts else {}
     needed = config.probe.target in ("action", "embedding") or "labels" in given.get("actions", {})

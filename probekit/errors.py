@@ -1,4 +1,4 @@
-"""The one exception that every stage raises for bad input."""
+"""The one exception that every stage raises for bad input, and other errors on one line."""
 
 from __future__ import annotations
 
@@ -8,3 +8,8 @@ class ProbekitError(Exception):
 
     The command line prints the message and exits with code 2; from Python it is an ordinary exception.
     """
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error on one line."""
+    return " ".join(str(error).split())

@@ -23,7 +23,7 @@ from numpy.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from probekit.errors import ProbekitError
+from probekit.errors import ProbekitError, one_line
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -253,11 +253,6 @@ def read_table(path: str | Path) -> pd.DataFrame:
 
     with _reading(path, "Parquet table"), Path(path).open("rb") as file:
         return pd.read_parquet(file)
-
-
-def one_line(error: Exception) -> str:
-    """The message of an error on one line."""
-    return " ".join(str(error).split())
 
 
 @contextmanager

@@ -31,12 +31,13 @@ SHORTHANDS = {
     "group": "corpus.group_column",
     "labels": "probe.labels",
     "text": "probe.text_column",
+    "roles": "probe.roles",
     "target": "probe.target",
     "positions": "probe.positions",
 }
 """Options of `probekit probe`, and the settings that they stand for."""
 
-OF_LABELS = ("labels", "text", "target", "positions")
+OF_LABELS = ("labels", "text", "roles", "target", "positions")
 """Those of them that a run takes, too."""
 
 READING = ("device", "lm.device_map", "lm.dtype", "corpus.encoding")
@@ -187,10 +188,9 @@ def shorthands(parsed: argparse.Namespace, given: Mapping[str, Any], names: Iter
     """The settings that were given by short options, of these names."""
     values = {SHORTHANDS[name]: getattr(parsed, name) for name in names}
     found = {name: value for name, value in values.items() if value is not None}
-    if parsed.labels and not parsed.config and "text_column" not in given.get("probe", {}):
-        # Another table need not have the column of texts that an earlier one had.
-        return {"probe.text_column": None} | found
-    return found
+    # Another table need not have the column of texts that an earlier one had, nor its roles.
+    anew = ("text_column", "roles") if parsed.labels and not parsed.config else ()
+    return {f"probe.{name}": None for name in anew if name not in given.get("probe", {})} | found
 
 
 def typed_value(name: str, word: str) -> Any:

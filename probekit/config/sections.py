@@ -86,7 +86,8 @@ class CorpusSettings(Settings):
     """Line that separates documents in text files, such as <|endoftext|>, or an empty text for blank lines;
     unset: a file is one document."""
     text_column: Column = "text"
-    """Column that holds the text (jsonl, csv, parquet, huggingface)."""
+    """Column that holds the text, or a chat: a list of {role, content} that the tokenizer's chat template
+    writes out (jsonl, csv, parquet, huggingface)."""
     group_column: Column | None = None
     """Column that holds a group, such as an author or a topic (jsonl, csv, parquet, huggingface). No group is
     in two splits, and intervals resample groups. Unset: every text, with its copies, is a group."""
@@ -99,7 +100,8 @@ class CorpusSettings(Settings):
     subset: str | None = None
     """Configuration name of a Hugging Face dataset, such as 20231101.en."""
     dataset_split: str = "train"
-    """Split of a Hugging Face dataset to read."""
+    """Split of a Hugging Face dataset to read. all: every split, with a column `split` that says which; its
+    `train` is `probe` here, where probes are fitted."""
     encoding: str = "utf-8"
     """Character encoding of text files."""
     language: str = "en"
@@ -419,14 +421,17 @@ class ProbeSettings(Settings):
     """What a column of labels holds: classes, or numbers, which ridge probes read. auto: numbers if some have
     fractions or more than 4,096 are different; lists of numbers are vectors, which ridge probes read, too."""
     labels: LabelsPath = None
-    """Table of labels: CSV, TSV, JSON lines or Parquet, which may be compressed. A row labels the text in
-    `text_column`, or that of `document` (number or name); or its `sentence` of this number, from 0 on; or its
-    characters from `start` to before `end`. `probekit corpus RUN --export FILE` writes one to fill in."""
+    """Table of labels: CSV, TSV, JSON lines or Parquet, which may be compressed, or a Hugging Face dataset. A
+    row labels the text or chat in `text_column`, or that of `document` (number or name); or its `sentence` of
+    this number, from 0 on; or its characters from `start` to before `end`. `probekit corpus RUN --export
+    FILE` writes one to fill in."""
     text_column: Column | None = None
     """Column of the table of labels that holds the documents' texts; unset: rows are found by `document`, or
     else by corpus.text_column."""
     transfer: Column | None = None
     """Column of the labels, such as topic: probes fitted on each value alone are tested on all values."""
+    roles: Several[Column] | None = None
+    """Of a chat, each message of these roles is labelled, such as assistant; unset: the whole chat."""
     anchors: Literal["start", "token"] = "start"
     """start: every sentence (or labelled range) is an example, and positions count from its first token;
     token: every token of it is one."""

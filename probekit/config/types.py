@@ -38,9 +38,16 @@ def _no_overflow(temperature: float) -> float:
     return temperature
 
 
+TABLE_ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".gz", ".zst")
+"""Endings of tables of labels; what has none of them may be a dataset."""
+
+
 def _absolute(path: str | None) -> str | None:
     # Not Path's own `expanduser`, which raises where there is no such user.
-    return None if path is None else str(Path(os.path.expanduser(path)).absolute())  # noqa: PTH111
+    found = None if path is None else os.path.expanduser(path)  # noqa: PTH111
+    if found is None or not (os.path.exists(found) or found.endswith(TABLE_ENDINGS)):  # noqa: PTH110
+        return path  # a dataset's name on the hub
+    return str(Path(found).absolute())
 
 
 LARGEST = 2**31 - 1

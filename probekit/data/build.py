@@ -18,12 +18,14 @@ import numpy as np
 from probekit.config import ActionSettings, Config, CorpusSettings
 from probekit.data.codebook import fit_codebook, label_centroids, telling_words
 from probekit.data.corpus import SPLITS, Corpus, ranges
+from probekit.data.documents import DocumentFile
 from probekit.data.encoders import EMBEDDED_AT_ONCE, PretrainedEncoder, TfidfEncoder, embed_batch
-from probekit.data.readers import DocumentFile, write_documents
+from probekit.data.readers import write_documents
 from probekit.data.sentences import sentences_of_batch, tokenize_batch
 from probekit.data.splits import group_documents, grouped, split_documents
 from probekit.data.tokenizer import (
     bos_rule_for,
+    bos_rule_of_chats,
     pretrained_tokenizer,
     separator_id,
     train_tokenizer,
@@ -72,7 +74,9 @@ def write_corpus(config: Config, folder: Path, progress: Progress, device: str =
         encoder = PretrainedEncoder(config.actions.encoder, device, long_sentences=long_sentences)
     tokenizer = None if config.lm.name is None else pretrained_tokenizer(config.lm)
     with atomic_folder(folder) as partial:
-        facts, keys, characters = write_documents(config.corpus, partial / "documents.arrow", progress)
+        facts, keys, characters = write_documents(
+            config.corpus, partial / "documents.arrow", progress, tokenizer
+        )
         documents = DocumentFile(partial / "documents.arrow")
         group = group_documents(keys)
         write_array(partial / "group.npy", group)
@@ -99,6 +103,8 @@ def write_corpus(config: Config, folder: Path, progress: Progress, device: str =
         else:
             tokenizer.save_pretrained(partial / "tokenizer")
         facts["bos"] = bos_rule_for(tokenizer, config.lm.bos)
+        if facts["chats"]:
+            facts["bos"] = bos_rule_of_chats(tokenizer, facts["bos"], documents[0].text)
         facts |= _write_tokens(partial, config.corpus, tokenizer, documents, processes, progress)
 
         if with_actions:

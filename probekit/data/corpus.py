@@ -13,7 +13,7 @@ import pandas as pd
 
 from probekit.config import BosRule, user_path
 from probekit.data.codebook import Codebook, nearest_sentences
-from probekit.data.readers import DocumentFile
+from probekit.data.documents import DocumentFile
 from probekit.data.sentences import sentences_of_batch
 from probekit.data.splits import SPLITS
 from probekit.data.tokenizer import load_tokenizer, separator_id

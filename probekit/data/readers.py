@@ -18,21 +18,24 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TextIO
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from probekit.config import CorpusSettings
-from probekit.data import hub
+from probekit.data import huggingface
+from probekit.data.chats import ChatTemplate, as_chat
+from probekit.data.documents import SCHEMA, Document
 from probekit.data.splits import SPLITS, DocumentKeys, digest, normalised
 from probekit.errors import ProbekitError
 from probekit.planted.corpus import generate
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from probekit.progress import Progress
 
 
@@ -55,28 +58,11 @@ _ROWS_AT_ONCE = 256
 _BYTES_AT_ONCE = 1 << 20
 
 
-@dataclass(frozen=True)
-class Document:
-    """One document.
-
-    Attributes:
-        text: As it was read, line ends included.
-        name: Title, file name, or file and line or row (counted from 1), for messages and inspection.
-        actions: The planted action of each sentence (planted corpora only).
-        kind: The hidden document type (planted corpora only).
-        group: What the group column holds; None where it is empty.
-        split: What the split column holds.
-    """
-
-    text: str
-    name: str
-    actions: Sequence[int] | None = None
-    kind: int | None = None
-    group: str | None = None
-    split: str | None = None
-
-
-def read_documents(settings: CorpusSettings, files: Sequence[File] = ()) -> Iterator[Document]:
+def read_documents(
+    settings: CorpusSettings,
+    files: Sequence[File] = (),
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Iterator[Document]:
     """Streams the documents of a corpus, at most `max_documents` of them, blank ones included.
 
     Text keeps its line ends. Only a UTF-8 byte order mark at the start of a file is dropped, and WikiText's
@@ -85,6 +71,7 @@ def read_documents(settings: CorpusSettings, files: Sequence[File] = ()) -> Iter
     Args:
         settings: Where and how to read.
         files: What `files_read` found, so that it is not looked for again.
+        tokenizer: The LM's, whose template writes out chats.
 
     Raises:
         ProbekitError: A setting, a file or a record is not what the reader needs, or there is no document.
@@ -95,10 +82,13 @@ def read_documents(settings: CorpusSettings, files: Sequence[File] = ()) -> Iter
         documents = readers[settings.reader](settings)
     else:
         documents = _from_files(settings, files or files_read(settings))
-    empty = True
+    empty, template = True, None
     with closing(documents):  # now, not when the process ends: some libraries crash there with open streams
         for document in itertools.islice(documents, settings.max_documents):
             empty = False
+            if document.messages is not None:
+                template = template or ChatTemplate(tokenizer)
+                document = replace(document, **vars(template.render(document.messages, document.name)))
             yield _encodable(document)
     if empty:
         raise ProbekitError(
@@ -124,39 +114,8 @@ def _planted(settings: CorpusSettings) -> Generator[Document]:
 
 def _huggingface(settings: CorpusSettings) -> Generator[Document]:
     path = _path(settings)
-    try:
-        for row, record in enumerate(_dataset(path, settings), 1):
-            yield _document(record, f"{path}:{row}", f"{path}:{row}", settings)
-    except (ProbekitError, MemoryError):
-        raise
-    except Exception as error:  # datasets passes on the errors of every library that it reads with
-        raise ProbekitError(
-            f"corpus.path is {path!r}: the library datasets cannot read corpus.dataset_split "
-            f"{settings.dataset_split!r} of corpus.subset {settings.subset!r}: {_reason(error)}"
-        ) from error
-
-
-def _dataset(path: str, settings: CorpusSettings) -> Iterable[dict[str, Any]]:
-    """The rows of a Hugging Face dataset, streamed from the hub or from a folder."""
-    import datasets  # it takes a second, and no other reader needs it
-    from huggingface_hub import snapshot_download
-
-    source = hub.find(path, setting="corpus.path", kind="dataset")
-    if source.local_only and source.revision:
-        path = snapshot_download(path, repo_type="dataset", revision=source.revision, local_files_only=True)
-    if any((Path(path) / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
-        dataset = datasets.load_from_disk(path)
-        if isinstance(dataset, dict):
-            _require("dataset_split", dataset, path, settings)
-            dataset = dataset[settings.dataset_split]
-    else:
-        revision = None if source.local_only else source.revision
-        dataset = datasets.load_dataset(
-            path, settings.subset, split=settings.dataset_split, revision=revision, streaming=True
-        )
-    if dataset.column_names:  # unknown before the first row in some formats
-        dataset = dataset.select_columns(_columns(settings, dataset.column_names, path))
-    return dataset
+    rows = huggingface.records(path, settings, lambda known: _columns(settings, known, path), "corpus.path")
+    yield from (_document(record, where, where, settings) for where, _, record in rows)
 
 
 def _from_files(settings: CorpusSettings, files: Sequence[File]) -> Generator[Document]:
@@ -390,10 +349,11 @@ def _document(record: object, where: str, name: str, settings: CorpusSettings) -
     _columns(settings, list(record), where)
     if text is None:
         raise ProbekitError(f"{where}: no {settings.text_column!r}; --corpus.missing skip drops such rows")
-    if not isinstance(text, str):
+    messages = as_chat(text, f"{where}: {settings.text_column!r}")
+    if messages is None and not isinstance(text, str):
         raise ProbekitError(
-            f"{where}: {settings.text_column!r} holds {type(text).__name__}, not a string; correct it, or "
-            "set --corpus.text_column"
+            f"{where}: {settings.text_column!r} holds {type(text).__name__}, not a string or a chat; correct "
+            "it, or set --corpus.text_column"
         )
     group, split = (
         None if column is None else as_written(record[column])
@@ -404,7 +364,7 @@ def _document(record: object, where: str, name: str, settings: CorpusSettings) -
             f"{where}: corpus.split_column {settings.split_column!r} holds {split or ''!r}; it must hold "
             f"{', '.join(SPLITS)}"
         )
-    return Document(text, name, group=group, split=split)
+    return Document("" if messages else text, name, group=group, split=split, messages=messages)
 
 
 def as_written(value: object) -> str | None:
@@ -470,81 +430,29 @@ def _reason(error: BaseException) -> str:
     return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
 
 
-_SCHEMA = pa.schema(
-    [
-        ("name", pa.string()),
-        ("text", pa.large_string()),
-        ("actions", pa.list_(pa.int32())),
-        ("kind", pa.int32()),
-    ]
-)
-
-
-class DocumentFile:
-    """The documents of a built corpus, in an Arrow file.
-
-    Args:
-        path: The file, which `write_documents` wrote.
-
-    Attributes:
-        starts: Number of the first document of each batch, and at the end their number `[batches + 1]`.
-
-    Raises:
-        ProbekitError: The file is missing or cut off.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        try:
-            self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
-            sizes = [self._reader.get_batch(i).num_rows for i in range(self._reader.num_record_batches)]
-        except (OSError, pa.ArrowException) as error:
-            raise ProbekitError(
-                f"{path}: cannot be read ({_reason(error)}); build the corpus again"
-            ) from None
-        self.starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    def __getitem__(self, number: int) -> Document:
-        """One document by its number."""
-        if not 0 <= number < len(self):
-            raise IndexError(f"document {number} of {len(self)}")
-        batch = int(np.searchsorted(self.starts, number, side="right")) - 1
-        return _documents(self._reader.get_batch(batch).slice(number - int(self.starts[batch]), 1))[0]
-
-    def batches(self) -> Iterator[tuple[int, list[Document]]]:
-        """The documents in the file's own batches, each with the number of its first document."""
-        for batch, first in enumerate(self.starts[:-1].tolist()):
-            yield first, read_batch(self._path, batch)
-
-
-def read_batch(path: Path, batch: int) -> list[Document]:
-    """One batch of a file of documents."""
-    # Read, not mapped: mapped pages count as the process's memory until the file is closed.
-    with pa.OSFile(str(path)) as source:
-        return _documents(pa.ipc.open_file(source).get_batch(batch))
-
-
-def _documents(batch: pa.RecordBatch) -> list[Document]:
-    return [Document(**record) for record in batch.to_pylist()]
-
-
 def write_documents(
-    settings: CorpusSettings, path: Path, progress: Progress
+    settings: CorpusSettings,
+    path: Path,
+    progress: Progress,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[dict[str, Any], DocumentKeys, int]:
     """Reads all documents and writes those that are not blank to an Arrow file.
+
+    Args:
+        settings: Where and how to read.
+        path: The file.
+        progress: Shows what is read.
+        tokenizer: The LM's, whose template writes out chats.
 
     Returns:
         Facts about them; which of them belong together; the number of characters.
 
     Raises:
-        ProbekitError: As `read_documents`, or all documents are blank.
+        ProbekitError: As `read_documents`, or all documents are blank, or only some are chats.
     """
     keys = DocumentKeys()
     number_of: dict[bytes, int] = {}
-    blank = characters = 0
+    blank = characters = chats = 0
     files: list[File] = []
     if settings.reader == "auto":
         files = files_read(settings)
@@ -554,31 +462,38 @@ def write_documents(
     with (
         progress.task("read documents") as task,
         pa.OSFile(str(path), "wb") as sink,
-        pa.ipc.new_file(sink, _SCHEMA) as writer,
+        pa.ipc.new_file(sink, SCHEMA) as writer,
     ):
-        for batch in _batches(task.track(read_documents(settings, files))):
+        for batch in _batches(task.track(read_documents(settings, files, tokenizer))):
             kept = []
             for document in batch:
                 if not VISIBLE.search(document.text):
                     blank += 1
                     continue
-                text = digest(document.text)
+                text = digest(document.key)
                 number = number_of.setdefault(text, len(keys)) if settings.distinct else len(keys)
                 if number == len(keys):
                     kept.append(document)
                     keys.texts += text
                     keys.normalised += digest(normalised(document.text))
                     characters += len(document.text)
+                    chats += document.messages is not None
                 if settings.group_column is not None or document.split is not None:
                     keys.documents.append(number)
                     keys.groups += text if document.group is None else digest(document.group)
                     keys.splits.append(-1 if document.split is None else SPLITS.index(document.split))
             if kept:
-                writer.write_batch(pa.RecordBatch.from_pylist([vars(d) for d in kept], schema=_SCHEMA))
+                writer.write_batch(pa.RecordBatch.from_pylist([vars(d) for d in kept], schema=SCHEMA))
     if not keys:
         raise ProbekitError(f"corpus.path {settings.path!r}: all its {blank} documents are blank")
+    if 0 < chats < len(keys):
+        raise ProbekitError(
+            f"corpus.path {settings.path!r}: column {settings.text_column!r} holds {chats:,} chats and "
+            f"{len(keys) - chats:,} plain texts; give all of one kind"
+        )
     facts = {
         "documents": len(keys),
+        "chats": chats,
         "blank_documents_dropped": blank,
         "fingerprint": keys.fingerprint(),
     }

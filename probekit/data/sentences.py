@@ -17,7 +17,9 @@ from numpy.typing import ArrayLike, NDArray
 from sentencex import get_sentence_boundaries
 from tokenizers import Tokenizer
 
-from probekit.data.readers import VISIBLE, Document, read_batch
+from probekit.data.chats import ChatEncoder
+from probekit.data.documents import Document, read_batch
+from probekit.data.readers import VISIBLE
 from probekit.errors import ProbekitError
 
 # sentencex accepts any string, and splits what it does not know ("DE" and "german" too) by English rules.
@@ -233,7 +235,7 @@ class TokenizedBatch(NamedTuple):
 def tokenize_batch(folder: Path, batch: int, separator: int, language: str) -> TokenizedBatch:
     """Tokenises a batch of the documents of a corpus that is being built, and splits them into sentences.
 
-    A special token that is written out in a text is plain text.
+    A special token that is written out in a text is plain text, but for those that a chat template writes.
 
     Args:
         folder: The corpus, with its documents and its tokenizer.
@@ -245,14 +247,13 @@ def tokenize_batch(folder: Path, batch: int, separator: int, language: str) -> T
         ProbekitError: The splitter finds other sentences than were planted.
     """
     documents = read_batch(folder / "documents.arrow", batch)
-    tokenizer = _tokenizer(folder / "tokenizer" / "tokenizer.json")
     tokens, first_token, spans = [], [], []
     begin = 0
     for document in documents:
         # One at a time: an encoding takes a hundred times the memory of its text.
-        encoding = tokenizer.encode(document.text, add_special_tokens=False)
-        aligned = align(document.text, sentence_spans(document.text, language), encoding.offsets)
-        tokens.append(np.array([separator, *encoding.ids], dtype=np.uint32))
+        ids, offsets = _encoded(folder, document, separator)
+        aligned = align(document.text, sentence_spans(document.text, language), offsets)
+        tokens.append(np.array([separator, *ids], dtype=np.uint32))
         first_token.append(aligned.first_token + begin + 1)
         spans.append(aligned.spans)
         begin += len(tokens[-1])
@@ -267,16 +268,25 @@ def tokenize_batch(folder: Path, batch: int, separator: int, language: str) -> T
     )
 
 
-def token_spans(folder: Path, text: str) -> NDArray[np.int64]:
+def token_spans(folder: Path, document: Document, separator: int) -> NDArray[np.int64]:
     """Where the visible characters of each token of a document begin and end `[tokens, 2]`.
 
     Args:
         folder: The corpus, with its tokenizer.
-        text: The document's text.
+        document: The document.
+        separator: The token put before every document.
     """
-    encoding = _tokenizer(folder / "tokenizer" / "tokenizer.json").encode(text, add_special_tokens=False)
-    offsets = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-    return np.stack([_anchors(text, offsets), offsets[:, 1]], axis=1)
+    offsets = np.asarray(_encoded(folder, document, separator)[1], dtype=np.int64).reshape(-1, 2)
+    return np.stack([_anchors(document.text, offsets), offsets[:, 1]], axis=1)
+
+
+def _encoded(folder: Path, document: Document, separator: int) -> tuple[list[int], list[tuple[int, int]]]:
+    """The tokens of a document behind the separator, and the characters that each stands for."""
+    file = folder / "tokenizer" / "tokenizer.json"
+    if document.special is not None:
+        return _chat_encoder(file).encode(document.text, document.special, separator)
+    encoding = _tokenizer(file).encode(document.text, add_special_tokens=False)
+    return encoding.ids, encoding.offsets
 
 
 @lru_cache(maxsize=1)
@@ -286,6 +296,11 @@ def _tokenizer(file: Path) -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+@lru_cache(maxsize=1)
+def _chat_encoder(file: Path) -> ChatEncoder:
+    return ChatEncoder(Tokenizer.from_file(str(file)))
 
 
 def _planted_actions(documents: list[Document], sentences: NDArray[np.int64]) -> NDArray[np.int32] | None:

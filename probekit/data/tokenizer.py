@@ -10,8 +10,8 @@ import numpy as np
 
 from probekit.config import BosRule, LanguageModelSettings
 from probekit.data import hub
-from probekit.errors import ProbekitError
-from probekit.io import atomic_folder, one_line
+from probekit.errors import ProbekitError, one_line
+from probekit.io import atomic_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -105,6 +105,19 @@ def bos_rule_for(tokenizer: PreTrainedTokenizerBase, setting: BosRule | Literal[
         return "every-window"
     # GPT-2 and its like were trained on documents that this token separates.
     return "document" if tokenizer.bos_token_id == tokenizer.eos_token_id else "none"
+
+
+def bos_rule_of_chats(tokenizer: PreTrainedTokenizerBase, rule: BosRule, chat: str) -> BosRule:
+    """Where an LM reads the separator if texts are chats: as in texts, if their template writes it.
+
+    Args:
+        tokenizer: The LM's.
+        rule: The rule for plain texts.
+        chat: A rendered chat.
+    """
+    if not chat.startswith(str(tokenizer.convert_ids_to_tokens(separator_id(tokenizer)))):
+        return "none"
+    return "document" if rule == "none" else rule
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -14,8 +14,7 @@ from probekit import distributed
 from probekit.config import LanguageModelSettings
 from probekit.data import hub
 from probekit.data.tokenizer import separator_id
-from probekit.errors import ProbekitError
-from probekit.io import one_line
+from probekit.errors import ProbekitError, one_line
 from probekit.models.pretrained import (
     OWN_CODE,
     check_memory,

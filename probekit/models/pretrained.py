@@ -13,8 +13,8 @@ from safetensors import safe_open
 
 from probekit.data import hub
 from probekit.data.tokenizer import separator_id
-from probekit.errors import ProbekitError
-from probekit.io import one_line, read_json
+from probekit.errors import ProbekitError, one_line
+from probekit.io import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

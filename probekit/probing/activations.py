@@ -97,12 +97,18 @@ class Activations(Protocol):
         ...
 
 
-def stacks_of(points: Sequence[HookPoint], widths: Mapping[str, int]) -> list[Stack]:
-    """Groups hook points by the width of their location, in order of first appearance."""
+def stacks_of(points: Sequence[HookPoint], widths: Mapping[str, int], spans: int = 1) -> list[Stack]:
+    """Groups hook points by the width of their location, in order of first appearance.
+
+    Args:
+        points: The hook points.
+        widths: Width of each location.
+        spans: Ranges of an example, whose activations are joined.
+    """
     groups: dict[int, list[HookPoint]] = {}
     for point in points:
         groups.setdefault(widths[point[0].removesuffix(BEFORE)], []).append(point)
-    return [Stack(width, tuple(group)) for width, group in groups.items()]
+    return [Stack(spans * width, tuple(group)) for width, group in groups.items()]
 
 
 def probing_windows(run: Run) -> tuple[int, int]:
@@ -174,7 +180,8 @@ class Placement:
     def of(
         cls, corpus: Corpus, examples: Examples, positions: Sequence[Position], window: int, stride: int
     ) -> Self:
-        """Places examples in windows of at most `window` tokens that advance by `stride`."""
+        """Places examples, of pairs both ranges, in windows of at most `window` tokens, `stride` apart."""
+        examples = examples.unpaired()
         # The tokens of every position and example, `[positions * examples]`, and the windows that read them.
         bounds = np.array([examples.bounds(position) for position in positions])
         first, last = bounds[:, 0].ravel(), bounds[:, 1].ravel()
@@ -237,6 +244,7 @@ class Reader:
         positions: Where examples are read, in the order of the second axis.
         seed: Seed of random weights.
         windows: Length and stride of the windows; unset: `probing_windows`.
+        spans: Ranges of an example: 2 if examples are pairs.
     """
 
     unit = "tokens"
@@ -249,9 +257,11 @@ class Reader:
         positions: Sequence[Position],
         seed: int = 0,
         windows: tuple[int, int] | None = None,
+        spans: int = 1,
     ) -> None:
         self.run, self.variant, self.seed = run, variant, seed
-        self.stacks, self.positions = stacks_of(points, run.locations), tuple(positions)
+        self.stacks, self.positions = stacks_of(points, run.locations, spans), tuple(positions)
+        self._spans = spans
         self.windows = windows or probing_windows(run)
         names = [_hook_name(point) for point in points]
         self._model = run.model(variant, names) if variant in VARIANTS else None
@@ -302,6 +312,9 @@ class Reader:
         Raises:
             ProbekitError: An activation is not finite; it names the location and layer.
         """
+        if examples.second is not None:
+            each = self.read(examples.unpaired(), done)
+            return [values.unflatten(2, (-1, 2)).flatten(3) for values in each]
         into, place = self._empty(len(self.positions), len(examples)), self.place(examples)
         sums = self._sums(len(examples) if "mean" in self.positions else 0)
         length, config = place.windows.length, self.run.config
@@ -379,12 +392,12 @@ class Reader:
             self._forward(given.tokens, hooks, len(before) + len(after), given.positions)
 
     def _empty(self, positions: int, examples: int) -> list[Tensor]:
-        shapes = [(len(stack.points), positions, examples, stack.width) for stack in self.stacks]
+        shapes = [(len(s.points), positions, examples, s.width // self._spans) for s in self.stacks]
         return [torch.empty(shape, dtype=self.dtype, device=self.run.device) for shape in shapes]
 
     def _sums(self, examples: int) -> list[Tensor]:
         """Zeros for sums over the ranges of examples, for every stack `[points, examples, width]`."""
-        shapes = [(len(stack.points), examples, stack.width) for stack in self.stacks]
+        shapes = [(len(stack.points), examples, stack.width // self._spans) for stack in self.stacks]
         return [torch.zeros(shape, device=self.run.device) for shape in shapes]
 
 

@@ -27,8 +27,8 @@ from probekit import distributed
 from probekit.config import Config, Position, SolverName, user_path
 from probekit.data.corpus import too_few
 from probekit.distributed import compute_device
-from probekit.errors import ProbekitError
-from probekit.io import one_line, read_array, read_metadata, read_tensors, write_tensors
+from probekit.errors import ProbekitError, one_line
+from probekit.io import read_array, read_metadata, read_tensors, write_tensors
 from probekit.probing.activations import Done, HookPoint, Stack
 from probekit.probing.baselines import prior_sums
 from probekit.probing.fitting import FitJob, Task, fit, fit_sums, hold, score

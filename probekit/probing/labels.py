@@ -1,8 +1,9 @@
-"""Tables of labels: each row labels a range of tokens, which is a text, a sentence or a span of characters.
+"""Tables of labels: each row labels a range of tokens: a text, a sentence, a span, or messages of a chat.
 
 A row finds its document by its text, or by `document` (number or name); `sentence` and the characters `start`
-and `end` narrow the range. Labels are what is written: `01` and `1` are two classes, `nan` is one, an empty
-field is none. Lists of numbers, in JSON lines or Parquet, are vectors.
+and `end` narrow the range. With `probe.roles` each message of these roles in a chat is one. Labels are what
+is written: `01` and `1` are two classes, `nan` is one, an empty field is none. Lists of numbers, in JSON
+lines or Parquet, are vectors.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from typing import Any
 import numpy as np
 
 from probekit.config import Config, user_path
+from probekit.data import huggingface
+from probekit.data.chats import as_chat, key_of
 from probekit.data.corpus import Corpus
-from probekit.data.readers import as_written, read_records
+from probekit.data.readers import Record, as_written, read_records
 from probekit.data.sentences import token_spans
 from probekit.data.splits import digest
 from probekit.errors import ProbekitError
@@ -41,6 +44,8 @@ SHOWN_CLASSES = 12
 
 LARGEST = 1e150
 """Numbers of a vector are smaller: the squares of larger ones overflow."""
+SPANS = ("start", "end", "start2", "end2")
+"""Columns of characters; the last two give the other span of a pair."""
 
 ABSENT = -1
 """The document of a row whose text is not in the corpus, and the sentence of a row that names none."""
@@ -51,14 +56,14 @@ class LabelTable:
     """A column of labels, and the columns that say what is labelled.
 
     Attributes:
-        path: The file.
+        path: The file or dataset.
         where: Where each row is, for messages `[rows]`.
         labels: The labels, as they are written; None where a field is empty `[rows]`.
         columns: The values of the other columns, as far as the table has them `[rows]`.
         vectors: The labels that are lists, by row.
     """
 
-    path: Path
+    path: str
     where: list[str]
     labels: list[str | None]
     columns: dict[str, list[str | None]]
@@ -92,8 +97,10 @@ def target_of(corpus: Corpus, config: Config) -> Target:
         ProbekitError: There is no such column or target, or its labels do not fit the corpus.
     """
     name = config.probe.target
-    table = None if config.probe.labels is None else _read(Path(config.probe.labels), name, config)
+    table = None if config.probe.labels is None else _read(config.probe.labels, name, config)
     if table is None:
+        if config.probe.roles is not None:
+            raise ProbekitError(f"probe.roles goes with a column of probe.labels, not with target {name!r}")
         return find_target(corpus, name)
     document, sentence = _places(corpus, table, config)
     labelled = np.array([label is not None for label in table.labels], dtype=bool)
@@ -124,17 +131,32 @@ def target_of(corpus: Corpus, config: Config) -> Target:
         code = np.array(labels, dtype=np.float64)
     else:
         names, code = _classes(labels, f"probe.labels {table.path}: column {name!r}")
-    ranges, kept = _ranges(corpus, table, rows, document, sentence, code)
+    notes: tuple[str, ...] = ()
+    if config.probe.roles is None:
+        start, stop = _tokens_of(corpus, table, rows, document[rows], sentence[rows])
+        second = _second(corpus, table, rows, document[rows], sentence[rows])
+    else:
+        second = None
+        picked, start, stop, notes = _messages(corpus, table, rows, document, config.probe.roles)
+        rows, code = rows[picked], code[picked]
+    ranges, kept = _distinct(table, rows, Ranges(document[rows], start, stop, code, second))
     whole = (sentence[kept] != ABSENT) & (table.numbers("start")[kept] < 0)
     of_sentence = sentence[kept] if whole.all() else None
-    if numbers:
-        return _of_numbers(corpus, table, name, ranges, of_sentence)
-    if vectors is not None:
-        return _of_vectors(corpus, table, name, ranges, of_sentence, vectors)
+    if numbers or vectors is not None:
+        if vectors is None:
+            target = _of_numbers(corpus, table, name, ranges, of_sentence)
+        else:
+            target = _of_vectors(corpus, table, name, ranges, of_sentence, vectors)
+        return replace(target, notes=(*target.notes, *notes))
     counts = np.bincount(ranges.labels, minlength=len(names))
-    absent = f"have a text that is not in the corpus, which was made of {made_of}"
-    left_out = {"have no label": int((~labelled).sum()), absent: int((document == ABSENT).sum())}
-    lines = _notes(table, name, names, counts, left_out)
+    left_out = {
+        "have no label": int((~labelled).sum()),
+        f"have a text that is not in the corpus, which was made of {made_of}": int(
+            (document == ABSENT).sum()
+        ),
+        "label what an equal row labels": len(rows) - len(kept),
+    }
+    lines = [*_notes(table, name, names, counts, left_out), *notes]
     if of_sentence is not None:
         of_sentences = np.full(len(corpus.first_token), NO_LABEL, dtype=np.int64)
         of_sentences[of_sentence] = ranges.labels
@@ -144,15 +166,20 @@ def target_of(corpus: Corpus, config: Config) -> Target:
 
 def labels_digest(config: Config) -> str | None:
     """A digest of the table of labels; None where there is none."""
-    path = None if config.probe.labels is None else user_path(config.probe.labels)
-    return digest_of([path]) if path is not None and path.is_file() else None
+    if config.probe.labels is None:
+        return None
+    path = user_path(config.probe.labels)
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return digest_of(file for file in files if file.is_file()) if path.exists() else None
 
 
 def beyond_window(corpus: Corpus, target: Target, window: int) -> str | None:
     """A line if the LM cannot read at once all of the text up to the end of some labelled ranges."""
     if not isinstance(target.labels, Ranges):
         return None
-    before = target.labels.stop - corpus.document_tokens[target.labels.document]
+    second = target.labels.second
+    last = target.labels.stop if second is None else np.maximum(target.labels.stop, second[:, 1])
+    before = last - corpus.document_tokens[target.labels.document]
     if not (count := int((before > window).sum())):
         return None
     return (
@@ -161,10 +188,11 @@ def beyond_window(corpus: Corpus, target: Target, window: int) -> str | None:
     )
 
 
-def _read(path: Path, column: str, config: Config) -> LabelTable | None:
+def _read(path: str, column: str, config: Config) -> LabelTable | None:
     """Reads a table; None if it lacks the column, but there is a built-in target of its name."""
     texts = config.probe.text_column
-    wanted = {"document", "sentence", "start", "end", "text", texts or config.corpus.text_column} - {column}
+    texts_in = texts or config.corpus.text_column
+    wanted = {"document", "sentence", "text", texts_in, *SPANS} - {column}
     known: dict[str, None] = {}
 
     def choose(columns: Sequence[str]) -> list[str]:
@@ -174,7 +202,13 @@ def _read(path: Path, column: str, config: Config) -> LabelTable | None:
     places: list[str] = []
     rows: list[dict[str, str | None]] = []
     vectors: dict[int, np.ndarray] = {}
-    for place, _, record in read_records(path, config.corpus.model_copy(update={"reader": "auto"}), choose):
+    settings = config.corpus.model_copy(update={"reader": "auto"})
+    records: Iterator[Record]
+    if huggingface.is_dataset(path):
+        records = huggingface.records(path, settings, choose, "probe.labels")
+    else:
+        records = read_records(Path(path), settings, choose)
+    for place, _, record in records:
         if not isinstance(record, dict):
             raise ProbekitError(f"{place}: {type(record).__name__} where a JSON object should be")
         if isinstance(record.get(column), dict):
@@ -183,7 +217,11 @@ def _read(path: Path, column: str, config: Config) -> LabelTable | None:
             vectors[len(rows)] = _vector(place, column, record[column])
             record[column] = f"a list of {len(record[column])}"
         places.append(place)
-        rows.append({name: as_written(record[name]) for name in choose(list(record))})
+        row = {name: as_written(record[name]) for name in choose(list(record)) if name != texts_in}
+        if texts_in in record:
+            chat = as_chat(record[texts_in], f"{place}: {texts_in!r}")
+            row[texts_in] = key_of(chat) if chat else as_written(record[texts_in])
+        rows.append(row)
     if column not in known and column in TARGETS:
         return None
     for setting, wants in (("probe.target", column), ("--text", texts)):
@@ -238,7 +276,7 @@ def _check_texts(
             continue
         if document[row] != number:
             number = int(document[row])
-            text = corpus.texts[number].text
+            text = corpus.texts[number].key
         own = text if sentence[row] == ABSENT else text[slice(*corpus.spans[sentence[row]])]
         if own.split() != given.split():
             what = "document" if sentence[row] == ABSENT else "sentence"
@@ -275,7 +313,7 @@ def _documents_of(corpus: Corpus, texts: Sequence[str | None]) -> np.ndarray:
     number_of: dict[bytes, int] = {}
     for first, batch in corpus.texts.batches():
         for number, document in enumerate(batch, first):
-            number_of.setdefault(digest(document.text), number)
+            number_of.setdefault(digest(document.key), number)
     found = (ABSENT if text is None else number_of.get(digest(text), ABSENT) for text in texts)
     return np.fromiter(found, dtype=np.int64, count=len(texts))
 
@@ -385,47 +423,124 @@ def _is_number(text: str) -> bool:
         return False
 
 
-def _ranges(
+def _messages(
+    corpus: Corpus, table: LabelTable, rows: np.ndarray, document: np.ndarray, roles: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]:
+    """The messages of some roles in the chats of some rows, and notes on them.
+
+    Returns:
+        Of each message its number in `rows`, its first token, the token after its last one; and the notes.
+    """
+    for column in ("sentence", "start"):
+        if (table.numbers(column)[rows] >= 0).any():
+            raise ProbekitError(
+                f"probe.labels {table.path} has a column {column!r}, but probe.roles labels messages"
+            )
+    picked, start, stop = [], [], []
+    known: dict[str, None] = {}
+    silent, without = 0, 0
+    for number, row in enumerate(rows):
+        chat = corpus.texts[int(document[row])]
+        known.update(dict.fromkeys(message["role"] for message in chat.messages or ()))
+        messages = [message for message in chat.messages or () if message["role"] in roles]
+        without += not messages
+        spans = token_spans(corpus.folder, chat, corpus.separator) if messages else np.zeros((0, 2))
+        for message in messages:
+            inside = np.flatnonzero((spans[:, 0] < message["end"]) & (spans[:, 1] > message["start"]))
+            if message["start"] < 0 or not len(inside):
+                silent += 1
+                continue
+            first = corpus.document_tokens[document[row]] + 1
+            picked.append(number)
+            start.append(first + inside[0])
+            stop.append(first + inside[-1] + 1)
+    if not known:
+        raise ProbekitError(
+            f"probe.roles is {', '.join(roles)}, but the texts of the corpus are no chats; unset it, or "
+            "give a column of lists of messages by --text"
+        )
+    if missing := [role for role in roles if role not in known]:
+        raise ProbekitError(f"probe.roles has {missing[0]!r}, but the chats have {', '.join(known)}")
+    if not picked:
+        raise ProbekitError(f"probe.roles is {', '.join(roles)}, but none of these messages says anything")
+    left_out = {
+        f"{silent:,} messages that say nothing, or not all of what they say is in the chat template": silent,
+        f"{without:,} of {len(rows):,} chats, which have no such message": without,
+    }
+    lines = [f"messages of {', '.join(roles)}: {len(picked):,} in {len({*picked}):,} chats"]
+    lines += [f"left out: {line}" for line, count in left_out.items() if count]
+    return np.array(picked, np.int64), np.array(start, np.int64), np.array(stop, np.int64), tuple(lines)
+
+
+def _second(
+    corpus: Corpus, table: LabelTable, rows: np.ndarray, document: np.ndarray, sentence: np.ndarray
+) -> np.ndarray | None:
+    """First token of the other span of each row's pair, and the token after its last one `[rows, 2]`."""
+    first, second = (table.numbers(column)[rows] >= 0 for column in ("start", "start2"))
+    if not (second | (table.numbers("end2")[rows] >= 0)).any():
+        return None
+    if len(alone := np.flatnonzero(~(first & second))):
+        raise ProbekitError(
+            f"{table.where[rows[alone[0]]]}: 'start' or 'start2' is empty, but other rows label pairs of "
+            "spans; give both in every row"
+        )
+    return np.stack(_tokens_of(corpus, table, rows, document, sentence, ("start2", "end2")), axis=1)
+
+
+def _tokens_of(
     corpus: Corpus,
     table: LabelTable,
     rows: np.ndarray,
     document: np.ndarray,
     sentence: np.ndarray,
-    code: np.ndarray,
-) -> tuple[Ranges, np.ndarray]:
-    """The labelled ranges, in the order of the corpus, each once, and the row of each."""
-    document, sentence = document[rows], sentence[rows]
+    columns: tuple[str, str] = ("start", "end"),
+) -> tuple[np.ndarray, np.ndarray]:
+    """The first token that each row labels, and the token after the last one `[rows]`."""
     in_sentence = sentence != ABSENT
     start = np.where(in_sentence, corpus.first_token[sentence], corpus.document_tokens[document] + 1)
     stop = corpus.document_tokens[document + 1]
     following = np.append(corpus.first_token, corpus.document_tokens[-1])[sentence + 1]
     stop = np.where(in_sentence, np.minimum(following, stop), stop)
-    begin, end = table.numbers("start")[rows], table.numbers("end")[rows]
+    begin, end = (table.numbers(column)[rows] for column in columns)
+    first, last = columns
     if len(alone := np.flatnonzero((begin < 0) & (end >= 0))):
         raise ProbekitError(
-            f"{table.where[rows[alone[0]]]}: 'end' is {end[alone[0]]}, but 'start' is empty; give both, or "
-            "neither to label the whole text or sentence"
+            f"{table.where[rows[alone[0]]]}: {last!r} is {end[alone[0]]}, but {first!r} is empty; give both, "
+            "or neither to label the whole text or sentence"
         )
     for number in np.unique(document[begin >= 0]):
-        text = corpus.texts[int(number)].text
-        spans = token_spans(corpus.folder, text)
+        own_document = corpus.texts[int(number)]
+        if own_document.messages is not None:
+            raise ProbekitError(
+                f"{table.where[rows[np.argmax((document == number) & (begin >= 0))]]}: {first!r} counts the "
+                "characters of a text, and this is a chat; label its messages by probe.roles"
+            )
+        text = own_document.text
+        spans = token_spans(corpus.folder, own_document, corpus.separator)
         for i in np.flatnonzero((document == number) & (begin >= 0)):
             a, b = int(begin[i]), int(end[i]) if end[i] >= 0 else int(begin[i]) + 1
             base, length = 0, len(text)
             if in_sentence[i]:  # characters of the sentence, as it is exported
-                first, last = corpus.spans[sentence[i]]
-                own = text[first:last]
-                base, length = int(first) + len(own) - len(own.lstrip()), len(own.strip())
+                own_begin, own_end = corpus.spans[sentence[i]]
+                own = text[own_begin:own_end]
+                base, length = int(own_begin) + len(own) - len(own.lstrip()), len(own.strip())
             inside = np.flatnonzero((spans[:, 0] < base + b) & (spans[:, 1] > base + a))
             if not a < b <= length or not len(inside):
                 raise ProbekitError(
-                    f"{table.where[rows[i]]}: 'start' {a} and 'end' {b} must be characters of a text of "
+                    f"{table.where[rows[i]]}: {first!r} {a} and {last!r} {b} must be characters of a text of "
                     f"{length:,}, the end exclusive, and hold a token, not the space before one alone"
                 )
             start[i] = corpus.document_tokens[number] + 1 + inside[0]
             stop[i] = corpus.document_tokens[number] + 2 + inside[-1]
-    order = np.lexsort((stop, start))
-    same = (np.diff(start[order]) == 0) & (np.diff(stop[order]) == 0)
+    return start, stop
+
+
+def _distinct(table: LabelTable, rows: np.ndarray, ranges: Ranges) -> tuple[Ranges, np.ndarray]:
+    """The labelled ranges of some rows, in the order of the corpus, each once, and the row of each."""
+    code, second = ranges.labels, ranges.second
+    bounds = np.column_stack([ranges.start, ranges.stop, *(() if second is None else second.T)])
+    order = np.lexsort(bounds.T[::-1])
+    same = (np.diff(bounds[order], axis=0) == 0).all(axis=1)
     if len(clash := np.flatnonzero(same & (np.diff(code[order]) != 0))):
         one, two = sorted(order[clash[0] : clash[0] + 2].tolist())
         other = table.where[rows[two]].removeprefix(str(table.path)).lstrip(": ")
@@ -435,7 +550,8 @@ def _ranges(
             f"{second!r}; keep one of them"
         )
     order = order[np.append(True, ~same)]
-    return Ranges(document[order], start[order], stop[order], code[order]), rows[order]
+    kept = {name: value[order] for name, value in vars(ranges).items() if value is not None}
+    return Ranges(**kept), rows[order]
 
 
 def _notes(
@@ -452,8 +568,7 @@ def _notes(
         yield f"whole numbers are taken for classes; --probe.kind numbers reads {name!r} as numbers"
     if line := nearly_two_classes(name, names, counts):
         yield line
-    equal = len(table.where) - sum(left_out.values()) - int(counts.sum())
-    for why, number in {**left_out, "label what an equal row labels": equal}.items():
+    for why, number in left_out.items():
         if number > 0:
             yield f"{number:,} of {len(table.where):,} rows of labels {why}, and are left out"
     if len(once := [names[n] for n in np.flatnonzero(counts == 1).tolist()]):

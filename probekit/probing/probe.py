@@ -471,11 +471,13 @@ class _VariantProbes:
         )
 
     def _reader(self, points: Sequence[HookPoint]) -> Reader:
-        return Reader(self._run, self._variant, points, self._grid.positions, self._seed)
+        spans = self._grid.target.spans
+        return Reader(self._run, self._variant, points, self._grid.positions, self._seed, spans=spans)
 
     def _source(self, points: Sequence[HookPoint]) -> Activations:
         if self._store:
-            return Store(self._folder, stacks_of(points, self._run.locations), self._run.device)
+            stacks = stacks_of(points, self._run.locations, self._grid.target.spans)
+            return Store(self._folder, stacks, self._run.device)
         return self._reader(points)
 
 
@@ -486,7 +488,7 @@ def _groups(run: Run, grid: Grid, points: Sequence[HookPoint]) -> Iterator[list[
     group: list[HookPoint] = []
     held = 0
     for point in points:
-        width = run.locations[point[0].removesuffix(BEFORE)]
+        width = grid.target.spans * run.locations[point[0].removesuffix(BEFORE)]
         # The sums are float64, and held once more by every solver.
         numbers = 2 * (1 + len(config.solvers)) * (width + sums)
         size = 4 * len(grid.positions) * width * numbers

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from probekit.config import Config, ProbedName, user_path
+from probekit.config import BosRule, Config, Position, ProbedName, user_path
+from probekit.data.documents import Document
 from probekit.data.readers import read_documents
+from probekit.data.tokenizer import bos_rule_for, bos_rule_of_chats
 from probekit.distributed import autocast
 from probekit.errors import ProbekitError
 from probekit.io import atomic_path, write_table
@@ -27,9 +30,19 @@ from probekit.probing.results import (
     read_probe_record,
     validation_loss,
 )
-from probekit.probing.texts import activation_at, check_reach, encoded_texts, read_batches
+from probekit.probing.texts import (
+    Chat,
+    activation_at,
+    check_reach,
+    documents_of,
+    encoded_texts,
+    read_batches,
+)
 from probekit.progress import Progress
 from probekit.run.run import Run
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 UNCONDITIONED = ("none", "random")
 """Variants that read a text without planned actions."""
@@ -40,7 +53,7 @@ FORMATS = (".csv", ".jsonl", ".parquet")
 
 def score(
     run: Run | str | Path,
-    texts: str | Path | Sequence[str],
+    texts: str | Path | Sequence[str | Chat],
     cell: str | None = None,
     *,
     layer: int | None = None,
@@ -55,7 +68,8 @@ def score(
 
     Args:
         run: The run, which was probed.
-        texts: The texts, or a file of any format that the readers of a corpus know.
+        texts: The texts or chats, or a file of any format that the readers of a corpus know. Of chats, the
+            messages of the roles that the run was probed with (`probe.roles`) are read.
         cell: Name of the probe, as in the run's file of probes: solver|location|layer|position|horizon. None:
             the best one on validation documents.
         layer: The best one of this layer.
@@ -67,8 +81,9 @@ def score(
         quiet: Show no progress.
 
     Returns:
-        A row for each text or token: its number and name, the class predicted and its probability, and the
-        probability of every class if there are at most 20; or the number predicted, or those of a vector.
+        A row for each text, message or token: its number and name, the class predicted and its probability,
+        and the probability of every class if there are at most 20; or the number predicted, or those of a
+        vector.
 
     Raises:
         ProbekitError: The run has no such probe, or a text is empty or longer than the LM reads.
@@ -80,45 +95,48 @@ def score(
     run = run.with_settings({"probe.window": record.config.probe.window})
     variant, seed, chosen = _chosen(run, cell, layer)
     probe = SavedProbes(run.folder / "probes", variant, seed)[chosen]
+    if len(probe.coef) != run.locations[chosen.location.removesuffix(BEFORE)]:
+        raise ProbekitError(
+            f"the probes of {run.folder} read pairs of spans, of which new texts have none; label spans "
+            "or texts"
+        )
     if record.classes is None:
         raise ProbekitError(
             f"the probes of {run.folder} are of an earlier version, which kept no names of classes; run "
             f"`probekit probe {run.folder}` again"
         )
-    named = _named(texts, record.config, text, encoding)
-    begin = [] if run.corpus.bos_rule == "none" else [run.corpus.separator]
-    window = probing_windows(run)[0]
-    encoded = encoded_texts(run.corpus.tokenizer, [text for _, text in named], window - len(begin))
+    documents = _documents(run, texts, record.config, text, encoding)
+    begin = [] if _bos_rule(run, documents[0]) == "none" else [run.corpus.separator]
+    encoded = encoded_texts(run.corpus.tokenizer, documents, probing_windows(run)[0] - len(begin))
+    ids = [own for own, _ in encoded]
     position = chosen.position if isinstance(chosen.position, str) else "last"
-    if not tokens:
-        check_reach(position, encoded)
-    found: list[tuple[list[int], Tensor]] = []
+    if tokens:
+        ranges = [_every_token(run.corpus.tokenizer, own) for own in ids]
+    else:
+        ranges = _read_ranges(documents, encoded, record.config.probe.roles, position)
+    held: list[Tensor] = []
 
-    def read(_: str, activation: Tensor, lengths: Tensor) -> None:
-        if tokens:
-            column = torch.arange(activation.shape[1], device=activation.device)
-            own = activation[(column >= len(begin)) & (column < len(begin) + lengths[:, None])]
-        else:
-            own = activation_at(position, activation, len(begin), lengths)
-        found.append(([], own.cpu()))
+    def hold(name: str, activation: Tensor, lengths: Tensor) -> None:
+        held.append(activation)
 
     name = hook_name(chosen.location.removesuffix(BEFORE), chosen.layer)
     backend = run.backend_for([name], variant, seed)
+    parts = []
     with (
         autocast(run.device, run.config.training.precision),
-        Progress(quiet=quiet).task("score texts", total=len(named), unit="texts") as task,
+        Progress(quiet=quiet).task("score texts", total=len(documents), unit="texts") as task,
     ):
-        for rows in read_batches(backend, [name], encoded, begin, batch_size, read):
-            found[-1][0].extend(rows)
+        for rows in read_batches(backend, [name], ids, begin, batch_size, hold):
+            activation = held.pop()
             task.advance(len(rows))
-    parts = []
-    for rows, own in found:
-        numbers = [row for row in rows for _ in range(len(encoded[row]) if tokens else 1)]
-        part = pd.DataFrame({"text": numbers, "name": [named[row][0] for row in numbers]})
-        if tokens:
-            part["token"] = [number for row in rows for number in range(len(encoded[row]))]
-            part["piece"] = [decoded(run.corpus.tokenizer, [t]) for row in rows for t in encoded[row]]
-        parts.append(pd.concat([part, predictions(probe, own, record.classes)], axis=1))
+            if not (read := [(number, *part) for number, row in enumerate(rows) for part in ranges[row]]):
+                continue
+            number, start, stop = torch.tensor([part[:3] for part in read], device=activation.device).T
+            own = activation_at(position, activation, number, start + len(begin), stop + len(begin))
+            of = [documents[rows[part[0]]].name for part in read]
+            facts = pd.DataFrame([part[3] for part in read])
+            part = pd.DataFrame({"text": [rows[part[0]] for part in read], "name": of})
+            parts.append(pd.concat([part, facts, predictions(probe, own.cpu(), record.classes)], axis=1))
     table = pd.concat(parts).sort_values("text", kind="stable", ignore_index=True)
     if out is not None:
         _write(table, user_path(out))
@@ -155,22 +173,66 @@ def _chosen(run: Run, key: str | None, layer: int | None) -> tuple[ProbedName, i
     return rows.variant.iloc[row], int(rows.seed.iloc[row]), cells[row]
 
 
-def _named(
-    texts: str | Path | Sequence[str], config: Config, column: str | None, encoding: str | None
-) -> list[tuple[str, str]]:
-    """Names and texts, of a file that is read as the run's own texts were."""
+Part = tuple[int, int, dict[str, Any]]
+"""The first token that is scored, the token after the last one, and what the table says of them."""
+
+
+def _every_token(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[Part]:
+    return [(n, n + 1, {"token": n, "piece": decoded(tokenizer, [own])}) for n, own in enumerate(ids)]
+
+
+def _read_ranges(
+    documents: Sequence[Document],
+    encoded: Sequence[tuple[list[int], list[tuple[int, int]]]],
+    roles: Sequence[str] | None,
+    position: Position,
+) -> list[list[Part]]:
+    """Of each text all of it, or of a chat each message of some roles; long enough for a position."""
+    if roles is None or documents[0].messages is None:
+        check_reach(position, [len(ids) for ids, _ in encoded])
+        return [[(0, len(ids), {})] for ids, _ in encoded]
+    found: list[list[Part]] = []
+    for document, (_, characters) in zip(documents, encoded, strict=True):
+        found.append([])
+        for number, message in enumerate(document.messages or ()):
+            inside = [n for n, (a, b) in enumerate(characters) if a < message["end"] and b > message["start"]]
+            if message["role"] in roles and message["start"] >= 0:
+                found[-1].append((inside[0], inside[-1] + 1, {"message": number, "role": message["role"]}))
+    if not any(found):
+        raise ProbekitError(f"no chat has a message of {', '.join(roles)} that says anything")
+    check_reach(position, [stop - start for parts in found for start, stop, _ in parts], "message")
+    return found
+
+
+def _bos_rule(run: Run, document: Document) -> BosRule:
+    """Where the LM reads the separator in texts such as this one."""
+    tokenizer, rule = run.corpus.tokenizer, run.corpus.bos_rule
+    if document.messages is not None:
+        return bos_rule_of_chats(tokenizer, rule, document.text)
+    return bos_rule_for(tokenizer, run.config.lm.bos) if run.corpus.facts.get("chats") else rule
+
+
+def _documents(
+    run: Run,
+    texts: str | Path | Sequence[str | Chat],
+    config: Config,
+    column: str | None,
+    encoding: str | None,
+) -> list[Document]:
+    """The texts, of a file that is read as the run's own texts were."""
+    tokenizer = run.corpus.tokenizer
     if not isinstance(texts, str | Path):
         if not isinstance(texts, Iterable) or getattr(texts, "ndim", 1) != 1:
             raise ProbekitError(
                 f"texts is a {type(texts).__name__}; give a list of texts, or the name of a file"
             )
-        return [(str(number), text) for number, text in enumerate(texts)]
+        return documents_of(tokenizer, [*texts])
     if column is None:
         column = config.probe.text_column or config.corpus.text_column
     own = {"path": str(texts), "text_column": column, "separator": config.corpus.separator}
     own["encoding"] = config.corpus.encoding if encoding is None else encoding
     settings = Config().override({f"corpus.{name}": value for name, value in own.items()})
-    return [(document.name, document.text) for document in read_documents(settings.corpus)]
+    return [*read_documents(settings.corpus, tokenizer=tokenizer)]
 
 
 def _write(table: pd.DataFrame, path: Path) -> None:

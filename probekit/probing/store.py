@@ -365,7 +365,8 @@ def _key(point: HookPoint) -> str:
 
 def _digest(examples: Examples) -> str:
     """Identifies where examples are, and their order."""
-    places = np.stack([examples.start, examples.stop]).astype(np.int64)
+    second = () if examples.second is None else examples.second.T
+    places = np.stack([examples.start, examples.stop, *second]).astype(np.int64)
     return hashlib.sha256(places.tobytes()).hexdigest()[:12]
 
 

@@ -6,7 +6,7 @@ An example is a range of tokens of a document, which probes read near, and one l
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -44,12 +44,14 @@ class Ranges:
         start: Its first token, in `corpus.tokens`.
         stop: The token after its last one.
         labels: Its label.
+        second: Of pairs, the first token of the other range and the token after its last one `[ranges, 2]`.
     """
 
     document: np.ndarray
     start: np.ndarray
     stop: np.ndarray
     labels: np.ndarray
+    second: np.ndarray | None = None
 
     def of(self, documents: np.ndarray) -> np.ndarray:
         """Numbers of the ranges of some documents, in their order."""
@@ -87,6 +89,11 @@ class Target:
     positions: tuple[Position, ...] = (1, 2, 3, 4, 6, 8)
     tokens: np.ndarray | None = None
     vectors: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+
+    @property
+    def spans(self) -> int:
+        """How many ranges an example has: 2 if labels are of pairs."""
+        return 2 if isinstance(self.labels, Ranges) and self.labels.second is not None else 1
 
     def anchors(
         self, corpus: Corpus, anchors: Literal["start", "token"], *, first: bool = True
@@ -146,6 +153,8 @@ class Examples:
         sentence: The sentence that holds the first token `[examples]`.
         group: What splits and intervals keep together `[examples]`.
         labels: One label for every horizon `[examples, horizons]`.
+        second: Of pairs of ranges, `start` and `stop` of the other one `[examples, 2]`. Both are read at a
+            position, and their activations joined, as in edge probing (Tenney et al. 2019).
     """
 
     document: np.ndarray
@@ -154,6 +163,7 @@ class Examples:
     sentence: np.ndarray
     group: np.ndarray
     labels: np.ndarray
+    second: np.ndarray | None = None
 
     @classmethod
     def of_tokens(
@@ -166,10 +176,23 @@ class Examples:
         return len(self.start)
 
     def __getitem__(self, rows: slice | np.ndarray) -> Examples:
-        return Examples(*(getattr(self, part.name)[rows] for part in fields(self)))
+        given = {name: value[rows] for name, value in vars(self).items() if value is not None}
+        return Examples(**given)
+
+    def unpaired(self) -> Examples:
+        """The ranges as examples of their own, those of a pair one after the other."""
+        if self.second is None:
+            return self
+        every = self[np.repeat(np.arange(len(self)), 2)]
+        bounds = zip((self.start, self.stop), self.second.T, strict=True)
+        start, stop = (np.stack(both, axis=1).ravel() for both in bounds)
+        return replace(every, start=start, stop=stop, second=None)
 
     def bounds(self, position: Position) -> tuple[np.ndarray, np.ndarray]:
         """The first and the last token that a probe reads at a position, in `corpus.tokens` `[examples]`."""
+        if self.second is not None:
+            first, last = (at.reshape(-1, 2) for at in self.unpaired().bounds(position))
+            return first.min(axis=1), last.max(axis=1)
         if position == "mean":
             return self.start, self.stop - 1
         if isinstance(position, int):
@@ -232,11 +255,15 @@ def _of_ranges(
     rows = labelled.of(documents)
     start, stop = labelled.start[rows], labelled.stop[rows]
     if anchors == "token":
+        if labelled.second is not None:
+            raise ProbekitError("probe.anchors is 'token', but the labels are of pairs of spans; give start")
         rows, start = np.repeat(rows, stop - start), ranges(start, stop)
         stop = start + 1
     document = labelled.document[rows]
     sentence = np.searchsorted(corpus.first_token, start, side="right") - 1
-    return Examples(document, start, stop, sentence, corpus.group[document], labelled.labels[rows][:, None])
+    second = None if labelled.second is None else labelled.second[rows]
+    labels = labelled.labels[rows][:, None]
+    return Examples(document, start, stop, sentence, corpus.group[document], labels, second)
 
 
 def labelled(labels: np.ndarray) -> np.ndarray:
@@ -249,9 +276,11 @@ def reached(corpus: Corpus, examples: Examples, position: Position) -> np.ndarra
 
     The separator in front of a document is not one of its tokens: nothing has been read there.
     """
-    at = examples.last_read(position)
-    begin, end = (corpus.document_tokens[examples.document + behind] for behind in (0, 1))
-    return (at > begin) & (at < end)
+    every = examples.unpaired()
+    at = every.last_read(position)
+    begin, end = (corpus.document_tokens[every.document + behind] for behind in (0, 1))
+    within = (at > begin) & (at < end)
+    return within if examples.second is None else within.reshape(-1, 2).all(axis=1)
 
 
 def are_numbers(values: np.ndarray) -> bool:

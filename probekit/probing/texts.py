@@ -2,14 +2,15 @@
 
     activations = probekit.activations(model, tokenizer, texts)
 
-The LM is left as it was. Texts are read as the package reads documents, with a beginning-of-sequence token
-where the LM was trained with one, and without padding before them.
+A text may be a chat, a list of messages that the tokenizer's chat template writes out. The LM is left as it
+was. Texts are read as the package reads documents, with a beginning-of-sequence token where the LM was
+trained with one, and without padding before them.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,10 +18,13 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from probekit.config import Position, before_last
-from probekit.data.tokenizer import bos_rule_for, separator_id
+from probekit.data.chats import ChatEncoder, ChatTemplate, as_chat
+from probekit.data.documents import Document
+from probekit.data.tokenizer import bos_rule_for, bos_rule_of_chats, separator_id
 from probekit.errors import ProbekitError
 from probekit.models.backends import Backend, BridgeBackend, HFBackend
 from probekit.models.hook_points import Architecture, examine
@@ -34,6 +38,9 @@ from probekit.progress import Progress
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+
+Chat = Sequence[Mapping[str, str]]
+"""Messages, each with a `role` and a `content`."""
 
 _EXAMINED: WeakKeyDictionary[Any, Architecture] = WeakKeyDictionary()
 """Hook points of models that have been read: finding them takes seconds."""
@@ -81,7 +88,7 @@ class TextActivations:
 def activations(
     model: Any,
     tokenizer: PreTrainedTokenizerBase | None,
-    texts: Sequence[str],
+    texts: Sequence[str | Chat],
     layers: int | Sequence[int] | None = None,
     location: str | Sequence[str] = "hook_resid_post",
     position: Position = "last",
@@ -95,7 +102,7 @@ def activations(
     Args:
         model: A causal LM of Hugging Face, or a TransformerBridge; it is run where it is.
         tokenizer: Its tokenizer; None: the one that a bridge holds.
-        texts: The texts.
+        texts: The texts, or chats.
         layers: The layers to read; None: all.
         location: TransformerLens hook without the layer, or several of one width.
         position: `last`, `last-1` (the token before the last) and so on, `first`, or `mean` (over the tokens
@@ -123,11 +130,14 @@ def activations(
     plain = model.original_model if bridged else model
     config = plain.config.get_text_config()
     points = _points(location, layers, int(config.num_hidden_layers))
+    documents = documents_of(tokenizer, texts)
     rule = bos_rule_for(tokenizer, "auto")
+    if documents[0].messages is not None:
+        rule = bos_rule_of_chats(tokenizer, rule, documents[0].text)
     begin = [] if rule == "none" else [separator_id(tokenizer)]
     longest = longest_window(config)
-    tokens = encoded_texts(tokenizer, texts, longest - len(begin), truncate=truncate)
-    check_reach(position, tokens)
+    tokens = [ids for ids, _ in encoded_texts(tokenizer, documents, longest - len(begin), truncate=truncate)]
+    check_reach(position, [len(own) for own in tokens])
     if plain.device.type == "cpu" and plain.dtype in HALF and not cpu_has_bfloat16():
         warnings.warn(
             f"this CPU has no units for {dtype_name(plain.dtype)}, in which the model is held: float32 is "
@@ -141,7 +151,7 @@ def activations(
 
         def read(name: str, activation: Tensor, lengths: Tensor) -> None:
             values[name].append(
-                activation_at(position, activation, len(begin), lengths).to(plain.dtype).cpu()
+                activation_at(position, activation, *whole_texts(len(begin), lengths)).to(plain.dtype).cpu()
             )
 
         with Progress(quiet=quiet).task("read texts", total=len(texts), unit="texts") as task:
@@ -164,46 +174,74 @@ def activations(
     )
 
 
-def encoded_texts(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], most: int, *, truncate: bool = False
-) -> list[list[int]]:
-    """The tokens of texts, at least one and at most so many.
+def documents_of(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str | Chat]) -> list[Document]:
+    """Texts or chats as documents, whose names are their numbers from 0.
 
     Raises:
-        ProbekitError: A text has no token, or too many and is not to be truncated; it gives the number of the
-            first such text, from 0.
+        ProbekitError: There is none, or one is neither a string nor a chat.
     """
     if isinstance(texts, str) or not hasattr(texts, "__len__") or not len(texts):
         raise ProbekitError(f"texts is {texts!r}; give a list of texts, one at least")
     if getattr(texts, "ndim", 1) != 1:
         raise ProbekitError(f"texts is a {type(texts).__name__} of several columns; give a list of texts")
+    documents = []
+    template: ChatTemplate | None = None
     for number, text in enumerate(texts):
+        if isinstance(text, str):
+            documents.append(Document(text, str(number)))
+        elif (messages := as_chat(text, f"text {number}")) is not None:
+            template = template or ChatTemplate(tokenizer)
+            documents.append(Document(name=str(number), **vars(template.render(messages, f"text {number}"))))
+        else:
+            raise ProbekitError(f"text {number} is {text!r}; it must be a string or a list of messages")
         try:
-            str.encode(text)
-        except (TypeError, UnicodeEncodeError):
+            documents[-1].text.encode()
+        except UnicodeEncodeError:
             raise ProbekitError(
-                f"text {number} is {text!r}; it must be a string, without halves of surrogate pairs"
+                f"text {number} is {text!r}; it must be without halves of surrogate pairs"
             ) from None
-    tokens = [encoded(tokenizer, text) for text in texts]
-    if empty := [number for number, own in enumerate(tokens) if not own]:
-        raise ProbekitError(
-            f"text {empty[0]} is empty, as are {len(empty)} of {len(texts)} texts; leave them out"
-        )
-    if (long := [number for number, own in enumerate(tokens) if len(own) > most]) and not truncate:
-        raise ProbekitError(
-            f"text {long[0]} has {len(tokens[long[0]]):,} tokens, but the LM reads {most:,} of a text; "
-            f"{len(long)} of {len(texts)} texts are that long: shorten them, or give truncate=True"
-        )
-    return [own[:most] for own in tokens]
+    return documents
 
 
-def check_reach(position: Position, tokens: Sequence[Sequence[int]]) -> None:
-    """Refuses texts that are too short for a position; names the first one, from 0."""
+def encoded_texts(
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], most: int, *, truncate: bool = False
+) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    """The tokens of texts, at least one and at most so many; of chats also the characters of each token.
+
+    Raises:
+        ProbekitError: A text has no token, or too many and is not to be truncated; it gives the number of the
+            first such text, from 0. Or only some are chats.
+    """
+    if len({document.messages is None for document in documents}) > 1:
+        raise ProbekitError("some texts are chats, and some are not; give all of one kind")
+    if documents[0].special is None:
+        tokens: list[tuple[list[int], list[tuple[int, int]]]] = [
+            (encoded(tokenizer, document.text), []) for document in documents
+        ]
+    else:
+        encoder = ChatEncoder(Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
+        separator = separator_id(tokenizer)
+        tokens = [encoder.encode(chat.text, chat.special or (), separator) for chat in documents]
+    lengths = [len(own) for own, _ in tokens]
+    if empty := [number for number, length in enumerate(lengths) if not length]:
+        raise ProbekitError(
+            f"text {empty[0]} is empty, as are {len(empty)} of {len(lengths)} texts; leave them out"
+        )
+    if (long := [number for number, length in enumerate(lengths) if length > most]) and not truncate:
+        raise ProbekitError(
+            f"text {long[0]} has {lengths[long[0]]:,} tokens, but the LM reads {most:,} of a text; "
+            f"{len(long)} of {len(lengths)} texts are that long: shorten them, or give truncate=True"
+        )
+    return [(own[:most], characters[:most]) for own, characters in tokens]
+
+
+def check_reach(position: Position, lengths: Sequence[int], what: str = "text") -> None:
+    """Refuses texts, or messages, with too few tokens for a position; names the first one, from 0."""
     behind = before_last(position) or 0
-    if short := [number for number, own in enumerate(tokens) if len(own) <= behind]:
+    if short := [number for number, length in enumerate(lengths) if length <= behind]:
         raise ProbekitError(
-            f"text {short[0]} has {len(tokens[short[0]])} tokens, but position is {position}; "
-            f"{len(short)} of {len(tokens)} texts are that short"
+            f"{what} {short[0]} has {lengths[short[0]]} tokens, but position is {position}; "
+            f"{len(short)} of {len(lengths)} {what}s are that short"
         )
 
 
@@ -247,16 +285,34 @@ def read_batches(
         yield rows
 
 
-def activation_at(position: Position, activation: Tensor, begin: int, lengths: Tensor) -> Tensor:
-    """Of activations [texts, positions, width] that of each text [texts, width]; see `check_reach`."""
+def whole_texts(begin: int, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Ranges for `activation_at`: all tokens of each text, which follow on `begin` others."""
+    first = torch.full_like(lengths, begin)
+    return torch.arange(len(lengths), device=lengths.device), first, first + lengths
+
+
+def activation_at(
+    position: Position, activation: Tensor, text: Tensor, start: Tensor, stop: Tensor
+) -> Tensor:
+    """Of activations [texts, positions, width] that of each range of tokens; see `check_reach`.
+
+    Args:
+        position: Where ranges are read.
+        activation: The activations.
+        text: The text of each range.
+        start: Its first token.
+        stop: The token after its last one.
+
+    Returns:
+        The activations of ranges [ranges, width].
+    """
     if position == "mean":
         column = torch.arange(activation.shape[1], device=activation.device)
-        own = (column >= begin) & (column < begin + lengths[:, None])
+        own = (column >= start[:, None]) & (column < stop[:, None])
         dtype = torch.promote_types(activation.dtype, torch.float32)  # half precision overflows or rounds
-        return torch.where(own[..., None], activation, 0).sum(1, dtype=dtype) / lengths[:, None]
+        return torch.where(own[..., None], activation[text], 0).sum(1, dtype=dtype) / (stop - start)[:, None]
     behind = before_last(position)
-    column = torch.full_like(lengths, begin) if behind is None else begin + lengths - 1 - behind
-    return activation[torch.arange(len(column), device=activation.device), column]
+    return activation[text, start if behind is None else stop - 1 - behind]
 
 
 def _points(location: str | Sequence[str], layers: int | Sequence[int] | None, depth: int) -> list[HookPoint]:

@@ -18,7 +18,8 @@ import pytest
 
 from probekit.config import CorpusSettings, PlantedSettings
 from probekit.data import hub, readers
-from probekit.data.readers import Document, DocumentFile, read_batch, read_documents, write_documents
+from probekit.data.documents import Document, DocumentFile, read_batch
+from probekit.data.readers import read_documents, write_documents
 from probekit.data.splits import DocumentKeys
 from probekit.errors import ProbekitError
 from probekit.planted import corpus as planted
@@ -180,6 +181,19 @@ def test_huggingface_saved_to_disk(tmp_path, toy):
     assert message == f"corpus.dataset_split is 'train', but {tmp_path}/splits has probe"
 
 
+def test_all_splits_of_a_dataset(tmp_path, toy):
+    splits = {"train": toy, "validation": toy, "test": toy}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    (tmp_path / "files").mkdir()
+    for name, part in splits.items():
+        part.to_parquet(tmp_path / f"files/{name}-0.parquet")
+    for folder in ("saved", "files"):
+        found = list(read(tmp_path / folder, "huggingface", dataset_split="all", split_column="split"))
+        assert [document.split for document in found] == ["probe"] * 2 + ["validation"] * 2 + ["test"] * 2
+        assert [document.name for document in found][-1] == f"{tmp_path}/{folder}:6"
+        assert len(texts(tmp_path / folder, "huggingface", dataset_split="all")) == 6
+
+
 def test_huggingface_columns_that_are_known_late_and_bad_folders(tmp_path):
     write(tmp_path / "text/train.txt", "One.\nTwo.\n")
     assert texts(tmp_path / "text", "huggingface") == ["One.", "Two."]
@@ -243,7 +257,11 @@ REFUSALS = [
     ("jsonl", "null", "PATH:1: NoneType where a JSON object should be"),
     ("jsonl", '{"body": "a", "title": "b"}', "corpus.text_column is 'text', but PATH:1 has body, title"),
     ("jsonl", "{}", "corpus.text_column is 'text', but PATH:1 has nothing"),
-    ("jsonl", '{"text": 3}', "PATH:1: 'text' holds int, not a string; correct it, or set --corpus."),
+    (
+        "jsonl",
+        '{"text": 3}',
+        "PATH:1: 'text' holds int, not a string or a chat; correct it, or set --corpus.",
+    ),
     ("jsonl", '{"text": null}', "PATH:1: no 'text'; --corpus.missing skip drops such rows"),
     ("csv", "id,text\n1,One.\n2,\n", "PATH: row 2: no 'text'; --corpus.missing skip drops such rows"),
     ("csv", "id,text\n1\n", "PATH: row 1: no 'text'; --corpus.missing skip drops such rows"),

@@ -5,16 +5,19 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
+import datasets
 import numpy as np
 import pandas as pd
 import pytest
+from huggingface_hub import HfApi, constants
 
 from probekit.config import Config
 from probekit.data.build import write_corpus
 from probekit.data.corpus import Corpus, export_sentences
 from probekit.errors import ProbekitError
-from probekit.probing.labels import target_of
+from probekit.probing.labels import labels_digest, target_of
 from probekit.probing.targets import NO_LABEL, Ranges, Target, find_examples, find_target
 from probekit.progress import Progress
 from probekit.run.run import Run
@@ -260,6 +263,49 @@ def test_a_path_is_made_absolute_where_it_enters(corpus: Corpus, tmp_path: Path,
     assert Config().override({"probe.labels": "~/x.csv"}).probe.labels == str(Path.home() / "x.csv")
 
 
+# Datasets
+
+ROWS = {"text": TEXTS, "kind": ["a", "b", "a", "b"]}
+
+
+def test_a_dataset_that_was_saved_to_disk(corpus: Corpus, tmp_path: Path):
+    datasets.Dataset.from_dict(ROWS).save_to_disk(tmp_path / "one")
+    expected = read(corpus, "kind", written(tmp_path, **ROWS))
+    found = read(corpus, "kind", tmp_path / "one")
+    assert named(found) == named(expected)
+    assert found.labels.start.tolist() == expected.labels.start.tolist()
+    datasets.DatasetDict(test=datasets.Dataset.from_dict(ROWS)).save_to_disk(tmp_path / "splits")
+    config = {"probe.labels": str(tmp_path / "splits"), "probe.target": "kind"}
+    found = target_of(corpus, Config().override(config | {"corpus.dataset_split": "test"}))
+    assert named(found) == named(expected)
+    with pytest.raises(ProbekitError, match=r"dataset_split is 'train', but .* has test"):
+        target_of(corpus, Config().override(config))
+    line = refusal(corpus, "type", tmp_path / "one")
+    assert "has no column 'type' (probe.target); it has text, kind" in line
+
+
+def test_a_dataset_has_a_digest(tmp_path: Path):
+    def digest(kind: list) -> str | None:
+        folder = tmp_path / "".join(kind)
+        datasets.Dataset.from_dict({"kind": kind}).save_to_disk(folder)
+        return labels_digest(Config().override({"probe.labels": str(folder)}))
+
+    assert digest(["a", "b"]) is not None
+    assert digest(["a", "b"]) != digest(["b", "a"])
+    assert labels_digest(Config().override({"probe.labels": "someone/thing"})) is None
+
+
+def test_a_dataset_of_the_hub_without_network_is_refused(corpus: Corpus, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(HfApi, "dataset_info", Mock(side_effect=ConnectionError))
+    with pytest.raises(
+        ProbekitError, match=r"probe\.labels is 'someone/thing' at revision 'main': no folder"
+    ) as e:
+        target_of(corpus, Config().override({"probe.labels": "someone/thing", "probe.target": "kind"}))
+    assert "the Hugging Face hub cannot be reached" in str(e.value)
+    assert "\n" not in str(e.value)
+
+
 # Against truth
 
 
@@ -384,7 +430,7 @@ def test_what_is_no_table_of_labels_is_one_line(corpus: Corpus, tmp_path: Path, 
 
 def test_characters_between_tokens_are_inside_no_token(corpus: Corpus, tmp_path: Path, monkeypatch):
     words = np.array([[0, 3], [4, 7], [8, 11], [12, 14], [15, 18], [19, 23]])
-    monkeypatch.setattr("probekit.probing.labels.token_spans", lambda folder, text: words)
+    monkeypatch.setattr("probekit.probing.labels.token_spans", lambda *_: words)
     path = written(tmp_path, document=[0, 0], start=[4, 3], end=[7, 4], kind=["a", "b"])
     assert "row 2: 'start' 3 and 'end' 4 must be" in (line := refusal(corpus, "kind", path))
     assert "hold a token, not the space before one" in line

@@ -12,7 +12,7 @@ import probekit
 from probekit.data.tokenizer import train_tokenizer
 from probekit.errors import ProbekitError
 from probekit.models.language_model import bridge
-from probekit.probing.texts import activation_at
+from probekit.probing.texts import activation_at, whole_texts
 
 TEXTS = ["the plan and the text", "a", "the text is a plan, and the plan", "text", "and the plan is the text"]
 POSITIONS, LAYERS, WIDTH = 24, 3, 16
@@ -149,4 +149,4 @@ def test_means_of_half_precision_are_summed_in_float32(dtype):
     values = torch.full((1, 202, 1), 1000.0, dtype=dtype)
     values[:, 1::2] = 1008
     values[0, [0, 201]] = torch.inf  # before and after the text
-    assert activation_at("mean", values, 1, torch.tensor([200])).item() == 1004
+    assert activation_at("mean", values, *whole_texts(1, torch.tensor([200]))).item() == 1004
