@@ -551,7 +551,7 @@ class ProbeRecord:
         documents: By seed and split the documents that examples were drawn from.
         origin: What the results depend on beside settings and weights; see `probe.origin`.
         classes: Names of the classes, none of numbers; None of probes of an earlier version.
-        extent: What a label is of: sentences (or the tokens in them), texts or spans.
+        extent: What a label is of: sentences (or the tokens in them), texts, spans or pairs.
         range: The least and the largest number that probes were fitted on; None for classes.
     """
 

@@ -95,7 +95,7 @@ def score(
     run = run.with_settings({"probe.window": record.config.probe.window})
     variant, seed, chosen = _chosen(run, cell, layer)
     probe = SavedProbes(run.folder / "probes", variant, seed)[chosen]
-    if len(probe.coef) != run.locations[chosen.location.removesuffix(BEFORE)]:
+    if record.extent == "pairs":
         raise ProbekitError(
             f"the probes of {run.folder} read pairs of spans, of which new texts have none; label spans "
             "or texts"

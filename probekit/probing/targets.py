@@ -116,10 +116,12 @@ class Target:
         lengths = None if anchors == "start" else self.labels.stop - self.labels.start
         return np.bincount(self.labels.document, lengths, minlength=documents).astype(np.int64)
 
-    def extent(self, corpus: Corpus) -> Literal["sentences", "texts", "spans"]:
+    def extent(self, corpus: Corpus) -> Literal["sentences", "texts", "spans", "pairs"]:
         """What a label is of."""
         if not isinstance(self.labels, Ranges):
             return "sentences"
+        if self.labels.second is not None:
+            return "pairs"
         begin, end = (corpus.document_tokens[self.labels.document + behind] for behind in (0, 1))
         whole = (self.labels.start == begin + 1) & (self.labels.stop == end)
         return "texts" if whole.all() else "spans"

@@ -22,7 +22,7 @@ from probekit.probing.grid import CHOSEN_ON, FITTED_ON, MINIMUM_EXAMPLES, TESTED
 from probekit.probing.labels import target_of
 from probekit.probing.results import DocumentSums, Facts, table_of
 from probekit.probing.store import Held, Part
-from probekit.probing.targets import NO_LABEL, find_examples
+from probekit.probing.targets import NO_LABEL, Examples, find_examples
 from probekit.progress import Progress
 from probekit.statistics import Resampling
 
@@ -72,13 +72,17 @@ def find_values(corpus: Corpus, grid: Grid, config: Config) -> Values:
     """
     name = config.probe.transfer
     column = target_of(corpus, config.override({"probe.target": name, "probe.kind": "classes"}))
-    size, codes = len(corpus.tokens) + 1, {}
+    codes = {}
+
+    def bounds(of: Examples) -> pd.MultiIndex:
+        return pd.MultiIndex.from_arrays([of.start, of.stop, *(() if of.second is None else of.second.T)])
+
     for split, examples in grid.examples.items():
         documents = np.unique(examples.document)
         found = find_examples(corpus, documents, column, (1,), config.probe.anchors)
-        known = pd.Series(found.labels[:, 0], found.start * size + found.stop)
+        known = pd.Series(found.labels[:, 0], bounds(found))
         known = known[~known.index.duplicated()]
-        of_examples = known.reindex(examples.start * size + examples.stop, fill_value=NO_LABEL)
+        of_examples = known.reindex(bounds(examples), fill_value=NO_LABEL)
         codes[split] = of_examples.to_numpy(np.int64)
     return enough_examples(grid, str(name), tuple(map(column.name_of, range(column.classes))), codes)
 

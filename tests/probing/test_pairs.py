@@ -9,10 +9,13 @@ import pytest
 from probekit.config import Config
 from probekit.errors import ProbekitError
 from probekit.probing.activations import Reader
+from probekit.probing.grid import make_grid
 from probekit.probing.labels import target_of
 from probekit.probing.probe import probe
 from probekit.probing.score import score
 from probekit.probing.targets import Examples, Ranges, Target, find_examples, reached
+from probekit.probing.transfer import find_values
+from probekit.reports.lens import lens
 from probekit.run.run import Run
 
 POSITIONS = ("last", "mean", 0, 1)
@@ -96,6 +99,8 @@ def test_a_probe_reads_the_second_span(tiny_run: Run, table: Path, copy: Path, q
     pair = probe(run, settings, quiet=True).table.query("reader == 'probe'")
     with pytest.raises(ProbekitError, match="read pairs of spans, of which new texts have none"):
         score(copy, ["a text"], quiet=True)
+    with pytest.raises(ProbekitError, match="read pairs of spans or vectors, which the lens does not show"):
+        lens(copy, "a text", quiet=True)
     alone = table.with_name("alone.csv")
     spans = pd.read_csv(table).drop(columns=["start2", "end2"])
     spans.drop_duplicates(["document", "start"]).to_csv(alone, index=False)
@@ -121,6 +126,23 @@ def test_halves_of_pairs_are_refused(changed: dict, said: str, tiny_run: Run, ta
         target(tiny_run, tmp_path / "pairs.csv")
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_values_of_transfer_are_those_of_the_pair(tiny_run: Run, table: Path, tmp_path: Path):
+    """Pairs that share their first span may have different values."""
+    rows = pd.read_csv(table)
+    rows = pd.concat([rows, rows.assign(start2=rows.start, end2=rows.end)]).drop_duplicates()
+    rows = rows.drop_duplicates(["document", "start", "start2"]).assign(early=lambda r: r.start % 2 == 0)
+    rows["same"] = rows.start == rows.start2
+    rows.to_csv(tmp_path / "pairs.csv", index=False)
+    labels = target(tiny_run, tmp_path / "pairs.csv")
+    given = {"probe.labels": str(tmp_path / "pairs.csv"), "probe.target": "early", "probe.transfer": "same"}
+    config = Config().override(given)
+    grid = make_grid(tiny_run.corpus, config.probe, labels, 0)
+    values = find_values(tiny_run.corpus, grid, config)
+    assert values.names == ("False", "True")
+    for split, examples in grid.examples.items():
+        assert values.of[split].tolist() == (examples.start == examples.second[:, 0]).tolist()
 
 
 def test_tokens_of_pairs_are_refused(tiny_run: Run, table: Path):
