@@ -1,4 +1,4 @@
-"""Tables of labels: each row labels a range of tokens: a text, a sentence, a span, or messages of a chat.
+"""Targets of a table whose rows label ranges of tokens: a text, a sentence, a span, or messages of a chat.
 
 A row finds its document by its text, or by `document` (number or name); `sentence` and the characters `start`
 and `end` narrow the range. With `probe.roles` each message of these roles in a chat is one. Labels are what
@@ -10,25 +10,21 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Literal, NamedTuple
 
 import numpy as np
 
-from probekit.config import Config, user_path
-from probekit.data import huggingface
-from probekit.data.chats import as_chat, key_of
+from probekit.config import Config
 from probekit.data.corpus import Corpus
-from probekit.data.readers import Record, as_written, read_records
 from probekit.data.sentences import token_spans
 from probekit.data.splits import digest
 from probekit.errors import ProbekitError
+from probekit.probing.label_table import LabelTable, read_table
 from probekit.probing.targets import (
     MOST_CLASSES,
     NO_LABEL,
-    TARGETS,
     Ranges,
     Target,
     are_numbers,
@@ -37,53 +33,12 @@ from probekit.probing.targets import (
     sentence_target,
     vary,
 )
-from probekit.run.folder import digest_of
 
 SHOWN_CLASSES = 12
 """So many classes are listed with their counts."""
 
-LARGEST = 1e150
-"""Numbers of a vector are smaller: the squares of larger ones overflow."""
-SPANS = ("start", "end", "start2", "end2")
-"""Columns of characters; the last two give the other span of a pair."""
-
 ABSENT = -1
 """The document of a row whose text is not in the corpus, and the sentence of a row that names none."""
-
-
-@dataclass(frozen=True)
-class LabelTable:
-    """A column of labels, and the columns that say what is labelled.
-
-    Attributes:
-        path: The file or dataset.
-        where: Where each row is, for messages `[rows]`.
-        labels: The labels, as they are written; None where a field is empty `[rows]`.
-        columns: The values of the other columns, as far as the table has them `[rows]`.
-        vectors: The labels that are lists, by row.
-    """
-
-    path: str
-    where: list[str]
-    labels: list[str | None]
-    columns: dict[str, list[str | None]]
-    vectors: dict[int, np.ndarray]
-
-    def numbers(self, column: str) -> np.ndarray:
-        """The whole numbers in a column `[rows]`, -1 where a field or the whole column is empty.
-
-        Raises:
-            ProbekitError: A value is no whole number from 0 on.
-        """
-        found = np.full(len(self.where), -1, dtype=np.int64)
-        for row, value in enumerate(self.columns.get(column, ())):
-            if value is not None:
-                if not re.fullmatch(r"\d{1,18}(\.0*)?", value):
-                    raise ProbekitError(
-                        f"{self.where[row]}: {column!r} is {value!r}; it must be a whole number from 0 on"
-                    )
-                found[row] = int(value.partition(".")[0])
-        return found
 
 
 def target_of(corpus: Corpus, config: Config) -> Target:
@@ -97,7 +52,7 @@ def target_of(corpus: Corpus, config: Config) -> Target:
         ProbekitError: There is no such column or target, or its labels do not fit the corpus.
     """
     name = config.probe.target
-    table = None if config.probe.labels is None else _read(config.probe.labels, name, config)
+    table = None if config.probe.labels is None else read_table(config.probe.labels, name, config)
     if table is None:
         if config.probe.roles is not None:
             raise ProbekitError(f"probe.roles goes with a column of probe.labels, not with target {name!r}")
@@ -112,25 +67,8 @@ def target_of(corpus: Corpus, config: Config) -> Target:
             f"{made_of}; name the column that holds texts by --text, or make a corpus of this table "
             "by --model with --text, in another --out or with --overwrite"
         )
-    labels = [label for label in (table.labels[row] for row in rows) if label is not None]
-    kind = config.probe.kind
-    names: tuple[str, ...] = ()
-    vectors: np.ndarray | None = None
-    numbers = kind == "numbers"
-    if kind == "auto" and all(map(_is_number, labels)):
-        values = np.array(labels, dtype=np.float64)
-        numbers = bool(np.isfinite(values).all()) and are_numbers(values)
-    if table.vectors:
-        vectors, code = _vectors(table, name, rows, kind)
-    elif numbers:
-        if words := [label for label in labels if not _is_number(label)]:
-            raise ProbekitError(
-                f"probe.kind is 'numbers', but column {name!r} of {table.path} holds {words[0][:20]!r}; "
-                "leave such fields empty, or give probe.kind classes"
-            )
-        code = np.array(labels, dtype=np.float64)
-    else:
-        names, code = _classes(labels, f"probe.labels {table.path}: column {name!r}")
+    coded = _coded(table, name, rows, config.probe.kind)
+    code = coded.code
     notes: tuple[str, ...] = ()
     if config.probe.roles is None:
         start, stop = _tokens_of(corpus, table, rows, document[rows], sentence[rows])
@@ -142,13 +80,7 @@ def target_of(corpus: Corpus, config: Config) -> Target:
     ranges, kept = _distinct(table, rows, Ranges(document[rows], start, stop, code, second))
     whole = (sentence[kept] != ABSENT) & (table.numbers("start")[kept] < 0)
     of_sentence = sentence[kept] if whole.all() else None
-    if numbers or vectors is not None:
-        if vectors is None:
-            target = _of_numbers(corpus, table, name, ranges, of_sentence)
-        else:
-            target = _of_vectors(corpus, table, name, ranges, of_sentence, vectors)
-        return replace(target, notes=(*target.notes, *notes))
-    counts = np.bincount(ranges.labels, minlength=len(names))
+    coded = coded._replace(code=ranges.labels)
     left_out = {
         "have no label": int((~labelled).sum()),
         f"have a text that is not in the corpus, which was made of {made_of}": int(
@@ -156,21 +88,22 @@ def target_of(corpus: Corpus, config: Config) -> Target:
         ),
         "label what an equal row labels": len(rows) - len(kept),
     }
-    lines = [*_notes(table, name, names, counts, left_out), *notes]
-    if of_sentence is not None:
-        of_sentences = np.full(len(corpus.first_token), NO_LABEL, dtype=np.int64)
-        of_sentences[of_sentence] = ranges.labels
-        return replace(sentence_target(corpus, name, len(names), of_sentences, names), notes=tuple(lines))
-    return Target(name, len(names), ranges, names=names, notes=tuple(lines), positions=("last",))
-
-
-def labels_digest(config: Config) -> str | None:
-    """A digest of the table of labels; None where there is none."""
-    if config.probe.labels is None:
-        return None
-    path = user_path(config.probe.labels)
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return digest_of(file for file in files if file.is_file()) if path.exists() else None
+    first, *odd = _described(table, name, coded)
+    absent = [
+        f"{count:,} of {len(table.where):,} rows of labels {why}, and are left out"
+        for why, count in left_out.items()
+        if count > 0
+    ]
+    if of_sentence is None:
+        kind, classes = coded.kind, len(coded.names)
+        target = Target(name, classes, ranges, None, coded.names, kind, positions=("last",))
+        target = target if coded.vectors is None else replace(target, vectors=coded.vectors)
+    else:
+        missing = np.nan if coded.kind == "numbers" else NO_LABEL
+        of_sentences = np.full(len(corpus.first_token), missing, dtype=coded.code.dtype)
+        of_sentences[of_sentence] = coded.code
+        target = sentence_target(corpus, name, len(coded.names), of_sentences, coded.names, coded.vectors)
+    return replace(target, notes=(first, *absent, *odd, *notes))
 
 
 def beyond_window(corpus: Corpus, target: Target, window: int) -> str | None:
@@ -186,53 +119,6 @@ def beyond_window(corpus: Corpus, target: Target, window: int) -> str | None:
         f"{count:,} of {len(before):,} labelled ranges end after the {window:,} tokens that the LM reads at "
         "once: it has not read the beginning there; raise probe.window, or label shorter texts"
     )
-
-
-def _read(path: str, column: str, config: Config) -> LabelTable | None:
-    """Reads a table; None if it lacks the column, but there is a built-in target of its name."""
-    texts = config.probe.text_column
-    texts_in = texts or config.corpus.text_column
-    wanted = {"document", "sentence", "text", texts_in, *SPANS} - {column}
-    known: dict[str, None] = {}
-
-    def choose(columns: Sequence[str]) -> list[str]:
-        known.update(dict.fromkeys(columns))
-        return [name for name in columns if name == column or name in wanted]
-
-    places: list[str] = []
-    rows: list[dict[str, str | None]] = []
-    vectors: dict[int, np.ndarray] = {}
-    settings = config.corpus.model_copy(update={"reader": "auto"})
-    records: Iterator[Record]
-    if huggingface.is_dataset(path):
-        records = huggingface.records(path, settings, choose, "probe.labels")
-    else:
-        records = read_records(Path(path), settings, choose)
-    for place, _, record in records:
-        if not isinstance(record, dict):
-            raise ProbekitError(f"{place}: {type(record).__name__} where a JSON object should be")
-        if isinstance(record.get(column), dict):
-            raise ProbekitError(f"{place}: {column!r} holds objects; give words, numbers or lists of numbers")
-        if isinstance(record.get(column), list):
-            vectors[len(rows)] = _vector(place, column, record[column])
-            record[column] = f"a list of {len(record[column])}"
-        places.append(place)
-        row = {name: as_written(record[name]) for name in choose(list(record)) if name != texts_in}
-        if texts_in in record:
-            chat = as_chat(record[texts_in], f"{place}: {texts_in!r}")
-            row[texts_in] = key_of(chat) if chat else as_written(record[texts_in])
-        rows.append(row)
-    if column not in known and column in TARGETS:
-        return None
-    for setting, wants in (("probe.target", column), ("--text", texts)):
-        if wants is not None and wants not in known:
-            raise ProbekitError(
-                f"probe.labels {path} has no column {wants!r} ({setting}); "
-                f"it has {', '.join(known) or 'none'}"
-            )
-    # In JSON lines a field may be missing.
-    columns = {name: [row.get(name) for row in rows] for name in choose(list(known))}
-    return LabelTable(path, places, columns.pop(column), columns, vectors)
 
 
 def _places(corpus: Corpus, table: LabelTable, config: Config) -> tuple[np.ndarray, np.ndarray]:
@@ -318,6 +204,49 @@ def _documents_of(corpus: Corpus, texts: Sequence[str | None]) -> np.ndarray:
     return np.fromiter(found, dtype=np.int64, count=len(texts))
 
 
+class Coded(NamedTuple):
+    """Labels as numbers.
+
+    Attributes:
+        kind: What they are.
+        code: The number of each label's class, or of its vector, or the label itself `[rows]`.
+        names: The classes.
+        vectors: The different vectors `[vectors, outputs]`.
+    """
+
+    kind: Literal["classes", "numbers", "vectors"]
+    code: np.ndarray
+    names: tuple[str, ...] = ()
+    vectors: np.ndarray | None = None
+
+
+def _coded(table: LabelTable, name: str, rows: np.ndarray, kind: str) -> Coded:
+    """The labels of some rows, none of which is empty, as numbers."""
+    if table.vectors:
+        vectors, code = _vectors(table, name, rows, kind)
+        return Coded("vectors", code, vectors=vectors)
+    labels = [str(table.labels[row]) for row in rows]
+    numbers = kind == "numbers"
+    if kind == "auto" and all(map(_is_number, labels)):
+        values = np.array(labels, dtype=np.float64)
+        numbers = bool(np.isfinite(values).all()) and are_numbers(values)
+    if not numbers:
+        names, code = _classes(labels, f"probe.labels {table.path}: column {name!r}")
+        return Coded("classes", code, names)
+    if words := [label for label in labels if not _is_number(label)]:
+        raise ProbekitError(
+            f"probe.kind is 'numbers', but column {name!r} of {table.path} holds {words[0][:20]!r}; "
+            "leave such fields empty, or give probe.kind classes"
+        )
+    values = np.array(labels, dtype=np.float64)
+    if not vary(values):
+        raise ProbekitError(
+            f"probe.labels {table.path}: {name!r} goes from {values.min():g} to {values.max():g}, "
+            "which leaves nothing to predict, or has no finite variance; scale them, or give others"
+        )
+    return Coded("numbers", values)
+
+
 def _classes(labels: Sequence[str], described: str) -> tuple[tuple[str, ...], np.ndarray]:
     """The classes, sorted, and the number of each label's class `[rows]`."""
     names = sorted(set(labels))
@@ -341,40 +270,6 @@ def _classes(labels: Sequence[str], described: str) -> tuple[tuple[str, ...], np
     return tuple(names), np.array([number_of[label] for label in labels], dtype=np.int64)
 
 
-def _of_numbers(
-    corpus: Corpus, table: LabelTable, name: str, ranges: Ranges, sentence: np.ndarray | None
-) -> Target:
-    """A target of numbers, of sentences if every labelled range is one."""
-    values = ranges.labels
-    if not vary(values):
-        raise ProbekitError(
-            f"probe.labels {table.path}: {name!r} goes from {values.min():g} to {values.max():g}, "
-            "which leaves nothing to predict, or has no finite variance; scale them, or give others"
-        )
-    line = (
-        f"labels in {table.path}: {len(values):,} numbers of {name!r} from {values.min():g} to "
-        f"{values.max():g}, mean {values.mean():g}; {len(table.where) - len(values):,} rows are left out"
-    )
-    if sentence is not None:
-        of_sentences = np.full(len(corpus.first_token), np.nan)
-        of_sentences[sentence] = values
-        return replace(sentence_target(corpus, name, 0, of_sentences), notes=(line,))
-    return Target(name, 0, ranges, kind="numbers", notes=(line,), positions=("last",))
-
-
-def _vector(where: str, column: str, values: list[Any]) -> np.ndarray:
-    """A list of finite numbers as a vector, in float64."""
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST:
-            raise ProbekitError(
-                f"{where}: {column!r} has {str(value)[:20]!r} in a list; lists must hold numbers, finite and "
-                f"below {LARGEST:g}"
-            )
-    if not values:
-        raise ProbekitError(f"{where}: {column!r} is an empty list; leave the field empty")
-    return np.array(values, dtype=np.float64)
-
-
 def _vectors(table: LabelTable, name: str, rows: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
     """The different vectors of some rows `[vectors, outputs]`, and the number of each row's `[rows]`."""
     if kind != "auto":
@@ -393,27 +288,6 @@ def _vectors(table: LabelTable, name: str, rows: np.ndarray, kind: str) -> tuple
     if len(vectors) < 2:
         raise ProbekitError(f"probe.labels {table.path}: all vectors of {name!r} are equal")
     return vectors, code.reshape(-1)
-
-
-def _of_vectors(
-    corpus: Corpus,
-    table: LabelTable,
-    name: str,
-    ranges: Ranges,
-    sentence: np.ndarray | None,
-    vectors: np.ndarray,
-) -> Target:
-    """A target of vectors, of sentences if every labelled range is one."""
-    count = len(ranges.labels)
-    line = (
-        f"labels in {table.path}: {count:,} vectors of {name!r}, {vectors.shape[1]:,} numbers each, "
-        f"{len(vectors):,} of them different; {len(table.where) - count:,} rows are left out"
-    )
-    if sentence is not None:
-        of_sentences = np.full(len(corpus.first_token), NO_LABEL, dtype=np.int64)
-        of_sentences[sentence] = ranges.labels
-        return replace(sentence_target(corpus, name, 0, of_sentences, vectors=vectors), notes=(line,))
-    return Target(name, 0, ranges, kind="vectors", notes=(line,), positions=("last",), vectors=vectors)
 
 
 def _is_number(text: str) -> bool:
@@ -554,10 +428,23 @@ def _distinct(table: LabelTable, rows: np.ndarray, ranges: Ranges) -> tuple[Rang
     return Ranges(**kept), rows[order]
 
 
-def _notes(
-    table: LabelTable, name: str, names: Sequence[str], counts: np.ndarray, left_out: Mapping[str, int]
-) -> Iterator[str]:
-    """What a user should know of the labels: their counts, and what was left out."""
+def _described(table: LabelTable, name: str, coded: Coded) -> Iterator[str]:
+    """What a user should know of the labels: how many there are, and whether some are odd."""
+    labels, names = coded.code, coded.names
+    if coded.kind == "numbers":
+        yield (
+            f"labels in {table.path}: {len(labels):,} numbers of {name!r} from {labels.min():g} to "
+            f"{labels.max():g}, mean {labels.mean():g}"
+        )
+    if coded.vectors is not None:
+        count, outputs = coded.vectors.shape
+        yield (
+            f"labels in {table.path}: {len(labels):,} vectors of {name!r}, {outputs:,} numbers each, "
+            f"{count:,} of them different"
+        )
+    if coded.kind != "classes":
+        return
+    counts = np.bincount(labels, minlength=len(names))
     frequent = np.argsort(-counts, kind="stable")[:SHOWN_CLASSES]
     shown = ", ".join(f"{names[int(n)]} {counts[n]:,}" for n in frequent)
     more = f", and {len(names) - len(frequent):,} more" if len(names) > len(frequent) else ""
@@ -568,9 +455,6 @@ def _notes(
         yield f"whole numbers are taken for classes; --probe.kind numbers reads {name!r} as numbers"
     if line := nearly_two_classes(name, names, counts):
         yield line
-    for why, number in left_out.items():
-        if number > 0:
-            yield f"{number:,} of {len(table.where):,} rows of labels {why}, and are left out"
     if len(once := [names[n] for n in np.flatnonzero(counts == 1).tolist()]):
         yield (
             f"{len(once):,} of {len(names):,} classes of {name!r} are seen once ({', '.join(once[:5])}"

@@ -39,7 +39,8 @@ from probekit.probing.activations import (
 from probekit.probing.baselines import baseline_sums
 from probekit.probing.fitting import CLOSED_FORM, FitJob, Fitted, control_task, fit, fit_sums, hold, score
 from probekit.probing.grid import CHOSEN_ON, FITTED_ON, LENSES, TESTED_ON, Grid, make_grid
-from probekit.probing.labels import beyond_window, labels_digest, target_of
+from probekit.probing.label_table import labels_digest
+from probekit.probing.labels import beyond_window, target_of
 from probekit.probing.results import SETTINGS, DocumentSums, Facts, probes_file, table_of, validation_loss
 from probekit.probing.store import Held, Store, write_store
 from probekit.probing.targets import Target

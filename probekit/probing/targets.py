@@ -6,7 +6,7 @@ An example is a range of tokens of a document, which probes read near, and one l
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np

@@ -12,7 +12,8 @@ from probekit.config import Position, VariantName, user_path
 from probekit.data.corpus import SPLITS, Corpus
 from probekit.data.sentences import align, complete_spans, sentence_spans
 from probekit.errors import ProbekitError
-from probekit.probing.labels import labels_digest, target_of
+from probekit.probing.label_table import labels_digest
+from probekit.probing.labels import target_of
 from probekit.probing.results import ProbeRecord
 from probekit.probing.targets import (
     LAST_POSITION,
