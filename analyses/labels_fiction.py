@@ -1,0 +1,178 @@
+"""What pre-trained LMs know of the fiction they read: probes of six labels by layer.
+
+    python analyses/labels_fiction.py FICTION.jsonl --models LM [LM ...]
+
+FICTION.jsonl has a passage a line, with `text`, `author` and `title`. Of the authors with most stories, as
+many passages are drawn from each, a story at a time, and cut after some sentences. What is read is the last
+token of every sentence, and what is asked of it:
+
+- author: who wrote it, of stories that no probe was fitted on;
+- speech: whether the sentence holds words in quotation marks;
+- next speech: whether the next sentence does;
+- next paragraph: whether the next sentence begins a paragraph;
+- place: the sentence's number in the passage, by ridge;
+- title: whether the story's title begins with A to L or M to Z: a control that nothing should read.
+
+Stories never cross splits, and intervals resample them. The probes of each label are written once finished,
+and the next call goes on from there. Solid lines are the LM, dashed ones random weights; bands are 95 %
+intervals. Grey lines are the bag of words of the text so far, and the embedding of the token that is read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from shared.script import run_script, save_figure, script_parser
+
+import probekit
+from probekit import cli
+from probekit.config import user_path
+from probekit.data.sentences import sentence_spans
+from probekit.errors import ProbekitError
+from probekit.reports.drawing import colours_of_names
+from probekit.reports.plot_probes import BASELINE_STYLES, METRICS, mean_over_seeds
+from probekit.run.run import Run
+
+TARGETS = {
+    "author": "balanced_accuracy",
+    "speech": "auroc",
+    "next speech": "auroc",
+    "next paragraph": "auroc",
+    "place": "r2",
+    "title": "auroc",
+}
+"""The labels, and what is shown of each."""
+
+CHANCE = {"auroc": 0.5, "r2": 0.0}
+"""What knowing nothing gives; of balanced accuracy it depends on the number of authors."""
+
+FIRST_HALF = re.compile(r"(?:the |an? )?[^a-z]*[a-l]", re.IGNORECASE)
+SPEECH = re.compile(r"[“”\"]")
+PARAGRAPH = re.compile(r"\n\s*$")
+
+
+def passages(path: Path, authors: int, each: int, seed: int) -> Iterator[dict[str, Any]]:
+    """Draws passages of the authors with most stories, one of each story before a second of any."""
+    stories: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for line in path.read_text("utf-8").splitlines():
+        passage = json.loads(line)
+        stories[passage["author"]][passage["title"]].append(passage)
+    rng = np.random.default_rng(seed)
+    most = sorted(stories, key=lambda author: (-len(stories[author]), author))
+    for author in [author for author in most if author != "Anonymous"][:authors]:
+        drawn = [
+            (turn, rng.random(), passage)
+            for of_story in stories[author].values()
+            for turn, passage in enumerate(rng.permutation(np.array(of_story, dtype=object)))
+        ]
+        yield from (passage for _, _, passage in sorted(drawn, key=lambda row: row[:2])[:each])
+
+
+def labelled_sentences(passage: dict[str, Any], most: int) -> Iterator[dict[str, Any]]:
+    """A row for each sentence of a passage but the last, of which no next sentence is known."""
+    text = passage["text"]
+    spans = sentence_spans(text)[: most + 1]
+    for place, ((start, end), following) in enumerate(pairwise(spans)):
+        sentence = text[start:end]
+        yield {
+            "text": text[: spans[-1][0]].rstrip(),  # all that is read, so that no row knows the next sentence
+            "start": start,
+            "end": start + len(sentence.rstrip()),
+            "story": f"{passage['author']}: {passage['title']}",
+            "author": passage["author"],
+            "speech": bool(SPEECH.search(sentence)),
+            "next speech": bool(SPEECH.search(text[slice(*following)])),
+            "next paragraph": bool(PARAGRAPH.search(sentence)),
+            "place": place,
+            "title": bool(FIRST_HALF.match(passage["title"])),
+        }
+
+
+def probed(model: str, labels: Path, folder: Path, given: argparse.Namespace) -> tuple[Run, pd.DataFrame]:
+    """Probes every label of an LM, and returns the run and its results; those there are kept."""
+    run = folder / "run"
+    tables = []
+    for target, metric in TARGETS.items():
+        kept = folder / f"{target}.parquet"
+        if not kept.exists():
+            numbers = ["--probe.kind", "numbers", "--probe.solvers", "ridge"] if metric == "r2" else []
+            words = ["--model", model, "--labels", str(labels), "--text", "text", "--target", target]
+            words += ["--group", "story", "--out", str(run), "--store", *numbers]
+            cli.probe([*words, "--probe.variants", *given.variants])
+            probekit.load_run(run).probes().to_parquet(kept, index=False)
+        tables.append(pd.read_parquet(kept))
+    return probekit.load_run(run), pd.concat(tables).assign(model=folder.name)
+
+
+def draw(table: pd.DataFrame) -> Figure:
+    """Draws a panel for each label: its metric by layer, of every LM and of random weights."""
+    figure = Figure(figsize=(10.0, 5.8), layout="constrained")
+    models = list(table.model.unique())
+    probes = table[table.reader == "probe"]
+    for axes, (target, metric) in zip(figure.subplots(2, 3).flat, TARGETS.items(), strict=True):
+        for model, colour in zip(models, colours_of_names(len(models)), strict=True):
+            of_model = probes[(probes.model == model) & (probes.target == target)]
+            for variant, cells in of_model.groupby("variant"):
+                means = mean_over_seeds(cells, metric).sort_values("layer")
+                style = "--" if variant == "random" else "-"
+                share = means.layer / means.layer.max()  # LMs differ in the number of their layers
+                axes.plot(share, means.value, style, color=colour, label=f"{model}, {variant}")
+                axes.fill_between(share.astype(float), means.low, means.high, color=colour, alpha=0.15)
+        beside = table[(table.reader != "probe") & (table.target == target)]
+        for reader in ("bag of words", "token embedding"):
+            value = beside[beside.reader == reader][metric].mean()
+            if np.isfinite(value):
+                _, line = BASELINE_STYLES[reader]
+                axes.axhline(value, color="0.5", linestyle=line, label=reader)
+        chance = CHANCE.get(metric, 1 / table[table.target == target].classes.max())
+        axes.axhline(chance, color="0.7", linewidth=0.8, label="_chance")
+        axes.set_title(f"{target}: {METRICS[metric].removeprefix('test ')}", fontsize=9)
+    figure.supxlabel("depth: share of the layers", fontsize=9)
+    handles, names = axes.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    return figure
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Makes the labels, probes what is not probed yet, draws, saves."""
+    parser = script_parser(__doc__, "figures/labels_fiction.png")
+    parser.add_argument("text", type=Path, help="JSON lines with text, author and title")
+    parser.add_argument("--models", nargs="+", required=True, help="hub names or folders of LMs")
+    parser.add_argument("--variants", nargs="+", default=["none", "random"], help="whose weights")
+    parser.add_argument("--authors", type=int, default=6, help="how many authors (6)")
+    parser.add_argument("--passages", type=int, default=24, help="passages of each (24)")
+    parser.add_argument("--sentences", type=int, default=16, help="most sentences of a passage (16)")
+    parser.add_argument("--runs", type=Path, default=Path("runs/labels_fiction"), help="folder of the runs")
+    given = parser.parse_args(arguments)
+    if not given.text.is_file():
+        raise ProbekitError(f"{given.text}: there is no such file")
+    rows = [
+        row
+        for passage in passages(given.text, given.authors, given.passages, seed=0)
+        for row in labelled_sentences(passage, given.sentences)
+    ]
+    given.runs.mkdir(parents=True, exist_ok=True)
+    labels = given.runs / "labels.csv"
+    pd.DataFrame(rows).to_csv(labels, index=False)
+    names = [user_path(model).name for model in given.models]
+    found = [
+        probed(model, labels, given.runs / name, given)
+        for model, name in zip(given.models, names, strict=True)
+    ]
+    table = pd.concat([part for _, part in found], ignore_index=True)
+    settings = {name: getattr(given, name) for name in ("authors", "passages", "sentences", "variants")}
+    save_figure(draw(table), table, given.out, settings | {"models": names}, [run for run, _ in found])
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,72 @@
+"""The labels of fiction are right by hand, and the script draws those of a tiny LM."""
+
+import itertools
+import json
+from pathlib import Path
+
+import labels_fiction
+import numpy as np
+import pandas as pd
+
+from probekit.planted.corpus import generate
+from probekit.run.run import Run
+
+TEXT = "“Go,” she said. He went.\n\nIt rained for days.\nThe end was near. So it was."
+
+
+def test_labels_of_a_passage():
+    passage = {"text": TEXT, "author": "A. Author", "title": "The House"}
+    table = pd.DataFrame(labels_fiction.labelled_sentences(passage, most=3))
+    read = [text[start:end] for text, start, end in zip(table.text, table.start, table.end, strict=True)]
+    assert read == ["“Go,” she said.", "He went.", "It rained for days."]
+    assert set(table.text) == {"“Go,” she said. He went.\n\nIt rained for days."}
+    assert [*table["speech"]] == [True, False, False]
+    assert [*table["next speech"]] == [False, False, False]
+    assert [*table["next paragraph"]] == [False, True, True]
+    assert [*table["place"]] == [0, 1, 2]
+    assert table["title"].all(), "an article does not count"
+    assert set(table["story"]) == {"A. Author: The House"}
+
+
+def test_every_story_is_drawn_from_before_a_second_passage(tmp_path: Path):
+    rows = [
+        {"author": author, "title": f"{author}{story}", "text": f"{author} {story} {part}"}
+        for author, stories in {"a": 4, "b": 3, "c": 1}.items()
+        for story in range(stories)
+        for part in range(5)
+    ]
+    path = tmp_path / "fiction.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    drawn = pd.DataFrame(labels_fiction.passages(path, authors=2, each=6, seed=0))
+    assert drawn.groupby("author").size().to_dict() == {"a": 6, "b": 6}
+    assert drawn.text.is_unique
+    counts = drawn.groupby(["author", "title"]).size()
+    assert set(counts["a"]) == {1, 2}
+    assert set(counts["b"]) == {2}
+
+
+def test_the_script_draws_and_goes_on(tiny_run: Run, tmp_path: Path):
+    planted = generate(tiny_run.config.corpus.planted)
+    rng = np.random.default_rng(0)
+    rows = []
+    for number, document in enumerate(itertools.islice(planted.documents(), 90)):
+        sentences = document.text.split(". ")
+        ends = rng.choice([". ", ".” ", ".\n\n"], size=len(sentences))
+        text = "".join(map("".join, zip(sentences, ends, strict=True)))
+        rows.append({"author": f"Author {number % 3}", "title": f"{'AZ'[number % 2]} {number}", "text": text})
+    path = tmp_path / "fiction.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    out, runs = tmp_path / "labels.png", tmp_path / "runs"
+    words = [str(path), "--models", str(tiny_run.folder / "lm"), "--variants", "none"]
+    words += ["--authors", "3", "--sentences", "6", "--runs", str(runs), "--out", str(out)]
+    labels_fiction.main(words)
+    numbers = pd.read_csv(out.with_suffix(".csv"))
+    assert set(numbers.target) == set(labels_fiction.TARGETS)
+    probes = numbers[numbers.reader == "probe"]
+    for target, metric in labels_fiction.TARGETS.items():
+        assert probes[probes.target == target][metric].notna().all(), target
+    made = {file: file.stat().st_mtime_ns for file in runs.rglob("*.parquet")}
+    out.unlink()
+    labels_fiction.main(words)
+    assert out.exists()
+    assert made == {file: file.stat().st_mtime_ns for file in runs.rglob("*.parquet")}
