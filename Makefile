@@ -35,13 +35,15 @@ bench: .venv/base ## Measure speed and memory; tables and benchmarks/results/ (m
 	$(BIN)/python benchmarks/training.py --device $(DEVICE)
 	$(BIN)/python benchmarks/depth_ensemble.py --device $(DEVICE)
 
-# What the figures are drawn from; WIKITEXT is a file of articles in WikiText format.
+# What the figures are drawn from; WIKITEXT is a file of articles in WikiText format, FICTION one of passages by author.
 RUNS ?= runs/figures
 WIKITEXT ?=
+FICTION ?=
+LMS ?= HuggingFaceTB/SmolLM2-135M google/gemma-3-270m
 DRAW := $(BIN)/python analyses
 TUNED := --set training.base.tuning full --set training.base.learning_rate 1e-3
 
-figures: .venv/base ## Make all of figures/ from nothing (WIKITEXT=FILE for those of real text)
+figures: .venv/base ## Make all of figures/ from nothing (WIKITEXT=FILE, FICTION=FILE for those of real text)
 	$(DRAW)/figure2_locations.py
 	$(DRAW)/figure2_locations.py --parallel
 	$(DRAW)/table1_perplexity.py --preset demo --seeds 5 --runs $(RUNS)/table1
@@ -74,6 +76,9 @@ ifneq ($(WIKITEXT),)
 	$(DRAW)/depth_table1_parameters.py --preset text-small --set corpus.path $(WIKITEXT) --seeds 3 --tunings frozen \
 		--set depth.members plain ensemble distilled --set training.depth.epochs 1 --runs $(RUNS)/wikitext-depth \
 		--out figures/depth_wikitext.png
+endif
+ifneq ($(FICTION),)
+	$(DRAW)/labels_fiction.py $(FICTION) --models $(LMS) --runs $(RUNS)/labels_fiction
 endif
 
 clean:           ## Remove the environment and caches

@@ -54,7 +54,7 @@ TARGETS = {
 """The labels, and what is shown of each."""
 
 CHANCE = {"auroc": 0.5, "r2": 0.0}
-"""What knowing nothing gives; of balanced accuracy it depends on the number of authors."""
+"""What knowing nothing gives; of balanced accuracy it is what the prior has."""
 
 FIRST_HALF = re.compile(r"(?:the |an? )?[^a-z]*[a-l]", re.IGNORECASE)
 SPEECH = re.compile(r"[“”\"]")
@@ -105,9 +105,10 @@ def probed(model: str, labels: Path, folder: Path, given: argparse.Namespace) ->
     for target, metric in TARGETS.items():
         kept = folder / f"{target}.parquet"
         if not kept.exists():
-            numbers = ["--probe.kind", "numbers", "--probe.solvers", "ridge"] if metric == "r2" else []
+            kind, solver = ("numbers", "ridge") if metric == "r2" else ("classes", "softmax")
             words = ["--model", model, "--labels", str(labels), "--text", "text", "--target", target]
-            words += ["--group", "story", "--out", str(run), "--store", *numbers]
+            words += ["--group", "story", "--out", str(run), "--store"]
+            words += ["--probe.kind", kind, "--probe.solvers", solver]  # a run keeps what it was given last
             cli.probe([*words, "--probe.variants", *given.variants])
             probekit.load_run(run).probes().to_parquet(kept, index=False)
         tables.append(pd.read_parquet(kept))
@@ -134,8 +135,8 @@ def draw(table: pd.DataFrame) -> Figure:
             if np.isfinite(value):
                 _, line = BASELINE_STYLES[reader]
                 axes.axhline(value, color="0.5", linestyle=line, label=reader)
-        chance = CHANCE.get(metric, 1 / table[table.target == target].classes.max())
-        axes.axhline(chance, color="0.7", linewidth=0.8, label="_chance")
+        of_prior = beside[beside.reader == "prior"][metric].mean()
+        axes.axhline(CHANCE.get(metric, of_prior), color="0.7", linewidth=0.8, label="_chance")
         axes.set_title(f"{target}: {METRICS[metric].removeprefix('test ')}", fontsize=9)
     figure.supxlabel("depth: share of the layers", fontsize=9)
     handles, names = axes.get_legend_handles_labels()

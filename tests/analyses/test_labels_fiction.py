@@ -1,15 +1,15 @@
 """The labels of fiction are right by hand, and the script draws those of a tiny LM."""
 
-import itertools
 import json
 from pathlib import Path
 
 import labels_fiction
 import numpy as np
 import pandas as pd
+from random_lms import save_random_llama
 
+from probekit.config import PlantedSettings
 from probekit.planted.corpus import generate
-from probekit.run.run import Run
 
 TEXT = "“Go,” she said. He went.\n\nIt rained for days.\nThe end was near. So it was."
 
@@ -45,19 +45,20 @@ def test_every_story_is_drawn_from_before_a_second_passage(tmp_path: Path):
     assert set(counts["b"]) == {2}
 
 
-def test_the_script_draws_and_goes_on(tiny_run: Run, tmp_path: Path):
-    planted = generate(tiny_run.config.corpus.planted)
+def test_the_script_draws_and_goes_on(tmp_path: Path):
+    planted = generate(PlantedSettings(documents=90))
     rng = np.random.default_rng(0)
     rows = []
-    for number, document in enumerate(itertools.islice(planted.documents(), 90)):
+    for number, document in enumerate(planted.documents()):
         sentences = document.text.split(". ")
         ends = rng.choice([". ", ".” ", ".\n\n"], size=len(sentences))
         text = "".join(map("".join, zip(sentences, ends, strict=True)))
         rows.append({"author": f"Author {number % 3}", "title": f"{'AZ'[number % 2]} {number}", "text": text})
     path = tmp_path / "fiction.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
+    lm = save_random_llama(tmp_path / "lm", (row["text"] for row in rows), positions=128)
     out, runs = tmp_path / "labels.png", tmp_path / "runs"
-    words = [str(path), "--models", str(tiny_run.folder / "lm"), "--variants", "none"]
+    words = [str(path), "--models", str(lm), "--variants", "none"]
     words += ["--authors", "3", "--sentences", "6", "--runs", str(runs), "--out", str(out)]
     labels_fiction.main(words)
     numbers = pd.read_csv(out.with_suffix(".csv"))

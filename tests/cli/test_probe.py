@@ -5,13 +5,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import torch
+from random_lms import save_random_llama
 from running import ONE_CELL, Capture, printed, refused
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from probekit.cli import _parse_probe, _probed_config
 from probekit.config import Config
-from probekit.data.tokenizer import train_tokenizer
 from probekit.errors import ProbekitError
 from probekit.io import read_json, write_json
 from probekit.run.folder import FORMAT
@@ -76,15 +74,8 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def lm(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny random LM and its tokenizer, as a user would have it."""
-    folder = tmp_path_factory.mktemp("lms") / "llama"
     lines = (path.read_text("utf-8") for path in sorted(texts.iterdir()))
-    tokenizer = train_tokenizer(lines, 300, folder)
-    size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    size |= {"num_key_value_heads": 1, "max_position_embeddings": 32, "vocab_size": len(tokenizer)}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        LlamaForCausalLM(LlamaConfig(**size, bos_token_id=0, eos_token_id=0)).save_pretrained(folder)
-    return folder
+    return save_random_llama(tmp_path_factory.mktemp("lms") / "llama", lines, positions=32)
 
 
 ANY = ["--actions.k", "8", "--actions.dimensions", "8", "--training.window", "32", "--device", "cpu"]
