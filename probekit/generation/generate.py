@@ -41,9 +41,6 @@ MOST_TOKENS = 1_000_000
 DOCUMENTS = 4
 """Test documents whose beginnings `probekit generate` continues by default."""
 
-LAST = "ln_final.hook_out"
-"""A hook that any LM has, for running one that nothing conditions."""
-
 
 def draw(logits: Tensor, uniforms: Tensor, settings: GenerationSettings) -> Tensor:
     """Draws a token for each text `[texts]`.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from probekit.data import hub
 from probekit.data.tokenizer import separator_id
@@ -144,7 +144,7 @@ def why_not(source: hub.Source, error: Exception) -> str:
     if source.file:
         return f"the file cannot be read ({one_line(error)[:200]})"
     if Path(source.name).is_dir():
-        return contents(Path(source.name)) or one_line(error)[:200]
+        return contents(Path(source.name)) or _damaged(Path(source.name)) or one_line(error)[:200]
     return f"it needs a config.json and model.safetensors ({one_line(error)[:200]})"
 
 
@@ -168,6 +168,17 @@ def contents(folder: Path) -> str | None:
         return None
     shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
     return f"it lacks {' and '.join(n for n in there if not there[n])}, and holds {shown or 'no file'}"
+
+
+def _damaged(folder: Path) -> str | None:
+    """Which file of weights in a folder is not whole, and why; None where all are."""
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            return f"its {path.name} is not whole ({one_line(error)[:200]}); get the file again"
+    return None
 
 
 def _adapter(folder: Path) -> str:

@@ -303,8 +303,9 @@ def read_text(
     Raises:
         ProbekitError: The run has no such probes, or the text is blank or too long.
     """
-    if not 1 <= len({*variants}) == len(variants) <= 2:
-        raise ProbekitError(f"--variant is {', '.join(map(str, variants))}; give one, or two different ones")
+    names = [*map(str, variants)]
+    if not 1 <= len({*names}) == len(names) <= 2:
+        raise ProbekitError(f"--variant is {', '.join(names)}; give one, or two different ones")
     every = [kept_probes(run, variant, locations, layers) for variant in variants]
     probes, record = every[0], every[0].record
     run.require("lm")
