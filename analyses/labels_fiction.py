@@ -11,17 +11,21 @@ token of every sentence, and what is asked of it:
 - next speech: whether the next sentence does;
 - next paragraph: whether the next sentence begins a paragraph;
 - place: the sentence's number in the passage, by ridge;
-- title: whether the story's title begins with A to L or M to Z: a control that nothing should read.
+- title: whether the story's title, without its article, begins with A to L or M to Z: a control that
+  nothing should read.
 
-Stories never cross splits, and intervals resample them. The probes of each label are written once finished,
-and the next call goes on from there. Solid lines are the LM, dashed ones random weights; bands are 95 %
+Stories never cross splits, and intervals resample them. A tokenizer that puts line breaks into the last
+token of a sentence (as those of Qwen and Llama 3 do) gives the answer to "next paragraph" away.
+
+The probes of each label are written once finished, and the next call with the same passages goes on from
+there. Solid lines are the LM, dashed ones random weights; bands are 95 %
 intervals. Grey lines are the bag of words of the text so far, and the embedding of the token that is read.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -36,7 +40,8 @@ from shared.script import run_script, save_figure, script_parser
 
 import probekit
 from probekit import cli
-from probekit.config import user_path
+from probekit.config import CorpusSettings, user_path
+from probekit.data.readers import read_records
 from probekit.data.sentences import sentence_spans
 from probekit.errors import ProbekitError
 from probekit.reports.drawing import colours_of_names
@@ -56,7 +61,7 @@ TARGETS = {
 CHANCE = {"auroc": 0.5, "r2": 0.0}
 """What knowing nothing gives; of balanced accuracy it is what the prior has."""
 
-FIRST_HALF = re.compile(r"(?:the |an? )?[^a-z]*[a-l]", re.IGNORECASE)
+FIRST_HALF = re.compile(r"(?:the |an? )?+[^a-z]*[a-l]", re.IGNORECASE)
 SPEECH = re.compile(r"[“”\"]")
 PARAGRAPH = re.compile(r"\n\s*$")
 
@@ -64,8 +69,10 @@ PARAGRAPH = re.compile(r"\n\s*$")
 def passages(path: Path, authors: int, each: int, seed: int) -> Iterator[dict[str, Any]]:
     """Draws passages of the authors with most stories, one of each story before a second of any."""
     stories: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
-    for line in path.read_text("utf-8").splitlines():
-        passage = json.loads(line)
+    settings = CorpusSettings(reader="jsonl")
+    for where, _, passage in read_records(path, settings, lambda _: ["text", "author", "title"]):
+        if not isinstance(passage, dict) or not {"text", "author", "title"} <= passage.keys():
+            raise ProbekitError(f"{where}: a passage must have text, author and title")
         stories[passage["author"]][passage["title"]].append(passage)
     rng = np.random.default_rng(seed)
     most = sorted(stories, key=lambda author: (-len(stories[author]), author))
@@ -102,6 +109,12 @@ def probed(model: str, labels: Path, folder: Path, given: argparse.Namespace) ->
     """Probes every label of an LM, and returns the run and its results; those there are kept."""
     run = folder / "run"
     tables = []
+    drawn = hashlib.sha256(labels.read_bytes()).hexdigest() + f" {' '.join(given.variants)} {model}"
+    of = folder / "of.txt"
+    if folder.exists() and of.read_text("utf-8") != drawn:
+        raise ProbekitError(f"{folder} holds probes of other passages, variants or LMs; give another --runs")
+    folder.mkdir(exist_ok=True)
+    of.write_text(drawn, "utf-8")
     for target, metric in TARGETS.items():
         kept = folder / f"{target}.parquet"
         if not kept.exists():
@@ -166,6 +179,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     labels = given.runs / "labels.csv"
     pd.DataFrame(rows).to_csv(labels, index=False)
     names = [user_path(model).name for model in given.models]
+    if len({*names}) < len(names):
+        raise ProbekitError(f"--models has two LMs called {max(names, key=names.count)}; rename a folder")
     found = [
         probed(model, labels, given.runs / name, given)
         for model, name in zip(given.models, names, strict=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -16,7 +16,7 @@ from probekit.data.codebook import Codebook, nearest_sentences
 from probekit.data.documents import DocumentFile
 from probekit.data.sentences import sentences_of_batch
 from probekit.data.splits import SPLITS
-from probekit.data.tokenizer import load_tokenizer, separator_id
+from probekit.data.tokenizer import bos_rule_for, load_tokenizer, separator_id
 from probekit.errors import ProbekitError
 from probekit.io import atomic_path, read_array, read_json
 
@@ -130,6 +130,10 @@ class Corpus:
         """Where the LM reads the separator."""
         rule: BosRule = self.facts.get("bos", "document")
         return rule
+
+    def bos_rule_of_text(self, setting: BosRule | Literal["auto"]) -> BosRule:
+        """Where the LM reads the separator in plain text, which in a corpus of chats is not its own rule."""
+        return bos_rule_for(self.tokenizer, setting) if self.facts.get("chats") else self.bos_rule
 
     def action_words(self, action: int) -> list[str]:
         """The words that set an action's training sentences apart; see `telling_words`."""

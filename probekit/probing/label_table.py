@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from probekit.config import Config, user_path
-from probekit.data import huggingface
+from probekit.config.types import TABLE_ENDINGS
+from probekit.data import hub, huggingface
 from probekit.data.chats import as_chat, key_of
-from probekit.data.readers import Record, as_written, read_records
+from probekit.data.readers import Choose, Record, as_written, read_records
 from probekit.errors import ProbekitError
 from probekit.probing.targets import TARGETS
 from probekit.run.folder import digest_of
@@ -34,6 +35,8 @@ class LabelTable:
         where: Where each row is, for messages `[rows]`.
         labels: The labels, as they are written; None where a field is empty `[rows]`.
         columns: The values of the other columns, as far as the table has them `[rows]`.
+        texts: The column of texts by which rows find their documents, whatever its name; None where they name
+            them in `document`.
         vectors: The labels that are lists, by row.
     """
 
@@ -41,17 +44,18 @@ class LabelTable:
     where: list[str]
     labels: list[str | None]
     columns: dict[str, list[str | None]]
+    texts: str | None
     vectors: dict[int, np.ndarray]
 
     def numbers(self, column: str) -> np.ndarray:
-        """The whole numbers in a column `[rows]`, -1 where a field or the whole column is empty.
+        """The whole numbers in a column `[rows]`, -1 where a field or the whole column is empty or of texts.
 
         Raises:
             ProbekitError: A value is no whole number from 0 on.
         """
         found = np.full(len(self.where), -1, dtype=np.int64)
         for row, value in enumerate(self.columns.get(column, ())):
-            if value is not None:
+            if value is not None and column != self.texts:
                 if not re.fullmatch(r"\d{1,18}(\.0*)?", value):
                     raise ProbekitError(
                         f"{self.where[row]}: {column!r} is {value!r}; it must be a whole number from 0 on"
@@ -83,13 +87,7 @@ def read_table(path: str, column: str, config: Config) -> LabelTable | None:
     places: list[str] = []
     rows: list[dict[str, str | None]] = []
     vectors: dict[int, np.ndarray] = {}
-    settings = config.corpus.model_copy(update={"reader": "auto"})
-    records: Iterator[Record]
-    if huggingface.is_dataset(path):
-        records = huggingface.records(path, settings, choose, "probe.labels")
-    else:
-        records = read_records(Path(path), settings, choose)
-    for place, _, record in records:
+    for place, _, record in _records(path, config, choose):
         if not isinstance(record, dict):
             raise ProbekitError(f"{place}: {type(record).__name__} where a JSON object should be")
         row = {name: as_written(record[name]) for name in choose(list(record)) if name != column}
@@ -112,14 +110,34 @@ def read_table(path: str, column: str, config: Config) -> LabelTable | None:
             )
     # In JSON lines a field may be missing.
     columns = {name: [row.get(name) for row in rows] for name in choose(list(known))}
-    return LabelTable(path, places, columns.pop(column), columns, vectors)
+    # A corpus of texts in a column `document` can have a table of its sentences, which numbers its documents.
+    names_them = texts_in != "document" or {"sentence", "text"} <= columns.keys()
+    by_name = texts is None and "document" in columns and names_them
+    return LabelTable(path, places, columns.pop(column), columns, None if by_name else texts_in, vectors)
+
+
+def _records(path: str, config: Config, choose: Choose) -> Iterator[Record]:
+    """The rows of a file or a dataset."""
+    settings = config.corpus.model_copy(update={"reader": "auto"})
+    if huggingface.is_dataset(path):
+        return huggingface.records(path, settings, choose, "probe.labels")
+    if Path(path).is_file() and not path.lower().endswith(TABLE_ENDINGS):
+        raise ProbekitError(f"probe.labels is {path!r}; a table ends in {', '.join(TABLE_ENDINGS[:-2])}")
+    return read_records(Path(path), settings, choose)
 
 
 def labels_digest(config: Config) -> str | None:
-    """A digest of the table of labels; None where there is none."""
+    """A digest of the table of labels, of the hub's data its revision; None where there is none."""
     if config.probe.labels is None:
         return None
     path = user_path(config.probe.labels)
+    if not path.exists() and huggingface.is_dataset(config.probe.labels):
+        try:
+            return hub.find(config.probe.labels, setting="probe.labels", kind="dataset").revision
+        except (
+            ProbekitError
+        ):  # a run can be looked at without network: its labels are not known to be the same
+            return "not reached"
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     return digest_of(file for file in files if file.is_file()) if path.exists() else None
 

@@ -123,11 +123,10 @@ def beyond_window(corpus: Corpus, target: Target, window: int) -> str | None:
 
 def _places(corpus: Corpus, table: LabelTable, config: Config) -> tuple[np.ndarray, np.ndarray]:
     """The document and the sentence that each row names `[rows]`, `ABSENT` where there is none."""
-    texts = config.probe.text_column or config.corpus.text_column
-    if config.probe.text_column is None and "document" in table.columns:
+    if table.texts is None:
         document = _named_documents(corpus, table)
-    elif texts in table.columns:
-        document = _documents_of(corpus, table.columns[texts])
+    elif table.texts in table.columns:
+        document = _documents_of(corpus, table.columns[table.texts])
     elif len(table.where) == len(corpus.first_token):
         sentence = np.arange(len(table.where))
         return corpus.document_of(sentence), sentence
@@ -146,8 +145,10 @@ def _places(corpus: Corpus, table: LabelTable, config: Config) -> tuple[np.ndarr
             f"{last[row] - first[row]}, from 0 on"
         )
     sentence = np.where((document == ABSENT) | (within < 0), ABSENT, first + within)
-    if "document" in table.columns and config.probe.text_column is None:
-        exported = "text" if "sentence" in table.columns and texts not in table.columns else texts
+    if table.texts is None:
+        texts = config.corpus.text_column
+        numbers = texts in ("document", "sentence") or texts not in table.columns
+        exported = "text" if "sentence" in table.columns and numbers else texts
         _check_texts(corpus, table, exported, document, sentence)
     return document, sentence
 
@@ -156,14 +157,15 @@ def _check_texts(
     corpus: Corpus, table: LabelTable, column: str, document: np.ndarray, sentence: np.ndarray
 ) -> None:
     """Refuses a row whose text is not that of the document or sentence that it names, white space aside."""
-    number, text = ABSENT, ""
+    number, own_document = ABSENT, corpus.texts[0]
     for row, given in enumerate(table.columns.get(column, ())):
         if given is None:
             continue
         if document[row] != number:
             number = int(document[row])
-            text = corpus.texts[number].key
-        own = text if sentence[row] == ABSENT else text[slice(*corpus.spans[sentence[row]])]
+            own_document = corpus.texts[number]
+        span = slice(*corpus.spans[sentence[row]])
+        own = own_document.key if sentence[row] == ABSENT else own_document.text[span]
         if own.split() != given.split():
             what = "document" if sentence[row] == ABSENT else "sentence"
             raise ProbekitError(

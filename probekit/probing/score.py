@@ -14,7 +14,7 @@ from torch import Tensor
 from probekit.config import BosRule, Config, Position, ProbedName, user_path
 from probekit.data.documents import Document
 from probekit.data.readers import read_documents
-from probekit.data.tokenizer import bos_rule_for, bos_rule_of_chats
+from probekit.data.tokenizer import bos_rule_of_chats
 from probekit.distributed import autocast
 from probekit.errors import ProbekitError
 from probekit.io import atomic_path, write_table
@@ -75,7 +75,8 @@ def score(
         layer: The best one of this layer.
         text: Column of the file that holds the texts; None: that of the table that the run was probed with.
         encoding: Encoding of the file; None: that of the run's texts.
-        tokens: Read every token of a text, not only the last (of a probe at a named position: there).
+        tokens: Read every token of a text, not only the one at the probe's position (of a probe at a number
+            of tokens before a sentence: the last one).
         batch_size: Texts read at once.
         out: Also write the table: .csv, .jsonl or .parquet.
         quiet: Show no progress.
@@ -111,6 +112,7 @@ def score(
     ids = [own for own, _ in encoded]
     position = chosen.position if isinstance(chosen.position, str) else "last"
     if tokens:
+        position = "last"  # of each token's own range
         ranges = [_every_token(run.corpus.tokenizer, own) for own in ids]
     else:
         ranges = _read_ranges(documents, encoded, record.config.probe.roles, position)
@@ -206,10 +208,10 @@ def _read_ranges(
 
 def _bos_rule(run: Run, document: Document) -> BosRule:
     """Where the LM reads the separator in texts such as this one."""
-    tokenizer, rule = run.corpus.tokenizer, run.corpus.bos_rule
+    corpus = run.corpus
     if document.messages is not None:
-        return bos_rule_of_chats(tokenizer, rule, document.text)
-    return bos_rule_for(tokenizer, run.config.lm.bos) if run.corpus.facts.get("chats") else rule
+        return bos_rule_of_chats(corpus.tokenizer, corpus.bos_rule, document.text)
+    return corpus.bos_rule_of_text(run.config.lm.bos)
 
 
 def _documents(

@@ -316,6 +316,8 @@ def read_text(
         cuts = [cut_text(run, text, _planned_for(own), limit) for own in every]
         truth = find_truth(run, cuts[0], record, probes.positions, probes.horizon)
     notes: list[str] = []
+    if run.corpus.facts.get("chats"):
+        notes.append("The text is read as plain text, though the probes were fitted on chats.")
     readings = []
     for own, cut in zip(every, cuts, strict=True):
         with progress.task(f"read the text in {own.variant}", total=len(cut.pieces)) as task:

@@ -170,7 +170,7 @@ def cut_text(run: Run, text: str, variant: VariantName, limit: int = LIMIT) -> T
         split=np.array([SPLITS.index("test")], np.uint8),
         embeddings=np.pad(embeddings, ((0, more), (0, 0))),
         actions=np.pad(actions, (0, more)),
-        facts={"bos": corpus.bos_rule},
+        facts={"bos": corpus.bos_rule_of_text(run.config.lm.bos)},
     )
     # Characters that the tokenizer leaves out go with the token after them.
     ends = np.maximum.accumulate(offsets[:, 1])

@@ -6,9 +6,11 @@ from pathlib import Path
 import labels_fiction
 import numpy as np
 import pandas as pd
+import pytest
 from random_lms import save_random_llama
 
 from probekit.config import PlantedSettings
+from probekit.errors import ProbekitError
 from probekit.planted.corpus import generate
 
 TEXT = "“Go,” she said. He went.\n\nIt rained for days.\nThe end was near. So it was."
@@ -24,7 +26,11 @@ def test_labels_of_a_passage():
     assert [*table["next speech"]] == [False, False, False]
     assert [*table["next paragraph"]] == [False, True, True]
     assert [*table["place"]] == [0, 1, 2]
+    titles = {"The House": True, "A Man": False, "An Oak": False, "Man": False, "'House'": True}
     assert table["title"].all(), "an article does not count"
+    for title, first_half in titles.items():
+        row = next(labels_fiction.labelled_sentences(passage | {"title": title}, most=1))
+        assert row["title"] == first_half, title
     assert set(table["story"]) == {"A. Author: The House"}
 
 
@@ -53,7 +59,7 @@ def test_the_script_draws_and_goes_on(tmp_path: Path):
         sentences = document.text.split(". ")
         ends = rng.choice([". ", ".” ", ".\n\n"], size=len(sentences))
         text = "".join(map("".join, zip(sentences, ends, strict=True)))
-        rows.append({"author": f"Author {number % 3}", "title": f"{'AZ'[number % 2]} {number}", "text": text})
+        rows.append({"author": f"Author {number % 3}", "title": f"{'BZ'[number % 2]} {number}", "text": text})
     path = tmp_path / "fiction.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     lm = save_random_llama(tmp_path / "lm", (row["text"] for row in rows), positions=128)
@@ -71,3 +77,18 @@ def test_the_script_draws_and_goes_on(tmp_path: Path):
     labels_fiction.main(words)
     assert out.exists()
     assert made == {file: file.stat().st_mtime_ns for file in runs.rglob("*.parquet")}
+    with pytest.raises(ProbekitError, match="holds probes of other passages"):
+        labels_fiction.main([*words, "--passages", "5"])
+    with pytest.raises(ProbekitError, match="has two LMs called lm"):
+        labels_fiction.main([*words, "--models", str(lm), str(lm)])
+
+
+def test_a_passage_may_hold_any_character_and_must_say_whose_it_is(tmp_path: Path):
+    path = tmp_path / "fiction.jsonl"
+    passage = {"author": "A", "title": "T", "text": "One\u2028two\x85three."}
+    path.write_text(json.dumps(passage, ensure_ascii=False) + "\n\n", "utf-8")
+    (drawn,) = labels_fiction.passages(path, authors=1, each=2, seed=0)
+    assert drawn["text"] == passage["text"]
+    path.write_text('{"text": "One."}', "utf-8")
+    with pytest.raises(ProbekitError, match=r"fiction.jsonl:1: a passage must have text, author and title"):
+        next(labels_fiction.passages(path, authors=1, each=2, seed=0))

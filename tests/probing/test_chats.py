@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -208,6 +209,40 @@ def test_chats_are_scored_message_by_message(run: Run, table: Path, lm: Path):
     tokens = score(run, [ROWS[0]["messages"]], tokens=True, quiet=True)
     expected = run.corpus.tokenizer.apply_chat_template(ROWS[0]["messages"], return_dict=False)
     assert len(tokens) == len(expected) - 1  # BOS is none of the text's own
+
+
+def test_every_token_is_scored_at_itself(run: Run, table: Path, lm: Path, tmp_path: Path):
+    """Whatever position of a range the probe was fitted at."""
+    copy = shutil.copytree(run.folder, tmp_path / "copy")
+    words = ["probe", str(copy), "--labels", str(table), "--text", "messages", "--target", "polite"]
+    assert main([*words, "--roles", "assistant", *SMALL, "--positions", "last-1"]) == 0
+    text = "the plan of a river"
+    scored = score(copy, [text], tokens=True, quiet=True)
+    probe = SavedProbes(copy / "probes", "none", run.config.seed)
+    ids = run.corpus.tokenizer(text, add_special_tokens=False).input_ids
+    embedding = LlamaForCausalLM.from_pretrained(lm).get_input_embeddings().weight.detach()
+    expected = probe[probe.cells[0]].log_probabilities(embedding[ids]).exp().numpy()
+    np.testing.assert_allclose(scored[["p(no)", "p(yes)"]].to_numpy(), expected, atol=1e-4)
+
+
+def test_sentences_of_chats_are_labelled_by_their_export(run: Run, tmp_path: Path):
+    path = tmp_path / "sentences.csv"
+    assert main(["corpus", str(run.folder), "--export", str(path), "--quiet"]) == 0
+    sentences = pd.read_csv(path).head(20)
+    sentences.assign(polite=["yes", "no"] * 10).to_csv(path, index=False)
+    config = Config().override({"probe.labels": str(path), "probe.target": "polite"})
+    target = target_of(run.corpus, config)
+    assert target.of_sentences is not None
+    assert (target.of_sentences[:20] == [1, 0] * 10).all()
+
+
+def test_plain_text_has_one_rule_of_bos(run: Run):
+    """In the lens and in scores: the tokenizer's own, whatever the chat template has."""
+    chats = run.corpus.facts | {"bos": "document"}
+    corpus = replace(run.corpus, facts=chats)
+    assert corpus.bos_rule == "document"
+    assert corpus.bos_rule_of_text("none") == "none"
+    assert replace(corpus, facts=chats | {"chats": False}).bos_rule_of_text("none") == "document"
 
 
 def test_activations_of_chats(lm: Path):

@@ -14,6 +14,7 @@ import pytest
 from huggingface_hub import HfApi, constants
 
 from probekit.config import Config
+from probekit.data import hub
 from probekit.data.build import write_corpus
 from probekit.data.corpus import Corpus, export_sentences
 from probekit.errors import ProbekitError
@@ -93,6 +94,35 @@ def test_whole_texts(corpus: Corpus, tmp_path: Path, suffix: str):
     assert target.names == ("no", "yes")
     assert target.notes[0].endswith("3 labels, 2 classes of 'truth': no 2, yes 1")
     assert "1 of 4 rows of labels have no label" in target.notes[1]
+
+
+@pytest.mark.parametrize("column", ["sentence", "document", "start", "end2", "text"])
+@pytest.mark.parametrize("setting", ["probe.text_column", "corpus.text_column"])
+def test_a_column_of_texts_may_have_any_name(corpus: Corpus, tmp_path: Path, column: str, setting: str):
+    path = written(tmp_path, truth=["yes", "no", "no"], **{column: TEXTS[:3]})
+    config = Config().override({"probe.labels": str(path), "probe.target": "truth", setting: column})
+    target = target_of(corpus, config)
+    assert isinstance(target.labels, Ranges)
+    assert pieces(corpus, target.labels) == TEXTS[:3]
+
+
+@pytest.mark.parametrize("column", ["sentence", "document", "text"])
+def test_sentences_are_found_by_number_in_a_corpus_of_any_column(corpus: Corpus, tmp_path: Path, column: str):
+    own = {"document": [0, 2], "sentence": [1, 0], "text": ["It was red.", "Numbers: 12, 13."]}
+    path = written(tmp_path, truth=["yes", "no"], **own)
+    given = {"probe.labels": str(path), "probe.target": "truth", "corpus.text_column": column}
+    target = target_of(corpus, Config().override(given))
+    assert target.of_sentences is not None
+    assert np.flatnonzero(target.of_sentences != NO_LABEL).tolist() == [1, 3]
+    written(tmp_path, truth=["yes", "no"], **own | {"text": ["It was blue.", "Numbers: 12, 13."]})
+    with pytest.raises(ProbekitError, match=r"'text' is 'It was blue.', but that sentence of the corpus is"):
+        target_of(corpus, Config().override(given))
+
+
+def test_an_ending_that_is_of_no_table(corpus: Corpus, tmp_path: Path):
+    (tmp_path / "labels.json").write_text("[]")
+    with pytest.raises(ProbekitError, match=r"probe.labels is '.*labels.json'; a table ends in .csv, .tsv, "):
+        read(corpus, "truth", tmp_path / "labels.json")
 
 
 @pytest.mark.parametrize("document", [[2, 0], ["texts.jsonl:3", "texts.jsonl:1"], ["002", "000"]])
@@ -293,7 +323,18 @@ def test_a_dataset_has_a_digest(tmp_path: Path):
 
     assert digest(["a", "b"]) is not None
     assert digest(["a", "b"]) != digest(["b", "a"])
-    assert labels_digest(Config().override({"probe.labels": "someone/thing"})) is None
+
+
+def test_a_dataset_of_the_hub_has_its_revision_for_a_digest(monkeypatch: pytest.MonkeyPatch):
+    config = Config().override({"probe.labels": "someone/thing"})
+    monkeypatch.setattr(hub, "find", lambda name, **_: hub.Source(name, "abc", local_only=False))
+    assert labels_digest(config) == "abc"
+
+    def unreachable(name: str, **_: object) -> hub.Source:
+        raise ProbekitError(name)
+
+    monkeypatch.setattr(hub, "find", unreachable)
+    assert labels_digest(config) == "not reached"
 
 
 def test_a_dataset_of_the_hub_without_network_is_refused(corpus: Corpus, tmp_path: Path, monkeypatch):
