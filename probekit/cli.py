@@ -24,8 +24,11 @@ from probekit.config.options import (
     Parser,
     add_sources,
     chosen_config,
+    command_parser,
     dotted,
+    new_run_parser,
     parse,
+    run_parser,
     seed_list,
     shorthands,
     typed_value,
@@ -50,7 +53,7 @@ STUDIES = {"mixing-fraction": ("mixing.fraction", (0, 0.25, 0.5, 0.75, 1), "mixe
 
 def train(words: list[str]) -> None:
     """Train corpus, LM (if new), planner and an adapter for each variant, or depth ensembles (--method)."""
-    parsed, given = parse(_new_run_parser(train), words, ALL)
+    parsed, given = parse(new_run_parser(train), words, ALL)
     config = _new_config(parsed, given)
     from probekit.reports.terminal import print_training
     from probekit.run.stages import idle_in_training
@@ -66,7 +69,7 @@ def train(words: list[str]) -> None:
 
 def evaluate(words: list[str]) -> None:
     """Perplexity of every model, planners' metrics or multiple choice; generated text if asked for."""
-    parser = _run_parser(evaluate)
+    parser = run_parser(evaluate)
     parser.add_argument(
         "--generation", action="store_true", help="generate text with every variant and measure it, too"
     )
@@ -87,7 +90,7 @@ def evaluate(words: list[str]) -> None:
 
 def generate(words: list[str]) -> None:
     """Write text with a run: continue prompts or test documents, or begin from nothing."""
-    parser = _run_parser(generate)
+    parser = run_parser(generate)
     text = parser.add_mutually_exclusive_group()
     text.add_argument("--prompt", nargs="+", metavar="TEXT", help="texts to continue")
     text.add_argument("--prompts", metavar="FILE", help="prompts, one a line, or .jsonl with a field text")
@@ -171,7 +174,7 @@ def _parse_probe(words: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
         "       probekit probe --model NAME_OR_FOLDER --corpus FILE_OR_FOLDER [--out FOLDER] [...]\n"
         "       probekit probe --model NAME_OR_FOLDER --labels FILE --text COLUMN --target COLUMN [...]"
     )
-    parser = _parser(probe, usage)
+    parser = command_parser(probe, usage)
     parser.add_argument("run", nargs="?", metavar="RUN", type=Path, help="a run's folder")
     parser.add_argument(
         "--store", action="store_true", help="keep activations in RUN/activations, and reuse them"
@@ -265,7 +268,7 @@ def _probed_config(parsed: argparse.Namespace, given: dict[str, Any]) -> Config:
 
 def intervene(words: list[str]) -> None:
     """Change activations and see what the LM does: is what probes read used?"""
-    parsed, given = parse(_run_parser(intervene), words, ("device", "evaluation", "intervene"))
+    parsed, given = parse(run_parser(intervene), words, ("device", "evaluation", "intervene"))
     from probekit.causal.intervene import intervene as intervene_on
     from probekit.reports.terminal import print_interventions
 
@@ -276,7 +279,7 @@ def intervene(words: list[str]) -> None:
 def subnetwork(words: list[str]) -> None:
     """Find the heads and parts of the adapter without which nothing is read of the next sentence's action."""
     sections = ("device", "evaluation", "subnetwork")
-    parsed, given = parse(_run_parser(subnetwork), words, sections)
+    parsed, given = parse(run_parser(subnetwork), words, sections)
     from probekit.causal.subnetwork import subnetwork as find_subnetwork
     from probekit.reports.terminal import print_subnetwork
 
@@ -286,7 +289,7 @@ def subnetwork(words: list[str]) -> None:
 
 def lens(words: list[str]) -> None:
     """Show what probes read at every token of a text: one HTML page."""
-    parser = _run_parser(lens)
+    parser = run_parser(lens)
     parser.add_argument(
         "--text",
         required=True,
@@ -318,7 +321,7 @@ def lens(words: list[str]) -> None:
 
 def score(words: list[str]) -> None:
     """Apply a probe of a run to new texts: what it predicts at their ends, or at every token."""
-    parser = _run_parser(score)
+    parser = run_parser(score)
     parser.usage = "probekit score RUN TEXTS [--OPTION VALUE ...]"
     parser.add_argument("texts", metavar="TEXTS", type=Path, help="texts, in any format of a corpus")
     parser.add_argument(
@@ -351,7 +354,7 @@ def score(words: list[str]) -> None:
 
 def report(words: list[str]) -> None:
     """Write all of a run on one page, what to mind at the top: report.html, and the same as report.md."""
-    parser = _run_parser(report)
+    parser = run_parser(report)
     parser.add_argument(
         "-o", "--out", metavar="FILE", help="write only this file, .html or .md (RUN/report.html and .md)"
     )
@@ -364,7 +367,7 @@ def report(words: list[str]) -> None:
 
 def corpus(words: list[str]) -> None:
     """Build a corpus, or inspect a run's: sizes, sentence lengths, actions, the sentences nearest to each."""
-    parser = _new_run_parser(corpus)
+    parser = new_run_parser(corpus)
     parser.usage = f"{parser.usage}\n       probekit corpus RUN [--nearest INT] [--export FILE]"
     parser.add_argument("run", nargs="?", metavar="RUN", help="inspect this run's corpus; build nothing")
     parser.add_argument(
@@ -409,7 +412,7 @@ def _parse_sweep(words: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
         "                      [--preset NAME] [--config FILE] [--SETTING VALUE ...] [--out FOLDER]\n"
         f"       probekit sweep {{{','.join(STUDIES)}}} ..."
     )
-    parser = _parser(sweep, usage)
+    parser = command_parser(sweep, usage)
     parser.add_argument("what", nargs="?", metavar="SETTING", help=f"a setting, or {', '.join(STUDIES)}")
     parser.add_argument(
         "--values", nargs="+", metavar="VALUE", help="its values; those of one that takes several: a,b"
@@ -469,7 +472,7 @@ def _swept(
 
 def demo(words: list[str]) -> None:
     """Train, evaluate and probe on the planted corpus: the main job in a few minutes on a CPU."""
-    parser = _parser(demo)
+    parser = command_parser(demo)
     parser.add_argument("--out", default="runs/demo", metavar="FOLDER", help="the run's folder (runs/demo)")
     parser.add_argument("--overwrite", action="store_true", help="begin again")
     parsed, _ = parse(parser, words)
@@ -502,34 +505,6 @@ def run_demo(out: str | Path = "runs/demo", *, overwrite: bool = False, quiet: b
 
 
 # What several commands share
-
-
-def _parser(command: Callable[[list[str]], None], usage: str | None = None) -> Parser:
-    """The parser of a command, with what all have."""
-    parser = Parser(f"probekit {command.__name__}", usage=usage, description=command.__doc__)
-    parser.add_argument("--quiet", action="store_true", help="show no progress")
-    return parser
-
-
-def _run_parser(command: Callable[[list[str]], None]) -> Parser:
-    """The parser of a command that takes a run."""
-    parser = _parser(command, f"probekit {command.__name__} RUN [--OPTION VALUE ...]")
-    parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder")
-    return parser
-
-
-def _new_run_parser(command: Callable[[list[str]], None]) -> Parser:
-    """The parser of a command that makes a run or continues one."""
-    sources = "[--preset NAME] [--config FILE] [--SETTING VALUE ...]"
-    parser = _parser(command, f"probekit {command.__name__} [--out FOLDER] {sources}")
-    parser.add_argument("--out", default="runs/run", metavar="FOLDER", help="the run's folder (runs/run)")
-    existing = parser.add_mutually_exclusive_group()
-    for what, text in (("resume", "continue the run in that folder"), ("overwrite", "replace that run")):
-        existing.add_argument(
-            f"--{what}", dest="existing", action="store_const", const=what, default="refuse", help=text
-        )
-    add_sources(parser)
-    return parser
 
 
 def _new_config(parsed: argparse.Namespace, given: dict[str, Any]) -> Config | None:

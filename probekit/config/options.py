@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -64,6 +64,34 @@ def add_sources(parser: Parser) -> None:
     group = parser.add_argument_group("settings", "the preset, then the file, then single settings")
     group.add_argument("--preset", metavar="NAME", help="a shipped set of settings")
     group.add_argument("--config", metavar="FILE", help="a YAML file, such as a run's config.yaml")
+
+
+def command_parser(command: Callable[[list[str]], None], usage: str | None = None) -> Parser:
+    """The parser of a command, with what all have."""
+    parser = Parser(f"probekit {command.__name__}", usage=usage, description=command.__doc__)
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    return parser
+
+
+def run_parser(command: Callable[[list[str]], None]) -> Parser:
+    """The parser of a command that takes a run."""
+    parser = command_parser(command, f"probekit {command.__name__} RUN [--OPTION VALUE ...]")
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder")
+    return parser
+
+
+def new_run_parser(command: Callable[[list[str]], None]) -> Parser:
+    """The parser of a command that makes a run or continues one."""
+    sources = "[--preset NAME] [--config FILE] [--SETTING VALUE ...]"
+    parser = command_parser(command, f"probekit {command.__name__} [--out FOLDER] {sources}")
+    parser.add_argument("--out", default="runs/run", metavar="FOLDER", help="the run's folder (runs/run)")
+    existing = parser.add_mutually_exclusive_group()
+    for what, text in (("resume", "continue the run in that folder"), ("overwrite", "replace that run")):
+        existing.add_argument(
+            f"--{what}", dest="existing", action="store_const", const=what, default="refuse", help=text
+        )
+    add_sources(parser)
+    return parser
 
 
 def parse(
