@@ -72,10 +72,12 @@ def folder(probed_run: probekit.Run, tmp_path_factory: pytest.TempPathFactory) -
     shutil.copytree(probed_run.folder, folder / "runs" / "demo")
     (folder / "articles.txt").write_text(articles(40), encoding="utf-8")
     (folder / "mine.yaml").write_text("planner: {layers: 1}\n", encoding="utf-8")
-    statements = [(topic, word, n) for topic in range(12) for word in "ab" for n in range(4)]
+    statements = [(topic, word, n) for topic in range(12) for word in "ab" for n in range(8)]
     rows = [f"{topic} is {word} thing {n},{word == 'a'},{topic}" for topic, word, n in statements]
     (folder / "truth.csv").write_text("\n".join(["statement,is_true,topic", *rows]), encoding="utf-8")
-    (folder / "new.jsonl").write_text('{"text": "a plan"}\n{"text": "of a king"}\n', encoding="utf-8")
+    (folder / "new.jsonl").write_text(
+        '{"statement": "a plan"}\n{"statement": "of a king"}\n', encoding="utf-8"
+    )
     return folder
 
 
