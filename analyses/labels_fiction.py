@@ -133,7 +133,10 @@ def draw(table: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(10.0, 5.8), layout="constrained")
     models = list(table.model.unique())
     probes = table[table.reader == "probe"]
-    for axes, (target, metric) in zip(figure.subplots(2, 3).flat, TARGETS.items(), strict=True):
+    panels = figure.subplots(2, 3)
+    for axes in panels[-1]:
+        axes.set_xlabel("depth: share of the layers", fontsize=9)
+    for axes, (target, metric) in zip(panels.flat, TARGETS.items(), strict=True):
         for model, colour in zip(models, colours_of_names(len(models)), strict=True):
             of_model = probes[(probes.model == model) & (probes.target == target)]
             for variant, cells in of_model.groupby("variant"):
@@ -151,7 +154,6 @@ def draw(table: pd.DataFrame) -> Figure:
         of_prior = beside[beside.reader == "prior"][metric].mean()
         axes.axhline(CHANCE.get(metric, of_prior), color="0.7", linewidth=0.8, label="_chance")
         axes.set_title(f"{target}: {METRICS[metric].removeprefix('test ')}", fontsize=9)
-    figure.supxlabel("depth: share of the layers", fontsize=9)
     handles, names = axes.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     return figure
