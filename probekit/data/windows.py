@@ -1,4 +1,7 @@
-"""Windows of tokens, and batches of them with sentences and actions."""
+"""Windows of tokens, and batches of them with sentences and actions.
+
+Whether a beginning-of-sequence token stands before a window is decided in `tokenizer`.
+"""
 
 from __future__ import annotations
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from probekit.models.language_model import main_device
+from probekit.models.locations import layer_of
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import PreTrainedModel
-from probekit.models.locations import layer_of
 
 Hook = tuple[str, Callable[..., Tensor | None]]
 """A full TransformerLens hook name, and a function of the activation there; it may return another."""

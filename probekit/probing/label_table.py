@@ -1,4 +1,7 @@
-"""The table of labels: a file of records, or a dataset: a column of labels, and columns that say of what."""
+"""The table of labels: a file of records, or a dataset: a column of labels, and columns that say of what.
+
+`labels` places its rows in a corpus and makes a target of them.
+"""
 
 from __future__ import annotations
 
