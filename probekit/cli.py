@@ -149,10 +149,11 @@ def probe(words: list[str]) -> None:
             print_over_training(over_training, save_over_training(over_training))
         return
     from probekit.probing.probe import probe as probe_run
-    from probekit.training.train import prepare
 
     run = parsed.run
     if parsed.model is not None:
+        from probekit.training.train import prepare
+
         existing: Existing = "overwrite" if parsed.overwrite else "resume"
         run = prepare(_probed_config(parsed, given), parsed.out, existing=existing, quiet=parsed.quiet)
         settings = {}
