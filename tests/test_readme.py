@@ -1,5 +1,6 @@
 """Commands and code of the README and the guides are run as they stand, on less data."""
 
+import json
 import random
 import re
 import shlex
@@ -75,9 +76,8 @@ def folder(probed_run: probekit.Run, tmp_path_factory: pytest.TempPathFactory) -
     statements = [(topic, word, n) for topic in range(12) for word in "ab" for n in range(8)]
     rows = [f"{topic} is {word} thing {n},{word == 'a'},{topic}" for topic, word, n in statements]
     (folder / "truth.csv").write_text("\n".join(["statement,is_true,topic", *rows]), encoding="utf-8")
-    (folder / "new.jsonl").write_text(
-        '{"statement": "a plan"}\n{"statement": "of a king"}\n', encoding="utf-8"
-    )
+    new = [{"text": text, "statement": text} for text in ("a plan", "of a king")]
+    (folder / "new.jsonl").write_text("\n".join(map(json.dumps, new)), encoding="utf-8")
     return folder
 
 
