@@ -142,7 +142,7 @@ def save_figure(
 def _origin(run: Run) -> dict[str, Any]:
     recorded = read_json(run.folder / "provenance.json")
     config = run.config.model_dump(mode="json")
-    for section, name in (("corpus", "path"), ("lm", "name")):
+    for section, name in (("corpus", "path"), ("lm", "name"), ("probe", "labels")):
         path = config[section][name]
         if path and Path(path).is_absolute():  # means nothing on another machine
             config[section][name] = Path(path).name

@@ -69,6 +69,7 @@ def test_the_script_draws_and_goes_on(tmp_path: Path):
     labels_fiction.main(words)
     numbers = pd.read_csv(out.with_suffix(".csv"))
     assert set(numbers.target) == set(labels_fiction.TARGETS)
+    assert str(tmp_path) not in out.with_suffix(".json").read_text(), "paths mean nothing on another machine"
     probes = numbers[numbers.reader == "probe"]
     for target, metric in labels_fiction.TARGETS.items():
         assert probes[probes.target == target][metric].notna().all(), target
