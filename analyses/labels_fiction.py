@@ -25,7 +25,6 @@ intervals. Grey lines are the bag of words of the text so far, and the embedding
 from __future__ import annotations
 
 import argparse
-import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -46,6 +45,7 @@ from probekit.data.sentences import sentence_spans
 from probekit.errors import ProbekitError
 from probekit.reports.drawing import colours_of_names
 from probekit.reports.plot_probes import BASELINE_STYLES, METRICS, mean_over_seeds
+from probekit.run.folder import digest_of
 from probekit.run.run import Run
 
 TARGETS = {
@@ -109,9 +109,9 @@ def probed(model: str, labels: Path, folder: Path, given: argparse.Namespace) ->
     """Probes every label of an LM, and returns the run and its results; those there are kept."""
     run = folder / "run"
     tables = []
-    drawn = hashlib.sha256(labels.read_bytes()).hexdigest() + f" {' '.join(given.variants)} {model}"
+    drawn = f"{digest_of([labels])} {' '.join(given.variants)} {model}"
     of = folder / "of.txt"
-    if folder.exists() and of.read_text("utf-8") != drawn:
+    if of.exists() and of.read_text("utf-8") != drawn:
         raise ProbekitError(f"{folder} holds probes of other passages, variants or LMs; give another --runs")
     folder.mkdir(exist_ok=True)
     of.write_text(drawn, "utf-8")

@@ -191,10 +191,10 @@ class ChatEncoder:
             token.content: chr(RESERVED + number) * len(token.content)
             for number, token in enumerate(special.values())
         }
-        alike = ("single_word", "lstrip", "rstrip", "normalized")
+        copied = ("single_word", "lstrip", "rstrip", "normalized")
         tokenizer.add_tokens(
             [
-                AddedToken(self._stand_in[token.content], **{name: getattr(token, name) for name in alike})
+                AddedToken(self._stand_in[token.content], **{name: getattr(token, name) for name in copied})
                 for token in special.values()
             ]
         )

@@ -198,7 +198,7 @@ def _read_ranges(
         found.append([])
         for number, message in enumerate(document.messages or ()):
             inside = [n for n, (a, b) in enumerate(characters) if a < message["end"] and b > message["start"]]
-            if message["role"] in roles and message["start"] >= 0:
+            if message["role"] in roles and message["start"] >= 0 and inside:
                 found[-1].append((inside[0], inside[-1] + 1, {"message": number, "role": message["role"]}))
     if not any(found):
         raise ProbekitError(f"no chat has a message of {', '.join(roles)} that says anything")
