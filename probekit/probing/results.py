@@ -18,8 +18,8 @@ from probekit import distributed
 from probekit.config import Config, Position, as_position
 from probekit.errors import ProbekitError
 from probekit.evaluation.action_metrics import METRICS, score_actions
+from probekit.evaluation.metrics import balanced_accuracies, rank_correlations, two_class_metrics
 from probekit.io import read_json, read_tensors
-from probekit.probing.metrics import balanced_accuracies, rank_correlations, two_class_metrics
 from probekit.probing.targets import Target
 from probekit.probing.vectors import Candidates
 from probekit.statistics import (

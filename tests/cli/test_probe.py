@@ -8,7 +8,8 @@ import pytest
 from random_lms import save_random_llama
 from running import ONE_CELL, Capture, printed, refused
 
-from probekit.cli import _parse_probe, _probed_config
+from probekit.cli import probe
+from probekit.cli_probe import parse_probe, probed_config
 from probekit.config import Config
 from probekit.errors import ProbekitError
 from probekit.io import read_json, write_json
@@ -150,9 +151,9 @@ def probed(
     overwrite: bool = False,
 ) -> Config:
     """The config of `probekit probe --model MODEL --corpus CORPUS` and more words."""
-    parsed, given = _parse_probe(["--model", "m", *words])
+    parsed, given = parse_probe(probe, ["--model", "m", *words])
     parsed.model, parsed.corpus, parsed.out, parsed.overwrite = model, corpus, out, overwrite
-    return _probed_config(parsed, given)
+    return probed_config(parsed, given)
 
 
 def test_any_model_is_a_preset_with_a_model_and_a_corpus(tmp_path: Path):
@@ -317,15 +318,15 @@ def test_a_given_column_of_texts_is_kept(tmp_path: Path):
     file.write_text("probe: {text_column: statement}\n", "utf-8")
     for given in (["--text"], ["--probe.text_column"], ["--config"]):
         value = str(file) if given == ["--config"] else "statement"
-        config = _probed_config(*_parse_probe([*words, *given, value]))
+        config = probed_config(*parse_probe(probe, [*words, *given, value]))
         assert (config.probe.text_column, config.corpus.text_column) == ("statement", "statement")
     out.mkdir()
     earlier = config.override({"probe.text_column": "earlier"}).to_yaml()
     (out / "config.yaml").write_text(earlier, "utf-8")
     write_json(out / "run.json", {"format": FORMAT, "stages": {"corpus": {}}})
-    assert _probed_config(*_parse_probe(words)).probe.text_column is None
+    assert probed_config(*parse_probe(probe, words)).probe.text_column is None
     given = ["--probe.text_column", "statement"]
-    assert _probed_config(*_parse_probe([*words, *given])).probe.text_column == "statement"
+    assert probed_config(*parse_probe(probe, [*words, *given])).probe.text_column == "statement"
 
 
 def test_labels_of_sentences_are_probed_and_changed_without_actions(

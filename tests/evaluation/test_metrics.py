@@ -7,8 +7,8 @@ from scipy.special import expit
 from scipy.stats import norm, t
 from sklearn.metrics import average_precision_score, balanced_accuracy_score, roc_auc_score, roc_curve
 
-from probekit.probing import metrics
-from probekit.probing.metrics import balanced_accuracies, rank_correlations, two_class_metrics
+from probekit.evaluation import metrics
+from probekit.evaluation.metrics import balanced_accuracies, rank_correlations, two_class_metrics
 from probekit.statistics import resample_weights
 
 
