@@ -16,6 +16,7 @@ from probekit.data.corpus import Corpus
 from probekit.data.windows import Batch, Windows
 from probekit.errors import ProbekitError
 from probekit.models.backends import Hook
+from probekit.models.conditioning import Conditioned
 from probekit.models.locations import hook_name
 from probekit.models.mixing import Fixed, Mixing, Uniform
 from probekit.models.planner_lm import token_losses
@@ -161,6 +162,62 @@ class Outcomes:
     norm: np.ndarray
 
 
+class AppliedEdit:
+    """An edit of one batch of boundaries.
+
+    Args:
+        edit: The edit, if any.
+        rows: The boundaries' numbers.
+        column: Their positions in the windows `[boundaries]`.
+
+    Attributes:
+        moved: Norm of the edit so far, summed over distances `[boundaries]`.
+        norm: Norm of the activations before the edit, summed likewise `[boundaries]`.
+    """
+
+    def __init__(self, edit: Edit | None, rows: np.ndarray, column: Tensor) -> None:
+        self._edit, self._rows, self._column = edit, rows, column
+        self.moved, self.norm = torch.zeros(2, len(rows), dtype=torch.double)
+
+    def mixing(self, mixing: Mixing, batch: Batch) -> Mixing:
+        """The mixing that gives the boundaries' next sentences another plan, if that is edited."""
+        if self._edit is None or self._edit.point is not None:
+            return mixing
+        # The boundaries are of different documents: no two of them share their next sentence.
+        (distance,) = self._edit.distances
+        at = batch.sentence[torch.arange(len(self._rows), device=self._column.device), self._column]
+        return _ReplannedMixing(mixing, at, lambda embeddings: self._changed(embeddings, distance))
+
+    def hooks(self, read: Conditioned) -> list[Hook]:
+        """The hook that changes activations of windows that are about to be read, if there is one."""
+        if self._edit is None or self._edit.point is None:
+            return []
+        distances = self._edit.distances
+
+        def change(activation: Tensor, hook: object = None) -> Tensor:
+            flat = activation.clone().flatten(2)
+            for distance in distances:
+                at = _before(self._column, distance, read)
+                flat[at] = self._changed(flat[at], distance)
+            return flat.view_as(activation)
+
+        return [(hook_name(*self._edit.point), change)]
+
+    def _changed(self, before: Tensor, distance: int) -> Tensor:
+        assert self._edit is not None  # noqa: S101 - called where there is one
+        after = self._edit.change(before, self._rows, distance).to(before.dtype)
+        # Squares that overflow in float32 do so in the LM too, whose norm layers would hide it.
+        self.moved += (after.float() - before.float()).square().sum(-1).sqrt().cpu()
+        self.norm += before.float().square().sum(-1).sqrt().cpu()
+        return after
+
+
+def _before(column: Tensor, distance: int, read: Conditioned) -> tuple[Tensor, Tensor]:
+    """Where the LM reads the tokens at a distance before the boundaries."""
+    row, at = torch.arange(len(column), device=column.device), column - (distance - 1)
+    return row, at if read.slots is None else read.slots.own[row, at]
+
+
 class EditedLM(VariantLM):
     """A variant of a run's LM that runs on sentence boundaries, with edits.
 
@@ -232,46 +289,16 @@ class EditedLM(VariantLM):
             Next-token logits `[boundaries, positions, vocabulary]`, the activation that the final-layer probe
             reads `[boundaries, width]`, and `moved` and `norm` of `Outcomes` `[boundaries]`.
         """
-        row = torch.arange(len(rows), device=self.device)
         column = torch.from_numpy(self.boundaries.column[rows]).to(self.device)
-        moved, norm = torch.zeros(2, len(rows), dtype=torch.double)
+        applied = AppliedEdit(edit, rows, column)
         states: list[Tensor] = []
-
-        def changed(before: Tensor, distance: int) -> Tensor:
-            assert edit is not None  # noqa: S101 - called by the hooks of an edit alone
-            after = edit.change(before, rows, distance).to(before.dtype)
-            # Squares that overflow in float32 do so in the LM too, whose norm layers would hide it.
-            moved.add_((after.float() - before.float()).square().sum(-1).sqrt().cpu())
-            norm.add_(before.float().square().sum(-1).sqrt().cpu())
-            return after
-
-        def position(distance: int) -> tuple[Tensor, Tensor]:
-            at = column - (distance - 1)
-            return row, at if read.slots is None else read.slots.own[row, at]
-
-        def change_activation(activation: Tensor, hook: object = None) -> Tensor:
-            assert edit is not None  # noqa: S101 - see above
-            flat = activation.clone().flatten(2)
-            for distance in edit.distances:
-                at = position(distance)
-                flat[at] = changed(flat[at], distance)
-            return flat.view_as(activation)
+        read = self.model.conditioned(batch, applied.mixing(self.mixing, batch))
 
         def keep_state(activation: Tensor, hook: object = None) -> None:
-            states.append(activation.flatten(2)[position(1)].float())
+            states.append(activation.flatten(2)[_before(column, 1, read)].float())
 
-        mixing: Mixing = self.mixing
-        if edit is not None and edit.point is None:
-            # The boundaries are of different documents: no two of them share their next sentence.
-            (distance,) = edit.distances
-            at = batch.sentence[row, column]
-            mixing = _ReplannedMixing(mixing, at, lambda embeddings: changed(embeddings, distance))
-        read = self.model.conditioned(batch, mixing)
-        hooks: list[Hook] = [*read.hooks]
-        if edit is not None and edit.point is not None:
-            hooks.append((hook_name(*edit.point), change_activation))
-        logits = self.logits(read, [*hooks, (self.probe_hook, keep_state)])
-        return logits, states[0], moved.numpy(), norm.numpy()
+        logits = self.logits(read, [*read.hooks, *applied.hooks(read), (self.probe_hook, keep_state)])
+        return logits, states[0], applied.moved.numpy(), applied.norm.numpy()
 
     def _outcomes(self, rows: np.ndarray, edit: Edit | None) -> Outcomes:
         boundaries, batch = self.boundaries, self.read(self.boundaries.windows[rows])

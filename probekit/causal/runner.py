@@ -110,7 +110,7 @@ class VariantLM:
     def use_hooks(self, names: Sequence[str]) -> None:
         """Prepares forward passes with hooks of these full TransformerLens names."""
         every = dict.fromkeys([*names, *self.model.names, self.probe_hook])
-        self._backend = self.run.backend_for([*every], self.variant)
+        self.backend = self.run.backend_for([*every], self.variant)
 
     def read(self, windows: Windows) -> Batch:
         """Windows of the corpus as the variant reads them."""
@@ -118,16 +118,17 @@ class VariantLM:
 
     def logits(self, read: Conditioned, hooks: Sequence[Hook]) -> Tensor:
         """Next-token logits `[windows, positions, vocabulary]` of a forward pass with hooks."""
-        with self._autocast():
-            logits = self._backend.logits(read.tokens, hooks, read.positions)
+        with self.autocast():
+            logits = self.backend.logits(read.tokens, hooks, read.positions)
         return logits if read.slots is None else read.slots.predictions(logits)
 
     def run_hooks(self, read: Conditioned, hooks: Sequence[Hook], readers: int) -> None:
         """Runs a forward pass up to the last of the `readers` hooks that change nothing; makes no logits."""
-        with self._autocast():
-            self._backend(read.tokens, hooks, readers, read.positions)
+        with self.autocast():
+            self.backend(read.tokens, hooks, readers, read.positions)
 
-    def _autocast(self) -> AbstractContextManager[None]:
+    def autocast(self) -> AbstractContextManager[None]:
+        """The precision of forward passes."""
         return autocast(self.device, self.run.config.training.precision)
 
 

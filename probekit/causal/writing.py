@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,16 +11,16 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from torch import Tensor
 
-from probekit.causal.boundaries import Edit, EditedLM
+from probekit.causal.boundaries import AppliedEdit, Edit, EditedLM
 from probekit.config import GenerationSettings
 from probekit.data.corpus import Corpus
 from probekit.data.encoders import WORD
 from probekit.data.tokenizer import drawable_ids
-from probekit.data.windows import IGNORE, Batch, Windows
 from probekit.errors import ProbekitError
 from probekit.evaluation.action_metrics import NO_ACTION
 from probekit.generation.generate import draw, without_others
 from probekit.generation.metrics import Labeller
+from probekit.models.decoding import GrowingText, new_decoder
 from probekit.models.replanning import GenerationState, decoded
 from probekit.probing.targets import NO_LABEL
 
@@ -81,8 +80,8 @@ def _labelled(corpus: Corpus, labels: np.ndarray, split: str) -> tuple[list[str]
 class SentenceWriter:
     """Writes the next sentence of some boundaries.
 
-    The edit keeps its positions while the text grows, and every token reads the whole window again. The draws
-    of a boundary depend on the seed and its number alone, so that edits are compared on equal draws.
+    The edit keeps its positions while the text grows. The draws of a boundary depend on the seed and its
+    number alone, so that edits are compared on equal draws.
 
     Args:
         lm: The LM and its boundaries.
@@ -95,6 +94,7 @@ class SentenceWriter:
         self.judge = None if lm.target.name == "action" else Judge(lm.corpus, lm.labels)
         self._rows = np.arange(min(count, len(lm.boundaries)))
         self.max_tokens = min(MAX_TOKENS, window - int(lm.boundaries.column[self._rows].max()))
+        self.decoder = new_decoder(lm.model, lm.backend, window, lm.corpus.bos_rule)
         self._drawable = torch.from_numpy(drawable_ids(lm.run.corpus.tokenizer))
 
     def labels(self, edit: Edit | None = None) -> np.ndarray:
@@ -118,45 +118,48 @@ class SentenceWriter:
         first = start + (begins_document or corpus.bos_rule == "every-window")
         return np.asarray(corpus.tokens[first:end], dtype=np.int64)
 
+    @torch.no_grad()
     def write(self, rows: np.ndarray, edit: Edit | None) -> list[np.ndarray]:
         """The tokens of the next sentence of some boundaries."""
-        corpus, column = self._run.corpus, torch.from_numpy(self._lm.boundaries.column[rows])
-        states = [
-            GenerationState(
-                [corpus.separator, *self.context(row)], corpus.tokenizer, self._run.config.corpus.language
-            )
-            for row in rows.tolist()
-        ]
+        corpus, language = self._run.corpus, self._run.config.corpus.language
+        contexts = [[corpus.separator, *self.context(row)] for row in rows.tolist()]
+        states = [GenerationState(context, corpus.tokenizer, language) for context in contexts]
         seed, unfinished = self._run.config.seed, list(range(len(rows)))
         uniforms = np.stack([np.random.default_rng([seed, row]).random(self.max_tokens) for row in rows])
-        batch = self.growing_batch(rows)
+        texts, applied = self.growing_texts(rows, edit)
         for step in range(self.max_tokens):
-            # A view: tokens that are written into the batch are read in the next step.
-            length = int(column.max()) + step + 1
-            parts = {name: getattr(batch, name)[:, :length] for name in ("tokens", "sentence", "targets")}
-            logits, *_ = self._lm.predict(replace(batch, **parts), rows, edit)
-            last = logits[torch.arange(len(rows)), column + step].float()
-            tokens = self._draw(last, torch.from_numpy(uniforms[:, step]))
+            with self._lm.autocast():
+                logits = self.decoder(texts, applied.hooks)
+            tokens = self._draw(logits.float(), torch.from_numpy(uniforms[:, step]))
             for number in unfinished:
                 states[number].text.tokens.append(int(tokens[number]))
                 states[number].read()
             unfinished = [n for n in unfinished if len(states[n].sentences) <= states[n].first]
-            if not unfinished or step + 1 == self.max_tokens:
+            if not unfinished:
                 break
-            batch.tokens[torch.arange(len(rows)), column + step + 1] = tokens
+            for text, token in zip(texts, tokens.tolist(), strict=True):
+                text.tokens.append(token)
+                text.carried.append(text.carried[-1])
         return [np.array(state.written, dtype=np.int64) for state in states]
 
-    def growing_batch(self, rows: np.ndarray) -> Batch:
-        """The windows up to the boundary, padded for the tokens to be written, all of the next sentence."""
-        boundaries, device = self._lm.boundaries, self._lm.device
-        column, windows = boundaries.column[rows], boundaries.windows[rows]
-        batch = self._lm.read(Windows(windows.document, windows.start, column + 1, column + 1))
-        padding = (0, int(column.max()) + self.max_tokens - batch.tokens.shape[1])
-        tokens, sentence = (torch.nn.functional.pad(t, padding) for t in (batch.tokens, batch.sentence))
-        at = torch.from_numpy(column).to(device)[:, None]
-        behind = torch.arange(tokens.shape[1], device=device) > at
-        sentence = torch.where(behind, batch.sentence.gather(1, at), sentence)
-        return replace(batch, tokens=tokens, sentence=sentence, targets=torch.full_like(tokens, IGNORE))
+    def growing_texts(
+        self, rows: np.ndarray, edit: Edit | None = None
+    ) -> tuple[list[GrowingText], AppliedEdit]:
+        """What the LM reads up to some boundaries, to be continued in the next sentence, and the edit."""
+        lm, column = self._lm, self._lm.boundaries.column[rows]
+        batch = lm.read(lm.boundaries.windows[rows])
+        applied = AppliedEdit(edit, rows, torch.from_numpy(column).to(lm.device))
+        embeddings = [*lm.model.embeddings(batch, applied.mixing(lm.mixing, batch))]
+        unread = [lm.corpus.separator] * (lm.corpus.bos_rule == "none")
+        texts = [
+            GrowingText(
+                [*unread, *batch.tokens[row, : end + 1].tolist()],
+                [*[0] * len(unread), *batch.sentence[row, : end + 1].tolist()],
+                embeddings,
+            )
+            for row, end in enumerate(column.tolist())
+        ]
+        return texts, applied
 
     def _draw(self, logits: Tensor, uniforms: Tensor) -> Tensor:
         """One token each; special tokens and unused rows of the embedding are never drawn."""

@@ -11,7 +11,7 @@ between a text's own, nothing is kept either: a text then grows by one token or 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -127,6 +127,10 @@ def read_windows(
     )
 
 
+MoreHooks = Callable[[Conditioned], list[Hook]]
+"""Makes the hooks that change activations beside the adapter, for windows that are about to be read."""
+
+
 class Decoder:
     """Reads the whole window of every text for every token, as the conditioned LM itself does.
 
@@ -134,6 +138,7 @@ class Decoder:
         model: The conditioned LM.
         window: Most tokens that are read at once.
         bos: Where the LM reads the separator.
+        backend: Runs the LM; unset: the model's own.
 
     Attributes:
         cached: Whether keys and values of a text are kept until it has grown.
@@ -141,19 +146,32 @@ class Decoder:
 
     cached = False
 
-    def __init__(self, model: PlannedLM, window: int, bos: BosRule = "document") -> None:
+    def __init__(
+        self,
+        model: PlannedLM,
+        window: int,
+        bos: BosRule = "document",
+        backend: Backend | None = None,
+    ) -> None:
         self._model, self._window, self._bos = model, window, bos
-        self._device = model.backend.device
+        self._run: Backend = model.backend if backend is None else backend
+        self._device = self._run.device
 
-    def __call__(self, texts: Sequence[GrowingText]) -> Tensor:
+    def __call__(self, texts: Sequence[GrowingText], more: MoreHooks | None = None) -> Tensor:
         """Logits of the token after each text `[texts, vocabulary]`.
 
         Args:
             texts: At least one. Those that were given in the call before, and have grown by a token since,
                 are recognised by identity.
+            more: Further changes of activations, of what a text was when it was first given: give the same
+                in every call, with the same texts in the same order, as long as no window moves.
         """
         read = read_windows(texts, self._window, self._device, self._bos)
-        logits = self._model(read.batch(), Precomputed(read.embeddings))
+        shown = self._model.conditioned(read.batch(), Precomputed(read.embeddings))
+        hooks = [*shown.hooks, *(more(shown) if more else ())]
+        logits = self._run.logits(shown.tokens, hooks, shown.positions)
+        if shown.slots is not None:
+            logits = shown.slots.predictions(logits)
         return logits[torch.arange(len(texts), device=self._device), read.lengths - 1]
 
 
@@ -181,9 +199,9 @@ class HFDecoder(Decoder):
         *,
         cache: bool,
     ) -> None:
-        super().__init__(model, window, bos)
+        super().__init__(model, window, bos, backend)
         self.cached = cache
-        self._backend, self._device = backend, backend.device
+        self._backend = backend
         self._adapter = model.adapter
         self._late = [] if model.depth is None else model.depth.hooks()
         self._texts: list[GrowingText] = []
@@ -192,15 +210,15 @@ class HFDecoder(Decoder):
         self._carried: list[Tensor] = []
         self._hooks: list[Hook] = []
 
-    def __call__(self, texts: Sequence[GrowingText]) -> Tensor:
+    def __call__(self, texts: Sequence[GrowingText], more: MoreHooks | None = None) -> Tensor:
         """Logits of the token after each text `[texts, vocabulary]`; see `Decoder`."""
         if not self.cached:
-            return self._fill(texts, cache=None)
+            return self._fill(texts, None, more)
         held = [text for text in self._texts if text in texts and self._goes_on(text)]
         fresh = [text for text in texts if text not in held]
         logits = [self._step(held)] if held else []
         if fresh:
-            logits.append(self._begin(held, fresh))
+            logits.append(self._begin(held, fresh, more))
         self._texts = held + fresh
         self._read = [len(text.tokens) for text in self._texts]
         return torch.cat(logits)[[self._texts.index(text) for text in texts]]
@@ -247,13 +265,13 @@ class HFDecoder(Decoder):
             self._carried = carried
         return self._hooks
 
-    def _begin(self, held: list[GrowingText], fresh: list[GrowingText]) -> Tensor:
+    def _begin(self, held: list[GrowingText], fresh: list[GrowingText], more: MoreHooks | None) -> Tensor:
         """Reads whole windows, and holds them after what is held."""
         from transformers import DynamicCache
 
         # Without the model's config no layer drops what its own sliding window leaves behind: masks hide it.
         cache = DynamicCache()
-        logits = self._fill(fresh, cache)
+        logits = self._fill(fresh, cache, more)
         width = max(map(self._length, [*held, *fresh]))
         layers = _to_the_end(_layers(cache), [self._length(text) for text in fresh], width)
         if held and self._cache is not None:
@@ -264,7 +282,9 @@ class HFDecoder(Decoder):
         self._cache = DynamicCache(layers)
         return logits
 
-    def _fill(self, texts: Sequence[GrowingText], cache: DynamicCache | None) -> Tensor:
+    def _fill(
+        self, texts: Sequence[GrowingText], cache: DynamicCache | None, more: MoreHooks | None
+    ) -> Tensor:
         """Reads whole windows; a cache that is given holds their keys and values then."""
         read = read_windows(texts, self._window, self._device, self._bos)
         shown = Conditioned(read.tokens)
@@ -278,7 +298,8 @@ class HFDecoder(Decoder):
             states = inputs[0]
             return (states[rows.to(states.device), last.to(states.device)][:, None], *inputs[1:])
 
-        with self._backend.hooked([*shown.hooks, *self._late]) as model:
+        hooks = [*shown.hooks, *self._late, *(more(shown) if more else ())]
+        with self._backend.hooked(hooks) as model:
             # Logits of whole windows may not fit, and nobody reads them.
             handle = model.get_output_embeddings().register_forward_pre_hook(only_last)
             try:
@@ -329,7 +350,7 @@ def new_decoder(
         cache: Whether to keep what was read; it is not kept where the plain module cannot, nor between
             planning tokens.
     """
-    whole = Decoder(model, window, bos)
+    whole = Decoder(model, window, bos, backend)
     if not isinstance(backend, HFBackend):
         return whole
     inserts = model.adapter is not None and model.adapter.inserts

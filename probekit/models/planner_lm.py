@@ -64,6 +64,17 @@ class PlannedLM(nn.Module):
         assert self.planner is not None  # noqa: S101 - only what needs scores asks for them
         return self.planner(batch.context).flatten(0, 1)[batch.touched]
 
+    def embeddings(self, batch: Batch, mixing: Mixing, scores: Tensor | None = None) -> Tensor:
+        """Mixed action embeddings of the touched sentences `[touched, dimensions]`, empty without an adapter.
+
+        The arguments are those of `conditioned`.
+        """
+        if self.adapter is None:
+            return batch.context.new_empty(0)
+        if scores is None:
+            scores = self.scores(batch) if mixing.needs_scores else batch.context.new_empty(0)
+        return mixing(scores, batch.actions, self.adapter.codebook, self.temperature)
+
     def forward(self, batch: Batch, mixing: Mixing, scores: Tensor | None = None) -> Tensor:
         """Next-token logits `[windows, positions, vocabulary]`; the arguments are those of `conditioned`."""
         read = self.conditioned(batch, mixing, scores)
@@ -103,10 +114,7 @@ class PlannedLM(nn.Module):
         """What the LM reads, conditioned on actions alone."""
         if self.adapter is None:
             return Conditioned(batch.tokens)
-        if scores is None:
-            scores = self.scores(batch) if mixing.needs_scores else batch.context.new_empty(0)
-        embeddings = mixing(scores, batch.actions, self.adapter.codebook, self.temperature)
-        return self.adapter.conditioned(batch.tokens, embeddings, batch.sentence)
+        return self.adapter.conditioned(batch.tokens, self.embeddings(batch, mixing, scores), batch.sentence)
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from probekit.data.sentences import complete_spans
 from probekit.errors import ProbekitError
 from probekit.evaluation.action_metrics import NO_ACTION
 from probekit.models.conditioning import CONDITIONINGS, new_adapter
+from probekit.models.locations import hook_name
 from probekit.models.replanning import decoded
 from probekit.probing.targets import NO_LABEL
 from probekit.run.run import Run
@@ -121,14 +122,19 @@ def test_every_kind_of_conditioning_reads_a_growing_text_as_the_true_one(kind: s
         centroids = torch.from_numpy(run.corpus.codebook.centroids)
         adapter = new_adapter(run.config.conditioning, centroids, run.frozen_lm(), 0)
         lm.model.adapter = adapter.requires_grad_(False)
-        lm.use_hooks([])
+        lm.use_hooks([hook_name(*POINT)])
     boundaries, rows = lm.boundaries, np.arange(4)
     true = lm.read(boundaries.windows[rows])
-    growing = SentenceWriter(lm, 4, WINDOW).growing_batch(rows)
-    for n in rows:
-        own = slice(boundaries.column[n] + 1, boundaries.last[n] + 1)
-        growing.tokens[n, own] = true.tokens[n, own]
-    whole, grown = (lm.predict(batch, rows, None)[0] for batch in (true, growing))
-    for n in rows:
-        own = slice(boundaries.column[n], boundaries.last[n] + 1)
-        torch.testing.assert_close(grown[n, own], whole[n, own], atol=1e-4, rtol=1e-4)
+    writer = SentenceWriter(lm, 4, WINDOW)
+    texts, applied = writer.growing_texts(rows, Edit(POINT, (2,), lambda x, n, d: 2 * x))
+    whole = lm.predict(true, rows, Edit(POINT, (2,), lambda x, n, d: 2 * x))[0]
+    for step in range(int((boundaries.last - boundaries.column).min()) + 1):
+        with torch.no_grad():
+            grown = writer.decoder(texts, applied.hooks)
+        at = torch.from_numpy(boundaries.column + step)
+        torch.testing.assert_close(grown, whole[torch.arange(4), at], atol=1e-4, rtol=1e-4)
+        for n, text in enumerate(texts):
+            text.tokens.append(int(true.tokens[n, at[n] + 1]))
+            text.carried.append(text.carried[-1])
+    inserts = lm.model.adapter is not None and lm.model.adapter.inserts
+    assert writer.decoder.cached != inserts
