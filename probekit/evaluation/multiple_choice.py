@@ -10,26 +10,30 @@ from __future__ import annotations
 import json
 import re
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from probekit.config import BosRule, ModelName, user_path
 from probekit.data.corpus import Corpus
-from probekit.data.windows import IGNORE
+from probekit.data.windows import IGNORE, Batch
 from probekit.distributed import autocast
 from probekit.errors import ProbekitError
 from probekit.evaluation.perplexity import TokenLosses, window_and_stride
 from probekit.models.decoding import GrowingText, read_windows
-from probekit.models.mixing import Precomputed
+from probekit.models.mixing import Mixing, Precomputed
 from probekit.models.replanning import Constant, GenerationState, conditioner_of, decoded, encoded
 from probekit.progress import Task
 from probekit.run.run import Run
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CHOICES = 4
 """Choices of a question that is made from a corpus."""
@@ -212,40 +216,60 @@ def _parsed(line: str, number: int, corpus: Corpus, where: str) -> Question:
     except (ValueError, RecursionError):
         row = None
     if not isinstance(row, dict) or not {"question", "choices", "answer"} <= row.keys():
-        raise ProbekitError(f"{where}: is no JSON object with question, choices and answer: {_shown(line)}")
+        raise ProbekitError(f"{where}: is no JSON object with question, choices and answer: {shown(line)}")
     question, texts, answer = row["question"], row["choices"], row["answer"]
-    if not _is_text(question):
-        raise ProbekitError(f"{where}: question is {_shown(question)}; give a text that is not blank")
-    if not isinstance(texts, list) or len(texts) < 2 or not all(map(_is_text, texts)):
-        raise ProbekitError(f"{where}: choices is {_shown(texts)}; give a list of two texts or more")
+    if not is_text(question):
+        raise ProbekitError(f"{where}: question is {shown(question)}; give a text that is not blank")
+    if not isinstance(texts, list) or len(texts) < 2 or not all(map(is_text, texts)):
+        raise ProbekitError(f"{where}: choices is {shown(texts)}; give a list of two texts or more")
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(texts):
         raise ProbekitError(
-            f"{where}: answer is {_shown(answer)}; give the number of a choice, from 0 to {len(texts) - 1}"
+            f"{where}: answer is {shown(answer)}; give the number of a choice, from 0 to {len(texts) - 1}"
         )
+    context, choices = encoded_choices(corpus.tokenizer, corpus.separator, question, texts, where)
+    return Question(context, choices, answer, number)
+
+
+def encoded_choices(
+    tokenizer: PreTrainedTokenizerBase, separator: int, question: str, texts: Sequence[str], where: str
+) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+    """The tokens of a question, the separator first, and those of each choice as they stand after it.
+
+    A choice is read after a space where there is no white space; after an empty question it is read as it is.
+
+    Args:
+        tokenizer: The LM's.
+        separator: The token before a text.
+        question: What is read before each choice.
+        texts: The choices.
+        where: What the question is called in messages.
+
+    Raises:
+        ProbekitError: Two choices have the same tokens.
+    """
     asked, space = question.rstrip(), _trailing(question)
-    context = [corpus.separator, *encoded(corpus.tokenizer, asked)]
+    context = [separator, *encoded(tokenizer, asked)]
     choices: list[list[int]] = []
     for text in texts:
-        choice = space + text if space or text[0].isspace() else f" {text}"
-        whole = [corpus.separator, *encoded(corpus.tokenizer, asked + choice)]
+        choice = space + text if space or not asked or text[0].isspace() else f" {text}"
+        whole = [separator, *encoded(tokenizer, asked + choice)]
         # The tokens after the question's own, unless the tokenizer merges the two.
         apart = len(whole) > len(context) and whole[: len(context)] == context
-        ids = whole[len(context) :] if apart else encoded(corpus.tokenizer, choice)
+        ids = whole[len(context) :] if apart else encoded(tokenizer, choice)
         if ids in choices:
             raise ProbekitError(
-                f"{where}: choice {_shown(text)} has the same tokens as another; give different ones"
+                f"{where}: choice {shown(text)} has the same tokens as another; give different ones"
             )
         choices.append(ids)
-    as_arrays = tuple(np.array(ids, dtype=np.int64) for ids in choices)
-    return Question(np.array(context), as_arrays, answer, number)
+    return np.array(context), tuple(np.array(ids, dtype=np.int64) for ids in choices)
 
 
-def _is_text(value: object) -> bool:
+def is_text(value: object) -> bool:
     """Whether a value is a text that is not blank, without half a surrogate pair, which JSON can spell."""
     return isinstance(value, str) and value.strip() != "" and not re.search("[\ud800-\udfff]", value)
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """A value in ASCII, on one line and not too long."""
     shown = ascii(value)
     return shown if len(shown) <= 60 else f"{shown[:57]}..."
@@ -289,36 +313,97 @@ def choice_losses(
     check_lengths(questions, window)
     variant, precision = run.variant_of(name), run.config.training.precision
     condition = conditioner_of(run.model(name), variant, partial(run.encoder, variant), precision)
-    losses: dict[tuple[int, int], np.ndarray] = {}
-    # Contexts of about the same length share a batch, so that little is padded.
-    order = np.argsort([len(question.context) for question in questions], kind="stable").tolist()
-    with torch.no_grad():
-        for start in range(0, len(order), size):
-            numbers = order[start : start + size]
-            contexts = [questions[number].context for number in numbers]
-            if isinstance(condition, Constant):  # which needs no sentences of what is not read
-                contexts = [np.append(context[:1], context[1:][-window:]) for context in contexts]
-            states = [
-                GenerationState(context.tolist(), run.corpus.tokenizer, run.config.corpus.language)
-                for context in contexts
-            ]
-            condition(states)
+
+    def conditioned(contexts: Sequence[np.ndarray]) -> list[GrowingText]:
+        if isinstance(condition, Constant):  # which needs no sentences of what is not read
+            contexts = [np.append(context[:1], context[1:][-window:]) for context in contexts]
+        states = [
+            GenerationState(context.tolist(), run.corpus.tokenizer, run.config.corpus.language)
+            for context in contexts
+        ]
+        condition(states)
+        return [state.text for state in states]
+
+    def losses(batch: Batch, mixing: Mixing) -> Tensor:
+        with autocast(run.device, precision):
+            return token_losses(batch, mixing)
+
+    reader = ChoiceReader(losses, conditioned, window, run.corpus.bos_rule, size, run.device)
+    return reader.summed_losses(questions, task) / choice_lengths(questions)
+
+
+def choice_lengths(questions: Sequence[Question]) -> np.ndarray:
+    """Tokens of each choice `[questions, choices]`, 1 where a question has fewer choices than others."""
+    lengths = np.ones((len(questions), max(len(question.choices) for question in questions)), np.int64)
+    for row, question in zip(lengths, questions, strict=True):
+        row[: len(question.choices)] = [len(ids) for ids in question.choices]
+    return lengths
+
+
+@dataclass(frozen=True)
+class ChoiceReader:
+    """How choices are read, whatever conditions the LM.
+
+    Attributes:
+        token_losses: The losses of the LM, or of its layers.
+        conditioned: Makes texts of contexts, with the embeddings that their positions carry.
+        window: Most tokens that are read at once.
+        bos: Where the LM reads the separator; if never, it is read where there is nothing else.
+        batch_size: Choices in one forward pass.
+        device: Where to compute.
+    """
+
+    token_losses: TokenLosses
+    conditioned: Callable[[Sequence[np.ndarray]], Sequence[GrowingText]]
+    window: int
+    bos: BosRule
+    batch_size: int
+    device: torch.device
+
+    @torch.no_grad()
+    def summed_losses(self, questions: Sequence[Question], task: Task) -> np.ndarray:
+        """Next-token losses of each choice given its context, summed over its tokens.
+
+        Args:
+            questions: At least one, none with a choice longer than the window.
+            task: Is advanced by questions.
+
+        Returns:
+            Nats `[readers, questions, choices]`; infinite where a question has fewer choices than others.
+        """
+        losses: dict[tuple[int, int], np.ndarray] = {}
+        # Contexts of about the same length share a batch, so that little is padded.
+        order = np.argsort([len(question.context) for question in questions], kind="stable").tolist()
+        for start in range(0, len(order), self.batch_size):
+            numbers = order[start : start + self.batch_size]
+            texts = self.conditioned([questions[number].context for number in numbers])
             readings = [
                 reading
-                for number, state in zip(numbers, states, strict=True)
-                for reading in _readings(number, questions[number], state.text, window, run.corpus.bos_rule)
+                for number, text in zip(numbers, texts, strict=True)
+                for reading in _readings(number, questions[number], text, self.window, self.bos)
             ]
             readings.sort(key=lambda reading: len(reading.text.tokens))
-            for first in range(0, len(readings), size):
-                part = readings[first : first + size]
-                found = _mean_losses(run, part, window, token_losses)
-                losses |= {(r.question, r.choice): row for r, row in zip(part, found, strict=True)}
+            for first in range(0, len(readings), self.batch_size):
+                part = readings[first : first + self.batch_size]
+                losses |= {
+                    (r.question, r.choice): row for r, row in zip(part, self._summed(part), strict=True)
+                }
             task.advance(len(numbers))
-    most = max(len(question.choices) for question in questions)
-    table = np.full((len(losses[0, 0]), len(questions), most), np.inf)
-    for (number, choice), row in losses.items():
-        table[:, number, choice] = row
-    return table
+        most = max(len(question.choices) for question in questions)
+        table = np.full((len(losses[0, 0]), len(questions), most), np.inf)
+        for (number, choice), row in losses.items():
+            table[:, number, choice] = row
+        return table
+
+    def _summed(self, readings: Sequence[_Reading]) -> np.ndarray:
+        """Summed loss of each choice `[readings, readers]`."""
+        read = read_windows([reading.text for reading in readings], self.window, self.device)
+        targets = torch.full(read.tokens.shape, IGNORE)
+        for row, reading in enumerate(readings):
+            end = len(reading.text.tokens)
+            targets[row, end - len(reading.ids) : end] = torch.from_numpy(reading.ids)
+        losses = self.token_losses(read.batch(targets.to(self.device)), Precomputed(read.embeddings))
+        return losses.double().sum(dim=-1).cpu().numpy().T
 
 
 class _Reading(NamedTuple):
@@ -349,21 +434,6 @@ def _readings(
         inputs = [*tokens, *ids[:-1].tolist()]
         text = GrowingText(inputs, carried + carried[-1:] * (len(ids) - 1), context.embeddings)
         yield _Reading(number, choice, text, ids)
-
-
-def _mean_losses(
-    run: Run, readings: Sequence[_Reading], window: int, token_losses: TokenLosses
-) -> np.ndarray:
-    """Mean loss of each choice `[readings, readers]`."""
-    read = read_windows([reading.text for reading in readings], window, run.device)
-    targets = torch.full(read.tokens.shape, IGNORE)
-    for row, reading in enumerate(readings):
-        end = len(reading.text.tokens)
-        targets[row, end - len(reading.ids) : end] = torch.from_numpy(reading.ids)
-    with autocast(run.device, run.config.training.precision):
-        losses = token_losses(read.batch(targets.to(run.device)), Precomputed(read.embeddings))
-    sums = losses.double().sum(dim=-1).cpu().numpy()
-    return (sums / [len(reading.ids) for reading in readings]).T
 
 
 def solved(losses: np.ndarray, questions: Sequence[Question]) -> np.ndarray:
