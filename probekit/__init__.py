@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from probekit.causal.subnetwork import SubnetworkResults, subnetwork
     from probekit.config import Config
     from probekit.errors import ProbekitError
+    from probekit.evaluation.ask import Asked, ask
     from probekit.evaluation.evaluate import evaluate
     from probekit.evaluation.perplexity import Evaluation
     from probekit.generation.evaluate import GenerationEvaluation, evaluate_generation
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "ArrayResults": "probekit.probing.arrays",
+    "Asked": "probekit.evaluation.ask",
     "Config": "probekit.config",
     "Evaluation": "probekit.evaluation.perplexity",
     "Generated": "probekit.generation.generate",
@@ -57,6 +59,7 @@ _HOME = {
     "TextActivations": "probekit.probing.texts",
     "TrainingProbes": "probekit.probing.over_training",
     "activations": "probekit.probing.texts",
+    "ask": "probekit.evaluation.ask",
     "build_corpus": "probekit.training.train",
     "demo": "probekit.cli:run_demo",
     "evaluate": "probekit.evaluation.evaluate",

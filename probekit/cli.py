@@ -132,6 +132,44 @@ def generate(words: list[str]) -> None:
         sys.stdout.write(f"All texts: {parsed.out}\n")
 
 
+def ask(words: list[str]) -> None:
+    """Ask any causal LM, without a run, which of several texts it finds more probable."""
+    parser = command_parser(ask, "probekit ask MODEL --items FILE [--out FOLDER] [--OPTION VALUE ...]")
+    parser.add_argument("model", metavar="MODEL", help="hub name or local folder of a causal LM")
+    parser.add_argument(
+        "--items", required=True, metavar="FILE", help="rows of context, choices, answer, kind, group, score"
+    )
+    parser.add_argument("--out", default="runs/ask", metavar="FOLDER", help="where results go (runs/ask)")
+    parser.add_argument(
+        "--revisions",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="ask these instead: branches, tags or commits on the hub, or folders",
+    )
+    parser.add_argument(
+        "--scoring",
+        choices=("total", "mean"),
+        default="total",
+        help="compare choices by their total log-probability, or by its mean over tokens (total)",
+    )
+    sections = (*READING, "seed", "lm.bos", "lm.trust_remote_code")
+    parsed, given = parse(parser, words, (*sections, "evaluation.batch_size", "evaluation.resamples"))
+    from probekit.evaluation.ask import ask as ask_model
+    from probekit.reports.terminal import print_asked
+
+    asked = ask_model(
+        parsed.model,
+        parsed.items,
+        parsed.out,
+        revisions=parsed.revisions,
+        scoring=parsed.scoring,
+        settings=dotted(given),
+        quiet=parsed.quiet,
+    )
+    print_asked(asked, parsed.out)
+
+
 def probe(words: list[str]) -> None:
     """Fit probes of a run, or of any causal LM on any corpus; replaces the results of an earlier probe."""
     parsed, given = parse_probe(probe, words)
@@ -416,7 +454,8 @@ def _new_config(parsed: argparse.Namespace, given: dict[str, Any]) -> Config | N
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     command.__name__: command
     for command in (
-        train, evaluate, generate, probe, score, intervene, subnetwork, lens, report, corpus, sweep, demo,
+        train, evaluate, generate, ask, probe, score, intervene, subnetwork, lens, report, corpus, sweep,
+        demo,
     )
 }  # fmt: skip
 

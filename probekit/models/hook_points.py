@@ -14,7 +14,8 @@ import gc
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,18 +110,41 @@ def examine(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, name: 
 def _examine_small(
     config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, name: str | Path
 ) -> Architecture:
-    made = (config.architectures or [type(config).__name__])[0]
-    doing = f"a small {made} cannot be run"
-    try:
+    plain = small_causal(config, name)
+    with _refusing(name, f"TransformerLens bridges {_architecture(config)}, but cannot run it"):
+        slow = BridgeBackend(bridge(copy.deepcopy(plain), tokenizer, name))
+        return _examined(plain, slow, layers_like(config))
+
+
+def small_causal(config: PreTrainedConfig, name: str | Path) -> PreTrainedModel:
+    """A small LM of an architecture, with random weights (`shallow`), which is causal.
+
+    Args:
+        config: The LM's.
+        name: What the LM is called in messages.
+
+    Raises:
+        ProbekitError: It cannot be run, or is no causal LM.
+    """
+    with _refusing(name, f"a small {_architecture(config)} cannot be run"):
         plain = shallow(config)
         check_causal(plain, name)
-        slow = BridgeBackend(bridge(copy.deepcopy(plain), tokenizer, name))
-        doing = f"TransformerLens bridges {made}, but cannot run it"
-        return _examined(plain, slow, layers_like(config))
+    return plain
+
+
+def _architecture(config: PreTrainedConfig) -> str:
+    return (config.architectures or [type(config).__name__])[0]
+
+
+@contextmanager
+def _refusing(name: str | Path, why: str) -> Iterator[None]:
+    """An architecture's own code, or TransformerLens's for it, may raise anything."""
+    try:
+        yield
     except ProbekitError:
         raise
-    except Exception as error:  # an architecture's own code, or TransformerLens's for it, may raise anything
-        raise ProbekitError(f"lm.name {str(name)!r}: {doing} ({shown_error(error)})") from error
+    except Exception as error:
+        raise ProbekitError(f"lm.name {str(name)!r}: {why} ({shown_error(error)})") from error
 
 
 def _examined(plain: PreTrainedModel, slow: BridgeBackend, like: tuple[int, ...]) -> Architecture:

@@ -61,6 +61,11 @@ COLUMNS: dict[str, Column] = {
     "reciprocal_rank": Column("mean reciprocal rank", better=1),
     "first_percent": Column("in the first 1 %", better=1),
     "squared_error": Column("mean squared error", better=-1),
+    # Forced choice
+    "preference": Column("prefers the first"),
+    "over_prior": Column("over the prior", signed=True),
+    "over_first": Column("over the first revision", signed=True),
+    "margin": Column("margin", "nats", signed=True),
     # Generated text
     "rouge2": Column("ROUGE-2", better=1),
     "levenshtein": Column("edit distance", "actions", better=-1),

@@ -166,6 +166,34 @@ def choice_tables(accuracy: pd.DataFrame, differences: pd.DataFrame) -> list[Tab
     return [display(caption, accuracy, ["variant", "accuracy"]), *_differences("accuracy", differences)]
 
 
+def asked_table(table: pd.DataFrame) -> Table:
+    """Forced choice: what each revision of an LM prefers, by kind of items and reader."""
+    facts = ["revision", "kind", "items", "groups", "chance"]
+    found = ["accuracy", "preference", "over_prior", "over_first", "margin", "rank_correlation"]
+    caption = (
+        f"Choices by {table.scoring.iloc[0]} log-probability ({INTERVALS.replace('documents', 'groups')})"
+    )
+    return display(caption, table, [*facts, "reader", *found], optional=[*facts, *found])
+
+
+def asked_notes(table: pd.DataFrame, answers: pd.DataFrame) -> Iterator[str]:
+    """What to mind of a forced choice."""
+    tokens = answers.groupby(["revision", "item"], dropna=False).tokens
+    unequal, scoring = int((tokens.min() < tokens.max()).sum()), table.scoring.iloc[0]
+    if unequal:
+        yield (
+            f"In {unequal:,} of {len(tokens):,} items one choice has more tokens than another: total "
+            f"log-probability favours short choices, the mean long ones; this is the {scoring}"
+        )
+    if answers.prior.isna().all():
+        yield "No item has a context: there is no prior to compare with"
+    if "preference" in table:
+        yield (
+            "No choice is true: these are paired differences of how probable the LM finds the first choice and "
+            "the others"
+        )
+
+
 def _differences(of: str, differences: pd.DataFrame) -> Iterator[Table]:
     if len(differences):
         yield display(

@@ -17,6 +17,7 @@ from probekit.reports import tables
 from probekit.reports.display import Table, number, visible
 
 if TYPE_CHECKING:  # these import models and probes, which a command that needs none of them need not wait for
+    from probekit.evaluation.ask import Asked
     from probekit.evaluation.perplexity import Evaluation
     from probekit.generation.evaluate import GenerationEvaluation
     from probekit.generation.generate import Written
@@ -73,6 +74,16 @@ def print_evaluation(evaluation: Evaluation) -> None:
         print_tables([tables.planner_table(evaluation.planner)])
     if evaluation.accuracy is not None and evaluation.accuracy_differences is not None:
         print_tables(tables.choice_tables(evaluation.accuracy, evaluation.accuracy_differences))
+
+
+def print_asked(asked: Asked, folder: str) -> None:
+    """What an LM prefers, and what to know of it."""
+    print_tables([tables.asked_table(asked.table)])
+    print_lines(
+        too_few(int(asked.table.groups.min()), "give more items", "groups of items of a kind"),
+        *tables.asked_notes(asked.table, asked.answers),
+        f"All of it: {folder}/results.parquet; every choice: {folder}/answers.parquet",
+    )
 
 
 def print_sweep(table: pd.DataFrame, missing: Iterable[object], folder: Path) -> None:
