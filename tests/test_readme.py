@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 GUIDES = [(ROOT / "docs" / "guides" / f"{name}.md").read_text("utf-8") for name in (
     "train", "generate", "probe", "python", "causal-tests", "sweep", "depth-ensemble", "lens-and-report",
+    "ask",
 )]  # fmt: skip
 COMMANDS = list(
     dict.fromkeys(
@@ -77,6 +78,9 @@ def folder(probed_run: probekit.Run, tmp_path_factory: pytest.TempPathFactory) -
     rows = [f"{topic} is {word} thing {n},{word == 'a'},{topic}" for topic, word, n in statements]
     (folder / "truth.csv").write_text("\n".join(["statement,is_true,topic", *rows]), encoding="utf-8")
     new = [{"text": text, "statement": text} for text in ("a plan", "of a king")]
+    row = {"context": "The king", "choices": ["grew", "fell"], "answer": 1}
+    (folder / "items.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    (folder / "items.csv").write_text("choice0,choice1\nThe king,A town\n", encoding="utf-8")
     (folder / "new.jsonl").write_text("\n".join(map(json.dumps, new)), encoding="utf-8")
     return folder
 
@@ -88,6 +92,7 @@ def test_the_readme_has_the_commands_that_are_tested():
         "train",
         "evaluate",
         "generate",
+        "ask",
         "probe",
         "score",
         "lens",
@@ -119,6 +124,8 @@ def test_command_of_the_readme(
         words += shlex.split(SMALLER.get(words[0], ""))
         if "--generation" in words:
             words += shlex.split(LITTLE)
+        if words[0] == "ask":
+            words[1] = str(tiny_run.folder / "lm")
         if "--model" in words:
             words[words.index("--model") + 1] = str(tiny_run.folder / "lm")
             words += shlex.split("--actions.k 8 --actions.dimensions 16 --training.window 48")

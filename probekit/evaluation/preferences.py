@@ -126,13 +126,13 @@ class _Cells:
     """
 
     def __init__(self, items: Sequence[Item]) -> None:
-        number, kinds = pd.factorize(np.array([item.kind for item in items], dtype=object))
+        number, kinds = pd.factorize(np.array([item.kind or ALL_KINDS for item in items]))
         several = len(kinds) > 1
-        self._kinds = [*kinds, ALL_KINDS] if several else [items[0].kind or ALL_KINDS]
+        self._kinds = [*kinds, ALL_KINDS] if several else [*kinds]
         self._member = number[:, None] == np.arange(len(kinds))
         if several:
             self._member = np.column_stack([self._member, np.ones(len(items), dtype=bool)])
-        self._group = pd.factorize(np.array([item.group for item in items], dtype=object))[0]
+        self._group = pd.factorize(np.array([item.group for item in items]))[0]
         self._metric = "preference" if items[0].answer is None else "accuracy"
         self._chance = np.array([1 / len(item.choices) for item in items])
         self._rating = np.array([item.score for item in items])

@@ -189,8 +189,8 @@ def asked_notes(table: pd.DataFrame, answers: pd.DataFrame) -> Iterator[str]:
         yield "No item has a context: there is no prior to compare with"
     if "preference" in table:
         yield (
-            "No choice is true: these are paired differences of how probable the LM finds the first choice and "
-            "the others"
+            "No choice is true: these are paired differences between how probable the LM finds the first "
+            "choice and the others"
         )
 
 

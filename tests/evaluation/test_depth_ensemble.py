@@ -15,6 +15,7 @@ from probekit.cli import main
 from probekit.data.windows import IGNORE, collate, cut_windows
 from probekit.errors import ProbekitError
 from probekit.evaluation import evaluate as depth_ensemble
+from probekit.evaluation.ask import ask
 from probekit.evaluation.evaluate import evaluate
 from probekit.evaluation.multiple_choice import corpus_questions
 from probekit.evaluation.perplexity import Evaluation
@@ -146,6 +147,11 @@ def test_questions_from_a_file(run: Run, tmp_path: Path):
     try:
         found = evaluate(run, {"evaluation.questions_file": str(file)}, quiet=True)
         assert {*found.accuracy.questions} == {2}
+        items = [{"context": line["question"], **line} for line in lines]
+        (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+        asked = ask(str(run.folder / "lm"), tmp_path / "items.jsonl", scoring="mean", quiet=True).table
+        beneath = found.accuracy.set_index("variant").accuracy["none"]
+        assert asked.set_index("reader").accuracy["LM"] == beneath, "the LM beneath, asked without a run"
         file.write_text('{"question": "a", "choices": ["b", "b"], "answer": 0}\n')
         with pytest.raises(ProbekitError, match=r"questions\.jsonl, line 1"):
             evaluate(run, {"evaluation.questions_file": str(file)}, quiet=True)
