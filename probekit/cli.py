@@ -174,24 +174,26 @@ def probe(words: list[str]) -> None:
     """Fit probes of a run, or of any causal LM on any corpus; replaces the results of an earlier probe."""
     parsed, given = parse_probe(probe, words)
     settings = shorthands(parsed, given, OF_LABELS) | dotted(given)
-    if parsed.checkpoints:
-        from probekit.probing.over_training import probe_checkpoints
-        from probekit.reports.plot_over_training import save_over_training
-        from probekit.reports.terminal import print_over_training
-
-        over_training = probe_checkpoints(parsed.run, settings, parsed.stage, quiet=parsed.quiet)
-        if distributed.is_first():
-            print_over_training(over_training, save_over_training(over_training))
-        return
-    from probekit.probing.probe import probe as probe_run
-
     run = parsed.run
     if parsed.model is not None:
         from probekit.training.train import prepare
 
         existing: Existing = "overwrite" if parsed.overwrite else "resume"
-        run = prepare(probed_config(parsed, given), parsed.out, existing=existing, quiet=parsed.quiet)
-        settings = {}
+        config, revisions = probed_config(parsed, given), parsed.revisions or ()
+        run = prepare(config, parsed.out, revisions=revisions, existing=existing, quiet=parsed.quiet)
+        # The run has them now; but of checkpoints only variants that were asked for are probed.
+        settings = {name: value for name, value in settings.items() if name == "probe.variants"}
+    if parsed.checkpoints or parsed.revisions:
+        from probekit.probing.over_training import probe_checkpoints
+        from probekit.reports.plot_over_training import save_over_training
+        from probekit.reports.terminal import print_over_training
+
+        over_training = probe_checkpoints(run, settings, parsed.stage, quiet=parsed.quiet)
+        if distributed.is_first():
+            print_over_training(over_training, save_over_training(over_training))
+        return
+    from probekit.probing.probe import probe as probe_run
+
     results = probe_run(run, settings, store=parsed.store, quiet=parsed.quiet)
     if distributed.is_first():
         from probekit.reports.plot_probes import save_probe_figures

@@ -68,6 +68,12 @@ def parse_probe(
     group = parser.add_argument_group("any model", f"a causal LM on a corpus, by the preset {ANY_MODEL}")
     group.add_argument("--model", metavar="NAME", help="hub name or local folder of a causal LM (lm.name)")
     group.add_argument("--corpus", metavar="FILE", help="file, folder or dataset to read (corpus.path)")
+    group.add_argument(
+        "--revisions",
+        nargs="+",
+        metavar="NAME",
+        help="probe these checkpoints of it: branches, tags or commits on the hub, or folders",
+    )
     group.add_argument("--out", metavar="FOLDER", help="the run's folder, reused if it exists (runs/probed)")
     group.add_argument("--overwrite", action="store_true", help="replace the run in that folder")
     add_sources(parser)
@@ -78,12 +84,12 @@ def parse_probe(
         parser.error("give a run's folder, or --model with --corpus or --labels")
     if parsed.labels and not (parsed.target or "target" in given.get("probe", {})):
         parser.error("argument --labels: goes with --target, the column of labels")
-    for name in ("corpus", "group", "out", "overwrite", "preset", "config"):
+    for name in ("corpus", "group", "revisions", "out", "overwrite", "preset", "config"):
         if parsed.run is not None and getattr(parsed, name):
             parser.error(f"argument --{name}: goes with --model; {parsed.run} has its own")
-    for name in ("model", "store"):
-        if parsed.checkpoints and getattr(parsed, name):
-            parser.error(f"argument --{name}: does not go with --checkpoints")
+    for name, other in (("model", "checkpoints"), ("store", "checkpoints"), ("store", "revisions")):
+        if getattr(parsed, name) and getattr(parsed, other):
+            parser.error(f"argument --{name}: does not go with --{other}")
     if parsed.stage and not parsed.checkpoints:
         parser.error("argument --stage: goes with --checkpoints")
     if parsed.model is not None:

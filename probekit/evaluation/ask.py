@@ -31,6 +31,7 @@ from probekit.models.hook_points import small_causal
 from probekit.models.language_model import is_placed, load_model, longest_window
 from probekit.models.planner_lm import PlannedLM
 from probekit.models.pretrained import check_tokenizer, check_weights, dtype_name, dtype_of, load_config
+from probekit.models.revisions import at_revision
 from probekit.progress import Progress
 from probekit.run.folder import digest_of, lm_digest, provenance
 from probekit.statistics import Resampling
@@ -118,21 +119,10 @@ def _revisions(
     settings: LanguageModelSettings, revisions: Sequence[str]
 ) -> Iterator[tuple[str | None, LanguageModelSettings]]:
     """The LMs that are asked, by what they are called; None where a model has no revisions."""
-    assert settings.name is not None  # noqa: S101 - for mypy; it is given
     if not revisions:
         yield settings.revision, settings
-    own = user_path(settings.name)
     for revision in dict.fromkeys(revisions):
-        folder = next((path for path in (own / revision, user_path(revision)) if path.is_dir()), None)
-        if folder is not None:
-            yield revision, settings.model_copy(update={"name": str(folder), "revision": None})
-        elif own.exists():
-            raise ProbekitError(
-                f"--revisions has {revision!r}: no such folder, in {own} or elsewhere; only models on the "
-                "hub have revisions by name"
-            )
-        else:
-            yield revision, settings.model_copy(update={"revision": revision})
+        yield revision, at_revision(settings, revision)
 
 
 @dataclass(frozen=True)

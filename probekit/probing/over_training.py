@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from probekit import distributed
+from probekit.config import setting_names, setting_value
 from probekit.errors import ProbekitError
 from probekit.io import write_table
 from probekit.probing.probe import ProbeResults, origin, probe
@@ -27,7 +28,7 @@ class TrainingProbes:
         table: The rows of `ProbeResults.table`, with the stage's `step` of their checkpoint.
         stage: The stage.
         path: Where the table was written.
-        losses: The stage's losses in training, by step.
+        losses: The stage's losses in training, by step; none of published checkpoints.
         notes: Lines to show the user.
     """
 
@@ -48,7 +49,8 @@ def probe_checkpoints(
     """Probes every checkpoint of a stage with one grid, and gathers the results.
 
     Each checkpoint is a run of its own and keeps its own results in `probes/`; one that was probed with the
-    same settings is not probed again. Examples are the same at every step, and so are seeds.
+    same settings is not probed again. Examples are the same at every step, and so are seeds; of published
+    checkpoints (`prepare`), those with another tokenizer have the same documents alone.
 
     Args:
         run: The run or its folder.
@@ -62,7 +64,10 @@ def probe_checkpoints(
     """
     run = Run.at(run)
     stage = _stage(run, stage)
-    wanted = {"probe.variants": ["none" if stage == "lm" else stage.removeprefix("adapter/")]}
+    # The run's settings of today, and not those of when its checkpoints were made.
+    own = (name for name in setting_names() if name.split(".")[0] in ("device", "evaluation", "probe"))
+    wanted = {name: setting_value(run.config, name) for name in own}
+    wanted["probe.variants"] = ["none" if stage == "lm" else stage.removeprefix("adapter/")]
     wanted |= settings or {}
     progress, kept = Progress(quiet=quiet), run.checkpoints(stage)
     tables, notes = [], dict[str, None]()
@@ -95,7 +100,7 @@ def _stage(run: Run, stage: str | None) -> str:
     if not kept:
         raise ProbekitError(
             f"{run.folder} keeps no checkpoints; train a run that does, with --training.lm.checkpoints 10 or "
-            "--training.adapter.checkpoints 10"
+            "--training.adapter.checkpoints 10, or give published ones of --model as --revisions"
         )
     if stage is not None and stage not in kept:
         raise ProbekitError(

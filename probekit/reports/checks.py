@@ -84,7 +84,8 @@ def run_name(run: Run) -> str:
 
 def only_probed(run: Run) -> bool:
     """Whether nothing was to be trained: a pre-trained LM and a corpus, put together to be probed."""
-    return run.config.lm.name is not None and set(run.stages) == {"lm", "corpus"} and has(run, PROBES)
+    probed = has(run, PROBES) or bool(probed_stages(run))
+    return run.config.lm.name is not None and set(run.stages) == {"lm", "corpus"} and probed
 
 
 def variants_with(run: Run, kind: str) -> list[str]:

@@ -29,7 +29,8 @@ def plot_over_training(
 
     Left, by layer at the nearest position; right, by position at the best layer, which is chosen on
     validation documents at the last step. Bands are 95 % intervals from resampling documents. Below are the
-    stage's losses. The bigram and the ceiling, which depend on the position, are drawn on the left alone.
+    stage's losses, if it was trained here. The bigram and the ceiling, which depend on the position, are
+    drawn on the left alone.
 
     Args:
         run: A run whose checkpoints were probed.
@@ -86,15 +87,16 @@ def over_training_numbers(
 
 
 def draw_over_training(numbers: pd.DataFrame, losses: pd.DataFrame) -> Figure:
-    """Draws `over_training_numbers` above the losses of the stage by step."""
+    """Draws `over_training_numbers` above the losses of the stage by step, if there are any."""
     probes = numbers[(numbers.reader == "probe") & numbers.value.notna()]
     near, last = nearest(probes.position), probes[probes.step == probes.step.max()]
     best = last.loc[last[last.position == near].validation_loss.idxmin()].layer
-    figure = NotebookFigure(figsize=(10.4, 5.4), layout="constrained")
-    grid = figure.subplots(2, 2, sharex=True, height_ratios=[3.4, 1.6])
-    for axes, below, by, own, title in (
-        (*grid[:, 0], "layer", probes[probes.position == near], f"by layer, position {near}"),
-        (*grid[:, 1], "position", probes[probes.layer == best], f"by position, layer {int(best)}"),
+    heights = [3.4, 1.6][: 2 if len(losses) else 1]
+    figure = NotebookFigure(figsize=(10.4, 0.4 + sum(heights)), layout="constrained")
+    grid = figure.subplots(len(heights), 2, sharex=True, height_ratios=heights, squeeze=False)
+    for (axes, *below), by, own, title in (
+        (grid[:, 0], "layer", probes[probes.position == near], f"by layer, position {near}"),
+        (grid[:, 1], "position", probes[probes.layer == best], f"by position, layer {int(best)}"),
     ):
         values = sorted(own.layer.unique()) if by == "layer" else reading_order(own.position)[::-1]
         for value, colour in zip(values, colours_in_order(len(values)), strict=True):
@@ -112,13 +114,17 @@ def draw_over_training(numbers: pd.DataFrame, losses: pd.DataFrame) -> Figure:
         axes.set_ylim(low, high + 0.3 * (high - low))  # room for the legend
         axes.legend(fontsize=7, frameon=False, ncols=3, loc="upper left")
 
-        trained, validated = losses[losses.loss.notna()], losses[losses.validation_loss.notna()]
-        below.plot(trained.step, trained.loss, color="0.6", linewidth=1, label="training")
-        below.plot(validated.step, validated.validation_loss, "ko", markersize=3, label="validation")
-        below.legend(fontsize=7, frameon=False)
-        below.set_xscale("symlog", linthresh=1, linscale=0.5)
-        below.set_xlim(0, own.step.max())
-        below.set(xlabel="training steps", ylabel="loss (nats)")
+        for lower in below:
+            trained, validated = losses[losses.loss.notna()], losses[losses.validation_loss.notna()]
+            lower.plot(trained.step, trained.loss, color="0.6", linewidth=1, label="training")
+            lower.plot(validated.step, validated.validation_loss, "ko", markersize=3, label="validation")
+            lower.legend(fontsize=7, frameon=False)
+            lower.set_ylabel("loss (nats)")
+        lowest = below[-1] if below else axes
+        lowest.set_xscale("symlog", linthresh=1, linscale=0.5)
+        first, final = own.step.min(), own.step.max()
+        lowest.set_xlim(first if first < final else 0, max(1, final))
+        lowest.set_xlabel("training steps")
     one = numbers.iloc[0]
     title = (
         f"{one.variant}: {label(one.location)}, {one.solver}, {int(probes.documents.max()):,} test documents"

@@ -23,6 +23,7 @@ from probekit.io import atomic_path, read_json, write_text
 from probekit.models.depth_ensemble import MEMBERS
 from probekit.models.locations import label
 from probekit.models.mixing import VARIANTS
+from probekit.models.revisions import name_of
 from probekit.probing.probe import ProbeResults
 from probekit.probing.results import main_metric
 from probekit.reports import tables
@@ -340,7 +341,7 @@ def over_training(run: Run) -> Iterator[Section]:
         picture = Picture(
             f"over_training_{stage.replace('/', '_')}",
             f"Test {metric} at {table.step.nunique():,} steps of {stage}, by layer and by position; bands "
-            f"are {INTERVALS}, and below are the losses.",
+            f"are {INTERVALS}{', and below are the losses' if len(run.losses_of(stage)) else ''}.",
             f"{metric[0].upper()}{metric[1:]} against training steps of {stage}; the table below has the "
             "best layer at every step.",
             svg_of(plot_over_training(run, stage)),
@@ -457,9 +458,10 @@ def reproduction(run: Run) -> Iterator[Section]:
 def commands(run: Run) -> Iterator[list[str]]:
     """The commands that make a run and its results again, as words."""
     again, config = f"{run_name(run)}-again", f"{run_name(run)}/config.yaml"
+    any_model = ["probekit", "probe", "--model", str(run.config.lm.name), "--config", config, "--out", again]
     if only_probed(run):
-        words = ["probekit", "probe", "--model", str(run.config.lm.name), "--config", config, "--out", again]
-        yield [*words, *_options(changed_settings(run, "probes/settings.json"))]
+        if has(run, PROBES):
+            yield [*any_model, *_options(changed_settings(run, "probes/settings.json"))]
     else:
         yield ["probekit", "train", "--config", config, "--out", again]
         if has(run, EVALUATION) or has(run, GENERATION):
@@ -469,6 +471,16 @@ def commands(run: Run) -> Iterator[list[str]]:
         if has(run, PROBES):
             changed = changed_settings(run, "probes/settings.json")
             yield ["probekit", "probe", again, *_options(changed, "probe")]
+    yield from _commands_over_training(run, any_model, again)
+    for kind, command in (("interventions", "intervene"), ("subnetworks", "subnetwork")):
+        for variant in variants_with(run, kind):
+            changed = changed_settings(run, f"{kind}/{variant}/settings.json")
+            changed = {f"{command}.variant": variant} | changed
+            yield ["probekit", command, again, *_options(changed, command)]
+
+
+def _commands_over_training(run: Run, any_model: Sequence[str], again: str) -> Iterator[list[str]]:
+    """The commands that probe checkpoints again, those of a training or published ones."""
     for stage in probed_stages(run):
         changed = {}
         if kept := run.checkpoints(stage):
@@ -478,12 +490,10 @@ def commands(run: Run) -> Iterator[list[str]]:
         if list(changed.get("probe.variants", ())) == ["none" if stage == "lm" else stage.split("/")[-1]]:
             del changed["probe.variants"]
         words = ["probekit", "probe", again, "--checkpoints", "--stage", stage]
+        if only_probed(run):
+            names = (name_of(Run.open(path).config, step) for step, path in kept.items())
+            words = [*any_model, "--revisions", *names]
         yield [*words, *_options(changed, "probe")]
-    for kind, command in (("interventions", "intervene"), ("subnetworks", "subnetwork")):
-        for variant in variants_with(run, kind):
-            changed = changed_settings(run, f"{kind}/{variant}/settings.json")
-            changed = {f"{command}.variant": variant} | changed
-            yield ["probekit", command, again, *_options(changed, command)]
 
 
 def _options(settings: dict[str, Any], section: str | None = None) -> list[str]:

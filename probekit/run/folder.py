@@ -366,7 +366,9 @@ class RunFolder:
         return {int(path.parent.name.removeprefix("step")): path.parent for path in kept}
 
     @contextmanager
-    def checkpoint(self, stage: str, step: int, facts: Mapping[str, Any]) -> Iterator[Self]:
+    def checkpoint(
+        self, stage: str, step: int, facts: Mapping[str, Any], config: Config | None = None
+    ) -> Iterator[Self]:
         """A run as this one is after a step of a stage; the block writes the stage's files into it.
 
         The stages before it are hard links: it is a whole run, and takes disk space for its own files alone.
@@ -375,12 +377,13 @@ class RunFolder:
             stage: Which one.
             step: The steps that are done.
             facts: What is recorded of the stage.
+            config: Its settings; unset: this run's.
         """
         with atomic_folder(self.checkpoints_of(stage) / f"step{step:07d}") as folder:
-            for name in ("provenance.json", "config.yaml"):
-                link_or_copy(self.folder / name, folder / name)
+            link_or_copy(self.folder / "provenance.json", folder / "provenance.json")
+            write_text(folder / "config.yaml", (config or self.config).to_yaml())
             write_json(folder / "run.json", {"format": FORMAT, "stages": {}})
-            run = type(self)(folder, self.config)
+            run = type(self)(folder, config or self.config)
             for before in stages_before(self.config, stage):
                 if self.finished(before):
                     run.take_over(before, self)
@@ -404,9 +407,17 @@ class RunFolder:
         return pd.DataFrame(_rows(path))
 
     def losses_of(self, stage: str) -> pd.DataFrame:
-        """A stage's losses in training: columns `step`, `loss` and `validation_loss`."""
+        """A stage's losses in training: columns `step`, `loss` and `validation_loss`.
+
+        There are none of a pre-trained LM.
+        """
+        import pandas as pd
+
+        columns = ["step", "loss", "validation_loss"]
+        if stage == "lm" and self.config.lm.name is not None:
+            return pd.DataFrame(columns=columns, dtype=float)
         metrics = self.metrics()
-        return metrics[metrics.stage == stage][["step", "loss", "validation_loss"]]
+        return metrics[metrics.stage == stage][columns]
 
     def evaluation(self) -> dict[str, Any]:
         """What `probekit evaluate` found."""

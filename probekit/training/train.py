@@ -38,6 +38,7 @@ from probekit.models.pretrained import (
     dtype_of,
     load_config,
 )
+from probekit.models.revisions import name_of, published, same_tokenizer
 from probekit.models.tuning import TUNINGS, Tuning
 from probekit.progress import Progress
 from probekit.run.folder import Existing, lm_digest
@@ -181,6 +182,7 @@ def prepare(
     config: Config,
     out: str | Path = "runs/run",
     *,
+    revisions: Sequence[str] = (),
     existing: Existing = "refuse",
     quiet: bool = False,
 ) -> Run:
@@ -189,6 +191,8 @@ def prepare(
     Args:
         config: The settings; `lm.name` says which LM.
         out: The run's folder.
+        revisions: Published checkpoints of the LM that are kept beside it as checkpoints of the stage `lm`,
+            as `revisions.published` takes them; those that are there already stay.
         existing: What to do where the folder exists: refuse, resume or overwrite.
         quiet: Show no progress.
 
@@ -198,10 +202,35 @@ def prepare(
     if isinstance(config, Config) and config.lm.name is None:
         raise ProbekitError("lm.name is not set; give the hub name or folder of the LM to probe (--model)")
     progress = Progress(quiet=quiet)
+    checkpoints = published(config, revisions)
     with _open_run(config, out, existing) as run:
         _stage(run, "lm", partial(_language_model, run, progress))
         _stage(run, "corpus", partial(_corpus, run, progress))
+        if distributed.is_first():
+            for step, own in checkpoints.items():
+                _published(run, step, own, progress)
+        distributed.wait()
     return run
+
+
+def _published(run: Run, step: int, config: Config, progress: Progress) -> None:
+    """Keeps a published checkpoint, on the same corpus if its tokenizer is the same."""
+    if folder := run.checkpoints("lm").get(step):
+        kept = Run.open(folder)
+        if kept.config.lm != config.lm:
+            raise ProbekitError(
+                f"{folder} is {name_of(kept.config, step)!r}, not {name_of(config, step)!r}; give that, or "
+                "choose another --out"
+            )
+        return
+    facts: dict[str, Any] = {}
+    with run.checkpoint("lm", step, facts, config) as checkpoint:
+        facts |= _language_model(checkpoint, progress)
+        if same_tokenizer(run.config, config):
+            checkpoint.take_over("corpus", run)
+        else:
+            progress.say(f"the tokenizer of {name_of(config, step)} is another: its corpus is built anew")
+            checkpoint.mark_finished("corpus", _corpus(checkpoint, progress))
 
 
 @contextlib.contextmanager
