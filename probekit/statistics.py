@@ -23,6 +23,9 @@ CHUNK_DRAWS = 1 << 19
 """Documents drawn at once, counted over resamples, and resampled cells held at once: bounds the memory and
 leaves the draws as they are."""
 
+BLOCKS = 20
+"""Most blocks of documents that a jackknife leaves out in turn."""
+
 LEAST_ERROR = 0.3
 """The standard error of a resample is taken to be at least this share of that of all documents."""
 
@@ -303,6 +306,39 @@ def _checked(
             f"document {broken.argmax()}: sums and counts must be finite, counts not negative"
         )
     return sums, numbers, there
+
+
+def jackknife_blocks(group: ArrayLike) -> list[NDArray[np.int64]]:
+    """The rows of each of at most `BLOCKS` blocks of whole groups, of about as many rows each.
+
+    Args:
+        group: The document or group of each row `[rows]`.
+    """
+    number, found = pd.factorize(np.asarray(group))
+    size = np.bincount(number)
+    middle = np.cumsum(size) - size / 2
+    block = np.floor(middle / size.sum() * min(BLOCKS, len(found))).astype(np.int64)
+    return [np.flatnonzero(block[number] == one) for one in np.unique(block)]
+
+
+def jackknife(
+    value: ArrayLike, left_out: ArrayLike, documents: int, *, corrected: bool = False, level: float = 0.95
+) -> Intervals:
+    """Intervals of Student's t from leaving out a block of documents at a time (Shao and Tu 1995, chapter 2).
+
+    Args:
+        value: A statistic of all documents `[cells]`.
+        left_out: The same without each block `[blocks, cells]`.
+        documents: Number of documents.
+        corrected: Subtract the bias, of the order of one over the number of examples (Quenouille 1956).
+        level: Probability that an interval is meant to cover.
+    """
+    value, left_out = np.asarray(value, np.float64), np.asarray(left_out, np.float64)
+    blocks, mean = len(left_out), left_out.mean(0)
+    error = np.sqrt((blocks - 1) / blocks * ((left_out - mean) ** 2).sum(0))
+    half = stdtrit(blocks - 1, 0.5 + level / 2) * error
+    centre = blocks * value - (blocks - 1) * mean if corrected else value
+    return Intervals(centre, centre - half, centre + half, np.full(value.shape, documents))
 
 
 def mean_over_draws(sums: ArrayLike, counts: ArrayLike) -> Interval:

@@ -10,6 +10,7 @@ from probekit.config.types import (
     AtLeastTwo,
     BosRule,
     Column,
+    Compression,
     Count,
     LabelsPath,
     MemberName,
@@ -171,6 +172,10 @@ class LanguageModelSettings(Settings):
     device_map: str | None = None
     """Where accelerate places an LM that one GPU cannot hold: auto (GPUs, then main memory, then disk), or
     a device; unset: all of it on `device`."""
+    compress: Compression | None = None
+    """Compress the weights of the layers' linear maps once they are loaded, to see what is lost: int8 (each
+    output's weights rounded to 255 levels), prune=0.5 (this share of each map's, the smallest, set to 0), or
+    rank=64 (the nearest maps of this rank). They keep their dtype, so that nothing is saved."""
     layers: Positive = 4
     """Layers of a new LM."""
     width: Positive = 128

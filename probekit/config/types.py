@@ -50,6 +50,22 @@ def _absolute(path: str | None) -> str | None:
     return str(Path(found).absolute())
 
 
+def _compression(text: str) -> str:
+    kind, _, amount = text.partition("=")
+    amounts = {"prune": (float, 0, 1), "rank": (int, 1, LARGEST)}
+    if text != "int8":
+        try:
+            number, low, end = amounts[kind]
+            valid = low <= number(amount) < end
+        except (KeyError, ValueError):
+            valid = False
+        if not valid:
+            raise ValueError(
+                f"{text!r} must be int8, prune=SHARE from 0 to below 1, or rank=NUMBER from 1 on"
+            )
+    return text
+
+
 LARGEST = 2**31 - 1
 """No whole number is larger: counts and positions are added up in 64 bits."""
 
@@ -66,6 +82,7 @@ Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 PositiveShare = Annotated[float, Field(gt=0.0, lt=1.0)]
 Temperature = Annotated[float, Field(ge=0.0), AfterValidator(_no_overflow)]
 Column = Annotated[str, Field(min_length=1)]
+Compression = Annotated[str, AfterValidator(_compression)]
 LabelsPath = Annotated[str | None, AfterValidator(_absolute)]
 ReadAt = Annotated[Position, BeforeValidator(as_position)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]

@@ -122,7 +122,7 @@ def probe(
     _check_variants(run)
     points = _hook_points(run)
     target = target_of(run.corpus, run.config)
-    run = _with_defaults(run, target)
+    run = with_defaults(run, target)
     config = run.config.probe
     grids = _grids(run, target)
     values = _values(run, grids)
@@ -204,7 +204,7 @@ def _labels(run: Run, grid: Grid) -> dict[str, Any]:
     return {"classes": classes, "extent": target.extent(run.corpus), "range": ends}
 
 
-def _with_defaults(run: Run, target: Target) -> Run:
+def with_defaults(run: Run, target: Target) -> Run:
     """The run with the solver and penalties of the target's kind, where none were set."""
     config, usual, own = run.config.probe, ProbeSettings(), dict[str, Any]()
     if target.kind != "classes" and config.solvers == usual.solvers:

@@ -7,7 +7,7 @@ a further one has the examples of all. Each is tested on the test examples of ev
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -170,33 +170,49 @@ def transfer_table(scored: Scored, grid: Grid, values: Values, resampling: Resam
     for (fitted_on, tested_on), own in scored.items():
         rows = _rows(values, tested_on, tested_on)
         of_tested = replace(grid, examples={split: grid.examples[split][rows[split]] for split in rows})
-        prior = prior_sums(of_tested)
-        for sums, of_own in zip(own, scored[tested_on, tested_on], strict=True):
-            # The difference from a control task is paired: here the control is the tested value's own probe.
-            if grid.target.kind != "classes":
-                error = of_own.sums["squared_error"]
-                horizon = sums.readers[0]["horizon"]
-                mean = next(
-                    part.sums["squared_error"] for part in prior if part.readers[0]["horizon"] == horizon
-                )
-                sums.sums |= {
-                    "control_squared_error": error,
-                    "control_total": np.broadcast_to(mean[:, :1], error.shape),
-                }
-            else:
-                sums.sums["control_correct"] = of_own.sums["correct"]
-        table = table_of([*prior, *own], of_tested.tested(), [], resampling)
-        table = table[table.reader == "probe"].rename(columns={"fitted_on": "fitted_examples"})
-        if fitted_on == tested_on:
-            table[[f"selectivity{end}" for end in ("", "_low", "_high")]] = np.nan
-        table["documents"] = len(np.unique(of_tested.examples[TESTED_ON].document))
+        table = paired_table(own, scored[tested_on, tested_on], of_tested, resampling)
+        table = table.rename(columns={"fitted_on": "fitted_examples"})
         tables.append(table.assign(by=values.column, fitted_on=fitted_on, tested_on=tested_on))
-    renamed = {f"selectivity{end}": f"over_own{end}" for end in ("", "_low", "_high")}
-    found = pd.concat(tables, ignore_index=True).rename(columns=renamed).assign(target=grid.target.name)
+    found = pd.concat(tables, ignore_index=True).assign(target=grid.target.name)
     first = ["by", "fitted_on", "tested_on", "fitted_examples"]
+    return found[first + [name for name in found if name not in first and found[name].notna().any()]]
+
+
+def paired_table(
+    scored: Sequence[DocumentSums], own: Sequence[DocumentSums], grid: Grid, resampling: Resampling
+) -> pd.DataFrame:
+    """The table of some probes beside others on the same test examples.
+
+    Args:
+        scored: The scores of probes.
+        own: Those of the probes that they are compared with; `over_own` is missing if they are the same.
+        grid: The examples.
+        resampling: How groups of test examples are resampled.
+
+    Returns:
+        A row for each probe: the columns of the table of probes but `LEFT_OUT`, and `over_own`, the accuracy,
+        else R2, less that of the other probe, a paired difference.
+    """
+    prior = prior_sums(grid)
+    for sums, of_own in zip(scored, own, strict=True):
+        # The difference from a control task is paired: here the control is the other probe.
+        if grid.target.kind != "classes":
+            error = of_own.sums["squared_error"]
+            horizon = sums.readers[0]["horizon"]
+            mean = next(part.sums["squared_error"] for part in prior if part.readers[0]["horizon"] == horizon)
+            sums.sums |= {
+                "control_squared_error": error,
+                "control_total": np.broadcast_to(mean[:, :1], error.shape),
+            }
+        else:
+            sums.sums["control_correct"] = of_own.sums["correct"]
+    table = table_of([*prior, *scored], grid.tested(), [], resampling)
+    table = table[table.reader == "probe"].assign(documents=len(np.unique(grid.examples[TESTED_ON].document)))
+    if scored is own:
+        table[[f"selectivity{end}" for end in ("", "_low", "_high")]] = np.nan
     dropped = [f"{name}{end}" for name in LEFT_OUT for end in ("", "_low", "_high")]
-    shown = [name for name in found if name not in (*first, *dropped) and found[name].notna().any()]
-    return found[first + shown]
+    renamed = {f"selectivity{end}": f"over_own{end}" for end in ("", "_low", "_high")}
+    return table.drop(columns=dropped, errors="ignore").rename(columns=renamed)
 
 
 def _rows(values: Values, fitted_on: str, tested_on: str) -> dict[str, np.ndarray]:

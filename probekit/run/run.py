@@ -18,6 +18,7 @@ from probekit.distributed import compute_device
 from probekit.errors import ProbekitError
 from probekit.io import read_array, read_json, read_tensors, write_tensors
 from probekit.models.backends import Backend
+from probekit.models.compression import compressed
 from probekit.models.conditioning import new_adapter
 from probekit.models.depth_ensemble import MEMBERS, DepthEnsemble, new_ensemble
 from probekit.models.frozen_lm import FrozenLM
@@ -160,12 +161,13 @@ class Run(RunFolder):
             )
         if name in MEMBERS:
             return self.plain_model(self.variant_of(name), dtype)
-        return load_model(
+        model = load_model(
             **self._lm_source(),
             trust_remote_code=self.config.lm.trust_remote_code,
             device_map=self.config.lm.device_map,
             dtype=dtype or self.dtype,
         )
+        return model if self.config.lm.compress is None else compressed(model, self.config.lm.compress)
 
     def placed_model(self, name: ModelName = "none", dtype: torch.dtype | None = None) -> PreTrainedModel:
         """`plain_model` on the device, or where accelerate placed it; other weights are let go first."""
@@ -248,7 +250,7 @@ class Run(RunFolder):
         return self.frozen_lm(name, seed).backend_for(names)
 
     def weights_digest(self, variant: str) -> str:
-        """A digest of the files that hold the weights of a variant or of a member of a depth ensemble."""
+        """A digest of what the weights of a variant or of a member of a depth ensemble are made of."""
         files = sorted((self.folder / "lm").glob("*"))
         if (self.folder / "lm" / "source.json").exists():
             source = Path(read_json(self.folder / "lm" / "source.json")["name"])
@@ -260,7 +262,7 @@ class Run(RunFolder):
         if variant in VARIANTS:
             files += [self.folder / "planner" / "model.safetensors", self._adapter_file(variant)]
             files += sorted(self.folder.glob(f"adapters/{variant}/*"))
-        return digest_of(files)
+        return " ".join([digest_of(files), *filter(None, [self.config.lm.compress])])
 
     def planner(self, variant: VariantName | None = None) -> Planner:
         """A copy of the planner: of the planner stage, or of a joint variant."""

@@ -41,6 +41,7 @@ USED_BY: dict[str, tuple[str, ...]] = {
     "lm.bos": ("corpus",),
     "lm.dtype": (*ADAPTERS, *DEPTH),
     "lm.device_map": (),
+    "lm.compress": ("lm",),
     "lm": ("lm/new",),
     "planner": ("planner",),
     "conditioning": ADAPTERS,

@@ -1,0 +1,324 @@
+"""`probekit compare`: what two LMs make of the same texts, or an LM and its compressed self.
+
+Each LM is a run of its own, with the corpus in its own tokens. Both are read at the last token of the same
+sentences, words or labelled ranges: where the texts that they have read end at the same character. Layers are
+compared pair by pair (`similarity`). A probe that was fitted to the first LM reads the second at the same
+depth: frozen, on activations that Procrustes maps onto the first LM's, and refitted. What a refitted probe
+lacks is lost; what a frozen one lacks beyond that has moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from probekit.config import Config, user_path
+from probekit.data.corpus import Corpus
+from probekit.data.sentences import token_spans
+from probekit.errors import ProbekitError
+from probekit.io import write_json, write_table
+from probekit.models.locations import at_layers
+from probekit.probing.activations import HookPoint, Placement, Reader, probing_windows
+from probekit.probing.arrays import ArraySource
+from probekit.probing.fitting import FitJob, fit, hold, score
+from probekit.probing.grid import CHOSEN_ON, FITTED_ON, LENSES, TESTED_ON, Grid, make_grid
+from probekit.probing.labels import beyond_window, target_of
+from probekit.probing.probe import with_defaults
+from probekit.probing.results import DocumentSums
+from probekit.probing.similarity import compare_layers, rotation_onto
+from probekit.probing.targets import Examples, find_examples, sentence_target
+from probekit.probing.transfer import paired_table
+from probekit.progress import Meter, Progress
+from probekit.run.folder import Existing
+from probekit.run.run import Run
+from probekit.statistics import Resampling
+
+POSITION = "last"
+"""Where examples are read."""
+
+MOST_EXAMPLES = 1000
+"""Layers are compared on at most so many examples, at even distances: time grows with their square."""
+
+READINGS = ("first", "frozen", "mapped", "refitted")
+"""A probe of the first LM on the first, on the second as it is, and as Procrustes maps it onto the first; and
+a probe of the second LM on the second."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found.
+
+    Attributes:
+        similarity: A row for each pair of layers; see `similarity.compare_layers`.
+        probes: A row for each reading, layer and solver: `reading` (of `READINGS`), `layer`, `second_layer`,
+            the metrics of a run's probes, and `over_first`, the accuracy, else R2, less that of the reading
+            `first`; None if there are no labels.
+        folder: Where they were written, with a run of each LM.
+        names: What the LMs are called.
+        notes: Lines to show the user.
+    """
+
+    similarity: pd.DataFrame
+    probes: pd.DataFrame | None
+    folder: Path
+    names: tuple[str, str]
+    notes: list[str]
+
+
+def compare(
+    config: Config,
+    second: Mapping[str, Any],
+    out: str | Path = "runs/compared",
+    *,
+    existing: Existing = "resume",
+    permutations: int = 40,
+    quiet: bool = False,
+) -> Comparison:
+    """Compares two LMs on the same texts.
+
+    Args:
+        config: Settings of the first LM's run, and of the comparison: the corpus, `lm.name`, `probe.layers`,
+            one of `probe.locations`, `probe.solvers`, and `probe.target` and `probe.labels`. The target
+            `action` without actions (`actions.labels: none`) means none: sentences, or all tokens with
+            `probe.anchors: token`, are compared without probes.
+        second: Settings that the second LM has instead, such as `lm.name` or `lm.compress`.
+        out: A folder for both runs and the results.
+        existing: What to do with runs that are there, as for `probekit.prepare`.
+        permutations: How often documents are permuted for the null.
+        quiet: Show no progress.
+
+    Raises:
+        ProbekitError: Both LMs are the same, they share too few examples, or as `probekit.probe` raises.
+    """
+    from probekit.training.train import prepare
+
+    config = config.override({"probe.positions": [POSITION]})
+    configs = config, config.override(second)
+    _check(*configs)
+    folder, progress = user_path(out), Progress(quiet=quiet)
+    runs = [
+        prepare(own, folder / name, existing=existing, quiet=quiet)
+        for own, name in zip(configs, ("first", "second"), strict=True)
+    ]
+    points = [_hook_points(run) for run in runs]
+    grid, examples, notes = _shared_examples(runs)
+    values = [
+        _read(run, own, [*part.values()], progress)
+        for run, own, part in zip(runs, points, examples, strict=True)
+    ]
+    group = np.concatenate([part.group for part in examples[0].values()])
+    rows = _spread(len(group))
+    first, other = (own[:, torch.from_numpy(rows)] for own in values)
+    similarity = compare_layers(
+        first, other, group[rows], permutations=permutations, seed=config.seed, progress=progress
+    )
+    for name, own in zip(("first", "second"), points, strict=True):
+        similarity[name] = [own[number][1] for number in similarity[name]]
+    write_table(folder / "similarity.parquet", similarity)
+    probes = None
+    if grid is not None:
+        probes, more = _probes(runs, points, values, grid, progress)
+        write_table(folder / "probes.parquet", probes)
+        notes += more
+    names = _name(configs[0]), _name(configs[1])
+    write_json(folder / "settings.json", {"first": names[0], "second": names[1], "notes": notes})
+    return Comparison(similarity, probes, folder, names, notes)
+
+
+def _check(first: Config, second: Config) -> None:
+    """Refuses what cannot be compared, before any LM is loaded."""
+    if first.lm == second.lm:
+        raise ProbekitError(
+            f"both LMs are {first.lm.name}; give another one, or --compress int8, prune=0.5 or rank=64"
+        )
+    if len(first.probe.locations) > 1:
+        raise ProbekitError(
+            f"probe.locations is {', '.join(first.probe.locations)}; give one, whose layers are compared"
+        )
+    if lenses := LENSES.intersection(first.probe.solvers):
+        raise ProbekitError(f"probe.solvers has {min(lenses)}, which is an LM's own head; give others")
+
+
+def _hook_points(run: Run) -> list[HookPoint]:
+    config = run.config.probe
+    run.frozen_lm().architecture.check(config.locations[0], "probe.locations")
+    return at_layers(config.locations, config.layers, run.frozen_lm().layers, "probe.layers")
+
+
+def _name(config: Config) -> str:
+    """What an LM is called: the name of its folder, or its name on the hub, and how it is compressed."""
+    lm = config.lm
+    return " ".join(filter(None, [Path(str(lm.name)).name, lm.revision, lm.compress]))
+
+
+# Examples
+
+
+def _shared_examples(runs: Sequence[Run]) -> tuple[Grid | None, list[dict[str, Examples]], list[str]]:
+    """The examples that both LMs read, by split for each run; their grid if there are labels; notes.
+
+    Raises:
+        ProbekitError: There are too few.
+    """
+    grid, notes = None, list[str]()
+    if runs[0].config.probe.target == "action" and not runs[0].corpus.has_actions:
+        every = [{"all": _sentences(run)} for run in runs]
+    else:
+        targets = [target_of(run.corpus, run.config) for run in runs]
+        settings = with_defaults(runs[0], targets[0]).config
+        grids = [
+            make_grid(run.corpus, settings.probe, target, settings.seed)
+            for run, target in zip(runs, targets, strict=True)
+        ]
+        every, grid = [{**own.examples} for own in grids], grids[0]
+        beyond = beyond_window(runs[0].corpus, targets[0], probing_windows(runs[0])[0])
+        notes = [*targets[0].notes, *grid.notes, *([beyond] if beyond else [])]
+    examples: list[dict[str, Examples]] = [{}, {}]
+    for split in every[0]:
+        ends = [_ends(run.corpus, own[split]) for run, own in zip(runs, every, strict=True)]
+        both = ends[0].reset_index().merge(ends[1].reset_index(), on=[*ends[0]], sort=False)
+        rows = _spread(len(both)) if grid is None else np.arange(len(both))
+        for own, part, column in zip(examples, every, ("index_x", "index_y"), strict=True):
+            own[split] = part[split][both[column].to_numpy()[rows]]
+        if len(both) < len(ends[0]):
+            notes.append(
+                f"{split}: {len(ends[0]) - len(both):,} of {len(ends[0]):,} examples end within a token of "
+                "the other LM, and are left out"
+            )
+    if grid is not None:
+        grid = replace(grid, examples=examples[0])
+    return grid, examples, notes
+
+
+def _spread(examples: int) -> np.ndarray:
+    """The rows of `MOST_EXAMPLES`, or of all if they are fewer, at even distances."""
+    return np.unique(np.linspace(0, examples - 1, min(examples, MOST_EXAMPLES)).round().astype(np.int64))
+
+
+def _sentences(run: Run) -> Examples:
+    """All sentences, or all of their tokens."""
+    corpus = run.corpus
+    none = sentence_target(corpus, "sentence", 1, np.zeros(len(corpus.first_token), np.int64))
+    return find_examples(corpus, np.arange(len(corpus.split)), none, (1,), run.config.probe.anchors)
+
+
+def _ends(corpus: Corpus, examples: Examples) -> pd.DataFrame:
+    """Where the text that is read up to an example's last token ends.
+
+    Returns:
+        `document`, `end`, the number of characters up to the last visible one, and `number`, which tells
+        examples of one end apart `[examples]`.
+    """
+    last = examples.last_read(POSITION) - corpus.document_tokens[examples.document] - 1
+    end = np.empty(len(examples), np.int64)
+    for document in np.unique(examples.document):
+        rows, own = examples.document == document, corpus.texts[int(document)]
+        visible = np.flatnonzero([not character.isspace() for character in own.text])
+        ends = token_spans(corpus.folder, own, corpus.separator)[last[rows], 1]
+        end[rows] = np.append(-1, visible)[np.searchsorted(visible, ends)] + 1
+    found = pd.DataFrame({"document": examples.document, "end": end})
+    return found.assign(number=found.groupby(["document", "end"]).cumcount())
+
+
+def _read(run: Run, points: Sequence[HookPoint], parts: Sequence[Examples], progress: Progress) -> Tensor:
+    """The activations of all examples `[layers, examples, width]`, on the CPU; the LM is let go then."""
+    reader = Reader(run, "none", points, (POSITION,))
+    held: list[Tensor] = []
+    total = sum(reader.size(part) for part in parts)
+    with progress.task(f"read {_name(run.config)}", total=total, unit="tokens") as task:
+        for part in parts:
+            held += [values[:, 0].cpu() for _, (values,) in reader.chunks(part, task.advance)]
+    run.frozen_lm().let_go()
+    return torch.cat(held, dim=1)
+
+
+# Probes
+
+
+def _probes(
+    runs: Sequence[Run],
+    points: Sequence[Sequence[HookPoint]],
+    values: Sequence[Tensor],
+    grid: Grid,
+    progress: Progress,
+) -> tuple[pd.DataFrame, list[str]]:
+    """The table of all readings, and notes."""
+    run = with_defaults(runs[0], grid.target)
+    config, device = run.config, run.device
+    tested = Placement.of(run.corpus, grid.examples[TESTED_ON], (POSITION,), *probing_windows(run))
+    grid, rows = _rows_of_arrays(grid)
+    layer_of = dict(zip(points[0], same_depth(len(points[0]), len(points[1])), strict=True))
+    first, second = values[0], values[1][[*layer_of.values()]]
+    mapped = torch.stack(
+        [
+            (own.double() @ matrix + shift).float()
+            for target, own in zip(first, second, strict=True)
+            for matrix, shift in [rotation_onto(own[rows[FITTED_ON]], target[rows[FITTED_ON]])]
+        ]
+    )
+    sources = {
+        name: ArraySource(array, points[0], device)
+        for name, array in (("first", first), ("frozen", second), ("mapped", mapped), ("refitted", second))
+    }
+    notes = []
+    if first.shape[2] != second.shape[2]:
+        del sources["frozen"]
+        notes.append(
+            f"no frozen probe: one of {first.shape[2]} features cannot read the other LM's {second.shape[2]}"
+        )
+    job = FitJob(
+        grid,
+        config.probe.model_copy(update={"control": False, "code_length": False}),
+        None,
+        config.seed,
+        device,
+        progress,
+        "probes",
+        run.folder,
+        Meter(progress),
+        {POSITION: int(np.median(tested.tokens_read))},
+    )
+    fitted, refitted = (
+        fit(hold(sources[name], job, [FITTED_ON, CHOSEN_ON]), job, config.probe.solvers)
+        for name in ("first", "refitted")
+    )
+    scored: dict[str, list[DocumentSums]] = {
+        name: score(source, job, refitted if name == "refitted" else fitted, {"reader": "probe"})
+        for name, source in sources.items()
+    }
+    resampling = Resampling(resamples=config.evaluation.resamples, seed=config.seed)
+    tables = [
+        paired_table(own, scored["first"], grid, resampling).assign(reading=name)
+        for name, own in scored.items()
+    ]
+    table = pd.concat(tables, ignore_index=True).rename(
+        columns=lambda name: name.replace("over_own", "over_first")
+    )
+    second_layer = {layer: points[1][number][1] for (_, layer), number in layer_of.items()}
+    table = table.assign(second_layer=table.layer.map(second_layer), target=grid.target.name)
+    begin = ["reading", "layer", "second_layer"]
+    return table[begin + [name for name in table if name not in begin and table[name].notna().any()]], notes
+
+
+def _rows_of_arrays(grid: Grid) -> tuple[Grid, dict[str, np.ndarray]]:
+    """The grid with examples that are rows of arrays, and these rows by split."""
+    ends = np.cumsum([0, *map(len, grid.examples.values())])
+    rows = {name: np.arange(*bounds) for name, bounds in zip(grid.examples, pairwise(ends), strict=True)}
+    examples = {
+        name: replace(own, start=rows[name], stop=rows[name] + 1, second=None)
+        for name, own in grid.examples.items()
+    }
+    return replace(grid, examples=examples), rows
+
+
+def same_depth(first: int, second: int) -> np.ndarray:
+    """For each layer of one LM that of another at the same share of its depth `[layers of the first]`."""
+    return np.linspace(0, second - 1, first).round().astype(np.int64)
