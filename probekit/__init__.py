@@ -25,11 +25,15 @@ if TYPE_CHECKING:
     from probekit.generation.generate import Generated, generate
     from probekit.generation.prompts import Prompt
     from probekit.probing.arrays import ArrayResults, LinearProbes, fit_grid, load_probes
+    from probekit.probing.compare import Comparison, compare
+    from probekit.probing.geometry import geometry
     from probekit.probing.over_training import TrainingProbes, probe_checkpoints
     from probekit.probing.probe import ProbeResults, probe
     from probekit.probing.score import score
     from probekit.probing.texts import TextActivations, activations
     from probekit.reports.lens import lens
+    from probekit.reports.plot_compare import plot_comparison
+    from probekit.reports.plot_geometry import plot_geometry
     from probekit.reports.plot_interventions import plot_interventions
     from probekit.reports.plot_over_training import plot_over_training
     from probekit.reports.plot_probes import plot_curve, plot_probes
@@ -44,6 +48,7 @@ if TYPE_CHECKING:
 _HOME = {
     "ArrayResults": "probekit.probing.arrays",
     "Asked": "probekit.evaluation.ask",
+    "Comparison": "probekit.probing.compare",
     "Config": "probekit.config",
     "Evaluation": "probekit.evaluation.perplexity",
     "Generated": "probekit.generation.generate",
@@ -61,16 +66,20 @@ _HOME = {
     "activations": "probekit.probing.texts",
     "ask": "probekit.evaluation.ask",
     "build_corpus": "probekit.training.train",
+    "compare": "probekit.probing.compare",
     "demo": "probekit.cli:run_demo",
     "evaluate": "probekit.evaluation.evaluate",
     "evaluate_generation": "probekit.generation.evaluate",
     "fit_grid": "probekit.probing.arrays",
+    "geometry": "probekit.probing.geometry",
     "generate": "probekit.generation.generate",
     "intervene": "probekit.causal.intervene",
     "load_probes": "probekit.probing.arrays",
     "load_run": "probekit.run.run:Run.open",
     "lens": "probekit.reports.lens",
+    "plot_comparison": "probekit.reports.plot_compare",
     "plot_curve": "probekit.reports.plot_probes",
+    "plot_geometry": "probekit.reports.plot_geometry",
     "plot_interventions": "probekit.reports.plot_interventions",
     "plot_over_training": "probekit.reports.plot_over_training",
     "plot_perplexity": "probekit.reports.plot_runs",

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from probekit import distributed
+from probekit.cli_compare import compared_configs, parse_compare
 from probekit.cli_probe import parse_probe, probed_config
 from probekit.config import Config, preset_names, setting_names, unknown_setting, user_path
 from probekit.config.options import (
@@ -196,6 +197,7 @@ def probe(words: list[str]) -> None:
 
     results = probe_run(run, settings, store=parsed.store, quiet=parsed.quiet)
     if distributed.is_first():
+        from probekit.reports.plot_geometry import save_geometry_figure
         from probekit.reports.plot_probes import save_probe_figures
         from probekit.reports.plot_transfer import save_transfer_figures
         from probekit.reports.terminal import print_probes
@@ -203,7 +205,24 @@ def probe(words: list[str]) -> None:
         save_probe_figures(results.table, results.folder)
         if results.transfer is not None:
             save_transfer_figures(results.transfer, results.best_cells(), results.folder)
+        if results.geometry is not None:
+            save_geometry_figure(results.geometry, results.folder)
         print_probes(results)
+
+
+def compare(words: list[str]) -> None:
+    """Compare layers of two LMs, or of one and its compressed self; read one by probes of the other."""
+    parsed, given = parse_compare(compare, words)
+    config, second = compared_configs(parsed, given)
+    from probekit.probing.compare import compare as compare_lms
+    from probekit.reports.plot_compare import save_comparison_figure
+    from probekit.reports.terminal import print_comparison
+
+    existing: Existing = "overwrite" if parsed.overwrite else "resume"
+    found = compare_lms(
+        config, second, parsed.out, existing=existing, permutations=parsed.permutations, quiet=parsed.quiet
+    )
+    print_comparison(found, save_comparison_figure(found))
 
 
 def intervene(words: list[str]) -> None:
@@ -456,13 +475,13 @@ def _new_config(parsed: argparse.Namespace, given: dict[str, Any]) -> Config | N
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     command.__name__: command
     for command in (
-        train, evaluate, generate, ask, probe, score, intervene, subnetwork, lens, report, corpus, sweep,
-        demo,
+        train, evaluate, generate, ask, probe, score, compare, intervene, subnetwork, lens, report, corpus,
+        sweep, demo,
     )
 }  # fmt: skip
 
 CONTINUED = dict.fromkeys(("train", "corpus"), "continue with --resume")
-CONTINUED |= dict.fromkeys(("probe", "sweep", "demo"), "the same command continues")
+CONTINUED |= dict.fromkeys(("probe", "compare", "sweep", "demo"), "the same command continues")
 """How an interrupted command is continued; others start again."""
 
 

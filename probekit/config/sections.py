@@ -480,6 +480,9 @@ class ProbeSettings(Settings):
     """Fit every probe on a control task too: random labels tied to tokens (Hewitt and Liang 2019)."""
     code_length: bool = True
     """Measure the prequential code length of softmax probes (Voita and Titov 2020)."""
+    geometry: bool = False
+    """Measure the geometry of the activations that probes are fitted and chosen on, too: effective rank,
+    anisotropy, norms and rogue features. It takes more examples than the LM has features."""
     window: AtLeastTwo | None = None
     """Tokens that the LM reads at once; longer documents are read in windows that overlap by 512 tokens, or
     by half a window if that is less. Unset: 2,048, or what the LM reads, a new one what it was trained on."""

@@ -290,8 +290,9 @@ def _probes(
         fit(hold(sources[name], job, [FITTED_ON, CHOSEN_ON]), job, config.probe.solvers)
         for name in ("first", "refitted")
     )
+    facts = {"reader": "probe", "variant": "none", "seed": config.seed, "injected": False}
     scored: dict[str, list[DocumentSums]] = {
-        name: score(source, job, refitted if name == "refitted" else fitted, {"reader": "probe"})
+        name: score(source, job, refitted if name == "refitted" else fitted, facts)
         for name, source in sources.items()
     }
     resampling = Resampling(resamples=config.evaluation.resamples, seed=config.seed)
@@ -304,6 +305,7 @@ def _probes(
     )
     second_layer = {layer: points[1][number][1] for (_, layer), number in layer_of.items()}
     table = table.assign(second_layer=table.layer.map(second_layer), target=grid.target.name)
+    table = table.drop(columns=["variant", "injected"])
     begin = ["reading", "layer", "second_layer"]
     return table[begin + [name for name in table if name not in begin and table[name].notna().any()]], notes
 

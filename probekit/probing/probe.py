@@ -5,14 +5,11 @@ Finished parts of an interrupted probing are kept, and not repeated while settin
 
 from __future__ import annotations
 
-import json
 import resource
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +21,7 @@ from torch import Tensor
 from probekit import distributed
 from probekit.config import ProbedName, ProbeSettings, SolverName, reading_order
 from probekit.errors import ProbekitError
-from probekit.io import atomic_folder, read_metadata, read_tensors, write_json, write_table, write_tensors
+from probekit.io import atomic_folder, write_json, write_table, write_tensors
 from probekit.models.conditioning import CONDITIONINGS, conditioned_location
 from probekit.models.locations import BEFORE, at_layers
 from probekit.models.mixing import VARIANTS
@@ -37,9 +34,10 @@ from probekit.probing.activations import (
     stacks_of,
 )
 from probekit.probing.baselines import baseline_sums
+from probekit.probing.finished import FinishedParts, Probed, origin
 from probekit.probing.fitting import CLOSED_FORM, FitJob, Fitted, control_task, fit, fit_sums, hold, score
+from probekit.probing.geometry import GEOMETRY, check_enough, layer_geometry
 from probekit.probing.grid import CHOSEN_ON, FITTED_ON, LENSES, TESTED_ON, Grid, make_grid
-from probekit.probing.label_table import labels_digest
 from probekit.probing.labels import beyond_window, target_of
 from probekit.probing.results import SETTINGS, DocumentSums, Facts, probes_file, table_of, validation_loss
 from probekit.probing.store import Held, Store, write_store
@@ -49,9 +47,6 @@ from probekit.probing.vectors import PENALTIES
 from probekit.progress import Meter, Progress, duration
 from probekit.run.run import Run
 from probekit.statistics import Resampling
-
-Probed = tuple[list[DocumentSums], dict[str, Tensor]]
-"""Scores of probes, and the weights of those that are linear by the names they are saved under."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +62,8 @@ class ProbeResults:
             had been added by the time of the reading. Cells with too few examples are empty.
         folder: Where it was written.
         notes: Lines to show the user.
+        geometry: If `probe.geometry` is set, a row for each variant, seed, location, layer and position; see
+            `geometry.layer_geometry`.
         transfer: If `probe.transfer` is set, what probes of each value read of the others; see
             `transfer.transfer_table`.
     """
@@ -75,6 +72,7 @@ class ProbeResults:
     folder: Path
     notes: list[str] = field(default_factory=list)
     transfer: pd.DataFrame | None = None
+    geometry: pd.DataFrame | None = None
 
     def best_cells(self) -> pd.DataFrame:
         """The best cell of each variant, location, solver and horizon, a row for each seed.
@@ -126,6 +124,7 @@ def probe(
     config = run.config.probe
     grids = _grids(run, target)
     values = _values(run, grids)
+    _check_geometry(run, grids)
     progress = Progress(quiet=quiet)
     beyond = beyond_window(run.corpus, target, probing_windows(run)[0])
     of_labels = [*target.notes, *([beyond] if beyond else [])]
@@ -135,11 +134,11 @@ def probe(
     with progress.task("score baselines"):
         scored = baseline_sums(run, shared)
     meter = _announce(run, grids, points, progress)
-    finished = _FinishedParts(run)
+    finished = FinishedParts(run)
     results = run.folder / "probes"
     resampling = Resampling(resamples=run.config.evaluation.resamples, seed=run.config.seed)
     weights: dict[Path, dict[str, Tensor]] = {}
-    moved: list[pd.DataFrame] = []
+    beside: list[dict[str, pd.DataFrame]] = []
     for seed, grid in grids.items():
         embedding = _token_embedding(run, grid, seed, progress)
         scored += finished.once(f"token-embedding-seed{seed}", "none", embedding)[0]
@@ -147,7 +146,7 @@ def probe(
             probes = _VariantProbes(run, grid, variant, points, seed, progress, meter, store=store)
             sums, weights[probes_file(Path(), variant, seed)] = probes.once(finished)
             scored += sums
-            moved += [probes.transfer(values[seed], resampling)] if values else []
+            beside.append(probes.tables(values.get(seed), resampling))
 
     empty: list[Facts] = [
         {"reader": "probe", "solver": solver, "variant": variant, "seed": seed, "location": location}
@@ -170,7 +169,7 @@ def probe(
     }
     of_values = dict.fromkeys(note for found in values.values() for note in found.notes)
     notes = [*of_labels, *_grid_notes(grids), *_context_note(run, shared), *of_values, *sorted(constant)]
-    transfer = pd.concat(moved, ignore_index=True) if moved else None
+    tables = {name: pd.concat([own[name] for own in beside], ignore_index=True) for name in beside[0]}
     if distributed.is_first():
         documents = {
             seed: {split: len(np.unique(e.document)) for split, e in grid.examples.items()}
@@ -181,8 +180,8 @@ def probe(
                 if tensors:
                     write_tensors(folder / file, tensors)
             write_table(folder / "results.parquet", table)
-            if transfer is not None:
-                write_table(folder / TRANSFER, transfer)
+            for name, own in tables.items():
+                write_table(folder / name, own)
             record = {"notes": notes, "of": origin(run), "documents": documents} | _labels(run, shared)
             write_json(folder / SETTINGS, run.config.model_dump(mode="json") | record)
         finished.forget()
@@ -192,7 +191,7 @@ def probe(
             f"read {meter.tokens:,} tokens in {duration(meter.seconds)}, {meter.tokens / meter.seconds:,.0f} "
             f"a second; peak memory {_peak_memory(run.device)}"
         )
-    return ProbeResults(table, results, notes, transfer)
+    return ProbeResults(table, results, notes, tables.get(TRANSFER), tables.get(GEOMETRY))
 
 
 def _labels(run: Run, grid: Grid) -> dict[str, Any]:
@@ -352,6 +351,21 @@ def _values(run: Run, grids: Mapping[int, Grid]) -> dict[int, Values]:
     return {seed: find_values(run.corpus, grid, run.config) for seed, grid in grids.items()}
 
 
+def _check_geometry(run: Run, grids: Mapping[int, Grid]) -> None:
+    """Refuses too few examples for the geometry of the widest location, if it is to be measured."""
+    if not run.config.probe.geometry:
+        return
+    width = max(run.locations[name.removesuffix(BEFORE)] for name in run.config.probe.locations)
+    for grid in grids.values():
+        group = _fitted_and_chosen(grid)
+        check_enough(len(group), grid.target.spans * width, group)
+
+
+def _fitted_and_chosen(grid: Grid) -> np.ndarray:
+    """The group of each example that probes are fitted and chosen on."""
+    return np.concatenate([grid.examples[split].group for split in (FITTED_ON, CHOSEN_ON)])
+
+
 def _token_embedding(run: Run, grid: Grid, seed: int, progress: Progress) -> Callable[[], Probed]:
     """The baseline that knows the token at the position and nothing before it: probes on its embedding."""
     solvers = [name for name in run.config.probe.solvers if name not in LENSES] or ["ridge"]
@@ -392,7 +406,7 @@ class _VariantProbes:
         self._progress, self._meter, self._name = progress, meter, name or variant
         self._folder = run.folder / "activations" / f"{variant}-seed{seed}"
 
-    def once(self, finished: _FinishedParts) -> Probed:
+    def once(self, finished: FinishedParts) -> Probed:
         """Fits and scores all solvers, but for those that are finished; closed-form ones come first."""
         if self._store:  # even if all are finished: an interrupted probing may not have stored anything
             splits = self._grid.examples
@@ -431,13 +445,34 @@ class _VariantProbes:
         _mark_injected(self._run, self._grid, self._variant, self._points, scored)
         return scored, weights
 
-    def transfer(self, values: Values, resampling: Resampling) -> pd.DataFrame:
+    def tables(self, values: Values | None, resampling: Resampling) -> dict[str, pd.DataFrame]:
+        """The tables that are asked for beside that of probes, by the name of their file."""
+        found = {} if values is None else {TRANSFER: self._transfer(values, resampling)}
+        return found | ({GEOMETRY: self._geometry()} if self._run.config.probe.geometry else {})
+
+    def _transfer(self, values: Values, resampling: Resampling) -> pd.DataFrame:
         """The table of probes of every value of a column, tested on those of every other."""
         facts: Facts = {"reader": "probe", "variant": self._variant, "seed": self._seed}
         scored = transferred(self._held, self._job, values, facts)
         for sums in scored.values():
             _mark_injected(self._run, self._grid, self._variant, self._points, sums)
         return transfer_table(scored, self._grid, values, resampling)
+
+    def _geometry(self) -> pd.DataFrame:
+        """The geometry of the activations that probes are fitted and chosen on, a row for each cell."""
+        held, positions, group = self._held, self._grid.positions, _fitted_and_chosen(self._grid)
+        rows = []
+        total = len(self._points) * len(positions)
+        with self._progress.task(f"{self._name}: geometry", total=total, unit="cells") as task:
+            for stack, part in held.groups():
+                cells = [(*point, position) for point in held.stacks[stack].points for position in positions]
+                splits = [held.load(split, stack, part) for split in (FITTED_ON, CHOSEN_ON)]
+                for number, (location, layer, position) in enumerate(task.track(cells[part])):
+                    cell = {"variant": self._variant, "seed": self._seed, "location": location}
+                    cell |= {"layer": layer, "position": str(position)}
+                    activations = torch.cat([values[number] for values in splits])
+                    rows.append(cell | layer_geometry(activations, group))
+        return pd.DataFrame(rows)
 
     @property
     def _test_held(self) -> bool:
@@ -518,54 +553,3 @@ def _mark_injected(
         if known["injected"] and grid.target.of_sentences is not None:
             first = run.corpus.first_token[test.sentence + known["horizon"] - 1]
             known["injected"] = bool((test.last_read(known["position"]) >= first - 1 + lag).any())
-
-
-def origin(run: Run) -> dict[str, Any]:
-    """What results depend on beside settings and weights; a file of labels may have been edited."""
-    return {
-        "version": version("probekit-lm"),
-        "corpus": run.corpus.facts["fingerprint"],
-        "device": run.device.type,
-        "dtype": str(run.dtype),  # what lm.dtype auto stands for depends on the machine
-        "labels": labels_digest(run.config),
-    }
-
-
-class _FinishedParts:
-    """Finished parts of a grid, a file for each, kept until the whole grid is written."""
-
-    def __init__(self, run: Run) -> None:
-        self._run, self._folder = run, run.folder / "checkpoints" / "probe"
-        self._identity = origin(run) | {"settings": run.config.model_dump(mode="json")}
-
-    def once(self, name: str, variant: str, probed: Callable[[], Probed]) -> Probed:
-        """Reads a part that is finished, or makes it and keeps it."""
-        path = self._folder / f"{name}.safetensors"
-        identity = json.dumps(self._identity | {"weights": self._run.weights_digest(variant)})
-        kept = path.exists() and read_metadata(path).get("identity") == identity
-        # All processes look before one writes. They must decide the same, or they would deadlock.
-        if distributed.total(float(kept), self._run.device) == distributed.count():
-            scored = [DocumentSums(readers) for readers in json.loads(read_metadata(path)["readers"])]
-            weights = {}
-            for key, tensor in read_tensors(path).items():
-                kind, _, rest = key.partition("|")
-                if kind == "weights":
-                    weights[rest] = tensor
-                else:
-                    number, _, of = rest.partition("|")
-                    scored[int(number)].sums[of] = tensor.numpy()
-            return scored, weights
-        scored, weights = probed()
-        if distributed.is_first():
-            tensors = {f"weights|{key}": tensor for key, tensor in weights.items()} | {
-                f"sums|{number}|{of}": torch.from_numpy(values)
-                for number, part in enumerate(scored)
-                for of, values in part.sums.items()
-            }
-            readers = json.dumps([part.readers for part in scored])
-            write_tensors(path, tensors, {"identity": identity, "readers": readers})
-        return scored, weights
-
-    def forget(self) -> None:
-        """Removes all parts."""
-        shutil.rmtree(self._folder, ignore_errors=True)

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from probekit.data.corpus import Corpus, too_few
 from probekit.data.splits import grouped
-from probekit.reports import tables
+from probekit.reports import tables, tables_compare
 from probekit.reports.display import Table, number, visible
 
 if TYPE_CHECKING:  # these import models and probes, which a command that needs none of them need not wait for
@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # these import models and probes, which a command that needs 
     from probekit.evaluation.perplexity import Evaluation
     from probekit.generation.evaluate import GenerationEvaluation
     from probekit.generation.generate import Written
+    from probekit.probing.compare import Comparison
     from probekit.probing.over_training import TrainingProbes
     from probekit.probing.probe import ProbeResults
     from probekit.run.run import Run
@@ -138,6 +139,8 @@ def print_probes(results: ProbeResults) -> None:
     print_tables(tables.probe_tables(table, best))
     if results.transfer is not None:
         print_tables(tables.transfer_tables(results.transfer, best))
+    if results.geometry is not None:
+        print_tables(tables_compare.geometry_tables(results.geometry))
     print_lines(
         too_few(table.groups.max()),
         *tables.probe_notes(probes),
@@ -146,6 +149,19 @@ def print_probes(results: ProbeResults) -> None:
         *tables.unreliable_probes(probes),
         *results.notes,
         f"All {len(table):,} rows: {results.folder / 'results.parquet'}; pictures: {results.folder}",
+    )
+
+
+def print_comparison(found: Comparison, picture: Path) -> None:
+    """How alike layers of the same depth are, and what probes of the first LM read of the second."""
+    print_tables(tables_compare.comparison_tables(found))
+    print_lines(
+        too_few(int(found.similarity.documents.max()), tables_compare.MORE_COMPARED, "documents or groups"),
+        *tables_compare.comparison_notes(found),
+        *found.notes,
+        f"All {len(found.similarity):,} pairs of layers: {found.folder / 'similarity.parquet'}; "
+        f"picture: {picture}",
+        None if found.probes is None else f"All probes: {found.folder / 'probes.parquet'}",
     )
 
 

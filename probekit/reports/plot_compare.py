@@ -1,0 +1,79 @@
+"""Plots of `probekit compare`: how alike every pair of layers is, and what probes read of the second LM."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from probekit.io import atomic_path
+from probekit.probing.compare import READINGS, Comparison
+from probekit.probing.results import main_metric
+from probekit.reports.display import visible
+from probekit.reports.drawing import NotebookFigure, colour_bar, colour_scale, colours_of_names, draw_line
+from probekit.reports.plot_probes import METRICS
+
+SHOWN = {"cka": "CKA", "procrustes": "Procrustes residual"}
+
+
+def plot_comparison(comparison: Comparison) -> Figure:
+    """Draws CKA and Procrustes residual of every pair of layers, and what probes read by layer.
+
+    Args:
+        comparison: What `probekit.compare` found.
+    """
+    panels = len(SHOWN) + (comparison.probes is not None)
+    figure = NotebookFigure(figsize=(4.4 * panels, 4.2), layout="constrained")
+    axes = figure.subplots(1, panels)
+    for own, (metric, title) in zip(axes, SHOWN.items(), strict=False):
+        draw_similarity(figure, own, comparison.similarity, metric)
+        own.set_title(
+            f"{title} (documents permuted: {comparison.similarity[f'{metric}_null'].mean():.2f})", fontsize=9
+        )
+        first, second = (visible(name) for name in comparison.names)
+        own.set_xlabel(f"layer of {second}", parse_math=False)
+        own.set_ylabel(f"layer of {first}", parse_math=False)
+    if comparison.probes is not None:
+        draw_readings(axes[-1], comparison.probes)
+    rows = comparison.similarity.iloc[0]
+    figure.suptitle(
+        f"{rows.examples:,.0f} examples of {rows.documents:,.0f} documents or groups", fontsize=10
+    )
+    return figure
+
+
+def draw_similarity(figure: Figure, axes: Axes, similarity: pd.DataFrame, metric: str) -> None:
+    """Draws a measure of every pair of layers as a heat map; crosses are not told from permuted documents."""
+    matrix = similarity.pivot_table(metric, "first", "second")
+    scale = colour_scale(pd.Series([0.0, 1.0]))
+    axes.pcolormesh(matrix.columns, matrix.index, matrix, cmap=scale.cmap, vmin=0, vmax=1)
+    colour_bar(figure, axes, scale, similarity[metric], SHOWN[metric])
+    unclear = similarity[similarity[f"{metric}_p"] > 0.05]
+    axes.plot(unclear.second, unclear["first"], "x", color="0.7", markersize=3)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
+
+
+def draw_readings(axes: Axes, probes: pd.DataFrame) -> None:
+    """Draws what each reading tells of the labels by layer, of the first solver and horizon."""
+    metric = main_metric(probes)
+    cell = probes[(probes.solver == probes.solver.iloc[0]) & (probes.horizon == probes.horizon.iloc[0])]
+    for name, colour in zip(READINGS, colours_of_names(len(READINGS)), strict=True):
+        rows = cell[cell.reading == name].sort_values("layer")
+        columns = {metric: "value", f"{metric}_low": "low", f"{metric}_high": "high"}
+        draw_line(axes, rows.rename(columns=columns), "layer", name, colour, marker="o", markersize=3)
+    axes.set(xlabel="layer of the first LM", ylabel=METRICS[metric])
+    axes.set_title(f"probes of {visible(probes.target.iloc[0])}", fontsize=9, parse_math=False)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(fontsize=8, frameon=False)
+
+
+def save_comparison_figure(comparison: Comparison) -> Path:
+    """Draws a comparison into its folder."""
+    path = comparison.folder / "similarity.png"
+    with atomic_path(path) as temporary:
+        plot_comparison(comparison).savefig(temporary, dpi=150)
+    return path

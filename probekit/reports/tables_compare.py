@@ -1,0 +1,118 @@
+"""The display tables of compared LMs, and of the geometry of activations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from probekit.config import nearest
+from probekit.models.locations import label
+from probekit.probing.results import main_metric, validation_loss
+from probekit.reports.display import INTERVALS, Table, cell, display, number
+
+if TYPE_CHECKING:
+    from probekit.probing.compare import Comparison
+
+JACKKNIFE = "95 % intervals from leaving out documents"
+
+GEOMETRY = (
+    *("effective_rank", "participation_ratio", "anisotropy", "anisotropy_without", "norm"),
+    *("rogue", "rogue_features", "rogue_share"),
+)
+"""What tables show of the geometry of activations."""
+
+MORE_COMPARED = "give more documents"
+"""The remedy if few documents are compared."""
+
+
+def comparison_tables(found: Comparison) -> list[Table]:
+    """Layers of the same depth and, if there are labels, all readings by layer and at the best one."""
+    similarity = found.similarity
+    at = same_depth_rows(similarity)
+    measures = ["cka", "cka_null", "procrustes", "procrustes_null"]
+    first, second = found.names
+    caption = f"Layers of {first} and {second} at the same depth ({JACKKNIFE})"
+    shown = [display(caption, similarity[at], ["first", "second", *measures])]
+    if found.probes is None:
+        return shown
+    probes, metric = found.probes, main_metric(found.probes)
+    keys = ["solver", "horizon", "layer", "second_layer"]
+    text = probes.assign(text=[cell(row, metric) for row in probes.to_dict("records")])
+    wide = text.pivot_table("text", keys, "reading", aggfunc="first", sort=False, dropna=False)
+    wide = wide[[*probes.reading.unique()]].reset_index().rename_axis(columns=None).astype("str")
+    target = probes.target.iloc[0]
+    documents = (
+        f"{int(probes.examples.iloc[0]):,} test examples of {int(probes.documents.iloc[0]):,} documents"
+    )
+    of_all = wide.drop(columns=[name for name in ("solver", "horizon") if len({*wide[name]}) == 1])
+    shown.append(
+        Table(f"{metric} of {target} by layer, on {documents} ({INTERVALS})", of_all.rename(columns=_spaced))
+    )
+    best = best_rows(probes)
+    layer = int(best.layer.iloc[0])
+    over = "R²" if metric == "r2" else "accuracy"
+    caption = f"Layer {layer}, best of the first LM on validation documents; {over} less the first's, paired"
+    own = [metric] if metric in ("accuracy", "r2") else [metric, "accuracy"]
+    shown.append(display(f"{caption} ({INTERVALS})", best, ["reading", *own, "over_first"]))
+    return shown
+
+
+def comparison_notes(found: Comparison) -> Iterator[str]:
+    """Where the layers that are most alike are, and how many pairs are not told from permuted documents."""
+    similarity = found.similarity
+    nearest = similarity.loc[similarity.groupby("first").cka.idxmax()]
+    elsewhere = (~same_depth_rows(similarity).loc[nearest.index]).sum()
+    yield (
+        f"of {len(nearest)} layers of {found.names[0]}, {elsewhere} are most alike (CKA) to one of another "
+        f"depth; {(similarity.cka_p > 0.05).sum():,} of {len(similarity):,} pairs are no more alike than "
+        "where documents are permuted (p above 0.05), which gives a CKA of "
+        f"{number(similarity.cka_null.mean())} and a Procrustes residual of "
+        f"{number(similarity.procrustes_null.mean())}"
+    )
+
+
+def same_depth_rows(similarity: pd.DataFrame) -> pd.Series:
+    """Whether a row's layers are at the same share of their LMs' depth."""
+    from probekit.probing.compare import same_depth
+
+    layers, others = (sorted(similarity[name].unique()) for name in ("first", "second"))
+    pairs = {
+        layer: others[place]
+        for layer, place in zip(layers, same_depth(len(layers), len(others)), strict=True)
+    }
+    return similarity["first"].map(pairs) == similarity.second
+
+
+def best_rows(probes: pd.DataFrame) -> pd.DataFrame:
+    """All readings of the probe of the first LM that is best on validation examples."""
+    own = probes[probes.reading == "first"]
+    keys = ["solver", "horizon", "layer"]
+    return probes.merge(own.loc[[validation_loss(own).idxmin()], keys], on=keys)
+
+
+def _spaced(name: str) -> str:
+    return name.replace("_", " ")
+
+
+# Geometry
+
+
+def geometry_tables(table: pd.DataFrame) -> Iterator[Table]:
+    """A table of every thick line of the picture."""
+    for names, rows in table.groupby(lines_of(table), sort=False):
+        here = at_nearest(rows)
+        at = [label(str(name)) for name in names]
+        at += [f"position {here.position.iloc[0]}"] if "position" in here else []
+        yield display(f"Geometry of {', '.join(at)} ({JACKKNIFE})", here, ["layer", *GEOMETRY])
+
+
+def lines_of(table: pd.DataFrame) -> list[str]:
+    """Columns that tell lines apart, but for the position."""
+    return [name for name in ("variant", "seed", "location") if name in table]
+
+
+def at_nearest(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows at the position that is nearest to what is read."""
+    return table[table.position == nearest(table.position)] if "position" in table else table

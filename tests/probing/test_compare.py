@@ -1,0 +1,242 @@
+"""Two LMs on the same texts: planted activations, other tokenizers, and compression that changes nothing."""
+
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from random_lms import save_random_llama
+
+import probekit
+from probekit.config import Config
+from probekit.errors import ProbekitError
+from probekit.probing import compare as comparing
+from probekit.probing.compare import READINGS, compare, same_depth
+from probekit.training.train import prepare
+
+WORDS = ["the", "plan", "of", "river", "town", "old", "king", "went", "fell"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Texts, a label of each of their sentences, and three tiny LMs."""
+    folder = tmp_path_factory.mktemp("compared")
+    generator = np.random.default_rng(0)
+    rows = []
+    for number in range(60):
+        sentences = [" ".join(generator.choice(WORDS, size=5)).capitalize() + "." for _ in range(6)]
+        text = " ".join(sentences)
+        rows += [
+            {
+                "text": text,
+                "sentence": n,
+                "king": "king" in sentence.lower(),
+                "author": number // 2,
+                "length": len(sentence) / 7,
+            }
+            for n, sentence in enumerate(sentences)
+        ]
+    pd.DataFrame(rows).to_csv(folder / "labels.csv", index=False)
+    texts = pd.DataFrame(rows).text.unique().tolist()
+    (folder / "texts.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    save_random_llama(folder / "lm", texts, positions=128)
+    save_random_llama(
+        folder / "other", ["kingdom planning rivers and towns, olden and fallen"] * 3, positions=128
+    )
+    save_random_llama(folder / "wide", texts, positions=128, hidden_size=24, num_hidden_layers=3)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(folder):
+    return Config.from_preset("any-model").override(
+        {
+            "device": "cpu",
+            "lm.name": str(folder / "lm"),
+            "lm.dtype": "float32",
+            "corpus.path": str(folder / "labels.csv"),
+            "corpus.distinct": True,
+            "corpus.group_column": "author",
+            "corpus.probe_fraction": 0.5,
+            "corpus.test_fraction": 0.3,
+            "actions.labels": "none",
+            "training.window": 64,
+            "probe.labels": str(folder / "labels.csv"),
+            "probe.text_column": "text",
+            "probe.target": "king",
+            "probe.l2": [0.1],
+            "evaluation.resamples": 200,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def prepared(folder, config):
+    """The run of the first LM: what it takes is not what is tested here."""
+    prepare(config.override({"probe.positions": ["last"]}), folder / "first", quiet=True)
+    return folder / "first"
+
+
+@pytest.fixture
+def out(prepared, tmp_path):
+    shutil.copytree(prepared, tmp_path / "out" / "first")
+    return tmp_path / "out"
+
+
+def compared(config, second, out):
+    return compare(config, second, out, permutations=9, quiet=True)
+
+
+def test_a_rotated_lm_has_drifted_and_lost_nothing(config, out, monkeypatch):
+    """What is read of the second LM is that of the first, turned."""
+    rng = np.random.default_rng(0)
+    turn = torch.from_numpy(np.linalg.qr(rng.normal(size=(16, 16)))[0])
+    values: list[torch.Tensor] = []
+
+    def planted(run, points, parts, progress):
+        if values:
+            return (values[0] @ turn).float()
+        labels = np.concatenate([part.labels[:, 0] for part in parts])
+        noise = torch.from_numpy(rng.normal(size=(len(points), len(labels), 16)))
+        noise[..., 0] += 4 * torch.from_numpy(labels)
+        values.append(noise)
+        return noise.float()
+
+    monkeypatch.setattr(comparing, "_read", planted)
+    found = compared(config, {"lm.compress": "int8"}, out)
+    same = found.similarity["first"] == found.similarity.second
+    assert found.similarity.cka[same].to_numpy() == pytest.approx(1, abs=1e-5)
+    assert found.similarity.procrustes[same].to_numpy() == pytest.approx(0, abs=1e-5)
+    assert (found.similarity.cka[~same] < 0.6).all(), "layers share what the label adds, and no noise"
+    auroc = found.probes.pivot_table("auroc", "layer", "reading")
+    over = found.probes.pivot_table("over_first", "layer", "reading")
+    assert (auroc["first"] > 0.95).all()
+    assert (auroc.frozen < 0.85).all()
+    np.testing.assert_allclose(auroc[["mapped", "refitted"]], auroc[["first", "first"]], atol=0.01)
+    assert (over.frozen < -0.1).all()
+    np.testing.assert_allclose(over[["mapped", "refitted"]], 0, atol=0.03)
+
+
+@pytest.mark.parametrize("how", ["prune=0", "rank=16"])
+def test_compressing_nothing_changes_nothing(config, out, how):
+    found = compared(config, {"lm.compress": how}, out)
+    diagonal = found.similarity[found.similarity["first"] == found.similarity.second]
+    assert diagonal.cka.to_numpy() == pytest.approx(1, abs=1e-12)
+    assert diagonal.procrustes.to_numpy() == pytest.approx(0, abs=1e-12)
+    numbers = ["layer", "auroc", "accuracy", "cross_entropy"]
+    first = found.probes[found.probes.reading == "first"][numbers].to_numpy(float)
+    for reading in READINGS[1:]:
+        own = found.probes[found.probes.reading == reading]
+        np.testing.assert_allclose(
+            own[numbers].to_numpy(float), first, rtol=0 if reading != "mapped" else 1e-4
+        )
+        assert (own.over_first == 0).all()
+    assert found.names == ("lm", f"lm {how}")
+
+
+def test_what_is_written_is_what_is_returned(config, out):
+    found = compared(config, {"lm.compress": "rank=2"}, out)
+    pd.testing.assert_frame_equal(pd.read_parquet(out / "similarity.parquet"), found.similarity)
+    pd.testing.assert_frame_equal(pd.read_parquet(out / "probes.parquet"), found.probes)
+    assert set(found.probes.reading) == {*READINGS}
+    assert (found.similarity.cka_low <= found.similarity.cka).all()
+    diagonal = found.similarity[found.similarity["first"] == found.similarity.second]
+    assert diagonal.cka.between(0.1, 0.999).all()
+    assert probekit.plot_comparison(found).axes
+
+
+def test_other_tokenizers_meet_at_the_ends_of_sentences(config, folder, tmp_path):
+    names = {"first": "lm", "second": "other"}
+    runs = [
+        prepare(
+            config.override({"lm.name": str(folder / name), "probe.positions": ["last"]}),
+            tmp_path / run,
+            quiet=True,
+        )
+        for run, name in names.items()
+    ]
+    assert len(runs[0].corpus.tokens) < len(runs[1].corpus.tokens)
+    _, examples, notes = comparing._shared_examples(runs)
+    assert notes
+    for split, own in examples[0].items():
+        other = examples[1][split]
+        np.testing.assert_array_equal(own.document, other.document)
+        np.testing.assert_array_equal(own.labels, other.labels)
+        for run, part in zip(runs, (own, other), strict=True):
+            for row in range(0, len(part), 7):
+                begin = run.corpus.document_tokens[part.document[row]] + 1
+                read = run.corpus.tokenizer.decode(run.corpus.tokens[begin : part.stop[row]])
+                text = run.corpus.texts[int(part.document[row])].text
+                assert text.startswith(read)
+                assert read.rstrip().endswith(".")
+
+
+def test_tokens_that_end_within_one_of_the_other_are_left_out(config, folder, tmp_path):
+    settings = {
+        "probe.target": "action",
+        "probe.labels": None,
+        "probe.text_column": None,
+        "probe.anchors": "token",
+    }
+    settings["lm.name"] = str(folder / "other")
+    found = compared(config.override(settings), {"lm.name": str(folder / "lm")}, tmp_path / "out")
+    assert found.probes is None
+    (note,) = found.notes
+    assert "examples end within a token of the other LM" in note
+    assert found.similarity.documents.iloc[0] > 20
+
+
+def test_widths_and_depths_may_differ_but_for_a_frozen_probe(config, folder, out):
+    found = compared(config, {"lm.name": str(folder / "wide")}, out)
+    assert len(found.similarity) == 6
+    assert set(found.probes.reading) == {"first", "mapped", "refitted"}
+    assert found.probes.second_layer.unique().tolist() == [0, 2]
+    assert "no frozen probe: one of 16 features cannot read the other LM's 24" in found.notes
+    assert same_depth(4, 4).tolist() == [0, 1, 2, 3]
+    assert same_depth(5, 3).tolist() == [0, 0, 1, 2, 2]
+
+
+def test_numbers_are_read_by_ridge(config, out):
+    found = compared(config.override({"probe.target": "length"}), {"lm.compress": "int8"}, out)
+    rows = found.probes.set_index(["reading", "layer"])
+    assert set(found.probes.solver) == {"ridge"}
+    frozen, first = rows.loc["frozen"], rows.loc["first"]
+    np.testing.assert_allclose(frozen.over_first, frozen.r2 - first.r2, atol=1e-9)
+    assert (first.r2 > frozen.r2 - 0.1).all()
+
+
+@pytest.mark.parametrize(
+    ("changed", "second", "message"),
+    [
+        ({}, {}, "both LMs are .*; give another one, or --compress int8, prune=0.5 or rank=64"),
+        (
+            {"probe.layers": [1, 9]},
+            {"lm.compress": "int8"},
+            "probe.layers has 9, but the LM's layers are 0 to 1",
+        ),
+        (
+            {"probe.locations": ["hook_resid_post", "hook_mlp_out"]},
+            {"lm.compress": "int8"},
+            "give one, whose",
+        ),
+        ({"probe.locations": ["hook_nowhere"]}, {"lm.compress": "int8"}, "probe.locations is 'hook_nowhere'"),
+        ({"probe.solvers": ["logit-lens"]}, {"lm.compress": "int8"}, "probe.solvers has logit-lens"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(config, out, changed, second, message):
+    with pytest.raises(ProbekitError, match=message) as caught:
+        compared(config.override(changed), second, out)
+    assert "\n" not in str(caught.value)
+
+
+def test_too_few_sentences_are_refused(config, folder, tmp_path):
+    settings = {"probe.target": "action", "probe.labels": None, "probe.text_column": None}
+    settings |= {"corpus.path": str(folder / "texts.jsonl"), "corpus.group_column": None}
+    settings |= {f"corpus.{split}_fraction": 0.25 for split in ("probe", "validation", "test")}
+    few = config.override(settings | {"corpus.max_documents": 4})
+    with pytest.raises(
+        ProbekitError, match="24 examples of 4 documents or groups are too few to compare layers"
+    ):
+        compared(few, {"lm.compress": "int8"}, tmp_path / "out")
