@@ -79,6 +79,7 @@ ifneq ($(WIKITEXT),)
 endif
 ifneq ($(FICTION),)
 	$(DRAW)/labels_fiction.py $(FICTION) --models $(LMS) --runs $(RUNS)/labels_fiction
+	$(DRAW)/compare_compressed.py $(FICTION) --model $(firstword $(LMS)) --runs $(RUNS)/compressed
 endif
 
 clean:           ## Remove the environment and caches

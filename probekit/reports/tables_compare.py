@@ -10,7 +10,7 @@ import pandas as pd
 from probekit.config import nearest
 from probekit.models.locations import label
 from probekit.probing.results import main_metric, validation_loss
-from probekit.reports.display import INTERVALS, Table, cell, display, number
+from probekit.reports.display import INTERVALS, Table, cell, described, display, number
 
 if TYPE_CHECKING:
     from probekit.probing.compare import Comparison
@@ -40,7 +40,7 @@ def comparison_tables(found: Comparison) -> list[Table]:
     probes, metric = found.probes, main_metric(found.probes)
     keys = ["solver", "horizon", "layer", "second_layer"]
     text = probes.assign(text=[cell(row, metric) for row in probes.to_dict("records")])
-    wide = text.pivot_table("text", keys, "reading", aggfunc="first", sort=False, dropna=False)
+    wide = text.pivot(index=keys, columns="reading", values="text")
     wide = wide[[*probes.reading.unique()]].reset_index().rename_axis(columns=None).astype("str")
     target = probes.target.iloc[0]
     documents = (
@@ -48,7 +48,10 @@ def comparison_tables(found: Comparison) -> list[Table]:
     )
     of_all = wide.drop(columns=[name for name in ("solver", "horizon") if len({*wide[name]}) == 1])
     shown.append(
-        Table(f"{metric} of {target} by layer, on {documents} ({INTERVALS})", of_all.rename(columns=_spaced))
+        Table(
+            f"{described(metric).label} of {target} by layer, on {documents} ({INTERVALS})",
+            of_all.rename(columns=_spaced),
+        )
     )
     best = best_rows(probes)
     layer = int(best.layer.iloc[0])

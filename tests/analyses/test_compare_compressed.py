@@ -1,0 +1,44 @@
+"""The script compares a tiny LM with its compressed selves, and draws."""
+
+import json
+from pathlib import Path
+
+import compare_compressed
+import numpy as np
+import pandas as pd
+from random_lms import save_random_llama
+
+from probekit.config import PlantedSettings
+from probekit.planted.corpus import generate
+
+
+def test_the_script_draws_a_column_for_each_way(tmp_path: Path):
+    rng, rows = np.random.default_rng(0), []
+    for number, document in enumerate(generate(PlantedSettings(documents=60)).documents()):
+        sentences = document.text.split(". ")
+        ends = rng.choice([". ", ".” "], size=len(sentences))
+        text = "".join(map("".join, zip(sentences, ends, strict=True)))
+        rows.append({"author": f"Author {number % 3}", "title": f"Story {number}", "text": text})
+    path, out = tmp_path / "fiction.jsonl", tmp_path / "compressed.png"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    lm = save_random_llama(tmp_path / "lm", (row["text"] for row in rows), positions=128)
+    words = [
+        str(path),
+        "--model",
+        str(lm),
+        "--compress",
+        "int8",
+        "rank=2",
+        "--authors",
+        "3",
+        "--passages",
+        "20",
+    ]
+    compare_compressed.main([*words, "--sentences", "4", "--runs", str(tmp_path / "runs"), "--out", str(out)])
+    numbers = pd.read_csv(out.with_suffix(".csv"))
+    assert set(zip(numbers.compress, numbers.table, strict=True)) == {
+        (how, table) for how in ("int8", "rank=2") for table in ("similarity", "probes")
+    }
+    assert set(numbers.reading.dropna()) == {"first", "frozen", "mapped", "refitted"}
+    assert out.exists()
+    assert str(tmp_path) not in out.with_suffix(".json").read_text(), "paths mean nothing on another machine"
