@@ -59,8 +59,8 @@ class Comparison:
     Attributes:
         similarity: A row for each pair of layers; see `similarity.compare_layers`.
         probes: A row for each reading, layer and solver: `reading` (of `READINGS`), `layer`, `second_layer`,
-            the metrics of a run's probes, and `over_first`, the accuracy, else R2, less that of the reading
-            `first`; None if there are no labels.
+            the metrics of a run's probes, and `over_first_lm`, the accuracy, else R2, less that of the
+            reading `first`; None if there are no labels.
         folder: Where they were written, with a run of each LM.
         names: What the LMs are called.
         notes: Lines to show the user.
@@ -120,7 +120,7 @@ def compare(
     similarity = compare_layers(
         first, other, group[rows], permutations=permutations, seed=config.seed, progress=progress
     )
-    for name, own in zip(("first", "second"), points, strict=True):
+    for name, own in zip(("layer", "second_layer"), points, strict=True):
         similarity[name] = [own[number][1] for number in similarity[name]]
     write_table(folder / "similarity.parquet", similarity)
     probes = None
@@ -301,7 +301,7 @@ def _probes(
         for name, own in scored.items()
     ]
     table = pd.concat(tables, ignore_index=True).rename(
-        columns=lambda name: name.replace("over_own", "over_first")
+        columns=lambda name: name.replace("over_own", "over_first_lm")
     )
     second_layer = {layer: points[1][number][1] for (_, layer), number in layer_of.items()}
     table = table.assign(second_layer=table.layer.map(second_layer), target=grid.target.name)

@@ -47,7 +47,7 @@ def compare_layers(
         progress: Shows the permutations.
 
     Returns:
-        A row for each pair: `first` and `second`, the numbers of its layers in the arguments; `cka`, at most
+        A row for each pair: `layer` and `second_layer`, their numbers in the arguments; `cka`, at most
         1, and `procrustes`, from 0 to 1, each with `_low` and `_high` from a jackknife over documents,
         `_null`, the mean over permutations, and `_p`, the share of permutations that are as alike;
         `examples` and `documents`.
@@ -79,7 +79,7 @@ def compare_layers(
             cosine = _cosines(grams[0], grams[1][:, order][:, :, order])
             nulls.append((cosine, _residuals(scores[0], scores[1][:, order])))
     at = np.indices(cka.shape[1:]).reshape(2, -1)
-    table = pd.DataFrame({"first": at[0], "second": at[1]})
+    table = pd.DataFrame({"layer": at[0], "second_layer": at[1]})
     for name, values, null, sign in (
         ("cka", cka, torch.stack([of_cka for of_cka, _ in nulls]), 1),
         ("procrustes", residual, torch.stack([of_residual for _, of_residual in nulls]), -1),

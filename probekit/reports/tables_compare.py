@@ -34,13 +34,13 @@ def comparison_tables(found: Comparison) -> list[Table]:
     measures = ["cka", "cka_null", "procrustes", "procrustes_null"]
     first, second = found.names
     caption = f"Layers of {first} and {second} at the same depth ({JACKKNIFE})"
-    shown = [display(caption, similarity[at], ["first", "second", *measures])]
+    shown = [display(caption, similarity[at], ["layer", "second_layer", *measures])]
     if found.probes is None:
         return shown
     probes, metric = found.probes, main_metric(found.probes)
     keys = ["solver", "horizon", "layer", "second_layer"]
     text = probes.assign(text=[cell(row, metric) for row in probes.to_dict("records")])
-    wide = text.pivot(index=keys, columns="reading", values="text")
+    wide = text.set_index([*keys, "reading"]).text.unstack()  # noqa: PD010 - of texts, each once
     wide = wide[[*probes.reading.unique()]].reset_index().rename_axis(columns=None).astype("str")
     target = probes.target.iloc[0]
     documents = (
@@ -58,14 +58,14 @@ def comparison_tables(found: Comparison) -> list[Table]:
     over = "R²" if metric == "r2" else "accuracy"
     caption = f"Layer {layer}, best of the first LM on validation documents; {over} less the first's, paired"
     own = [metric] if metric in ("accuracy", "r2") else [metric, "accuracy"]
-    shown.append(display(f"{caption} ({INTERVALS})", best, ["reading", *own, "over_first"]))
+    shown.append(display(f"{caption} ({INTERVALS})", best, ["reading", *own, "over_first_lm"]))
     return shown
 
 
 def comparison_notes(found: Comparison) -> Iterator[str]:
     """Where the layers that are most alike are, and how many pairs are not told from permuted documents."""
     similarity = found.similarity
-    nearest = similarity.loc[similarity.groupby("first").cka.idxmax()]
+    nearest = similarity.loc[similarity.groupby("layer").cka.idxmax()]
     elsewhere = (~same_depth_rows(similarity).loc[nearest.index]).sum()
     yield (
         f"of {len(nearest)} layers of {found.names[0]}, {elsewhere} are most alike (CKA) to one of another "
@@ -80,12 +80,12 @@ def same_depth_rows(similarity: pd.DataFrame) -> pd.Series:
     """Whether a row's layers are at the same share of their LMs' depth."""
     from probekit.probing.compare import same_depth
 
-    layers, others = (sorted(similarity[name].unique()) for name in ("first", "second"))
+    layers, others = (sorted(similarity[name].unique()) for name in ("layer", "second_layer"))
     pairs = {
         layer: others[place]
         for layer, place in zip(layers, same_depth(len(layers), len(others)), strict=True)
     }
-    return similarity["first"].map(pairs) == similarity.second
+    return similarity.layer.map(pairs) == similarity.second_layer
 
 
 def best_rows(probes: pd.DataFrame) -> pd.DataFrame:

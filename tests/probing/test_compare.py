@@ -106,12 +106,12 @@ def test_a_rotated_lm_has_drifted_and_lost_nothing(config, out, monkeypatch):
 
     monkeypatch.setattr(comparing, "_read", planted)
     found = compared(config, {"lm.compress": "int8"}, out)
-    same = found.similarity["first"] == found.similarity.second
+    same = found.similarity.layer == found.similarity.second_layer
     assert found.similarity.cka[same].to_numpy() == pytest.approx(1, abs=1e-5)
     assert found.similarity.procrustes[same].to_numpy() == pytest.approx(0, abs=1e-5)
     assert (found.similarity.cka[~same] < 0.6).all(), "layers share what the label adds, and no noise"
     auroc = found.probes.pivot_table("auroc", "layer", "reading")
-    over = found.probes.pivot_table("over_first", "layer", "reading")
+    over = found.probes.pivot_table("over_first_lm", "layer", "reading")
     assert (auroc["first"] > 0.95).all()
     assert (auroc.frozen < 0.85).all()
     np.testing.assert_allclose(auroc[["mapped", "refitted"]], auroc[["first", "first"]], atol=0.01)
@@ -122,7 +122,7 @@ def test_a_rotated_lm_has_drifted_and_lost_nothing(config, out, monkeypatch):
 @pytest.mark.parametrize("how", ["prune=0", "rank=16"])
 def test_compressing_nothing_changes_nothing(config, out, how):
     found = compared(config, {"lm.compress": how}, out)
-    diagonal = found.similarity[found.similarity["first"] == found.similarity.second]
+    diagonal = found.similarity[found.similarity.layer == found.similarity.second_layer]
     assert diagonal.cka.to_numpy() == pytest.approx(1, abs=1e-12)
     assert diagonal.procrustes.to_numpy() == pytest.approx(0, abs=1e-12)
     numbers = ["layer", "auroc", "accuracy", "cross_entropy"]
@@ -132,7 +132,7 @@ def test_compressing_nothing_changes_nothing(config, out, how):
         np.testing.assert_allclose(
             own[numbers].to_numpy(float), first, rtol=0 if reading != "mapped" else 1e-4
         )
-        assert (own.over_first == 0).all()
+        assert (own.over_first_lm == 0).all()
     assert found.names == ("lm", f"lm {how}")
 
 
@@ -142,7 +142,7 @@ def test_what_is_written_is_what_is_returned(config, out):
     pd.testing.assert_frame_equal(pd.read_parquet(out / "probes.parquet"), found.probes)
     assert set(found.probes.reading) == {*READINGS}
     assert (found.similarity.cka_low <= found.similarity.cka).all()
-    diagonal = found.similarity[found.similarity["first"] == found.similarity.second]
+    diagonal = found.similarity[found.similarity.layer == found.similarity.second_layer]
     assert diagonal.cka.between(0.1, 0.999).all()
     assert probekit.plot_comparison(found).axes
 
@@ -203,7 +203,7 @@ def test_numbers_are_read_by_ridge(config, out):
     rows = found.probes.set_index(["reading", "layer"])
     assert set(found.probes.solver) == {"ridge"}
     frozen, first = rows.loc["frozen"], rows.loc["first"]
-    np.testing.assert_allclose(frozen.over_first, frozen.r2 - first.r2, atol=1e-9)
+    np.testing.assert_allclose(frozen.over_first_lm, frozen.r2 - first.r2, atol=1e-9)
     assert (first.r2 > frozen.r2 - 0.1).all()
 
 

@@ -48,9 +48,9 @@ def test_both_are_those_of_their_definitions():
     X = rng.normal(size=(2, 60, 9)) * np.arange(1, 10)
     Y = X[:, :, :6] @ rng.normal(size=(6, 6)) + rng.normal(size=(2, 60, 6))
     table = compared(X, Y)
-    assert list(zip(table["first"], table.second, strict=True)) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert list(zip(table.layer, table.second_layer, strict=True)) == [(0, 0), (0, 1), (1, 0), (1, 1)]
     for row in table.itertuples():
-        first, second = X[row.first], Y[row.second]
+        first, second = X[row.layer], Y[row.second_layer]
         assert row.cka == pytest.approx(unbiased_cka(first - 3, second + 1), abs=1e-9)
         padded = np.pad(second, ((0, 0), (0, 3)))
         assert row.procrustes == pytest.approx(procrustes(first, padded)[2], abs=1e-9)
@@ -81,7 +81,7 @@ def test_a_rotation_a_scale_and_a_shift_change_nothing(width):
     rng = np.random.default_rng(2)
     X = rng.normal(size=(2, 80, width))
     table = compared(X, 3 * X @ rotation(width, rng) + rng.normal(size=width))
-    same = table["first"] == table.second
+    same = table.layer == table.second_layer
     assert table.cka[same].to_numpy() == pytest.approx(1, abs=1e-9)
     assert table.procrustes[same].to_numpy() == pytest.approx(0, abs=1e-9)
     assert (table.cka_low[same] > 1 - 1e-9).all()
