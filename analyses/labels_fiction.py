@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -35,12 +34,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from shared.script import run_script, save_figure, script_parser
+from shared.fiction import SPEECH, passages
+from shared.script import made_of, run_script, save_figure, script_parser
 
 import probekit
 from probekit import cli
-from probekit.config import CorpusSettings, user_path
-from probekit.data.readers import read_records
+from probekit.config import user_path
 from probekit.data.sentences import sentence_spans
 from probekit.errors import ProbekitError
 from probekit.reports.drawing import colours_of_names
@@ -62,27 +61,7 @@ CHANCE = {"auroc": 0.5, "r2": 0.0}
 """What knowing nothing gives; of balanced accuracy it is what the prior has."""
 
 FIRST_HALF = re.compile(r"(?:the |an? )?+[^a-z]*[a-l]", re.IGNORECASE)
-SPEECH = re.compile(r"[“”\"]")
 PARAGRAPH = re.compile(r"\n\s*$")
-
-
-def passages(path: Path, authors: int, each: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Draws passages of the authors with most stories, one of each story before a second of any."""
-    stories: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
-    settings = CorpusSettings(reader="jsonl")
-    for where, _, passage in read_records(path, settings, lambda _: ["text", "author", "title"]):
-        if not isinstance(passage, dict) or not {"text", "author", "title"} <= passage.keys():
-            raise ProbekitError(f"{where}: a passage must have text, author and title")
-        stories[passage["author"]][passage["title"]].append(passage)
-    rng = np.random.default_rng(seed)
-    most = sorted(stories, key=lambda author: (-len(stories[author]), author))
-    for author in [author for author in most if author != "Anonymous"][:authors]:
-        drawn = [
-            (turn, rng.random(), passage)
-            for of_story in stories[author].values()
-            for turn, passage in enumerate(rng.permutation(np.array(of_story, dtype=object)))
-        ]
-        yield from (passage for _, _, passage in sorted(drawn, key=lambda row: row[:2])[:each])
 
 
 def labelled_sentences(passage: dict[str, Any], most: int) -> Iterator[dict[str, Any]]:
@@ -109,12 +88,7 @@ def probed(model: str, labels: Path, folder: Path, given: argparse.Namespace) ->
     """Probes every label of an LM, and returns the run and its results; those there are kept."""
     run = folder / "run"
     tables = []
-    drawn = f"{digest_of([labels])} {' '.join(given.variants)} {model}"
-    of = folder / "of.txt"
-    if of.exists() and of.read_text("utf-8") != drawn:
-        raise ProbekitError(f"{folder} holds probes of other passages, variants or LMs; give another --runs")
-    folder.mkdir(exist_ok=True)
-    of.write_text(drawn, "utf-8")
+    made_of(folder, f"{digest_of([labels])} {' '.join(given.variants)} {model}")
     for target, metric in TARGETS.items():
         kept = folder / f"{target}.parquet"
         if not kept.exists():
@@ -170,8 +144,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sentences", type=int, default=16, help="most sentences of a passage (16)")
     parser.add_argument("--runs", type=Path, default=Path("runs/labels_fiction"), help="folder of the runs")
     given = parser.parse_args(arguments)
-    if not given.text.is_file():
-        raise ProbekitError(f"{given.text}: there is no such file")
     rows = [
         row
         for passage in passages(given.text, given.authors, given.passages, seed=0)

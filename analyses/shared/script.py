@@ -103,6 +103,19 @@ def runs_in(folder: Path, members: Iterable[str] | None = None) -> Groups:
     }
 
 
+def made_of(folder: Path, origin: str) -> None:
+    """Makes a folder for what is made of something, or makes sure that it was made of the same.
+
+    Raises:
+        ProbekitError: It holds what was made of something else.
+    """
+    of = folder / "of.txt"
+    if of.exists() and of.read_text("utf-8") != origin:
+        raise ProbekitError(f"{folder} holds results of other passages, settings or LMs; give another --runs")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(of, origin)
+
+
 def save_figure(
     figure: Figure,
     numbers: pd.DataFrame,

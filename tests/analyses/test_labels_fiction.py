@@ -78,7 +78,7 @@ def test_the_script_draws_and_goes_on(tmp_path: Path):
     labels_fiction.main(words)
     assert out.exists()
     assert made == {file: file.stat().st_mtime_ns for file in runs.rglob("*.parquet")}
-    with pytest.raises(ProbekitError, match="holds probes of other passages"):
+    with pytest.raises(ProbekitError, match="holds results of other passages"):
         labels_fiction.main([*words, "--passages", "5"])
     with pytest.raises(ProbekitError, match="has two LMs called lm"):
         labels_fiction.main([*words, "--models", str(lm), str(lm)])
