@@ -78,9 +78,11 @@ ifneq ($(WIKITEXT),)
 		--out figures/depth_wikitext.png
 endif
 ifneq ($(FICTION),)
-	$(DRAW)/labels_fiction.py $(FICTION) --models $(LMS) --runs $(RUNS)/labels_fiction
 	$(DRAW)/compare_compressed.py $(FICTION) --model $(firstword $(LMS)) --runs $(RUNS)/compressed
+	$(DRAW)/labels_fiction.py $(FICTION) --models $(LMS) --passages 50 --sentences 12 --runs $(RUNS)/labels_fiction
+	$(DRAW)/causal_fiction.py $(FICTION) --models $(LMS) --runs $(RUNS)/causal_fiction
 endif
+	$(DRAW)/claims.py
 
 clean:           ## Remove the environment and caches
 	rm -rf .venv site .pytest_cache .mypy_cache .ruff_cache .hypothesis
