@@ -42,6 +42,7 @@ def draw(found: dict[str, Comparison]) -> Figure:
             draw_readings(below, comparison.probes)
     for axes in panels[1]:
         axes.sharey(panels[1, 0])
+        axes.set_xlabel("layer")
     return figure
 
 
@@ -93,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     runs = [probekit.load_run(comparison.folder / "second") for comparison in found.values()]
     settings = {name: getattr(given, name) for name in ("authors", "passages", "sentences", "compress")}
-    save_figure(draw(found), pd.concat(tables, ignore_index=True), given.out, settings, runs)
+    save_figure(draw(found), pd.concat(tables, ignore_index=True).round(5), given.out, settings, runs)
 
 
 if __name__ == "__main__":

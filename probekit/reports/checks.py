@@ -28,6 +28,7 @@ from probekit.run.stages import stages_of
 
 EVALUATION, GENERATION, PROBES = "evaluation.json", "generation.json", "probes/results.parquet"
 
+GEOMETRY_FILE = "probes/geometry.parquet"
 TRANSFER_FILE = f"probes/{TRANSFER}"
 
 CEILING = "ceiling (words)"

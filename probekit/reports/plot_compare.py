@@ -46,13 +46,14 @@ def plot_comparison(comparison: Comparison) -> Figure:
 
 
 def draw_similarity(figure: Figure, axes: Axes, similarity: pd.DataFrame, metric: str) -> None:
-    """Draws a measure of every pair of layers as a heat map; crosses are not told from permuted documents."""
+    """Draws a measure of every pair of layers as a heat map, with crosses where it may be chance."""
     matrix = similarity.pivot_table(metric, "layer", "second_layer")
     scale = colour_scale(pd.Series([0.0, 1.0]))
     axes.pcolormesh(matrix.columns, matrix.index, matrix, cmap=scale.cmap, vmin=0, vmax=1)
-    colour_bar(figure, axes, scale, similarity[metric], SHOWN[metric])
     unclear = similarity[similarity[f"{metric}_p"] > 0.05]
-    axes.plot(unclear.second_layer, unclear.layer, "x", color="0.7", markersize=3)
+    crosses = "; ×: as if documents were permuted" if len(unclear) else ""
+    colour_bar(figure, axes, scale, similarity[metric], SHOWN[metric] + crosses)
+    axes.plot(unclear.second_layer, unclear.layer, "x", color="0.7", markersize=3, label="_chance")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
 

@@ -26,10 +26,11 @@ from probekit.models.mixing import VARIANTS
 from probekit.models.revisions import name_of
 from probekit.probing.probe import ProbeResults
 from probekit.probing.results import main_metric
-from probekit.reports import tables
+from probekit.reports import tables, tables_compare
 from probekit.reports.checks import (
     EVALUATION,
     GENERATION,
+    GEOMETRY_FILE,
     PROBES,
     TRANSFER_FILE,
     changed_settings,
@@ -44,6 +45,7 @@ from probekit.reports.checks import (
 )
 from probekit.reports.display import INTERVALS, Table, described, display, number, visible
 from probekit.reports.drawing import svg_of
+from probekit.reports.plot_geometry import plot_geometry
 from probekit.reports.plot_over_training import plot_over_training
 from probekit.reports.plot_probes import PREFERRED, panels, plot_curve, plot_probes, probed_variants
 from probekit.reports.plot_runs import plot_perplexity, plot_training
@@ -302,6 +304,27 @@ def transfer(run: Run) -> Iterator[Section]:
     )
 
 
+def geometry(run: Run) -> Iterator[Section]:
+    """How many directions activations vary in, and which features rule."""
+    if not has(run, GEOMETRY_FILE):
+        return
+    table = run.geometry()
+    yield Section(
+        "Geometry",
+        "Activations that probes are fitted and chosen on. Ranks are corrected for how few the examples are; "
+        "rogue features are those whose root mean square is far above the median feature's.",
+        pictures=[
+            Picture(
+                "geometry",
+                "By layer; thin lines are the other positions.",
+                "Effective rank, mean cosine, norms and rogue features by layer; see the table below.",
+                svg_of(plot_geometry(table)),
+            )
+        ],
+        tables=list(tables_compare.geometry_tables(table)),
+    )
+
+
 def _probe_pictures(run: Run, table: pd.DataFrame) -> Iterator[Picture]:
     """Heat maps and curves for each location, horizon and solver; the usual location first."""
     variants_at: dict[tuple[str, int, str], set[str]] = {}
@@ -512,7 +535,7 @@ def settings(run: Run) -> Iterator[Section]:
 
 
 SECTIONS = (
-    *(about, corpus, evaluation, generation, probes, transfer, over_training, interventions, subnetworks),
-    *(stages, training, reproduction, settings),
+    *(about, corpus, evaluation, generation, probes, transfer, geometry, over_training),
+    *(interventions, subnetworks, stages, training, reproduction, settings),
 )
 """What makes the sections, in their order; each makes those that the run has results for."""

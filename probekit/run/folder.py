@@ -439,6 +439,10 @@ class RunFolder:
         """What `probekit probe` found: one row for each probe or baseline and cell of the grid."""
         return read_table(self._result("probes/results.parquet", "probe"))
 
+    def geometry(self) -> pd.DataFrame:
+        """The geometry of the activations that probes read: a row for each variant, layer and position."""
+        return read_table(self._result("probes/geometry.parquet", "probe", " --probe.geometry true"))
+
     def transfer(self) -> pd.DataFrame:
         """What probes of each value of `probe.transfer` read of the others: a row for each two and cell."""
         return read_table(self._result("probes/transfer.parquet", "probe", " --probe.transfer COLUMN"))

@@ -114,6 +114,8 @@ def test_a_run_has_a_table_and_a_picture(capsys, copy):
     assert (table.effective_rank_low < table.effective_rank).all()
     assert (copy / "probes" / "geometry.png").exists()
     assert probekit.plot_geometry(table).axes
+    page = probekit.report(copy, copy / "report.md")[0].read_text("utf-8")
+    assert "Geometry of none" in page
 
 
 def test_a_run_with_fewer_examples_than_features_is_refused(capsys, copy):
