@@ -81,6 +81,7 @@ ifneq ($(FICTION),)
 	$(DRAW)/compare_compressed.py $(FICTION) --model $(firstword $(LMS)) --runs $(RUNS)/compressed
 	$(DRAW)/labels_fiction.py $(FICTION) --models $(LMS) --passages 50 --sentences 12 --runs $(RUNS)/labels_fiction
 	$(DRAW)/causal_fiction.py $(FICTION) --models $(LMS) --runs $(RUNS)/causal_fiction
+	$(DRAW)/minimal_pairs.py --models $(LMS) --runs $(RUNS)/minimal_pairs
 endif
 	$(DRAW)/claims.py
 

@@ -154,6 +154,9 @@ def ask(words: list[str]) -> None:
         default="total",
         help="compare choices by their total log-probability, or by its mean over tokens (total)",
     )
+    parser.add_argument(
+        "--random", type=int, default=0, metavar="INT", help="ask so many draws of random weights, too (0)"
+    )
     sections = (*READING, "seed", "lm.bos", "lm.trust_remote_code")
     parsed, given = parse(parser, words, (*sections, "evaluation.batch_size", "evaluation.resamples"))
     from probekit.evaluation.ask import ask as ask_model
@@ -165,6 +168,7 @@ def ask(words: list[str]) -> None:
         parsed.out,
         revisions=parsed.revisions,
         scoring=parsed.scoring,
+        random=parsed.random,
         settings=dotted(given),
         quiet=parsed.quiet,
     )

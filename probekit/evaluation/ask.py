@@ -7,7 +7,7 @@ without the context, its prior, is compared alone, as a control, and taken off (
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ from probekit.io import write_json, write_table
 from probekit.models.backends import HFBackend
 from probekit.models.decoding import GrowingText
 from probekit.models.hook_points import small_causal
-from probekit.models.language_model import is_placed, load_model, longest_window
+from probekit.models.language_model import is_placed, load_model, longest_window, random_weights
 from probekit.models.planner_lm import PlannedLM
 from probekit.models.pretrained import check_tokenizer, check_weights, dtype_name, dtype_of, load_config
 from probekit.models.revisions import at_revision
@@ -37,7 +37,10 @@ from probekit.run.folder import digest_of, lm_digest, provenance
 from probekit.statistics import Resampling
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+OWN_WEIGHTS, RANDOM_WEIGHTS = "own weights", "random weights"
+"""What an LM is called beside draws of random weights, and how their names begin."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ def ask(
     *,
     revisions: Sequence[str] = (),
     scoring: Scoring = "total",
+    random: int = 0,
     settings: Mapping[str, Any] | None = None,
     quiet: bool = False,
 ) -> Asked:
@@ -82,6 +86,7 @@ def ask(
         revisions: Ask these instead: branches, tags or commits of a model on the hub, or folders, within the
             model's own or anywhere.
         scoring: What choices are compared by: their `total` log-probability, or the `mean` over tokens.
+        random: Ask so many draws of random weights, too: a control that has learnt nothing.
         settings: Settings by dotted name. What counts is `device`, `seed`, those of `lm`,
             `evaluation.batch_size`, `evaluation.resamples` and `corpus.encoding`.
         quiet: Show no progress.
@@ -92,10 +97,16 @@ def ask(
     if scoring not in SCORINGS:
         raise ProbekitError(f"scoring is {scoring!r}; give {' or '.join(SCORINGS)}")
     config = Config().override({**(settings or {}), "lm.name": model})
+    if random and config.lm.device_map is not None:
+        raise ProbekitError("random weights are made on one device; leave lm.device_map unset, or ask none")
     progress, device = Progress(quiet=quiet), compute_device(config.device)
     rows = read_items(items, config.corpus.encoding)
     # All that can be refused without weights is refused before the first are loaded.
     lms = [_FoundLM.of(revision, lm, rows) for revision, lm in _revisions(config.lm, revisions)]
+    if random and lms[0].revision is None:
+        lms[0] = replace(lms[0], revision=OWN_WEIGHTS)
+    drawn = range(config.seed, config.seed + random)
+    lms += [replace(lms[0], revision=f"{RANDOM_WEIGHTS} {seed}", random=seed) for seed in drawn]
     found = {lm.revision: lm.read(rows, device, config.evaluation.batch_size, progress) for lm in lms}
     resampling: Resampling = {"resamples": config.evaluation.resamples, "seed": config.seed}
     result = Asked(
@@ -136,6 +147,7 @@ class _FoundLM:
         bos: Where it reads the separator.
         separator: The token before a text.
         questions: What it is asked, a question for each item.
+        random: Seed of random weights that it is asked with; None: its own.
     """
 
     revision: str | None
@@ -144,6 +156,7 @@ class _FoundLM:
     bos: BosRule
     separator: int
     questions: list[Question]
+    random: int | None = None
 
     @classmethod
     def of(cls, revision: str | None, settings: LanguageModelSettings, items: Sequence[Item]) -> _FoundLM:
@@ -167,7 +180,7 @@ class _FoundLM:
             "revision": self.revision,
             "name": Path(name).name if Path(name).is_absolute() else name,
             "commit": self.settings.revision,
-            "weights": lm_digest(name),
+            "weights": lm_digest(name) if self.random is None else f"random, seed {self.random}",
             "dtype": dtype_name(dtype_of(self.settings.dtype, self.config, device)),
             "bos": self.bos,
         }
@@ -176,15 +189,7 @@ class _FoundLM:
         self, items: Sequence[Item], device: torch.device, batch_size: int, progress: Progress
     ) -> LogProbabilities:
         """Loads it, and reads every choice after its context, and without it."""
-        name = str(self.settings.name)
-        model = load_model(
-            name,
-            revision=self.settings.revision,
-            trust_remote_code=self.settings.trust_remote_code,
-            device_map=self.settings.device_map,
-            dtype=dtype_of(self.settings.dtype, self.config, device),
-        )
-        check_weights(model, name)
+        name, model = str(self.settings.name), self._loaded(device)
         placed = is_placed(model)
         backend = HFBackend(model if placed else model.to(device), {}, device if placed else None)
         reader = ChoiceReader(
@@ -212,6 +217,20 @@ class _FoundLM:
             if item.context:
                 prior[row, : len(question.choices)] = [priors[ids.tobytes()] for ids in question.choices]
         return LogProbabilities(own, prior, choice_lengths(self.questions))
+
+    def _loaded(self, device: torch.device) -> PreTrainedModel:
+        name, dtype = str(self.settings.name), dtype_of(self.settings.dtype, self.config, device)
+        if self.random is not None:
+            return random_weights(self.config, self.random, dtype)
+        model = load_model(
+            name,
+            revision=self.settings.revision,
+            trust_remote_code=self.settings.trust_remote_code,
+            device_map=self.settings.device_map,
+            dtype=dtype,
+        )
+        check_weights(model, name)
+        return model
 
 
 def _answers(items: Sequence[Item], revision: str | None, read: LogProbabilities) -> pd.DataFrame:

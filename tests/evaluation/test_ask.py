@@ -116,10 +116,20 @@ def test_nothing_beats_the_exact_posterior(planted: Planted, of_planted: Asked, 
 
 
 def test_random_weights_tell_nothing_apart(planted: Planted, lm: str, tmp_path: Path):
+    items = written(tmp_path / "items.jsonl", planted[1])
+    found = ask(lm, items, random=2, settings={"seed": 5}, quiet=True)
+    assert [*found.table.revision.unique()] == ["own weights", "random weights 5", "random weights 6"]
+    random = found.table[found.table.revision != "own weights"]
+    assert ((random.accuracy_low <= 0.5) & (random.accuracy_high >= 0.5)).all()
+    margins = random[random.reader == "LM"].margin
+    assert margins.nunique() == 2
+    first = found.answers[found.answers.revision == "random weights 5"].log_probability
     folder = shutil.copytree(lm, tmp_path / "random")
-    random_weights(AutoModelForCausalLM.from_pretrained(lm).config, 0).save_pretrained(folder)
-    found = ask(str(folder), written(tmp_path / "items.jsonl", planted[1]), quiet=True).table
-    assert ((found.accuracy_low <= 0.5) & (found.accuracy_high >= 0.5)).all()
+    random_weights(AutoModelForCausalLM.from_pretrained(lm).config, 5).save_pretrained(folder)
+    own = ask(str(folder), items, quiet=True).answers.log_probability
+    assert first.to_numpy() == pytest.approx(own.to_numpy())
+    with pytest.raises(ProbekitError, match="random weights are made on one device"):
+        ask(lm, items, random=1, settings={"lm.device_map": "auto"}, quiet=True)
 
 
 def test_the_depth_evaluation_finds_the_same(tiny_run: Run, lm: str, tmp_path: Path):

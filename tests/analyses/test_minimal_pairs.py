@@ -1,0 +1,93 @@
+"""The pairs differ in one place and hold the same words; the script draws what a tiny LM says of them."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import minimal_pairs
+import numpy as np
+import pandas as pd
+import pytest
+from random_lms import save_random_llama
+from shared.english_pairs import PHENOMENA, Pair, pairs, plural
+
+from probekit.errors import ProbekitError
+from probekit.evaluation.preferences import ALL_KINDS
+
+
+@pytest.fixture(scope="module", params=PHENOMENA)
+def made(request: pytest.FixtureRequest) -> list[Pair]:
+    return list(PHENOMENA[request.param]())
+
+
+def test_right_and_wrong_sentences_hold_the_same_words(made: list[Pair]):
+    """In each group, so that no resample is out of balance."""
+    for group in {group for group, _, _ in made}:
+        right, wrong = (
+            Counter(word for pair in made if pair[0] == group for word in pair[side].strip(".?").split())
+            for side in (1, 2)
+        )
+        assert right == wrong
+
+
+def test_sentences_of_a_pair_differ_in_one_place(made: list[Pair]):
+    assert len(made) >= 50
+    assert len({group for group, _, _ in made}) >= 40
+    assert not {right for _, right, _ in made} & {wrong for _, _, wrong in made}
+    assert len(set(made)) == len(made)
+    for _, right, wrong in made:
+        one, other = right.split(), wrong.split()
+        same = [a == b for a, b in zip(one, other, strict=True)]
+        assert same[0] or "?" in right
+        assert not all(same)
+        assert all(sentence[0].isupper() and sentence[-1] in ".?" for sentence in (right, wrong))
+        assert "{" not in right + wrong
+
+
+def test_plurals():
+    assert [*map(plural, ("box", "witch", "princess", "key", "wife", "man"))] == [
+        "boxes", "witches", "princesses", "keys", "wives", "men",
+    ]  # fmt: skip
+
+
+def test_answers_stand_first_as_often_as_second():
+    rows = pd.DataFrame(pairs())
+    assert (rows.groupby("kind").answer.mean() == 0.5).all()
+    right = [choices[answer] for choices, answer in zip(rows.choices, rows.answer, strict=True)]
+    assert right == [right for make in PHENOMENA.values() for _, right, _ in make()]
+
+
+def test_the_script_draws_what_lms_say(tmp_path: Path):
+    lms = [tmp_path / name for name in ("one", "two")]
+    for choice, lm in enumerate(lms):  # whose tokenizers differ
+        save_random_llama(lm, (pair["choices"][choice] for pair in pairs()), positions=128)
+    out, runs = tmp_path / "pairs.png", tmp_path / "runs"
+    words = ["--models", *map(str, lms), "--runs", str(runs), "--out", str(out), "--random", "2"]
+    minimal_pairs.main(words)
+    numbers = pd.read_csv(out.with_suffix(".csv")).set_index(["model", "kind"])
+    assert {*numbers.loc["one"].index} == {*PHENOMENA, ALL_KINDS}
+    for lm in ("one", "two"):
+        answers = pd.read_parquet(runs / lm / "answers.parquet")
+        answers = answers[answers.revision.isna() | (answers.revision == "own weights")]
+        own = answers.pivot_table(index="item", columns="choice", values="log_probability").to_numpy()
+        answer = np.array([json.loads(line)["answer"] for line in (runs / "items.jsonl").open()])
+        margin = np.where(answer, -1, 1) * (own[:, 0] - own[:, 1])
+        row = numbers.loc[lm, ALL_KINDS]
+        assert row.accuracy == pytest.approx((margin > 0).mean())
+        assert row.margin == pytest.approx(margin.mean())
+    assert {*numbers.index.get_level_values("model")} == {
+        "one",
+        "two",
+        "random weights 0",
+        "random weights 1",
+    }
+    difference = numbers.accuracy["two"] - numbers.accuracy["one"]
+    assert numbers.over_first["two"].to_numpy() == pytest.approx(difference.to_numpy())
+    manifest = out.with_suffix(".json").read_text()
+    assert str(tmp_path) not in manifest, "paths mean nothing on another machine"
+    assert [lm["name"] for lm in json.loads(manifest)["settings"]["models"]] == ["one", "one", "one", "two"]
+
+
+def test_lms_of_one_name_are_refused(tmp_path: Path):
+    with pytest.raises(ProbekitError, match="has two LMs called lm"):
+        minimal_pairs.main(["--models", "a/lm", "b/lm", "--runs", str(tmp_path)])
