@@ -2,9 +2,8 @@
 
     python analyses/minimal_pairs.py --models LM LM [LM ...]
 
-Each phenomenon has 40 groups of two pairs (`shared/english_pairs.py`). The sentences of a pair differ in one
-place, and what is right in one pair is wrong in another of its group, so that over all of them right and
-wrong sentences hold the same words: the frequency of words is worth a mean margin of zero.
+Each phenomenon has 40 groups of two pairs (`shared/english_pairs.py`). What is right in one pair is wrong in
+the other of its group: who only prefers some words, or an order of words, is right in one half.
 
 Left, the share of pairs whose right sentence is more probable, by total log-probability; middle, by how much;
 right, the paired difference of that share to the first LM. Intervals are 95 %, from resampling groups: they

@@ -1,8 +1,8 @@
 """Minimal pairs of ten phenomena of English, made by rule from lists of words.
 
-The two sentences of a pair differ in one place, and what is right in one pair is wrong in another of the same
-group: over all pairs of a phenomenon, the right and the wrong sentences hold the same words as often. Whoever
-knows only how frequent words are therefore has a mean margin of zero.
+The two sentences of a pair differ in some words, or in their order, and what is right in one pair is wrong in
+another of the same group. So right and wrong sentences hold the same words, as often and in the same orders:
+whoever prefers a word, or an order, to another whatever stands around them is right in one half.
 """
 
 from __future__ import annotations
@@ -135,21 +135,13 @@ def reflexives() -> Iterator[Pair]:
 
 
 def negative_polarity() -> Iterator[Pair]:
-    """`Ever` needs a negation in its clause: before the verb, or above the subject."""
+    """`Ever` needs a negation in its clause."""
     for number, person in enumerate(PEOPLE):
         other = PEOPLE[(number + 11) % len(PEOPLE)]
-        done = ("been here", "seen the sea", "read this book", "lost a game")[number // 2 % 4]
-        deed = DEEDS[number // 2 % len(DEEDS)]
-        for one, two in ((person, other), (other, person)):
-            if number % 2:
-                right, wrong = f"no {one} that the {two} {deed}", f"the {one} that no {two} {deed}"
-                yield pair(person, "It seems that {} has ever complained.", right, wrong)
-            else:
-                right, wrong = (
-                    f"{first} {one} has ever {done}, but {second} {two}"
-                    for first, second in (("no", "one"), ("one", "no"))
-                )
-                yield pair(person, "It seems that {} has.", right, wrong)
+        done = ("been here", "seen the sea", "read this book", "lost a game")[number % 4]
+        for first, second, right in (("has ever", "has", ("no", "one")), ("has", "has ever", ("one", "no"))):
+            sentence = f"It seems that {{}} {person} {first} {done}, but {{}} {other} {second} {done}."
+            yield person, sentence.format(*right), sentence.format(*right[::-1])
 
 
 def irregular_pasts() -> Iterator[Pair]:
@@ -195,11 +187,12 @@ def pronoun_case() -> Iterator[Pair]:
 
 
 def question_order() -> Iterator[Pair]:
-    """In a question the auxiliary stands before the subject."""
+    """In a question the auxiliary stands before the subject; in one within a statement it stands behind."""
     for number, person in enumerate(PEOPLE):
-        participle, verb = IRREGULAR[number % 23][1], ACTIONS[number % len(ACTIONS)]
-        yield pair(person, f"What {{}} {participle}?", f"has the {person}", f"the {person} has")
-        yield pair(person, f"Where {{}} {verb}?", f"does the {person}", f"the {person} does")
+        participle = IRREGULAR[number % 23][1]
+        orders = f"has the {person}", f"the {person} has"
+        yield pair(person, f"What {{}} {participle}?", *orders)
+        yield pair(person, f"Everybody knows what {{}} {participle}.", *orders[::-1])
 
 
 PHENOMENA: dict[str, Callable[[], Iterator[Pair]]] = {

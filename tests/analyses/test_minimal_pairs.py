@@ -1,4 +1,4 @@
-"""The pairs differ in one place and hold the same words; the script draws what a tiny LM says of them."""
+"""Right and wrong sentences of the pairs are balanced; the script draws what a tiny LM says of them."""
 
 import json
 from collections import Counter
@@ -20,28 +20,25 @@ def made(request: pytest.FixtureRequest) -> list[Pair]:
     return list(PHENOMENA[request.param]())
 
 
-def test_right_and_wrong_sentences_hold_the_same_words(made: list[Pair]):
-    """In each group, so that no resample is out of balance."""
+def test_what_is_right_in_one_pair_is_wrong_in_another_of_its_group(made: list[Pair]):
+    """So no resample of groups favours who prefers one word, or one order of words, to another."""
     for group in {group for group, _, _ in made}:
-        right, wrong = (
-            Counter(word for pair in made if pair[0] == group for word in pair[side].strip(".?").split())
-            for side in (1, 2)
-        )
-        assert right == wrong
+        differing = []
+        for _, right, wrong in (pair for pair in made if pair[0] == group):
+            words = zip(right.strip(".?").split(), wrong.strip(".?").split(), strict=True)
+            differing.append(tuple(zip(*((a, b) for a, b in words if a != b), strict=True)))
+        assert Counter(differing) == Counter((wrong, right) for right, wrong in differing)
 
 
-def test_sentences_of_a_pair_differ_in_one_place(made: list[Pair]):
+def test_sentences_are_distinct_and_whole(made: list[Pair]):
     assert len(made) >= 50
     assert len({group for group, _, _ in made}) >= 40
     assert not {right for _, right, _ in made} & {wrong for _, _, wrong in made}
     assert len(set(made)) == len(made)
-    for _, right, wrong in made:
-        one, other = right.split(), wrong.split()
-        same = [a == b for a, b in zip(one, other, strict=True)]
-        assert same[0] or "?" in right
-        assert not all(same)
-        assert all(sentence[0].isupper() and sentence[-1] in ".?" for sentence in (right, wrong))
-        assert "{" not in right + wrong
+    for _, *sentences in made:
+        assert len({sentence.split()[0] for sentence in sentences}) == 1
+        assert all(sentence[0].isupper() and sentence[-1] in ".?" for sentence in sentences)
+        assert not any("{" in sentence for sentence in sentences)
 
 
 def test_plurals():
