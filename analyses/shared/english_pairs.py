@@ -89,6 +89,12 @@ PRONOUNS = (("they", "them"), ("he", "him"), ("she", "her"), ("we", "us"), ("I",
 
 DEEDS = ("thanked", "helped", "called", "invited", "followed", "visited", "warned", "saw")
 
+ASKED = ("what", "why", "where", "when", "how")
+
+KNOWN = ("Everybody knows", "Nobody knows", "The judge asked", "It is clear", "They told us", "We remember")
+
+DONE = ("left", "slept", "worked", "waited", "spoken", "cried", "swum", "fallen")
+
 Pair = tuple[str, str, str]
 """A group of pairs, the right sentence and the wrong one."""
 
@@ -189,10 +195,11 @@ def pronoun_case() -> Iterator[Pair]:
 def question_order() -> Iterator[Pair]:
     """In a question the auxiliary stands before the subject; in one within a statement it stands behind."""
     for number, person in enumerate(PEOPLE):
-        participle = IRREGULAR[number % 23][1]
+        word, knows = ASKED[number % len(ASKED)], KNOWN[number % len(KNOWN)]
+        participle = IRREGULAR[number % 23][1] if word == "what" else DONE[number % len(DONE)]
         orders = f"has the {person}", f"the {person} has"
-        yield pair(person, f"What {{}} {participle}?", *orders)
-        yield pair(person, f"Everybody knows what {{}} {participle}.", *orders[::-1])
+        yield pair(person, f"{word.capitalize()} {{}} {participle}?", *orders)
+        yield pair(person, f"{knows} {word} {{}} {participle}.", *orders[::-1])
 
 
 PHENOMENA: dict[str, Callable[[], Iterator[Pair]]] = {
