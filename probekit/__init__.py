@@ -14,6 +14,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from probekit.causal.continuation import ContinuationResults, continuation
     from probekit.causal.intervene import InterventionResults, intervene
     from probekit.causal.subnetwork import SubnetworkResults, subnetwork
     from probekit.config import Config
@@ -50,6 +51,7 @@ _HOME = {
     "Asked": "probekit.evaluation.ask",
     "Comparison": "probekit.probing.compare",
     "Config": "probekit.config",
+    "ContinuationResults": "probekit.causal.continuation",
     "Evaluation": "probekit.evaluation.perplexity",
     "Generated": "probekit.generation.generate",
     "GenerationEvaluation": "probekit.generation.evaluate",
@@ -67,6 +69,7 @@ _HOME = {
     "ask": "probekit.evaluation.ask",
     "build_corpus": "probekit.training.train",
     "compare": "probekit.probing.compare",
+    "continuation": "probekit.causal.continuation",
     "demo": "probekit.cli:run_demo",
     "evaluate": "probekit.evaluation.evaluate",
     "evaluate_generation": "probekit.generation.evaluate",

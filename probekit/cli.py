@@ -250,6 +250,18 @@ def subnetwork(words: list[str]) -> None:
     print_subnetwork(found.table, found.mask, found.notes, found.folder)
 
 
+def continuation(words: list[str]) -> None:
+    """Have the LM write on after one activation alone: does it hold the next sentences?"""
+    drawing = ("generation.temperature", "generation.top_k", "generation.top_p")
+    sections = ("device", "seed", "evaluation", "continuation", *drawing)
+    parsed, given = parse(run_parser(continuation), words, sections)
+    from probekit.causal.continuation import continuation as continue_after
+    from probekit.reports.terminal import print_continuation
+
+    found = continue_after(parsed.run, dotted(given), quiet=parsed.quiet)
+    print_continuation(found.table, found.notes, found.folder)
+
+
 def lens(words: list[str]) -> None:
     """Show what probes read at every token of a text: one HTML page."""
     parser = run_parser(lens)
@@ -479,8 +491,8 @@ def _new_config(parsed: argparse.Namespace, given: dict[str, Any]) -> Config | N
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     command.__name__: command
     for command in (
-        train, evaluate, generate, ask, probe, score, compare, intervene, subnetwork, lens, report, corpus,
-        sweep, demo,
+        train, evaluate, generate, ask, probe, score, compare, continuation, intervene, subnetwork, lens,
+        report, corpus, sweep, demo,
     )
 }  # fmt: skip
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError, model_validator
 from probekit.config.sections import (
     ActionSettings,
     ConditioningSettings,
+    ContinuationSettings,
     CorpusSettings,
     DepthSettings,
     EvaluationSettings,
@@ -59,6 +60,7 @@ class Config(Settings):
     probe: ProbeSettings = ProbeSettings()
     intervene: InterventionSettings = InterventionSettings()
     subnetwork: SubnetworkSettings = SubnetworkSettings()
+    continuation: ContinuationSettings = ContinuationSettings()
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:

@@ -523,6 +523,20 @@ class InterventionSettings(Settings):
     """Boundaries after which the next sentence is also generated, to see which action it has; slow."""
 
 
+class ContinuationSettings(Settings):
+    """What the LM writes on after the activation before a sentence, alone in an empty context."""
+
+    layers: Several[Count] | None = None
+    """Layers whose activation is put there, one at a time; unset: all. All together are always tried, too."""
+    horizons: Several[Positive] = (1, 2)
+    """Sentences ahead: 1 compares what is written first with the next sentence, 2 the second with the one
+    after it."""
+    boundaries: AtLeastTwo = 200
+    """Test documents, in each of which the LM writes on before one sentence."""
+    tokens: Positive = 48
+    """Tokens that are written; a sentence that they do not reach counts as unlike the true one."""
+
+
 class SubnetworkSettings(Settings):
     """Which components (attention heads, parts of the adapter) the next action's information needs."""
 

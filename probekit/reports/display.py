@@ -100,6 +100,12 @@ COLUMNS: dict[str, Column] = {
     "prior_accuracy": Column("most frequent action"),
     "plan_following_unedited": Column("without the edit"),
     "plan_following_over_random": Column("given action, over random", better=1, signed=True),
+    # Continuations after one activation
+    "true_action": Column("true action", better=1),
+    "cosine_over_other": Column("cosine over other", better=1, signed=True),
+    "cosine_over_nothing": Column("cosine over nothing", better=1, signed=True),
+    "cosine_over_ridge": Column("cosine over ridge", better=1, signed=True),
+    "true_action_over_other": Column("true action over other", better=1, signed=True),
     # Subnetworks
     "removed": Column("components"),
     "first_loss_change": Column("first token", signed=True),

@@ -36,6 +36,9 @@ MANY_ROWS = 12
 MORE_BOUNDARIES = "raise intervene.boundaries, or intervene.samples where that is fewer"
 """What to do where interventions are measured in few documents."""
 
+MORE_CONTINUED = "raise continuation.boundaries, or give more documents"
+"""What to do where continuations are measured in few documents."""
+
 MORE_SUBNETWORK_DOCUMENTS = "raise subnetwork.documents, or give more documents"
 """What to do where a subnetwork is measured on few documents."""
 
@@ -71,6 +74,12 @@ EFFECTS = ("next_loss", "next_loss_over_random", "rest_loss_over_random", "other
 ERASURE = ("fitted_accuracy", "refitted_accuracy", "prior_accuracy")
 STEERING = ("plan_following", "plan_following_unedited", "plan_following_over_random")
 SUBNETWORK = ("first_loss_change", "rest_loss_change", "other_loss_change", "bits", "refitted_bits")
+
+CONTINUED = (
+    *("cosine", "cosine_over_other", "cosine_over_nothing", "cosine_over_ridge"),
+    *("true_action", "true_action_over_other", "rouge2"),
+)
+"""Metrics of continuations that are shown."""
 
 REMOVED = {
     "whole": "nothing",
@@ -456,6 +465,20 @@ def intervention_notes(table: pd.DataFrame) -> Iterator[str]:
         yield "* the edit changes the activation that the probe reads: the probe shows no effect on the LM"
     if table.injected.any():
         yield "+ the adapter has already given the LM the next sentence's action there"
+
+
+def continuation_tables(table: pd.DataFrame) -> list[Table]:
+    """What the LM writes after one activation, a table for each sentence ahead."""
+    numbers = table.layer.astype("str")
+    activations = table.condition.isin(["activation", "other document"])
+    rows = table.assign(layer=numbers.where(table.layer.notna(), activations.map({True: "all", False: ""})))
+    keys, tables = ["condition", "layer", "horizon"], []
+    for horizon, own in rows.groupby("horizon", sort=False):
+        wide = by_metric(own, keys)
+        shown = [name for name in CONTINUED if name in wide]
+        caption = f"What is written and the true sentence {horizon} ahead ({INTERVALS})"
+        tables.append(display(caption, wide, [*keys[:2], *shown, "documents"], optional=["documents"]))
+    return tables
 
 
 def subnetwork_table(table: pd.DataFrame) -> Table:

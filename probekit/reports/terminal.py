@@ -199,6 +199,17 @@ def print_subnetwork(table: pd.DataFrame, mask: pd.DataFrame, notes: Iterable[st
     )
 
 
+def print_continuation(table: pd.DataFrame, notes: Iterable[str], folder: Path) -> None:
+    """What is written after one activation, beside its controls."""
+    print_tables(tables.continuation_tables(table))
+    print_lines(
+        too_few(int(table.documents.max()), tables.MORE_CONTINUED),
+        *notes,
+        f"All {len(table):,} rows: {folder / 'results.parquet'}",
+        f"What was written: {folder / 'written.parquet'}",
+    )
+
+
 class _Output(Console):
     """Standard output that leaves it to the command what happens when nobody reads on."""
 

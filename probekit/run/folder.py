@@ -12,6 +12,7 @@ lm/               the base LM, in Hugging Face format, or the name and revision 
 adapters/V/       the LM of variant V, if it was tuned: low-rank updates, or all weights
 interventions/V/  what interventions in variant V found
 subnetworks/V/    which components of variant V the next action's information needs
+continuation/     what the LM writes after one activation alone
 depth/            one file for each member of a depth ensemble; depth/M/ its LM, if it was tuned
 checkpoints/S/    of stage S: the state that --resume goes on from, and the runs kept at some steps
 """
@@ -458,6 +459,10 @@ class RunFolder:
     def interventions(self) -> pd.DataFrame:
         """What `probekit intervene` found, by variant: a row for each condition, hook point and metric."""
         return self._of_variants("interventions", "results.parquet", "intervene")
+
+    def continuation(self) -> pd.DataFrame:
+        """What `probekit continuation` found: a row for each condition, layer, horizon and metric."""
+        return read_table(self._result("continuation/results.parquet", "continuation"))
 
     def subnetworks(self) -> pd.DataFrame:
         """What `probekit subnetwork` found, by variant: a row for each condition, draw and metric."""

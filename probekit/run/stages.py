@@ -30,6 +30,7 @@ USED_BY: dict[str, tuple[str, ...]] = {
     "probe": (),
     "intervene": (),
     "subnetwork": (),
+    "continuation": (),
     "seed": ("lm/new", "planner", *ADAPTERS, *DEPTH),
     "corpus": ("corpus",),
     "actions": ("corpus",),
