@@ -40,6 +40,7 @@ RUNS ?= runs/figures
 WIKITEXT ?=
 FICTION ?=
 LMS ?= HuggingFaceTB/SmolLM2-135M google/gemma-3-270m
+ENCODER ?= sentence-transformers/all-MiniLM-L6-v2
 DRAW := $(BIN)/python analyses
 TUNED := --set training.base.tuning full --set training.base.learning_rate 1e-3
 
@@ -82,6 +83,7 @@ ifneq ($(FICTION),)
 	$(DRAW)/labels_fiction.py $(FICTION) --models $(LMS) --passages 50 --sentences 12 --runs $(RUNS)/labels_fiction
 	$(DRAW)/causal_fiction.py $(FICTION) --models $(LMS) --runs $(RUNS)/causal_fiction
 	$(DRAW)/minimal_pairs.py --models $(LMS) --runs $(RUNS)/minimal_pairs
+	$(DRAW)/continuation.py $(FICTION) --models $(LMS) --encoder $(ENCODER) --runs $(RUNS)/continuation
 endif
 	$(DRAW)/claims.py
 

@@ -17,8 +17,8 @@ from probekit.errors import ProbekitError
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 GUIDES = [(ROOT / "docs" / "guides" / f"{name}.md").read_text("utf-8") for name in (
-    "train", "generate", "probe", "python", "causal-tests", "sweep", "depth-ensemble", "lens-and-report",
-    "ask",
+    "train", "generate", "probe", "python", "causal-tests", "continuation", "sweep", "depth-ensemble",
+    "lens-and-report", "ask",
 )]  # fmt: skip
 COMMANDS = list(
     dict.fromkeys(
@@ -44,6 +44,7 @@ LESS_REMOVED = "--subnetwork.steps 2 --subnetwork.documents 4 --evaluation.resam
 LITTLE = "--generation.prompts 4 --generation.samples 4 --generation.lengths 6 12 --evaluation.resamples 100"
 SMALLER = {
     "probe": FEW,
+    "continuation": "--continuation.boundaries 6 --continuation.tokens 4 --evaluation.resamples 100",
     "intervene": LESS_CHANGED,
     "subnetwork": LESS_REMOVED,
     "generate": "--tokens 12",
@@ -99,6 +100,7 @@ def test_the_readme_has_the_commands_that_are_tested():
         "report",
         "corpus",
         "sweep",
+        "continuation",
         "intervene",
         "subnetwork",
     }

@@ -155,7 +155,7 @@ def save_figure(
 def _origin(run: Run) -> dict[str, Any]:
     recorded = read_json(run.folder / "provenance.json")
     config = run.config.model_dump(mode="json")
-    for section, name in (("corpus", "path"), ("lm", "name"), ("probe", "labels")):
+    for section, name in (("corpus", "path"), ("actions", "encoder"), ("lm", "name"), ("probe", "labels")):
         path = config[section][name]
         if path and Path(path).is_absolute():  # means nothing on another machine
             config[section][name] = Path(path).name

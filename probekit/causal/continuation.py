@@ -306,12 +306,11 @@ def _ridge_maps(
     run: Run, states: Mapping[int, Tensor], layers: Sequence[int], ahead: Ahead
 ) -> dict[tuple[str, int | None], dict[int, MetricSums]]:
     """Metrics of the embeddings that the run's probes of the target `embedding` predict, by layer."""
-    if (
-        not (run.folder / "probes").is_dir()
-        or read_probe_record(run.folder).config.probe.target != "embedding"
-    ):
+    probed = read_probe_record(run.folder).config if (run.folder / "probes").is_dir() else None
+    if probed is None or probed.probe.target != "embedding" or "none" not in probed.probe.variants:
         return {}
-    saved = SavedProbes(run.folder / "probes", "none", run.config.seed)
+    seed, *_ = probed.probe.seeds or (probed.seed,)
+    saved = SavedProbes(run.folder / "probes", "none", seed)
     found: dict[tuple[str, int | None], dict[int, MetricSums]] = {}
     for layer in layers:
         cells = {horizon: Cell(LOCATION, layer, 1, horizon, "ridge") for horizon in ahead.horizons}
