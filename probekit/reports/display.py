@@ -77,9 +77,9 @@ COLUMNS: dict[str, Column] = {
     "effective_rank": Column("effective rank"),
     "participation_ratio": Column("participation ratio"),
     "anisotropy": Column("mean cosine"),
-    "anisotropy_without": Column("without rogue features"),
+    "anisotropy_without": Column("mean cosine without rogue"),
     "norm": Column("norm"),
-    "rogue_share": Column("their share of the squared norm"),
+    "rogue_share": Column("rogue share of the squared norm"),
     # Generated text
     "rouge2": Column("ROUGE-2", better=1),
     "levenshtein": Column("edit distance", "actions", better=-1),

@@ -10,8 +10,8 @@ from matplotlib.ticker import MaxNLocator
 
 from probekit.io import atomic_path
 from probekit.reports.display import described
-from probekit.reports.drawing import colours_of_names, draw_line, outer_legend, panel_grid
-from probekit.reports.tables_compare import at_nearest, lines_of
+from probekit.reports.drawing import colours_of_names, draw_line, panel_grid
+from probekit.reports.tables_compare import at_nearest, line_name, lines_of
 
 DRAWN = ("effective_rank", "participation_ratio", "anisotropy", "anisotropy_without", "norm", "rogue_share")
 """What has a panel."""
@@ -29,17 +29,17 @@ def plot_geometry(table: pd.DataFrame) -> Figure:
         columns = {measure: "value", f"{measure}_low": "low", f"{measure}_high": "high"}
         for (names, rows), colour in zip(lines, colours_of_names(len(lines)), strict=True):
             here = at_nearest(rows).rename(columns=columns).sort_values("layer")
-            name = ", ".join([*map(str, names), *(here.position.head(1) if "position" in here else ())])
-            shown = name if axes is panels[0] else "_again"
-            draw_line(axes, here, "layer", shown, colour, marker="o", markersize=3)
+            name = line_name(names, here) if axes is panels[0] else "_again"
+            draw_line(axes, here, "layer", name, colour, marker="o", markersize=3)
             for _, other in rows.drop(here.index).groupby("position") if "position" in rows else ():
                 ordered = other.sort_values("layer")
                 axes.plot(ordered.layer, ordered[measure], color=colour, linewidth=0.6, alpha=0.6)
         axes.set_title(described(measure).label, fontsize=9)
         axes.set_xlabel("layer")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    panels[DRAWN.index("norm")].set_yscale("log")
-    outer_legend(figure)
+    for measure in ("effective_rank", "participation_ratio", "norm"):
+        panels[DRAWN.index(measure)].set_yscale("log")
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     one = table.iloc[0]
     title = f"{one.examples:,} examples of {one.groups:,} documents or groups, width {one.width:,}"
     figure.suptitle(title, fontsize=10)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -106,9 +106,13 @@ def geometry_tables(table: pd.DataFrame) -> Iterator[Table]:
     """A table of every thick line of the picture."""
     for names, rows in table.groupby(lines_of(table), sort=False):
         here = at_nearest(rows)
-        at = [label(str(name)) for name in names]
-        at += [f"position {here.position.iloc[0]}"] if "position" in here else []
-        yield display(f"Geometry of {', '.join(at)} ({JACKKNIFE})", here, ["layer", *GEOMETRY])
+        yield display(f"Geometry of {line_name(names, here)} ({JACKKNIFE})", here, ["layer", *GEOMETRY])
+
+
+def line_name(names: tuple[Hashable, ...], rows: pd.DataFrame) -> str:
+    """What a line is called, given the values of the columns that tell it apart, and its rows."""
+    at = [f"seed {name}" if isinstance(name, int) else label(str(name)) for name in names]
+    return ", ".join([*at, *(f"position {name}" for name in rows.get("position", [])[:1])])
 
 
 def lines_of(table: pd.DataFrame) -> list[str]:

@@ -102,7 +102,7 @@ def test_a_run_has_a_table_and_a_picture(capsys, copy):
         "100",
     ]
     shown = printed(capsys, "probe", copy, *words, "--quiet")
-    assert "Geometry of none, resid post" in shown.replace("seed 0, ", "").replace("0, ", "")
+    assert "Geometry of none, seed 0, resid post, position 1" in shown
     table = pd.read_parquet(copy / "probes" / "geometry.parquet")
     assert set(zip(table.variant, table.layer, table.position, strict=True)) == {
         (variant, layer, position)
