@@ -89,7 +89,7 @@ def layer_geometry(activations: Tensor, group: np.ndarray) -> dict[str, Any]:
         `rogue_share`, the share of the squared length in rogue features (Timkey and van Schijndel 2021).
         `rogue`, the number of these, `rogue_features`, the largest by number; `width`, `examples`, `groups`.
     """
-    X = activations.double()
+    X = activations.double().cpu()
     blocks = [torch.from_numpy(rows) for rows in jackknife_blocks(group)]
     squares = X.square().mean(0)
     rogue = (squares > ROGUE**2 * squares.median()).nonzero()[:, 0]
