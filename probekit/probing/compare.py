@@ -100,9 +100,9 @@ def compare(
     """
     from probekit.training.train import prepare
 
+    _check(config, config.override(second))
     config = config.override({"probe.positions": [POSITION]})
     configs = config, config.override(second)
-    _check(*configs)
     folder, progress = user_path(out), Progress(quiet=quiet)
     runs = [
         prepare(own, folder / name, existing=existing, quiet=quiet)
@@ -142,6 +142,12 @@ def _check(first: Config, second: Config) -> None:
     if len(first.probe.locations) > 1:
         raise ProbekitError(
             f"probe.locations is {', '.join(first.probe.locations)}; give one, whose layers are compared"
+        )
+    if first.probe.positions not in (None, (POSITION,)):
+        given = ", ".join(map(str, first.probe.positions))
+        raise ProbekitError(
+            f"probe.positions is {given}; LMs are compared at {POSITION}, where the text that they have read "
+            "ends at the same character"
         )
     if lenses := LENSES.intersection(first.probe.solvers):
         raise ProbekitError(f"probe.solvers has {min(lenses)}, which is an LM's own head; give others")

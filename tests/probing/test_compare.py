@@ -222,6 +222,7 @@ def test_numbers_are_read_by_ridge(config, out):
             "give one, whose",
         ),
         ({"probe.locations": ["hook_nowhere"]}, {"lm.compress": "int8"}, "probe.locations is 'hook_nowhere'"),
+        ({"probe.positions": ["mean"]}, {"lm.compress": "int8"}, "probe.positions is mean; LMs are compared"),
         ({"probe.solvers": ["logit-lens"]}, {"lm.compress": "int8"}, "probe.solvers has logit-lens"),
     ],
 )
