@@ -110,9 +110,10 @@ def compare(
     ]
     points = [_hook_points(run) for run in runs]
     grid, examples, notes = _shared_examples(runs)
+    names = _names(*configs)
     values = [
-        _read(run, own, [*part.values()], progress)
-        for run, own, part in zip(runs, points, examples, strict=True)
+        _read(run, own, [*part.values()], name, progress)
+        for run, own, part, name in zip(runs, points, examples, names, strict=True)
     ]
     group = np.concatenate([part.group for part in examples[0].values()])
     rows = _spread(len(group))
@@ -128,7 +129,6 @@ def compare(
         probes, more = _probes(runs, points, values, grid, progress)
         write_table(folder / "probes.parquet", probes)
         notes += more
-    names = _name(configs[0]), _name(configs[1])
     write_json(folder / "settings.json", {"first": names[0], "second": names[1], "notes": notes})
     return Comparison(similarity, probes, folder, names, notes)
 
@@ -159,10 +159,19 @@ def _hook_points(run: Run) -> list[HookPoint]:
     return at_layers(config.locations, config.layers, run.frozen_lm().layers, "probe.layers")
 
 
-def _name(config: Config) -> str:
-    """What an LM is called: the name of its folder, or its name on the hub, and how it is compressed."""
-    lm = config.lm
-    return " ".join(filter(None, [Path(str(lm.name)).name, lm.revision, lm.compress]))
+def _names(first: Config, second: Config) -> tuple[str, str]:
+    """What two LMs are called: the names of their folders, whole if they are equal, and how they are held."""
+    paths = [Path(str(config.lm.name)) for config in (first, second)]
+    whole = paths[0] != paths[1] and paths[0].name == paths[1].name
+    held = [
+        (config.lm.revision, config.lm.dtype.replace("auto", ""), config.lm.compress)
+        for config in (first, second)
+    ]
+    one, two = (
+        " ".join(filter(None, (str(path) if whole else path.name, *how)))
+        for path, how in zip(paths, held, strict=True)
+    )
+    return one, two
 
 
 # Examples
@@ -234,12 +243,14 @@ def _ends(corpus: Corpus, examples: Examples) -> pd.DataFrame:
     return found.assign(number=found.groupby(["document", "end"]).cumcount())
 
 
-def _read(run: Run, points: Sequence[HookPoint], parts: Sequence[Examples], progress: Progress) -> Tensor:
+def _read(
+    run: Run, points: Sequence[HookPoint], parts: Sequence[Examples], name: str, progress: Progress
+) -> Tensor:
     """The activations of all examples `[layers, examples, width]`, on the CPU; the LM is let go then."""
     reader = Reader(run, "none", points, (POSITION,))
     held: list[Tensor] = []
     total = sum(reader.size(part) for part in parts)
-    with progress.task(f"read {_name(run.config)}", total=total, unit="tokens") as task:
+    with progress.task(f"read {name}", total=total, unit="tokens") as task:
         for part in parts:
             held += [values[:, 0].cpu() for _, (values,) in reader.chunks(part, task.advance)]
     run.frozen_lm().let_go()

@@ -95,7 +95,7 @@ def test_a_rotated_lm_has_drifted_and_lost_nothing(config, out, monkeypatch):
     turn = torch.from_numpy(np.linalg.qr(rng.normal(size=(16, 16)))[0])
     values: list[torch.Tensor] = []
 
-    def planted(run, points, parts, progress):
+    def planted(run, points, parts, name, progress):
         if values:
             return (values[0] @ turn).float()
         labels = np.concatenate([part.labels[:, 0] for part in parts])
@@ -133,7 +133,7 @@ def test_compressing_nothing_changes_nothing(config, out, how):
             own[numbers].to_numpy(float), first, rtol=0 if reading != "mapped" else 1e-4
         )
         assert (own.over_first_lm == 0).all()
-    assert found.names == ("lm", f"lm {how}")
+    assert found.names == ("lm float32", f"lm float32 {how}")
 
 
 def test_what_is_written_is_what_is_returned(config, out):
@@ -230,6 +230,18 @@ def test_what_cannot_be_compared_is_refused(config, out, changed, second, messag
     with pytest.raises(ProbekitError, match=message) as caught:
         compared(config.override(changed), second, out)
     assert "\n" not in str(caught.value)
+
+
+def test_lms_are_told_apart_by_name():
+    def names(**second):
+        first = Config().override({"lm.name": "before/lm"})
+        return comparing._names(
+            first, first.override({f"lm.{name}": value for name, value in second.items()})
+        )
+
+    assert names(name="after/lm") == ("before/lm", "after/lm")
+    assert names(name="after/tuned") == ("lm", "tuned")
+    assert names(dtype="bfloat16", compress="int8") == ("lm", "lm bfloat16 int8")
 
 
 def test_too_few_sentences_are_refused(config, folder, tmp_path):
