@@ -24,7 +24,7 @@ def ranks(spectrum):
 def test_intervals_cover_the_ranks_of_a_known_spectrum(spectrum, correlated):
     """Also where the examples of a document are alike: 5 of 6 parts of their variance are the document's."""
     rng, found = np.random.default_rng(0), []
-    for _ in range(150):
+    for _ in range(120):
         own = rng.normal(size=(100, 2, 12))
         if correlated:
             own = np.sqrt(5 / 6) * rng.normal(size=(100, 1, 12)) + np.sqrt(1 / 6) * own
