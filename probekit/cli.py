@@ -157,7 +157,7 @@ def ask(words: list[str]) -> None:
     parser.add_argument(
         "--random", type=int, default=0, metavar="INT", help="ask so many draws of random weights, too (0)"
     )
-    sections = (*READING, "seed", "lm.bos", "lm.trust_remote_code")
+    sections = (*READING, "seed", "lm.bos", "lm.trust_remote_code", "lm.compress")
     parsed, given = parse(parser, words, (*sections, "evaluation.batch_size", "evaluation.resamples"))
     from probekit.evaluation.ask import ask as ask_model
     from probekit.reports.terminal import print_asked

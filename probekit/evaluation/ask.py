@@ -26,6 +26,7 @@ from probekit.evaluation.perplexity import own_losses
 from probekit.evaluation.preferences import SCORINGS, LogProbabilities, Scoring, preference_table
 from probekit.io import write_json, write_table
 from probekit.models.backends import HFBackend
+from probekit.models.compression import compressed
 from probekit.models.decoding import GrowingText
 from probekit.models.hook_points import small_causal
 from probekit.models.language_model import is_placed, load_model, longest_window, random_weights
@@ -181,6 +182,7 @@ class _FoundLM:
             "name": Path(name).name if Path(name).is_absolute() else name,
             "commit": self.settings.revision,
             "weights": lm_digest(name) if self.random is None else f"random, seed {self.random}",
+            "compress": self.settings.compress,
             "dtype": dtype_name(dtype_of(self.settings.dtype, self.config, device)),
             "bos": self.bos,
         }
@@ -230,7 +232,7 @@ class _FoundLM:
             dtype=dtype,
         )
         check_weights(model, name)
-        return model
+        return model if self.settings.compress is None else compressed(model, self.settings.compress)
 
 
 def _answers(items: Sequence[Item], revision: str | None, read: LogProbabilities) -> pd.DataFrame:

@@ -21,6 +21,7 @@ from probekit.evaluation.multiple_choice import choice_losses, corpus_questions,
 from probekit.evaluation.perplexity import own_losses
 from probekit.evaluation.preferences import LogProbabilities, preference_table, shares
 from probekit.io import read_json
+from probekit.models.compression import compressed
 from probekit.models.language_model import random_weights
 from probekit.models.replanning import decoded
 from probekit.planted.corpus import PlantedModel, generate
@@ -220,6 +221,18 @@ def test_revisions_are_asked_the_same(lm: str, tmp_path: Path):
     with pytest.raises(ProbekitError, match=r"--revisions has 'step3': no such folder, in .* on the hub"):
         ask(str(model), items, tmp_path / "none", revisions=["step1", "step3"], quiet=True)
     assert not (tmp_path / "none").exists()
+
+
+def test_a_compressed_lm_is_asked(lm: str, tmp_path: Path):
+    items = written(tmp_path / "items.jsonl", [{"context": "Rona", "choices": ["da bolu", "mina"]}])
+    folder = shutil.copytree(lm, tmp_path / "pruned")
+    compressed(AutoModelForCausalLM.from_pretrained(lm), "prune=0.5").save_pretrained(folder)
+    expected = ask(str(folder), items, quiet=True).answers.log_probability
+    found = ask(lm, items, settings={"lm.compress": "prune=0.5"}, quiet=True)
+    assert found.answers.log_probability.to_numpy() == pytest.approx(expected.to_numpy())
+    assert found.settings["revisions"][0]["compress"] == "prune=0.5"
+    whole = ask(lm, items, quiet=True).answers.log_probability
+    assert whole.to_numpy() != pytest.approx(expected.to_numpy())
 
 
 def test_an_encoder_is_refused(lm: str, tmp_path: Path):
