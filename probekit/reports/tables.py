@@ -177,12 +177,11 @@ def choice_tables(accuracy: pd.DataFrame, differences: pd.DataFrame) -> list[Tab
 
 def asked_table(table: pd.DataFrame) -> Table:
     """Forced choice: what each revision of an LM prefers, by kind of items and reader."""
-    facts = ["revision", "kind", "items", "groups", "chance"]
+    facts = ["revision", "kind", "items", "groups", "chance", "reader"]
     found = ["accuracy", "preference", "over_prior", "over_first", "margin", "rank_correlation"]
-    caption = (
-        f"Choices by {table.scoring.iloc[0]} log-probability ({INTERVALS.replace('documents', 'groups')})"
-    )
-    return display(caption, table, [*facts, "reader", *found], optional=[*facts, *found])
+    of_groups = INTERVALS.replace("documents", "groups")
+    caption = f"Choices by {table.scoring.iloc[0]} log-probability ({of_groups})"
+    return display(caption, table, [*facts, *(name for name in found if name in table)], optional=facts)
 
 
 def asked_notes(table: pd.DataFrame, answers: pd.DataFrame) -> Iterator[str]:

@@ -49,6 +49,8 @@ def test_preferences_are_called_differences(tiny_run: Run, tmp_path: Path, capsy
     assert "paired differences between how probable the LM finds" in shown
     assert "No item has a context: there is no prior" in shown
     assert "accuracy" not in shown
+    preference = pd.read_parquet(tmp_path / "out" / "results.parquet").preference[0]
+    assert f"{preference:.3f} (no interval)" in shown, "a table of one row has its numbers"
 
 
 @pytest.mark.parametrize(
