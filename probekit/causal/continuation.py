@@ -20,7 +20,7 @@ from torch import Tensor
 from probekit.causal.boundaries import draw_boundaries
 from probekit.causal.intervene import metric_rows
 from probekit.causal.runner import MetricSums, write_results
-from probekit.data.encoders import WORD
+from probekit.data.encoders import WORD, SentenceEncoder
 from probekit.data.sentences import sentence_spans
 from probekit.data.tokenizer import drawable_ids
 from probekit.distributed import autocast
@@ -31,6 +31,7 @@ from probekit.models.backends import Hook
 from probekit.models.conditioning import Conditioned
 from probekit.models.decoding import GrowingText, MoreHooks, new_decoder
 from probekit.models.locations import at_layers, hook_name
+from probekit.models.planner import TrainableEncoder
 from probekit.models.replanning import decoded
 from probekit.planted.ceilings import has_ceiling, position_ceiling
 from probekit.probing.activations import Reader
@@ -81,12 +82,14 @@ class Ahead:
         run: The run.
         sentence: The next sentence of each boundary `[boundaries]`.
         horizons: Sentences ahead, 1 for the next one.
+        encoder: Embeds sentences as the corpus's own are.
         centre: The mean embedding of the training documents' sentences `[dimensions]`.
     """
 
     run: Run
     sentence: np.ndarray
     horizons: tuple[int, ...]
+    encoder: SentenceEncoder | TrainableEncoder
     centre: np.ndarray
 
     @classmethod
@@ -95,17 +98,16 @@ class Ahead:
         corpus = run.corpus
         train = corpus.sentences(corpus.documents("train"))
         centre = corpus.embeddings[train].mean(0, dtype=np.float64)
-        return cls(run, sentence, run.config.continuation.horizons, centre)
+        return cls(run, sentence, run.config.continuation.horizons, run.encoder(), centre)
 
     def of_texts(self, texts: Sequence[Sequence[str]]) -> dict[int, MetricSums]:
         """Metrics by horizon of written sentences `[boundaries][sentences]`; too few count as unlike."""
         found: dict[int, MetricSums] = {}
-        encoder = self.run.encoder()
         for horizon in self.horizons:
             own = [sentences[horizon - 1] if len(sentences) >= horizon else "" for sentences in texts]
             true = self.run.corpus.sentence_texts(self.sentence + horizon - 1)
             rouge = np.array([rouge2(*pair) for pair in zip(true, own, strict=True)])
-            embeddings = np.where([[bool(text)] for text in own], encoder.encode(own), 0.0)
+            embeddings = np.where([[bool(text)] for text in own], self.encoder.encode(own), 0.0)
             found[horizon] = self.of_embeddings(embeddings, horizon)
             found[horizon]["rouge2"] = (rouge, np.ones(len(rouge)))
         return found
