@@ -24,7 +24,7 @@ from probekit.run.stages import (
 from probekit.training.train import train
 
 NOT_TRAINED_WITH = (
-    "device", "evaluation", "generation", "probe", "intervene", "subnetwork",
+    "device", "evaluation", "generation", "probe", "intervene", "continuation", "subnetwork",
     *EXECUTION_ONLY, *CHOOSE_STAGES,
 )  # fmt: skip
 
