@@ -96,7 +96,7 @@ def _item(where: str, record: object) -> Item:
         raise ProbekitError(f"{where}: 'context' is {shown(context)}; give a text, or leave it empty")
     choices = _choices(where, record)
     kind, group, answer, score = (
-        _value(where, record, name) for name in ("kind", "group", "answer", "score")
+        _written(where, repr(name), record.get(name)) for name in ("kind", "group", "answer", "score")
     )
     if answer is not None and not (re.fullmatch(r"\d{1,9}", answer) and int(answer) < len(choices)):
         raise ProbekitError(
@@ -117,13 +117,17 @@ def _item(where: str, record: object) -> Item:
 def _choices(where: str, record: Mapping[str, Any]) -> tuple[str, ...]:
     listed = record.get("choices")
     if listed is None:
-        numbered = sorted((int(name[6:]), record[name]) for name in record if CHOICE.fullmatch(name))
-        listed = [value for _, value in numbered if as_written(value) is not None]
+        named = sorted((name for name in record if CHOICE.fullmatch(name)), key=lambda name: int(name[6:]))
+        if named != [f"choice{number}" for number in range(len(named))]:
+            raise ProbekitError(f"{where}: choices are in {', '.join(named)}; number them from choice0 on")
+        listed = [record[name] for name in named]
+        while listed and as_written(listed[-1]) is None:  # of other rows, which have more
+            listed.pop()
     if isinstance(listed, str) or not hasattr(listed, "__iter__"):
         raise ProbekitError(
             f"{where}: 'choices' is {shown(listed)}; give a list of texts, or columns choice0, choice1, ..."
         )
-    choices = tuple(as_written(value) or "" for value in listed)
+    choices = tuple(_written(where, "a choice", value) or "" for value in listed)
     if len(choices) < 2:
         raise ProbekitError(f"{where}: an item with {len(choices)} choices; give two or more")
     for choice in choices:
@@ -134,10 +138,10 @@ def _choices(where: str, record: Mapping[str, Any]) -> tuple[str, ...]:
     return choices
 
 
-def _value(where: str, record: Mapping[str, Any], name: str) -> str | None:
-    value = record.get(name)
+def _written(where: str, name: str, value: object) -> str | None:
+    """One value of a table as text; None where it is empty."""
     if isinstance(value, list | dict):
-        raise ProbekitError(f"{where}: {name!r} is {shown(value)}; give one value")
+        raise ProbekitError(f"{where}: {name} is {shown(value)}; give one value")
     return as_written(value)
 
 
