@@ -57,7 +57,8 @@ class Comparison:
     """What `compare` found.
 
     Attributes:
-        similarity: A row for each pair of layers; see `similarity.compare_layers`.
+        similarity: A row for each pair of layers, `same_depth` if they are at the same share of their LMs'
+            depth; see `similarity.compare_layers`.
         probes: A row for each reading, layer and solver: `reading` (of `READINGS`), `layer`, `second_layer`,
             the metrics of a run's probes, and `over_first_lm`, the accuracy, else R2, less that of the
             reading `first`; None if there are no labels.
@@ -121,12 +122,14 @@ def compare(
     similarity = compare_layers(
         first, other, group[rows], permutations=permutations, seed=config.seed, progress=progress
     )
+    pairs = same_depth(*map(_depths, runs, points))
+    similarity["same_depth"] = pairs[similarity.layer] == similarity.second_layer
     for name, own in zip(("layer", "second_layer"), points, strict=True):
         similarity[name] = [own[number][1] for number in similarity[name]]
     write_table(folder / "similarity.parquet", similarity)
     probes = None
     if grid is not None:
-        probes, more = _probes(runs, points, values, grid, progress)
+        probes, more = _probes(runs, points, pairs, values, grid, progress)
         write_table(folder / "probes.parquet", probes)
         notes += more
     write_json(folder / "settings.json", {"first": names[0], "second": names[1], "notes": notes})
@@ -263,6 +266,7 @@ def _read(
 def _probes(
     runs: Sequence[Run],
     points: Sequence[Sequence[HookPoint]],
+    pairs: np.ndarray,
     values: Sequence[Tensor],
     grid: Grid,
     progress: Progress,
@@ -272,8 +276,7 @@ def _probes(
     config, device = run.config, run.device
     tested = Placement.of(run.corpus, grid.examples[TESTED_ON], (POSITION,), *probing_windows(run))
     grid, rows = _rows_of_arrays(grid)
-    layer_of = dict(zip(points[0], same_depth(len(points[0]), len(points[1])), strict=True))
-    first, second = values[0], values[1][[*layer_of.values()]]
+    first, second = values[0], values[1][torch.from_numpy(pairs)]
     mapped = torch.stack(
         [
             (own.double() @ matrix + shift).float()
@@ -320,7 +323,7 @@ def _probes(
     table = pd.concat(tables, ignore_index=True).rename(
         columns=lambda name: name.replace("over_own", "over_first_lm")
     )
-    second_layer = {layer: points[1][number][1] for (_, layer), number in layer_of.items()}
+    second_layer = {layer: points[1][number][1] for (_, layer), number in zip(points[0], pairs, strict=True)}
     table = table.assign(second_layer=table.layer.map(second_layer), target=grid.target.name)
     table = table.drop(columns=["variant", "injected"])
     begin = ["reading", "layer", "second_layer"]
@@ -338,6 +341,11 @@ def _rows_of_arrays(grid: Grid) -> tuple[Grid, dict[str, np.ndarray]]:
     return replace(grid, examples=examples), rows
 
 
-def same_depth(first: int, second: int) -> np.ndarray:
-    """For each layer of one LM that of another at the same share of its depth `[layers of the first]`."""
-    return np.linspace(0, second - 1, first).round().astype(np.int64)
+def _depths(run: Run, points: Sequence[HookPoint]) -> np.ndarray:
+    """How deep in its LM each layer is, from 0 to 1 `[layers]`."""
+    return np.array([layer for _, layer in points]) / max(1, run.frozen_lm().layers - 1)
+
+
+def same_depth(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """For each layer of one LM the number of the other's that is nearest in depth `[layers of the first]`."""
+    return np.abs(first[:, None] - second).argmin(1)

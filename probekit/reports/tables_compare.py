@@ -30,11 +30,10 @@ MORE_COMPARED = "give more documents"
 def comparison_tables(found: Comparison) -> list[Table]:
     """Layers of the same depth and, if there are labels, all readings by layer and at the best one."""
     similarity = found.similarity
-    at = same_depth_rows(similarity)
     measures = ["cka", "cka_null", "procrustes", "procrustes_null"]
     first, second = found.names
     caption = f"Layers of {first} and {second} at the same depth ({JACKKNIFE})"
-    shown = [display(caption, similarity[at], ["layer", "second_layer", *measures])]
+    shown = [display(caption, similarity[similarity.same_depth], ["layer", "second_layer", *measures])]
     if found.probes is None:
         return shown
     probes, metric = found.probes, main_metric(found.probes)
@@ -66,7 +65,7 @@ def comparison_notes(found: Comparison) -> Iterator[str]:
     """Where the layers that are most alike are, and how many pairs are not told from permuted documents."""
     similarity = found.similarity
     nearest = similarity.loc[similarity.groupby("layer").cka.idxmax()]
-    elsewhere = (~same_depth_rows(similarity).loc[nearest.index]).sum()
+    elsewhere = (~nearest.same_depth).sum()
     yield (
         f"of {len(nearest)} layers of {found.names[0]}, {elsewhere} are most alike (CKA) to one of another "
         f"depth; {(similarity.cka_p > 0.05).sum():,} of {len(similarity):,} pairs are no more alike than "
@@ -74,18 +73,6 @@ def comparison_notes(found: Comparison) -> Iterator[str]:
         f"{number(similarity.cka_null.mean())} and a Procrustes residual of "
         f"{number(similarity.procrustes_null.mean())}"
     )
-
-
-def same_depth_rows(similarity: pd.DataFrame) -> pd.Series:
-    """Whether a row's layers are at the same share of their LMs' depth."""
-    from probekit.probing.compare import same_depth
-
-    layers, others = (sorted(similarity[name].unique()) for name in ("layer", "second_layer"))
-    pairs = {
-        layer: others[place]
-        for layer, place in zip(layers, same_depth(len(layers), len(others)), strict=True)
-    }
-    return similarity.layer.map(pairs) == similarity.second_layer
 
 
 def best_rows(probes: pd.DataFrame) -> pd.DataFrame:

@@ -183,8 +183,9 @@ def test_widths_and_depths_may_differ_but_for_a_frozen_probe(config, folder, out
     assert set(found.probes.reading) == {"first", "mapped", "refitted"}
     assert found.probes.second_layer.unique().tolist() == [0, 2]
     assert "no frozen probe: one of 16 features cannot read the other LM's 24" in found.notes
-    assert same_depth(4, 4).tolist() == [0, 1, 2, 3]
-    assert same_depth(5, 3).tolist() == [0, 0, 1, 2, 2]
+    assert found.similarity[found.similarity.same_depth].second_layer.tolist() == [0, 2]
+    layers = np.array([0, 17, 29]) / 29, np.array([0, 5, 10, 17]) / 17
+    assert same_depth(*layers).tolist() == [0, 2, 3]
 
 
 def test_numbers_are_read_by_ridge_and_what_is_returned_is_written(config, out):
