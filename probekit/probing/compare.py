@@ -276,24 +276,8 @@ def _probes(
     config, device = run.config, run.device
     tested = Placement.of(run.corpus, grid.examples[TESTED_ON], (POSITION,), *probing_windows(run))
     grid, rows = _rows_of_arrays(grid)
-    first, second = values[0], values[1][torch.from_numpy(pairs)]
-    mapped = torch.stack(
-        [
-            (own.double() @ matrix + shift).float()
-            for target, own in zip(first, second, strict=True)
-            for matrix, shift in [rotation_onto(own[rows[FITTED_ON]], target[rows[FITTED_ON]])]
-        ]
-    )
-    sources = {
-        name: ArraySource(array, points[0], device)
-        for name, array in (("first", first), ("frozen", second), ("mapped", mapped), ("refitted", second))
-    }
-    notes = []
-    if first.shape[2] != second.shape[2]:
-        del sources["frozen"]
-        notes.append(
-            f"no frozen probe: one of {first.shape[2]} features cannot read the other LM's {second.shape[2]}"
-        )
+    arrays, notes = _readings(values[0], values[1][torch.from_numpy(pairs)], rows[FITTED_ON])
+    sources = {name: ArraySource(array, points[0], device) for name, array in arrays.items()}
     job = FitJob(
         grid,
         config.probe.model_copy(update={"control": False, "code_length": False}),
@@ -328,6 +312,29 @@ def _probes(
     table = table.drop(columns=["variant", "injected"])
     begin = ["reading", "layer", "second_layer"]
     return table[begin + [name for name in table if name not in begin and table[name].notna().any()]], notes
+
+
+def _readings(first: Tensor, second: Tensor, fitted_on: np.ndarray) -> tuple[dict[str, Tensor], list[str]]:
+    """What probes read `[layers, examples, width]`, by reading, and notes.
+
+    Args:
+        first: Activations of the first LM.
+        second: Those of the second LM at the same depths.
+        fitted_on: The examples that maps are fitted to.
+    """
+    mapped = torch.stack(
+        [
+            (own.double() @ matrix + shift).float()
+            for target, own in zip(first, second, strict=True)
+            for matrix, shift in [rotation_onto(own[fitted_on], target[fitted_on])]
+        ]
+    )
+    arrays = {"first": first, "frozen": second, "mapped": mapped, "refitted": second}
+    if first.shape[2] == second.shape[2]:
+        return arrays, []
+    del arrays["frozen"]
+    note = f"no frozen probe: one of {first.shape[2]} features cannot read the other LM's {second.shape[2]}"
+    return arrays, [note]
 
 
 def _rows_of_arrays(grid: Grid) -> tuple[Grid, dict[str, np.ndarray]]:
