@@ -83,7 +83,8 @@ ifneq ($(FICTION),)
 	$(DRAW)/labels_fiction.py $(FICTION) --models $(LMS) --passages 50 --sentences 12 --runs $(RUNS)/labels_fiction
 	$(DRAW)/causal_fiction.py $(FICTION) --models $(LMS) --runs $(RUNS)/causal_fiction
 	$(DRAW)/minimal_pairs.py --models $(LMS) --runs $(RUNS)/minimal_pairs
-	$(DRAW)/continuation.py $(FICTION) --models $(LMS) --encoder $(ENCODER) --runs $(RUNS)/continuation
+	$(DRAW)/continuation.py $(FICTION) --models $(firstword $(LMS)) --encoder $(ENCODER) --layers 0 6 12 18 24 29 \
+		--boundaries 60 --runs $(RUNS)/continuation
 endif
 	$(DRAW)/claims.py
 
