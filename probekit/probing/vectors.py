@@ -94,18 +94,25 @@ class Candidates:
         scores = torch.stack([torch.stack(each) for each in found], 1).cpu().numpy()
         return dict(zip(names, scores, strict=True))
 
-    def nearest(self, predicted: Tensor, count: int) -> np.ndarray:
-        """The rows of the distinct vectors that are nearest to predictions, of all, nearest first.
+    def nearest(self, predicted: Tensor, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """The distinct vectors that are nearest to predictions, of all, nearest first.
 
         Args:
             predicted: Vectors `[examples, outputs]`.
             count: How many, at most.
 
         Returns:
-            Rows `[examples, count]`.
+            Their rows, and their cosines to the predictions, each `[examples, count]`.
         """
         near = self._normalised(predicted.cpu().double() - self._centre) @ self._units.T
-        return self.rows[near.topk(min(count, len(self.rows)), dim=1).indices.numpy()]
+        found = near.topk(min(count, len(self.rows)), dim=1)
+        return self.rows[found.indices.numpy()], found.values.numpy()
+
+    def cosines(self, predicted: Tensor, vectors: np.ndarray) -> np.ndarray:
+        """The cosine of each prediction to a vector of its own, both `[examples, outputs]`."""
+        own = torch.from_numpy(np.asarray(vectors, np.float64)) - self._centre
+        units = self._normalised(predicted.cpu().double() - self._centre)
+        return np.asarray((units * self._normalised(own)).sum(1))
 
     @property
     def _first(self) -> int:
@@ -115,6 +122,18 @@ class Candidates:
         """Vectors of norm 1, or 0 where they vanish, in float32."""
         norm = vectors.norm(dim=1, keepdim=True)
         return torch.where(norm > self._least, vectors / norm, 0.0).float()
+
+
+def sentence_candidates(run: Run) -> Candidates:
+    """The sentences of a run's test documents, by their embeddings; rows are numbers of sentences."""
+    corpus = run.corpus
+
+    def known(split: str) -> np.ndarray:
+        sentences = corpus.sentences(corpus.documents(split))
+        return sentences[corpus.embeddings[sentences].any(axis=1)]
+
+    centre = corpus.embeddings[known("probe")].mean(0, dtype=np.float64)
+    return Candidates(corpus.embeddings, known("test"), centre)
 
 
 def nearest(run: Run, predictions: Tensor, count: int = 3) -> np.ndarray:
@@ -128,11 +147,4 @@ def nearest(run: Run, predictions: Tensor, count: int = 3) -> np.ndarray:
     Returns:
         Numbers of sentences, nearest first `[examples, count]`; `corpus.sentence_texts` has their texts.
     """
-    corpus = run.corpus
-
-    def known(split: str) -> np.ndarray:
-        sentences = corpus.sentences(corpus.documents(split))
-        return sentences[corpus.embeddings[sentences].any(axis=1)]
-
-    centre = corpus.embeddings[known("probe")].mean(0, dtype=np.float64)
-    return Candidates(corpus.embeddings, known("test"), centre).nearest(predictions, count)
+    return sentence_candidates(run).nearest(predictions, count)[0]

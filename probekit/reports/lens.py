@@ -40,8 +40,12 @@ HEADINGS = {
     "token": "Tokens",
     "sentence-position": "The number of a sentence",
     "document-type": "The type of the document",
+    "embedding": "The embedding of a sentence",
 }
 """What is read, as the page calls it; a column of labels is called by its name."""
+
+READS = {"two": "from one class to the other", "vectors": "cosine to the nearest sentence"}
+"""What the colour of a token is, by the kind of what is read."""
 
 INLINE_HEIGHT = "48rem"
 """Height of the page in a notebook."""
@@ -179,12 +183,14 @@ def page(data: LensData) -> str:
         facts={name: _symbols(value) for name, value in data.facts.items()},
         notes=map(_symbols, data.notes),
         kind=numbers["kind"],
+        reads=READS.get(numbers["kind"], "probability of the class that is read"),
+        reads_true="cosine to the true one" if probes.of_embeddings else "probability of the true class",
         variants=[reading.probes.variant for reading in data.readings],
         of_actions=probes.of_actions,
         ahead=numbers["ahead"],
         mean="mean" in probes.positions,
         truth=_symbols(data.truth.words),
-        truth_known=bool(probes.classes) and not np.isnan(data.truth.labels).all(),
+        truth_known=numbers["kind"] != "numbers" and not np.isnan(data.truth.labels).all(),
         language=data.language,
         sentences=sentences,
         data=Markup(_json(numbers)),  # noqa: S704 - escaped by _json
@@ -205,6 +211,8 @@ def _example(sentence: str) -> str:
 def _sentence_name(data: LensData, label: float | None) -> str:
     if label is None:
         return "no known action" if data.probes.of_actions else ""
+    if data.probes.of_embeddings:
+        return ""
     return _symbols(data.names[int(label)][1]) if data.probes.classes else f"{label:,.4g}"
 
 
@@ -221,8 +229,9 @@ def _numbers(data: LensData) -> dict[str, Any]:
     """What the script reads; large arrays are packed."""
     probes, config = data.probes, data.probes.record.config.probe
     kind = {0: "numbers", 2: "two"}.get(len(probes.classes), "classes")
+    kind = "vectors" if probes.of_embeddings else kind
     scale = data.scale
-    if probes.classes:
+    if kind != "numbers":
         largest = max(np.quantile(reading.read[0], 0.99) for reading in data.readings)
         scale = (0.0, 1.0 if kind == "two" else next((end for end in SCALES if largest <= end), 1.0))
     before = any(isinstance(position, int) and position > 0 for position in probes.positions)
@@ -252,7 +261,7 @@ def _numbers(data: LensData) -> dict[str, Any]:
         "variants": [_variant(reading) for reading in data.readings],
         "planners": [*planners.items()],
         "scale": scale,
-        "names": {label: [*map(_symbols, names)] for label, names in data.names.items()},
+        "names": {label: [*map(_example, names)] for label, names in data.names.items()},
         "actions": {action: _symbols(name) for action, name in data.actions.items()},
         "examples": {action: [*map(_example, texts)] for action, texts in data.examples.items()},
         "ids": data.ids,

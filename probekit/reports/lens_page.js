@@ -43,13 +43,14 @@
   // Numbers in words.
   const short = (value) => value.toLocaleString("en", { maximumSignificantDigits: 4 });
   const percent = (p) => (p < 0.0005 ? "<0.1 %" : `${(100 * p).toFixed(p < 0.1 ? 1 : 0)} %`);
+  const amount = kind === "vectors" ? (cosine) => cosine.toFixed(2).replace("-", "−") : percent;
   const score = (value) => (data.metric === "accuracy" ? (100 * value).toFixed(1) : value.toFixed(3));
   const unit = data.metric === "accuracy" ? " %" : "";
   const interval = ([value, low, high]) => {
     if (value === null) return "unknown";
     return score(value) + unit + (low === null ? "" : ` [${score(low)}, ${score(high)}]`);
   };
-  const signed = (value) => (value < 0 ? "−" : "+") + (kind === "numbers" ? short(Math.abs(value)) : `${(100 * Math.abs(value)).toFixed(1)} points`);
+  const signed = (value) => (value < 0 ? "−" : "+") + (kind === "numbers" || kind === "vectors" ? short(Math.abs(value)) : `${(100 * Math.abs(value)).toFixed(1)} points`);
   const quoted = (text) => `“${text}”`;
   const named = (label) => data.names[label]?.[1] ?? String(label);
   const sentences = (action) => data.examples[action] ?? [];
@@ -73,7 +74,7 @@
   const right = (v, c, i) => variants[v].right[c * N + i];
   const label = (v, c, i, rank = 0) => (two ? Number(read(v, c, i) > 0.5) : variants[v].top[(rank * C + c) * (N + 1) + i]);
   const sure = (v, c, i) => (two ? Math.max(read(v, c, i), 1 - read(v, c, i)) : read(v, c, i));
-  const says = (v, c, i) => (kind === "numbers" ? short(read(v, c, i)) : `${named(label(v, c, i))}, ${percent(sure(v, c, i))}`);
+  const says = (v, c, i) => (kind === "numbers" ? short(read(v, c, i)) : `${named(label(v, c, i))}, ${amount(sure(v, c, i))}`);
   const shown = (v, c, i) => (chosen.colour === "true" ? right : read)(v, c, i);
 
   // Colours: from dark blue to yellow (cividis), or from blue by white to red; colour-blind eyes see both.
@@ -120,7 +121,7 @@
         token.classList.toggle("differ", differs);
       });
     });
-    const ends = kind === "numbers" ? data.scale.map(short) : ["0", percent(data.scale[1]) + (data.scale[1] < 1 ? " or more" : "")];
+    const ends = kind === "numbers" ? data.scale.map(short) : ["0", amount(data.scale[1]) + (data.scale[1] < 1 ? " or more" : "")];
     $("least").textContent = isSigned() ? named(0) : ends[0];
     $("most").textContent = isSigned() ? named(1) : ends[1];
     $("scale").style.background = scale().gradient;
@@ -189,12 +190,12 @@
   }
   // Classes with their probabilities; actions also with sentences that have them.
   const ranking = (items, is) => make("ol", { class: "plan" }, ...items.map(([n, probability]) => make("li", {},
-    make("span", is === n ? { class: "is" } : {}, `${named(n)}${is === n ? " ✓" : ""}`), make("span", {}, percent(probability)),
+    make("span", is === n ? { class: "is" } : {}, `${named(n)}${is === n ? " ✓" : ""}`), make("span", {}, amount(probability)),
     make("span", { class: "like", dir: "auto" }, data.ofActions ? sentences(n).map(quoted).join(" ") : ""))));
   function difference(i) {
     const c = cellAt(i);
     if (c < 0 || variants.length < 2) return [];
-    const what = kind === "numbers" ? "number" : chosen.colour === "true" ? "probability of the true class"
+    const what = kind === "numbers" ? "number" : kind === "vectors" ? "cosine" : chosen.colour === "true" ? "probability of the true class"
       : two ? `probability of ${named(1)}` : "probability of the class that is read";
     const value = shown(1, c, i) - shown(0, c, i);
     return section(`${variants[1].name} less ${variants[0].name}`, Number.isNaN(value) ? "No true label is known here." : `${what}: ${signed(value)}`);
@@ -207,7 +208,7 @@
     const name = known === null || Number.isNaN(known) ? "no known label" : kind === "numbers" ? short(known) : named(known);
     const examples = data.ofActions && known !== null ? [like(known)] : [];
     if (!data.ahead) return section("True here", name, ...examples);
-    return section(`What comes next: sentence ${next + 1}, ${name}`, make("p", { dir: "auto" }, quoted(textOf(next))),
+    return section(`What comes next: sentence ${next + 1}${kind === "vectors" ? "" : `, ${name}`}`, make("p", { dir: "auto" }, quoted(textOf(next))),
       ...(examples.length ? ["Its action is that of sentences such as", ...examples] : []));
   }
   const layersShown = () => points.flatMap((point, n) => (point.location === chosen.location ? [n] : [])).reverse();
@@ -223,17 +224,18 @@
       ...positions.map((position, p) => {
         const c = cell(n, p);
         const [is, found] = [truth[p * N + i], label(v, c, i)];
-        const value = kind === "classes" && is >= 0 ? right(v, c, i) : read(v, c, i);
+        const value = (kind === "classes" || kind === "vectors") && is >= 0 ? right(v, c, i) : read(v, c, i);
         const mark = (is === found ? " ✓" : "") + (own && variants[v].conditioning.changed[n] ? " †" : "");
         const box = make("td", { "data-point": n, "data-position": position.key },
-          kind === "numbers" ? short(value) : percent(two ? sure(v, c, i) : value));
+          kind === "numbers" ? short(value) : amount(two ? sure(v, c, i) : value));
         if (kind !== "numbers") box.append(make("small", {}, `${data.names[found]?.[0] ?? found}${mark}`));
         paintOne(box, value, shadeOf);
         if (c === cellAt(i)) box.classList.add("chosen");
         return box;
       })));
     const what = { numbers: "The number that is read.", two: "Probability of the class that is read, and that class; ✓ where it is the true one.",
-      classes: "Probability of the true class if it is known, else of the class that is read; below it the class that is read, ✓ where it is the true one." }[kind];
+      classes: "Probability of the true class if it is known, else of the class that is read; below it the class that is read, ✓ where it is the true one.",
+      vectors: "Cosine to the true sentence's embedding if it is known, else to the nearest sentence of the test documents; below it the nearest." }[kind];
     const title = `Layers by positions${of(v)}`;
     return section(title, make("p", { class: "note" }, what + (own ? " †: conditioned on this very action here." : "")),
       table(title, ["layer", ...positions.map(({ key }) => key)], body));

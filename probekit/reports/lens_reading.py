@@ -4,35 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
-from probekit.config import Position, ProbedName, VariantName, as_position, reading_order
+from probekit.config import VariantName
 from probekit.data.codebook import nearest_sentences
 from probekit.data.corpus import Corpus, too_few
 from probekit.errors import ProbekitError
 from probekit.models.conditioning import CONDITIONINGS
-from probekit.models.locations import BEFORE, RESIDUAL, hook_name, label, per_layer
+from probekit.models.locations import RESIDUAL, hook_name, label
 from probekit.models.mixing import VARIANTS
 from probekit.models.replanning import decoded
 from probekit.models.unembedding import Unembedding, find_unembedding
 from probekit.probing.activations import HookPoint, Reader
-from probekit.probing.results import (
-    LINEAR_SOLVERS,
-    Cell,
-    LinearProbe,
-    ProbeRecord,
-    SavedProbes,
-    main_metric,
-    read_probe_record,
-    validation_loss,
-)
+from probekit.probing.results import LinearProbe
 from probekit.probing.targets import NO_LABEL, Examples
+from probekit.probing.vectors import Candidates, sentence_candidates
 from probekit.progress import Progress, Task
+from probekit.reports.display import shortened
+from probekit.reports.lens_probes import KeptProbes, kept_probes
 from probekit.reports.lens_text import LIMIT, Text, TextRun, Truth, cut_text, find_truth
 from probekit.run.run import Run
 
@@ -45,160 +39,11 @@ PLANNED = 5
 EXAMPLES = 3
 """Sentences that illustrate an action; fewer where they have the same text."""
 
+WORDS = 24
+"""Characters of the short name of a sentence."""
+
 LOGITS = 1 << 24
 """Logits of the LM that are in memory at once."""
-
-
-# The probes
-
-
-@dataclass(frozen=True)
-class KeptProbes:
-    """A run's linear probes of one variant, seed, solver and horizon.
-
-    Attributes:
-        variant: Whose activations they read.
-        seed: Seed of the documents drawn to fit on.
-        solver: How they were fitted.
-        horizon: Sentences (or tokens) ahead that they predict.
-        points: Locations and layers, those of a location together.
-        positions: Where they read: numbers of tokens before the range, ascending, then named ones. Every
-            point has all of them.
-        record: How they were made.
-        metric: What they are judged by.
-        quality: Their rows of the table of results, in the order of the cells.
-        baselines: Rows of baselines by name, in the order of the positions.
-        best: Number of the cell that is best on validation documents, among those that are not injected.
-        saved: Their weights.
-    """
-
-    variant: ProbedName
-    seed: int
-    solver: str
-    horizon: int
-    points: list[HookPoint]
-    positions: list[Position]
-    record: ProbeRecord
-    metric: str
-    quality: pd.DataFrame
-    baselines: dict[str, pd.DataFrame]
-    best: int
-    saved: SavedProbes
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Names of the classes; none of numbers."""
-        return self.record.classes or ()
-
-    @property
-    def of_actions(self) -> bool:
-        """Whether they read a sentence's action."""
-        return self.record.config.probe.target == "action" and self.record.config.probe.labels is None
-
-    @property
-    def labels_sentences(self) -> bool:
-        """Whether they read the label of the very sentence that they read at or before."""
-        return self.record.extent == "sentences" and self.horizon == 1
-
-    def at(self, point: HookPoint) -> LinearProbe:
-        """Returns the probes of a point for all positions: `coef` `[positions, width, outputs]`."""
-        return self.saved.stacked([Cell(*point, p, self.horizon, self.solver) for p in self.positions])
-
-
-def kept_probes(
-    run: Run,
-    variant: str | None = None,
-    locations: Sequence[str] | None = None,
-    layers: Sequence[int] | None = None,
-) -> KeptProbes:
-    """Finds the probes of a run that the lens reads with: of the first seed and the nearest horizon.
-
-    Args:
-        run: The run.
-        variant: Whose; None: the first that was probed.
-        locations: Only these.
-        layers: Only these, at locations that every layer has.
-
-    Raises:
-        ProbekitError: The run has no such probes; the message names the command that makes them.
-    """
-    folder = run.folder / "probes"
-    seeds: dict[str, int] = {}
-    for path in folder.glob("*-seed*.safetensors"):
-        name, _, number = path.stem.rpartition("-seed")
-        seeds[name] = min(int(number), seeds.get(name, int(number)))
-    if not seeds:
-        raise ProbekitError(f"{run.folder} keeps no linear probes; run `probekit probe {run.folder}`")
-    record = read_probe_record(run.folder)
-    if record.classes is None:
-        raise ProbekitError(
-            f"the probes of {run.folder} are of an earlier version, which kept no names of classes; run "
-            f"`probekit probe {run.folder}` again"
-        )
-    known = [name for name in record.config.probe.variants if name in seeds]
-    variant = known[0] if variant is None else variant
-    if not isinstance(variant, str) or variant not in known:
-        raise ProbekitError(
-            f"--variant is {variant!r}, of which {folder} keeps no linear probes; it has {', '.join(known)}; "
-            f"for others run `probekit probe {run.folder} --probe.variants ...`"
-        )
-    saved, seed = SavedProbes(folder, variant, seeds[variant]), seeds[variant]
-    horizon = min(cell.horizon for cell in saved.cells)
-    solver = next(name for name in LINEAR_SOLVERS if name in {cell.solver for cell in saved.cells})
-    cells = [cell for cell in saved.cells if (cell.horizon, cell.solver) == (horizon, solver)]
-    found = sorted({(cell.location, cell.layer) for cell in cells})
-    for option, asked, there in (
-        ("--locations", locations, sorted({location for location, _ in found})),
-        ("--layers", layers, sorted({layer for _, layer in found})),
-    ):
-        for value in () if asked is None else asked:
-            if value not in there:
-                known_ones = ", ".join(map(str, there))
-                raise ProbekitError(f"{option} has {value!r}, where no probe reads; there are {known_ones}")
-    points = [
-        (location, layer)
-        for each in dict.fromkeys([*record.config.probe.locations, *(location for location, _ in found)])
-        for location, layer in found
-        if location == each and (locations is None or location in locations)
-        if layers is None or layer in layers or not per_layer(location)
-    ]
-    if not points:
-        raise ProbekitError("--locations and --layers together leave no point that a probe reads; give one")
-
-    every = {cell.position for cell in cells}
-    numbers = sorted(position for position in every if isinstance(position, int))
-    named = reading_order(position for position in every if isinstance(position, str))
-    positions = [*numbers, *map(as_position, named)]
-    names = [str(position) for position in positions]
-    rows = run.probes().query("horizon == @horizon")
-    own = rows.query("reader == 'probe' and variant == @variant and solver == @solver and seed == @seed")
-    own = own.set_index(["location", "layer", "position"])
-    own = own.loc[[(*point, name) for point in points for name in names]]
-    metric = main_metric(rows)
-    width, outputs = saved[Cell(*points[0], positions[0], horizon, solver)].coef.shape
-    if width != run.locations[points[0][0].removesuffix(BEFORE)] or outputs != max(1, len(record.classes)):
-        raise ProbekitError(
-            f"the probes of {run.folder} read pairs of spans or vectors, which the lens does not show; probe "
-            "classes or numbers of sentences, texts or spans"
-        )
-    others = rows[(rows.reader != "probe") & (rows.seed.isna() | (rows.seed == seed)) & rows[metric].notna()]
-    return KeptProbes(
-        variant,
-        seed,
-        solver,
-        horizon,
-        points,
-        positions,
-        record,
-        metric,
-        own,
-        {str(name): by.set_index("position").reindex(names) for name, by in others.groupby("reader")},
-        int(validation_loss(own).where(~own.injected).fillna(float("inf")).to_numpy().argmin()),
-        saved,
-    )
-
-
-# Reading the text with the probes
 
 
 @dataclass(frozen=True)
@@ -210,11 +55,12 @@ class Reading:
     Attributes:
         probes: The probes.
         read: What they read: the number, of two classes the probability of the second, of more those of the
-            `RANKS` most probable ones. The last column is the reading of the mean of all tokens
-            `[ranks, cells, tokens + 1]`.
-        top: The classes that these are the probabilities of, if there are more than two; else empty
-            `[ranks, cells, tokens + 1]`.
-        of_true: Probability of the true class; NaN where none is known, and of numbers `[cells, tokens]`.
+            `RANKS` most probable ones; of embeddings the cosines of the nearest sentences of test documents.
+            The last column is the reading of the mean of all tokens `[ranks, cells, tokens + 1]`.
+        top: The classes (or sentences) that these are the probabilities (or cosines) of, if there are more
+            than two; else empty `[ranks, cells, tokens + 1]`.
+        of_true: Probability of the true class, or cosine to the true embedding; NaN where none is known, and
+            of numbers `[cells, tokens]`.
         next: The LM's own next tokens by the logit lens, or None: `points`, the points with a residual
             stream; `tokens` and `probability`, `[points, RANKS, tokens]`.
         planner: The planner's forecast of every sentence from those before it, or None: `top` and
@@ -319,9 +165,11 @@ def read_text(
     if run.corpus.facts.get("chats"):
         notes.append("The text is read as plain text, though the probes were fitted on chats.")
     readings = []
+    candidates = sentence_candidates(run) if probes.of_embeddings else None
     for own, cut in zip(every, cuts, strict=True):
+        sentences = None if candidates is None else _Sentences(candidates, cut)
         with progress.task(f"read the text in {own.variant}", total=len(cut.pieces)) as task:
-            readings.append(_reading(TextRun(run, cut), own, cut, truth, notes, task))
+            readings.append(_reading(TextRun(run, cut), own, cut, truth, sentences, notes, task))
 
     of_actions, classes, actions = probes.of_actions, [], []
     for reading in readings:
@@ -329,7 +177,7 @@ def read_text(
         actions += [reading.conditioning["action"]] if reading.conditioning else []
         actions += [reading.planner["top"]] if reading.planner else []
     classes += [truth.labels, truth.of_sentences, np.arange(2 * (len(probes.classes) == 2))]
-    occurring = _different(classes) if probes.classes else []
+    occurring = _different(classes) if probes.classes or probes.of_embeddings else []
     examples = _examples(run.corpus, _different([*actions, *(classes if of_actions else [])]))
     named = {action: f"action {run.corpus.action_name(action)}" for action in examples}
     cut = cuts[0]
@@ -350,12 +198,27 @@ def read_text(
         truth=truth,
         readings=readings,
         scale=record.range or (float(read.min()), float(read.max())),
-        names={n: (str(n), named[n]) if of_actions else (probes.classes[n],) * 2 for n in occurring},
+        names=_names(run.corpus, probes, cut, occurring, named),
         actions=named,
         examples=examples,
         words={token: decoded(run.corpus.tokenizer, [token]) for token in following},
         notes=[*dict.fromkeys(notes)],
     )
+
+
+def _names(
+    corpus: Corpus, probes: KeptProbes, cut: Text, occurring: Sequence[int], actions: Mapping[int, str]
+) -> dict[int, tuple[str, str]]:
+    """A short and a full name of classes; of sentences, their texts."""
+    if probes.of_actions:
+        return {number: (str(number), actions[number]) for number in occurring}
+    if not probes.of_embeddings:
+        return {number: (probes.classes[number],) * 2 for number in occurring}
+    there = [number for number in occurring if number < len(corpus.first_token)]
+    texts = dict(zip(there, corpus.sentence_texts(np.array(there, np.int64)), strict=True))
+    spans = enumerate(pairwise([*cut.first_token, len(cut.pieces)]), cut.first_number)
+    texts |= {number: "".join(cut.pieces[slice(*span)]) for number, span in spans if number in occurring}
+    return {number: (shortened(text, WORDS), text) for number, text in texts.items()}
 
 
 def _different(numbers: Iterable[np.ndarray]) -> list[int]:
@@ -370,7 +233,13 @@ def _planned_for(probes: KeptProbes) -> VariantName:
 
 
 def _reading(
-    run: TextRun, probes: KeptProbes, cut: Text, truth: Truth, notes: list[str], task: Task
+    run: TextRun,
+    probes: KeptProbes,
+    cut: Text,
+    truth: Truth,
+    sentences: _Sentences | None,
+    notes: list[str],
+    task: Task,
 ) -> Reading:
     """Reads the text in one variant; adds to the notes."""
     reader = Reader(run, probes.variant, probes.points, ["first"], probes.seed)
@@ -388,14 +257,14 @@ def _reading(
             for stack, points in zip(reader.stacks, stacks, strict=True)
             for point, of_point in zip(stack.points, points, strict=True)
         }
-        parts.append(_outputs(probes, values, truth.labels[:, rows]))
+        parts.append(_outputs(probes, values, truth.labels[:, rows], sentences))
         if unembed is not None:
             of_points = [_next_tokens(unembed, values[probes.points[number]]) for number in residual]
             following.append([np.stack(part) for part in zip(*of_points, strict=True)])
         sums = {point: sums.get(point, 0) + own.double().sum(0, True) for point, own in values.items()}
         task.advance(rows.stop - rows.start)
     means = {point: (total / tokens).float() for point, total in sums.items()}
-    of_mean = _outputs(probes, means, np.full((len(probes.positions), 1), np.nan))
+    of_mean = _outputs(probes, means, np.full((len(probes.positions), 1), np.nan), sentences)
     read, top, of_true = (np.concatenate(part, axis=-1) for part in zip(*parts, of_mean, strict=True))
     scores = _planner_scores(run, _planned_for(probes), cut)
     next_tokens: dict[str, Any] | None = None
@@ -413,8 +282,35 @@ def _reading(
     )
 
 
+class _Sentences:
+    """What predicted embeddings are compared with: sentences of test documents, and the text's own."""
+
+    def __init__(self, candidates: Candidates, cut: Text) -> None:
+        self._candidates = candidates
+        self._own, self._first = cut.encodings, cut.first_number
+
+    def compared(self, predicted: Tensor, true: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        """What is read of embeddings; see `_outputs`.
+
+        Args:
+            predicted: Of every position `[positions, tokens, dimensions]`.
+            true: Numbers of the true sentences `[positions, tokens]`.
+        """
+        flat = predicted.flatten(0, 1)
+        rows, cosines = self._candidates.nearest(flat, RANKS)
+        known = np.isfinite(true)
+        of_true = np.full(true.shape, np.nan)
+        own = self._own[true[known].astype(int) - self._first]
+        of_true[known] = self._candidates.cosines(predicted[torch.from_numpy(known)], own)
+        ranked = [torch.from_numpy(part.T.reshape(-1, *true.shape).copy()) for part in (cosines, rows)]
+        return ranked[0].float(), ranked[1].float(), torch.from_numpy(of_true)
+
+
 def _outputs(
-    probes: KeptProbes, activations: Mapping[HookPoint, Tensor], true: np.ndarray
+    probes: KeptProbes,
+    activations: Mapping[HookPoint, Tensor],
+    true: np.ndarray,
+    sentences: _Sentences | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What every cell says of tokens.
 
@@ -422,6 +318,7 @@ def _outputs(
         probes: The probes.
         activations: Of every point `[tokens, width]`.
         true: True labels `[positions, tokens]`, NaN where none is known.
+        sentences: What embeddings are compared with.
 
     Returns:
         `read`, `top` and `of_true`, as in `Reading`.
@@ -432,6 +329,9 @@ def _outputs(
         values, probe = activations[point], probes.at(point)
         probe = LinearProbe(probe.coef.to(values.device), probe.intercept.to(values.device))
         scores = probe.scores(values).cpu()
+        if sentences is not None:
+            found.append(sentences.compared(scores, true))
+            continue
         none = torch.empty(0, *known.shape)
         if not probes.classes:
             found.append((scores.movedim(-1, 0), none, torch.full(known.shape, torch.nan)))
@@ -539,6 +439,7 @@ def _facts(run: Run, every: Sequence[KeptProbes]) -> dict[str, str]:
     documents = probes.record.documents[str(probes.seed)]
     target = repr(config.target) if config.labels is not None else config.target
     kind = f"one of {len(probes.classes):,} classes" if probes.classes else "a number"
+    kind = "a vector" if probes.of_embeddings else kind
     ahead = f", {probes.horizon} ahead" if probes.horizon > 1 else ""
     facts = {
         "Run": run.folder.resolve().name,

@@ -87,6 +87,8 @@ class Text:
         known: Whether a sentence has a word that the encoder knows; if not, its nearest centroid means
             nothing `[sentences]`.
         embeddings: By the encoder of the corpus, or the variant's own `[sentences, dimensions]`.
+        encodings: By the encoder of the corpus `[sentences, dimensions]`.
+        first_number: The number of its first sentence: that in the run's corpus, or of no sentence there.
     """
 
     corpus: Corpus
@@ -96,6 +98,8 @@ class Text:
     actions: np.ndarray
     known: np.ndarray
     embeddings: np.ndarray
+    encodings: np.ndarray
+    first_number: int
 
 
 class TextRun(Run):
@@ -177,7 +181,9 @@ def cut_text(run: Run, text: str, variant: VariantName, limit: int = LIMIT) -> T
     ends[-1] = len(text)
     pieces = [text[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
     known = np.any(encodings != 0, axis=1)
-    return Text(alone, pieces, aligned.first_token, document, actions.astype(np.int64), known, embeddings)
+    number = len(corpus.first_token) if document is None else int(corpus.document_sentences[document])
+    actions = actions.astype(np.int64)
+    return Text(alone, pieces, aligned.first_token, document, actions, known, embeddings, encodings, number)
 
 
 def _document_of(corpus: Corpus, ids: np.ndarray, first_token: np.ndarray) -> int | None:
@@ -282,10 +288,14 @@ def _examples(run: Run, cut: Text, record: ProbeRecord, horizon: int) -> tuple[E
         if config.target == "action":
             words = "A sentence's true action is the one whose centroid is nearest to it."
             words = f"{own}: true actions are those of the corpus." if own else words
+        elif config.target == "embedding":
+            words = "What is true is the embedding of the text's own sentence."
+            actions = np.where(cut.known, cut.first_number + np.arange(sentences), NO_LABEL)
         else:
             actions = np.minimum(np.arange(sentences), LAST_POSITION)
         actions = np.pad(actions, (0, len(alone.first_token) - sentences), constant_values=NO_LABEL)
-        target = sentence_target(alone, config.target, len(classes), actions)
+        vectors = alone.embeddings if config.target == "embedding" else None
+        target = sentence_target(alone, config.target, len(classes), actions, vectors=vectors)
     found = find_examples(alone, documents, target, [horizon], config.anchors)
     start = found.start - shift
     # The token behind the text belongs to none of its sentences.

@@ -99,7 +99,7 @@ def test_a_probe_reads_the_second_span(tiny_run: Run, table: Path, copy: Path, q
     pair = probe(run, settings, quiet=True).table.query("reader == 'probe'")
     with pytest.raises(ProbekitError, match="read pairs of spans, of which new texts have none"):
         score(copy, ["a text"], quiet=True)
-    with pytest.raises(ProbekitError, match="read pairs of spans or vectors, which the lens does not show"):
+    with pytest.raises(ProbekitError, match="read pairs of spans, or vectors of a table"):
         lens(copy, "a text", quiet=True)
     alone = table.with_name("alone.csv")
     spans = pd.read_csv(table).drop(columns=["start2", "end2"])

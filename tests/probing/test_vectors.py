@@ -19,7 +19,7 @@ from probekit.probing import probe as probing
 from probekit.probing.activations import Reader
 from probekit.probing.baselines import counted_examples
 from probekit.probing.grid import CHOSEN_ON, FITTED_ON, TESTED_ON, make_grid
-from probekit.probing.results import main_metric
+from probekit.probing.results import Cell, main_metric
 from probekit.probing.targets import NO_LABEL, Target, find_target, sentence_target
 from probekit.probing.vectors import Candidates, nearest
 from probekit.reports import plot_probes, tables
@@ -335,6 +335,44 @@ def test_a_run_of_vectors_is_scored_and_refused_by_causal_tests(probed: Run):
     assert scored.columns[2:].tolist() == [f"predicted_{n}" for n in range(16)]
     with pytest.raises(ProbekitError, match=r"holds probes of 'embedding' \(vectors, .* change what class"):
         probekit.intervene(probed.folder, quiet=True)
+
+
+def test_the_lens_shows_the_nearest_sentences_of_what_scores_predict(probed: Run, tmp_path: Path):
+    corpus = probed.corpus
+    split = {name: corpus.sentences(corpus.documents(name)) for name in ("probe", "test")}
+    first = int(corpus.document_sentences[corpus.documents("test")[0]])
+    text = " ".join(corpus.sentence_texts(first + np.arange(2)))
+    shown = probekit.lens(probed.folder, text, tmp_path / "lens.html", quiet=True)
+    data, (reading,) = shown.data, shown.data.readings
+    cells = [(point, position) for point in data.probes.points for position in data.probes.positions]
+    c = len(cells) - 2
+    (location, layer), position = cells[c]
+    key = Cell(location, layer, position, 1, "ridge").key
+    scored = probekit.score(probed.folder, [text], key, tokens=True, quiet=True)
+    predicted = scored[[f"predicted_{n}" for n in range(16)]].to_numpy()
+    centre = corpus.embeddings[split["probe"]].mean(0)
+
+    def units(vectors: np.ndarray) -> np.ndarray:
+        away = vectors - centre
+        return np.asarray(away / np.linalg.norm(away, axis=1, keepdims=True))
+
+    cosines = units(predicted) @ units(corpus.embeddings[split["test"]]).T
+    np.testing.assert_allclose(reading.read[0, c, :-1], cosines.max(1), atol=1e-4)
+    best = [int(np.flatnonzero(split["test"] == number)[0]) for number in reading.top[0, c, :-1]]
+    np.testing.assert_allclose(cosines[np.arange(len(best)), best], cosines.max(1), atol=1e-4)
+    second = len(corpus.first_token) + 1  # the text is no document of the corpus
+    token = int(data.first_token[1]) - position
+    assert data.truth.labels[data.probes.positions.index(position), token] == second
+    own = units(predicted[[token]]) @ units(corpus.embeddings[[first + 1]]).T
+    assert reading.of_true[c, token] == pytest.approx(own.item(), abs=1e-4)
+    assert data.names[second][1].strip() == corpus.sentence_texts(np.array([first + 1]))[0]
+    assert all(len(short) <= 24 for short, _ in data.names.values())
+    assert "The embedding of a sentence" in shown.html
+
+    document = int(corpus.documents("test")[0])
+    whole = probekit.lens(probed.folder, corpus.texts[document].text, tmp_path / "w.html", quiet=True).data
+    known = whole.truth.labels[~np.isnan(whole.truth.labels)].astype(int)
+    assert {*known} <= {*range(*corpus.document_sentences[document : document + 2])}
 
 
 def test_a_sentence_without_known_words_has_no_vector(tiny_run: Run):
