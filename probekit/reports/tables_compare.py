@@ -10,7 +10,7 @@ import pandas as pd
 from probekit.config import nearest
 from probekit.models.locations import label
 from probekit.probing.results import main_metric, validation_loss
-from probekit.reports.display import INTERVALS, Table, cell, described, display, number
+from probekit.reports.display import INTERVALS, Table, cell, described, display, heading, number
 
 if TYPE_CHECKING:
     from probekit.probing.compare import Comparison
@@ -49,7 +49,7 @@ def comparison_tables(found: Comparison) -> list[Table]:
     shown.append(
         Table(
             f"{described(metric).label} of {target} by layer, on {documents} ({INTERVALS})",
-            of_all.rename(columns=_spaced),
+            of_all.rename(columns=heading),
         )
     )
     best = best_rows(probes)
@@ -80,10 +80,6 @@ def best_rows(probes: pd.DataFrame) -> pd.DataFrame:
     own = probes[probes.reading == "first"]
     keys = ["solver", "horizon", "layer"]
     return probes.merge(own.loc[[validation_loss(own).idxmin()], keys], on=keys)
-
-
-def _spaced(name: str) -> str:
-    return name.replace("_", " ")
 
 
 # Geometry
