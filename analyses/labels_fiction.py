@@ -19,7 +19,8 @@ token of a sentence (as those of Qwen and Llama 3 do) gives the answer to "next 
 
 The probes of each label are written once finished, and the next call with the same passages goes on from
 there. Solid lines are the LM, dashed ones random weights; bands are 95 %
-intervals. Grey lines are the bag of words of the text so far, and the embedding of the token that is read.
+intervals. Grey lines are the bag of words of the text so far, the embedding of the token that is read, and
+of labels of two classes what shows at the surface (`surface`), by logistic regression on the same examples.
 """
 
 from __future__ import annotations
@@ -36,10 +37,15 @@ import pandas as pd
 from matplotlib.figure import Figure
 from shared.fiction import SPEECH, passages
 from shared.script import made_of, run_script, save_figure, script_parser
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 import probekit
 from probekit import cli
 from probekit.config import user_path
+from probekit.data.corpus import SPLITS
 from probekit.data.sentences import sentence_spans
 from probekit.errors import ProbekitError
 from probekit.reports.drawing import colours_of_names
@@ -60,6 +66,11 @@ TARGETS = {
 CHANCE = {"auroc": 0.5, "r2": 0.0}
 """What knowing nothing gives; of balanced accuracy it is what the prior has."""
 
+LINES = {name: BASELINE_STYLES[name][1] for name in ("bag of words", "token embedding")} | {"surface": "-."}
+"""Baselines that are drawn, with the style of their line."""
+
+ENDINGS = (".", "!", "?", "”", '"', ",", ":")
+REPORTED = re.compile(r"\b(said|asked|cried|answered|replied|exclaimed|continued)\b")
 FIRST_HALF = re.compile(r"(?:the |an? )?+[^a-z]*[a-l]", re.IGNORECASE)
 PARAGRAPH = re.compile(r"\n\s*$")
 
@@ -84,6 +95,57 @@ def labelled_sentences(passage: dict[str, Any], most: int) -> Iterator[dict[str,
         }
 
 
+def surface(text: str, start: int, end: int, place: int) -> list[float]:
+    """What anybody sees of a sentence and before it: marks, length, a verb of speech, an open quotation."""
+    sentence, before = text[start:end], text[:end]
+    is_open = before.count("“") > before.count("”") or before.count('"') % 2 == 1
+    return [
+        bool(SPEECH.search(sentence)),
+        is_open,
+        bool(SPEECH.search(text[max(0, start - 200) : start])),
+        bool(REPORTED.search(sentence)),
+        "\n" in text[end : end + 2],
+        *(sentence.endswith(mark) for mark in ENDINGS),
+        np.log(len(sentence)),
+        place,
+    ]
+
+
+def surface_rows(run: Run, labels: Path) -> pd.DataFrame:
+    """A row for each label of two classes: what logistic regression on `surface` tells of test examples.
+
+    Intervals resample stories.
+    """
+    table, corpus = pd.read_csv(labels), run.corpus
+    splits = {corpus.texts[number].text: split for number, split in enumerate(corpus.split)}
+    split = table.text.map(splits).map(dict(enumerate(SPLITS)))
+    features = [surface(*row) for row in table[["text", "start", "end", "place"]].itertuples(index=False)]
+    X, fitted, tested = np.array(features, float), (split == "probe").to_numpy(), (split == "test").to_numpy()
+    stories = table.story[tested].to_numpy()
+    rng = np.random.default_rng(0)
+    rows = []
+    for target in (name for name, metric in TARGETS.items() if metric == "auroc"):
+        y = table[target].to_numpy(int)
+        reader = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(X[fitted], y[fitted])
+        said, true = reader.predict_proba(X[tested]), y[tested]
+        share = np.array([1 - y[fitted].mean(), y[fitted].mean()])
+        bits = np.log2(said[np.arange(len(true)), true] / share[true])
+        of_story = [np.flatnonzero(stories == story) for story in np.unique(stories)]
+        drawn = [
+            np.concatenate([of_story[n] for n in rng.integers(len(of_story), size=len(of_story))])
+            for _ in range(1000)
+        ]
+        row = {"reader": "surface", "target": target, "examples": len(true), "documents": len(of_story)}
+        for metric, score in (
+            ("auroc", lambda own, true=true, said=said: roc_auc_score(true[own], said[own, 1])),
+            ("bits", lambda own, bits=bits: bits[own].mean()),
+        ):
+            ends = np.quantile([score(own) for own in drawn], [0.025, 0.975])
+            row |= {metric: score(np.arange(len(true))), f"{metric}_low": ends[0], f"{metric}_high": ends[1]}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
 def probed(model: str, labels: Path, folder: Path, given: argparse.Namespace) -> tuple[Run, pd.DataFrame]:
     """Probes every label of an LM, and returns the run and its results; those there are kept."""
     run = folder / "run"
@@ -99,7 +161,8 @@ def probed(model: str, labels: Path, folder: Path, given: argparse.Namespace) ->
             cli.probe([*words, "--probe.variants", *given.variants])
             probekit.load_run(run).probes().to_parquet(kept, index=False)
         tables.append(pd.read_parquet(kept))
-    return probekit.load_run(run), pd.concat(tables).assign(model=folder.name)
+    opened = probekit.load_run(run)
+    return opened, pd.concat([*tables, surface_rows(opened, labels)]).assign(model=folder.name)
 
 
 def draw(table: pd.DataFrame) -> Figure:
@@ -120,10 +183,9 @@ def draw(table: pd.DataFrame) -> Figure:
                 axes.plot(share, means.value, style, color=colour, label=f"{model}, {variant}")
                 axes.fill_between(share.astype(float), means.low, means.high, color=colour, alpha=0.15)
         beside = table[(table.reader != "probe") & (table.target == target)]
-        for reader in ("bag of words", "token embedding"):
+        for reader, line in LINES.items():
             value = beside[beside.reader == reader][metric].mean()
             if np.isfinite(value):
-                _, line = BASELINE_STYLES[reader]
                 axes.axhline(value, color="0.5", linestyle=line, label=reader)
         of_prior = beside[beside.reader == "prior"][metric].mean()
         axes.axhline(CHANCE.get(metric, of_prior), color="0.7", linewidth=0.8, label="_chance")

@@ -73,6 +73,10 @@ def test_the_script_draws_and_goes_on(tmp_path: Path):
     probes = numbers[numbers.reader == "probe"]
     for target, metric in labels_fiction.TARGETS.items():
         assert probes[probes.target == target][metric].notna().all(), target
+    surface = numbers[numbers.reader == "surface"].set_index("target")
+    assert {*surface.index} == {name for name, metric in labels_fiction.TARGETS.items() if metric == "auroc"}
+    assert surface.auroc["speech"] > 0.99, "whether a sentence holds quotation marks is at its surface"
+    assert (surface.auroc_low <= surface.auroc).all()
     made = {file: file.stat().st_mtime_ns for file in runs.rglob("*.parquet")}
     out.unlink()
     labels_fiction.main(words)
