@@ -8,10 +8,10 @@ in quotation marks. Probes read before a sentence whether it will; then, in test
 linear probe reads at the last tokens before the boundary, or the mean of the label that the sentence does
 not have is added, and the LM writes the sentence.
 
-Above, balanced accuracies of least-squares probes by layer: before, after erasing and fitting again, and
-of the more frequent label. Below, how many written sentences have the label that the true one does not have,
-according to a classifier of words: without a change, steered, and moved as far in a random direction. Bands
-are 95 % intervals that resample stories. What is finished is kept in `--runs`.
+Above, accuracies of least-squares probes by layer: before, after erasing and fitting again, and of the more
+frequent label. Below, by how much steering changes the share of written sentences that have the label aimed
+at, according to a classifier of words, beyond a change as large in a random direction: a paired difference.
+Bars are 95 % intervals that resample stories. What is finished is kept in `--runs`.
 """
 
 from __future__ import annotations
@@ -45,6 +45,9 @@ ERASED = {
 SPLITS = {"probe": 0.35, "validation": 0.1, "test": 0.35}
 """Shares of the stories; the rest, `train`, teaches the classifier that judges written sentences."""
 
+
+APART = 0.3
+"""Layers between what stands side by side."""
 
 SETTINGS = ("authors", "passages", "sentences", "boundaries", "layers", "reach", "strengths", "seed")
 """Options that the numbers depend on."""
@@ -84,36 +87,32 @@ def tested(model: str, corpus: Path, folder: Path, given: argparse.Namespace) ->
     return probekit.load_run(run), pd.read_parquet(results).assign(model=folder.name)
 
 
-def line(axes: Axes, rows: pd.DataFrame, label: str, colour: str, style: str) -> None:
-    """Draws a metric by layer, with its interval."""
+def bars(axes: Axes, rows: pd.DataFrame, number: int, label: str, colour: str, style: str) -> None:
+    """Draws a metric by layer, with its intervals, beside those of other numbers."""
     rows = rows.sort_values("layer")
-    layers = rows.layer.astype(float)
-    axes.plot(layers, rows.value, style, color=colour, label=label, marker=".")
-    axes.fill_between(layers, rows.value_low, rows.value_high, color=colour, alpha=0.12)
+    ends = abs(rows[["value_low", "value_high"]].sub(rows.value, axis=0).to_numpy().T)
+    at = rows.layer.astype(float) + APART * number
+    axes.errorbar(at, rows.value, ends, fmt=style, marker=".", color=colour, capsize=2, label=label)
 
 
 def draw(table: pd.DataFrame) -> Figure:
     """Draws erasing above and steering below, a column for each LM."""
     models = list(table.model.unique())
-    figure = Figure(figsize=(1.0 + 4.4 * len(models), 6.2), layout="constrained")
+    figure = Figure(figsize=(1.8 + 4.2 * len(models), 6.2), layout="constrained")
     panels = figure.subplots(2, len(models), squeeze=False, sharey="row")
     for column, model in enumerate(models):
         own = table[table.model == model]
         above, below = panels[:, column]
-        for metric, (label, colour, style) in ERASED.items():
-            line(above, own[(own.kind == "erase") & (own.metric == metric)], label, colour, style)
+        for number, (metric, look) in enumerate(ERASED.items()):
+            bars(above, own[(own.kind == "erase") & (own.metric == metric)], number, *look)
         above.set_title(model, fontsize=10)
-        steered = own[(own.kind == "steer") & (own.condition == "wrong label")]
-        strengths = sorted(steered.strength.unique())
-        unedited = steered[(steered.metric == "plan_following_unedited") & (steered.strength == strengths[0])]
-        line(below, unedited, "no change", "0.5", ":")
-        for strength, colour in zip(strengths, ("#5b9bd5", COLOUR, "#b35900", "#2e8b57"), strict=False):
-            at = own[(own.kind == "steer") & (own.strength == strength) & (own.metric == "plan_following")]
-            line(below, at[at.condition == "wrong label"], f"steered, {strength:g} times", colour, "-")
-            line(below, at[at.condition == "random (wrong)"], f"random, as far as {strength:g}", colour, "--")
+        steered = own[own.metric == "plan_following_over_random"]
+        for number, ((label, strength), rows) in enumerate(steered.groupby(["condition", "strength"])):
+            bars(below, rows, number, f"{label}, {strength:g} times", f"C{number}", "-")
+        below.axhline(0, color="0.5", linewidth=0.8, linestyle=":")
         below.set_xlabel("layer", fontsize=9)
     panels[0, 0].set_ylabel("accuracy of a linear probe", fontsize=9)
-    panels[1, 0].set_ylabel("written sentences with\nthe label aimed at", fontsize=9)
+    panels[1, 0].set_ylabel("share of the label aimed at,\nsteered less random", fontsize=9)
     for row in panels:
         row[-1].legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
