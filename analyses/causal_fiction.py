@@ -111,6 +111,8 @@ def draw(table: pd.DataFrame) -> Figure:
             bars(below, rows, number, f"{label}, {strength:g} times", f"C{number}", "-")
         below.axhline(0, color="0.5", linewidth=0.8, linestyle=":")
         below.set_xlabel("layer", fontsize=9)
+        for panel in (above, below):
+            panel.set_xticks(sorted(own.layer.unique()))
     panels[0, 0].set_ylabel("accuracy of a linear probe", fontsize=9)
     panels[1, 0].set_ylabel("share of the label aimed at,\nsteered less random", fontsize=9)
     for row in panels:

@@ -66,8 +66,9 @@ TARGETS = {
 CHANCE = {"auroc": 0.5, "r2": 0.0}
 """What knowing nothing gives; of balanced accuracy it is what the prior has."""
 
-LINES = {name: BASELINE_STYLES[name][1] for name in ("bag of words", "token embedding")} | {"surface": "-."}
-"""Baselines that are drawn, with the style of their line."""
+LINES = {name: ("0.5", BASELINE_STYLES[name][1]) for name in ("bag of words", "token embedding")}
+LINES["surface"] = ("0.1", ":")
+"""Baselines that are drawn, with colour and style of their line."""
 
 ENDINGS = (".", "!", "?", "”", '"', ",", ":")
 REPORTED = re.compile(r"\b(said|asked|cried|answered|replied|exclaimed|continued)\b")
@@ -96,7 +97,7 @@ def labelled_sentences(passage: dict[str, Any], most: int) -> Iterator[dict[str,
 
 
 def surface(text: str, start: int, end: int, place: int) -> list[float]:
-    """What anybody sees of a sentence and before it: marks, length, a verb of speech, an open quotation."""
+    """What anybody sees up to a sentence's end: marks, length, a verb of speech, an open quotation."""
     sentence, before = text[start:end], text[:end]
     is_open = before.count("“") > before.count("”") or before.count('"') % 2 == 1
     return [
@@ -104,7 +105,6 @@ def surface(text: str, start: int, end: int, place: int) -> list[float]:
         is_open,
         bool(SPEECH.search(text[max(0, start - 200) : start])),
         bool(REPORTED.search(sentence)),
-        "\n" in text[end : end + 2],
         *(sentence.endswith(mark) for mark in ENDINGS),
         np.log(len(sentence)),
         place,
@@ -183,10 +183,10 @@ def draw(table: pd.DataFrame) -> Figure:
                 axes.plot(share, means.value, style, color=colour, label=f"{model}, {variant}")
                 axes.fill_between(share.astype(float), means.low, means.high, color=colour, alpha=0.15)
         beside = table[(table.reader != "probe") & (table.target == target)]
-        for reader, line in LINES.items():
+        for reader, (colour, line) in LINES.items():
             value = beside[beside.reader == reader][metric].mean()
             if np.isfinite(value):
-                axes.axhline(value, color="0.5", linestyle=line, label=reader)
+                axes.axhline(value, color=colour, linestyle=line, label=reader)
         of_prior = beside[beside.reader == "prior"][metric].mean()
         axes.axhline(CHANCE.get(metric, of_prior), color="0.7", linewidth=0.8, label="_chance")
         axes.set_title(f"{target}: {METRICS[metric].removeprefix('test ')}", fontsize=9)

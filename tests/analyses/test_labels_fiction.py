@@ -34,6 +34,14 @@ def test_labels_of_a_passage():
     assert set(table["story"]) == {"A. Author: The House"}
 
 
+def test_what_shows_at_the_surface_ends_with_the_sentence():
+    passage = {"text": TEXT, "author": "A. Author", "title": "The House"}
+    for row in labels_fiction.labelled_sentences(passage, most=3):
+        place = [row[name] for name in ("start", "end", "place")]
+        cut = row["text"][: row["end"]]
+        assert labels_fiction.surface(row["text"], *place) == labels_fiction.surface(cut, *place)
+
+
 def test_every_story_is_drawn_from_before_a_second_passage(tmp_path: Path):
     rows = [
         {"author": author, "title": f"{author}{story}", "text": f"{author} {story} {part}"}
