@@ -54,6 +54,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "BOUNDARIES": 8,
         "SAMPLES": 3,
     },
+    "06_next_sentence.ipynb": {"FIGURES": str(FOLDER.parent / "figures")},
 }
 """What takes the place of the values in the cell tagged `parameters`, by notebook."""
 
