@@ -24,13 +24,12 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from shared.fiction import SPEECH, passages
+from shared.fiction import SPEECH, beginning, passages
 from shared.script import made_of, run_script, save_figure, script_parser
 
 import probekit
 from probekit import cli
 from probekit.config import user_path
-from probekit.data.sentences import sentence_spans
 from probekit.reports.drawing import COLOUR
 from probekit.run.folder import digest_of
 from probekit.run.run import Run
@@ -51,11 +50,6 @@ APART = 0.3
 
 SETTINGS = ("authors", "passages", "sentences", "boundaries", "layers", "reach", "strengths", "seed")
 """Options that the numbers depend on."""
-
-
-def cut(text: str, most: int) -> str:
-    """The first sentences of a text."""
-    return text[: sentence_spans(text)[:most][-1][1]].rstrip()
 
 
 def tested(model: str, corpus: Path, folder: Path, given: argparse.Namespace) -> tuple[Run, pd.DataFrame]:
@@ -136,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/causal_fiction"), help="folder of the runs")
     given = parser.parse_args(arguments)
     drawn = [
-        {"text": cut(passage["text"], given.sentences), "story": f"{passage['author']}: {passage['title']}"}
+        {"text": beginning(passage, given.sentences), "story": f"{passage['author']}: {passage['title']}"}
         for passage in passages(given.text, given.authors, given.passages, seed=0)
     ]
     given.runs.mkdir(parents=True, exist_ok=True)

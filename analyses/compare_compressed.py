@@ -18,12 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
-from labels_fiction import labelled_sentences, passages
 from matplotlib.figure import Figure
+from shared.fiction import passages, save_labels
 from shared.script import run_script, save_figure, script_parser
 
 import probekit
-from probekit.errors import ProbekitError
 from probekit.probing.compare import Comparison
 from probekit.reports.plot_compare import draw_readings, draw_similarity
 
@@ -59,16 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sentences", type=int, default=20, help="most sentences of a passage (20)")
     parser.add_argument("--runs", type=Path, default=Path("runs/compressed"), help="folder of the runs")
     given = parser.parse_args(arguments)
-    if not given.text.is_file():
-        raise ProbekitError(f"{given.text}: there is no such file")
-    rows = [
-        row
-        for passage in passages(given.text, given.authors, given.passages, seed=0)
-        for row in labelled_sentences(passage, given.sentences)
-    ]
-    given.runs.mkdir(parents=True, exist_ok=True)
-    labels = given.runs / "labels.csv"
-    pd.DataFrame(rows).to_csv(labels, index=False)
+    drawn = passages(given.text, given.authors, given.passages, seed=0)
+    labels = save_labels(drawn, given.sentences, given.runs)
     config = probekit.Config.from_preset("any-model").override(
         {
             "lm.name": given.model,

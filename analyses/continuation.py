@@ -20,20 +20,17 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
-from labels_fiction import passages
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from shared.script import run_script, save_figure, script_parser
+from shared.fiction import beginning, passages
+from shared.script import made_of, run_script, save_figure, script_parser
 
 import probekit
 from probekit import cli
 from probekit.config import user_path
-from probekit.data.sentences import sentence_spans
-from probekit.errors import ProbekitError
 from probekit.reports.display import described
 from probekit.reports.drawing import colours_of_names
 from probekit.run.folder import digest_of
@@ -54,12 +51,9 @@ SHARES = {"probe": 0.35, "validation": 0.1, "test": 0.45}
 
 def continued(model: str, texts: Path, folder: Path, given: argparse.Namespace) -> tuple[Run, pd.DataFrame]:
     """Probes the next sentences' embeddings and has the LM write on; what is there is kept."""
-    of, run = folder / "of.txt", folder / "run"
-    made = " ".join(map(str, [digest_of([texts]), given.encoder, *given.layers, given.boundaries, model]))
-    if of.exists() and of.read_text("utf-8") != made:
-        raise ProbekitError(f"{folder} is of other passages, layers or LMs; give another --runs")
-    folder.mkdir(exist_ok=True)
-    of.write_text(made, "utf-8")
+    run = folder / "run"
+    settings = map(str, [digest_of([texts]), given.encoder, *given.layers, given.boundaries, model])
+    made_of(folder, " ".join(settings))
     if not (run / "continuation" / "results.parquet").exists():
         horizons, layers = ["1", "2"], [str(layer) for layer in given.layers]
         words = ["--model", model, "--corpus", str(texts), "--group", "title", "--out", str(run)]
@@ -76,12 +70,6 @@ def continued(model: str, texts: Path, folder: Path, given: argparse.Namespace) 
         cli.continuation([*words, "--continuation.layers", *layers] if layers else words)
     opened = probekit.load_run(run)
     return opened, opened.continuation().assign(model=folder.name, layers=opened.frozen_lm().layers)
-
-
-def beginning(passage: dict[str, Any], sentences: int) -> str:
-    """The first sentences of a passage."""
-    text = passage["text"]
-    return str(text[: sentence_spans(text)[:sentences][-1][1]].rstrip())
 
 
 def draw(table: pd.DataFrame, metric: str) -> Figure:
@@ -140,8 +128,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--metric", default="cosine", choices=("cosine", "true_action", "rouge2"))
     parser.add_argument("--runs", type=Path, default=Path("runs/continuation"), help="folder of the runs")
     given = parser.parse_args(arguments)
-    if not given.text.is_file():
-        raise ProbekitError(f"{given.text}: there is no such file")
     given.runs.mkdir(parents=True, exist_ok=True)
     texts = given.runs / "passages.jsonl"
     drawn = passages(given.text, given.authors, given.passages, seed=0)

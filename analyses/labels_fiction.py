@@ -27,15 +27,13 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from shared.fiction import SPEECH, passages
+from shared.fiction import SPEECH, passages, save_labels
 from shared.script import made_of, run_script, save_figure, script_parser
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -46,7 +44,6 @@ import probekit
 from probekit import cli
 from probekit.config import user_path
 from probekit.data.corpus import SPLITS
-from probekit.data.sentences import sentence_spans
 from probekit.errors import ProbekitError
 from probekit.reports.drawing import colours_of_names
 from probekit.reports.plot_probes import BASELINE_STYLES, METRICS, mean_over_seeds
@@ -72,28 +69,6 @@ LINES["surface"] = ("0.1", ":")
 
 ENDINGS = (".", "!", "?", "”", '"', ",", ":")
 REPORTED = re.compile(r"\b(said|asked|cried|answered|replied|exclaimed|continued)\b")
-FIRST_HALF = re.compile(r"(?:the |an? )?+[^a-z]*[a-l]", re.IGNORECASE)
-PARAGRAPH = re.compile(r"\n\s*$")
-
-
-def labelled_sentences(passage: dict[str, Any], most: int) -> Iterator[dict[str, Any]]:
-    """A row for each sentence of a passage but the last, of which no next sentence is known."""
-    text = passage["text"]
-    spans = sentence_spans(text)[: most + 1]
-    for place, ((start, end), following) in enumerate(pairwise(spans)):
-        sentence = text[start:end]
-        yield {
-            "text": text[: spans[-1][0]].rstrip(),  # all that is read, so that no row knows the next sentence
-            "start": start,
-            "end": start + len(sentence.rstrip()),
-            "story": f"{passage['author']}: {passage['title']}",
-            "author": passage["author"],
-            "speech": bool(SPEECH.search(sentence)),
-            "next speech": bool(SPEECH.search(text[slice(*following)])),
-            "next paragraph": bool(PARAGRAPH.search(sentence)),
-            "place": place,
-            "title": bool(FIRST_HALF.match(passage["title"])),
-        }
 
 
 def surface(text: str, start: int, end: int, place: int) -> list[float]:
@@ -135,6 +110,7 @@ def surface_rows(run: Run, labels: Path) -> pd.DataFrame:
             np.concatenate([of_story[n] for n in rng.integers(len(of_story), size=len(of_story))])
             for _ in range(1000)
         ]
+        drawn = [own for own in drawn if 0 < true[own].mean() < 1]  # one class alone has no AUROC
         row = {"reader": "surface", "target": target, "examples": len(true), "documents": len(of_story)}
         for metric, score in (
             ("auroc", lambda own, true=true, said=said: roc_auc_score(true[own], said[own, 1])),
@@ -206,14 +182,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sentences", type=int, default=16, help="most sentences of a passage (16)")
     parser.add_argument("--runs", type=Path, default=Path("runs/labels_fiction"), help="folder of the runs")
     given = parser.parse_args(arguments)
-    rows = [
-        row
-        for passage in passages(given.text, given.authors, given.passages, seed=0)
-        for row in labelled_sentences(passage, given.sentences)
-    ]
-    given.runs.mkdir(parents=True, exist_ok=True)
-    labels = given.runs / "labels.csv"
-    pd.DataFrame(rows).to_csv(labels, index=False)
+    drawn = passages(given.text, given.authors, given.passages, seed=0)
+    labels = save_labels(drawn, given.sentences, given.runs)
     names = [user_path(model).name for model in given.models]
     if len({*names}) < len(names):
         raise ProbekitError(f"--models has two LMs called {max(names, key=names.count)}; rename a folder")

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from probekit.config import CorpusSettings
 from probekit.data.readers import read_records
+from probekit.data.sentences import sentence_spans
 from probekit.errors import ProbekitError
 
 SPEECH = re.compile(r"[“”\"]")
 """What a sentence with speech in it holds."""
+
+FIRST_HALF = re.compile(r"(?:the |an? )?+[^a-z]*[a-l]", re.IGNORECASE)
+PARAGRAPH = re.compile(r"\n\s*$")
 
 
 def passages(path: Path, authors: int, each: int, seed: int) -> Iterator[dict[str, Any]]:
@@ -37,3 +43,38 @@ def passages(path: Path, authors: int, each: int, seed: int) -> Iterator[dict[st
             for turn, passage in enumerate(rng.permutation(np.array(of_story, dtype=object)))
         ]
         yield from (passage for _, _, passage in sorted(drawn, key=lambda row: row[:2])[:each])
+
+
+def beginning(passage: dict[str, Any], sentences: int) -> str:
+    """The first sentences of a passage."""
+    text = passage["text"]
+    return str(text[: sentence_spans(text)[:sentences][-1][1]].rstrip())
+
+
+def labelled_sentences(passage: dict[str, Any], most: int) -> Iterator[dict[str, Any]]:
+    """A row for each sentence of a passage but the last, of which no next sentence is known."""
+    text = passage["text"]
+    spans = sentence_spans(text)[: most + 1]
+    for place, ((start, end), following) in enumerate(pairwise(spans)):
+        sentence = text[start:end]
+        yield {
+            "text": text[: spans[-1][0]].rstrip(),  # all that is read, so that no row knows the next sentence
+            "start": start,
+            "end": start + len(sentence.rstrip()),
+            "story": f"{passage['author']}: {passage['title']}",
+            "author": passage["author"],
+            "speech": bool(SPEECH.search(sentence)),
+            "next speech": bool(SPEECH.search(text[slice(*following)])),
+            "next paragraph": bool(PARAGRAPH.search(sentence)),
+            "place": place,
+            "title": bool(FIRST_HALF.match(passage["title"])),
+        }
+
+
+def save_labels(drawn: Iterable[dict[str, Any]], most: int, folder: Path) -> Path:
+    """Writes the labels of the first sentences of passages as a table, `labels.csv` in a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    labels = folder / "labels.csv"
+    rows = [row for passage in drawn for row in labelled_sentences(passage, most)]
+    pd.DataFrame(rows).to_csv(labels, index=False)
+    return labels

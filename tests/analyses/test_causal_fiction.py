@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from random_lms import save_random_llama
+from shared.fiction import beginning
 
 from probekit.config import PlantedSettings
 from probekit.errors import ProbekitError
@@ -16,8 +17,8 @@ from probekit.planted.corpus import generate
 
 def test_passages_are_cut_after_whole_sentences():
     text = "“Go,” she said. He went.\n\nIt rained for days.  The end was near."
-    assert causal_fiction.cut(text, 3) == "“Go,” she said. He went.\n\nIt rained for days."
-    assert causal_fiction.cut(text, 9) == text
+    assert beginning({"text": text}, 3) == "“Go,” she said. He went.\n\nIt rained for days."
+    assert beginning({"text": text}, 9) == text
 
 
 def test_speech_is_erased_and_steered_and_the_script_goes_on(tmp_path: Path):

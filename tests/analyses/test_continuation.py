@@ -7,6 +7,7 @@ import continuation
 import pandas as pd
 import pytest
 from random_lms import save_random_llama
+from shared.fiction import beginning
 
 from probekit.config import PlantedSettings
 from probekit.errors import ProbekitError
@@ -32,11 +33,11 @@ def test_the_script_draws_and_goes_on(tmp_path: Path):
     continuation.main(words)
     assert out.exists()
     assert made == {file: file.stat().st_mtime_ns for file in runs.rglob("*.parquet")}
-    with pytest.raises(ProbekitError, match="is of other passages, layers or LMs"):
+    with pytest.raises(ProbekitError, match="holds results of other passages"):
         continuation.main([*words, "--passages", "29"])
 
 
 def test_a_passage_is_cut_after_some_sentences():
     passage = {"text": "It rained. He went home. The end was near."}
-    assert continuation.beginning(passage, 2) == "It rained. He went home."
-    assert continuation.beginning(passage, 9) == passage["text"]
+    assert beginning(passage, 2) == "It rained. He went home."
+    assert beginning(passage, 9) == passage["text"]

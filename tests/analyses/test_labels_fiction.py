@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from random_lms import save_random_llama
+from shared import fiction
 
 from probekit.config import PlantedSettings
 from probekit.errors import ProbekitError
@@ -18,7 +19,7 @@ TEXT = "“Go,” she said. He went.\n\nIt rained for days.\nThe end was near. S
 
 def test_labels_of_a_passage():
     passage = {"text": TEXT, "author": "A. Author", "title": "The House"}
-    table = pd.DataFrame(labels_fiction.labelled_sentences(passage, most=3))
+    table = pd.DataFrame(fiction.labelled_sentences(passage, most=3))
     read = [text[start:end] for text, start, end in zip(table.text, table.start, table.end, strict=True)]
     assert read == ["“Go,” she said.", "He went.", "It rained for days."]
     assert set(table.text) == {"“Go,” she said. He went.\n\nIt rained for days."}
@@ -29,14 +30,14 @@ def test_labels_of_a_passage():
     titles = {"The House": True, "A Man": False, "An Oak": False, "Man": False, "'House'": True}
     assert table["title"].all(), "an article does not count"
     for title, first_half in titles.items():
-        row = next(labels_fiction.labelled_sentences(passage | {"title": title}, most=1))
+        row = next(fiction.labelled_sentences(passage | {"title": title}, most=1))
         assert row["title"] == first_half, title
     assert set(table["story"]) == {"A. Author: The House"}
 
 
 def test_what_shows_at_the_surface_ends_with_the_sentence():
     passage = {"text": TEXT, "author": "A. Author", "title": "The House"}
-    for row in labels_fiction.labelled_sentences(passage, most=3):
+    for row in fiction.labelled_sentences(passage, most=3):
         place = [row[name] for name in ("start", "end", "place")]
         cut = row["text"][: row["end"]]
         assert labels_fiction.surface(row["text"], *place) == labels_fiction.surface(cut, *place)
@@ -51,7 +52,7 @@ def test_every_story_is_drawn_from_before_a_second_passage(tmp_path: Path):
     ]
     path = tmp_path / "fiction.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
-    drawn = pd.DataFrame(labels_fiction.passages(path, authors=2, each=6, seed=0))
+    drawn = pd.DataFrame(fiction.passages(path, authors=2, each=6, seed=0))
     assert drawn.groupby("author").size().to_dict() == {"a": 6, "b": 6}
     assert drawn.text.is_unique
     counts = drawn.groupby(["author", "title"]).size()
@@ -100,8 +101,8 @@ def test_a_passage_may_hold_any_character_and_must_say_whose_it_is(tmp_path: Pat
     path = tmp_path / "fiction.jsonl"
     passage = {"author": "A", "title": "T", "text": "One\u2028two\x85three."}
     path.write_text(json.dumps(passage, ensure_ascii=False) + "\n\n", "utf-8")
-    (drawn,) = labels_fiction.passages(path, authors=1, each=2, seed=0)
+    (drawn,) = fiction.passages(path, authors=1, each=2, seed=0)
     assert drawn["text"] == passage["text"]
     path.write_text('{"text": "One."}', "utf-8")
     with pytest.raises(ProbekitError, match=r"fiction.jsonl:1: a passage must have text, author and title"):
-        next(labels_fiction.passages(path, authors=1, each=2, seed=0))
+        next(fiction.passages(path, authors=1, each=2, seed=0))
