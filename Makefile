@@ -39,7 +39,7 @@ bench: .venv/base ## Measure speed and memory; tables and benchmarks/results/ (m
 RUNS ?= runs/figures
 WIKITEXT ?=
 FICTION ?=
-LMS ?= HuggingFaceTB/SmolLM2-135M google/gemma-3-270m
+LMS ?= HuggingFaceTB/SmolLM2-135M-Instruct google/gemma-3-270m
 ENCODER ?= sentence-transformers/all-MiniLM-L6-v2
 DRAW := $(BIN)/python analyses
 TUNED := --set training.base.tuning full --set training.base.learning_rate 1e-3

@@ -29,6 +29,10 @@ def test_the_page_and_the_table_are_those_of_the_figures():
     table = pd.DataFrame([part.read(claims.FIGURES) for part in claims.evidence()])
     assert (claims.FIGURES / "claims.csv").read_text("utf-8") == table.to_csv(index=False)
     assert claims.PAGE.read_text("utf-8") == claims.page(table)
+    counts = [table.verdict.value_counts()[name] for name in ("holds", "does not hold", "cannot be told")]
+    readme = " ".join((claims.FIGURES.parent / "README.md").read_text("utf-8").split())
+    told = "of {} numbers, {} hold, {} do not hold, {} cannot be told"
+    assert told.format(len(table), *counts) in readme
     assert set(claims.COMMANDS) == {*table.figure}
     assert set(claims.CORPORA) == {*table.corpus}
     assert (table.low <= table.value).all()
