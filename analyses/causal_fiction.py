@@ -30,6 +30,7 @@ from shared.script import made_of, run_script, save_figure, script_parser
 import probekit
 from probekit import cli
 from probekit.config import user_path
+from probekit.io import write_text
 from probekit.reports.drawing import COLOUR
 from probekit.run.folder import digest_of
 from probekit.run.run import Run
@@ -67,7 +68,7 @@ def tested(model: str, corpus: Path, folder: Path, given: argparse.Namespace) ->
         cli.corpus([*words, "--out", str(run), "--resume", "--export", str(exported)])
         sentences = pd.read_csv(exported, keep_default_na=False)
         sentences["speech"] = [bool(SPEECH.search(text)) for text in sentences.text]
-        sentences.to_csv(labels, index=False)
+        write_text(labels, sentences.to_csv(index=False))
         words = ["--labels", str(labels), "--target", "speech", "--probe.positions", "1"]
         words += ["--probe.control", "false", "--probe.code_length", "false", "--probe.variants", "none"]
         cli.probe(["--model", model, "--out", str(run), *words])
@@ -135,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     given.runs.mkdir(parents=True, exist_ok=True)
     corpus = given.runs / "passages.jsonl"
-    corpus.write_text("".join(f"{json.dumps(row)}\n" for row in drawn), "utf-8")
+    write_text(corpus, "".join(f"{json.dumps(row)}\n" for row in drawn))
     found = [tested(model, corpus, given.runs / user_path(model).name, given) for model in given.models]
     table = pd.concat([part for _, part in found], ignore_index=True)
     settings = {name: getattr(given, name) for name in SETTINGS} | {"models": list(table.model.unique())}

@@ -31,6 +31,7 @@ from shared.script import made_of, run_script, save_figure, script_parser
 import probekit
 from probekit import cli
 from probekit.config import user_path
+from probekit.io import write_text
 from probekit.reports.display import described
 from probekit.reports.drawing import colours_of_names
 from probekit.run.folder import digest_of
@@ -136,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         json.dumps({name: passage[name] for name in kept} | {"text": beginning(passage, given.sentences)})
         for passage in drawn
     ]
-    texts.write_text("".join(f"{line}\n" for line in lines), "utf-8")
+    write_text(texts, "".join(f"{line}\n" for line in lines))
     names = [user_path(model).name for model in given.models]
     found = [
         continued(model, texts, given.runs / name, given)

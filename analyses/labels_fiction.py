@@ -36,7 +36,6 @@ from matplotlib.figure import Figure
 from shared.fiction import SPEECH, passages, save_labels
 from shared.script import made_of, run_script, save_figure, script_parser
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -45,10 +44,13 @@ from probekit import cli
 from probekit.config import user_path
 from probekit.data.corpus import SPLITS
 from probekit.errors import ProbekitError
+from probekit.evaluation.metrics import two_class_metrics
+from probekit.io import write_table
 from probekit.reports.drawing import colours_of_names
 from probekit.reports.plot_probes import BASELINE_STYLES, METRICS, mean_over_seeds
 from probekit.run.folder import digest_of
 from probekit.run.run import Run
+from probekit.statistics import Resampling, bootstrap_ratio, sum_groups
 
 TARGETS = {
     "author": "balanced_accuracy",
@@ -96,29 +98,22 @@ def surface_rows(run: Run, labels: Path) -> pd.DataFrame:
     split = table.text.map(splits).map(dict(enumerate(SPLITS)))
     features = [surface(*row) for row in table[["text", "start", "end", "place"]].itertuples(index=False)]
     X, fitted, tested = np.array(features, float), (split == "probe").to_numpy(), (split == "test").to_numpy()
-    stories = table.story[tested].to_numpy()
-    rng = np.random.default_rng(0)
+    stories = table.story[tested].factorize()[0]
+    one = sum_groups(stories, np.ones(len(stories)))
+    resampling: Resampling = {"resamples": 1000, "seed": 0}
     rows = []
     for target in (name for name, metric in TARGETS.items() if metric == "auroc"):
         y = table[target].to_numpy(int)
         reader = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(X[fitted], y[fitted])
-        said, true = reader.predict_proba(X[tested]), y[tested]
-        share = np.array([1 - y[fitted].mean(), y[fitted].mean()])
-        bits = np.log2(said[np.arange(len(true)), true] / share[true])
-        of_story = [np.flatnonzero(stories == story) for story in np.unique(stories)]
-        drawn = [
-            np.concatenate([of_story[n] for n in rng.integers(len(of_story), size=len(of_story))])
-            for _ in range(1000)
-        ]
-        drawn = [own for own in drawn if 0 < true[own].mean() < 1]  # one class alone has no AUROC
-        row = {"reader": "surface", "target": target, "examples": len(true), "documents": len(of_story)}
-        for metric, score in (
-            ("auroc", lambda own, true=true, said=said: roc_auc_score(true[own], said[own, 1])),
-            ("bits", lambda own, bits=bits: bits[own].mean()),
-        ):
-            ends = np.quantile([score(own) for own in drawn], [0.025, 0.975])
-            row |= {metric: score(np.arange(len(true))), f"{metric}_low": ends[0], f"{metric}_high": ends[1]}
-        rows.append(row)
+        said, true = reader.predict_log_proba(X[tested]), y[tested]
+        share = np.log([1 - y[fitted].mean(), y[fitted].mean()])
+        bits = (said[np.arange(len(true)), true] - share[true]) / np.log(2)
+        odds = (said[:, 1] - said[:, 0])[:, None]
+        auroc = two_class_metrics(odds, true == 1, stories, 0.05, **resampling)["auroc"][0]
+        over_prior = bootstrap_ratio(sum_groups(stories, bits), one, **resampling)
+        found = over_prior.columns("bits") | auroc.columns("auroc")
+        row = {"reader": "surface", "target": target, "examples": len(true), "groups": len(one)}
+        rows.append(found | row | {"documents": len(one)})
     return pd.DataFrame(rows)
 
 
@@ -135,7 +130,7 @@ def probed(model: str, labels: Path, folder: Path, given: argparse.Namespace) ->
             words += ["--group", "story", "--out", str(run), "--store"]
             words += ["--probe.kind", kind, "--probe.solvers", solver]  # a run keeps what it was given last
             cli.probe([*words, "--probe.variants", *given.variants])
-            probekit.load_run(run).probes().to_parquet(kept, index=False)
+            write_table(kept, probekit.load_run(run).probes())
         tables.append(pd.read_parquet(kept))
     opened = probekit.load_run(run)
     return opened, pd.concat([*tables, surface_rows(opened, labels)]).assign(model=folder.name)

@@ -16,6 +16,7 @@ from probekit.config import CorpusSettings
 from probekit.data.readers import read_records
 from probekit.data.sentences import sentence_spans
 from probekit.errors import ProbekitError
+from probekit.io import write_text
 
 SPEECH = re.compile(r"[“”\"]")
 """What a sentence with speech in it holds."""
@@ -76,5 +77,5 @@ def save_labels(drawn: Iterable[dict[str, Any]], most: int, folder: Path) -> Pat
     folder.mkdir(parents=True, exist_ok=True)
     labels = folder / "labels.csv"
     rows = [row for passage in drawn for row in labelled_sentences(passage, most)]
-    pd.DataFrame(rows).to_csv(labels, index=False)
+    write_text(labels, pd.DataFrame(rows).to_csv(index=False))
     return labels

@@ -27,6 +27,9 @@ FIRST = 0.01
 """The share of the candidates that counts as first: by chance the true vector is there as often, however many
 candidates there are, which is not so for the first ten."""
 
+COSINES = 1 << 24
+"""Cosines that are in memory at once."""
+
 EQUAL = 1e-6
 """Cosines that differ by no more, which is the precision of float32, are equal."""
 
@@ -104,9 +107,11 @@ class Candidates:
         Returns:
             Their rows, and their cosines to the predictions, each `[examples, count]`.
         """
-        near = self._normalised(predicted.cpu().double() - self._centre) @ self._units.T
-        found = near.topk(min(count, len(self.rows)), dim=1)
-        return self.rows[found.indices.numpy()], found.values.numpy()
+        units = self._normalised(predicted.cpu().double() - self._centre)
+        parts = units.split(max(1, COSINES // len(self._units)))
+        found = [(part @ self._units.T).topk(min(count, len(self.rows)), dim=1) for part in parts]
+        rows = torch.cat([part.indices for part in found]).numpy()
+        return self.rows[rows], torch.cat([part.values for part in found]).numpy()
 
     def cosines(self, predicted: Tensor, vectors: np.ndarray) -> np.ndarray:
         """The cosine of each prediction to a vector of its own, both `[examples, outputs]`."""
