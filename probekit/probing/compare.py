@@ -51,6 +51,9 @@ READINGS = ("first", "frozen", "mapped", "refitted")
 """A probe of the first LM on the first, on the second as it is, and as Procrustes maps it onto the first; and
 a probe of the second LM on the second."""
 
+DRIFTED = ("frozen", "mapped")
+"""Those of them whose difference from `refitted` is what has moved."""
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -60,8 +63,8 @@ class Comparison:
         similarity: A row for each pair of layers, `same_depth` if they are at the same share of their LMs'
             depth; see `similarity.compare_layers`.
         probes: A row for each reading, layer and solver: `reading` (of `READINGS`), `layer`, `second_layer`,
-            the metrics of a run's probes, and `over_first_lm`, the accuracy, else R2, less that of the
-            reading `first`; None if there are no labels.
+            the metrics of a run's probes, and `over_first_lm` and `over_refitted`, the accuracy, else R2,
+            less that of these readings, paired differences; None if there are no labels.
         folder: Where they were written, with a run of each LM.
         names: What the LMs are called.
         notes: Lines to show the user.
@@ -119,6 +122,7 @@ def compare(
     group = np.concatenate([part.group for part in examples[0].values()])
     rows = _spread(len(group))
     first, other = (own[:, torch.from_numpy(rows)] for own in values)
+    notes += [*_unvarying(names[0], points[0], first), *_unvarying(names[1], points[1], other)]
     similarity = compare_layers(
         first, other, group[rows], permutations=permutations, seed=config.seed, progress=progress
     )
@@ -260,6 +264,13 @@ def _read(
     return torch.cat(held, dim=1)
 
 
+def _unvarying(name: str, points: Sequence[HookPoint], values: Tensor) -> list[str]:
+    """A note on the layers of an LM `[layers, examples, width]` that do not vary, if there are any."""
+    same = (values == values[:, :1]).all(2).all(1)
+    layers = ", ".join(str(layer) for (_, layer), constant in zip(points, same, strict=True) if constant)
+    return [f"{name}: all examples are the same at layer {layers}: nothing is said of it"] if layers else []
+
+
 # Probes
 
 
@@ -300,18 +311,24 @@ def _probes(
         for name, source in sources.items()
     }
     resampling = Resampling(resamples=config.evaluation.resamples, seed=config.seed)
-    tables = [
-        paired_table(own, scored["first"], grid, resampling).assign(reading=name)
-        for name, own in scored.items()
-    ]
-    table = pd.concat(tables, ignore_index=True).rename(
-        columns=lambda name: name.replace("over_own", "over_first_lm")
-    )
+    tables = []
+    for name, own in scored.items():
+        rows_of = _renamed(paired_table(own, scored["first"], grid, resampling), "over_first_lm")
+        if name in DRIFTED:
+            beside = _renamed(paired_table(own, scored["refitted"], grid, resampling), "over_refitted")
+            rows_of = rows_of.join(beside.filter(regex="^over_refitted"))
+        tables.append(rows_of.assign(reading=name))
+    table = pd.concat(tables, ignore_index=True)
     second_layer = {layer: points[1][number][1] for (_, layer), number in zip(points[0], pairs, strict=True)}
     table = table.assign(second_layer=table.layer.map(second_layer), target=grid.target.name)
     table = table.drop(columns=["variant", "injected"])
     begin = ["reading", "layer", "second_layer"]
     return table[begin + [name for name in table if name not in begin and table[name].notna().any()]], notes
+
+
+def _renamed(table: pd.DataFrame, name: str) -> pd.DataFrame:
+    """A paired table whose difference has this name."""
+    return table.rename(columns=lambda column: column.replace("over_own", name))
 
 
 def _readings(first: Tensor, second: Tensor, fitted_on: np.ndarray) -> tuple[dict[str, Tensor], list[str]]:

@@ -50,7 +50,7 @@ def compare_layers(
         A row for each pair: `layer` and `second_layer`, their numbers in the arguments; `cka`, at most
         1, and `procrustes`, from 0 to 1, each with `_low` and `_high` from a jackknife over documents,
         `_null`, the mean over permutations, and `_p`, the share of permutations that are as alike;
-        `examples` and `documents`.
+        `examples` and `documents`. All but the last two are missing where a layer does not vary.
 
     Raises:
         ProbekitError: There are too few examples or documents.
@@ -90,7 +90,8 @@ def compare_layers(
         table[f"{name}_high"] = found.high.clip(max=1)
         table[f"{name}_null"] = null.mean(0).flatten().numpy()
         as_alike = (sign * (null - values[0]) >= 0).sum(0)
-        table[f"{name}_p"] = ((1 + as_alike) / (1 + permutations)).flatten().numpy()
+        p = ((1 + as_alike) / (1 + permutations)).where(~values[0].isnan(), torch.nan)
+        table[f"{name}_p"] = p.flatten().numpy()
     return table.assign(examples=examples, documents=documents)
 
 
@@ -103,8 +104,9 @@ def rotation_onto(source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         A matrix `[width, width of the target]` and a vector `[width of the target]`: `x @ matrix + vector`
-        lies nearest to the target of all rotations with a scale and a shift. Where widths are equal,
-        directions in which the examples do not vary stay as they are.
+        lies nearest to the target of all rotations with a scale and a shift; from a wider model the rotation
+        keeps as many directions as the target has. Where widths are equal, directions in which the examples
+        do not vary stay as they are. The matrix is zero if one of the models does not vary at all.
     """
     means = source.double().mean(0), target.double().mean(0)
     X, Y = source.double() - means[0], target.double() - means[1]
@@ -112,7 +114,8 @@ def rotation_onto(source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     if X.shape[1] == Y.shape[1]:
         cross += 1e-9 * torch.linalg.matrix_norm(cross) * torch.eye(X.shape[1])
     left, values, right = torch.linalg.svd(cross, full_matrices=False)
-    matrix = left @ right * (values.sum() / X.square().sum())
+    kept = (X @ left).square().sum().clamp(min=torch.finfo(X.dtype).tiny)  # of a wider model, a part
+    matrix = left @ right * (values.sum() / kept)
     return matrix, means[1] - means[0] @ matrix
 
 

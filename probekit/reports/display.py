@@ -47,6 +47,7 @@ COLUMNS: dict[str, Column] = {
     "gain_over": Column("gain over"),
     "selectivity": Column("selectivity", better=1, signed=True),
     "over_first_lm": Column("over the first LM", signed=True),
+    "over_refitted": Column("over the refitted", signed=True),
     "over_own": Column("over its own probe", signed=True),
     "compression": Column("compression", better=1),
     "shortfall": Column("below the ceiling", "bits", better=-1),

@@ -47,7 +47,8 @@ def plot_comparison(comparison: Comparison) -> Figure:
 
 def draw_similarity(figure: Figure, axes: Axes, similarity: pd.DataFrame, metric: str) -> None:
     """Draws a measure of every pair of layers as a heat map, with crosses where it may be chance."""
-    matrix = similarity.pivot_table(metric, "layer", "second_layer")
+    # A layer that does not vary keeps its place, empty.
+    matrix = similarity.pivot_table(metric, "layer", "second_layer", dropna=False)
     scale = colour_scale(pd.Series([0.0, 1.0]))
     axes.pcolormesh(matrix.columns, matrix.index, matrix, cmap=scale.cmap, vmin=0, vmax=1)
     unclear = similarity[similarity[f"{metric}_p"] > 0.05]

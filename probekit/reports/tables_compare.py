@@ -55,15 +55,19 @@ def comparison_tables(found: Comparison) -> list[Table]:
     best = best_rows(probes)
     layer = int(best.layer.iloc[0])
     over = "R²" if metric == "r2" else "accuracy"
-    caption = f"Layer {layer}, best of the first LM on validation documents; {over} less the first's, paired"
+    caption = f"Layer {layer}, best of the first LM on validation documents; differences of {over} are paired"
     own = [metric] if metric in ("accuracy", "r2") else [metric, "accuracy"]
-    shown.append(display(f"{caption} ({INTERVALS})", best, ["reading", *own, "over_first_lm"]))
+    shown.append(
+        display(f"{caption} ({INTERVALS})", best, ["reading", *own, "over_first_lm", "over_refitted"])
+    )
     return shown
 
 
 def comparison_notes(found: Comparison) -> Iterator[str]:
     """Where the layers that are most alike are, and how many pairs are not told from permuted documents."""
-    similarity = found.similarity
+    similarity = found.similarity.dropna(subset="cka")  # without layers that do not vary
+    if similarity.empty:
+        return
     nearest = similarity.loc[similarity.groupby("layer").cka.idxmax()]
     elsewhere = (~nearest.same_depth).sum()
     yield (

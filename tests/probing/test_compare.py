@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,7 @@ from probekit.config import Config
 from probekit.errors import ProbekitError
 from probekit.probing import compare as comparing
 from probekit.probing.compare import READINGS, compare, same_depth
+from probekit.reports.tables_compare import comparison_notes, comparison_tables
 from probekit.training.train import prepare
 
 WORDS = ["the", "plan", "of", "river", "town", "old", "king", "went", "fell"]
@@ -117,6 +119,37 @@ def test_a_rotated_lm_has_drifted_and_lost_nothing(config, out, monkeypatch):
     np.testing.assert_allclose(auroc[["mapped", "refitted"]], auroc[["first", "first"]], atol=0.01)
     assert (over.frozen < -0.1).all()
     np.testing.assert_allclose(over[["mapped", "refitted"]], 0, atol=0.03)
+    rows = found.probes.set_index(["reading", "layer"])
+    moved = rows.loc["frozen"]
+    np.testing.assert_allclose(
+        moved.over_refitted, moved.accuracy - rows.loc["refitted"].accuracy, rtol=0, atol=1e-12
+    )
+    assert (moved.over_refitted_high < 0).all(), "it has drifted, and the interval says so"
+    assert (rows.loc["mapped"].over_refitted_high >= 0).all()
+    assert rows.loc[["first", "refitted"]].over_refitted.isna().all()
+    assert "over the refitted" in comparison_tables(found)[-1].cells
+
+
+def test_a_layer_that_does_not_vary_is_named_and_left_out_of_the_notes(config, out, monkeypatch):
+    """The last layer of the second LM is the same for all examples."""
+    read = comparing._read
+
+    def planted(run, points, parts, name, progress):
+        values = read(run, points, parts, name, progress)
+        if "int8" in name:
+            values[1] = 0.1
+        return values
+
+    monkeypatch.setattr(comparing, "_read", planted)
+    found = compared(config, {"lm.compress": "int8"}, out)
+    assert "lm float32 int8: all examples are the same at layer 1: nothing is said of it" in found.notes
+    assert found.similarity[found.similarity.second_layer == 1].cka_p.isna().all()
+    (note,) = comparison_notes(found)
+    assert "of 2 layers of lm float32, 1 are most alike (CKA) to one of another depth" in note
+    assert "of 2 pairs are no more alike" in note
+    assert found.probes.accuracy.notna().all()
+    assert probekit.plot_comparison(found).axes
+    assert [*comparison_notes(replace(found, similarity=found.similarity.assign(cka=np.nan)))] == []
 
 
 @pytest.mark.parametrize("how", ["prune=0", "rank=16"])

@@ -125,6 +125,19 @@ def test_too_few_are_refused():
         compared(X, X)
 
 
+def test_a_layer_that_does_not_vary_is_like_none_and_unlike_none():
+    rng = np.random.default_rng(6)
+    X = rng.normal(size=(2, 50, 6)).astype(np.float32)
+    X[1] = 0.1
+    table = compared(X, X[:1]).set_index("layer")
+    measured = [
+        f"{name}{end}" for name in ("cka", "procrustes") for end in ("", "_low", "_high", "_null", "_p")
+    ]
+    assert table.loc[1, measured].isna().all()
+    assert table.loc[0, measured].notna().all()
+    assert table.cka_p[0] == 1 / 31
+
+
 def test_a_map_undoes_a_rotation_and_leaves_what_does_not_vary():
     rng = np.random.default_rng(5)
     X = torch.from_numpy(rng.normal(size=(50, 7)))
@@ -136,3 +149,24 @@ def test_a_map_undoes_a_rotation_and_leaves_what_does_not_vary():
     wider = torch.nn.functional.pad(X, (0, 2))
     matrix, shift = rotation_onto(wider @ torch.from_numpy(rotation(9, rng)), X)
     assert matrix.shape == (9, 7)
+
+
+def test_the_scale_of_a_wider_model_is_that_of_the_part_that_is_kept():
+    """Twelve more features of noise change nothing about the ones that are the target itself."""
+    rng = np.random.default_rng(7)
+    Y = torch.from_numpy(rng.normal(size=(400, 4)))
+    noise = 3 * torch.from_numpy(rng.normal(size=(400, 12)))
+    noise -= noise.mean(0)
+    noise -= (centred := Y - Y.mean(0)) @ torch.linalg.lstsq(
+        centred, noise
+    ).solution  # of no use for the target
+    matrix, shift = rotation_onto(torch.cat([Y, noise], dim=1), Y)
+    torch.testing.assert_close(matrix[:4], torch.eye(4, dtype=torch.float64))
+    torch.testing.assert_close(torch.cat([Y, noise], dim=1) @ matrix + shift, Y)
+
+
+def test_of_a_model_that_does_not_vary_the_map_gives_the_mean_of_the_target():
+    Y = torch.from_numpy(np.random.default_rng(8).normal(size=(30, 3)))
+    matrix, shift = rotation_onto(torch.ones(30, 3), Y)
+    assert (matrix == 0).all()
+    torch.testing.assert_close(shift, Y.mean(0))
