@@ -25,11 +25,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from shared.fiction import SPEECH, beginning, passages
-from shared.script import made_of, run_script, save_figure, script_parser
+from shared.script import made_of, names_of, run_script, save_figure, script_parser
 
 import probekit
 from probekit import cli
-from probekit.config import user_path
 from probekit.io import write_text
 from probekit.reports.drawing import COLOUR
 from probekit.run.folder import digest_of
@@ -137,7 +136,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given.runs.mkdir(parents=True, exist_ok=True)
     corpus = given.runs / "passages.jsonl"
     write_text(corpus, "".join(f"{json.dumps(row)}\n" for row in drawn))
-    found = [tested(model, corpus, given.runs / user_path(model).name, given) for model in given.models]
+    found = [
+        tested(model, corpus, given.runs / name, given)
+        for model, name in zip(given.models, names_of(given.models), strict=True)
+    ]
     table = pd.concat([part for _, part in found], ignore_index=True)
     settings = {name: getattr(given, name) for name in SETTINGS} | {"models": list(table.model.unique())}
     save_figure(draw(table), table, given.out, settings, [run for run, _ in found])

@@ -26,11 +26,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from shared.fiction import beginning, passages
-from shared.script import made_of, run_script, save_figure, script_parser
+from shared.script import made_of, names_of, run_script, save_figure, script_parser
 
 import probekit
 from probekit import cli
-from probekit.config import user_path
 from probekit.io import write_text
 from probekit.reports.display import described
 from probekit.reports.drawing import colours_of_names
@@ -138,14 +137,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for passage in drawn
     ]
     write_text(texts, "".join(f"{line}\n" for line in lines))
-    names = [user_path(model).name for model in given.models]
+    names = names_of(given.models)
     found = [
         continued(model, texts, given.runs / name, given)
         for model, name in zip(given.models, names, strict=True)
     ]
     table = pd.concat([part for _, part in found], ignore_index=True)
-    names_of = ("authors", "passages", "sentences", "layers", "boundaries", "metric")
-    settings = {name: getattr(given, name) for name in names_of} | {"models": names}
+    options = ("authors", "passages", "sentences", "layers", "boundaries", "metric")
+    settings = {name: getattr(given, name) for name in options} | {"models": names}
     save_figure(draw(table, given.metric), table, given.out, settings, [run for run, _ in found])
 
 

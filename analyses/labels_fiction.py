@@ -34,16 +34,14 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from shared.fiction import SPEECH, passages, save_labels
-from shared.script import made_of, run_script, save_figure, script_parser
+from shared.script import made_of, names_of, run_script, save_figure, script_parser
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import probekit
 from probekit import cli
-from probekit.config import user_path
 from probekit.data.corpus import SPLITS
-from probekit.errors import ProbekitError
 from probekit.evaluation.metrics import two_class_metrics
 from probekit.io import write_table
 from probekit.reports.drawing import colours_of_names
@@ -179,9 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     drawn = passages(given.text, given.authors, given.passages, seed=0)
     labels = save_labels(drawn, given.sentences, given.runs)
-    names = [user_path(model).name for model in given.models]
-    if len({*names}) < len(names):
-        raise ProbekitError(f"--models has two LMs called {max(names, key=names.count)}; rename a folder")
+    names = names_of(given.models)
     found = [
         probed(model, labels, given.runs / name, given)
         for model, name in zip(given.models, names, strict=True)

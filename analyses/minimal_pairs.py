@@ -23,11 +23,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from shared.english_pairs import PHENOMENA, pairs
-from shared.script import run_script, save_figure, script_parser
+from shared.script import names_of, run_script, save_figure, script_parser
 
 import probekit
-from probekit.config import user_path
-from probekit.errors import ProbekitError
 from probekit.evaluation.ask import RANDOM_WEIGHTS
 from probekit.evaluation.items import read_items
 from probekit.evaluation.preferences import ALL_KINDS, LogProbabilities, preference_table
@@ -47,8 +45,8 @@ def asked(given: argparse.Namespace) -> tuple[pd.DataFrame, list[dict[str, objec
     write_text(items, "".join(f"{json.dumps(pair)}\n" for pair in pairs()))
     found: dict[str | None, LogProbabilities] = {}
     known: list[dict[str, object]] = []
-    for model in given.models:
-        name, random = user_path(model).name, 0 if found else given.random
+    for model, name in zip(given.models, names_of(given.models), strict=True):
+        random = 0 if found else given.random
         settings = {"lm.dtype": given.dtype}
         answers = probekit.ask(model, items, given.runs / name, random=random, settings=settings)
         for revision, own in answers.answers.groupby("revision", dropna=False, sort=False):
@@ -105,9 +103,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--random", type=int, default=5, help="draws of random weights of the first LM (5)")
     parser.add_argument("--dtype", default="auto", help="numbers that weights are held in (auto)")
     given = parser.parse_args(arguments)
-    names = [user_path(model).name for model in given.models]
-    if len({*names}) < len(names):
-        raise ProbekitError(f"--models has two LMs called {max(names, key=names.count)}; rename a folder")
     given.runs.mkdir(parents=True, exist_ok=True)
     table, known = asked(given)
     columns = ["model", "kind", "accuracy", "accuracy_low", "accuracy_high", "margin"]

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from probekit.config import Config
+from probekit.config import Config, user_path
 from probekit.config.options import seed_list
 from probekit.errors import ProbekitError
 from probekit.io import atomic_path, read_json, write_json, write_text
@@ -101,6 +101,18 @@ def runs_in(folder: Path, members: Iterable[str] | None = None) -> Groups:
         ]
         for member in wanted
     }
+
+
+def names_of(models: Sequence[str]) -> list[str]:
+    """Short names of LMs, hub names or folders: the last part of each.
+
+    Raises:
+        ProbekitError: Two have the same.
+    """
+    names = [user_path(model).name for model in models]
+    if len({*names}) < len(names):
+        raise ProbekitError(f"--models has two LMs called {max(names, key=names.count)}; rename a folder")
+    return names
 
 
 def made_of(folder: Path, origin: str) -> None:
