@@ -9,7 +9,7 @@ from typing import Any
 
 from probekit.cli_probe import ANY_MODEL, probed_config
 from probekit.config import Config
-from probekit.config.options import ALL, add_sources, command_parser, parse
+from probekit.config.options import ALL, add_labels, add_sources, command_parser, parse
 
 
 def parse_compare(
@@ -35,17 +35,7 @@ def parse_compare(
         "--permutations", type=int, default=40, metavar="INT", help="of documents, for the null (40)"
     )
     group = parser.add_argument_group("labels", "what probes of the first LM read in the second, if given")
-    group.add_argument("--labels", metavar="FILE", help="table of labels: a file, or a Hugging Face dataset")
-    group.add_argument(
-        "--text", metavar="COLUMN", help="its column of texts or chats; without --corpus, the corpus"
-    )
-    group.add_argument(
-        "--roles", nargs="+", metavar="ROLE", help="of chats, read these roles' messages alone"
-    )
-    group.add_argument("--target", metavar="NAME", help="its column of labels, or a built-in target")
-    group.add_argument(
-        "--group", metavar="COLUMN", help="the corpus's column of groups, which no two splits share"
-    )
+    add_labels(group)
     add_sources(parser)
     parsed, given = parse(parser, words, ALL, ANY_MODEL)
     if parsed.labels and not (parsed.target or "target" in given.get("probe", {})):
@@ -64,5 +54,5 @@ def compared_configs(parsed: argparse.Namespace, given: dict[str, Any]) -> tuple
     asked = parsed.target or "target" in given.get("probe", {}) or "labels" in given.get("actions", {})
     if config.probe.target == "action" and not asked:
         config = config.override({"actions.labels": "none"})  # sentences are compared without probes
-    second = {"lm.name": parsed.second or parsed.model}
+    second = {"lm.name": parsed.second} if parsed.second else {}
     return config, second | ({"lm.compress": parsed.compress} if parsed.compress else {})

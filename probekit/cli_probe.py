@@ -12,6 +12,7 @@ from probekit.config.options import (
     ALL,
     READING,
     SHORTHANDS,
+    add_labels,
     add_sources,
     chosen_config,
     command_parser,
@@ -46,19 +47,7 @@ def parse_probe(
     group = parser.add_argument_group(
         "labels", "what is read: a built-in target, or a column of a table of yours"
     )
-    group.add_argument("--labels", metavar="FILE", help="table of labels: a file, or a Hugging Face dataset")
-    group.add_argument(
-        "--text", metavar="COLUMN", help="its column of texts or chats; without --corpus, the corpus"
-    )
-    group.add_argument(
-        "--roles", nargs="+", metavar="ROLE", help="of chats, read these roles' messages alone"
-    )
-    group.add_argument("--target", metavar="NAME", help="its column of labels, or a built-in target (action)")
-    group.add_argument(
-        "--group",
-        metavar="COLUMN",
-        help="the corpus's column of groups, such as topics, which no two splits share",
-    )
+    add_labels(group)
     group.add_argument(
         "--positions",
         nargs="+",

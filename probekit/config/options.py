@@ -66,6 +66,20 @@ def add_sources(parser: Parser) -> None:
     group.add_argument("--config", metavar="FILE", help="a YAML file, such as a run's config.yaml")
 
 
+def add_labels(group: argparse._ArgumentGroup) -> None:
+    """Adds the options that say what is read: a column of a table, or a built-in target."""
+    for name, metavar, text in (
+        ("labels", "FILE", "table of labels: a file, or a Hugging Face dataset"),
+        ("text", "COLUMN", "its column of texts or chats; without --corpus, the corpus"),
+        ("target", "NAME", "its column of labels, or a built-in target (action)"),
+        ("group", "COLUMN", "the corpus's column of groups, such as topics, which no two splits share"),
+    ):
+        group.add_argument(f"--{name}", metavar=metavar, help=text)
+    group.add_argument(
+        "--roles", nargs="+", metavar="ROLE", help="of chats, read these roles' messages alone"
+    )
+
+
 def command_parser(command: Callable[[list[str]], None], usage: str | None = None) -> Parser:
     """The parser of a command, with what all have."""
     parser = Parser(f"probekit {command.__name__}", usage=usage, description=command.__doc__)

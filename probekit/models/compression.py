@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from probekit.errors import ProbekitError
+from probekit.models.pretrained import layers_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,13 +27,29 @@ def compressed(model: PreTrainedModel, how: str) -> PreTrainedModel:
         how: `int8`, `prune=SHARE` or `rank=NUMBER`, as `lm.compress`.
 
     Raises:
-        ProbekitError: It has no linear map in its layers, or accelerate placed some on disk.
+        ProbekitError: Its layers have no linear maps, or other weights beside them such as fused experts, or
+            accelerate placed some on disk.
     """
     from transformers.pytorch_utils import Conv1D
 
-    maps = [module for module in model.base_model.modules() if isinstance(module, nn.Linear | Conv1D)]
-    if not maps or any(module.weight.device.type == "meta" for module in maps):
-        what = "has weights on disk" if maps else "holds its layers' weights in no linear maps of PyTorch"
+    layers = layers_of(model)
+    modules = [] if layers is None else [*layers[1].named_modules()]
+    maps = [module for _, module in modules if isinstance(module, nn.Linear | Conv1D)]
+    others = [
+        f"{path}.{name}"
+        for path, module in modules
+        if not isinstance(module, nn.Linear | Conv1D)
+        for name, weight in module.named_parameters(recurse=False)
+        if weight.ndim > 1
+    ]
+    what = None
+    if not maps:
+        what = "holds its layers' weights in no linear maps of PyTorch"
+    elif others:
+        what = f"has weights in its layers that belong to no linear map of PyTorch, such as {others[0]}"
+    elif any(module.weight.device.type == "meta" for module in maps):
+        what = "has weights on disk"
+    if what is not None:
         raise ProbekitError(f"lm.compress is {how!r}, but {type(model).__name__} {what}; leave it unset")
     with torch.no_grad():
         for module in maps:

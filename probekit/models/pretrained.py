@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from probekit.data import hub
 from probekit.data.tokenizer import separator_id
@@ -348,3 +349,10 @@ def check_weights(model: PreTrainedModel, name: str) -> None:
                 f"lm.name {name!r}: its weights {parameter} are not all finite in "
                 f"{dtype_name(weights.dtype)}: they are {reason}"
             )
+
+
+def layers_of(model: PreTrainedModel) -> tuple[str, nn.ModuleList] | None:
+    """Where a model lists its layers, and the layers; None if it does not list them in one place."""
+    depth = model.config.get_text_config().num_hidden_layers
+    lists = ((path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList))
+    return next(((path, layers) for path, layers in lists if len(layers) == depth), None)

@@ -21,6 +21,7 @@ from probekit.config import TuningSettings
 from probekit.errors import ProbekitError
 from probekit.io import atomic_folder, read_tensors, write_tensors
 from probekit.models.language_model import is_placed, save_model
+from probekit.models.pretrained import layers_of
 from probekit.progress import without_bars_of_transformers
 
 if TYPE_CHECKING:
@@ -188,17 +189,17 @@ def _maps(model: PreTrainedModel, last_layers: int | None) -> str | list[str]:
     depth = model.config.get_text_config().num_hidden_layers
     if last_layers > depth:
         raise ProbekitError(f"training.base.last_layers is {last_layers}, but the LM has {depth} layers")
-    for path, blocks in model.named_modules():
-        if isinstance(blocks, nn.ModuleList) and len(blocks) == depth:
-            return [
-                f"{path}.{number}.{name}"
-                for number in range(depth - last_layers, depth)
-                for name, module in blocks[number].named_modules()
-                if isinstance(module, nn.Linear | Conv1D)
-            ]
-    raise ProbekitError(
-        f"training.base.last_layers is {last_layers}, but the LM does not list its layers in one place"
-    )
+    if (found := layers_of(model)) is None:
+        raise ProbekitError(
+            f"training.base.last_layers is {last_layers}, but the LM does not list its layers in one place"
+        )
+    path, layers = found
+    return [
+        f"{path}.{number}.{name}"
+        for number in range(depth - last_layers, depth)
+        for name, module in layers[number].named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    ]
 
 
 @contextmanager

@@ -431,7 +431,7 @@ def _copies(values: Tensor, split: Any) -> tuple[np.ndarray, list[str]]:
         return group, []
     note = f"{copies:,} of {examples:,} examples have the same activations as another, and are of its group"
     if split is not None:  # groups may not cross the splits that are given
-        apart = pd.factorize(pd.Series(list(zip(group, _column(split, "split", examples), strict=True))))[0]
+        apart = pd.factorize(pd.Series(list(zip(group, column_of(split, "split", examples), strict=True))))[0]
         if crossing := len(np.unique(apart)) - len(np.unique(group)):
             note += f" within a split; {crossing:,} have such a copy in another split"
         group = apart
@@ -443,7 +443,7 @@ def _copies(values: Tensor, split: Any) -> tuple[np.ndarray, list[str]]:
     return group, [note]
 
 
-def _column(values: Any, name: str, examples: int) -> pd.Series:
+def column_of(values: Any, name: str, examples: int) -> pd.Series:
     """Labels, groups or splits as a column without gaps."""
     if isinstance(values, str) or not hasattr(values, "__iter__"):
         raise ProbekitError(f"{name} is {values!r}; give a list or an array with a value for each example")
@@ -472,7 +472,7 @@ def _target(
     """The target, and the class or number (see `are_numbers`) or row of a vector of every example."""
     if getattr(labels, "ndim", 1) == 2:
         return _vector_target(labels, examples, name, kind)
-    column = _column(labels, "labels", examples)
+    column = column_of(labels, "labels", examples)
     if pd.api.types.is_complex_dtype(column):
         raise ProbekitError("labels holds complex numbers; give words or numbers")
     numeric = pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
@@ -509,7 +509,7 @@ def _vector_target(labels: Any, examples: int, name: str, kind: str | None) -> t
 
 def _splits(groups: Any, split: Any, examples: int, seed: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Rows of every split, those of a group together, and the group of each example."""
-    group, names = pd.factorize(_column(groups, "groups", examples))
+    group, names = pd.factorize(column_of(groups, "groups", examples))
     taken = np.random.default_rng(seed).permutation(len(names))  # groups in the order in which they are taken
     if split is None:
         if len(names) < len(SPLITS):
@@ -524,7 +524,7 @@ def _splits(groups: Any, split: Any, examples: int, seed: int) -> tuple[dict[str
             of_group[own] = name
         split_of = of_group[group]
     else:
-        split_of = _column(split, "split", examples).replace({"train": FITTED_ON}).to_numpy()
+        split_of = column_of(split, "split", examples).replace({"train": FITTED_ON}).to_numpy()
         for row, name in enumerate(split_of):
             if name not in SPLITS:
                 raise ProbekitError(f"split has {name!r} at {row}; it must be train, validation or test")
@@ -572,7 +572,7 @@ def _grid(
 
 def _values(grid: Grid, transfer: Any, examples: int) -> Values:
     """The values between which probes are transferred; the examples of the grid say which row they are."""
-    code, names = pd.factorize(_column(transfer, "transfer", examples).astype(str), sort=True)
+    code, names = pd.factorize(column_of(transfer, "transfer", examples).astype(str), sort=True)
     codes = {split: code[part.start] for split, part in grid.examples.items()}
     return enough_examples(grid, "transfer", tuple(names), codes)
 

@@ -37,7 +37,7 @@ from probekit.probing.similarity import compare_layers, rotation_onto
 from probekit.probing.targets import Examples, find_examples, sentence_target
 from probekit.probing.transfer import paired_table
 from probekit.progress import Meter, Progress
-from probekit.run.folder import Existing
+from probekit.run.folder import Existing, provenance
 from probekit.run.run import Run
 from probekit.statistics import Resampling
 
@@ -93,7 +93,8 @@ def compare(
             one of `probe.locations`, `probe.solvers`, and `probe.target` and `probe.labels`. The target
             `action` without actions (`actions.labels: none`) means none: sentences, or all tokens with
             `probe.anchors: token`, are compared without probes.
-        second: Settings that the second LM has instead, such as `lm.name` or `lm.compress`.
+        second: Settings that the second LM has instead, such as `lm.name` or `lm.compress`. With a name,
+            it does not have the first's `lm.revision` and `lm.compress`, but those given here.
         out: A folder for both runs and the results.
         existing: What to do with runs that are there, as for `probekit.prepare`.
         permutations: How often documents are permuted for the null.
@@ -104,6 +105,8 @@ def compare(
     """
     from probekit.training.train import prepare
 
+    if "lm.name" in second:
+        second = {"lm.revision": None, "lm.compress": None} | {**second}
     _check(config, config.override(second))
     config = config.override({"probe.positions": [POSITION]})
     configs = config, config.override(second)
@@ -136,7 +139,18 @@ def compare(
         probes, more = _probes(runs, points, pairs, values, grid, progress)
         write_table(folder / "probes.parquet", probes)
         notes += more
-    write_json(folder / "settings.json", {"first": names[0], "second": names[1], "notes": notes})
+    else:  # those of an earlier call with labels are of other settings
+        (folder / "probes.parquet").unlink(missing_ok=True)
+    settings = {
+        "first": names[0],
+        "second": names[1],
+        "examples": len(rows),
+        "permutations": permutations,
+        "seed": config.seed,
+        "provenance": provenance(config),
+        "notes": notes,
+    }
+    write_json(folder / "settings.json", settings)
     return Comparison(similarity, probes, folder, names, notes)
 
 

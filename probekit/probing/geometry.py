@@ -7,6 +7,7 @@ of a sample is too low, the more so the nearer the number of examples is to the 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,14 +17,14 @@ import torch
 from torch import Tensor
 
 from probekit.errors import ProbekitError
-from probekit.probing.arrays import Arrays, arrays_of
+from probekit.probing.arrays import Arrays, arrays_of, column_of
 from probekit.statistics import jackknife, jackknife_blocks
 
 GEOMETRY = "geometry.parquet"
 """The file in the folder of probes."""
 
 ROGUE = 5.0
-"""A feature is rogue if its root mean square is this many times the median feature's."""
+"""A feature is rogue if its root mean square is this many times the median one that is not zero."""
 
 SHOWN_ROGUE = 5
 """So many rogue features are named, the largest first."""
@@ -41,23 +42,31 @@ def geometry(activations: Arrays, groups: Any = None) -> pd.DataFrame:
         groups: What intervals resample, such as the document of each example `[examples]`; None: examples.
 
     Returns:
-        A row for each layer, with `location`, `layer`, and the columns of `layer_geometry`.
+        A row for each layer, with `location`, `layer`, and the columns of `layer_geometry`. Ranks are
+        missing, and a warning says so, where all examples are the same.
 
     Raises:
-        ProbekitError: There are fewer examples than features, or fewer than five groups.
+        ProbekitError: There are fewer examples than features, fewer than five groups, or groups are missing.
     """
     values, points = arrays_of(activations)
-    group = np.arange(values.shape[1]) if groups is None else np.asarray(groups)
-    if group.shape != values.shape[1:2]:
-        raise ProbekitError(
-            f"groups {list(group.shape)} must have a value for each of the {values.shape[1]:,} examples"
-        )
+    examples = values.shape[1]
+    group = np.arange(examples) if groups is None else pd.factorize(column_of(groups, "groups", examples))[0]
     check_enough(values.shape[1], values.shape[2], group)
     rows = [
         {"location": location, "layer": layer} | layer_geometry(own, group)
         for own, (location, layer) in zip(values, points, strict=True)
     ]
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    for note in geometry_notes(table):
+        warnings.warn(note, stacklevel=2)
+    return table
+
+
+def geometry_notes(table: pd.DataFrame) -> Iterator[str]:
+    """A line that names the layers of a table of geometry that do not vary, if there are any."""
+    constant = table.layer[table.effective_rank.isna()].unique()
+    if len(constant):
+        yield f"layers whose activations do not vary, and have no ranks: {', '.join(map(str, constant))}"
 
 
 def check_enough(examples: int, width: int, group: np.ndarray) -> None:
@@ -92,12 +101,14 @@ def layer_geometry(activations: Tensor, group: np.ndarray) -> dict[str, Any]:
     X = activations.double().cpu()
     blocks = [torch.from_numpy(rows) for rows in jackknife_blocks(group)]
     squares = X.square().mean(0)
-    rogue = (squares > ROGUE**2 * squares.median()).nonzero()[:, 0]
+    rogue = (squares > ROGUE**2 * squares[squares > 0].median()).nonzero()[:, 0]
     rogue = rogue[squares[rogue].argsort(descending=True)]
     others = torch.ones(X.shape[1], dtype=torch.bool)
     others[rogue] = False
     groups = len(np.unique(group))
     length, in_rogue, in_all = _means([X.norm(dim=1), X[:, rogue].square().sum(1), X.square().sum(1)], blocks)
+    with np.errstate(invalid="ignore"):  # zeros have no length
+        share = in_rogue / in_all
     rank, ratio = _spectra(X, blocks)
     row: dict[str, Any] = {}
     for name, values in (("effective_rank", rank), ("participation_ratio", ratio)):
@@ -107,7 +118,7 @@ def layer_geometry(activations: Tensor, group: np.ndarray) -> dict[str, Any]:
         ("anisotropy", _cosines(X, group, blocks)),
         ("anisotropy_without", _cosines(X[:, others], group, blocks)),
         ("norm", length),
-        ("rogue_share", in_rogue / in_all),
+        ("rogue_share", share),
     ):
         row |= _columns(name, *jackknife(values[:1], values[1:, None], groups)[0][:3])
     named = ", ".join(str(int(feature)) for feature in rogue[:SHOWN_ROGUE])

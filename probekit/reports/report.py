@@ -24,6 +24,7 @@ from probekit.models.depth_ensemble import MEMBERS
 from probekit.models.locations import label
 from probekit.models.mixing import VARIANTS
 from probekit.models.revisions import name_of
+from probekit.probing.geometry import geometry_notes
 from probekit.probing.probe import ProbeResults
 from probekit.probing.results import main_metric
 from probekit.reports import tables, tables_compare
@@ -322,6 +323,7 @@ def geometry(run: Run) -> Iterator[Section]:
             )
         ],
         tables=list(tables_compare.geometry_tables(table)),
+        notes=list(geometry_notes(table)),
     )
 
 

@@ -133,6 +133,8 @@ def print_texts(written: Written) -> None:
 
 def print_probes(results: ProbeResults) -> None:
     """The best cells, the baselines on the same examples, and what to know of all cells together."""
+    from probekit.probing.geometry import geometry_notes
+
     table = results.table
     probes = table[table.reader == "probe"]
     best = results.best_cells()
@@ -147,6 +149,7 @@ def print_probes(results: ProbeResults) -> None:
         *tables.baseline_notes(table),
         *(() if results.transfer is None else tables.transfer_notes(results.transfer, best)),
         *tables.unreliable_probes(probes),
+        *(() if results.geometry is None else geometry_notes(results.geometry)),
         *results.notes,
         f"All {len(table):,} rows: {results.folder / 'results.parquet'}; pictures: {results.folder}",
     )

@@ -4,7 +4,16 @@ import copy
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 from probekit.config import Config
 from probekit.errors import ProbekitError
@@ -89,6 +98,29 @@ def test_a_model_without_linear_maps_is_refused():
     model = GPT2LMHeadModel(GPT2Config(vocab_size=30, n_positions=16, n_embd=8, n_layer=0, n_head=2))
     with pytest.raises(ProbekitError, match="GPT2LMHeadModel holds its layers' weights in no linear maps"):
         compressed(model, "int8")
+
+
+def test_fused_experts_are_refused_before_anything_is_changed():
+    size = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = MixtralForCausalLM(
+        MixtralConfig(vocab_size=30, num_key_value_heads=2, num_local_experts=2, **size)
+    )
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ProbekitError, match=r"belong to no linear map of PyTorch, such as 0\.mlp\."):
+        compressed(model, "int8")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_maps_outside_the_layers_stay():
+    size = {"hidden_size": 8, "ffn_dim": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = OPTForCausalLM(
+        OPTConfig(vocab_size=30, max_position_embeddings=16, word_embed_proj_dim=4, **size)
+    )
+    outside = {name: value.clone() for name, value in model.state_dict().items() if "project_" in name}
+    assert len(outside) == 2
+    compressed(model, "prune=0.5")
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in outside.items())
+    assert (model.model.decoder.layers[1].fc1.weight == 0).float().mean() == 0.5
 
 
 def test_a_run_reads_the_compressed_lm(tiny_run):

@@ -203,7 +203,10 @@ def test_tokens_that_end_within_one_of_the_other_are_left_out(config, folder, tm
         "probe.anchors": "token",
     }
     settings["lm.name"] = str(folder / "other")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "probes.parquet").write_bytes(b"of an earlier call with labels")
     found = compared(config.override(settings), {"lm.name": str(folder / "lm")}, tmp_path / "out")
+    assert not (tmp_path / "out" / "probes.parquet").exists()
     assert found.probes is None
     (note,) = found.notes
     assert "examples end within a token of the other LM" in note
@@ -229,6 +232,10 @@ def test_numbers_are_read_by_ridge_and_what_is_returned_is_written(config, out):
     np.testing.assert_allclose(frozen.over_first_lm, frozen.r2 - first.r2, atol=1e-9)
     pd.testing.assert_frame_equal(pd.read_parquet(out / "similarity.parquet"), found.similarity)
     pd.testing.assert_frame_equal(pd.read_parquet(out / "probes.parquet"), found.probes)
+    settings = json.loads((out / "settings.json").read_text("utf-8"))
+    assert settings["examples"] == found.similarity.examples.iloc[0]
+    assert (settings["permutations"], settings["seed"]) == (9, config.seed)
+    assert settings["provenance"]["versions"]["torch"]
     assert set(found.probes.reading) == {*READINGS}
     diagonal = found.similarity[found.similarity.layer == found.similarity.second_layer]
     assert diagonal.cka.between(0.1, 0.999).all()
@@ -259,6 +266,26 @@ def test_what_cannot_be_compared_is_refused(config, out, changed, second, messag
     with pytest.raises(ProbekitError, match=message) as caught:
         compared(config.override(changed), second, out)
     assert "\n" not in str(caught.value)
+
+
+def test_another_lm_has_its_own_revision_and_is_compressed_only_if_asked(config, monkeypatch):
+    """What names a revision of the first LM names none of another; a copy of the first has it, too."""
+    seen = []
+
+    def check(first, second):
+        seen.append((second.lm.name, second.lm.revision, second.lm.compress))
+        raise ProbekitError("seen")
+
+    monkeypatch.setattr(comparing, "_check", check)
+    first = config.override({"lm.name": "a", "lm.revision": "step1", "lm.compress": "int8"})
+    for second in (
+        {"lm.name": "b"},
+        {"lm.name": "a", "lm.revision": "step2", "lm.compress": "rank=2"},
+        {"lm.compress": "rank=2"},
+    ):
+        with pytest.raises(ProbekitError, match="seen"):
+            compare(first, second, quiet=True)
+    assert seen == [("b", None, None), ("a", "step2", "rank=2"), ("a", "step1", "rank=2")]
 
 
 def test_lms_are_told_apart_by_name():

@@ -84,8 +84,34 @@ def test_too_few_examples_or_groups_are_refused():
         probekit.geometry(X)
     with pytest.raises(ProbekitError, match="examples of 4 documents or groups are too few"):
         probekit.geometry(X[:, :5], np.arange(30) % 4)
-    with pytest.raises(ProbekitError, match=r"groups \[29\] must have a value for each of the 30 examples"):
+    with pytest.raises(ProbekitError, match="groups has 29 values, but activations 30 examples"):
         probekit.geometry(X[:, :5], np.arange(29))
+
+
+@pytest.mark.parametrize("missing", [None, np.nan])
+def test_missing_groups_are_refused(missing):
+    X = np.random.default_rng(4).normal(size=(30, 5))
+    groups = ["a", missing, *range(28)]
+    with pytest.raises(ProbekitError, match="groups: 1 of 30 are missing, the first is number 1"):
+        probekit.geometry(X, groups)
+
+
+def test_dead_features_make_no_living_one_rogue():
+    rng = np.random.default_rng(9)
+    X = rng.normal(size=(200, 20))
+    X[:, 8:] = 0
+    X[:, 3] *= 12
+    (row,) = probekit.geometry(X).itertuples()
+    assert (row.rogue, row.rogue_features) == (1, "3")
+
+
+def test_a_layer_that_does_not_vary_has_no_ranks_and_is_named():
+    X = np.random.default_rng(10).normal(size=(3, 60, 4)).astype(np.float32)
+    X[1], X[2] = 0.1, 0
+    with pytest.warns(UserWarning, match="do not vary, and have no ranks: 1, 2"):
+        table = probekit.geometry(X)
+    assert table.effective_rank.isna().tolist() == [False, True, True]
+    assert table.anisotropy[1] == pytest.approx(1)
 
 
 def test_a_run_has_a_table_and_a_picture(capsys, copy):
