@@ -27,8 +27,8 @@ from shared.script import names_of, run_script, save_figure, script_parser
 
 import probekit
 from probekit.evaluation.ask import RANDOM_WEIGHTS
-from probekit.evaluation.items import read_items
-from probekit.evaluation.preferences import ALL_KINDS, LogProbabilities, preference_table
+from probekit.evaluation.items import ALL_KINDS, read_items
+from probekit.evaluation.preferences import LogProbabilities, preference_table
 from probekit.io import write_text
 from probekit.reports.drawing import colours_of_names
 

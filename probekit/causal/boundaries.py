@@ -55,6 +55,8 @@ def draw_boundaries(
     window: int,
     reach: int,
     seed: int,
+    *,
+    setting: str = "intervene.distances",
 ) -> Boundaries:
     """Draws documents, at most one of each group, and a sentence boundary of each.
 
@@ -69,6 +71,7 @@ def draw_boundaries(
         window: Tokens that the LM reads at once.
         reach: Tokens that are needed before the boundary.
         seed: Of both draws.
+        setting: What to lower where no document has such a boundary.
 
     Raises:
         ProbekitError: `reach` exceeds the window, or no document has such a boundary.
@@ -107,7 +110,7 @@ def draw_boundaries(
     if not rows:
         raise ProbekitError(
             f"no test document has a sentence with a label that begins after its first {reach} tokens; lower "
-            "intervene.distances"
+            f"{setting}"
         )
     document, start, length, column, last_column, sentence = np.array(sorted(rows), dtype=np.int64).T
     windows = Windows(document, start, length, length)

@@ -145,9 +145,17 @@ def continuation(
     run.corpus.require_actions()
     chosen, config, progress = run.config.continuation, run.config, Progress(quiet=quiet)
     points = at_layers([LOCATION], chosen.layers, run.frozen_lm().layers, "continuation.layers")
+    # In a window that has moved, another token would stand where the activation is put. The last token that
+    # is written is not read.
+    if chosen.tokens > (most := reading_window(run) - 1):
+        raise ProbekitError(
+            f"continuation.tokens is {chosen.tokens:,}, but the LM reads {most + 1:,} tokens at once, the "
+            f"two before them included; give at most {most:,}"
+        )
     layers = [layer for _, layer in points]
     sentence = _drawn(run)
     ahead, writer = Ahead.of(run, sentence), _Writer(run, sentence)
+    donors = _donors(len(sentence), config.seed)
     with progress.task("read the activations before sentences"):
         states = _activations(run, sentence)
     every = {hook_name(LOCATION, layer): values for layer, values in states.items()}
@@ -159,7 +167,7 @@ def continuation(
         texts["nothing", None] = writer.write(writer.empty)
         task.advance(note="with nothing")
         for layer, values in given.items():
-            donated = {name: activations.roll(1, 0) for name, activations in values.items()}
+            donated = {name: activations[donors] for name, activations in values.items()}
             for name, put in (("activation", values), ("other document", donated)):
                 texts[name, layer] = writer.write(writer.empty, put)
                 task.advance(note=f"{name}, {'all layers' if layer is None else f'layer {layer}'}")
@@ -199,7 +207,27 @@ def _drawn(run: Run) -> np.ndarray:
             "after its first one; give fewer"
         )
     window = reading_window(run)
-    return draw_boundaries(corpus, labels, documents, chosen.boundaries, window, 1, run.config.seed).sentence
+    drawn = draw_boundaries(
+        *(corpus, labels, documents, chosen.boundaries, window, 1, run.config.seed),
+        setting="continuation.horizons",
+    )
+    if len(drawn) == 1:
+        raise ProbekitError(
+            "only one test document has a sentence boundary to write on after, so no other document's "
+            "activation can stand beside its own; give more documents, or lower continuation.horizons"
+        )
+    return drawn.sentence
+
+
+def _donors(count: int, seed: int) -> Tensor:
+    """For each boundary another one, whose activation it is given: each gives once, one cycle through all.
+
+    Boundaries are sorted by document, and neighbours may be alike, such as two chapters of a book.
+    """
+    order = np.random.default_rng([seed, count]).permutation(count)
+    donors = np.empty_like(order)
+    donors[order] = np.roll(order, 1)
+    return torch.from_numpy(donors)
 
 
 def _activations(run: Run, sentence: np.ndarray) -> dict[int, Tensor]:
@@ -308,10 +336,15 @@ def _ridge_maps(
     run: Run, states: Mapping[int, Tensor], layers: Sequence[int], ahead: Ahead
 ) -> dict[tuple[str, int | None], dict[int, MetricSums]]:
     """Metrics of the embeddings that the run's probes of the target `embedding` predict, by layer."""
-    probed = read_probe_record(run.folder).config if (run.folder / "probes").is_dir() else None
-    if probed is None or probed.probe.target != "embedding" or "none" not in probed.probe.variants:
+    if not (run.folder / "probes").is_dir():
         return {}
-    seed, *_ = probed.probe.seeds or (probed.seed,)
+    probed = read_probe_record(run.folder).config
+    chosen = probed.probe
+    # A table of labels may have a column of that name, and at every token other activations are read.
+    of_sentences = chosen.target == "embedding" and chosen.labels is None and chosen.anchors == "start"
+    if not of_sentences or "none" not in chosen.variants:
+        return {}
+    seed, *_ = chosen.seeds or (probed.seed,)
     saved = SavedProbes(run.folder / "probes", "none", seed)
     found: dict[tuple[str, int | None], dict[int, MetricSums]] = {}
     for layer in layers:

@@ -97,6 +97,8 @@ def ask(
     """
     if scoring not in SCORINGS:
         raise ProbekitError(f"scoring is {scoring!r}; give {' or '.join(SCORINGS)}")
+    if random < 0:
+        raise ProbekitError(f"random is {random}; give how many draws of random weights to ask, or 0")
     config = Config().override({**(settings or {}), "lm.name": model})
     if random and config.lm.device_map is not None:
         raise ProbekitError("random weights are made on one device; leave lm.device_map unset, or ask none")
@@ -114,7 +116,7 @@ def ask(
         preference_table(rows, found, scoring, **resampling),
         pd.concat([_answers(rows, revision, read) for revision, read in found.items()], ignore_index=True),
         {
-            "model": Path(model).name if Path(model).is_absolute() else model,
+            "model": _shortened(model),
             "revisions": [lm.record(device) for lm in lms],
             "items": {"file": Path(items).name, "digest": digest_of([user_path(items)]), "rows": len(rows)},
             "scoring": scoring,
@@ -178,11 +180,11 @@ class _FoundLM:
         """What it is, for `ask.json`."""
         name = str(self.settings.name)
         return {
-            "revision": self.revision,
-            "name": Path(name).name if Path(name).is_absolute() else name,
+            "revision": None if self.revision is None else _shortened(self.revision),
+            "name": _shortened(name),
             "commit": self.settings.revision,
             "weights": lm_digest(name) if self.random is None else f"random, seed {self.random}",
-            "compress": self.settings.compress,
+            "compress": self.settings.compress if self.random is None else None,
             "dtype": dtype_name(dtype_of(self.settings.dtype, self.config, device)),
             "bos": self.bos,
         }
@@ -233,6 +235,11 @@ class _FoundLM:
         )
         check_weights(model, name)
         return model if self.settings.compress is None else compressed(model, self.settings.compress)
+
+
+def _shortened(name: str) -> str:
+    """A name, or that of a folder without where it is on this machine."""
+    return Path(name).name if Path(name).is_absolute() else name
 
 
 def _answers(items: Sequence[Item], revision: str | None, read: LogProbabilities) -> pd.DataFrame:

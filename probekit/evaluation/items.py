@@ -24,6 +24,9 @@ COLUMNS = ("context", "choices", "answer", "kind", "group", "score")
 
 CHOICE = re.compile(r"choice\d+")
 
+ALL_KINDS = "all kinds"
+"""What a table of results calls the items of all kinds."""
+
 
 @dataclass(frozen=True)
 class Item:
@@ -102,6 +105,8 @@ def _item(where: str, record: object) -> Item:
         raise ProbekitError(
             f"{where}: 'answer' is {shown(answer)}; give the number of a choice, from 0 to {len(choices) - 1}"
         )
+    if kind == ALL_KINDS:
+        raise ProbekitError(f"{where}: 'kind' is {kind!r}, as results call all of them; give another name")
     return Item(
         where,
         context,
@@ -123,7 +128,7 @@ def _choices(where: str, record: Mapping[str, Any]) -> tuple[str, ...]:
         listed = [record[name] for name in named]
         while listed and as_written(listed[-1]) is None:  # of other rows, which have more
             listed.pop()
-    if isinstance(listed, str) or not hasattr(listed, "__iter__"):
+    if isinstance(listed, str | Mapping) or not hasattr(listed, "__iter__"):
         raise ProbekitError(
             f"{where}: 'choices' is {shown(listed)}; give a list of texts, or columns choice0, choice1, ..."
         )

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from probekit.evaluation.items import Item
+from probekit.evaluation.items import ALL_KINDS, Item
 from probekit.evaluation.metrics import rank_correlations
 from probekit.statistics import (
     Floats,
@@ -31,8 +31,6 @@ SCORINGS: tuple[Scoring, ...] = get_args(Scoring)
 LM, OVER_PRIOR, PRIOR = "LM", "LM over prior", "prior"
 """What chooses: the score after the context, that less the score without it, or the latter alone."""
 
-ALL_KINDS = "all kinds"
-
 
 @dataclass(frozen=True)
 class LogProbabilities:
@@ -40,7 +38,7 @@ class LogProbabilities:
 
     Attributes:
         own: Log-probability after the context in nats; minus infinity where an item has fewer choices.
-        prior: The same without the context.
+        prior: The same without the context; where an item has none, as `own`.
         tokens: Number of tokens.
     """
 
@@ -89,29 +87,40 @@ def preference_table(
     Returns:
         `accuracy`, or where no choice is true `preference`, for the first one; `over_prior` and `over_first`,
         its paired differences to the prior alone and to the first revision; `margin`; `rank_correlation` of
-        margins with the scores that items were given.
+        margins with the scores that items were given. Items without a context have no prior: where that is
+        read, they are left out, and a kind of them alone has no row.
     """
-    cells = _Cells(items)
+    every, behind = (
+        _Cells(items, there)
+        for there in (np.full(len(items), True), np.array([bool(item.context) for item in items]))
+    )
     first: dict[str, Floats] = {}
     rows = []
     for revision, read in found.items():
         scores = read.scores(scoring)
-        right = {reader: cells.sums(shares(own, cells.wanted)) for reader, own in scores.items()}
+        right = {reader: shares(own, every.wanted) for reader, own in scores.items()}
         first = first or right
-        measured = {
-            reader: cells.measured(own, right[reader], **resampling) for reader, own in scores.items()
-        }
-        for reader, columns in measured.items():
-            for name, other in (("over_prior", right.get(PRIOR)), ("over_first", first.get(reader))):
+        measured = {}
+        for reader, own in scores.items():
+            cells = every if reader == LM else behind
+            columns = cells.measured(own, right[reader], **resampling)
+            for name, asked, other in (
+                ("over_prior", behind, right.get(PRIOR)),
+                ("over_first", cells, first.get(reader)),
+            ):
                 if other is not None and other is not right[reader]:
-                    columns[name] = paired_differences(right[reader], other, cells.counts, **resampling)
-        for cell, facts in enumerate(cells.facts()):
-            for reader, columns in measured.items():
-                row = {"revision": revision, **facts, "reader": reader, "scoring": scoring}
+                    sums = asked.sums(right[reader]), asked.sums(other)
+                    columns[name] = paired_differences(*sums, asked.counts, **resampling)
+            measured[reader] = columns, [*cells.facts()]
+        for cell in range(every.counts.shape[1]):
+            for reader, (columns, facts) in measured.items():
+                if not facts[cell]["items"]:
+                    continue
+                row = {"revision": revision, **facts[cell], "reader": reader, "scoring": scoring}
                 for name, intervals in columns.items():
                     row |= intervals[cell].columns(name)
                 rows.append(row)
-    return pd.DataFrame(rows).rename(columns={"documents": "groups"})
+    return pd.DataFrame(rows).drop(columns="documents")
 
 
 class _Cells:
@@ -119,19 +128,21 @@ class _Cells:
 
     Args:
         items: The items.
+        there: Which of them are counted `[items]`.
 
     Attributes:
         wanted: The answer of each item, or its first choice `[items]`.
         counts: Items of each group and cell `[groups, cells]`.
     """
 
-    def __init__(self, items: Sequence[Item]) -> None:
+    def __init__(self, items: Sequence[Item], there: NDArray[np.bool]) -> None:
         number, kinds = pd.factorize(np.array([item.kind or ALL_KINDS for item in items]))
         several = len(kinds) > 1
         self._kinds = [*kinds, ALL_KINDS] if several else [*kinds]
         self._member = number[:, None] == np.arange(len(kinds))
         if several:
             self._member = np.column_stack([self._member, np.ones(len(items), dtype=bool)])
+        self._member &= there[:, None]
         self._group = pd.factorize(np.array([item.group for item in items]))[0]
         self._metric = "preference" if items[0].answer is None else "accuracy"
         self._chance = np.array([1 / len(item.choices) for item in items])
@@ -146,17 +157,19 @@ class _Cells:
     def facts(self) -> Iterator[dict[str, Any]]:
         """What is known of each cell before anything is asked."""
         rated = np.isfinite(self._rating)
-        for kind, own in zip(self._kinds, self._member.T, strict=True):
-            known = {"kind": kind, "items": int(own.sum()), "chance": float(self._chance[own].mean())}
+        groups = (self.counts > 0).sum(0)
+        for kind, own, resampled in zip(self._kinds, self._member.T, groups, strict=True):
+            known = {"kind": kind, "items": int(own.sum()), "groups": int(resampled)}
+            known["chance"] = float(self._chance @ own / max(1, own.sum()))
             yield known | ({"rated": int((own & rated).sum())} if rated.any() else {})
 
     def measured(
         self, scores: Floats, right: Floats, **resampling: Unpack[Resampling]
     ) -> dict[str, Intervals]:
-        """What is measured of scores `[items, choices]`, of which `right` `[groups, cells]` are right."""
+        """What is measured of scores `[items, choices]`, of which the shares `right` `[items]` are right."""
         margin = margins(scores, self.wanted)
         found = {
-            self._metric: bootstrap_ratios(right, self.counts, **resampling),
+            self._metric: bootstrap_ratios(self.sums(right), self.counts, **resampling),
             "margin": bootstrap_ratios(self.sums(margin), self.counts, **resampling),
         }
         if np.isfinite(self._rating).any():

@@ -12,7 +12,7 @@ from random_lms import save_random_llama
 from shared.english_pairs import PHENOMENA, Pair, pairs, plural
 
 from probekit.errors import ProbekitError
-from probekit.evaluation.preferences import ALL_KINDS
+from probekit.evaluation.items import ALL_KINDS
 
 
 @pytest.fixture(scope="module", params=PHENOMENA)

@@ -3,6 +3,7 @@
 import shutil
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,12 @@ from running import Capture, printed, refused
 from probekit.causal import continuation as module
 from probekit.causal.continuation import LOCATION, Ahead, ContinuationResults, continuation
 from probekit.errors import ProbekitError
-from probekit.models.decoding import new_decoder
+from probekit.models.decoding import new_decoder, window_start
 from probekit.models.locations import hook_name
 from probekit.planted.ceilings import position_ceiling
 from probekit.probing.probe import probe
+from probekit.probing.results import read_probe_record
+from probekit.probing.targets import NO_LABEL
 from probekit.run.run import Run
 
 FEW = {"continuation.boundaries": 12, "continuation.tokens": 10, "evaluation.resamples": 100}
@@ -103,6 +106,57 @@ def test_an_lm_that_reads_no_separator_reads_one_here(run: Run, monkeypatch: pyt
     separator = run.corpus.separator
     assert module._Writer(run, short(run)).empty == [[separator, *tokens] for tokens in usual]
     assert all(tokens[0] == separator and len(tokens) == 2 for tokens in usual)
+
+
+@pytest.mark.parametrize("bos", ["document", "none"])
+def test_no_window_moves_while_tokens_are_written(run: Run, bos: str, monkeypatch: pytest.MonkeyPatch):
+    """In the 48 positions of the LM: the activation would be put on a token that was written."""
+    monkeypatch.setattr(type(run.corpus), "bos_rule", bos)
+    first = len(module._Writer(run, short(run)).empty[0])
+    last = first + 47 - 1  # the last token is written, but not read
+    assert window_start(first, 48, bos) == window_start(last, 48, bos) < window_start(last + 1, 48, bos)
+    said = "continuation.tokens is 48, but the LM reads 48 tokens at once, the two before them included; "
+    with pytest.raises(ProbekitError, match=f"^{said}give at most 47$"):
+        continuation(run, {"continuation.tokens": 48}, quiet=True)
+    with pytest.raises(ProbekitError, match=r"continuation\.horizons has 500"):  # what is looked at next
+        continuation(run, {"continuation.tokens": 47, "continuation.horizons": [500]}, quiet=True)
+
+
+@pytest.mark.parametrize("count", [2, 3, 60])
+def test_every_boundary_gives_its_activation_to_another(count: int):
+    drawn = [module._donors(count, seed).tolist() for seed in range(40)]
+    for donors in drawn:
+        assert sorted(donors) == list(range(count))
+        assert all(donor != row for row, donor in enumerate(donors))
+    assert drawn[0] == module._donors(count, 0).tolist()
+    neighbours = np.mean([(np.abs(np.array(own) - range(count)) == 1).mean() for own in drawn])
+    assert neighbours == pytest.approx(2 / count, abs=0.02)
+
+
+def test_one_boundary_alone_has_no_other_document(run: Run, monkeypatch: pytest.MonkeyPatch):
+    document = run.corpus.documents("test")[:1]
+    monkeypatch.setattr(type(run.corpus), "documents", lambda self, split: document)
+    with pytest.raises(ProbekitError, match="only one test document has a sentence boundary"):
+        module._drawn(run.with_settings(FEW))
+
+
+def test_what_no_boundary_fits_names_the_setting_of_this_command(run: Run, monkeypatch: pytest.MonkeyPatch):
+    nothing = np.full(len(run.corpus.actions), NO_LABEL)
+    monkeypatch.setitem(vars(run.corpus), "known_actions", nothing)
+    with pytest.raises(ProbekitError, match=r"no test document has .*; lower continuation\.horizons$"):
+        module._drawn(run.with_settings(FEW))
+
+
+@pytest.mark.parametrize("other", [{"probe.anchors": "token"}, {"probe.labels": "labels.csv"}, {}])
+def test_ridge_maps_are_probes_of_the_embeddings_of_sentences(
+    run: Run, other: dict[str, str], monkeypatch: pytest.MonkeyPatch
+):
+    """Not those at every token, nor those of a column of the table of labels that is called so."""
+    config = read_probe_record(run.folder).config.override(other)
+    monkeypatch.setattr(module, "read_probe_record", lambda folder: SimpleNamespace(config=config))
+    sentence = short(run)
+    found = module._ridge_maps(run, module._activations(run, sentence), [0], Ahead.of(run, sentence))
+    assert bool(found) == (not other)
 
 
 def test_metrics_of_true_sentences_and_of_others(run: Run):
@@ -195,7 +249,7 @@ def test_without_probes_of_embeddings_a_note_says_how_to_fit_them(copy: Path):
 )
 def test_what_does_not_fit(run: Run, settings: dict[str, list[int]], said: str):
     with pytest.raises(ProbekitError, match=said):
-        continuation(run, settings, quiet=True)
+        continuation(run, FEW | settings, quiet=True)
 
 
 def test_a_number_of_tokens_that_is_none(capsys: Capture, run: Run):

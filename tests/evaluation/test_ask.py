@@ -218,6 +218,8 @@ def test_revisions_are_asked_the_same(lm: str, tmp_path: Path):
     known = read_json(out / "ask.json")
     weights = [known["weights"] for known in known["revisions"]]
     assert weights[1] == weights[2] != weights[0]
+    assert [known["revision"] for known in known["revisions"]] == ["step1", "step2", Path(lm).name]
+    assert str(tmp_path) not in json.dumps(known["revisions"])
     with pytest.raises(ProbekitError, match=r"--revisions has 'step3': no such folder, in .* on the hub"):
         ask(str(model), items, tmp_path / "none", revisions=["step1", "step3"], quiet=True)
     assert not (tmp_path / "none").exists()
@@ -228,9 +230,10 @@ def test_a_compressed_lm_is_asked(lm: str, tmp_path: Path):
     folder = shutil.copytree(lm, tmp_path / "pruned")
     compressed(AutoModelForCausalLM.from_pretrained(lm), "prune=0.5").save_pretrained(folder)
     expected = ask(str(folder), items, quiet=True).answers.log_probability
-    found = ask(lm, items, settings={"lm.compress": "prune=0.5"}, quiet=True)
-    assert found.answers.log_probability.to_numpy() == pytest.approx(expected.to_numpy())
-    assert found.settings["revisions"][0]["compress"] == "prune=0.5"
+    found = ask(lm, items, random=1, settings={"lm.compress": "prune=0.5"}, quiet=True)
+    own = found.answers[found.answers.revision == "own weights"]
+    assert own.log_probability.to_numpy() == pytest.approx(expected.to_numpy())
+    assert [known["compress"] for known in found.settings["revisions"]] == ["prune=0.5", None]
     whole = ask(lm, items, quiet=True).answers.log_probability
     assert whole.to_numpy() != pytest.approx(expected.to_numpy())
 
@@ -249,6 +252,7 @@ def test_an_encoder_is_refused(lm: str, tmp_path: Path):
     ("given", "said"),
     [
         ({"scoring": "sum"}, "scoring is 'sum'; give total or mean"),
+        ({"random": -1}, "random is -1; give how many draws"),
         ({"settings": {"evaluation.resamples": 3}}, "evaluation.resamples"),
         ({"settings": {"device": "abacus"}}, "device is 'abacus'"),
     ],

@@ -58,6 +58,11 @@ GOOD = {"context": "A is", "choices": ["b", "c"], "answer": 0, "kind": "x"}
             {**GOOD, "choices": "b;c"},
             "'choices' is 'b;c'; give a list of texts, or columns choice0, choice1",
         ),
+        (
+            {**GOOD, "choices": {"text": ["b", "c"], "label": ["A", "B"]}},
+            r"'choices' is .*'text'.*; give a list of texts, or columns choice0",
+        ),
+        ({**GOOD, "kind": "all kinds"}, "'kind' is 'all kinds', as results call all of them"),
         ({"context": "A", "answer": 0, "kind": "x"}, "an item with 0 choices"),
         ({**GOOD, "choices": ["b", "c", "b"]}, "two choices are 'b'; give different ones"),
         ({**GOOD, "choices": ["b", " "]}, "a choice is ' '; give a text that is not blank"),

@@ -112,6 +112,36 @@ def test_the_table_by_hand(items: list[Item], scoring: str):
     assert table.loc["first", "a", "LM"].chance == pytest.approx(np.mean(chances))
 
 
+def test_items_without_a_context_count_where_no_prior_is_read(items: list[Item]):
+    """The readers of the prior have what they have on the other items alone; the LM's own rows count all."""
+    bare = [item(0, context="", kind=kind, group=kind, score=1.0) for kind in ("a", "bare")]
+    mixed = [*items, *bare]
+    read = log_probabilities(mixed, 0)
+    read.prior[-2:] = read.own[-2:]
+    found = {"one": read, "two": log_probabilities(mixed, 1)}
+    found["two"].prior[-2:] = found["two"].own[-2:]
+    without = {
+        name: LogProbabilities(own.own[:-2], own.prior[:-2], own.tokens[:-2]) for name, own in found.items()
+    }
+    keys = ["revision", "kind", "reader"]
+    table, expected = (
+        preference_table(rows, values, "total", **FEW).set_index(keys)
+        for rows, values in ((mixed, found), (items, without))
+    )
+    assert [*table.loc["one", "bare"].index] == ["LM"]
+    for kind in ("a", "b", "all kinds"):
+        for reader in ("LM over prior", "prior"):
+            for name in ("items", "groups", "chance", "rated", "accuracy", "margin", "over_prior"):
+                own, other = (part.loc[("two", kind, reader), name] for part in (table, expected))
+                assert own == pytest.approx(other, nan_ok=True)
+        over, same = (part.loc[("two", kind, "LM")].over_prior for part in (table, expected))
+        assert over == pytest.approx(same)
+    right = shares(read.own, np.array([row.answer for row in mixed]))
+    assert table.loc[("one", "all kinds", "LM"), "accuracy"] == pytest.approx(right.mean())
+    assert table.loc[("one", "all kinds", "LM"), ["items", "groups"]].tolist() == [62, 22]
+    assert math.isnan(table.loc[("one", "bare", "LM")].over_prior)
+
+
 def test_groups_are_resampled_not_items():
     """Items that are copies of one another tell no more than one of them."""
     once = [item(group=str(number)) for number in range(40)]
