@@ -60,6 +60,16 @@ def subnetwork(documents: int = DOCUMENTS) -> pd.DataFrame:
     return pd.DataFrame(rows).astype({"draw": "Int64"}).assign(variant="none")
 
 
+def continuation(documents: int = DOCUMENTS) -> pd.DataFrame:
+    """What is written after the activation of one layer and of all, and with the context, at two horizons."""
+    rows: list[dict] = []
+    conditions = (("context", None), ("activation", 1), ("activation", None))
+    for number, ((condition, layer), horizon) in enumerate(itertools.product(conditions, (1, 2))):
+        head = {"condition": condition, "layer": layer, "horizon": horizon}
+        rows += measured(head, ("cosine", "true_action"), documents, number)
+    return pd.DataFrame(rows).astype({"layer": "Int64"})
+
+
 def over_training(documents: int = DOCUMENTS) -> pd.DataFrame:
     """Probes at three checkpoints; another layer is best on validation documents at every step."""
     parts = []
@@ -76,6 +86,11 @@ def write_interventions(run: Run, variant: str, documents: int = DOCUMENTS, **se
     _settings(
         run, f"interventions/{variant}", f"note on {variant}", {"intervene.variant": variant} | settings
     )
+
+
+def write_continuation(run: Run, documents: int = DOCUMENTS, **settings: Any) -> None:
+    write_table(run.folder / "continuation/results.parquet", continuation(documents))
+    _settings(run, "continuation", "a note on what was written", settings)
 
 
 def write_subnetwork(run: Run, documents: int = DOCUMENTS, **settings: Any) -> None:

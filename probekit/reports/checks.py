@@ -18,6 +18,7 @@ from probekit.probing.transfer import TRANSFER
 from probekit.reports.display import described, number
 from probekit.reports.tables import (
     MORE_BOUNDARIES,
+    MORE_CONTINUED,
     MORE_SUBNETWORK_DOCUMENTS,
     best_by_step,
     unreliable_probes,
@@ -28,6 +29,7 @@ from probekit.run.stages import stages_of
 
 EVALUATION, GENERATION, PROBES = "evaluation.json", "generation.json", "probes/results.parquet"
 
+CONTINUATION = "continuation/results.parquet"
 GEOMETRY_FILE = "probes/geometry.parquet"
 TRANSFER_FILE = f"probes/{TRANSFER}"
 
@@ -67,6 +69,8 @@ def results_of(run: Run) -> Iterator[Result]:
     for stage in probed_stages(run):
         file = run.probes_file(stage).relative_to(run.folder).as_posix()
         yield Result(file, ["corpus", stage], f"probekit probe {name} --checkpoints --stage {stage}")
+    if has(run, CONTINUATION):
+        yield Result(CONTINUATION, _stages_read(["none"]), f"probekit continuation {name}")
     for kind, command in (("interventions", "intervene"), ("subnetworks", "subnetwork")):
         for variant in variants_with(run, kind):
             words = f"probekit {command} {name} --{command}.variant {variant}"
@@ -183,6 +187,13 @@ def few_documents(run: Run) -> Iterator[str]:
     for what, documents, remedy in counted:
         if line := too_few(int(documents), remedy):
             yield f"{what}: {line[0].lower()}{line[1:]}" if what else line
+
+
+def few_continued(run: Run) -> Iterator[str]:
+    """Few documents in which the LM wrote on."""
+    documents = run.continuation().documents.max() if has(run, CONTINUATION) else FEW_DOCUMENTS
+    if line := too_few(int(documents), MORE_CONTINUED):
+        yield f"Continuation: {line[0].lower()}{line[1:]}"
 
 
 def compared_interventions(run: Run) -> pd.DataFrame:
@@ -338,6 +349,7 @@ def other_versions(run: Run) -> Iterator[str]:
 CHECKS: tuple[Callable[[Run], Iterator[str]], ...] = (
     unfinished,
     few_documents,
+    few_continued,
     not_finite,
     planners_above_ceiling,
     probes_above_ceiling,

@@ -29,6 +29,7 @@ from probekit.probing.probe import ProbeResults
 from probekit.probing.results import main_metric
 from probekit.reports import tables, tables_compare
 from probekit.reports.checks import (
+    CONTINUATION,
     EVALUATION,
     GENERATION,
     GEOMETRY_FILE,
@@ -377,6 +378,19 @@ def over_training(run: Run) -> Iterator[Section]:
         yield Section(f"Over training: {stage}", pictures=[picture], tables=[numbers], notes=list(notes))
 
 
+def continuation(run: Run) -> Iterator[Section]:
+    """What the LM writes after one activation alone, beside its controls."""
+    if has(run, CONTINUATION):
+        table = run.continuation()
+        yield Section(
+            "Continuation",
+            "What the LM writes after the activation before a sentence, alone in an empty context, and the "
+            f"true sentences of {int(table.documents.max()):,} test documents.",
+            tables=tables.continuation_tables(table),
+            notes=_notes(run, "continuation"),
+        )
+
+
 def interventions(run: Run) -> Iterator[Section]:
     """What interventions in each variant do beyond random ones, at the nearest distance first."""
     variants = variants_with(run, "interventions")
@@ -497,6 +511,10 @@ def commands(run: Run) -> Iterator[list[str]]:
             changed = changed_settings(run, "probes/settings.json")
             yield ["probekit", "probe", again, *_options(changed, "probe")]
     yield from _commands_over_training(run, any_model, again)
+    if has(run, CONTINUATION):
+        changed = changed_settings(run, "continuation/settings.json")
+        drawing = ("seed", "generation.temperature", "generation.top_k", "generation.top_p")
+        yield ["probekit", "continuation", again, *_options(changed, "continuation", *drawing)]
     for kind, command in (("interventions", "intervene"), ("subnetworks", "subnetwork")):
         for variant in variants_with(run, kind):
             changed = changed_settings(run, f"{kind}/{variant}/settings.json")
@@ -521,12 +539,12 @@ def _commands_over_training(run: Run, any_model: Sequence[str], again: str) -> I
         yield [*words, *_options(changed, "probe")]
 
 
-def _options(settings: dict[str, Any], section: str | None = None) -> list[str]:
-    """Settings as options; only those that a command with a section of its own takes."""
+def _options(settings: dict[str, Any], section: str | None = None, *more: str) -> list[str]:
+    """Settings as options; only those that a command with a section of its own takes, and some more."""
     return [
         word
         for name, value in settings.items()
-        if section is None or name.split(".")[0] in ("device", "evaluation", section)
+        if section is None or name.split(".")[0] in ("device", "evaluation", section) or name in more
         for word in (f"--{name}", *setting_words(value))
     ]
 
@@ -538,6 +556,6 @@ def settings(run: Run) -> Iterator[Section]:
 
 SECTIONS = (
     *(about, corpus, evaluation, generation, probes, transfer, geometry, over_training),
-    *(interventions, subnetworks, stages, training, reproduction, settings),
+    *(continuation, interventions, subnetworks, stages, training, reproduction, settings),
 )
 """What makes the sections, in their order; each makes those that the run has results for."""

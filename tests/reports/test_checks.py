@@ -72,7 +72,8 @@ def others(run: Run) -> list[str]:
 
 @pytest.fixture
 def causal(run: Run) -> Run:
-    """The same with interventions, a subnetwork and probed checkpoints."""
+    """The same with texts written on, interventions, a subnetwork and probed checkpoints."""
+    made.write_continuation(run)
     made.write_interventions(run, "soft", **{"intervene.distances": [2, 4]})
     made.write_interventions(run, "none")
     made.write_subnetwork(run, **{"subnetwork.steps": 3})
@@ -95,9 +96,15 @@ def test_few_documents(documents: int, few: int, run: Run):
 def test_few_documents_of_interventions_subnetworks_and_checkpoints(documents: int, run: Run):
     made.write_interventions(run, "soft", documents + 5)  # sentences of fewer are written anew
     made.write_subnetwork(run, documents)
+    made.write_continuation(run, documents)
     made.write_over_training(run, made.over_training(documents))
     found = [line.partition(": only 39 test documents")[0] for line in others(run)]
-    few = ["Probes over the training of lm", "Interventions in soft (steer)", "The subnetwork of none"]
+    few = [
+        "Probes over the training of lm",
+        "Interventions in soft (steer)",
+        "The subnetwork of none",
+        "Continuation",
+    ]
     assert found == (few if documents < FEW_DOCUMENTS else [])
 
 
@@ -261,6 +268,7 @@ def test_what_was_trained_after_other_results(causal: Run):
         os.utime(path, (now, now))
     assert sorted(line.partition(", and out of date")[0] for line in checks(causal) if "older" in line) == [
         "checkpoints/lm/probes.parquet is older than lm",
+        "continuation/results.parquet is older than lm",
         "interventions/none/results.parquet is older than lm",
         "interventions/soft/results.parquet is older than lm, adapter/soft",
         "subnetworks/none/results.parquet is older than lm",

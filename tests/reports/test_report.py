@@ -26,8 +26,8 @@ from probekit.run.run import Run
 
 TITLES = [
     *("Report on full", "What to mind", "What it is", "Corpus", "Perplexity", "Planners", "Generated text"),
-    *("Probes", "Over training: lm", "Interventions: none", "Interventions: soft", "Subnetwork: none"),
-    *("Stages", "Training", "How to reproduce it", "Settings"),
+    *("Probes", "Over training: lm", "Continuation", "Interventions: none", "Interventions: soft"),
+    *("Subnetwork: none", "Stages", "Training", "How to reproduce it", "Settings"),
 ]
 
 HOSTILE = (
@@ -77,6 +77,8 @@ def full(tiny_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
     grid = {"probe.layers": [0, 2], "probe.variants": ["none", "soft"], "probe.l2": [0.01]}
     quick = {"probe.code_length": False, "probe.max_iterations": 2, "evaluation.resamples": 100}
     probe(run, grid | quick, quiet=True)
+    drawing = {"continuation.layers": [1], "seed": 3, "generation.temperature": 0.5}
+    made.write_continuation(run, **drawing, **{"generation.prompts": 7})
     made.write_interventions(run, "soft", **{"intervene.distances": [2, 4]})
     made.write_interventions(run, "none")
     made.write_subnetwork(run, **{"subnetwork.steps": 3})
@@ -128,6 +130,7 @@ def test_every_table_of_the_results_is_there(full: Run, written: tuple[Page, Pag
         *tables.generation_tables(generated.astype({"value": float})),
         *tables.probe_tables(probes, ProbeResults(probes, full.folder).best_cells()),
         tables.over_training_table(made.over_training(), "lm"),
+        *tables.continuation_tables(made.continuation()),
         tables.subnetwork_table(made.subnetwork()),
         tables.stages_table(full.stages),
     ]
@@ -159,13 +162,14 @@ def test_what_the_run_is(full: Run, written: tuple[Page, Page]):
 def test_how_to_reproduce_it(full: Run, written: tuple[Page, Page]):
     commands = written[0].code[0].splitlines()
     origin = read_json(full.folder / "provenance.json")
-    assert commands[-7:] == [
+    assert commands[-8:] == [
         "probekit train --config full/config.yaml --out full-again",
         "probekit evaluate full-again --generation --evaluation.resamples 100 --generation.prompts 5 "
         "--generation.context 8 --generation.lengths 6 --generation.samples 4",
         "probekit probe full-again --evaluation.resamples 100 --probe.variants none soft --probe.layers 0 2 "
         "--probe.l2 0.01 --probe.max_iterations 2 --probe.code_length false",
         "probekit probe full-again --checkpoints --stage lm --probe.layers 0 2",
+        "probekit continuation full-again --seed 3 --continuation.layers 1 --generation.temperature 0.5",
         "probekit intervene full-again --intervene.variant none",
         "probekit intervene full-again --intervene.variant soft --intervene.distances 2 4",
         "probekit subnetwork full-again --subnetwork.variant none --subnetwork.steps 3",
@@ -194,7 +198,13 @@ def test_subnetworks_and_checkpoints(written: tuple[Page, Page]):
     assert len(rows_below(page, "Without some of 6 components, on 50 test documents", [])) == 5
     assert len(rows_below(page, "Best layer after each step of lm", [])) == 1 + len(made.STEPS)
     assert "The subnetwork (2 of 6): head 0, head 3" in page.items
-    for note in ("a note on the mask", "note on none", "note on soft", "a note on the steps"):
+    for note in (
+        "a note on what was written",
+        "a note on the mask",
+        "note on none",
+        "note on soft",
+        "a note on the steps",
+    ):
         assert page.items.count(note) == 1
     assert any(alt.startswith("Accuracy against training steps of lm") for alt, _ in page.pictures)
 
