@@ -169,7 +169,7 @@ def test_how_to_reproduce_it(full: Run, written: tuple[Page, Page]):
         "probekit probe full-again --evaluation.resamples 100 --probe.variants none soft --probe.layers 0 2 "
         "--probe.l2 0.01 --probe.max_iterations 2 --probe.code_length false",
         "probekit probe full-again --checkpoints --stage lm --probe.layers 0 2",
-        "probekit continuation full-again --seed 3 --continuation.layers 1 --generation.temperature 0.5",
+        "probekit continuation full-again --seed 3 --generation.temperature 0.5 --continuation.layers 1",
         "probekit intervene full-again --intervene.variant none",
         "probekit intervene full-again --intervene.variant soft --intervene.distances 2 4",
         "probekit subnetwork full-again --subnetwork.variant none --subnetwork.steps 3",
