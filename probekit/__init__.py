@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from probekit.probing.probe import ProbeResults, probe
     from probekit.probing.score import score
     from probekit.probing.texts import TextActivations, activations
+    from probekit.reports.attribution import Attribution, attribute
     from probekit.reports.lens import lens
     from probekit.reports.plot_compare import plot_comparison
     from probekit.reports.plot_geometry import plot_geometry
@@ -50,6 +51,7 @@ _HOME = {
     "ArrayResults": "probekit.probing.arrays",
     "Asked": "probekit.evaluation.ask",
     "Comparison": "probekit.probing.compare",
+    "Attribution": "probekit.reports.attribution",
     "Config": "probekit.config",
     "ContinuationResults": "probekit.causal.continuation",
     "Evaluation": "probekit.evaluation.perplexity",
@@ -67,6 +69,7 @@ _HOME = {
     "TrainingProbes": "probekit.probing.over_training",
     "activations": "probekit.probing.texts",
     "ask": "probekit.evaluation.ask",
+    "attribute": "probekit.reports.attribution",
     "build_corpus": "probekit.training.train",
     "compare": "probekit.probing.compare",
     "continuation": "probekit.causal.continuation",

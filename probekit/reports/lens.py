@@ -12,17 +12,16 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from probekit.config import Position, user_path
+from probekit.config import Position
 from probekit.errors import ProbekitError
-from probekit.io import write_text
 from probekit.models.mixing import VARIANTS
 from probekit.progress import Progress
-from probekit.reports.display import described, shortened, visible
+from probekit.reports.display import described, shortened
 from probekit.reports.lens_reading import LensData, Reading, read_text
 from probekit.reports.lens_text import LIMIT, given_text
+from probekit.reports.pages import FOLDER, TEMPLATES, page_path, symbols, write_page
 from probekit.reports.tables import better_than_baselines
 from probekit.run.run import Run
 
@@ -31,9 +30,6 @@ SHOWN_CHARACTERS = 160
 
 SCALES = (0.1, 0.2, 0.5, 1.0)
 """Probabilities at which the colour scale may end: the first with 99 % of all probabilities below it."""
-
-SYMBOLS = str.maketrans({"\t": "⇥", "\n": "↵", "\r": "↩", "\u2028": "↵", "\u2029": "↵"})
-"""What stands for white space that would not be seen."""
 
 HEADINGS = {
     "action": "The action of a sentence",
@@ -49,8 +45,6 @@ READS = {"two": "from one class to the other", "vectors": "cosine to the nearest
 
 INLINE_HEIGHT = "48rem"
 """Height of the page in a notebook."""
-
-FOLDER = Path(__file__).parent
 
 
 @dataclass(frozen=True, repr=False)
@@ -73,7 +67,7 @@ class Lens:
         Raises:
             ProbekitError: It cannot be written.
         """
-        return _write(_checked(path), self.html)
+        return write_page(page_path(path), self.html)
 
     def __repr__(self) -> str:
         return f"Lens({len(self.data.pieces)} tokens, {self.path.name})"
@@ -117,7 +111,7 @@ def lens(
             cannot be written.
     """
     run = Run.at(run)
-    path = _checked(run.folder / "lens.html" if out is None else out)
+    path = page_path(run.folder / "lens.html" if out is None else out)
     if not isinstance(limit, int | np.integer) or limit < 1:
         raise ProbekitError(f"--limit is {limit!r}; give the largest number of tokens of a text, 1 or more")
     for option, asked in (("--locations", locations), ("--layers", layers)):
@@ -134,24 +128,7 @@ def lens(
     for note in data.notes:
         progress.say(note)
     html = page(data)
-    return Lens(data, html, _write(path, html))
-
-
-def _checked(out: str | Path) -> Path:
-    path = user_path(out)
-    if path.suffix != ".html" or path.is_dir():
-        raise ProbekitError(f"--out {path}: must be a file that ends in .html")
-    if not path.parent.is_dir():
-        raise ProbekitError(f"--out {path}: there is no folder {path.parent}")
-    return path
-
-
-def _write(path: Path, html: str) -> Path:
-    try:
-        write_text(path, html)
-    except OSError as error:  # which names a temporary file
-        raise ProbekitError(f"--out {path}: cannot be written ({error.strerror})") from None
-    return path
+    return Lens(data, html, write_page(path, html))
 
 
 def page(data: LensData) -> str:
@@ -162,26 +139,18 @@ def page(data: LensData) -> str:
     sentences = [
         {
             "name": _sentence_name(data, label),
-            "tokens": [(piece, _symbols(piece) or "·") for piece in data.pieces[start:end]],
+            "tokens": [(piece, symbols(piece) or "·") for piece in data.pieces[start:end]],
             "examples": map(_example, data.examples.get(label, []) if probes.of_actions else []),
         }
         for start, end, label in zip(data.first_token, ends, numbers["sentences"], strict=True)
     ]
-    environment = Environment(
-        loader=FileSystemLoader(FOLDER),
-        autoescape=True,
-        undefined=StrictUndefined,
-        keep_trailing_newline=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     script, style = ((FOLDER / name).read_text("utf-8") for name in ("lens_page.js", "lens_page.css"))
     built_in = probes.record.config.probe.labels is None
-    return environment.get_template("lens_page.html").render(
-        title=_symbols(f"{data.facts['Run']}, {data.facts['Variant']}: probekit lens"),
-        heading=HEADINGS[target] if built_in else _symbols(target),
-        facts={name: _symbols(value) for name, value in data.facts.items()},
-        notes=map(_symbols, data.notes),
+    return TEMPLATES.get_template("lens_page.html").render(
+        title=symbols(f"{data.facts['Run']}, {data.facts['Variant']}: probekit lens"),
+        heading=HEADINGS[target] if built_in else symbols(target),
+        facts={name: symbols(value) for name, value in data.facts.items()},
+        notes=map(symbols, data.notes),
         kind=numbers["kind"],
         reads=READS.get(numbers["kind"], "probability of the class that is read"),
         reads_true="cosine to the true one" if probes.of_embeddings else "probability of the true class",
@@ -189,7 +158,7 @@ def page(data: LensData) -> str:
         of_actions=probes.of_actions,
         ahead=numbers["ahead"],
         mean="mean" in probes.positions,
-        truth=_symbols(data.truth.words),
+        truth=symbols(data.truth.words),
         truth_known=numbers["kind"] != "numbers" and not np.isnan(data.truth.labels).all(),
         language=data.language,
         sentences=sentences,
@@ -199,13 +168,8 @@ def page(data: LensData) -> str:
     )
 
 
-def _symbols(text: str) -> str:
-    """Text with a symbol for every invisible character, white space of its own included."""
-    return visible(text.translate(SYMBOLS))
-
-
 def _example(sentence: str) -> str:
-    return shortened(_symbols(sentence), SHOWN_CHARACTERS)
+    return shortened(symbols(sentence), SHOWN_CHARACTERS)
 
 
 def _sentence_name(data: LensData, label: float | None) -> str:
@@ -213,7 +177,7 @@ def _sentence_name(data: LensData, label: float | None) -> str:
         return "no known action" if data.probes.of_actions else ""
     if data.probes.of_embeddings:
         return ""
-    return _symbols(data.names[int(label)][1]) if data.probes.classes else f"{label:,.4g}"
+    return symbols(data.names[int(label)][1]) if data.probes.classes else f"{label:,.4g}"
 
 
 def _position(position: Position) -> str:
@@ -262,10 +226,10 @@ def _numbers(data: LensData) -> dict[str, Any]:
         "planners": [*planners.items()],
         "scale": scale,
         "names": {label: [*map(_example, names)] for label, names in data.names.items()},
-        "actions": {action: _symbols(name) for action, name in data.actions.items()},
+        "actions": {action: symbols(name) for action, name in data.actions.items()},
         "examples": {action: [*map(_example, texts)] for action, texts in data.examples.items()},
         "ids": data.ids,
-        "words": {token: _symbols(word) for token, word in data.words.items()},
+        "words": {token: symbols(word) for token, word in data.words.items()},
     }
 
 

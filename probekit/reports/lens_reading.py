@@ -189,7 +189,7 @@ def read_text(
     read = readings[0].read
     following = _different([reading.next["tokens"] for reading in readings if reading.next])
     return LensData(
-        facts=_facts(run, every),
+        facts=reading_facts(run, every),
         language=run.config.corpus.language,
         labels=[label(location) for location, _ in probes.points],
         ids=cut.corpus.tokens[1:-1].tolist(),
@@ -433,7 +433,8 @@ def _examples(corpus: Corpus, actions: Sequence[int]) -> dict[int, list[str]]:
     return {action: list(dict.fromkeys(found))[:EXAMPLES] for action, found in texts.items()}
 
 
-def _facts(run: Run, every: Sequence[KeptProbes]) -> dict[str, str]:
+def reading_facts(run: Run, every: Sequence[KeptProbes]) -> dict[str, str]:
+    """What is read with what, in words."""
     probes = every[0]
     lm, corpus, config = run.config.lm, run.config.corpus, probes.record.config.probe
     documents = probes.record.documents[str(probes.seed)]

@@ -19,8 +19,9 @@ from probekit.data.corpus import SPLITS
 from probekit.errors import ProbekitError
 from probekit.io import read_json, write_json
 from probekit.probing.probe import probe
-from probekit.reports.lens import _symbols, page
+from probekit.reports.lens import page
 from probekit.reports.lens_reading import LensData, read_text
+from probekit.reports.pages import symbols
 from probekit.run.run import Run
 
 Capture = pytest.CaptureFixture[str]
@@ -86,7 +87,7 @@ def test_whatever_is_shown_is_text(evil: LensData):
     assert parsed.tags.count("script") == 2
     assert not {"img", "a", "link", "iframe", "base", "object"} & set(parsed.tags)
     assert not {"src", "href", "onerror", "action", "srcset"} & parsed.attributes
-    assert [shown for shown in parsed.tokens if shown != "·"] == [_symbols(p) for p in evil.pieces if p]
+    assert [shown for shown in parsed.tokens if shown != "·"] == [symbols(p) for p in evil.pieces if p]
     assert len(parsed.tokens) == len(evil.pieces)
     assert "alert(1)" not in parsed.scripts[1]
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202e]", written)
@@ -96,9 +97,9 @@ def test_embedded_json_ends_nothing_and_says_the_same(evil: LensData):
     raw, _ = Parsed(page(evil)).scripts
     assert not set("<>&\u2028\u2029") & set(raw)
     data = json.loads(raw)
-    assert data["examples"] == {str(action): [_symbols(EVIL)] for action in evil.examples}
+    assert data["examples"] == {str(action): [symbols(EVIL)] for action in evil.examples}
     assert data["first"] == evil.first_token.tolist()
-    assert set(data["words"].values()) == {_symbols(EVIL)}
+    assert set(data["words"].values()) == {symbols(EVIL)}
     (soft, none), (reading, _) = data["variants"], evil.readings
     assert soft["conditioning"]["carried"] == reading.conditioning["carried"].tolist()
     assert none["conditioning"] is None
@@ -181,8 +182,8 @@ def test_a_probe_is_better_by_its_gain_and_not_by_intervals_of_accuracies(
     assert {shown["better"] for shown in qualities(evil, quality)} == {gain[1] > 0}
 
 
-def test_white_space_has_symbols():
-    assert _symbols("a\tb\r\n\0\x85\u202e\u2028") == "a⇥b↩↵‹U+0000›‹U+0085›‹U+202E›↵"
+def test_white_space_hassymbols():
+    assert symbols("a\tb\r\n\0\x85\u202e\u2028") == "a⇥b↩↵‹U+0000›‹U+0085›‹U+202E›↵"
 
 
 def test_a_page_is_written(probed_run: Run, tmp_path: Path, capsys: Capture):

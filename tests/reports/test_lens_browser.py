@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from probekit.reports.lens import _symbols, page
+from probekit.reports.lens import page
 from probekit.reports.lens_reading import LensData, read_text
+from probekit.reports.pages import symbols
 from probekit.run.run import Run
 
 webdriver = pytest.importorskip(
@@ -186,7 +187,7 @@ def test_what_is_shown_is_what_was_read(opened: "webdriver.Chrome", data: LensDa
         "return [...document.querySelectorAll('.map .word span')].map((span) => span.textContent)"
     )
     following = reading.next["tokens"][::-1, :, t].ravel()
-    assert words == [_symbols(data.words[token]) for token in following]
+    assert words == [symbols(data.words[token]) for token in following]
 
 
 def test_underlined_tokens_are_where_the_probe_was_fitted(opened: "webdriver.Chrome", data: LensData):
