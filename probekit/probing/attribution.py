@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from probekit.data.corpus import Corpus
 from probekit.data.windows import chunks
 from probekit.models.backends import Backend, Hook
 from probekit.models.conditioning import EMBEDDING
@@ -74,12 +75,11 @@ def token_embeddings(backend: Backend, ids: Tensor) -> Tensor:
     return torch.cat(found)
 
 
-def mean_embedding(backend: Backend, tokens: np.ndarray) -> Tensor:
-    """The mean embedding of a corpus's tokens `[width]`, each as often as it occurs."""
-    counts = torch.from_numpy(np.bincount(tokens)).to(backend.device)
-    ids = counts.nonzero()[:, 0]
-    share = counts[ids].double() / counts.sum()
-    return (share @ token_embeddings(backend, ids).double()).float()
+def neutral_token(corpus: Corpus) -> int:
+    """The most frequent token of a corpus, but for the separator."""
+    counts = np.bincount(corpus.tokens)
+    counts[corpus.separator] = 0
+    return int(counts.argmax())
 
 
 def integrated_gradients(

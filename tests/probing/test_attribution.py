@@ -9,7 +9,7 @@ from probekit.models.conditioning import EMBEDDING
 from probekit.probing.attribution import (
     EmbeddingScore,
     integrated_gradients,
-    mean_embedding,
+    neutral_token,
     occlusion,
     token_embeddings,
 )
@@ -20,65 +20,69 @@ READ, PLANTED = 7, 4
 
 
 def readout(run: Run, layer: int = 2) -> tuple[EmbeddingScore, Tensor, Tensor]:
-    """A curved score of one token's activation, in the middle of a text; embeddings and their mean."""
+    """A curved score of one token's activation, in the middle of a text; embeddings and the baseline."""
     name = f"blocks.{layer}.hook_resid_post"
     backend = run.backend_for([EMBEDDING, name])
     tokens = torch.from_numpy(run.corpus.tokens[:12].astype(np.int64))
     weights = torch.randn(run.config.lm.width, 3, generator=torch.Generator().manual_seed(0))
+    neutral = torch.tensor([neutral_token(run.corpus)])
     score = EmbeddingScore(backend, tokens, name, READ, lambda x: (x @ weights).log_softmax(-1)[:, 0])
-    return score, token_embeddings(backend, tokens), mean_embedding(backend, run.corpus.tokens).expand(12, -1)
+    return score, token_embeddings(backend, tokens), token_embeddings(backend, neutral).expand(12, -1)
 
 
 def test_embeddings_are_those_of_the_plain_module(tiny_run: Run):
-    _, embeddings, mean = readout(tiny_run)
-    table, tokens = tiny_run.plain_model().get_input_embeddings().weight, tiny_run.corpus.tokens.astype(int)
-    torch.testing.assert_close(embeddings, table[torch.from_numpy(tokens[:12])])
-    np.testing.assert_allclose(mean[0], table.detach().numpy()[tokens].mean(0), atol=1e-5)
+    _, embeddings, neutral = readout(tiny_run)
+    table, corpus = tiny_run.plain_model().get_input_embeddings().weight, tiny_run.corpus
+    torch.testing.assert_close(embeddings, table[torch.from_numpy(corpus.tokens[:12].astype(int))])
+    words = [token for token in corpus.tokens.tolist() if token != corpus.separator]
+    torch.testing.assert_close(neutral[0], table[max({*words}, key=words.count)])
 
 
 def test_integrated_gradients_add_up_to_the_difference_of_scores(tiny_run: Run):
-    score, embeddings, mean = readout(tiny_run)
-    found = integrated_gradients(score, embeddings, mean, 64)
+    score, embeddings, neutral = readout(tiny_run)
+    found = integrated_gradients(score, embeddings, neutral, 64)
     with torch.no_grad():
-        text, nothing = score(torch.stack([embeddings, mean]))
+        text, nothing = score(torch.stack([embeddings, neutral]))
     assert abs(text - nothing) > 0.05
     assert abs(found.sum() - (text - nothing)) < 1e-3
-    one_step = integrated_gradients(score, embeddings, mean, 1).sum()
+    one_step = integrated_gradients(score, embeddings, neutral, 1).sum()
     assert abs(one_step - (text - nothing)) > abs(found.sum() - (text - nothing))
 
 
 def test_occlusion_in_batches_is_that_of_one_token_at_a_time(tiny_run: Run, monkeypatch: pytest.MonkeyPatch):
-    score, embeddings, mean = readout(tiny_run)
+    score, embeddings, neutral = readout(tiny_run)
     expected = []
     for position in range(12):
         replaced = embeddings.clone()
-        replaced[position] = mean[position]
+        replaced[position] = neutral[position]
         with torch.no_grad():
             expected.append(float(score(embeddings[None]) - score(replaced[None])))
     assert max(map(abs, expected)) > 0.01
     for tokens in (2048, 60):  # all at once, or five inputs of twelve tokens
         monkeypatch.setattr("probekit.probing.attribution.TOKENS", tokens)
-        np.testing.assert_allclose(occlusion(score, embeddings, mean), expected, atol=1e-5)
+        np.testing.assert_allclose(occlusion(score, embeddings, neutral), expected, atol=1e-5)
 
 
 def test_only_tokens_up_to_the_one_read_contribute(tiny_run: Run):
-    score, embeddings, mean = readout(tiny_run)
-    for found in (integrated_gradients(score, embeddings, mean, 8), occlusion(score, embeddings, mean)):
-        assert (found[: READ + 1].abs() > 1e-6).all()
+    score, embeddings, neutral = readout(tiny_run)
+    for found in (integrated_gradients(score, embeddings, neutral, 8), occlusion(score, embeddings, neutral)):
+        differ = (embeddings != neutral).any(1)[: READ + 1]
+        assert (found[: READ + 1].abs() > 1e-6).equal(differ)
+        assert differ.sum() > 3
         np.testing.assert_allclose(found[READ + 1 :], 0, atol=1e-6)
 
 
 def test_a_planted_dependence_is_found():
     """Of a score that reads one token linearly and the square of another, both methods are known exactly."""
     rng = torch.Generator().manual_seed(1)
-    embeddings, mean = torch.randn(9, 5, generator=rng), torch.randn(9, 5, generator=rng)
+    embeddings, neutral = torch.randn(9, 5, generator=rng), torch.randn(9, 5, generator=rng)
     weights = torch.randn(5, generator=rng)
     expected = torch.zeros(9)
-    expected[PLANTED] = (embeddings - mean)[PLANTED] @ weights
-    expected[READ] = embeddings[READ].square().sum() - mean[READ].square().sum()
+    expected[PLANTED] = (embeddings - neutral)[PLANTED] @ weights
+    expected[READ] = embeddings[READ].square().sum() - neutral[READ].square().sum()
 
     def score(given: Tensor) -> Tensor:
         return given[:, PLANTED] @ weights + given[:, READ].square().sum(1)
 
-    torch.testing.assert_close(integrated_gradients(score, embeddings, mean, 2), expected)
-    torch.testing.assert_close(occlusion(score, embeddings, mean), expected)
+    torch.testing.assert_close(integrated_gradients(score, embeddings, neutral, 2), expected)
+    torch.testing.assert_close(occlusion(score, embeddings, neutral), expected)
