@@ -37,7 +37,7 @@ from probekit.reports.pages import FOLDER, TEMPLATES, page_path, symbols, write_
 from probekit.run.run import Run
 
 STEPS = 128
-"""Points of the path at which gradients are taken: SmolLM2's miss 0.03 of a difference of 14.9 with so many."""
+"""Points of the path at which gradients are taken: SmolLM2's then missed 0.03 of a difference of 14.9."""
 
 UNCONDITIONED = ("none", "random")
 """Variants whose activations depend on the text alone."""
