@@ -277,6 +277,8 @@ def lens(words: list[str]) -> None:
     parser.add_argument("--locations", nargs="+", metavar="NAME", help="show only these (all probed)")
     parser.add_argument("--layers", nargs="+", type=int, metavar="INT", help="show only these (all probed)")
     parser.add_argument("--limit", type=int, default=2000, metavar="INT", help="most tokens of a text (2000)")
+    one = "also show what contributes to the reading of this token: its number, or a word"
+    parser.add_argument("--attribute", metavar="TOKEN", help=one)
     parsed, given = parse(parser, words, ("device",))
     from probekit.reports.lens import lens as write_lens
     from probekit.run.run import Run
@@ -289,9 +291,15 @@ def lens(words: list[str]) -> None:
         locations=parsed.locations,
         layers=parsed.layers,
         limit=parsed.limit,
+        attribute=_token(parsed.attribute),
         quiet=parsed.quiet,
     )
     sys.stdout.write(f"The lens: {shown.path}\n")
+
+
+def _token(given: str | None) -> int | str | None:
+    """The token that is meant: a number, or a word."""
+    return int(given) if given is not None and given.removeprefix("-").isdecimal() else given
 
 
 def score(words: list[str]) -> None:

@@ -18,6 +18,7 @@ from probekit.config import Position
 from probekit.errors import ProbekitError
 from probekit.models.mixing import VARIANTS
 from probekit.progress import Progress
+from probekit.reports import attribution
 from probekit.reports.display import described, shortened
 from probekit.reports.lens_reading import LensData, Reading, read_text
 from probekit.reports.lens_text import LIMIT, given_text
@@ -88,6 +89,7 @@ def lens(
     locations: Sequence[str] | None = None,
     layers: Sequence[int] | None = None,
     limit: int = LIMIT,
+    attribute: int | str | None = None,
     quiet: bool = False,
 ) -> Lens:
     """Reads a text with a run's probes and writes a page that shows what they read.
@@ -101,6 +103,8 @@ def lens(
         locations: Read only these.
         layers: Read only these.
         limit: The largest number of tokens.
+        attribute: Also show what contributes to the reading of this token by the probe that the page begins
+            with: its number or a word, as in `attribution.attribute`.
         quiet: Show no progress.
 
     Returns:
@@ -127,12 +131,22 @@ def lens(
     data = read_text(run, given_text(text), variants, **chosen, progress=progress)
     for note in data.notes:
         progress.say(note)
-    html = page(data)
+    panel = None
+    if attribute is not None:
+        point, read_at = divmod(data.probes.best, len(data.probes.positions))
+        where, at = data.probes.points[point]
+        position = data.probes.positions[read_at]
+        names = None if variant is None else [*map(str, variants)]
+        found = attribution.attribute(
+            run, text, attribute, variant=names, location=where, layer=at, position=position, quiet=quiet
+        )
+        panel = found.panel
+    html = page(data, panel)
     return Lens(data, html, write_page(path, html))
 
 
-def page(data: LensData) -> str:
-    """Renders the page."""
+def page(data: LensData, panel: Markup | None = None) -> str:
+    """Renders the page, with a panel of contributions if there is one."""
     probes, target = data.probes, data.probes.record.config.probe.target
     ends = [*data.first_token[1:], len(data.pieces)]
     numbers = _numbers(data)
@@ -145,6 +159,7 @@ def page(data: LensData) -> str:
         for start, end, label in zip(data.first_token, ends, numbers["sentences"], strict=True)
     ]
     script, style = ((FOLDER / name).read_text("utf-8") for name in ("lens_page.js", "lens_page.css"))
+    style += "" if panel is None else (FOLDER / "attribution_panel.css").read_text("utf-8")
     built_in = probes.record.config.probe.labels is None
     return TEMPLATES.get_template("lens_page.html").render(
         title=symbols(f"{data.facts['Run']}, {data.facts['Variant']}: probekit lens"),
@@ -162,6 +177,7 @@ def page(data: LensData) -> str:
         truth_known=numbers["kind"] != "numbers" and not np.isnan(data.truth.labels).all(),
         language=data.language,
         sentences=sentences,
+        panel=panel,
         data=Markup(_json(numbers)),  # noqa: S704 - escaped by _json
         script=Markup(script),  # noqa: S704 - our own file
         style=Markup(style),  # noqa: S704 - our own file

@@ -2,12 +2,14 @@
 
 import re
 import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 import probekit
+from probekit.cli import main
 from probekit.errors import ProbekitError
 from probekit.probing.probe import probe
 from probekit.reports.attribution import Attribution, attribute
@@ -81,6 +83,18 @@ def test_a_probe_of_the_token_that_is_read_points_at_it(both: Run, text: str):
     tables = [attribute(both, text, at, **of).table for at in range(6, 14)]
     for method in ("integrated_gradient", "occlusion"):
         assert [table.distance[table[method].idxmax()] for table in tables].count(0) >= 7
+
+
+def test_the_lens_shows_it_by_the_command(both: Run, text: str, tmp_path: Path):
+    out = tmp_path / "lens.html"
+    words = ["lens", str(both.folder), "--text", text, "-o", str(out), "--quiet"]
+    assert main([*words, "--attribute", "9"]) == 0
+    with_panel = out.read_text("utf-8")
+    assert "reading of token 9" in with_panel
+    assert with_panel.count('<section class="attribution">') == 2
+    assert main(words) == 0
+    assert "attribution" not in out.read_text("utf-8")
+    assert main([*words, "--attribute", "99"]) == 2
 
 
 def test_a_word_names_its_last_token(both: Run):
