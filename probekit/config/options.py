@@ -71,7 +71,7 @@ def add_labels(group: argparse._ArgumentGroup) -> None:
     for name, metavar, text in (
         ("labels", "FILE", "table of labels: a file, or a Hugging Face dataset"),
         ("text", "COLUMN", "its column of texts or chats; without --corpus, the corpus"),
-        ("target", "NAME", "its column of labels, or a built-in target (action)"),
+        ("target", "NAME", "its column of labels, or a built-in target such as action"),
         ("group", "COLUMN", "the corpus's column of groups, such as topics, which no two splits share"),
     ):
         group.add_argument(f"--{name}", metavar=metavar, help=text)
