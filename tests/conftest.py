@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -19,6 +20,10 @@ from probekit.config import Config
 from probekit.probing.probe import probe
 from probekit.run.run import Run
 from probekit.training.train import train
+
+# A busy machine is no failure.
+settings.register_profile("suite", deadline=None)
+settings.load_profile("suite")
 
 SHARED_TEXT = Path(__file__).parents[2] / "shared" / "data" / "wikitext-2" / "valid.txt"
 

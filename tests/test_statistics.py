@@ -143,7 +143,7 @@ def test_pairing_narrows_the_interval_of_a_difference():
     assert paired.high - paired.low < 0.5 * max(each.high - each.low for each in apart)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 2**31), st.floats(0.1, 100.0), st.floats(-50.0, 50.0))
 def test_scaling_and_shifting_carry_over(seed, factor, shift):
     generator = np.random.default_rng(seed)

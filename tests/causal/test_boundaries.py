@@ -45,7 +45,7 @@ def corpus_of(documents: list[list[int]], bos: BosRule = "document") -> Any:
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     DOCUMENTS,
     st.sampled_from(get_args(BosRule)),

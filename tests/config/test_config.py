@@ -70,7 +70,7 @@ def test_yaml_comes_back_equal_and_complete(preset: str | None, tmp_path: Path):
             section = section[part]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     rate=st.floats(1e-300, 1e12),
     seed=st.integers(0, 2**32 - 1),
@@ -195,7 +195,7 @@ def config_or_line(make: Callable[[], Config]) -> Config | str:
     return line
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(values=st.dictionaries(SETTINGS, GARBAGE, min_size=1, max_size=3))
 def test_any_value_of_a_setting_is_taken_or_refused(values: dict[str, Any]):
     config = config_or_line(lambda: Config().override(values))

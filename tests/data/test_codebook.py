@@ -88,7 +88,7 @@ def test_no_action_is_empty(kind: str, k: int):
     assert np.bincount(codebook.nearest(embeddings), minlength=k).min() > 0
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(embeddings=matrices(40, 2), seed=st.integers(0, 100))
 def test_no_action_is_empty_or_there_is_too_little(embeddings: np.ndarray, seed: int):
     distinct = len(np.unique(embeddings, axis=0))

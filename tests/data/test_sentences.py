@@ -56,7 +56,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=60) | st.list
     st.sampled_from(PIECES) | st.sampled_from(SPACES), max_size=25
 ).map("".join)
 hard = pytest.mark.parametrize("text", HARD.values(), ids=HARD)
-many = settings(max_examples=500, deadline=None)
+many = settings(max_examples=500)
 
 
 def byte_level_bpe(*, regex, trim_offsets):

@@ -55,7 +55,7 @@ def slow_groups(texts: list[str], groups: list[str | None]) -> list[int]:
     return found
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(copies=st.lists(st.integers(1, 4), min_size=12, max_size=30), seed=st.integers(0, 3), data=st.data())
 def test_copies_stay_together_and_the_order_of_documents_does_not_matter(copies, seed, data):
     digests = np.random.default_rng(len(copies)).integers(2**63, size=len(copies)).repeat(copies)
@@ -108,7 +108,7 @@ def test_too_few_documents_name_the_split(documents: int, overrides: dict, split
         split_of(few, np.arange(documents).repeat(2))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(
         st.tuples(

@@ -82,7 +82,7 @@ def test_hard_texts_come_back(tokenizer: PreTrainedTokenizerBase, text: str):
     assert_round_trip(tokenizer, text)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(text=st.text(st.characters(exclude_categories=["Cs"])))
 def test_any_text_comes_back(shared: PreTrainedTokenizerBase, text: str):
     assert_round_trip(shared, text)

@@ -76,7 +76,7 @@ def cuts(
     return corpus, chosen, cut_windows(corpus, chosen, window, stride), window, stride
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(cuts(documents=st.just([]) | SENTENCES))
 def test_windows_score_every_token_once_in_order_with_the_context_there_is(cut):
     corpus, chosen, windows, window, stride = cut
@@ -100,7 +100,7 @@ def test_windows_score_every_token_once_in_order_with_the_context_there_is(cut):
     assert (np.diff(windows.start + windows.length) > 0).all()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(cuts())
 def test_whole_windows_advance_by_the_stride(cut):
     corpus, chosen, windows, window, stride = cut
@@ -116,7 +116,7 @@ def test_whole_windows_advance_by_the_stride(cut):
         assert len(own) == (1 if targets <= window else 1 + -(-(targets - window) // stride))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.just([]) | SENTENCES, min_size=1, max_size=4), st.integers(2, 9), st.data())
 def test_the_separator_is_read_where_the_rule_says(documents: Documents, window: int, data: st.DataObject):
     stride = data.draw(st.integers(1, window))
@@ -165,7 +165,7 @@ def test_windows_by_hand():
     assert beginnings(corpus, windows).tolist() == [1, 1, 0, 1]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(cuts(), st.data())
 def test_a_batch_is_what_a_slow_reading_gives(cut, data):
     corpus, _, windows, *_ = cut
@@ -213,7 +213,7 @@ def test_a_batch_is_what_a_slow_reading_gives(cut, data):
     torch.testing.assert_close(batch.context, expected, rtol=0, atol=0)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(cuts(), st.integers(1, 4))
 def test_every_sentence_is_begun_in_one_window(cut, batch_size):
     corpus, chosen, windows, *_ = cut
@@ -225,7 +225,7 @@ def test_every_sentence_is_begun_in_one_window(cut, batch_size):
     assert sum(int(collate(corpus, windows[rows]).begins.sum()) for rows in batches) == sentences
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(SENTENCES, min_size=1, max_size=5), st.data())
 def test_document_batches(documents: Documents, data):
     corpus = corpus_of(documents)

@@ -42,7 +42,7 @@ def counted(run: Run, documents, labels: np.ndarray, classes: int):
     return pairs, later
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 2**32 - 1), at_once=st.sampled_from([1, 7, 4096]))
 def test_counts_equal_a_walk_over_the_sentences(untrained: Run, seed: int, at_once: int):
     """Of labels of any kind, some missing, a few documents at a time."""
@@ -91,7 +91,7 @@ def by_dictionaries(training, labels, classes, strengths, query):
     return p
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**32 - 1), rows=st.integers(1, 80), tokens=st.sampled_from([1, 4, 100_000]))
 def test_equals_dictionaries_and_chooses_on_validation(seed, rows, tokens):
     training, labels = drawn(seed, rows, tokens)

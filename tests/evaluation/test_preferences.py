@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
@@ -21,7 +21,6 @@ def item(answer: int | None = 0, choices: int = 2, **given: object) -> Item:
     return Item(**{**known, **given, "choices": texts, "answer": answer})
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.lists(st.integers(-9, 0), min_size=2, max_size=4), st.integers(0, 3)), min_size=1)
 )
@@ -39,7 +38,6 @@ def test_shares_and_margins_by_hand(rows: list[tuple[list[int], int]]):
     assert sum(every) == pytest.approx(1), "the shares of an item's choices add up to one"
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(-9, 0), st.integers(-9, 0)), min_size=1))
 def test_swapping_two_choices_flips_every_sign(rows: list[tuple[int, int]]):
     scores, first = np.array(rows, dtype=float), np.zeros(len(rows), dtype=int)

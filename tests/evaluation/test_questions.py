@@ -80,7 +80,7 @@ def same(first: list[Question], second: list[Question]) -> bool:
 # Questions of a corpus
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(count=st.integers(1, 80), window=st.integers(16, 64), seed=st.integers(0, 10**6))
 def test_choices_are_the_true_sentence_and_others_that_were_not_read(
     corpus: Corpus, count: int, window: int, seed: int

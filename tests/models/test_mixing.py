@@ -72,7 +72,7 @@ def formula(
 
 
 @pytest.mark.parametrize("kind", [Fixed, Uniform, Oracle, Predicted, Soft, StraightThrough])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     sentences=st.integers(1, 6),
     k=st.integers(2, 9),

@@ -116,7 +116,7 @@ def test_scores_depend_on_all_earlier_sentences_and_on_no_other(pooling: str, la
             assert torch.equal(gradient.abs().sum(-1) > 0, expected)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(sentences=st.integers(1, 10), padding=st.integers(1, 10), filler=st.sampled_from([0.0, 1e6]))
 def test_padding_changes_nothing(sentences: int, padding: int, filler: float):
     planner, batch = make_planner(pooling="mean"), documents(2, sentences)

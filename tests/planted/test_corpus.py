@@ -72,7 +72,7 @@ def test_same_settings_same_corpus_and_more_documents_same_model(documents):
         assert not np.array_equal(getattr(other, name), getattr(model, name))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 2**32 - 1), max_words=st.integers(1, 9), vocabulary=st.integers(2, 1500))
 def test_sentence_splitter_finds_the_planted_sentences(seed, max_words, vocabulary):
     drawn_from = PlantedSettings(

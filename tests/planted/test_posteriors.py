@@ -40,7 +40,7 @@ def cross_entropy(posteriors, documents):
     return -np.log(rows[np.arange(len(rows)), actions]).mean()
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(seed=st.integers(0, 2**32 - 1), horizon=st.integers(1, 3), successors=st.integers(1, 3))
 def test_posteriors_equal_enumeration(seed, horizon, successors):
     corpus = generate(SMALL.model_copy(update={"seed": seed, "successors": successors}))
@@ -54,7 +54,7 @@ def test_posteriors_equal_enumeration(seed, horizon, successors):
         np.testing.assert_allclose(from_words, enumerate_posterior(model, read, horizon), atol=1e-12)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_posteriors_within_a_sentence_equal_enumeration(seed):
     corpus = generate(SMALL.model_copy(update={"seed": seed}))
@@ -78,7 +78,7 @@ def test_posteriors_within_a_sentence_equal_enumeration(seed):
         np.testing.assert_allclose(found[row], expected, atol=1e-12)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 2**32 - 1),
     horizon=st.integers(1, 5),

@@ -55,7 +55,7 @@ def test_labels_are_those_of_the_last_word(corpus):
     assert found.dtype == np.int64
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(places=st.lists(st.integers(0, 14), min_size=1, max_size=20), seed=st.integers(0, 5))
 def test_a_label_does_not_depend_on_what_else_is_asked(corpus, places, seed):
     whole = control_labels(corpus, np.arange(15), PRIOR, seed)

@@ -80,7 +80,7 @@ def slow_grid(corpus: Corpus, settings: ProbeSettings, least: int) -> tuple[list
 DOCUMENT = st.tuples(st.sampled_from(USED), st.lists(st.integers(1, 5), max_size=6))
 
 
-@hypothesis_settings(max_examples=200, deadline=None)
+@hypothesis_settings(max_examples=200)
 @given(
     st.lists(DOCUMENT, min_size=3, max_size=14),
     st.lists(st.integers(-6, 12) | st.sampled_from(NAMED), min_size=1, max_size=4, unique=True),

@@ -160,7 +160,7 @@ def test_penalty_and_temperature_are_those_best_on_validation(solver, monkeypatc
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=5))
 def test_validation_examples_may_come_in_parts(solver, sizes):
     X, y, X_validation, y_validation = planted(probes=2, examples=sum(sizes))

@@ -45,7 +45,7 @@ def assert_equal(found: Moments, expected: Moments, tolerance: float) -> None:
         assert (difference <= tolerance * units[name] + 1e-12).all(), name
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     sizes=st.lists(st.integers(1, 40), min_size=1, max_size=6),
     dtype=st.sampled_from([torch.bfloat16, torch.float32, torch.float64]),
@@ -59,7 +59,7 @@ def test_chunks_add_up(sizes: list[int], dtype: torch.dtype, seed: int):
     assert_equal(found, at_once(X, y), 1e-9 if dtype == torch.float64 else 2e-6)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(sizes=st.tuples(*[st.integers(1, 30)] * 3), seed=st.integers(0, 1000))
 def test_merging_is_associative_and_commutative(sizes: tuple[int, int, int], seed: int):
     X, y = examples(sum(sizes), seed)
@@ -105,7 +105,7 @@ def test_what_does_not_fit_is_refused():
         empty().merge(Moments.zeros(PROBES, WIDTH, CLASSES + 1))
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(sizes=st.lists(st.integers(1, 20), min_size=1, max_size=4), seed=st.integers(0, 1000))
 def test_moments_under_other_labels_share_the_scatter(sizes: list[int], seed: int):
     X, y = examples(sum(sizes), seed)
