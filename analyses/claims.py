@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,7 +86,7 @@ class Evidence:
         Raises:
             ProbekitError: The figure has not exactly one such row.
         """
-        table = pd.read_csv(figures / f"{self.figure}.csv")
+        table = numbers(figures / f"{self.figure}.csv")
         for column, wanted in self.rows.items():
             table = table[table[column].isna() if wanted is None else table[column] == wanted]
         if self.best is not None:
@@ -110,6 +111,12 @@ class Evidence:
             "verdict": verdict(low, high, self.side, documents),
             "figure": self.figure,
         }
+
+
+@cache
+def numbers(path: Path) -> pd.DataFrame:
+    """The numbers of a figure, which many claims read."""
+    return pd.read_csv(path, low_memory=False)
 
 
 def verdict(low: float, high: float, side: Side, documents: int) -> str:
@@ -220,7 +227,7 @@ def _probes() -> list[Evidence]:
         )
         for corpus, figure in (("planted", "figure3_probing"), ("wikitext", "figure3_wikitext"))
     ]
-    fiction = pd.read_csv(FIGURES / "labels_fiction.csv")
+    fiction = numbers(FIGURES / "labels_fiction.csv")
     for model in fiction.model.unique():
         for target in ("next speech", "next paragraph"):
             found.append(

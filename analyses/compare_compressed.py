@@ -6,7 +6,7 @@ FICTION.jsonl has a passage a line, with `text`, `author` and `title`. `labels_f
 labels their sentences. What is read is the last token of every sentence, and what is asked of it is whether
 the sentence holds words in quotation marks (speech).
 
-Above, how alike the layers of the LM and of each compressed one are (CKA; 0 where passages are permuted).
+Above, how similar the layers of the LM and of each compressed one are (CKA; 0 where passages are permuted).
 Below, what probes read: of the LM itself (first); the same probes of the compressed LM (frozen), and of its
 activations mapped onto the LM's by Procrustes (mapped); and probes fitted to the compressed LM (refitted).
 Bands are 95 % intervals over stories.

@@ -154,8 +154,8 @@ class Decoder:
         backend: Backend | None = None,
     ) -> None:
         self._model, self._window, self._bos = model, window, bos
-        self._run: Backend = model.backend if backend is None else backend
-        self._device = self._run.device
+        self._backend: Backend = model.backend if backend is None else backend
+        self._device = self._backend.device
 
     def __call__(self, texts: Sequence[GrowingText], more: MoreHooks | None = None) -> Tensor:
         """Logits of the token after each text `[texts, vocabulary]`.
@@ -169,7 +169,7 @@ class Decoder:
         read = read_windows(texts, self._window, self._device, self._bos)
         shown = self._model.conditioned(read.batch(), Precomputed(read.embeddings))
         hooks = [*shown.hooks, *(more(shown) if more else ())]
-        logits = self._run.logits(shown.tokens, hooks, shown.positions)
+        logits = self._backend.logits(shown.tokens, hooks, shown.positions)
         if shown.slots is not None:
             logits = shown.slots.predictions(logits)
         return logits[torch.arange(len(texts), device=self._device), read.lengths - 1]
@@ -201,7 +201,7 @@ class HFDecoder(Decoder):
     ) -> None:
         super().__init__(model, window, bos, backend)
         self.cached = cache
-        self._backend = backend
+        self._backend: HFBackend = backend
         self._adapter = model.adapter
         self._late = [] if model.depth is None else model.depth.hooks()
         self._texts: list[GrowingText] = []

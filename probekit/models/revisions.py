@@ -72,7 +72,7 @@ def name_of(config: Config, step: int) -> str:
 
 
 def same_tokenizer(one: Config, other: Config) -> bool:
-    """Whether the tokenizers of two LMs make the same tokens of every text, and begin texts alike."""
+    """Whether two LMs' tokenizers make the same tokens of every text, and begin it with the same ones."""
     tokenizers = [pretrained_tokenizer(config.lm) for config in (one, other)]
     first, second = (
         (t.backend_tokenizer.to_str(), t.special_tokens_map, t.chat_template, bos_rule_for(t, one.lm.bos))

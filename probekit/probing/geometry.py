@@ -1,4 +1,4 @@
-"""The geometry of activations: how many directions they vary in, how alike they point, which features rule.
+"""The geometry of activations: how many directions they vary in, their cosines, and rogue features.
 
 All of it is a function of sums over examples, from which a block of documents at a time is left out:
 intervals are those of the jackknife. It corrects effective ranks, too, for how few the examples are: the rank

@@ -1,7 +1,8 @@
-"""How alike the activations of two models are: linear CKA and Procrustes, for every pair of layers.
+"""How similar the activations of two models are: linear CKA and Procrustes, for every pair of layers.
 
-Both ask whether the same examples lie alike in both models, whatever the axes: neither changes when the
-activations of a model are rotated, mirrored, shifted, or all multiplied by one number. Widths may differ.
+Both ask whether the same examples have the same geometry in both models, whatever the axes: neither changes
+when the activations of a model are rotated, mirrored, shifted, or all multiplied by one number. Widths may
+differ.
 
 CKA is that of Kornblith et al. (2019) with the unbiased estimator of its three inner products (Song et al.
 2012), as examples are seldom many more than features: of models that have nothing in common it is about 0,
@@ -49,7 +50,7 @@ def compare_layers(
     Returns:
         A row for each pair: `layer` and `second_layer`, their numbers in the arguments; `cka`, at most
         1, and `procrustes`, from 0 to 1, each with `_low` and `_high` from a jackknife over documents,
-        `_null`, the mean over permutations, and `_p`, the share of permutations that are as alike;
+        `_null`, the mean over permutations, and `_p`, the share of permutations that are as similar;
         `examples` and `documents`. All but the last two are missing where a layer does not vary.
 
     Raises:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from probekit.reports.display import described, number, with_interval
 from probekit.reports.lens_probes import KeptProbes, kept_probes
 from probekit.reports.lens_reading import reading_facts
 from probekit.reports.lens_text import LIMIT, Text, cut_text, given_text
-from probekit.reports.pages import FOLDER, TEMPLATES, page_path, symbols, write_page
+from probekit.reports.pages import FOLDER, TEMPLATES, inline, page_path, symbols, write_page
 from probekit.run.run import Run
 
 STEPS = 128
@@ -121,10 +120,7 @@ class Attribution:
         return f"Attribution(token {self.table.token.max()}, {', '.join(self.readings.variant)})"
 
     def _repr_html_(self) -> str:
-        return (
-            f'<iframe srcdoc="{escape(self.html)}" title="probekit attribution" sandbox="" '
-            f'style="width: 100%; height: {INLINE_HEIGHT}; border: 1px solid"></iframe>'
-        )
+        return inline(self.html, "probekit attribution", INLINE_HEIGHT)
 
 
 def _shown(rows: pd.DataFrame, method: str, largest: float, last: int) -> Any:

@@ -6,7 +6,6 @@ import base64
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from probekit.reports import attribution
 from probekit.reports.display import described, shortened
 from probekit.reports.lens_reading import LensData, Reading, read_text
 from probekit.reports.lens_text import LIMIT, given_text
-from probekit.reports.pages import FOLDER, TEMPLATES, page_path, symbols, write_page
+from probekit.reports.pages import FOLDER, TEMPLATES, inline, page_path, symbols, write_page
 from probekit.reports.tables import better_than_baselines
 from probekit.run.run import Run
 
@@ -74,10 +73,7 @@ class Lens:
         return f"Lens({len(self.data.pieces)} tokens, {self.path.name})"
 
     def _repr_html_(self) -> str:
-        return (
-            f'<iframe srcdoc="{escape(self.html)}" title="probekit lens" sandbox="allow-scripts" '
-            f'style="width: 100%; height: {INLINE_HEIGHT}; border: 1px solid"></iframe>'
-        )
+        return inline(self.html, "probekit lens", INLINE_HEIGHT, "allow-scripts")
 
 
 def lens(

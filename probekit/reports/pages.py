@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from html import escape
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -30,6 +31,14 @@ TEMPLATES = Environment(
 def symbols(text: str) -> str:
     """Text with a symbol for every invisible character, white space of its own included."""
     return visible(text.translate(SYMBOLS))
+
+
+def inline(html: str, title: str, height: str, sandbox: str = "") -> str:
+    """A page as a notebook shows it: in a frame of its own, which may do only what `sandbox` allows."""
+    return (
+        f'<iframe srcdoc="{escape(html)}" title="{title}" sandbox="{sandbox}" '
+        f'style="width: 100%; height: {height}; border: 1px solid"></iframe>'
+    )
 
 
 def page_path(out: str | Path) -> Path:

@@ -1,4 +1,4 @@
-"""Plots of `probekit compare`: how alike every pair of layers is, and what probes read of the second LM."""
+"""Plots of `probekit compare`: how similar every pair of layers is, and what probes read of the second LM."""
 
 from __future__ import annotations
 
