@@ -72,6 +72,11 @@ class Config(Settings):
                 raise ValueError(
                     f"{given} training.base.tuning is 'full', which takes an LM on one device; give lora"
                 )
+        if self.corpus.max_sentences is not None and self.probe.labels is not None:
+            raise ValueError(
+                f"corpus.max_sentences is {self.corpus.max_sentences}, but the rows of probe.labels "
+                "are of whole texts; leave it unset"
+            )
         if self.depth.variant not in ("none", *self.mixing.variants):
             raise ValueError(
                 f"depth.variant is {self.depth.variant!r}, which is not among mixing.variants: "

@@ -109,6 +109,9 @@ class CorpusSettings(Settings):
     """Language code for the sentence splitter."""
     max_documents: Positive | None = None
     """Read at most this many documents."""
+    max_sentences: Annotated[int, Field(ge=2)] | None = None
+    """Read at most this many sentences of each text: as intervals resample documents, many openings tell more
+    than a few whole texts. Chats are read whole."""
     probe_fraction: Share = 0.2
     """Share of documents that LM and planner are not trained on; probes are fitted on them."""
     validation_fraction: PositiveShare = 0.1

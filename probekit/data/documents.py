@@ -5,6 +5,7 @@ Nothing here imports torch, so that the processes that tokenise documents stay s
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,11 @@ import pyarrow as pa
 
 from probekit.data.chats import Messages, key_of
 from probekit.errors import ProbekitError, one_line
+
+VISIBLE = re.compile(
+    r"[^\s\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff\ufff9-\ufffb]"
+)
+"""Matches a character that is seen: neither white space nor a control or format character."""
 
 
 @dataclass(frozen=True)

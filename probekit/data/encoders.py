@@ -51,7 +51,9 @@ LongSentences = Literal["cut", "mean"]
 """The values of `actions.long_sentences`."""
 
 EMBEDDED_AT_ONCE = 1024
-"""Sentences in a batch."""
+"""Sentences in a batch, which a pre-trained encoder sorts by length."""
+_IN_ONE_PASS = 32
+"""Sentences in a forward pass of a pre-trained encoder: few, so that they are hardly padded."""
 MAX_WORDS = 100_000
 """The most frequent words of the sample that TF-IDF knows; bounds memory, not quality."""
 
@@ -271,7 +273,7 @@ class PretrainedEncoder:
     def _embed(self, sentences: Sequence[str]) -> np.ndarray:
         embeddings = self.model.encode(
             list(sentences),
-            batch_size=EMBEDDED_AT_ONCE,
+            batch_size=_IN_ONE_PASS,
             normalize_embeddings=True,
             convert_to_numpy=True,
             show_progress_bar=False,

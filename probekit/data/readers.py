@@ -28,7 +28,8 @@ import pyarrow.parquet as pq
 from probekit.config import CorpusSettings
 from probekit.data import huggingface
 from probekit.data.chats import ChatTemplate, as_chat
-from probekit.data.documents import SCHEMA, Document
+from probekit.data.documents import SCHEMA, VISIBLE, Document
+from probekit.data.sentences import sentence_spans
 from probekit.data.splits import SPLITS, DocumentKeys, digest, normalised
 from probekit.errors import ProbekitError
 from probekit.planted.corpus import generate
@@ -45,11 +46,6 @@ File = tuple[Path, str, str]
 DOCUMENTS_PER_BATCH = 256
 CHARACTERS_PER_BATCH = 1 << 23
 """A batch of the Arrow file ends with the document that reaches one of these: few books are held at once."""
-
-VISIBLE = re.compile(
-    r"[^\s\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff\ufff9-\ufffb]"
-)
-"""Matches a character that is seen: neither white space nor a control or format character."""
 
 _TITLE = re.compile(r" ?= (?!=)(?P<title>.*\S)(?<! =) =\s*")
 _ESCAPE = re.compile(r" @([-,.])@ ")
@@ -464,7 +460,8 @@ def write_documents(
         pa.OSFile(str(path), "wb") as sink,
         pa.ipc.new_file(sink, SCHEMA) as writer,
     ):
-        for batch in _batches(task.track(read_documents(settings, files, tokenizer))):
+        documents = read_documents(settings, files, tokenizer)
+        for batch in _batches(task.track(_opening(document, settings) for document in documents)):
             kept = []
             for document in batch:
                 if not VISIBLE.search(document.text):
@@ -498,6 +495,18 @@ def write_documents(
         "fingerprint": keys.fingerprint(),
     }
     return facts, keys, characters
+
+
+def _opening(document: Document, settings: CorpusSettings) -> Document:
+    """A text's first `max_sentences` sentences."""
+    most = settings.max_sentences
+    if most is None or document.messages is not None:
+        return document
+    ends = sentence_spans(document.text, settings.language)[:, 1]
+    if len(ends) <= most:
+        return document
+    actions = None if document.actions is None else document.actions[:most]
+    return replace(document, text=document.text[: ends[most - 1]].rstrip(), actions=actions)
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

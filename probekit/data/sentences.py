@@ -18,8 +18,7 @@ from sentencex import get_sentence_boundaries
 from tokenizers import Tokenizer
 
 from probekit.data.chats import ChatEncoder
-from probekit.data.documents import Document, read_batch
-from probekit.data.readers import VISIBLE
+from probekit.data.documents import VISIBLE, Document, read_batch
 from probekit.errors import ProbekitError
 
 # sentencex accepts any string, and splits what it does not know ("DE" and "german" too) by English rules.

@@ -6,8 +6,8 @@ chosen on validation documents. No bigram is given the label that is asked for, 
 sentence. "bigram (current action)", planners and two of the ceilings know the whole sentence before the
 example, and nothing of its own, however far before or behind its first token a probe reads. A number's prior
 is the mean, its bigram a least-squares line from the number of the last sentence; a vector's is ridge from
-the vector of that. A file's labels, and vectors, are also predicted from the bag of words: how often each
-token of the document occurs up to the last token read; vectors also from that of the last sentence alone.
+the vector of that. A file's labels, clusters and vectors are also predicted from the bag of words: how often
+each token of the document occurs up to the last token read; vectors also from that of the last sentence only.
 """
 
 from __future__ import annotations
@@ -186,7 +186,8 @@ def _at_position(
     if target.of_sentences is not None:
         name, baseline = _previous(corpus, grid, training, h, position)
         baselines[name] = baseline
-    if run.config.probe.labels is not None or target.kind == "vectors":
+    of_clusters = target.name == "action" and not has_ceiling(run.config)
+    if run.config.probe.labels is not None or target.kind == "vectors" or of_clusters:
         baselines["bag of words"] = _bag_of_words(corpus, grid, training, h, position)
     if target.kind == "vectors":
         baselines[LAST_BAG] = _bag_of_words(corpus, grid, training, h, position, last=True)

@@ -20,6 +20,7 @@ from probekit.config import CorpusSettings, PlantedSettings
 from probekit.data import hub, readers
 from probekit.data.documents import Document, DocumentFile, read_batch
 from probekit.data.readers import read_documents, write_documents
+from probekit.data.sentences import sentence_spans
 from probekit.data.splits import DocumentKeys
 from probekit.errors import ProbekitError
 from probekit.planted import corpus as planted
@@ -74,6 +75,31 @@ def test_text_folder_is_read_in_order_and_blank_documents_are_kept(tmp_path):
     everything = [("a/C.TXT", " \n"), ("a/z.txt", "Z."), ("b.txt", "B.")]
     assert contents(tmp_path) == contents(tmp_path, max_documents=9) == everything
     assert contents(tmp_path, max_documents=2) == everything[:2]
+
+
+def kept(folder: Path, path: str, **settings: object) -> list[Document]:
+    """The documents that a corpus keeps."""
+    file = folder / "documents.arrow"
+    write_documents(CorpusSettings.model_validate({"path": path, **settings}), file, Progress(quiet=True))
+    return [document for _, batch in DocumentFile(file).batches() for document in batch]
+
+
+def test_the_opening_of_a_text_is_its_first_sentences(tmp_path: Path):
+    whole = ["It rained. Nobody came!\n\nThe road\nwas wet.  So what?", "One. Two.", "One, and no end"]
+    write(tmp_path / "some.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in whole))
+    path = str(tmp_path / "some.jsonl")
+    assert [document.text for document in kept(tmp_path, path)] == whole
+    cut = [document.text for document in kept(tmp_path, path, max_sentences=3)]
+    assert cut == ["It rained. Nobody came!\n\nThe road", *whole[1:]]
+    assert [len(sentence_spans(text)) for text in cut] == [3, 2, 1]
+
+
+def test_planted_openings_keep_their_actions(tmp_path: Path):
+    settings = {"reader": "planted", "planted": PlantedSettings(documents=6, sentences=(2, 5))}
+    all_of_it = kept(tmp_path, "", **settings)
+    cut = kept(tmp_path, "", max_sentences=3, **settings)
+    assert [document.actions for document in cut] == [document.actions[:3] for document in all_of_it]
+    assert all(one.text.startswith(other.text) for one, other in zip(all_of_it, cut, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -347,7 +347,7 @@ def test_a_run_that_trained_nothing_has_what_counting_gives(tiny_run: Run, monke
     run = tiny_run.with_settings({"actions.labels": "clusters"})
     finished: Callable[[str], bool] = run.finished
     monkeypatch.setattr(run, "finished", lambda stage: stage in ("corpus", "lm") and finished(stage))
-    counted = {"prior", "bigram", "bigram (current action)", "skip n-gram"}
+    counted = {"prior", "bigram", "bigram (current action)", "skip n-gram", "bag of words"}
     assert {key[0] for key in rows_of(run, grid_of(run))} == counted
 
 
