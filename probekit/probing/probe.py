@@ -56,10 +56,11 @@ class ProbeResults:
     Attributes:
         table: One row for each reader (probes, baselines, ceilings) and cell, see `results.COLUMNS`. Metrics
             are on test documents, with `_low` and `_high`: accuracy, top5, cross_entropy (nats), bits (gained
-            over the prior), shortfall (bits below the ceiling, where one is known), selectivity (accuracy
-            less that on the control task), gain (bits over the strongest model-free baseline, `gain_over`;
-            its intervals hold for all cells together). `injected` marks cells where the target's own action
-            had been added by the time of the reading. Cells with too few examples are empty.
+            over the prior), shortfall (bits below the ceiling, where one is known), over_planner (bits, where
+            there is one), selectivity (accuracy less that on the control task), gain (bits over the strongest
+            model-free baseline, `gain_over`; its intervals hold for all cells together). `injected` marks
+            cells where the target's own action had been added by the time of the reading. Cells with too few
+            examples are empty.
         folder: Where it was written.
         notes: Lines to show the user.
         geometry: If `probe.geometry` is set, a row for each variant, seed, location, layer and position; see

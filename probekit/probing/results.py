@@ -60,7 +60,9 @@ MODEL_FREE = (
 CEILING = "ceiling (tokens read)"
 """The reader that nothing that sees the same tokens can beat, where the data is planted."""
 
-_INTERVALS = (*METRICS.values(), "bits", "selectivity", "shortfall", "gain", "balanced_accuracy")
+_INTERVALS = (
+    *(*METRICS.values(), "bits", "selectivity", "shortfall", "over_planner", "gain", "balanced_accuracy"),
+)
 
 COLUMNS = (
     {"reader": "str", "solver": "str", "variant": "str", "target": "str", "seed": "Int64"}
@@ -352,16 +354,17 @@ def _write_numbers(rows: _Rows, loss: NDArray[np.float64], weight: np.ndarray) -
 
 
 def _write_classes(rows: _Rows, loss: NDArray[np.float64]) -> None:
-    """Writes means over examples, and how far they are above the control task and below the ceiling."""
+    """Writes means over examples, and differences from the control task, the ceiling and the planner."""
     counts = rows.counts[:, None]
     for score, metric in METRICS.items():
         rows.write_ratios(metric, rows.sums(score), counts)
     control = rows.sums("control_correct")
     rows.table["control_accuracy"] = control.sum(0) / counts.sum()
     rows.write_ratios("selectivity", rows.sums("correct") - control, counts)
-    ceiling = rows.in_same_cell(rows.table.reader == CEILING)
-    shortfall = np.where((ceiling >= 0) & rows.probes, (loss - loss[:, ceiling]) / np.log(2), np.nan)
-    rows.write_ratios("shortfall", shortfall, counts)
+    for metric, reader, sign in (("shortfall", CEILING, 1), ("over_planner", "planner", -1)):
+        beside = rows.in_same_cell(rows.table.reader == reader)
+        gap = sign * (loss - loss[:, beside]) / np.log(2)
+        rows.write_ratios(metric, np.where((beside >= 0) & rows.probes, gap, np.nan), counts)
 
 
 def _write_single_examples(rows: _Rows) -> None:

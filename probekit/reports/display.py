@@ -51,6 +51,7 @@ COLUMNS: dict[str, Column] = {
     "over_own": Column("over its own probe", signed=True),
     "compression": Column("compression", better=1),
     "shortfall": Column("below the ceiling", "bits", better=-1),
+    "over_planner": Column("over the planner", "bits"),
     "balanced_accuracy": Column("balanced accuracy", better=1),
     "auroc": Column("AUROC", better=1),
     "average_precision": Column("average precision", better=1),

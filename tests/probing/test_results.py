@@ -141,8 +141,10 @@ def test_every_metric_and_its_interval(table: pd.DataFrame, scored: list[Documen
             ceiling = rows["ceiling (tokens read)", None, None, *key[3:]][1]
             gap = sums["cross_entropy"] - ceiling["cross_entropy"]
             measured["shortfall"] = gap / np.log(2)
+            planner = rows["planner", None, None, *key[3:]][1]
+            measured["over_planner"] = (planner["cross_entropy"] - sums["cross_entropy"]) / np.log(2)
         else:
-            assert np.isnan([row.shortfall, row.shortfall_low, row.shortfall_high]).all()
+            assert np.isnan([row.shortfall, row.shortfall_low, row.over_planner, row.over_planner_high]).all()
         for name, values in measured.items():
             expected = bootstrap_ratio(values, COUNTS, **RESAMPLING)
             assert row[name] == pytest.approx(values.sum() / COUNTS.sum(), abs=1e-12)
