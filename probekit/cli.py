@@ -178,11 +178,15 @@ def ask(words: list[str]) -> None:
 def probe(words: list[str]) -> None:
     """Fit probes of a run, or of any causal LM on any corpus; replaces the results of an earlier probe."""
     parsed, given = parse_probe(probe, words)
-    settings = shorthands(parsed, given, OF_LABELS) | dotted(given)
-    run = parsed.run
-    if parsed.model is not None:
-        from probekit.training.train import prepare
+    from probekit.run.run import Run
+    from probekit.training.train import prepare
 
+    settings = shorthands(parsed, given, OF_LABELS) | dotted(given)
+    if parsed.model is None:
+        run = Run.open(parsed.run)
+        if run.config.lm.name is not None and not run.finished("lm"):  # `probekit corpus` began it
+            run = prepare(run.config, run.folder, existing="resume", quiet=parsed.quiet)
+    else:
         existing: Existing = "overwrite" if parsed.overwrite else "resume"
         config, revisions = probed_config(parsed, given), parsed.revisions or ()
         run = prepare(config, parsed.out, revisions=revisions, existing=existing, quiet=parsed.quiet)

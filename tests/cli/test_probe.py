@@ -101,6 +101,7 @@ def test_any_model_is_probed_on_any_text(capsys: Capture, lm: Path, texts: Path,
         "bigram",
         "bigram (current action)",
         "skip n-gram",
+        "bag of words",
     }
     assert list((out / "probes").glob("*.png"))
 
@@ -120,6 +121,15 @@ def test_any_model_is_probed_on_any_text(capsys: Capture, lm: Path, texts: Path,
     assert "actions.k was 8 and is now 9" in line
     printed(capsys, *words, "--actions.k", "9", "--overwrite")
     assert Run.open(out).config.actions.k == 9
+
+
+def test_a_corpus_that_was_built_first_is_probed(capsys: Capture, lm: Path, texts: Path, tmp_path: Path):
+    out, built = tmp_path / "whole", tmp_path / "by-and-by"
+    printed(capsys, "probe", "--model", lm, "--corpus", texts, "--out", out, *ANY, *ONE_CELL, "--quiet")
+    of_corpus = ["--preset", "any-model", "--lm.name", lm, "--corpus.path", texts, "--out", built]
+    printed(capsys, "corpus", *of_corpus, *ANY, "--quiet")
+    printed(capsys, "probe", built, *ONE_CELL, "--quiet")
+    pd.testing.assert_frame_equal(Run.open(built).probes(), Run.open(out).probes())
 
 
 def test_any_model_needs_a_model_and_a_text(capsys: Capture, lm: Path, texts: Path, tmp_path: Path):
