@@ -138,7 +138,7 @@ class DepthTraining:
             return loss(self._head, late, targets)
 
     def _scored(self, batch: Batch, *, training: bool) -> tuple[LateLayers, Tensor]:
-        """LateLayers layers, and next tokens, at the positions that are scored."""
+        """Late layers, and next tokens, at the positions that are scored."""
         scores = self._out_of_fold.scores(batch) if training and self._out_of_fold is not None else None
         # A frozen LM needs no graph: what is trained lies after it.
         frozen = torch.no_grad() if self._tuning is None else contextlib.nullcontext()
