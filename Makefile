@@ -35,16 +35,18 @@ bench: .venv/base ## Measure speed and memory; tables and benchmarks/results/ (m
 	$(BIN)/python benchmarks/training.py --device $(DEVICE)
 	$(BIN)/python benchmarks/depth_ensemble.py --device $(DEVICE)
 
-# What the figures are drawn from; WIKITEXT is a file of articles in WikiText format, FICTION one of passages by author.
+# What the figures are drawn from; WIKITEXT is a file of articles in WikiText format, WIKIPEDIA one of articles as JSON
+# lines, FICTION one of passages by author.
 RUNS ?= runs/figures
 WIKITEXT ?=
+WIKIPEDIA ?=
 FICTION ?=
 LMS ?= HuggingFaceTB/SmolLM2-135M-Instruct google/gemma-3-270m
 ENCODER ?= sentence-transformers/all-MiniLM-L6-v2
 DRAW := $(BIN)/python analyses
 TUNED := --set training.base.tuning full --set training.base.learning_rate 1e-3
 
-figures: .venv/base ## Make all of figures/ from nothing (WIKITEXT=FILE, FICTION=FILE for those of real text)
+figures: .venv/base ## Make all of figures/ from nothing (WIKITEXT=, WIKIPEDIA= and FICTION=FILE for real text)
 	$(DRAW)/figure2_locations.py
 	$(DRAW)/figure2_locations.py --parallel
 	$(DRAW)/table1_perplexity.py --preset demo --seeds 5 --runs $(RUNS)/table1
@@ -77,6 +79,9 @@ ifneq ($(WIKITEXT),)
 	$(DRAW)/depth_table1_parameters.py --preset text-small --set corpus.path $(WIKITEXT) --seeds 3 --tunings frozen \
 		--set depth.members plain ensemble distilled --set training.depth.epochs 1 --runs $(RUNS)/wikitext-depth \
 		--out figures/depth_wikitext.png
+endif
+ifneq ($(WIKIPEDIA),)
+	$(DRAW)/figure3_pretrained.py $(WIKIPEDIA) --models $(LMS) --encoder $(ENCODER) --runs $(RUNS)/figure3_pretrained
 endif
 ifneq ($(FICTION),)
 	$(DRAW)/compare_compressed.py $(FICTION) --model $(firstword $(LMS)) --runs $(RUNS)/compressed

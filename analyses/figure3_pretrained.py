@@ -8,9 +8,12 @@ action of the sentences ahead, in layers spread over the depth, at some tokens b
 planner is trained on the embeddings of the sentences so far, and counted on nothing else.
 
 Above, gain over the strongest baseline that needs no model, by layer and distance, of the next sentence; a
-dot marks cells whose interval, which holds for all cells of the LM, is above zero. Below, bits over the prior
-by how many sentences ahead, right before the next one: the layer that is best on validation documents for
-each, beside what counting knows and the planner. Intervals resample articles.
+dot marks cells whose interval, which holds for all cells of the LM, is above zero. In the middle, bits over
+the prior by how many sentences ahead, right before the next one: the layer that is best on validation
+documents for each, beside what counting knows and the planner. Below, what the best probe of the next
+sentence adds to what embeddings and words of the text so far tell: log-linear mixtures, their weights fitted
+on validation documents, where the next sentence has the action of the one before it and where it has another.
+Intervals resample articles.
 
 What is finished is kept: the next call with the same text and LMs goes on from there.
 """
@@ -18,18 +21,31 @@ What is finished is kept: the next call with the same text and LMs goes on from 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
+from scipy.optimize import minimize
+from scipy.special import log_softmax
 from shared.script import made_of, names_of, run_script, save_figure, script_parser
 
 import probekit
 from probekit.config import Config, reading_order
-from probekit.probing.results import validation_loss
-from probekit.reports.drawing import colour_bar, colours_of_names, draw_line
+from probekit.data.corpus import Corpus
+from probekit.evaluation.action_metrics import prior_log_probabilities
+from probekit.evaluation.baselines import planner_log_probabilities
+from probekit.probing.activations import Reader
+from probekit.probing.baselines import bags_of_words
+from probekit.probing.grid import CHOSEN_ON, FITTED_ON, TESTED_ON, Grid, document_numbers, make_grid
+from probekit.probing.results import SavedProbes, cells_of, read_probe_record, validation_loss
+from probekit.probing.solvers import SoftmaxProbes
+from probekit.probing.targets import Examples, find_target
+from probekit.reports.drawing import colour_bar, colours_of_names, draw_intervals, draw_line
 from probekit.reports.plot_probes import (
     BASELINE_STYLES,
     METRICS,
@@ -40,6 +56,7 @@ from probekit.reports.plot_probes import (
 )
 from probekit.run.folder import digest_of
 from probekit.run.run import Run
+from probekit.statistics import bootstrap_ratio, sum_groups
 
 LOCATION = "hook_resid_post"
 DISTANCES = (1, 2, 4, 8)
@@ -47,6 +64,19 @@ HORIZONS = (1, 2, 3, 4)
 
 BESIDE = ("planner", "bag of words", "bigram (current action)", "skip n-gram", "token embedding")
 """Readers that are drawn beside the probes."""
+
+L2 = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+"""Penalties tried in softmax regression."""
+
+READERS = {
+    "planner, calibrated": ("planner",),
+    "text": ("planner", "sentences", "words"),
+    "probe, calibrated": ("probe",),
+    "text and probe": ("planner", "sentences", "words", "probe"),
+}
+"""What is compared in `together`, and what each is a mixture of."""
+
+PARTS = {"all": "all sentences", "same": "the action stays", "another": "another action"}
 
 KEPT = ["lm", "reader", "variant", "seed", "layer", "distance", "horizon", "examples", "documents"]
 METRICS_KEPT = ("accuracy", "cross_entropy", "bits", "gain", "over_planner", "selectivity")
@@ -60,7 +90,6 @@ def probed(model: str, folder: Path, given: argparse.Namespace) -> Run:
             "lm.name": model,
             "corpus.reader": "auto",
             "corpus.path": given.text,
-            "corpus.subset": None,
             "corpus.max_documents": given.documents,
             "actions.encoder": given.encoder,
             "mixing.variants": ["none"],
@@ -87,11 +116,107 @@ def best_cells(table: pd.DataFrame) -> pd.DataFrame:
     return table.loc[chosen]
 
 
-def draw(table: pd.DataFrame) -> Figure:
-    """Draws a column for each LM."""
+def mixture(parts: Sequence[np.ndarray], weights: ArrayLike) -> np.ndarray:
+    """The log-linear mixture of log-probabilities `[examples, classes]`; no probability is below e^-30."""
+    scores = sum(
+        weight * np.maximum(part, -30.0) for weight, part in zip(np.asarray(weights), parts, strict=True)
+    )
+    return np.asarray(log_softmax(scores, axis=1))
+
+
+def mixture_weights(parts: Sequence[np.ndarray], labels: np.ndarray) -> np.ndarray:
+    """The weights of the log-linear mixture that tells labels `[examples]` best."""
+
+    def loss(weights: np.ndarray) -> float:
+        return float(-mixture(parts, weights)[np.arange(len(labels)), labels].mean())
+
+    return np.asarray(minimize(loss, np.full(len(parts), 1 / len(parts)), method="Nelder-Mead").x)
+
+
+def sentence_features(corpus: Corpus, examples: Examples) -> np.ndarray:
+    """The embedding of the sentence before each one, and the mean of all so far `[examples, features]`."""
+    first, sentence = corpus.document_sentences[examples.document], examples.sentence
+    embeddings = np.asarray(corpus.embeddings, np.float64)
+    sums = np.concatenate([np.zeros_like(embeddings[:1]), embeddings.cumsum(axis=0)])
+    mean = (sums[sentence] - sums[first]) / (sentence - first)[:, None]
+    return np.hstack([embeddings[sentence - 1], mean])
+
+
+def regressed(
+    features: Callable[[Examples], np.ndarray], grid: Grid, classes: int, l2: Sequence[float]
+) -> dict[str, np.ndarray]:
+    """Log-probabilities of the next action by split, by softmax regression on the probes' own examples."""
+    X = {split: torch.from_numpy(features(own)).float()[None] for split, own in grid.examples.items()}
+    y = {split: torch.from_numpy(own.labels[:, 0]) for split, own in grid.examples.items()}
+    fitted = SoftmaxProbes(l2).fit(X[FITTED_ON], y[FITTED_ON], classes, X[CHOSEN_ON], y[CHOSEN_ON])
+    return {split: fitted.log_probabilities(own)[0].double().numpy() for split, own in X.items()}
+
+
+def together(run: Run, best: pd.DataFrame) -> pd.DataFrame:
+    """What the best probe of the next sentence adds to what its text so far tells.
+
+    What the text tells is a mixture of the planner and of softmax regressions on embeddings and on the bag of
+    words, fitted on the probe's own examples: readers of the same text err apart, and are better together.
+
+    Args:
+        run: A run with a planner and probes.
+        best: The row of the table of results that is the probe's.
+
+    Returns:
+        A row for each reader of `READERS` and `part`: all test examples, those whose next sentence has the
+        action of the one before it (`same`), and the others. `value` is in bits over the prior, with an
+        interval; `over_text` is the paired difference from the reader `text`.
+    """
+    settings, corpus, target = (
+        read_probe_record(run.folder).config.probe,
+        run.corpus,
+        find_target(run.corpus, "action"),
+    )
+    grid, (cell,) = make_grid(corpus, settings, target, run.config.seed), cells_of(best)
+    probe = SavedProbes(run.folder / "probes", "none", int(best.seed.iloc[0]))[cell]
+    reader = Reader(run, "none", [(cell.location, cell.layer)], [cell.position])
+    labels = {split: examples.labels[:, 0] for split, examples in grid.examples.items()}
+    known = {
+        "sentences": regressed(partial(sentence_features, corpus), grid, target.classes, L2),
+        "words": regressed(lambda own: bags_of_words(corpus, own, own.start - 1), grid, target.classes, L2),
+    }
+    parts = {}
+    for split in (CHOSEN_ON, TESTED_ON):
+        examples = grid.examples[split]
+        documents = np.unique(examples.document)
+        row = np.searchsorted(corpus.sentences(documents), examples.sentence)
+        read = torch.cat([stacks[0][0, 0] for _, stacks in reader.chunks(examples)])
+        parts[split] = {
+            "planner": planner_log_probabilities(run.planner(), corpus, documents)[row],
+            **{name: said[split] for name, said in known.items()},
+            "probe": probe.log_probabilities(read).double().numpy(),
+        }
+    test, true = grid.examples[TESTED_ON], labels[TESTED_ON]
+    prior = prior_log_probabilities(labels[FITTED_ON], target.classes)[true]
+    bits = {}
+    for name, mixed in READERS.items():
+        weights = mixture_weights([parts[CHOSEN_ON][one] for one in mixed], labels[CHOSEN_ON])
+        said = mixture([parts[TESTED_ON][one] for one in mixed], weights)
+        bits[name] = (said[np.arange(len(true)), true] - prior) / np.log(2)
+    same = corpus.previous_labels(target.of_sentences, test.sentence) == true
+    rows = []
+    for part, rows_of_part in {"all": same | ~same, "same": same, "another": ~same}.items():
+        group = document_numbers(test.document[rows_of_part])
+        counts = sum_groups(group, np.ones(len(group)))
+        for name, values in bits.items():
+            facts = {"reader": name, "part": part, "layer": cell.layer, "examples": len(group)}
+            for column, over in (("value", 0.0), ("over_text", bits["text"])):
+                sums = sum_groups(group, (values - over)[rows_of_part])
+                facts |= bootstrap_ratio(sums, counts, resamples=2000, seed=0).columns(column)
+            rows.append(facts)
+    return pd.DataFrame(rows)
+
+
+def draw(table: pd.DataFrame, beyond: pd.DataFrame) -> Figure:
+    """Draws a column for each LM: the grid, readers by horizon, and `together`."""
     lms = list(table.lm.unique())
-    figure = Figure(figsize=(5.6 * len(lms), 7.4), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=[1.1, 1.0])
+    figure = Figure(figsize=(5.6 * len(lms), 10.0), layout="constrained")
+    top, bottom, last = figure.subfigures(3, 1, height_ratios=[1.1, 1.0, 0.8])
     grid = top.subplots(1, 2 * len(lms), squeeze=False)
     shown = [(lm, variant) for lm in lms for variant in ("none", "random")]
     cells = [Panel(variant, LOCATION).cells(table[table.lm == lm]) for lm, variant in shown]
@@ -131,6 +256,11 @@ def draw(table: pd.DataFrame) -> Figure:
     panels.flat[0].set_ylabel(METRICS["bits"])
     handles, names = panels.flat[0].get_legend_handles_labels()
     bottom.legend(handles, names, loc="outside lower center", ncols=2 + len(lms), fontsize=8, frameon=False)
+    for axes, lm in zip(last.subplots(1, len(lms), squeeze=False, sharex=True).flat, lms, strict=True):
+        rows = beyond[beyond.lm == lm]
+        rows = rows.assign(name=rows.reader + ", " + rows.part.map(PARTS), seed=np.nan)
+        draw_intervals(axes, rows, list(rows.name))
+        axes.set_xlabel(METRICS["bits"], fontsize=9)
     return figure
 
 
@@ -154,11 +284,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     runs = [probed(model, given.runs / name, given) for model, name in zip(given.models, names, strict=True)]
     found = [run.probes().assign(lm=name) for run, name in zip(runs, names, strict=True)]
     table = pd.concat(found, ignore_index=True)
+    best = best_cells(table)
+    of_next = best[(best.variant == "none") & (best.horizon == 1)]
+    beyond = pd.concat(
+        [
+            together(run, of_next[of_next.lm == name]).assign(lm=name)
+            for run, name in zip(runs, names, strict=True)
+        ],
+        ignore_index=True,
+    )
     bounds = [f"{metric}{bound}" for metric in METRICS_KEPT for bound in ("", "_low", "_high")]
     numbers = table[[*KEPT, *bounds, "gain_over", "validation_cross_entropy", "l2", "tokens_read"]]
     settings = {"documents": given.documents, "layers": given.layers, "models": names}
-    shown = best_cells(table)[["lm", "variant", "horizon", "layer", *bounds[6:15]]]
-    save_figure(draw(table), numbers, given.out, settings, runs, shown)
+    numbers = pd.concat([numbers, beyond.assign(variant="none", distance=1, horizon=1)], ignore_index=True)
+    shown = best[["lm", "variant", "horizon", "layer", *bounds[6:15]]]
+    save_figure(draw(table, beyond), numbers, given.out, settings, runs, shown)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,31 @@ from random_lms import save_random_llama
 from probekit.config import PlantedSettings
 from probekit.errors import ProbekitError
 from probekit.planted.corpus import generate
+from probekit.probing.targets import find_examples, find_target
+from probekit.run.run import Run
+
+
+def test_a_mixture_finds_what_labels_were_drawn_from():
+    rng = np.random.default_rng(0)
+    truth = np.log(rng.dirichlet(np.ones(5), size=6000))
+    labels = np.array([rng.choice(5, p=row) for row in np.exp(truth)])
+    flat = 0.5 * truth - np.log(np.exp(0.5 * truth).sum(axis=1, keepdims=True))
+    noise = np.log(rng.dirichlet(np.ones(5), size=6000))
+    weights = figure3_pretrained.mixture_weights([flat, noise], labels)
+    np.testing.assert_allclose(weights, [2.0, 0.0], atol=0.1)
+    np.testing.assert_allclose(figure3_pretrained.mixture([flat, noise], [2.0, 0.0]), truth, atol=1e-9)
+
+
+def test_features_of_sentences_are_those_before(tiny_run: Run):
+    corpus = tiny_run.corpus
+    examples = find_examples(
+        corpus, corpus.documents("test")[:3], find_target(corpus, "action"), (1,), "start"
+    )
+    examples = examples[examples.sentence > corpus.document_sentences[examples.document]]
+    found = figure3_pretrained.sentence_features(corpus, examples)
+    for row, document, sentence in zip(found, examples.document, examples.sentence, strict=True):
+        before = corpus.embeddings[corpus.document_sentences[document] : sentence]
+        np.testing.assert_allclose(row, np.concatenate([before[-1], before.mean(axis=0)]), atol=1e-6)
 
 
 def test_probes_stand_beside_what_counting_and_a_planner_know(tmp_path: Path):
@@ -37,6 +62,16 @@ def test_probes_stand_beside_what_counting_and_a_planner_know(tmp_path: Path):
         same = probes[(probes.variant == row.variant) & (probes.horizon == row.horizon)]
         losses = same[same.distance == 1].validation_cross_entropy
         assert row.validation_cross_entropy == losses.min()
+
+    beyond = numbers[numbers.part.notna()].set_index(["reader", "part"])
+    assert {*beyond.index} == {
+        (reader, part) for reader in figure3_pretrained.READERS for part in figure3_pretrained.PARTS
+    }
+    counted = beyond.loc["text"].examples
+    assert counted["same"] + counted["another"] == counted["all"] == probes.examples.max()
+    np.testing.assert_allclose(
+        beyond.over_text, beyond.value - beyond.loc["text"].value.reindex(beyond.index, level=1)
+    )
 
     made = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("*.parquet")}
     figure3_pretrained.main(words)
