@@ -50,6 +50,9 @@ class PlantedSettings(Settings):
     """Number of planted actions."""
     types: Positive = 4
     """Number of hidden document types, each with its own action-to-action transitions."""
+    examples: Positive = 1
+    """Examples in a document, each on a line and with a chain of actions of its own, all of the document's
+    type; above 1, what is said of the sentences of a document holds for each example."""
     successors: Positive = 3
     """Actions that can follow an action within one document type; fewer means a more certain plan."""
     sentences: Range = (10, 16)
@@ -69,6 +72,11 @@ class PlantedSettings(Settings):
             raise ValueError(f"successors {self.successors} exceeds actions {self.actions}")
         if self.sentences[0] < 2:
             raise ValueError(f"sentences begins at {self.sentences[0]}; a document needs at least 2")
+        if self.examples > 1 and self.sentences[0] < self.sentences[1]:
+            raise ValueError(
+                f"sentences is {self.sentences[0]} to {self.sentences[1]}; examples {self.examples} need one "
+                "length, such as 3 3, so that it is known where they end"
+            )
         return self
 
 

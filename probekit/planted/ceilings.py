@@ -71,7 +71,8 @@ def position_ceiling(
 
     A word of which only some tokens are read is evidence by the probability of all words whose tokens begin
     with those, and so is a word that is read whole while no token after it is. The number of words of a
-    sentence does not depend on its action, so the full stop is no evidence.
+    sentence does not depend on its action, so the full stop is no evidence, and neither is the line break
+    after an example, which has a known number of sentences.
 
     Args:
         config: Settings of a planted corpus.
@@ -90,7 +91,7 @@ def position_ceiling(
     documents, document = np.unique(corpus.document_of(sentences), return_inverse=True)
     model, forms = _model_and_forms(config.corpus.planted, corpus.tokenizer)
     words = _words(model, corpus, documents)
-    units = Units.of(words, documents, forms, corpus)
+    units = Units.of(words, documents, forms, corpus, model.example)
 
     beginning = corpus.document_tokens[documents[document]] + 1
     unit = np.searchsorted(units.start, np.maximum(positions, beginning), side="right") - 1
@@ -113,7 +114,7 @@ def position_ceiling(
         for word in range(int((unit - first).max(initial=0))):
             rows = np.flatnonzero(first + word < unit)
             log_likelihood[rows] += log_emission[units.form[first[rows] + word] % len(model.words)]
-        last = np.flatnonzero((read > 0) & (units.form[unit] != forms.stop))
+        last = np.flatnonzero((read > 0) & (units.form[unit] < forms.stop))
         log_likelihood[last] += forms.log_likelihood(units.form[unit[last]], read[last])
         return np.log(posterior_at(model, words, document, sentence, log_likelihood, ahead))
 
@@ -122,9 +123,10 @@ def position_ceiling(
 class Forms:
     """Every planted word as tokens in each of its forms, and the full stop.
 
-    A word has three forms: at the start of a document it has a capital and no space before it, at the start
-    of any other sentence a capital, elsewhere none. The nth form of a word, counted from 0, is form
-    `n * vocabulary + word`, and the last form is the full stop.
+    A word has four forms: at the start of a document and of another line it has a capital and no space before
+    it, at the start of any other sentence a capital, elsewhere none. The nth form of a word, counted from 0,
+    is form `n * vocabulary + word`, and the last two forms are the full stop and that which ends a line, with
+    the line break after it.
 
     Attributes:
         tokens: Tokens of each form.
@@ -145,7 +147,10 @@ class Forms:
         """Tokenises every word as it stands in a document: alone, it might have other tokens."""
         capitals = [word.capitalize() for word in model.words]
         encoded = tokenizer(
-            [f"{first}. {first} {word}." for first, word in zip(capitals, model.words, strict=True)],
+            [
+                f"{first}.\n{first}. {first} {word}."
+                for first, word in zip(capitals, model.words, strict=True)
+            ],
             add_special_tokens=False,
             return_offsets_mapping=True,
             return_attention_mask=False,
@@ -154,12 +159,13 @@ class Forms:
         for word, ids, offsets in zip(
             model.words, encoded["input_ids"], encoded["offset_mapping"], strict=True
         ):
-            # The word, a full stop, the capital word, the word, a full stop; a token belongs to the piece in
-            # which it begins.
-            ends = np.cumsum([len(word), 1, 1 + len(word), 1 + len(word), 1])
+            # The word, the end of a line, the word, a full stop, the capital word, the word, a full stop; a
+            # token belongs to the piece in which it begins.
+            ends = np.cumsum([len(word), 2, len(word), 1, 1 + len(word), 1 + len(word), 1])
             piece = np.searchsorted(ends, [start for start, _ in offsets], side="right")
             pieces.append([tuple(np.array(ids)[piece == number].tolist()) for number in range(len(ends))])
-        tokens = [of_word[piece] for piece in (0, 2, 3) for of_word in pieces] + [pieces[0][4]]
+        tokens = [of_word[piece] for piece in (0, 2, 4, 5) for of_word in pieces]
+        tokens += [pieces[0][piece] for piece in (6, 1)]
 
         vocabulary = len(model.words)
         likelihood: dict[tuple[int, tuple[int, ...]], FloatArray] = defaultdict(
@@ -182,7 +188,7 @@ class Forms:
     @property
     def stop(self) -> int:
         """The form that is the full stop."""
-        return len(self.tokens) - 1
+        return len(self.tokens) - 2
 
     def log_likelihood(self, form: IntArray, read: IntArray) -> FloatArray:
         """Log-probability under each action of a word's first tokens: of all words that begin with them.
@@ -216,7 +222,14 @@ class Units:
     first: IntArray
 
     @classmethod
-    def of(cls, words: list[list[IntArray]], documents: IntArray, forms: Forms, corpus: BuiltCorpus) -> Self:
+    def of(
+        cls,
+        words: list[list[IntArray]],
+        documents: IntArray,
+        forms: Forms,
+        corpus: BuiltCorpus,
+        example: int | None = None,
+    ) -> Self:
         """Lines documents up with the corpus's tokens.
 
         Args:
@@ -224,18 +237,22 @@ class Units:
             documents: The documents' numbers in the corpus, sorted.
             forms: The words as tokens.
             corpus: The built corpus.
+            example: Sentences of an example, which is a line; None: a document is one line.
 
         Raises:
             ProbekitError: The tokens of a document are not those of its words one by one.
         """
-        vocabulary = forms.stop // 3
+        vocabulary = forms.stop // 4
         lengths = np.diff(forms.starts)
         columns: dict[str, list[IntArray]] = defaultdict(list)
         units = 0
         for document, (sentences, number) in enumerate(zip(words, documents.tolist(), strict=True)):
-            form = [np.append(sentence + 2 * vocabulary, forms.stop) for sentence in sentences]
+            form = [np.append(sentence + 3 * vocabulary, forms.stop) for sentence in sentences]
             for position, sentence in enumerate(form):
-                sentence[0] -= vocabulary if position else 2 * vocabulary
+                begins_line = position % (example or len(form)) == 0
+                sentence[0] -= vocabulary * (1 + begins_line + (position == 0))
+                if begins_line and position:
+                    form[position - 1][-1] += 1
             sizes = np.array([len(sentence) for sentence in form])
             whole = np.concatenate(form)
             begin, end = (int(bound) for bound in corpus.document_tokens[number : number + 2])

@@ -1,7 +1,8 @@
 """A synthetic corpus with a known plan.
 
 A document has a hidden type. Its sentences' actions are a Markov chain whose transitions depend on the type,
-and a sentence's words are drawn independently from its action's distribution. Because this plan is known, the
+and a sentence's words are drawn independently from its action's distribution. A document may also hold
+several examples of its type, a line each, and in each the chain starts anew. Because this plan is known, the
 best possible prediction of a later action can be computed (`posteriors.py`).
 """
 
@@ -37,6 +38,7 @@ class PlantedModel:
             `successors` nonzero entries, drawn from all actions: an action may follow itself.
         emission: Probability of a word in a sentence of an action, [actions, vocabulary].
         words: The vocabulary; a word's id is its position.
+        example: Sentences of an example; None where a document is one, of whatever length.
     """
 
     prior: FloatArray
@@ -44,6 +46,7 @@ class PlantedModel:
     transition: FloatArray
     emission: FloatArray
     words: tuple[str, ...]
+    example: int | None = None
 
     @classmethod
     def draw(cls, settings: PlantedSettings) -> Self:
@@ -58,7 +61,18 @@ class PlantedModel:
         shares = rng.dirichlet(np.ones(settings.successors), size=(types, actions))
         np.put_along_axis(transition, successors, shares, axis=-1)
         emission = rng.dirichlet(np.full(settings.vocabulary, settings.concentration), size=actions)
-        return cls(prior, initial, transition, emission, _draw_words(settings.vocabulary, rng))
+        example = settings.sentences[0] if settings.examples > 1 else None
+        return cls(prior, initial, transition, emission, _draw_words(settings.vocabulary, rng), example)
+
+    def begins(self, sentence: int) -> bool:
+        """Whether a sentence, counted from 0 in its document, is the first one of an example."""
+        return sentence == 0 if self.example is None else sentence % self.example == 0
+
+    def step(self, sentence: int) -> FloatArray:
+        """Probability of the action after that of a sentence, counted from 0, [types, actions, actions]."""
+        if self.begins(sentence + 1):
+            return np.broadcast_to(self.initial[:, None, :], self.transition.shape)
+        return self.transition
 
     def parse(self, text: str) -> list[IntArray]:
         """Word ids of each sentence of a planted document.
@@ -113,8 +127,10 @@ class PlantedCorpus:
         bounds = itertools.pairwise(self.document_starts.tolist())
         for hidden_type, (first, last) in zip(self.types.tolist(), bounds, strict=True):
             starts = self.sentence_starts[first : last + 1].tolist()
-            text = " ".join(self._sentence(start, stop) for start, stop in itertools.pairwise(starts))
-            yield PlantedDocument(text, tuple(self.actions[first:last].tolist()), hidden_type)
+            sentences = [self._sentence(start, stop) for start, stop in itertools.pairwise(starts)]
+            size = self.model.example or len(sentences)
+            lines = (" ".join(sentences[at : at + size]) for at in range(0, len(sentences), size))
+            yield PlantedDocument("\n".join(lines), tuple(self.actions[first:last].tolist()), hidden_type)
 
     def _sentence(self, start: int, stop: int) -> str:
         words = [self.model.words[word] for word in self.words[start:stop].tolist()]
@@ -125,14 +141,14 @@ def generate(settings: PlantedSettings) -> PlantedCorpus:
     """Draws the model and its documents; the same settings always give the same corpus."""
     model = PlantedModel.draw(settings)
     _, rng = _generators(settings.seed)
-    documents = settings.documents
-    lengths = rng.integers(*settings.sentences, size=documents, endpoint=True)
-    types = rng.choice(settings.types, size=documents, p=model.prior)
-    actions = _draw_actions(model, types, settings.sentences[1], rng)
+    lengths = rng.integers(*settings.sentences, size=settings.documents * settings.examples, endpoint=True)
+    types = rng.choice(settings.types, size=settings.documents, p=model.prior)
+    actions = _draw_actions(model, np.repeat(types, settings.examples), settings.sentences[1], rng)
     actions = actions[np.arange(settings.sentences[1]) < lengths[:, None]]
     word_counts = rng.integers(*settings.words, size=len(actions), endpoint=True)
     words = _draw(_cumulative(model.emission), np.repeat(actions, word_counts), rng)
-    return PlantedCorpus(model, types, actions, _offsets(lengths), words, _offsets(word_counts))
+    document_starts = _offsets(lengths)[:: settings.examples]
+    return PlantedCorpus(model, types, actions, document_starts, words, _offsets(word_counts))
 
 
 def _generators(seed: int) -> list[np.random.Generator]:
@@ -149,7 +165,7 @@ def _draw_words(vocabulary: int, rng: np.random.Generator) -> tuple[str, ...]:
 
 
 def _draw_actions(model: PlantedModel, types: IntArray, sentences: int, rng: np.random.Generator) -> IntArray:
-    """[documents, sentences]: a chain of actions for each document."""
+    """[examples, sentences]: a chain of actions for each example."""
     actions = np.empty((len(types), sentences), dtype=np.int64)
     actions[:, 0] = _draw(_cumulative(model.initial), types, rng)
     width = len(model.emission)

@@ -2,7 +2,8 @@
 
 The forward algorithm gives the distribution of a later action given the earlier actions
 (`posterior_given_actions`), the earlier words alone (`posterior_given_words`), or any evidence about the
-sentence that is being read (`posterior_at`). No planner or probe that reads only this can have a lower
+sentence that is being read (`posterior_at`). Where a document holds several examples, the chain starts anew
+in each, and what is known of the type carries over. No planner or probe that reads only this can have a lower
 expected cross-entropy.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cache, partial
 
 import numpy as np
 
@@ -99,19 +101,42 @@ def posterior_at(
     Raises:
         ProbekitError: A document, or what was read, is impossible under the model.
     """
-    powers = {n: np.linalg.matrix_power(model.transition, n) for n in np.unique(ahead).tolist()}
+    steps = cache(partial(_steps, model))
     posterior = np.full((len(document), len(model.emission)), np.nan)
     for first in range(0, len(documents), BATCH):
         batch = np.flatnonzero(document // BATCH == first // BATCH)
         for j, log_joint in enumerate(_filtered(model, documents, first)):
             here = batch[sentence[batch] == j]
             for n in np.unique(ahead[here]).tolist():
-                rows = here[ahead[here] == n]
+                rows, place = here[ahead[here] == n], 0 if model.example is None else j % model.example
                 for part in np.split(rows, range(BATCH, len(rows), BATCH)):
                     joint = log_joint[:, document[part] - first] + log_likelihood[part]
                     _check_possible(joint, j, document[part])
-                    posterior[part] = _marginal(joint, powers[n])
+                    posterior[part] = _marginal(joint, steps(place, n))
     return posterior
+
+
+def log_joint_by_type(model: PlantedModel, examples: Sequence[Sequence[Ids]]) -> FloatArray:
+    """The forward algorithm on single examples, under each type.
+
+    Args:
+        model: What the examples were drawn from.
+        examples: The sentences' word ids, for each example; all have as many sentences.
+
+    Returns:
+        Log-probability, given the type, of sentence j's action jointly with all words of the sentences before
+        it, in nats, [examples, sentences + 1, types, actions]. Summed over actions, the last one is that of
+        all words.
+
+    Raises:
+        ProbekitError: An example is impossible under the model.
+    """
+    followed = [[*example, ()] for example in examples]
+    parts = [
+        np.stack([*_filtered(model, followed, first)]).transpose(2, 0, 1, 3)
+        for first in range(0, len(followed), BATCH)
+    ]
+    return np.concatenate(parts) - np.log(model.prior)[:, None]
 
 
 def _filtered(model: PlantedModel, documents: Sequence[Sequence[Ids]], first: int) -> Iterator[FloatArray]:
@@ -132,7 +157,15 @@ def _filtered(model: PlantedModel, documents: Sequence[Sequence[Ids]], first: in
         yield log_joint
         log_joint = log_joint + evidence[symbols[:, j]].sum(axis=1)
         _check_possible(log_joint, j, first + np.arange(len(batch)))
-        log_joint = _advance(log_joint, model.transition)
+        log_joint = _advance(log_joint, model.step(j))
+
+
+def _steps(model: PlantedModel, sentence: int, ahead: int) -> FloatArray:
+    """Probability of the action some sentences after one, given that one's, [types, actions, actions]."""
+    steps = np.broadcast_to(np.eye(len(model.emission)), model.transition.shape)
+    for j in range(sentence, sentence + ahead):
+        steps = steps @ model.step(j)
+    return steps
 
 
 def _check_possible(log_joint: FloatArray, sentence: int, documents: IntArray) -> None:

@@ -161,6 +161,7 @@ def test_a_number_that_is_too_large_is_named(name: str, value: float):
         ({"corpus.test_fraction": 0.75}, ["corpus", "test_fraction", "1.05"]),
         ({"corpus.planted.sentences": (30, 16)}, ["corpus.planted.sentences", "30", "16"]),
         ({"corpus.planted.sentences": (1, 16)}, ["corpus.planted", "sentences", "at least 2"]),
+        ({"corpus.planted.examples": 2}, ["corpus.planted", "examples 2", "10 to 16", "one length"]),
         ({"corpus.planted.successors": 25}, ["corpus.planted", "successors 25", "actions 24"]),
         ({"training.joint.planner_frozen": 1.5}, ["planner_frozen is 1.5; above 1 it is a number of steps"]),
         (

@@ -87,7 +87,8 @@ def enumerated(
     # A space that is a token of its own and the last one read belongs to the next sentence's first word.
     first = encoded["offset_mapping"][len(read) - 1][0]
     sentence = sum(stop <= first for stop in stops)
-    before = text[: stops[sentence - 1]] + " " if sentence else ""
+    space = "\n" if planted.examples > 1 and sentence % planted.sentences[0] == 0 else " "
+    before = text[: stops[sentence - 1]] + space if sentence else ""
 
     likelihood = [model.emission[:, ids].prod(axis=1) for ids in model.parse(text)[:sentence]]
     partly = np.zeros(planted.actions)
@@ -102,16 +103,21 @@ def enumerated(
     for z in range(planted.types):
         for path in itertools.product(range(planted.actions), repeat=target + 1):
             p = model.prior[z] * model.initial[z, path[0]]
-            for one, next_one in itertools.pairwise(path):
-                p *= model.transition[z, one, next_one]
+            for place, (one, next_one) in enumerate(itertools.pairwise(path), 1):
+                anew = planted.examples > 1 and place % planted.sentences[0] == 0
+                p *= model.initial[z, next_one] if anew else model.transition[z, one, next_one]
             posterior[path[-1]] += p * likelihood[range(sentence + 1), path[: sentence + 1]].prod()
     return posterior / posterior.sum()
 
 
-@pytest.mark.parametrize(("vocabulary", "seed"), [(258, 0), (270, 1), (400, 2)])
-def test_position_ceiling_equals_enumeration(vocabulary: int, seed: int, tmp_path):
+@pytest.mark.parametrize(
+    ("vocabulary", "seed", "examples"), [(258, 0, 1), (270, 1, 1), (400, 2, 1), (258, 3, 2), (400, 4, 2)]
+)
+def test_position_ceiling_equals_enumeration(vocabulary: int, seed: int, examples: int, tmp_path):
     """At every token of documents and for every sentence from there on, words being of one token or many."""
     changes = FEW_WORDS | {"lm.vocabulary": vocabulary, "corpus.planted.seed": seed}
+    if examples > 1:
+        changes |= {"corpus.planted.examples": examples, "corpus.planted.sentences": (2, 2)}
     config, corpus = built(tmp_path, **changes)
     model = PlantedModel.draw(config.corpus.planted)
     rows = []

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from probekit.config import PlantedSettings
 from probekit.config.types import HUGE
 from probekit.errors import ProbekitError
-from probekit.planted.corpus import SYLLABLES, PlantedModel, generate
+from probekit.planted.corpus import SYLLABLES, PlantedCorpus, PlantedModel, generate
 from probekit.planted.posteriors import posterior_at, posterior_given_actions
 
 DEFAULT = PlantedSettings()
@@ -40,6 +40,42 @@ def test_frequencies_match_the_model(corpus):
     inside = np.setdiff1d(np.arange(1, len(corpus.actions)), starts)
     state = type_of_sentence * 24 + corpus.actions
     assert_counts_match(state[inside - 1], corpus.actions[inside], model.transition.reshape(-1, 24))
+
+
+@pytest.fixture(scope="module")
+def lines() -> PlantedCorpus:
+    """Documents of four examples of three sentences."""
+    return generate(PlantedSettings(documents=2000, sentences=(3, 3), examples=4))
+
+
+def test_examples_of_a_document_share_its_type_and_begin_anew(lines):
+    model, actions = lines.model, lines.actions.reshape(2000, 4, 3)
+    np.testing.assert_array_equal(lines.document_starts, 12 * np.arange(2001))
+    types = np.repeat(lines.types, 4)
+    first = actions[:, :, 0].ravel()
+    assert_counts_match(types, first, model.initial)
+    # Given the type, not even a trace of how the example before ended.
+    ended = np.roll(actions[:, :, 2], 1, axis=1)[:, 1:].ravel()
+    assert_counts_match(ended, first.reshape(2000, 4)[:, 1:].ravel(), expected_after(model, lines, ended))
+    state = (types[:, None] * 24 + actions[:, :, :2].reshape(-1, 2)).ravel()
+    assert_counts_match(state, actions[:, :, 1:].ravel(), model.transition.reshape(-1, 24))
+
+
+def expected_after(model, lines, ended):
+    """P(first action | last action of the example before), from the types that the latter occurs in."""
+    counts = np.zeros((24, len(model.prior)))
+    np.add.at(counts, (ended, np.repeat(lines.types, 3)), 1)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    return shares @ model.initial
+
+
+def test_an_example_is_a_line(lines):
+    for d, document in enumerate(itertools.islice(lines.documents(), 20)):
+        examples = document.text.split("\n")
+        assert [line.count(".") for line in examples] == [3] * 4
+        assert document.actions == tuple(lines.actions[12 * d : 12 * d + 12].tolist())
+        words = lines.words[lines.sentence_starts[12 * d] : lines.sentence_starts[12 * d + 12]]
+        assert [word for line in examples for part in lines.model.parse(line) for word in part] == [*words]
 
 
 def assert_counts_match(rows, outcomes, probabilities):

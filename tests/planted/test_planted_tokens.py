@@ -17,6 +17,7 @@ from probekit.planted.corpus import PlantedCorpus, generate
 SETTINGS = PlantedSettings(documents=12, actions=3, vocabulary=30, concentration=0.5, words=(4, 6), seed=4)
 PLANTED = generate(SETTINGS)
 TEXTS = [document.text for document in PLANTED.documents()]
+WITH_LINES = generate(SETTINGS.model_copy(update={"sentences": (3, 3), "examples": 4}))
 
 
 def byte_level(vocabulary: int, folder: Path):
@@ -90,8 +91,8 @@ def test_first_tokens_of_a_word_stand_for_all_words_that_begin_so(vocabulary, tm
     model = PLANTED.model
     forms = Forms.of(model, tokenizer)
     cut = {
-        2: [tokenizer(f"x {word}").input_ids[1:] for word in model.words],
-        1: [tokenizer(f"x {word.capitalize()}").input_ids[1:] for word in model.words],
+        3: [tokenizer(f"x {word}").input_ids[1:] for word in model.words],
+        2: [tokenizer(f"x {word.capitalize()}").input_ids[1:] for word in model.words],
     }
     for form_of_word, tokens in cut.items():
         for word in range(len(model.words)):
@@ -100,6 +101,22 @@ def test_first_tokens_of_a_word_stand_for_all_words_that_begin_so(vocabulary, tm
                 form = np.array([form_of_word * len(model.words) + word])
                 found = forms.log_likelihood(form, np.array([read]))
                 np.testing.assert_allclose(np.exp(found[0]), model.emission[:, begin_so].sum(1))
+
+
+@pytest.mark.parametrize("vocabulary", [258, 600])
+def test_lines_begin_and_end_with_forms_of_their_own(vocabulary, tmp_path):
+    texts = [document.text for document in WITH_LINES.documents()]
+    tokenizer = train_tokenizer(texts, vocabulary, tmp_path / "tokenizer")
+    corpus, model = as_corpus(tokenizer, texts), WITH_LINES.model
+    forms = Forms.of(model, tokenizer)
+    words = [model.parse(texts[document]) for document in (0, 5)]
+    units = Units.of(words, np.array([0, 5]), forms, corpus, model.example)
+    spelled = [tokenizer.decode(forms.tokens[form]) for form in units.form]
+    assert "".join(spelled) == texts[0] + texts[5]
+    assert (np.char.endswith(spelled, ".\n") == (units.form == forms.stop + 1)).all()
+    assert (units.form == forms.stop + 1).sum() == 2 * 3  # no line break after the last of four
+    with pytest.raises(ProbekitError, match="the tokens of document 5 are not those of its words"):
+        Units.of(words[1:], np.array([5]), forms, corpus)
 
 
 def test_some_words_share_their_first_tokens(tmp_path):
