@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from probekit.probing.arrays import ArrayResults, LinearProbes, fit_grid, load_probes
     from probekit.probing.compare import Comparison, compare
     from probekit.probing.geometry import geometry
+    from probekit.probing.in_context import InContext, in_context
     from probekit.probing.over_training import TrainingProbes, probe_checkpoints
     from probekit.probing.probe import ProbeResults, probe
     from probekit.probing.score import score
@@ -57,6 +58,7 @@ _HOME = {
     "Evaluation": "probekit.evaluation.perplexity",
     "Generated": "probekit.generation.generate",
     "GenerationEvaluation": "probekit.generation.evaluate",
+    "InContext": "probekit.probing.in_context",
     "InterventionResults": "probekit.causal.intervene",
     "LinearProbes": "probekit.probing.arrays",
     "ProbeResults": "probekit.probing.probe",
@@ -79,6 +81,7 @@ _HOME = {
     "fit_grid": "probekit.probing.arrays",
     "geometry": "probekit.probing.geometry",
     "generate": "probekit.generation.generate",
+    "in_context": "probekit.probing.in_context",
     "intervene": "probekit.causal.intervene",
     "load_probes": "probekit.probing.arrays",
     "load_run": "probekit.run.run:Run.open",

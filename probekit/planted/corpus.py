@@ -9,7 +9,7 @@ best possible prediction of a later action can be computed (`posteriors.py`).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, Self
@@ -74,6 +74,10 @@ class PlantedModel:
             return np.broadcast_to(self.initial[:, None, :], self.transition.shape)
         return self.transition
 
+    def spell(self, sentence: Iterable[int]) -> str:
+        """The text of a sentence of words."""
+        return " ".join(self.words[word] for word in sentence).capitalize() + "."
+
     def parse(self, text: str) -> list[IntArray]:
         """Word ids of each sentence of a planted document.
 
@@ -127,14 +131,10 @@ class PlantedCorpus:
         bounds = itertools.pairwise(self.document_starts.tolist())
         for hidden_type, (first, last) in zip(self.types.tolist(), bounds, strict=True):
             starts = self.sentence_starts[first : last + 1].tolist()
-            sentences = [self._sentence(start, stop) for start, stop in itertools.pairwise(starts)]
+            sentences = [self.model.spell(self.words[a:b].tolist()) for a, b in itertools.pairwise(starts)]
             size = self.model.example or len(sentences)
             lines = (" ".join(sentences[at : at + size]) for at in range(0, len(sentences), size))
             yield PlantedDocument("\n".join(lines), tuple(self.actions[first:last].tolist()), hidden_type)
-
-    def _sentence(self, start: int, stop: int) -> str:
-        words = [self.model.words[word] for word in self.words[start:stop].tolist()]
-        return " ".join(words).capitalize() + "."
 
 
 def generate(settings: PlantedSettings) -> PlantedCorpus:

@@ -13,6 +13,7 @@ adapters/V/       the LM of variant V, if it was tuned: low-rank updates, or all
 interventions/V/  what interventions in variant V found
 subnetworks/V/    which components of variant V the next action's information needs
 continuation/     what the LM writes after one activation alone
+in_context/       what examples in the prompt are worth
 depth/            one file for each member of a depth ensemble; depth/M/ its LM, if it was tuned
 checkpoints/S/    of stage S: the state that --resume goes on from, and the runs kept at some steps
 """
