@@ -69,7 +69,7 @@ figures: .venv/base ## Make all of figures/ from nothing (WIKITEXT=, WIKIPEDIA= 
 	$(BIN)/probekit train --preset demo --mixing.variants fixed --training.lm.checkpoints 12 --resume --out $(RUNS)/steps
 	$(BIN)/probekit probe $(RUNS)/steps --checkpoints
 	$(DRAW)/figure6_over_training.py $(RUNS)/steps
-	$(DRAW)/in_context.py --preset in-context --seeds 2 --runs $(RUNS)/in_context
+	$(DRAW)/in_context.py --runs $(RUNS)/in_context
 ifneq ($(WIKITEXT),)
 	$(DRAW)/figure4_mixing_fraction.py --preset text-small --set corpus.path $(WIKITEXT) --seeds 3 \
 		--runs $(RUNS)/wikitext-fractions --out figures/figure4_wikitext.png
