@@ -129,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     table = in_context_table(values, resamples=2000, seed=0).assign(seeds=len(runs))
     settings = {"preset": given.preset, "set": given.set, "seeds": [run.config.seed for run in runs]}
     printed = table[table.condition == table.condition.iloc[0]]
-    columns = ["measure", "examples", "reader", "value", "value_low", "value_high", "behind_told", "too_good"]
+    columns = ["measure", "examples", "reader", "value", "value_low", "value_high", "gain", "behind_told"]
     save_figure(draw(table), table, given.out, settings, runs, printed[columns])
 
 

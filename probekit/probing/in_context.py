@@ -53,6 +53,13 @@ LOWER_IS_BETTER = {WORDS: True, TYPE: False, ACTION: False}
 PROBED: dict[ProbedName, str] = {"none": PROBE, "random": RANDOM}
 """LMs that are probed, and what the readers are called."""
 
+COMPARED: dict[str, Callable[[str, int, str], tuple[str, int, str]]] = {
+    "gain": lambda condition, examples, reader: (condition, 0, reader),
+    "behind_exact": lambda condition, examples, reader: (condition, examples, EXACT),
+    "behind_told": lambda condition, examples, reader: (condition, examples, TOLD),
+}
+"""With which condition, number of examples and reader the columns of the table compare a row."""
+
 ORDER = 6
 """Longest context of the n-gram, in tokens."""
 
@@ -81,9 +88,10 @@ class InContext:
 
     Attributes:
         table: One row for each measure, condition, number of examples and reader: `value` with its 95 %
-            interval from resampling documents; `behind_exact` and `behind_told`, by how much the reader is
-            worse than the exact posterior and than the one that is told, paired over documents; `too_good`,
-            whether the whole interval of the latter is below zero, for a reader that does not know the type.
+            interval from resampling documents; paired over documents, `gain`, by how much the reader is
+            better than without examples, `behind_exact` and `behind_told`, by how much it is worse than the
+            exact posterior and than the one that is told; `too_good`, whether the whole interval of the
+            latter is below zero, for a reader that does not know the type.
         values: The same for each document: `sum` and `count`, whose ratio of sums is `value`.
     """
 
@@ -497,15 +505,15 @@ def in_context_table(values: pd.DataFrame, **resampling: Any) -> pd.DataFrame:
         found = bootstrap_ratios(sums, counts, **resampling)
         part = sums.columns.to_frame(index=False).assign(measure=measure)
         part["value"], part["value_low"], part["value_high"] = found.value, found.low, found.high
-        for reader, name in ((EXACT, "behind_exact"), (TOLD, "behind_told")):
-            compared = [(*key[:2], reader) for key in sums.columns]
+        for name, other in COMPARED.items():
+            compared = [other(*key) for key in sums.columns]
             there = np.array([key in sums.columns for key in compared])
             first, second = sums.loc[:, there], sums[[key for key in compared if key in sums.columns]]
-            if not LOWER_IS_BETTER[str(measure)]:
+            if LOWER_IS_BETTER[str(measure)] == (name == "gain"):
                 first, second = second, first
-            behind = paired_differences(first, second, counts.loc[:, there], **resampling)
-            for column, bound in (("", behind.value), ("_low", behind.low), ("_high", behind.high)):
-                part.loc[there, name + column] = bound
+            difference = paired_differences(first, second, counts.loc[:, there], **resampling)
+            for end, bound in (("", difference.value), ("_low", difference.low), ("_high", difference.high)):
+                part.loc[there, name + end] = bound
         parts.append(part.assign(documents=found.documents))
     table = pd.concat(parts, ignore_index=True)
     table["too_good"] = (table.behind_told_high < 0) & (table.reader != KNOWN)

@@ -232,21 +232,24 @@ def test_every_reader_has_its_rows_and_none_is_too_good(run: Run, found: InConte
 
 def test_differences_are_signed_by_what_is_better():
     rng = np.random.default_rng(0)
-    key = {"condition": "same type", "examples": 1, "count": 2, "document": np.arange(50)}
+    key = {"condition": "same type", "count": 2, "document": np.arange(50)}
     readers = {EXACT: 1.0, TOLD: 0.9, PROBE: 1.5, KNOWN: 0.5}
     noise = rng.normal(0, 0.01, 50)
     values = pd.concat(
         [
-            pd.DataFrame(key | {"measure": measure, "reader": reader, "sum": 2 * value + noise})
+            pd.DataFrame(key | {"measure": measure, "reader": reader, "examples": count, "sum": sums})
             for measure in (WORDS, TYPE)
             for reader, value in readers.items()
+            for count, sums in ((0, 4.0), (1, 2 * value + noise))
         ]
     )
-    table = in_context_table(values, resamples=100, seed=0).set_index(["measure", "reader"])
+    table = in_context_table(values, resamples=100, seed=0)
+    table = table[table.examples == 1].set_index(["measure", "reader"])
     for sign, measure in ((1, WORDS), (-1, TYPE)):
         for reader, value in readers.items():
             row = table.loc[(measure, reader)]
             assert row.value == pytest.approx(value + noise.mean() / 2)
+            assert row.gain == pytest.approx(sign * (2.0 - row.value))
             assert row.behind_exact == pytest.approx(sign * (value - 1.0), abs=1e-9)
             assert row.behind_told == pytest.approx(sign * (value - 0.9), abs=1e-9)
             assert row.too_good == (row.behind_told_high < 0 and reader != KNOWN)
