@@ -198,6 +198,7 @@ def together(run: Run, best: pd.DataFrame) -> pd.DataFrame:
         weights = mixture_weights([parts[CHOSEN_ON][one] for one in mixed], labels[CHOSEN_ON])
         said = mixture([parts[TESTED_ON][one] for one in mixed], weights)
         bits[name] = (said[np.arange(len(true)), true] - prior) / np.log(2)
+    assert target.of_sentences is not None  # noqa: S101 - actions are labels of sentences
     same = corpus.previous_labels(target.of_sentences, test.sentence) == true
     rows = []
     for part, rows_of_part in {"all": same | ~same, "same": same, "another": ~same}.items():
@@ -216,7 +217,7 @@ def draw(table: pd.DataFrame, beyond: pd.DataFrame) -> Figure:
     """Draws a column for each LM: the grid, readers by horizon, and `together`."""
     lms = list(table.lm.unique())
     figure = Figure(figsize=(5.6 * len(lms), 10.0), layout="constrained")
-    top, bottom, last = figure.subfigures(3, 1, height_ratios=[1.1, 1.0, 0.8])
+    top, bottom, last = figure.subfigures(3, 1, squeeze=False, height_ratios=[1.1, 1.0, 0.8])[:, 0]
     grid = top.subplots(1, 2 * len(lms), squeeze=False)
     shown = [(lm, variant) for lm in lms for variant in ("none", "random")]
     cells = [Panel(variant, LOCATION).cells(table[table.lm == lm]) for lm, variant in shown]
