@@ -34,6 +34,7 @@ PAPERS = {
 CORPORA = {
     "planted": "planted corpus, an LM of 4 layers made for it",
     "wikitext": "WikiText-2, 30 training articles, an LM of 4 layers trained on them",
+    "wikipedia": "openings of English Wikipedia articles, pre-trained LMs, actions of sentence embeddings",
     "fiction": "Gutenberg fiction, pre-trained LMs",
 }
 
@@ -43,6 +44,7 @@ COMMANDS = {
     "table3_joint": "table3_joint.py --preset demo --seeds 5",
     "figure3_probing": "figure3_probing.py runs/demo",
     "figure3_wikitext": "figure3_probing.py RUN",
+    "figure3_pretrained": "figure3_pretrained.py ARTICLES.jsonl --models LM LM",
     "figure4_mixing_fraction": "figure4_mixing_fraction.py --preset demo --seeds 3 --generation",
     "figure4_wikitext": "figure4_mixing_fraction.py --preset text-small --seeds 3",
     "labels_fiction": "labels_fiction.py FICTION.jsonl --models LM LM --passages 50 --sentences 12",
@@ -208,14 +210,57 @@ def _fractions() -> list[Evidence]:
     return found
 
 
+BEYOND_COUNTING = "Activations tell the next sentence's action, beyond n-grams and bags of words"
+
+
+def _pretrained() -> list[Evidence]:
+    """Probes of pre-trained LMs, against counting, a planner, and all that is known of the text so far."""
+    of_next = {"reader": "probe", "variant": "none", "distance": 1, "horizon": 1, "part": None}
+    claims: tuple[tuple[str, dict[str, Any], str, str], ...] = (
+        (BEYOND_COUNTING, of_next, "gain", "bits over the best baseline"),
+        (
+            "They tell the action four sentences ahead, too",
+            of_next | {"horizon": 4},
+            "gain",
+            "bits over the best baseline",
+        ),
+        (
+            "They tell more than a planner that reads the embeddings of the sentences so far",
+            of_next,
+            "over_planner",
+            "bits over the planner",
+        ),
+        (
+            "They add to what planner, embeddings and words of the text so far tell together",
+            {"reader": "text and probe", "part": "all"},
+            "over_text",
+            "bits that they add",
+        ),
+    )
+    return [
+        Evidence(
+            claim,
+            "2410.12492",
+            "wikipedia",
+            "figure3_pretrained",
+            rows | {"lm": model},
+            f"{model}: {measure}, layer chosen on validation",
+            "above",
+            (column, f"{column}_low", f"{column}_high"),
+            best="validation_cross_entropy" if "variant" in rows else None,
+        )
+        for claim, rows, column, measure in claims
+        for model in numbers(FIGURES / "figure3_pretrained.csv").lm.unique()
+    ]
+
+
 def _probes() -> list[Evidence]:
     gain = ("gain", "gain_low", "gain_high")
     chosen = {"reader": "probe", "solver": "softmax", "variant": "none"}
-    claim = "Activations tell the next sentence's action, beyond n-grams and bags of words"
     place = {"location": "hook_resid_post", "distance": 1, "horizon": 1}
     found = [
         Evidence(
-            claim,
+            BEYOND_COUNTING,
             "2410.12492",
             corpus,
             figure,
@@ -227,12 +272,13 @@ def _probes() -> list[Evidence]:
         )
         for corpus, figure in (("planted", "figure3_probing"), ("wikitext", "figure3_wikitext"))
     ]
+    found += _pretrained()
     fiction = numbers(FIGURES / "labels_fiction.csv")
     for model in fiction.model.unique():
         for target in ("next speech", "next paragraph"):
             found.append(
                 Evidence(
-                    claim.replace("the next sentence's action", "a property of the next sentence"),
+                    BEYOND_COUNTING.replace("the next sentence's action", "a property of the next sentence"),
                     "2410.12492",
                     "fiction",
                     "labels_fiction",

@@ -235,7 +235,7 @@ def draw(table: pd.DataFrame, beyond: pd.DataFrame) -> Figure:
         axes.tick_params(labelsize=7)
     top.supxlabel("distance: tokens before the next sentence", fontsize=9)
     top.supylabel("layer", fontsize=9)
-    colour_bar(top, grid, scale, pd.concat(means).value, METRICS["gain"])
+    colour_bar(top, grid, scale, pd.concat(means).value, "bits over the strongest\nbaseline without a model")
     best = best_cells(table)
     panels = bottom.subplots(1, len(lms), squeeze=False, sharey=True)
     for axes, lm in zip(panels.flat, lms, strict=True):
