@@ -76,6 +76,7 @@ SLIDING = {"layer_types": ["sliding_attention", "full_attention", "sliding_atten
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "Apertus": ("ApertusForCausalLM", GROUPED),
     "Arcee": ("ArceeForCausalLM", GROUPED),
+    "BERT": ("BertForMaskedLM", {"pad_token_id": 0}),
     "BLOOM": ("BloomForCausalLM", {}),
     "Cohere (Command R)": ("CohereForCausalLM", GROUPED),
     "Cohere 2": ("Cohere2ForCausalLM", GROUPED),
@@ -142,6 +143,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "Qwen 3 Next": ("Qwen3NextForCausalLM", GROUPED | MOE | LINEAR | {"shared_expert_intermediate_size": 8}),
     "Qwen 3.5": ("Qwen3_5ForCausalLM", GROUPED | LINEAR),
+    "RoBERTa": ("RobertaForMaskedLM", {"pad_token_id": 1}),
     "Seed OSS": ("SeedOssForCausalLM", GROUPED),
     "SmolLM 3": ("SmolLM3ForCausalLM", GROUPED | {"pad_token_id": 0}),
     "StableLM": ("StableLmForCausalLM", {"num_key_value_heads": 1}),
@@ -151,6 +153,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         "XGLMForCausalLM",
         {"d_model": 16, "num_layers": 3, "attention_heads": 2, "ffn_dim": 24, "pad_token_id": 1},
     ),
+    "XLM-RoBERTa": ("XLMRobertaForMaskedLM", {"pad_token_id": 1}),
 }
 """Architectures by their usual name: the class in Transformers, and settings of a tiny LM beside `SIZE`."""
 

@@ -141,7 +141,7 @@ def continuation(
     """
     run = Run.at(run, settings)
     run.check_writable()
-    run.require("lm")
+    run.require_causal()
     run.corpus.require_actions()
     chosen, config, progress = run.config.continuation, run.config, Progress(quiet=quiet)
     points = at_layers([LOCATION], chosen.layers, run.frozen_lm().layers, "continuation.layers")

@@ -43,7 +43,7 @@ def open_run(
         ProbekitError: The run has no LM, or the section names a variant that it has not trained.
     """
     run = Run.at(run, settings)
-    run.require("lm")
+    run.require_causal()
     variant, known = getattr(run.config, section).variant, ("none", *run.variants)
     if variant not in known:
         raise ProbekitError(

@@ -76,12 +76,13 @@ def pretrained_tokenizer(settings: LanguageModelSettings) -> PreTrainedTokenizer
 def separator_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id of the token put before every document, from which the first token is predicted.
 
-    The beginning-of-sequence token if there is one, else the end-of-sequence token.
+    The beginning-of-sequence token if there is one, else the end-of-sequence token, else the one that
+    BERT's tokenizers put first.
 
     Raises:
-        ProbekitError: The tokenizer has neither.
+        ProbekitError: The tokenizer has none of them.
     """
-    for token_id in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+    for token_id in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id):
         if token_id is not None:
             return int(token_id)
     raise ProbekitError(
@@ -101,7 +102,7 @@ def bos_rule_for(tokenizer: PreTrainedTokenizerBase, setting: BosRule | Literal[
         return setting
     # Some classes of Transformers leave out what tokenizer_config.json asks for, as those of OPT's do.
     asked = tokenizer.init_kwargs.get(ADDS_BOS) and tokenizer.bos_token_id is not None
-    if asked or tokenizer("a").input_ids[0] == tokenizer.bos_token_id:
+    if asked or tokenizer("a").input_ids[0] in (tokenizer.bos_token_id, tokenizer.cls_token_id):
         return "every-window"
     # GPT-2 and its like were trained on documents that this token separates.
     return "document" if tokenizer.bos_token_id == tokenizer.eos_token_id else "none"

@@ -136,6 +136,21 @@ def input_tokens(corpus: Corpus, windows: Windows) -> Tensor:
     return _tokens_at(corpus, windows, _indices(windows)[0])
 
 
+def close_texts(tokens: Tensor, lengths: Tensor, closing: int) -> tuple[Tensor, Tensor]:
+    """Puts a token at the end of every text.
+
+    Args:
+        tokens: The texts, padded at the end `[texts, positions]`.
+        lengths: Tokens of each text `[texts]`.
+        closing: Id of the token to put there.
+
+    Returns:
+        The tokens, and which of them are no padding, bool; both `[texts, positions + 1]`.
+    """
+    tokens = torch.nn.functional.pad(tokens, (0, 1)).scatter(1, lengths[:, None], closing)
+    return tokens, torch.arange(tokens.shape[1], device=tokens.device) <= lengths[:, None]
+
+
 def _tokens_at(corpus: Corpus, windows: Windows, index: np.ndarray) -> Tensor:
     tokens = corpus.tokens[index].astype(np.int64)
     if corpus.bos_rule == "every-window":

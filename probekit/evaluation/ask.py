@@ -26,9 +26,10 @@ from probekit.evaluation.perplexity import own_losses
 from probekit.evaluation.preferences import SCORINGS, LogProbabilities, Scoring, preference_table
 from probekit.io import write_json, write_table
 from probekit.models.backends import HFBackend
+from probekit.models.bidirectional import refuse_bidirectional
 from probekit.models.compression import compressed
 from probekit.models.decoding import GrowingText
-from probekit.models.hook_points import small_causal
+from probekit.models.hook_points import small_lm
 from probekit.models.language_model import is_placed, load_model, longest_window, random_weights
 from probekit.models.planner_lm import PlannedLM
 from probekit.models.pretrained import check_tokenizer, check_weights, dtype_name, dtype_of, load_config
@@ -169,7 +170,8 @@ class _FoundLM:
         settings = settings.model_copy(update={"revision": source.revision})
         trusted = settings.trust_remote_code
         config = load_config(name, revision=source.revision, trust_remote_code=trusted)
-        small_causal(config, name)
+        refuse_bidirectional(config, name)
+        small_lm(config, name)
         tokenizer = pretrained_tokenizer(settings)
         check_tokenizer(tokenizer, config, name)
         separator = separator_id(tokenizer)

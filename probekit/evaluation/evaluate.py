@@ -195,6 +195,7 @@ def evaluate(
     """
     run = Run.at(run, settings)
     run.check_writable()
+    run.require_causal()
     progress = Progress(quiet=quiet)
     depth = run.config.method == "depth-ensemble"
     evaluation = evaluate_ensembles(run, progress) if depth else _evaluate_planners(run, progress)
@@ -204,7 +205,6 @@ def evaluate(
 
 
 def _evaluate_planners(run: Run, progress: Progress) -> Evaluation:
-    run.require("lm")
     if not run.finished("planner"):
         progress.say(
             f"no planner is trained in {run.folder}: the LM alone is evaluated "

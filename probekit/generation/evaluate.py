@@ -110,6 +110,7 @@ def evaluate_generation(
         ProbekitError: The run lacks a stage, or test documents that are long enough.
     """
     run = Run.at(run, settings)
+    run.require_causal()
     if run.config.method == "planner":
         run.require("planner")
     progress, chosen = Progress(quiet=quiet), run.config.generation
@@ -167,6 +168,7 @@ def check_generation(run: Run | str | Path, settings: Mapping[str, Any] | None =
         ProbekitError: Fewer than two test documents are long enough, or the corpus's encoder is gone.
     """
     run = Run.at(run, settings)
+    run.require_causal()
     continued_documents(run)
     check_encoder(run.folder / "corpus" / "encoder")
 

@@ -151,6 +151,7 @@ def generate(
             be written, or a plan is missing, empty, or has unknown actions.
     """
     run = Run.at(run)
+    run.require_causal()
     if isinstance(settings, Mapping):
         run, settings = run.with_settings(settings), None
     settings = settings or run.config.generation

@@ -64,7 +64,12 @@ class HFBackend:
         self.device = main_device(model) if device is None else device
 
     def __call__(
-        self, tokens: Tensor, hooks: Sequence[Hook], reads: int, positions: Tensor | None = None
+        self,
+        tokens: Tensor,
+        hooks: Sequence[Hook],
+        reads: int,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> None:
         """Runs hooks in their order, and stops once the given number of them has returned nothing.
 
@@ -73,6 +78,7 @@ class HFBackend:
             hooks: Those that read return nothing, those that change an activation return it.
             reads: How many hooks read; nothing after the last of them is computed.
             positions: The tokens' position ids `[windows, positions]`; unset: 0, 1, 2 and so on.
+            mask: Which tokens a bidirectional LM reads `[windows, positions]`: all but the padding.
         """
         left = reads
 
@@ -89,7 +95,7 @@ class HFBackend:
             return call
 
         with self.hooked([(name, counted(function)) for name, function in hooks]), suppress(_AllReadError):
-            self.model.base_model(use_cache=False, **self._inputs(tokens, positions))
+            self.model.base_model(use_cache=False, **self._inputs(tokens, positions, mask))
 
     def logits(self, tokens: Tensor, hooks: Sequence[Hook], positions: Tensor | None = None) -> Tensor:
         """Next-token logits `[windows, positions, vocabulary]`, with hooks that change activations."""
@@ -105,9 +111,11 @@ class HFBackend:
                 stack.callback(self._attach(self.points[name], function).remove)
             yield self.model
 
-    def _inputs(self, tokens: Tensor, positions: Tensor | None) -> dict[str, Tensor]:
+    def _inputs(
+        self, tokens: Tensor, positions: Tensor | None, mask: Tensor | None = None
+    ) -> dict[str, Tensor]:
         device = main_device(self.model)
-        inputs = {"input_ids": tokens} | position_arguments(positions)
+        inputs = {"input_ids": tokens} | position_arguments(positions, mask)
         return {name: value.to(device) for name, value in inputs.items()}
 
     def _attach(self, point: ModuleHook, function: Callable[[Tensor], Tensor | None]) -> Any:
@@ -143,7 +151,12 @@ class BridgeBackend:
         self.device: torch.device = self.model.device
 
     def __call__(
-        self, tokens: Tensor, hooks: Sequence[Hook], reads: int, positions: Tensor | None = None
+        self,
+        tokens: Tensor,
+        hooks: Sequence[Hook],
+        reads: int,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> None:
         """Runs hooks as `HFBackend` does; stops after the last layer that a hook is in."""
         layers = [layer_of(name) for name, _ in hooks]
@@ -155,7 +168,7 @@ class BridgeBackend:
             fwd_hooks=[(name, _called(function)) for name, function in hooks],
             stop_at_layer=stop,
             return_type=None,
-            **position_arguments(positions),
+            **position_arguments(positions, mask),
         )
 
     def logits(self, tokens: Tensor, hooks: Sequence[Hook], positions: Tensor | None = None) -> Tensor:
@@ -186,8 +199,10 @@ class _AllReadError(Exception):
     """All that is read has been read."""
 
 
-def position_arguments(positions: Tensor | None) -> dict[str, Tensor]:
-    """Keyword arguments that give an LM the positions of its tokens, if there are any to give."""
+def position_arguments(positions: Tensor | None, mask: Tensor | None = None) -> dict[str, Tensor]:
+    """Keyword arguments that give an LM the positions of its tokens, or the mask of a bidirectional one."""
+    if mask is not None:
+        return {"attention_mask": mask.long()}
     if positions is None:
         return {}
     # Without a mask, Transformers takes two tokens of one position for the end of a text and the next one's

@@ -77,11 +77,13 @@ class Conditioned:
         tokens: `[windows, positions]`, or `[windows, slots]` where there are planning tokens.
         hooks: The hooks that condition a forward pass over them.
         slots: Where the windows' own tokens are; None where there are no others.
+        mask: Which tokens are no padding `[windows, positions]`; None for a causal LM, which reads none.
     """
 
     tokens: Tensor
     hooks: list[Hook] = field(default_factory=list)
     slots: Slots | None = None
+    mask: Tensor | None = None
 
     @property
     def positions(self) -> Tensor | None:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from probekit.errors import ProbekitError
 from probekit.models.backends import TOLERANCE, Backend, BridgeBackend, HFBackend, ModuleHook, apart
+from probekit.models.bidirectional import is_bidirectional
 from probekit.models.language_model import bridge, layers_like, shallow, shown_error
 from probekit.models.locations import NORM_IN, OUTSIDE_BLOCKS, hook_name, layer_of
 
@@ -39,6 +40,17 @@ LAYER = "{layer}"
 SAME_PLACE = 0.25
 """Takes the place of `TOLERANCE` where TransformerLens computes other numbers than the LM: two activations
 that differ by less of the largest number are of one place; those of two places differ by about all of it."""
+
+
+NORMALISED = {
+    location: f"every sum is normalised, and no residual stream runs on beside it; give {instead}"
+    for location, instead in {
+        "hook_attn_out": "attn.o.hook_out",
+        "hook_resid_mid": "ln1.hook_out",
+        "hook_mlp_out": "mlp.out.hook_out",
+    }.items()
+}
+"""What bidirectional LMs do not have, and what to read in its place."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +111,8 @@ def examine(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, name: 
         name: What the LM is called in messages.
 
     Raises:
-        ProbekitError: It is no causal LM, or TransformerLens has no bridge for it.
+        ProbekitError: It is neither causal nor a bidirectional LM that is known, or TransformerLens has no
+            bridge for it.
     """
     try:
         return _examine_small(config, tokenizer, name)
@@ -110,25 +123,26 @@ def examine(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, name: 
 def _examine_small(
     config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, name: str | Path
 ) -> Architecture:
-    plain = small_causal(config, name)
+    plain = small_lm(config, name)
     with _refusing(name, f"TransformerLens bridges {_architecture(config)}, but cannot run it"):
         slow = BridgeBackend(bridge(copy.deepcopy(plain), tokenizer, name))
         return _examined(plain, slow, layers_like(config))
 
 
-def small_causal(config: PreTrainedConfig, name: str | Path) -> PreTrainedModel:
-    """A small LM of an architecture, with random weights (`shallow`), which is causal.
+def small_lm(config: PreTrainedConfig, name: str | Path) -> PreTrainedModel:
+    """A small LM of an architecture, with random weights (`shallow`), which is causal or known not to be.
 
     Args:
         config: The LM's.
         name: What the LM is called in messages.
 
     Raises:
-        ProbekitError: It cannot be run, or is no causal LM.
+        ProbekitError: It cannot be run, or is neither.
     """
     with _refusing(name, f"a small {_architecture(config)} cannot be run"):
         plain = shallow(config)
-        check_causal(plain, name)
+        if not is_bidirectional(config):
+            check_causal(plain, name)
     return plain
 
 
@@ -169,15 +183,17 @@ def _examined(plain: PreTrainedModel, slow: BridgeBackend, like: tuple[int, ...]
     modules = {hook: candidates[hook] for group in groups for hook in group}
     for hook in _other_effects(slow, HFBackend(plain, modules), groups, allowed):
         del modules[hook]
+    missing = [location for location in locations if not modules.keys() >= {*_hooks_at(location, depth)}]
     if not faithful:
         seen = _read(HFBackend(plain, modules), [*modules])
-        refused |= {
-            location: "TransformerLens computes other logits, and the plain module has no such place"
-            for location in locations
-            if not modules.keys() >= {*_hooks_at(location, depth)}
-        }
-    for layer in range(depth):
-        refused |= broken_sums({location: seen.get(hook_name(location, layer)) for location in locations})
+        refused |= dict.fromkeys(
+            missing, "TransformerLens computes other logits, and the plain module has no such place"
+        )
+    if is_bidirectional(plain.config):
+        refused |= dict.fromkeys(missing, "no module of the LM holds it") | NORMALISED
+    else:
+        for layer in range(depth):
+            refused |= broken_sums({location: seen.get(hook_name(location, layer)) for location in locations})
     return Architecture(
         type(plain).__name__,
         "position_ids" in inspect.signature(plain.forward).parameters,
@@ -226,9 +242,10 @@ def find_module(bridged: TransformerBridge, model: PreTrainedModel, name: str) -
         wrapped = bridged.adapter.component_mapping.get(part) if component is bridged else None
         component = getattr(component, part, None)
         wrapped = wrapped if wrapped is not None else component
-        if component is None or not getattr(wrapped, "name", None):
+        if component is None:
             return None
-        modules += wrapped.name.split(".")
+        if own := getattr(wrapped, "name", None):  # without one, its modules are those of the layer itself
+            modules += own.split(".")
     aliases = (getattr(component, "hook_aliases", None) or {}).get(hook, ())
     for alias in [aliases] if isinstance(aliases, str) else aliases:
         if point := find_module(bridged, model, ".".join([*path, alias])):

@@ -15,6 +15,7 @@ from probekit.config import LanguageModelSettings
 from probekit.data import hub
 from probekit.data.tokenizer import separator_id
 from probekit.errors import ProbekitError, one_line
+from probekit.models.bidirectional import BRIDGED, auto_class, is_bidirectional, unread_positions
 from probekit.models.pretrained import (
     OWN_CODE,
     check_memory,
@@ -66,7 +67,9 @@ def load_model(
     device_map: str | dict[str, str | int] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
-    """Loads a causal LM from a local folder, a GGUF file or the hub.
+    """Loads a causal or bidirectional LM from a local folder, a GGUF file or the hub.
+
+    The towers of sentence encoders have no head; theirs has random weights, and nothing reads it.
 
     Args:
         name: The folder, the file, or the name on the hub.
@@ -78,11 +81,9 @@ def load_model(
         dtype: Of the weights in memory.
 
     Raises:
-        ProbekitError: There is no such folder or hub name, the hub is out of reach, some or all weights of a
-            causal LM are not there, they do not fit into memory, or cannot be placed.
+        ProbekitError: There is no such folder or hub name, the hub is out of reach, some or all weights of
+            the LM are not there, they do not fit into memory, or cannot be placed.
     """
-    from transformers import AutoModelForCausalLM
-
     if device_map is not None and (processes := distributed.count()) > 1:
         raise ProbekitError(
             f"lm.device_map is {device_map!r}, but {processes} processes run, each with its own LM; use "
@@ -95,7 +96,7 @@ def load_model(
     offloaded = None if device_map is None else TemporaryDirectory(prefix="probekit-")
     try:
         with without_bars_of_transformers():
-            model, report = AutoModelForCausalLM.from_pretrained(
+            model, report = auto_class(config).from_pretrained(
                 source.name,
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,
@@ -111,10 +112,11 @@ def load_model(
         raise ProbekitError(
             f"lm.name {name!r}: no causal LM could be loaded from it{placing}; {why_not(source, error)}"
         ) from error
-    if missing := sorted(report["missing_keys"]):
+    tower = f"{model.base_model_prefix}." if is_bidirectional(config) else ""
+    if missing := sorted(key for key in report["missing_keys"] if key.startswith(tower)):
         raise ProbekitError(
             f"lm.name {name!r}: its weights lack {missing[0]} and {len(missing) - 1} more that "
-            f"{type(model).__name__} needs; give a folder or name with all weights of a causal LM"
+            f"{type(model).__name__} needs; give a folder or name with all weights of an LM"
         )
     if source.file:  # its weights are plain numbers now, which Transformers would refuse to save
         model.hf_quantizer.remove_quantization_config(model)
@@ -173,16 +175,12 @@ def random_weights(
         dtype: Of the weights.
         device_map: Where accelerate is to place them, module by module; unset: in main memory.
     """
-    from transformers import AutoModelForCausalLM
-
     with torch.random.fork_rng():
         # Not the seed itself: an untrained model of that seed would come out again.
         torch.manual_seed(seed + 2**40)
         # The class of a configuration comes from the checkpoint's own code only where that is trusted.
         trusted = type(config).__module__.startswith(OWN_CODE)
-        model = AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), dtype=dtype, trust_remote_code=trusted
-        )
+        model = auto_class(config).from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=trusted)
     return model if device_map is None else _place(model, device_map)
 
 
@@ -233,12 +231,16 @@ def shown_error(error: Exception) -> str:
 
 
 def longest_window(config: PreTrainedConfig) -> int:
-    """Positions that the LM can read at once, in tokens; without bound where it has no table of positions."""
-    return int(getattr(config.get_text_config(), "max_position_embeddings", sys.maxsize))
+    """Tokens that the LM can read at once; without bound where it has no table of positions.
+
+    The token at the end of what a bidirectional LM reads is not counted.
+    """
+    positions = int(getattr(config.get_text_config(), "max_position_embeddings", sys.maxsize))
+    return positions - unread_positions(config)
 
 
 def bridge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str | Path) -> TransformerBridge:
-    """Bridges a causal LM to TransformerLens: frozen, in evaluation mode, with Hugging Face numerics.
+    """Bridges an LM to TransformerLens: frozen, in evaluation mode, with Hugging Face numerics.
 
     Args:
         model: Rewired in place: keep no other use of it.
@@ -256,6 +258,9 @@ def bridge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str
             f"{dtype_name(model.dtype)}; give lm.dtype float32, or other locations"
         )
     model.config.architectures = model.config.architectures or [type(model).__name__]
+    if is_bidirectional(model.config):
+        model.config.architectures = [BRIDGED[model.config.model_type]]
+        tokenizer = copy.deepcopy(tokenizer)  # TransformerLens would give it a token that begins texts
     try:
         bridged = TransformerBridge.boot_transformers(
             str(name), hf_model=model, tokenizer=tokenizer, device=model.device, dtype=model.dtype

@@ -16,6 +16,7 @@ from probekit.data import hub
 from probekit.data.tokenizer import separator_id
 from probekit.errors import ProbekitError, one_line
 from probekit.io import read_json
+from probekit.models.bidirectional import auto_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -45,7 +46,7 @@ OVERHEAD = 0.05
 def load_config(
     name: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedConfig:
-    """The configuration of a causal LM, or of the text tower of a multimodal one.
+    """The configuration of an LM, or of the text tower of a multimodal one.
 
     Raises:
         ProbekitError: There is none, it is of no causal LM, or its weights are quantised and not in GGUF.
@@ -274,11 +275,9 @@ def check_memory(name: str, config: PreTrainedConfig, dtype: torch.dtype) -> Non
 
 def count_weights(config: PreTrainedConfig) -> int:
     """The number of an LM's weights, of which none is made."""
-    from transformers import AutoModelForCausalLM
-
     trusted = type(config).__module__.startswith(OWN_CODE)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trusted)
+        model = auto_class(config).from_config(copy.deepcopy(config), trust_remote_code=trusted)
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -2,6 +2,9 @@
 
 A document is one window if the LM can read it at once, so that every token is read once. Longer ones are cut
 into windows that overlap, so that every token is read with some context.
+
+A bidirectional LM would have seen what follows on a position. It reads a window of its own for each position
+of each example, which ends there.
 """
 
 from __future__ import annotations
@@ -18,10 +21,11 @@ from torch import Tensor, nn
 from probekit import distributed
 from probekit.config import Position, ProbedName
 from probekit.data.corpus import Corpus, ranges
-from probekit.data.windows import Windows, collate, cut_windows, input_tokens
+from probekit.data.windows import Windows, close_texts, collate, cut_windows, input_tokens
 from probekit.distributed import autocast
 from probekit.errors import ProbekitError
 from probekit.models.backends import Hook
+from probekit.models.bidirectional import closing_id, is_bidirectional
 from probekit.models.conditioning import Conditioned
 from probekit.models.language_model import longest_window
 from probekit.models.locations import BEFORE, hook_name
@@ -111,8 +115,10 @@ def stacks_of(points: Sequence[HookPoint], widths: Mapping[str, int], spans: int
     return [Stack(spans * width, tuple(group)) for width, group in groups.items()]
 
 
-def probing_windows(run: Run) -> tuple[int, int]:
-    """Length of the windows that probes read in, and by how much they advance, in tokens.
+def probing_windows(run: Run) -> tuple[int, int, bool]:
+    """Length of the windows that probes read in, by how much they advance, in tokens, and if they are cut.
+
+    Those of a bidirectional LM are cut behind what is read.
 
     An LM that was trained here has learned nothing of positions after `training.window`. A pre-trained one is
     read with longer windows than an adapter was trained in: adapters know nothing of positions, and all
@@ -121,14 +127,15 @@ def probing_windows(run: Run) -> tuple[int, int]:
     Raises:
         ProbekitError: `probe.window` is longer than the LM reads.
     """
-    positions = longest_window(run.frozen_lm().config)
+    config = run.frozen_lm().config
+    positions = longest_window(config)
     window = run.config.probe.window
     if window is not None and window > positions:
         raise ProbekitError(f"probe.window is {window}, but the LM reads at most {positions} positions")
     if window is None:
         trained = run.config.training.window if run.config.lm.name is None else LONGEST_WINDOW
         window = min(trained, positions)
-    return window, max(1, window // 2, window - CONTEXT)
+    return window, max(1, window // 2, window - CONTEXT), is_bidirectional(config)
 
 
 @dataclass(frozen=True)
@@ -161,7 +168,8 @@ class Pieces:
 class Placement:
     """Where examples are read: every token in the first window that reaches it.
 
-    Windows of which nothing is read are left out, and each ends with the last token that is read.
+    Windows of which nothing is read are left out, and each ends with the last token that is read. If windows
+    are cut, there is one for each end of what is read, and nothing in it lies behind that.
 
     Attributes:
         windows: The windows `[windows]`.
@@ -178,7 +186,13 @@ class Placement:
 
     @classmethod
     def of(
-        cls, corpus: Corpus, examples: Examples, positions: Sequence[Position], window: int, stride: int
+        cls,
+        corpus: Corpus,
+        examples: Examples,
+        positions: Sequence[Position],
+        window: int,
+        stride: int,
+        cut: bool = False,
     ) -> Self:
         """Places examples, of pairs both ranges, in windows of at most `window` tokens, `stride` apart."""
         examples = examples.unpaired()
@@ -194,7 +208,9 @@ class Placement:
         begin = np.where(number == first_window[whose], first[whose], ends[number - 1]) - every.start[number]
         end = np.minimum(last[whose] + 1, ends[number]) - every.start[number]
         tokens_read = end[np.cumsum(pieces) - 1].reshape(len(positions), len(examples))
-        used, row = np.unique(number, return_inverse=True)
+        # Windows are told apart by their numbers, and if they are cut also by their ends.
+        keys, row = np.unique(number * (window + 1) + end * cut, return_inverse=True)
+        used = keys // (window + 1)
         length = np.zeros(len(used), np.int64)
         np.maximum.at(length, row, end)
         order = np.argsort(row, kind="stable")
@@ -256,13 +272,14 @@ class Reader:
         points: Sequence[HookPoint],
         positions: Sequence[Position],
         seed: int = 0,
-        windows: tuple[int, int] | None = None,
+        windows: tuple[int, int] | tuple[int, int, bool] | None = None,
         spans: int = 1,
     ) -> None:
         self.run, self.variant, self.seed = run, variant, seed
         self.stacks, self.positions = stacks_of(points, run.locations, spans), tuple(positions)
         self._spans = spans
         self.windows = windows or probing_windows(run)
+        self._closing = closing_id(run.corpus.tokenizer, run.frozen_lm().config)
         names = [_hook_name(point) for point in points]
         self._model = run.model(variant, names) if variant in VARIANTS else None
         self._corpus = run.corpus_of(variant) if variant in VARIANTS else run.corpus
@@ -356,7 +373,11 @@ class Reader:
     def _inputs(self, batch: Windows) -> Conditioned:
         """The LM's inputs for a batch of windows, with the variant's actions if it is conditioned."""
         if self._model is None:
-            return Conditioned(input_tokens(self.run.corpus, batch).to(self.run.device))
+            tokens, mask = input_tokens(self.run.corpus, batch), None
+            if self._closing is not None:
+                tokens, mask = close_texts(tokens, torch.from_numpy(batch.length), self._closing)
+                mask = mask.to(self.run.device)
+            return Conditioned(tokens.to(self.run.device), mask=mask)
         with torch.no_grad():
             return self._model.conditioned(collate(self._corpus, batch).to(self.run.device), self._mixing)
 
@@ -389,7 +410,7 @@ class Reader:
                 hooks.append((_hook_name(point), reading(target, total)))
         with torch.no_grad(), autocast(device, self.run.config.training.precision):
             hooks = [*before, *given.hooks, *after]
-            self._forward(given.tokens, hooks, len(before) + len(after), given.positions)
+            self._forward(given.tokens, hooks, len(before) + len(after), given.positions, given.mask)
 
     def _empty(self, positions: int, examples: int) -> list[Tensor]:
         shapes = [(len(s.points), positions, examples, s.width // self._spans) for s in self.stacks]

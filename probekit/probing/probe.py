@@ -49,6 +49,13 @@ from probekit.run.run import Run
 from probekit.statistics import Resampling
 
 
+CUT = (
+    "the LM reads in both directions: each example is read by itself, on the text up to the position of the "
+    "probe and no further, so that it has seen nothing that follows"
+)
+"""A note on a bidirectional LM."""
+
+
 @dataclass(frozen=True)
 class ProbeResults:
     """Results of probes and baselines.
@@ -127,8 +134,9 @@ def probe(
     values = _values(run, grids)
     _check_geometry(run, grids)
     progress = Progress(quiet=quiet)
-    beyond = beyond_window(run.corpus, target, probing_windows(run)[0])
-    of_labels = [*target.notes, *([beyond] if beyond else [])]
+    window, _, cut = probing_windows(run)
+    beyond = beyond_window(run.corpus, target, window)
+    of_labels = [*target.notes, *([beyond] if beyond else []), *([CUT] if cut else [])]
     for line in of_labels:
         progress.say(line)
     shared = next(iter(grids.values()))
@@ -320,6 +328,8 @@ def _hook_points(run: Run) -> list[HookPoint]:
                 f"probe.locations has {location!r}, but actions are added at {conditioned!r} "
                 f"(conditioning); only {conditioned}{BEFORE} differs from its hook"
             )
+    if LENSES.intersection(settings.solvers):
+        run.require_causal()
     last = run.frozen_lm().layers - 1
     if "tuned-lens" in settings.solvers and (
         last not in (settings.layers or [last]) or "hook_resid_post" not in settings.locations

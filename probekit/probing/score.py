@@ -18,6 +18,7 @@ from probekit.data.tokenizer import bos_rule_of_chats
 from probekit.distributed import autocast
 from probekit.errors import ProbekitError
 from probekit.io import atomic_path, write_table
+from probekit.models.bidirectional import closing_id
 from probekit.models.locations import BEFORE, hook_name
 from probekit.models.replanning import decoded
 from probekit.probing.activations import probing_windows
@@ -36,7 +37,9 @@ from probekit.probing.texts import (
     check_reach,
     documents_of,
     encoded_texts,
+    end_of,
     read_batches,
+    read_up_to,
 )
 from probekit.progress import Progress
 from probekit.run.run import Run
@@ -110,12 +113,16 @@ def score(
     begin = [] if _bos_rule(run, documents[0]) == "none" else [run.corpus.separator]
     encoded = encoded_texts(run.corpus.tokenizer, documents, probing_windows(run)[0] - len(begin))
     ids = [own for own, _ in encoded]
-    position = chosen.position if isinstance(chosen.position, str) else "last"
+    position: Position = chosen.position if isinstance(chosen.position, str) else "last"
     if tokens:
         position = "last"  # of each token's own range
         ranges = [_every_token(run.corpus.tokenizer, own) for own in ids]
     else:
         ranges = _read_ranges(documents, encoded, record.config.probe.roles, position)
+    whose = [*range(len(documents))]
+    if (closing := closing_id(run.corpus.tokenizer, run.frozen_lm().config)) is not None:
+        ids, ranges, whose = _cut(ids, ranges, position)
+        position = end_of(position)
     held: list[Tensor] = []
 
     def hold(name: str, activation: Tensor, lengths: Tensor) -> None:
@@ -126,20 +133,23 @@ def score(
     parts = []
     with (
         autocast(run.device, run.config.training.precision),
-        Progress(quiet=quiet).task("score texts", total=len(documents), unit="texts") as task,
+        Progress(quiet=quiet).task("score texts", total=len(ids), unit="texts") as task,
     ):
-        for rows in read_batches(backend, [name], ids, begin, batch_size, hold):
+        for rows in read_batches(backend, [name], ids, begin, batch_size, hold, closing):
             activation = held.pop()
             task.advance(len(rows))
             if not (read := [(number, *part) for number, row in enumerate(rows) for part in ranges[row]]):
                 continue
             number, start, stop = torch.tensor([part[:3] for part in read], device=activation.device).T
             own = activation_at(position, activation, number, start + len(begin), stop + len(begin))
-            of = [documents[rows[part[0]]].name for part in read]
+            order = [rows[part[0]] for part in read]
+            number_of_text = [whose[row] for row in order]
             facts = pd.DataFrame([part[3] for part in read])
-            part = pd.DataFrame({"text": [rows[part[0]] for part in read], "name": of})
-            parts.append(pd.concat([part, facts, predictions(probe, own.cpu(), record.classes)], axis=1))
-    table = pd.concat(parts).sort_values("text", kind="stable", ignore_index=True)
+            names = [documents[own].name for own in number_of_text]
+            part = pd.DataFrame({"text": number_of_text, "name": names})
+            found = pd.concat([part, facts, predictions(probe, own.cpu(), record.classes)], axis=1)
+            parts.append(found.set_axis(order))
+    table = pd.concat(parts).sort_index(kind="stable").reset_index(drop=True)
     if out is not None:
         _write(table, user_path(out))
     return table
@@ -204,6 +214,20 @@ def _read_ranges(
         raise ProbekitError(f"no chat has a message of {', '.join(roles)} that says anything")
     check_reach(position, [stop - start for parts in found for start, stop, _ in parts], "message")
     return found
+
+
+def _cut(
+    ids: Sequence[list[int]], ranges: Sequence[list[Part]], position: Position
+) -> tuple[list[list[int]], list[list[Part]], list[int]]:
+    """A text of its own for each part, which ends with the last token that is read, and whose it is."""
+    found = [
+        (own[:end], [(start, end, facts)], number)
+        for number, (own, parts) in enumerate(zip(ids, ranges, strict=True))
+        for start, stop, facts in parts
+        for end in [start + read_up_to(position, stop - start)]
+    ]
+    texts, parts, whose = zip(*found, strict=True)
+    return [*texts], [*parts], [*whose]
 
 
 def _bos_rule(run: Run, document: Document) -> BosRule:

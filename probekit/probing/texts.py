@@ -4,7 +4,7 @@
 
 A text may be a chat, a list of messages that the tokenizer's chat template writes out. The LM is left as it
 was. Texts are read as the package reads documents, with a beginning-of-sequence token where the LM was
-trained with one, and without padding before them.
+trained with one, and without padding before them. A bidirectional LM reads them up to the position.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ from probekit.config import Position, before_last
 from probekit.data.chats import ChatEncoder, ChatTemplate, as_chat
 from probekit.data.documents import Document
 from probekit.data.tokenizer import bos_rule_for, bos_rule_of_chats, separator_id
+from probekit.data.windows import close_texts
 from probekit.errors import ProbekitError
-from probekit.models.backends import Backend, BridgeBackend, HFBackend
+from probekit.models.backends import Backend, BridgeBackend, HFBackend, ModuleHook
+from probekit.models.bidirectional import closing_id, is_bidirectional
 from probekit.models.hook_points import Architecture, examine
 from probekit.models.language_model import longest_window
 from probekit.models.locations import at_layers, hook_name
@@ -100,7 +102,8 @@ def activations(
     """Reads texts with an LM, and keeps one activation of each at every layer.
 
     Args:
-        model: A causal LM of Hugging Face, or a TransformerBridge; it is run where it is.
+        model: A causal or bidirectional LM of Hugging Face, such as the tower of a sentence encoder, or a
+            TransformerBridge; it is run where it is.
         tokenizer: Its tokenizer; None: the one that a bridge holds.
         texts: The texts, or chats.
         layers: The layers to read; None: all.
@@ -116,8 +119,9 @@ def activations(
     """
     bridged = hasattr(model, "original_model")
     tokenizer = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
-    causal = bridged or getattr(model, "base_model", model) is not model
-    if not causal or not hasattr(tokenizer, "init_kwargs"):
+    tower = hasattr(model, "config") and is_bidirectional(model.config)  # which needs no head
+    readable = bridged or tower or getattr(model, "base_model", model) is not model
+    if not readable or not hasattr(tokenizer, "init_kwargs"):
         raise ProbekitError(
             f"model is a {type(model).__name__}, tokenizer a {type(tokenizer).__name__}; give a causal LM of "
             "Hugging Face or a TransformerBridge, and its tokenizer"
@@ -138,6 +142,10 @@ def activations(
     longest = longest_window(config)
     tokens = [ids for ids, _ in encoded_texts(tokenizer, documents, longest - len(begin), truncate=truncate)]
     check_reach(position, [len(own) for own in tokens])
+    upto = [read_up_to(position, len(own)) for own in tokens]
+    at, closing = position, closing_id(tokenizer, config)
+    if closing is not None:
+        at, tokens = end_of(position), [own[:end] for own, end in zip(tokens, upto, strict=True)]
     if plain.device.type == "cpu" and plain.dtype in HALF and not cpu_has_bfloat16():
         warnings.warn(
             f"this CPU has no units for {dtype_name(plain.dtype)}, in which the model is held: float32 is "
@@ -151,24 +159,23 @@ def activations(
 
         def read(name: str, activation: Tensor, lengths: Tensor) -> None:
             values[name].append(
-                activation_at(position, activation, *whole_texts(len(begin), lengths)).to(plain.dtype).cpu()
+                activation_at(at, activation, *whole_texts(len(begin), lengths)).to(plain.dtype).cpu()
             )
 
         with Progress(quiet=quiet).task("read texts", total=len(texts), unit="texts") as task:
             order = []
-            for rows in read_batches(backend, names, tokens, begin, batch_size, read):
+            for rows in read_batches(backend, names, tokens, begin, batch_size, read, closing):
                 order += rows
                 task.advance(len(rows))
     widths = {name: part[0].shape[1] for name, part in values.items()}
     if len(set(widths.values())) > 1:
         raise ProbekitError(f"location: widths differ ({widths}); read locations of one width at a time")
     back = torch.from_numpy(np.argsort(order))
-    lengths = np.array([len(own) for own in tokens])
     return TextActivations(
         torch.stack([torch.cat(part)[back] for part in values.values()]),
         tuple(points),
         position,
-        np.ones_like(lengths) if position == "first" else lengths - (before_last(position) or 0),
+        np.array(upto),
         plain.config.name_or_path,
         getattr(plain.config, "_commit_hash", None),
     )
@@ -245,6 +252,16 @@ def check_reach(position: Position, lengths: Sequence[int], what: str = "text") 
         )
 
 
+def read_up_to(position: Position, count: int) -> int:
+    """Tokens of a range of so many up to the last one that is read at a position with a name."""
+    return 1 if position == "first" else count - (before_last(position) or 0)
+
+
+def end_of(position: Position) -> Position:
+    """Where a position with a name lies in text that is cut behind it."""
+    return "mean" if position == "mean" else "last"
+
+
 def read_batches(
     backend: Backend,
     names: Sequence[str],
@@ -252,6 +269,7 @@ def read_batches(
     begin: Sequence[int],
     batch_size: int,
     read: Callable[[str, Tensor, Tensor], None],
+    closing: int | None = None,
 ) -> Iterator[list[int]]:
     """Runs an LM on texts, those of about one length together.
 
@@ -263,6 +281,7 @@ def read_batches(
         batch_size: Texts read at once.
         read: Called with a hook's name, its activations [batch, positions, width], and the number of each
             text's tokens [batch]; tokens follow on those of `begin`.
+        closing: Id of the token that a bidirectional LM reads after each text.
 
     Yields:
         The numbers of the texts that have been read.
@@ -272,16 +291,18 @@ def read_batches(
     order = sorted(range(len(tokens)), key=lambda number: -len(tokens[number]))
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        # Padding behind a text changes nothing before it.
         batch = [torch.tensor([*begin, *tokens[number]]) for number in rows]
         padded = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True).to(backend.device)
         lengths = torch.tensor([len(tokens[number]) for number in rows], device=backend.device)
+        mask = None  # padding behind a text changes nothing before it in a causal LM
+        if closing is not None:
+            padded, mask = close_texts(padded, len(begin) + lengths, closing)
 
         def hook(name: str, lengths: Tensor = lengths) -> tuple[str, Callable[..., None]]:
             return name, lambda activation, hook=None: read(name, activation.flatten(2), lengths)
 
         with torch.no_grad():
-            backend(padded, [hook(name) for name in names], len(names))
+            backend(padded, [hook(name) for name in names], len(names), mask=mask)
         yield rows
 
 
@@ -345,6 +366,12 @@ def _plain_backend(model: Any, tokenizer: PreTrainedTokenizerBase, points: Seque
             f"location: no module of {type(model).__name__} has {points[0][0]}; give the model as a "
             "TransformerBridge of TransformerLens"
         )
+    if model.base_model is model:  # a tower without a head, whose modules have shorter paths
+        prefix = f"{model.base_model_prefix}."
+        modules = {
+            name: ModuleHook(point.module.removeprefix(prefix), point.is_input)
+            for name, point in modules.items()
+        }
     return HFBackend(model, modules)
 
 

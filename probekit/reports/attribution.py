@@ -191,7 +191,7 @@ def attribute(
             "probe classes or numbers"
         )
     best = _cell(probes, position)
-    run.require("lm")
+    run.require_causal()
     settings: dict[str, Any] = {"probe.window": probes.record.config.probe.window}
     if run.dtype != torch.float32:  # in which gradients lose too many digits to add up
         settings["lm.dtype"] = "float32"

@@ -154,7 +154,7 @@ def read_text(
         raise ProbekitError(f"--variant is {', '.join(names)}; give one, or two different ones")
     every = [kept_probes(run, variant, locations, layers) for variant in variants]
     probes, record = every[0], every[0].record
-    run.require("lm")
+    run.require_causal()
     _ = run.locations  # loads the LM, which the caller's run keeps for the next text
     run = run.with_settings({"probe.window": record.config.probe.window})
     progress = progress or Progress(quiet=True)

@@ -18,6 +18,7 @@ from probekit.distributed import compute_device
 from probekit.errors import ProbekitError
 from probekit.io import read_array, read_json, read_tensors, write_tensors
 from probekit.models.backends import Backend
+from probekit.models.bidirectional import refuse_bidirectional
 from probekit.models.compression import compressed
 from probekit.models.conditioning import new_adapter
 from probekit.models.depth_ensemble import MEMBERS, DepthEnsemble, new_ensemble
@@ -123,6 +124,15 @@ class Run(RunFolder):
     @cached_property
     def _lm_config(self) -> PreTrainedConfig:
         return load_config(**self._lm_source(), trust_remote_code=self.config.lm.trust_remote_code)
+
+    def require_causal(self) -> None:
+        """Refuses to go on without an LM, or with one that predicts no next token.
+
+        Raises:
+            ProbekitError: There is none, or it is bidirectional.
+        """
+        self.require("lm")
+        refuse_bidirectional(self._lm_config, self.config.lm.name or self.folder)
 
     def _lm_source(self) -> dict[str, Any]:
         """Where the base LM is: a folder, or a name and revision on the hub."""

@@ -140,6 +140,7 @@ def _train(run: Run, progress: Progress) -> None:
     _report_lost_states(run, [stage for stage in stages if not run.finished(stage)], progress)
     if run.config.lm.name is not None:  # an LM that cannot be had is reported before a long corpus is built
         _stage(run, "lm", partial(_language_model, run, progress))
+        run.require_causal()
     _stage(run, "corpus", partial(_corpus, run, progress))
     _stage(run, "lm", partial(_language_model, run, progress))
     if variants:
@@ -347,7 +348,7 @@ def _language_model(run: Run, progress: Progress) -> dict[str, Any]:
         dtype = dtype_of(settings.dtype, config, run.device)
         if settings.device_map is None:
             check_memory(name, config, dtype)  # a few layers alone of a very large LM take long to make
-        # Refuses what is no causal LM, or cannot be bridged.
+        # Refuses what is neither a causal nor a bidirectional LM, or cannot be bridged.
         if note := examine(config, tokenizer, name).note:
             progress.say(note)
         model = load_model(name, **where, device_map=settings.device_map, dtype=dtype)
