@@ -176,7 +176,7 @@ def ask(words: list[str]) -> None:
 
 
 def probe(words: list[str]) -> None:
-    """Fit probes of a run, or of any causal LM on any corpus; replaces the results of an earlier probe."""
+    """Fit probes of a run, or of any LM on any corpus; replaces the results of an earlier probe."""
     parsed, given = parse_probe(probe, words)
     from probekit.run.run import Run
     from probekit.training.train import prepare

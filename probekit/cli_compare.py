@@ -21,7 +21,7 @@ def parse_compare(
         "       probekit compare LM [LM] [--compress HOW] --labels FILE --text COLUMN --target COLUMN [...]"
     )
     parser = command_parser(command, usage)
-    parser.add_argument("model", metavar="LM", help="hub name or local folder of a causal LM (lm.name)")
+    parser.add_argument("model", metavar="LM", help="hub name or local folder of an LM (lm.name)")
     parser.add_argument("second", nargs="?", metavar="LM", help="what it is compared with")
     parser.add_argument(
         "--compress",

@@ -1,4 +1,4 @@
-"""The command line of `probekit probe`: a run, or any causal LM on a corpus or a table of labels."""
+"""The command line of `probekit probe`: a run, or any LM on a corpus or a table of labels."""
 
 from __future__ import annotations
 
@@ -54,8 +54,10 @@ def parse_probe(
         metavar="POSITION",
         help="where it is read: last, mean, first, or tokens before",
     )
-    group = parser.add_argument_group("any model", f"a causal LM on a corpus, by the preset {ANY_MODEL}")
-    group.add_argument("--model", metavar="NAME", help="hub name or local folder of a causal LM (lm.name)")
+    group = parser.add_argument_group(
+        "any model", f"a causal LM, or a BERT, on a corpus, by the preset {ANY_MODEL}"
+    )
+    group.add_argument("--model", metavar="NAME", help="hub name or local folder of an LM (lm.name)")
     group.add_argument("--corpus", metavar="FILE", help="file, folder or dataset to read (corpus.path)")
     group.add_argument(
         "--revisions",

@@ -166,7 +166,7 @@ class LanguageModelSettings(Settings):
     """The base LM: a pre-trained one by name, or a new GPT-2 of the given size."""
 
     name: str | None = None
-    """Hub name, local folder or GGUF file of a causal LM that TransformerLens can bridge; unset: train a new
+    """Hub name, local folder or GGUF file of an LM that TransformerLens can bridge; unset: train a new
     GPT-2."""
     revision: str | None = None
     """Revision (branch, tag or commit) of a hub model."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class FrozenLM:
-    """A frozen causal LM, whose weights are loaded when they are first needed.
+    """A frozen LM, whose weights are loaded when they are first needed.
 
     Args:
         load: Makes a fresh plain one, on its device or placed by accelerate.
@@ -92,7 +92,7 @@ class FrozenLM:
         """Its hook points.
 
         Raises:
-            ProbekitError: It is no causal LM, or TransformerLens has no bridge for it.
+            ProbekitError: It cannot be read, or TransformerLens has no bridge for it.
         """
         if self._like is not None:
             return self._like.architecture

@@ -209,7 +209,7 @@ def _examined(plain: PreTrainedModel, slow: BridgeBackend, like: tuple[int, ...]
 
 
 def check_causal(model: PreTrainedModel, name: str | Path) -> None:
-    """Refuses an LM that reads the tokens it should predict, such as a BERT, which loads as a causal LM too.
+    """Refuses an LM that reads the tokens it should predict, such as ELECTRA, which loads as a causal LM too.
 
     Raises:
         ProbekitError: The next token changes a position's logits.

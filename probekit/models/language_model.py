@@ -110,7 +110,7 @@ def load_model(
     except Exception as error:
         placing = "" if device_map is None else f" with lm.device_map {device_map!r}"
         raise ProbekitError(
-            f"lm.name {name!r}: no causal LM could be loaded from it{placing}; {why_not(source, error)}"
+            f"lm.name {name!r}: no LM could be loaded from it{placing}; {why_not(source, error)}"
         ) from error
     tower = f"{model.base_model_prefix}." if is_bidirectional(config) else ""
     if missing := sorted(key for key in report["missing_keys"] if key.startswith(tower)):

@@ -16,7 +16,7 @@ from probekit.data import hub
 from probekit.data.tokenizer import separator_id
 from probekit.errors import ProbekitError, one_line
 from probekit.io import read_json
-from probekit.models.bidirectional import auto_class
+from probekit.models.bidirectional import BRIDGED, auto_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -49,7 +49,7 @@ def load_config(
     """The configuration of an LM, or of the text tower of a multimodal one.
 
     Raises:
-        ProbekitError: There is none, it is of no causal LM, or its weights are quantised and not in GGUF.
+        ProbekitError: There is none, it is of no LM that is read, or its weights are quantised, not in GGUF.
     """
     from transformers import AutoConfig, PreTrainedConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
@@ -66,7 +66,7 @@ def load_config(
         )
     except Exception as error:
         raise ProbekitError(
-            f"lm.name {name!r}: no causal LM could be loaded from it; {why_not(source, error)}"
+            f"lm.name {name!r}: no LM could be loaded from it; {why_not(source, error)}"
         ) from error
     if source.path.is_dir() and (source.path / ADAPTER).is_file():
         # Transformers would load the LM that the adapter names, whatever else the folder holds.
@@ -82,16 +82,21 @@ def load_config(
             )
     if quantised := getattr(config, "quantization_config", None):
         _check_quantisation(source, quantised if isinstance(quantised, Mapping) else quantised.to_dict())
+    architecture = (config.architectures or [type(config).__name__])[0]
     text = config.get_text_config()
     if text is not config:
         if text.model_type not in CAUSAL:
-            architecture = (config.architectures or [type(config).__name__])[0]
             raise ProbekitError(
                 f"lm.name {name!r}: Transformers has no causal LM for the text tower ({text.model_type}) of "
                 f"{architecture}, which is multimodal; give an LM that reads text alone"
             )
         text.dtype, text.architectures = text.dtype or config.dtype, None
         config = text
+    if config.model_type not in {*CAUSAL, *BRIDGED} and not hasattr(config, "auto_map"):
+        raise ProbekitError(
+            f"lm.name {name!r}: {architecture} is no causal LM, and of others only {', '.join(BRIDGED)} are "
+            "read"
+        )
     return config
 
 

@@ -46,7 +46,7 @@ def published(config: Config, revisions: Sequence[str]) -> dict[int, Config]:
             names, or the only numbers there; `NAME=STEP` gives it where the name does not.
 
     Raises:
-        ProbekitError: One does not exist or is no causal LM, or its step is unknown or that of another one.
+        ProbekitError: One does not exist or is no LM, or its step is unknown or that of another one.
     """
     names: dict[int, str] = {}
     found: dict[int, Config] = {}

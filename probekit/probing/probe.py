@@ -48,7 +48,6 @@ from probekit.progress import Meter, Progress, duration
 from probekit.run.run import Run
 from probekit.statistics import Resampling
 
-
 CUT = (
     "the LM reads in both directions: each example is read by itself, on the text up to the position of the "
     "probe and no further, so that it has seen nothing that follows"

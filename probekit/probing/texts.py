@@ -123,7 +123,7 @@ def activations(
     readable = bridged or tower or getattr(model, "base_model", model) is not model
     if not readable or not hasattr(tokenizer, "init_kwargs"):
         raise ProbekitError(
-            f"model is a {type(model).__name__}, tokenizer a {type(tokenizer).__name__}; give a causal LM of "
+            f"model is a {type(model).__name__}, tokenizer a {type(tokenizer).__name__}; give an LM of "
             "Hugging Face or a TransformerBridge, and its tokenizer"
         )
     if position not in ("first", "mean") and before_last(position) is None:

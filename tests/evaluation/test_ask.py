@@ -244,7 +244,7 @@ def test_an_encoder_is_refused(lm: str, tmp_path: Path):
     shutil.copytree(lm, folder)
     transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=400, **size)).save_pretrained(folder)
     items = written(tmp_path / "items.jsonl", [{"choices": ["a", "b"]}])
-    with pytest.raises(ProbekitError, match="reads the tokens that it should predict; give a causal LM"):
+    with pytest.raises(ProbekitError, match="reads in both directions and predicts no next token"):
         ask(str(folder), items, quiet=True)
 
 

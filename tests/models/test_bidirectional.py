@@ -1,4 +1,4 @@
-"""Bidirectional LMs against Transformers: what is loaded of a tower, how much is read, and what is refused."""
+"""Bidirectional LMs against Transformers: what is loaded of a tower, how much is read, what is refused."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from random_lms import save_random_bidirectional
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, BertConfig
+from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, BertConfig, DistilBertConfig
 
 from probekit.data.tokenizer import bos_rule_for, separator_id
 from probekit.data.windows import close_texts
@@ -95,8 +95,8 @@ def test_a_decoder_of_the_same_kind_is_not_taken_for_one():
     with pytest.raises(ProbekitError) as raised:
         refuse_bidirectional(BertConfig(), "it")
     assert str(raised.value) == (
-        "lm.name 'it': BertForMaskedLM reads in both directions and predicts no next token; it can be probed, "
-        "scored and compared, but this needs a causal LM"
+        "lm.name 'it': BertForMaskedLM reads in both directions and predicts no next token; it can be "
+        "probed, scored and compared, but this needs a causal LM"
     )
 
 
@@ -109,3 +109,10 @@ def test_texts_are_closed_and_padding_is_masked():
 def test_all_of_the_head_is_loaded_where_there_is_one(folder: Path):
     own, expected = load_model(str(folder)).state_dict(), AutoModelForMaskedLM.from_pretrained(folder)
     assert all(torch.equal(own[name], value) for name, value in expected.state_dict().items())
+
+
+def test_other_encoders_are_refused_by_name(tmp_path: Path):
+    DistilBertConfig(architectures=["DistilBertModel"]).save_pretrained(tmp_path)
+    known = r"DistilBertModel is no causal LM, and of others only bert, roberta, xlm-roberta are read"
+    with pytest.raises(ProbekitError, match=known):
+        load_config(str(tmp_path))

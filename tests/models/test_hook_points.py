@@ -351,11 +351,11 @@ def test_unusable_locations_are_refused_and_usable_ones_listed(
 
 
 def test_an_lm_that_reads_what_it_should_predict_is_refused(tokenizer: PreTrainedTokenizerBase):
-    config = transformers.BertConfig(
+    config = transformers.ElectraConfig(
         vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
     )
-    with pytest.raises(ProbekitError, match=r"lm.name 'bert': BertLMHeadModel reads the tokens"):
-        examine(config, tokenizer, "bert")
+    with pytest.raises(ProbekitError, match=r"lm.name 'electra': ElectraForCausalLM reads the tokens"):
+        examine(config, tokenizer, "electra")
 
 
 def test_what_the_last_norm_reads_is_a_hook_point_of_the_plain_module(architectures: Architectures):
