@@ -189,7 +189,7 @@ def test_what_is_no_causal_lm_is_refused(tmp_path: Path, tokenizer: PreTrainedTo
         vocab_size=len(tokenizer), d_model=8, d_ff=8, d_kv=4, num_layers=1, num_heads=2
     )
     transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path)
-    assert "T5Config" in refusal(tmp_path)
+    assert "T5ForConditionalGeneration is no causal LM" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -25,18 +25,18 @@ from probekit.run.run import Run
 @pytest.mark.parametrize(("window", "length"), [(None, 48), (20, 20), (7, 7)])
 def test_windows_of_a_new_lm_are_those_it_was_trained_in(tiny_run: Run, window: int | None, length: int):
     run = tiny_run.with_settings({"probe.window": window})
-    assert probing_windows(run) == (length, length // 2)
+    assert probing_windows(run) == (length, length // 2, False)
 
 
 def test_windows_of_a_pretrained_lm_are_as_long_as_its_positions(tiny_run: Run):
     loaded = {"lm.name": str(tiny_run.folder / "lm"), "training.window": 16}
     run = Run(tiny_run.folder, tiny_run.config.override(loaded))
-    assert probing_windows(run) == (48, 24)
+    assert probing_windows(run) == (48, 24, False)
 
 
 def test_windows_overlap_by_a_constant(tiny_run: Run, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(activations, "CONTEXT", 5)
-    assert probing_windows(tiny_run) == (48, 43)
+    assert probing_windows(tiny_run) == (48, 43, False)
     with pytest.raises(ProbekitError, match=r"probe\.window is 49, but the LM reads at most 48 positions"):
         probing_windows(tiny_run.with_settings({"probe.window": 49}))
 
