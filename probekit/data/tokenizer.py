@@ -76,13 +76,15 @@ def pretrained_tokenizer(settings: LanguageModelSettings) -> PreTrainedTokenizer
 def separator_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id of the token put before every document, from which the first token is predicted.
 
-    The beginning-of-sequence token if there is one, else the end-of-sequence token, else the one that
-    BERT's tokenizers put first.
+    The classification token if the tokenizer itself begins texts with it, as BERT's does; else the
+    beginning-of-sequence token if there is one, else the end-of-sequence token.
 
     Raises:
         ProbekitError: The tokenizer has none of them.
     """
-    for token_id in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id):
+    first = tokenizer("a").input_ids[0]
+    own = first if first == tokenizer.cls_token_id else None
+    for token_id in (own, tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token_id is not None:
             return int(token_id)
     raise ProbekitError(

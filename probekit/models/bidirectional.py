@@ -28,7 +28,7 @@ FIRST_POSITION_AFTER_PADDING = ("roberta", "xlm-roberta")
 
 def is_bidirectional(config: PreTrainedConfig) -> bool:
     """Whether the LM of a configuration reads the tokens after a position, too."""
-    return config.model_type in BRIDGED and not getattr(config, "is_decoder", False)
+    return getattr(config, "model_type", None) in BRIDGED and not getattr(config, "is_decoder", False)
 
 
 def auto_class(config: PreTrainedConfig) -> Any:

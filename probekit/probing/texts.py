@@ -109,7 +109,7 @@ def activations(
         layers: The layers to read; None: all.
         location: TransformerLens hook without the layer, or several of one width.
         position: `last`, `last-1` (the token before the last) and so on, `first`, or `mean` (over the tokens
-            of the text).
+            of the text). A bidirectional LM reads nothing behind it.
         batch_size: Texts read at once.
         truncate: Read only the beginning of a text that is longer than the LM reads.
         quiet: Show no progress.
@@ -119,7 +119,7 @@ def activations(
     """
     bridged = hasattr(model, "original_model")
     tokenizer = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
-    tower = hasattr(model, "config") and is_bidirectional(model.config)  # which needs no head
+    tower = is_bidirectional(getattr(model, "config", None))  # which needs no head
     readable = bridged or tower or getattr(model, "base_model", model) is not model
     if not readable or not hasattr(tokenizer, "init_kwargs"):
         raise ProbekitError(

@@ -12,6 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
 
 import probekit
@@ -23,7 +24,7 @@ from probekit.evaluation.ask import ask
 from probekit.generation.evaluate import check_generation, evaluate_generation
 from probekit.generation.generate import write_texts
 from probekit.io import read_json
-from probekit.models.language_model import bridge, load_model
+from probekit.models.language_model import load_model
 from probekit.probing.activations import Reader, probing_windows
 from probekit.probing.results import SETTINGS, Cell, SavedProbes
 from probekit.probing.score import score
@@ -103,7 +104,9 @@ def states_of(folder: Path, ids: list[int]) -> Tensor:
 def held(folder: Path) -> list[object]:
     """What a user may hold: a masked LM, a tower without a head, TransformerLens's bridge."""
     masked, tower = (made.from_pretrained(folder) for made in (AutoModelForMaskedLM, AutoModel))
-    return [masked, tower, bridge(load_model(str(folder)), AutoTokenizer.from_pretrained(folder), folder)]
+    own = AutoTokenizer.from_pretrained(folder)  # to which TransformerLens adds tokens
+    plain = load_model(str(folder))
+    return [masked, tower, TransformerBridge.boot_transformers(str(folder), hf_model=plain, tokenizer=own)]
 
 
 TEXTS = [
@@ -131,8 +134,9 @@ def test_texts_are_read_as_transformers_reads_them_up_to_the_position(folder, he
     expected = torch.stack([read(states_of(folder, own)) for own in ids], 1)
     for model in held:
         for batch_size in (1, 5):
+            own = None if isinstance(model, TransformerBridge) else tokenizer
             found = probekit.activations(
-                model, tokenizer, texts, position=position, batch_size=batch_size, quiet=True
+                model, own, texts, position=position, batch_size=batch_size, quiet=True
             )
             torch.testing.assert_close(found.values, expected, rtol=1e-4, atol=1e-5)
             assert found.tokens_read.tolist() == [len(own) for own in ids]
