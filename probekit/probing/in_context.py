@@ -182,7 +182,7 @@ def in_context(
     """
     run = Run.at(run, settings)
     run.check_writable()
-    run.require("lm")
+    run.require_causal()
     counts = _counts(run.config, examples)
     model, progress = PlantedModel.draw(run.config.corpus.planted), Progress(quiet=quiet)
     queries = {split: Queries.of(run, model, split) for split in (FITTED_ON, CHOSEN_ON, TESTED_ON)}
