@@ -258,10 +258,13 @@ def draw(table: pd.DataFrame, beyond: pd.DataFrame) -> Figure:
     handles, names = panels.flat[0].get_legend_handles_labels()
     bottom.legend(handles, names, loc="outside lower center", ncols=2 + len(lms), fontsize=8, frameon=False)
     for axes, lm in zip(last.subplots(1, len(lms), squeeze=False, sharex=True).flat, lms, strict=True):
-        rows = beyond[beyond.lm == lm]
+        rows = beyond[(beyond.lm == lm) & (beyond.reader != "text")]
         rows = rows.assign(name=rows.reader + ", " + rows.part.map(PARTS), seed=np.nan)
+        columns = {f"over_text{bound}": f"value{bound}" for bound in ("", "_low", "_high")}
+        rows = rows[["name", "seed", *columns]].rename(columns=columns)
         draw_intervals(axes, rows, list(rows.name))
-        axes.set_xlabel(METRICS["bits"], fontsize=9)
+        axes.axvline(0.0, color="0.4", linewidth=0.8)
+        axes.set_xlabel("bits over all that the text so far tells", fontsize=9)
     return figure
 
 

@@ -176,8 +176,9 @@ def random_weights(
         device_map: Where accelerate is to place them, module by module; unset: in main memory.
     """
     with torch.random.fork_rng():
-        # Not the seed itself: an untrained model of that seed would come out again.
-        torch.manual_seed(seed + 2**40)
+        # Not the seed itself: an untrained model of that seed would come out again. Of more than 32 bits, the
+        # generator of a CPU takes the lowest 32.
+        torch.manual_seed(seed ^ 2**31)
         # The class of a configuration comes from the checkpoint's own code only where that is trusted.
         trusted = type(config).__module__.startswith(OWN_CODE)
         model = auto_class(config).from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=trusted)

@@ -99,6 +99,14 @@ def test_a_new_models_weights_come_from_the_seed_alone(tokenizer: PreTrainedToke
     assert not any(torch.equal(other[name], one[name]) for name in drawn)
 
 
+def test_random_weights_are_not_those_that_an_lm_of_the_seed_began_with(tokenizer: PreTrainedTokenizerBase):
+    for seed in (0, 1, 2**31, 2**32 - 1):
+        begun = new_model(SMALL, tokenizer, seed=seed)
+        drawn = random_weights(begun.config, seed).state_dict()
+        varied = {name: tensor for name, tensor in begun.state_dict().items() if tensor.std() > 0}
+        assert not any(torch.equal(drawn[name], tensor) for name, tensor in varied.items())
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_random_weights_are_of_the_same_shapes_and_come_from_the_seed_alone(
     family: str, folders: dict[str, Path]
