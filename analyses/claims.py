@@ -219,19 +219,19 @@ def _pretrained() -> list[Evidence]:
     claims: tuple[tuple[str, dict[str, Any], str, str], ...] = (
         (BEYOND_COUNTING, of_next, "gain", "bits over the best baseline"),
         (
-            "They tell the action four sentences ahead, too",
+            "Activations tell the action four sentences ahead, beyond n-grams and bags of words",
             of_next | {"horizon": 4},
             "gain",
             "bits over the best baseline",
         ),
         (
-            "They tell more than a planner that reads the embeddings of the sentences so far",
+            "Activations tell more than a planner of the sentences so far (asked by a critic)",
             of_next,
             "over_planner",
             "bits over the planner",
         ),
         (
-            "They add to what planner, embeddings and words of the text so far tell together",
+            "Activations add to what planner, embeddings and words so far tell together (asked by a critic)",
             {"reader": "text and probe", "part": "all"},
             "over_text",
             "bits that they add",
