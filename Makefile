@@ -69,7 +69,7 @@ figures: .venv/base ## Make all of figures/ from nothing (WIKITEXT=, WIKIPEDIA= 
 	$(BIN)/probekit train --preset demo --mixing.variants fixed --training.lm.checkpoints 12 --resume --out $(RUNS)/steps
 	$(BIN)/probekit probe $(RUNS)/steps --checkpoints
 	$(DRAW)/figure6_over_training.py $(RUNS)/steps
-	$(DRAW)/in_context.py --runs $(RUNS)/in_context
+	$(DRAW)/in_context.py --seeds 2 --runs $(RUNS)/in_context
 ifneq ($(WIKITEXT),)
 	$(DRAW)/figure4_mixing_fraction.py --preset text-small --set corpus.path $(WIKITEXT) --seeds 3 \
 		--runs $(RUNS)/wikitext-fractions --out figures/figure4_wikitext.png
@@ -89,8 +89,7 @@ ifneq ($(FICTION),)
 	$(DRAW)/labels_fiction.py $(FICTION) --models $(LMS) --passages 50 --sentences 12 --runs $(RUNS)/labels_fiction
 	$(DRAW)/causal_fiction.py $(FICTION) --models $(LMS) --runs $(RUNS)/causal_fiction
 	$(DRAW)/minimal_pairs.py --models $(LMS) --runs $(RUNS)/minimal_pairs
-	$(DRAW)/continuation.py $(FICTION) --models $(firstword $(LMS)) --encoder $(ENCODER) --layers 0 6 12 18 24 29 \
-		--boundaries 60 --runs $(RUNS)/continuation
+	$(DRAW)/continuation.py $(FICTION) --models $(LMS) --encoder $(ENCODER) --boundaries 60 --runs $(RUNS)/continuation
 endif
 	$(DRAW)/claims.py
 

@@ -27,6 +27,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from shared.fiction import beginning, passages
 from shared.script import made_of, names_of, run_script, save_figure, script_parser
+from transformers import AutoConfig
 
 import probekit
 from probekit import cli
@@ -52,10 +53,13 @@ SHARES = {"probe": 0.35, "validation": 0.1, "test": 0.45}
 def continued(model: str, texts: Path, folder: Path, given: argparse.Namespace) -> tuple[Run, pd.DataFrame]:
     """Probes the next sentences' embeddings and has the LM write on; what is there is kept."""
     run = folder / "run"
-    settings = map(str, [digest_of([texts]), given.encoder, *given.layers, given.boundaries, model])
-    made_of(folder, " ".join(settings))
+    made_of(
+        folder, " ".join(map(str, [digest_of([texts]), given.encoder, given.layers, given.boundaries, model]))
+    )
     if not (run / "continuation" / "results.parquet").exists():
-        horizons, layers = ["1", "2"], [str(layer) for layer in given.layers]
+        depth = AutoConfig.from_pretrained(model).get_text_config().num_hidden_layers
+        spread = np.linspace(0, depth - 1, min(given.layers, depth)).round().astype(int)
+        horizons, layers = ["1", "2"], [str(layer) for layer in spread]
         words = ["--model", model, "--corpus", str(texts), "--group", "title", "--out", str(run)]
         words += ["--target", "embedding", "--positions", "1", "--probe.horizons", *horizons]
         words += ["--probe.variants", "none", "--probe.control", "false", "--probe.code_length", "false"]
@@ -63,11 +67,10 @@ def continued(model: str, texts: Path, folder: Path, given: argparse.Namespace) 
         words += [
             word for name, share in SHARES.items() for word in (f"--corpus.{name}_fraction", str(share))
         ]
-        words += ["--probe.layers", *layers] if layers else []
-        cli.probe(words)
+        cli.probe([*words, "--probe.layers", *layers])
         words = [str(run), "--continuation.horizons", *horizons, "--evaluation.batch_size", "64"]
-        words += ["--continuation.boundaries", str(given.boundaries)]
-        cli.continuation([*words, "--continuation.layers", *layers] if layers else words)
+        words += ["--continuation.boundaries", str(given.boundaries), "--continuation.layers", *layers]
+        cli.continuation(words)
     opened = probekit.load_run(run)
     return opened, opened.continuation().assign(model=folder.name, layers=opened.frozen_lm().layers)
 
@@ -120,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("text", type=Path, help="JSON lines with text, author and title")
     parser.add_argument("--models", nargs="+", required=True, help="hub names or folders of LMs")
     parser.add_argument("--encoder", default="tfidf", help="sentence encoder (tfidf)")
-    parser.add_argument("--layers", nargs="+", type=int, default=[], help="layers (all)")
+    parser.add_argument("--layers", type=int, default=6, help="how many layers, over the depth (6)")
     parser.add_argument("--authors", type=int, default=40, help="how many authors (40)")
     parser.add_argument("--passages", type=int, default=6, help="passages of each (6)")
     parser.add_argument("--sentences", type=int, default=16, help="most sentences of a passage (16)")
