@@ -10,10 +10,10 @@ planner is trained on the embeddings of the sentences so far, and counted on not
 Above, gain over the strongest baseline that needs no model, by layer and distance, of the next sentence; a
 dot marks cells whose interval, which holds for all cells of the LM, is above zero. In the middle, bits over
 the prior by how many sentences ahead, right before the next one: the layer that is best on validation
-documents for each, beside what counting knows and the planner. Below, what the best probe of the next
-sentence adds to what embeddings and words of the text so far tell: log-linear mixtures, their weights fitted
-on validation documents, where the next sentence has the action of the one before it and where it has another.
-Intervals resample articles.
+documents for each, beside what counting knows and the planner. Below, readers of the next action against a
+mixture of four readers of the text (planner, embeddings of sentences, bigram, bag of words): log-linear
+mixtures, their weights fitted on validation documents. The action's bits are those of whether it stays and of
+which other it is. All examples are followed by three more sentences. Intervals resample articles.
 
 What is finished is kept: the next call with the same text and LMs goes on from there.
 """
@@ -37,13 +37,13 @@ from shared.script import made_of, names_of, run_script, save_figure, script_par
 import probekit
 from probekit.config import Config, reading_order
 from probekit.data.corpus import Corpus
-from probekit.evaluation.action_metrics import prior_log_probabilities
+from probekit.evaluation.action_metrics import fit_bigram, prior_log_probabilities
 from probekit.evaluation.baselines import planner_log_probabilities
 from probekit.probing.activations import Reader
-from probekit.probing.baselines import bags_of_words
+from probekit.probing.baselines import BAG_PENALTIES, MOST_BAGS, bags_of_words, counted_examples
 from probekit.probing.grid import CHOSEN_ON, FITTED_ON, TESTED_ON, Grid, document_numbers, make_grid
 from probekit.probing.results import SavedProbes, cells_of, read_probe_record, validation_loss
-from probekit.probing.solvers import SoftmaxProbes
+from probekit.probing.solvers import RidgeProbes, SoftmaxProbes
 from probekit.probing.targets import Examples, find_target
 from probekit.reports.drawing import colour_bar, colours_of_names, draw_intervals, draw_line
 from probekit.reports.plot_probes import (
@@ -68,15 +68,19 @@ BESIDE = ("planner", "bag of words", "bigram (current action)", "skip n-gram", "
 L2 = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Penalties tried in softmax regression."""
 
+TEXT = ("planner", "sentences", "bigram", "words")
+
 READERS = {
-    "planner, calibrated": ("planner",),
-    "text": ("planner", "sentences", "words"),
-    "probe, calibrated": ("probe",),
-    "text and probe": ("planner", "sentences", "words", "probe"),
+    "counts": ("bigram", "words"),
+    "planner": ("planner",),
+    "text": TEXT,
+    "probe": ("probe",),
+    "text, random weights": (*TEXT, "random"),
+    "text, probe": (*TEXT, "probe"),
 }
 """What is compared in `together`, and what each is a mixture of."""
 
-PARTS = {"all": "all sentences", "same": "the action stays", "another": "another action"}
+PARTS = {"action": "the action", "stays": "whether it stays", "other": "which other"}
 
 KEPT = ["lm", "reader", "variant", "seed", "layer", "distance", "horizon", "examples", "documents"]
 METRICS_KEPT = ("accuracy", "cross_entropy", "bits", "gain", "over_planner", "selectivity")
@@ -84,7 +88,7 @@ METRICS_KEPT = ("accuracy", "cross_entropy", "bits", "gain", "over_planner", "se
 
 def probed(model: str, folder: Path, given: argparse.Namespace) -> Run:
     """Trains the planner and probes an LM, unless that is finished."""
-    made_of(folder, f"{digest_of([given.text])} {given.encoder} {given.documents} {model}")
+    made_of(folder, f"{digest_of([given.text])} {given.encoder} {given.documents} {given.layers} {model}")
     config = Config.from_preset("smollm2-wikipedia").override(
         {
             "lm.name": model,
@@ -143,71 +147,129 @@ def sentence_features(corpus: Corpus, examples: Examples) -> np.ndarray:
 
 
 def regressed(
-    features: Callable[[Examples], np.ndarray], grid: Grid, classes: int, l2: Sequence[float]
+    probes: SoftmaxProbes | RidgeProbes,
+    features: Callable[[Examples], np.ndarray],
+    fitted_on: Examples,
+    grid: Grid,
+    classes: int,
 ) -> dict[str, np.ndarray]:
-    """Log-probabilities of the next action by split, by softmax regression on the probes' own examples."""
-    X = {split: torch.from_numpy(features(own)).float()[None] for split, own in grid.examples.items()}
-    y = {split: torch.from_numpy(own.labels[:, 0]) for split, own in grid.examples.items()}
-    fitted = SoftmaxProbes(l2).fit(X[FITTED_ON], y[FITTED_ON], classes, X[CHOSEN_ON], y[CHOSEN_ON])
-    return {split: fitted.log_probabilities(own)[0].double().numpy() for split, own in X.items()}
+    """Log-probabilities of the next action by split, from a linear reader of some features."""
+
+    def read(examples: Examples) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.from_numpy(features(examples)).float()[None], torch.from_numpy(examples.labels[:, 0])
+
+    probes.fit(*read(fitted_on), classes, *read(grid.examples[CHOSEN_ON]))
+    splits = (CHOSEN_ON, TESTED_ON)
+    return {
+        split: probes.log_probabilities(read(grid.examples[split])[0])[0].double().numpy() for split in splits
+    }
+
+
+def probe_readings(run: Run, row: pd.DataFrame, grid: Grid) -> dict[str, np.ndarray]:
+    """Log-probabilities by split that the probe of a row of the table of results reads."""
+    (cell,), variant = cells_of(row), row.variant.iloc[0]
+    probe = SavedProbes(run.folder / "probes", variant, int(row.seed.iloc[0]))[cell]
+    reader = Reader(run, variant, [(cell.location, cell.layer)], [cell.position], int(row.seed.iloc[0]))
+    found = {}
+    for split in (CHOSEN_ON, TESTED_ON):
+        read = torch.cat([stacks[0][0, 0] for _, stacks in reader.chunks(grid.examples[split])])
+        found[split] = probe.log_probabilities(read).double().numpy()
+    return found
+
+
+def by_part(said: np.ndarray, true: np.ndarray, before: np.ndarray) -> dict[str, np.ndarray]:
+    """Log-probabilities of what happened, whose sum is that of the action: NaN where nothing is asked.
+
+    Args:
+        said: Log-probabilities `[examples, actions]`.
+        true: The next sentence's action `[examples]`.
+        before: The action of the sentence before it `[examples]`.
+
+    Returns:
+        `action`; `stays`, whether it is the action before; `other`, which one it is of all others, where it
+        is another. Parts chosen by what happened would reward whoever gives the action before less weight.
+    """
+    rows = np.arange(len(true))
+    action, stay = said[rows, true], np.where(before < 0, -np.inf, np.minimum(said[rows, before], -1e-12))
+    leave = np.log(-np.expm1(stay))
+    same = true == before
+    return {
+        "action": action,
+        "stays": np.where(same, stay, leave),
+        "other": np.where(same, np.nan, action - leave),
+    }
 
 
 def together(run: Run, best: pd.DataFrame) -> pd.DataFrame:
-    """What the best probe of the next sentence adds to what its text so far tells.
+    """What the best probe of the next sentence adds to readers of the text so far.
 
-    What the text tells is a mixture of the planner and of softmax regressions on embeddings and on the bag of
-    words, fitted on the probe's own examples: readers of the same text err apart, and are better together.
+    These are the planner, the bigram, a ridge probe of the bag of words, and softmax regression on the
+    embeddings of `sentence_features`, mixed. Readers of one text err apart and are better together, so that
+    the probe of random weights is added to them, too. Bigram and bag of words are counted on all
+    documents that no choice and no test uses, the planner is trained on those that no probe has seen; the
+    regression has the probes' own examples.
 
     Args:
         run: A run with a planner and probes.
-        best: The row of the table of results that is the probe's.
+        best: The rows of the table of results of the best probe of each variant.
 
     Returns:
-        A row for each reader of `READERS` and `part`: all test examples, those whose next sentence has the
-        action of the one before it (`same`), and the others. `value` is in bits over the prior, with an
-        interval; `over_text` is the paired difference from the reader `text`.
+        A row for each reader of `READERS` and part of `PARTS` (see `by_part`). `value` is in bits over the
+        prior; `over_counts`, `over_planner` and `over_text` are the paired differences from these readers.
     """
-    settings, corpus, target = (
-        read_probe_record(run.folder).config.probe,
-        run.corpus,
-        find_target(run.corpus, "action"),
+    settings, corpus = read_probe_record(run.folder).config.probe, run.corpus
+    target = find_target(corpus, "action")
+    grid = make_grid(corpus, settings, target, run.config.seed)
+    counted, fitted_on = counted_examples(corpus, settings, grid, run.config.seed), grid.examples[FITTED_ON]
+    splits = {split: grid.examples[split] for split in (CHOSEN_ON, TESTED_ON)}
+    labels = {split: examples.labels[:, 0] for split, examples in splits.items()}
+
+    def before(examples: Examples) -> np.ndarray:
+        return corpus.previous_labels(corpus.known_actions, examples.sentence)
+
+    chosen_on = splits[CHOSEN_ON]
+    bigram = fit_bigram(
+        before(counted),
+        counted.labels[:, 0],
+        target.classes,
+        (before(chosen_on), labels[CHOSEN_ON]),
     )
-    grid, (cell,) = make_grid(corpus, settings, target, run.config.seed), cells_of(best)
-    probe = SavedProbes(run.folder / "probes", "none", int(best.seed.iloc[0]))[cell]
-    reader = Reader(run, "none", [(cell.location, cell.layer)], [cell.position])
-    labels = {split: examples.labels[:, 0] for split, examples in grid.examples.items()}
-    known = {
-        "sentences": regressed(partial(sentence_features, corpus), grid, target.classes, L2),
-        "words": regressed(lambda own: bags_of_words(corpus, own, own.start - 1), grid, target.classes, L2),
-    }
-    parts = {}
-    for split in (CHOSEN_ON, TESTED_ON):
-        examples = grid.examples[split]
+    planned = {}
+    for split, examples in splits.items():
         documents = np.unique(examples.document)
         row = np.searchsorted(corpus.sentences(documents), examples.sentence)
-        read = torch.cat([stacks[0][0, 0] for _, stacks in reader.chunks(examples)])
-        parts[split] = {
-            "planner": planner_log_probabilities(run.planner(), corpus, documents)[row],
-            **{name: said[split] for name, said in known.items()},
-            "probe": probe.log_probabilities(read).double().numpy(),
-        }
-    test, true = grid.examples[TESTED_ON], labels[TESTED_ON]
-    prior = prior_log_probabilities(labels[FITTED_ON], target.classes)[true]
+        planned[split] = planner_log_probabilities(run.planner(), corpus, documents)[row]
+    fit = partial(regressed, grid=grid, classes=target.classes)
+    said = {
+        "planner": planned,
+        "bigram": {split: bigram.log_probabilities(before(own)) for split, own in splits.items()},
+        "words": fit(
+            RidgeProbes(BAG_PENALTIES),
+            lambda own: bags_of_words(corpus, own, own.start - 1),
+            counted[:: -(-len(counted) // MOST_BAGS)],
+        ),
+        "sentences": fit(SoftmaxProbes(L2), partial(sentence_features, corpus), fitted_on),
+        "probe": probe_readings(run, best[best.variant == "none"], grid),
+        "random": probe_readings(run, best[best.variant == "random"], grid),
+    }
+    test, true = splits[TESTED_ON], labels[TESTED_ON]
+    prior = np.tile(prior_log_probabilities(counted.labels[:, 0], target.classes), (len(true), 1))
+    nothing = by_part(prior, true, before(test))
     bits = {}
     for name, mixed in READERS.items():
-        weights = mixture_weights([parts[CHOSEN_ON][one] for one in mixed], labels[CHOSEN_ON])
-        said = mixture([parts[TESTED_ON][one] for one in mixed], weights)
-        bits[name] = (said[np.arange(len(true)), true] - prior) / np.log(2)
-    assert target.of_sentences is not None  # noqa: S101 - actions are labels of sentences
-    same = corpus.previous_labels(target.of_sentences, test.sentence) == true
+        weights = mixture_weights([said[one][CHOSEN_ON] for one in mixed], labels[CHOSEN_ON])
+        parts = by_part(mixture([said[one][TESTED_ON] for one in mixed], weights), true, before(test))
+        bits[name] = {part: (values - nothing[part]) / np.log(2) for part, values in parts.items()}
     rows = []
-    for part, rows_of_part in {"all": same | ~same, "same": same, "another": ~same}.items():
-        group = document_numbers(test.document[rows_of_part])
+    for part in PARTS:
+        asked = np.isfinite(nothing[part])
+        group = document_numbers(test.document[asked])
         counts = sum_groups(group, np.ones(len(group)))
-        for name, values in bits.items():
-            facts = {"reader": name, "part": part, "layer": cell.layer, "examples": len(group)}
-            for column, over in (("value", 0.0), ("over_text", bits["text"])):
-                sums = sum_groups(group, (values - over)[rows_of_part])
+        for name, own in bits.items():
+            facts = {"reader": name, "part": part, "examples": len(group)}
+            beside = {f"over_{other}": bits[other][part] for other in ("counts", "planner", "text")}
+            for column, over in {"value": np.zeros(len(true)), **beside}.items():
+                sums = sum_groups(group, (own[part] - over)[asked])
                 facts |= bootstrap_ratio(sums, counts, resamples=2000, seed=0).columns(column)
             rows.append(facts)
     return pd.DataFrame(rows)
@@ -216,8 +278,8 @@ def together(run: Run, best: pd.DataFrame) -> pd.DataFrame:
 def draw(table: pd.DataFrame, beyond: pd.DataFrame) -> Figure:
     """Draws a column for each LM: the grid, readers by horizon, and `together`."""
     lms = list(table.lm.unique())
-    figure = Figure(figsize=(5.6 * len(lms), 10.0), layout="constrained")
-    top, bottom, last = figure.subfigures(3, 1, squeeze=False, height_ratios=[1.1, 1.0, 0.8])[:, 0]
+    figure = Figure(figsize=(5.6 * len(lms), 10.8), layout="constrained")
+    top, bottom, last = figure.subfigures(3, 1, squeeze=False, height_ratios=[1.1, 1.0, 1.1])[:, 0]
     grid = top.subplots(1, 2 * len(lms), squeeze=False)
     shown = [(lm, variant) for lm in lms for variant in ("none", "random")]
     cells = [Panel(variant, LOCATION).cells(table[table.lm == lm]) for lm, variant in shown]
@@ -259,12 +321,12 @@ def draw(table: pd.DataFrame, beyond: pd.DataFrame) -> Figure:
     bottom.legend(handles, names, loc="outside lower center", ncols=2 + len(lms), fontsize=8, frameon=False)
     for axes, lm in zip(last.subplots(1, len(lms), squeeze=False, sharex=True).flat, lms, strict=True):
         rows = beyond[(beyond.lm == lm) & (beyond.reader != "text")]
-        rows = rows.assign(name=rows.reader + ", " + rows.part.map(PARTS), seed=np.nan)
-        columns = {f"over_text{bound}": f"value{bound}" for bound in ("", "_low", "_high")}
-        rows = rows[["name", "seed", *columns]].rename(columns=columns)
+        rows = rows.assign(name=rows.part.map(PARTS) + ": " + rows.reader, seed=np.nan)
+        renamed = {f"over_text{bound}": f"value{bound}" for bound in ("", "_low", "_high")}
+        rows = rows[["name", "seed", *renamed]].rename(columns=renamed)
         draw_intervals(axes, rows, list(rows.name))
         axes.axvline(0.0, color="0.4", linewidth=0.8)
-        axes.set_xlabel("bits over all that the text so far tells", fontsize=9)
+        axes.set_xlabel("bits over the readers of the text together", fontsize=9)
     return figure
 
 
@@ -289,7 +351,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = [run.probes().assign(lm=name) for run, name in zip(runs, names, strict=True)]
     table = pd.concat(found, ignore_index=True)
     best = best_cells(table)
-    of_next = best[(best.variant == "none") & (best.horizon == 1)]
+    of_next = best[best.horizon == 1]
     beyond = pd.concat(
         [
             together(run, of_next[of_next.lm == name]).assign(lm=name)

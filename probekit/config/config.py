@@ -77,6 +77,11 @@ class Config(Settings):
                 f"corpus.max_sentences is {self.corpus.max_sentences}, but the rows of probe.labels "
                 "are of whole texts; leave it unset"
             )
+        if self.corpus.max_sentences is not None and self.corpus.planted.examples > 1:
+            raise ValueError(
+                f"corpus.max_sentences is {self.corpus.max_sentences}, but corpus.planted.examples is "
+                f"{self.corpus.planted.examples}, all of them whole; leave it unset"
+            )
         if self.depth.variant not in ("none", *self.mixing.variants):
             raise ValueError(
                 f"depth.variant is {self.depth.variant!r}, which is not among mixing.variants: "

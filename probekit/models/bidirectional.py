@@ -39,8 +39,19 @@ def auto_class(config: PreTrainedConfig) -> Any:
 
 
 def closing_id(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> int | None:
-    """The id of the token that a bidirectional LM reads after every text; None if the LM is causal."""
-    return tokenizer.sep_token_id if is_bidirectional(config) else None
+    """The id of the token that a bidirectional LM reads after every text; None if the LM is causal.
+
+    Raises:
+        ProbekitError: The tokenizer of a bidirectional LM has no such token.
+    """
+    if not is_bidirectional(config):
+        return None
+    if tokenizer.sep_token_id is None:
+        raise ProbekitError(
+            f"the tokenizer has no sep_token, which {BRIDGED[config.model_type]} reads after every text; set "
+            "it to the token that the LM was trained with, such as [SEP] or </s>"
+        )
+    return int(tokenizer.sep_token_id)
 
 
 def unread_positions(config: PreTrainedConfig) -> int:

@@ -174,7 +174,8 @@ def _check_possible(log_joint: FloatArray, sentence: int, documents: IntArray) -
     if impossible.any():
         raise ProbekitError(
             f"sentence {sentence} of document {documents[impossible.argmax()]} is impossible under this "
-            "planted model: use the corpus.planted settings that generated it"
+            "planted model: use the corpus.planted settings that generated it; where these did, and its "
+            "sentences stand in another order, give a larger corpus.planted.concentration"
         )
 
 

@@ -21,6 +21,7 @@ import torch
 from scipy.special import logsumexp
 
 from probekit.config import Config, PlantedSettings, ProbedName
+from probekit.data.tokenizer import bos_rule_for
 from probekit.errors import ProbekitError
 from probekit.evaluation.action_metrics import prior_log_probabilities
 from probekit.evaluation.baselines import NO_TOKEN, SkipNgram, contexts
@@ -174,7 +175,8 @@ def in_context(
     Args:
         run: The run or its folder: its corpus is planted, with `corpus.planted.examples` above 1.
         settings: Settings to replace, by dotted name, such as `probe.l2`.
-        examples: Numbers of examples before the query; None: from 0 to all but the last.
+        examples: Numbers of examples before the query; None: from 0 to all but the last. Without 0 there is
+            no gain.
         quiet: Show no progress.
 
     Raises:
@@ -184,6 +186,11 @@ def in_context(
     run.check_writable()
     run.require_causal()
     counts = _counts(run.config, examples)
+    if run.corpus.bos_rule != (rule := bos_rule_for(run.corpus.tokenizer, "auto")):
+        raise ProbekitError(
+            f"lm.bos is {run.corpus.bos_rule}, but probes read their prompts as by {rule}; train an LM with "
+            "lm.bos auto"
+        )
     model, progress = PlantedModel.draw(run.config.corpus.planted), Progress(quiet=quiet)
     queries = {split: Queries.of(run, model, split) for split in (FITTED_ON, CHOSEN_ON, TESTED_ON)}
     test = queries[TESTED_ON]

@@ -27,6 +27,16 @@ def test_a_mixture_finds_what_labels_were_drawn_from():
     np.testing.assert_allclose(figure3_pretrained.mixture([flat, noise], [2.0, 0.0]), truth, atol=1e-9)
 
 
+def test_parts_of_an_action_are_a_chain():
+    said = np.log(np.random.default_rng(0).dirichlet(np.ones(4), size=3))
+    p = np.exp(said)
+    parts = figure3_pretrained.by_part(said, np.array([2, 0, 3]), np.array([2, 1, 0]))
+    stays = [p[0, 2], 1 - p[1, 1], 1 - p[2, 0]]
+    np.testing.assert_allclose(np.exp(parts["stays"]), stays)
+    np.testing.assert_allclose(np.exp(parts["other"]), [np.nan, p[1, 0] / stays[1], p[2, 3] / stays[2]])
+    np.testing.assert_allclose(parts["action"], parts["stays"] + np.nan_to_num(parts["other"]))
+
+
 def test_features_of_sentences_are_those_before(tiny_run: Run):
     corpus = tiny_run.corpus
     examples = find_examples(
@@ -49,12 +59,12 @@ def test_probes_stand_beside_what_counting_and_a_planner_know(tmp_path: Path):
     figure3_pretrained.main(words)
     numbers = pd.read_csv(tmp_path / "figure3.csv")
     assert str(tmp_path) not in (tmp_path / "figure3.json").read_text()
-    probes = numbers[numbers.reader == "probe"]
+    probes = numbers[(numbers.reader == "probe") & numbers.part.isna()]
     cells = probes.groupby(["variant", "layer", "distance", "horizon"]).size()
     assert len(cells) == 2 * 2 * len(figure3_pretrained.DISTANCES) * len(figure3_pretrained.HORIZONS)
     assert (cells == 1).all()
     assert {*figure3_pretrained.BESIDE} < {*numbers.reader}
-    planner = numbers[numbers.reader == "planner"].bits.iloc[0]
+    planner = numbers[(numbers.reader == "planner") & numbers.part.isna()].bits.iloc[0]
     near = probes[(probes.horizon == 1) & (probes.distance == 1)]
     np.testing.assert_allclose(near.over_planner, near.bits - planner, atol=1e-9)
     assert probes[probes.horizon > 1].over_planner.isna().all(), "the planner plans one sentence"
@@ -67,11 +77,13 @@ def test_probes_stand_beside_what_counting_and_a_planner_know(tmp_path: Path):
     assert {*beyond.index} == {
         (reader, part) for reader in figure3_pretrained.READERS for part in figure3_pretrained.PARTS
     }
-    counted = beyond.loc["text"].examples
-    assert counted["same"] + counted["another"] == counted["all"] == probes.examples.max()
-    np.testing.assert_allclose(
-        beyond.over_text, beyond.value - beyond.loc["text"].value.reindex(beyond.index, level=1)
-    )
+    sums = beyond.value * beyond.examples
+    stays, other = (sums.xs(part, level="part") for part in ("stays", "other"))
+    action = beyond.xs("action", level="part")
+    np.testing.assert_allclose((stays + other) / action.examples, action.value, atol=1e-9)
+    for name in ("counts", "planner", "text"):
+        level = beyond.loc[name].value.reindex(beyond.index, level=1)
+        np.testing.assert_allclose(beyond[f"over_{name}"], beyond.value - level, atol=1e-9)
 
     made = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("*.parquet")}
     figure3_pretrained.main(words)

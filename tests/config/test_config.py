@@ -213,6 +213,16 @@ def test_every_setting_says_what_it_does():
         assert field.description.rstrip().endswith((".", ".)")), name
 
 
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [({"probe.labels": "a.csv"}, "probe.labels"), ({"corpus.planted.examples": 2}, "examples is 2")],
+)
+def test_openings_do_not_go_with_what_is_of_whole_texts(other: dict[str, Any], named: str):
+    fixed = {"corpus.planted.sentences": [3, 3]}
+    with pytest.raises(ProbekitError, match=f"corpus.max_sentences is 4, but .*{named}.*leave it unset"):
+        Config().override({"corpus.max_sentences": 4} | fixed | other)
+
+
 def test_settings_are_added_deliberately():
     # Each is a promise to users: think before this number grows.
     assert len(setting_names()) == 168

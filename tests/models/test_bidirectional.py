@@ -41,6 +41,13 @@ def test_texts_are_read_between_the_tokens_that_the_tokenizer_puts_around_them(f
     assert bos_rule_for(tokenizer, "auto") == "every-window"
 
 
+def test_a_tokenizer_that_closes_no_text_is_refused(folder: Path):
+    tokenizer, config = AutoTokenizer.from_pretrained(folder), load_config(str(folder))
+    tokenizer.sep_token = None
+    with pytest.raises(ProbekitError, match="the tokenizer has no sep_token"):
+        closing_id(tokenizer, config)
+
+
 def test_as_many_tokens_are_read_as_the_table_of_positions_has_rows_for(folder: Path):
     config, model = load_config(str(folder)), AutoModel.from_pretrained(folder)
     read = longest_window(config) + 1  # and the token that closes the text

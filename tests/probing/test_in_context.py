@@ -1,6 +1,7 @@
 """Examples in the prompt: posteriors against sums over all hidden paths, losses against the LM itself."""
 
 import itertools
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
@@ -262,3 +263,8 @@ def test_runs_without_examples_and_wrong_numbers_are_refused(tiny_run: Run, run:
         in_context(tiny_run, quiet=True)
     with pytest.raises(ProbekitError, match=r"examples is \[0, 3\]; documents hold 3"):
         in_context(run, examples=[3, 0], quiet=True)
+    with (
+        patch.dict(run.corpus.facts, {"bos": "none"}),
+        pytest.raises(ProbekitError, match=r"lm\.bos is none, but probes"),
+    ):
+        in_context(run, quiet=True)
