@@ -51,6 +51,11 @@ SMALLER = {
     "sweep": "--seeds 1",
 }
 """What is added to commands, so that they take little."""
+LOCAL = (
+    "--lm.name {lm} --corpus.reader jsonl --corpus.path passages.jsonl --corpus.validation_fraction 0.1 "
+    "--corpus.test_fraction 0.1 --actions.encoder tfidf --actions.dimensions 8 --evaluation.window 48"
+)
+"""In place of an LM, an encoder and a dataset of the hub."""
 PLANTED = "--corpus.planted.documents 80 --corpus.planted.actions 8"
 
 
@@ -75,6 +80,11 @@ def folder(probed_run: probekit.Run, tmp_path_factory: pytest.TempPathFactory) -
     shutil.copytree(probed_run.folder, folder / "runs" / "demo")
     (folder / "articles.txt").write_text(articles(40), encoding="utf-8")
     (folder / "mine.yaml").write_text("planner: {layers: 1}\n", encoding="utf-8")
+    passages = [
+        {"text": text.split(" \n \n ")[1], "work": f"{n}"}
+        for n, text in enumerate(articles(40).split(" = Article ")[1:])
+    ]
+    (folder / "passages.jsonl").write_text("\n".join(map(json.dumps, passages)), encoding="utf-8")
     statements = [(topic, word, n) for topic in range(12) for word in "ab" for n in range(8)]
     rows = [f"{topic} is {word} thing {n},{word == 'a'},{topic}" for topic, word, n in statements]
     (folder / "truth.csv").write_text("\n".join(["statement,is_true,topic", *rows]), encoding="utf-8")
@@ -121,6 +131,14 @@ def test_command_of_the_readme(
     else:
         if words[0] in ("train", "sweep") and "--resume" not in words:
             words += shlex.split(f"{LESS} {PLANTED if 'demo' in words else ''}")
+        if any(word.startswith("smollm2-") for word in words):
+            given = shlex.split(LOCAL.format(lm=tiny_run.folder / "lm"))
+            words = [
+                word
+                for at, word in enumerate(words)
+                if not {word, words[at - 1]} & {"--lm.name", "--corpus.path"}
+            ]
+            words += given
         if "--training.lm.checkpoints" in words:
             words[words.index("--training.lm.checkpoints") + 1] = "2"
         words += shlex.split(SMALLER.get(words[0], ""))
