@@ -279,6 +279,18 @@ def token_spans(folder: Path, document: Document, separator: int) -> NDArray[np.
     return np.stack([_anchors(document.text, offsets), offsets[:, 1]], axis=1)
 
 
+def tokens_of(spans: ArrayLike, start: int, end: int) -> NDArray[np.int64]:
+    """The tokens that hold some of a text's characters.
+
+    Args:
+        spans: Where the characters of each token begin and end `[tokens, 2]`.
+        start: The first character.
+        end: The character after the last one.
+    """
+    bounds = np.asarray(spans, dtype=np.int64).reshape(-1, 2)
+    return np.flatnonzero((bounds[:, 0] < end) & (bounds[:, 1] > start))
+
+
 def _encoded(folder: Path, document: Document, separator: int) -> tuple[list[int], list[tuple[int, int]]]:
     """The tokens of a document behind the separator, and the characters that each stands for."""
     file = folder / "tokenizer" / "tokenizer.json"

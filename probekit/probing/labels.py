@@ -18,7 +18,7 @@ import numpy as np
 
 from probekit.config import Config
 from probekit.data.corpus import Corpus
-from probekit.data.sentences import token_spans
+from probekit.data.sentences import token_spans, tokens_of
 from probekit.data.splits import digest
 from probekit.errors import ProbekitError
 from probekit.probing.label_table import LabelTable, read_table
@@ -322,7 +322,7 @@ def _messages(
         without += not messages
         spans = token_spans(corpus.folder, chat, corpus.separator) if messages else np.zeros((0, 2))
         for message in messages:
-            inside = np.flatnonzero((spans[:, 0] < message["end"]) & (spans[:, 1] > message["start"]))
+            inside = tokens_of(spans, message["start"], message["end"])
             if message["start"] < 0 or not len(inside):
                 silent += 1
                 continue
@@ -400,7 +400,7 @@ def _tokens_of(
                 own_begin, own_end = corpus.spans[sentence[i]]
                 own = text[own_begin:own_end]
                 base, length = int(own_begin) + len(own) - len(own.lstrip()), len(own.strip())
-            inside = np.flatnonzero((spans[:, 0] < base + b) & (spans[:, 1] > base + a))
+            inside = tokens_of(spans, base + a, base + b)
             if not a < b <= length or not len(inside):
                 raise ProbekitError(
                     f"{table.where[rows[i]]}: {first!r} {a} and {last!r} {b} must be characters of a text of "

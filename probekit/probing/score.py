@@ -14,6 +14,7 @@ from torch import Tensor
 from probekit.config import BosRule, Config, Position, ProbedName, user_path
 from probekit.data.documents import Document
 from probekit.data.readers import read_documents
+from probekit.data.sentences import tokens_of
 from probekit.data.tokenizer import bos_rule_of_chats
 from probekit.distributed import autocast
 from probekit.errors import ProbekitError
@@ -207,9 +208,10 @@ def _read_ranges(
     for document, (_, characters) in zip(documents, encoded, strict=True):
         found.append([])
         for number, message in enumerate(document.messages or ()):
-            inside = [n for n, (a, b) in enumerate(characters) if a < message["end"] and b > message["start"]]
-            if message["role"] in roles and message["start"] >= 0 and inside:
-                found[-1].append((inside[0], inside[-1] + 1, {"message": number, "role": message["role"]}))
+            inside = tokens_of(characters, message["start"], message["end"])
+            if message["role"] in roles and message["start"] >= 0 and len(inside):
+                facts = {"message": number, "role": message["role"]}
+                found[-1].append((int(inside[0]), int(inside[-1]) + 1, facts))
     if not any(found):
         raise ProbekitError(f"no chat has a message of {', '.join(roles)} that says anything")
     check_reach(position, [stop - start for parts in found for start, stop, _ in parts], "message")

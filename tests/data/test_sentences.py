@@ -22,6 +22,7 @@ from probekit.data.sentences import (
     sentence_spans,
     sentences_of_batch,
     tokenize_batch,
+    tokens_of,
 )
 from probekit.data.tokenizer import train_tokenizer
 from probekit.errors import ProbekitError
@@ -485,3 +486,12 @@ def test_limits_that_the_documentation_tells(language, text, found):
 def test_format_and_control_characters_are_not_seen(text):
     assert blank(text)
     assert not blank(text + ".")
+
+
+def test_tokens_that_hold_some_characters():
+    spans = [(0, 3), (3, 4), (4, 4), (4, 9)]
+    for start in range(10):
+        for end in range(start + 1, 11):
+            held = [n for n, (a, b) in enumerate(spans) if {*range(a, b)} & {*range(start, end)}]
+            assert [n for n in tokens_of(spans, start, end) if n != 2] == held
+    assert tokens_of([], 0, 5).tolist() == []
