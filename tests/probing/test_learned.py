@@ -109,7 +109,7 @@ def test_no_probe_beats_the_ceiling(learned: pd.DataFrame):
 
 
 def test_a_trained_model_is_read_and_one_with_random_weights_is_not(learned: pd.DataFrame):
-    """Of the full stop before a sentence, random weights make nothing; attention gathers the words before."""
+    """Of the full stop before a sentence random attention makes little; trained attention gathers words."""
     at = {"reader": "probe", "distance": 1, "layer": 0}
     for variant in ("none", "random"):
         stop = cell(learned, location="hook_resid_pre", variant=variant, **at)
@@ -117,8 +117,7 @@ def test_a_trained_model_is_read_and_one_with_random_weights_is_not(learned: pd.
         assert abs(stop.bits) < 0.02
     random = cell(learned, location="hook_resid_post", variant="random", **at)
     trained = cell(learned, location="hook_resid_post", variant="none", **at)
-    assert random.bits_low <= 0
-    assert abs(random.bits) < 0.05
+    assert random.bits_high < 0.2
     assert trained.bits_low > 0.3
     assert trained.gain_high < 0, "counting the last tokens gives more"
     assert trained.code_length < random.code_length
@@ -142,7 +141,7 @@ def test_shuffled_labels_are_not_read(learned_run: Run, tmp_path: Path):
         shuffle = np.random.default_rng(seed).permutation
         run = rewritten(learned_run, tmp_path / str(seed), "actions.npy", shuffle)
         table = probe(run, settings, quiet=True).table
-        counted = {"prior", "bigram", "bigram (current action)", "skip n-gram"}
+        counted = {"prior", "bigram", "bigram (current action)", "skip n-gram", "bag of words"}
         assert set(table.reader) == counted | {"probe", "token embedding", "planner"}
         probes = table[table.reader == "probe"]
         found.append(probes.assign(chance=cell(table, reader="prior", distance=1, horizon=1).accuracy))

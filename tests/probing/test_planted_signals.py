@@ -170,13 +170,13 @@ class Writing(Reader):
         directions = 30 * torch.linalg.qr(torch.randn(width, numbers.shape[1], generator=generator))[0].T
         written = torch.from_numpy(numbers).float()
 
-        def forward(tokens: Tensor, hooks: list[Any], reads: int, positions: Tensor | None = None) -> None:
+        def forward(tokens: Tensor, hooks: list[Any], *given: Any) -> None:
             at = self.first[:, None] + torch.arange(tokens.shape[1])
 
             def write(activation: Tensor, hook: Any = None) -> Tensor:
                 return activation + written[at.clamp(max=len(written) - 1)] @ directions
 
-            plain(tokens, [("blocks.1.hook_resid_post", write), *hooks], reads, positions)
+            plain(tokens, [("blocks.1.hook_resid_post", write), *hooks], *given)
 
         self._forward_hooked = forward
         self._plain = plain
