@@ -26,12 +26,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from shared.fiction import beginning, passages
-from shared.script import made_of, names_of, run_script, save_figure, script_parser
-from transformers import AutoConfig
+from shared.script import layers_over, made_of, names_of, run_script, save_figure, script_parser
 
 import probekit
 from probekit import cli
 from probekit.io import write_text
+from probekit.models.pretrained import load_config
 from probekit.reports.display import described
 from probekit.reports.drawing import colours_of_names
 from probekit.run.folder import digest_of
@@ -57,9 +57,8 @@ def continued(model: str, texts: Path, folder: Path, given: argparse.Namespace) 
         folder, " ".join(map(str, [digest_of([texts]), given.encoder, given.layers, given.boundaries, model]))
     )
     if not (run / "continuation" / "results.parquet").exists():
-        depth = AutoConfig.from_pretrained(model).get_text_config().num_hidden_layers
-        spread = np.linspace(0, depth - 1, min(given.layers, depth)).round().astype(int)
-        horizons, layers = ["1", "2"], [str(layer) for layer in spread]
+        depth = load_config(model).get_text_config().num_hidden_layers
+        horizons, layers = ["1", "2"], [str(layer) for layer in layers_over(depth, given.layers)]
         words = ["--model", model, "--corpus", str(texts), "--group", "title", "--out", str(run)]
         words += ["--target", "embedding", "--positions", "1", "--probe.horizons", *horizons]
         words += ["--probe.variants", "none", "--probe.control", "false", "--probe.code_length", "false"]

@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 from scipy.optimize import minimize
 from scipy.special import log_softmax
-from shared.script import made_of, names_of, run_script, save_figure, script_parser
+from shared.script import layers_over, made_of, names_of, run_script, save_figure, script_parser
 
 import probekit
 from probekit.config import Config, reading_order
@@ -103,7 +103,7 @@ def probed(model: str, folder: Path, given: argparse.Namespace) -> Run:
     run = probekit.train(config, folder / "run", existing="resume")
     depth = run.frozen_lm().layers
     settings = {
-        "probe.layers": np.unique(np.linspace(0, depth - 1, given.layers).round().astype(int)).tolist(),
+        "probe.layers": layers_over(depth, given.layers),
         "probe.positions": DISTANCES,
         "probe.horizons": HORIZONS,
         "probe.code_length": False,
@@ -158,11 +158,9 @@ def regressed(
     def read(examples: Examples) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.from_numpy(features(examples)).float()[None], torch.from_numpy(examples.labels[:, 0])
 
-    probes.fit(*read(fitted_on), classes, *read(grid.examples[CHOSEN_ON]))
-    splits = (CHOSEN_ON, TESTED_ON)
-    return {
-        split: probes.log_probabilities(read(grid.examples[split])[0])[0].double().numpy() for split in splits
-    }
+    asked = {split: read(grid.examples[split]) for split in (CHOSEN_ON, TESTED_ON)}
+    probes.fit(*read(fitted_on), classes, *asked[CHOSEN_ON])
+    return {split: probes.log_probabilities(X)[0].double().numpy() for split, (X, _) in asked.items()}
 
 
 def probe_readings(run: Run, row: pd.DataFrame, grid: Grid) -> dict[str, np.ndarray]:

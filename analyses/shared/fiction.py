@@ -14,7 +14,7 @@ import pandas as pd
 
 from probekit.config import CorpusSettings
 from probekit.data.readers import read_records
-from probekit.data.sentences import sentence_spans
+from probekit.data.sentences import opening, sentence_spans
 from probekit.errors import ProbekitError
 from probekit.io import write_text
 
@@ -48,8 +48,7 @@ def passages(path: Path, authors: int, each: int, seed: int) -> Iterator[dict[st
 
 def beginning(passage: dict[str, Any], sentences: int) -> str:
     """The first sentences of a passage."""
-    text = passage["text"]
-    return str(text[: sentence_spans(text)[:sentences][-1][1]].rstrip())
+    return opening(passage["text"], sentences).rstrip()
 
 
 def labelled_sentences(passage: dict[str, Any], most: int) -> Iterator[dict[str, Any]]:

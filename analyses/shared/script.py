@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -113,6 +114,11 @@ def names_of(models: Sequence[str]) -> list[str]:
     if len({*names}) < len(names):
         raise ProbekitError(f"--models has two LMs called {max(names, key=names.count)}; rename a folder")
     return names
+
+
+def layers_over(depth: int, count: int) -> list[int]:
+    """So many layers of an LM, or all that it has, evenly from the first to the last."""
+    return [int(layer) for layer in np.unique(np.linspace(0, depth - 1, min(count, depth)).round())]
 
 
 def made_of(folder: Path, origin: str) -> None:

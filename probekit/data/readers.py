@@ -29,7 +29,7 @@ from probekit.config import CorpusSettings
 from probekit.data import huggingface
 from probekit.data.chats import ChatTemplate, as_chat
 from probekit.data.documents import SCHEMA, VISIBLE, Document
-from probekit.data.sentences import sentence_spans
+from probekit.data.sentences import opening
 from probekit.data.splits import SPLITS, DocumentKeys, digest, normalised
 from probekit.errors import ProbekitError
 from probekit.planted.corpus import generate
@@ -502,11 +502,8 @@ def _opening(document: Document, settings: CorpusSettings) -> Document:
     most = settings.max_sentences
     if most is None or document.messages is not None:
         return document
-    ends = sentence_spans(document.text, settings.language)[:, 1]
-    if len(ends) <= most:
-        return document
     actions = None if document.actions is None else document.actions[:most]
-    return replace(document, text=document.text[: ends[most - 1]].rstrip(), actions=actions)
+    return replace(document, text=opening(document.text, most, settings.language), actions=actions)
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

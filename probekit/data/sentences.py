@@ -105,6 +105,12 @@ def sentence_spans(text: str, language: str = "en") -> NDArray[np.int64]:
     return _partition(np.unique(np.array(starts, dtype=np.int64)), len(text))
 
 
+def opening(text: str, sentences: int, language: str = "en") -> str:
+    """The first sentences of a text, without the white space behind them; all of it if it has no more."""
+    ends = sentence_spans(text, language)[:, 1]
+    return text if len(ends) <= sentences else text[: ends[sentences - 1]].rstrip()
+
+
 def complete_spans(text: str, language: str = "en") -> NDArray[np.int64]:
     """The finished sentences of a text; its next token belongs to the sentence after them.
 

@@ -378,10 +378,11 @@ def _normalised(log_weight: FloatArray) -> FloatArray:
 def _questions(run: Run, test: Queries, prompts: Sequence[str]) -> list[Question]:
     """The tokens of prompts, and those of the query after each."""
     tokenizer, separator, questions = run.corpus.tokenizer, run.corpus.separator, []
+    window = longest_window(run.frozen_lm().config)
     for document, prompt, query in zip(test.documents.tolist(), prompts, test.query, strict=True):
         ids = encoded(tokenizer, prompt + test.text(query))
         size = len(encoded(tokenizer, prompt))
-        if len(ids) > (window := longest_window(run.frozen_lm().config)):
+        if len(ids) > window:
             raise ProbekitError(
                 f"document {document}: examples and query have {len(ids):,} tokens, but the LM reads "
                 f"{window:,} at once; give fewer examples, or train one with larger lm.positions and "
