@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,7 @@ PARAGRAPH = re.compile(r"\n\s*$")
 def passages(path: Path, authors: int, each: int, seed: int) -> Iterator[dict[str, Any]]:
     """Draws passages of the authors with most stories, one of each story before a second of any."""
     stories: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
-    if not path.is_file():
-        raise ProbekitError(f"{path}: there is no such file")
-    settings = CorpusSettings(reader="jsonl")
-    for where, _, passage in read_records(path, settings, lambda _: ["text", "author", "title"]):
-        if not isinstance(passage, dict) or not {"text", "author", "title"} <= passage.keys():
-            raise ProbekitError(f"{where}: a passage must have text, author and title")
+    for passage in _read(path):
         stories[passage["author"]][passage["title"]].append(passage)
     rng = np.random.default_rng(seed)
     most = sorted(stories, key=lambda author: (-len(stories[author]), author))
@@ -44,6 +39,29 @@ def passages(path: Path, authors: int, each: int, seed: int) -> Iterator[dict[st
             for turn, passage in enumerate(rng.permutation(np.array(of_story, dtype=object)))
         ]
         yield from (passage for _, _, passage in sorted(drawn, key=lambda row: row[:2])[:each])
+
+
+def other_stories(path: Path, drawn: Sequence[dict[str, Any]], count: int, seed: int) -> list[dict[str, Any]]:
+    """Draws so many passages of stories, whoever wrote them, of which none is among those that were drawn.
+
+    Raises:
+        ProbekitError: There are not so many.
+    """
+    titles = {passage["title"] for passage in drawn}
+    other = [passage for passage in _read(path) if passage["title"] not in titles]
+    if len(other) < count:
+        raise ProbekitError(f"{path} has {len(other)} passages of other stories; {count} are wanted")
+    return [other[number] for number in np.random.default_rng(seed).permutation(len(other))[:count]]
+
+
+def _read(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.is_file():
+        raise ProbekitError(f"{path}: there is no such file")
+    settings = CorpusSettings(reader="jsonl")
+    for where, _, passage in read_records(path, settings, lambda _: ["text", "author", "title"]):
+        if not isinstance(passage, dict) or not {"text", "author", "title"} <= passage.keys():
+            raise ProbekitError(f"{where}: a passage must have text, author and title")
+        yield passage
 
 
 def beginning(passage: dict[str, Any], sentences: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from probekit.models.conditioning import Adapter, Conditioned
 from probekit.models.depth_ensemble import DepthEnsemble
 from probekit.models.mixing import Mixing
 from probekit.models.planner import Planner, TrainableEncoder
+
+LOGITS = 1 << 21
+"""Most logits whose cross-entropy is computed at once: 8 MiB in float32 stay in a processor's cache."""
 
 
 class PlannedLM(nn.Module):
@@ -118,8 +122,39 @@ class PlannedLM(nn.Module):
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of every next token in nats `[windows, positions]`, zero where the target is `IGNORE`."""
-    losses = nn.functional.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="none"
-    )
+    """Cross-entropy of every next token in nats `[windows, positions]`, zero where the target is `IGNORE`.
+
+    Equal to `cross_entropy` of the logits in float32, which are never all in memory, nor is their gradient.
+    """
+    losses: Tensor = _CrossEntropy.apply(logits.flatten(0, 1), targets.flatten())
     return losses.view(targets.shape)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Cross-entropy of rows of logits `[rows, vocabulary]`, a few rows at a time, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        ctx.save_for_backward(logits, targets)
+        return torch.cat(
+            [
+                nn.functional.cross_entropy(part.float(), wanted, ignore_index=IGNORE, reduction="none")
+                for part, wanted in zip(*_parts(logits, targets), strict=True)
+            ]
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        logits, targets = ctx.saved_tensors
+        weights = torch.where(targets == IGNORE, 0.0, gradients[0])[:, None]
+        found = torch.empty_like(logits)
+        for out, part, wanted, weight in zip(*_parts(found, logits, targets, weights), strict=True):
+            probabilities = part.float().softmax(dim=-1).mul_(weight)
+            out.copy_(probabilities.scatter_add_(1, wanted.clamp_min(0)[:, None], -weight))
+        return found, None
+
+
+def _parts(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """Tensors of as many rows in parts of at most `LOGITS` logits, which the first has."""
+    rows = max(1, LOGITS // tensors[0].shape[1])
+    return [tensor.split(rows) for tensor in tensors]

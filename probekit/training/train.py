@@ -126,7 +126,7 @@ def train(
     """
     progress = Progress(quiet=quiet)
     with _open_run(config, out, existing) as run:
-        if run.config.actions.labels == "none":
+        if run.config.actions.labels == "none" and "planner" in stages_of(run.config):
             raise ProbekitError(
                 "actions.labels is 'none', but planner and adapters are trained on actions; set "
                 "actions.labels clusters, or only probe a pre-trained LM with `probekit probe --model`"
@@ -386,6 +386,12 @@ def _tuning(run: Run, name: ModelName) -> Tuning | None:
     return TUNINGS[settings.tuning](run.placed_model(name, dtype), settings, run.config.seed)
 
 
+def _save_tuned(run: Run, name: ModelName, tuning: Tuning) -> None:
+    """Writes a tuned LM with its tokenizer, so that its folder can be given wherever an LM can."""
+    tuning.save(run.tuned_folder(name))
+    run.corpus.tokenizer.save_pretrained(run.tuned_folder(name))
+
+
 def _adapter(run: Run, progress: Progress, variant: VariantName) -> dict[str, Any]:
     stage, tuning = f"adapter/{variant}", _tuning(run, "none")
     folds = range(folds_of(run.config) if VARIANTS[variant].out_of_fold else 0)
@@ -396,7 +402,7 @@ def _adapter(run: Run, progress: Progress, variant: VariantName) -> dict[str, An
         if model.encoder is not None:
             write_embeddings(run.embeddings_file(variant), model.encoder, run.corpus, progress)
         if tuning is not None:
-            tuning.save(run.tuned_folder(variant))
+            _save_tuned(run, variant, tuning)
 
     saving = Saving(run, stage, save)
     model = AdapterTraining(
@@ -422,7 +428,7 @@ def _ensemble(run: Run, progress: Progress, member: MemberName) -> dict[str, Any
     def save(run: Run, ensemble: DepthEnsemble) -> None:
         run.save_ensemble(member, ensemble)
         if tuning is not None:
-            tuning.save(run.tuned_folder(member))
+            _save_tuned(run, member, tuning)
 
     saving = Saving(run, stage, save)
     conditioned = run.model(variant, plain=None if tuning is None else tuning.model)

@@ -5,11 +5,13 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from probekit.config import ConditioningSettings, MixingSettings, PlannerSettings
 from probekit.data.corpus import Corpus
 from probekit.data.windows import IGNORE, Batch, collate, cut_windows
+from probekit.models import planner_lm
 from probekit.models.backends import BridgeBackend
 from probekit.models.conditioning import new_adapter
 from probekit.models.frozen_lm import FrozenLM
@@ -182,3 +184,26 @@ def test_token_losses_of_bfloat16_logits_are_computed_in_float32():
     assert losses.dtype == torch.float32
     expected = -logits.double().log_softmax(-1).gather(2, targets[..., None])[..., 0]
     torch.testing.assert_close(losses.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("at_once", [1, 150, 10**6])
+def test_token_losses_and_their_gradient_are_those_of_all_logits_at_once(
+    dtype: torch.dtype, at_once: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(planner_lm, "LOGITS", at_once)  # a row at a time, three rows, all
+    generator = torch.Generator().manual_seed(0)
+    logits = (4 * torch.randn(2, 4, 50, generator=generator)).to(dtype)
+    weights = torch.randn(2, 4, generator=generator)  # of both signs, as differences of losses have
+    targets = torch.tensor([[1, 49, IGNORE, 7], [IGNORE, 0, 0, 3]])
+    ours, whole = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    losses = token_losses(ours, targets)
+    expected = F.cross_entropy(
+        whole.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="none"
+    ).view(2, 4)
+    assert torch.equal(losses, expected)
+    for loss in (losses, expected):
+        (weights * loss).sum().backward()
+    assert ours.grad.dtype == dtype
+    rounding = 2**-7 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(ours.grad, whole.grad, atol=1e-6, rtol=rounding)

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from small_trainings import run_maker
 
 from probekit.data.windows import collate, cut_windows
@@ -90,6 +91,16 @@ def test_every_variant_has_an_lm_of_its_own_if_it_was_tuned(make_run: MakeRun, t
     facts = read_json(run.folder / "run.json")["stages"]["adapter/soft"]
     share = facts.get("tuned_parameters", 0) / sum(p.numel() for p in base.plain.parameters())
     assert {"frozen": share == 0, "lora": 0 < share < 0.5, "full": share == 1}[tuning]
+
+
+def test_a_fully_tuned_lm_can_be_given_as_any_other(make_run: MakeRun):
+    run = make_run(training__base__tuning="full")
+    folder = run.tuned_folder("soft")
+    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    assert all(map(torch.equal, model.parameters(), run.plain_model("soft").parameters()))
+    text = "A word, and another."
+    assert tokenizer(text).input_ids == run.corpus.tokenizer(text).input_ids
 
 
 def test_a_digest_covers_the_tuned_lm(make_run: MakeRun, tmp_path: Path):
