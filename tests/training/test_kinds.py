@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from small_trainings import run_maker
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from probekit.data.windows import collate, cut_windows
 from probekit.errors import ProbekitError
