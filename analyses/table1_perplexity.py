@@ -4,7 +4,8 @@
     python analyses/table1_perplexity.py --preset demo --seeds 5 --runs runs/table1
 
 A folder is a single run, or a sweep whose seeds of each member are taken together. With `--preset` the sweep
-is trained or continued in `RUNS/PRESET` first. Points are means over seeds of a document's losses with 95 %
+is trained or continued in `RUNS/PRESET` first. `--losses` keeps the documents' losses, so that seeds can be
+added when the runs of others are gone. Points are means over seeds of a document's losses with 95 %
 intervals from resampling documents, thin marks are single seeds.
 """
 
@@ -25,7 +26,7 @@ from shared.script import (
     script_parser,
     training_config,
 )
-from shared.seeds import differences_over_seeds
+from shared.seeds import differences_over_seeds, with_earlier
 
 import probekit
 from probekit.reports.drawing import draw_intervals
@@ -45,15 +46,20 @@ CLAIMS = (
 """The first should have the lower perplexity; for the last pair, the claim is that there is no difference."""
 
 
-def measured(runs: Sequence[Run]) -> pd.DataFrame:
-    """Measures one base LM: perplexities and differences, as the column `what` says."""
+def losses_of(runs: Sequence[Run]) -> pd.DataFrame:
+    """Test losses of one base LM, with `name`: the variant, or `TRUE`."""
     losses = pd.concat(
         [run.corpus.by_group(run.losses()).assign(seed=run.config.seed) for run in runs], ignore_index=True
     )
     losses["name"] = losses.variant.where(losses.actions != "true", TRUE)
+    return losses[["name", "seed", "document", "tokens", "loss"]]
+
+
+def measured(losses: pd.DataFrame, resamples: int) -> pd.DataFrame:
+    """Measures one base LM: perplexities and differences, as the column `what` says."""
     names = [name for name in ("none", *TRAINED, TRUE) if name in set(losses.name)]
     sums = losses.rename(columns={"loss": "sum", "tokens": "count"}).assign(metric="perplexity")
-    resampling = {"resamples": runs[0].config.evaluation.resamples, "seed": 0}
+    resampling = {"resamples": resamples, "seed": 0}
     values = over_seeds(sums, ["name", "metric"], {"perplexity": np.exp}, **resampling)
     pairs = [pair for pair in CLAIMS if {*pair} <= {*names}]
     parts = [values[values.name.isin(names)].assign(what="perplexity")]
@@ -87,6 +93,9 @@ def main() -> None:
     parser = script_parser(__doc__, "figures/table1_perplexity.png")
     parser.add_argument("folders", nargs="*", type=Path, help="sweeps or runs")
     add_training_options(parser, "runs/table1", preset=None, seeds=5)
+    parser.add_argument(
+        "--losses", type=Path, help="a CSV file: losses by document are added to it, and read from it"
+    )
     given = parser.parse_args()
     folders = list(given.folders)
     if given.preset:
@@ -97,7 +106,17 @@ def main() -> None:
     if not folders:
         parser.error("give sweeps or runs, or --preset to train one")
     models = {name: runs for folder in folders for name, runs in runs_in(folder).items()}
-    tables = [measured(runs).assign(**{"base LM": name}) for name, runs in models.items()]
+    losses = pd.concat(
+        [losses_of(runs).assign(**{"base LM": name}) for name, runs in models.items()], ignore_index=True
+    )
+    if given.losses is not None:
+        losses = with_earlier(losses, given.losses)
+    tables = [
+        measured(losses[losses["base LM"] == name], runs[0].config.evaluation.resamples).assign(
+            **{"base LM": name}
+        )
+        for name, runs in models.items()
+    ]
     table = pd.concat(tables, ignore_index=True)
     shown = table[table.seed.isna()].drop(columns=["seed", "first", "second", "below"], errors="ignore")
     save_figure(draw(table), table, given.out, {"preset": given.preset}, [*chain(*models.values())], shown)

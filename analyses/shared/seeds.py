@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from probekit.errors import ProbekitError
+from probekit.io import write_text
 from probekit.statistics import paired_differences, seed_rows
 
 
@@ -43,3 +46,37 @@ def differences_over_seeds(
         rows.insert(len(rows.columns) - 2, "below", [*below, below.sum()])
         parts.append(rows)
     return pd.concat(parts, ignore_index=True)
+
+
+def with_earlier(losses: pd.DataFrame, path: Path) -> pd.DataFrame:
+    """Adds the losses of seeds that a file keeps and that are not among those given, and keeps all in it.
+
+    Args:
+        losses: Columns `base LM`, `name`, `seed`, `document`, `tokens` and `loss`.
+        path: The CSV file, of the same columns; written anew, or for the first time.
+
+    Returns:
+        All losses, by base LM and seed.
+
+    Raises:
+        ProbekitError: Seeds of one base LM have other names, documents or tokens than others.
+    """
+    columns, one = ["base LM", "name", "seed", "document", "tokens", "loss"], ["base LM", "seed"]
+    found = losses[columns]
+    if path.is_file():
+        kept = pd.read_csv(path)
+        known = pd.MultiIndex.from_frame(found[one].drop_duplicates())
+        found = pd.concat([kept[~pd.MultiIndex.from_frame(kept[one]).isin(known)], found])
+    found = found.sort_values([*one, "name", "document"], ignore_index=True)
+    for model, of_model in found.groupby("base LM"):
+        asked = [
+            {*rows[["name", "document", "tokens"]].itertuples(index=False, name=None)}
+            for _, rows in of_model.groupby("seed")
+        ]
+        if any(other != asked[0] for other in asked):
+            raise ProbekitError(
+                f"{path}: the seeds of {model!r} there and in the runs were not evaluated on the same "
+                "variants and documents; give another file"
+            )
+    write_text(path, found.to_csv(index=False, float_format="%.6g"))
+    return found
