@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from probekit.models.frozen_lm import FrozenLM
 
 
-LOGITS = 1 << 24
+LOGITS = 1 << 23
 """Logits that are in memory at once, of all layers together, whatever the number of layers."""
 
 

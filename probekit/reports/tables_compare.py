@@ -64,15 +64,15 @@ def comparison_tables(found: Comparison) -> list[Table]:
 
 
 def comparison_notes(found: Comparison) -> Iterator[str]:
-    """Where the layers that are most alike are, and how many pairs are not told from permuted documents."""
+    """Where the layers that are most similar are, and how many pairs are not told from permuted documents."""
     similarity = found.similarity.dropna(subset="cka")  # without layers that do not vary
     if similarity.empty:
         return
     nearest = similarity.loc[similarity.groupby("layer").cka.idxmax()]
     elsewhere = (~nearest.same_depth).sum()
     yield (
-        f"of {len(nearest)} layers of {found.names[0]}, {elsewhere} are most alike (CKA) to one of another "
-        f"depth; {(similarity.cka_p > 0.05).sum():,} of {len(similarity):,} pairs are no more alike than "
+        f"of {len(nearest)} layers of {found.names[0]}, {elsewhere} are most similar (CKA) to one of another "
+        f"depth; {(similarity.cka_p > 0.05).sum():,} of {len(similarity):,} pairs are no more similar than "
         "where documents are permuted (p above 0.05), which gives a CKA of "
         f"{number(similarity.cka_null.mean())} and a Procrustes residual of "
         f"{number(similarity.procrustes_null.mean())}"

@@ -156,7 +156,7 @@ def print_probes(results: ProbeResults) -> None:
 
 
 def print_comparison(found: Comparison, picture: Path) -> None:
-    """How alike layers of the same depth are, and what probes of the first LM read of the second."""
+    """How similar layers of the same depth are, and what probes of the first LM read of the second."""
     print_tables(tables_compare.comparison_tables(found))
     print_lines(
         too_few(int(found.similarity.documents.max()), tables_compare.MORE_COMPARED, "documents or groups"),

@@ -49,6 +49,45 @@ def test_integrated_gradients_add_up_to_the_difference_of_scores(tiny_run: Run):
     assert abs(one_step - (text - nothing)) > abs(found.sum() - (text - nothing))
 
 
+def test_a_sharp_turn_on_the_path_is_found():
+    """A score that steps somewhere on the path: points at fixed places see nothing of it, or too much."""
+    difference = torch.tensor([[1.0], [2.0]])
+
+    def score(given: Tensor) -> Tensor:
+        return 10 * torch.sigmoid(3000 * (given.sum(dim=(1, 2)) - 3 * 0.3123))
+
+    calls = []
+
+    def counted(given: Tensor) -> Tensor:
+        if given.requires_grad:
+            calls.append(len(given))
+        return score(given)
+
+    found = integrated_gradients(counted, difference, torch.zeros(2, 1), 400)
+    torch.testing.assert_close(found, torch.tensor([10 / 3, 20 / 3]), atol=0.01, rtol=0)
+    assert sum(calls) <= 400
+    spent = sum(calls)
+    nodes, weights = np.polynomial.legendre.leggauss(spent)
+    path = torch.from_numpy((nodes + 1) / 2).float()[:, None, None] * difference
+    path.requires_grad_()
+    (gradient,) = torch.autograd.grad(score(path).sum(), path)
+    fixed = float((torch.from_numpy(weights / 2).float()[:, None] * (gradient * difference).sum(2)).sum())
+    assert abs(fixed - 10) > 10 * abs(float(found.sum()) - 10), "as many fixed points do worse"
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4, 11, 12, 50])
+def test_gradients_are_taken_at_no_more_points_than_asked(steps: int):
+    points = 0
+
+    def score(given: Tensor) -> Tensor:
+        nonlocal points
+        points += len(given) * given.requires_grad
+        return 1e3 * given.abs().sqrt().sum(dim=(1, 2))  # no quadrature is exact
+
+    integrated_gradients(score, torch.ones(2, 1), -0.9 * torch.ones(2, 1), steps)
+    assert steps - 8 < points <= steps
+
+
 def test_occlusion_in_batches_is_that_of_one_token_at_a_time(tiny_run: Run, monkeypatch: pytest.MonkeyPatch):
     score, embeddings, neutral = readout(tiny_run)
     expected = []

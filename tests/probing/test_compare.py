@@ -145,8 +145,8 @@ def test_a_layer_that_does_not_vary_is_named_and_left_out_of_the_notes(config, o
     assert "lm float32 int8: all examples are the same at layer 1: nothing is said of it" in found.notes
     assert found.similarity[found.similarity.second_layer == 1].cka_p.isna().all()
     (note,) = comparison_notes(found)
-    assert "of 2 layers of lm float32, 1 are most alike (CKA) to one of another depth" in note
-    assert "of 2 pairs are no more alike" in note
+    assert "of 2 layers of lm float32, 1 are most similar (CKA) to one of another depth" in note
+    assert "of 2 pairs are no more similar" in note
     assert found.probes.accuracy.notna().all()
     assert probekit.plot_comparison(found).axes
     assert [*comparison_notes(replace(found, similarity=found.similarity.assign(cka=np.nan)))] == []
