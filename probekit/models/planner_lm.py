@@ -19,6 +19,9 @@ from probekit.models.planner import Planner, TrainableEncoder
 LOGITS = 1 << 21
 """Most logits whose cross-entropy is computed at once: 8 MiB in float32 stay in a processor's cache."""
 
+GPU_LOGITS = 1 << 27
+"""The same on a GPU, where what costs is the number of kernels."""
+
 
 class PlannedLM(nn.Module):
     """An LM whose every token is conditioned on its sentence's action.
@@ -155,6 +158,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _parts(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """Tensors of as many rows in parts of at most `LOGITS` logits, which the first has."""
-    rows = max(1, LOGITS // tensors[0].shape[1])
+    """Tensors of as many rows, cut into parts; the first are logits."""
+    at_once = LOGITS if tensors[0].device.type == "cpu" else GPU_LOGITS
+    rows = max(1, at_once // tensors[0].shape[1])
     return [tensor.split(rows) for tensor in tensors]
