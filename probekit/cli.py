@@ -73,7 +73,8 @@ def evaluate(words: list[str]) -> None:
     )
     parsed, given = parse(parser, words, ("method", "device", "evaluation", "generation"))
     if "generation" in given and not parsed.generation:
-        parser.error(f"argument --{next(iter(dotted(given)))}: goes with --generation")
+        name = next(iter(dotted({"generation": given["generation"]})))
+        parser.error(f"argument --{name}: goes with --generation")
     from probekit.evaluation.evaluate import evaluate as evaluate_run
     from probekit.generation.evaluate import check_generation, evaluate_generation
     from probekit.reports.terminal import print_evaluation, print_generation

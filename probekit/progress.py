@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -13,12 +12,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
+from probekit import distributed
+
 T = TypeVar("T")
 
 SECONDS_BETWEEN_LINES = 15.0
 
 FIRST_SECONDS = 5.0
-"""After so long a `Meter` forecasts."""
+"""After so many seconds a `Meter` begins to say how long it will take."""
 
 
 class Task:
@@ -89,11 +90,11 @@ class Progress:
     """Shows tasks as they come.
 
     Args:
-        quiet: Show nothing; so do all but the first of several processes.
+        quiet: Show nothing. Of several processes, only the first shows anything in any case.
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
-        quiet = quiet or os.environ.get("RANK", "0") != "0"
+        quiet = quiet or not distributed.is_first()
         self._console = Console(stderr=True, quiet=quiet, soft_wrap=True)
 
     @contextmanager

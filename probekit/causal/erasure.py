@@ -57,7 +57,7 @@ class Eraser:
 
 
 def leace(moments: Moments) -> Eraser:
-    """The LEACE eraser (Belrose et al. 2023), which changes activations least of all that erase.
+    """The LEACE eraser (Belrose et al. 2023): of all that erase, the one that changes activations least.
 
     It is fitted to one probe's sums; classes without examples play no part.
     """

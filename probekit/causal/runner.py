@@ -76,7 +76,7 @@ def final_layer_probe(run: Run, variant: VariantName) -> FinalProbe:
     if target.kind != "classes" or target.of_sentences is None or config.probe.anchors != "start":
         raise ProbekitError(
             f"{folder} holds probes of {target.name!r} ({target.kind}, probe.anchors "
-            f"{config.probe.anchors}), but causal tests change what class is read of the next sentence; run "
+            f"{config.probe.anchors}), but causal tests need a class of every next sentence; run "
             "`probekit probe` with the target action, or with classes of sentences"
         )
     probe = saved[Cell(*point, 1)]

@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterable
 
 Position = int | str
-"""A whole number d reads the token d before the first one of the range: 1 the one right before it, 0 itself,
--1 the one after it. `first` and `last` read those tokens of the range, `last-1` the one before the last and
-so on, `mean` the mean over all of them."""
+"""A whole number d reads the token d places before the first one of the range: 1 the one right before it, 0
+that one itself, -1 the one after it. `first` and `last` read those tokens of the range, `last-1` the one
+before the last and so on, `mean` the mean over all of them."""
 
 FARTHEST = 2**31
 """Positions are nearer than this."""
@@ -30,16 +30,12 @@ def as_position(value: object) -> Position:
     """
     if isinstance(value, str) and (value in NAMED or before_last(value)):
         return value
-    try:
-        number = int(str(value))
-        if abs(number) < FARTHEST:
-            return number
-        raise ValueError
-    except ValueError:
-        raise ValueError(
-            f"{value!r} is no position; give {', '.join(NAMED)}, last-1 and so on, or a number of tokens "
-            "before the first"
-        ) from None
+    if re.fullmatch(r"[+-]?\d+", str(value).strip()) and abs(number := int(str(value))) < FARTHEST:
+        return number
+    raise ValueError(
+        f"{value!r} is no position; give {', '.join(NAMED)}, last-1 and so on, or a number of tokens "
+        "before the first"
+    )
 
 
 def nearest(names: Iterable[str]) -> str:

@@ -469,7 +469,8 @@ class ProbeSettings(Settings):
     solvers: Several[SolverName] = ("softmax",)
     """softmax: softmax regression; ridge, lda, mean-difference (nearest class mean): closed form, at the cost
     of about one forward pass; l1: softmax regression on few features; mlp: one hidden layer, for information
-    that is not linear; logit-lens, tuned-lens: the LM's own head (target token). Else: ridge alone."""
+    that is not linear; logit-lens, tuned-lens: the LM's own head (target token). Targets that are numbers
+    or vectors are read by ridge alone."""
     l2: Several[PositiveNumber] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
     """L2 penalties tried (softmax, ridge); each probe keeps the best on validation documents. Unit: per
     example, on standardised activations."""

@@ -23,7 +23,7 @@ ADDS_BOS = "add_bos_token"
 """What tokenizer_config.json says of an LM that was trained with a beginning-of-sequence token."""
 
 OFFSETS_OF = "A sentence of some words."
-"""A text whose tokens must know where in it they are."""
+"""A text with which it is found out whether a tokenizer gives offsets of characters."""
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int, folder: Path) -> PreTrainedTokenizerBase:
@@ -111,7 +111,10 @@ def bos_rule_for(tokenizer: PreTrainedTokenizerBase, setting: BosRule | Literal[
 
 
 def bos_rule_of_chats(tokenizer: PreTrainedTokenizerBase, rule: BosRule, chat: str) -> BosRule:
-    """Where an LM reads the separator if texts are chats: as in texts, if their template writes it.
+    """Where an LM reads the separator if texts are chats.
+
+    Where their template writes it, as in plain texts, or before every document if those have none; otherwise
+    nowhere.
 
     Args:
         tokenizer: The LM's.

@@ -39,12 +39,12 @@ class LabelledTexts:
     """Texts, each cut at some number of tokens, and the actions of their sentences.
 
     Attributes:
-        texts: The text of the first tokens, one of each.
+        texts: Of each, the text of its first tokens.
         actions: Actions of the sentences that lie wholly within them `[sentences]`, one array of each. The
             last sentence of a text that was cut is left out, as it may be incomplete. Of a text without a
             whole sentence the first one counts, with all its text, beyond the cut too.
-        merged: How many of the first sentences form one with the end of the context, and so had no action
-            planned: 1, or mostly 0 `[texts]`.
+        merged: How many of the first sentences go on with the last one of the context, and so had no action
+            planned: mostly 0, else 1 `[texts]`.
     """
 
     texts: list[str]

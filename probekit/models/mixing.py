@@ -16,7 +16,8 @@ from probekit.config import MixingSettings, ProbedName, VariantName
 
 Temperature = float | Tensor
 
-# Rows are taken by F.embedding and not by an index, whose gradient threads sum in no fixed order on a CPU.
+# Rows are taken by F.embedding, never by an index: on a CPU, threads add up the gradient of an index in no
+# fixed order, and the bits of a run would differ.
 
 
 class Mixing(ABC):

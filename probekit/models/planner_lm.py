@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from probekit.data.windows import IGNORE, Batch
-from probekit.models.backends import Backend, Hook
+from probekit.models.backends import Backend
 from probekit.models.conditioning import Adapter, Conditioned
 from probekit.models.depth_ensemble import DepthEnsemble
 from probekit.models.mixing import Mixing
@@ -98,10 +98,6 @@ class PlannedLM(nn.Module):
         """
         read = self._planned(batch, mixing, scores)
         return read if self.depth is None else replace(read, hooks=[*read.hooks, *self.depth.hooks()])
-
-    def hooks(self, batch: Batch, mixing: Mixing, scores: Tensor | None = None) -> list[Hook]:
-        """The hooks of `conditioned`; they fit its tokens."""
-        return self.conditioned(batch, mixing, scores).hooks
 
     def late_hidden(self, batch: Batch, mixing: Mixing, scores: Tensor | None = None) -> dict[str, Tensor]:
         """What the depth ensemble reads at every position, by hook `[windows, positions, width]`.

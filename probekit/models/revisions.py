@@ -95,7 +95,7 @@ def _step_of(revision: str) -> tuple[str, int]:
 
 
 def _number_in(revision: str) -> int | None:
-    """The step in the name of a revision; None where there is none, or it is given beside the name."""
+    """The step in the name of a revision; None where there is none, or it is written as NAME=STEP."""
     name = Path(revision).name
     found = STEP.findall(name) or re.findall(r"\d+", name)
     return None if "=" in name or len(found) != 1 else int(found[0])

@@ -45,7 +45,7 @@ BEFORE_ALONE = ("ceiling (actions)", "ceiling (words)")
 """Ceilings that hold where nothing of the example itself has been read."""
 
 BAG = 1024
-"""Counts of a bag of words: ids of tokens count modulo this."""
+"""Counts of a bag of words: tokens whose ids are equal modulo this are counted as one word."""
 
 MOST_BAGS = 50_000
 """Bags of words are fitted on about this many examples, spread evenly over those that are counted."""

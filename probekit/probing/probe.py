@@ -123,7 +123,6 @@ def probe(
     run = Run.at(run, settings)
     run.check_writable()
     run.require("lm")
-    config = run.config.probe
     _check_variants(run)
     points = _hook_points(run)
     target = target_of(run.corpus, run.config)

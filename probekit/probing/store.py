@@ -352,7 +352,7 @@ def _reserve(file: int, size: int, folder: Path) -> None:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise ProbekitError(
                 f"{folder}: {size / 1e9:,.2f} GB of activations cannot be kept there ({error.strerror}); "
-                "raise probe.memory, or read fewer hook points or distances"
+                "raise probe.memory, or read fewer hook points or positions"
             ) from None
         os.truncate(file, size)  # such as a file system that reserves nothing
     except AttributeError:  # such as macOS

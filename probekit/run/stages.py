@@ -128,7 +128,7 @@ def idle_in_training(config: Config, names: Iterable[str]) -> Iterator[str]:
 
 
 def stages_of(config: Config) -> list[str]:
-    """All stages of a training."""
+    """All stages of a training; a pre-trained LM is looked up before the corpus is built."""
     variants, ensembles = variants_of(config), config.method == "depth-ensemble"
     return [
         "corpus",
@@ -172,7 +172,7 @@ def _switched_on(config: Config, name: str) -> bool:
 
 
 def _built_on(config: Config, stage: str) -> tuple[str, ...]:
-    """All stages whose files a stage reads, or whose files those were made from."""
+    """All stages that a stage builds on, directly or by way of others."""
     lm = ("lm",) if config.lm.name else ("lm", "lm/new")
     if stage == "lm":
         return lm if config.lm.name else ("corpus", *lm)  # a pre-trained one is there before any corpus

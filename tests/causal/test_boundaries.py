@@ -261,7 +261,7 @@ def conditioned_by_hand(
     losses, first = [], []
     for n in range(len(boundaries)):
         batch = collate(run.corpus, boundaries.windows[np.array([n])])
-        hooks = model.hooks(batch, mixing(n) if mixing else VARIANTS["soft"].evaluation)
+        hooks = model.conditioned(batch, mixing(n) if mixing else VARIANTS["soft"].evaluation).hooks
         at = int(run.corpus.first_token[boundaries.sentence[n]] - boundaries.windows.start[n] - 1)
         if change is not None:
 

@@ -337,7 +337,7 @@ def test_tables_and_plots_show_vectors(probed: Run):
 def test_a_run_of_vectors_is_scored_and_refused_by_causal_tests(probed: Run):
     scored = probekit.score(probed.folder, ["One two three.", "Four."], quiet=True)
     assert scored.columns[2:].tolist() == [f"predicted_{n}" for n in range(16)]
-    with pytest.raises(ProbekitError, match=r"holds probes of 'embedding' \(vectors, .* change what class"):
+    with pytest.raises(ProbekitError, match=r"holds probes of 'embedding' \(vectors, .* need a class"):
         probekit.intervene(probed.folder, quiet=True)
 
 

@@ -150,9 +150,9 @@ class _State(NamedTuple):
     scores: Tensor  # [probes, examples + 1, classes], of these weights
     last: Tensor  # the weights before
     last_scores: Tensor
-    pace: Tensor  # [probes, 1, 1], grows with the momentum, 1 where there is none; as is curvature
+    pace: Tensor  # [probes, 1, 1], grows with the momentum, 1 where there is none
     momentum: Tensor
-    curvature: Tensor
+    curvature: Tensor  # [probes, 1, 1]
 
 
 def _fista(
