@@ -104,3 +104,19 @@ def test_a_meter_forecasts_once_by_the_time_spent_reading(
 )
 def test_lengths_of_time_have_a_unit_that_suits_them(seconds: float, text: str):
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("processes", "rank", "shown"), [("1", "1", True), ("2", "0", True), ("2", "1", False)]
+)
+def test_of_several_processes_the_first_shows_progress(
+    processes: str,
+    rank: str,
+    shown: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    monkeypatch.setenv("RANK", rank)  # a shell may still have one when a process is alone
+    Progress().say("something")
+    assert ("something" in capsys.readouterr().err) == shown

@@ -75,6 +75,10 @@ def test_help_needs_no_pytorch():
         (["train", "--resume", "--overwrite"], "not allowed with argument"),
         (["evaluate"], "the following arguments are required: RUN; see `probekit evaluate --help`"),
         (["evaluate", "run", "--generation.samples", "9"], "argument --generation.samples: goes with"),
+        (
+            ["evaluate", "run", "--evaluation.batch_size", "4", "--generation.top_k", "5"],
+            "argument --generation.top_k: goes with",
+        ),
         (["probe"], "give a run's folder, or --model with --corpus or --labels; see `probekit probe --help`"),
         (["probe", "run", "--model", "gpt2"], "give a run's folder, or --model with --corpus"),
         (["probe", "run", "--overwrite"], "argument --overwrite: goes with --model"),
