@@ -41,6 +41,7 @@ CORPORA = {
 COMMANDS = {
     "table1_perplexity": "table1_perplexity.py --preset demo --seeds 5",
     "table1_wikitext": "table1_perplexity.py --preset text-small --seeds 3",
+    "table1_smollm2": "table1_perplexity.py --preset smollm2-wikipedia --seeds 2",
     "table3_joint": "table3_joint.py --preset demo --seeds 5",
     "figure3_probing": "figure3_probing.py runs/demo",
     "figure3_wikitext": "figure3_probing.py RUN",
@@ -157,7 +158,11 @@ def _orderings() -> list[Evidence]:
             side,
         )
         for claim, (first, second, side) in claims.items()
-        for corpus, figure in (("planted", "table1_perplexity"), ("wikitext", "table1_wikitext"))
+        for corpus, figure in (
+            ("planted", "table1_perplexity"),
+            ("wikitext", "table1_wikitext"),
+            ("wikipedia", "table1_smollm2"),
+        )
     ]
 
 

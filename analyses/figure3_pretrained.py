@@ -98,6 +98,7 @@ def probed(model: str, folder: Path, given: argparse.Namespace) -> Run:
             "actions.encoder": given.encoder,
             "mixing.variants": ["none"],
             "evaluation.window": None,
+            "evaluation.stride": None,
         }
     )
     run = probekit.train(config, folder / "run", existing="resume")
