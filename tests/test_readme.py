@@ -53,7 +53,8 @@ SMALLER = {
 """What is added to commands, so that they take little."""
 LOCAL = (
     "--lm.name {lm} --corpus.reader jsonl --corpus.path passages.jsonl --corpus.validation_fraction 0.1 "
-    "--corpus.test_fraction 0.1 --actions.encoder tfidf --actions.dimensions 8 --evaluation.window 48 --evaluation.stride 24"
+    "--corpus.test_fraction 0.1 --actions.encoder tfidf --actions.dimensions 8 "
+    "--evaluation.window 48 --evaluation.stride 24"
 )
 """In place of an LM, an encoder and a dataset of the hub."""
 PLANTED = "--corpus.planted.documents 80 --corpus.planted.actions 8"
