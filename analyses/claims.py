@@ -34,14 +34,15 @@ PAPERS = {
 CORPORA = {
     "planted": "planted corpus, an LM of 4 layers made for it",
     "wikitext": "WikiText-2, 30 training articles, an LM of 4 layers trained on them",
-    "wikipedia": "openings of English Wikipedia articles, pre-trained LMs, actions of sentence embeddings",
+    "wikipedia": "openings of English Wikipedia articles, frozen pre-trained LMs, actions of sentence embeddings; "
+    "adapters trained on 136,000 tokens",
     "fiction": "Gutenberg fiction, pre-trained LMs",
 }
 
 COMMANDS = {
     "table1_perplexity": "table1_perplexity.py --preset demo --seeds 5",
     "table1_wikitext": "table1_perplexity.py --preset text-small --seeds 3",
-    "table1_smollm2": "table1_perplexity.py --preset smollm2-wikipedia --seeds 2",
+    "table1_smollm2": "table1_perplexity.py --preset smollm2-wikipedia --seeds 1",
     "table3_joint": "table3_joint.py --preset demo --seeds 5",
     "figure3_probing": "figure3_probing.py runs/demo",
     "figure3_wikitext": "figure3_probing.py RUN",
@@ -347,7 +348,7 @@ INTRODUCTION = """\
 Every claim of two papers that has been tested here, with the number that it is judged by. *Holds*: the
 whole 95 % interval, paired over documents, lies on the claimed side of zero; *does not hold*: on the other
 side; *cannot be told*: it holds zero, or there are fewer than {few} documents, of which intervals are too
-narrow to be trusted. Of {numbers} numbers, {told}.
+narrow to be trusted. Intervals say nothing of other seeds where there is one. Of {numbers} numbers, {told}.
 
 Sentences of the planted corpus follow a plan by construction: that a claim holds there shows that the method
 can find a plan, not that language has one. Features of a sentence's surface that were thought of by hand

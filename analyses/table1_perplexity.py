@@ -62,7 +62,10 @@ def measured(losses: pd.DataFrame, resamples: int) -> pd.DataFrame:
     resampling = {"resamples": resamples, "seed": 0}
     values = over_seeds(sums, ["name", "metric"], {"perplexity": np.exp}, **resampling)
     pairs = [pair for pair in CLAIMS if {*pair} <= {*names}]
-    parts = [values[values.name.isin(names)].assign(what="perplexity")]
+    values = values[values.name.isin(names)].sort_values(
+        "name", key=lambda column: column.map(names.index), kind="stable"
+    )
+    parts = [values.assign(what="perplexity")]
     if pairs:
         found = differences_over_seeds(losses, pairs, **resampling)
         parts.append(found.assign(what="difference", name=found["first"] + " − " + found["second"]))

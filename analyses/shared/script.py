@@ -56,7 +56,7 @@ def add_training_options(
         action="append",
         default=[],
         metavar=("SETTING", "VALUE"),
-        help="change the preset",
+        help="change the preset; null unsets a setting",
     )
     parser.add_argument(
         "--seeds",
@@ -73,7 +73,10 @@ def training_config(given: argparse.Namespace) -> tuple[Config, list[int]]:
     Raises:
         ProbekitError: A setting or its value is wrong.
     """
-    settings = {name: words[0] if len(words) == 1 else words for name, *words in given.set}
+    settings = {
+        name: None if words == ["null"] else words[0] if len(words) == 1 else words
+        for name, *words in given.set
+    }
     config = Config.from_preset(given.preset).override(settings)
     return config, seed_list(given.seeds, config.seed)
 
