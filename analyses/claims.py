@@ -34,7 +34,7 @@ PAPERS = {
 CORPORA = {
     "planted": "planted corpus, an LM of 4 layers made for it",
     "wikitext": "WikiText-2, 30 training articles, an LM of 4 layers trained on them",
-    "wikipedia": "openings of English Wikipedia articles, frozen pre-trained LMs, actions of sentence embeddings; "
+    "wikipedia": "openings of Wikipedia articles, frozen pre-trained LMs, actions of sentence embeddings; "
     "adapters trained on 136,000 tokens",
     "fiction": "Gutenberg fiction, pre-trained LMs",
 }
