@@ -9,7 +9,7 @@ lacks is lost; what a frozen one lacks beyond that has moved.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -26,6 +26,7 @@ from probekit.data.sentences import token_spans
 from probekit.errors import ProbekitError
 from probekit.io import write_json, write_table
 from probekit.models.locations import at_layers
+from probekit.models.pretrained import dtype_name
 from probekit.probing.activations import HookPoint, Placement, Reader, probing_windows
 from probekit.probing.arrays import ArraySource
 from probekit.probing.fitting import FitJob, fit, hold, score
@@ -115,7 +116,12 @@ def compare(
         prepare(own, folder / name, existing=existing, quiet=quiet)
         for own, name in zip(configs, ("first", "second"), strict=True)
     ]
-    points = [_hook_points(run) for run in runs]
+    first_lm, second_lm = runs
+    layers = config.probe.layers
+    others: Sequence[int] | None = second_lm.config.probe.layers
+    if layers is not None and others == layers:  # those of the first LM
+        others = _as_deep(layers, first_lm, second_lm)
+    points = [_hook_points(first_lm, layers), _hook_points(second_lm, others)]
     grid, examples, notes = _shared_examples(runs)
     names = _names(*configs)
     values = [
@@ -126,6 +132,11 @@ def compare(
     rows = _spread(len(group))
     first, other = (own[:, torch.from_numpy(rows)] for own in values)
     notes += [*_unvarying(names[0], points[0], first), *_unvarying(names[1], points[1], other)]
+    if (dtypes := [dtype_name(run.dtype) for run in runs])[0] != dtypes[1]:
+        notes.append(
+            f"{names[0]} is held in {dtypes[0]}, {names[1]} in {dtypes[1]}: part of what differs is "
+            "rounding; --lm.dtype holds both in one"
+        )
     similarity = compare_layers(
         first, other, group[rows], permutations=permutations, seed=config.seed, progress=progress
     )
@@ -174,10 +185,16 @@ def _check(first: Config, second: Config) -> None:
         raise ProbekitError(f"probe.solvers has {min(lenses)}, which is an LM's own head; give others")
 
 
-def _hook_points(run: Run) -> list[HookPoint]:
-    config = run.config.probe
-    run.frozen_lm().architecture.check(config.locations[0], "probe.locations")
-    return at_layers(config.locations, config.layers, run.frozen_lm().layers, "probe.layers")
+def _hook_points(run: Run, layers: Sequence[int] | None) -> list[HookPoint]:
+    locations = run.config.probe.locations
+    run.frozen_lm().architecture.check(locations[0], "probe.locations")
+    return at_layers(locations, layers, run.frozen_lm().layers, "probe.layers")
+
+
+def _as_deep(layers: Iterable[int], first: Run, second: Run) -> list[int]:
+    """The layers of the second LM at the same share of its depth as some of the first's; each once."""
+    last, other_last = (run.frozen_lm().layers - 1 for run in (first, second))
+    return sorted({min(other_last, round(layer * other_last / max(1, last))) for layer in layers})
 
 
 def _names(first: Config, second: Config) -> tuple[str, str]:

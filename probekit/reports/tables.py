@@ -186,7 +186,8 @@ def asked_table(table: pd.DataFrame) -> Table:
 
 def asked_notes(table: pd.DataFrame, answers: pd.DataFrame) -> Iterator[str]:
     """What to mind of a forced choice."""
-    tokens = answers.groupby(["revision", "item"], dropna=False).tokens
+    one = answers[answers.revision.isin(answers.revision.head(1))]  # all are asked the same items
+    tokens = one.groupby("item").tokens
     unequal, scoring = int((tokens.min() < tokens.max()).sum()), table.scoring.iloc[0]
     if unequal:
         yield (

@@ -72,9 +72,9 @@ def comparison_notes(found: Comparison) -> Iterator[str]:
     elsewhere = (~nearest.same_depth).sum()
     yield (
         f"of {len(nearest)} layers of {found.names[0]}, {elsewhere} are most similar (CKA) to one of another "
-        f"depth; {(similarity.cka_p > 0.05).sum():,} of {len(similarity):,} pairs are no more similar than "
-        "where documents are permuted (p above 0.05), which gives a CKA of "
-        f"{number(similarity.cka_null.mean())} and a Procrustes residual of "
+        f"depth; {(similarity.cka_p > 0.05).sum():,} of {len(similarity):,} pairs cannot be told from "
+        "permuted documents (p above 0.05), whose mean CKA is "
+        f"{number(similarity.cka_null.mean())} and Procrustes residual "
         f"{number(similarity.procrustes_null.mean())}"
     )
 

@@ -36,7 +36,7 @@ def test_layers_are_compared_on_any_text(capsys: Capture, folder: Path, tmp_path
     words = ["compare", folder / "lm", "--compress", "int8", "--corpus", folder / "texts.jsonl", *SHORT]
     shown = printed(capsys, *words, "--out", tmp_path / "out")
     assert "Layers of lm and lm int8 at the same depth" in shown
-    assert "no more similar than where documents are permuted" in shown
+    assert "pairs cannot be told from permuted documents" in shown
     assert not (tmp_path / "out" / "probes.parquet").exists()
     table = pd.read_parquet(tmp_path / "out" / "similarity.parquet")
     assert table.examples.tolist() == [80] * 4

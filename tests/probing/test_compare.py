@@ -146,7 +146,7 @@ def test_a_layer_that_does_not_vary_is_named_and_left_out_of_the_notes(config, o
     assert found.similarity[found.similarity.second_layer == 1].cka_p.isna().all()
     (note,) = comparison_notes(found)
     assert "of 2 layers of lm float32, 1 are most similar (CKA) to one of another depth" in note
-    assert "of 2 pairs are no more similar" in note
+    assert "of 2 pairs cannot be told" in note
     assert found.probes.accuracy.notna().all()
     assert probekit.plot_comparison(found).axes
     assert [*comparison_notes(replace(found, similarity=found.similarity.assign(cka=np.nan)))] == []
@@ -213,6 +213,11 @@ def test_tokens_that_end_within_one_of_the_other_are_left_out(config, folder, tm
     assert found.similarity.documents.iloc[0] > 20
 
 
+def test_lms_that_are_held_in_different_precision_are_named(config, out):
+    found = compared(config, {"lm.dtype": "bfloat16"}, out)
+    assert sum("part of what differs is rounding" in note for note in found.notes) == 1
+
+
 def test_widths_and_depths_may_differ_but_for_a_frozen_probe(config, folder, out):
     found = compared(config, {"lm.name": str(folder / "wide")}, out)
     assert len(found.similarity) == 6
@@ -220,6 +225,11 @@ def test_widths_and_depths_may_differ_but_for_a_frozen_probe(config, folder, out
     assert found.probes.second_layer.unique().tolist() == [0, 2]
     assert "no frozen probe: one of 16 features cannot read the other LM's 24" in found.notes
     assert found.similarity[found.similarity.same_depth].second_layer.tolist() == [0, 2]
+    config = config.override({"probe.layers": [1]})
+    given = compared(config, {"lm.name": str(folder / "wide")}, out.with_name("asked"))
+    assert given.similarity[["layer", "second_layer"]].to_numpy().tolist() == [[1, 2]], (
+        "layers are the first LM's"
+    )
     layers = np.array([0, 17, 29]) / 29, np.array([0, 5, 10, 17]) / 17
     assert same_depth(*layers).tolist() == [0, 2, 3]
 
