@@ -194,7 +194,7 @@ def _hook_points(run: Run, layers: Sequence[int] | None) -> list[HookPoint]:
 def _as_deep(layers: Iterable[int], first: Run, second: Run) -> list[int]:
     """The layers of the second LM at the same share of its depth as some of the first's; each once."""
     last, other_last = (run.frozen_lm().layers - 1 for run in (first, second))
-    return sorted({min(other_last, round(layer * other_last / max(1, last))) for layer in layers})
+    return sorted({round(layer * other_last / max(1, last)) for layer in layers})
 
 
 def _names(first: Config, second: Config) -> tuple[str, str]:

@@ -36,7 +36,7 @@ from probekit.reports.pages import FOLDER, TEMPLATES, inline, page_path, symbols
 from probekit.run.run import Run
 
 STEPS = 512
-"""Points of the path at which gradients are taken: SmolLM2's then missed 0.03 of a difference of 14.9."""
+"""Most points of the path at which gradients are taken; a probe of speech in SmolLM2 needed at most 128."""
 
 UNCONDITIONED = ("none", "random")
 """Variants whose activations depend on the text alone."""
