@@ -30,7 +30,7 @@ from shared.script import made_of, names_of, run_script, save_figure, script_par
 import probekit
 from probekit import cli
 from probekit.io import write_text
-from probekit.reports.drawing import COLOUR
+from probekit.reports.colours import COLOUR
 from probekit.run.folder import digest_of
 from probekit.run.run import Run
 

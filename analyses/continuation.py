@@ -32,8 +32,8 @@ import probekit
 from probekit import cli
 from probekit.io import write_text
 from probekit.models.pretrained import load_config
+from probekit.reports.colours import colours_of_names
 from probekit.reports.display import described
-from probekit.reports.drawing import colours_of_names
 from probekit.run.folder import digest_of
 from probekit.run.run import Run
 

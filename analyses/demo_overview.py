@@ -14,7 +14,7 @@ from shared.script import run_script, save_figure, script_parser
 
 import probekit
 from probekit.errors import ProbekitError
-from probekit.reports.drawing import COLOUR, colour_bar
+from probekit.reports.colours import COLOUR, colour_bar
 from probekit.reports.plot_probes import INJECTED, METRICS, Panel, draw_heat_map, mean_over_seeds, probe_scale
 
 

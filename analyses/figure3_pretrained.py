@@ -45,7 +45,8 @@ from probekit.probing.grid import CHOSEN_ON, FITTED_ON, TESTED_ON, Grid, documen
 from probekit.probing.results import SavedProbes, cells_of, read_probe_record, validation_loss
 from probekit.probing.solvers import RidgeProbes, SoftmaxProbes
 from probekit.probing.targets import Examples, find_target
-from probekit.reports.drawing import colour_bar, colours_of_names, draw_intervals, draw_line
+from probekit.reports.colours import colour_bar, colours_of_names
+from probekit.reports.drawing import draw_intervals, draw_line
 from probekit.reports.plot_probes import (
     BASELINE_STYLES,
     METRICS,

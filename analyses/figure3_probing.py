@@ -33,7 +33,7 @@ import probekit
 from probekit.errors import ProbekitError
 from probekit.models.locations import LABELS, label, per_layer
 from probekit.models.mixing import VARIANTS
-from probekit.reports.drawing import colour_bar, colours_of_names
+from probekit.reports.colours import colour_bar, colours_of_names
 from probekit.reports.plot_probes import (
     METRICS,
     POSITION,

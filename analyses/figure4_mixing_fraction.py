@@ -26,7 +26,7 @@ from shared.script import add_training_options, run_script, save_figure, script_
 import probekit
 from probekit.errors import ProbekitError
 from probekit.generation.evaluate import TRANSFORMS
-from probekit.reports.drawing import COLOUR
+from probekit.reports.colours import COLOUR
 from probekit.statistics import paired_differences
 from probekit.sweeps import grid
 

@@ -41,7 +41,7 @@ from probekit.probing.in_context import (
     WORDS,
     in_context_table,
 )
-from probekit.reports.drawing import COLOUR
+from probekit.reports.colours import COLOUR
 
 MEASURES = {
     WORDS: "loss of the query\n(nats per word)",

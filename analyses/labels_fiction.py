@@ -44,7 +44,7 @@ from probekit import cli
 from probekit.data.corpus import SPLITS
 from probekit.evaluation.metrics import two_class_metrics
 from probekit.io import write_table
-from probekit.reports.drawing import colours_of_names
+from probekit.reports.colours import colours_of_names
 from probekit.reports.plot_probes import BASELINE_STYLES, METRICS, mean_over_seeds
 from probekit.run.folder import digest_of
 from probekit.run.run import Run

@@ -30,7 +30,7 @@ from probekit.evaluation.ask import RANDOM_WEIGHTS
 from probekit.evaluation.items import ALL_KINDS, read_items
 from probekit.evaluation.preferences import LogProbabilities, preference_table
 from probekit.io import write_text
-from probekit.reports.drawing import colours_of_names
+from probekit.reports.colours import colours_of_names
 
 PANELS = {
     "accuracy": "share of pairs that are right",

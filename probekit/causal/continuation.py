@@ -22,7 +22,7 @@ from probekit.causal.intervene import metric_rows
 from probekit.causal.runner import MetricSums, write_results
 from probekit.data.encoders import WORD, SentenceEncoder
 from probekit.data.sentences import sentence_spans
-from probekit.data.tokenizer import drawable_ids
+from probekit.data.special_tokens import drawable_ids
 from probekit.distributed import autocast
 from probekit.errors import ProbekitError
 from probekit.generation.generate import draw, reading_window, without_others

@@ -15,7 +15,7 @@ from probekit.causal.boundaries import AppliedEdit, Edit, EditedLM
 from probekit.config import GenerationSettings
 from probekit.data.corpus import Corpus
 from probekit.data.encoders import WORD
-from probekit.data.tokenizer import drawable_ids
+from probekit.data.special_tokens import drawable_ids
 from probekit.errors import ProbekitError
 from probekit.evaluation.action_metrics import NO_ACTION
 from probekit.generation.generate import draw, without_others

@@ -22,15 +22,9 @@ from probekit.data.documents import DocumentFile
 from probekit.data.encoders import EMBEDDED_AT_ONCE, PretrainedEncoder, TfidfEncoder, embed_batch
 from probekit.data.readers import write_documents
 from probekit.data.sentences import sentences_of_batch, tokenize_batch
+from probekit.data.special_tokens import bos_rule_for, bos_rule_of_chats, separator_id
 from probekit.data.splits import group_documents, grouped, split_documents
-from probekit.data.tokenizer import (
-    bos_rule_for,
-    bos_rule_of_chats,
-    pretrained_tokenizer,
-    separator_id,
-    train_tokenizer,
-    vocabulary_size,
-)
+from probekit.data.tokenizer import pretrained_tokenizer, train_tokenizer, vocabulary_size
 from probekit.errors import ProbekitError
 from probekit.io import ArrayAppender, atomic_folder, read_array, write_array, write_json
 from probekit.progress import Progress

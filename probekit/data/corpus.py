@@ -15,8 +15,9 @@ from probekit.config import BosRule, user_path
 from probekit.data.codebook import Codebook, nearest_sentences
 from probekit.data.documents import DocumentFile
 from probekit.data.sentences import sentences_of_batch
+from probekit.data.special_tokens import bos_rule_for, separator_id
 from probekit.data.splits import SPLITS
-from probekit.data.tokenizer import bos_rule_for, load_tokenizer, separator_id
+from probekit.data.tokenizer import load_tokenizer
 from probekit.errors import ProbekitError
 from probekit.io import atomic_path, read_array, read_json
 

@@ -17,7 +17,8 @@ import torch
 
 from probekit.config import BosRule, Config, LanguageModelSettings, user_path
 from probekit.data import hub
-from probekit.data.tokenizer import bos_rule_for, pretrained_tokenizer, separator_id
+from probekit.data.special_tokens import bos_rule_for, separator_id
+from probekit.data.tokenizer import pretrained_tokenizer
 from probekit.distributed import compute_device
 from probekit.errors import ProbekitError
 from probekit.evaluation.items import Item, asked, read_items

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from probekit.config import Config, GenerationSettings, ModelName, user_path
 from probekit.data.sentences import complete_spans, sentence_spans
-from probekit.data.tokenizer import drawable_ids
+from probekit.data.special_tokens import drawable_ids
 from probekit.distributed import autocast
 from probekit.errors import ProbekitError
 from probekit.generation.prompts import Plan, Prompt, document_prompts, planned_prompts, text_prompt

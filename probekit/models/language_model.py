@@ -13,7 +13,7 @@ import torch
 from probekit import distributed
 from probekit.config import LanguageModelSettings
 from probekit.data import hub
-from probekit.data.tokenizer import separator_id
+from probekit.data.special_tokens import separator_id
 from probekit.errors import ProbekitError, one_line
 from probekit.models.bidirectional import BRIDGED, auto_class, is_bidirectional, unread_positions
 from probekit.models.pretrained import (

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from probekit.data import hub
-from probekit.data.tokenizer import separator_id
+from probekit.data.special_tokens import separator_id
 from probekit.errors import ProbekitError, one_line
 from probekit.io import read_json
 from probekit.models.bidirectional import BRIDGED, auto_class

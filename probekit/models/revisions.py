@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from probekit.config import Config, LanguageModelSettings, user_path
-from probekit.data.tokenizer import bos_rule_for, pretrained_tokenizer
+from probekit.data.special_tokens import bos_rule_for
+from probekit.data.tokenizer import pretrained_tokenizer
 from probekit.errors import ProbekitError
 from probekit.models.pretrained import load_config
 

@@ -27,7 +27,7 @@ IntArray = NDArray[np.int64]
 TOPICS = tuple(
     tuple(line.split()) for line in Path(__file__).with_name("topics.txt").read_text("utf-8").splitlines()
 )
-"""English words by topic, the most typical first; no word stands twice, and none can be made of `SYLLABLES`."""
+"""English words by topic, the most typical first; all are distinct, and none can be made of `SYLLABLES`."""
 
 SYLLABLES = tuple(consonant + vowel for consonant in "bdlmnrstv" for vowel in "aiou")
 """What words are made of when those of the topics are used up."""

@@ -21,7 +21,7 @@ import torch
 from scipy.special import logsumexp
 
 from probekit.config import Config, PlantedSettings, ProbedName
-from probekit.data.tokenizer import bos_rule_for
+from probekit.data.special_tokens import bos_rule_for
 from probekit.errors import ProbekitError
 from probekit.evaluation.action_metrics import prior_log_probabilities
 from probekit.evaluation.baselines import NO_TOKEN, SkipNgram, contexts

@@ -15,7 +15,7 @@ from probekit.config import BosRule, Config, Position, ProbedName, user_path
 from probekit.data.documents import Document
 from probekit.data.readers import read_documents
 from probekit.data.sentences import tokens_of
-from probekit.data.tokenizer import bos_rule_of_chats
+from probekit.data.special_tokens import bos_rule_of_chats
 from probekit.distributed import autocast
 from probekit.errors import ProbekitError
 from probekit.io import atomic_path, write_table

@@ -24,7 +24,7 @@ from torch import Tensor
 from probekit.config import Position, before_last
 from probekit.data.chats import ChatEncoder, ChatTemplate, as_chat
 from probekit.data.documents import Document
-from probekit.data.tokenizer import bos_rule_for, bos_rule_of_chats, separator_id
+from probekit.data.special_tokens import bos_rule_for, bos_rule_of_chats, separator_id
 from probekit.data.windows import close_texts
 from probekit.errors import ProbekitError
 from probekit.models.backends import Backend, BridgeBackend, HFBackend, ModuleHook

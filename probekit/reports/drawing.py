@@ -1,8 +1,4 @@
-"""What all figures are drawn with: colours and their scales, points and lines with intervals, heat maps.
-
-Colours have one meaning everywhere: viridis for amounts and for whatever has an order (layers, positions),
-red and blue around zero for differences, the colour-blind palette for names.
-"""
+"""What all figures are drawn with: panels, points and lines with intervals, heat maps."""
 
 from __future__ import annotations
 
@@ -15,18 +11,12 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.figure import Figure
 from matplotlib.typing import ColorType
 
 from probekit.config import reading_order
+from probekit.reports.colours import COLOUR, SEED_COLOUR
 from probekit.reports.display import with_interval
-
-AMOUNTS, DIFFERENCES = "viridis", "RdBu_r"
-"""Colour maps."""
-
-COLOUR, SEED_COLOUR = "#1f4e79", "#9bb8d3"
-"""A value, and those of single seeds beside it."""
 
 BOUNDS = {"value_low": "low", "value_high": "high"}
 """Columns of an interval in tables of results, and their names in `draw_line`."""
@@ -63,39 +53,6 @@ def panel_grid(count: int, columns: int, width: float, height: float) -> tuple[F
 def outer_legend(figure: Figure) -> None:
     """A legend of all lines, beside the panels."""
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
-
-
-# Colours
-
-
-def colours_of_names(count: int) -> Sequence[ColorType]:
-    """Returns a colour for each of some things without an order."""
-    return sns.color_palette("colorblind" if count <= 10 else "husl", count)
-
-
-def colours_in_order(count: int) -> Sequence[ColorType]:
-    """Returns a colour for each of some things in their order, without the lightest ones."""
-    return [mpl.colormaps[AMOUNTS](0.9 * place / max(1, count - 1)) for place in range(count)]
-
-
-def colour_scale(values: pd.Series, *, signed: bool = False) -> ScalarMappable:
-    """Returns the colours of amounts, from 0 to the largest, or of differences, as far on both sides of 0."""
-    values = values.dropna()
-    low, high = (min(0.0, values.min()), max(0.0, values.max())) if len(values) else (0.0, 1.0)
-    if signed:
-        low, high = -max(-low, high), max(-low, high)
-    return ScalarMappable(Normalize(low, high), DIFFERENCES if signed else AMOUNTS)
-
-
-def colour_bar(
-    figure: Figure | SubFigure, axes: Any, scale: ScalarMappable, values: pd.Series, text: str, **style: Any
-) -> Axes:
-    """Draws a colour bar beside axes, with pointed ends where values exceed the scale."""
-    below, above = (values < scale.norm.vmin).any(), (values > scale.norm.vmax).any()
-    ends = {(0, 0): "neither", (1, 0): "min", (0, 1): "max", (1, 1): "both"}[int(below), int(above)]
-    bar = figure.colorbar(scale, ax=axes, extend=ends, **style)
-    bar.set_label(text)
-    return bar.ax
 
 
 # Points, lines and maps

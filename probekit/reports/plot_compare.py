@@ -12,8 +12,9 @@ from matplotlib.ticker import MaxNLocator
 from probekit.io import atomic_path
 from probekit.probing.compare import READINGS, Comparison
 from probekit.probing.results import main_metric
+from probekit.reports.colours import colour_bar, colour_scale, colours_of_names
 from probekit.reports.display import visible
-from probekit.reports.drawing import NotebookFigure, colour_bar, colour_scale, colours_of_names, draw_line
+from probekit.reports.drawing import NotebookFigure, draw_line
 from probekit.reports.plot_probes import METRICS
 
 SHOWN = {"cka": "CKA", "procrustes": "Procrustes residual"}

@@ -9,8 +9,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from probekit.io import atomic_path
+from probekit.reports.colours import colours_of_names
 from probekit.reports.display import described
-from probekit.reports.drawing import colours_of_names, draw_line, panel_grid
+from probekit.reports.drawing import draw_line, panel_grid
 from probekit.reports.tables_compare import at_nearest, line_name, lines_of
 
 DRAWN = ("effective_rank", "participation_ratio", "anisotropy", "anisotropy_without", "norm", "rogue_share")

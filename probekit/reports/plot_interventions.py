@@ -11,8 +11,9 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 
 from probekit.errors import ProbekitError
+from probekit.reports.colours import COLOUR, colour_scale
 from probekit.reports.display import decimals_for, number
-from probekit.reports.drawing import BOUNDS, COLOUR, NotebookFigure, colour_scale, draw_line, heat_map
+from probekit.reports.drawing import BOUNDS, NotebookFigure, draw_line, heat_map
 from probekit.reports.plot_probes import Panel
 from probekit.run.run import Run
 

@@ -14,7 +14,8 @@ from probekit.io import atomic_path
 from probekit.models.locations import label
 from probekit.probing.over_training import TrainingProbes
 from probekit.probing.results import main_metric, validation_loss
-from probekit.reports.drawing import NotebookFigure, colours_in_order, draw_line
+from probekit.reports.colours import colours_in_order
+from probekit.reports.drawing import NotebookFigure, draw_line
 from probekit.reports.plot_probes import BASELINE_STYLES, METRICS, PREFERRED, check_metric, panels
 from probekit.run.run import Run
 

@@ -26,18 +26,9 @@ from probekit.io import atomic_path, write_text
 from probekit.models.locations import label, per_layer
 from probekit.models.mixing import VARIANTS
 from probekit.probing.results import LAST_BAG, main_metric, validation_loss
+from probekit.reports.colours import colour_bar, colour_scale, colours_in_order, colours_of_names
 from probekit.reports.display import number, visible
-from probekit.reports.drawing import (
-    NotebookFigure,
-    colour_bar,
-    colour_scale,
-    colours_in_order,
-    colours_of_names,
-    draw_line,
-    heat_map,
-    outer_legend,
-    panel_grid,
-)
+from probekit.reports.drawing import NotebookFigure, draw_line, heat_map, outer_legend, panel_grid
 from probekit.run.run import Run
 
 PREFERRED = {"location": "hook_resid_post", "solver": "softmax"}

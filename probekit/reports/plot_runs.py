@@ -7,10 +7,10 @@ from matplotlib.figure import Figure
 
 from probekit.config import setting_names
 from probekit.errors import ProbekitError
+from probekit.reports.colours import colours_of_names
 from probekit.reports.drawing import (
     BOUNDS,
     NotebookFigure,
-    colours_of_names,
     draw_intervals,
     draw_line,
     outer_legend,

@@ -14,8 +14,9 @@ from matplotlib.ticker import MaxNLocator
 from probekit.io import atomic_path
 from probekit.probing.results import main_metric
 from probekit.probing.transfer import ALL
+from probekit.reports.colours import colour_scale, colours_of_names
 from probekit.reports.display import number, shortened, visible
-from probekit.reports.drawing import NotebookFigure, colour_scale, colours_of_names
+from probekit.reports.drawing import NotebookFigure
 from probekit.reports.plot_probes import METRICS, Panel, panels
 from probekit.reports.tables import transfer_cells
 

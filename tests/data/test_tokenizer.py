@@ -8,17 +8,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, GPT2Config, PreTrainedTokenizerBase
 
-from probekit.config import BosRule, LanguageModelSettings
+from probekit.config import LanguageModelSettings
+from probekit.data.special_tokens import drawable_ids
 from probekit.data.tokenizer import (
     SEPARATOR,
-    bos_rule_for,
-    drawable_ids,
     load_tokenizer,
     pretrained_tokenizer,
-    separator_id,
     train_tokenizer,
     vocabulary_size,
 )
@@ -130,18 +127,6 @@ def test_other_programs_load_the_folder(folder: Path, tokenizer: PreTrainedToken
     assert plain.bos_token == plain.eos_token == SEPARATOR
 
 
-def test_the_separator_is_the_beginning_token_else_the_end_token(tokenizer: PreTrainedTokenizerBase):
-    assert separator_id(tokenizer) == tokenizer.convert_tokens_to_ids(SEPARATOR) == 0  # 0 is a token too
-    tokenizer.eos_token = "a"  # noqa: S105 - a token of text, no password
-    assert separator_id(tokenizer) == 0
-    tokenizer.bos_token = None
-    assert separator_id(tokenizer) == tokenizer.convert_tokens_to_ids("a") != 0
-    tokenizer.eos_token = None
-    with pytest.raises(ProbekitError, match="neither a beginning- nor an end-of-sequence token") as raised:
-        separator_id(tokenizer)
-    assert "\n" not in str(raised.value)
-
-
 def test_a_slow_tokenizer_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch):
     slow = AutoTokenizer.from_pretrained(folder)
     monkeypatch.setattr(type(slow), "is_fast", False)
@@ -191,30 +176,6 @@ def test_code_in_a_folder_runs_only_where_it_is_trusted(
     assert mark.exists()
 
 
-@pytest.mark.parametrize(
-    ("bos", "eos", "added", "rule"),
-    [
-        ("<s>", "</s>", True, "every-window"),  # Llama, Gemma
-        ("<s>", "<s>", True, "every-window"),
-        ("<s>", "<s>", False, "document"),  # GPT-2
-        ("<s>", "</s>", False, "none"),  # BLOOM
-        (None, "</s>", False, "none"),  # Qwen
-    ],
-)
-def test_the_separator_is_read_as_the_lm_was_trained(
-    bos: str | None, eos: str, added: bool, rule: BosRule, tmp_path: Path
-):
-    tokenizer = train_tokenizer(["One sentence. Another."], 300, tmp_path / "tokenizer")
-    tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": eos})
-    tokenizer.bos_token = bos
-    if added:
-        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", tokenizer.convert_tokens_to_ids("<s>"))]
-        )
-    assert bos_rule_for(tokenizer, "auto") == rule
-    assert bos_rule_for(tokenizer, "none") == "none"
-
-
 def sparse_tokenizer(folder: Path, largest: int) -> PreTrainedTokenizerBase:
     """A tokenizer that has ids without tokens, and 'Z' last."""
     train_tokenizer(TEXTS, 300, folder)
@@ -246,17 +207,3 @@ def test_a_tokenizer_without_offsets_is_refused(folder: Path, tmp_path: Path):
     assert re.search(
         r"no character offsets of their own to \d+ of the \d+ tokens", refusal(tmp_path / "lost")
     )
-
-
-@pytest.mark.parametrize(("flag", "rule"), [(True, "every-window"), (False, "none"), (None, "none")])
-def test_a_beginning_that_is_asked_for_and_not_added(
-    flag: bool | None, rule: str, folder: Path, tmp_path: Path
-):
-    """Transformers ignores `add_bos_token` where tokenizer.json adds nothing; the LM was trained with it."""
-    shutil.copytree(folder, tmp_path / "asked")
-    file = tmp_path / "asked" / "tokenizer_config.json"
-    content = json.loads(file.read_text("utf-8")) | {"eos_token": "a"}
-    file.write_text(json.dumps(content if flag is None else content | {"add_bos_token": flag}), "utf-8")
-    tokenizer = load_tokenizer(tmp_path / "asked")
-    assert tokenizer("b").input_ids[0] != tokenizer.bos_token_id
-    assert bos_rule_for(tokenizer, "auto") == rule

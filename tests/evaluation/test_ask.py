@@ -13,7 +13,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from probekit.config import PlantedSettings
-from probekit.data.tokenizer import separator_id
+from probekit.data.special_tokens import separator_id
 from probekit.errors import ProbekitError
 from probekit.evaluation.ask import Asked, ask
 from probekit.evaluation.items import read_items

@@ -8,7 +8,7 @@ from random_lms import save_random_bidirectional
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, BertConfig, DistilBertConfig
 
-from probekit.data.tokenizer import bos_rule_for, separator_id
+from probekit.data.special_tokens import bos_rule_for, separator_id
 from probekit.data.windows import close_texts
 from probekit.errors import ProbekitError
 from probekit.models.bidirectional import closing_id, is_bidirectional, refuse_bidirectional
