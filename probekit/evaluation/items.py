@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import re
@@ -66,6 +67,7 @@ def read_items(path: str | Path, encoding: str = "utf-8") -> list[Item]:
         raise ProbekitError(f"--items is {str(path)!r}; a table ends in {', '.join(TABLE_ENDINGS[:-2])}")
 
     def choose(columns: Sequence[str]) -> list[str]:
+        _check_spelling(columns, str(file))
         found = [name for name in columns if name in COLUMNS or CHOICE.fullmatch(name or "")]
         if not any(name.startswith("choice") for name in found):
             raise ProbekitError(
@@ -94,6 +96,7 @@ def _item(where: str, record: object) -> Item:
     """The item of a row."""
     if not isinstance(record, Mapping):
         raise ProbekitError(f"{where}: {type(record).__name__} where a JSON object should be")
+    _check_spelling([*record], where)
     context = "" if record.get("context") is None else record["context"]
     if not isinstance(context, str) or (context and not is_text(context)):
         raise ProbekitError(f"{where}: 'context' is {shown(context)}; give a text, or leave it empty")
@@ -117,6 +120,14 @@ def _item(where: str, record: object) -> Item:
         json.dumps([context, *sorted(choices)]) if group is None else group,
         _score(where, score),
     )
+
+
+def _check_spelling(columns: Sequence[str | None], where: str) -> None:
+    """Refuses a column that is nearly one of an item's which the table lacks; others are the user's own."""
+    others = [name for name in columns if name and name not in COLUMNS and not CHOICE.fullmatch(name)]
+    for lacking in (name for name in COLUMNS if name not in columns):
+        if meant := difflib.get_close_matches(lacking, others, 1, cutoff=0.8):
+            raise ProbekitError(f"{where}: column {meant[0]!r} is not read; did you mean {lacking!r}?")
 
 
 def _choices(where: str, record: Mapping[str, Any]) -> tuple[str, ...]:

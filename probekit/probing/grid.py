@@ -227,8 +227,8 @@ def _too_few(
             f"{read:,} of them read"
         )
     remedy = (
-        "label more, give more documents, or change corpus.probe_fraction, corpus.validation_fraction and "
-        "corpus.test_fraction"
+        "label more, give more documents, or begin another --out with other corpus.probe_fraction, "
+        "corpus.validation_fraction and corpus.test_fraction"
     )
     if unread:
         remedy = (

@@ -367,7 +367,10 @@ def _check_geometry(run: Run, grids: Mapping[int, Grid]) -> None:
     width = max(run.locations[name.removesuffix(BEFORE)] for name in run.config.probe.locations)
     for grid in grids.values():
         group = _fitted_and_chosen(grid)
-        check_enough(len(group), grid.target.spans * width, group)
+        try:
+            check_enough(len(group), grid.target.spans * width, group)
+        except ProbekitError as error:
+            raise ProbekitError(f"probe.geometry: {error}; or probe without it") from None
 
 
 def _fitted_and_chosen(grid: Grid) -> np.ndarray:

@@ -260,7 +260,10 @@ def _documents(
     own = {"path": str(texts), "text_column": column, "separator": config.corpus.separator}
     own["encoding"] = config.corpus.encoding if encoding is None else encoding
     settings = Config().override({f"corpus.{name}": value for name, value in own.items()})
-    return [*read_documents(settings.corpus, tokenizer=tokenizer)]
+    try:
+        return [*read_documents(settings.corpus, tokenizer=tokenizer)]
+    except ProbekitError as error:
+        raise ProbekitError(str(error).replace("corpus.text_column", "--text")) from None
 
 
 def _write(table: pd.DataFrame, path: Path) -> None:

@@ -100,6 +100,16 @@ def test_a_bad_row_is_named(row: object, said: str, tmp_path: Path):
             "context,answer\na,0\n",
             "no column 'choices' (or 'choice0', 'choice1', ...); it has",
         ),
+        (
+            "items.csv",
+            "context,choice0,choice1,anwser\na,b,c,0\n",
+            "column 'anwser' is not read; did you mean 'answer'?",
+        ),
+        (
+            "items.jsonl",
+            '{"choices": ["b", "c"], "contxt": "a"}',
+            ":1: column 'contxt' is not read; did you mean 'context'?",
+        ),
         ("items.csv", "context,choice0,choice1\n", "holds no item; give one a row"),
         ("items.jsonl", "{", "not a line of JSON"),
         ("items.parquet", "no", "not a readable Parquet file"),

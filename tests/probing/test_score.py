@@ -125,7 +125,9 @@ def test_the_command_reads_and_writes_files(
     assert found["name"].iloc[1] == "texts.jsonl:2"
 
 
-def test_what_cannot_be_scored_is_refused(probed_run: probekit.Run, tiny_run: probekit.Run, texts: list[str]):
+def test_what_cannot_be_scored_is_refused(
+    probed_run: probekit.Run, tiny_run: probekit.Run, texts: list[str], tmp_path: Path
+):
     with pytest.raises(ProbekitError, match=r"--cell is 'softmax\|9'; the best of \d+ probes are softmax\|"):
         score(probed_run, texts, "softmax|9", quiet=True)
     with pytest.raises(ProbekitError, match="text 1 is empty"):
@@ -136,6 +138,10 @@ def test_what_cannot_be_scored_is_refused(probed_run: probekit.Run, tiny_run: pr
         score(probed_run, texts, out="x.txt", quiet=True)
     with pytest.raises(ProbekitError, match="run `probekit probe"):
         score(tiny_run, texts, quiet=True)
+    table = tmp_path / "texts.csv"
+    table.write_text("statement\nA plan.\n", "utf-8")
+    with pytest.raises(ProbekitError, match=r"^--text is 'text', but .*texts\.csv has statement$"):
+        score(probed_run, table, CELL, quiet=True)
 
 
 def test_a_table_is_read_as_the_labels_were(
