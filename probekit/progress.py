@@ -63,14 +63,15 @@ class Task:
         seconds = time.monotonic() - self._start
         if seconds <= 0.1:
             return ""
-        return f"({(self._done - self._before) / seconds:,.0f}{self._per_second})"
+        rate = (self._done - self._before) / seconds
+        return f"({rate:,.0f}{self._per_second})" if rate >= 1 or not rate else f"({1 / rate:.1f} s each)"
 
     def _status(self) -> str:
         if self._total is None:
             return f"{self._done:,} {self._rate()} {self._note}"
         steps = max(self._done - self._before, 1)
         left = (time.monotonic() - self._start) * (self._total - self._done) / steps
-        return f"{self._done:,} of {self._total:,} {self._rate()}, {left:.0f} s left {self._note}"
+        return f"{self._done:,} of {self._total:,} {self._rate()}, {duration(left)} left {self._note}"
 
     @contextmanager
     def _shown(self) -> Iterator[Task]:

@@ -36,9 +36,18 @@ def test_a_long_task_tells_now_and_then_how_far_it_is(clock: list[float], capsys
             task.advance()
         lines = capsys.readouterr().err.splitlines()
     assert [line.strip() for line in lines] == [
-        "train: 16 of 40 (1/s), 24 s left",
-        "train: 32 of 40 (1/s), 8 s left",
+        "train: 16 of 40 (1/s), 24 seconds left",
+        "train: 32 of 40 (1/s), 8 seconds left",
     ]
+
+
+def test_what_takes_seconds_each_says_how_many(clock: list[float], capsys: pytest.CaptureFixture[str]):
+    with Progress().task("train", total=200) as task:
+        for _ in range(4):
+            clock[0] += 4.5
+            task.advance()
+        (line,) = capsys.readouterr().err.splitlines()
+    assert line.strip() == "train: 4 of 200 (4.5 s each), 15 minutes left"
 
 
 def test_a_task_of_unknown_length_tells_its_count(clock: list[float], capsys: pytest.CaptureFixture[str]):
