@@ -39,7 +39,7 @@ from probekit.config import Config, reading_order
 from probekit.data.corpus import Corpus
 from probekit.evaluation.action_metrics import fit_bigram, prior_log_probabilities
 from probekit.evaluation.baselines import planner_log_probabilities
-from probekit.probing.activations import Reader
+from probekit.probing.activations import ActivationReader
 from probekit.probing.baselines import BAG_PENALTIES, MOST_BAGS, bags_of_words, counted_examples
 from probekit.probing.grid import CHOSEN_ON, FITTED_ON, TESTED_ON, Grid, document_numbers, make_grid
 from probekit.probing.results import SavedProbes, cells_of, read_probe_record, validation_loss
@@ -169,7 +169,9 @@ def probe_readings(run: Run, row: pd.DataFrame, grid: Grid) -> dict[str, np.ndar
     """Log-probabilities by split that the probe of a row of the table of results reads."""
     (cell,), variant = cells_of(row), row.variant.iloc[0]
     probe = SavedProbes(run.folder / "probes", variant, int(row.seed.iloc[0]))[cell]
-    reader = Reader(run, variant, [(cell.location, cell.layer)], [cell.position], int(row.seed.iloc[0]))
+    reader = ActivationReader(
+        run, variant, [(cell.location, cell.layer)], [cell.position], int(row.seed.iloc[0])
+    )
     found = {}
     for split in (CHOSEN_ON, TESTED_ON):
         read = torch.cat([stacks[0][0, 0] for _, stacks in reader.chunks(grid.examples[split])])

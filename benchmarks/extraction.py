@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from probekit.config import Config, ProbeSettings
 from probekit.distributed import autocast
 from probekit.models.language_model import bridge
-from probekit.probing.activations import Reader
+from probekit.probing.activations import ActivationReader
 from probekit.probing.solvers import Moments, RidgeProbes
 from probekit.probing.targets import Examples
 from probekit.progress import without_bars_of_transformers
@@ -289,12 +289,12 @@ def _body(scene: Scene, layers: int) -> Any:
     return model
 
 
-def _reader(scene: Scene) -> Reader:
+def _reader(scene: Scene) -> ActivationReader:
     places = [(LOCATION, layer) for layer in range(scene.shape.read_layers)]
-    return Reader(scene.run, "none", places, scene.shape.distances)
+    return ActivationReader(scene.run, "none", places, scene.shape.distances)
 
 
-def _moments(scene: Scene, reader: Reader) -> Moments:
+def _moments(scene: Scene, reader: ActivationReader) -> Moments:
     shape, examples = scene.shape, scene.examples
     probes = shape.read_layers * len(shape.distances)
     labels = torch.from_numpy(examples.labels[:, 0]).to(scene.device)

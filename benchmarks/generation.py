@@ -28,7 +28,7 @@ from probekit.config import Config
 from probekit.data.readers import read_documents
 from probekit.data.tokenizer import train_tokenizer
 from probekit.data.windows import cut_windows
-from probekit.evaluation.perplexity import Pass, own_losses
+from probekit.evaluation.perplexity import EvaluationPass, own_losses
 from probekit.generation.generate import Generated, generate
 from probekit.models.mixing import VARIANTS
 from probekit.progress import Progress, without_bars_of_transformers
@@ -167,12 +167,12 @@ def perplexities(name: str, run: Run, shape: Shape, options: Options) -> list[Ro
     sample = everything[: shape.sampled]
     model = run.model("soft")
 
-    def scoring(documents: np.ndarray, stride: int) -> Pass:
+    def scoring(documents: np.ndarray, stride: int) -> EvaluationPass:
         windows = cut_windows(run.corpus, documents, shape.window, stride)
         evaluation, training = run.config.evaluation, run.config.training
-        return Pass(run.corpus, windows, evaluation.batch_size, training.precision, run.device)
+        return EvaluationPass(run.corpus, windows, evaluation.batch_size, training.precision, run.device)
 
-    def work(scored: Pass) -> Callable[[], float]:
+    def work(scored: EvaluationPass) -> Callable[[], float]:
         def call() -> float:
             with Progress(quiet=True).task("score") as task:
                 (losses,) = scored.document_losses(own_losses(model), SOFT, task)

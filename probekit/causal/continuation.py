@@ -34,7 +34,7 @@ from probekit.models.locations import at_layers, hook_name
 from probekit.models.planner import TrainableEncoder
 from probekit.models.replanning import decoded
 from probekit.planted.ceilings import has_ceiling, position_ceiling
-from probekit.probing.activations import Reader
+from probekit.probing.activations import ActivationReader
 from probekit.probing.results import Cell, SavedProbes, read_probe_record
 from probekit.probing.targets import NO_LABEL, TARGETS, find_examples
 from probekit.progress import Progress
@@ -237,7 +237,7 @@ def _activations(run: Run, sentence: np.ndarray) -> dict[int, Tensor]:
     documents = corpus.document_of(sentence[order])
     examples = find_examples(corpus, documents, TARGETS["action"](corpus), (1,))
     examples = examples[np.flatnonzero(np.isin(examples.sentence, sentence))]
-    reader = Reader(run, "none", [(LOCATION, layer) for layer in layers], (1,))
+    reader = ActivationReader(run, "none", [(LOCATION, layer) for layer in layers], (1,))
     (values,) = reader.read(examples)
     return dict(zip(layers, values[:, 0, np.argsort(order)], strict=True))
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from probekit.config import Position, ProbedName
 from probekit.evaluation.perplexity import window_and_stride
-from probekit.probing.activations import HookPoint, Reader
+from probekit.probing.activations import ActivationReader, HookPoint
 from probekit.probing.grid import FITTED_ON, Grid
 from probekit.probing.solvers import Moments
 from probekit.progress import Progress
@@ -173,7 +173,7 @@ def read_moments(
     run: Run, variant: ProbedName, points: Sequence[HookPoint], grid: Grid, progress: Progress
 ) -> dict[tuple[HookPoint, Position], Moments]:
     """Sums over the activations that probes are fitted on, by hook point and position."""
-    reader = Reader(run, variant, points, grid.positions, windows=window_and_stride(run))
+    reader = ActivationReader(run, variant, points, grid.positions, windows=window_and_stride(run))
     positions, classes = len(grid.positions), grid.target.classes
     sums = [
         Moments.zeros(len(block.points) * positions, block.width, classes, run.device, torch.float64)

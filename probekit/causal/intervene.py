@@ -39,7 +39,7 @@ from probekit.evaluation.perplexity import window_and_stride
 from probekit.models.conditioning import CONDITIONINGS
 from probekit.models.locations import at_layers
 from probekit.models.mixing import VARIANTS
-from probekit.probing.activations import HookPoint, Reader
+from probekit.probing.activations import ActivationReader, HookPoint
 from probekit.probing.grid import Grid, make_grid
 from probekit.probing.results import Cell, LinearProbe, SavedProbes
 from probekit.probing.solvers import Moments
@@ -394,4 +394,4 @@ def _conditioned_points(run: Run, points: Sequence[HookPoint]) -> set[HookPoint]
         return set()
     if CONDITIONINGS[run.config.conditioning.kind].lag:
         return set()
-    return Reader(run, variant, points, (1,)).changed_by_conditioning()
+    return ActivationReader(run, variant, points, (1,)).changed_by_conditioning()

@@ -83,7 +83,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Pass:
+class EvaluationPass:
     """A pass over some documents, the same for all models that are compared.
 
     Attributes:
@@ -139,12 +139,12 @@ def own_losses(model: PlannedLM) -> TokenLosses:
     return lambda batch, mixing: token_losses(model(batch, mixing), batch.targets)[None]
 
 
-def scoring_pass(run: Run) -> Pass:
+def scoring_pass(run: Run) -> EvaluationPass:
     """All tokens of the test documents."""
     window, stride = window_and_stride(run)
     windows = cut_windows(run.corpus, run.corpus.documents("test"), window, stride)
     batch_size, precision = run.config.evaluation.batch_size, run.config.training.precision
-    return Pass(run.corpus, windows, batch_size, precision, run.device)
+    return EvaluationPass(run.corpus, windows, batch_size, precision, run.device)
 
 
 def evaluation_record(config: Config) -> dict[str, Any]:
@@ -188,7 +188,7 @@ def source_of_actions(variant: VariantName) -> tuple[str, Mixing]:
     return "planner" if mixing.needs_scores else "constant", mixing
 
 
-def losses_table(losses: Losses, scoring: Pass) -> pd.DataFrame:
+def losses_table(losses: Losses, scoring: EvaluationPass) -> pd.DataFrame:
     """Tokens and summed losses by document, model and source of actions."""
     documents, tokens = scoring.documents, scoring.tokens.astype(np.int64)
     names = ("document", "variant", "actions", "tokens", "loss")

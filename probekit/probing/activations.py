@@ -250,7 +250,7 @@ def batches(length: np.ndarray, tokens: int) -> Iterator[np.ndarray]:
         start = stop
 
 
-class Reader:
+class ActivationReader:
     """Reads activations of one variant of a run's LM, in the LM's own dtype.
 
     Args:

@@ -27,7 +27,7 @@ from probekit.errors import ProbekitError
 from probekit.io import write_json, write_table
 from probekit.models.locations import at_layers
 from probekit.models.pretrained import dtype_name
-from probekit.probing.activations import HookPoint, Placement, Reader, probing_windows
+from probekit.probing.activations import ActivationReader, HookPoint, Placement, probing_windows
 from probekit.probing.arrays import ArraySource
 from probekit.probing.fitting import FitJob, fit, hold, score
 from probekit.probing.grid import CHOSEN_ON, FITTED_ON, LENSES, TESTED_ON, Grid, make_grid
@@ -285,7 +285,7 @@ def _read(
     run: Run, points: Sequence[HookPoint], parts: Sequence[Examples], name: str, progress: Progress
 ) -> Tensor:
     """The activations of all examples `[layers, examples, width]`, on the CPU; the LM is let go then."""
-    reader = Reader(run, "none", points, (POSITION,))
+    reader = ActivationReader(run, "none", points, (POSITION,))
     held: list[Tensor] = []
     total = sum(reader.size(part) for part in parts)
     with progress.task(f"read {name}", total=total, unit="tokens") as task:

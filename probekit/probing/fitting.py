@@ -43,7 +43,7 @@ from probekit.probing.solvers import (
 )
 from probekit.probing.solvers.base import PathProbes
 from probekit.probing.solvers.closed_form import fit_together
-from probekit.probing.store import Held, Part
+from probekit.probing.store import HeldActivations, HeldSubset
 from probekit.probing.targets import Target
 from probekit.progress import Meter, Progress
 
@@ -239,18 +239,18 @@ class Fitted:
         return weights
 
 
-def hold(activations: Activations, job: FitJob, splits: Sequence[str]) -> Held:
+def hold(activations: Activations, job: FitJob, splits: Sequence[str]) -> HeldActivations:
     """Reads all activations of some splits, and holds them."""
     grid, memory = job.grid, 1e9 * job.settings.memory
     examples = {split: grid.examples[split] for split in splits}
-    held = Held(activations, examples, len(grid.positions), memory, job.folder, job.device)
+    held = HeldActivations(activations, examples, len(grid.positions), memory, job.folder, job.device)
     for split in splits:
         for rows, chunk in job.read(activations, split):
             held.write(split, rows, chunk)
     return held
 
 
-def fit(held: Held | Part, job: FitJob, solvers: Sequence[SolverName]) -> list[Fitted]:
+def fit(held: HeldActivations | HeldSubset, job: FitJob, solvers: Sequence[SolverName]) -> list[Fitted]:
     """Fits solvers at all hook points, positions and horizons, to activations of two splits."""
     tasks, fitted = target_tasks(job.grid), []
     probes = len(job.grid.positions) * sum(len(stack.points) for stack in held.stacks)
@@ -268,7 +268,7 @@ def fit(held: Held | Part, job: FitJob, solvers: Sequence[SolverName]) -> list[F
     return fitted
 
 
-def _teachers(held: Held | Part, job: FitJob, stack: int, rows: slice) -> list[Tensor]:
+def _teachers(held: HeldActivations | HeldSubset, job: FitJob, stack: int, rows: slice) -> list[Tensor]:
     """What leaves the last layer where some probes read, at the examples to fit and to choose on."""
     positions, points = len(job.grid.positions), held.stacks[stack].points
     last = max(range(len(points)), key=lambda i: (points[i][1], points[i][0] == "hook_resid_post"))

@@ -26,10 +26,10 @@ from probekit.models.conditioning import CONDITIONINGS, conditioned_location
 from probekit.models.locations import BEFORE, at_layers
 from probekit.models.mixing import VARIANTS
 from probekit.probing.activations import (
+    ActivationReader,
     Activations,
     HookPoint,
     Placement,
-    Reader,
     probing_windows,
     stacks_of,
 )
@@ -40,7 +40,7 @@ from probekit.probing.geometry import GEOMETRY, check_enough, layer_geometry
 from probekit.probing.grid import CHOSEN_ON, FITTED_ON, LENSES, TESTED_ON, Grid, make_grid
 from probekit.probing.labels import beyond_window, target_of
 from probekit.probing.results import SETTINGS, DocumentSums, Facts, probes_file, table_of, validation_loss
-from probekit.probing.store import Held, Store, write_store
+from probekit.probing.store import HeldActivations, Store, write_store
 from probekit.probing.targets import Target
 from probekit.probing.transfer import TRANSFER, Values, find_values, transfer_table, transferred
 from probekit.probing.vectors import PENALTIES
@@ -493,7 +493,7 @@ class _VariantProbes:
         return len(_parts(config.solvers)) > 1 or config.transfer is not None
 
     @cached_property
-    def _held(self) -> Held:
+    def _held(self) -> HeldActivations:
         """The activations that solvers need at once; those of the test split too if they are scored twice."""
         splits = [FITTED_ON, CHOSEN_ON, *([TESTED_ON] if self._test_held else [])]
         return hold(self._source(self._points), self._job, splits)
@@ -518,9 +518,11 @@ class _VariantProbes:
             None if tokens is None or not lenses else self._reader(self._points).logit_lens(tokens),
         )
 
-    def _reader(self, points: Sequence[HookPoint]) -> Reader:
+    def _reader(self, points: Sequence[HookPoint]) -> ActivationReader:
         spans = self._grid.target.spans
-        return Reader(self._run, self._variant, points, self._grid.positions, self._seed, spans=spans)
+        return ActivationReader(
+            self._run, self._variant, points, self._grid.positions, self._seed, spans=spans
+        )
 
     def _source(self, points: Sequence[HookPoint]) -> Activations:
         if self._store:
@@ -557,7 +559,7 @@ def _mark_injected(
     """
     changed: set[HookPoint] = set()
     if variant in VARIANTS and VARIANTS[variant].evaluation.needs_scores:
-        changed = Reader(run, variant, points, grid.positions).changed_by_conditioning()
+        changed = ActivationReader(run, variant, points, grid.positions).changed_by_conditioning()
     lag = CONDITIONINGS[run.config.conditioning.kind].lag
     test = grid.examples[TESTED_ON]
     for known in (known for sums in scored for known in sums.readers):

@@ -23,7 +23,7 @@ from probekit.errors import ProbekitError
 from probekit.io import read_json, write_json, write_tensors
 from probekit.models.mixing import VARIANTS
 from probekit.models.pretrained import dtype_name
-from probekit.probing.activations import Activations, Done, HookPoint, Reader, Stack, chunk_slices
+from probekit.probing.activations import ActivationReader, Activations, Done, HookPoint, Stack, chunk_slices
 from probekit.probing.targets import Examples
 from probekit.progress import Meter, Progress
 
@@ -37,7 +37,17 @@ GROUP_SHARE = 0.25
 """The part of `probe.memory` that the float32 activations of one group of probes may take."""
 
 
-class Held:
+class _ByExample:
+    """What has been read already: its progress is counted in examples."""
+
+    unit = "examples"
+
+    def size(self, examples: Examples) -> int:
+        """How many examples there are."""
+        return len(examples)
+
+
+class HeldActivations(_ByExample):
     """All activations of some splits, in the dtype in which they were read.
 
     Those of the first probes lie in memory, those that it has no room for in a file of the run's folder. The
@@ -54,8 +64,6 @@ class Held:
     Raises:
         ProbekitError: The disk is too small.
     """
-
-    unit = "examples"
 
     def __init__(
         self,
@@ -113,10 +121,6 @@ class Held:
         distributed.add_up([whole])  # what another process has read is zero here
         return whole
 
-    def size(self, examples: Examples) -> int:
-        """How many examples there are."""
-        return len(examples)
-
     def chunks(
         self, examples: Examples, done: Done = lambda examples: None
     ) -> Iterator[tuple[slice, list[Tensor]]]:
@@ -153,8 +157,8 @@ class Held:
         return self._file
 
 
-class Part:
-    """Some of the examples of activations that are held, with the interface of `Held`.
+class HeldSubset(_ByExample):
+    """Some of the examples of activations that are held, with the interface of `HeldActivations`.
 
     Args:
         held: The activations.
@@ -162,26 +166,22 @@ class Part:
         rows: Which examples of each split, in increasing order.
     """
 
-    unit = "examples"
-
-    def __init__(self, held: Held, splits: Mapping[str, Examples], rows: Mapping[str, np.ndarray]) -> None:
+    def __init__(
+        self, held: HeldActivations, splits: Mapping[str, Examples], rows: Mapping[str, np.ndarray]
+    ) -> None:
         self.stacks, self.dtype, self.groups = held.stacks, held.dtype, held.groups
         self.examples = {split: splits[split][own] for split, own in rows.items()}
         self._held, self._splits, self._rows = held, splits, rows
 
     def load(self, split: str, stack: int, probes: slice) -> Tensor:
-        """See `Held.load`."""
+        """See `HeldActivations.load`."""
         whole = self._held.load(split, stack, probes)
         return whole[:, torch.from_numpy(self._rows[split]).to(whole.device)]
-
-    def size(self, examples: Examples) -> int:
-        """How many examples there are."""
-        return len(examples)
 
     def chunks(
         self, examples: Examples, done: Done = lambda examples: None
     ) -> Iterator[tuple[slice, list[Tensor]]]:
-        """See `Held.chunks`."""
+        """See `HeldActivations.chunks`."""
         (split,) = (name for name, known in self.examples.items() if known is examples)
         rows = self._rows[split]
         for whole, stacks in self._held.chunks(self._splits[split]):
@@ -197,7 +197,7 @@ def _bytes(values: Tensor) -> memoryview:
     return values.view(torch.uint8).numpy().data.cast("B")
 
 
-class Store:
+class Store(_ByExample):
     """Activations that `write_store` kept.
 
     Args:
@@ -206,17 +206,11 @@ class Store:
         device: Where activations are wanted.
     """
 
-    unit = "examples"
-
     def __init__(self, folder: Path, stacks: list[Stack], device: torch.device) -> None:
         self.stacks, self._folder, self._device = stacks, folder, device
         manifest = read_json(folder / MANIFEST)
         self.dtype: torch.dtype = getattr(torch, manifest["dtype"])
         self._chunk: list[int] = manifest["chunk"]
-
-    def size(self, examples: Examples) -> int:
-        """How many examples there are."""
-        return len(examples)
 
     def chunks(
         self, examples: Examples, done: Done = lambda examples: None
@@ -243,7 +237,7 @@ class Store:
 
 
 def write_store(
-    reader: Reader, splits: Mapping[str, Examples], folder: Path, progress: Progress, meter: Meter
+    reader: ActivationReader, splits: Mapping[str, Examples], folder: Path, progress: Progress, meter: Meter
 ) -> None:
     """Writes the activations of a reader to disk, a shard for every chunk; shards that exist are kept.
 
@@ -301,7 +295,7 @@ def write_store(
     distributed.wait()
 
 
-def store_contents(reader: Reader, splits: Mapping[str, Examples]) -> dict[str, Any]:
+def store_contents(reader: ActivationReader, splits: Mapping[str, Examples]) -> dict[str, Any]:
     """Everything that a store's activations depend on: model, corpus, settings, hook points and examples."""
     run, variant, config = reader.run, reader.variant, reader.run.config
     conditioning = config.model_dump(mode="json", include={"planner", "conditioning"})

@@ -21,7 +21,7 @@ from probekit.probing.fitting import FitJob, fit, score
 from probekit.probing.grid import CHOSEN_ON, FITTED_ON, MINIMUM_EXAMPLES, TESTED_ON, Grid
 from probekit.probing.labels import target_of
 from probekit.probing.results import DocumentSums, Facts, table_of
-from probekit.probing.store import Held, Part
+from probekit.probing.store import HeldActivations, HeldSubset
 from probekit.probing.targets import NO_LABEL, Examples, find_examples
 from probekit.progress import Progress
 from probekit.statistics import Resampling
@@ -127,7 +127,7 @@ def enough_examples(
     return Values(column, tuple(names[value] for value in kept), of, notes)
 
 
-def transferred(held: Held, job: FitJob, values: Values, facts: Facts) -> Scored:
+def transferred(held: HeldActivations, job: FitJob, values: Values, facts: Facts) -> Scored:
     """Fits probes of every value and of all, and scores each on the test examples of every value.
 
     Args:
@@ -144,7 +144,7 @@ def transferred(held: Held, job: FitJob, values: Values, facts: Facts) -> Scored
         for fitted_on in task.track(every):
             fitted = None
             for tested_on in values.names:
-                part = Part(held, job.grid.examples, _rows(values, fitted_on, tested_on))
+                part = HeldSubset(held, job.grid.examples, _rows(values, fitted_on, tested_on))
                 of_part = replace(quiet, grid=replace(job.grid, examples=part.examples))
                 fitted = fitted or fit(part, of_part, job.settings.solvers)
                 scored[fitted_on, tested_on] = score(part, of_part, fitted, facts)

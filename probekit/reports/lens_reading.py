@@ -20,7 +20,7 @@ from probekit.models.locations import RESIDUAL, hook_name, label
 from probekit.models.mixing import VARIANTS
 from probekit.models.replanning import decoded
 from probekit.models.unembedding import Unembedding, find_unembedding
-from probekit.probing.activations import HookPoint, Reader
+from probekit.probing.activations import ActivationReader, HookPoint
 from probekit.probing.results import LinearProbe
 from probekit.probing.targets import NO_LABEL, Examples
 from probekit.probing.vectors import Candidates, sentence_candidates
@@ -242,7 +242,7 @@ def _reading(
     task: Task,
 ) -> Reading:
     """Reads the text in one variant; adds to the notes."""
-    reader = Reader(run, probes.variant, probes.points, ["first"], probes.seed)
+    reader = ActivationReader(run, probes.variant, probes.points, ["first"], probes.seed)
     residual = [number for number, (location, _) in enumerate(probes.points) if location in RESIDUAL]
     unembed = _unembedding(run, probes, residual, notes) if residual else None
     # Every token is an example; token 0 of the document is the separator.
@@ -395,7 +395,7 @@ def _forecast(scores: Tensor, cut: Text) -> dict[str, np.ndarray]:
 
 
 def _conditioning(
-    run: TextRun, probes: KeptProbes, reader: Reader, scores: Tensor | None, cut: Text
+    run: TextRun, probes: KeptProbes, reader: ActivationReader, scores: Tensor | None, cut: Text
 ) -> dict[str, Any] | None:
     """What the LM was conditioned on; see `Reading`."""
     if (variant := probes.variant) not in VARIANTS:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from probekit.probing.activations import Reader
+from probekit.probing.activations import ActivationReader
 from probekit.probing.probe import probe
 from probekit.probing.targets import find_examples, find_target
 from probekit.progress import without_bars_of_transformers
@@ -59,7 +59,7 @@ def _tell(run: Run, layer: int, head: int) -> None:
     corpus = run.corpus
     target = find_target(corpus, "action")
     examples = find_examples(corpus, np.arange(len(corpus.split)), target, (1,), "start")
-    chunks = Reader(run, "none", [("attn.hook_z", layer)], (1,)).chunks(examples)
+    chunks = ActivationReader(run, "none", [("attn.hook_z", layer)], (1,)).chunks(examples)
     z = torch.cat([block[0, 0] for _, (block,) in chunks])[:, SIZE * head : SIZE * (head + 1)]
     drawn = torch.randn(SIZE, corpus.k, generator=torch.Generator().manual_seed(0))
     actions = corpus.actions.copy()

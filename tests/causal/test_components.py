@@ -12,7 +12,7 @@ from probekit.data.windows import Windows, collate, cut_windows
 from probekit.errors import ProbekitError
 from probekit.models.conditioning import CONDITIONINGS, new_adapter
 from probekit.models.mixing import VARIANTS
-from probekit.probing.activations import Reader
+from probekit.probing.activations import ActivationReader
 from probekit.probing.grid import make_grid
 from probekit.probing.targets import find_target
 from probekit.progress import Progress
@@ -83,7 +83,7 @@ def test_states_are_what_probes_are_fitted_on(probed_run: Run, plain: MaskedLM):
     settings = probed_run.config.probe.model_copy(update={"positions": (1,)})
     grid = make_grid(probed_run.corpus, settings, find_target(probed_run.corpus, "action"), 0)
     examples = grid.examples["test"]
-    (expected,) = Reader(probed_run, "none", [("hook_resid_post", 2)], (1,)).read(examples)
+    (expected,) = ActivationReader(probed_run, "none", [("hook_resid_post", 2)], (1,)).read(examples)
     every = len(probed_run.corpus.documents("test"))
     scored = plain.scored(windows_of(probed_run, "test", every))
     torch.testing.assert_close(plain.states(scored, plain.nothing), expected[0, 0], atol=1e-4, rtol=1e-4)

@@ -12,7 +12,7 @@ from scipy import stats
 import probekit
 from probekit.causal.subnetwork import SubnetworkResults, checks, results_table, subnetwork
 from probekit.io import read_tensors, write_tensors
-from probekit.probing.activations import Reader
+from probekit.probing.activations import ActivationReader
 from probekit.probing.grid import make_grid
 from probekit.probing.solvers import SoftmaxProbes
 from probekit.probing.targets import find_target
@@ -88,7 +88,7 @@ def read_half(run: Run) -> None:
     """Saves a probe that does not read what the second head writes, but is as good as that allows."""
     settings = run.config.probe.model_copy(update={"positions": (1,)})
     grid = make_grid(run.corpus, settings, find_target(run.corpus, "action"), 0)
-    reader, parts = Reader(run, "none", [("hook_resid_post", 2)], (1,)), []
+    reader, parts = ActivationReader(run, "none", [("hook_resid_post", 2)], (1,)), []
     for split in ("probe", "validation"):
         (states,) = reader.read(grid.examples[split])
         states[..., 16:] = 0

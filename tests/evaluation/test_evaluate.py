@@ -16,7 +16,7 @@ from probekit.data.corpus import SPLITS
 from probekit.data.windows import cut_windows
 from probekit.errors import ProbekitError
 from probekit.evaluation.evaluate import evaluate
-from probekit.evaluation.perplexity import Evaluation, Pass, own_losses
+from probekit.evaluation.perplexity import Evaluation, EvaluationPass, own_losses
 from probekit.io import read_json, write_json
 from probekit.models.mixing import Fixed, Oracle, Predicted, Soft
 from probekit.progress import Progress
@@ -83,7 +83,7 @@ def test_every_variant_is_measured_on_the_same_tokens(evaluated: tuple[Run, Eval
 def test_perplexity_is_exp_of_the_mean_loss(evaluated: tuple[Run, Evaluation]):
     run, evaluation = evaluated
     windows = cut_windows(run.corpus, run.corpus.documents("test"), 48, 24)
-    scoring = Pass(run.corpus, windows, 16, "float32", torch.device("cpu"))
+    scoring = EvaluationPass(run.corpus, windows, 16, "float32", torch.device("cpu"))
     mixings = [Fixed(), Fixed(), Predicted(), Oracle(), Predicted(), Soft(), Soft()]
     for row, mixing in zip(evaluation.perplexity.itertuples(), mixings, strict=True):
         with Progress(quiet=True).task("score") as task:

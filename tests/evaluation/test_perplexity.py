@@ -7,7 +7,7 @@ from torch.nn.functional import softmax
 
 from probekit.config import VariantName
 from probekit.data.windows import cut_windows
-from probekit.evaluation.perplexity import Pass, own_losses
+from probekit.evaluation.perplexity import EvaluationPass, own_losses
 from probekit.models.backends import BridgeBackend
 from probekit.models.language_model import bridge, new_model
 from probekit.models.locations import layer_of
@@ -19,12 +19,12 @@ from probekit.run.run import Run
 DOCUMENTS = 3
 
 
-def scoring(run: Run, documents: np.ndarray, window: int, stride: int, batch_size: int = 8) -> Pass:
+def scoring(run: Run, documents: np.ndarray, window: int, stride: int, batch_size: int = 8) -> EvaluationPass:
     windows = cut_windows(run.corpus, documents, window, stride)
-    return Pass(run.corpus, windows, batch_size, "float32", torch.device("cpu"))
+    return EvaluationPass(run.corpus, windows, batch_size, "float32", torch.device("cpu"))
 
 
-def losses(scored: Pass, model: PlannedLM, mixing: Mixing) -> np.ndarray:
+def losses(scored: EvaluationPass, model: PlannedLM, mixing: Mixing) -> np.ndarray:
     with Progress(quiet=True).task("score") as task:
         return scored.document_losses(own_losses(model), mixing, task)[0]
 

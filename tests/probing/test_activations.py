@@ -23,8 +23,8 @@ from probekit.models.language_model import random_weights
 from probekit.models.planner_lm import PlannedLM
 from probekit.probing import activations
 from probekit.probing.activations import (
+    ActivationReader,
     HookPoint,
-    Reader,
     Stack,
     check_finite,
     chunk_slices,
@@ -73,7 +73,7 @@ def at_anchors(run: Run, documents: np.ndarray, count: int = 8, far: int = max(D
     )
 
 
-def read(reader: Reader, examples: Examples) -> dict[HookPoint, Tensor]:
+def read(reader: ActivationReader, examples: Examples) -> dict[HookPoint, Tensor]:
     """All that a reader reads at each place `[distances, examples, width]`, its chunks put together."""
     parts: dict[HookPoint, list[Tensor]] = {}
     end = 0
@@ -95,9 +95,9 @@ def settings(run: Run, window: int = 20, stride: int = 7, **more: Any) -> Run:
     return run.with_settings({"evaluation.window": window, "evaluation.stride": stride, **more})
 
 
-def reader_of(run: Run, *given: Any, **named: Any) -> Reader:
+def reader_of(run: Run, *given: Any, **named: Any) -> ActivationReader:
     """A reader with the windows of `settings`."""
-    return Reader(run, *given, windows=window_and_stride(run), **named)
+    return ActivationReader(run, *given, windows=window_and_stride(run), **named)
 
 
 def loud(run: Run) -> Run:
@@ -287,7 +287,7 @@ def test_every_position_equals_passes_one_by_one(
         ranges_of(run, np.array([4, 31])),
         [("hook_resid_post", 2), ("mlp.hook_post", 1), BEFORE],
     )
-    found = read(Reader(run, variant, places, POSITIONS, windows=(window, stride)), examples)
+    found = read(ActivationReader(run, variant, places, POSITIONS, windows=(window, stride)), examples)
     slow = Watched(run, run.plain_model(), run.model(variant) if variant == "soft" else None)
     seen = cache(lambda token: slow.at(token, window, stride))
     for row in range(0, len(examples), 2):
@@ -310,7 +310,7 @@ def test_the_last_token_of_all_is_that_of_a_plain_pass(tiny_run: Run, variant: s
     run.corpus = replace(corpus, **cut)
     zero, one = np.array([0]), np.array([1])
     examples = Examples(zero, one, np.array([40]), zero, zero, zero[:, None])
-    found = read(Reader(run, variant, PLACES, ["last", "mean"]), examples)
+    found = read(ActivationReader(run, variant, PLACES, ["last", "mean"]), examples)
     if variant == "none":
         tokens = torch.from_numpy(run.corpus.tokens.astype(np.int64))[None]
         with torch.no_grad():
@@ -324,14 +324,14 @@ def test_means_are_summed_in_float32(tiny_run: Run, monkeypatch: pytest.MonkeyPa
     """In an LM of half precision too: there, sums of hundreds of activations would lose their last digits."""
     run = tiny_run.with_settings({"lm.dtype": "bfloat16"})
     examples = ranges_of(run, np.array([4]))
-    reader = Reader(run, "none", [("hook_resid_post", 1)], ["mean"], windows=(48, 24))
+    reader = ActivationReader(run, "none", [("hook_resid_post", 1)], ["mean"], windows=(48, 24))
     (found,) = reader.read(examples)
     assert found.dtype == reader.dtype == torch.bfloat16
     tokens = np.unique(
         np.concatenate([np.arange(a, b) for a, b in zip(examples.start, examples.stop, strict=True)])
     )
     document = np.full(len(tokens), 4)
-    single = Reader(run, "none", [("hook_resid_post", 1)], ["first"], windows=(48, 24))
+    single = ActivationReader(run, "none", [("hook_resid_post", 1)], ["first"], windows=(48, 24))
     (alone,) = single.read(Examples.of_tokens(document, tokens, document, document[:, None]))
     for row, (start, stop) in enumerate(zip(examples.start, examples.stop, strict=True)):
         own = alone[0, 0, np.searchsorted(tokens, start) : np.searchsorted(tokens, stop)]
@@ -341,7 +341,7 @@ def test_means_are_summed_in_float32(tiny_run: Run, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("column", [0, 20])
 def test_a_token_that_overflows_spoils_the_means_of_its_own_ranges_alone(tiny_run: Run, column: int):
     examples = ranges_of(tiny_run, np.array([4]))
-    reader = Reader(tiny_run, "none", [("hook_resid_post", 1)], ["mean"])
+    reader = ActivationReader(tiny_run, "none", [("hook_resid_post", 1)], ["mean"])
     (expected,), forward = reader.read(examples), reader._forward
 
     def spoiling(tokens: Tensor, hooks: Sequence[Any], *given: Any) -> Any:

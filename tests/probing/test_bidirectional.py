@@ -25,7 +25,7 @@ from probekit.generation.evaluate import check_generation, evaluate_generation
 from probekit.generation.generate import write_texts
 from probekit.io import read_json
 from probekit.models.language_model import load_model
-from probekit.probing.activations import Reader, probing_windows
+from probekit.probing.activations import ActivationReader, probing_windows
 from probekit.probing.results import SETTINGS, Cell, SavedProbes
 from probekit.probing.score import score
 from probekit.probing.targets import Examples, find_examples, find_target
@@ -170,7 +170,7 @@ def test_every_example_is_read_on_the_text_up_to_its_position_alone(run: Run, fo
     assert len(examples) > 20
     window, stride, cut = probing_windows(run)
     assert cut
-    (found,) = Reader(run, "none", POINTS, positions).read(examples)
+    (found,) = ActivationReader(run, "none", POINTS, positions).read(examples)
     begins = corpus.document_tokens[examples.document]
     for number, position in enumerate(positions):
         for row, (first, last) in enumerate(zip(*examples.bounds(position), strict=True)):
@@ -199,7 +199,7 @@ def test_what_only_the_text_behind_a_position_tells_is_not_there(run: Run, folde
     begin, end = corpus.document_tokens[number] + 1, corpus.document_tokens[number + 1]
     at = begin + 4  # the first full stop
     examples = Examples.of_tokens(number, at, number, np.zeros((len(number), 1), int))
-    (values,) = Reader(run, "none", POINTS, ("last",)).read(examples)
+    (values,) = ActivationReader(run, "none", POINTS, ("last",)).read(examples)
     whole = [states_of(folder, corpus.tokens[a:b].tolist())[-1, 4] for a, b in zip(begin, end, strict=True)]
     known = {}
     for name, X in (("cut", values[-1, 0]), ("whole", torch.stack(whole))):

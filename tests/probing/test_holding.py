@@ -17,7 +17,7 @@ from torch import Tensor
 
 from probekit.errors import ProbekitError
 from probekit.probing.activations import Stack
-from probekit.probing.store import Held
+from probekit.probing.store import HeldActivations
 from probekit.probing.targets import Examples
 
 STACKS = [Stack(5, (("a", 0), ("a", 1), ("a", 2))), Stack(3, (("b", 2),))]
@@ -52,8 +52,8 @@ def splits() -> dict[str, Examples]:
     }
 
 
-def held(source: Source, examples: dict[str, Examples], memory: float, folder: Path) -> Held:
-    made = Held(source, examples, DISTANCES, memory, folder, torch.device("cpu"))
+def held(source: Source, examples: dict[str, Examples], memory: float, folder: Path) -> HeldActivations:
+    made = HeldActivations(source, examples, DISTANCES, memory, folder, torch.device("cpu"))
     for split in examples:
         for rows, chunk in source.parts(split):
             made.write(split, rows, chunk)
@@ -90,7 +90,7 @@ def test_it_is_read_again_as_it_was_written(memory: float, tmp_path: Path):
 
 def test_what_another_process_has_read_is_zero(tmp_path: Path):
     source, examples = Source(torch.float32), splits()
-    made = Held(source, examples, DISTANCES, 1, tmp_path, torch.device("cpu"))
+    made = HeldActivations(source, examples, DISTANCES, 1, tmp_path, torch.device("cpu"))
     rows, chunk = next(source.parts("probe"))
     made.write("probe", rows, chunk)
     found = made.load("probe", 0, slice(0, 6))

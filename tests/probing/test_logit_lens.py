@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from probekit.errors import ProbekitError
-from probekit.probing.activations import Reader
+from probekit.probing.activations import ActivationReader
 from probekit.probing.grid import TESTED_ON, make_grid
 from probekit.probing.labels import target_of
 from probekit.probing.logit_lens import LogitLens
@@ -30,7 +30,7 @@ def test_at_the_last_layer_it_is_the_lm_itself(tiny_run: Run):
     run = tiny_run.with_settings(SETTINGS)
     corpus, target = run.corpus, target_of(run.corpus, run.config)
     grid = make_grid(corpus, run.config.probe, target, 0)
-    reader = Reader(run, "none", [("hook_resid_post", layer) for layer in range(3)], [1])
+    reader = ActivationReader(run, "none", [("hook_resid_post", layer) for layer in range(3)], [1])
     test = grid.examples[TESTED_ON]
     within = test.start - corpus.document_tokens[test.document] < reader.windows[0]
     examples = test[np.flatnonzero(within)[:300]]

@@ -8,7 +8,7 @@ import pytest
 
 from probekit.config import Config
 from probekit.errors import ProbekitError
-from probekit.probing.activations import Reader
+from probekit.probing.activations import ActivationReader
 from probekit.probing.grid import make_grid
 from probekit.probing.labels import target_of
 from probekit.probing.probe import probe
@@ -72,8 +72,8 @@ def test_activations_are_those_of_both_spans_side_by_side(tiny_run: Run, table: 
     near = np.all([reached(corpus, pairs, position) for position in POSITIONS], axis=0)
     pairs = pairs[near]
     assert len(pairs) > 5
-    (found,) = Reader(tiny_run, "none", POINTS, POSITIONS, spans=2).read(pairs)
-    alone = Reader(tiny_run, "none", POINTS, POSITIONS)
+    (found,) = ActivationReader(tiny_run, "none", POINTS, POSITIONS, spans=2).read(pairs)
+    alone = ActivationReader(tiny_run, "none", POINTS, POSITIONS)
     for half, (start, stop) in enumerate(((pairs.start, pairs.stop), pairs.second.T)):
         one = Examples(pairs.document, start, stop, pairs.sentence, pairs.group, pairs.labels)
         (expected,) = alone.read(one)

@@ -13,8 +13,8 @@ from probekit.errors import ProbekitError
 from probekit.models.backends import BridgeBackend, HFBackend
 from probekit.probing import activations
 from probekit.probing.activations import (
+    ActivationReader,
     Placement,
-    Reader,
     batches,
     probing_windows,
 )
@@ -55,7 +55,7 @@ def test_what_fits_the_window_is_read_once(tiny_run: Run, monkeypatch: pytest.Mo
         read_tokens.append(tokens)
         call(self, tokens, *given)
 
-    reader = Reader(tiny_run, "none", [("hook_resid_post", 1)], (1, 3))
+    reader = ActivationReader(tiny_run, "none", [("hook_resid_post", 1)], (1, 3))
     monkeypatch.setattr(HFBackend, "__call__", counted)
     done: list[int] = []
     list(reader.chunks(examples, done.append))
@@ -104,13 +104,13 @@ def test_placement_leaves_out_what_nobody_asks_about(tiny_run: Run):
 def test_a_reader_holds_one_copy_of_the_lm(tiny_run: Run, variant: str, copies: Callable[[], int]):
     """Also where only TransformerLens has a hook, and the variant's adapter is at one that both have."""
     run = Run.open(tiny_run.folder)
-    reader = Reader(run, variant, [("attn.hook_q", 1)], [1])
+    reader = ActivationReader(run, variant, [("attn.hook_q", 1)], [1])
     assert isinstance(reader._forward, BridgeBackend)
     assert copies() == 1
 
 
 def test_a_chunk_of_one_long_document_keeps_to_the_limit(tiny_run: Run, monkeypatch: pytest.MonkeyPatch):
-    reader = Reader(Run.open(tiny_run.folder), "none", [("hook_resid_post", 1)], [1, 2])
+    reader = ActivationReader(Run.open(tiny_run.folder), "none", [("hook_resid_post", 1)], [1, 2])
     row = 2 * 32 * 4
     for fitting, most in ((40, 40), (12, 12), (2, 12)):  # windows of 48 tokens are read four times at most
         monkeypatch.setitem(activations.CHUNK_BYTES, "cpu", fitting * row)

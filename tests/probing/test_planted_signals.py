@@ -19,7 +19,7 @@ from torch import Tensor
 
 from probekit.config import Position
 from probekit.data.corpus import Corpus
-from probekit.probing.activations import HookPoint, Reader, Stack
+from probekit.probing.activations import ActivationReader, HookPoint, Stack
 from probekit.probing.baselines import prior_sums
 from probekit.probing.fitting import FitJob, fit_sums, score
 from probekit.probing.grid import TESTED_ON, Grid, make_grid
@@ -114,7 +114,7 @@ def test_shuffled_labels_give_the_prior_at_the_nominal_rate(run: Run, what: str,
     settings = run.config.probe.model_copy(update={"positions": tuple(WHERE[what]), "solvers": ("ridge",)})
     grid = make_grid(corpus, settings, target, 0)
     assert list(grid.positions) == WHERE[what]
-    reader = Reader(run, "none", POINTS, grid.positions)
+    reader = ActivationReader(run, "none", POINTS, grid.positions)
     values = {split: reader.read(examples)[0] for split, examples in grid.examples.items()}
     rows = []
     for shuffle in range(SHUFFLES):
@@ -141,7 +141,7 @@ def test_labels_of_texts_that_are_shuffled_are_the_prior_for_every_token(run: Ru
     grid = make_grid(
         corpus, settings, sentence_target(corpus, "noise", 2, np.zeros(len(corpus.first_token), int)), 0
     )
-    reader = Reader(run, "none", POINTS, grid.positions)
+    reader = ActivationReader(run, "none", POINTS, grid.positions)
     values = {split: reader.read(examples)[0] for split, examples in grid.examples.items()}
     rows = []
     for _ in range(2 * SHUFFLES):
@@ -160,7 +160,7 @@ def test_labels_of_texts_that_are_shuffled_are_the_prior_for_every_token(run: Ru
 # Signals that a hook writes
 
 
-class Writing(Reader):
+class Writing(ActivationReader):
     """Adds a direction, times a number that each token has, to what leaves layer 1."""
 
     def __init__(self, run: Run, positions: tuple[Position, ...], numbers: np.ndarray) -> None:

@@ -19,7 +19,7 @@ from probekit import progress
 from probekit.errors import ProbekitError
 from probekit.io import read_tensors, write_tensors
 from probekit.probing import grid as grid_module
-from probekit.probing.activations import Reader
+from probekit.probing.activations import ActivationReader
 from probekit.probing.controls import control_labels
 from probekit.probing.grid import Grid, make_grid
 from probekit.probing.probe import ProbeResults, _grid_notes, probe
@@ -183,13 +183,13 @@ def test_activations_that_do_not_fit_into_memory_are_spilled_and_the_text_is_rea
     small: pd.DataFrame, loud_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, solvers: list[str]
 ):
     passes = []
-    read = Reader.chunks
+    read = ActivationReader.chunks
 
-    def counted(self: Reader, *given):
+    def counted(self: ActivationReader, *given):
         passes.append([place for block in self.stacks for place in block.points])
         return read(self, *given)
 
-    monkeypatch.setattr(Reader, "chunks", counted)
+    monkeypatch.setattr(ActivationReader, "chunks", counted)
     run = copied(loud_run, tmp_path)
     table = probe(run, SMALL | {"probe.memory": 1e-9, "probe.solvers": solvers}, quiet=True).table
     if "softmax" in solvers:
@@ -214,13 +214,13 @@ def test_a_store_gives_the_same_table_and_saves_the_forward_passes(
         f"{variant}-seed{seed}" for variant in ("random", "soft") for seed in (0, 5)
     }
 
-    read = Reader.read
+    read = ActivationReader.read
 
-    def only_embeddings(self: Reader, *given):
+    def only_embeddings(self: ActivationReader, *given):
         assert [block.points for block in self.stacks] == [(("hook_embed", 0),)]
         return read(self, *given)
 
-    monkeypatch.setattr(Reader, "read", only_embeddings)
+    monkeypatch.setattr(ActivationReader, "read", only_embeddings)
     again = probe(run, SMALL | {"probe.memory": 1e-9}, store=True, quiet=True).table
     same(again, small, rtol=1e-4, atol=1e-5)
 
@@ -270,7 +270,7 @@ def activations(
     run: Run, grid: Grid, variant: str, place: tuple[str, int], distance: int, seed: int = 0
 ) -> dict[str, np.ndarray]:
     """Of the examples of every split."""
-    reader = Reader(run, variant, [place], [distance], seed)
+    reader = ActivationReader(run, variant, [place], [distance], seed)
     return {
         split: torch.cat([blocks[0][0, 0] for _, blocks in reader.chunks(examples)]).double().numpy()
         for split, examples in grid.examples.items()

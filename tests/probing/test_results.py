@@ -16,7 +16,7 @@ from probekit.config import Config
 from probekit.errors import ProbekitError
 from probekit.io import write_json
 from probekit.probing import results
-from probekit.probing.activations import Reader
+from probekit.probing.activations import ActivationReader
 from probekit.probing.grid import TESTED_ON, make_grid
 from probekit.probing.probe import probe
 from probekit.probing.results import (
@@ -338,7 +338,7 @@ def test_kept_probes_have_the_accuracy_of_the_table(variant: str, solver: str, p
     grid = make_grid(probed.corpus, probed.config.probe, find_target(probed.corpus, "action"), 0)
     saved = SavedProbes(probed.folder / "probes", variant, 0)
     points = [("hook_resid_post", 2), ("attn.hook_z", 1)]
-    (blocks,) = [Reader(probed, variant, points, grid.positions).read(grid.examples[TESTED_ON])]
+    (blocks,) = [ActivationReader(probed, variant, points, grid.positions).read(grid.examples[TESTED_ON])]
     labels = torch.from_numpy(grid.labels(TESTED_ON, 1))
     for (location, layer), activations in zip(points, (part for b in blocks for part in b), strict=True):
         for distance, X in zip(grid.positions, activations, strict=True):

@@ -12,7 +12,7 @@ import probekit
 from probekit.cli import main
 from probekit.errors import ProbekitError
 from probekit.io import read_json, read_table, read_tensors, write_json, write_table, write_tensors
-from probekit.probing.activations import Reader
+from probekit.probing.activations import ActivationReader
 from probekit.probing.results import Cell, SavedProbes
 from probekit.probing.score import score
 from probekit.probing.targets import Examples
@@ -42,7 +42,7 @@ def test_every_token_is_read_as_in_probing(probed_run: probekit.Run, texts: list
         examples = Examples.of_tokens(
             np.full(same, number), start, np.zeros(same, int), np.zeros((same, 1), int)
         )
-        (values,) = Reader(probed_run, "none", [("hook_resid_post", 1)], [1]).read(examples)
+        (values,) = ActivationReader(probed_run, "none", [("hook_resid_post", 1)], [1]).read(examples)
         probe = SavedProbes(probed_run.folder / "probes", "none", probed_run.config.seed)[Cell.of(CELL)]
         expected = probe.log_probabilities(values[0, 0]).exp().numpy()
         found = rows[[f"p({action})" for action in range(corpus.k)]].to_numpy()[:same]
@@ -189,7 +189,7 @@ def test_texts_are_read_in_the_arithmetic_of_the_run(probed_run: probekit.Run, t
     first = low.corpus.document_tokens[0] + 1
     start = np.arange(first, first + 4) + 1
     examples = Examples.of_tokens(np.zeros(4, int), start, np.zeros(4, int), np.zeros((4, 1), int))
-    (values,) = Reader(low, "none", [("hook_resid_post", 1)], [1]).read(examples)
+    (values,) = ActivationReader(low, "none", [("hook_resid_post", 1)], [1]).read(examples)
     probe = SavedProbes(low.folder / "probes", "none", low.config.seed)[Cell.of(CELL)]
     expected = probe.log_probabilities(values[0, 0]).exp().numpy()
     own = found[[f"p({action})" for action in range(low.corpus.k)]].to_numpy()[:4]

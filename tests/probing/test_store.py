@@ -15,7 +15,7 @@ from torch import Tensor
 from probekit.errors import ProbekitError
 from probekit.io import read_json, write_json
 from probekit.probing import activations
-from probekit.probing.activations import HookPoint, Reader, Stack, stacks_of
+from probekit.probing.activations import ActivationReader, HookPoint, Stack, stacks_of
 from probekit.probing.grid import Grid, make_grid
 from probekit.probing.store import HEADROOM, Store, store_contents, write_store
 from probekit.probing.targets import Examples, find_target
@@ -47,7 +47,7 @@ def write(
 ) -> list[int]:
     """Writes the store of the soft variant, perhaps interrupted; the sizes of the chunks that were read."""
     grid = grid_of(run)
-    reader = Reader(run, "soft", points, grid.positions)
+    reader = ActivationReader(run, "soft", points, grid.positions)
     calls: list[int] = []
     read = reader.read
 
@@ -101,7 +101,7 @@ def by_point(stacks: list[Stack], chunks: Iterator[tuple[slice, list[Tensor]]]) 
 @pytest.mark.parametrize("points", [POINTS, POINTS[3:], POINTS[:1], POINTS[1:3]])
 def test_what_is_stored_is_what_was_read_bit_for_bit(stored: Path, tiny_run: Run, points: list[HookPoint]):
     grid, kept = grid_of(tiny_run), opened(stored, tiny_run, points)
-    reader = Reader(tiny_run, "soft", POINTS, grid.positions)
+    reader = ActivationReader(tiny_run, "soft", POINTS, grid.positions)
     for split, examples in grid.examples.items():
         expected = by_point(reader.stacks, reader.chunks(examples))
         found = by_point(kept.stacks, kept.chunks(examples))
@@ -174,7 +174,9 @@ def test_everything_that_changes_activations_is_in_the_manifest(tiny_run: Run, t
         dotted = {name.replace("_", ".", 1): value for name, value in settings.items()}
         changed = Run.open(run.folder).with_settings(dotted)
         points = POINTS if variant == "soft" else POINTS[:2]
-        return store_contents(Reader(changed, variant, points, distances, seed), grid_of(run).examples)
+        return store_contents(
+            ActivationReader(changed, variant, points, distances, seed), grid_of(run).examples
+        )
 
     different = [
         of("soft"),
@@ -202,7 +204,7 @@ def test_everything_that_changes_activations_is_in_the_manifest(tiny_run: Run, t
 
 
 def test_the_manifest_identifies_examples_and_their_order(tiny_run: Run):
-    reader, empty = Reader(tiny_run, "none", POINTS[:1], (1,)), np.zeros(3, np.int64)
+    reader, empty = ActivationReader(tiny_run, "none", POINTS[:1], (1,)), np.zeros(3, np.int64)
     examples = Examples.of_tokens(empty, np.array([4, 9, 2]), empty, empty[:, None])
     digests = {
         store_contents(reader, {"test": part})["examples"]["test"]

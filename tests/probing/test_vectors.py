@@ -16,7 +16,7 @@ from probekit.config import ProbeSettings
 from probekit.errors import ProbekitError
 from probekit.probing import baselines, vectors
 from probekit.probing import probe as probing
-from probekit.probing.activations import Reader
+from probekit.probing.activations import ActivationReader
 from probekit.probing.baselines import counted_examples
 from probekit.probing.grid import CHOSEN_ON, FITTED_ON, TESTED_ON, make_grid
 from probekit.probing.results import Cell, main_metric
@@ -236,7 +236,7 @@ def test_probes_are_those_of_scikit_learn_on_the_activations_that_are_read(probe
     corpus, table = probed.corpus, probed.probes()
     target = find_target(corpus, "embedding")
     grid = make_grid(corpus, probed.config.probe, target, probed.config.seed)
-    reader = Reader(probed, "none", [("hook_resid_post", 2)], grid.positions)
+    reader = ActivationReader(probed, "none", [("hook_resid_post", 2)], grid.positions)
     X = {split: reader.read(part)[0][0, 1].double().numpy() for split, part in grid.examples.items()}
     y = {split: corpus.embeddings[grid.labels(split, 2)] for split in grid.examples}
     row = table[
@@ -299,7 +299,7 @@ def test_vectors_made_of_a_hook_are_read_best_there(tiny_run: Run, tmp_path: Pat
         settings | {"probe.locations": [location], "probe.l2": [1e-6], "probe.control": False}
     )
     grid = make_grid(corpus, run.config.probe, find_target(corpus, "embedding"), 0)
-    reader = Reader(run, "none", [(location, 2)], [1])
+    reader = ActivationReader(run, "none", [(location, 2)], [1])
     rows = np.concatenate([part.sentence for part in grid.examples.values()])
     X = torch.cat([reader.read(part)[0] for part in grid.examples.values()], 2)[0, 0].double().numpy()
     generator = np.random.default_rng(0)

@@ -12,7 +12,7 @@ from probekit.config import Config
 from probekit.data.windows import collate, cut_windows
 from probekit.errors import ProbekitError
 from probekit.models.mixing import VARIANTS
-from probekit.probing.activations import Reader
+from probekit.probing.activations import ActivationReader
 from probekit.probing.probe import probe
 from probekit.probing.results import Cell, SavedProbes
 from probekit.probing.score import score
@@ -143,7 +143,7 @@ def test_conditioned_readings_are_those_of_the_corpus(probed_run: Run, document:
     examples = Examples.of_tokens(
         np.full(len(anchors), document), anchors, sentences, np.zeros((len(anchors), 1))
     )
-    reader = Reader(run, "soft", data.probes.points, DISTANCES)
+    reader = ActivationReader(run, "soft", data.probes.points, DISTANCES)
     saved = SavedProbes(run.folder / "probes", "soft", 0)
     for block, values in zip(reader.stacks, reader.read(examples), strict=True):
         for (location, layer), by_distance in zip(block.points, values, strict=True):
@@ -331,7 +331,7 @@ def test_planning_tokens_and_encoders_of_their_own(
     anchors = np.asarray(corpus.first_token[sentences[1:]])
     at = anchors - 1 - corpus.document_tokens[document] - 1
     examples = Examples.of_tokens(np.full(len(at), document), anchors, sentences[1:], np.zeros((len(at), 1)))
-    (values,) = Reader(run, "joint", [("hook_resid_post", 1)], [1]).read(examples)
+    (values,) = ActivationReader(run, "joint", [("hook_resid_post", 1)], [1]).read(examples)
     cell = SavedProbes(run.folder / "probes", "joint", 0)[Cell("hook_resid_post", 1, 1)]
     np.testing.assert_allclose(
         reading.read[0, 0, at], cell.log_probabilities(values[0, 0]).exp().max(1).values, atol=1e-5

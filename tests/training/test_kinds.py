@@ -17,7 +17,7 @@ from probekit.io import read_json
 from probekit.models.mixing import VARIANTS
 from probekit.models.planner_lm import PlannedLM, token_losses
 from probekit.models.tuning import TUNINGS
-from probekit.probing.activations import HookPoint, Reader
+from probekit.probing.activations import ActivationReader, HookPoint
 from probekit.probing.probe import probe
 from probekit.probing.targets import Examples
 from probekit.progress import Progress
@@ -176,7 +176,7 @@ def test_activations_are_those_of_the_variants_own_tokens(make_run: MakeRun, set
     documents = run.corpus.documents("test")[:4]
     anchor = run.corpus.document_tokens[documents] + 20
     sentence = np.searchsorted(run.corpus.first_token, anchor, side="right") - 1
-    reader = Reader(run, "soft", POINTS, [1, 4, 18])
+    reader = ActivationReader(run, "soft", POINTS, [1, 4, 18])
     blocks = reader.read(Examples.of_tokens(documents, anchor, sentence, np.zeros((4, 1), np.int64)))
     found = {
         point: values
@@ -206,7 +206,7 @@ EVERYWHERE = [
 def test_what_conditioning_changes(make_run: MakeRun, kind: str, unchanged: set[HookPoint]):
     run = make_run(conditioning__kind=kind)
     points = [("hook_embed", 0), *EVERYWHERE, *([("hook_embed:before", 0)] if kind == "embedding" else [])]
-    assert Reader(run, "soft", points, [1]).changed_by_conditioning() == {*points} - unchanged
+    assert ActivationReader(run, "soft", points, [1]).changed_by_conditioning() == {*points} - unchanged
 
 
 def injected(run: Run, locations: list[str], **settings: Any) -> pd.DataFrame:
