@@ -250,8 +250,8 @@ class MaskedLM(VariantLM):
     @torch.no_grad()
     def states(self, scored: ScoredWindows, removed: Tensor) -> Tensor:
         """The activations that the final-layer probe reads alone `[sentences, width]`, without logits."""
-        hooks, readers, states = self._hooks(scored, removed)
-        self.run_hooks(scored.read, hooks, readers)
+        hooks, reads, states = self._hooks(scored, removed)
+        self.run_hooks(scored.read, hooks, reads)
         return states[0]
 
     def label_log_probabilities(self, states: Tensor) -> Tensor:
@@ -266,8 +266,8 @@ class MaskedLM(VariantLM):
         def keep_states(activation: Tensor, hook: object = None) -> None:
             states.append(activation.flatten(2)[scored.first].float())
 
-        hooks, readers = self.components.removing(scored.read.hooks, removed, self.means)
-        return [*hooks, (self.probe_hook, keep_states)], readers + 1, states
+        hooks, reads = self.components.removing(scored.read.hooks, removed, self.means)
+        return [*hooks, (self.probe_hook, keep_states)], reads + 1, states
 
     @torch.no_grad()
     def measure_means(self, windows: Windows, batch_size: int, progress: Progress) -> None:
@@ -285,8 +285,8 @@ class MaskedLM(VariantLM):
                         totals = [old + new for old, new in zip(sums[hook.name], totals, strict=True)]
                     sums[hook.name] = totals[0], totals[1]
 
-                hooks, readers = self.components.hooked(scored.read.hooks, add)
-                self.run_hooks(scored.read, hooks, readers + len(self.components.hooks))
+                hooks, reads = self.components.hooked(scored.read.hooks, add)
+                self.run_hooks(scored.read, hooks, reads + len(self.components.hooks))
                 tokens += int(counted.sum())
                 task.advance(len(counted))
         self.means = {

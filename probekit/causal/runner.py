@@ -122,10 +122,10 @@ class VariantLM:
             logits = self.backend.logits(read.tokens, hooks, read.positions)
         return logits if read.slots is None else read.slots.predictions(logits)
 
-    def run_hooks(self, read: Conditioned, hooks: Sequence[Hook], readers: int) -> None:
-        """Runs a forward pass up to the last of the `readers` hooks that change nothing; makes no logits."""
+    def run_hooks(self, read: Conditioned, hooks: Sequence[Hook], reads: int) -> None:
+        """Runs a forward pass up to the last of the `reads` hooks that change nothing; makes no logits."""
         with self.autocast():
-            self.backend(read.tokens, hooks, readers, read.positions)
+            self.backend(read.tokens, hooks, reads, read.positions)
 
     def autocast(self) -> AbstractContextManager[None]:
         """The precision of forward passes."""

@@ -187,8 +187,9 @@ def _count_distinct(embeddings: np.ndarray, enough: int) -> int:
     """The number of distinct embeddings, exact only below `enough`, so that memory stays bounded."""
     seen: set[bytes] = set()
     for _, block in _blocks(embeddings):
-        if len(seen) < enough:
-            seen.update(row.tobytes() for row in block + 0.0)  # + 0.0 turns -0.0 into 0.0
+        seen.update(row.tobytes() for row in block + 0.0)  # + 0.0 turns -0.0 into 0.0
+        if len(seen) >= enough:
+            break
     return len(seen)
 
 

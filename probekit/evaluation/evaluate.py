@@ -39,7 +39,7 @@ from probekit.evaluation.perplexity import (
     scoring_pass,
     source_of_actions,
 )
-from probekit.models.depth_ensemble import MEMBERS, reader_losses
+from probekit.models.depth_ensemble import MEMBERS, layer_losses
 from probekit.models.mixing import VARIANTS, Fixed, Mixing, Oracle
 from probekit.models.planner_lm import PlannedLM
 from probekit.models.pretrained import dtype_name
@@ -121,7 +121,7 @@ def _readers(run: Run, name: ModelName, model: PlannedLM) -> tuple[Parts, TokenL
     def losses(batch: Batch, mixing: Mixing) -> Tensor:
         scored = batch.targets != IGNORE
         hidden = {hook: h[scored] for hook, h in model.late_hidden(batch, mixing).items()}
-        found = reader_losses(head, depth(hidden), batch.targets[scored])
+        found = layer_losses(head, depth(hidden), batch.targets[scored])
         placed = torch.zeros(len(found), *scored.shape, device=found.device)
         placed[:, scored] = found
         return placed

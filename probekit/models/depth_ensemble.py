@@ -149,9 +149,9 @@ class DepthEnsemble(nn.Module):
         def mix(activation: Tensor, hook: Any = None) -> Tensor:
             return self(hidden).mixed.to(activation.dtype)
 
-        return [*self.readers(hidden), (NORM_OUT, mix)]
+        return [*self.reading_hooks(hidden), (NORM_OUT, mix)]
 
-    def readers(self, hidden: dict[str, Tensor]) -> list[Hook]:
+    def reading_hooks(self, hidden: dict[str, Tensor]) -> list[Hook]:
         """Hooks that put the activations that `forward` needs into a dictionary."""
 
         def reader(name: str) -> Hook:
@@ -277,7 +277,7 @@ def _distillation(logits: Tensor, settings: DistillationSettings) -> Tensor:
     return (p.exp() * (p - q)).sum()
 
 
-def reader_losses(head: nn.Module, late: LateLayers, targets: Tensor, *, logits: int = LOGITS) -> Tensor:
+def layer_losses(head: nn.Module, late: LateLayers, targets: Tensor, *, logits: int = LOGITS) -> Tensor:
     """Next-token losses of the ensemble and of every layer, in nats `[1 + layers, tokens]`.
 
     Args:
@@ -286,13 +286,13 @@ def reader_losses(head: nn.Module, late: LateLayers, targets: Tensor, *, logits:
         targets: The next tokens `[tokens]`.
         logits: Most logits in memory at once.
     """
-    readers = torch.cat([late.mixed[None], late.states])
-    losses = torch.empty(readers.shape[:2], device=targets.device)
-    at_once = max(1, logits // (_vocabulary(head) * len(readers)))
+    states = torch.cat([late.mixed[None], late.states])
+    losses = torch.empty(states.shape[:2], device=targets.device)
+    at_once = max(1, logits // (_vocabulary(head) * len(states)))
     for start in range(0, len(targets), at_once):
         part = slice(start, start + at_once)
-        found = _logits(readers[:, part].flatten(0, 1), tuple(head.parameters()))
-        wanted = targets[part].expand(len(readers), -1)
+        found = _logits(states[:, part].flatten(0, 1), tuple(head.parameters()))
+        wanted = targets[part].expand(len(states), -1)
         losses[:, part] = F.cross_entropy(found, wanted.flatten(), reduction="none").view_as(wanted)
     return losses
 

@@ -107,8 +107,8 @@ class PlannedLM(nn.Module):
         assert self.depth is not None  # noqa: S101 - only ensembles are asked
         read = self._planned(batch, mixing, scores)
         hidden: dict[str, Tensor] = {}
-        readers = self.depth.readers(hidden)
-        self.backend(read.tokens, [*read.hooks, *readers], len(readers), read.positions)
+        reading = self.depth.reading_hooks(hidden)
+        self.backend(read.tokens, [*read.hooks, *reading], len(reading), read.positions)
         if read.slots is None:
             return hidden
         return {name: read.slots.predictions(activation) for name, activation in hidden.items()}

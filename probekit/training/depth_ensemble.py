@@ -18,8 +18,8 @@ from probekit.models.depth_ensemble import (
     DepthEnsemble,
     DepthLoss,
     LateLayers,
+    layer_losses,
     new_ensemble,
-    reader_losses,
 )
 from probekit.models.frozen_lm import FrozenLM
 from probekit.models.mixing import evaluation_mixing
@@ -122,7 +122,7 @@ class DepthTraining:
         batch = self._batch(self._train[rows])
         with self._trainer.autocast():
             late, targets = self._scored(batch, training=True)
-            losses = reader_losses(self._head, late, targets).mean(dim=1)
+            losses = layer_losses(self._head, late, targets).mean(dim=1)
         found: dict[str, Any] = {"ensemble_loss": losses[0].item()}
         if (count := len(self.ensemble.layers)) > 1:
             entropy = torch.special.entr(late.weights).sum(dim=-1).mean().item()

@@ -20,8 +20,8 @@ from probekit.models.depth_ensemble import (
     LateLayers,
     chunked_sum,
     final_norm,
+    layer_losses,
     new_ensemble,
-    reader_losses,
 )
 from probekit.models.frozen_lm import FrozenLM
 from probekit.models.language_model import load_model
@@ -282,7 +282,7 @@ def test_one_layer_is_not_distilled():
 @pytest.mark.parametrize("at_once", [1, 10**9])
 def test_readers_are_the_ensemble_and_its_layers(at_once: int):
     head, leaves, targets = parts()
-    found = reader_losses(head, late(leaves), targets, logits=at_once)
+    found = layer_losses(head, late(leaves), targets, logits=at_once)
     for reader, state in zip(found, [late(leaves).mixed, *leaves["states"]], strict=True):
         each = [-math.log(F.softmax(head(s), -1)[t].item()) for s, t in zip(state, targets, strict=True)]
         assert reader.tolist() == pytest.approx(each, rel=1e-5)
