@@ -72,14 +72,15 @@ def position_ceiling(
     A word of which only some tokens are read is evidence by the probability of all words whose tokens begin
     with those, and so is a word that is read whole while no token after it is. The number of words of a
     sentence does not depend on its action, so the full stop is no evidence, and neither is the line break
-    after an example, which has a known number of sentences.
+    after an example, which has a known number of sentences. A space that is a token of its own, as before a
+    rare capital, is evidence of the next sentence's first word, and so of the sentence before.
 
     Args:
         config: Settings of a planted corpus.
         corpus: The built corpus.
         positions: Where reading ends, in `corpus.tokens` `[rows]`. At a separator nothing is read.
         sentences: Numbers of the sentences whose actions are predicted `[rows]`, each in the document of its
-            position and none before the sentence that holds the position.
+            position and none that ends before the position, but for white space.
 
     Returns:
         Log-probabilities in nats, `[rows, actions]`.
@@ -95,9 +96,17 @@ def position_ceiling(
 
     beginning = corpus.document_tokens[documents[document]] + 1
     unit = np.searchsorted(units.start, np.maximum(positions, beginning), side="right") - 1
+    own = sentences - corpus.document_sentences[documents[document]]
+    ended = np.flatnonzero(
+        (units.sentence[unit] == own + 1)
+        & (units.document[unit] == document)
+        & (positions < corpus.first_token[np.minimum(sentences + 1, len(corpus.first_token) - 1)])
+    )
+    space = forms.log_likelihood(units.form[unit[ended]], positions[ended] - units.start[unit[ended]] + 1)
+    unit[ended] -= 1  # the full stop
     read = positions - units.start[unit] + 1  # tokens of the unit; none at the separator
     sentence = units.sentence[unit]
-    ahead = sentences - corpus.document_sentences[documents[document]] - sentence
+    ahead = own - sentence
     wrong = (positions < beginning - 1) | (units.document[unit] != document) | (ahead < 0)
     if wrong.any():
         row = int(wrong.argmax())
@@ -116,6 +125,10 @@ def position_ceiling(
             log_likelihood[rows] += log_emission[units.form[first[rows] + word] % len(model.words)]
         last = np.flatnonzero((read > 0) & (units.form[unit] < forms.stop))
         log_likelihood[last] += forms.log_likelihood(units.form[unit[last]], read[last])
+        if len(ended):
+            following = np.stack([model.step(s) for s in sentence[ended].tolist()], axis=1)
+            log_likelihood = np.repeat(log_likelihood[None], len(model.prior), axis=0)
+            log_likelihood[:, ended] += np.log(np.einsum("trab,rb->tra", following, np.exp(space)))
         return np.log(posterior_at(model, words, document, sentence, log_likelihood, ahead))
 
 

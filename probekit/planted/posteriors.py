@@ -92,7 +92,8 @@ def posterior_at(
         documents: The sentences' word ids, for each document.
         document: Position in `documents`, for each row, [rows].
         sentence: The sentence that is partly read, counted from 0 in its document, [rows].
-        log_likelihood: Of what was read of that sentence under each action, in nats, [rows, actions].
+        log_likelihood: Of what was read of that sentence under each action, in nats, [rows, actions]; with
+            what was read after it, under each type too, [types, rows, actions].
         ahead: Sentences from that one to the one whose action is predicted, 0 for its own, [rows].
 
     Returns:
@@ -110,7 +111,7 @@ def posterior_at(
             for n in np.unique(ahead[here]).tolist():
                 rows, place = here[ahead[here] == n], 0 if model.example is None else j % model.example
                 for part in np.split(rows, range(BATCH, len(rows), BATCH)):
-                    joint = log_joint[:, document[part] - first] + log_likelihood[part]
+                    joint = log_joint[:, document[part] - first] + log_likelihood[..., part, :]
                     _check_possible(joint, j, document[part])
                     posterior[part] = _marginal(joint, steps(place, n))
     return posterior

@@ -101,12 +101,12 @@ def enumerated(
 
     posterior = np.zeros(planted.actions)
     for z in range(planted.types):
-        for path in itertools.product(range(planted.actions), repeat=target + 1):
+        for path in itertools.product(range(planted.actions), repeat=max(target, sentence) + 1):
             p = model.prior[z] * model.initial[z, path[0]]
             for place, (one, next_one) in enumerate(itertools.pairwise(path), 1):
                 anew = planted.examples > 1 and place % planted.sentences[0] == 0
                 p *= model.initial[z, next_one] if anew else model.transition[z, one, next_one]
-            posterior[path[-1]] += p * likelihood[range(sentence + 1), path[: sentence + 1]].prod()
+            posterior[path[target]] += p * likelihood[range(sentence + 1), path[: sentence + 1]].prod()
     return posterior / posterior.sum()
 
 
@@ -120,7 +120,7 @@ def test_position_ceiling_equals_enumeration(vocabulary: int, seed: int, example
         changes |= {"corpus.planted.examples": examples, "corpus.planted.sentences": (2, 2)}
     config, corpus = built(tmp_path, **changes)
     model = PlantedModel.draw(config.corpus.planted)
-    rows = []
+    rows, ended = [], []
     for document in (2, 9):
         sentences = corpus.sentences(np.array([document]))
         starts = corpus.first_token[sentences]
@@ -130,7 +130,10 @@ def test_position_ceiling_equals_enumeration(vocabulary: int, seed: int, example
             alone = not corpus.tokenizer.decode([corpus.tokens[position]]).strip()
             holds = int(np.searchsorted(starts, position + alone, side="right")) - 1
             rows += [(document, position, target) for target in range(holds, len(sentences))]
-    rows = [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))[:60]]
+            if position < starts[holds]:  # and it is the last token of the sentence before
+                ended.append((document, position, holds - 1))
+    rows = [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))[:60]] + ended
+    assert ended or vocabulary == 400
     document, position, target = np.array(rows).T
     found = position_ceiling(config, corpus, position, corpus.document_sentences[document] + target)
     for row, log_probabilities in zip(rows, found, strict=True):
@@ -167,7 +170,7 @@ def test_at_a_separator_nothing_is_read(planted: tuple[Config, Corpus]):
     model = PlantedModel.draw(config.corpus.planted)
     first = corpus.document_sentences[7:9]
     found = position_ceiling(
-        config, corpus, corpus.document_tokens[[7, 8, 8]], [first[0], first[1], first[1] + 1]
+        config, corpus, corpus.document_tokens[[7, 8, 8]], np.array([first[0], first[1], first[1] + 1])
     )
     start = model.prior @ model.initial
     after = model.prior @ np.einsum("za,zab->zb", model.initial, model.transition)
@@ -217,11 +220,11 @@ def test_positions_that_no_ceiling_is_for_are_refused(
     if offset == 9:
         position = corpus.first_token[corpus.document_sentences[5] + 2]
     with pytest.raises(ProbekitError, match=f"position {position} is not in the document of sentence"):
-        position_ceiling(config, corpus, [position], [corpus.document_sentences[5] + sentence])
+        position_ceiling(config, corpus, np.array([position]), corpus.document_sentences[[5]] + sentence)
 
 
 def test_other_planted_settings_are_refused(planted: tuple[Config, Corpus]):
     config, corpus = planted
     other = config.override({"corpus.planted.seed": 1})
     with pytest.raises(ProbekitError, match=r"corpus\.planted settings"):
-        position_ceiling(other, corpus, corpus.first_token[[4]] - 1, [4])
+        position_ceiling(other, corpus, corpus.first_token[[4]] - 1, np.array([4]))
