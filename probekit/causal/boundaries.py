@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from probekit.causal.runner import FinalProbe, VariantLM
+from probekit.causal.variant_lm import FinalProbe, VariantLM
 from probekit.config import VariantName
 from probekit.data.corpus import Corpus
 from probekit.data.windows import Batch, Windows
@@ -19,7 +19,7 @@ from probekit.models.backends import Hook
 from probekit.models.conditioning import Conditioned
 from probekit.models.locations import hook_name
 from probekit.models.mixing import Fixed, Mixing, Uniform
-from probekit.models.planner_lm import token_losses
+from probekit.models.planned_lm import token_losses
 from probekit.probing.activations import HookPoint
 from probekit.probing.targets import NO_LABEL
 from probekit.run.run import Run
@@ -71,7 +71,7 @@ def draw_boundaries(
         window: Tokens that the LM reads at once.
         reach: Tokens that are needed before the boundary.
         seed: Of both draws.
-        setting: What to lower where no document has such a boundary.
+        setting: What to lower where the window is too short or no document has such a boundary.
 
     Raises:
         ProbekitError: `reach` exceeds the window, or no document has such a boundary.
@@ -81,7 +81,7 @@ def draw_boundaries(
     )  # the first token of a window gives way to the separator
     if room > window:
         raise ProbekitError(
-            f"intervene.distances has {reach}, but the LM reads {window} tokens at once (evaluation.window); "
+            f"{setting} has {reach}, but the LM reads {window} tokens at once (evaluation.window); "
             f"give at most {window - (room - reach)}"
         )
     generator = np.random.default_rng(seed)

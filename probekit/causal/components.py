@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from probekit.causal.runner import VariantLM
+from probekit.causal.variant_lm import VariantLM
 from probekit.config import VariantName
 from probekit.data.windows import IGNORE, Batch, Windows, chunks
 from probekit.errors import ProbekitError

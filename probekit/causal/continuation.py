@@ -19,10 +19,11 @@ from torch import Tensor
 
 from probekit.causal.boundaries import draw_boundaries
 from probekit.causal.intervene import metric_rows
-from probekit.causal.runner import MetricSums, write_results
+from probekit.causal.variant_lm import MetricSums, write_results
 from probekit.data.encoders import WORD, SentenceEncoder
 from probekit.data.sentences import sentence_spans
 from probekit.data.special_tokens import drawable_ids
+from probekit.data.tokenizer import decoded
 from probekit.distributed import autocast
 from probekit.errors import ProbekitError
 from probekit.generation.generate import draw, reading_window, without_others
@@ -32,7 +33,6 @@ from probekit.models.conditioning import Conditioned
 from probekit.models.decoding import GrowingText, MoreHooks, new_decoder
 from probekit.models.locations import at_layers, hook_name
 from probekit.models.planner import TrainableEncoder
-from probekit.models.replanning import decoded
 from probekit.planted.ceilings import has_ceiling, position_ceiling
 from probekit.probing.activations import ActivationReader
 from probekit.probing.results import Cell, SavedProbes, read_probe_record

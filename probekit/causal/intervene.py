@@ -25,7 +25,7 @@ from probekit.causal.changes import (
     steering,
 )
 from probekit.causal.erasure import RandomErasers, erasure_accuracies, inlp, leace, read_moments
-from probekit.causal.runner import (
+from probekit.causal.variant_lm import (
     FINAL_LOCATION,
     MetricSums,
     final_layer_probe,

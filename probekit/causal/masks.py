@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from probekit.causal.components import Component, MaskedLM, ScoredWindows
-from probekit.causal.runner import MetricSums
+from probekit.causal.variant_lm import MetricSums
 from probekit.config import ProbeSettings, SubnetworkSettings
 from probekit.data.windows import Windows, chunks
-from probekit.models.planner_lm import token_losses
+from probekit.models.planned_lm import token_losses
 from probekit.probing.solvers import SoftmaxProbes
 from probekit.progress import Task
 
@@ -25,13 +25,13 @@ TEMPERATURE = 2 / 3
 """Of that sigmoid: low enough for most draws to be near 0 or 1, high enough for a gradient."""
 
 START = -2.0
-"""Initial log alpha: little is removed, but every component is now and then."""
+"""Initial log alpha: little is removed, but each component in some draws, so that it has a gradient."""
 
 BATCH_SIZE = 16
 """Windows in each step of learning a mask."""
 
 REMOVED = 0.5
-"""A component is removed if at least so much of it is without noise."""
+"""A component is removed if at least so much of it is removed where nothing is drawn."""
 
 
 def draw_removal(log_alpha: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -45,7 +45,7 @@ def draw_removal(log_alpha: Tensor, count: int, generator: torch.Generator) -> T
 
 
 def hard_sigmoid(scores: Tensor) -> Tensor:
-    """The stretched and clamped sigmoid; of log alpha, how much is removed without noise."""
+    """The stretched and clamped sigmoid; of log alpha, how much is removed where nothing is drawn."""
     return (LOW + (HIGH - LOW) * scores.sigmoid()).clamp(0.0, 1.0)
 
 

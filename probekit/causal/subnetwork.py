@@ -27,7 +27,7 @@ from probekit.causal.masks import (
     probe_metrics,
     refit_probes,
 )
-from probekit.causal.runner import MetricSums, open_run, write_results
+from probekit.causal.variant_lm import MetricSums, open_run, write_results
 from probekit.data.windows import Windows, chunks, cut_windows
 from probekit.errors import ProbekitError
 from probekit.evaluation.action_metrics import prior_log_probabilities

@@ -16,12 +16,12 @@ from probekit.config import GenerationSettings
 from probekit.data.corpus import Corpus
 from probekit.data.encoders import WORD
 from probekit.data.special_tokens import drawable_ids
+from probekit.data.tokenizer import decoded
 from probekit.errors import ProbekitError
-from probekit.evaluation.action_metrics import NO_ACTION
 from probekit.generation.generate import draw, without_others
 from probekit.generation.metrics import Labeller
 from probekit.models.decoding import GrowingText, new_decoder
-from probekit.models.replanning import GenerationState, decoded
+from probekit.models.generation_state import GenerationState
 from probekit.probing.targets import NO_LABEL
 
 MAX_TOKENS = 24
@@ -63,11 +63,11 @@ class Judge:
         )
 
     def __call__(self, sentences: Sequence[str]) -> np.ndarray:
-        """The label of each sentence, `NO_ACTION` for one without a word `[sentences]`."""
+        """The label of each sentence, `NO_LABEL` for one without a word `[sentences]`."""
         if not sentences:
             return np.zeros(0, np.int64)
         found: np.ndarray = self._pipeline.predict(sentences)
-        return np.where([bool(WORD.search(text)) for text in sentences], found, NO_ACTION)
+        return np.where([bool(WORD.search(text)) for text in sentences], found, NO_LABEL)
 
 
 def _labelled(corpus: Corpus, labels: np.ndarray, split: str) -> tuple[list[str], np.ndarray]:
@@ -98,7 +98,7 @@ class SentenceWriter:
         self._drawable = torch.from_numpy(drawable_ids(lm.run.corpus.tokenizer))
 
     def labels(self, edit: Edit | None = None) -> np.ndarray:
-        """The label of the sentence written at each boundary `[boundaries]`, or `NO_ACTION` if it is blank.
+        """The label of the sentence written at each boundary `[boundaries]`, or `NO_LABEL` if it is blank.
 
         An action is that of the nearest centroid; other labels are what the judge says.
         """
@@ -107,7 +107,7 @@ class SentenceWriter:
             return self.judge([decoded(self._run.corpus.tokenizer, text.tolist()) for text in written])
         contexts = [self.context(row) for row in self._rows.tolist()]
         cut = Labeller(self._run).cut(written, [self.max_tokens], contexts)[self.max_tokens]
-        return np.array([own[0] if len(own) else NO_ACTION for own in cut.actions], np.int64)
+        return np.array([own[0] if len(own) else NO_LABEL for own in cut.actions], np.int64)
 
     def context(self, row: int) -> np.ndarray:
         """The tokens of a boundary's window before it, without the separator."""

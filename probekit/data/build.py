@@ -23,7 +23,7 @@ from probekit.data.encoders import EMBEDDED_AT_ONCE, PretrainedEncoder, TfidfEnc
 from probekit.data.readers import write_documents
 from probekit.data.sentences import sentences_of_batch, tokenize_batch
 from probekit.data.special_tokens import bos_rule_for, bos_rule_of_chats, separator_id
-from probekit.data.splits import group_documents, grouped, split_documents
+from probekit.data.splits import group_documents, group_note, split_documents
 from probekit.data.tokenizer import pretrained_tokenizer, train_tokenizer, vocabulary_size
 from probekit.errors import ProbekitError
 from probekit.io import ArrayAppender, atomic_folder, read_array, write_array, write_json
@@ -86,7 +86,7 @@ def write_corpus(config: Config, folder: Path, progress: Progress, device: str =
                 "leave some, or give lm.name and actions.labels none"
             )
         facts |= {"actions": with_actions, "groups": len(np.unique(group))}
-        if line := grouped(facts["groups"], len(documents)):
+        if line := group_note(facts["groups"], len(documents)):
             progress.say(line)
         processes = joblib.cpu_count() if characters >= MANY_CHARACTERS else 1
 

@@ -150,7 +150,7 @@ class Corpus:
         """Numbers of the documents of a split, in order."""
         return np.flatnonzero(self.split == SPLITS.index(split))
 
-    def groups(self, split: str) -> int:
+    def group_count(self, split: str) -> int:
         """Number of groups of documents in a split."""
         return len(np.unique(self.group[self.documents(split)]))
 

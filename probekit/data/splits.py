@@ -164,8 +164,8 @@ def _given_splits(
     return given[named_by[group]].astype(np.uint8)
 
 
-def grouped(groups: int, documents: int) -> str | None:
-    """One line on documents that are fewer groups; None where each is a group."""
+def group_note(groups: int, documents: int) -> str | None:
+    """A line for the user where some documents share a group, else None."""
     if groups == documents:
         return None
     return (

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from probekit.config import LanguageModelSettings
 from probekit.data import hub
@@ -67,6 +69,16 @@ def pretrained_tokenizer(settings: LanguageModelSettings) -> PreTrainedTokenizer
     assert settings.name is not None  # noqa: S101 - for mypy; callers check it
     source = hub.find(settings.name, setting="lm.name", revision=settings.revision)
     return _load(source, settings.trust_remote_code)
+
+
+def encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text without special tokens; one that is written out in the text is plain text."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int] | np.ndarray) -> str:
+    """The text that tokens stand for, whatever they are."""
+    return str(tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:

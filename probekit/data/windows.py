@@ -1,6 +1,6 @@
 """Windows of tokens, and batches of them with sentences and actions.
 
-Whether a beginning-of-sequence token stands before a window is decided in `tokenizer`.
+`special_tokens.bos_rule_for` decides where an LM reads a beginning-of-sequence token; it is put there here.
 """
 
 from __future__ import annotations

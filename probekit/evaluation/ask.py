@@ -32,7 +32,7 @@ from probekit.models.compression import compressed
 from probekit.models.decoding import GrowingText
 from probekit.models.hook_points import small_lm
 from probekit.models.language_model import is_placed, load_model, longest_window, random_weights
-from probekit.models.planner_lm import PlannedLM
+from probekit.models.planned_lm import PlannedLM
 from probekit.models.pretrained import check_tokenizer, check_weights, dtype_name, dtype_of, load_config
 from probekit.models.revisions import at_revision
 from probekit.progress import Progress

@@ -41,7 +41,7 @@ from probekit.evaluation.perplexity import (
 )
 from probekit.models.depth_ensemble import MEMBERS, layer_losses
 from probekit.models.mixing import VARIANTS, Fixed, Mixing, Oracle
-from probekit.models.planner_lm import PlannedLM
+from probekit.models.planned_lm import PlannedLM
 from probekit.models.pretrained import dtype_name
 from probekit.progress import Progress
 from probekit.run.run import Run
@@ -86,10 +86,10 @@ def evaluate_ensembles(run: Run, progress: Progress) -> Evaluation:
                 right = solved(choice_losses(run, name, questions, token_losses, task), questions)
             answered |= dict(zip(own, right, strict=True))
 
-    resampled, tokens = scoring.by_group(losses)
-    whole = {key: sums for key, sums in resampled.items() if parts[key[0]][1] is None}
+    losses_by_group, tokens = scoring.by_group(losses)
+    whole = {key: sums for key, sums in losses_by_group.items() if parts[key[0]][1] is None}
     evaluation = Evaluation(
-        _with_parts(perplexity_table(config, resampled, tokens), parts),
+        _with_parts(perplexity_table(config, losses_by_group, tokens), parts),
         differences_table(config, whole, tokens),
         losses_table(losses, scoring),
         evaluation_record(config),
@@ -217,13 +217,14 @@ def _evaluate_planners(run: Run, progress: Progress) -> Evaluation:
             read = replace(scoring, corpus=run.corpus_of(variant))
             model = run.model(variant)
             (losses[variant, actions],) = read.document_losses(own_losses(model), mixing, task)
-    resampled, planner = scoring.by_group(losses), None
+    losses_by_group, tokens = scoring.by_group(losses)
+    planner = None
     if run.finished("planner"):
         with progress.task("evaluate planners"):
             planner = _planner_table(run)
     return Evaluation(
-        perplexity_table(run.config, *resampled),
-        differences_table(run.config, *resampled),
+        perplexity_table(run.config, losses_by_group, tokens),
+        differences_table(run.config, losses_by_group, tokens),
         losses_table(losses, scoring),
         evaluation_record(run.config),
         planner=planner,

@@ -22,13 +22,14 @@ from torch import Tensor
 
 from probekit.config import BosRule, ModelName, user_path
 from probekit.data.corpus import Corpus
+from probekit.data.tokenizer import decoded, encoded
 from probekit.data.windows import IGNORE, Batch
 from probekit.distributed import autocast
 from probekit.errors import ProbekitError
 from probekit.evaluation.perplexity import TokenLosses, window_and_stride
 from probekit.models.decoding import GrowingText, read_windows
+from probekit.models.generation_state import Constant, GenerationState, conditioner_of
 from probekit.models.mixing import Mixing, Precomputed
-from probekit.models.replanning import Constant, GenerationState, conditioner_of, decoded, encoded
 from probekit.progress import Task
 from probekit.run.run import Run
 

@@ -20,7 +20,7 @@ from probekit.errors import ProbekitError
 from probekit.io import write_json, write_table
 from probekit.models.language_model import longest_window
 from probekit.models.mixing import VARIANTS, Mixing, evaluation_mixing
-from probekit.models.planner_lm import PlannedLM, token_losses
+from probekit.models.planned_lm import PlannedLM, token_losses
 from probekit.progress import Task
 from probekit.run.run import Run
 from probekit.statistics import Resampling, bootstrap_ratio, paired_difference, sum_groups

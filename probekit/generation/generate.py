@@ -26,9 +26,9 @@ from probekit.errors import ProbekitError
 from probekit.generation.prompts import Plan, Prompt, document_prompts, planned_prompts, text_prompt
 from probekit.io import write_text
 from probekit.models.decoding import new_decoder
+from probekit.models.generation_state import Conditioner, GenerationState, conditioner_of
 from probekit.models.language_model import longest_window
 from probekit.models.mixing import VARIANTS, Soft
-from probekit.models.replanning import Conditioner, GenerationState, conditioner_of
 from probekit.progress import Progress, Task
 from probekit.run.run import Run
 

@@ -25,10 +25,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from probekit.data.encoders import WORD
 from probekit.data.sentences import complete_spans, sentence_spans
+from probekit.data.tokenizer import decoded
 from probekit.distributed import autocast
 from probekit.errors import ProbekitError
 from probekit.evaluation.action_metrics import NO_ACTION, Bigram, Integers
-from probekit.models.replanning import decoded
 from probekit.progress import Task
 from probekit.run.run import Run
 from probekit.statistics import Floats, Interval, resample_weights

@@ -14,8 +14,8 @@ import numpy as np
 from probekit.config import user_path
 from probekit.data.corpus import Corpus
 from probekit.data.sentences import complete_spans, sentence_spans
+from probekit.data.tokenizer import decoded, encoded
 from probekit.errors import ProbekitError
-from probekit.models.replanning import decoded, encoded
 
 Actions = Sequence[int] | np.ndarray
 Plan = Literal["planner", "given"] | Actions

@@ -98,7 +98,7 @@ class Adapter(nn.Module, ABC):
         codebook: Action embeddings `[actions, dimensions]`; every adapter trains its own.
         names: The full TransformerLens names of the hooks it changes.
         inserts: Whether the LM reads tokens that are not the text's.
-        lag: From how many positions after the one that predicts a sentence's first token its action is seen.
+        lag: How many positions after the one that predicts a sentence's first token its action is first seen.
     """
 
     names: Sequence[str]

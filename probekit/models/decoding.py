@@ -24,7 +24,7 @@ from probekit.data.windows import IGNORE, Batch
 from probekit.models.backends import Backend, HFBackend, Hook, in_float32, position_arguments, tolerance
 from probekit.models.conditioning import Conditioned
 from probekit.models.mixing import Precomputed
-from probekit.models.planner_lm import PlannedLM
+from probekit.models.planned_lm import PlannedLM
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
@@ -163,8 +163,8 @@ class Decoder:
         Args:
             texts: At least one. Those that were given in the call before, and have grown by a token since,
                 are recognised by identity.
-            more: Further changes of activations, of what a text was when it was first given: give the same
-                in every call, with the same texts in the same order, as long as no window moves.
+            more: Makes further hooks, for the texts as they were first given; give the same ones in every
+                call, with the same texts in the same order, as long as no window moves.
         """
         read = read_windows(texts, self._window, self._device, self._bos)
         shown = self._model.conditioned(read.batch(), Precomputed(read.embeddings))

@@ -1,4 +1,4 @@
-"""Locations: TransformerLens's names of hooks without the layer, and how figures and tables call them.
+"""Locations: TransformerLens's names of hooks without the layer, and what figures and tables call them.
 
 Any hook that holds a vector for each position can be probed; some standard ones have a short name.
 """

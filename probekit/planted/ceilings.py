@@ -92,7 +92,7 @@ def position_ceiling(
     documents, document = np.unique(corpus.document_of(sentences), return_inverse=True)
     model, forms = _model_and_forms(config.corpus.planted, corpus.tokenizer)
     words = _words(model, corpus, documents)
-    units = Units.of(words, documents, forms, corpus, model.example)
+    units = Units.of(words, documents, forms, corpus, model.example_length)
 
     beginning = corpus.document_tokens[documents[document]] + 1
     unit = np.searchsorted(units.start, np.maximum(positions, beginning), side="right") - 1

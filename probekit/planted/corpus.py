@@ -44,7 +44,7 @@ class PlantedModel:
             `successors` nonzero entries, drawn from all actions: an action may follow itself.
         emission: Probability of a word in a sentence of an action, [actions, vocabulary].
         words: The vocabulary; a word's id is its position.
-        example: Sentences of an example; None where a document is one, of whatever length.
+        example_length: Sentences of an example; None where a document is one example, of any length.
     """
 
     prior: FloatArray
@@ -52,7 +52,7 @@ class PlantedModel:
     transition: FloatArray
     emission: FloatArray
     words: tuple[str, ...]
-    example: int | None = None
+    example_length: int | None = None
 
     @classmethod
     def draw(cls, settings: PlantedSettings) -> Self:
@@ -67,12 +67,12 @@ class PlantedModel:
         shares = rng.dirichlet(np.ones(settings.successors), size=(types, actions))
         np.put_along_axis(transition, successors, shares, axis=-1)
         emission = rng.dirichlet(np.full(settings.vocabulary, settings.concentration), size=actions)
-        example = settings.sentences[0] if settings.examples > 1 else None
-        return cls(prior, initial, transition, emission, _name_words(emission, rng), example)
+        length = settings.sentences[0] if settings.examples > 1 else None
+        return cls(prior, initial, transition, emission, _name_words(emission, rng), length)
 
     def begins(self, sentence: int) -> bool:
         """Whether a sentence, counted from 0 in its document, is the first one of an example."""
-        return sentence == 0 if self.example is None else sentence % self.example == 0
+        return sentence == 0 if self.example_length is None else sentence % self.example_length == 0
 
     def step(self, sentence: int) -> FloatArray:
         """Probability of the action after that of a sentence, counted from 0, [types, actions, actions]."""
@@ -138,7 +138,7 @@ class PlantedCorpus:
         for hidden_type, (first, last) in zip(self.types.tolist(), bounds, strict=True):
             starts = self.sentence_starts[first : last + 1].tolist()
             sentences = [self.model.spell(self.words[a:b].tolist()) for a, b in itertools.pairwise(starts)]
-            size = self.model.example or len(sentences)
+            size = self.model.example_length or len(sentences)
             lines = (" ".join(sentences[at : at + size]) for at in range(0, len(sentences), size))
             yield PlantedDocument("\n".join(lines), tuple(self.actions[first:last].tolist()), hidden_type)
 

@@ -109,7 +109,7 @@ def posterior_at(
         for j, log_joint in enumerate(_filtered(model, documents, first)):
             here = batch[sentence[batch] == j]
             for n in np.unique(ahead[here]).tolist():
-                rows, place = here[ahead[here] == n], 0 if model.example is None else j % model.example
+                rows, place = here[ahead[here] == n], j % model.example_length if model.example_length else 0
                 for part in np.split(rows, range(BATCH, len(rows), BATCH)):
                     joint = log_joint[:, document[part] - first] + log_likelihood[..., part, :]
                     _check_possible(joint, j, document[part])

@@ -146,7 +146,7 @@ class Pieces:
         window: Number of the window.
         begin: Column of its first token, which is the number of tokens before it in the window.
         end: Column after its last token.
-        into: Where it goes.
+        into: Number of the row that it is read into, one for each position of each example.
     """
 
     window: np.ndarray

@@ -89,7 +89,7 @@ def counted_examples(corpus: Corpus, settings: ProbeSettings, grid: Grid, seed: 
     documents = np.concatenate([corpus.documents("train"), corpus.documents(FITTED_ON)])
     order = np.random.default_rng(seed).permutation(np.setdiff1d(documents, fitted_on))
     order = np.concatenate([fitted_on, order])
-    anchors = grid.target.anchors(corpus, settings.anchors)
+    anchors = grid.target.example_counts(corpus, settings.anchors)
     drawn = np.sort(order[np.cumsum(anchors[order]) <= MOST_EXAMPLES])
     examples = find_examples(corpus, drawn, grid.target, grid.horizons, settings.anchors)
     near = [reached(corpus, examples, position) for position in grid.positions]

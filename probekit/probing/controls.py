@@ -18,7 +18,7 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -90,13 +90,6 @@ def word_like_tokens(tokenizer: PreTrainedTokenizerBase) -> NDArray[np.bool_]:
     return word_like
 
 
-class CodeLength(NamedTuple):
-    """Code lengths of a batch of probes in bits per example: by block `[probes, blocks]`, and `[probes]`."""
-
-    blocks: Tensor
-    total: Tensor
-
-
 def block_ends(documents: np.ndarray, shares: Sequence[float] = SHARES) -> list[int]:
     """Numbers of examples after which a block ends: the first end of a document at or after each share.
 
@@ -136,8 +129,8 @@ def prequential_code(
     ends: Sequence[int],
     max_iterations: int = 200,
     tolerance: float = 1e-4,
-) -> CodeLength:
-    """Code length of the labels with softmax probes.
+) -> Tensor:
+    """Code length of the labels with softmax probes, in bits per example `[probes]`.
 
     Args:
         X: Activations in the order in which labels are sent, [probes, examples, width].
@@ -161,6 +154,4 @@ def prequential_code(
         probes = SoftmaxProbes([1.0], max_iterations, tolerance).fit_at(*before)
         nats = losses(X[:, end:next_end], y[:, end:next_end], probes.coef_, probes.intercept_)
         bits.append(nats.double().sum(1) / math.log(2))
-    sums = torch.stack(bits, 1)
-    sizes = torch.tensor(np.diff(ends, prepend=0), device=X.device)
-    return CodeLength(sums / sizes, sums.sum(1) / examples)
+    return torch.stack(bits, 1).sum(1) / examples

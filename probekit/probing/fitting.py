@@ -145,11 +145,11 @@ class FitJob:
         seed: Seed of the solvers that need one.
         device: Where to fit and score.
         progress: Shows the tokens that are read and the probes that are fitted.
-        name: What the job is called there.
+        name: What progress calls the job.
         folder: Where activations are held for which memory has no room.
         meter: Counts the tokens that are read.
         tokens_read: By position, the median number of tokens that the LM had read there of test examples.
-        lens: The LM's own head; None where it does not read.
+        lens: The LM's own head; None unless a solver is a lens.
     """
 
     grid: Grid
@@ -316,7 +316,7 @@ def _fit_batch(
         return probes, probes.control_, None
     ends = block_ends(job.grid.examples[FITTED_ON].document)
     code = prequential_code(*fitted_on, probes.penalty_, ends, job.settings.max_iterations)
-    return probes, probes.control_, code.total
+    return probes, probes.control_, code
 
 
 def fit_sums(activations: Activations, job: FitJob, solvers: Sequence[SolverName]) -> list[Fitted]:

@@ -21,7 +21,8 @@ MINIMUM_EXAMPLES = 20
 """A cell with fewer examples in any of its splits stays empty."""
 
 LEAST_SHARED = 0.1
-"""So does one that would leave less than this share of the best reached cell's examples to all."""
+"""A position or horizon is left out if it would leave all cells less than this share of the examples that the
+best reached cell has."""
 
 LEAST_DOCUMENTS = 20
 """Examples are drawn from this many documents at least, if there are so many."""
@@ -173,7 +174,7 @@ def _drawn(
     # Nothing is before the first sentence, so where something before is read, it is no example.
     before = any(isinstance(position, int) and position > 0 for position in positions)
     unread = before and not isinstance(target.labels, Ranges)
-    examples = np.cumsum(target.anchors(corpus, settings.anchors, first=not unread)[order])
+    examples = np.cumsum(target.example_counts(corpus, settings.anchors, first=not unread)[order])
     return order[: max(LEAST_DOCUMENTS, int((examples <= settings.max_examples).sum()))]
 
 

@@ -22,6 +22,7 @@ from scipy.special import logsumexp
 
 from probekit.config import Config, PlantedSettings, ProbedName
 from probekit.data.special_tokens import bos_rule_for
+from probekit.data.tokenizer import encoded
 from probekit.errors import ProbekitError
 from probekit.evaluation.action_metrics import prior_log_probabilities
 from probekit.evaluation.baselines import NO_TOKEN, SkipNgram, contexts
@@ -30,7 +31,6 @@ from probekit.evaluation.perplexity import own_losses
 from probekit.io import atomic_folder, write_table
 from probekit.models.decoding import GrowingText
 from probekit.models.language_model import longest_window
-from probekit.models.replanning import encoded
 from probekit.planted.corpus import FloatArray, IntArray, PlantedModel
 from probekit.planted.posteriors import log_joint_by_type
 from probekit.probing.grid import CHOSEN_ON, FITTED_ON, TESTED_ON
@@ -127,7 +127,7 @@ class Queries:
     @classmethod
     def of(cls, run: Run, model: PlantedModel, split: str) -> Queries:
         """Those of a run."""
-        corpus, size = run.corpus, model.example or 1
+        corpus, size = run.corpus, model.example_length or 1
         numbers = corpus.documents(split)
         texts = [corpus.texts[int(number)] for number in numbers]
         sentences = [model.parse(text.text) for text in texts]
@@ -334,10 +334,10 @@ def of_any_order(test: Queries, given: Sequence[Sequence[Example]]) -> FloatArra
     None where examples have more than `PERMUTED` sentences, which have too many orders.
     """
     model = test.model
-    if (model.example or 1) > PERMUTED:
+    if (model.example_length or 1) > PERMUTED:
         return None
     evidence = np.zeros((len(given), len(model.prior)))
-    orders = list(itertools.permutations(range(model.example or 1)))
+    orders = list(itertools.permutations(range(model.example_length or 1)))
     for at in range(len(given[0])):
         found = [
             _evidence(model, [[[examples[at][place] for place in order]] for examples in given])

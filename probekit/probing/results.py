@@ -111,7 +111,7 @@ class ScoredExamples:
 
     @cached_property
     def candidates(self) -> dict[int, Candidates]:
-        """Among what vectors are ranked, by horizon."""
+        """The vectors that predictions are ranked among, by horizon."""
         return {h: Candidates(self.target.vectors, self.labels[h], mean) for h, mean in self.centres.items()}
 
     @property
@@ -552,7 +552,7 @@ class ProbeRecord:
         config: All settings.
         notes: What to know of all rows together.
         documents: By seed and split the documents that examples were drawn from.
-        origin: What the results depend on beside settings and weights; see `probe.origin`.
+        origin: What the results depend on beside settings and weights; see `resume.origin`.
         classes: Names of the classes, none of numbers; None of probes of an earlier version.
         extent: What a label is of: sentences (or the tokens in them), texts, spans or pairs.
         range: The least and the largest number that probes were fitted on; None for classes.

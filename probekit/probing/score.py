@@ -16,12 +16,12 @@ from probekit.data.documents import Document
 from probekit.data.readers import read_documents
 from probekit.data.sentences import tokens_of
 from probekit.data.special_tokens import bos_rule_of_chats
+from probekit.data.tokenizer import decoded
 from probekit.distributed import autocast
 from probekit.errors import ProbekitError
 from probekit.io import atomic_path, write_table
 from probekit.models.bidirectional import closing_id
 from probekit.models.locations import BEFORE, hook_name
-from probekit.models.replanning import decoded
 from probekit.probing.activations import probing_windows
 from probekit.probing.arrays import predictions
 from probekit.probing.results import (

@@ -95,10 +95,10 @@ class Target:
         """How many ranges an example has: 2 if labels are of pairs."""
         return 2 if isinstance(self.labels, Ranges) and self.labels.second is not None else 1
 
-    def anchors(
+    def example_counts(
         self, corpus: Corpus, anchors: Literal["start", "token"], *, first: bool = True
     ) -> np.ndarray:
-        """How many examples with a label each document can have, with its first or not `[documents]`."""
+        """Examples with a label that each document has `[documents]`, less its first one unless `first`."""
         documents = len(corpus.split)
         if not isinstance(self.labels, Ranges):
             every = corpus.document_sentences if anchors == "start" else corpus.document_tokens

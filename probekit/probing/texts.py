@@ -25,6 +25,7 @@ from probekit.config import Position, before_last
 from probekit.data.chats import ChatEncoder, ChatTemplate, as_chat
 from probekit.data.documents import Document
 from probekit.data.special_tokens import bos_rule_for, bos_rule_of_chats, separator_id
+from probekit.data.tokenizer import encoded
 from probekit.data.windows import close_texts
 from probekit.errors import ProbekitError
 from probekit.models.backends import Backend, BridgeBackend, HFBackend, ModuleHook
@@ -33,7 +34,6 @@ from probekit.models.hook_points import Architecture, examine
 from probekit.models.language_model import longest_window
 from probekit.models.locations import at_layers, hook_name
 from probekit.models.pretrained import HALF, cpu_has_bfloat16, dtype_name
-from probekit.models.replanning import encoded
 from probekit.probing.activations import HookPoint
 from probekit.progress import Progress
 

@@ -14,10 +14,10 @@ from markupsafe import Markup
 from torch import Tensor
 
 from probekit.config import Position
+from probekit.data.tokenizer import decoded
 from probekit.errors import ProbekitError
 from probekit.models.conditioning import EMBEDDING
 from probekit.models.locations import BEFORE, hook_name, label
-from probekit.models.replanning import decoded
 from probekit.probing.activations import probing_windows
 from probekit.probing.attribution import (
     EmbeddingScore,

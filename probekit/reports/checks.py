@@ -170,7 +170,7 @@ def unfinished(run: Run) -> Iterator[str]:
 
 def few_documents(run: Run) -> Iterator[str]:
     """Intervals from resampling few documents."""
-    if has(run, "corpus/facts.json") and (line := too_few(run.corpus.groups("test"))):
+    if has(run, "corpus/facts.json") and (line := too_few(run.corpus.group_count("test"))):
         yield line
     counted = []
     if has(run, PROBES) and len(tested := _probes(run).groups.dropna()):

@@ -14,11 +14,11 @@ from torch import Tensor
 from probekit.config import VariantName
 from probekit.data.codebook import nearest_sentences
 from probekit.data.corpus import Corpus, too_few
+from probekit.data.tokenizer import decoded
 from probekit.errors import ProbekitError
 from probekit.models.conditioning import CONDITIONINGS
 from probekit.models.locations import RESIDUAL, hook_name, label
 from probekit.models.mixing import VARIANTS
-from probekit.models.replanning import decoded
 from probekit.models.unembedding import Unembedding, find_unembedding
 from probekit.probing.activations import ActivationReader, HookPoint
 from probekit.probing.results import LinearProbe

@@ -12,7 +12,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from probekit.data.corpus import Corpus, too_few
-from probekit.data.splits import grouped
+from probekit.data.splits import group_note
 from probekit.reports import tables, tables_compare
 from probekit.reports.display import Table, number, visible
 
@@ -51,7 +51,7 @@ def print_corpus(corpus: Corpus, nearest: int) -> None:
     print_tables(tables.corpus_tables(corpus, nearest))
     index, groups = facts.get("adjusted_rand_index"), facts.get("groups", facts["documents"])
     print_lines(
-        grouped(groups, facts["documents"]),
+        group_note(groups, facts["documents"]),
         f"{facts['blank_documents_dropped']:,} blank documents dropped; {facts['one_sentence_documents']:,} "
         f"documents of one sentence, kept out of planner training; vocabulary of {facts['vocabulary']:,} "
         "tokens",

@@ -498,5 +498,5 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _files_of(stage: str) -> str:
-    """Where a stage's files are in a run's folder: one of this name, others with suffixes after it."""
+    """Path of a stage's files in a run's folder, without their endings, such as `planner/model`."""
     return {"planner": "planner/model"}.get(stage, stage.replace("adapter/", "adapters/"))

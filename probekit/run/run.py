@@ -26,8 +26,8 @@ from probekit.models.frozen_lm import FrozenLM
 from probekit.models.language_model import is_placed, load_model, longest_window, random_weights
 from probekit.models.locations import NORM_OUT
 from probekit.models.mixing import VARIANTS
+from probekit.models.planned_lm import PlannedLM
 from probekit.models.planner import Planner, TrainableEncoder
-from probekit.models.planner_lm import PlannedLM
 from probekit.models.pretrained import dtype_of, load_config
 from probekit.models.tuning import TUNINGS
 from probekit.progress import without_bars_of_transformers
@@ -75,7 +75,7 @@ class Run(RunFolder):
         return run
 
     def _check_kept(self, config: Config, settings: Mapping[str, Any]) -> None:
-        """Refuses other settings of an LM, or of its tokens, that are finished: they are what they are."""
+        """Refuses to change a setting of the LM or its tokens once a stage that used it is finished."""
         for name in (name for name in settings if name.startswith("lm.") and name not in HOW_TO_LOAD):
             users = {stage.removesuffix("/new") for stage in stages_that_use(name)} & {"corpus", "lm"}
             before, now = (setting_value(each, name) for each in (self.config, config))

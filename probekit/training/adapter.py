@@ -17,8 +17,8 @@ from probekit.data.windows import Batch, Windows, beginnings, collate
 from probekit.models.conditioning import new_adapter
 from probekit.models.frozen_lm import FrozenLM
 from probekit.models.mixing import VARIANTS, training_mixing
+from probekit.models.planned_lm import PlannedLM, token_losses
 from probekit.models.planner import Planner, TrainableEncoder, embedded_context
-from probekit.models.planner_lm import PlannedLM, token_losses
 from probekit.models.tuning import Tuning
 from probekit.progress import without_bars_of_transformers
 from probekit.training.planner import OutOfFold, PlannerLoss, fold_of_documents

@@ -23,8 +23,8 @@ from probekit.models.depth_ensemble import (
 )
 from probekit.models.frozen_lm import FrozenLM
 from probekit.models.mixing import evaluation_mixing
+from probekit.models.planned_lm import PlannedLM
 from probekit.models.planner import Planner
-from probekit.models.planner_lm import PlannedLM
 from probekit.models.tuning import Tuning
 from probekit.training.planner import OutOfFold, fold_of_documents
 from probekit.training.trainer import Group, Stage, Trainer

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from probekit.data.windows import Windows, collate
 from probekit.models.language_model import new_model
-from probekit.models.planner_lm import token_losses
+from probekit.models.planned_lm import token_losses
 from probekit.training.trainer import Group, Stage, Trainer
 
 if TYPE_CHECKING:

@@ -28,8 +28,8 @@ from probekit.models.frozen_lm import FrozenLM
 from probekit.models.hook_points import examine
 from probekit.models.language_model import load_model, longest_window, new_model, save_model
 from probekit.models.mixing import VARIANTS
+from probekit.models.planned_lm import PlannedLM
 from probekit.models.planner import Planner, write_embeddings
-from probekit.models.planner_lm import PlannedLM
 from probekit.models.pretrained import (
     check_memory,
     check_tokenizer,
@@ -321,7 +321,7 @@ def _corpus(run: Run, progress: Progress) -> dict[str, Any]:
     if not distributed.is_first():
         return {}
     corpus = write_corpus(run.config, run.folder / "corpus", progress, str(run.device))
-    if warning := too_few(corpus.groups("test")):
+    if warning := too_few(corpus.group_count("test")):
         progress.say(warning)
     return corpus.facts
 
@@ -348,7 +348,7 @@ def _language_model(run: Run, progress: Progress) -> dict[str, Any]:
         check_tokenizer(tokenizer, config, name)
         dtype = dtype_of(settings.dtype, config, run.device)
         if settings.device_map is None:
-            check_memory(name, config, dtype)  # a few layers alone of a very large LM take long to make
+            check_memory(name, config, dtype)  # before `examine` makes layers, slow for a very large LM
         # Refuses what is neither a causal nor a bidirectional LM, or cannot be bridged.
         if note := examine(config, tokenizer, name).note:
             progress.say(note)

@@ -23,7 +23,7 @@ from probekit.causal.masks import (
     objectives,
     refit_probes,
 )
-from probekit.causal.runner import MetricSums
+from probekit.causal.variant_lm import MetricSums
 from probekit.config import ProbeSettings
 from probekit.data.windows import cut_windows
 from probekit.probing.results import LinearProbe

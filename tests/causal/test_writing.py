@@ -11,11 +11,11 @@ from probekit.causal.boundaries import Edit, EditedLM, draw_boundaries
 from probekit.causal.writing import MAX_TOKENS, Judge, SentenceWriter
 from probekit.data.encoders import WORD
 from probekit.data.sentences import complete_spans
+from probekit.data.tokenizer import decoded
 from probekit.errors import ProbekitError
 from probekit.evaluation.action_metrics import NO_ACTION
 from probekit.models.conditioning import CONDITIONINGS, new_adapter
 from probekit.models.locations import hook_name
-from probekit.models.replanning import decoded
 from probekit.probing.targets import NO_LABEL
 from probekit.run.run import Run
 

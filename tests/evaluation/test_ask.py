@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from probekit.config import PlantedSettings
 from probekit.data.special_tokens import separator_id
+from probekit.data.tokenizer import decoded
 from probekit.errors import ProbekitError
 from probekit.evaluation.ask import Asked, ask
 from probekit.evaluation.items import read_items
@@ -23,7 +24,6 @@ from probekit.evaluation.preferences import LogProbabilities, preference_table, 
 from probekit.io import read_json
 from probekit.models.compression import compressed
 from probekit.models.language_model import random_weights
-from probekit.models.replanning import decoded
 from probekit.planted.corpus import PlantedModel, generate
 from probekit.planted.posteriors import posterior_given_words
 from probekit.progress import Progress

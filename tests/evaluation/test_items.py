@@ -8,9 +8,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from probekit.data.tokenizer import decoded
 from probekit.errors import ProbekitError
 from probekit.evaluation.items import asked, read_items
-from probekit.models.replanning import decoded
 from probekit.run.run import Run
 
 ROWS = [

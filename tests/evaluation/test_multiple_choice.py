@@ -19,7 +19,7 @@ from probekit.errors import ProbekitError
 from probekit.evaluation.multiple_choice import Question, by_document, choice_losses, corpus_questions, solved
 from probekit.evaluation.perplexity import own_losses
 from probekit.models.mixing import VARIANTS, Mixing
-from probekit.models.planner_lm import token_losses
+from probekit.models.planned_lm import token_losses
 from probekit.progress import Progress
 from probekit.run.run import Run
 

@@ -12,7 +12,7 @@ from probekit.models.backends import BridgeBackend
 from probekit.models.language_model import bridge, new_model
 from probekit.models.locations import layer_of
 from probekit.models.mixing import VARIANTS, Fixed, Mixing, Oracle
-from probekit.models.planner_lm import PlannedLM
+from probekit.models.planned_lm import PlannedLM
 from probekit.progress import Progress
 from probekit.run.run import Run
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from probekit.config import Config
 from probekit.data.build import write_corpus
 from probekit.data.corpus import Corpus
+from probekit.data.tokenizer import decoded
 from probekit.errors import ProbekitError
 from probekit.evaluation.multiple_choice import CHOICES, Question, corpus_questions, read_questions
-from probekit.models.replanning import decoded
 from probekit.progress import Progress
 from probekit.run.run import Run
 

@@ -29,8 +29,8 @@ from probekit.models.conditioning import (
 from probekit.models.frozen_lm import FrozenLM
 from probekit.models.locations import hook_name
 from probekit.models.mixing import Oracle, Soft
+from probekit.models.planned_lm import PlannedLM, token_losses
 from probekit.models.planner import Planner
-from probekit.models.planner_lm import PlannedLM, token_losses
 
 FAMILIES = ["gpt2", "gpt_neox", "llama", "olmo", "olmo2", "qwen2", "qwen3"]
 LAYERS = 3

@@ -15,7 +15,7 @@ from probekit.models.backends import BridgeBackend
 from probekit.models.conditioning import new_adapter
 from probekit.models.decoding import Decoder, GrowingText, HFDecoder, new_decoder, read_windows, window_start
 from probekit.models.frozen_lm import FrozenLM
-from probekit.models.planner_lm import PlannedLM
+from probekit.models.planned_lm import PlannedLM
 
 FAMILIES = ["gpt2", "gpt_neox", "llama", "olmo", "olmo2", "qwen2", "qwen3"]
 WINDOW = 12

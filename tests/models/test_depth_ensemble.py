@@ -26,7 +26,7 @@ from probekit.models.depth_ensemble import (
 from probekit.models.frozen_lm import FrozenLM
 from probekit.models.language_model import load_model
 from probekit.models.mixing import Fixed
-from probekit.models.planner_lm import PlannedLM
+from probekit.models.planned_lm import PlannedLM
 
 FAMILIES = ["gpt2", "gpt_neox", "llama", "olmo", "olmo2", "qwen2", "qwen3"]
 DEPTH = 3

@@ -23,7 +23,7 @@ from probekit.models.frozen_lm import FrozenLM
 from probekit.models.language_model import load_model, random_weights
 from probekit.models.locations import hook_name
 from probekit.models.mixing import Oracle
-from probekit.models.planner_lm import PlannedLM, token_losses
+from probekit.models.planned_lm import PlannedLM, token_losses
 from probekit.models.pretrained import load_config
 from probekit.models.tuning import TUNINGS
 from probekit.probing.probe import probe

@@ -110,7 +110,7 @@ def test_lines_begin_and_end_with_forms_of_their_own(vocabulary, tmp_path):
     corpus, model = as_corpus(tokenizer, texts), WITH_LINES.model
     forms = Forms.of(model, tokenizer)
     words = [model.parse(texts[document]) for document in (0, 5)]
-    units = Units.of(words, np.array([0, 5]), forms, corpus, model.example)
+    units = Units.of(words, np.array([0, 5]), forms, corpus, model.example_length)
     spelled = [tokenizer.decode(forms.tokens[form]) for form in units.form]
     assert "".join(spelled) == texts[0] + texts[5]
     assert (np.char.endswith(spelled, ".\n") == (units.form == forms.stop + 1)).all()

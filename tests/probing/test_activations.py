@@ -20,7 +20,7 @@ from probekit.errors import ProbekitError
 from probekit.evaluation.perplexity import window_and_stride
 from probekit.models.backends import BridgeBackend, HFBackend
 from probekit.models.language_model import random_weights
-from probekit.models.planner_lm import PlannedLM
+from probekit.models.planned_lm import PlannedLM
 from probekit.probing import activations
 from probekit.probing.activations import (
     ActivationReader,

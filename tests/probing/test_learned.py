@@ -14,7 +14,7 @@ from probekit.data.corpus import export_sentences
 from probekit.models.backends import BridgeBackend
 from probekit.models.conditioning import new_adapter
 from probekit.models.mixing import VARIANTS, Oracle, Variant
-from probekit.models.planner_lm import PlannedLM
+from probekit.models.planned_lm import PlannedLM
 from probekit.probing.probe import probe
 from probekit.probing.results import Cell, SavedProbes
 from probekit.run.run import Run

@@ -198,7 +198,7 @@ def test_examples_without_a_label_are_not_counted(tiny_run: Run, anchors: str):
     labels = np.where(np.random.default_rng(0).random(len(corpus.first_token)) < 0.7, NO_LABEL, 1)
     target = sentence_target(corpus, "rare", 2, labels)
     for first in (True, False):
-        counts = target.anchors(corpus, anchors, first=first)
+        counts = target.example_counts(corpus, anchors, first=first)
         for document in DOCUMENTS:
             found = find_examples(corpus, np.array([document]), target, [1], anchors)
             known = found.labels[:, 0] != NO_LABEL

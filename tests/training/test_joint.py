@@ -14,8 +14,8 @@ from probekit.data.windows import IGNORE, document_batch
 from probekit.evaluation.baselines import planner_log_probabilities, planners
 from probekit.evaluation.evaluate import evaluate
 from probekit.models.mixing import VARIANTS
+from probekit.models.planned_lm import PlannedLM
 from probekit.models.planner import TrainableEncoder
-from probekit.models.planner_lm import PlannedLM
 from probekit.run.run import Run
 from probekit.training.adapter import AdapterTraining, _encoder
 from probekit.training.train import train

@@ -15,7 +15,7 @@ from probekit.data.windows import collate, cut_windows
 from probekit.errors import ProbekitError
 from probekit.io import read_json
 from probekit.models.mixing import VARIANTS
-from probekit.models.planner_lm import PlannedLM, token_losses
+from probekit.models.planned_lm import PlannedLM, token_losses
 from probekit.models.tuning import TUNINGS
 from probekit.probing.activations import ActivationReader, HookPoint
 from probekit.probing.probe import probe

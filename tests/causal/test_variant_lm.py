@@ -58,7 +58,7 @@ def test_an_interruption_keeps_earlier_results(
     def broken(*_: Any, **__: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("probekit.causal.runner.write_json", broken)
+    monkeypatch.setattr("probekit.causal.variant_lm.write_json", broken)
     with pytest.raises(OSError, match="disk full"):
         run_command(command, probed_copy)
     pd.testing.assert_frame_equal(saved(command, probed_copy), before)

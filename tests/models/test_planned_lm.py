@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from probekit.config import ConditioningSettings, MixingSettings, PlannerSettings
 from probekit.data.corpus import Corpus
 from probekit.data.windows import IGNORE, Batch, collate, cut_windows
-from probekit.models import planner_lm
+from probekit.models import planned_lm
 from probekit.models.backends import BridgeBackend
 from probekit.models.conditioning import new_adapter
 from probekit.models.frozen_lm import FrozenLM
@@ -24,8 +24,8 @@ from probekit.models.mixing import (
     Uniform,
     training_mixing,
 )
+from probekit.models.planned_lm import PlannedLM, token_losses
 from probekit.models.planner import Planner
-from probekit.models.planner_lm import PlannedLM, token_losses
 from probekit.models.pretrained import load_config
 
 Base = Callable[[str], FrozenLM]
@@ -191,7 +191,7 @@ def test_token_losses_of_bfloat16_logits_are_computed_in_float32():
 def test_token_losses_and_their_gradient_are_those_of_all_logits_at_once(
     dtype: torch.dtype, at_once: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(planner_lm, "LOGITS", at_once)  # a row at a time, three rows, all
+    monkeypatch.setattr(planned_lm, "LOGITS", at_once)  # a row at a time, three rows, all
     generator = torch.Generator().manual_seed(0)
     logits = (4 * torch.randn(2, 4, 50, generator=generator)).to(dtype)
     weights = torch.randn(2, 4, generator=generator)  # of both signs, as differences of losses have

@@ -15,13 +15,14 @@ from probekit.config import VariantName
 from probekit.data.codebook import Codebook
 from probekit.data.encoders import SentenceEncoder
 from probekit.data.sentences import align, complete_spans, sentence_spans
+from probekit.data.tokenizer import decoded
 from probekit.distributed import autocast
 from probekit.errors import ProbekitError
 from probekit.models.conditioning import Adapter
 from probekit.models.decoding import GrowingText
 from probekit.models.mixing import VARIANTS, Mixing, Oracle
+from probekit.models.planned_lm import PlannedLM
 from probekit.models.planner import Planner, TrainableEncoder
-from probekit.models.planner_lm import PlannedLM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,16 +30,6 @@ if TYPE_CHECKING:
 
 _NEAR = 64
 """Tokens that are decoded to find what the next one adds to the text."""
-
-
-def encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a text without special tokens; one that is written out in the text is plain text."""
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
-
-
-def decoded(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int] | np.ndarray) -> str:
-    """The text that tokens stand for, whatever they are."""
-    return str(tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
 
 
 def _ends(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> list[int]:

@@ -7,17 +7,17 @@ import pytest
 import torch
 
 from probekit.data.sentences import complete_spans, sentence_spans
+from probekit.data.tokenizer import decoded
 from probekit.data.windows import collate, cut_windows
-from probekit.models.mixing import Predicted
-from probekit.models.replanning import (
+from probekit.models.generation_state import (
     Constant,
     ConstantBySentence,
     GenerationState,
     Given,
     Planned,
     _ends,
-    decoded,
 )
+from probekit.models.mixing import Predicted
 from probekit.run.run import Run
 
 TEXT = (
