@@ -167,11 +167,11 @@ class Decoder:
                 call, with the same texts in the same order, as long as no window moves.
         """
         read = read_windows(texts, self._window, self._device, self._bos)
-        shown = self._model.conditioned(read.batch(), Precomputed(read.embeddings))
-        hooks = [*shown.hooks, *(more(shown) if more else ())]
-        logits = self._backend.logits(shown.tokens, hooks, shown.positions)
-        if shown.slots is not None:
-            logits = shown.slots.predictions(logits)
+        conditioned = self._model.conditioned(read.batch(), Precomputed(read.embeddings))
+        hooks = [*conditioned.hooks, *(more(conditioned) if more else ())]
+        logits = self._backend.logits(conditioned.tokens, hooks, conditioned.positions)
+        if conditioned.slots is not None:
+            logits = conditioned.slots.predictions(logits)
         return logits[torch.arange(len(texts), device=self._device), read.lengths - 1]
 
 
@@ -287,27 +287,27 @@ class HFDecoder(Decoder):
     ) -> Tensor:
         """Reads whole windows; a cache that is given holds their keys and values then."""
         read = read_windows(texts, self._window, self._device, self._bos)
-        shown = Conditioned(read.tokens)
+        conditioned = Conditioned(read.tokens)
         if self._adapter is not None:
-            shown = self._adapter.conditioned(read.tokens, read.embeddings, read.sentence)
+            conditioned = self._adapter.conditioned(read.tokens, read.embeddings, read.sentence)
         rows, last = torch.arange(len(texts), device=self._device), read.lengths - 1
-        if shown.slots is not None:
-            last = shown.slots.predicting[rows, last]
+        if conditioned.slots is not None:
+            last = conditioned.slots.predicting[rows, last]
 
         def only_last(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             states = inputs[0]
             return (states[rows.to(states.device), last.to(states.device)][:, None], *inputs[1:])
 
-        hooks = [*shown.hooks, *self._late, *(more(shown) if more else ())]
+        hooks = [*conditioned.hooks, *self._late, *(more(conditioned) if more else ())]
         with self._backend.hooked(hooks) as model:
             # Logits of whole windows may not fit, and nobody reads them.
             handle = model.get_output_embeddings().register_forward_pre_hook(only_last)
             try:
                 found = model(
-                    input_ids=shown.tokens,
+                    input_ids=conditioned.tokens,
                     past_key_values=cache,
                     use_cache=cache is not None,
-                    **position_arguments(shown.positions),
+                    **position_arguments(conditioned.positions),
                 )
             finally:
                 handle.remove()

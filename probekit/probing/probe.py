@@ -148,10 +148,10 @@ def probe(
     beside: list[dict[str, pd.DataFrame]] = []
     for seed, grid in grids.items():
         embedding = _token_embedding(run, grid, seed, progress)
-        scored += finished.once(f"token-embedding-seed{seed}", "none", embedding)[0]
+        scored += finished.read_or_make(f"token-embedding-seed{seed}", "none", embedding)[0]
         for variant in config.variants:
             probes = _VariantProbes(run, grid, variant, points, seed, progress, meter, store=store)
-            sums, weights[probes_file(Path(), variant, seed)] = probes.once(finished)
+            sums, weights[probes_file(Path(), variant, seed)] = probes.fit_all(finished)
             scored += sums
             beside.append(probes.tables(values.get(seed), resampling))
 
@@ -389,7 +389,7 @@ def _token_embedding(run: Run, grid: Grid, seed: int, progress: Progress) -> Cal
 
     def probed() -> Probed:
         probes = _VariantProbes(plain, grid, "none", points, seed, progress, Meter(progress), name=name)
-        scored, _ = probes.fitted([solver])
+        scored, _ = probes.fit_and_score([solver])
         for sums in scored:
             sums.readers = [known | {"reader": name, "variant": None} for known in sums.readers]
         return scored, {}
@@ -418,7 +418,7 @@ class _VariantProbes:
         self._progress, self._meter, self._name = progress, meter, name or variant
         self._folder = run.folder / "activations" / f"{variant}-seed{seed}"
 
-    def once(self, finished: FinishedParts) -> Probed:
+    def fit_all(self, finished: FinishedParts) -> Probed:
         """Fits and scores all solvers, but for those that are finished; closed-form ones come first."""
         if self._store:  # even if all are finished: an interrupted probing may not have stored anything
             splits = self._grid.examples
@@ -428,14 +428,14 @@ class _VariantProbes:
         parts = _parts(self._run.config.probe.solvers)
         for name, solvers in parts.items():
             part = f"{self._variant}-seed{self._seed}-{name}"
-            sums, kept = finished.once(part, self._variant, partial(self.fitted, solvers))
+            sums, kept = finished.read_or_make(part, self._variant, partial(self.fit_and_score, solvers))
             scored, weights = scored + sums, weights | kept
             if name == "closed-form" and len(parts) > 1:
                 examples = len(self._grid.examples[TESTED_ON])
                 self._progress.say(_closed_form_table(self._variant, sums, examples))
         return scored, weights
 
-    def fitted(self, solvers: Sequence[SolverName]) -> Probed:
+    def fit_and_score(self, solvers: Sequence[SolverName]) -> Probed:
         """Fits and scores some of the solvers of the settings, which are all closed form or none is."""
         scored: list[DocumentSums] = []
         weights: dict[str, Tensor] = {}

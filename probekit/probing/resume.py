@@ -39,7 +39,7 @@ class FinishedParts:
         self._run, self._folder = run, run.folder / "checkpoints" / "probe"
         self._identity = origin(run) | {"settings": run.config.model_dump(mode="json")}
 
-    def once(self, name: str, variant: str, probed: Callable[[], Probed]) -> Probed:
+    def read_or_make(self, name: str, variant: str, probed: Callable[[], Probed]) -> Probed:
         """Reads a part that is finished, or makes it and keeps it."""
         path = self._folder / f"{name}.safetensors"
         identity = json.dumps(self._identity | {"weights": self._run.weights_digest(variant)})

@@ -32,15 +32,15 @@ def run(tiny_run: Run, tmp_path: Path) -> Run:
 def interrupted(run: Run, after: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Probes until so many parts are done; the parts that were probed."""
     done: list[str] = []
-    fitted = module._VariantProbes.fitted
+    fit_and_score = module._VariantProbes.fit_and_score
 
     def stopping(self: module._VariantProbes, solvers: list[str]) -> object:
         if len(done) == after:
             raise KeyboardInterrupt
         done.append(f"{self._name}, {' '.join(solvers)}")
-        return fitted(self, solvers)
+        return fit_and_score(self, solvers)
 
-    monkeypatch.setattr(module._VariantProbes, "fitted", stopping)
+    monkeypatch.setattr(module._VariantProbes, "fit_and_score", stopping)
     with contextlib.suppress(KeyboardInterrupt):
         probe(run, FEW, quiet=True)
     monkeypatch.undo()
