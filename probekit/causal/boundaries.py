@@ -76,13 +76,12 @@ def draw_boundaries(
     Raises:
         ProbekitError: `reach` exceeds the window, or no document has such a boundary.
     """
-    room = reach + (
-        corpus.bos_rule == "every-window"
-    )  # the first token of a window gives way to the separator
-    if room > window:
+    # The first token of a window gives way to the separator.
+    read = window - (corpus.bos_rule == "every-window")
+    if reach > read:
         raise ProbekitError(
-            f"{setting} has {reach}, but the LM reads {window} tokens at once (evaluation.window); "
-            f"give at most {window - (room - reach)}"
+            f"{setting}: a boundary needs {reach} tokens before it, but the LM reads at most {read} of a "
+            "document at once (evaluation.window)"
         )
     generator = np.random.default_rng(seed)
     rows: list[tuple[int, ...]] = []

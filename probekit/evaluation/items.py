@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
+import itertools
 import json
 import math
 import re
@@ -123,11 +123,14 @@ def _item(where: str, record: object) -> Item:
 
 
 def _check_spelling(columns: Sequence[str | None], where: str) -> None:
-    """Refuses a column that is nearly one of an item's which the table lacks; others are the user's own."""
-    others = [name for name in columns if name and name not in COLUMNS and not CHOICE.fullmatch(name)]
-    for lacking in (name for name in COLUMNS if name not in columns):
-        if meant := difflib.get_close_matches(lacking, others, 1, cutoff=0.8):
-            raise ProbekitError(f"{where}: column {meant[0]!r} is not read; did you mean {lacking!r}?")
+    """Refuses a column that lacks a letter of one of an item's, or has two of them in the wrong order."""
+    lacking = [name for name in COLUMNS if name not in columns]
+    if any(CHOICE.fullmatch(name or "") for name in columns):
+        lacking.remove("choices")
+    for name, wanted in itertools.product(filter(None, columns), lacking):
+        letters = [*itertools.combinations(wanted, len(name))] if len(name) == len(wanted) - 1 else []
+        if name[0] == wanted[0] and (tuple(name) in letters or sorted(name) == sorted(wanted)):
+            raise ProbekitError(f"{where}: column {name!r} is not read; did you mean {wanted!r}?")
 
 
 def _choices(where: str, record: Mapping[str, Any]) -> tuple[str, ...]:

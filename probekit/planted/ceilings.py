@@ -126,9 +126,9 @@ def position_ceiling(
         last = np.flatnonzero((read > 0) & (units.form[unit] < forms.stop))
         log_likelihood[last] += forms.log_likelihood(units.form[unit[last]], read[last])
         if len(ended):
-            following = np.stack([model.step(s) for s in sentence[ended].tolist()], axis=1)
             log_likelihood = np.repeat(log_likelihood[None], len(model.prior), axis=0)
-            log_likelihood[:, ended] += np.log(np.einsum("trab,rb->tra", following, np.exp(space)))
+            # A space is before a sentence of the same example: before another there is a line break.
+            log_likelihood[:, ended] += np.log(np.einsum("tab,rb->tra", model.transition, np.exp(space)))
         return np.log(posterior_at(model, words, document, sentence, log_likelihood, ahead))
 
 

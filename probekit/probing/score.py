@@ -263,7 +263,8 @@ def _documents(
     try:
         return [*read_documents(settings.corpus, tokenizer=tokenizer)]
     except ProbekitError as error:
-        raise ProbekitError(str(error).replace("corpus.text_column", "--text")) from None
+        own = str(error).replace("--corpus.text_column", "--text").replace("corpus.text_column", "--text")
+        raise ProbekitError(own) from None
 
 
 def _write(table: pd.DataFrame, path: Path) -> None:

@@ -274,8 +274,7 @@ def _precision(run: Run, stage: str) -> dict[str, str]:
     if "training.precision" in used:
         facts["precision"] = precision_of(run.device, run.config.training.precision)
     if "lm.dtype" in used:
-        tuned = run.config.training.base.tuning == "full" and "training.base.tuning" in used
-        facts["dtype"] = "float32" if tuned else dtype_name(run.dtype)
+        facts["dtype"] = dtype_name(run.dtype)
     return facts
 
 

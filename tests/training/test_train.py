@@ -15,7 +15,7 @@ from probekit.evaluation.evaluate import evaluate
 from probekit.io import read_json, write_json
 from probekit.probing.probe import probe
 from probekit.run.run import Run
-from probekit.training.train import _precision, build_corpus, prepare, train
+from probekit.training.train import build_corpus, prepare, train
 
 STAGES = {
     "corpus": "corpus",
@@ -366,13 +366,6 @@ def test_few_test_documents_are_noted_when_the_corpus_is_built(
 ):
     build_corpus(tiny_config, tmp_path / "run")
     assert "Only 16 test documents: intervals from resampling so few" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("tuning", "dtype"), [("lora", "bfloat16"), ("full", "float32")])
-def test_a_fully_tuned_lm_is_recorded_as_float32(tuning: str, dtype: str, tiny_run: Run):
-    changes = {"lm.dtype": "bfloat16", "training.base.tuning": tuning}
-    run = Run(tiny_run.folder, tiny_run.config.override(changes))
-    assert _precision(run, "adapter/soft")["dtype"] == dtype
 
 
 def test_what_auto_stood_for_is_recorded(tiny_run: Run):
