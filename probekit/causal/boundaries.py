@@ -77,11 +77,11 @@ def draw_boundaries(
         ProbekitError: `reach` exceeds the window, or no document has such a boundary.
     """
     # The first token of a window gives way to the separator.
-    read = window - (corpus.bos_rule == "every-window")
-    if reach > read:
+    room = reach + (corpus.bos_rule == "every-window")
+    if room > window:
         raise ProbekitError(
-            f"{setting}: a boundary needs {reach} tokens before it, but the LM reads at most {read} of a "
-            "document at once (evaluation.window)"
+            f"{setting}: a boundary needs {reach} tokens before it, but the LM reads at most "
+            f"{window - (room - reach)} of a document at once (evaluation.window)"
         )
     generator = np.random.default_rng(seed)
     rows: list[tuple[int, ...]] = []

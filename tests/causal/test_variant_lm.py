@@ -85,7 +85,7 @@ STEER = {"intervene.kinds": ["steer"]}
         ({"intervene.variant": "gumbel"}, r"intervene\.variant is 'gumbel', which this run has not trained"),
         ({"intervene.layers": [3]}, r"intervene\.layers has 3, but the LM's layers are 0 to 2"),
         ({"intervene.locations": ["hook_z"]}, r"intervene\.locations is 'hook_z'"),
-        ({"intervene.distances": [60]}, r"intervene\.distances has 60, but the LM reads 48 tokens at once"),
+        ({"intervene.distances": [60]}, r"intervene\.distances: a boundary needs 60 tokens before it"),
         (STEER | {"intervene.strengths": [1e30]}, r"intervene\.strengths, which has 1e\+30"),
         (
             STEER | {"intervene.direction": "probe", "intervene.distances": [5]},
