@@ -124,9 +124,8 @@ def _item(where: str, record: object) -> Item:
 
 def _check_spelling(columns: Sequence[str | None], where: str) -> None:
     """Refuses a column that lacks a letter of one of an item's, or has two of them in the wrong order."""
-    lacking = [name for name in COLUMNS if name not in columns]
-    if any(CHOICE.fullmatch(name or "") for name in columns):
-        lacking.remove("choices")
+    numbered = any(CHOICE.fullmatch(name or "") for name in columns)
+    lacking = [name for name in COLUMNS if name not in columns and not (name == "choices" and numbered)]
     for name, wanted in itertools.product(filter(None, columns), lacking):
         letters = [*itertools.combinations(wanted, len(name))] if len(name) == len(wanted) - 1 else []
         if name[0] == wanted[0] and (tuple(name) in letters or sorted(name) == sorted(wanted)):

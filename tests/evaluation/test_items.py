@@ -123,6 +123,15 @@ def test_a_bad_table_is_named(name: str, content: str, said: str, tmp_path: Path
         read_items(path)
 
 
+def test_columns_of_the_users_own_are_left_alone(tmp_path: Path):
+    path = tmp_path / "items.csv"
+    path.write_text(
+        "choice0,choice1,choice,answers,content,score_a,groups,context\nb,c,b,b,x,1,g,A\n", "utf-8"
+    )
+    (item,) = read_items(path)
+    assert (item.choices, item.context, item.answer) == (("b", "c"), "A", None)
+
+
 def test_no_such_table(tmp_path: Path):
     with pytest.raises(ProbekitError, match=r"none\.csv: cannot be read: No such file"):
         read_items(tmp_path / "none.csv")
