@@ -28,7 +28,7 @@ from shared.fiction import SPEECH, beginning, passages
 from shared.script import made_of, names_of, run_script, save_figure, script_parser
 
 import probekit
-from probekit import cli
+from probekit.cli import commands
 from probekit.io import write_text
 from probekit.reports.colours import COLOUR
 from probekit.run.folder import digest_of
@@ -64,20 +64,20 @@ def tested(model: str, corpus: Path, folder: Path, given: argparse.Namespace) ->
         words += ["--seed", str(given.seed), "--evaluation.window", "128"]
         for split, share in SPLITS.items():
             words += [f"--corpus.{split}_fraction", str(share)]
-        cli.corpus([*words, "--out", str(run), "--resume", "--export", str(exported)])
+        commands.corpus([*words, "--out", str(run), "--resume", "--export", str(exported)])
         sentences = pd.read_csv(exported, keep_default_na=False)
         sentences["speech"] = [bool(SPEECH.search(text)) for text in sentences.text]
         write_text(labels, sentences.to_csv(index=False))
         words = ["--labels", str(labels), "--target", "speech", "--probe.positions", "1"]
         words += ["--probe.control", "false", "--probe.code_length", "false", "--probe.variants", "none"]
-        cli.probe(["--model", model, "--out", str(run), *words])
+        commands.probe(["--model", model, "--out", str(run), *words])
         words = ["--intervene.kinds", "erase", "steer", "--intervene.distances", str(given.reach)]
         words += ["--intervene.boundaries", str(given.boundaries)]
         words += ["--intervene.samples", str(given.boundaries)]
         words += ["--intervene.strengths", *map(str, given.strengths)]
         if given.layers is not None:
             words += ["--intervene.layers", *map(str, given.layers)]
-        cli.intervene([str(run), *words])
+        commands.intervene([str(run), *words])
     return probekit.load_run(run), pd.read_parquet(results).assign(model=folder.name)
 
 

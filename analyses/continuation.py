@@ -29,7 +29,7 @@ from shared.fiction import beginning, passages
 from shared.script import layers_over, made_of, names_of, run_script, save_figure, script_parser
 
 import probekit
-from probekit import cli
+from probekit.cli import commands
 from probekit.io import write_text
 from probekit.models.pretrained import load_config
 from probekit.reports.colours import colours_of_names
@@ -66,10 +66,10 @@ def continued(model: str, texts: Path, folder: Path, given: argparse.Namespace) 
         words += [
             word for name, share in SHARES.items() for word in (f"--corpus.{name}_fraction", str(share))
         ]
-        cli.probe([*words, "--probe.layers", *layers])
+        commands.probe([*words, "--probe.layers", *layers])
         words = [str(run), "--continuation.horizons", *horizons, "--evaluation.batch_size", "64"]
         words += ["--continuation.boundaries", str(given.boundaries), "--continuation.layers", *layers]
-        cli.continuation(words)
+        commands.continuation(words)
     opened = probekit.load_run(run)
     return opened, opened.continuation().assign(model=folder.name, layers=opened.frozen_lm().layers)
 

@@ -40,7 +40,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import probekit
-from probekit import cli
+from probekit.cli import commands
 from probekit.data.corpus import SPLITS
 from probekit.evaluation.metrics import two_class_metrics
 from probekit.io import write_table
@@ -127,7 +127,7 @@ def probed(model: str, labels: Path, folder: Path, given: argparse.Namespace) ->
             words = ["--model", model, "--labels", str(labels), "--text", "text", "--target", target]
             words += ["--group", "story", "--out", str(run), "--store"]
             words += ["--probe.kind", kind, "--probe.solvers", solver]  # a run keeps what it was given last
-            cli.probe([*words, "--probe.variants", *given.variants])
+            commands.probe([*words, "--probe.variants", *given.variants])
             write_table(kept, probekit.load_run(run).probes())
         tables.append(pd.read_parquet(kept))
     opened = probekit.load_run(run)

@@ -8,7 +8,7 @@ import pytest
 from random_lms import save_random_llama
 from running import Capture, printed, refused
 
-from probekit.cli_compare import compared_configs, parse_compare
+from probekit.cli.compare_options import compared_configs, parse_compare
 from probekit.run.run import Run
 
 

@@ -8,8 +8,8 @@ import pytest
 from random_lms import save_random_llama
 from running import ONE_CELL, Capture, printed, refused
 
-from probekit.cli import probe
-from probekit.cli_probe import parse_probe, probed_config
+from probekit.cli.commands import probe
+from probekit.cli.probe_options import parse_probe, probed_config
 from probekit.config import Config
 from probekit.errors import ProbekitError
 from probekit.io import read_json, write_json

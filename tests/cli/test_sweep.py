@@ -7,7 +7,6 @@ import pytest
 from read_tables import rows_of, shows
 from running import Capture, printed, refused
 
-from probekit.cli import _parse_sweep, _swept
 from probekit.config import Config
 from probekit.errors import ProbekitError
 from probekit.sweeps import Sweep
@@ -40,7 +39,7 @@ def test_sweeping_trains_prints_and_goes_on(capsys: Capture, tmp_path: Path, tin
 
 def sweep_of(*words: str) -> tuple[Config, dict[str, dict[str, Any]], list[int]]:
     """What `probekit sweep` with some words sweeps over."""
-    return _swept(*_parse_sweep(list(words)))
+    return swept(*parse_sweep(commands.sweep, list(words)))
 
 
 def test_a_study_sweeps_over_its_setting_with_its_variant():

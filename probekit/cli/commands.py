@@ -15,24 +15,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from probekit import distributed
-from probekit.cli_compare import compared_configs, parse_compare
-from probekit.cli_probe import parse_probe, probed_config
-from probekit.config import Config, preset_names, setting_names, unknown_setting, user_path
+from probekit.cli.compare_options import compared_configs, parse_compare
+from probekit.cli.probe_options import parse_probe, probed_config
+from probekit.cli.sweep_options import parse_sweep, swept
+from probekit.config import Config, preset_names, user_path
 from probekit.config.options import (
     ALL,
     OF_LABELS,
     READING,
     Parser,
-    add_sources,
     chosen_config,
     command_parser,
     dotted,
     new_run_parser,
     parse,
     run_parser,
-    seed_list,
     shorthands,
-    typed_value,
 )
 from probekit.distributed import Stopped, terminable
 from probekit.errors import ProbekitError
@@ -44,9 +42,6 @@ if TYPE_CHECKING:
 
 SHARED = ("train", "probe")
 """Commands that several processes run together; the first process runs the others alone."""
-
-STUDIES = {"mixing-fraction": ("mixing.fraction", (0, 0.25, 0.5, 0.75, 1), "mixed")}
-"""Sweeps with a name: the setting, its values, the variant they are about (arXiv 2410.12492, Figure 4)."""
 
 
 def train(words: list[str]) -> None:
@@ -384,78 +379,14 @@ def corpus(words: list[str]) -> None:
 
 def sweep(words: list[str]) -> None:
     """Train and evaluate with several values of some settings and several seeds; one table of all."""
-    parsed, given = _parse_sweep(words)
-    config, members, seeds = _swept(parsed, given)
+    parsed, given = parse_sweep(sweep, words)
+    config, members, seeds = swept(parsed, given)
     from probekit.reports.terminal import print_sweep
     from probekit.sweeps import sweep as run_sweep
 
     generation, quiet = parsed.generation, parsed.quiet
     made = run_sweep(config, members, seeds, parsed.out, generation=generation, quiet=quiet)
     print_sweep(made.table(), made.missing, made.folder)
-
-
-def _parse_sweep(words: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
-    usage = (
-        "probekit sweep SETTING --values VALUE ... [--over SETTING VALUE ...] [--seeds N]\n"
-        "                      [--preset NAME] [--config FILE] [--SETTING VALUE ...] [--out FOLDER]\n"
-        f"       probekit sweep {{{','.join(STUDIES)}}} ..."
-    )
-    parser = command_parser(sweep, usage)
-    parser.add_argument("what", nargs="?", metavar="SETTING", help=f"a setting, or {', '.join(STUDIES)}")
-    parser.add_argument(
-        "--values", nargs="+", metavar="VALUE", help="its values; those of one that takes several: a,b"
-    )
-    parser.add_argument(
-        "--over",
-        nargs="+",
-        action="append",
-        default=[],
-        metavar=("SETTING", "VALUE"),
-        help="another setting and its values; a run for every combination",
-    )
-    parser.add_argument(
-        "--seeds",
-        nargs="+",
-        type=int,
-        default=[1],
-        metavar="INT",
-        help="one number: how many seeds, from --seed on (1); several: the seeds",
-    )
-    parser.add_argument("--generation", action="store_true", help="measure generated text, too")
-    parser.add_argument("--out", default="runs/sweep", metavar="FOLDER", help="the folder (runs/sweep)")
-    add_sources(parser)
-    return parse(parser, words, ALL)
-
-
-def _swept(
-    parsed: argparse.Namespace, given: dict[str, Any]
-) -> tuple[Config, dict[str, dict[str, Any]], list[int]]:
-    """The settings, members and seeds of the sweep that was asked for."""
-    from probekit.sweeps import grid
-
-    config = chosen_config(parsed, given)
-    if config is None:
-        raise ProbekitError("the sweep has no settings to change; give --preset or --config")
-    over = [list(words) for words in parsed.over]
-    if parsed.what in STUDIES:
-        setting, usual, variant = STUDIES[parsed.what]
-        beside = [name for name in given.get("mixing", {}).get("variants", ()) if name != variant]
-        config = config.override({"mixing.variants": [*beside, variant]})
-        over.insert(0, [setting, *(usual if parsed.values is None else parsed.values)])
-    elif parsed.what:
-        if parsed.what not in setting_names():
-            raise unknown_setting(parsed.what, [*STUDIES, *setting_names()])
-        over.insert(0, [parsed.what, *(parsed.values or ())])
-    elif parsed.values is not None:
-        raise ProbekitError("--values has no setting; give it first: probekit sweep SETTING --values ...")
-    if not over:
-        raise ProbekitError(f"nothing to sweep over; give a setting with --values, or {', '.join(STUDIES)}")
-    values: dict[str, list[Any]] = {}
-    for name, *words in over:
-        if name in values:
-            raise ProbekitError(f"{name} is swept over twice; give all its values at once")
-        values[name] = [typed_value(name, word) if isinstance(word, str) else word for word in words]
-    return config, grid(config, values), seed_list(parsed.seeds, config.seed)
 
 
 def demo(words: list[str]) -> None:
