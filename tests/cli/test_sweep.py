@@ -7,6 +7,8 @@ import pytest
 from read_tables import rows_of, shows
 from running import Capture, printed, refused
 
+from probekit.cli import commands
+from probekit.cli.sweep_options import parse_sweep, swept
 from probekit.config import Config
 from probekit.errors import ProbekitError
 from probekit.sweeps import Sweep
