@@ -75,7 +75,7 @@ _HOME = {
     "build_corpus": "probekit.training.train",
     "compare": "probekit.probing.compare",
     "continuation": "probekit.causal.continuation",
-    "demo": "probekit.cli:run_demo",
+    "demo": "probekit.cli.commands:run_demo",
     "evaluate": "probekit.evaluation.evaluate",
     "evaluate_generation": "probekit.generation.evaluate",
     "fit_grid": "probekit.probing.arrays",
