@@ -57,8 +57,7 @@ def load_config(
     source = hub.find(name, setting="lm.name", revision=revision)
     if source.file and find_spec("gguf") is None:
         raise ProbekitError(
-            f"lm.name {name!r} is a GGUF file, and the package gguf is not installed; pip install "
-            "'probekit-lm[gguf]'"
+            f"lm.name {name!r} is a GGUF file, and the package gguf is not installed; pip install gguf"
         )
     try:
         config = AutoConfig.from_pretrained(

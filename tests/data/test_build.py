@@ -340,7 +340,7 @@ def test_memory_does_not_grow_with_the_documents(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("setting", "package", "said"),
     [
-        ({"actions.encoder": "any/model"}, "sentence_transformers", r"pip install 'probekit-lm\[encoders\]'"),
+        ({"actions.encoder": "any/model"}, "sentence_transformers", "pip install sentence-transformers"),
         ({"actions.encoder": "./nowhere"}, None, "actions.encoder is .*: no such folder"),
         ({"lm.name": "./nowhere"}, None, "lm.name is .*: no such folder"),
     ],
