@@ -295,7 +295,8 @@ def _find(name: str, revision: str | None) -> tuple[type[SentenceTransformer], h
         from sentence_transformers import SentenceTransformer
     except ImportError:
         raise ProbekitError(
-            f"actions.encoder is {name!r}, which needs sentence-transformers; pip install sentence-transformers"
+            f"actions.encoder is {name!r}, which needs sentence-transformers; "
+            "pip install sentence-transformers"
         ) from None
     # As in sentence-transformers, a bare name is one of its own models.
     full_name = name if "/" in name or Path(name).is_dir() else f"sentence-transformers/{name}"
