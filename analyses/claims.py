@@ -351,7 +351,7 @@ side; *cannot be told*: it holds zero, or there are fewer than {few} documents, 
 narrow to be trusted. Intervals say nothing of other seeds where there is one. Of {numbers} numbers, {told}.
 
 Sentences of the planted corpus follow a plan by construction: that a claim holds there shows that the method
-can find a plan, not that language has one. Features of a sentence's surface that were thought of by hand
+can find a plan, not that language has one. Hand-made features of a sentence's surface
 (`surface` in `figures/labels_fiction.csv`) know more than n-grams: they reach most of what is read of the
 next sentence's speech, and half of what is read of its paragraph.
 

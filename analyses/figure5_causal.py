@@ -5,7 +5,7 @@
     python analyses/figure5_causal.py runs/demo --variant soft --strength 2
 
 Above, heat maps of layers by distances. Left, what a linear probe reads of the next sentence's action.
-Beside it, by how much the next sentence's loss rises (nats a token) when that action is erased, when the
+Beside it, by how much the next sentence's loss rises (nats per token) when that action is erased, when the
 activation of a document that continues with another action is patched in, and when it is steered to a wrong
 action: each beyond an equally large change in a random direction at the same boundaries. Brackets mean that
 the 95 % interval contains 0, a plus that the LM was conditioned on the next action.

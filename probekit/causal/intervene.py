@@ -65,7 +65,7 @@ class InterventionResults:
     Attributes:
         table: One row for each kind, condition, strength, location, layer, distance and metric, with its 95 %
             interval from resampling documents, one sentence boundary each. Metrics are differences from the
-            same boundaries without an edit: `next_loss`, `rest_loss` and `other_loss` (nats a token, of the
+            same boundaries without an edit: `next_loss`, `rest_loss` and `other_loss` (nats per token, of the
             next sentence, of it without its first token, and of the tokens after it), `first_kl` and
             `readout_kl` (nats, from the LM's distribution over the next token, and from the final-layer
             probe's over the next label), `readout_true` and `readout_target` (that probe's probability of

@@ -61,7 +61,7 @@ class SubnetworkResults:
         table: One row for each condition, draw and metric, with its 95 % interval from resampling test
             documents. Conditions: `whole`, nothing removed; `subnetwork`; `alone`, as many components, those
             that are best removed alone; `random`, as many drawn in every layer: each draw, and their mean,
-            which has no draw. Metrics: `first_loss`, `rest_loss` and `other_loss` (nats a token, of
+            which has no draw. Metrics: `first_loss`, `rest_loss` and `other_loss` (nats per token, of
             sentences' first tokens, of their others, and of documents' first sentences), `kept_kl` (nats a
             token, from the whole LM's next tokens, except sentences' first ones), and of the final-layer
             probe `information` (KL from the prior to its prediction, in nats), `bits` over the prior, the

@@ -165,7 +165,7 @@ def _generators(seed: int) -> list[np.random.Generator]:
 def _name_words(emission: FloatArray, rng: np.random.Generator) -> tuple[str, ...]:
     """Distinct words: English ones by topic for the most telling, made-up ones for what is left.
 
-    An action has a topic, and a word is of the topic of the action that it is likeliest in, as long as there
+    An action has a topic, and a word is of the topic of the action under which it is most probable, as long as there
     are words of it left, so that a person sees what a sentence is about. Names change nothing that is drawn.
     """
     words = _made_up_words(emission.shape[1], rng)

@@ -91,7 +91,7 @@ COLUMNS: dict[str, Column] = {
     "empty": Column("blank texts"),
     "plan_following": Column("given action", better=1),
     "plan_following_by_chance": Column("given action, by chance"),
-    # Interventions: changes of the loss, in nats a token, and what probes read
+    # Interventions: changes of the loss, in nats per token, and what probes read
     "next_loss": Column("next sentence", signed=True),
     "next_loss_over_random": Column("over random", signed=True),
     "rest_loss_over_random": Column("rest, over random", signed=True),

@@ -141,7 +141,9 @@ def draw_interventions(numbers: pd.DataFrame) -> Figure:
         _draw_map(above, mapped, colour_scale(mapped.value) if panel == PROBES else changes)
         above.set_title(PANELS[panel], fontsize=9)
         _draw_lines(below, own[own.part == "line"], LINES[panel])
-        below.set_ylabel("accuracy" if panel == PROBES else "next sentence's loss, nats a token", fontsize=8)
+        below.set_ylabel(
+            "accuracy" if panel == PROBES else "next sentence's loss, nats per token", fontsize=8
+        )
     near = numbers[numbers.part == "line"].distance.min()
     plus = ";  + the LM was conditioned on the action" if numbers.injected.any() else ""
     first = numbers.iloc[0]

@@ -431,7 +431,7 @@ def intervention_tables(table: pd.DataFrame, *, folded: bool = False) -> list[Ta
     marks = table.readout_direct.map({True: "*", False: ""}) + table.injected.map({True: "+", False: ""})
     layer = table.location.map(label) + " " + table.layer.astype("Int64").astype("str")
     rows = table.assign(condition=condition, layer=layer.where(table.layer.notna(), "") + marks)
-    losses = "losses in nats a token, and the probability that the last layer's probe gives the true label"
+    losses = "losses in nats per token, and the probability that the last layer's probe gives the true label"
     kinds = rows.groupby("kind", sort=False)
     parts = [
         *((f"{kind}: changes of {losses}", own, EFFECTS) for kind, own in kinds),
@@ -493,7 +493,7 @@ def subnetwork_table(table: pd.DataFrame) -> Table:
     )
     caption = (
         f"Without some of {table.components.iloc[0]} components, on {int(table.documents.max()):,} test "
-        "documents: changes of the next sentence's losses in nats a token, bits over the prior that the "
+        "documents: changes of the next sentence's losses in nats per token, bits over the prior that the "
         f"last layer's probe reads; variant {table.variant.iloc[0]} ({INTERVALS})"
     )
     return display(caption, rows, ["condition", "removed", *SUBNETWORK])

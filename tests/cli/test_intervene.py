@@ -19,7 +19,7 @@ def test_it_ends_with_every_layer_at_the_nearest_distance(probed_copy: Run, caps
     table = probed_copy.interventions()
     assert sorted(table.distance.unique()) == [1, 2]
     for kind in ("erase", "steer", "patch"):
-        assert f"{kind}: changes of losses in nats a token" in out
+        assert f"{kind}: changes of losses in nats per token" in out
     for condition in ("erase", "random subspace", "same label", "wrong label × 2", "random (true) × 2"):
         assert len(re.findall(rf"resid post [02]\*? +│ {re.escape(condition)} ", out)) >= 2, condition
     rows = table[(table.distance == 1) & (table.condition == "patch") & (table.layer == 2)]
