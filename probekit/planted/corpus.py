@@ -165,8 +165,8 @@ def _generators(seed: int) -> list[np.random.Generator]:
 def _name_words(emission: FloatArray, rng: np.random.Generator) -> tuple[str, ...]:
     """Distinct words: English ones by topic for the most telling, made-up ones for what is left.
 
-    An action has a topic, and a word is of the topic of the action under which it is most probable, as long as there
-    are words of it left, so that a person sees what a sentence is about. Names change nothing that is drawn.
+    An action has a topic, and a word comes from the topic of the action under which it is most probable, as
+    long as any are left, so that a person sees what a sentence is about. Names change nothing that is drawn.
     """
     words = _made_up_words(emission.shape[1], rng)
     left = [[*reversed(topic)] for topic in TOPICS]

@@ -5,8 +5,8 @@ can only predict them by memorising tokens. Selectivity is the accuracy less tha
 
 Online code length (Voita and Titov 2020, arXiv 2003.12298, section 3.2.2): the bits per label that it takes
 to transmit the labels to someone who has the activations. Labels are sent block by block, the first with the
-uniform code, log2(classes) bits per label, each other one with a probe fitted on all blocks before it. A probe
-that needs many examples to predict a label pays for them.
+uniform code, log2(classes) bits per label, each other one with a probe fitted on all blocks before it. A
+probe that needs many examples to predict a label pays for them.
 
 The penalty is a Gaussian prior of the weights. Its precision, l2 times the number of examples, is the same on
 every prefix: with l2 itself the same, codes were 0.01 to 0.9 bits longer, some longer than the uniform one.
