@@ -311,7 +311,7 @@ def _peak_memory(device: torch.device) -> str:
 
 
 def _hook_points(run: Run) -> list[HookPoint]:
-    """Every location at every layer of the settings; locations are tried on a few layers with random weights."""
+    """Every location at every layer of the settings; a few random layers show which locations there are."""
     settings, conditioning = run.config.probe, run.config.conditioning
     conditioned = conditioned_location(conditioning)
     for location in settings.locations:
