@@ -263,8 +263,8 @@ def _documents(
     try:
         return [*read_documents(settings.corpus, tokenizer=tokenizer)]
     except ProbekitError as error:
-        own = str(error).replace("--corpus.text_column", "--text").replace("corpus.text_column", "--text")
-        raise ProbekitError(own) from None
+        said = str(error).replace("--corpus.text_column", "--text").replace("corpus.text_column", "--text")
+        raise ProbekitError(said) from None
 
 
 def _write(table: pd.DataFrame, path: Path) -> None:
