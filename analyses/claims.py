@@ -42,7 +42,7 @@ CORPORA = {
 COMMANDS = {
     "table1_perplexity": "table1_perplexity.py --preset demo --seeds 5",
     "table1_wikitext": "table1_perplexity.py --preset text-small --seeds 3",
-    "table1_smollm2": "table1_perplexity.py --preset smollm2-wikipedia --seeds 1",
+    "table1_smollm2": "table1_perplexity.py --preset smollm2-wikipedia --seeds 3",
     "table3_joint": "table3_joint.py --preset demo --seeds 5",
     "figure3_probing": "figure3_probing.py runs/demo",
     "figure3_wikitext": "figure3_probing.py RUN",
