@@ -99,6 +99,16 @@ def test_each_block_is_the_shortest_that_holds_its_share(sizes: list[int]):
     assert block_ends(documents) == sorted(expected)
 
 
+def bits_of_blocks(X, y, classes, l2, ends, **options):
+    """Bits of each block `[probes, blocks]`: what the labels up to its end take beyond those before it."""
+    sent = [
+        end
+        * prequential_code(X[:, :end], y[..., :end], classes, l2 * X.shape[1] / end, ends[:count], **options)
+        for count, end in enumerate(ends, 1)
+    ]
+    return torch.stack(sent, 1).diff(dim=1, prepend=torch.zeros(len(X), 1, dtype=sent[0].dtype))
+
+
 def test_by_hand_where_only_the_counts_can_be_read():
     """A probe without features predicts the shares of the labels so far; absent classes share one more."""
     X, y = torch.zeros(2, 5, 1), torch.tensor([[0, 0, 1, 0, 0], [1, 1, 1, 1, 1]])
@@ -106,6 +116,7 @@ def test_by_hand_where_only_the_counts_can_be_read():
     first = [1.0, 1.0, math.log2(3), 2 * math.log2(3 / 2)]
     second = [1.0, 1.0, math.log2(3 / 2), 2 * math.log2(4 / 3)]
     bits = torch.tensor([first, second], dtype=torch.float64)
+    assert torch.allclose(bits_of_blocks(X, y, 2, torch.ones(2), [1, 2, 3, 5]), bits, atol=1e-4)
     assert torch.allclose(code, bits.sum(1) / 5, atol=1e-4)
 
 
@@ -115,6 +126,7 @@ def test_equals_a_loop_with_scikit_learn():
     y = (X[0] / torch.logspace(-1, 1, 4) + torch.randn(300, 4, generator=generator)).argmax(1)
     l2, ends = torch.tensor([1e-3, 1e-2, 1e-1]), [40, 100, 300]
     code = prequential_code(X, y, 4, l2, ends, tolerance=1e-7)
+    found = bits_of_blocks(X, y, 4, l2, ends, tolerance=1e-7)
     for probe in range(3):
         blocks = [40 * 2.0]
         for end, next_end in ((40, 100), (100, 300)):
@@ -123,6 +135,7 @@ def test_equals_a_loop_with_scikit_learn():
             oracle.fit(scaler.transform(X[probe, :end].numpy()), y[:end].numpy())
             log_p = oracle.predict_log_proba(scaler.transform(X[probe, end:next_end].numpy()))
             blocks.append(-log_p[np.arange(next_end - end), y[end:next_end]].sum() / math.log(2))
+        assert found[probe].numpy() == pytest.approx(np.array(blocks), rel=1e-4)
         assert float(code[probe]) == pytest.approx(sum(blocks) / 300, rel=1e-4)
 
 

@@ -231,7 +231,7 @@ def test_code_length_is_that_of_the_documents_in_their_order(together: dict, act
             head, _ = together["softmax", point, distance, horizon]
             y = torch.from_numpy(examples.labels[:, h].copy())
             X, l2 = alone(activations, cell, FITTED_ON), torch.tensor([head["l2"]], dtype=torch.float64)
-            bits = prequential_code(X, y, CLASSES, l2, ends).total.item()
+            bits = prequential_code(X, y, CLASSES, l2, ends).item()
             assert head["code_length"] == pytest.approx(bits, rel=1e-3)
             prior = prior_code(examples.labels[:, h], CLASSES, ends)
             assert head["compression"] == pytest.approx(prior / bits, rel=1e-3)
