@@ -184,7 +184,7 @@ def _origin(run: Run) -> dict[str, Any]:
         "run": run.folder.name,
         "corpus": run.corpus.facts["fingerprint"],
         "config": config,
-        **{key: recorded[key] for key in ("versions", "git_commit", "seeds", "device", "machine")},
+        **{key: recorded[key] for key in ("versions", "git_commit", "device", "machine")},
     }
 
 

@@ -1,7 +1,7 @@
 """A run's folder: what is in it, how it is begun, resumed and read, and which stages are finished.
 
 config.yaml       complete settings          planner/      planner weights
-provenance.json   versions, commit, seeds    adapters/     one file for each variant, joint ones with planner
+provenance.json   versions, commit, machine  adapters/     one file for each variant, joint ones with planner
 run.json          finished stages            metrics.jsonl losses of every stage
 corpus/           tokens, labels, codebook   figures/      pictures of probes and interventions
 evaluation.json   what `evaluate` measures; losses.parquet by document, choices.parquet by question
@@ -68,13 +68,12 @@ ENDS = 1 << 20
 
 
 def provenance(config: Config) -> dict[str, Any]:
-    """Where a run comes from: versions, commit, seeds and machine."""
+    """Where a run comes from: versions, commit and machine; seeds are settings."""
     return {
         "begun": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
         "versions": installed_versions(),
         "git_commit": _git_commit(),
-        "seeds": {"run": config.seed, "corpus": config.corpus.seed, "planted": config.corpus.planted.seed},
         "device": str(compute_device(config.device)),
         "machine": {
             "processor": platform.machine(),

@@ -178,7 +178,7 @@ def test_how_to_reproduce_it(full: Run, written: tuple[Page, Page]):
     for name, version in origin["versions"].items():
         assert [name, version] in where
     assert ["device", "cpu"] in where
-    assert ["seed (corpus)", "0"] in where
+    assert ["seed of the corpus", "0"] in where
     assert written[0].code[-1] == full.config.to_yaml().strip()
 
 
