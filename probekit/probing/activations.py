@@ -50,7 +50,7 @@ LEAST_FILLED = 0.75
 CHUNK_EXAMPLES = 4096
 """Most examples read at once by all processes together, so that each has some chunks of them."""
 
-CHUNK_BYTES = defaultdict(lambda: 1 << 31, cpu=1 << 28)
+CHUNK_BYTES = defaultdict(lambda: 1 << 31, cpu=1 << 27)
 """Most bytes of activations read at once, by device type."""
 
 

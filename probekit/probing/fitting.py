@@ -66,6 +66,9 @@ _ITERATIVE: dict[str, Callable[[ProbeSettings, int], Classifiers]] = {
 CLOSED_FORM = frozenset(_CLOSED_FORM)
 """Solvers that need sums over their examples, not the examples."""
 
+SUMS_BYTES = 1 << 26
+"""About the sums of probes that are solved together: enough for the cache, and given back at once."""
+
 FACTS = {"nonzero": "nonzero_", "iterations": "n_iter_", "converged": "converged_"}
 """Columns of the results, and the attributes in which solvers that have such a thing keep it."""
 
@@ -321,90 +324,110 @@ def _fit_batch(
 
 def fit_sums(activations: Activations, job: FitJob, solvers: Sequence[SolverName]) -> list[Fitted]:
     """Fits closed-form solvers to sums: one pass over the examples to fit on, one over those to choose on."""
-    grid, stacks = job.grid, activations.stacks
+    grid = job.grid
     tasks = [*target_tasks(grid), *([job.control] if job.control else [])]
-    every = [slice(0, len(stack.points) * len(grid.positions)) for stack in stacks]
-    if grid.target.kind == "classes":
-        solved, constant = _solve_classes(activations, job, tasks, every, solvers)
-    else:
-        solved, constant = _solve_numbers(activations, job, tasks, every)
+    parts = [*_parts(activations.stacks, grid)]
+    solve = _solve_classes if grid.target.kind == "classes" else _solve_numbers
+    solved, constant = solve(activations, job, tasks, parts, solvers)
     for rows, chunk in job.read(activations, CHOSEN_ON):
-        for (_, s, t), probes in solved.items():
-            probes.observe_validation(chunk[s], tasks[t].of(CHOSEN_ON, rows, every[s], job.device))
+        for (_, p, t), probes in solved.items():
+            s, some = parts[p]
+            probes.observe_validation(chunk[s][some], tasks[t].of(CHOSEN_ON, rows, some, job.device))
     for probes in solved.values():
         probes.choose()
     return [
         Fitted(
             s,
-            every[s],
+            some,
             solver,
             horizon,
-            solved[solver, s, t],
-            control=solved[solver, s, len(tasks) - 1] if job.control else None,
+            solved[solver, p, t],
+            control=solved[solver, p, len(tasks) - 1] if job.control else None,
             code=None,
-            constant=constant[s],
+            constant=constant[p],
         )
         for solver in solvers
-        for s in range(len(stacks))
+        for p, (s, some) in enumerate(parts)
         for t, horizon in enumerate(grid.horizons)
     ]
 
 
+Part = tuple[int, slice]
+"""A stack, and some of its probes, whose sums are let go as soon as they are solved."""
+
 Solved = dict[tuple[SolverName, int, int], ClosedForm | RegressionProbes]
-"""Probes of all penalties by solver, stack and task."""
+"""Probes of all penalties by solver, part and task."""
+
+
+def _parts(stacks: Sequence[Stack], grid: Grid) -> Iterator[Part]:
+    """Cuts stacks into parts of about `SUMS_BYTES` of sums."""
+    for s, stack in enumerate(stacks):
+        probes = len(stack.points) * len(grid.positions)
+        size = max(1, SUMS_BYTES // (8 * stack.width * (stack.width + grid.target.outputs)))
+        for first in range(0, probes, size):
+            yield s, slice(first, min(first + size, probes))
 
 
 def _solve_classes(
     activations: Activations,
     job: FitJob,
     tasks: Sequence[Task],
-    every: Sequence[slice],
+    parts: Sequence[Part],
     solvers: Sequence[SolverName],
 ) -> tuple[Solved, list[Tensor]]:
-    """Reads the examples to fit on; also says which probes' activations are constant, by stack `[probes]`."""
-    moments: dict[tuple[int, int], Moments] = {}  # by stack and task; tasks share mean and scatter
-    for s, stack in enumerate(activations.stacks):
-        shape = every[s].stop, stack.width, job.grid.target.classes
-        moments[s, 0] = Moments.zeros(*shape, job.device)
-        moments |= {(s, t): moments[s, 0].relabelled() for t in range(1, len(tasks))}
+    """Reads the examples to fit on; also says which probes' activations are constant, by part `[probes]`."""
+    moments: list[list[Moments]] = []  # by part and task; tasks share mean and scatter
+    for s, some in parts:
+        width, classes = activations.stacks[s].width, job.grid.target.classes
+        own = Moments.zeros(some.stop - some.start, width, classes, job.device)
+        moments.append([own, *(own.relabelled() for _ in tasks[1:])])
     for rows, chunk in job.read(activations, FITTED_ON):
-        for (s, t), sums in moments.items():
-            add = sums.add_labels if t else sums.add
-            add(chunk[s], tasks[t].of(FITTED_ON, rows, every[s], job.device))
-    for (_, t), sums in moments.items():
-        sums.over_processes(labels_alone=t > 0)
+        for (s, some), of_tasks in zip(parts, moments, strict=True):
+            for t, sums in enumerate(of_tasks):
+                add = sums.add_labels if t else sums.add
+                add(chunk[s][some], tasks[t].of(FITTED_ON, rows, some, job.device))
     solved: Solved = {}
-    for solver in solvers:
-        for s in range(len(activations.stacks)):
+    constant = []
+    for p, (s, _) in enumerate(parts):
+        of_tasks = moments.pop(0)
+        for t, sums in enumerate(of_tasks):
+            sums.over_processes(labels_alone=t > 0)
+        for solver in solvers:
             batches = [job.closed_form(solver) for _ in tasks]
-            fit_together(batches, [moments[s, t] for t in range(len(tasks))])
-            solved |= {(solver, s, t): batch for t, batch in enumerate(batches)}
-    return solved, [_constant(moments[s, 0], stack.width) for s, stack in enumerate(activations.stacks)]
+            fit_together(batches, of_tasks)
+            solved |= {(solver, p, t): batch for t, batch in enumerate(batches)}
+        constant.append(_constant(of_tasks[0], activations.stacks[s].width))
+    return solved, constant
 
 
 def _solve_numbers(
-    activations: Activations, job: FitJob, tasks: Sequence[Task], every: Sequence[slice]
+    activations: Activations,
+    job: FitJob,
+    tasks: Sequence[Task],
+    parts: Sequence[Part],
+    solvers: Sequence[SolverName],
 ) -> tuple[Solved, list[Tensor]]:
-    """The same for numbers and vectors: those of all tasks are in one set of moments a stack."""
+    """The same for numbers and vectors: those of all tasks are in one set of moments a part."""
     numbers, of_vectors = len(tasks) * job.grid.target.outputs, job.grid.target.kind == "vectors"
     moments = [
-        Moments.zeros(probes.stop, stack.width, 1, job.device, numbers=numbers)
-        for probes, stack in zip(every, activations.stacks, strict=True)
+        Moments.zeros(some.stop - some.start, activations.stacks[s].width, 1, job.device, numbers=numbers)
+        for s, some in parts
     ]
     for rows, chunk in job.read(activations, FITTED_ON):
-        for sums, probes, X in zip(moments, every, chunk, strict=True):
-            labels = [task.of(FITTED_ON, rows, probes, job.device) for task in tasks]
+        for (s, some), sums in zip(parts, moments, strict=True):
+            X = chunk[s][some]
+            labels = [task.of(FITTED_ON, rows, some, job.device) for task in tasks]
             columns = [y if of_vectors else y[..., None] for y in labels]
             sums.add_numbers(X, torch.cat([y.expand(*X.shape[:2], -1) for y in columns], 2))
-    for sums in moments:
+    solved: Solved = {}
+    constant = []
+    for p, (s, _) in enumerate(parts):
+        sums = moments.pop(0)
         sums.over_processes()
-    solved: Solved = {
-        ("ridge", s, t): job.regression().fit_moments(sums, t)
-        for s, sums in enumerate(moments)
-        for t in range(len(tasks))
-    }
-    widths = [stack.width for stack in activations.stacks]
-    return solved, [_constant(sums, width) for sums, width in zip(moments, widths, strict=True)]
+        for solver in solvers:
+            solved |= {(solver, p, t): job.regression().fit_moments(sums, t) for t in range(len(tasks))}
+        constant.append(_constant(sums, activations.stacks[s].width))
+    return solved, constant
 
 
 def _constant(moments: Moments, width: int) -> Tensor:

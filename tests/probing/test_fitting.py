@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from probekit.config import Config
+from probekit.probing import fitting
 from probekit.probing.activations import Stack
 from probekit.probing.controls import block_ends, prequential_code, prior_code
 from probekit.probing.fitting import CLOSED_FORM, FitJob, Task, fit, fit_sums, hold, score, target_tasks
@@ -202,6 +203,24 @@ def test_every_cell_is_as_if_it_were_fitted_alone(
                 on_control.fit(X[FITTED_ON], asked[FITTED_ON], CLASSES, X[CHOSEN_ON], asked[CHOSEN_ON])
             hits = (on_control.log_probabilities(X[TESTED_ON])[0].argmax(1) == asked[TESTED_ON]).numpy()
             assert np.abs(sums["control_correct"] - by_document(grid, hits)).sum() <= 1
+
+
+@pytest.mark.parametrize("sums", [1, 1000], ids=["each probe", "some of a stack"])
+def test_sums_of_some_probes_at_a_time_are_those_of_all(
+    sums: int, activations: Source, grid: Grid, control: Task, monkeypatch: pytest.MonkeyPatch
+):
+    job = make_job(grid, control, solvers=["ridge", "lda"], **SETTINGS)
+    whole = fit_sums(activations, job, job.settings.solvers)
+    expected = rows_of(score(activations, job, whole, {"seed": 3}))
+    monkeypatch.setattr(fitting, "SUMS_BYTES", sums)
+    parts = fit_sums(activations, job, job.settings.solvers)
+    assert len(parts) > len(whole)
+    found = rows_of(score(activations, job, parts, {"seed": 3}))
+    assert found.keys() == expected.keys()
+    for key, (head, of_documents) in expected.items():
+        assert found[key][0] == {name: pytest.approx(value) for name, value in head.items()}
+        for name, values in of_documents.items():
+            np.testing.assert_allclose(found[key][1][name], values, rtol=1e-5, atol=1e-6)
 
 
 def test_each_cell_reads_what_was_written_there(together: dict, grid: Grid):

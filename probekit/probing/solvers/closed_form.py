@@ -200,8 +200,9 @@ class Moments:
         centred = (X.to(centre.dtype) - centre[:, None]).to(self.dtype)
         offset = mean - centre
         self._move_mean(probes, torch.full_like(mean[:, 0], n), mean)
-        self.scatter[probes] += torch.bmm(centred[..., : self.scatter.shape[1]].mT, centred)
-        self.scatter[probes] -= n * self._outer(offset)
+        width = self.scatter.shape[1]
+        self.scatter[probes] += torch.bmm(centred[..., :width].mT, centred)
+        self._add_outer(probes, offset, torch.full_like(mean[:, 0], -n))
         self._add_classes(probes, exact, y)
 
     def _add_classes(self, probes: slice, X: Tensor, y: Tensor) -> None:
@@ -219,12 +220,13 @@ class Moments:
         before = self.class_counts[probes].sum(1)
         share = (count / (before + count).clamp(min=1))[:, None]
         delta = mean - self.mean[probes]
-        self.scatter[probes] += self._outer(delta) * (before[:, None] * share)[..., None]
+        self._add_outer(probes, delta, before * share[:, 0])
         self.mean[probes] += delta * share
 
-    def _outer(self, a: Tensor) -> Tensor:
-        """Products of means or offsets, shaped as the scatter."""
-        return a[:, : self.scatter.shape[1], None] * a[:, None, :]
+    def _add_outer(self, probes: slice, a: Tensor, times: Tensor) -> None:
+        """Adds a multiple [some probes] of the products of means or offsets with themselves, in place."""
+        left = (times[:, None] * a[:, : self.scatter.shape[1]])[..., None]
+        self.scatter[probes].baddbmm_(left, a[:, None])
 
 
 Eigen = tuple[Tensor, Tensor]
