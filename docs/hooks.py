@@ -2,6 +2,7 @@ r"""What the documentation site takes from elsewhere, so that nothing is copied 
 
 - Settings, presets and commands are pages generated from the package itself.
 - CHANGELOG.md, CONTRIBUTING.md and LOG.md are pages, and figures/*.png are available to all pages.
+- Notebooks are pages with the pictures that are stored in them.
 - `\(...\)`, and `$$...$$` on lines of its own, become MathML, which browsers draw without a script.
 """
 
@@ -19,6 +20,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from nbconvert import MarkdownExporter
 
 from probekit import cli
 from probekit.config import preset_names, setting_names
@@ -35,6 +37,7 @@ COLUMNS = "84"
 
 _LINK = re.compile(r"(?P<text>!?\[[^\]]*\])\((?P<target>[^)\s]+)\)")
 _MATH = re.compile(r"^\$\$(?P<block>.+?)\$\$$|\\\((?P<inline>.+?)\\\)", re.MULTILINE | re.DOTALL)
+_STYLE = re.compile(r"<style scoped>.*?</style>\s*", re.DOTALL)
 _SECTIONS = "|".join({re.escape(name.rpartition(".")[0] or "general") for name in setting_names()})
 _SECTION = re.compile(rf"^({_SECTIONS}):$", re.MULTILINE)
 
@@ -49,6 +52,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, path, content=relinked(text, path)))
     for picture in sorted((ROOT / "figures").glob("*.png")):
         files.append(File.generated(config, f"figures/{picture.name}", abs_src_path=str(picture)))
+    for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        for path, content in notebook_pages(notebook).items():
+            files.append(File.generated(config, f"notebooks/{path}", content=content))
     return files
 
 
@@ -96,6 +102,15 @@ def relinked(text: str, path: str) -> str:
         return f"`{words[1:-1].strip('`')}`"
 
     return _LINK.sub(link, text)
+
+
+def notebook_pages(notebook: Path) -> dict[str, str | bytes]:
+    """A notebook as it was executed: its page and the pictures on it, by path."""
+    pictures = f"{notebook.stem}_files"
+    names = {"unique_key": notebook.stem, "output_files_dir": pictures}
+    page, made = MarkdownExporter().from_filename(str(notebook), resources=names)
+    page = _STYLE.sub("", page)  # of each table: the theme has its own
+    return {f"{notebook.stem}.md": page} | made["outputs"]
 
 
 def settings_page() -> str:

@@ -539,8 +539,8 @@ def _groups(run: Run, grid: Grid, points: Sequence[HookPoint]) -> Iterator[list[
     held = 0
     for point in points:
         width = grid.target.spans * run.locations[point[0].removesuffix(BEFORE)]
-        # The sums are float64, and held once more by every solver.
-        numbers = 2 * (1 + len(config.solvers)) * (width + sums)
+        # The sums are float64, and as they are let go every solver's solutions in float32 take their place.
+        numbers = max(2, len(config.solvers)) * (width + sums)
         size = 4 * len(grid.positions) * width * numbers
         if group and held + size > config.memory * 1e9:
             yield group
