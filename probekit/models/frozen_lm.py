@@ -12,7 +12,7 @@ import torch
 
 from probekit.errors import ProbekitError
 from probekit.models.backends import Backend, BridgeBackend, HFBackend, apart, tolerance
-from probekit.models.hook_points import Architecture, examine
+from probekit.models.hook_points import Architecture, architecture_of
 from probekit.models.language_model import bridge
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class FrozenLM:
         """
         if self._like is not None:
             return self._like.architecture
-        return examine(self._config, self._tokenizer, self._name)
+        return architecture_of(self._config, self._tokenizer, self._name)
 
     @property
     def config(self) -> PreTrainedConfig:

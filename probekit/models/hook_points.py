@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import gc
 import inspect
+import json
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -100,6 +101,21 @@ class Architecture:
             module = self.modules[known]
             found[name] = ModuleHook(module.module.replace(LAYER, str(layer)), module.is_input)
         return found
+
+
+_EXAMINED: dict[tuple[type, str], Architecture] = {}
+"""What was found, by the class and the values of a configuration."""
+
+
+def architecture_of(
+    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, name: str | Path
+) -> Architecture:
+    """`examine`, once for each architecture that a process reads; arguments and errors are those of it."""
+    described = config.to_dict() | {"_name_or_path": None}
+    key = type(config), json.dumps(described, sort_keys=True, default=str)
+    if key not in _EXAMINED:
+        _EXAMINED[key] = examine(config, tokenizer, name)
+    return _EXAMINED[key]
 
 
 def examine(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, name: str | Path) -> Architecture:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -30,7 +29,7 @@ from probekit.data.windows import close_texts
 from probekit.errors import ProbekitError
 from probekit.models.backends import Backend, BridgeBackend, HFBackend, ModuleHook
 from probekit.models.bidirectional import closing_id, is_bidirectional
-from probekit.models.hook_points import Architecture, examine
+from probekit.models.hook_points import architecture_of
 from probekit.models.language_model import longest_window
 from probekit.models.locations import at_layers, hook_name
 from probekit.models.pretrained import HALF, cpu_has_bfloat16, dtype_name
@@ -43,9 +42,6 @@ if TYPE_CHECKING:
 
 Chat = Sequence[Mapping[str, str]]
 """Messages, each with a `role` and a `content`."""
-
-_EXAMINED: WeakKeyDictionary[Any, Architecture] = WeakKeyDictionary()
-"""Hook points of models that have been read: finding them takes seconds."""
 
 
 @dataclass(frozen=True)
@@ -355,9 +351,8 @@ def _bridge_backend(model: Any, names: Sequence[str]) -> Backend:
 
 
 def _plain_backend(model: Any, tokenizer: PreTrainedTokenizerBase, points: Sequence[HookPoint]) -> Backend:
-    if model not in _EXAMINED:
-        _EXAMINED[model] = examine(model.config, tokenizer, model.config.name_or_path or type(model).__name__)
-    architecture = _EXAMINED[model]
+    name = model.config.name_or_path or type(model).__name__
+    architecture = architecture_of(model.config, tokenizer, name)
     for location, _ in points:
         architecture.check(location, "location")
     modules = architecture.points([hook_name(*point) for point in points])

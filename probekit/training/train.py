@@ -25,7 +25,7 @@ from probekit.io import atomic_folder, write_json
 from probekit.models.conditioning import location_width, new_adapter
 from probekit.models.depth_ensemble import DepthEnsemble, new_ensemble
 from probekit.models.frozen_lm import FrozenLM
-from probekit.models.hook_points import examine
+from probekit.models.hook_points import architecture_of
 from probekit.models.language_model import load_model, longest_window, new_model, save_model
 from probekit.models.mixing import VARIANTS
 from probekit.models.planned_lm import PlannedLM
@@ -347,9 +347,9 @@ def _language_model(run: Run, progress: Progress) -> dict[str, Any]:
         check_tokenizer(tokenizer, config, name)
         dtype = dtype_of(settings.dtype, config, run.device)
         if settings.device_map is None:
-            check_memory(name, config, dtype)  # before `examine` makes layers, slow for a very large LM
+            check_memory(name, config, dtype)  # before layers are made, which is slow for a very large LM
         # Refuses what is neither a causal nor a bidirectional LM, or cannot be bridged.
-        if note := examine(config, tokenizer, name).note:
+        if note := architecture_of(config, tokenizer, name).note:
             progress.say(note)
         model = load_model(name, **where, device_map=settings.device_map, dtype=dtype)
         check_weights(model, settings.name)

@@ -2,18 +2,19 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from probekit.errors import ProbekitError
 from probekit.models import hook_points
 from probekit.models.backends import BridgeBackend, HFBackend
-from probekit.models.hook_points import Architecture, broken_sums, examine, find_module
+from probekit.models.hook_points import Architecture, architecture_of, broken_sums, examine, find_module
 from probekit.models.language_model import bridge, shallow
 from probekit.models.locations import OUTSIDE_BLOCKS, hook_name
 
@@ -100,6 +101,29 @@ def test_a_module_that_sees_another_shape_is_left_to_the_bridge(
     found = examine(model.config, tokenizer, "facebook/opt-125m")
     assert found.locations["hook_resid_mid"] == 16
     assert found.points(["blocks.1.hook_resid_mid"]) is None
+
+
+def test_an_architecture_is_examined_once(
+    monkeypatch: pytest.MonkeyPatch, plain: dict, tokenizer: PreTrainedTokenizerBase
+):
+    examined = []
+
+    def count(config: PreTrainedConfig, *given: Any) -> Architecture:
+        examined.append(config)
+        return examine(config, *given)
+
+    monkeypatch.setattr(hook_points, "examine", count)
+    monkeypatch.setattr(hook_points, "_EXAMINED", {})
+    config = plain["gpt2"].config
+    moved, wider = copy.deepcopy(config), copy.deepcopy(config)
+    moved.name_or_path, wider.n_inner = "elsewhere", 24
+    found = architecture_of(config, tokenizer, "here")
+    assert found == examine(config, tokenizer, "here")
+    assert architecture_of(moved, tokenizer, "there") is found
+    assert examined == [config]
+    assert architecture_of(wider, tokenizer, "here").locations["mlp.hook_post"] == 24
+    assert architecture_of(plain["llama"].config, tokenizer, "here").name == "LlamaForCausalLM"
+    assert len(examined) == 3
 
 
 def test_modules_that_see_something_else_are_found_out(
