@@ -77,7 +77,7 @@ def over_training(documents: int = DOCUMENTS) -> pd.DataFrame:
         part = probe_table(("none",), ("hook_resid_post",), horizons=(1,), solvers=("softmax",))
         layer = part.layer.astype(float)
         part["validation_cross_entropy"] = np.where(layer == STEPS.index(step), 0.5, 1.0 + layer)
-        parts.append(part.assign(step=step, documents=documents))
+        parts.append(part.assign(step=step, documents=documents, groups=documents))
     return pd.concat(parts, ignore_index=True)
 
 

@@ -138,7 +138,8 @@ def test_a_folder_that_is_read_only_is_refused_before_work_begins(
 
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     monkeypatch.setattr("probekit.run.run.Run.corpus", property(worked))
-    for words in (("evaluate", copy), ("probe", copy), ("train", "--resume", "--out", copy)):
+    commands = [(name, copy) for name in ("evaluate", "probe", "intervene", "subnetwork", "continuation")]
+    for words in (*commands, ("train", "--resume", "--out", copy)):
         assert ran(*words, "--quiet").refused(f"{copy} cannot be written to"), words
 
 

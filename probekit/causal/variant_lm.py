@@ -44,6 +44,7 @@ def open_run(
     """
     run = Run.at(run, settings)
     run.require_causal()
+    run.check_writable()
     variant, known = getattr(run.config, section).variant, ("none", *run.variants)
     if variant not in known:
         raise ProbekitError(

@@ -111,6 +111,7 @@ def evaluate_generation(
     """
     run = Run.at(run, settings)
     run.require_causal()
+    run.check_writable()
     if run.config.method == "planner":
         run.require("planner")
     progress, chosen = Progress(quiet=quiet), run.config.generation

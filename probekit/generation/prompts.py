@@ -144,13 +144,13 @@ def read_prompts(path: str | Path) -> list[str]:
     except (OSError, ValueError) as error:
         raise ProbekitError(f"--prompts {path}: cannot be read as UTF-8 text ({error}); convert it") from None
     # Not splitlines: JSON may hold characters that only Unicode takes for line breaks.
-    lines = [line for line in text.split("\n") if line.strip()]
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise ProbekitError(f"--prompts {path}: holds no prompt; give one a line")
     if Path(path).suffix != ".jsonl":
-        return lines
+        return [line for _, line in lines]
     texts = []
-    for number, line in enumerate(lines, 1):
+    for number, line in lines:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):

@@ -176,7 +176,7 @@ def few_documents(run: Run) -> Iterator[str]:
     if has(run, PROBES) and len(tested := _probes(run).groups.dropna()):
         counted.append(("", tested.max(), MORE_DOCUMENTS))
     for stage in probed_stages(run):
-        documents = best_by_step(run.probes_over_training(stage)).documents.max()
+        documents = best_by_step(run.probes_over_training(stage)).groups.max()
         counted.append((f"Probes over the training of {stage}", documents, MORE_DOCUMENTS))
     if variants_with(run, "interventions"):
         for (variant, kind), own in compared_interventions(run).groupby(["variant", "kind"], sort=False):

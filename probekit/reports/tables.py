@@ -438,8 +438,6 @@ def intervention_tables(table: pd.DataFrame, *, folded: bool = False) -> list[Ta
         ("Accuracy of a linear probe where actions were erased", rows, ERASURE),
         ("Share of sentences written anew that have the action aimed at", rows, STEERING),
     ]
-    distances = sorted(table.distance.unique())
-    where = f"variant {table.variant.iloc[0]}, distance {', '.join(map(str, distances))} ({INTERVALS})"
     keys = ["kind", "layer", "condition", "distance"]
     tables = []
     for caption, own, metrics in parts:
@@ -447,6 +445,8 @@ def intervention_tables(table: pd.DataFrame, *, folded: bool = False) -> list[Ta
         measured = found[found.metric == metrics[0]][["kind", "condition"]].drop_duplicates()
         if len(measured):
             wide = by_metric(found.merge(measured), keys)
+            distances = sorted(wide.distance.unique())
+            where = f"variant {table.variant.iloc[0]}, distance {', '.join(map(str, distances))} ({INTERVALS})"
             hidden = {"kind"} if metrics is EFFECTS else set()
             hidden |= {"distance"} if len(distances) == 1 else set()
             columns = [*keys, *metrics, "documents"]

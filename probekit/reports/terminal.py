@@ -172,7 +172,7 @@ def print_over_training(results: TrainingProbes, picture: Path) -> None:
     """The layer that is best on validation documents at every checkpoint, at the nearest position."""
     print_tables([tables.over_training_table(results.table, results.stage)])
     print_lines(
-        too_few(int(tables.best_by_step(results.table).documents.max())),
+        too_few(int(tables.best_by_step(results.table).groups.max())),
         *results.notes,
         f"All {len(results.table):,} rows: {results.path}; picture: {picture}",
     )
@@ -180,7 +180,7 @@ def print_over_training(results: TrainingProbes, picture: Path) -> None:
 
 def print_interventions(table: pd.DataFrame, notes: Iterable[str], folder: Path) -> None:
     """Every kind of intervention at all layers, at the nearest distance, beside its controls."""
-    near = table[table.distance == table.distance.min()]
+    near = table[table.distance == table.groupby("kind").distance.transform("min")]
     print_tables(tables.intervention_tables(near))
     print_lines(
         too_few(int(near.documents.min()), tables.MORE_BOUNDARIES),

@@ -11,6 +11,7 @@ import running
 from probekit.data.sentences import complete_spans
 from probekit.generation import generate as texts
 from probekit.generation.generate import Generated, generate, sentences_of
+from probekit.errors import ProbekitError
 from probekit.generation.prompts import Prompt, read_prompts
 from probekit.run.run import Run
 
@@ -79,6 +80,9 @@ def test_prompts_come_from_files(tiny_run: Run, tmp_path: Path, capsys: Capture)
     assert read_prompts(lines) == ["One.", "Two.\nAnd three"]
     lines.write_text('\ufeff{"text": "One\u2028line.\x85"}\n', "utf-8")  # a mark, breaks of Unicode alone
     assert read_prompts(lines) == ["One\u2028line.\x85"]
+    lines.write_text('{"text": "One."}\n\n  \n["text"]\n')
+    with pytest.raises(ProbekitError, match="line 4 is no JSON object"):
+        read_prompts(lines)
     shown = printed(capsys, tiny_run.folder, "--prompts", plain, "--tokens", "4")
     assert "Two. And three" in shown
 

@@ -325,6 +325,17 @@ def test_interventions_at_the_nearest_distance(documents: int, few: bool, capsys
     assert ("raise intervene.boundaries" in printed) == few
 
 
+def test_interventions_at_the_nearest_distance_of_each_kind(capsys):
+    table = made.interventions("none")
+    table.loc[table.kind == "steer", "distance"] += 1
+    print_interventions(table, [], Path("runs/x"))
+    printed = capsys.readouterr().out
+    assert "distance 2 (95 % intervals" in printed
+    assert "distance 3 (95 % intervals" in printed
+    assert "distance 4" not in printed
+    assert "distance 5" not in printed
+
+
 def test_a_subnetwork(capsys):
     mask = pd.DataFrame({"component": ["head 0", "mlp 0"], "removed": [True, False]})
     print_subnetwork(made.subnetwork(20), mask, ["a note"], Path("runs/x"))
