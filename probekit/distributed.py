@@ -16,7 +16,7 @@ from functools import cache
 from types import FrameType
 from typing import TYPE_CHECKING, Self, TypeVar
 
-from probekit.errors import ProbekitError
+from probekit.errors import ProbekitError, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -121,9 +121,7 @@ def _others_alive() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise ProbekitError(
-            f"another process has ended, and said why ({' '.join(str(error).split())[:80]})"
-        ) from error
+        raise ProbekitError(f"another process has ended, and said why ({one_line(error)[:80]})") from error
 
 
 def compute_device(name: str) -> torch.device:
@@ -148,9 +146,8 @@ def compute_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError) as error:
-        reason = str(error).splitlines()[0][:200]
         raise ProbekitError(
-            f"device is {name!r}: it cannot be used here ({reason}); use auto or cpu"
+            f"device is {name!r}: it cannot be used here ({one_line(error)[:200]}); use auto or cpu"
         ) from None
     return device
 

@@ -446,7 +446,9 @@ def intervention_tables(table: pd.DataFrame, *, folded: bool = False) -> list[Ta
         if len(measured):
             wide = by_metric(found.merge(measured), keys)
             distances = sorted(wide.distance.unique())
-            where = f"variant {table.variant.iloc[0]}, distance {', '.join(map(str, distances))} ({INTERVALS})"
+            where = (
+                f"variant {table.variant.iloc[0]}, distance {', '.join(map(str, distances))} ({INTERVALS})"
+            )
             hidden = {"kind"} if metrics is EFFECTS else set()
             hidden |= {"distance"} if len(distances) == 1 else set()
             columns = [*keys, *metrics, "documents"]

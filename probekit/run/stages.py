@@ -128,11 +128,10 @@ def idle_in_training(config: Config, names: Iterable[str]) -> Iterator[str]:
 
 
 def stages_of(config: Config) -> list[str]:
-    """All stages of a training; a pre-trained LM is looked up before the corpus is built."""
+    """All stages of a training, in their order; a pre-trained LM is looked up before the corpus is built."""
     variants, ensembles = variants_of(config), config.method == "depth-ensemble"
     return [
-        "corpus",
-        "lm",
+        *(["lm", "corpus"] if config.lm.name else ["corpus", "lm"]),
         *(["planner"] if variants or not ensembles else []),
         *(f"planner/fold{number}" for number in range(folds_of(config))),
         *(f"adapter/{name}" for name in variants),

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -80,7 +79,7 @@ class DepthTraining:
             fold = fold_of_documents(trainer.corpus, len(fold_planners), config.seed)
             self._out_of_fold = OutOfFold(fold_planners, fold)
 
-    def run(self, keep: Callable[[DepthEnsemble, int], None] | None = None) -> DepthEnsemble:
+    def run(self) -> DepthEnsemble:
         """Trains the ensemble and leaves it in evaluation mode."""
         training = self._trainer.config.training
         groups = [Group(self.ensemble.trained, training.depth.learning_rate)]
@@ -96,9 +95,8 @@ class DepthTraining:
                 lambda: self._trainer.mean_loss(
                     self._validation, training.depth.batch_size, self.validation_loss
                 ),
-                self.observed,
-                keep and partial(keep, self.ensemble),
-                self._train.document,
+                observed=self.observed,
+                documents=self._train.document,
             )
         )
         return self.ensemble.eval()

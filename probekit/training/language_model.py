@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from probekit.data.windows import Windows, collate
-from probekit.models.language_model import new_model
 from probekit.models.planned_lm import token_losses
 from probekit.training.trainer import Group, Stage, Trainer
 
@@ -18,17 +17,16 @@ if TYPE_CHECKING:
 
 
 def train_language_model(
-    trainer: Trainer, keep: Callable[[PreTrainedModel, int], None] | None = None
+    trainer: Trainer, model: PreTrainedModel, keep: Callable[[PreTrainedModel, int], None] | None = None
 ) -> PreTrainedModel:
-    """Trains a new LM on next-token loss, as the plain Hugging Face module.
+    """Trains a new LM on next-token loss, as the plain Hugging Face module, and leaves it in evaluation mode.
 
     Args:
         trainer: What every stage needs.
+        model: The LM, on the trainer's device.
         keep: Keeps the LM as it is after a step.
     """
-    config, corpus = trainer.config, trainer.corpus
-    settings = config.training.lm
-    model = new_model(config.lm, corpus.tokenizer, config.seed).to(trainer.device)
+    settings, corpus = trainer.config.training.lm, trainer.corpus
     train, validation = trainer.windows("train"), trainer.windows("validation")
 
     def losses(windows: Windows) -> Tensor:

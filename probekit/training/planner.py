@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -109,9 +108,7 @@ class PlannerLoss:
         return F.softmax((nearest - distances) / self._settings.target_temperature, dim=-1)
 
 
-def train_planner(
-    trainer: Trainer, fold: int | None = None, keep: Callable[[Planner, int], None] | None = None
-) -> Planner:
+def train_planner(trainer: Trainer, fold: int | None = None) -> Planner:
     """Trains the planner on the cross-entropy of every sentence's action.
 
     Sentences that have none do not count. Documents without an action behind their first sentence are left
@@ -120,7 +117,6 @@ def train_planner(
     Args:
         trainer: What every stage needs.
         fold: Train on the documents outside this one of `training.planner.folds` folds; None: on all.
-        keep: Keeps the planner as it is after a step.
 
     Raises:
         ProbekitError: A split, or what is outside the fold, has no other documents.
@@ -155,7 +151,6 @@ def train_planner(
             len(train),
             lambda rows, step: loss(train[rows]) / int(counted[train[step]].sum()),
             validation_loss,
-            keep=keep and partial(keep, planner),
             documents=train,
         )
     )

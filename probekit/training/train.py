@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -23,13 +22,13 @@ from probekit.distributed import precision_of
 from probekit.errors import ProbekitError
 from probekit.io import atomic_folder, write_json
 from probekit.models.conditioning import location_width, new_adapter
-from probekit.models.depth_ensemble import DepthEnsemble, new_ensemble
+from probekit.models.depth_ensemble import new_ensemble
 from probekit.models.frozen_lm import FrozenLM
 from probekit.models.hook_points import architecture_of
 from probekit.models.language_model import load_model, longest_window, new_model, save_model
 from probekit.models.mixing import VARIANTS
 from probekit.models.planned_lm import PlannedLM
-from probekit.models.planner import Planner, write_embeddings
+from probekit.models.planner import write_embeddings
 from probekit.models.pretrained import (
     check_memory,
     check_tokenizer,
@@ -125,44 +124,37 @@ def train(
         ProbekitError: The input is bad; what was written before stays whole.
     """
     progress = Progress(quiet=quiet)
+    if isinstance(config, Config):
+        _check_actions(config)  # before an earlier run is overwritten
     with _open_run(config, out, existing) as run:
-        if run.config.actions.labels == "none" and "planner" in stages_of(run.config):
-            raise ProbekitError(
-                "actions.labels is 'none', but planner and adapters are trained on actions; set "
-                "actions.labels clusters, or only probe a pre-trained LM with `probekit probe --model`"
-            )
+        _check_actions(run.config)
         _train(run, progress)
     return run
 
 
+def _check_actions(config: Config) -> None:
+    if config.actions.labels == "none" and "planner" in stages_of(config):
+        raise ProbekitError(
+            "actions.labels is 'none', but planner and adapters are trained on actions; set "
+            "actions.labels clusters, or only probe a pre-trained LM with `probekit probe --model`"
+        )
+
+
 def _train(run: Run, progress: Progress) -> None:
-    stages, variants = stages_of(run.config), variants_of(run.config)
-    _report_lost_states(run, [stage for stage in stages if not run.finished(stage)], progress)
-    if run.config.lm.name is not None:  # an LM that cannot be had is reported before a long corpus is built
-        _stage(run, "lm", partial(_language_model, run, progress))
-        run.require_causal()
-    _stage(run, "corpus", partial(_corpus, run, progress))
-    _stage(run, "lm", partial(_language_model, run, progress))
-    if variants:
+    stages = stages_of(run.config)
+    for stage in stages:
+        if not run.finished(stage) and (difference := _state(run, stage).difference):
+            progress.say(f"{stage} begins again: {difference}")
+    for stage in stages[:2]:
+        _stage(run, stage, progress)
+        if stage == "lm":
+            run.require_causal()
+    if variants_of(run.config):
         check_adapters(run)
     if run.config.method == "depth-ensemble":
         check_ensembles(run)
-    if "planner" in stages:
-        _stage(run, "planner", partial(_planner, run, progress))
-    for fold in range(folds_of(run.config)):
-        _stage(run, f"planner/fold{fold}", partial(_planner, run, progress, fold))
-    for variant in variants:
-        _stage(run, f"adapter/{variant}", partial(_adapter, run, progress, variant))
-    for member in run.config.depth.members:
-        if (stage := f"depth/{member}") in stages:
-            _stage(run, stage, partial(_ensemble, run, progress, member))
-
-
-def _report_lost_states(run: Run, stages: Sequence[str], progress: Progress) -> None:
-    """Names the stages that were interrupted under settings that have changed since."""
-    for stage in stages:
-        if difference := _state(run, stage).difference:
-            progress.say(f"{stage} begins again: {difference}")
+    for stage in stages[2:]:
+        _stage(run, stage, progress)
 
 
 def build_corpus(
@@ -175,7 +167,7 @@ def build_corpus(
     """Begins a run and builds its corpus, the first stage of training; the arguments are `train`'s."""
     progress = Progress(quiet=quiet)
     with _open_run(config, out, existing) as run:
-        _stage(run, "corpus", partial(_corpus, run, progress))
+        _stage(run, "corpus", progress)
     return run
 
 
@@ -205,8 +197,8 @@ def prepare(
     progress = Progress(quiet=quiet)
     checkpoints = published(config, revisions)
     with _open_run(config, out, existing) as run:
-        _stage(run, "lm", partial(_language_model, run, progress))
-        _stage(run, "corpus", partial(_corpus, run, progress))
+        _stage(run, "lm", progress)
+        _stage(run, "corpus", progress)
         if distributed.is_first():
             for step, own in checkpoints.items():
                 _published(run, step, own, progress)
@@ -250,8 +242,9 @@ def _open_run(config: Config | None, out: str | Path, existing: Existing) -> Ite
         yield Run.open(out)
 
 
-def _stage(run: Run, name: str, work: Callable[[], dict[str, Any] | None]) -> None:
+def _stage(run: Run, name: str, progress: Progress) -> None:
     """Runs a stage, unless it is finished, and records it; all processes call it together."""
+    kind, *which = name.split("/")
     finished, first = run.finished(name), distributed.is_first()
     distributed.wait()  # all have looked before anything is written
     if not finished:
@@ -259,7 +252,7 @@ def _stage(run: Run, name: str, work: Callable[[], dict[str, Any] | None]) -> No
             run.begin_stage(name, _state(run, name).state().step)
         distributed.wait()
         start = time.monotonic()
-        facts = (work() or {}) | _precision(run, name)
+        facts = (WORK[kind](run, progress, *which) or {}) | _precision(run, name)
         if first:
             run.mark_finished(name, {"seconds": round(time.monotonic() - start, 1)} | facts)
     if first:
@@ -283,33 +276,17 @@ def _state(run: Run, stage: str) -> StateFile:
     return StateFile(path, stage_settings(run.config, stage), 60 * run.config.training.save_minutes)
 
 
-@dataclass(frozen=True)
-class Saving(Generic[T]):
-    """How a stage's model is written, at checkpoints and at the end; all processes call this together.
+def _checkpoints(run: Run, stage: str, save: Callable[[Run, T], None]) -> Callable[[T, int], None]:
+    """Keeps a stage's model as it is after a step, as a run of its own; all processes call this together."""
+    start = time.monotonic()
 
-    Attributes:
-        run: The run.
-        stage: The stage's name.
-        save: Writes the model, and what was tuned of its LM, to a run.
-        start: When the stage began.
-    """
-
-    run: Run
-    stage: str
-    save: Callable[[Run, T], None]
-    start: float = field(default_factory=time.monotonic)
-
-    def checkpoint(self, model: T, step: int) -> None:
-        """Writes the model as it is after a step, as a run of its own."""
+    def keep(model: T, step: int) -> None:
         if distributed.is_first():
-            facts = {"seconds": round(time.monotonic() - self.start, 1)} | _precision(self.run, self.stage)
-            with self.run.checkpoint(self.stage, step, facts) as checkpoint:
-                self.save(checkpoint, model)
+            facts = {"seconds": round(time.monotonic() - start, 1)} | _precision(run, stage)
+            with run.checkpoint(stage, step, facts) as checkpoint:
+                save(checkpoint, model)
 
-    def final(self, model: T) -> None:
-        """Writes the trained model."""
-        if distributed.is_first():
-            self.save(self.run, model)
+    return keep
 
 
 def _trainer(run: Run, progress: Progress, stage: str) -> Trainer:
@@ -328,13 +305,14 @@ def _corpus(run: Run, progress: Progress) -> dict[str, Any]:
 def _language_model(run: Run, progress: Progress) -> dict[str, Any]:
     settings = run.config.lm
     if settings.name is None:
-        untrained = new_model(settings, run.corpus.tokenizer, run.config.seed)
+        model = new_model(settings, run.corpus.tokenizer, run.config.seed)
         # Refuses a location that is not there while little is lost.
-        lm = FrozenLM(lambda: untrained, untrained.config, run.corpus.tokenizer, "a new GPT-2")
+        lm = FrozenLM(lambda: model, model.config, run.corpus.tokenizer, "a new GPT-2")
         location_width(lm, run.config.conditioning)
-        saving = Saving(run, "lm", _save_language_model)
-        model = train_language_model(_trainer(run, progress, "lm"), saving.checkpoint)
-        saving.final(model)
+        keep = _checkpoints(run, "lm", _save_language_model)
+        train_language_model(_trainer(run, progress, "lm"), model.to(run.device), keep)
+        if distributed.is_first():
+            _save_language_model(run, model)
     elif not distributed.is_first():
         return {}
     else:
@@ -367,14 +345,12 @@ def _save_language_model(run: Run, model: PreTrainedModel) -> None:
         run.corpus.tokenizer.save_pretrained(folder)
 
 
-def _planner(run: Run, progress: Progress, fold: int | None = None) -> None:
-    stage = "planner" if fold is None else f"planner/fold{fold}"
-
-    def save(run: Run, planner: Planner) -> None:
+def _planner(run: Run, progress: Progress, part: str | None = None) -> None:
+    stage = "planner" if part is None else f"planner/{part}"
+    fold = None if part is None else int(part.removeprefix("fold"))
+    planner = train_planner(_trainer(run, progress, stage), fold)
+    if distributed.is_first():
         run.save_planner(planner, fold)
-
-    saving = Saving(run, stage, save)
-    saving.final(train_planner(_trainer(run, progress, stage), fold, saving.checkpoint))
 
 
 def _tuning(run: Run, name: ModelName) -> Tuning | None:
@@ -404,11 +380,12 @@ def _adapter(run: Run, progress: Progress, variant: VariantName) -> dict[str, An
         if tuning is not None:
             _save_tuned(run, variant, tuning)
 
-    saving = Saving(run, stage, save)
-    model = AdapterTraining(
+    training = AdapterTraining(
         _trainer(run, progress, stage), variant, run.frozen_lm(), run.planner(), tuning, fold_planners
-    ).run(saving.checkpoint)
-    saving.final(model)
+    )
+    model = training.run(_checkpoints(run, stage, save))
+    if distributed.is_first():
+        save(run, model)
     assert model.adapter is not None  # noqa: S101 - only trained variants come here
     facts: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in model.adapter.parameters())}
     if tuning is not None:
@@ -425,18 +402,24 @@ def _ensemble(run: Run, progress: Progress, member: MemberName) -> dict[str, Any
     out_of_fold = variant in VARIANTS and VARIANTS[variant].out_of_fold
     fold_planners = [run.fold_planner(fold) for fold in range(folds_of(run.config) if out_of_fold else 0)]
 
-    def save(run: Run, ensemble: DepthEnsemble) -> None:
+    conditioned = run.model(variant, plain=None if tuning is None else tuning.model)
+    training = DepthTraining(trainer, member, run.frozen_lm(variant), conditioned, tuning, fold_planners)
+    ensemble = training.run()
+    if distributed.is_first():
         run.save_ensemble(member, ensemble)
         if tuning is not None:
             _save_tuned(run, member, tuning)
-
-    saving = Saving(run, stage, save)
-    conditioned = run.model(variant, plain=None if tuning is None else tuning.model)
-    ensemble = DepthTraining(trainer, member, run.frozen_lm(variant), conditioned, tuning, fold_planners).run(
-        saving.checkpoint
-    )
-    saving.final(ensemble)
     facts: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in ensemble.trained)}
     if tuning is not None:
         facts["tuned_parameters"] = sum(parameter.numel() for parameter in tuning.parameters)
     return facts
+
+
+WORK: dict[str, Callable[..., dict[str, Any] | None]] = {
+    "corpus": _corpus,
+    "lm": _language_model,
+    "planner": _planner,
+    "adapter": _adapter,
+    "depth": _ensemble,
+}
+"""What a stage does, by the first part of its name; called with run, progress and the rest of the name."""

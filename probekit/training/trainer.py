@@ -374,7 +374,10 @@ class _Loop:
         for i, generator in enumerate(self._stage.generators):
             generator.set_state(tensors[f"random.{i}"])
         if distributed.rank():  # the state is the first process's
-            torch.manual_seed(self._seed + distributed.rank() + distributed.count() * self._state.step)
+            seed = self._seed + distributed.rank() + distributed.count() * self._state.step
+            torch.manual_seed(seed)
+            for nth, generator in enumerate(self._stage.generators, 1):
+                generator.manual_seed(seed + 1_000_003 * nth)
 
 
 def checkpoint_steps(count: int, steps: int) -> list[int]:

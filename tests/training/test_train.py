@@ -65,15 +65,13 @@ def refusal(config: Config, out: Path, **options: Any) -> str:
 # Seeds
 
 
-def test_the_same_settings_make_the_same_bits_and_quiet_prints_nothing(
-    tiny_config: Config, tiny_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_run_without_actions_is_refused_before_an_earlier_one_is_lost(
+    tiny_config: Config, tiny_run: Run, tmp_path: Path
 ):
-    torch.manual_seed(12345)  # whatever a notebook did before
-    again = train(tiny_config, tmp_path / "again", quiet=True)
-    assert capsys.readouterr() == ("", "")
-    first, second = made(tiny_run.folder), made(again.folder)
-    assert first.keys() == second.keys()
-    assert [name for name in first if first[name] != second[name]] == []
+    folder = shutil.copytree(tiny_run.folder, tmp_path / "run")
+    with pytest.raises(ProbekitError, match=r"actions\.labels is 'none'"):
+        train(tiny_config.override({"actions.labels": "none"}), folder, existing="overwrite", quiet=True)
+    assert made(folder) == made(tiny_run.folder)
 
 
 def test_another_seed_makes_another_run_on_the_same_corpus(
@@ -135,10 +133,15 @@ def test_a_finished_run_is_left_as_it_is(copy: Path, monkeypatch: pytest.MonkeyP
     assert run.finished("adapter/joint")
 
 
-def test_an_interrupted_training_goes_on_to_the_same_bits(
-    tiny_config: Config, tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_interrupted_training_goes_on_to_the_same_bits_and_quiet_prints_nothing(
+    tiny_config: Config,
+    tiny_run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
     folder = tmp_path / "run"
+    torch.manual_seed(12345)  # whatever a notebook did before
     log, steps = Run.log, 0
 
     def interrupted(self: Run, row: dict[str, Any]) -> None:
@@ -158,6 +161,7 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(
     assert Run.open(folder).variants == ["fixed"]
     train(tiny_config, folder, existing="resume", quiet=True)
     assert made(folder) == made(tiny_run.folder)
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_corpus_built_alone_is_trained_on(tiny_config: Config, tiny_run: Run, tmp_path: Path):
