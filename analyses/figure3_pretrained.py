@@ -41,7 +41,7 @@ from probekit.evaluation.action_metrics import fit_bigram, prior_log_probabiliti
 from probekit.evaluation.baselines import planner_log_probabilities
 from probekit.probing.activations import ActivationReader
 from probekit.probing.baselines import BAG_PENALTIES, MOST_BAGS, bags_of_words, counted_examples
-from probekit.probing.grid import CHOSEN_ON, FITTED_ON, TESTED_ON, Grid, document_numbers, make_grid
+from probekit.probing.grid import CHOSEN_ON, FITTED_ON, TESTED_ON, Grid, make_grid
 from probekit.probing.results import SavedProbes, cells_of, read_probe_record, validation_loss
 from probekit.probing.solvers import RidgeProbes, SoftmaxProbes
 from probekit.probing.targets import Examples, find_target
@@ -265,7 +265,7 @@ def together(run: Run, best: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for part in PARTS:
         asked = np.isfinite(nothing[part])
-        group = document_numbers(test.document[asked])
+        group = pd.factorize(test.document[asked])[0]
         counts = sum_groups(group, np.ones(len(group)))
         for name, own in bits.items():
             facts = {"reader": name, "part": part, "examples": len(group)}

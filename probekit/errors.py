@@ -10,6 +10,6 @@ class ProbekitError(Exception):
     """
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """The message of an error on one line."""
     return " ".join(str(error).split())

@@ -21,7 +21,6 @@ import numpy as np
 from numpy.lib.format import open_memmap, write_array_header_1_0
 from numpy.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 
 from probekit.errors import ProbekitError, one_line
 
@@ -165,6 +164,8 @@ def write_tensors(
     path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Writes named tensors, from any device, as safetensors."""
+    from safetensors.torch import save_file
+
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
         # safetensors lets only a file's owner read it; a run may be shared, so the umask decides.
@@ -176,6 +177,8 @@ def write_tensors(
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """The named tensors in a safetensors file, on the CPU."""
+    from safetensors.torch import load_file
+
     with _reading(path, "safetensors file"):
         return load_file(path)
 
@@ -192,16 +195,10 @@ def write_array(path: str | Path, array: np.ndarray) -> None:
         np.save(file, array, allow_pickle=False)
 
 
-def read_array(path: str | Path, mapped: bool = True) -> np.ndarray:
-    """The array in a `.npy` file.
-
-    Args:
-        path: The file.
-        mapped: Leave the array on disk and read what is touched (read-only), or load all of it.
-    """
+def read_array(path: str | Path) -> np.ndarray:
+    """The array in a `.npy` file, read-only; it stays on disk, and what is touched is read."""
     with _reading(path, ".npy array"):
-        array = open_memmap(path, mode="r")
-        return array if mapped else np.array(array)
+        return open_memmap(path, mode="r")
 
 
 class ArrayAppender:
@@ -285,3 +282,31 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def out_path(path: Path, ending: str | None = None) -> Path:
+    """The path that `--out` gives, where a file can be written.
+
+    Raises:
+        ProbekitError: It has another ending or is a folder, or its folder does not exist.
+    """
+    if ending is not None and path.suffix != ending:
+        raise ProbekitError(f"--out {path}: must be a file that ends in {ending}")
+    if path.is_dir():
+        raise ProbekitError(f"--out {path}: is a folder; give the name of a file")
+    if not path.parent.is_dir():
+        raise ProbekitError(f"--out {path}: there is no folder {path.parent}")
+    return path
+
+
+def write_out(path: Path, text: str) -> Path:
+    """Writes a text to the path that `--out` gives, and returns it.
+
+    Raises:
+        ProbekitError: It cannot be written.
+    """
+    try:
+        write_text(path, text)
+    except OSError as error:  # which names a temporary file
+        raise ProbekitError(f"--out {path}: cannot be written ({error.strerror})") from None
+    return path

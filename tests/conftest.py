@@ -25,7 +25,14 @@ from probekit.training.train import train
 settings.register_profile("suite", deadline=None)
 settings.load_profile("suite")
 
+LONG = ("test_readme", "test_notebooks", "test_benchmarks", "test_distributed", "test_learned", "test_killed")
+"""Files that take longest, and begin first, so that neither process is left with one at the end."""
+
 SHARED_TEXT = Path(__file__).parents[2] / "shared" / "data" / "wikitext-2" / "valid.txt"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
 @pytest.fixture(scope="session")

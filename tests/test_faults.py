@@ -14,7 +14,19 @@ from probekit.config import Config
 from probekit.io import read_json, write_json
 from probekit.training.train import train
 
-CELLS = ("--probe.variants", "none", "--probe.layers", "1", "--probe.positions", "1", "2")
+CELLS = (
+    "--probe.variants",
+    "none",
+    "--probe.layers",
+    "1",
+    "--probe.positions",
+    "1",
+    "2",
+    "--probe.control",
+    "false",
+    "--probe.code_length",
+    "false",
+)
 LENS = ("--text", "A word or two.", "--quiet")
 GENERATE = ("generate", "--prompt", "A", "--tokens", "1", "--quiet", "--variant")
 READERS = {

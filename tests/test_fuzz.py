@@ -87,7 +87,19 @@ def probed(tiny_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("probed") / "run"
     shutil.copytree(tiny_run.folder, folder)
     assert ran("evaluate", folder, "--quiet").code == 0
-    few = ["--probe.variants", "none", "--probe.layers", "1", "--probe.positions", "1", "2"]
+    few = [
+        "--probe.variants",
+        "none",
+        "--probe.layers",
+        "1",
+        "--probe.positions",
+        "1",
+        "2",
+        "--probe.control",
+        "false",
+        "--probe.code_length",
+        "false",
+    ]
     assert ran("probe", folder, "--quiet", *few).code == 0
     return folder
 

@@ -79,16 +79,13 @@ def test_files_get_the_permissions_that_the_umask_leaves(tmp_path: Path):
 
 
 @pytest.mark.parametrize("array", [np.arange(12, dtype=np.int32).reshape(3, 4), np.zeros((0, 5), np.float32)])
-def test_arrays_come_back_mapped_or_loaded(tmp_path: Path, array: np.ndarray):
+def test_arrays_come_back_and_stay_on_disk(tmp_path: Path, array: np.ndarray):
     storage.write_array(tmp_path / "a.npy", array)
-    mapped = storage.read_array(tmp_path / "a.npy")
-    loaded = storage.read_array(tmp_path / "a.npy", mapped=False)
-    assert isinstance(mapped, np.memmap)
-    assert not mapped.flags.writeable
-    assert not isinstance(loaded, np.memmap)
-    for back in (mapped, loaded):
-        np.testing.assert_array_equal(back, array)
-        assert back.dtype == array.dtype
+    found = storage.read_array(tmp_path / "a.npy")
+    assert isinstance(found, np.memmap)
+    assert not found.flags.writeable
+    np.testing.assert_array_equal(found, array)
+    assert found.dtype == array.dtype
 
 
 def test_an_array_of_objects_is_neither_written_nor_read(tmp_path: Path):
@@ -97,9 +94,8 @@ def test_an_array_of_objects_is_neither_written_nor_read(tmp_path: Path):
         storage.write_array(tmp_path / "a.npy", objects)
     assert names(tmp_path) == []
     np.save(tmp_path / "b.npy", objects)
-    for mapped in (True, False):
-        with pytest.raises(ProbekitError, match=r"b\.npy"):
-            storage.read_array(tmp_path / "b.npy", mapped=mapped)
+    with pytest.raises(ProbekitError, match=r"b\.npy"):
+        storage.read_array(tmp_path / "b.npy")
 
 
 @pytest.mark.parametrize("table", [TABLE, TABLE.iloc[:0], TABLE[[]]])

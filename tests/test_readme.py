@@ -35,7 +35,10 @@ LESS = (
     "--training.planner.epochs 1 --training.adapter.epochs 1 --mixing.variants fixed soft "
     "--evaluation.resamples 100"
 )
-FEW = "--probe.layers 0 2 --probe.l2 0.01 0.1 --probe.max_iterations 30 --evaluation.resamples 100"
+FEW = (
+    "--probe.layers 0 2 --probe.l2 0.01 0.1 --probe.max_iterations 30 --evaluation.resamples 100 "
+    "--probe.control false --probe.code_length false"
+)
 LESS_CHANGED = (
     "--intervene.layers 2 --intervene.distances 1 --intervene.boundaries 6 --intervene.strengths 1 "
     "--intervene.samples 2 --evaluation.resamples 100"
@@ -165,7 +168,7 @@ def test_python_of_the_readme(folder: Path, tiny_config: Config, monkeypatch: py
     (brief,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     code = "\n".join(re.findall(r"```python\n(.*?)```", GUIDES[0], re.DOTALL))
     monkeypatch.setattr(Config, "from_preset", lambda name: tiny_config)
-    probekit.probe("runs/demo", {"probe.layers": [0, 2]}, quiet=True)
+    probekit.probe("runs/demo", {"probe.layers": [0, 2], "probe.code_length": False}, quiet=True)
     few = {"generation.prompts": 4, "generation.lengths": [6, 12], "generation.samples": 4}
     measure = probekit.evaluate_generation
     monkeypatch.setattr(probekit, "evaluate_generation", lambda run, given: measure(run, given | few))

@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from probekit.config import Config, user_path
 from probekit.config.options import seed_list
 from probekit.errors import ProbekitError
-from probekit.io import atomic_path, read_json, write_json, write_text
+from probekit.io import read_json, write_json, write_text
+from probekit.reports.drawing import save_png
 from probekit.run.folder import SWEEP
 from probekit.run.run import Run
 from probekit.sweeps import Sweep
@@ -155,8 +156,7 @@ def save_figure(
         runs: The runs that were read.
         printed: A table to print.
     """
-    with atomic_path(out) as temporary:
-        figure.savefig(temporary, dpi=150)
+    save_png(figure, out)
     table = numbers.to_csv(index=False)
     write_text(out.with_suffix(".csv"), table)
     write_json(

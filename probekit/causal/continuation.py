@@ -24,7 +24,6 @@ from probekit.data.encoders import WORD, SentenceEncoder
 from probekit.data.sentences import sentence_spans
 from probekit.data.special_tokens import drawable_ids
 from probekit.data.tokenizer import decoded
-from probekit.distributed import autocast
 from probekit.errors import ProbekitError
 from probekit.generation.generate import draw, reading_window, without_others
 from probekit.generation.metrics import rouge2
@@ -180,7 +179,7 @@ def continuation(
         notes = [
             f"no ridge map beside: `probekit probe {run.folder} --target embedding --positions 1` fits it"
         ]
-    resampling: Resampling = {"resamples": config.evaluation.resamples, "seed": config.seed}
+    resampling = config.resampling
     table = pd.DataFrame(_rows(found, _ceiling(run, ahead), resampling)).astype(TYPES)
     if len(sentence) < chosen.boundaries:
         notes.append(
@@ -296,7 +295,7 @@ class _Writer:
             )
             more = None if put is None else _putting({name: values[rows] for name, values in put.items()})
             for drawn in torch.from_numpy(uniforms.T):
-                with autocast(self._run.device, config.training.precision):
+                with self._run.autocast():
                     logits = self._decoder(texts, more).float()
                 allowed = without_others(logits, self._drawable)
                 tokens = draw(allowed, drawn.to(logits.device), config.generation).tolist()

@@ -41,7 +41,7 @@ from probekit.models.locations import at_layers
 from probekit.models.mixing import VARIANTS
 from probekit.probing.activations import ActivationReader, HookPoint
 from probekit.probing.grid import Grid, make_grid
-from probekit.probing.results import Cell, LinearProbe, SavedProbes
+from probekit.probing.results import Cell, SavedProbes
 from probekit.probing.solvers import Moments
 from probekit.probing.targets import Target
 from probekit.progress import Progress
@@ -180,7 +180,7 @@ class _Trials:
         """A row for every condition and metric."""
         conditions, known = self._conditions(kind, site)
         true, config = self._lm.boundaries.label, self._run.config
-        resampling: Resampling = {"resamples": config.evaluation.resamples, "seed": config.seed}
+        resampling = config.resampling
         rows: list[dict[str, Any]] = []
         for strength in dict.fromkeys(condition.strength for condition in conditions):
             group = [condition for condition in conditions if condition.strength == strength]
@@ -235,7 +235,7 @@ class _Trials:
             return along_vectors(means)
         saved = SavedProbes(self._run.folder / "probes", chosen.variant, self._run.config.seed)
         found = saved[Cell(*site.point, distance)]
-        probe = LinearProbe(found.coef.to(means), found.intercept.to(means))
+        probe = found.to(means)
         lengths = means.norm(dim=1)
         if chosen.direction == "probe":
             return along_weights(probe, lengths)

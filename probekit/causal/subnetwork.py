@@ -104,7 +104,7 @@ def subnetwork(
     search = _Search(run, Progress(quiet=quiet))
     candidates, chosen, objective, error = search.learn()
     masks, alone = search.compared_masks(candidates[chosen])
-    resampling: Resampling = {"resamples": run.config.evaluation.resamples, "seed": run.config.seed}
+    resampling = run.config.resampling
     table = results_table(search.test(masks), masks, resampling)
     candidate_table = pd.DataFrame(
         {

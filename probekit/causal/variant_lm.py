@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from probekit.config import VariantName
 from probekit.data.windows import Batch, Windows, collate
-from probekit.distributed import autocast
 from probekit.errors import ProbekitError
 from probekit.io import atomic_folder, write_json, write_table
 from probekit.models.backends import Hook
@@ -81,7 +79,7 @@ def final_layer_probe(run: Run, variant: VariantName) -> FinalProbe:
             "`probekit probe` with the target action, or with classes of sentences"
         )
     probe = saved[Cell(*point, 1)]
-    return point, LinearProbe(probe.coef.to(run.device), probe.intercept.to(run.device)), target
+    return point, probe.to(run.device), target
 
 
 class VariantLM:
@@ -119,18 +117,14 @@ class VariantLM:
 
     def logits(self, read: Conditioned, hooks: Sequence[Hook]) -> Tensor:
         """Next-token logits `[windows, positions, vocabulary]` of a forward pass with hooks."""
-        with self.autocast():
+        with self.run.autocast():
             logits = self.backend.logits(read.tokens, hooks, read.positions)
         return logits if read.slots is None else read.slots.predictions(logits)
 
     def run_hooks(self, read: Conditioned, hooks: Sequence[Hook], reads: int) -> None:
         """Runs a forward pass up to the last of the `reads` hooks that change nothing; makes no logits."""
-        with self.autocast():
+        with self.run.autocast():
             self.backend(read.tokens, hooks, reads, read.positions)
-
-    def autocast(self) -> AbstractContextManager[None]:
-        """The precision of forward passes."""
-        return autocast(self.device, self.run.config.training.precision)
 
 
 def write_results(folder: Path, tables: Mapping[str, pd.DataFrame], run: Run, notes: list[str]) -> None:

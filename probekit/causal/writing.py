@@ -128,7 +128,7 @@ class SentenceWriter:
         uniforms = np.stack([np.random.default_rng([seed, row]).random(self.max_tokens) for row in rows])
         texts, applied = self.growing_texts(rows, edit)
         for step in range(self.max_tokens):
-            with self._lm.autocast():
+            with self._lm.run.autocast():
                 logits = self.decoder(texts, applied.hooks)
             tokens = self._draw(logits.float(), torch.from_numpy(uniforms[:, step]))
             for number in unfinished:

@@ -1,4 +1,4 @@
-"""The commands: each parses what was typed, calls a function of the same name and prints its result.
+"""The commands: each parses what was typed, calls a function of the same name, prints and draws its result.
 
 Modules that load PyTorch are imported inside of the commands, so that `--help` answers at once.
 """
@@ -50,12 +50,12 @@ def train(words: list[str]) -> None:
     config = _new_config(parsed, given)
     from probekit.reports.terminal import print_training
     from probekit.run.stages import idle_in_training
-    from probekit.training import train as training
+    from probekit.training.train import train as train_run
 
     if config and distributed.is_first():
         for line in idle_in_training(config, dotted(given)):
             sys.stderr.write(f"probekit: note: {line}\n")
-    run = training.train(config, parsed.out, existing=parsed.existing, quiet=parsed.quiet)
+    run = train_run(config, parsed.out, existing=parsed.existing, quiet=parsed.quiet)
     if distributed.is_first():
         print_training(run)
 
@@ -105,14 +105,15 @@ def generate(words: list[str]) -> None:
     drawing = ("context", "temperature", "top_k", "top_p")
     sections = ("seed", "device", "evaluation.batch_size", *(f"generation.{name}" for name in drawing))
     parsed, given = parse(parser, words, sections)
-    from probekit.generation.generate import check_out, write_texts
+    from probekit.generation.generate import write_texts
     from probekit.generation.prompts import read_prompts
+    from probekit.io import out_path
     from probekit.progress import Progress
     from probekit.reports.terminal import print_texts
     from probekit.run.run import Run
 
     if parsed.out:
-        check_out(parsed.out)
+        out_path(user_path(parsed.out))
     written = write_texts(
         Run.at(parsed.run, dotted(given)),
         read_prompts(parsed.prompts) if parsed.prompts else parsed.prompt,
@@ -190,18 +191,23 @@ def probe(words: list[str]) -> None:
         settings = {name: value for name, value in settings.items() if name == "probe.variants"}
     if parsed.checkpoints or parsed.revisions:
         from probekit.probing.over_training import probe_checkpoints
-        from probekit.reports.plot_over_training import save_over_training
+        from probekit.reports.drawing import save_png
+        from probekit.reports.plot_over_training import draw_over_training, over_training_numbers
         from probekit.reports.terminal import print_over_training
 
         over_training = probe_checkpoints(run, settings, parsed.stage, quiet=parsed.quiet)
         if distributed.is_first():
-            print_over_training(over_training, save_over_training(over_training))
+            numbers = over_training_numbers(over_training.table)
+            figure = draw_over_training(numbers, over_training.losses)
+            picture = save_png(figure, over_training.path.with_suffix(".png"))
+            print_over_training(over_training, picture)
         return
     from probekit.probing.probe import probe as probe_run
 
     results = probe_run(run, settings, store=parsed.store, quiet=parsed.quiet)
     if distributed.is_first():
-        from probekit.reports.plot_geometry import save_geometry_figure
+        from probekit.reports.drawing import save_png
+        from probekit.reports.plot_geometry import plot_geometry
         from probekit.reports.plot_probes import save_probe_figures
         from probekit.reports.plot_transfer import save_transfer_figures
         from probekit.reports.terminal import print_probes
@@ -210,7 +216,7 @@ def probe(words: list[str]) -> None:
         if results.transfer is not None:
             save_transfer_figures(results.transfer, results.best_cells(), results.folder)
         if results.geometry is not None:
-            save_geometry_figure(results.geometry, results.folder)
+            save_png(plot_geometry(results.geometry), results.folder / "geometry.png")
         print_probes(results)
 
 
@@ -219,14 +225,15 @@ def compare(words: list[str]) -> None:
     parsed, given = parse_compare(compare, words)
     config, second = compared_configs(parsed, given)
     from probekit.probing.compare import compare as compare_lms
-    from probekit.reports.plot_compare import save_comparison_figure
+    from probekit.reports.drawing import save_png
+    from probekit.reports.plot_compare import plot_comparison
     from probekit.reports.terminal import print_comparison
 
     existing: Existing = "overwrite" if parsed.overwrite else "resume"
     found = compare_lms(
         config, second, parsed.out, existing=existing, permutations=parsed.permutations, quiet=parsed.quiet
     )
-    print_comparison(found, save_comparison_figure(found))
+    print_comparison(found, save_png(plot_comparison(found), found.folder / "similarity.png"))
 
 
 def intervene(words: list[str]) -> None:
@@ -410,10 +417,10 @@ def run_demo(out: str | Path = "runs/demo", *, overwrite: bool = False, quiet: b
     from probekit.probing.probe import probe as probe_run
     from probekit.reports.plot_probes import save_probe_figures
     from probekit.reports.terminal import print_corpus, print_evaluation, print_probes, print_training
-    from probekit.training import train as training
+    from probekit.training.train import train as train_run
 
     existing: Existing = "overwrite" if overwrite else "resume"
-    run = training.train(Config.from_preset("demo"), out, existing=existing, quiet=quiet)
+    run = train_run(Config.from_preset("demo"), out, existing=existing, quiet=quiet)
     print_corpus(run.corpus, nearest=1)
     print_training(run)
     print_evaluation(evaluate_run(run, quiet=quiet))

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ValidationError, model_validator
@@ -30,6 +30,9 @@ from probekit.config.sections import (
 )
 from probekit.config.types import Seed, Settings
 from probekit.errors import ProbekitError
+
+if TYPE_CHECKING:
+    from probekit.statistics import Resampling
 
 PATHS = ("corpus.path", "actions.encoder", "lm.name", "evaluation.questions_file")
 """Settings that may be paths."""
@@ -117,6 +120,11 @@ class Config(Settings):
     def to_yaml(self) -> str:
         """The complete config as YAML text that `from_yaml` reads back to an equal config."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, explicit_end=True)
+
+    @property
+    def resampling(self) -> Resampling:
+        """How intervals are resampled: keyword arguments of the functions of `probekit.statistics`."""
+        return {"resamples": self.evaluation.resamples, "seed": self.seed}
 
     def with_absolute_paths(self) -> Self:
         """A copy in which whatever is a path of this machine holds in any folder that it is used from."""

@@ -19,7 +19,13 @@ from probekit.config import ActionSettings, Config, CorpusSettings
 from probekit.data.codebook import fit_codebook, label_centroids, telling_words
 from probekit.data.corpus import SPLITS, Corpus, ranges
 from probekit.data.documents import DocumentFile
-from probekit.data.encoders import EMBEDDED_AT_ONCE, PretrainedEncoder, TfidfEncoder, embed_batch
+from probekit.data.encoders import (
+    EMBEDDED_AT_ONCE,
+    PretrainedEncoder,
+    SentenceEncoder,
+    TfidfEncoder,
+    embed_batch,
+)
 from probekit.data.readers import write_documents
 from probekit.data.sentences import sentences_of_batch, tokenize_batch
 from probekit.data.special_tokens import bos_rule_for, bos_rule_of_chats, separator_id
@@ -62,7 +68,7 @@ def write_corpus(config: Config, folder: Path, progress: Progress, device: str =
         )
     # Whatever may be missing is looked for before any text is read, which may take hours.
     with_actions = config.actions.labels != "none"
-    encoder: TfidfEncoder | PretrainedEncoder | None = None
+    encoder: SentenceEncoder | None = None
     if with_actions and config.actions.encoder != "tfidf":
         long_sentences = config.actions.long_sentences
         encoder = PretrainedEncoder(config.actions.encoder, device, long_sentences=long_sentences)
@@ -164,7 +170,7 @@ def _write_actions(
     config: Config,
     documents: DocumentFile,
     train: np.ndarray,
-    encoder: TfidfEncoder | PretrainedEncoder | None,
+    encoder: SentenceEncoder | None,
     processes: int,
     progress: Progress,
 ) -> dict[str, Any]:
@@ -230,7 +236,7 @@ def _sentences(folder: Path, documents: DocumentFile, chosen: np.ndarray) -> lis
 
 
 def _embedded(
-    folder: Path, documents: DocumentFile, encoder: TfidfEncoder | PretrainedEncoder, processes: int
+    folder: Path, documents: DocumentFile, encoder: SentenceEncoder, processes: int
 ) -> Iterator[np.ndarray]:
     """The embeddings of all sentences, a block at a time."""
     batches = enumerate(documents.starts[:-1].tolist())

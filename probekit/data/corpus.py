@@ -162,6 +162,11 @@ class Corpus:
         """The document that holds each sentence."""
         return np.searchsorted(self.document_sentences, sentences, side="right") - 1
 
+    def stops(self, sentences: np.ndarray) -> np.ndarray:
+        """The token after the last one of each sentence."""
+        following = np.append(self.first_token, self.document_tokens[-1])[sentences + 1]
+        return np.minimum(following, self.document_tokens[self.document_of(sentences) + 1])
+
     def previous_actions(self, sentences: np.ndarray) -> np.ndarray:
         """The action before each sentence `[sentences]`, -1 for a document's first or where none is."""
         return self.previous_labels(self.known_actions, sentences)
@@ -228,9 +233,7 @@ def sizes(corpus: Corpus) -> pd.DataFrame:
 
 def sentence_lengths(corpus: Corpus) -> pd.Series:
     """Quantiles of the sentences' lengths in tokens."""
-    document = corpus.document_of(np.arange(len(corpus.first_token)))
-    stop = np.append(corpus.first_token[1:], corpus.document_tokens[-1])
-    lengths = np.minimum(stop, corpus.document_tokens[document + 1]) - corpus.first_token
+    lengths = corpus.stops(np.arange(len(corpus.first_token))) - corpus.first_token
     quantiles = [0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0]
     return pd.Series(np.quantile(lengths, quantiles), index=quantiles, name="tokens")
 

@@ -1,18 +1,17 @@
 """Sentence encoders: TF-IDF with truncated SVD, fitted on the corpus, or a sentence-transformers model.
 
-Importing this module does not import torch (`probekit.io` does), so that the processes that embed sentences
+Importing this module does not import torch, so that the processes that embed sentences
 stay small.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 from safetensors.numpy import load_file
@@ -23,28 +22,11 @@ from threadpoolctl import threadpool_limits
 
 from probekit.data import hub
 from probekit.data.sentences import sentences_of_batch
-from probekit.errors import ProbekitError
+from probekit.errors import ProbekitError, one_line
+from probekit.io import atomic_folder, read_json, write_json, write_tensors
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
-
-
-class SentenceEncoder(Protocol):
-    """Maps sentences to vectors that are near where the sentences are similar.
-
-    Attributes:
-        dimensions: Width of an embedding.
-    """
-
-    dimensions: int
-
-    def encode(self, sentences: Sequence[str]) -> np.ndarray:
-        """Float32 [sentences, dimensions]; rows have norm 1, or 0 for a sentence with no known word."""
-        ...
-
-    def save(self, folder: Path) -> None:
-        """Writes what `load_encoder` needs to rebuild the encoder."""
-        ...
 
 
 LongSentences = Literal["cut", "mean"]
@@ -128,8 +110,6 @@ class TfidfEncoder:
         """Writes the words as JSON, their weights and the singular vectors as safetensors."""
         import torch
 
-        from probekit.io import atomic_folder, write_json, write_tensors
-
         arrays = {"idf": self._vectorizer.idf_, "components": self.components}
         with atomic_folder(folder) as partial:
             write_json(partial / "encoder.json", {"kind": "tfidf"})
@@ -143,8 +123,7 @@ class TfidfEncoder:
     def load(cls, folder: Path) -> Self:
         """Reads what `save` wrote."""
         tensors = load_file(folder / "encoder.safetensors")
-        words = json.loads((folder / "words.json").read_text("utf-8"))
-        return cls(words, tensors["idf"], tensors["components"])
+        return cls(read_json(folder / "words.json"), tensors["idf"], tensors["components"])
 
 
 def _vectorizer(**arguments: Any) -> TfidfVectorizer:
@@ -196,7 +175,7 @@ class PretrainedEncoder:
         except (OSError, ValueError) as error:
             raise ProbekitError(
                 f"actions.encoder is {name!r}, which sentence-transformers cannot load "
-                f"({' '.join(str(error).split())}); name one of its models, or 'tfidf'"
+                f"({one_line(error)}); name one of its models, or 'tfidf'"
             ) from None
         self._name, self._revision, self.cuts = source.name, source.revision, long_sentences == "cut"
         self.longest, self.long = _longest(self.model), 0
@@ -240,8 +219,6 @@ class PretrainedEncoder:
 
     def save(self, folder: Path) -> None:
         """Writes where the model is, not its weights."""
-        from probekit.io import atomic_folder, write_json
-
         facts = {
             "kind": "pretrained",
             "name": self._name,
@@ -259,8 +236,6 @@ class PretrainedEncoder:
         Raises:
             ProbekitError: The model is gone, or another one has taken its folder.
         """
-        from probekit.io import read_json
-
         facts: dict[str, Any] = read_json(folder / "encoder.json")
         encoder = cls(facts["name"], device, facts["revision"], facts.get("long_sentences", "cut"))
         if encoder.dimensions != facts["dimensions"]:
@@ -279,6 +254,10 @@ class PretrainedEncoder:
             show_progress_bar=False,
         )
         return embeddings.astype(np.float32, copy=False)
+
+
+SentenceEncoder = TfidfEncoder | PretrainedEncoder
+"""Maps sentences to vectors that are near where these are similar, of norm 1, or 0 without a known word."""
 
 
 def _longest(model: SentenceTransformer) -> int | None:
@@ -305,8 +284,6 @@ def _find(name: str, revision: str | None) -> tuple[type[SentenceTransformer], h
 
 def load_encoder(folder: Path, device: str) -> SentenceEncoder:
     """Reads what an encoder's `save` wrote; its embeddings are those of the encoder that was saved."""
-    from probekit.io import read_json
-
     kind = read_json(folder / "encoder.json")["kind"]
     return TfidfEncoder.load(folder) if kind == "tfidf" else PretrainedEncoder.load(folder, device)
 
@@ -317,8 +294,6 @@ def check_encoder(folder: Path) -> None:
     Raises:
         ProbekitError: Its library is not installed, or its model is gone.
     """
-    from probekit.io import read_json
-
     facts = read_json(folder / "encoder.json")
     if facts["kind"] == "pretrained":
         _find(facts["name"], facts["revision"])

@@ -31,7 +31,7 @@ from probekit.data.chats import ChatTemplate, as_chat
 from probekit.data.documents import SCHEMA, VISIBLE, Document
 from probekit.data.sentences import opening
 from probekit.data.splits import SPLITS, DocumentKeys, digest, normalised
-from probekit.errors import ProbekitError
+from probekit.errors import ProbekitError, one_line
 from probekit.planted.corpus import generate
 
 if TYPE_CHECKING:
@@ -85,22 +85,16 @@ def read_documents(
             if document.messages is not None:
                 template = template or ChatTemplate(tokenizer)
                 document = replace(document, **vars(template.render(document.messages, document.name)))
-            yield _encodable(document)
+            try:
+                document.text.encode()
+            except UnicodeEncodeError as error:  # JSON can spell it, no tokenizer accepts it
+                half = f"character {error.start} of the text is half a surrogate pair"
+                raise ProbekitError(f"{document.name}: {half}; correct it") from None
+            yield document
     if empty:
         raise ProbekitError(
             f"corpus.path is {settings.path!r}: the {settings.reader} reader finds no document there"
         )
-
-
-def _encodable(document: Document) -> Document:
-    """Refuses halves of surrogate pairs, which JSON can spell but no tokenizer accepts."""
-    try:
-        document.text.encode()
-    except UnicodeEncodeError as error:
-        raise ProbekitError(
-            f"{document.name}: character {error.start} of the text is half a surrogate pair; correct it"
-        ) from None
-    return document
 
 
 def _planted(settings: CorpusSettings) -> Generator[Document]:
@@ -321,17 +315,13 @@ def _path(settings: CorpusSettings) -> str:
     return os.path.expanduser(settings.path)  # noqa: PTH111 - Path makes `name`, as on the hub, of `./name`
 
 
-def _require(setting: str, known: Iterable[str], where: str | Path, settings: CorpusSettings) -> None:
-    value = getattr(settings, setting)
-    if value not in known:
-        raise ProbekitError(f"corpus.{setting} is {value!r}, but {where} has {', '.join(known) or 'nothing'}")
-
-
 def _columns(settings: CorpusSettings, known: Sequence[str], where: str | Path) -> list[str]:
     """The columns that hold text, group and split, which must be among those that there are."""
     wanted = [name for name in ("text_column", "group_column", "split_column") if getattr(settings, name)]
     for name in wanted:
-        _require(name, known, where, settings)
+        if (value := getattr(settings, name)) not in known:
+            there = ", ".join(known) or "nothing"
+            raise ProbekitError(f"corpus.{name} is {value!r}, but {where} has {there}")
     return list(dict.fromkeys(getattr(settings, name) for name in wanted))
 
 
@@ -423,7 +413,7 @@ def _bad_byte(path: Path, encoding: str) -> int:
 
 def _reason(error: BaseException) -> str:
     """The message of an error, on one line."""
-    return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+    return getattr(error, "strerror", None) or one_line(error) or type(error).__name__
 
 
 def write_documents(

@@ -1,4 +1,4 @@
-"""Splits documents into sentences, aligns the sentences with tokens, and does both for batches of a corpus.
+"""Where sentences end, in documents and in text that is being generated, and which tokens they hold.
 
 Nothing here imports torch, so that the processes that tokenise documents stay small.
 """

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,6 @@ from torch import Tensor
 from probekit.errors import ProbekitError
 
 Floats = NDArray[np.float64]
-Bools = NDArray[np.bool_]
 Integers = NDArray[np.int64]
 
 NO_ACTION = -1
@@ -26,21 +26,12 @@ STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 """Strengths of the prior that the bigram tries, in pseudo-counts."""
 
 
-@dataclass(frozen=True)
-class ActionScores:
-    """Scores of each example: arrays `[..., examples]`."""
-
-    correct: Bools
-    top5: Bools
-    cross_entropy: Floats  # nats
-
-
 METRICS = {"correct": "accuracy", "top5": "top5", "cross_entropy": "cross_entropy"}
-"""Fields of `ActionScores`, and the names of their means over examples."""
+"""Scores of examples, and the names of their means."""
 
 
-def score_actions(log_probabilities: Tensor | NDArray, actions: Tensor | NDArray) -> ActionScores:
-    """Compares predictions with the true actions.
+def score_actions(log_probabilities: Tensor | NDArray, actions: Tensor | NDArray) -> dict[str, NDArray[Any]]:
+    """Scores predictions against the true actions: arrays `[..., examples]`, cross-entropy in nats.
 
     An action's rank is the number of actions that are more probable, or as probable and of a lower index, so
     that a constant distribution predicts action 0.
@@ -56,7 +47,8 @@ def score_actions(log_probabilities: Tensor | NDArray, actions: Tensor | NDArray
     # Not <= instead of >, so that a NaN counts as more probable than the truth and never as a hit.
     ahead = ~(log_p <= true_log_p) | ((log_p == true_log_p) & (index < truth))
     rank = ahead.sum(-1).cpu().numpy()
-    return ActionScores(rank == 0, rank < 5, -true_log_p[..., 0].double().cpu().numpy())
+    nats = -true_log_p[..., 0].double().cpu().numpy()
+    return {"correct": rank == 0, "top5": rank < 5, "cross_entropy": nats}
 
 
 def prior_log_probabilities(actions: ArrayLike, k: int) -> Floats:

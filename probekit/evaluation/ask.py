@@ -6,7 +6,7 @@ without the context, its prior, is compared alone, as a control, and taken off (
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +37,6 @@ from probekit.models.pretrained import check_tokenizer, check_weights, dtype_nam
 from probekit.models.revisions import at_revision
 from probekit.progress import Progress
 from probekit.run.folder import digest_of, lm_digest, provenance
-from probekit.statistics import Resampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -107,13 +106,16 @@ def ask(
     progress, device = Progress(quiet=quiet), compute_device(config.device)
     rows = read_items(items, config.corpus.encoding)
     # All that can be refused without weights is refused before the first are loaded.
-    lms = [_FoundLM.of(revision, lm, rows) for revision, lm in _revisions(config.lm, revisions)]
+    named: dict[str | None, LanguageModelSettings] = {config.lm.revision: config.lm}
+    if revisions:
+        named = {name: at_revision(config.lm, name) for name in revisions}
+    lms = [_FoundLM.of(revision, lm, rows) for revision, lm in named.items()]
     if random and lms[0].revision is None:
         lms[0] = replace(lms[0], revision=OWN_WEIGHTS)
     drawn = range(config.seed, config.seed + random)
     lms += [replace(lms[0], revision=f"{RANDOM_WEIGHTS} {seed}", random=seed) for seed in drawn]
     found = {lm.revision: lm.read(rows, device, config.evaluation.batch_size, progress) for lm in lms}
-    resampling: Resampling = {"resamples": config.evaluation.resamples, "seed": config.seed}
+    resampling = config.resampling
     result = Asked(
         preference_table(rows, found, scoring, **resampling),
         pd.concat([_answers(rows, revision, read) for revision, read in found.items()], ignore_index=True),
@@ -129,16 +131,6 @@ def ask(
     if out is not None:
         result.write(out)
     return result
-
-
-def _revisions(
-    settings: LanguageModelSettings, revisions: Sequence[str]
-) -> Iterator[tuple[str | None, LanguageModelSettings]]:
-    """The LMs that are asked, by what they are called; None where a model has no revisions."""
-    if not revisions:
-        yield settings.revision, settings
-    for revision in dict.fromkeys(revisions):
-        yield revision, at_revision(settings, revision)
 
 
 @dataclass(frozen=True)

@@ -45,25 +45,14 @@ from probekit.models.planned_lm import PlannedLM
 from probekit.models.pretrained import dtype_name
 from probekit.progress import Progress
 from probekit.run.run import Run
-from probekit.statistics import Resampling, bootstrap_ratio, bootstrap_ratios, paired_difference, sum_groups
+from probekit.statistics import bootstrap_ratio, bootstrap_ratios, paired_difference, sum_groups
 
 Parts = dict[str, tuple[ModelName, int | None]]
 """Member and layer of each model that predicts, by the name under which it stands in the tables."""
 
 
-def evaluate_ensembles(run: Run, progress: Progress) -> Evaluation:
-    """Evaluates a run's depth ensemble, beside the LM beneath it, on its test documents.
-
-    Args:
-        run: The run.
-        progress: Shows how far it is, and says what is left out.
-
-    Returns:
-        The evaluation, without multiple choice if no question can be asked about the documents.
-
-    Raises:
-        ProbekitError: A member is not trained, or the file of questions cannot be used.
-    """
+def _evaluate_ensembles(run: Run, progress: Progress) -> Evaluation:
+    """A depth ensemble beside the LM beneath it; without multiple choice if no question can be asked."""
     config, variant = run.config, run.config.depth.variant
     for member in config.depth.members:
         run.require(f"depth/{member}")
@@ -155,7 +144,7 @@ def _accuracies(
     run: Run, answered: dict[str, np.ndarray], parts: Parts, questions: list[Question]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Accuracies, and their differences between every two members."""
-    options: Resampling = {"resamples": run.config.evaluation.resamples, "seed": run.config.seed}
+    options = run.config.resampling
     sums, counts = by_document(np.stack(list(answered.values())), questions)
     if run.config.evaluation.questions_file is None:  # else they are of the file's lines
         group = run.corpus.group[np.unique([question.document for question in questions])]
@@ -198,7 +187,7 @@ def evaluate(
     run.require_causal()
     progress = Progress(quiet=quiet)
     depth = run.config.method == "depth-ensemble"
-    evaluation = evaluate_ensembles(run, progress) if depth else _evaluate_planners(run, progress)
+    evaluation = _evaluate_ensembles(run, progress) if depth else _evaluate_planners(run, progress)
     evaluation = replace(evaluation, settings=evaluation.settings | {"dtype": dtype_name(run.dtype)})
     evaluation.write(run)
     return evaluation
@@ -262,9 +251,7 @@ def _planner_table(run: Run) -> pd.DataFrame:
     for reader, log_probabilities in action_predictions(run, documents).items():
         scores = score_actions(log_probabilities[later], actions)
         for score, metric in METRICS.items():
-            sums = np.bincount(group, weights=getattr(scores, score), minlength=len(groups))
-            found = bootstrap_ratio(
-                sums, counts, resamples=run.config.evaluation.resamples, seed=run.config.seed
-            )
+            sums = np.bincount(group, weights=scores[score], minlength=len(groups))
+            found = bootstrap_ratio(sums, counts, **run.config.resampling)
             rows.append({"reader": reader, "metric": metric, "sentences": len(actions)} | found.columns())
     return pd.DataFrame(rows)

@@ -24,7 +24,6 @@ from probekit.config import BosRule, ModelName, user_path
 from probekit.data.corpus import Corpus
 from probekit.data.tokenizer import decoded, encoded
 from probekit.data.windows import IGNORE, Batch
-from probekit.distributed import autocast
 from probekit.errors import ProbekitError
 from probekit.evaluation.perplexity import TokenLosses, window_and_stride
 from probekit.models.decoding import GrowingText, read_windows
@@ -326,7 +325,7 @@ def choice_losses(
         return [state.text for state in states]
 
     def losses(batch: Batch, mixing: Mixing) -> Tensor:
-        with autocast(run.device, precision):
+        with run.autocast():
             return token_losses(batch, mixing)
 
     reader = ChoiceReader(losses, conditioned, window, run.corpus.bos_rule, size, run.device)

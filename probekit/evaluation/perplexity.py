@@ -224,4 +224,4 @@ def differences_table(config: Config, losses: Losses, tokens: np.ndarray) -> pd.
 
 
 def _resampling(config: Config) -> Resampling:
-    return {"resamples": config.evaluation.resamples, "seed": config.seed, "transform": np.exp}
+    return {**config.resampling, "transform": np.exp}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from probekit.evaluation.action_metrics import (
 from probekit.evaluation.baselines import count_labels
 from probekit.evaluation.evaluate import variants_and_actions
 from probekit.evaluation.perplexity import window_and_stride
-from probekit.generation.generate import Generated, generate
+from probekit.generation.generate import generate
 from probekit.generation.metrics import (
     FEATURES,
     FEW_TEXTS,
@@ -50,7 +51,7 @@ from probekit.generation.metrics import (
     rouge2,
     text_features,
 )
-from probekit.generation.prompts import Prompt, document_prompts
+from probekit.generation.prompts import Plan, Prompt, document_prompts
 from probekit.io import write_json, write_table
 from probekit.progress import Progress
 from probekit.run.run import Run
@@ -117,7 +118,7 @@ def evaluate_generation(
     progress, chosen = Progress(quiet=quiet), run.config.generation
     seeds = list(chosen.seeds or (run.config.seed,))
     with progress.task("label true texts"):
-        true = TrueTexts.of(run)
+        true = TrueTexts(run)
     values = [frame.assign(variant=name, actions="true", seed=seeds[0]) for name, frame in true.references()]
     samples: dict[tuple[str, str], list[Tokens]] = {}
     for variant, actions, _ in variants_and_actions(run):
@@ -179,28 +180,19 @@ def _measured(
 ) -> tuple[list[pd.DataFrame], list[Tokens]]:
     """Values of all that a variant writes, and its samples `[seeds]`; none where it needs true actions."""
     nothing = [Prompt(np.array([run.corpus.separator]), "")] * run.config.generation.samples
+    plan: Plan = "given" if actions == "true" else "planner"
+    write = partial(generate, run, variant=variant, tokens=true.longest, plan=plan, progress=progress)
+    whose = f"({variant}, {ACTIONS[actions]})"
     values: list[pd.DataFrame] = []
     samples: list[Tokens] = []
     for seed in seeds:
-
-        def texts(kind: str, prompts: Sequence[Prompt], seed: int = seed) -> list[Generated]:
-            return generate(
-                run,
-                prompts,
-                variant=variant,
-                tokens=true.longest,
-                plan="given" if actions == "true" else "planner",
-                seed=seed,
-                progress=progress,
-                title=f"{kind} ({variant}, {ACTIONS[actions]})",
-            )
-
         row = {"variant": variant, "actions": actions, "seed": seed}
-        continued = texts("continuations", true.prompts)
+        continued = write(true.prompts, seed=seed, title=f"continuations {whose}")
         tokens, plans = [text.tokens for text in continued], [text.plan for text in continued]
         values.append(true.continuation_values(tokens, plans).assign(**row))
         if actions != "true":  # a text from nothing has no true plan
-            samples.append([text.tokens for text in texts("samples", nothing)])
+            written = write(nothing, seed=seed, title=f"samples {whose}")
+            samples.append([text.tokens for text in written])
             values.append(true.sample_values(samples[-1]).assign(**row))
     return values, samples
 
@@ -266,66 +258,41 @@ def _mauve(
     return rows, notes
 
 
-@dataclass(frozen=True)
 class TrueTexts:
-    """True texts, against which generated ones are measured.
+    """True texts of a run under its settings `generation`, against which generated ones are measured.
 
     Attributes:
         labeller: Gives texts their actions.
         bigram: Action after action, counted over training documents that are labelled as generated text is.
         prior: How often an action occurs there, documents' first sentences aside `[actions]`.
         lengths: Tokens at which continuations are cut.
+        longest: Tokens of a text before it is cut.
         prompts: Beginnings of test documents.
+        contexts: Their tokens, without the separator.
         tokens: Their continuations, as many tokens as the longest length.
         cuts: The continuations by length, labelled.
         previous: The action of each prompt's last sentence.
         samples: Beginnings of test documents, cut at the longest length.
         sampled: The documents that they begin.
+
+    Raises:
+        ProbekitError: Fewer than two test documents are long enough.
     """
 
-    labeller: Labeller
-    bigram: Bigram
-    prior: Floats
-    lengths: tuple[int, ...]
-    prompts: list[Prompt]
-    tokens: list[np.ndarray]
-    cuts: dict[int, LabelledTexts]
-    previous: Integers
-    samples: list[np.ndarray]
-    sampled: np.ndarray
-
-    @classmethod
-    def of(cls, run: Run) -> TrueTexts:
-        """The true texts of a run under its settings `generation`.
-
-        Raises:
-            ProbekitError: Fewer than two test documents are long enough.
-        """
-        lengths = run.config.generation.lengths
-        prompts, tokens = continued_documents(run)
-        contexts = [prompt.tokens[1:] for prompt in prompts]
-        labeller = Labeller(run)
-        sampled, samples = beginnings(run, "test")
-        return cls(
-            labeller,
-            *count_actions(run.corpus, run.config),
-            lengths,
-            prompts,
-            tokens,
-            labeller.cut(tokens, lengths, contexts),
-            labeller.last_actions([prompt.text for prompt in prompts]),
-            samples,
-            sampled,
-        )
-
-    @property
-    def longest(self) -> int:
-        """Tokens of a text before it is cut."""
-        return max(self.lengths)
+    def __init__(self, run: Run) -> None:
+        self.lengths = run.config.generation.lengths
+        self.longest = max(self.lengths)
+        self.prompts, self.tokens = continued_documents(run)
+        self.contexts = [prompt.tokens[1:] for prompt in self.prompts]
+        self.labeller = Labeller(run)
+        self.sampled, self.samples = beginnings(run, "test")
+        self.bigram, self.prior = count_actions(run.corpus, run.config)
+        self.cuts = self.labeller.cut(self.tokens, self.lengths, self.contexts)
+        self.previous = self.labeller.last_actions([prompt.text for prompt in self.prompts])
 
     def continuation_values(self, tokens: Tokens, plans: Sequence[Integers] | None = None) -> pd.DataFrame:
         """The metrics of continuations of the prompts, and of the plans that they were given."""
-        cuts = self.labeller.cut(tokens, self.lengths, [prompt.tokens[1:] for prompt in self.prompts])
+        cuts = self.labeller.cut(tokens, self.lengths, self.contexts)
         documents = np.array([prompt.document for prompt in self.prompts])
         rows = []
         for length, cut in cuts.items():
@@ -411,16 +378,11 @@ def continued_documents(run: Run) -> tuple[list[Prompt], list[np.ndarray]]:
         ProbekitError: Fewer than two are long enough.
     """
     corpus, settings = run.corpus, run.config.generation
-    longest, wanted = max(settings.lengths), settings.prompts
+    longest, language = max(settings.lengths), run.config.corpus.language
     candidates = _shuffled(run, "test", settings.context + longest)
-    prompts: list[Prompt] = []
-    tokens: list[np.ndarray] = []
-    for start in range(0, len(candidates), wanted):
-        part, language = candidates[start : start + wanted], run.config.corpus.language
-        found = document_prompts(corpus, part, settings.context, longest, language)
-        prompts, tokens = prompts + found[0], tokens + found[1]
-        if len(prompts) >= wanted:
-            break
+    prompts, tokens = document_prompts(
+        corpus, candidates, settings.context, longest, language, settings.prompts
+    )
     if len(prompts) < 2:
         test = corpus.documents("test")
         raise ProbekitError(
@@ -429,7 +391,7 @@ def continued_documents(run: Run) -> tuple[list[Prompt], list[np.ndarray]]:
             f"{_sizes(corpus, test).max():,}), and it takes two; lower generation.lengths or "
             "generation.context"
         )
-    return prompts[:wanted], tokens[:wanted]
+    return prompts, tokens
 
 
 def _shuffled(run: Run, split: str, least: int) -> np.ndarray:

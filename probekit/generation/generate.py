@@ -21,10 +21,9 @@ from torch import Tensor
 from probekit.config import Config, GenerationSettings, ModelName, user_path
 from probekit.data.sentences import complete_spans, sentence_spans
 from probekit.data.special_tokens import drawable_ids
-from probekit.distributed import autocast
 from probekit.errors import ProbekitError
 from probekit.generation.prompts import Plan, Prompt, document_prompts, planned_prompts, text_prompt
-from probekit.io import write_text
+from probekit.io import write_out
 from probekit.models.decoding import new_decoder
 from probekit.models.generation_state import Conditioner, GenerationState, conditioner_of
 from probekit.models.language_model import longest_window
@@ -178,7 +177,7 @@ def generate(
     drawable = torch.from_numpy(drawable_ids(tokenizer)).to(run.device)
 
     def next_logits(states: Sequence[GenerationState]) -> Tensor:
-        with autocast(run.device, precision):
+        with run.autocast():
             logits = decoder([state.text for state in states]).float()
         return without_others(logits, drawable)
 
@@ -279,23 +278,7 @@ class Written:
             }
             for prompt, more, sentences in zip(self.prompts, self.continuations, self.sentences, strict=True)
         ]
-        try:
-            write_text(user_path(path), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        except OSError as error:  # which names a temporary file
-            raise ProbekitError(f"--out {path}: cannot be written ({error.strerror})") from None
-
-
-def check_out(path: str | Path) -> None:
-    """Refuses a path where no file can be written.
-
-    Raises:
-        ProbekitError: Its folder does not exist, or it is a folder itself.
-    """
-    path = user_path(path)
-    if path.is_dir():
-        raise ProbekitError(f"--out {path}: is a folder; give the name of a file")
-    if not path.parent.is_dir():
-        raise ProbekitError(f"--out {path}: there is no folder {path.parent}")
+        write_out(user_path(path), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def write_texts(
@@ -367,11 +350,7 @@ def write_texts(
 def _beginnings(run: Run, count: int) -> list[Prompt]:
     """Beginnings of the first test documents that are long enough."""
     context, language = run.config.generation.context, run.config.corpus.language
-    prompts: list[Prompt] = []
-    for document in run.corpus.documents("test"):
-        prompts += document_prompts(run.corpus, np.array([document]), context, 1, language)[0]
-        if len(prompts) == count:
-            return prompts
+    prompts, _ = document_prompts(run.corpus, run.corpus.documents("test"), context, 1, language, count)
     if not prompts:
         raise ProbekitError(
             f"no test document goes on after its first {context} tokens; lower generation.context"

@@ -26,7 +26,6 @@ from torch.nn.utils.rnn import pad_sequence
 from probekit.data.encoders import WORD
 from probekit.data.sentences import complete_spans, sentence_spans
 from probekit.data.tokenizer import decoded
-from probekit.distributed import autocast
 from probekit.errors import ProbekitError
 from probekit.evaluation.action_metrics import NO_ACTION, Bigram, Integers
 from probekit.progress import Task
@@ -402,7 +401,7 @@ def text_features(run: Run, texts: Sequence[np.ndarray], window: int, task: Task
         tokens = pad_sequence(windows, batch_first=True, padding_value=run.corpus.separator)
         there = torch.arange(tokens.shape[1]) < torch.tensor([[len(ids)] for ids in windows])
         seen: list[Tensor] = []
-        with torch.no_grad(), autocast(run.device, run.config.training.precision):
+        with torch.no_grad(), run.autocast():
             backend(tokens.to(run.device), [(LOCATION, seen.append)], 1)
         np.add.at(counts, rows, there.sum(dim=1).numpy())
         np.add.at(sums, rows, (seen[0].float().cpu() * there[..., None]).sum(dim=1).double().numpy())

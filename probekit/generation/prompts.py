@@ -56,7 +56,12 @@ def text_prompt(corpus: Corpus, text: str) -> Prompt:
 
 
 def document_prompts(
-    corpus: Corpus, documents: np.ndarray, context: int, tokens: int, language: str = "en"
+    corpus: Corpus,
+    documents: np.ndarray,
+    context: int,
+    tokens: int,
+    language: str = "en",
+    most: int | None = None,
 ) -> tuple[list[Prompt], list[np.ndarray]]:
     """Beginnings of documents, and their true continuations.
 
@@ -67,12 +72,16 @@ def document_prompts(
             without seeing what follows.
         tokens: Tokens of the true continuation; documents with fewer are too short.
         language: The setting `corpus.language`.
+        most: As many prompts are enough; None: one for each document.
 
     Returns:
         The prompts, with the true actions from there on as their plans, and the continuations `[tokens]`.
     """
-    prompts, continuations = [], []
+    prompts: list[Prompt] = []
+    continuations: list[np.ndarray] = []
     for document in documents:
+        if len(prompts) == most:
+            break
         begin, end = corpus.document_tokens[document : document + 2]
         first, last = corpus.document_sentences[document : document + 2]
         for sentence in range(first + 1, last):

@@ -20,16 +20,12 @@ from probekit.config import DepthSettings, DistillationSettings, MemberName
 from probekit.errors import ProbekitError
 from probekit.models.backends import Hook
 from probekit.models.locations import NORM_IN, NORM_OUT, hook_name
-from probekit.models.unembedding import find_unembedding
+from probekit.models.unembedding import find_unembedding, rows_at_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from probekit.models.frozen_lm import FrozenLM
-
-
-LOGITS = 1 << 23
-"""Logits that are in memory at once, of all layers together, whatever the number of layers."""
 
 
 @dataclass(frozen=True)
@@ -227,12 +223,10 @@ class DepthLoss:
     Attributes:
         distillation: How the layers learn from the last one; None: not at all.
         layer_loss: Weight of every layer's own cross-entropy.
-        logits: Most logits in memory at once.
     """
 
     distillation: DistillationSettings | None = None
     layer_loss: float = 0.0
-    logits: int = LOGITS
 
     def __call__(self, head: nn.Module, late: LateLayers, targets: Tensor) -> Tensor:
         """The loss summed over tokens, in nats.
@@ -260,7 +254,7 @@ class DepthLoss:
                 total = total + distilled.weight * _distillation(logits, distilled)
             return total
 
-        at_once = max(1, self.logits // (_vocabulary(head) * (1 + states.shape[1])))
+        at_once = rows_at_once(head, 1 + states.shape[1])
         return chunked_sum(loss, (late.mixed, states, targets), tuple(head.parameters()), at_once)
 
 
@@ -277,18 +271,17 @@ def _distillation(logits: Tensor, settings: DistillationSettings) -> Tensor:
     return (p.exp() * (p - q)).sum()
 
 
-def layer_losses(head: nn.Module, late: LateLayers, targets: Tensor, *, logits: int = LOGITS) -> Tensor:
+def layer_losses(head: nn.Module, late: LateLayers, targets: Tensor) -> Tensor:
     """Next-token losses of the ensemble and of every layer, in nats `[1 + layers, tokens]`.
 
     Args:
         head: The LM's head, a linear map.
         late: The layers at the tokens, `states` `[layers, tokens, width]`.
         targets: The next tokens `[tokens]`.
-        logits: Most logits in memory at once.
     """
     states = torch.cat([late.mixed[None], late.states])
     losses = torch.empty(states.shape[:2], device=targets.device)
-    at_once = max(1, logits // (_vocabulary(head) * len(states)))
+    at_once = rows_at_once(head, len(states))
     for start in range(0, len(targets), at_once):
         part = slice(start, start + at_once)
         found = _logits(states[:, part].flatten(0, 1), tuple(head.parameters()))
@@ -300,10 +293,6 @@ def layer_losses(head: nn.Module, late: LateLayers, targets: Tensor, *, logits: 
 def _logits(states: Tensor, head: Sequence[Tensor]) -> Tensor:
     """Float32 logits of a head, given as its weights, which may be of half precision."""
     return F.linear(states.to(head[0].dtype), *head).float()
-
-
-def _vocabulary(head: nn.Module) -> int:
-    return int(next(iter(head.parameters())).shape[0])
 
 
 def chunked_sum(

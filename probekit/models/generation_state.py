@@ -1,4 +1,7 @@
-"""Texts that are being generated: their sentences so far, and the action that each position carries."""
+"""Texts that are being generated: their sentences so far, and the action that each position carries.
+
+Where a sentence ends, `data/sentences.py` says.
+"""
 
 from __future__ import annotations
 
@@ -157,18 +160,12 @@ class GenerationState:
         return np.minimum(owner[sentence], self.first).tolist() if len(owner) else [self.first] * len(ids)
 
 
-class Conditioner(ABC):
-    """Gives the positions of texts the action embeddings that they carry."""
-
-    @abstractmethod
-    def __call__(self, states: Sequence[GenerationState]) -> None:
-        """Has the last position of every text carry an embedding, and those before it that carry none yet.
-
-        It ends texts whose plan has run out.
-        """
+Conditioner = Callable[[Sequence[GenerationState]], None]
+"""Has the last position of every text carry an embedding, and those before it that carry none yet; ends texts
+whose plan has run out."""
 
 
-class Constant(Conditioner):
+class Constant:
     """The same embedding for every position, whatever is written.
 
     Args:
@@ -186,7 +183,7 @@ class Constant(Conditioner):
             text.carried += [0] * (len(text.tokens) - len(text.carried))
 
 
-class ConstantBySentence(Conditioner):
+class ConstantBySentence:
     """The same embedding for every sentence, each told apart from the one before it, for planning tokens.
 
     Args:
@@ -205,7 +202,7 @@ class ConstantBySentence(Conditioner):
 
 
 @dataclass(frozen=True)
-class _BySentence(Conditioner):
+class _BySentence(ABC):
     """One embedding for each sentence, chosen when all before it are complete.
 
     Attributes:

@@ -168,7 +168,7 @@ class Variant:
         return self.training.needs_scores and not self.joint
 
 
-# The base LM alone, "none", has no entry: nothing conditions it.
+# Names are those of `config.types.VariantName`, without "none", the base LM alone: nothing conditions it.
 VARIANTS: dict[VariantName, Variant] = {
     "fixed": Variant(Fixed(), Fixed()),
     "uniform": Variant(Uniform(), Uniform()),

@@ -16,7 +16,7 @@ from probekit.models.depth_ensemble import DepthEnsemble
 from probekit.models.mixing import Mixing
 from probekit.models.planner import Planner, TrainableEncoder
 
-LOGITS = 1 << 21
+CACHED_LOGITS = 1 << 21
 """Most logits whose cross-entropy is computed at once: 8 MiB in float32 stay in a processor's cache."""
 
 GPU_LOGITS = 1 << 27
@@ -155,6 +155,6 @@ class _CrossEntropy(torch.autograd.Function):
 
 def _parts(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
     """Tensors of as many rows, cut into parts; the first are logits."""
-    at_once = LOGITS if tensors[0].device.type == "cpu" else GPU_LOGITS
+    at_once = CACHED_LOGITS if tensors[0].device.type == "cpu" else GPU_LOGITS
     rows = max(1, at_once // tensors[0].shape[1])
     return [tensor.split(rows) for tensor in tensors]

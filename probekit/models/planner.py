@@ -139,9 +139,8 @@ class _TfidfVectors(nn.Module):
 class _ModelVectors(nn.Module):
     """A sentence-transformers model, all of it; its dropout stays off, as the planner's does."""
 
-    def __init__(self, encoder: SentenceEncoder) -> None:
+    def __init__(self, encoder: PretrainedEncoder) -> None:
         super().__init__()
-        assert isinstance(encoder, PretrainedEncoder)  # noqa: S101 - there are two kinds
         self.model, self._pieces = encoder.model.eval(), encoder.pieces
         # Called `tokenize` before version 5.2 of the library.
         self._prepare = getattr(self.model, "preprocess", None) or self.model.tokenize

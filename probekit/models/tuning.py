@@ -7,7 +7,6 @@ such as those of a fused attention, which nobody could save.
 from __future__ import annotations
 
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,57 +34,19 @@ LORA_WEIGHTS = "adapter_model.safetensors"
 """The file of low-rank updates, as peft calls it."""
 
 
-class Tuning(ABC):
-    """What is trained of an LM's plain module.
+class Lora:
+    """Low-rank updates of linear maps, never of the unembedding (Hu et al. 2021, arXiv 2106.09685).
+
+    The second halves of the updates begin as zero, so nothing is changed at first.
 
     Args:
         model: The LM, changed in place by training.
-        settings: Rank and layers of LoRA.
+        settings: Rank and layers.
         seed: Seed of what is new.
 
     Attributes:
         model: The LM.
         parameters: What is trained, float32.
-    """
-
-    model: PreTrainedModel
-    parameters: list[nn.Parameter]
-
-    @abstractmethod
-    def __init__(self, model: PreTrainedModel, settings: TuningSettings, seed: int) -> None: ...
-
-    @abstractmethod
-    def save(self, folder: Path) -> None:
-        """Writes what was trained to a folder of its own."""
-
-    @staticmethod
-    @abstractmethod
-    def load(
-        folder: Path,
-        base: Callable[[], PreTrainedModel],
-        settings: TuningSettings,
-        dtype: torch.dtype,
-        *,
-        trust_remote_code: bool = False,
-    ) -> PreTrainedModel:
-        """The tuned LM of a folder.
-
-        Args:
-            folder: What `save` wrote.
-            base: Loads the untuned LM.
-            settings: Those it was tuned with.
-            dtype: Of the weights, where all of them are in the folder.
-            trust_remote_code: Let the folder run its own code, where all weights are in it.
-
-        Raises:
-            ProbekitError: What is in the folder does not fit the LM.
-        """
-
-
-class Lora(Tuning):
-    """Low-rank updates of linear maps, never of the unembedding (Hu et al. 2021, arXiv 2106.09685).
-
-    The second halves of the updates begin as zero, so nothing is changed at first.
     """
 
     def __init__(self, model: PreTrainedModel, settings: TuningSettings, seed: int) -> None:
@@ -139,8 +100,8 @@ class Lora(Tuning):
         return model if beside else tuned.merge_and_unload()
 
 
-class Full(Tuning):
-    """All weights are trained; the LM's own dropout stays off."""
+class Full:
+    """All weights are trained; the LM's own dropout stays off. Arguments and attributes as in `Lora`."""
 
     def __init__(self, model: PreTrainedModel, settings: TuningSettings, seed: int) -> None:
         self.model = model
@@ -176,8 +137,12 @@ class Full(Tuning):
             return tuned
 
 
-TUNINGS: dict[str, type[Tuning]] = {"lora": Lora, "full": Full}
-"""The kinds of `training.base.tuning` that train anything."""
+Tuning = Lora | Full
+"""What is trained of an LM's plain module."""
+
+TUNINGS: dict[str, type[Lora] | type[Full]] = {"lora": Lora, "full": Full}
+"""The kinds of `training.base.tuning` that train anything. `load` takes the folder that `save` wrote, what
+loads the untuned LM, its settings, and the dtype of weights that are all in the folder."""
 
 
 def _maps(model: PreTrainedModel, last_layers: int | None) -> str | list[str]:

@@ -18,6 +18,15 @@ if TYPE_CHECKING:
     from probekit.models.frozen_lm import FrozenLM
 
 
+LOGITS_AT_ONCE = 1 << 23
+"""Logits in memory at once, of all layers together: 32 MiB in float32."""
+
+
+def rows_at_once(head: nn.Module, layers: int = 1) -> int:
+    """How many tokens have their logits of some layers in memory at once."""
+    return max(1, LOGITS_AT_ONCE // (int(next(head.parameters()).shape[0]) * layers))
+
+
 @dataclass(frozen=True)
 class Unembedding:
     """Turns the residual stream of a layer into next-token logits; of the last layer, the LM's own.
@@ -36,11 +45,6 @@ class Unembedding:
     head: nn.Module
     scale: float
     cap: float | None
-
-    @property
-    def vocabulary(self) -> int:
-        """Number of logits."""
-        return int(next(self.head.parameters()).shape[0])
 
     def __call__(self, residual: Tensor) -> Tensor:
         """Logits in float32 `[..., vocabulary]` of the residual stream `[..., width]`, on its device."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -22,7 +22,6 @@ from probekit import distributed
 from probekit.config import Position, ProbedName
 from probekit.data.corpus import Corpus, ranges
 from probekit.data.windows import Windows, close_texts, collate, cut_windows, input_tokens
-from probekit.distributed import autocast
 from probekit.errors import ProbekitError
 from probekit.models.backends import Hook
 from probekit.models.bidirectional import closing_id, is_bidirectional
@@ -71,8 +70,12 @@ Done = Callable[[int], None]
 """Counts tokens, or examples, that have been read."""
 
 
-class Activations(Protocol):
-    """A source of activations: a model, or a store of what was read before.
+Chunk = tuple[slice, list[Tensor]]
+"""Rows of examples, and for every stack their activations `[points, positions, chunk, width]`."""
+
+
+class Activations:
+    """A source of activations: a model, or what was read before.
 
     Attributes:
         stacks: The hook points.
@@ -82,23 +85,23 @@ class Activations(Protocol):
 
     stacks: list[Stack]
     dtype: torch.dtype
-    unit: str
+    unit = "examples"
 
     def size(self, examples: Examples) -> int:
-        """How many tokens have to be read for the examples; without a model, how many examples."""
-        ...
+        """How much has to be read for the examples, in units."""
+        return len(examples)
 
-    def chunks(self, examples: Examples, done: Done = ...) -> Iterator[tuple[slice, list[Tensor]]]:
+    def chunks(self, examples: Examples, done: Done = lambda read: None) -> Iterator[Chunk]:
         """Reads this process's share of the examples in order, a chunk at a time.
 
         Args:
             examples: The examples.
-            done: Called with the number of tokens (or examples) that have been read since the last call.
+            done: Called with the number of units that have been read since the last call.
 
         Yields:
-            The rows of the chunk, and for every stack its activations `[points, positions, chunk, width]`.
+            The rows of the chunk, and its activations.
         """
-        ...
+        raise NotImplementedError
 
 
 def stacks_of(points: Sequence[HookPoint], widths: Mapping[str, int], spans: int = 1) -> list[Stack]:
@@ -250,7 +253,7 @@ def batches(length: np.ndarray, tokens: int) -> Iterator[np.ndarray]:
         start = stop
 
 
-class ActivationReader:
+class ActivationReader(Activations):
     """Reads activations of one variant of a run's LM, in the LM's own dtype.
 
     Args:
@@ -285,7 +288,7 @@ class ActivationReader:
         self._corpus = run.corpus_of(variant) if variant in VARIANTS else run.corpus
         self._mixing = evaluation_mixing(variant)
         self._forward = run.backend_for(names, variant, seed) if self._model is None else self._model.backend
-        self.dtype: torch.dtype = self._forward.model.dtype
+        self.dtype = self._forward.model.dtype
 
     def logit_lens(self, tokens: np.ndarray) -> LogitLens:
         """The variant's own head, for tokens of these ids."""
@@ -309,9 +312,7 @@ class ActivationReader:
         """How many tokens have to be read for the examples."""
         return self.place(examples).tokens
 
-    def chunks(
-        self, examples: Examples, done: Done = lambda tokens: None
-    ) -> Iterator[tuple[slice, list[Tensor]]]:
+    def chunks(self, examples: Examples, done: Done = lambda read: None) -> Iterator[Chunk]:
         """Reads this process's share of the examples; see `Activations.chunks`."""
         for rows in distributed.share([*chunk_slices(examples.document, *self.chunk_examples)]):
             yield rows, self.read(examples[rows], done)
@@ -408,7 +409,7 @@ class ActivationReader:
             for point, target, total in zip(stack.points, values, totals, strict=True):
                 hooks = before if point[0].endswith(BEFORE) else after
                 hooks.append((_hook_name(point), reading(target, total)))
-        with torch.no_grad(), autocast(device, self.run.config.training.precision):
+        with torch.no_grad(), self.run.autocast():
             hooks = [*before, *given.hooks, *after]
             self._forward(given.tokens, hooks, len(before) + len(after), given.positions, given.mask)
 

@@ -29,29 +29,16 @@ from probekit.data.corpus import too_few
 from probekit.distributed import compute_device
 from probekit.errors import ProbekitError, one_line
 from probekit.io import read_array, read_metadata, read_tensors, write_tensors
-from probekit.probing.activations import Done, HookPoint, Stack
+from probekit.probing.activations import Activations, Chunk, Done, HookPoint, Stack
 from probekit.probing.baselines import prior_sums
 from probekit.probing.fitting import FitJob, Task, fit, fit_sums, hold, score
 from probekit.probing.grid import CHOSEN_ON, FITTED_ON, MINIMUM_EXAMPLES, TESTED_ON, Grid, check_solvers
-from probekit.probing.results import (
-    Cell,
-    LinearProbe,
-    cells_of,
-    table_of,
-    validation_loss,
-)
-from probekit.probing.targets import (
-    MOST_CLASSES,
-    Examples,
-    Target,
-    are_numbers,
-    nearly_two_classes,
-    vary,
-)
+from probekit.probing.results import Cell, LinearProbe, cells_of, probes_of, table_of, validation_loss
+from probekit.probing.targets import MOST_CLASSES, Examples, Target, are_numbers, nearly_two_classes, vary
 from probekit.probing.texts import TextActivations
 from probekit.probing.transfer import Values, enough_examples, transfer_table, transferred
 from probekit.probing.vectors import PENALTIES
-from probekit.progress import Meter, Progress
+from probekit.progress import Progress
 from probekit.statistics import Resampling
 
 SPLITS = {FITTED_ON: 0.6, CHOSEN_ON: 0.2, TESTED_ON: 0.2}
@@ -171,10 +158,8 @@ def load_probes(path: str | Path) -> LinearProbes:
     path = user_path(path)
     metadata, tensors = read_metadata(path), read_tensors(path)
     try:
-        probes = {
-            Cell.of(key): LinearProbe(tensors[f"{key}|coef"], tensors[f"{key}|intercept"])
-            for key in json.loads(metadata["cells"])
-        }
+        known = probes_of(tensors)
+        probes = {cell: known[cell] for cell in map(Cell.of, json.loads(metadata["cells"]))}
         card = json.loads(metadata["card"])
         return LinearProbes(probes, {name: card[name] for name in READ_OF_CARD} | card)
     except (KeyError, ValueError, TypeError):
@@ -297,21 +282,12 @@ def fit_grid(
     config = config.override({f"probe.{option}": value for option, value in options.items()})
     check_solvers(target, config.probe)
     progress = Progress(quiet=quiet)
-    read = activations.tokens_read if isinstance(activations, TextActivations) else np.zeros(1)
+    read = {position: int(np.median(getattr(activations, "tokens_read", 0)))}
     on, generator = compute_device(device), np.random.default_rng(seed)
     shuffled = Task.control({name: generator.permutation(grid.labels(name, 1)) for name in splits}, target)
     with tempfile.TemporaryDirectory() as folder:
         job = FitJob(
-            grid,
-            config.probe,
-            shuffled if control else None,
-            seed,
-            on,
-            progress,
-            name,
-            Path(folder),
-            Meter(progress),
-            {position: int(np.median(read))},
+            grid, config.probe, shuffled if control else None, seed, on, progress, name, Path(folder), read
         )
         source = ArraySource(values, points, on)
         resampling = Resampling(resamples=resamples, seed=seed)
@@ -319,11 +295,10 @@ def fit_grid(
             fitted = fit_sums(source, job, config.probe.solvers)
         else:
             fitted = fit(hold(source, job, [FITTED_ON, CHOSEN_ON]), job, config.probe.solvers)
-        facts = {"reader": "probe", "variant": "none", "seed": seed, "injected": False}
-        scored = [*prior_sums(grid), *score(source, job, fitted, facts)]
+        scored = [*prior_sums(grid), *score(source, job, fitted)]
         matrix = None
         if compared is not None:
-            moved = transferred(hold(source, job, [*SPLITS]), job, compared, facts)
+            moved = transferred(hold(source, job, [*SPLITS]), job, compared)
             matrix = transfer_table(moved, grid, compared, resampling)
     table = table_of(scored, grid.tested(), [], resampling).assign(target=name)
     weights: dict[str, Tensor] = {}
@@ -331,18 +306,15 @@ def fit_grid(
         weights |= batch.weights(source.stacks, grid)
     rows = table[table.reader == "probe"]
     rows = rows.iloc[np.argsort(validation_loss(rows), kind="stable")]
-    probes = {
-        cell: LinearProbe(weights[f"{cell.key}|coef"], weights[f"{cell.key}|intercept"])
-        for cell in cells_of(rows)
-        if f"{cell.key}|coef" in weights
-    }
+    known = probes_of(weights)
+    probes = {cell: known[cell] for cell in cells_of(rows) if cell in known}
     card = _card(activations, points, target, rows, seed)
     more = () if compared is None else compared.notes
     return ArrayResults(table, LinearProbes(probes, card), [*notes, *grid.notes, *more], matrix)
 
 
-class ArraySource:
-    """Activations in memory, with the interface of `Activations`; an example's `start` is its row.
+class ArraySource(Activations):
+    """Activations in memory; an example's `start` is its row.
 
     Args:
         values: The activations [points, examples, width].
@@ -350,19 +322,11 @@ class ArraySource:
         device: Where they are wanted.
     """
 
-    unit = "examples"
-
     def __init__(self, values: Tensor, points: Sequence[HookPoint], device: torch.device) -> None:
         self.stacks, self.dtype = [Stack(values.shape[2], tuple(points))], values.dtype
         self._values, self._device = values, device
 
-    def size(self, examples: Examples) -> int:
-        """How many examples there are."""
-        return len(examples)
-
-    def chunks(
-        self, examples: Examples, done: Done = lambda examples: None
-    ) -> Iterator[tuple[slice, list[Tensor]]]:
+    def chunks(self, examples: Examples, done: Done = lambda read: None) -> Iterator[Chunk]:
         """See `Activations.chunks`."""
         for start in distributed.share(range(0, len(examples), CHUNK_EXAMPLES)):
             rows = slice(start, min(start + CHUNK_EXAMPLES, len(examples)))
@@ -383,7 +347,7 @@ def arrays_of(activations: Arrays) -> tuple[Tensor, tuple[HookPoint, ...]]:
         if path.suffix not in (".npy", ".safetensors"):
             raise ProbekitError(f"activations is {str(path)!r}; it must end in .npy or .safetensors")
         if path.suffix == ".npy":
-            values = read_array(path, mapped=False)
+            values = np.array(read_array(path))
         else:
             tensors = read_tensors(path)
             if len(tensors) != 1:

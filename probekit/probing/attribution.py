@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -147,25 +148,15 @@ def integrated_gradients(
     return torch.stack([part.contributions for part in parts]).sum(0)
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A part of the path from the baseline to the text, and what tokens contribute on it.
+class _Part(NamedTuple):
+    """A part of the path from the baseline to the text."""
 
-    Attributes:
-        missed: By how much the contributions miss the difference of the scores at its ends.
-        start: Its beginning, as a share of the path.
-        end: Its end.
-        score_start: The score at its beginning.
-        score_end: The score at its end.
-        contributions: Those of the tokens `[positions]`.
-    """
-
-    missed: float
-    start: float
+    missed: float  # by how much the contributions miss the difference of the scores at its ends
+    start: float  # as a share of the path, as is end
     end: float
     score_start: float
     score_end: float
-    contributions: Tensor
+    contributions: Tensor  # of the tokens `[positions]`
 
 
 def occlusion(score: Callable[[Tensor], Tensor], embeddings: Tensor, baseline: Tensor) -> Tensor:

@@ -25,8 +25,9 @@ from probekit.data.corpus import Corpus, ranges
 from probekit.evaluation.action_metrics import fit_bigram, prior_log_probabilities
 from probekit.evaluation.baselines import SkipNgram, contexts, planner_log_probabilities, planners
 from probekit.planted.ceilings import ceiling_log_probabilities, has_ceiling, position_ceiling
+from probekit.probing.activations import chunk_slices
 from probekit.probing.fitting import predicted
-from probekit.probing.grid import CHOSEN_ON, FITTED_ON, TESTED_ON, Grid, document_numbers
+from probekit.probing.grid import CHOSEN_ON, FITTED_ON, TESTED_ON, Grid
 from probekit.probing.results import CEILING, LAST_BAG, DocumentSums, Facts, ScoredExamples
 from probekit.probing.solvers import Moments, RegressionProbes, RidgeProbes
 from probekit.probing.targets import Examples, find_examples, labelled, reached
@@ -197,7 +198,7 @@ def _at_position(
         # no reader of a position knows that, so probes far below this ceiling could hide a leak.
         exact = run.config.probe.anchors == "start" or (at >= test.start - 1).all()
         # Nothing is left to predict behind the sentence that is asked for.
-        if exact and (at < np.append(corpus.first_token, len(corpus.tokens))[asked + 1]).all():
+        if exact and (at < corpus.stops(asked)).all():
             baselines[CEILING] = Baseline(
                 lambda rows: position_ceiling(run.config, corpus, at[rows], asked[rows])
             )
@@ -343,19 +344,9 @@ def _scored(
         loss = "cross_entropy" if grid.target.kind == "classes" else "squared_error"
         readers = [reader | {f"validation_{loss}": of.validation_loss} for reader in readers]
     once, labels = DocumentSums(readers[:1], tested), grid.labels(TESTED_ON, horizon)
-    for rows in whole_documents(document_numbers(grid.examples[TESTED_ON].document)):
+    document = grid.examples[TESTED_ON].document
+    for rows in chunk_slices(document, CHUNK_EXAMPLES, len(document)):
         once.add(rows, of.predict(rows)[None], grid.target.values(labels[rows]))
     repeated = DocumentSums(readers)
     repeated.sums = {score: np.repeat(sums, len(readers), axis=1) for score, sums in once.sums.items()}
     return repeated
-
-
-def whole_documents(number: np.ndarray) -> Iterator[slice]:
-    """Cuts examples `[examples]`, of documents numbered in their order, into parts of whole documents."""
-    ends = np.append(np.flatnonzero(np.diff(number)) + 1, len(number))
-    start = 0
-    while start < len(number):
-        end = int(np.searchsorted(ends, start + CHUNK_EXAMPLES))
-        stop = int(ends[min(end, len(ends) - 1)])
-        yield slice(start, stop)
-        start = stop

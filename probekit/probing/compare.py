@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from probekit.config import Config, user_path
+from probekit.config import Config, Position, user_path
 from probekit.data.corpus import Corpus
 from probekit.data.sentences import token_spans
 from probekit.errors import ProbekitError
@@ -37,10 +37,9 @@ from probekit.probing.results import DocumentSums
 from probekit.probing.similarity import compare_layers, rotation_onto
 from probekit.probing.targets import Examples, find_examples, sentence_target
 from probekit.probing.transfer import paired_table
-from probekit.progress import Meter, Progress
+from probekit.progress import Progress
 from probekit.run.folder import Existing, provenance
 from probekit.run.run import Run
-from probekit.statistics import Resampling
 
 POSITION = "last"
 """Where examples are read."""
@@ -320,28 +319,18 @@ def _probes(
     grid, rows = _rows_of_arrays(grid)
     arrays, notes = _readings(values[0], values[1][torch.from_numpy(pairs)], rows[FITTED_ON])
     sources = {name: ArraySource(array, points[0], device) for name, array in arrays.items()}
-    job = FitJob(
-        grid,
-        config.probe.model_copy(update={"control": False, "code_length": False}),
-        None,
-        config.seed,
-        device,
-        progress,
-        "probes",
-        run.folder,
-        Meter(progress),
-        {POSITION: int(np.median(tested.tokens_read))},
-    )
+    plain = config.probe.model_copy(update={"control": False, "code_length": False})
+    read: dict[Position, int] = {POSITION: int(np.median(tested.tokens_read))}
+    job = FitJob(grid, plain, None, config.seed, device, progress, "probes", run.folder, read)
     fitted, refitted = (
         fit(hold(sources[name], job, [FITTED_ON, CHOSEN_ON]), job, config.probe.solvers)
         for name in ("first", "refitted")
     )
-    facts = {"reader": "probe", "variant": "none", "seed": config.seed, "injected": False}
     scored: dict[str, list[DocumentSums]] = {
-        name: score(source, job, refitted if name == "refitted" else fitted, facts)
+        name: score(source, job, refitted if name == "refitted" else fitted)
         for name, source in sources.items()
     }
-    resampling = Resampling(resamples=config.evaluation.resamples, seed=config.seed)
+    resampling = config.resampling
     tables = []
     for name, own in scored.items():
         rows_of = _renamed(paired_table(own, scored["first"], grid, resampling), "over_first_lm")

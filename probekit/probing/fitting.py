@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from probekit.probing.controls import (
     prior_code,
 )
 from probekit.probing.grid import CHOSEN_ON, FITTED_ON, LENSES, TESTED_ON, Grid
+from probekit.probing.holding import HeldActivations, HeldSubset
 from probekit.probing.logit_lens import LogitLens
 from probekit.probing.results import LINEAR_SOLVERS, Cell, DocumentSums, Facts, row_slices
 from probekit.probing.solvers import (
@@ -41,9 +42,7 @@ from probekit.probing.solvers import (
     RidgeProbes,
     SoftmaxProbes,
 )
-from probekit.probing.solvers.base import PathProbes
 from probekit.probing.solvers.closed_form import fit_together
-from probekit.probing.store import HeldActivations, HeldSubset
 from probekit.probing.targets import Target
 from probekit.progress import Meter, Progress
 
@@ -51,19 +50,17 @@ ClosedForm = RidgeProbes | LDAProbes
 Classifiers = SoftmaxProbes | L1Probes | MLPProbes | LogitLens | ClosedForm
 Probes = Classifiers | RegressionProbes
 
-_CLOSED_FORM: dict[str, Callable[[ProbeSettings], ClosedForm]] = {
-    "ridge": lambda settings: RidgeProbes(settings.l2),
-    "lda": lambda settings: LDAProbes(settings.shrinkage),
-    "mean-difference": lambda settings: MeanDifferenceProbes(),
-}
-_ITERATIVE: dict[str, Callable[[ProbeSettings, int], Classifiers]] = {
+_SOLVERS: dict[str, Callable[[ProbeSettings, int], Classifiers]] = {
     "softmax": lambda settings, seed: SoftmaxProbes(settings.l2, settings.max_iterations),
     "l1": lambda settings, seed: L1Probes(settings.l1),
     "mlp": lambda settings, seed: MLPProbes(settings.hidden, seed=seed),
+    "ridge": lambda settings, seed: RidgeProbes(settings.l2),
+    "lda": lambda settings, seed: LDAProbes(settings.shrinkage),
+    "mean-difference": lambda settings, seed: MeanDifferenceProbes(),
 }
 """New batches of probes by the name of their solver, from settings and a seed."""
 
-CLOSED_FORM = frozenset(_CLOSED_FORM)
+CLOSED_FORM: frozenset[SolverName] = frozenset({"ridge", "lda", "mean-difference"})
 """Solvers that need sums over their examples, not the examples."""
 
 SUMS_BYTES = 1 << 26
@@ -150,8 +147,9 @@ class FitJob:
         progress: Shows the tokens that are read and the probes that are fitted.
         name: What progress calls the job.
         folder: Where activations are held for which memory has no room.
-        meter: Counts the tokens that are read.
         tokens_read: By position, the median number of tokens that the LM had read there of test examples.
+        variant: Whose activations are read.
+        meter: Counts the tokens that are read; None where there are none to count.
         lens: The LM's own head; None unless a solver is a lens.
     """
 
@@ -163,36 +161,34 @@ class FitJob:
     progress: Progress
     name: str
     folder: Path
-    meter: Meter
     tokens_read: Mapping[Position, int]
+    variant: str = "none"
+    meter: Meter | None = None
     lens: LogitLens | None = None
 
     def read(self, activations: Activations, split: str) -> Iterator[tuple[slice, list[Tensor]]]:
         """Reads this process's share of a split, a chunk at a time; every stack `[probes, chunk, width]`."""
         examples, unit = self.grid.examples[split], activations.unit
         total, name = activations.size(examples), f"{self.name}: read the split {split!r}"
-        meter = self.meter if unit == "tokens" else Meter(self.progress)
+        meter = self.meter if self.meter is not None and unit == "tokens" else Meter(self.progress)
         with self.progress.task(name, total=total, unit=unit) as task, meter.reading(task) as done:
             # Other processes read as many.
             for rows, stacks in activations.chunks(examples, lambda read: done(read * distributed.count())):
                 yield rows, [values.flatten(0, 1) for values in stacks]
 
-    def solver(self, name: SolverName) -> Classifiers:
-        """A new batch of probes, not fitted."""
-        if name in CLOSED_FORM:
-            return self.closed_form(name)
-        if name in LENSES and self.lens is not None:
-            return copy.copy(self.lens)
-        return _ITERATIVE[name](self.settings, self.seed)
+    def solver(self, name: SolverName, teachers: Sequence[Tensor] = ()) -> Any:
+        """A new batch of probes, not fitted; of numbers and vectors ridge regressions.
 
-    def regression(self) -> RegressionProbes:
-        """A new batch of probes of the grid's numbers or vectors, not fitted."""
+        Args:
+            name: The solver.
+            teachers: What a tuned lens learns from.
+        """
         target = self.grid.target
-        return RegressionProbes(self.settings.l2, target.outputs if target.kind == "vectors" else None)
-
-    def closed_form(self, name: SolverName) -> ClosedForm:
-        """A new batch of closed-form probes, not fitted."""
-        return _CLOSED_FORM[name](self.settings)
+        if target.kind != "classes":
+            return RegressionProbes(self.settings.l2, target.outputs if target.kind == "vectors" else None)
+        if name in LENSES and self.lens is not None:
+            return self.lens.tuned(teachers, self.seed) if name == "tuned-lens" else copy.copy(self.lens)
+        return _SOLVERS[name](self.settings, self.seed)
 
 
 @dataclass(frozen=True)
@@ -275,10 +271,8 @@ def _teachers(held: HeldActivations | HeldSubset, job: FitJob, stack: int, rows:
     """What leaves the last layer where some probes read, at the examples to fit and to choose on."""
     positions, points = len(job.grid.positions), held.stacks[stack].points
     last = max(range(len(points)), key=lambda i: (points[i][1], points[i][0] == "hook_resid_post"))
-    own, of_last = (
-        np.arange(rows.start, rows.stop) % positions,
-        slice(last * positions, (last + 1) * positions),
-    )
+    own = np.arange(rows.start, rows.stop) % positions
+    of_last = slice(last * positions, (last + 1) * positions)
     return [held.load(split, stack, of_last)[own] for split in (FITTED_ON, CHOSEN_ON)]
 
 
@@ -292,33 +286,24 @@ def _fit_batch(
     teachers: Sequence[Tensor] = (),
 ) -> tuple[Probes, Probes | None, Tensor | None]:
     """Some probes of a stack, those of the control task, and the code lengths."""
+    target, control = job.grid.target, None if solver in LENSES else job.control
+    classes = (target.classes,) if target.kind == "classes" else ()
 
-    def labels(task: Task, split: str) -> Tensor:
-        return task.of(split, slice(None), rows, job.device)
+    def labels(of: Task, split: str) -> Tensor:
+        return of.of(split, slice(None), rows, job.device)
 
-    if job.grid.target.kind != "classes":
-        found = [
-            job.regression().fit(X, labels(of, FITTED_ON), X_chosen, labels(of, CHOSEN_ON))
-            for of in (task, job.control)
-            if of is not None
-        ]
-        return found[0], found[1] if job.control else None, None
-    classes, probes = job.grid.target.classes, job.solver(solver)
-    if solver == "tuned-lens" and isinstance(probes, LogitLens):
-        probes = probes.tuned(teachers, job.seed)
-    fitted_on, chosen_on = (X, labels(task, FITTED_ON), classes), (X_chosen, labels(task, CHOSEN_ON))
-    if not isinstance(probes, PathProbes):
-        probes.fit(*fitted_on, *chosen_on)
-        if job.control is None or isinstance(probes, LogitLens):
-            return probes, None, None
-        y, y_chosen = labels(job.control, FITTED_ON), labels(job.control, CHOSEN_ON)
-        return probes, job.solver(solver).fit(X, y, classes, X_chosen, y_chosen), None
+    def fitted(of: Task, *more: Any) -> Any:
+        known, asked = labels(of, FITTED_ON), labels(of, CHOSEN_ON)
+        return job.solver(solver, teachers).fit(X, known, *classes, X_chosen, asked, *more)
+
+    if solver not in ("softmax", "l1"):
+        return fitted(task), None if control is None else fitted(control), None
     # The control task has the penalty of the real one: selectivity compares probes of one family.
-    probes.fit(*fitted_on, *chosen_on, None if job.control is None else labels(job.control, FITTED_ON))
-    if not job.settings.code_length or isinstance(probes, L1Probes):
+    probes = fitted(task, None if control is None else labels(control, FITTED_ON))
+    if solver == "l1" or not job.settings.code_length:
         return probes, probes.control_, None
-    ends = block_ends(job.grid.examples[FITTED_ON].document)
-    code = prequential_code(*fitted_on, probes.penalty_, ends, job.settings.max_iterations)
+    ends, most = block_ends(job.grid.examples[FITTED_ON].document), job.settings.max_iterations
+    code = prequential_code(X, labels(task, FITTED_ON), target.classes, probes.penalty_, ends, most)
     return probes, probes.control_, code
 
 
@@ -327,24 +312,17 @@ def fit_sums(activations: Activations, job: FitJob, solvers: Sequence[SolverName
     grid = job.grid
     tasks = [*target_tasks(grid), *([job.control] if job.control else [])]
     parts = [*_parts(activations.stacks, grid)]
-    solve = _solve_classes if grid.target.kind == "classes" else _solve_numbers
-    solved, constant = solve(activations, job, tasks, parts, solvers)
+    solved, constant = _solve(activations, job, tasks, parts, solvers)
     for rows, chunk in job.read(activations, CHOSEN_ON):
         for (_, p, t), probes in solved.items():
             s, some = parts[p]
             probes.observe_validation(chunk[s][some], tasks[t].of(CHOSEN_ON, rows, some, job.device))
     for probes in solved.values():
         probes.choose()
+    last = len(grid.horizons)  # the control task, if there is one
     return [
         Fitted(
-            s,
-            some,
-            solver,
-            horizon,
-            solved[solver, p, t],
-            control=solved[solver, p, len(tasks) - 1] if job.control else None,
-            code=None,
-            constant=constant[p],
+            s, some, solver, horizon, solved[solver, p, t], solved.get((solver, p, last)), None, constant[p]
         )
         for solver in solvers
         for p, (s, some) in enumerate(parts)
@@ -368,7 +346,16 @@ def _parts(stacks: Sequence[Stack], grid: Grid) -> Iterator[Part]:
             yield s, slice(first, min(first + size, probes))
 
 
-def _solve_classes(
+def _moments(job: FitJob, tasks: int, probes: int, width: int) -> list[Moments]:
+    """Sums of a part: of classes one a task, which share mean and scatter; of others one of all tasks."""
+    target = job.grid.target
+    if target.kind != "classes":
+        return [Moments.zeros(probes, width, 1, job.device, numbers=tasks * target.outputs)]
+    own = Moments.zeros(probes, width, target.classes, job.device)
+    return [own, *(own.relabelled() for _ in range(tasks - 1))]
+
+
+def _solve(
     activations: Activations,
     job: FitJob,
     tasks: Sequence[Task],
@@ -376,75 +363,44 @@ def _solve_classes(
     solvers: Sequence[SolverName],
 ) -> tuple[Solved, list[Tensor]]:
     """Reads the examples to fit on; also says which probes' activations are constant, by part `[probes]`."""
-    moments: list[list[Moments]] = []  # by part and task; tasks share mean and scatter
-    for s, some in parts:
-        width, classes = activations.stacks[s].width, job.grid.target.classes
-        own = Moments.zeros(some.stop - some.start, width, classes, job.device)
-        moments.append([own, *(own.relabelled() for _ in tasks[1:])])
-    for rows, chunk in job.read(activations, FITTED_ON):
-        for (s, some), of_tasks in zip(parts, moments, strict=True):
-            for t, sums in enumerate(of_tasks):
-                add = sums.add_labels if t else sums.add
-                add(chunk[s][some], tasks[t].of(FITTED_ON, rows, some, job.device))
-    solved: Solved = {}
-    constant = []
-    for p, (s, _) in enumerate(parts):
-        of_tasks = moments.pop(0)
-        for t, sums in enumerate(of_tasks):
-            sums.over_processes(labels_alone=t > 0)
-        for solver in solvers:
-            batches = [job.closed_form(solver) for _ in tasks]
-            fit_together(batches, of_tasks)
-            solved |= {(solver, p, t): batch for t, batch in enumerate(batches)}
-        constant.append(_constant(of_tasks[0], activations.stacks[s].width))
-    return solved, constant
-
-
-def _solve_numbers(
-    activations: Activations,
-    job: FitJob,
-    tasks: Sequence[Task],
-    parts: Sequence[Part],
-    solvers: Sequence[SolverName],
-) -> tuple[Solved, list[Tensor]]:
-    """The same for numbers and vectors: those of all tasks are in one set of moments a part."""
-    numbers, of_vectors = len(tasks) * job.grid.target.outputs, job.grid.target.kind == "vectors"
-    moments = [
-        Moments.zeros(some.stop - some.start, activations.stacks[s].width, 1, job.device, numbers=numbers)
-        for s, some in parts
-    ]
+    of_classes, of_vectors = (job.grid.target.kind == kind for kind in ("classes", "vectors"))
+    stacks = activations.stacks
+    moments = [_moments(job, len(tasks), some.stop - some.start, stacks[s].width) for s, some in parts]
     for rows, chunk in job.read(activations, FITTED_ON):
         for (s, some), sums in zip(parts, moments, strict=True):
-            X = chunk[s][some]
-            labels = [task.of(FITTED_ON, rows, some, job.device) for task in tasks]
-            columns = [y if of_vectors else y[..., None] for y in labels]
-            sums.add_numbers(X, torch.cat([y.expand(*X.shape[:2], -1) for y in columns], 2))
+            X, labels = chunk[s][some], [task.of(FITTED_ON, rows, some, job.device) for task in tasks]
+            if of_classes:
+                sums[0].add(X, labels[0])
+                for others, y in zip(sums[1:], labels[1:], strict=True):
+                    others.add_labels(X, y)
+            else:
+                columns = [y if of_vectors else y[..., None] for y in labels]
+                sums[0].add_numbers(X, torch.cat([y.expand(*X.shape[:2], -1) for y in columns], 2))
     solved: Solved = {}
     constant = []
-    for p, (s, _) in enumerate(parts):
+    for p in range(len(parts)):
         sums = moments.pop(0)
-        sums.over_processes()
+        for t, own in enumerate(sums):
+            own.over_processes(labels_alone=t > 0)
         for solver in solvers:
-            solved |= {(solver, p, t): job.regression().fit_moments(sums, t) for t in range(len(tasks))}
-        constant.append(_constant(sums, activations.stacks[s].width))
+            batches: list[Any] = [job.solver(solver) for _ in tasks]
+            if of_classes:
+                fit_together(batches, sums)
+            else:
+                for t, batch in enumerate(batches):
+                    batch.fit_moments(sums[0], t)
+            solved |= {(solver, p, t): batch for t, batch in enumerate(batches)}
+        constant.append(sums[0].scatter.diagonal(dim1=1, dim2=2).sum(1) == 0)
     return solved, constant
 
 
-def _constant(moments: Moments, width: int) -> Tensor:
-    """Whether activations are the same in all examples `[probes]`."""
-    return moments.scatter.diagonal(dim1=1, dim2=2)[:, :width].sum(1) == 0
-
-
-def score(
-    activations: Activations, job: FitJob, fitted: Sequence[Fitted], facts: Facts
-) -> list[DocumentSums]:
+def score(activations: Activations, job: FitJob, fitted: Sequence[Fitted]) -> list[DocumentSums]:
     """Scores fitted probes on the test examples as they are read.
 
     Args:
         activations: Where activations come from.
         job: What is fitted.
         fitted: The probes.
-        facts: What every row of results begins with.
 
     Returns:
         The scores of every batch, those of the control task among them if there is one.
@@ -454,7 +410,7 @@ def score(
     tasks = {task.horizon: task for task in target_tasks(grid)}
     scored, controls = [], []
     for batch in fitted:
-        readers = [facts | known for known in _facts(batch, batch.cells(stacks, grid), job)]
+        readers = [*_facts(batch, batch.cells(stacks, grid), job)]
         scored.append(DocumentSums(readers, tested))
         controls.append(DocumentSums(readers, tested, control=True))
     for rows, chunk in job.read(activations, TESTED_ON):
@@ -494,7 +450,8 @@ def _facts(fitted: Fitted, cells: Sequence[Cell], job: FitJob) -> Iterator[Facts
         columns |= {"code_length": fitted.code, "compression": prior / fitted.code}
     loss = "cross_entropy" if grid.target.kind == "classes" else "squared_error"
     columns |= {f"validation_{loss}": fitted.probes.validation_loss_, "constant": fitted.constant}
+    of_all = {"reader": "probe", "variant": job.variant, "seed": job.seed, "fitted_on": len(examples)}
     for i, cell in enumerate(cells):
         known = {name: column[i].item() for name, column in columns.items() if column is not None}
-        facts = {"fitted_on": len(examples), "tokens_read": job.tokens_read[cell.position]}
-        yield vars(cell) | facts | known
+        facts = {"injected": False, "tokens_read": job.tokens_read[cell.position]}
+        yield of_all | vars(cell) | facts | known

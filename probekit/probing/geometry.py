@@ -111,23 +111,20 @@ def layer_geometry(activations: Tensor, group: np.ndarray) -> dict[str, Any]:
         share = in_rogue / in_all
     rank, ratio = _spectra(X, blocks)
     row: dict[str, Any] = {}
-    for name, values in (("effective_rank", rank), ("participation_ratio", ratio)):
-        found = jackknife(values[:1], values[1:, None], groups, corrected=True)[0]
-        row |= _columns(name, *np.exp(found[:3]).clip(max=X.shape[1]))
-    for name, values in (
-        ("anisotropy", _cosines(X, group, blocks)),
-        ("anisotropy_without", _cosines(X[:, others], group, blocks)),
-        ("norm", length),
-        ("rogue_share", share),
+    for name, values, is_log in (
+        ("effective_rank", rank, True),
+        ("participation_ratio", ratio, True),
+        ("anisotropy", _cosines(X, group, blocks), False),
+        ("anisotropy_without", _cosines(X[:, others], group, blocks), False),
+        ("norm", length, False),
+        ("rogue_share", share, False),
     ):
-        row |= _columns(name, *jackknife(values[:1], values[1:, None], groups)[0][:3])
+        ends = np.array(jackknife(values[:1], values[1:, None], groups, corrected=is_log)[0][:3])
+        ends = np.exp(ends).clip(max=X.shape[1]) if is_log else ends
+        row |= dict(zip((name, f"{name}_low", f"{name}_high"), ends.tolist(), strict=True))
     named = ", ".join(str(int(feature)) for feature in rogue[:SHOWN_ROGUE])
     row |= {"rogue": len(rogue), "rogue_features": named + (", …" if len(rogue) > SHOWN_ROGUE else "")}
     return row | {"width": X.shape[1], "examples": len(X), "groups": groups}
-
-
-def _columns(name: str, value: float, low: float, high: float) -> dict[str, float]:
-    return {name: float(value), f"{name}_low": float(low), f"{name}_high": float(high)}
 
 
 def _means(values: Sequence[Tensor], blocks: Sequence[Tensor]) -> Iterator[np.ndarray]:

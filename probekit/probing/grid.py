@@ -297,8 +297,3 @@ def _label_notes(tested: ScoredExamples, horizon: int) -> Iterator[str]:
             f"{named}, and so much accuracy means nothing: see the balanced accuracy, of which "
             f"{1 / len(found):.2f} is chance, and the bits"
         )
-
-
-def document_numbers(document: np.ndarray) -> np.ndarray:
-    """Numbers the documents of examples `[examples]` from 0, in the order in which they appear."""
-    return np.cumsum(np.diff(document, prepend=document[:1]) != 0)

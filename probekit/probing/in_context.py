@@ -38,7 +38,7 @@ from probekit.probing.solvers import SoftmaxProbes
 from probekit.probing.texts import activations
 from probekit.progress import Progress
 from probekit.run.run import Run
-from probekit.statistics import Resampling, bootstrap_ratios, paired_differences
+from probekit.statistics import bootstrap_ratios, paired_differences
 
 Example = list[IntArray]
 """Word ids of each sentence."""
@@ -212,7 +212,7 @@ def in_context(
     values = pd.concat(
         [part.assign(document=run.corpus.group[test.documents]) for part in parts], ignore_index=True
     )
-    resampling: Resampling = {"resamples": run.config.evaluation.resamples, "seed": run.config.seed}
+    resampling = run.config.resampling
     found = InContext(in_context_table(values, **resampling), values)
     found.write(run.folder / "in_context")
     return found

@@ -374,9 +374,7 @@ def _tokens_of(
     """The first token that each row labels, and the token after the last one `[rows]`."""
     in_sentence = sentence != ABSENT
     start = np.where(in_sentence, corpus.first_token[sentence], corpus.document_tokens[document] + 1)
-    stop = corpus.document_tokens[document + 1]
-    following = np.append(corpus.first_token, corpus.document_tokens[-1])[sentence + 1]
-    stop = np.where(in_sentence, np.minimum(following, stop), stop)
+    stop = np.where(in_sentence, corpus.stops(sentence), corpus.document_tokens[document + 1])
     begin, end = (table.numbers(column)[rows] for column in columns)
     first, last = columns
     if len(alone := np.flatnonzero((begin < 0) & (end >= 0))):

@@ -37,10 +37,11 @@ from probekit.probing.baselines import baseline_sums
 from probekit.probing.fitting import CLOSED_FORM, FitJob, Fitted, control_task, fit, fit_sums, hold, score
 from probekit.probing.geometry import GEOMETRY, check_enough, layer_geometry
 from probekit.probing.grid import CHOSEN_ON, FITTED_ON, LENSES, TESTED_ON, Grid, make_grid
+from probekit.probing.holding import HeldActivations
 from probekit.probing.labels import beyond_window, target_of
 from probekit.probing.results import SETTINGS, DocumentSums, Facts, probes_file, table_of, validation_loss
 from probekit.probing.resume import FinishedParts, Probed, origin
-from probekit.probing.store import HeldActivations, Store, write_store
+from probekit.probing.store import Store, write_store
 from probekit.probing.targets import Target
 from probekit.probing.transfer import TRANSFER, Values, find_values, transfer_table, transferred
 from probekit.probing.vectors import PENALTIES
@@ -143,7 +144,7 @@ def probe(
     meter = _announce(run, grids, points, progress)
     finished = FinishedParts(run)
     results = run.folder / "probes"
-    resampling = Resampling(resamples=run.config.evaluation.resamples, seed=run.config.seed)
+    resampling = run.config.resampling
     weights: dict[Path, dict[str, Tensor]] = {}
     beside: list[dict[str, pd.DataFrame]] = []
     for seed, grid in grids.items():
@@ -439,10 +440,9 @@ class _VariantProbes:
         """Fits and scores some of the solvers of the settings, which are all closed form or none is."""
         scored: list[DocumentSums] = []
         weights: dict[str, Tensor] = {}
-        facts: Facts = {"reader": "probe", "variant": self._variant, "seed": self._seed}
 
         def add(source: Activations, batches: list[Fitted]) -> None:
-            scored.extend(score(source, self._job, batches, facts))
+            scored.extend(score(source, self._job, batches))
             for batch in batches:
                 weights.update(batch.weights(source.stacks, self._grid))
 
@@ -464,8 +464,7 @@ class _VariantProbes:
 
     def _transfer(self, values: Values, resampling: Resampling) -> pd.DataFrame:
         """The table of probes of every value of a column, tested on those of every other."""
-        facts: Facts = {"reader": "probe", "variant": self._variant, "seed": self._seed}
-        scored = transferred(self._held, self._job, values, facts)
+        scored = transferred(self._held, self._job, values)
         for sums in scored.values():
             _mark_injected(self._run, self._grid, self._variant, self._points, sums)
         return transfer_table(scored, self._grid, values, resampling)
@@ -513,8 +512,9 @@ class _VariantProbes:
             self._progress,
             self._name,
             run.folder,
-            self._meter,
             dict(zip(grid.positions, np.median(place.tokens_read, axis=1).astype(int).tolist(), strict=True)),
+            self._variant,
+            self._meter,
             None if tokens is None or not lenses else self._reader(self._points).logit_lens(tokens),
         )
 

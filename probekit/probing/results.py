@@ -217,7 +217,7 @@ def _number_scores(predicted: Tensor, labels: Tensor | np.ndarray) -> dict[str, 
 
 def _class_scores(predicted: Tensor, labels: Tensor | np.ndarray) -> dict[str, NDArray[Any]]:
     """Scores of log-probabilities by name `[readers, examples]`."""
-    scores: dict[str, NDArray[Any]] = dict(vars(score_actions(predicted, labels)))
+    scores = score_actions(predicted, labels)
     scores["class_correct"] = scores["correct"]
     if predicted.shape[-1] == 2:
         scores["log_odds"] = (predicted[..., 1] - predicted[..., 0]).float().cpu().numpy()
@@ -469,6 +469,10 @@ class LinearProbe:
     coef: Tensor
     intercept: Tensor
 
+    def to(self, like: torch.device | Tensor) -> LinearProbe:
+        """The same on a device, or on that and in the type of a tensor."""
+        return LinearProbe(self.coef.to(like), self.intercept.to(like))
+
     def scores(self, activations: Tensor) -> Tensor:
         """The scores of classes, or the number `[..., 1]`, given activations `[..., width]`."""
         return activations.float() @ self.coef + self.intercept
@@ -476,6 +480,12 @@ class LinearProbe:
     def log_probabilities(self, activations: Tensor) -> Tensor:
         """Log-probabilities of the classes in nats, given activations `[..., width]`."""
         return self.scores(activations).log_softmax(dim=-1)
+
+
+def probes_of(tensors: Mapping[str, Tensor]) -> dict[Cell, LinearProbe]:
+    """Probes from tensors by the names that they are saved under."""
+    keys = [name.removesuffix("|coef") for name in tensors if name.endswith("|coef")]
+    return {Cell.of(key): LinearProbe(tensors[f"{key}|coef"], tensors[f"{key}|intercept"]) for key in keys}
 
 
 def _sorted(values: Iterable[int | str]) -> list[str]:
@@ -512,12 +522,12 @@ class SavedProbes:
                 f"(there are {', '.join(kept) or 'none'}); run `probekit probe {folder.parent} "
                 f"--probe.variants {' '.join(wanted)}`"
             )
-        self._tensors = read_tensors(path)
+        self._probes = probes_of(read_tensors(path))
 
     @property
     def cells(self) -> list[Cell]:
         """The cells that have a probe."""
-        return [Cell.of(name.removesuffix("|coef")) for name in self._tensors if name.endswith("|coef")]
+        return [*self._probes]
 
     def __getitem__(self, cell: Cell) -> LinearProbe:
         """The probe of a cell.
@@ -525,7 +535,7 @@ class SavedProbes:
         Raises:
             ProbekitError: There is none.
         """
-        if f"{cell.key}|coef" not in self._tensors:
+        if cell not in self._probes:
             known = "; ".join(
                 f"{name}s {', '.join(_sorted(getattr(other, name) for other in self.cells))}"
                 for name in ("location", "layer", "position", "horizon", "solver")
@@ -533,7 +543,7 @@ class SavedProbes:
             raise ProbekitError(
                 f"{self._folder} has no {cell.solver} probe of {self._variant!r} at {cell}; it has {known}"
             )
-        return LinearProbe(*(self._tensors[f"{cell.key}|{part}"] for part in ("coef", "intercept")))
+        return self._probes[cell]
 
     def stacked(self, cells: list[Cell]) -> LinearProbe:
         """The probes of several cells of one width together: `coef` `[cells, width, classes]`."""

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from probekit.config import BosRule, Config, Position, ProbedName, user_path
+from probekit.data.corpus import WRITERS
 from probekit.data.documents import Document
 from probekit.data.readers import read_documents
 from probekit.data.sentences import tokens_of
 from probekit.data.special_tokens import bos_rule_of_chats
 from probekit.data.tokenizer import decoded
-from probekit.distributed import autocast
 from probekit.errors import ProbekitError
-from probekit.io import atomic_path, write_table
+from probekit.io import atomic_path
 from probekit.models.bidirectional import closing_id
 from probekit.models.locations import BEFORE, hook_name
 from probekit.probing.activations import probing_windows
@@ -50,9 +50,6 @@ if TYPE_CHECKING:
 
 UNCONDITIONED = ("none", "random")
 """Variants that read a text without planned actions."""
-
-FORMATS = (".csv", ".jsonl", ".parquet")
-"""Files that a table of predictions is written to."""
 
 
 def score(
@@ -93,8 +90,8 @@ def score(
     Raises:
         ProbekitError: The run has no such probe, or a text is empty or longer than the LM reads.
     """
-    if out is not None and (out := user_path(out)).suffix not in FORMATS:
-        raise ProbekitError(f"--out is {str(out)!r}; it must end in {', '.join(FORMATS)}")
+    if out is not None and (out := user_path(out)).suffix not in WRITERS:
+        raise ProbekitError(f"--out is {str(out)!r}; it must end in {', '.join(WRITERS)}")
     run = Run.at(run)
     record = read_probe_record(run.folder)
     run = run.with_settings({"probe.window": record.config.probe.window})
@@ -133,7 +130,7 @@ def score(
     backend = run.backend_for([name], variant, seed)
     parts = []
     with (
-        autocast(run.device, run.config.training.precision),
+        run.autocast(),
         Progress(quiet=quiet).task("score texts", total=len(ids), unit="texts") as task,
     ):
         for rows in read_batches(backend, [name], ids, begin, batch_size, hold, closing):
@@ -152,7 +149,9 @@ def score(
             parts.append(found.set_axis(order))
     table = pd.concat(parts).sort_index(kind="stable").reset_index(drop=True)
     if out is not None:
-        _write(table, user_path(out))
+        path = user_path(out)
+        with atomic_path(path) as partial:
+            WRITERS[path.suffix](table, partial)
     return table
 
 
@@ -265,14 +264,3 @@ def _documents(
     except ProbekitError as error:
         said = str(error).replace("--corpus.text_column", "--text").replace("corpus.text_column", "--text")
         raise ProbekitError(said) from None
-
-
-def _write(table: pd.DataFrame, path: Path) -> None:
-    if path.suffix == ".parquet":
-        write_table(path, table)
-        return
-    with atomic_path(path) as partial:
-        if path.suffix == ".csv":
-            table.to_csv(partial, index=False)
-        else:
-            table.to_json(partial, orient="records", lines=True, force_ascii=False)

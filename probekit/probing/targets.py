@@ -106,9 +106,7 @@ class Target:
             if self.of_sentences is not None:
                 missing = np.flatnonzero(~labelled(self.of_sentences))
                 document = corpus.document_of(missing)
-                following = np.append(corpus.first_token, corpus.document_tokens[-1])[missing + 1]
-                stop = np.minimum(following, corpus.document_tokens[document + 1])
-                lost = stop - corpus.first_token[missing]
+                lost = corpus.stops(missing) - corpus.first_token[missing]
                 if anchors == "start":
                     lost = np.where(missing == corpus.document_sentences[document], int(first), 1)
                 found = found - np.bincount(document, lost, minlength=documents).astype(np.int64)
@@ -231,9 +229,7 @@ def find_examples(
     if anchors == "start":
         sentence = ranges(first, last)
         document = np.repeat(documents, last - first)
-        first_token = np.append(corpus.first_token, corpus.document_tokens[-1])
-        start, end = first_token[sentence], corpus.document_tokens[document + 1]
-        stop = np.minimum(first_token[sentence + 1], end)
+        start, stop = np.asarray(corpus.first_token[sentence]), corpus.stops(sentence)
     else:
         has_sentence = last > first
         documents, first = documents[has_sentence], first[has_sentence]

@@ -19,9 +19,9 @@ from probekit.errors import ProbekitError
 from probekit.probing.baselines import prior_sums
 from probekit.probing.fitting import FitJob, fit, score
 from probekit.probing.grid import CHOSEN_ON, FITTED_ON, MINIMUM_EXAMPLES, TESTED_ON, Grid
+from probekit.probing.holding import HeldActivations, HeldSubset
 from probekit.probing.labels import target_of
-from probekit.probing.results import DocumentSums, Facts, table_of
-from probekit.probing.store import HeldActivations, HeldSubset
+from probekit.probing.results import DocumentSums, table_of
 from probekit.probing.targets import NO_LABEL, Examples, find_examples
 from probekit.progress import Progress
 from probekit.statistics import Resampling
@@ -127,14 +127,13 @@ def enough_examples(
     return Values(column, tuple(names[value] for value in kept), of, notes)
 
 
-def transferred(held: HeldActivations, job: FitJob, values: Values, facts: Facts) -> Scored:
+def transferred(held: HeldActivations, job: FitJob, values: Values) -> Scored:
     """Fits probes of every value and of all, and scores each on the test examples of every value.
 
     Args:
         held: Activations of all splits.
         job: What is fitted; the control task and code lengths are left out.
         values: The values.
-        facts: What every row begins with.
     """
     plain = job.settings.model_copy(update={"code_length": False})
     quiet = replace(job, control=None, settings=plain, progress=Progress(quiet=True))
@@ -147,7 +146,7 @@ def transferred(held: HeldActivations, job: FitJob, values: Values, facts: Facts
                 part = HeldSubset(held, job.grid.examples, _rows(values, fitted_on, tested_on))
                 of_part = replace(quiet, grid=replace(job.grid, examples=part.examples))
                 fitted = fitted or fit(part, of_part, job.settings.solvers)
-                scored[fitted_on, tested_on] = score(part, of_part, fitted, facts)
+                scored[fitted_on, tested_on] = score(part, of_part, fitted)
     return scored
 
 

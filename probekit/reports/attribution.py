@@ -13,9 +13,10 @@ import torch
 from markupsafe import Markup
 from torch import Tensor
 
-from probekit.config import Position
+from probekit.config import Position, user_path
 from probekit.data.tokenizer import decoded
 from probekit.errors import ProbekitError
+from probekit.io import out_path, write_out
 from probekit.models.conditioning import EMBEDDING
 from probekit.models.locations import BEFORE, hook_name, label
 from probekit.probing.activations import probing_windows
@@ -32,7 +33,7 @@ from probekit.reports.display import described, number, with_interval
 from probekit.reports.lens_probes import KeptProbes, kept_probes
 from probekit.reports.lens_reading import reading_facts
 from probekit.reports.lens_text import LIMIT, Text, cut_text, given_text
-from probekit.reports.pages import FOLDER, TEMPLATES, inline, page_path, symbols, write_page
+from probekit.reports.pages import FOLDER, TEMPLATES, inline, symbols
 from probekit.run.run import Run
 
 STEPS = 512
@@ -114,7 +115,7 @@ class Attribution:
         Raises:
             ProbekitError: It cannot be written.
         """
-        return write_page(page_path(path), self.html)
+        return write_out(out_path(user_path(path), ".html"), self.html)
 
     def __repr__(self) -> str:
         return f"Attribution(token {self.table.token.max()}, {', '.join(self.readings.variant)})"
@@ -307,7 +308,7 @@ def _attributed(
     baseline = token_embeddings(backend, tokens.new_tensor([neutral])).repeat(len(tokens), 1)
     baseline[:first] = embeddings[:first]
     saved = probes.saved[cell]
-    probe = LinearProbe(saved.coef.to(run.device), saved.intercept.to(run.device))
+    probe = saved.to(run.device)
     both = torch.stack([embeddings, baseline])
     with torch.no_grad():
         said = EmbeddingScore(backend, tokens, name, len(tokens) - 1, probe.scores)(both)[0]

@@ -1,4 +1,4 @@
-"""Colours of all figures, and their scales.
+"""Colours of all figures, and their scales; the lens page has scales of its own (lens_page.js).
 
 They have one meaning everywhere: viridis for amounts and for whatever has an order (layers, positions), red
 and blue around zero for differences, the colour-blind palette for names.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -15,11 +16,19 @@ from matplotlib.figure import Figure
 from matplotlib.typing import ColorType
 
 from probekit.config import reading_order
+from probekit.io import atomic_path
 from probekit.reports.colours import COLOUR, SEED_COLOUR
 from probekit.reports.display import with_interval
 
 BOUNDS = {"value_low": "low", "value_high": "high"}
 """Columns of an interval in tables of results, and their names in `draw_line`."""
+
+
+def save_png(figure: Figure, path: Path) -> Path:
+    """Writes a figure as a PNG picture; returns its path."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=150)
+    return path
 
 
 class NotebookFigure(Figure):

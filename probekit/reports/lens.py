@@ -13,15 +13,16 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
-from probekit.config import Position
+from probekit.config import Position, user_path
 from probekit.errors import ProbekitError
+from probekit.io import out_path, write_out
 from probekit.models.mixing import VARIANTS
 from probekit.progress import Progress
 from probekit.reports import attribution
 from probekit.reports.display import described, shortened
 from probekit.reports.lens_reading import LensData, Reading, read_text
 from probekit.reports.lens_text import LIMIT, given_text
-from probekit.reports.pages import FOLDER, TEMPLATES, inline, page_path, symbols, write_page
+from probekit.reports.pages import FOLDER, TEMPLATES, inline, symbols
 from probekit.reports.tables import better_than_baselines
 from probekit.run.run import Run
 
@@ -67,7 +68,7 @@ class Lens:
         Raises:
             ProbekitError: It cannot be written.
         """
-        return write_page(page_path(path), self.html)
+        return write_out(out_path(user_path(path), ".html"), self.html)
 
     def __repr__(self) -> str:
         return f"Lens({len(self.data.pieces)} tokens, {self.path.name})"
@@ -111,7 +112,7 @@ def lens(
             cannot be written.
     """
     run = Run.at(run)
-    path = page_path(run.folder / "lens.html" if out is None else out)
+    path = out_path(run.folder / "lens.html" if out is None else user_path(out), ".html")
     if not isinstance(limit, int | np.integer) or limit < 1:
         raise ProbekitError(f"--limit is {limit!r}; give the largest number of tokens of a text, 1 or more")
     for option, asked in (("--locations", locations), ("--layers", layers)):
@@ -138,7 +139,7 @@ def lens(
         )
         panel = found.panel
     html = page(data, panel)
-    return Lens(data, html, write_page(path, html))
+    return Lens(data, html, write_out(path, html))
 
 
 def page(data: LensData, panel: Markup | None = None) -> str:

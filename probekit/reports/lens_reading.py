@@ -19,9 +19,8 @@ from probekit.errors import ProbekitError
 from probekit.models.conditioning import CONDITIONINGS
 from probekit.models.locations import RESIDUAL, hook_name, label
 from probekit.models.mixing import VARIANTS
-from probekit.models.unembedding import Unembedding, find_unembedding
+from probekit.models.unembedding import Unembedding, find_unembedding, rows_at_once
 from probekit.probing.activations import ActivationReader, HookPoint
-from probekit.probing.results import LinearProbe
 from probekit.probing.targets import NO_LABEL, Examples
 from probekit.probing.vectors import Candidates, sentence_candidates
 from probekit.progress import Progress, Task
@@ -41,9 +40,6 @@ EXAMPLES = 3
 
 WORDS = 24
 """Characters of the short name of a sentence."""
-
-LOGITS = 1 << 24
-"""Logits of the LM that are in memory at once."""
 
 
 @dataclass(frozen=True)
@@ -327,7 +323,7 @@ def _outputs(
     found = []
     for point in probes.points:
         values, probe = activations[point], probes.at(point)
-        probe = LinearProbe(probe.coef.to(values.device), probe.intercept.to(values.device))
+        probe = probe.to(values.device)
         scores = probe.scores(values).cpu()
         if sentences is not None:
             found.append(sentences.compared(scores, true))
@@ -365,9 +361,8 @@ def _unembedding(
 
 def _next_tokens(unembed: Unembedding, residual: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """The most probable next tokens and their probabilities, each `[RANKS, tokens]`, of `[tokens, width]`."""
-    at_once = max(1, LOGITS // unembed.vocabulary)
     with torch.no_grad():
-        found = [unembed(part).softmax(-1).topk(RANKS) for part in residual.split(at_once)]
+        found = [unembed(part).softmax(-1).topk(RANKS) for part in residual.split(rows_at_once(unembed.head))]
     return (
         torch.cat([part.indices for part in found]).T.cpu().numpy(),
         torch.cat([part.values for part in found]).T.cpu().numpy(),

@@ -7,9 +7,6 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from probekit.config import user_path
-from probekit.errors import ProbekitError
-from probekit.io import write_text
 from probekit.reports.display import visible
 
 FOLDER = Path(__file__).parent
@@ -39,30 +36,3 @@ def inline(html: str, title: str, height: str, sandbox: str = "") -> str:
         f'<iframe srcdoc="{escape(html)}" title="{title}" sandbox="{sandbox}" '
         f'style="width: 100%; height: {height}; border: 1px solid"></iframe>'
     )
-
-
-def page_path(out: str | Path) -> Path:
-    """The path of a page that can be written.
-
-    Raises:
-        ProbekitError: It does not end in .html, or its folder does not exist.
-    """
-    path = user_path(out)
-    if path.suffix != ".html" or path.is_dir():
-        raise ProbekitError(f"--out {path}: must be a file that ends in .html")
-    if not path.parent.is_dir():
-        raise ProbekitError(f"--out {path}: there is no folder {path.parent}")
-    return path
-
-
-def write_page(path: Path, html: str) -> Path:
-    """Writes a page, and returns its path.
-
-    Raises:
-        ProbekitError: It cannot be written.
-    """
-    try:
-        write_text(path, html)
-    except OSError as error:  # which names a temporary file
-        raise ProbekitError(f"--out {path}: cannot be written ({error.strerror})") from None
-    return path

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from probekit.io import atomic_path
 from probekit.probing.compare import READINGS, Comparison
 from probekit.probing.results import main_metric
 from probekit.reports.colours import colour_bar, colour_scale, colours_of_names
@@ -72,11 +69,3 @@ def draw_readings(axes: Axes, probes: pd.DataFrame) -> None:
     axes.set_title(f"probes of {visible(probes.target.iloc[0])}", fontsize=9, parse_math=False)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(fontsize=8, frameon=False)
-
-
-def save_comparison_figure(comparison: Comparison) -> Path:
-    """Draws a comparison into its folder."""
-    path = comparison.folder / "similarity.png"
-    with atomic_path(path) as temporary:
-        plot_comparison(comparison).savefig(temporary, dpi=150)
-    return path

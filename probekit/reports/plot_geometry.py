@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from probekit.io import atomic_path
 from probekit.reports.colours import colours_of_names
 from probekit.reports.display import described
 from probekit.reports.drawing import draw_line, panel_grid
@@ -45,11 +42,3 @@ def plot_geometry(table: pd.DataFrame) -> Figure:
     title = f"{one.examples:,} examples of {one.groups:,} documents or groups, width {one.width:,}"
     figure.suptitle(title, fontsize=10)
     return figure
-
-
-def save_geometry_figure(table: pd.DataFrame, folder: Path) -> Path:
-    """Draws a table of geometry into a folder."""
-    path = folder / "geometry.png"
-    with atomic_path(path) as temporary:
-        plot_geometry(table).savefig(temporary, dpi=150)
-    return path

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from probekit.config import nearest, reading_order
 from probekit.errors import ProbekitError
-from probekit.io import atomic_path
 from probekit.models.locations import label
-from probekit.probing.over_training import TrainingProbes
 from probekit.probing.results import main_metric, validation_loss
 from probekit.reports.colours import colours_in_order
 from probekit.reports.drawing import NotebookFigure, draw_line
@@ -44,15 +40,6 @@ def plot_over_training(
     """
     numbers = over_training_numbers(run.probes_over_training(stage), metric, location)
     return draw_over_training(numbers, run.losses_of(stage))
-
-
-def save_over_training(results: TrainingProbes) -> Path:
-    """Plots the accuracy at the first location beside the results; returns the picture's path."""
-    figure = draw_over_training(over_training_numbers(results.table), results.losses)
-    picture = results.path.with_suffix(".png")
-    with atomic_path(picture) as temporary:
-        figure.savefig(temporary, dpi=150)
-    return picture
 
 
 def over_training_numbers(

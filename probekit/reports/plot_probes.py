@@ -22,13 +22,13 @@ from matplotlib.typing import ColorType
 
 from probekit.config import as_position, reading_order
 from probekit.errors import ProbekitError
-from probekit.io import atomic_path, write_text
+from probekit.io import write_text
 from probekit.models.locations import label, per_layer
 from probekit.models.mixing import VARIANTS
 from probekit.probing.results import LAST_BAG, main_metric, validation_loss
 from probekit.reports.colours import colour_bar, colour_scale, colours_in_order, colours_of_names
 from probekit.reports.display import number, visible
-from probekit.reports.drawing import NotebookFigure, draw_line, heat_map, outer_legend, panel_grid
+from probekit.reports.drawing import NotebookFigure, draw_line, heat_map, outer_legend, panel_grid, save_png
 from probekit.run.run import Run
 
 PREFERRED = {"location": "hook_resid_post", "solver": "softmax"}
@@ -477,10 +477,7 @@ def save_probe_figures(table: pd.DataFrame, folder: Path) -> list[Path]:
     pictures = []
     for panel in panels(table):
         for kind, draw in {"heatmap": probe_heat_map, "lines": probe_lines}.items():
-            path = folder / f"{kind}_{panel.name}.png"
-            with atomic_path(path) as temporary:
-                draw(table, panel).savefig(temporary, dpi=150)
-            pictures.append(path)
+            pictures.append(save_png(draw(table, panel), folder / f"{kind}_{panel.name}.png"))
         numbers = pd.concat([panel.cells(table), panel.baselines(table)])
         write_text(folder / f"{panel.name}.csv", numbers.to_csv(index=False))
     return pictures

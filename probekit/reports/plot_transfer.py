@@ -11,12 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from probekit.io import atomic_path
 from probekit.probing.results import main_metric
 from probekit.probing.transfer import ALL
 from probekit.reports.colours import colour_scale, colours_of_names
 from probekit.reports.display import number, shortened, visible
-from probekit.reports.drawing import NotebookFigure
+from probekit.reports.drawing import NotebookFigure, save_png
 from probekit.reports.plot_probes import METRICS, Panel, panels
 from probekit.reports.tables import transfer_cells
 
@@ -100,9 +99,7 @@ def _draw_layers(axes: Axes, layers: pd.DataFrame, metric: str) -> None:
 
 def save_transfer_figures(transfer: pd.DataFrame, best: pd.DataFrame, folder: Path) -> list[Path]:
     """Draws every panel of a table of transfer into a folder; the numbers are in the table itself."""
-    pictures = []
-    for panel in panels(transfer.assign(reader="probe")):
-        pictures.append(folder / f"transfer_{panel.name}.png")
-        with atomic_path(pictures[-1]) as temporary:
-            draw_transfer(transfer, panel, best).savefig(temporary, dpi=150)
-    return pictures
+    return [
+        save_png(draw_transfer(transfer, panel, best), folder / f"transfer_{panel.name}.png")
+        for panel in panels(transfer.assign(reader="probe"))
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from probekit.config import Config, MemberName, ModelName, ProbedName, VariantName, setting_value
 from probekit.data.corpus import Corpus
 from probekit.data.encoders import SentenceEncoder, load_encoder
-from probekit.distributed import compute_device
+from probekit.distributed import autocast, compute_device
 from probekit.errors import ProbekitError
 from probekit.io import read_array, read_json, read_tensors, write_tensors
 from probekit.models.backends import Backend
@@ -50,18 +51,17 @@ SAMPLE_TOKENS = 512
 
 
 class Run(RunFolder):
-    """A run's folder, open for reading and for stages to be added.
-
-    Attributes:
-        folder: Where it is.
-        config: Its complete settings.
-    """
+    """A run's folder, and the models that its stages left there."""
 
     @classmethod
     def at(cls, run: Run | str | Path, settings: Mapping[str, Any] | None = None) -> Run:
         """A run, or that of a folder, with settings replaced by dotted name if there are any."""
         run = run if isinstance(run, Run) else cls.open(run)
         return run.with_settings(settings) if settings else run
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """The arithmetic of forward passes (`training.precision`)."""
+        return autocast(self.device, self.config.training.precision)
 
     def with_settings(self, settings: Mapping[str, Any]) -> Run:
         """The same run with settings replaced by dotted name, for what is done with it now.

@@ -145,7 +145,7 @@ def _train(run: Run, progress: Progress) -> None:
     for stage in stages:
         if not run.finished(stage) and (difference := _state(run, stage).difference):
             progress.say(f"{stage} begins again: {difference}")
-    for stage in stages[:2]:
+    for stage in stages[:2]:  # the corpus and the LM, in their order
         _stage(run, stage, progress)
         if stage == "lm":
             run.require_causal()

@@ -267,6 +267,7 @@ def test_a_corrected_command_takes_the_table_that_it_names(capsys: Capture, lm: 
 
 
 FEW = ["--probe.layers", "1", "--probe.variants", "none", "--evaluation.resamples", "100", "--quiet"]
+FEW += ["--probe.control", "false", "--probe.code_length", "false"]
 
 
 def test_a_table_of_other_texts_names_what_the_corpus_was_made_of(capsys: Capture, lm: Path, tmp_path: Path):

@@ -18,7 +18,7 @@ def test_sweeping_trains_prints_and_goes_on(capsys: Capture, tmp_path: Path, tin
     (tmp_path / "tiny.yaml").write_text(tiny_config.to_yaml())
     out = tmp_path / "sweep"
     words = ["sweep", "mixing-fraction", "--config", tmp_path / "tiny.yaml", "--out", out, "--quiet"]
-    words += ["--corpus.planted.documents", "120", "--seeds", "1"]
+    words += ["--corpus.planted.documents", "60", "--seeds", "1"]
     printed(capsys, *words, "--values", "0", "1")
     text = printed(capsys, *words, "--values", "0.5")
     table = Sweep.open(out).table()

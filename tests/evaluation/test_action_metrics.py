@@ -20,16 +20,16 @@ def test_scores_equal_brute_force_with_ties():
     actions = generator.integers(0, 9, size=50)
     scores = score_actions(torch.from_numpy(log_p), torch.from_numpy(actions))
     ranking = np.argsort(-log_p, axis=-1, kind="stable")
-    assert np.array_equal(scores.correct, ranking[..., 0] == actions)
-    assert np.array_equal(scores.top5, (ranking[..., :5] == actions[:, None]).any(-1))
-    assert scores.cross_entropy == pytest.approx(-log_p[:, np.arange(50), actions])
+    assert np.array_equal(scores["correct"], ranking[..., 0] == actions)
+    assert np.array_equal(scores["top5"], (ranking[..., :5] == actions[:, None]).any(-1))
+    assert scores["cross_entropy"] == pytest.approx(-log_p[:, np.arange(50), actions])
 
 
 def test_a_constant_distribution_is_right_about_one_action_only():
     k = 8
     scores = score_actions(np.full((k, k), -np.log(k)), np.arange(k))
-    assert scores.correct.tolist() == [True] + [False] * 7
-    assert scores.top5.tolist() == [True] * 5 + [False] * 3
+    assert scores["correct"].tolist() == [True] + [False] * 7
+    assert scores["top5"].tolist() == [True] * 5 + [False] * 3
 
 
 def test_prior_adds_half_an_example_to_each_action():

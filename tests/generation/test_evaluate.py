@@ -186,7 +186,7 @@ def written_by(monkeypatch: pytest.MonkeyPatch, run: Run, write) -> pd.DataFrame
 
 def test_who_writes_true_text_is_true(large: Run, monkeypatch: pytest.MonkeyPatch):
     run = large.with_settings(SETTINGS)
-    true, samples = TrueTexts.of(run), beginnings(run, "test")[1]
+    true, samples = TrueTexts(run), beginnings(run, "test")[1]
 
     def write(n: int, prompt: Prompt) -> tuple[np.ndarray, str, np.ndarray]:
         if prompt.plan is None:
@@ -246,7 +246,7 @@ def run(tiny_run: Run) -> Run:
 
 @pytest.fixture(scope="module")
 def true(run: Run) -> TrueTexts:
-    return TrueTexts.of(run)
+    return TrueTexts(run)
 
 
 def means(values: pd.DataFrame, length: int = 40) -> pd.Series:
@@ -266,11 +266,11 @@ def test_beginnings(run: Run, split: str):
 
 def test_all_runs_on_a_corpus_have_the_same_documents(run: Run, true: TrueTexts):
     """Whatever their own seed; the corpus's decides."""
-    other = TrueTexts.of(run.with_settings({"seed": 1}))
+    other = TrueTexts(run.with_settings({"seed": 1}))
     assert [p.document for p in other.prompts] == [p.document for p in true.prompts]
     assert other.sampled.tolist() == true.sampled.tolist()
     assert other.sampled.tolist() != sorted(other.sampled)
-    other = TrueTexts.of(run.with_settings({"corpus.seed": 1}))
+    other = TrueTexts(run.with_settings({"corpus.seed": 1}))
     assert [p.document for p in other.prompts] != [p.document for p in true.prompts]
 
 
@@ -311,4 +311,4 @@ def test_sentences_in_another_order_are_worse(run: Run, true: TrueTexts):
 def test_too_few_long_documents_are_refused(tiny_run: Run, context: int, length: int):
     run = tiny_run.with_settings({"generation.context": context, "generation.lengths": [8, length]})
     with pytest.raises(ProbekitError, match=r"0 of the 16 test documents .*lower generation\.lengths"):
-        TrueTexts.of(run)
+        TrueTexts(run)

@@ -9,9 +9,9 @@ import pytest
 import running
 
 from probekit.data.sentences import complete_spans
+from probekit.errors import ProbekitError
 from probekit.generation import generate as texts
 from probekit.generation.generate import Generated, generate, sentences_of
-from probekit.errors import ProbekitError
 from probekit.generation.prompts import Prompt, read_prompts
 from probekit.run.run import Run
 

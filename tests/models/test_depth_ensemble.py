@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from probekit.config import DepthSettings, DistillationSettings, MemberName
 from probekit.data.windows import collate, cut_windows
 from probekit.errors import ProbekitError
+from probekit.models import unembedding
 from probekit.models.backends import BridgeBackend
 from probekit.models.decoding import Decoder, GrowingText, HFDecoder, new_decoder
 from probekit.models.depth_ensemble import (
@@ -251,12 +252,15 @@ LOSSES = [
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("at_once", [1, 4 * VOCABULARY, 10**9])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_value_and_gradients_are_those_of_all_logits_at_once(loss: DepthLoss, at_once: int, bias: bool):
+def test_value_and_gradients_are_those_of_all_logits_at_once(
+    loss: DepthLoss, at_once: int, bias: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(unembedding, "LOGITS_AT_ONCE", at_once)
     head, leaves, targets = parts(bias=bias)
     asked = [*leaves.values(), *head.parameters()]
     expected = plainly(head, leaves, targets, loss)
     wanted = torch.autograd.grad(expected, asked)
-    found = DepthLoss(loss.distillation, loss.layer_loss, at_once)(head, late(leaves), targets)
+    found = loss(head, late(leaves), targets)
     gradients = torch.autograd.grad(3.0 * found, asked)
     assert found.item() == pytest.approx(expected.item(), rel=1e-6)
     for one, other in zip(gradients, wanted, strict=True):
@@ -280,9 +284,10 @@ def test_one_layer_is_not_distilled():
 
 
 @pytest.mark.parametrize("at_once", [1, 10**9])
-def test_readers_are_the_ensemble_and_its_layers(at_once: int):
+def test_readers_are_the_ensemble_and_its_layers(at_once: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(unembedding, "LOGITS_AT_ONCE", at_once)
     head, leaves, targets = parts()
-    found = layer_losses(head, late(leaves), targets, logits=at_once)
+    found = layer_losses(head, late(leaves), targets)
     for reader, state in zip(found, [late(leaves).mixed, *leaves["states"]], strict=True):
         each = [-math.log(F.softmax(head(s), -1)[t].item()) for s, t in zip(state, targets, strict=True)]
         assert reader.tolist() == pytest.approx(each, rel=1e-5)

@@ -191,7 +191,7 @@ def test_token_losses_of_bfloat16_logits_are_computed_in_float32():
 def test_token_losses_and_their_gradient_are_those_of_all_logits_at_once(
     dtype: torch.dtype, at_once: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(planned_lm, "LOGITS", at_once)  # a row at a time, three rows, all
+    monkeypatch.setattr(planned_lm, "CACHED_LOGITS", at_once)  # a row at a time, three rows, all
     generator = torch.Generator().manual_seed(0)
     logits = (4 * torch.randn(2, 4, 50, generator=generator)).to(dtype)
     weights = torch.randn(2, 4, generator=generator)  # of both signs, as differences of losses have

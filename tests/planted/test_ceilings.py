@@ -64,14 +64,14 @@ def test_the_truth_is_as_probable_as_a_ceiling_says(tiny_run: Run):
     """Calibration: over all sentences the probability of the best guess is how often it is right."""
     documents, actions = np.arange(160), np.array(tiny_run.corpus.actions)
     for log_probabilities in ceiling_log_probabilities(tiny_run.config, tiny_run.corpus, documents).values():
-        correct = score_actions(log_probabilities, actions).correct
+        correct = score_actions(log_probabilities, actions)["correct"]
         said = np.exp(log_probabilities.max(axis=1))
         # Given what came before, the errors of a true posterior are uncorrelated: 4 standard deviations.
         spread = np.sqrt((said * (1 - said)).sum())
         assert abs(correct.sum() - said.sum()) < 4 * spread
         # Lined up a sentence too late or too early it would be right far less often.
-        assert score_actions(log_probabilities[1:], actions[:-1]).correct.mean() < correct.mean() - 0.1
-        assert score_actions(log_probabilities[:-1], actions[1:]).correct.mean() < correct.mean() - 0.1
+        assert score_actions(log_probabilities[1:], actions[:-1])["correct"].mean() < correct.mean() - 0.1
+        assert score_actions(log_probabilities[:-1], actions[1:])["correct"].mean() < correct.mean() - 0.1
 
 
 def enumerated(
@@ -188,10 +188,10 @@ def test_the_farther_the_less_is_known(planted: tuple[Config, Corpus]):
     for distance in distances:
         found = position_ceiling(config, corpus, corpus.first_token[sentences] - distance, sentences)
         scores = score_actions(found, actions)
-        losses.append(scores.cross_entropy.mean())
+        losses.append(scores["cross_entropy"].mean())
         said = np.exp(found.max(axis=1))
         # Examples of one document that share what was read are correlated, hence a wide margin.
-        assert abs(scores.correct.mean() - said.mean()) < 0.04
+        assert abs(scores["correct"].mean() - said.mean()) < 0.04
     assert losses == sorted(losses)
     assert losses[-1] > losses[0] + 1
 

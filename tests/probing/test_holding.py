@@ -17,7 +17,7 @@ from torch import Tensor
 
 from probekit.errors import ProbekitError
 from probekit.probing.activations import Stack
-from probekit.probing.store import HeldActivations
+from probekit.probing.holding import HeldActivations
 from probekit.probing.targets import Examples
 
 STACKS = [Stack(5, (("a", 0), ("a", 1), ("a", 2))), Stack(3, (("b", 2),))]

@@ -29,7 +29,7 @@ from probekit.probing.fitting import FitJob, Task, fit_sums, score
 from probekit.probing.grid import CHOSEN_ON, FITTED_ON, TESTED_ON, Grid, make_grid
 from probekit.probing.results import DocumentSums, main_metric, table_of
 from probekit.probing.targets import Examples, Target, sentence_target
-from probekit.progress import Meter, Progress
+from probekit.progress import Progress
 from probekit.run.run import Run
 from probekit.statistics import Resampling
 
@@ -89,9 +89,9 @@ def fitted_table(grid: Grid, source: Source, *, control: Task | None = None, **s
     probe = Config().override({f"probe.{name}": value for name, value in given.items()}).probe
     quiet, cpu = Progress(quiet=True), torch.device("cpu")
     folder = Path(tempfile.gettempdir())
-    job = FitJob(grid, probe, control, 3, cpu, quiet, "test", folder, Meter(quiet), {1: 9})
+    job = FitJob(grid, probe, control, 3, cpu, quiet, "test", folder, {1: 9})
     found = fit_sums(source, job, probe.solvers)
-    scored = score(source, job, found, {"reader": "probe", "injected": False})
+    scored = score(source, job, found)
     tested = grid.tested()
     name = "mean" if grid.target.kind == "numbers" else "prior"
     labels = grid.labels(FITTED_ON, 1)

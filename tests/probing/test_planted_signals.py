@@ -25,7 +25,7 @@ from probekit.probing.fitting import FitJob, fit_sums, score
 from probekit.probing.grid import TESTED_ON, Grid, make_grid
 from probekit.probing.results import table_of
 from probekit.probing.targets import Examples, Ranges, Target, sentence_target
-from probekit.progress import Meter, Progress
+from probekit.progress import Progress
 from probekit.run.run import Run
 from probekit.statistics import Resampling
 
@@ -38,9 +38,9 @@ def probed(run: Run, grid: Grid, source: Any, solver: str) -> pd.DataFrame:
     quiet, folder = Progress(quiet=True), Path(tempfile.gettempdir())
     read = dict.fromkeys(grid.positions, 0)
     settings = run.config.probe.model_copy(update={"l2": (1e-3, 1e-2, 1e-1), "solvers": (solver,)})
-    job = FitJob(grid, settings, None, 0, run.device, quiet, "test", folder, Meter(quiet), read)
+    job = FitJob(grid, settings, None, 0, run.device, quiet, "test", folder, read)
     fitted = fit_sums(source, job, [solver])
-    scored = score(source, job, fitted, {"reader": "probe", "variant": "none", "seed": 0, "injected": False})
+    scored = score(source, job, fitted)
     resampling = Resampling(resamples=200, seed=0)
     table = table_of([*prior_sums(grid), *scored], grid.tested(), [], resampling)
     return table[table.reader == "probe"]

@@ -35,6 +35,7 @@ WIDE: dict[str, Any] = {
     "probe.horizons": list(HORIZONS),
     "probe.solvers": ["softmax", "ridge"],
     "probe.l2": [0.03, 0.3],
+    "probe.code_length": False,
 }
 """A grid with cells of every kind."""
 SMALL: dict[str, Any] = {

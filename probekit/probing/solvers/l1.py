@@ -20,14 +20,13 @@ import torch
 from torch import Tensor
 
 from probekit.probing.solvers.base import (
-    Basis,
-    PathProbes,
     absent_classes,
     probe_slices,
     rows_of,
     solver_dtype,
     standardised,
 )
+from probekit.probing.solvers.penalty_path import Basis, PathProbes
 
 ROUNDS = 20
 """Most times that features are added for a penalty."""

@@ -12,7 +12,7 @@ section 7.2), preconditioned by the exact Hessian of the model that knows only t
 (diag(p) - p p') (x) Z'Z / n + l2 I. The usual probe, of little signal, is a few steps away from that model.
 One eigendecomposition of Z'Z inverts this Hessian for every penalty.
 
-A probe leaves the path of penalties (`PathProbes`) once a weaker penalty is worse and still weaker ones
+A probe leaves the path of penalties (`penalty_path`) once a weaker penalty is worse and still weaker ones
 promise no better (`_promised`).
 """
 
@@ -26,8 +26,6 @@ from torch import Tensor
 
 from probekit.errors import ProbekitError
 from probekit.probing.solvers.base import (
-    Basis,
-    PathProbes,
     absent_classes,
     eigh,
     expand_labels,
@@ -37,6 +35,7 @@ from probekit.probing.solvers.base import (
     solver_dtype,
     standardised,
 )
+from probekit.probing.solvers.penalty_path import Basis, PathProbes
 
 OF_ZERO, OF_START = 1e-3, 0.1
 """Shares of the gradient norm at zero weights, and at the start, below which penalties are compared."""
