@@ -29,8 +29,8 @@ from probekit.probing.controls import (
     prior_code,
 )
 from probekit.probing.grid import CHOSEN_ON, FITTED_ON, LENSES, TESTED_ON, Grid
-from probekit.probing.holding import HeldActivations, HeldSubset
 from probekit.probing.logit_lens import LogitLens
+from probekit.probing.memory import HeldActivations, HeldSubset
 from probekit.probing.results import LINEAR_SOLVERS, Cell, DocumentSums, Facts, row_slices
 from probekit.probing.solvers import (
     L1Probes,
@@ -251,19 +251,35 @@ def hold(activations: Activations, job: FitJob, splits: Sequence[str]) -> HeldAc
 
 def fit(held: HeldActivations | HeldSubset, job: FitJob, solvers: Sequence[SolverName]) -> list[Fitted]:
     """Fits solvers at all hook points, positions and horizons, to activations of two splits."""
-    tasks, fitted = target_tasks(job.grid), []
+    tasks = target_tasks(job.grid)
+    fitted: list[Fitted] = []
     probes = len(job.grid.positions) * sum(len(stack.points) for stack in held.stacks)
     total = len(tasks) * len(solvers) * probes
     with job.progress.task(f"{job.name}: fit {', '.join(solvers)}", total=total, unit="probes") as progress:
         for stack, rows in held.groups():
-            X, X_chosen = (held.load(split, stack, rows) for split in (FITTED_ON, CHOSEN_ON))
-            constant = torch.stack([(x == x[:1]).all() for x in X])
-            teachers = _teachers(held, job, stack, rows) if "tuned-lens" in solvers else []
-            for solver in solvers:
-                for task in tasks:
-                    found = _fit_batch(job, solver, task, X, X_chosen, rows, teachers)
-                    fitted.append(Fitted(stack, rows, solver, task.horizon or 0, *found, constant))
-                    progress.advance(len(constant))
+            fitted += _fit_group(held, job, solvers, tasks, stack, rows, progress.advance)
+    return fitted
+
+
+def _fit_group(
+    held: HeldActivations | HeldSubset,
+    job: FitJob,
+    solvers: Sequence[SolverName],
+    tasks: Sequence[Task],
+    stack: int,
+    rows: slice,
+    done: Callable[[int], None],
+) -> list[Fitted]:
+    """Fits some probes of a stack, whose activations are let go before those of the next are loaded."""
+    X, X_chosen = (held.load(split, stack, rows) for split in (FITTED_ON, CHOSEN_ON))
+    constant = torch.stack([(x == x[:1]).all() for x in X])
+    teachers = _teachers(held, job, stack, rows) if "tuned-lens" in solvers else []
+    fitted = []
+    for solver in solvers:
+        for task in tasks:
+            found = _fit_batch(job, solver, task, X, X_chosen, rows, teachers)
+            fitted.append(Fitted(stack, rows, solver, task.horizon or 0, *found, constant))
+            done(len(constant))
     return fitted
 
 

@@ -37,8 +37,8 @@ from probekit.probing.baselines import baseline_sums
 from probekit.probing.fitting import CLOSED_FORM, FitJob, Fitted, control_task, fit, fit_sums, hold, score
 from probekit.probing.geometry import GEOMETRY, check_enough, layer_geometry
 from probekit.probing.grid import CHOSEN_ON, FITTED_ON, LENSES, TESTED_ON, Grid, make_grid
-from probekit.probing.holding import HeldActivations
 from probekit.probing.labels import beyond_window, target_of
+from probekit.probing.memory import HeldActivations
 from probekit.probing.results import SETTINGS, DocumentSums, Facts, probes_file, table_of, validation_loss
 from probekit.probing.resume import FinishedParts, Probed, origin
 from probekit.probing.store import Store, write_store

@@ -27,7 +27,7 @@ from probekit.probing.activations import (
     Stack,
     chunk_slices,
 )
-from probekit.probing.holding import check_room
+from probekit.probing.memory import check_room
 from probekit.probing.targets import Examples
 from probekit.progress import Meter, Progress
 

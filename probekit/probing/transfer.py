@@ -19,8 +19,8 @@ from probekit.errors import ProbekitError
 from probekit.probing.baselines import prior_sums
 from probekit.probing.fitting import FitJob, fit, score
 from probekit.probing.grid import CHOSEN_ON, FITTED_ON, MINIMUM_EXAMPLES, TESTED_ON, Grid
-from probekit.probing.holding import HeldActivations, HeldSubset
 from probekit.probing.labels import target_of
+from probekit.probing.memory import HeldActivations, HeldSubset
 from probekit.probing.results import DocumentSums, table_of
 from probekit.probing.targets import NO_LABEL, Examples, find_examples
 from probekit.progress import Progress

@@ -17,7 +17,7 @@ from probekit.io import read_json, write_json
 from probekit.probing import activations
 from probekit.probing.activations import ActivationReader, HookPoint, Stack, stacks_of
 from probekit.probing.grid import Grid, make_grid
-from probekit.probing.holding import HEADROOM
+from probekit.probing.memory import HEADROOM
 from probekit.probing.store import Store, store_contents, write_store
 from probekit.probing.targets import Examples, find_target
 from probekit.progress import Meter, Progress

@@ -1,4 +1,7 @@
-"""The path of penalties: how iterative solvers choose a penalty for each probe on validation examples."""
+"""The path of penalties: how iterative solvers choose a penalty for each probe on validation examples.
+
+Closed-form solvers solve for every penalty at once, and choose in `closed_form.py` and `regression.py`.
+"""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from probekit.errors import ProbekitError
 from probekit.probing.activations import Stack
-from probekit.probing.holding import HeldActivations
+from probekit.probing.memory import HeldActivations
 from probekit.probing.targets import Examples
 
 STACKS = [Stack(5, (("a", 0), ("a", 1), ("a", 2))), Stack(3, (("b", 2),))]
@@ -111,7 +111,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-import test_holding as test
+import test_memory as test
 import torch
 made = test.held(test.Source(torch.float32), test.splits(), 1, Path(sys.argv[1]))
 os.kill(os.getpid(), signal.SIGKILL)
