@@ -23,7 +23,7 @@ fix: .venv/dev   ## Format, and mend what the linter can
 	$(BIN)/ruff format .
 
 docs: .venv/dev  ## Build the documentation in site/; a warning is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: .venv/base ## Measure speed and memory; tables and benchmarks/results/ (make bench DEVICE=cuda)
 	$(BIN)/python benchmarks/fit_grid.py --device $(DEVICE)

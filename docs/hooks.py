@@ -39,7 +39,7 @@ _LINK = re.compile(r"(?P<text>!?\[[^\]]*\])\((?P<target>[^)\s]+)\)")
 _MATH = re.compile(r"^\$\$(?P<block>.+?)\$\$$|\\\((?P<inline>.+?)\\\)", re.MULTILINE | re.DOTALL)
 _STYLE = re.compile(r"<style scoped>.*?</style>\s*", re.DOTALL)
 _SECTIONS = "|".join({re.escape(name.rpartition(".")[0] or "general") for name in setting_names()})
-_SECTION = re.compile(rf"^({_SECTIONS}):$", re.MULTILINE)
+_SECTION = re.compile(rf"^({_SECTIONS}) options:$", re.MULTILINE)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -110,6 +110,7 @@ def notebook_pages(notebook: Path) -> dict[str, str | bytes]:
     names = {"unique_key": notebook.stem, "output_files_dir": pictures}
     page, made = MarkdownExporter().from_filename(str(notebook), resources=names)
     page = _STYLE.sub("", page)  # of each table: the theme has its own
+    page = page.replace("](../docs/", "](../")
     return {f"{notebook.stem}.md": page} | made["outputs"]
 
 
@@ -124,7 +125,8 @@ def settings_page() -> str:
     for group in parser._action_groups:
         if not group._group_actions:
             continue
-        parts.append(f"## {group.title}\n\n{group.description or 'Settings of a run as a whole.'}\n")
+        title = str(group.title).removesuffix(" options")
+        parts.append(f"## {title}\n\n{group.description or 'Settings of a run as a whole.'}\n")
         parts.append("| setting | values | default | what it does |\n| --- | --- | --- | --- |")
         for action in group._group_actions:
             text, _, default = str(action.help).replace("%%", "%")[:-1].rpartition(" (default: ")

@@ -1,5 +1,6 @@
 """Devices and the arithmetic on them; two processes against one: the same losses and statistics of probes."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +120,17 @@ def test_statistics_of_probes_are_those_of_one_process(one: Run, two: Run, tmp_p
         np.testing.assert_allclose(shared[column][closed], alone[column][closed], rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(shared.examples, alone.examples)
     np.testing.assert_allclose(shared.cross_entropy, alone.cross_entropy, rtol=1e-3, atol=1e-3)
+
+
+def test_sums_of_closed_form_probes_are_those_of_one_process(one: Run, tmp_path: Path):
+    """With a control task, whose labels alone differ: mean and scatter are added up once."""
+    folder = shutil.copytree(one.folder, tmp_path / "run")
+    settings = {"probe.solvers": ["ridge", "lda"], "probe.variants": ["none"], "probe.layers": [2]}
+    words = [word for name, value in settings.items() for word in (f"--{name}", *map(str, value))]
+    in_two_processes("-m", "probekit", "probe", folder, "--quiet", *words)
+    shared, alone = Run.open(folder).probes(), probe(Run.open(folder), settings, quiet=True).table
+    for column in ("accuracy", "cross_entropy", "validation_cross_entropy", "selectivity"):
+        np.testing.assert_allclose(shared[column], alone[column], rtol=1e-4, atol=1e-4)
 
 
 GRID = """

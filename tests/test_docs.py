@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import hooks
 import yaml
 
 import probekit
@@ -46,3 +47,10 @@ def test_citation_and_changes_tell_this_version():
         f"https://arxiv.org/abs/{number}" for number in ("2410.12492", "2404.00614", "2410.13077")
     }
     assert "## [Unreleased]" in (ROOT / "CHANGELOG.md").read_text("utf-8")
+
+
+def test_commands_link_to_their_settings():
+    found = re.findall(r"\[(\S+)\]\(settings\.md#(\S+)\)", hooks.commands_page())
+    assert ("probe", "probe") in found
+    assert ("training.adapter", "trainingadapter") in found
+    assert {f"## {name}" for name, _ in found} <= {*hooks.settings_page().splitlines()}

@@ -11,6 +11,8 @@ import pytest
 from running import hashes, ran
 
 from probekit.config import Config
+from probekit.errors import ProbekitError
+from probekit.generation.evaluate import evaluate_generation
 from probekit.io import read_json, write_json
 from probekit.training.train import train
 
@@ -153,6 +155,8 @@ def test_a_folder_that_is_read_only_is_refused_before_work_begins(
     commands = [(name, copy) for name in ("evaluate", "probe", "intervene", "subnetwork", "continuation")]
     for words in (*commands, ("train", "--resume", "--out", copy)):
         assert ran(*words, "--quiet").refused(f"{copy} cannot be written to"), words
+    with pytest.raises(ProbekitError, match="cannot be written to"):
+        evaluate_generation(copy, quiet=True)
 
 
 # Signals

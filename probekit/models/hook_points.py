@@ -103,6 +103,9 @@ class Architecture:
         return found
 
 
+OF_FILES = {"_name_or_path", "architectures", "dtype", "transformers_version"}
+"""Of a configuration, what says where and how weights are kept, not what the LM computes."""
+
 _EXAMINED: dict[tuple[type, str], Architecture] = {}
 """What was found, by the class and the values of a configuration."""
 
@@ -111,7 +114,9 @@ def architecture_of(
     config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, name: str | Path
 ) -> Architecture:
     """`examine`, once for each architecture that a process reads; arguments and errors are those of it."""
-    described = config.to_dict() | {"_name_or_path": None}
+    if not type(config).__module__.startswith("transformers."):  # code that may change beside its settings
+        return examine(config, tokenizer, name)
+    described = {key: value for key, value in config.to_dict().items() if key not in OF_FILES}
     key = type(config), json.dumps(described, sort_keys=True, default=str)
     if key not in _EXAMINED:
         _EXAMINED[key] = examine(config, tokenizer, name)

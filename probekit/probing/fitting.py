@@ -7,6 +7,7 @@ Solvers that need all their examples at once hold those of the two splits they a
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,8 +64,11 @@ _SOLVERS: dict[str, Callable[[ProbeSettings, int], Classifiers]] = {
 CLOSED_FORM: frozenset[SolverName] = frozenset({"ridge", "lda", "mean-difference"})
 """Solvers that need sums over their examples, not the examples."""
 
-SUMS_BYTES = 1 << 26
-"""About the sums of probes that are solved together: enough for the cache, and given back at once."""
+ON_PATH: frozenset[SolverName] = frozenset({"softmax", "l1"})
+"""Solvers that choose along a path of penalties, and fit the control task at the penalty of the real one."""
+
+SUMS_BYTES = defaultdict(lambda: 1 << 30, cpu=1 << 26)
+"""About the sums of probes that are solved together, by device type; what is solved is let go at once."""
 
 FACTS = {"nonzero": "nonzero_", "iterations": "n_iter_", "converged": "converged_"}
 """Columns of the results, and the attributes in which solvers that have such a thing keep it."""
@@ -142,7 +146,7 @@ class FitJob:
         grid: The grid.
         settings: Solvers and penalties.
         control: The control task, or None.
-        seed: Seed of the solvers that need one.
+        seed: Seed of what is drawn, and of the solvers that draw.
         device: Where to fit and score.
         progress: Shows the tokens that are read and the probes that are fitted.
         name: What progress calls the job.
@@ -312,7 +316,7 @@ def _fit_batch(
         known, asked = labels(of, FITTED_ON), labels(of, CHOSEN_ON)
         return job.solver(solver, teachers).fit(X, known, *classes, X_chosen, asked, *more)
 
-    if solver not in ("softmax", "l1"):
+    if solver not in ON_PATH:
         return fitted(task), None if control is None else fitted(control), None
     # The control task has the penalty of the real one: selectivity compares probes of one family.
     probes = fitted(task, None if control is None else labels(control, FITTED_ON))
@@ -327,7 +331,7 @@ def fit_sums(activations: Activations, job: FitJob, solvers: Sequence[SolverName
     """Fits closed-form solvers to sums: one pass over the examples to fit on, one over those to choose on."""
     grid = job.grid
     tasks = [*target_tasks(grid), *([job.control] if job.control else [])]
-    parts = [*_parts(activations.stacks, grid)]
+    parts = [*_parts(activations.stacks, job)]
     solved, constant = _solve(activations, job, tasks, parts, solvers)
     for rows, chunk in job.read(activations, CHOSEN_ON):
         for (_, p, t), probes in solved.items():
@@ -353,11 +357,12 @@ Solved = dict[tuple[SolverName, int, int], ClosedForm | RegressionProbes]
 """Probes of all penalties by solver, part and task."""
 
 
-def _parts(stacks: Sequence[Stack], grid: Grid) -> Iterator[Part]:
+def _parts(stacks: Sequence[Stack], job: FitJob) -> Iterator[Part]:
     """Cuts stacks into parts of about `SUMS_BYTES` of sums."""
+    grid, most = job.grid, SUMS_BYTES[job.device.type]
     for s, stack in enumerate(stacks):
         probes = len(stack.points) * len(grid.positions)
-        size = max(1, SUMS_BYTES // (8 * stack.width * (stack.width + grid.target.outputs)))
+        size = max(1, most // (8 * stack.width * (stack.width + grid.target.outputs)))
         for first in range(0, probes, size):
             yield s, slice(first, min(first + size, probes))
 

@@ -534,13 +534,17 @@ class _VariantProbes:
 def _groups(run: Run, grid: Grid, points: Sequence[HookPoint]) -> Iterator[list[HookPoint]]:
     """Hook points whose sums stay within `probe.memory`, for solvers that are all closed form."""
     config = run.config.probe
-    sums = grid.target.outputs * (len(grid.horizons) + config.control)
+    tasks = len(grid.horizons) + config.control
+    sums = grid.target.outputs * tasks
+    shared = grid.target.kind == "classes"
+    solutions = sum(1 if shared and solver == "ridge" else tasks for solver in config.solvers)
     group: list[HookPoint] = []
     held = 0
     for point in points:
         width = grid.target.spans * run.locations[point[0].removesuffix(BEFORE)]
-        # The sums are float64, and as they are let go every solver's solutions in float32 take their place.
-        numbers = max(2, len(config.solvers)) * (width + sums)
+        # The sums are float64, and as they are let go solutions in float32 take their place: those of ridge
+        # probes of classes once, of others for every task.
+        numbers = max(2, solutions) * (width + sums)
         size = 4 * len(grid.positions) * width * numbers
         if group and held + size > config.memory * 1e9:
             yield group

@@ -34,7 +34,7 @@ Facts = dict[str, Any]
 """What is known of a reader, by column of the table: what identifies it, and how it was fitted."""
 
 SCORES = tuple(METRICS)
-"""Fields of `ActionScores`."""
+"""Scores of classes, by which documents are summed."""
 
 ELEMENTS = 1 << 25
 """Log-probabilities scored at once; bounds the memory."""

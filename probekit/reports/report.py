@@ -473,13 +473,14 @@ def reproduction(run: Run) -> Iterator[Section]:
     """Commands that make the run again, and where it was made."""
     if not has(run, "provenance.json"):
         return
-    origin = read_json(run.folder / "provenance.json")
+    origin, planted = read_json(run.folder / "provenance.json"), run.config.corpus.reader == "planted"
     facts = {
         "begun": origin["begun"],
         "command": shlex.join(map(str, origin["command"])),
         "git commit": origin["git_commit"] or "not from a checkout",
         "seed": str(run.config.seed),
         "seed of the corpus": str(run.config.corpus.seed),
+        **({"seed of the planted text": str(run.config.corpus.planted.seed)} if planted else {}),
         "device": origin["device"],
         **{f"machine: {name}": str(value) for name, value in origin["machine"].items()},
         **{name: str(version) for name, version in origin["versions"].items()},

@@ -380,10 +380,11 @@ def _adapter(run: Run, progress: Progress, variant: VariantName) -> dict[str, An
         if tuning is not None:
             _save_tuned(run, variant, tuning)
 
+    keep = _checkpoints(run, stage, save)
     training = AdapterTraining(
         _trainer(run, progress, stage), variant, run.frozen_lm(), run.planner(), tuning, fold_planners
     )
-    model = training.run(_checkpoints(run, stage, save))
+    model = training.run(keep)
     if distributed.is_first():
         save(run, model)
     assert model.adapter is not None  # noqa: S101 - only trained variants come here

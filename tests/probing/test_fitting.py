@@ -212,7 +212,7 @@ def test_sums_of_some_probes_at_a_time_are_those_of_all(
     job = make_job(grid, control, solvers=["ridge", "lda"], **SETTINGS)
     whole = fit_sums(activations, job, job.settings.solvers)
     expected = rows_of(score(activations, job, whole))
-    monkeypatch.setattr(fitting, "SUMS_BYTES", sums)
+    monkeypatch.setitem(fitting.SUMS_BYTES, "cpu", sums)
     parts = fit_sums(activations, job, job.settings.solvers)
     assert len(parts) > len(whole)
     found = rows_of(score(activations, job, parts))

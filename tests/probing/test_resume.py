@@ -16,8 +16,6 @@ from probekit.run.run import Run
 FEW = {
     "probe.layers": [0, 2],
     "probe.positions": [1, 2],
-    "probe.control": False,
-    "probe.code_length": False,
     "probe.l2": [0.1],
     "probe.solvers": ["softmax", "ridge"],
     "probe.variants": ["none", "soft", "random"],

@@ -471,3 +471,22 @@ def test_checkpoints_are_kept_behind_their_steps():
     assert [steps for steps, _ in kept.values()] == [0, 1, 4, 20]
     assert torch.equal(kept[0][1], begun)
     assert torch.equal(kept[20][1], toy.weight)
+
+
+def test_other_processes_draw_other_numbers_after_a_resume(monkeypatch: pytest.MonkeyPatch):
+    """The state is the first process's: its generators would draw the same in all of them."""
+
+    def drawn(rank: int) -> list[float]:
+        monkeypatch.setattr(training.distributed, "rank", lambda: rank)
+        toy, generators = Toy(), [torch.Generator().manual_seed(7) for _ in range(2)]
+        stage = Stage("toy", toy.settings, toy.groups, 22, toy.loss, lambda: 0.0, generators=generators)
+        corpus: Any = None
+        loop = training._Loop(
+            Trainer(Config(), corpus, torch.device("cpu"), toy.log.append, QUIET, None), stage
+        )
+        loop._restore(loop._tensors())
+        return [torch.rand(1, generator=one).item() for one in (torch.default_generator, *generators)]
+
+    first, second, third = drawn(0), drawn(1), drawn(2)
+    assert first[1] == first[2] == torch.rand(1, generator=torch.Generator().manual_seed(7)).item()
+    assert len({*first[:2], *second, *third}) == 8
