@@ -103,7 +103,7 @@ class Architecture:
         return found
 
 
-OF_FILES = {"_name_or_path", "architectures", "dtype", "transformers_version"}
+OF_FILES = {"_name_or_path", "dtype", "transformers_version"}
 """Of a configuration, what says where and how weights are kept, not what the LM computes."""
 
 _EXAMINED: dict[tuple[type, str], Architecture] = {}
