@@ -127,6 +127,23 @@ def erasing(
     ]
 
 
+def draw_patches(boundaries: Boundaries, seed: int) -> tuple[dict[bool, np.ndarray], np.ndarray]:
+    """A donor for each boundary whose label is the same, or another; and which boundaries have both.
+
+    Raises:
+        ProbekitError: None has both.
+    """
+    donors = {same: draw_donors(boundaries.label, same=same, seed=seed) for same in (False, True)}
+    included = (donors[False] != NO_DONOR) & (donors[True] != NO_DONOR)
+    if not included.any():
+        raise ProbekitError(
+            f"intervene.kinds has patch, but of {len(boundaries)} boundaries none has both a donor whose "
+            "next sentence has the same label and one whose has another; raise intervene.boundaries where "
+            "there are more test documents, or leave patch out of intervene.kinds"
+        )
+    return donors, included
+
+
 def patching(donated: Mapping[int, Tensor], boundaries: Boundaries, seed: int) -> list[Condition]:
     """Replaces activations by those of a donor, a boundary whose next sentence has another label.
 
@@ -138,13 +155,7 @@ def patching(donated: Mapping[int, Tensor], boundaries: Boundaries, seed: int) -
         boundaries: The boundaries.
         seed: Of the donors and directions.
     """
-    donors = {same: draw_donors(boundaries.label, same=same, seed=seed) for same in (False, True)}
-    included = (donors[False] != NO_DONOR) & (donors[True] != NO_DONOR)
-    if not included.any():
-        raise ProbekitError(
-            f"intervene.kinds has patch, but of {len(boundaries)} boundaries none has both a donor whose "
-            "next sentence has the same label and one whose has another; raise intervene.boundaries"
-        )
+    donors, included = draw_patches(boundaries, seed)
 
     def replace_by(donor: np.ndarray) -> Change:
         source = np.where(included, donor, np.arange(len(donor)))

@@ -19,6 +19,7 @@ from probekit.causal.changes import (
     along_vectors,
     along_weights,
     class_mean_vectors,
+    draw_patches,
     erasing,
     patching,
     replanning,
@@ -132,6 +133,8 @@ def intervene(
     assert target.of_sentences is not None  # noqa: S101 - refused before
     drawn = chosen.boundaries, window, reach, run.config.seed
     boundaries = draw_boundaries(run.corpus, target.of_sentences, documents, *drawn)
+    if "patch" in chosen.kinds:
+        draw_patches(boundaries, run.config.seed)  # refuses what has no donors before the LM is run
     grid = _grid(run, target)
     lm = EditedLM(run, chosen.variant, boundaries, points, final)
     if "codebook" in chosen.kinds and target.name != "action":

@@ -75,7 +75,7 @@ class Config(Settings):
                 raise ValueError(
                     f"{given} training.base.tuning is 'full', which takes an LM on one device; give lora"
                 )
-        if self.corpus.max_sentences is not None and self.probe.labels is not None:
+        if self.corpus.max_sentences is not None and self._corpus_is_of_labels():
             raise ValueError(
                 f"corpus.max_sentences is {self.corpus.max_sentences}, but the rows of probe.labels "
                 "are of whole texts; leave it unset"
@@ -120,6 +120,12 @@ class Config(Settings):
     def to_yaml(self) -> str:
         """The complete config as YAML text that `from_yaml` reads back to an equal config."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, explicit_end=True)
+
+    def _corpus_is_of_labels(self) -> bool:
+        """Whether the table of labels is the corpus, too, so that its rows are whole texts."""
+        if self.corpus.path is None or self.probe.labels is None:
+            return False
+        return user_path(self.corpus.path).absolute() == user_path(self.probe.labels).absolute()
 
     @property
     def resampling(self) -> Resampling:

@@ -34,12 +34,27 @@ FEW_DOCUMENTS = 40
 MORE_DOCUMENTS = "give more documents, or a larger corpus.test_fraction"
 """The remedy if all test documents are few."""
 
+MORE_GROUPS = "give examples of more groups"
+"""The remedy if the groups are few that examples are in."""
+
 
 def too_few(documents: int, remedy: str = MORE_DOCUMENTS, what: str = "test documents") -> str | None:
     """A warning and its remedy if there are too few test documents for trustworthy intervals, else None."""
     if documents >= FEW_DOCUMENTS:
         return None
     return f"Only {documents} {what}: intervals from resampling so few are too narrow to trust; {remedy}"
+
+
+def too_few_groups(groups: int, documents: int) -> str | None:
+    """`too_few` of the groups that test documents are in; each is one where there are as many."""
+    if groups == documents:
+        return too_few(groups)
+    return too_few(groups, MORE_GROUPS, "groups of test documents")
+
+
+def too_few_tested(corpus: Corpus) -> str | None:
+    """`too_few_groups` of a corpus's test split."""
+    return too_few_groups(corpus.group_count("test"), len(corpus.documents("test")))
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from probekit import distributed
 from probekit.config import Config, Position, SolverName, user_path
-from probekit.data.corpus import too_few
+from probekit.data.corpus import MORE_GROUPS, too_few
 from probekit.distributed import compute_device
 from probekit.errors import ProbekitError, one_line
 from probekit.io import read_array, read_metadata, read_tensors, write_tensors
@@ -43,9 +43,6 @@ from probekit.statistics import Resampling
 
 SPLITS = {FITTED_ON: 0.6, CHOSEN_ON: 0.2, TESTED_ON: 0.2}
 """The share of the examples in each split."""
-
-MORE_GROUPS = "give examples of more groups"
-"""What to do where test examples are of few groups."""
 
 CHUNK_EXAMPLES = 1024
 """Examples of an array that are handed on at once."""

@@ -253,6 +253,7 @@ def _announce(run: Run, grids: Mapping[int, Grid], points: Sequence[HookPoint], 
         "fewer probe.layers": len(points) > 2 * len(config.locations),
         "probe.solvers ridge": not CLOSED_FORM.issuperset(config.solvers),
         "lm.dtype bfloat16": run.dtype == torch.float32 and run.config.lm.name is not None,
+        "probe.variants none": len(config.variants) > 1,
         "a GPU": run.device.type == "cpu",
     }
     faster = ", ".join(way for way, helps in slow.items() if helps)

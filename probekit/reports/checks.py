@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from probekit.config import Config, setting_names, setting_value
-from probekit.data.corpus import FEW_DOCUMENTS, MORE_DOCUMENTS, too_few
+from probekit.data.corpus import FEW_DOCUMENTS, MORE_DOCUMENTS, too_few, too_few_tested
 from probekit.evaluation.perplexity import evaluation_record
 from probekit.io import read_json
 from probekit.models.mixing import VARIANTS
@@ -170,7 +170,7 @@ def unfinished(run: Run) -> Iterator[str]:
 
 def few_documents(run: Run) -> Iterator[str]:
     """Intervals from resampling few documents."""
-    if has(run, "corpus/facts.json") and (line := too_few(run.corpus.group_count("test"))):
+    if has(run, "corpus/facts.json") and (line := too_few_tested(run.corpus)):
         yield line
     counted = []
     if has(run, PROBES) and len(tested := _probes(run).groups.dropna()):

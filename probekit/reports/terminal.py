@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from probekit.data.corpus import Corpus, too_few
+from probekit.data.corpus import Corpus, too_few, too_few_groups
 from probekit.data.splits import group_note
 from probekit.reports import tables, tables_compare
 from probekit.reports.display import Table, number, visible
@@ -144,7 +144,7 @@ def print_probes(results: ProbeResults) -> None:
     if results.geometry is not None:
         print_tables(tables_compare.geometry_tables(results.geometry))
     print_lines(
-        too_few(table.groups.max()),
+        too_few_groups(int(table.groups.max()), int(table.documents.max())),
         *tables.probe_notes(probes),
         *tables.baseline_notes(table),
         *(() if results.transfer is None else tables.transfer_notes(results.transfer, best)),

@@ -15,7 +15,7 @@ from probekit import distributed
 from probekit.config import Config, MemberName, ModelName, VariantName
 from probekit.data import hub
 from probekit.data.build import write_corpus
-from probekit.data.corpus import too_few
+from probekit.data.corpus import too_few_tested
 from probekit.data.encoders import check_encoder
 from probekit.data.tokenizer import pretrained_tokenizer
 from probekit.distributed import precision_of
@@ -297,7 +297,7 @@ def _corpus(run: Run, progress: Progress) -> dict[str, Any]:
     if not distributed.is_first():
         return {}
     corpus = write_corpus(run.config, run.folder / "corpus", progress, str(run.device))
-    if warning := too_few(corpus.group_count("test")):
+    if warning := too_few_tested(corpus):
         progress.say(warning)
     return corpus.facts
 

@@ -271,3 +271,14 @@ def test_erasers_are_fitted_on_their_split_alone(conditioned: Run):
     again = Run.open(conditioned.folder)
     assert (again.corpus.actions[test] == actions[test]).all()
     torch.testing.assert_close(erased(again, torch.eye(32)), before)
+
+
+def test_boundaries_without_donors_are_refused_before_the_lm_is_run(
+    probed_run: Run, monkeypatch: pytest.MonkeyPatch
+):
+    def loaded(*_: object) -> None:
+        raise AssertionError("an LM was loaded for nothing")
+
+    monkeypatch.setattr(EditedLM, "__init__", loaded)
+    with pytest.raises(ProbekitError, match="of 2 boundaries none has both a donor"):
+        intervene(probed_run, {"intervene.boundaries": 2, "intervene.kinds": ["erase", "patch"]}, quiet=True)

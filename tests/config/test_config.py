@@ -215,12 +215,21 @@ def test_every_setting_says_what_it_does():
 
 @pytest.mark.parametrize(
     ("other", "named"),
-    [({"probe.labels": "a.csv"}, "probe.labels"), ({"corpus.planted.examples": 2}, "examples is 2")],
+    [
+        ({"probe.labels": "a.csv", "corpus.path": "a.csv"}, "probe.labels"),
+        ({"corpus.planted.examples": 2}, "examples is 2"),
+    ],
 )
 def test_openings_do_not_go_with_what_is_of_whole_texts(other: dict[str, Any], named: str):
     fixed = {"corpus.planted.sentences": [3, 3]}
     with pytest.raises(ProbekitError, match=f"corpus.max_sentences is 4, but .*{named}.*leave it unset"):
         Config().override({"corpus.max_sentences": 4} | fixed | other)
+
+
+def test_openings_of_a_corpus_can_have_labels():
+    """Those of a table that names the run's own sentences."""
+    config = Config().override({"corpus.max_sentences": 4, "corpus.path": "a.jsonl", "probe.labels": "b.csv"})
+    assert Path(config.probe.labels or "").name == "b.csv"
 
 
 def test_settings_are_added_deliberately():
