@@ -23,6 +23,10 @@ ONE_CELL = ["--probe.layers", "0", "--probe.positions", "1", "--probe.variants",
 ONE_CELL += ["--probe.l2", "0.1", "--probe.code_length", "false", "--evaluation.resamples", "100"]
 """A probe grid that is fitted at once."""
 
+TWO_CELLS = ["--probe.variants", "none", "--probe.layers", "1", "--probe.positions", "1", "2"]
+TWO_CELLS += ["--probe.control", "false", "--probe.code_length", "false"]
+"""One at each of two positions, with probes of the LM alone."""
+
 SECONDS = 60
 """After so many a command counts as hanging."""
 

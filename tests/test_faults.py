@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running import hashes, ran
+from running import TWO_CELLS, hashes, ran
 
 from probekit.config import Config
 from probekit.errors import ProbekitError
@@ -16,19 +16,6 @@ from probekit.generation.evaluate import evaluate_generation
 from probekit.io import read_json, write_json
 from probekit.training.train import train
 
-CELLS = (
-    "--probe.variants",
-    "none",
-    "--probe.layers",
-    "1",
-    "--probe.positions",
-    "1",
-    "2",
-    "--probe.control",
-    "false",
-    "--probe.code_length",
-    "false",
-)
 LENS = ("--text", "A word or two.", "--quiet")
 GENERATE = ("generate", "--prompt", "A", "--tokens", "1", "--quiet", "--variant")
 READERS = {
@@ -56,7 +43,7 @@ def finished(small: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished") / "run"
     train(small, folder, quiet=True)
     assert ran("evaluate", folder, "--quiet").code == 0
-    assert ran("probe", folder, "--quiet", *CELLS).code == 0
+    assert ran("probe", folder, "--quiet", *TWO_CELLS).code == 0
     return folder
 
 
@@ -131,7 +118,7 @@ def test_training_on_a_full_disk_continues_when_there_is_room(
 def test_results_on_a_full_disk_are_the_old_ones(
     copy: Path, finished: Path, command: str, monkeypatch: pytest.MonkeyPatch
 ):
-    words = {"probe": ["--quiet", *CELLS], "evaluate": ["--quiet"], "report": []}[command]
+    words = {"probe": ["--quiet", *TWO_CELLS], "evaluate": ["--quiet"], "report": []}[command]
     before = hashes(copy)
     with monkeypatch.context() as patch:
         on_call(patch, "os.fsync", 1, full)
@@ -175,7 +162,7 @@ def test_a_command_that_is_stopped_can_be_given_again(
 ):
     words: list[object] = {
         "evaluate": ["evaluate", copy, "--quiet"],
-        "probe": ["probe", copy, "--quiet", *CELLS],
+        "probe": ["probe", copy, "--quiet", *TWO_CELLS],
         "train": ["train", "--resume", "--out", copy, "--quiet"],
     }[command]
     if command == "train":

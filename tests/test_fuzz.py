@@ -18,7 +18,7 @@ import torch
 import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from running import ran
+from running import TWO_CELLS, ran
 
 import probekit
 from probekit.config import Config, settings_of
@@ -87,20 +87,7 @@ def probed(tiny_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("probed") / "run"
     shutil.copytree(tiny_run.folder, folder)
     assert ran("evaluate", folder, "--quiet").code == 0
-    few = [
-        "--probe.variants",
-        "none",
-        "--probe.layers",
-        "1",
-        "--probe.positions",
-        "1",
-        "2",
-        "--probe.control",
-        "false",
-        "--probe.code_length",
-        "false",
-    ]
-    assert ran("probe", folder, "--quiet", *few).code == 0
+    assert ran("probe", folder, "--quiet", *TWO_CELLS).code == 0
     return folder
 
 

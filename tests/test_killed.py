@@ -24,16 +24,7 @@ from probekit.training.train import train
 KILLS = int(os.environ.get("PROBEKIT_KILLS", "1"))
 FAST = (
     *("--probe.variants", "none", "gumbel", "--probe.layers", "0", "2", "--probe.positions", "1", "2"),
-    *(
-        "--probe.l2",
-        "0.1",
-        "--evaluation.resamples",
-        "100",
-        "--probe.control",
-        "false",
-        "--probe.code_length",
-        "false",
-    ),
+    *("--probe.l2", "0.1", "--evaluation.resamples", "100"),
 )
 
 TIMED = ("run.json", "provenance.json", "config.yaml", "manifest.json")

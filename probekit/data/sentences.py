@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 from probekit.data.chats import ChatEncoder
 from probekit.data.documents import VISIBLE, Document, read_batch
 from probekit.errors import ProbekitError
+from probekit.io import read_array
 
 # sentencex accepts any string, and splits what it does not know ("DE" and "german" too) by English rules.
 _LANGUAGE_CODE = re.compile(r"[a-z]{2,3}(-[a-z0-9]+)*")
@@ -342,7 +343,7 @@ def sentences_of_batch(folder: Path, batch: int, first: int) -> list[str]:
         first: Number of its first document.
     """
     documents = read_batch(folder / "documents.arrow", batch)
-    bounds = np.load(folder / "document_sentences.npy", mmap_mode="r")[first : first + len(documents) + 1]
-    spans = np.load(folder / "spans.npy", mmap_mode="r")[bounds[0] : bounds[-1]].tolist()
+    bounds = read_array(folder / "document_sentences.npy")[first : first + len(documents) + 1]
+    spans = read_array(folder / "spans.npy")[bounds[0] : bounds[-1]].tolist()
     owners = np.repeat(np.arange(len(documents)), np.diff(bounds)).tolist()
     return [documents[owner].text[a:b].strip() for owner, (a, b) in zip(owners, spans, strict=True)]

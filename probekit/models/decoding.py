@@ -182,7 +182,12 @@ KeysAndValues = list[tuple[Tensor, Tensor]]
 class HFDecoder(Decoder):
     """Reads with the plain module, and keeps what it has read if asked to.
 
-    Args: as `Decoder`, and `cache`: keep keys and values of the texts of one call for the next.
+    Args:
+        model: Whose adapter conditions it, and whose depth ensemble computes the logits, if there are such.
+        window: Most tokens that are read at once.
+        backend: The plain module.
+        bos: Where the LM reads the separator.
+        cache: Keep keys and values of the texts of one call for the next.
     """
 
     def __init__(

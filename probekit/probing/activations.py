@@ -9,6 +9,7 @@ of each example, which ends there.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -74,7 +75,7 @@ Chunk = tuple[slice, list[Tensor]]
 """Rows of examples, and for every stack their activations `[points, positions, chunk, width]`."""
 
 
-class Activations:
+class Activations(ABC):
     """A source of activations: a model, or what was read before.
 
     Attributes:
@@ -91,6 +92,7 @@ class Activations:
         """How much has to be read for the examples, in units."""
         return len(examples)
 
+    @abstractmethod
     def chunks(self, examples: Examples, done: Done = lambda read: None) -> Iterator[Chunk]:
         """Reads this process's share of the examples in order, a chunk at a time.
 
@@ -101,7 +103,6 @@ class Activations:
         Yields:
             The rows of the chunk, and its activations.
         """
-        raise NotImplementedError
 
 
 def stacks_of(points: Sequence[HookPoint], widths: Mapping[str, int], spans: int = 1) -> list[Stack]:
