@@ -72,7 +72,7 @@ GPT2 = Shape(
     window=128, documents=60, sentences=50, sampled=1,
 )  # fmt: skip
 SMALL = Shape(
-    layers=4, width=64, heads=4, vocabulary=1024, positions=64, batches=(),
+    layers=4, width=64, heads=4, vocabulary=1536, positions=64, batches=(),
     window=64, documents=800, sentences=50, sampled=20,
 )  # fmt: skip
 QUICK = Shape(
@@ -85,7 +85,7 @@ def random_run(shape: Shape, device: torch.device, folder: Path) -> Run:
     """Makes a run whose LM has random weights; planner and adapter are trained for a step."""
     settings = Config.from_preset("demo").override(shape.corpus | {"device": str(device)})
     lm, texts = folder / "lm", [document.text for document in read_documents(settings.corpus)]
-    tokenizer = train_tokenizer(texts, min(shape.vocabulary, 1024), lm)
+    tokenizer = train_tokenizer(texts, min(shape.vocabulary, 1536), lm)
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     sizes = shape.layers, shape.width, shape.heads, shape.vocabulary, shape.positions
     with without_bars_of_transformers():

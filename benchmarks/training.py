@@ -78,7 +78,7 @@ class Shape:
         return 3.0 * (forward_flops(self.layers, self.width, self.window, self.tokens) + head)
 
 
-DEMO = Shape(layers=4, width=64, heads=4, vocabulary=1024, window=64, batch=32, steps=60, sentence=8)
+DEMO = Shape(layers=4, width=64, heads=4, vocabulary=1536, window=64, batch=32, steps=60, sentence=8)
 GPT2 = Shape(
     layers=4, width=768, heads=12, vocabulary=50_257, window=128, batch=8, steps=4,
     document_windows=4, actions=1024, dimensions=768,

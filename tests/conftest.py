@@ -50,7 +50,7 @@ def tiny_config() -> Config:
             "lm.width": 32,
             "lm.heads": 2,
             "lm.positions": 48,
-            "lm.vocabulary": 400,
+            "lm.vocabulary": 560,
             "planner.width": 32,
             "training.window": 48,
             "training.lm.epochs": 1,

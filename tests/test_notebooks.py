@@ -30,7 +30,7 @@ TINY = {
     "lm.width": 32,
     "lm.heads": 2,
     "lm.positions": 48,
-    "lm.vocabulary": 400,
+    "lm.vocabulary": 560,
     "training.window": 48,
     "training.lm.epochs": 1,
     "evaluation.resamples": 100,

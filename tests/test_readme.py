@@ -31,7 +31,7 @@ COMMANDS = list(
 )
 LESS = (
     "--device cpu --actions.k 8 --actions.dimensions 16 --lm.layers 3 --lm.width 16 --lm.heads 2 "
-    "--lm.vocabulary 400 --lm.positions 48 --planner.width 16 --training.window 48 --training.lm.epochs 1 "
+    "--lm.vocabulary 560 --lm.positions 48 --planner.width 16 --training.window 48 --training.lm.epochs 1 "
     "--training.planner.epochs 1 --training.adapter.epochs 1 --mixing.variants fixed soft "
     "--evaluation.resamples 100"
 )

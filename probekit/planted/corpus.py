@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -23,8 +24,13 @@ from probekit.errors import ProbekitError
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
-# Few letters, so that hardly any word exists in English: a pretrained model must not know them beforehand.
+TOPICS = tuple(
+    tuple(line.split()) for line in Path(__file__).with_name("topics.txt").read_text("utf-8").splitlines()
+)
+"""English words by topic, the most typical first; all are distinct, and none can be made of `SYLLABLES`."""
+
 SYLLABLES = tuple(consonant + vowel for consonant in "bdlmnrstv" for vowel in "aiou")
+"""What words are made of when those of the topics are used up."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +68,7 @@ class PlantedModel:
         np.put_along_axis(transition, successors, shares, axis=-1)
         emission = rng.dirichlet(np.full(settings.vocabulary, settings.concentration), size=actions)
         length = settings.sentences[0] if settings.examples > 1 else None
-        return cls(prior, initial, transition, emission, _draw_words(settings.vocabulary, rng), length)
+        return cls(prior, initial, transition, emission, _name_words(emission, rng), length)
 
     def begins(self, sentence: int) -> bool:
         """Whether a sentence, counted from 0 in its document, is the first one of an example."""
@@ -156,12 +162,29 @@ def _generators(seed: int) -> list[np.random.Generator]:
     return np.random.default_rng(seed).spawn(2)
 
 
-def _draw_words(vocabulary: int, rng: np.random.Generator) -> tuple[str, ...]:
+def _name_words(emission: FloatArray, rng: np.random.Generator) -> tuple[str, ...]:
+    """Distinct words: English ones by topic for the most telling, made-up ones for what is left.
+
+    An action has a topic, and a word comes from the topic of the action under which it is most probable, as
+    long as any are left, so that a person sees what a sentence is about. Names change nothing that is drawn.
+    """
+    words = _made_up_words(emission.shape[1], rng)
+    left = [[*reversed(topic)] for topic in TOPICS]
+    for word in np.argsort(-emission.max(axis=0), kind="stable").tolist():
+        by_likelihood = np.argsort(-emission[:, word], kind="stable") % len(TOPICS)
+        topic = next((left[t] for t in [*by_likelihood.tolist(), *range(len(TOPICS))] if left[t]), None)
+        if topic is None:
+            break
+        words[word] = topic.pop()
+    return tuple(words)
+
+
+def _made_up_words(vocabulary: int, rng: np.random.Generator) -> list[str]:
     """Distinct words, all of the same number of syllables: two, or as many as it takes."""
     syllables = next(n for n in itertools.count(2) if len(SYLLABLES) ** n >= vocabulary)
     codes = rng.choice(len(SYLLABLES) ** syllables, size=vocabulary, replace=False)
     digits = np.unravel_index(codes, (len(SYLLABLES),) * syllables)
-    return tuple("".join(word) for word in np.array(SYLLABLES)[np.stack(digits, axis=1)])
+    return ["".join(word) for word in np.array(SYLLABLES)[np.stack(digits, axis=1)]]
 
 
 def _draw_actions(model: PlantedModel, types: IntArray, sentences: int, rng: np.random.Generator) -> IntArray:

@@ -1,6 +1,7 @@
 """The planted corpus against its own distributions."""
 
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from probekit.config import PlantedSettings
 from probekit.config.types import HUGE
 from probekit.errors import ProbekitError
-from probekit.planted.corpus import SYLLABLES, PlantedCorpus, PlantedModel, generate
+from probekit.planted.corpus import SYLLABLES, TOPICS, PlantedCorpus, PlantedModel, generate
 from probekit.planted.posteriors import posterior_at, posterior_given_actions
 
 DEFAULT = PlantedSettings()
@@ -121,8 +122,11 @@ def test_sentence_splitter_finds_the_planted_sentences(seed, max_words, vocabula
         assert len(found) == len(document.actions)
 
 
+ENGLISH = list(itertools.chain(*TOPICS))
+
+
 def test_no_word_is_taken_for_an_abbreviation():
-    for word in map("".join, itertools.product(SYLLABLES, repeat=2)):
+    for word in [*map("".join, itertools.product(SYLLABLES, repeat=2)), *ENGLISH]:
         text = f"Dolu {word}. {word.capitalize()}. {word.capitalize()} ro{word}. Talu."
         assert len(sentencex.get_sentence_boundaries("en", text)) == 4
 
@@ -136,11 +140,28 @@ def test_parse_gives_back_the_words(corpus, documents):
         assert [words.tolist() for words in parsed] == [words.tolist() for words in planted]
 
 
-@pytest.mark.parametrize("vocabulary", [2, 36**2, 36**2 + 1, 50_000])
-def test_words_are_distinct_and_long_enough(vocabulary):
+def test_no_english_word_stands_twice_or_can_be_made_up():
+    assert len({*ENGLISH}) == len(ENGLISH)
+    syllables = re.compile(f"({'|'.join(SYLLABLES)})+")
+    assert [word for word in ENGLISH if syllables.fullmatch(word)] == []
+
+
+@pytest.mark.parametrize("vocabulary", [2, 600, 36**2, 36**2 + 1, 50_000])
+def test_words_are_distinct_and_english_as_far_as_it_goes(vocabulary):
     words = PlantedModel.draw(DEFAULT.model_copy(update={"vocabulary": vocabulary})).words
     assert len(set(words)) == vocabulary
-    assert all(len(word) >= 4 and word.isalpha() and word.islower() for word in words)
+    assert all(len(word) >= 3 and word.isalpha() and word.islower() for word in words)
+    assert len({*words} & {*ENGLISH}) == min(vocabulary, len(ENGLISH))
+
+
+@pytest.mark.parametrize(("seed", "actions"), [(0, 24), (1, 24), (2, 24), (0, 48)])
+def test_sentences_of_an_action_are_about_its_topic(seed, actions):
+    """More actions than topics share them."""
+    model = PlantedModel.draw(DEFAULT.model_copy(update={"seed": seed, "actions": actions}))
+    topic_of = {word: topic for topic, words in enumerate(TOPICS) for word in words}
+    share = np.zeros((len(TOPICS), actions))
+    np.add.at(share, [topic_of[word] for word in model.words], model.emission.T)
+    assert (share.argmax(axis=0) == np.arange(actions) % len(TOPICS)).all()
 
 
 def test_the_largest_concentration_gives_uniform_words():
@@ -150,8 +171,8 @@ def test_the_largest_concentration_gives_uniform_words():
 
 def test_bad_input_is_refused_in_one_line(corpus, documents):
     model = corpus.model
-    with pytest.raises(ProbekitError, match=r"the word 'house' .* corpus\.planted settings"):
-        model.parse(documents[0].text + " House.")
+    with pytest.raises(ProbekitError, match=r"the word 'xylem' .* corpus\.planted settings"):
+        model.parse(documents[0].text + " Xylem.")
     with pytest.raises(ProbekitError, match=r"horizon is 0"):
         posterior_given_actions(model, [documents[0].actions], horizon=0)
     action = 0

@@ -38,7 +38,7 @@ def learned_run(tmp_path_factory) -> Run:
         "lm.width": 32,
         "lm.heads": 2,
         "lm.positions": 48,
-        "lm.vocabulary": 420,
+        "lm.vocabulary": 600,
         "planner.width": 32,
         "training.window": 48,
         "training.planner.epochs": 1,
