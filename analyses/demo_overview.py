@@ -15,7 +15,14 @@ from shared.script import run_script, save_figure, script_parser
 import probekit
 from probekit.errors import ProbekitError
 from probekit.reports.colours import COLOUR, colour_bar
-from probekit.reports.plot_probes import INJECTED, METRICS, Panel, draw_heat_map, mean_over_seeds, probe_scale
+from probekit.reports.plot_probes import (
+    INJECTED,
+    METRIC_LABELS,
+    Panel,
+    draw_heat_map,
+    mean_over_seeds,
+    probe_scale,
+)
 
 
 def draw_perplexity(axes: Axes, table: pd.DataFrame) -> None:
@@ -49,7 +56,7 @@ def main() -> None:
     means = mean_over_seeds(cells, "accuracy")
     scale = probe_scale([means], "accuracy")
     draw_heat_map(right, cells, "accuracy", scale)
-    colour_bar(figure, right, scale, means.value, METRICS["accuracy"])
+    colour_bar(figure, right, scale, means.value, METRIC_LABELS["accuracy"])
     title = f"{panel.variant}: {panel.title}"
     right.set_title(title + (f"\n* {INJECTED}" if cells.injected.any() else ""), fontsize=10)
     numbers = pd.concat([perplexity.assign(panel="perplexity"), cells.assign(panel="probes")])

@@ -49,7 +49,7 @@ from probekit.reports.colours import colour_bar, colours_of_names
 from probekit.reports.drawing import draw_intervals, draw_line
 from probekit.reports.plot_probes import (
     BASELINE_STYLES,
-    METRICS,
+    METRIC_LABELS,
     Panel,
     draw_heat_map,
     mean_over_seeds,
@@ -318,7 +318,7 @@ def draw(table: pd.DataFrame, beyond: pd.DataFrame) -> Figure:
         axes.set_xticks(HORIZONS)
         axes.set_xlabel("sentences ahead", fontsize=9)
         axes.set_title(f"{lm}: {int(beside.documents.max())} articles", fontsize=9)
-    panels.flat[0].set_ylabel(METRICS["bits"])
+    panels.flat[0].set_ylabel(METRIC_LABELS["bits"])
     handles, names = panels.flat[0].get_legend_handles_labels()
     bottom.legend(handles, names, loc="outside lower center", ncols=2 + len(lms), fontsize=8, frameon=False)
     for axes, lm in zip(last.subplots(1, len(lms), squeeze=False, sharex=True).flat, lms, strict=True):

@@ -35,7 +35,7 @@ from probekit.models.locations import LABELS, label, per_layer
 from probekit.models.mixing import VARIANTS
 from probekit.reports.colours import colour_bar, colours_of_names
 from probekit.reports.plot_probes import (
-    METRICS,
+    METRIC_LABELS,
     POSITION,
     Panel,
     best_layer,
@@ -116,7 +116,7 @@ def draw(table: pd.DataFrame, panels: list[list[Panel]], metric: str) -> Figure:
     Args:
         table: Rows from `choose`.
         panels: For each location (row) a panel for each variant (column).
-        metric: One of `METRICS`.
+        metric: One of `METRIC_LABELS`.
     """
     probes = table[table.reader == "probe"]
     layers = [probes[probes.location == row[0].location].layer.nunique() for row in panels]
@@ -167,7 +167,7 @@ def draw_heat_maps(
     part.supxlabel(POSITION + "   (* target's own action was added;  – too few examples)", fontsize=7.5)
     part.supylabel("layer", fontsize=7.5)
     values = pd.concat(means).value
-    bar = colour_bar(part, grid, scale, values, METRICS[metric], aspect=30, pad=0.01)
+    bar = colour_bar(part, grid, scale, values, METRIC_LABELS[metric], aspect=30, pad=0.01)
     bar.yaxis.label.set_fontsize(7.5)
     bar.tick_params(labelsize=6.5)
 
@@ -202,7 +202,9 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="probed runs")
     parser.add_argument("--variants", nargs="+", help="which variants, in this order (all)")
     parser.add_argument("--locations", nargs="+", help="which locations, in this order (all)")
-    parser.add_argument("--metric", choices=METRICS, default="accuracy", help="what is shown (accuracy)")
+    parser.add_argument(
+        "--metric", choices=METRIC_LABELS, default="accuracy", help="what is shown (accuracy)"
+    )
     parser.add_argument("--horizon", type=int, default=1, help="sentences ahead (1)")
     parser.add_argument("--solver", default="softmax", help="how the probes were fitted (softmax)")
     parser.add_argument("--target", default="action", help="what the probes read (action)")

@@ -16,7 +16,7 @@ from shared.script import run_script, save_figure, script_parser
 
 import probekit
 from probekit.reports.plot_over_training import draw_over_training, over_training_numbers
-from probekit.reports.plot_probes import METRICS
+from probekit.reports.plot_probes import METRIC_LABELS
 
 
 def main() -> None:
@@ -24,7 +24,9 @@ def main() -> None:
     parser = script_parser(__doc__, "figures/figure6_over_training.png")
     parser.add_argument("run", metavar="RUN", help="a run whose checkpoints were probed")
     parser.add_argument("--stage", default="lm", help="whose checkpoints (lm)")
-    parser.add_argument("--metric", default="accuracy", choices=METRICS, help="what is drawn (accuracy)")
+    parser.add_argument(
+        "--metric", default="accuracy", choices=METRIC_LABELS, help="what is drawn (accuracy)"
+    )
     parser.add_argument("--location", help="where (the first that was probed)")
     given = parser.parse_args()
     run = probekit.load_run(given.run)

@@ -45,7 +45,7 @@ from probekit.data.corpus import SPLITS
 from probekit.evaluation.metrics import two_class_metrics
 from probekit.io import write_table
 from probekit.reports.colours import colours_of_names
-from probekit.reports.plot_probes import BASELINE_STYLES, METRICS, mean_over_seeds
+from probekit.reports.plot_probes import BASELINE_STYLES, METRIC_LABELS, mean_over_seeds
 from probekit.run.folder import digest_of
 from probekit.run.run import Run
 from probekit.statistics import Resampling, bootstrap_ratio, sum_groups
@@ -158,7 +158,7 @@ def draw(table: pd.DataFrame) -> Figure:
                 axes.axhline(value, color=colour, linestyle=line, label=reader)
         of_prior = beside[beside.reader == "prior"][metric].mean()
         axes.axhline(CHANCE.get(metric, of_prior), color="0.7", linewidth=0.8, label="_chance")
-        axes.set_title(f"{target}: {METRICS[metric].removeprefix('test ')}", fontsize=9)
+        axes.set_title(f"{target}: {METRIC_LABELS[metric].removeprefix('test ')}", fontsize=9)
     handles, names = axes.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     return figure

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from probekit.causal.boundaries import draw_boundaries
 from probekit.causal.intervene import metric_rows
-from probekit.causal.variant_lm import MetricSums, write_results
+from probekit.causal.variant_lm import SumsByMetric, write_results
 from probekit.data.encoders import WORD, SentenceEncoder
 from probekit.data.sentences import sentence_spans
 from probekit.data.special_tokens import drawable_ids
@@ -99,9 +99,9 @@ class Ahead:
         centre = corpus.embeddings[train].mean(0, dtype=np.float64)
         return cls(run, sentence, run.config.continuation.horizons, run.encoder(), centre)
 
-    def of_texts(self, texts: Sequence[Sequence[str]]) -> dict[int, MetricSums]:
+    def of_texts(self, texts: Sequence[Sequence[str]]) -> dict[int, SumsByMetric]:
         """Metrics by horizon of written sentences `[boundaries][sentences]`; too few count as unlike."""
-        found: dict[int, MetricSums] = {}
+        found: dict[int, SumsByMetric] = {}
         for horizon in self.horizons:
             own = [sentences[horizon - 1] if len(sentences) >= horizon else "" for sentences in texts]
             true = self.run.corpus.sentence_texts(self.sentence + horizon - 1)
@@ -111,7 +111,7 @@ class Ahead:
             found[horizon]["rouge2"] = (rouge, np.ones(len(rouge)))
         return found
 
-    def of_embeddings(self, embeddings: np.ndarray, horizon: int) -> MetricSums:
+    def of_embeddings(self, embeddings: np.ndarray, horizon: int) -> SumsByMetric:
         """Metrics of embeddings `[boundaries, dimensions]`; zeros, of no known word, count as unlike."""
         corpus, true = self.run.corpus, self.sentence + horizon - 1
         known = embeddings.any(axis=1) & corpus.with_action[true]
@@ -333,7 +333,7 @@ def _sentences(text: str, language: str) -> list[str]:
 
 def _ridge_maps(
     run: Run, states: Mapping[int, Tensor], layers: Sequence[int], ahead: Ahead
-) -> dict[tuple[str, int | None], dict[int, MetricSums]]:
+) -> dict[tuple[str, int | None], dict[int, SumsByMetric]]:
     """Metrics of the embeddings that the run's probes of the target `embedding` predict, by layer."""
     if not (run.folder / "probes").is_dir():
         return {}
@@ -345,7 +345,7 @@ def _ridge_maps(
         return {}
     seed, *_ = chosen.seeds or (probed.seed,)
     saved = SavedProbes(run.folder / "probes", "none", seed)
-    found: dict[tuple[str, int | None], dict[int, MetricSums]] = {}
+    found: dict[tuple[str, int | None], dict[int, SumsByMetric]] = {}
     for layer in layers:
         cells = {horizon: Cell(LOCATION, layer, 1, horizon, "ridge") for horizon in ahead.horizons}
         own = {
@@ -357,11 +357,11 @@ def _ridge_maps(
     return found
 
 
-def _ceiling(run: Run, ahead: Ahead) -> dict[int, MetricSums]:
+def _ceiling(run: Run, ahead: Ahead) -> dict[int, SumsByMetric]:
     """By horizon, how often the best possible prediction from all tokens before is the true action."""
     if not has_ceiling(run.config):
         return {}
-    corpus, found = run.corpus, dict[int, MetricSums]()
+    corpus, found = run.corpus, dict[int, SumsByMetric]()
     positions = corpus.first_token[ahead.sentence] - 1
     for horizon in ahead.horizons:
         true = ahead.sentence + horizon - 1
@@ -371,8 +371,8 @@ def _ceiling(run: Run, ahead: Ahead) -> dict[int, MetricSums]:
 
 
 def _rows(
-    found: Mapping[tuple[str, int | None], Mapping[int, MetricSums]],
-    ceiling: Mapping[int, MetricSums],
+    found: Mapping[tuple[str, int | None], Mapping[int, SumsByMetric]],
+    ceiling: Mapping[int, SumsByMetric],
     resampling: Resampling,
 ) -> list[dict[str, Any]]:
     """A row for each condition, layer, horizon and metric, paired differences of `activation` among them."""

@@ -28,7 +28,7 @@ from probekit.causal.changes import (
 from probekit.causal.erasure import RandomErasers, erasure_accuracies, inlp, leace, read_moments
 from probekit.causal.variant_lm import (
     FINAL_LOCATION,
-    MetricSums,
+    SumsByMetric,
     final_layer_probe,
     open_run,
     write_results,
@@ -42,7 +42,7 @@ from probekit.models.locations import at_layers
 from probekit.models.mixing import VARIANTS
 from probekit.probing.activations import ActivationReader, HookPoint
 from probekit.probing.grid import Grid, make_grid
-from probekit.probing.results import Cell, SavedProbes
+from probekit.probing.results import Cell, SavedProbes, read_probe_record
 from probekit.probing.solvers import Moments
 from probekit.probing.targets import Target
 from probekit.progress import Progress
@@ -203,7 +203,7 @@ class _Trials:
                 known = {}  # reported once, with the first condition
         return rows
 
-    def _conditions(self, kind: str, site: Site) -> tuple[list[Condition], MetricSums]:
+    def _conditions(self, kind: str, site: Site) -> tuple[list[Condition], SumsByMetric]:
         """The conditions, and metrics that need no forward pass."""
         boundaries, chosen, seed = self._lm.boundaries, self._run.config.intervene, self._run.config.seed
         if kind == "patch":
@@ -261,12 +261,12 @@ class _Trials:
 
 def effects(
     condition: Condition, plain: Outcomes, outcomes: Mapping[str, Outcomes], true: np.ndarray
-) -> MetricSums:
+) -> SumsByMetric:
     """Differences of a condition from outcomes without an edit, and from its controls, by true labels."""
     now, numbers, one = outcomes[condition.name], np.arange(len(true)), np.ones(len(true))
     rest = plain.next_tokens - 1
     probability = np.exp(now.label) - np.exp(plain.label)
-    sums: MetricSums = {
+    sums: SumsByMetric = {
         "next_loss": (now.next_loss - plain.next_loss, plain.next_tokens),
         "rest_loss": (_rest_loss(now) - _rest_loss(plain), rest),
         "other_loss": (now.other_loss - plain.other_loss, plain.other_tokens),
@@ -284,12 +284,14 @@ def effects(
     return sums
 
 
-def plan_following(condition: Condition, plain: np.ndarray, written: Mapping[str, np.ndarray]) -> MetricSums:
+def plan_following(
+    condition: Condition, plain: np.ndarray, written: Mapping[str, np.ndarray]
+) -> SumsByMetric:
     """How many newly written sentences have the target action, by their actions without an edit and with."""
     assert condition.target is not None  # noqa: S101 - only conditions with a target are written under
     target, one = condition.target[: len(plain)], np.ones(len(plain))
     hit = (written[condition.name] == target).astype(float)
-    sums: MetricSums = {
+    sums: SumsByMetric = {
         "plan_following": (hit, one),
         "plan_following_unedited": ((plain == target).astype(float), one),
     }
@@ -300,7 +302,7 @@ def plan_following(condition: Condition, plain: np.ndarray, written: Mapping[str
 
 
 def metric_rows(
-    head: Mapping[str, Any], sums: MetricSums, included: np.ndarray | None, resampling: Resampling
+    head: Mapping[str, Any], sums: SumsByMetric, included: np.ndarray | None, resampling: Resampling
 ) -> list[dict[str, Any]]:
     """A row for each metric, with its interval over the included boundaries, and with the columns of `head`.
 
@@ -383,11 +385,12 @@ def _grid(run: Run, target: Target) -> Grid:
 
 
 def _points(run: Run) -> list[HookPoint]:
-    """Every location at every layer of the settings."""
+    """Every location at every layer of the settings, else at every layer that was probed."""
     chosen, lm = run.config.intervene, run.frozen_lm()
     for location in chosen.locations:
         lm.architecture.check(location, "intervene.locations")
-    return at_layers(chosen.locations, chosen.layers, lm.layers, "intervene.layers")
+    layers = chosen.layers or read_probe_record(run.folder).config.probe.layers
+    return at_layers(chosen.locations, layers, lm.layers, "intervene.layers")
 
 
 def _conditioned_points(run: Run, points: Sequence[HookPoint]) -> set[HookPoint]:

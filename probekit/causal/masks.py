@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from probekit.causal.components import Component, MaskedLM, ScoredWindows
-from probekit.causal.variant_lm import MetricSums
+from probekit.causal.variant_lm import SumsByMetric
 from probekit.config import ProbeSettings, SubnetworkSettings
 from probekit.data.windows import Windows, chunks
 from probekit.models.planned_lm import token_losses
@@ -91,7 +91,7 @@ class Measured:
         document: The column of the sums that each sentence belongs to `[sentences]`.
     """
 
-    sums: MetricSums
+    sums: SumsByMetric
     states: Tensor
     labels: np.ndarray
     document: np.ndarray
@@ -112,7 +112,7 @@ def measure(
         task: Advances with every mask of every batch.
     """
     documents, column = np.unique(masked.corpus.group[windows.document], return_inverse=True)
-    sums: MetricSums = {}
+    sums: SumsByMetric = {}
     states, labels, document = [], [], []
     for rows in chunks(len(windows), batch_size):
         scored = masked.scored(windows[rows])
@@ -137,7 +137,7 @@ def measure(
 
 def _window_sums(
     scored: ScoredWindows, logits: Tensor, whole: Tensor, log_p: Tensor, prior: Tensor
-) -> MetricSums:
+) -> SumsByMetric:
     """Every metric summed over each window, and the number of tokens or sentences `[windows]`."""
     losses = token_losses(logits, scored.batch.targets)
     by_position = {
@@ -146,7 +146,7 @@ def _window_sums(
         "other_loss": (losses, scored.other),
         "kept_kl": (divergence(whole, logits), scored.kept),
     }
-    sums: MetricSums = {
+    sums: SumsByMetric = {
         name: ((values * mask).sum(1).double().cpu().numpy(), mask.sum(1).double().cpu().numpy())
         for name, (values, mask) in by_position.items()
     }
@@ -215,7 +215,7 @@ def learn(
     return Candidate(penalty, 1 - hard_sigmoid(log_alpha.detach()).cpu().numpy())
 
 
-def objectives(sums: MetricSums, keep: float) -> tuple[np.ndarray, np.ndarray]:
+def objectives(sums: SumsByMetric, keep: float) -> tuple[np.ndarray, np.ndarray]:
     """The objective that masks are learned for, without the penalty, and each document's deviation from it.
 
     Returns:
@@ -231,7 +231,7 @@ def objectives(sums: MetricSums, keep: float) -> tuple[np.ndarray, np.ndarray]:
     return value, deviation
 
 
-def choose(candidates: Sequence[Candidate], sums: MetricSums, keep: float) -> int:
+def choose(candidates: Sequence[Candidate], sums: SumsByMetric, keep: float) -> int:
     """The number of the smallest mask within one standard error of the best one, by sums of `measure`.
 
     The error is that of the difference, since all masks are measured on the same documents.

@@ -27,7 +27,7 @@ from probekit.causal.masks import (
     probe_metrics,
     refit_probes,
 )
-from probekit.causal.variant_lm import MetricSums, open_run, write_results
+from probekit.causal.variant_lm import SumsByMetric, open_run, write_results
 from probekit.data.windows import Windows, chunks, cut_windows
 from probekit.errors import ProbekitError
 from probekit.evaluation.action_metrics import prior_log_probabilities
@@ -173,7 +173,7 @@ class _Search:
         chosen = choose(candidates, sums, settings.keep)
         return candidates, chosen, objective, np.linalg.norm(deviation, axis=1)
 
-    def compared_masks(self, mask: Candidate) -> tuple[np.ndarray, MetricSums]:
+    def compared_masks(self, mask: Candidate) -> tuple[np.ndarray, SumsByMetric]:
         """All masks to measure, in the order of `CONDITIONS`, and metrics without each component alone."""
         settings, seed, count = self._settings, self._run.config.seed, len(self.components)
         windows = self._windows[FITTED_ON]
@@ -185,7 +185,7 @@ class _Search:
         random = draw_random_masks(self.components, mask.removed, settings.draws, seed)
         return np.stack([np.zeros_like(best), mask.removed, best, *random]), alone
 
-    def test(self, masks: np.ndarray) -> MetricSums:
+    def test(self, masks: np.ndarray) -> SumsByMetric:
         """Every metric on the test documents; probes are fitted again as the saved ones were."""
         measured = self._measure("measure", self._windows[TESTED_ON], masks)
         states: dict[str, tuple[Tensor, Tensor]] = {}
@@ -221,7 +221,7 @@ class _Search:
         return torch.from_numpy(masks).float().to(self._run.device)
 
 
-def results_table(sums: MetricSums, masks: np.ndarray, resampling: Resampling) -> pd.DataFrame:
+def results_table(sums: SumsByMetric, masks: np.ndarray, resampling: Resampling) -> pd.DataFrame:
     """A row for every condition, draw and metric, from masks in the order of `CONDITIONS`, then of draws.
 
     Masks are what is removed `[masks, components]`, bool.
@@ -265,7 +265,7 @@ def results_table(sums: MetricSums, masks: np.ndarray, resampling: Resampling) -
 
 
 def mask_table(
-    components: Sequence[Component], mask: Candidate, alone: MetricSums, resampling: Resampling
+    components: Sequence[Component], mask: Candidate, alone: SumsByMetric, resampling: Resampling
 ) -> pd.DataFrame:
     """A row for every component; `alone` has metrics without each one alone, and last the whole LM's."""
     table = pd.DataFrame(

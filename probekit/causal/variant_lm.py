@@ -28,7 +28,7 @@ from probekit.run.run import Run
 FINAL_LOCATION = "hook_resid_post"
 """The location that the final-layer probe reads."""
 
-MetricSums = dict[str, tuple[np.ndarray, np.ndarray]]
+SumsByMetric = dict[str, tuple[np.ndarray, np.ndarray]]
 """By metric, its sums `[..., documents]` and the number of tokens or sentences in them `[documents]`."""
 
 

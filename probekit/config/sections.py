@@ -511,7 +511,7 @@ class InterventionSettings(Settings):
     locations: Several[str] = ("hook_resid_post",)
     """TransformerLens hooks, without the `blocks.L.` before them, that are changed."""
     layers: Several[Count] | None = None
-    """Layers that are changed, one at a time; unset: all."""
+    """Layers that are changed, one at a time; unset: those that were probed."""
     distances: Several[Positive] = (1, 2, 4)
     """Tokens before the next sentence at which activations are changed."""
     span: bool = True

@@ -46,6 +46,9 @@ TOKENIZER_CHARACTERS = 100_000_000
 MANY_CHARACTERS = 1 << 23
 """Shorter texts are done on one core before other processes have started."""
 
+FEW_OF_ACTION = 20
+"""With fewer training sentences for each action on average, the user is warned."""
+
 _ROWS_AT_ONCE = 1 << 14
 
 
@@ -179,6 +182,11 @@ def _write_actions(
     numbers = np.flatnonzero(train)
     candidates = ranges(document_sentences[numbers], document_sentences[numbers + 1])
     sample = _draw_sample(candidates, config.actions, config.corpus.seed)
+    if (each := len(candidates) / config.actions.k) < FEW_OF_ACTION:
+        progress.say(
+            f"{config.actions.k:,} actions of {len(candidates):,} training sentences are about {each:.0f} each, "
+            "too few to learn what follows them; lower actions.k or give more text"
+        )
     texts = _sentences(folder, documents, sample)
     if encoder is None:
         with progress.task("fit the sentence encoder"):

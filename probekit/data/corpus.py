@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-ARRAYS = ("tokens", "document_tokens", "document_sentences", "first_token", "spans", "split")
+ARRAYS = ("tokens", "document_tokens", "document_sentences", "first_token", "spans", "split", "group")
 """Files that every corpus has, without their ending."""
 
 FEW_DOCUMENTS = 40
@@ -92,9 +92,7 @@ class Corpus:
         """
         facts = read_json(folder / "facts.json")
         parts: dict[str, Any] = {name: read_array(folder / f"{name}.npy") for name in ARRAYS}
-        file = folder / "group.npy"  # corpora of earlier versions have none
-        parts["group"] = read_array(file) if file.exists() else np.arange(len(parts["split"]))
-        if facts.get("actions", True):
+        if facts["actions"]:
             parts |= {name: read_array(folder / f"{name}.npy") for name in ("embeddings", "actions")}
             parts["codebook"] = Codebook.load(folder / "codebook.safetensors")
         else:
@@ -144,12 +142,12 @@ class Corpus:
     @property
     def bos_rule(self) -> BosRule:
         """Where the LM reads the separator."""
-        rule: BosRule = self.facts.get("bos", "document")
+        rule: BosRule = self.facts["bos"]
         return rule
 
     def bos_rule_of_text(self, setting: BosRule | Literal["auto"]) -> BosRule:
         """Where the LM reads the separator in plain text, which in a corpus of chats is not its own rule."""
-        return bos_rule_for(self.tokenizer, setting) if self.facts.get("chats") else self.bos_rule
+        return bos_rule_for(self.tokenizer, setting) if self.facts["chats"] else self.bos_rule
 
     def action_words(self, action: int) -> list[str]:
         """The words that set an action's training sentences apart; see `telling_words`."""

@@ -237,7 +237,7 @@ class PretrainedEncoder:
             ProbekitError: The model is gone, or another one has taken its folder.
         """
         facts: dict[str, Any] = read_json(folder / "encoder.json")
-        encoder = cls(facts["name"], device, facts["revision"], facts.get("long_sentences", "cut"))
+        encoder = cls(facts["name"], device, facts["revision"], facts["long_sentences"])
         if encoder.dimensions != facts["dimensions"]:
             raise ProbekitError(
                 f"the sentence encoder {facts['name']!r} has {encoder.dimensions} dimensions, but had "

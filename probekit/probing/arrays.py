@@ -31,7 +31,7 @@ from probekit.errors import ProbekitError, one_line
 from probekit.io import read_array, read_metadata, read_tensors, write_tensors
 from probekit.probing.activations import Activations, Chunk, Done, HookPoint, Stack
 from probekit.probing.baselines import prior_sums
-from probekit.probing.fitting import FitJob, Task, fit, fit_sums, hold, score
+from probekit.probing.fitting import FitJob, ProbingTask, fit, fit_sums, hold, score
 from probekit.probing.grid import CHOSEN_ON, FITTED_ON, MINIMUM_EXAMPLES, TESTED_ON, Grid, check_solvers
 from probekit.probing.results import Cell, LinearProbe, cells_of, probes_of, table_of, validation_loss
 from probekit.probing.targets import MOST_CLASSES, Examples, Target, are_numbers, nearly_two_classes, vary
@@ -281,7 +281,9 @@ def fit_grid(
     progress = Progress(quiet=quiet)
     read = {position: int(np.median(getattr(activations, "tokens_read", 0)))}
     on, generator = compute_device(device), np.random.default_rng(seed)
-    shuffled = Task.control({name: generator.permutation(grid.labels(name, 1)) for name in splits}, target)
+    shuffled = ProbingTask.control(
+        {name: generator.permutation(grid.labels(name, 1)) for name in splits}, target
+    )
     with tempfile.TemporaryDirectory() as folder:
         job = FitJob(
             grid, config.probe, shuffled if control else None, seed, on, progress, name, Path(folder), read

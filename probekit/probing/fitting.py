@@ -75,7 +75,7 @@ FACTS = {"nonzero": "nonzero_", "iterations": "n_iter_", "converged": "converged
 
 
 @dataclass(frozen=True)
-class Task:
+class ProbingTask:
     """What a batch of probes predicts: the target at a horizon, or the control task.
 
     Attributes:
@@ -113,15 +113,15 @@ class Task:
         return torch.from_numpy(np.ascontiguousarray(values)).to(device)
 
 
-def target_tasks(grid: Grid) -> list[Task]:
+def target_tasks(grid: Grid) -> list[ProbingTask]:
     """The grid's target at every horizon."""
     return [
-        Task(horizon, {split: grid.labels(split, horizon) for split in grid.examples}, grid.target)
+        ProbingTask(horizon, {split: grid.labels(split, horizon) for split in grid.examples}, grid.target)
         for horizon in grid.horizons
     ]
 
 
-def control_task(corpus: Corpus, grid: Grid, seed: int) -> Task:
+def control_task(corpus: Corpus, grid: Grid, seed: int) -> ProbingTask:
     """The control task: labels that can only be predicted by memorising tokens; see `control_labels`."""
     known = grid.labels(FITTED_ON, grid.horizons[0])
 
@@ -135,7 +135,7 @@ def control_task(corpus: Corpus, grid: Grid, seed: int) -> Task:
         split: np.stack([make(examples.last_read(p)) for p in grid.positions])
         for split, examples in grid.examples.items()
     }
-    return Task.control(labels, grid.target)
+    return ProbingTask.control(labels, grid.target)
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class FitJob:
 
     grid: Grid
     settings: ProbeSettings
-    control: Task | None
+    control: ProbingTask | None
     seed: int
     device: torch.device
     progress: Progress
@@ -269,7 +269,7 @@ def _fit_group(
     held: HeldActivations | HeldSubset,
     job: FitJob,
     solvers: Sequence[SolverName],
-    tasks: Sequence[Task],
+    tasks: Sequence[ProbingTask],
     stack: int,
     rows: slice,
     done: Callable[[int], None],
@@ -299,7 +299,7 @@ def _teachers(held: HeldActivations | HeldSubset, job: FitJob, stack: int, rows:
 def _fit_batch(
     job: FitJob,
     solver: SolverName,
-    task: Task,
+    task: ProbingTask,
     X: Tensor,
     X_chosen: Tensor,
     rows: slice,
@@ -309,10 +309,10 @@ def _fit_batch(
     target, control = job.grid.target, None if solver in LENSES else job.control
     classes = (target.classes,) if target.kind == "classes" else ()
 
-    def labels(of: Task, split: str) -> Tensor:
+    def labels(of: ProbingTask, split: str) -> Tensor:
         return of.of(split, slice(None), rows, job.device)
 
-    def fitted(of: Task, *more: Any) -> Any:
+    def fitted(of: ProbingTask, *more: Any) -> Any:
         known, asked = labels(of, FITTED_ON), labels(of, CHOSEN_ON)
         return job.solver(solver, teachers).fit(X, known, *classes, X_chosen, asked, *more)
 
@@ -379,7 +379,7 @@ def _moments(job: FitJob, tasks: int, probes: int, width: int) -> list[Moments]:
 def _solve(
     activations: Activations,
     job: FitJob,
-    tasks: Sequence[Task],
+    tasks: Sequence[ProbingTask],
     parts: Sequence[Part],
     solvers: Sequence[SolverName],
 ) -> tuple[Solved, list[Tensor]]:

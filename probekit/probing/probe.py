@@ -39,7 +39,7 @@ from probekit.probing.geometry import GEOMETRY, check_enough, layer_geometry
 from probekit.probing.grid import CHOSEN_ON, FITTED_ON, LENSES, TESTED_ON, Grid, make_grid
 from probekit.probing.labels import beyond_window, target_of
 from probekit.probing.memory import HeldActivations
-from probekit.probing.results import SETTINGS, DocumentSums, Facts, probes_file, table_of, validation_loss
+from probekit.probing.results import SETTINGS, DocumentSums, Facts, table_of, validation_loss, weights_file
 from probekit.probing.resume import FinishedParts, Probed, origin
 from probekit.probing.store import Store, write_store
 from probekit.probing.targets import Target
@@ -152,7 +152,7 @@ def probe(
         scored += finished.read_or_make(f"token-embedding-seed{seed}", "none", embedding)[0]
         for variant in config.variants:
             probes = _VariantProbes(run, grid, variant, points, seed, progress, meter, store=store)
-            sums, weights[probes_file(Path(), variant, seed)] = probes.fit_all(finished)
+            sums, weights[weights_file(Path(), variant, seed)] = probes.fit_all(finished)
             scored += sums
             beside.append(probes.tables(values.get(seed), resampling))
 

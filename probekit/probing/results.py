@@ -493,7 +493,7 @@ def _sorted(values: Iterable[int | str]) -> list[str]:
     return [str(value) for value in sorted({*values}, key=lambda value: (isinstance(value, str), value))]
 
 
-def probes_file(folder: Path, variant: str, seed: int) -> Path:
+def weights_file(folder: Path, variant: str, seed: int) -> Path:
     """The file in the folder of probes that holds the linear ones of a variant and seed."""
     return folder / f"{variant}-seed{seed}.safetensors"
 
@@ -512,7 +512,7 @@ class SavedProbes:
 
     def __init__(self, folder: Path, variant: str, seed: int) -> None:
         self._folder, self._variant = folder, variant
-        path = probes_file(folder, variant, seed)
+        path = weights_file(folder, variant, seed)
         if not path.is_file():
             kept = sorted(other.stem for other in folder.glob("*-seed*.safetensors"))
             # Probing replaces all results, so the command has to name the variants that are there too.
@@ -563,7 +563,7 @@ class ProbeRecord:
         notes: What to know of all rows together.
         documents: By seed and split the documents that examples were drawn from.
         origin: What the results depend on beside settings and weights; see `resume.origin`.
-        classes: Names of the classes, none of numbers; None of probes of an earlier version.
+        classes: Names of the classes, none of numbers.
         extent: What a label is of: sentences (or the tokens in them), texts, spans or pairs.
         range: The least and the largest number that probes were fitted on; None for classes.
     """
@@ -572,7 +572,7 @@ class ProbeRecord:
     notes: list[str]
     documents: Mapping[str, Mapping[str, int]]
     origin: Mapping[str, Any]
-    classes: tuple[str, ...] | None
+    classes: tuple[str, ...]
     extent: str
     range: tuple[float, float] | None
 
@@ -590,10 +590,10 @@ def read_probe_record(run: Path) -> ProbeRecord:
     settings = {name: value for name, value in recorded.items() if name in Config.model_fields}
     return ProbeRecord(
         Config.from_dict(settings),
-        recorded.get("notes", []),
-        recorded.get("documents", {}),
-        recorded.get("of", {}),
-        None if (classes := recorded.get("classes")) is None else tuple(classes),
-        recorded.get("extent", "sentences"),
-        None if (ends := recorded.get("range")) is None else (float(ends[0]), float(ends[1])),
+        recorded["notes"],
+        recorded["documents"],
+        recorded["of"],
+        tuple(recorded["classes"]),
+        recorded["extent"],
+        None if (ends := recorded["range"]) is None else (float(ends[0]), float(ends[1])),
     )

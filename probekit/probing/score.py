@@ -102,11 +102,6 @@ def score(
             f"the probes of {run.folder} read pairs of spans, of which new texts have none; label spans "
             "or texts"
         )
-    if record.classes is None:
-        raise ProbekitError(
-            f"the probes of {run.folder} are of an earlier version, which kept no names of classes; run "
-            f"`probekit probe {run.folder}` again"
-        )
     documents = _documents(run, texts, record.config, text, encoding)
     begin = [] if _bos_rule(run, documents[0]) == "none" else [run.corpus.separator]
     encoded = encoded_texts(run.corpus.tokenizer, documents, probing_windows(run)[0] - len(begin))

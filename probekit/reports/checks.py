@@ -14,13 +14,17 @@ from probekit.data.corpus import FEW_DOCUMENTS, MORE_DOCUMENTS, too_few, too_few
 from probekit.evaluation.perplexity import evaluation_record
 from probekit.io import read_json
 from probekit.models.mixing import VARIANTS
+from probekit.probing.results import SETTINGS
 from probekit.probing.transfer import TRANSFER
 from probekit.reports.display import described, number
 from probekit.reports.tables import (
     MORE_BOUNDARIES,
     MORE_CONTINUED,
     MORE_SUBNETWORK_DOCUMENTS,
+    baseline_notes,
     best_by_step,
+    better_than_baselines,
+    probe_notes,
     unreliable_probes,
 )
 from probekit.run.folder import installed_versions
@@ -29,11 +33,12 @@ from probekit.run.stages import stages_of
 
 EVALUATION, GENERATION, PROBES = "evaluation.json", "generation.json", "probes/results.parquet"
 
+PROBE_SETTINGS = f"probes/{SETTINGS}"
 CONTINUATION = "continuation/results.parquet"
 GEOMETRY_FILE = "probes/geometry.parquet"
 TRANSFER_FILE = f"probes/{TRANSFER}"
 
-CEILING = "ceiling (words)"
+WORDS_CEILING = "ceiling (words)"
 """What no planner can beat: it reads the sentences before, and so does the ceiling."""
 
 LEAK = "That is a leak until shown otherwise"
@@ -225,7 +230,7 @@ def planners_above_ceiling(run: Run) -> Iterator[str]:
     table = pd.DataFrame(run.evaluation().get("planner", ())) if has(run, EVALUATION) else pd.DataFrame()
     if table.empty:
         return
-    ceilings = dict(table[table.reader == CEILING][["metric", "value"]].to_numpy())
+    ceilings = dict(table[table.reader == WORDS_CEILING][["metric", "value"]].to_numpy())
     for row in table[table.reader.str.startswith("planner")].to_dict("records"):
         metric, better = row["metric"], described(row["metric"]).better
         nearest = row["value_low"] if better > 0 else row["value_high"]
@@ -295,7 +300,7 @@ def other_settings(run: Run) -> Iterator[str]:
     for made, file in (
         ("Evaluated", EVALUATION),
         ("Generated", GENERATION),
-        ("Probed", "probes/settings.json"),
+        ("Probed", PROBE_SETTINGS),
     ):
         if changed := changed_settings(run, file):
             shown = (
@@ -309,6 +314,17 @@ def unreliable_cells(run: Run) -> Iterator[str]:
     """Cells that are empty, constant or have not converged."""
     if len(probes := _probes(run)):
         yield from (f"Probes: {line}" for line in unreliable_probes(probes))
+
+
+def questioned_probes(run: Run) -> Iterator[str]:
+    """What makes probes tell little: labels, examples, and baselines that read as much."""
+    if (probes := _probes(run)).empty:
+        return
+    compared = probes[probes.gain_low.notna() & ~probes.injected]
+    if len(compared) and not better_than_baselines(compared).any():
+        yield from probe_notes(compared)
+    yield from baseline_notes(run.probes())
+    yield from (f"Probes: {line}" for line in read_json(run.folder / PROBE_SETTINGS)["notes"])
 
 
 def injected_cells(run: Run) -> Iterator[str]:
@@ -357,6 +373,7 @@ CHECKS: tuple[Callable[[Run], Iterator[str]], ...] = (
     trained_later,
     other_settings,
     unreliable_cells,
+    questioned_probes,
     injected_cells,
     few_prompts,
     other_versions,

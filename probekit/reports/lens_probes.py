@@ -107,11 +107,6 @@ def kept_probes(
     if not seeds:
         raise ProbekitError(f"{run.folder} keeps no linear probes; run `probekit probe {run.folder}`")
     record = read_probe_record(run.folder)
-    if record.classes is None:
-        raise ProbekitError(
-            f"the probes of {run.folder} are of an earlier version, which kept no names of classes; run "
-            f"`probekit probe {run.folder}` again"
-        )
     known = [name for name in record.config.probe.variants if name in seeds]
     variant = known[0] if variant is None else variant
     if not isinstance(variant, str) or variant not in known:

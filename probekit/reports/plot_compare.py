@@ -12,7 +12,7 @@ from probekit.probing.results import main_metric
 from probekit.reports.colours import colour_bar, colour_scale, colours_of_names
 from probekit.reports.display import visible
 from probekit.reports.drawing import NotebookFigure, draw_line
-from probekit.reports.plot_probes import METRICS
+from probekit.reports.plot_probes import METRIC_LABELS
 
 SHOWN = {"cka": "CKA", "procrustes": "Procrustes residual"}
 
@@ -65,7 +65,7 @@ def draw_readings(axes: Axes, probes: pd.DataFrame) -> None:
         rows = cell[cell.reading == name].sort_values("layer")
         columns = {metric: "value", f"{metric}_low": "low", f"{metric}_high": "high"}
         draw_line(axes, rows.rename(columns=columns), "layer", name, colour, marker="o", markersize=3)
-    axes.set(xlabel="layer of the first LM", ylabel=METRICS[metric])
+    axes.set(xlabel="layer of the first LM", ylabel=METRIC_LABELS[metric])
     axes.set_title(f"probes of {visible(probes.target.iloc[0])}", fontsize=9, parse_math=False)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(fontsize=8, frameon=False)

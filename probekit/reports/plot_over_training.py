@@ -12,7 +12,7 @@ from probekit.models.locations import label
 from probekit.probing.results import main_metric, validation_loss
 from probekit.reports.colours import colours_in_order
 from probekit.reports.drawing import NotebookFigure, draw_line
-from probekit.reports.plot_probes import BASELINE_STYLES, METRICS, PREFERRED, check_metric, panels
+from probekit.reports.plot_probes import BASELINE_STYLES, METRIC_LABELS, PREFERRED, check_metric, panels
 from probekit.run.run import Run
 
 BESIDE = ("prior", "bigram", "ceiling (tokens read)")
@@ -97,7 +97,7 @@ def draw_over_training(numbers: pd.DataFrame, losses: pd.DataFrame) -> Figure:
             colour, style = BASELINE_STYLES[str(reader)]
             axes.axhline(value, color=colour, linestyle=style, linewidth=1, label=str(reader))
         axes.set_title(title, fontsize=10)
-        axes.set_ylabel(METRICS[numbers.metric.iloc[0]])
+        axes.set_ylabel(METRIC_LABELS[numbers.metric.iloc[0]])
         low, high = axes.get_ylim()
         axes.set_ylim(low, high + 0.3 * (high - low))  # room for the legend
         axes.legend(fontsize=7, frameon=False, ncols=3, loc="upper left")

@@ -34,7 +34,7 @@ from probekit.run.run import Run
 PREFERRED = {"location": "hook_resid_post", "solver": "softmax"}
 """What is drawn by default, if it was probed; else the first that was."""
 
-METRICS = {
+METRIC_LABELS = {
     "accuracy": "test accuracy",
     "balanced_accuracy": "test balanced accuracy",
     "auroc": "test AUROC",
@@ -180,7 +180,7 @@ def draw_heat_map(
     Args:
         axes: Where to draw.
         cells: Probes of one panel, of one seed or several.
-        metric: One of `METRICS`.
+        metric: One of `METRIC_LABELS`.
         scale: The colours, see `probe_scale`.
         numbers: Write the values into the cells.
     """
@@ -213,7 +213,7 @@ def draw_heat_maps(
             axes.tick_params(labelsize=8)
     figure.supxlabel(POSITION, fontsize=9)
     figure.supylabel("layer", fontsize=9)
-    colour_bar(figure, grid, scale, pd.concat(means).value, METRICS[metric])
+    colour_bar(figure, grid, scale, pd.concat(means).value, METRIC_LABELS[metric])
     star = f"\n* {INJECTED}" if any(one.injected.any() for one in cells) else ""
     figure.suptitle(chosen[0].title + star, fontsize=10, parse_math=False)
     return figure
@@ -279,7 +279,7 @@ def position_axis(axes: Axes, positions: Iterable[str], metric: str) -> None:
     axes.xaxis.update_units(reading_order(positions))
     axes.axhline(0.0, color="0.4", linewidth=0.8, label="_zero")
     axes.set_xlabel(POSITION)
-    axes.set_ylabel(METRICS[metric])
+    axes.set_ylabel(METRIC_LABELS[metric])
 
 
 def draw_curves(
@@ -290,7 +290,7 @@ def draw_curves(
     Args:
         table: The results.
         panel: Whose baselines.
-        metric: One of `METRICS`.
+        metric: One of `METRIC_LABELS`.
         draw: Draws the curves, and returns whether a point of them is injected.
         title: What they are of.
     """
@@ -320,7 +320,7 @@ def draw_layer_curves(table: pd.DataFrame, chosen: Sequence[Panel], metric: str)
         value = baselines[baselines.reader == reader][metric].mean()
         if np.isfinite(value):
             axes.axhline(value, color=shade, linestyle=style, linewidth=1.2, label=reader)
-    axes.set(xlabel="layer", ylabel=METRICS[metric])
+    axes.set(xlabel="layer", ylabel=METRIC_LABELS[metric])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     (position,) = chosen[0].cells(table).position.unique()
     documents = f"{int(table.documents.max()):,} test documents"
@@ -347,7 +347,7 @@ def plot_probes(
         run: A probed run.
         variant: Whose activations; several are drawn side by side on one colour scale.
         location: Where they were read; None: the residual stream after each block, if it was probed.
-        metric: One of `METRICS`; None: AUROC of two classes, R² of numbers, else accuracy.
+        metric: One of `METRIC_LABELS`; None: AUROC of two classes, R² of numbers, else accuracy.
         horizon: Sentences ahead; None: the nearest that was probed.
         solver: How the probes were fitted; None: softmax, if such probes were fitted.
 
@@ -439,7 +439,7 @@ def _chosen_panels(
 
 def check_metric(metric: str, table: pd.DataFrame) -> None:
     """Refuses a metric that cannot be drawn, or that a table's target does not have."""
-    known = [name for name in METRICS if name in table and table[name].notna().any()]
+    known = [name for name in METRIC_LABELS if name in table and table[name].notna().any()]
     if metric not in known:
         raise ProbekitError(f"metric is {metric!r}; it must be one of {', '.join(known)}")
 

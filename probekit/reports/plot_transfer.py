@@ -16,7 +16,7 @@ from probekit.probing.transfer import ALL
 from probekit.reports.colours import colour_scale, colours_of_names
 from probekit.reports.display import number, shortened, visible
 from probekit.reports.drawing import NotebookFigure, save_png
-from probekit.reports.plot_probes import METRICS, Panel, panels
+from probekit.reports.plot_probes import METRIC_LABELS, Panel, panels
 from probekit.reports.tables import transfer_cells
 
 MOST_NUMBERS = 12
@@ -35,7 +35,7 @@ def draw_transfer(
         transfer: The table of transfer.
         panel: Whose probes.
         best: The best cells of the table of probes.
-        metric: One of `METRICS`; None: AUROC of two classes, R² of numbers, else accuracy.
+        metric: One of `METRIC_LABELS`; None: AUROC of two classes, R² of numbers, else accuracy.
     """
     metric = metric or main_metric(transfer)
     cells = panel.cells(transfer.assign(reader="probe"))
@@ -62,7 +62,7 @@ def _draw_matrix(axes: Axes, here: pd.DataFrame, metric: str, *, numbers: bool) 
     scale = colour_scale(here[metric].clip(lower=LOWEST))
     text = matrix.map(lambda value: number(value, 2)) if numbers else False
     with mpl.rc_context({"font.size": 8}):
-        bar = {"label": METRICS[metric]}
+        bar = {"label": METRIC_LABELS[metric]}
         sns.heatmap(matrix, annot=text, fmt="", ax=axes, cmap=scale.cmap, norm=scale.norm, cbar_kws=bar)
     axes.set(xlabel="tested on", ylabel="fitted on")
     for axis, names in ((axes.xaxis, values), (axes.yaxis, [*values, ALL])):
@@ -92,7 +92,7 @@ def _draw_layers(axes: Axes, layers: pd.DataFrame, metric: str) -> None:
             color=colour,
             label=name,
         )
-    axes.set(xlabel="layer", ylabel=f"mean {METRICS[metric]}")
+    axes.set(xlabel="layer", ylabel=f"mean {METRIC_LABELS[metric]}")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(title="fitted on", fontsize=8, frameon=False)
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 JACKKNIFE = "95 % intervals from leaving out documents"
 
-GEOMETRY = (
+GEOMETRY_COLUMNS = (
     *("effective_rank", "participation_ratio", "anisotropy", "anisotropy_without", "norm"),
     *("rogue", "rogue_features", "rogue_share"),
 )
@@ -93,7 +93,9 @@ def geometry_tables(table: pd.DataFrame) -> Iterator[Table]:
     """A table of every thick line of the picture."""
     for names, rows in table.groupby(lines_of(table), sort=False):
         here = at_nearest(rows)
-        yield display(f"Geometry of {line_name(names, here)} ({JACKKNIFE})", here, ["layer", *GEOMETRY])
+        yield display(
+            f"Geometry of {line_name(names, here)} ({JACKKNIFE})", here, ["layer", *GEOMETRY_COLUMNS]
+        )
 
 
 def line_name(names: tuple[Hashable, ...], rows: pd.DataFrame) -> str:

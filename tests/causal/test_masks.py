@@ -23,7 +23,7 @@ from probekit.causal.masks import (
     objectives,
     refit_probes,
 )
-from probekit.causal.variant_lm import MetricSums
+from probekit.causal.variant_lm import SumsByMetric
 from probekit.config import ProbeSettings
 from probekit.data.windows import cut_windows
 from probekit.probing.results import LinearProbe
@@ -170,7 +170,7 @@ def test_classes_without_examples_add_no_information(setting: Setting, monkeypat
 # The choice of a mask, and controls
 
 
-def sums_of(information: list[list[float]], kept: list[list[float]]) -> MetricSums:
+def sums_of(information: list[list[float]], kept: list[list[float]]) -> SumsByMetric:
     """Of masks by documents, each with two sentences and ten tokens."""
     documents = len(information[0])
     return {

@@ -418,6 +418,19 @@ def test_sentences_longer_than_the_encoder_reads_are_counted(
     assert ("--actions.long_sentences mean reads all" in said) == (long_sentences == "cut")
 
 
+@pytest.mark.parametrize(("documents", "few"), [(20, True), (80, False)])
+def test_actions_of_few_sentences_are_warned_of(
+    tmp_path: Path, documents: int, few: bool, capsys: pytest.CaptureFixture[str]
+):
+    config = Config().override(SMALL | as_jsonl(tmp_path / "s", stories(documents)))
+    corpus = write_corpus(config, tmp_path / "c", Progress())
+    training = len(corpus.sentences(corpus.documents("train")))
+    assert few == (training < 20 * 8)
+    said = " ".join(capsys.readouterr().err.split())
+    warning = f"8 actions of {training} training sentences are about {training / 8:.0f} each"
+    assert (warning in said) == few
+
+
 def test_sentences_without_a_known_word_have_no_action(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Lines that are not seen are part of the sentence before; emoji alone are a sentence without a word."""
     texts = [f"{text}\n\u200b\n\x10\n🎉🎉\nAnd a window." for text in stories(20)]

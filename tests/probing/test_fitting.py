@@ -15,7 +15,16 @@ from probekit.config import Config
 from probekit.probing import fitting
 from probekit.probing.activations import Stack
 from probekit.probing.controls import block_ends, prequential_code, prior_code
-from probekit.probing.fitting import CLOSED_FORM, FitJob, Task, fit, fit_sums, hold, score, target_tasks
+from probekit.probing.fitting import (
+    CLOSED_FORM,
+    FitJob,
+    ProbingTask,
+    fit,
+    fit_sums,
+    hold,
+    score,
+    target_tasks,
+)
 from probekit.probing.grid import CHOSEN_ON, FITTED_ON, TESTED_ON, Grid
 from probekit.probing.results import DocumentSums, Facts
 from probekit.probing.solvers import (
@@ -82,17 +91,17 @@ def grid() -> Grid:
 
 
 @pytest.fixture(scope="module")
-def control(grid: Grid) -> Task:
+def control(grid: Grid) -> ProbingTask:
     """Labels of the control task that differ by distance."""
     generator = np.random.default_rng(5)
-    return Task(
+    return ProbingTask(
         None,
         {split: generator.integers(CLASSES, size=(2, len(e))) for split, e in grid.examples.items()},
     )
 
 
 @pytest.fixture(scope="module")
-def activations(grid: Grid, control: Task) -> Source:
+def activations(grid: Grid, control: ProbingTask) -> Source:
     """Noise, in which every cell encodes something else: one or the other horizon, or the control task."""
     generator = torch.Generator().manual_seed(1)
     values: dict[str, list[Tensor]] = {}
@@ -109,7 +118,7 @@ def activations(grid: Grid, control: Task) -> Source:
     return Source(values, grid.examples, BLOCKS)
 
 
-def make_job(grid: Grid, control: Task | None, **settings: Any) -> FitJob:
+def make_job(grid: Grid, control: ProbingTask | None, **settings: Any) -> FitJob:
     probe = Config().override({f"probe.{name}": value for name, value in settings.items()}).probe
     quiet = Progress(quiet=True)
     cpu, folder = torch.device("cpu"), Path(tempfile.gettempdir())
@@ -161,14 +170,14 @@ SETTINGS = {"l2": [0.01, 0.3], "l1": [0.003, 0.03], "shrinkage": [0.1, 0.9], "hi
 
 
 @pytest.fixture(scope="module")
-def together(activations: Source, grid: Grid, control: Task) -> dict:
+def together(activations: Source, grid: Grid, control: ProbingTask) -> dict:
     """Rows of all solvers in one go, with control task and code length."""
     return fitted_rows(activations, make_job(grid, control, solvers=list(MAKE), **SETTINGS))
 
 
 @pytest.mark.parametrize("solver", MAKE)
 def test_every_cell_is_as_if_it_were_fitted_alone(
-    solver: str, together: dict, activations: Source, grid: Grid, control: Task
+    solver: str, together: dict, activations: Source, grid: Grid, control: ProbingTask
 ):
     for cell in CELLS:
         X = {split: alone(activations, cell, split) for split in SPLITS}
@@ -207,7 +216,7 @@ def test_every_cell_is_as_if_it_were_fitted_alone(
 
 @pytest.mark.parametrize("sums", [1, 1000], ids=["each probe", "some of a stack"])
 def test_sums_of_some_probes_at_a_time_are_those_of_all(
-    sums: int, activations: Source, grid: Grid, control: Task, monkeypatch: pytest.MonkeyPatch
+    sums: int, activations: Source, grid: Grid, control: ProbingTask, monkeypatch: pytest.MonkeyPatch
 ):
     job = make_job(grid, control, solvers=["ridge", "lda"], **SETTINGS)
     whole = fit_sums(activations, job, job.settings.solvers)
@@ -258,7 +267,7 @@ def test_code_length_is_that_of_the_documents_in_their_order(together: dict, act
 
 @pytest.mark.parametrize("solvers", [["ridge"], ["lda"], ["lda", "ridge"]])
 def test_streaming_equals_holding(
-    solvers: list[str], together: dict, activations: Source, grid: Grid, control: Task
+    solvers: list[str], together: dict, activations: Source, grid: Grid, control: ProbingTask
 ):
     """Sums over chunks give the probes that all examples at once give, the control task's too."""
     before = activations.passes
@@ -288,7 +297,9 @@ def test_without_control_there_is_no_control(activations: Source, grid: Grid, so
 
 
 @pytest.mark.parametrize("solvers", [["softmax"], ["ridge"]])
-def test_constant_activations_are_flagged(activations: Source, grid: Grid, control: Task, solvers: list[str]):
+def test_constant_activations_are_flagged(
+    activations: Source, grid: Grid, control: ProbingTask, solvers: list[str]
+):
     values = {split: [block.clone() for block in blocks] for split, blocks in activations.values.items()}
     for blocks in values.values():
         blocks[0][1, 0] = torch.tensor([0.1, -7.3, 1e-4, 1e4, 0.0])
@@ -298,7 +309,7 @@ def test_constant_activations_are_flagged(activations: Source, grid: Grid, contr
         assert head["constant"] == ((point, distance) == (("a", 1), 1))
 
 
-def test_tasks_have_a_label_for_every_probe(grid: Grid, control: Task):
+def test_tasks_have_a_label_for_every_probe(grid: Grid, control: ProbingTask):
     first, second = target_tasks(grid)
     assert (first.horizon, second.horizon) == HORIZONS
     cpu = torch.device("cpu")

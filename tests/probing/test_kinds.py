@@ -25,7 +25,7 @@ from probekit.probing import baselines
 from probekit.probing import probe as probing
 from probekit.probing.activations import Stack
 from probekit.probing.controls import control_labels, control_numbers
-from probekit.probing.fitting import FitJob, Task, fit_sums, score
+from probekit.probing.fitting import FitJob, ProbingTask, fit_sums, score
 from probekit.probing.grid import CHOSEN_ON, FITTED_ON, TESTED_ON, Grid, make_grid
 from probekit.probing.results import DocumentSums, main_metric, table_of
 from probekit.probing.targets import Examples, Target, sentence_target
@@ -84,7 +84,7 @@ def made_up(kind: str, *, shuffled: bool = False, groups: int = 60, seed: int = 
     return grid, Source(values, examples)
 
 
-def fitted_table(grid: Grid, source: Source, *, control: Task | None = None, **settings: Any) -> tuple:
+def fitted_table(grid: Grid, source: Source, *, control: ProbingTask | None = None, **settings: Any) -> tuple:
     given = {"l2": [1e-3], "solvers": ["ridge"]} | settings
     probe = Config().override({f"probe.{name}": value for name, value in given.items()}).probe
     quiet, cpu = Progress(quiet=True), torch.device("cpu")
@@ -148,7 +148,7 @@ def test_numbers_of_the_control_task_are_read_on_their_own():
         split: values[1, 0, :, 2].numpy().astype(float)[None] for split, values in source.values.items()
     }
     level = numbers[FITTED_ON].mean()
-    control = Task(None, {split: values - level for split, values in numbers.items()})
+    control = ProbingTask(None, {split: values - level for split, values in numbers.items()})
     _, rows, _ = fitted_table(grid, source, control=control)
     assert rows.control_r2[1] == pytest.approx(1, abs=1e-3)
     assert rows.selectivity[1] == pytest.approx(rows.r2[1] - rows.control_r2[1])

@@ -108,6 +108,24 @@ def test_few_documents_of_interventions_subnetworks_and_checkpoints(documents: i
     assert found == (few if documents < FEW_DOCUMENTS else [])
 
 
+def test_notes_on_the_labels_of_probes(run: Run):
+    write_probes(run, sound_probes())
+    settings = read_json(run.folder / "probes" / "settings.json")
+    note = "93% of the test examples at horizon 1 have the class no"
+    write_json(run.folder / "probes" / "settings.json", settings | {"notes": [note]})
+    assert others(run) == [f"Probes: {note}"]
+
+
+@pytest.mark.parametrize("lowest", [-0.1, 0.1])
+def test_probes_that_read_no_more_than_baselines(lowest: float, run: Run):
+    table = sound_probes().assign(gain=0.2, gain_low=-0.1, gain_high=0.4, gain_over="bigram")
+    table.loc[first_probe(table), "gain_low"] = lowest
+    write_probes(run, table)
+    lines = [line for line in others(run) if "read more than the bigram" in line]
+    assert len(lines) == (lowest < 0)
+    assert all(line.startswith("0 of ") for line in lines)
+
+
 def test_interventions_that_are_compared_with_nothing_are_left_out(causal: Run):
     table = compared_interventions(causal)
     assert set(table.condition) == {"erase", "steer"}

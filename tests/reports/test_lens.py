@@ -17,7 +17,6 @@ import probekit
 from probekit.cli import main
 from probekit.data.corpus import SPLITS
 from probekit.errors import ProbekitError
-from probekit.io import read_json, write_json
 from probekit.probing.probe import probe
 from probekit.reports.lens import page
 from probekit.reports.lens_reading import LensData, read_text
@@ -272,15 +271,6 @@ def test_a_run_without_probes_says_which_command_makes_them(tiny_run: Run, capsy
     assert main(["lens", str(tiny_run.folder), "--text", "Some words."]) == 2
     line = capsys.readouterr().err
     assert f"keeps no linear probes; run `probekit probe {tiny_run.folder}`" in line
-
-
-def test_probes_of_an_earlier_version_are_refused(probed_run: Run, tmp_path: Path, capsys: Capture):
-    folder = shutil.copytree(probed_run.folder, tmp_path / "run")
-    settings = read_json(folder / "probes" / "settings.json")
-    del settings["classes"]
-    write_json(folder / "probes" / "settings.json", settings)
-    assert main(["lens", str(folder), "--text", "Some words."]) == 2
-    assert "are of an earlier version" in capsys.readouterr().err
 
 
 def test_a_page_of_labels_names_them(tiny_run: Run, quick_probes: dict[str, Any], tmp_path: Path):

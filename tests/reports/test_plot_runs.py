@@ -14,7 +14,7 @@ import probekit
 from probekit.errors import ProbekitError
 from probekit.io import write_json
 from probekit.reports.plot_over_training import draw_over_training, over_training_numbers
-from probekit.reports.plot_probes import METRICS
+from probekit.reports.plot_probes import METRIC_LABELS
 from probekit.run.run import Run
 
 
@@ -97,8 +97,10 @@ def test_what_is_drawn_where_nothing_is_asked_for(probed: Run):
 
 @pytest.mark.parametrize("metric", ["accuracy", "top5", "bits", "gain", "selectivity", "compression"])
 def test_every_metric_is_drawn(metric: str, probed: Run):
-    assert METRICS[metric] in [axes.get_ylabel() for axes in probekit.plot_probes(probed, metric=metric).axes]
-    assert probekit.plot_curve(probed, metric=metric).axes[0].get_ylabel() == METRICS[metric]
+    assert METRIC_LABELS[metric] in [
+        axes.get_ylabel() for axes in probekit.plot_probes(probed, metric=metric).axes
+    ]
+    assert probekit.plot_curve(probed, metric=metric).axes[0].get_ylabel() == METRIC_LABELS[metric]
 
 
 def test_the_curve_has_each_variant_at_its_best_layer_and_all_baselines(probed: Run):

@@ -304,7 +304,7 @@ def test_a_label_that_is_markup_shows_as_text(copy: Run):
     write_json(copy.folder / "probes" / "settings.json", settings | {"notes": [f"# note of {label}"]})
     html, markdown = report(copy)
     for page in (read_html(html.read_text("utf-8")), read_markdown(markdown.read_text("utf-8"))):
-        assert f"# note of {label}" in page.items
+        assert f"Probes: # note of {label}" in page.items
         assert any(text.startswith(f"Probes of {label} on 200 test examples") for text in page.paragraphs)
         assert "script" not in page.tags
 

@@ -15,7 +15,7 @@ from probekit.errors import ProbekitError
 
 P = TypeVar("P", bound=tuple[Any, ...])
 
-CHUNK_BYTES = defaultdict(lambda: 1 << 30, cpu=1 << 25)
+PIECE_BYTES = defaultdict(lambda: 1 << 30, cpu=1 << 25)
 """Working memory of a piece of a batch, by device type; on a CPU a piece should stay in the cache."""
 
 
@@ -53,7 +53,7 @@ def probe_slices(probes: int, elements: int, like: Tensor) -> list[slice]:
         elements: Numbers of working memory that one probe needs.
         like: A tensor on the device; the numbers are of its `solver_dtype`.
     """
-    size = max(1, CHUNK_BYTES[like.device.type] // (elements * solver_dtype(like).itemsize))
+    size = max(1, PIECE_BYTES[like.device.type] // (elements * solver_dtype(like).itemsize))
     return [slice(first, first + size) for first in range(0, probes, size)]
 
 
@@ -65,7 +65,7 @@ def pieces(X: Tensor, elements: int) -> Iterator[tuple[slice, slice]]:
         elements: Numbers of working memory that one example of a probe needs.
     """
     probes, examples, _ = X.shape
-    size = max(1, CHUNK_BYTES[X.device.type] // (elements * solver_dtype(X).itemsize))
+    size = max(1, PIECE_BYTES[X.device.type] // (elements * solver_dtype(X).itemsize))
     rows = min(size, examples)
     for first in range(0, probes, size // rows):
         for start in range(0, examples, rows):

@@ -54,7 +54,7 @@ CONSTANT = 1e-9
 
 @dataclass
 class Moments:
-    """Sufficient statistics of a batch of closed-form probes, in float64; those of disjoint examples merge.
+    """Sufficient statistics of a batch of closed-form probes, in float64.
 
     Means and scatter are updated as in Chan, Golub and LeVeque (1979), which avoids cancellation.
 
@@ -159,22 +159,11 @@ class Moments:
         mean = self.mean[at, None, : scale.shape[2]]
         return torch.where(scale <= CONSTANT * mean.abs(), torch.inf, scale)
 
-    def merge(self, other: Self) -> Self:
-        """Adds the examples of other moments of the same shape."""
-        shapes = [list(moments.class_sums.shape) for moments in (self, other)]
-        if shapes[0] != shapes[1]:
-            raise ProbekitError(f"moments [probes, classes, width] differ: {shapes[0]} and {shapes[1]}")
-        self._move_mean(slice(None), other.count, other.mean)
-        self.scatter += other.scatter
-        self.class_counts += other.class_counts
-        self.class_sums += other.class_sums
-        return self
-
     def over_processes(self, *, labels_alone: bool = False) -> Self:
-        """Merges the moments of all processes.
+        """Adds up the moments of all processes.
 
         Args:
-            labels_alone: Leave mean and scatter, which are shared with moments that are merged already.
+            labels_alone: Leave mean and scatter, which are shared with moments that are added up already.
         """
         if distributed.count() == 1:
             return self
@@ -199,7 +188,7 @@ class Moments:
         centre = mean.to(X.dtype if X.dtype == torch.float64 else self.dtype)
         centred = (X.to(centre.dtype) - centre[:, None]).to(self.dtype)
         offset = mean - centre
-        self._move_mean(probes, torch.full_like(mean[:, 0], n), mean)
+        self._move_mean(probes, n, mean)
         width = self.scatter.shape[1]
         self.scatter[probes] += torch.bmm(centred[..., :width].mT, centred)
         self._add_outer(probes, offset, torch.full_like(mean[:, 0], -n))
@@ -215,10 +204,10 @@ class Moments:
         counts = torch.bincount(row, minlength=len(y) * classes)
         self.class_counts[probes] += counts.view(len(y), classes)
 
-    def _move_mean(self, probes: slice, count: Tensor, mean: Tensor) -> None:
-        """Updates mean and scatter for further examples of a given mean, before their counts are added."""
+    def _move_mean(self, probes: slice, n: int, mean: Tensor) -> None:
+        """Updates mean and scatter for n further examples of a given mean, before they are counted."""
         before = self.class_counts[probes].sum(1)
-        share = (count / (before + count).clamp(min=1))[:, None]
+        share = (n / (before + n))[:, None]
         delta = mean - self.mean[probes]
         self._add_outer(probes, delta, before * share[:, 0])
         self.mean[probes] += delta * share

@@ -36,12 +36,11 @@ def planted(probes=40, examples=400, signal=0.5, seed=0, dtype=torch.float64):
 
 
 def in_parts(X: torch.Tensor, y: torch.Tensor) -> Moments:
-    """Moments by way of uneven chunks in three folds."""
-    dtype = batch.solver_dtype(X)
-    folds = [Moments.zeros(len(X), WIDTH, CLASSES, dtype=dtype) for _ in range(3)]
-    for i, rows in enumerate(torch.arange(X.shape[1]).split([7, 150, 1, 42, 100, 60, 40])):
-        folds[i % 3].add(X[:, rows], y[:, rows])
-    return folds[2].merge(folds[0]).merge(folds[1])
+    """Moments by way of uneven chunks."""
+    moments = Moments.zeros(len(X), WIDTH, CLASSES, dtype=batch.solver_dtype(X))
+    for rows in torch.arange(X.shape[1]).split([7, 150, 1, 42, 100, 60, 40]):
+        moments.add(X[:, rows], y[:, rows])
+    return moments
 
 
 def unscaled(probes, probe: int) -> np.ndarray:
@@ -175,7 +174,7 @@ def test_validation_examples_may_come_in_parts(solver, sizes):
     "make", [lambda: RidgeProbes([1e-2, 1.0]), lambda: LDAProbes([0.02, 0.9]), MeanDifferenceProbes]
 )
 def test_tasks_that_share_activations_are_solved_as_if_alone(make, monkeypatch):
-    monkeypatch.setitem(batch.CHUNK_BYTES, "cpu", 8 * 4 * WIDTH * (WIDTH + CLASSES) * 3)  # probes by threes
+    monkeypatch.setitem(batch.PIECE_BYTES, "cpu", 8 * 4 * WIDTH * (WIDTH + CLASSES) * 3)  # probes by threes
     X, y, X_validation, y_validation = planted(probes=7, examples=60)
     labels = [(y, y_validation), (y.flip(1), y_validation.flip(1))]
     moments = Moments.zeros(7, WIDTH, CLASSES, dtype=torch.float64)
@@ -197,7 +196,7 @@ def test_tasks_that_share_activations_are_solved_as_if_alone(make, monkeypatch):
 def test_results_do_not_depend_on_memory(solver, monkeypatch):
     data = planted(probes=3)
     coef = solver.fit(*data[:2], CLASSES, *data[2:]).coef_
-    monkeypatch.setitem(batch.CHUNK_BYTES, "cpu", 1000)
+    monkeypatch.setitem(batch.PIECE_BYTES, "cpu", 1000)
     assert torch.allclose(solver.fit(*data[:2], CLASSES, *data[2:]).coef_, coef, rtol=1e-6, atol=1e-9)
 
 

@@ -108,7 +108,7 @@ def test_results_do_not_depend_on_the_batch(limit, monkeypatch):
         torch.cat(parts) for parts in zip(planted(signal=0.2)[::2], planted(signal=2.0)[::2], strict=True)
     ]
     _, y, _, y_validation = planted()
-    monkeypatch.setitem(batch.CHUNK_BYTES, "cpu", limit)
+    monkeypatch.setitem(batch.PIECE_BYTES, "cpu", limit)
     found = L1Probes([1e-1, 1e-2, 1e-3]).fit(data[0], y, 2, data[1], y_validation)
     for probe in range(4):
         at = slice(probe, probe + 1)

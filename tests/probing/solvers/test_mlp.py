@@ -47,7 +47,7 @@ def test_a_probe_does_not_depend_on_its_company(monkeypatch):
     y = torch.stack([y[0], y[1].roll(1), y[2]])  # the second stops early
     together = fit((X, y, X_validation, y_validation))
     assert len(together.n_iter_.unique()) > 1
-    monkeypatch.setitem(batch.CHUNK_BYTES, "cpu", 1)
+    monkeypatch.setitem(batch.PIECE_BYTES, "cpu", 1)
     apart = fit((X, y, X_validation, y_validation))
     for name in ("hidden_coef_", "coef_", "intercept_", "n_iter_", "converged_", "validation_loss_"):
         assert torch.allclose(getattr(together, name).double(), getattr(apart, name).double(), rtol=1e-6), (

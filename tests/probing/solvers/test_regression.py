@@ -78,11 +78,11 @@ def test_all_numbers_of_a_vector_have_the_penalty_that_is_best_for_them_together
 def test_vectors_of_several_tasks_in_parts_change_nothing():
     X, y, X_validation, y_validation = planted()
     y, y_validation = vectors_of(y), vectors_of(y_validation)
-    folds = [Moments.zeros(len(X), WIDTH, 1, dtype=torch.float64, numbers=10) for _ in range(2)]
-    for i, (start, stop) in enumerate(itertools.pairwise([0, 7, 150, 151, 300])):
-        both = torch.cat([y.flip(1), y], 2)[:, start:stop]
-        folds[i % 2].add_numbers(X[:, start:stop], both)
-    found = RegressionProbes([0.1], 5).fit_moments(folds[0].merge(folds[1]), target=1)
+    both = torch.cat([y.flip(1), y], 2)
+    moments = Moments.zeros(len(X), WIDTH, 1, dtype=torch.float64, numbers=10)
+    for start, stop in itertools.pairwise([0, 7, 150, 151, 300]):
+        moments.add_numbers(X[:, start:stop], both[:, start:stop])
+    found = RegressionProbes([0.1], 5).fit_moments(moments, target=1)
     for rows in torch.arange(X_validation.shape[1]).split([11, 200, 89]):
         found.observe_validation(X_validation[:, rows], y_validation[:, rows])
     whole = RegressionProbes([0.1], 5).fit(X, y, X_validation, y_validation)
@@ -109,10 +109,10 @@ def test_the_mean_is_kept_where_nothing_can_be_read():
 def test_parts_and_several_numbers_at_once_change_nothing():
     X, y, X_validation, y_validation = planted()
     both = torch.stack([y.flip(1), y], 2)
-    folds = [Moments.zeros(len(X), WIDTH, 1, numbers=2) for _ in range(2)]
-    for i, (start, stop) in enumerate(itertools.pairwise([0, 7, 150, 151, 300])):
-        folds[i % 2].add_numbers(X[:, start:stop].float(), both[:, start:stop])
-    found = RegressionProbes([0.1]).fit_moments(folds[0].merge(folds[1]), target=1)
+    moments = Moments.zeros(len(X), WIDTH, 1, numbers=2)
+    for start, stop in itertools.pairwise([0, 7, 150, 151, 300]):
+        moments.add_numbers(X[:, start:stop].float(), both[:, start:stop])
+    found = RegressionProbes([0.1]).fit_moments(moments, target=1)
     for rows in torch.arange(X_validation.shape[1]).split([11, 200, 89]):
         found.observe_validation(X_validation[:, rows], y_validation[:, rows])
     whole = RegressionProbes([0.1]).fit(X, y, X_validation, y_validation)

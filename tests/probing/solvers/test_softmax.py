@@ -53,7 +53,7 @@ def test_fit_at_fits_each_probe_at_its_own_penalty(monkeypatch):
     X, y, X_validation, y_validation = planted(probes=3)
     l2 = torch.tensor([1e-1, 1e-3, 1e-2], dtype=torch.float64)
     together = SoftmaxProbes([1.0], 500, 1e-8).fit_at(X, y, 5, l2)
-    monkeypatch.setitem(batch.CHUNK_BYTES, "cpu", 1)
+    monkeypatch.setitem(batch.PIECE_BYTES, "cpu", 1)
     for found in (together, SoftmaxProbes([1.0], 500, 1e-8).fit_at(X, y, 5, l2)):
         assert torch.equal(found.penalty_, l2)
         assert found.converged_.all()
@@ -89,7 +89,7 @@ def test_results_do_not_depend_on_the_batch(limit, monkeypatch):
     X = X * torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0])[:, None, None]  # one finishes at once
     labels = torch.stack([y, y.flip(0), y, y.roll(1), y])
     together = fit((X, labels, X_validation, y_validation), [1e-1, 1e-3])
-    monkeypatch.setitem(batch.CHUNK_BYTES, "cpu", limit)
+    monkeypatch.setitem(batch.PIECE_BYTES, "cpu", limit)
     again = fit((X, labels, X_validation, y_validation), [1e-1, 1e-3])
     for name in ("coef_", "intercept_", "penalty_", "n_iter_", "converged_", "validation_cross_entropy_"):
         pair = getattr(together, name), getattr(again, name)
@@ -228,7 +228,7 @@ def test_half_precision_activations_are_solved_in_float32():
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_bad_activations_name_the_probe(bad, monkeypatch):
-    monkeypatch.setitem(batch.CHUNK_BYTES, "cpu", 1)  # the index counts over chunks
+    monkeypatch.setitem(batch.PIECE_BYTES, "cpu", 1)  # the index counts over chunks
     for part in (0, 2):
         data = planted()
         data[part][2, 5, 3] = bad
