@@ -28,7 +28,7 @@ VARIANCE_TOLERANCE = 1e-11
 """So are variances: those of float32 activations are rounded to about 1e-14 of the largest."""
 
 PENALTY = 1e-3
-"""Ridge penalty as a share of the mean variance: rounding errors in erased dimensions must not count."""
+"""Ridge penalty as a share of the mean variance before erasure: what rounding leaves behind must not count."""
 
 
 @dataclass(frozen=True)
@@ -135,11 +135,10 @@ def erased_moments(moments: Moments, eraser: Eraser) -> Moments:
     )
 
 
-def least_squares_predictions(moments: Moments, activations: Tensor) -> np.ndarray:
+def least_squares_predictions(moments: Moments, activations: Tensor, ridge: Tensor) -> np.ndarray:
     """The classes that a least-squares probe predicts for activations `[examples, width]`: `[examples]`."""
     shares = moments.class_counts[0] / moments.count[0]
     mean, covariance, cross = _covariances(moments)
-    ridge = PENALTY * covariance.diagonal().mean().clamp(min=1e-30)
     weights = torch.linalg.solve(covariance + ridge * torch.eye(len(covariance)).to(covariance), cross)
     scores = shares + (activations.to(covariance) - mean) @ weights
     return scores.argmax(dim=-1).cpu().numpy()
@@ -161,9 +160,12 @@ def erasure_accuracies(
         activations, and `prior_accuracy` of the most frequent class, each 0 or 1 `[examples]`.
     """
     activations = activations.to(moments.mean)  # the erased ones must not be rounded
+    variances = moments.scatter[0].diagonal() / moments.count[0]
+    ridge = PENALTY * variances.mean().clamp(min=1e-30)
+    erased = erased_moments(moments, eraser)
     predicted = {
-        "fitted_accuracy": least_squares_predictions(moments, activations),
-        "refitted_accuracy": least_squares_predictions(erased_moments(moments, eraser), eraser(activations)),
+        "fitted_accuracy": least_squares_predictions(moments, activations, ridge),
+        "refitted_accuracy": least_squares_predictions(erased, eraser(activations), ridge),
         "prior_accuracy": np.full(len(labels), int(moments.class_counts[0].argmax())),
     }
     return {name: (classes == labels).astype(float) for name, classes in predicted.items()}

@@ -178,10 +178,21 @@ def test_random_erasers_erase_no_more_dimensions_than_vary(data):
 
 def test_predictions_are_those_of_least_squares(data):
     x, y = data
-    found = least_squares_predictions(moments_of(x[:3000], y[:3000]), x[3000:])
+    found = least_squares_predictions(moments_of(x[:3000], y[:3000]), x[3000:], torch.tensor(1e-3))
     one_hot = torch.nn.functional.one_hot(y[:3000], CLASSES)
     expected = LinearRegression().fit(x[:3000], one_hot).predict(x[3000:]).argmax(1)
     assert (found == expected).mean() > 0.99
+
+
+def test_after_erasure_of_all_that_varies_rounding_says_nothing():
+    """A class has one activation: what erasure leaves of it differs between classes by rounding alone."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.multinomial(torch.tensor([0.5, 0.2, 0.2, 0.1]), 400, replacement=True, generator=generator)
+    x = (5 + torch.randn(4, WIDTH, generator=generator))[y]
+    moments = moments_of(x[:300], y[:300])
+    found = erasure_accuracies(moments, leace(moments), x[300:], y[300:].numpy())
+    assert found["fitted_accuracy"].all()
+    np.testing.assert_array_equal(found["refitted_accuracy"], found["prior_accuracy"])
 
 
 def test_after_erasure_only_the_prior_is_left(data):

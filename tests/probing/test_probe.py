@@ -492,7 +492,7 @@ def test_layers_of_the_settings_and_locations_without_one(loud_run: Run, tmp_pat
         ({"probe.positions": [500, 600]}, r"no position and horizon has 20 examples.*probe\.positions"),
         ({"probe.max_examples": 12}, r"probe\.max_examples is 12"),
         (
-            {"probe.max_examples": 60, "probe.positions": [1, 60], "probe.seeds": [0, 2]},
+            {"probe.max_examples": 60, "probe.positions": [1, 54], "probe.seeds": [0, 2]},
             r"probe\.max_examples is 60, so few .* empty for some of probe\.seeds",
         ),
         ({"probe.target": "plan"}, r"probe\.target is 'plan'; it must be one of action, token"),
