@@ -28,7 +28,7 @@ VARIANCE_TOLERANCE = 1e-11
 """So are variances: those of float32 activations are rounded to about 1e-14 of the largest."""
 
 PENALTY = 1e-3
-"""Ridge penalty as a share of the mean variance before erasure: what rounding leaves behind must not count."""
+"""Ridge penalty as a share of the mean variance before erasure: what rounding leaves over must not count."""
 
 
 @dataclass(frozen=True)
