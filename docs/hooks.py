@@ -23,8 +23,8 @@ from mkdocs.structure.pages import Page
 from nbconvert import MarkdownExporter
 
 from probekit import cli
+from probekit.cli.options import ALL, Parser, parse
 from probekit.config import preset_names, setting_names
-from probekit.config.options import ALL, Parser, parse
 from probekit.run.stages import ONLY_WITH
 
 ROOT = Path(__file__).parents[1]

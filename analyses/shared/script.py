@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from probekit.cli.options import seed_list
 from probekit.config import Config, user_path
-from probekit.config.options import seed_list
 from probekit.errors import ProbekitError
 from probekit.io import read_json, write_json, write_text
 from probekit.reports.drawing import save_png

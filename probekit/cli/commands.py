@@ -16,10 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from probekit import distributed
 from probekit.cli.compare_options import compared_configs, parse_compare
-from probekit.cli.probe_options import parse_probe, probed_config
-from probekit.cli.sweep_options import parse_sweep, swept
-from probekit.config import Config, preset_names, user_path
-from probekit.config.options import (
+from probekit.cli.options import (
     ALL,
     OF_LABELS,
     READING,
@@ -32,6 +29,9 @@ from probekit.config.options import (
     run_parser,
     shorthands,
 )
+from probekit.cli.probe_options import parse_probe, probed_config
+from probekit.cli.sweep_options import parse_sweep, swept
+from probekit.config import Config, preset_names, user_path
 from probekit.distributed import Stopped, terminable
 from probekit.errors import ProbekitError
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from probekit.cli.options import ALL, add_labels, add_sources, command_parser, parse
 from probekit.cli.probe_options import ANY_MODEL, probed_config
 from probekit.config import Config
-from probekit.config.options import ALL, add_labels, add_sources, command_parser, parse
 
 
 def parse_compare(

@@ -7,8 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from probekit.config import Config, user_path
-from probekit.config.options import (
+from probekit.cli.options import (
     ALL,
     READING,
     SHORTHANDS,
@@ -19,6 +18,7 @@ from probekit.config.options import (
     parse,
     shorthands,
 )
+from probekit.config import Config, user_path
 
 ANY_MODEL = "any-model"
 """The preset of `probekit probe --model`."""

@@ -6,8 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from probekit.config import Config, setting_names, unknown_setting
-from probekit.config.options import (
+from probekit.cli.options import (
     ALL,
     add_sources,
     chosen_config,
@@ -16,6 +15,7 @@ from probekit.config.options import (
     seed_list,
     typed_value,
 )
+from probekit.config import Config, setting_names, unknown_setting
 from probekit.errors import ProbekitError
 
 STUDIES = {"mixing-fraction": ("mixing.fraction", (0, 0.25, 0.5, 0.75, 1), "mixed")}

@@ -57,7 +57,7 @@ def test_help_needs_no_pytorch():
     ran = subprocess.run(command, capture_output=True, text=True, check=True)
     assert ran.stdout.startswith("usage: probekit")
     modules = {line.rpartition("|")[2].strip() for line in ran.stderr.splitlines()}
-    assert "probekit.config.options" in modules
+    assert "probekit.cli.options" in modules
     assert not modules & {"torch", "transformers", "numpy", "pandas", "transformer_lens"}
 
 

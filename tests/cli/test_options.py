@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from probekit.cli.options import ALL, Parser, add_sources, chosen_config, parse
 from probekit.config import Config, preset_names, setting_names, settings_of
-from probekit.config.options import ALL, Parser, add_sources, chosen_config, parse
 from probekit.errors import ProbekitError
 
 
