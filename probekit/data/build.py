@@ -16,7 +16,8 @@ import joblib
 import numpy as np
 
 from probekit.config import ActionSettings, Config, CorpusSettings
-from probekit.data.codebook import fit_codebook, label_centroids, telling_words
+from probekit.data.action_words import telling_words
+from probekit.data.codebook import fit_codebook, label_centroids
 from probekit.data.corpus import SPLITS, Corpus, ranges
 from probekit.data.documents import DocumentFile
 from probekit.data.encoders import (

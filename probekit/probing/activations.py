@@ -120,9 +120,9 @@ def stacks_of(points: Sequence[HookPoint], widths: Mapping[str, int], spans: int
 
 
 def probing_windows(run: Run) -> tuple[int, int, bool]:
-    """Length of the windows that probes read in, by how much they advance, in tokens, and if they are cut.
+    """Window length and stride in tokens, and whether windows end where a probe reads.
 
-    Those of a bidirectional LM are cut behind what is read.
+    Those of a bidirectional LM do.
 
     An LM that was trained here has learned nothing of positions after `training.window`. A pre-trained one is
     read with longer windows than an adapter was trained in: adapters know nothing of positions, and all

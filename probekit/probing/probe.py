@@ -109,8 +109,8 @@ def probe(
     """Fits the probe grid of a run and writes it into `probes/`, replacing what was there.
 
     Probes are fitted on the documents of the split "probe", chosen on "validation" and measured on "test";
-    the LM and the planner were trained on none of these. An interrupted probing continues after the last
-    variant and seed that it finished, if settings and weights are the same.
+    the LM and the planner were trained on none of these. An interrupted probing continues after what
+    it finished (closed-form or other probes of a variant and seed), if settings and weights are the same.
 
     Args:
         run: The run or its folder; a corpus and an LM are enough.
@@ -190,7 +190,7 @@ def probe(
             write_table(folder / "results.parquet", table)
             for name, own in tables.items():
                 write_table(folder / name, own)
-            record = {"notes": notes, "of": origin(run), "documents": documents} | _labels(run, shared)
+            record = {"notes": notes, "of": origin(run), "documents": documents} | _label_facts(run, shared)
             write_json(folder / SETTINGS, run.config.model_dump(mode="json") | record)
         finished.forget()
     distributed.wait()
@@ -202,7 +202,7 @@ def probe(
     return ProbeResults(table, results, notes, tables.get(TRANSFER), tables.get(GEOMETRY))
 
 
-def _labels(run: Run, grid: Grid) -> dict[str, Any]:
+def _label_facts(run: Run, grid: Grid) -> dict[str, Any]:
     """What the record says of labels: names of classes, what a label is of, and the range of numbers."""
     target = grid.target
     classes = [target.name_of(label) for label in range(target.classes)]
@@ -261,7 +261,7 @@ def _announce(run: Run, grids: Mapping[int, Grid], points: Sequence[HookPoint], 
     return Meter(progress, tokens, f"{fitting}; faster with {faster}" if faster else fitting)
 
 
-def _parts(solvers: Sequence[SolverName]) -> dict[str, list[SolverName]]:
+def _solver_parts(solvers: Sequence[SolverName]) -> dict[str, list[SolverName]]:
     """The solvers that are fitted and scored together, in this order: closed-form ones give results first."""
     parts = {
         "closed-form": [solver for solver in solvers if solver in CLOSED_FORM],
@@ -427,7 +427,7 @@ class _VariantProbes:
             write_store(self._reader(self._points), splits, self._folder, self._progress, self._meter)
         scored: list[DocumentSums] = []
         weights: dict[str, Tensor] = {}
-        parts = _parts(self._run.config.probe.solvers)
+        parts = _solver_parts(self._run.config.probe.solvers)
         for name, solvers in parts.items():
             part = f"{self._variant}-seed{self._seed}-{name}"
             sums, kept = finished.read_or_make(part, self._variant, partial(self.fit_and_score, solvers))
@@ -448,6 +448,7 @@ class _VariantProbes:
                 weights.update(batch.weights(source.stacks, self._grid))
 
         config = self._run.config.probe
+        # Not `solvers`: where others follow, activations are held for them anyway.
         if CLOSED_FORM.issuperset(config.solvers) and not config.transfer:
             for points in _groups(self._run, self._grid, self._points):
                 source = self._source(points)
@@ -490,7 +491,7 @@ class _VariantProbes:
     def _test_held(self) -> bool:
         """Whether test examples are scored again: closed-form solvers come first, transfer last."""
         config = self._run.config.probe
-        return len(_parts(config.solvers)) > 1 or config.transfer is not None
+        return len(_solver_parts(config.solvers)) > 1 or config.transfer is not None
 
     @cached_property
     def _held(self) -> HeldActivations:

@@ -1,4 +1,4 @@
-"""Finished parts of a probing that is under way, and what results depend on."""
+"""Saves the finished parts of a probe run, so that it can go on after an interruption."""
 
 from __future__ import annotations
 

@@ -182,6 +182,9 @@ def paired_table(
 ) -> pd.DataFrame:
     """The table of some probes beside others on the same test examples.
 
+    The others take the place of the control task in `scored`, which is changed, so that the selectivity of
+    `table_of` is the paired difference from them.
+
     Args:
         scored: The scores of probes.
         own: Those of the probes that they are compared with; `over_own` is missing if they are the same.
@@ -194,7 +197,6 @@ def paired_table(
     """
     prior = prior_sums(grid)
     for sums, of_own in zip(scored, own, strict=True):
-        # The difference from a control task is paired: here the control is the other probe.
         if grid.target.kind != "classes":
             error = of_own.sums["squared_error"]
             horizon = sums.readers[0]["horizon"]

@@ -280,7 +280,7 @@ def probe_tables(table: pd.DataFrame, best: pd.DataFrame) -> list[Table]:
             caption,
             cells,
             [*keys, *metrics],
-            optional=["target", "solver", "horizon", "seed", "selectivity", "compression"],
+            optional=["target", "location", "solver", "horizon", "seed", "selectivity", "compression"],
         ),
         display(
             "Baselines and ceilings at the positions and horizons of these cells, on the same examples",

@@ -32,7 +32,7 @@ def print_tables(shown: Iterable[Table]) -> None:
     for table in shown:
         grid = RichTable(title=_literal(table.caption), title_justify="left", title_style="bold")
         for name, numeric in zip(table.cells.columns, table.numeric, strict=True):
-            grid.add_column(_literal(name), justify="right" if numeric else "left")
+            grid.add_column(_literal(name), justify="right" if numeric else "left", overflow="fold")
         for row in table.cells.itertuples(index=False, name=None):
             grid.add_row(*map(_literal, row))
         _console().print(grid)

@@ -21,7 +21,7 @@ from probekit.models.planned_lm import PlannedLM, token_losses
 from probekit.models.planner import Planner, TrainableEncoder, embedded_context
 from probekit.models.tuning import Tuning
 from probekit.progress import without_bars_of_transformers
-from probekit.training.planner import OutOfFold, PlannerLoss, fold_of_documents
+from probekit.training.planner import OutOfFold, PlannerLoss
 from probekit.training.trainer import Group, Stage, Trainer
 
 
@@ -73,8 +73,7 @@ class AdapterTraining:
         self._joint = chosen.joint
         self._out_of_fold = None
         if fold_planners and chosen.out_of_fold:
-            fold = fold_of_documents(corpus, len(fold_planners), config.seed)
-            self._out_of_fold = OutOfFold(fold_planners, fold)
+            self._out_of_fold = OutOfFold(fold_planners, corpus, config.seed)
         self._planner_loss = PlannerLoss(config.training.planner, codebook.to(trainer.device))
         self._train, self._validation = trainer.windows("train"), trainer.windows("validation")
         self._beginnings = beginnings(corpus, self._train)

@@ -25,7 +25,7 @@ from probekit.models.mixing import evaluation_mixing
 from probekit.models.planned_lm import PlannedLM
 from probekit.models.planner import Planner
 from probekit.models.tuning import Tuning
-from probekit.training.planner import OutOfFold, fold_of_documents
+from probekit.training.planner import OutOfFold
 from probekit.training.trainer import Group, Stage, Trainer
 
 
@@ -45,7 +45,7 @@ class DepthTraining:
         ensemble: The ensemble.
 
     Raises:
-        ProbekitError: The LM does not bear an ensemble; or it is to be tuned, but only TransformerLens has
+        ProbekitError: The LM does not support an ensemble; or it is to be tuned, but only TransformerLens has
             the places that are read.
     """
 
@@ -76,8 +76,7 @@ class DepthTraining:
         self._train, self._validation = trainer.windows("train"), trainer.windows("validation")
         self._out_of_fold: OutOfFold | None = None
         if fold_planners:
-            fold = fold_of_documents(trainer.corpus, len(fold_planners), config.seed)
-            self._out_of_fold = OutOfFold(fold_planners, fold)
+            self._out_of_fold = OutOfFold(fold_planners, trainer.corpus, config.seed)
 
     def run(self) -> DepthEnsemble:
         """Trains the ensemble and leaves it in evaluation mode."""
@@ -107,7 +106,7 @@ class DepthTraining:
         return total / int(self._train.scored[step].sum())
 
     def validation_loss(self, windows: Windows) -> Tensor:
-        """The ensemble's next-token loss, summed over windows; nothing else is selected by."""
+        """The ensemble's next-token loss, summed over windows: the only criterion of model selection."""
         return self._summed(self._task_loss, self._batch(windows))
 
     @torch.no_grad()

@@ -50,11 +50,12 @@ class OutOfFold:
 
     Args:
         planners: For every fold, a planner trained on the documents outside it.
-        fold: The fold of every document `[documents]`.
+        corpus: The documents.
+        seed: That of the training, which the folds are drawn by.
     """
 
-    def __init__(self, planners: Sequence[Planner], fold: np.ndarray) -> None:
-        self._planners, self._fold = planners, fold
+    def __init__(self, planners: Sequence[Planner], corpus: Corpus, seed: int) -> None:
+        self._planners, self._fold = planners, fold_of_documents(corpus, len(planners), seed)
 
     def scores(self, batch: Batch) -> Tensor:
         """Scores of the touched sentences `[touched, actions]`, each document's from one planner alone."""
@@ -74,7 +75,7 @@ def _digest(tokens: np.ndarray) -> bytes:
 
 
 class PlannerLoss:
-    """Cross-entropy between what the planner says and what it is to say, summed over sentences.
+    """Cross-entropy between the planner's predictions and their targets, summed over sentences.
 
     Args:
         settings: Hard targets, the sentences' actions, or soft ones, a softmax over the negative squared
@@ -101,7 +102,7 @@ class PlannerLoss:
         return F.cross_entropy(scores[counted].float(), targets, reduction="sum")
 
     def soft_targets(self, embeddings: Tensor) -> Tensor:
-        """What the planner is to say of sentences with these embeddings `[sentences, actions]`."""
+        """The target distribution for sentences with these embeddings `[sentences, actions]`."""
         # Without the embedding's own square, which is the same for every centroid.
         distances = self._codebook.square().sum(dim=-1) - 2.0 * embeddings.float() @ self._codebook.T
         nearest = distances.amin(dim=-1, keepdim=True)  # keeps the exponents of a low temperature finite

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch.nn import Parameter
 
 from probekit import distributed
 from probekit.config import Config, MemberName, ModelName, VariantName
@@ -28,7 +29,7 @@ from probekit.models.hook_points import architecture_of
 from probekit.models.language_model import load_model, longest_window, new_model, save_model
 from probekit.models.mixing import VARIANTS
 from probekit.models.planned_lm import PlannedLM
-from probekit.models.planner import write_embeddings
+from probekit.models.planner import Planner, write_embeddings
 from probekit.models.pretrained import (
     check_memory,
     check_tokenizer,
@@ -112,7 +113,7 @@ def train(
     existing: Existing = "refuse",
     quiet: bool = False,
 ) -> Run:
-    """Trains everything that the settings describe: corpus, LM (if new), planner and adapters.
+    """Trains all that the settings describe: LM (if new), planner, and adapters or depth ensembles.
 
     Args:
         config: The settings; None resumes a run with its own.
@@ -252,7 +253,7 @@ def _stage(run: Run, name: str, progress: Progress) -> None:
             run.begin_stage(name, _state(run, name).state().step)
         distributed.wait()
         start = time.monotonic()
-        facts = (WORK[kind](run, progress, *which) or {}) | _precision(run, name)
+        facts = (WORK[kind](run, progress, *which) or {}) | _precision_facts(run, name)
         if first:
             run.mark_finished(name, {"seconds": round(time.monotonic() - start, 1)} | facts)
     if first:
@@ -260,7 +261,7 @@ def _stage(run: Run, name: str, progress: Progress) -> None:
     distributed.wait()
 
 
-def _precision(run: Run, stage: str) -> dict[str, str]:
+def _precision_facts(run: Run, stage: str) -> dict[str, str]:
     """What `auto` stood for in a stage: the arithmetic of its forward passes, the LM's dtype."""
     used = stage_settings(run.config, stage)
     facts: dict[str, str] = {}
@@ -282,7 +283,7 @@ def _checkpoints(run: Run, stage: str, save: Callable[[Run, T], None]) -> Callab
 
     def keep(model: T, step: int) -> None:
         if distributed.is_first():
-            facts = {"seconds": round(time.monotonic() - start, 1)} | _precision(run, stage)
+            facts = {"seconds": round(time.monotonic() - start, 1)} | _precision_facts(run, stage)
             with run.checkpoint(stage, step, facts) as checkpoint:
                 save(checkpoint, model)
 
@@ -333,7 +334,7 @@ def _language_model(run: Run, progress: Progress) -> dict[str, Any]:
         check_weights(model, settings.name)
         with atomic_folder(run.folder / "lm") as folder:
             write_json(folder / "source.json", {"name": name, "revision": source.revision})
-    facts: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
+    facts: dict[str, Any] = {"parameters": _count(model.parameters())}
     if settings.name is not None and (weights := lm_digest(settings.name)):
         facts["weights"] = weights
     return facts
@@ -370,8 +371,6 @@ def _save_tuned(run: Run, name: ModelName, tuning: Tuning) -> None:
 
 def _adapter(run: Run, progress: Progress, variant: VariantName) -> dict[str, Any]:
     stage, tuning = f"adapter/{variant}", _tuning(run, "none")
-    folds = range(folds_of(run.config) if VARIANTS[variant].out_of_fold else 0)
-    fold_planners = [run.fold_planner(fold) for fold in folds]
 
     def save(run: Run, model: PlannedLM) -> None:
         run.save_adapter(variant, model)
@@ -381,16 +380,13 @@ def _adapter(run: Run, progress: Progress, variant: VariantName) -> dict[str, An
             _save_tuned(run, variant, tuning)
 
     keep = _checkpoints(run, stage, save)
-    training = AdapterTraining(
-        _trainer(run, progress, stage), variant, run.frozen_lm(), run.planner(), tuning, fold_planners
-    )
+    trainer, fold_planners = _trainer(run, progress, stage), _fold_planners(run, variant)
+    training = AdapterTraining(trainer, variant, run.frozen_lm(), run.planner(), tuning, fold_planners)
     model = training.run(keep)
     if distributed.is_first():
         save(run, model)
     assert model.adapter is not None  # noqa: S101 - only trained variants come here
-    facts: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in model.adapter.parameters())}
-    if tuning is not None:
-        facts["tuned_parameters"] = sum(parameter.numel() for parameter in tuning.parameters)
+    facts: dict[str, Any] = {"parameters": _count(model.adapter.parameters())} | _tuned_count(tuning)
     if model.log_temperature is not None:
         facts["temperature"] = model.log_temperature.exp().item()
     return facts
@@ -400,20 +396,29 @@ def _ensemble(run: Run, progress: Progress, member: MemberName) -> dict[str, Any
     variant, stage = run.config.depth.variant, f"depth/{member}"
     tuning = _tuning(run, variant)
     trainer = replace(_trainer(run, progress, stage), corpus=run.corpus_of(variant))
-    out_of_fold = variant in VARIANTS and VARIANTS[variant].out_of_fold
-    fold_planners = [run.fold_planner(fold) for fold in range(folds_of(run.config) if out_of_fold else 0)]
-
     conditioned = run.model(variant, plain=None if tuning is None else tuning.model)
-    training = DepthTraining(trainer, member, run.frozen_lm(variant), conditioned, tuning, fold_planners)
+    lm, fold_planners = run.frozen_lm(variant), _fold_planners(run, variant)
+    training = DepthTraining(trainer, member, lm, conditioned, tuning, fold_planners)
     ensemble = training.run()
     if distributed.is_first():
         run.save_ensemble(member, ensemble)
         if tuning is not None:
             _save_tuned(run, member, tuning)
-    facts: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in ensemble.trained)}
-    if tuning is not None:
-        facts["tuned_parameters"] = sum(parameter.numel() for parameter in tuning.parameters)
-    return facts
+    return {"parameters": _count(ensemble.trained)} | _tuned_count(tuning)
+
+
+def _fold_planners(run: Run, variant: ModelName) -> list[Planner]:
+    """The planners of the folds, of a variant that is trained on their scores; else none."""
+    out_of_fold = variant in VARIANTS and VARIANTS[variant].out_of_fold
+    return [run.fold_planner(fold) for fold in range(folds_of(run.config) if out_of_fold else 0)]
+
+
+def _count(parameters: Iterable[Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def _tuned_count(tuning: Tuning | None) -> dict[str, int]:
+    return {} if tuning is None else {"tuned_parameters": _count(tuning.parameters)}
 
 
 WORK: dict[str, Callable[..., dict[str, Any] | None]] = {

@@ -1,7 +1,6 @@
 import subprocess
 import sys
 import warnings
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +12,7 @@ from sklearn.metrics import adjusted_rand_score
 
 from probekit import io as storage
 from probekit.data import codebook as actions
-from probekit.data.codebook import Codebook, fit_codebook, label_centroids, nearest_sentences, telling_words
-from probekit.data.encoders import WORD
+from probekit.data.codebook import Codebook, fit_codebook, label_centroids, nearest_sentences
 from probekit.errors import ProbekitError
 
 # Small integers as coordinates make exact ties and duplicates common, and every distance exact.
@@ -196,36 +194,3 @@ def test_nearest_sentences_are_brute_force(data, rows: int, k: int, per_action: 
     found = nearest_sentences(embeddings, labels, Codebook(centroids), per_action)
     np.testing.assert_array_equal(found, expected)
     assert found.dtype == np.int64
-
-
-# The words of an action
-
-
-def test_telling_words_are_brute_force_class_based_tfidf():
-    sentences = [
-        "The cat sat, the cat ran.",
-        "The dog ran.",
-        "A cat!",
-        "The rain; the RAIN fell",
-        "...",
-        "Rain",
-    ]
-    labels, k = np.array([0, 0, 0, 2, 2, 2]), 4
-    words = [WORD.findall(text.lower()) for text in sentences]
-    total = Counter(word for own in words for word in own)
-    expected = []
-    for action in range(k):
-        own = Counter(
-            word for label, each in zip(labels, words, strict=True) if label == action for word in each
-        )
-        weight = {
-            word: np.sqrt(count / own.total()) * np.log(1 + total.total() / k / total[word])
-            for word, count in own.items()
-        }
-        expected.append(sorted(weight, key=lambda word, weight=weight: (-weight[word], word))[:2])
-    assert telling_words(sentences, labels, k, words=2) == expected
-    assert not expected[1]
-
-
-def test_sentences_without_words_have_no_telling_words():
-    assert telling_words(["...", "!"], np.array([0, 1]), 2) == [[], []]

@@ -291,7 +291,7 @@ def test_seeds_and_targets_are_shown(capsys):
     table = pd.concat([table.assign(seed=table.seed.mask(embedding, 3)), table[embedding].assign(seed=5)])
     print_probes(probe_results(table.assign(target="[red]topic").reset_index(drop=True)))
     printed = capsys.readouterr().out
-    assert "target [red]topic, solver softmax" in printed.replace("; ", ", ")
+    assert "target [red]topic, location hook_resid_post, solver softmax" in printed.replace("; ", ", ")
     rows = rows_of(printed)
     assert {row[4] for row in rows if row[1] == "hook_resid_post"} <= {"3", "5"}
     readers = {(row[0], row[3]) for row in rows if row[1] != "hook_resid_post"}

@@ -133,7 +133,7 @@ def test_every_document_is_scored_by_its_folds_planner_alone(tiny_run: Run):
     recording = [Recording(planner) for planner in planners]
     windows = cut_windows(corpus, corpus.documents("train"), 11, 11)[::7][:40]
     batch = collate(corpus, windows)
-    found = OutOfFold(recording, fold).scores(batch)
+    found = OutOfFold(recording, corpus, 0).scores(batch)
     assert sum(one.contexts for one in recording) == len(batch.documents) == len(set(windows.document))
     place = np.stack(np.divmod(batch.touched.numpy(), batch.context.shape[1]), axis=1)
     for scores, (row, sentence) in zip(found, place, strict=True):
