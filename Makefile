@@ -83,11 +83,14 @@ ifneq ($(WIKITEXT),)
 endif
 ifneq ($(WIKIPEDIA),)
 	$(DRAW)/figure3_pretrained.py $(WIKIPEDIA) --models $(LMS) --encoder $(ENCODER) --runs $(RUNS)/figure3_pretrained
+	$(DRAW)/table1_perplexity.py --preset smollm2-wikipedia --seeds 3 --set corpus.reader auto --set corpus.path $(WIKIPEDIA) \
+		--set corpus.subset null --set lm.name $(firstword $(LMS)) --set actions.encoder $(ENCODER) \
+		--runs $(RUNS)/smollm2 --out figures/table1_smollm2.png
 endif
 ifneq ($(FICTION),)
-	$(DRAW)/compare_compressed.py $(FICTION) --model $(firstword $(LMS)) --runs $(RUNS)/compressed
+	$(DRAW)/compare_compressed.py $(FICTION) --model $(firstword $(LMS)) --tune 110 --runs $(RUNS)/compressed
 	$(DRAW)/labels_fiction.py $(FICTION) --models $(LMS) --passages 50 --sentences 12 --runs $(RUNS)/labels_fiction
-	$(DRAW)/causal_fiction.py $(FICTION) --models $(LMS) --runs $(RUNS)/causal_fiction
+	$(DRAW)/causal_fiction.py $(FICTION) --models $(firstword $(LMS)) --layers 8 16 24 --boundaries 60 --runs $(RUNS)/causal_fiction
 	$(DRAW)/minimal_pairs.py --models $(LMS) --runs $(RUNS)/minimal_pairs
 	$(DRAW)/continuation.py $(FICTION) --models $(LMS) --encoder $(ENCODER) --boundaries 60 --runs $(RUNS)/continuation
 endif

@@ -39,21 +39,28 @@ CORPORA = {
     "fiction": "Gutenberg fiction, pre-trained LMs",
 }
 
+WIKITEXT = "--preset text-small --set corpus.path WIKITEXT --seeds 3"
+
 COMMANDS = {
     "table1_perplexity": "table1_perplexity.py --preset demo --seeds 5",
-    "table1_wikitext": "table1_perplexity.py --preset text-small --seeds 3",
-    "table1_smollm2": "table1_perplexity.py --preset smollm2-wikipedia --seeds 3",
+    "table1_wikitext": f"table1_perplexity.py {WIKITEXT} --out figures/table1_wikitext.png",
+    "table1_smollm2": "table1_perplexity.py --preset smollm2-wikipedia --seeds 3 --set corpus.reader auto "
+    "--set corpus.path WIKIPEDIA --set corpus.subset null --set lm.name LM --set actions.encoder ENCODER "
+    "--out figures/table1_smollm2.png",
     "table3_joint": "table3_joint.py --preset demo --seeds 5",
-    "figure3_probing": "figure3_probing.py runs/demo",
-    "figure3_wikitext": "figure3_probing.py RUN",
-    "figure3_pretrained": "figure3_pretrained.py ARTICLES.jsonl --models LM LM",
+    "figure3_probing": "figure3_probing.py RUNS/demo",
+    "figure3_wikitext": "figure3_probing.py RUNS/wikitext/text-small/all/seed0 "
+    "--out figures/figure3_wikitext.png",
+    "figure3_pretrained": "figure3_pretrained.py WIKIPEDIA --models LMS --encoder ENCODER",
     "figure4_mixing_fraction": "figure4_mixing_fraction.py --preset demo --seeds 3 --generation",
-    "figure4_wikitext": "figure4_mixing_fraction.py --preset text-small --seeds 3",
-    "labels_fiction": "labels_fiction.py FICTION.jsonl --models LM LM --passages 50 --sentences 12",
-    "depth_table1_parameters": "depth_table1_parameters.py --preset demo --seeds 3",
-    "depth_wikitext": "depth_table1_parameters.py --preset text-small --seeds 3",
+    "figure4_wikitext": f"figure4_mixing_fraction.py {WIKITEXT} --out figures/figure4_wikitext.png",
+    "labels_fiction": "labels_fiction.py FICTION --models LMS --passages 50 --sentences 12",
+    "depth_table1_parameters": "depth_table1_parameters.py --preset demo --seeds 3 "
+    "--set training.base.learning_rate 1e-3",
+    "depth_wikitext": f"depth_table1_parameters.py {WIKITEXT} --tunings frozen --set depth.members plain "
+    "ensemble distilled --set training.depth.epochs 1 --out figures/depth_wikitext.png",
 }
-"""The script that makes each figure's numbers."""
+"""The script that makes each figure's numbers, as in the Makefile; words in capitals are its variables."""
 
 Side = Literal["below", "above"]
 
@@ -352,8 +359,8 @@ narrow to be trusted. Intervals say nothing of other seeds where there is one. O
 
 Sentences of the planted corpus follow a plan by construction: that a claim holds there shows that the method
 can find a plan, not that language has one. Hand-made features of a sentence's surface
-(`surface` in `figures/labels_fiction.csv`) know more than n-grams: they reach most of what is read of the
-next sentence's speech, and half of what is read of its paragraph.
+(`surface` in `figures/labels_fiction.csv`) know more of the next sentence's speech than n-grams, and reach
+most of what is read of it; of its paragraph they know as much as n-grams, half of what is read.
 
 Not judged: that late layers solve problems which the last one does not. Some layer always differs on some
 questions (`figures/depth_figure2_solved.csv`); what counts is whether the ensemble gains accuracy by it.
@@ -394,6 +401,9 @@ def page(table: pd.DataFrame) -> str:
     lines += [
         "",
         "## Which command makes which number",
+        "",
+        "Words in capitals are variables of the Makefile, whose target `figures` runs these commands and what",
+        "they need first.",
         "",
         "| numbers | `python analyses/...` |",
         "| --- | --- |",

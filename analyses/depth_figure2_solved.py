@@ -185,7 +185,10 @@ def draw_venn(axes: Axes, counts: pd.DataFrame, names: Sequence[str], colours: S
         names: Labels of the sets.
         colours: Their colours.
     """
-    from matplotlib_venn import venn2, venn3  # type: ignore[import-untyped]
+    try:
+        from matplotlib_venn import venn2, venn3  # type: ignore[import-untyped]
+    except ImportError:
+        raise ProbekitError("circles need the package matplotlib-venn: pip install -e '.[figures]'") from None
 
     sets = list(counts.columns.drop("count"))
     codes = counts[sets].apply(lambda row: "".join("01"[int(inside)] for inside in row), axis=1)

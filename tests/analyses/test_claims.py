@@ -1,5 +1,7 @@
 """The table of claims says what the figures' numbers say."""
 
+import re
+
 import claims
 import pandas as pd
 import pytest
@@ -37,6 +39,15 @@ def test_the_page_and_the_table_are_those_of_the_figures():
     assert set(claims.CORPORA) == {*table.corpus}
     assert (table.low <= table.value).all()
     assert (table.value <= table.high).all()
+
+
+def test_commands_are_those_of_the_makefile():
+    """But for the folder of the runs, which may be any."""
+    makefile = (claims.FIGURES.parent / "Makefile").read_text("utf-8").replace("\\\n", " ")
+    makefile = re.sub(r"\$\((\w+)\)", r"\1", makefile.replace("$(firstword $(LMS))", "LM"))
+    lines = {" ".join(line.split()) for line in makefile.replace("$(RUNS)", "RUNS").splitlines()}
+    known = {re.sub(r" --runs \S+", "", line).removeprefix("DRAW/") for line in lines}
+    assert {*claims.COMMANDS.values()} <= known
 
 
 def test_a_row_that_is_not_there_is_missed():
