@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partialmethod
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -169,8 +168,12 @@ def without_bars_of_transformers() -> Iterator[None]:
     from transformers.utils import logging
 
     made, verbosity = tqdm.__init__, logging.get_verbosity()
+
+    def hidden(self: tqdm, *arguments: Any, **options: Any) -> None:
+        made(self, *arguments, **options | {"disable": True})  # the bar of a notebook says False itself
+
     # Not transformers' own switch: the bar of a GGUF file does not heed it.
-    tqdm.__init__ = partialmethod(made, disable=True)
+    tqdm.__init__ = hidden
     logging.set_verbosity_error()
     try:
         yield

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from tqdm import notebook
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
@@ -82,10 +83,12 @@ def test_a_terminal_gets_a_bar_and_a_line_that_stays(
 
 
 def test_transformers_shows_no_bars_meanwhile(capsys: pytest.CaptureFixture[str]):
-    """Those of its own, and those that it makes of tqdm itself."""
+    """Those of its own, those that it makes of tqdm itself, and those of Jupyter."""
     with without_bars_of_transformers():
-        assert [*tqdm(range(2)), *logging.tqdm(range(2))] == [0, 1, 0, 1]
-    assert capsys.readouterr().err == ""
+        for bar in (tqdm, logging.tqdm, notebook.tqdm):
+            assert [*bar(range(2))] == [0, 1]
+    captured = capsys.readouterr()
+    assert captured.err == captured.out == ""
     assert [*tqdm(range(2))] == [0, 1]
     assert "2/2" in capsys.readouterr().err
 
