@@ -50,6 +50,14 @@ def alone() -> None:
     os.environ["WORLD_SIZE"] = "1"
 
 
+def check_alone(name: str) -> None:
+    """Refuses several processes, where each would have its share of the work and none would add them up."""
+    if count() > 1:
+        raise ProbekitError(
+            f"{name} runs in one process, but there are {count()}; call it in a process of its own"
+        )
+
+
 def share(items: Sequence[T]) -> Sequence[T]:
     """The items that fall to this process: each item falls to one."""
     return items[rank() :: count()]

@@ -111,7 +111,7 @@ def draw_boundaries(
             f"no test document has a sentence with a label that begins after its first {reach} tokens; lower "
             f"{setting}"
         )
-    document, start, length, column, last_column, sentence = np.array(sorted(rows), dtype=np.int64).T
+    document, start, length, column, last_column, sentence = np.array(rows, dtype=np.int64).T
     windows = Windows(document, start, length, length)
     return Boundaries(windows, column, last_column, sentence, labels[sentence].astype(np.int64))
 
@@ -207,7 +207,9 @@ class AppliedEdit:
 
     def _changed(self, before: Tensor, distance: int) -> Tensor:
         assert self._edit is not None  # noqa: S101 - called where there is one
-        after = self._edit.change(before, self._rows, distance).to(before.dtype)
+        exact = before.to(torch.promote_types(before.dtype, torch.float32))
+        with torch.autocast(before.device.type, enabled=False):  # that is for the LM
+            after = self._edit.change(exact, self._rows, distance).to(before.dtype)
         # Squares that overflow in float32 do so in the LM too, whose norm layers would hide it.
         self.moved += (after.float() - before.float()).square().sum(-1).sqrt().cpu()
         self.norm += before.float().square().sum(-1).sqrt().cpu()

@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from probekit import distributed
 from probekit.causal.boundaries import draw_boundaries
 from probekit.causal.intervene import metric_rows
 from probekit.causal.variant_lm import SumsByMetric, write_results
@@ -138,6 +139,7 @@ def continuation(
     Raises:
         ProbekitError: The run lacks a stage, or a setting does not fit the LM or the corpus.
     """
+    distributed.check_alone("continuation")
     run = Run.at(run, settings)
     run.check_writable()
     run.require_causal()

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
+from probekit import distributed
 from probekit.causal.boundaries import Edit, EditedLM, Outcomes, draw_boundaries
 from probekit.causal.changes import (
     Condition,
@@ -40,7 +41,7 @@ from probekit.evaluation.perplexity import window_and_stride
 from probekit.models.conditioning import CONDITIONINGS
 from probekit.models.locations import at_layers
 from probekit.models.mixing import VARIANTS
-from probekit.probing.activations import ActivationReader, HookPoint
+from probekit.probing.activations import ActivationReader, HookPoint, within_memory
 from probekit.probing.grid import Grid, make_grid
 from probekit.probing.results import Cell, SavedProbes, read_probe_record
 from probekit.probing.solvers import Moments
@@ -123,6 +124,7 @@ def intervene(
     Raises:
         ProbekitError: The run has no suitable probes, or a setting does not fit the LM.
     """
+    distributed.check_alone("intervene")
     run = open_run(run, settings, "intervene")
     chosen, progress = run.config.intervene, Progress(quiet=quiet)
     points = _points(run)
@@ -135,6 +137,9 @@ def intervene(
     boundaries = draw_boundaries(run.corpus, target.of_sentences, documents, *drawn)
     if "patch" in chosen.kinds:
         draw_patches(boundaries, run.config.seed)  # refuses what has no donors before the LM is run
+    if "steer" in chosen.kinds and chosen.direction != "means":
+        saved = SavedProbes(run.folder / "probes", chosen.variant, run.config.seed)
+        saved.require(Cell(*point, distance) for point in points for distance in _distances(chosen))
     grid = _grid(run, target)
     lm = EditedLM(run, chosen.variant, boundaries, points, final)
     if "codebook" in chosen.kinds and target.name != "action":
@@ -328,9 +333,12 @@ def _rest_loss(outcomes: Outcomes) -> np.ndarray:
 
 def _kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
     """KL(p || q) of log-probabilities `[boundaries, classes]`, in nats `[boundaries]`."""
-    possible = np.isfinite(p)  # 0 log 0 = 0
-    p, q = (np.where(possible, part, 0.0).astype(np.float64) for part in (p, q))
-    return (np.where(possible, np.exp(p), 0.0) * (p - q)).sum(axis=1)
+    found = np.empty(len(p))
+    for row, own in enumerate(p):  # of a vocabulary, all in float64 would be large
+        possible = np.isfinite(own)  # 0 log 0 = 0
+        exact, other = own[possible].astype(np.float64), q[row, possible].astype(np.float64)
+        found[row] = np.exp(exact) @ (exact - other)
+    return found
 
 
 def _check_finite(kind: str, site: Site, condition: Condition, outcomes: Outcomes) -> None:
@@ -348,20 +356,27 @@ def _check_finite(kind: str, site: Site, condition: Condition, outcomes: Outcome
 
 def _sites(lm: EditedLM, points: Sequence[HookPoint], grid: Grid, progress: Progress) -> Iterator[Site]:
     """All sites, one at a time; the plan, which is no hook point, comes last."""
-    chosen = lm.run.config.intervene
+    chosen, edited = lm.run.config.intervene, _distances(lm.run.config.intervene)
     if set(chosen.kinds) != {"codebook"}:
-        moments = read_moments(lm.run, chosen.variant, points, grid, progress)
-        for point in points:
-            edited = _distances(chosen)
-            activations = dict(zip(edited, lm.activations(point, edited), strict=True))
-            for far in sorted(chosen.distances):
-                distances = tuple(range(1, far + 1)) if chosen.span else (far,)
-                sums = {distance: moments[point, distance] for distance in distances}
-                yield Site(
-                    point, distances, sums, {distance: activations[distance] for distance in distances}
-                )
+        for group in _groups(lm.run, points, grid):
+            moments = read_moments(lm.run, chosen.variant, group, grid, progress)
+            for point in group:
+                activations = dict(zip(edited, lm.activations(point, edited), strict=True))
+                for far in sorted(chosen.distances):
+                    distances = tuple(range(1, far + 1)) if chosen.span else (far,)
+                    sums = {distance: moments[point, distance] for distance in distances}
+                    yield Site(
+                        point, distances, sums, {distance: activations[distance] for distance in distances}
+                    )
     if "codebook" in chosen.kinds:
         yield Site(None, (1,), {}, {})
+
+
+def _groups(run: Run, points: Sequence[HookPoint], grid: Grid) -> Iterator[list[HookPoint]]:
+    """Hook points whose sums, in float64, stay within `probe.memory`."""
+    widths = [run.locations[location] for location, _ in points]
+    sizes = [8 * len(grid.positions) * width * (width + grid.target.classes) for width in widths]
+    return within_memory(points, sizes, run.config.probe.memory)
 
 
 def _distances(chosen: InterventionSettings) -> tuple[int, ...]:

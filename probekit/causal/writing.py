@@ -92,6 +92,7 @@ class SentenceWriter:
     def __init__(self, lm: EditedLM, count: int, window: int) -> None:
         self._lm, self._run = lm, lm.run
         self.judge = None if lm.target.name == "action" else Judge(lm.corpus, lm.labels)
+        self._labeller = Labeller(self._run) if self.judge is None else None
         self._rows = np.arange(min(count, len(lm.boundaries)))
         self.max_tokens = min(MAX_TOKENS, window - int(lm.boundaries.column[self._rows].max()))
         self.decoder = new_decoder(lm.model, lm.backend, window, lm.corpus.bos_rule)
@@ -106,7 +107,8 @@ class SentenceWriter:
         if self.judge is not None:
             return self.judge([decoded(self._run.corpus.tokenizer, text.tolist()) for text in written])
         contexts = [self.context(row) for row in self._rows.tolist()]
-        cut = Labeller(self._run).cut(written, [self.max_tokens], contexts)[self.max_tokens]
+        assert self._labeller is not None  # noqa: S101 - where there is no judge
+        cut = self._labeller.cut(written, [self.max_tokens], contexts)[self.max_tokens]
         return np.array([own[0] if len(own) else NO_LABEL for own in cut.actions], np.int64)
 
     def context(self, row: int) -> np.ndarray:

@@ -145,6 +145,11 @@ def _format_of(path: Path, settings: CorpusSettings) -> str:
     )
 
 
+def reader_for(path: Path, reader: str) -> str:
+    """The reader for a file like those of a corpus: the corpus's own if its files end so, else `auto`."""
+    return reader if reader in FORMATS and _suffix(path) in FORMATS[reader][0] else "auto"
+
+
 def _suffix(path: Path) -> str:
     """The ending of a file, without that of its compression, in lower case."""
     return Path(path.stem if path.suffix.lower() in COMPRESSIONS else path.name).suffix.lower()

@@ -136,14 +136,14 @@ class _Cells:
     """
 
     def __init__(self, items: Sequence[Item], there: NDArray[np.bool]) -> None:
-        number, kinds = pd.factorize(np.array([item.kind or ALL_KINDS for item in items]))
+        number, kinds = pd.factorize(np.array([item.kind or ALL_KINDS for item in items], dtype=object))
         several = len(kinds) > 1
         self._kinds = [*kinds, ALL_KINDS] if several else [*kinds]
         self._member = number[:, None] == np.arange(len(kinds))
         if several:
             self._member = np.column_stack([self._member, np.ones(len(items), dtype=bool)])
         self._member &= there[:, None]
-        self._group = pd.factorize(np.array([item.group for item in items]))[0]
+        self._group = pd.factorize(np.array([item.group for item in items], dtype=object))[0]
         self._metric = "preference" if items[0].answer is None else "accuracy"
         self._chance = np.array([1 / len(item.choices) for item in items])
         self._rating = np.array([item.score for item in items])

@@ -105,6 +105,27 @@ class Activations(ABC):
         """
 
 
+def within_memory(
+    points: Sequence[HookPoint], sizes: Sequence[int], memory: float
+) -> Iterator[list[HookPoint]]:
+    """Hook points in groups, in their order: as many together as stay within a size, and one at least.
+
+    Args:
+        points: The hook points.
+        sizes: Bytes that each needs.
+        memory: Gigabytes for a group.
+    """
+    group: list[HookPoint] = []
+    held = 0
+    for point, size in zip(points, sizes, strict=True):
+        if group and held + size > memory * 1e9:
+            yield group
+            group, held = [], 0
+        group.append(point)
+        held += size
+    yield group
+
+
 def stacks_of(points: Sequence[HookPoint], widths: Mapping[str, int], spans: int = 1) -> list[Stack]:
     """Groups hook points by the width of their location, in order of first appearance.
 

@@ -66,7 +66,7 @@ class EmbeddingScore:
             return embeddings
 
         def keep(activation: Tensor, hook: object = None) -> None:
-            read.append(activation[:, self.at])
+            read.append(activation.flatten(2)[:, self.at])
 
         hooks: list[Hook] = [(EMBEDDING, put), (self.name, keep)]
         self.backend(self.tokens.expand(len(embeddings), -1), hooks, 1)

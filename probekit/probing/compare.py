@@ -20,6 +20,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from probekit import distributed
 from probekit.config import Config, Position, user_path
 from probekit.data.corpus import Corpus
 from probekit.data.sentences import token_spans
@@ -30,7 +31,7 @@ from probekit.models.pretrained import dtype_name
 from probekit.probing.activations import ActivationReader, HookPoint, Placement, probing_windows
 from probekit.probing.arrays import ArraySource
 from probekit.probing.fitting import FitJob, fit, hold, score
-from probekit.probing.grid import CHOSEN_ON, FITTED_ON, LENSES, TESTED_ON, Grid, make_grid
+from probekit.probing.grid import CHOSEN_ON, FITTED_ON, LENSES, MINIMUM_EXAMPLES, TESTED_ON, Grid, make_grid
 from probekit.probing.labels import beyond_window, target_of
 from probekit.probing.probe import with_defaults
 from probekit.probing.results import DocumentSums
@@ -105,6 +106,7 @@ def compare(
     """
     from probekit.training.train import prepare
 
+    distributed.check_alone("compare")
     if "lm.name" in second:
         second = {"lm.revision": None, "lm.compress": None} | {**second}
     _check(config, config.override(second))
@@ -143,14 +145,10 @@ def compare(
     similarity["same_depth"] = pairs[similarity.layer] == similarity.second_layer
     for name, own in zip(("layer", "second_layer"), points, strict=True):
         similarity[name] = [own[number][1] for number in similarity[name]]
-    write_table(folder / "similarity.parquet", similarity)
     probes = None
     if grid is not None:
         probes, more = _probes(runs, points, pairs, values, grid, progress)
-        write_table(folder / "probes.parquet", probes)
         notes += more
-    else:  # those of an earlier call with labels are of other settings
-        (folder / "probes.parquet").unlink(missing_ok=True)
     settings = {
         "first": names[0],
         "second": names[1],
@@ -160,6 +158,11 @@ def compare(
         "provenance": provenance(config),
         "notes": notes,
     }
+    write_table(folder / "similarity.parquet", similarity)
+    if probes is not None:
+        write_table(folder / "probes.parquet", probes)
+    else:  # those of an earlier call with labels are of other settings
+        (folder / "probes.parquet").unlink(missing_ok=True)
     write_json(folder / "settings.json", settings)
     return Comparison(similarity, probes, folder, names, notes)
 
@@ -221,6 +224,11 @@ def _shared_examples(runs: Sequence[Run]) -> tuple[Grid | None, list[dict[str, E
         ProbekitError: There are too few.
     """
     grid, notes = None, list[str]()
+    first, second = (run.corpus.texts for run in runs)
+    if runs[0].corpus.facts["chats"] and any(first[n].text != second[n].text for n in range(len(first))):
+        raise ProbekitError(
+            "the texts are chats, which the LMs' chat templates write out in different ways; give plain texts"
+        )
     if runs[0].config.probe.target == "action" and not runs[0].corpus.has_actions:
         every = [{"all": _sentences(run)} for run in runs]
     else:
@@ -240,6 +248,11 @@ def _shared_examples(runs: Sequence[Run]) -> tuple[Grid | None, list[dict[str, E
         rows = _spread(len(both)) if grid is None else np.arange(len(both))
         for own, part, column in zip(examples, every, ("index_x", "index_y"), strict=True):
             own[split] = part[split][both[column].to_numpy()[rows]]
+        if len(both) < MINIMUM_EXAMPLES:
+            raise ProbekitError(
+                f"of {len(ends[0]):,} examples ({split}) only {len(both):,} end at one character in both "
+                f"LMs, fewer than {MINIMUM_EXAMPLES}; give more texts, or LMs with more similar tokenizers"
+            )
         if len(both) < len(ends[0]):
             notes.append(
                 f"{split}: {len(ends[0]) - len(both):,} of {len(ends[0]):,} examples end within a token of "

@@ -32,6 +32,7 @@ from probekit.probing.activations import (
     Placement,
     probing_windows,
     stacks_of,
+    within_memory,
 )
 from probekit.probing.baselines import baseline_sums
 from probekit.probing.fitting import CLOSED_FORM, FitJob, Fitted, control_task, fit, fit_sums, hold, score
@@ -213,12 +214,17 @@ def _label_facts(run: Run, grid: Grid) -> dict[str, Any]:
 
 def with_defaults(run: Run, target: Target) -> Run:
     """The run with the solver and penalties of the target's kind, where none were set."""
-    config, usual, own = run.config.probe, ProbeSettings(), dict[str, Any]()
-    if target.kind != "classes" and config.solvers == usual.solvers:
+    return run.with_settings(defaults_of(target.kind, run.config.probe))
+
+
+def defaults_of(kind: str, settings: ProbeSettings) -> dict[str, Any]:
+    """The settings that take the place of the usual ones for a kind of target."""
+    usual, own = ProbeSettings(), dict[str, Any]()
+    if kind != "classes" and settings.solvers == usual.solvers:
         own["probe.solvers"] = ["ridge"]
-    if target.kind == "vectors" and config.l2 == usual.l2:
+    if kind == "vectors" and settings.l2 == usual.l2:
         own["probe.l2"] = PENALTIES
-    return run.with_settings(own)
+    return own
 
 
 def _check_variants(run: Run) -> None:
@@ -540,20 +546,13 @@ def _groups(run: Run, grid: Grid, points: Sequence[HookPoint]) -> Iterator[list[
     sums = grid.target.outputs * tasks
     shared = grid.target.kind == "classes"
     solutions = sum(1 if shared and solver == "ridge" else tasks for solver in config.solvers)
-    group: list[HookPoint] = []
-    held = 0
-    for point in points:
-        width = grid.target.spans * run.locations[point[0].removesuffix(BEFORE)]
+    sizes = []
+    for location, _ in points:
+        width = grid.target.spans * run.locations[location.removesuffix(BEFORE)]
         # The sums are float64, and as they are let go solutions in float32 take their place: those of ridge
         # probes of classes once, of others for every task.
-        numbers = max(2, solutions) * (width + sums)
-        size = 4 * len(grid.positions) * width * numbers
-        if group and held + size > config.memory * 1e9:
-            yield group
-            group, held = [], 0
-        group.append(point)
-        held += size
-    yield group
+        sizes.append(4 * len(grid.positions) * width * max(2, solutions) * (width + sums))
+    return within_memory(points, sizes, config.memory)
 
 
 def _mark_injected(

@@ -535,7 +535,18 @@ class SavedProbes:
         Raises:
             ProbekitError: There is none.
         """
-        if cell not in self._probes:
+        self.require([cell])
+        return self._probes[cell]
+
+    def require(self, cells: Iterable[Cell]) -> None:
+        """Checks that cells have a probe.
+
+        Raises:
+            ProbekitError: One has none.
+        """
+        for cell in cells:
+            if cell in self._probes:
+                continue
             known = "; ".join(
                 f"{name}s {', '.join(_sorted(getattr(other, name) for other in self.cells))}"
                 for name in ("location", "layer", "position", "horizon", "solver")
@@ -543,7 +554,6 @@ class SavedProbes:
             raise ProbekitError(
                 f"{self._folder} has no {cell.solver} probe of {self._variant!r} at {cell}; it has {known}"
             )
-        return self._probes[cell]
 
     def stacked(self, cells: list[Cell]) -> LinearProbe:
         """The probes of several cells of one width together: `coef` `[cells, width, classes]`."""

@@ -11,10 +11,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from probekit.config import BosRule, Config, Position, ProbedName, user_path
+from probekit.config import BosRule, Config, Position, user_path
 from probekit.data.corpus import WRITERS
 from probekit.data.documents import Document
-from probekit.data.readers import read_documents
+from probekit.data.readers import read_documents, reader_for
 from probekit.data.sentences import tokens_of
 from probekit.data.special_tokens import bos_rule_of_chats
 from probekit.data.tokenizer import decoded
@@ -47,9 +47,6 @@ from probekit.run.run import Run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-UNCONDITIONED = ("none", "random")
-"""Variants that read a text without planned actions."""
 
 
 def score(
@@ -95,8 +92,8 @@ def score(
     run = Run.at(run)
     record = read_probe_record(run.folder)
     run = run.with_settings({"probe.window": record.config.probe.window})
-    variant, seed, chosen = _chosen(run, cell, layer)
-    probe = SavedProbes(run.folder / "probes", variant, seed)[chosen]
+    seed, chosen = _chosen(run, cell, layer)
+    probe = SavedProbes(run.folder / "probes", "none", seed)[chosen]
     if record.extent == "pairs":
         raise ProbekitError(
             f"the probes of {run.folder} read pairs of spans, of which new texts have none; label spans "
@@ -106,7 +103,7 @@ def score(
     begin = [] if _bos_rule(run, documents[0]) == "none" else [run.corpus.separator]
     encoded = encoded_texts(run.corpus.tokenizer, documents, probing_windows(run)[0] - len(begin))
     ids = [own for own, _ in encoded]
-    position: Position = chosen.position if isinstance(chosen.position, str) else "last"
+    position = _read_at(chosen)
     if tokens:
         position = "last"  # of each token's own range
         ranges = [_every_token(run.corpus.tokenizer, own) for own in ids]
@@ -122,7 +119,7 @@ def score(
         held.append(activation)
 
     name = hook_name(chosen.location.removesuffix(BEFORE), chosen.layer)
-    backend = run.backend_for([name], variant, seed)
+    backend = run.backend_for([name], "none", seed)
     parts = []
     with (
         run.autocast(),
@@ -140,8 +137,9 @@ def score(
             facts = pd.DataFrame([part[3] for part in read])
             names = [documents[own].name for own in number_of_text]
             part = pd.DataFrame({"text": number_of_text, "name": names})
-            found = pd.concat([part, facts, predictions(probe, own.cpu(), record.classes)], axis=1)
-            parts.append(found.set_axis(order))
+            with torch.autocast("cpu", enabled=False):  # that is for the LM
+                predicted = predictions(probe, own.cpu(), record.classes)
+            parts.append(pd.concat([part, facts, predicted], axis=1).set_axis(order))
     table = pd.concat(parts).sort_index(kind="stable").reset_index(drop=True)
     if out is not None:
         path = user_path(out)
@@ -150,19 +148,16 @@ def score(
     return table
 
 
-def _chosen(run: Run, key: str | None, layer: int | None) -> tuple[ProbedName, int, Cell]:
-    """The variant, the seed and the cell of the probe that was asked for, else of the best (of a layer)."""
+def _chosen(run: Run, key: str | None, layer: int | None) -> tuple[int, Cell]:
+    """The seed and the cell of the LM's own probe that was asked for, else of the best one (of a layer)."""
     rows = run.probes()
-    rows = rows[
-        (rows.reader == "probe") & rows.variant.isin(UNCONDITIONED) & rows.solver.isin(LINEAR_SOLVERS)
-    ]
+    rows = rows[(rows.reader == "probe") & (rows.variant == "none") & rows.solver.isin(LINEAR_SOLVERS)]
     rows = rows.assign(loss=validation_loss(rows)).dropna(subset="loss").sort_values("loss", kind="stable")
     cells = cells_of(rows)
     known = [cell.key for cell in cells]
     if not known:
         raise ProbekitError(
-            f"{run.folder} keeps no linear probes of {' or '.join(UNCONDITIONED)}; "
-            f"run `probekit probe {run.folder}`"
+            f"{run.folder} keeps no linear probes of the LM itself (none); run `probekit probe {run.folder}`"
         )
     if key is not None and not (isinstance(key, str) and key in known):
         raise ProbekitError(f"--cell is {key!r}; the best of {len(known)} probes are {', '.join(known[:3])}")
@@ -177,7 +172,19 @@ def _chosen(run: Run, key: str | None, layer: int | None) -> tuple[ProbedName, i
         which = "" if key is None else f", and --cell {key!r}"
         raise ProbekitError(f"--layer is {layer!r}{which}; probes are kept of layers {layers}")
     row = of_layer[0]
-    return rows.variant.iloc[row], int(rows.seed.iloc[row]), cells[row]
+    return int(rows.seed.iloc[row]), cells[row]
+
+
+def _read_at(cell: Cell) -> Position:
+    """Where a probe reads new texts; one before a sentence reads the last token."""
+    if isinstance(cell.position, str):
+        return cell.position
+    if cell.position < 0:
+        raise ProbekitError(
+            f"--cell {cell.key!r} reads a token that is counted from the first one labelled; give a probe at "
+            "first, last, last-1 and so on, mean, or before a sentence"
+        )
+    return "first" if cell.position == 0 else "last"
 
 
 Part = tuple[int, int, dict[str, Any]]
@@ -252,6 +259,7 @@ def _documents(
     if column is None:
         column = config.probe.text_column or config.corpus.text_column
     own = {"path": str(texts), "text_column": column, "separator": config.corpus.separator}
+    own["reader"] = reader_for(Path(texts), config.corpus.reader)
     own["encoding"] = config.corpus.encoding if encoding is None else encoding
     settings = Config().override({f"corpus.{name}": value for name, value in own.items()})
     try:

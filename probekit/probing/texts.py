@@ -324,10 +324,9 @@ def activation_at(
         The activations of ranges [ranges, width].
     """
     if position == "mean":
-        column = torch.arange(activation.shape[1], device=activation.device)
-        own = (column >= start[:, None]) & (column < stop[:, None])
         dtype = torch.promote_types(activation.dtype, torch.float32)  # half precision overflows or rounds
-        return torch.where(own[..., None], activation[text], 0).sum(1, dtype=dtype) / (stop - start)[:, None]
+        ranges = torch.stack([text, start, stop], 1).tolist()
+        return torch.stack([activation[own, first:end].mean(0, dtype=dtype) for own, first, end in ranges])
     behind = before_last(position)
     return activation[text, start if behind is None else stop - 1 - behind]
 

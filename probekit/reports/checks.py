@@ -14,6 +14,7 @@ from probekit.data.corpus import FEW_DOCUMENTS, MORE_DOCUMENTS, too_few, too_few
 from probekit.evaluation.perplexity import evaluation_record
 from probekit.io import read_json
 from probekit.models.mixing import VARIANTS
+from probekit.probing.probe import defaults_of
 from probekit.probing.results import SETTINGS
 from probekit.probing.transfer import TRANSFER
 from probekit.reports.display import described, number
@@ -129,6 +130,9 @@ def changed_settings(run: Run, file: str) -> dict[str, Any]:
         own |= {f"generation.{name}": value for name, value in generation.items()}
     else:
         made_with = Config.from_dict({k: v for k, v in record.items() if k in Config.model_fields})
+        if file == PROBE_SETTINGS and not record["classes"]:
+            kind = "vectors" if record["range"] is None else "numbers"
+            config = config.override(defaults_of(kind, config.probe))
         used = {name: setting_value(made_with, name) for name in setting_names()}
         return {name: value for name, value in used.items() if value != setting_value(config, name)}
     used = record["settings"]

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
+from probekit import distributed
 from probekit.config import Position, user_path
 from probekit.errors import ProbekitError
 from probekit.io import out_path, write_out
@@ -111,6 +112,7 @@ def lens(
         ProbekitError: There are no such probes; the text is blank, too long or cannot be read; or the page
             cannot be written.
     """
+    distributed.check_alone("lens")
     run = Run.at(run)
     path = out_path(run.folder / "lens.html" if out is None else user_path(out), ".html")
     if not isinstance(limit, int | np.integer) or limit < 1:

@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from probekit.causal.boundaries import Boundaries, Change, Edit, EditedLM, Outcomes, draw_boundaries
+from probekit.causal.boundaries import (
+    AppliedEdit,
+    Boundaries,
+    Change,
+    Edit,
+    EditedLM,
+    Outcomes,
+    draw_boundaries,
+)
 from probekit.config import BosRule
 from probekit.data.windows import collate
 from probekit.errors import ProbekitError
@@ -107,7 +115,7 @@ def test_sentences_without_a_label_are_no_boundaries():
     corpus = corpus_of([[3, 4, 2], [5, 3], [2, 2]])
     labels = np.array([0, NO_LABEL, 4, 1, NO_LABEL, 2, 3])
     drawn = draw_boundaries(corpus, labels, np.arange(3), 9, 8, 2, 0)
-    assert (drawn.sentence.tolist(), drawn.label.tolist()) == ([2, 6], [4, 3])
+    assert sorted(zip(drawn.sentence.tolist(), drawn.label.tolist(), strict=True)) == [(2, 4), (6, 3)]
 
 
 def test_a_group_has_one_boundary():
@@ -117,7 +125,17 @@ def test_a_group_has_one_boundary():
     for seed in range(20):
         drawn = draw_boundaries(corpus, corpus.actions, np.arange(5), 9, 8, 2, seed)
         assert len(drawn) == 3
-        assert corpus.group[drawn.windows.document].tolist() == [0, 2, 4]
+        assert sorted(corpus.group[drawn.windows.document].tolist()) == [0, 2, 4]
+
+
+def test_the_first_boundaries_are_a_choice_at_random():
+    """Sentences are written anew at the first few: in a sorted corpus they must not be of one kind."""
+    corpus = corpus_of([[3, 4]] * 40)
+    first = [
+        draw_boundaries(corpus, corpus.actions, np.arange(40), 40, 8, 2, seed).windows.document[:10]
+        for seed in range(30)
+    ]
+    assert abs(np.mean(first) - 19.5) < 3 * 11.5 / np.sqrt(300)
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +235,16 @@ def test_the_last_layer_affects_a_sentence_only_where_its_first_token_is_predict
     for name in FIELDS:
         np.testing.assert_allclose(getattr(edited, name), getattr(plain, name), atol=1e-6, err_msg=name)
     assert (edited.moved > 1).all()
+
+
+def test_changes_are_computed_exactly_whatever_the_lms_arithmetic():
+    weights = torch.randn(32, 32, generator=torch.Generator().manual_seed(0))
+    before = torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
+    edit = Edit(("hook_resid_post", 0), (1,), lambda x, numbers, distance: x @ weights)
+    applied = AppliedEdit(edit, np.arange(5), torch.arange(5))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = applied._changed(before, 1)
+    torch.testing.assert_close(found, before @ weights)
 
 
 def test_moved_is_the_norm_of_the_edit(lm: EditedLM, boundaries: Boundaries):

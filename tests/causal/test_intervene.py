@@ -1,6 +1,7 @@
 """Interventions as a whole: which rows there are, and effects that are known beforehand."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,14 @@ import pandas as pd
 import pytest
 import torch
 
+import probekit
+from probekit.causal import intervene as intervene_module
 from probekit.causal.boundaries import EditedLM, draw_boundaries
 from probekit.causal.erasure import leace, read_moments
 from probekit.causal.intervene import InterventionResults, intervene
 from probekit.data.corpus import export_sentences
 from probekit.errors import ProbekitError
-from probekit.io import read_tensors, write_tensors
+from probekit.io import read_json, read_tensors, write_json, write_tensors
 from probekit.models.mixing import VARIANTS, Oracle, Variant
 from probekit.probing.grid import make_grid
 from probekit.probing.probe import probe
@@ -150,6 +153,45 @@ def test_erasing_leaves_the_prior_everywhere(results: InterventionResults):
     )
     np.testing.assert_allclose(wide.refitted_accuracy, wide.prior_accuracy)
     assert (wide.erased_dimensions == 7).all()
+
+
+def test_layers_that_were_probed_are_changed_a_group_at_a_time(
+    results: InterventionResults, probed_copy: Run, monkeypatch: pytest.MonkeyPatch
+):
+    """Unset layers are those of the probes, and memory that is too small for two changes nothing."""
+    groups, read = [], intervene_module.read_moments
+    monkeypatch.setattr(
+        intervene_module,
+        "read_moments",
+        lambda run, variant, points, *more: groups.append(points) or read(run, variant, points, *more),
+    )
+    table = intervene(probed_copy, FEW | {"probe.memory": 1e-6}, quiet=True).table
+    pd.testing.assert_frame_equal(table, results.table)
+    assert groups == [[("hook_resid_post", layer)] for layer in range(3)]
+    path = probed_copy.folder / "probes" / "settings.json"
+    record = read_json(path)
+    record["probe"]["layers"] = [1]
+    write_json(path, record)
+    few = FEW | {"intervene.kinds": ["erase"], "intervene.distances": [1]}
+    assert set(intervene(probed_copy, few, quiet=True).table.layer) == {1}
+
+
+def test_probes_to_steer_along_are_looked_for_before_the_work(
+    probed_copy: Run, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(intervene_module, "EditedLM", None)
+    far = FEW | {"intervene.direction": "probe", "intervene.distances": [1, 9]}
+    with pytest.raises(ProbekitError, match=r"has no softmax probe of 'none' at .* position [3-9]"):
+        intervene(probed_copy, far, quiet=True)
+
+
+@pytest.mark.parametrize("function", [probekit.intervene, probekit.continuation])
+def test_several_processes_are_refused(
+    function: Callable[..., object], probed_run: Run, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ProbekitError, match="runs in one process, but there are 2"):
+        function(probed_run)
 
 
 def test_without_a_span_far_edits_of_the_last_layer_do_nothing(probed_copy: Run):

@@ -155,6 +155,12 @@ def test_groups_are_resampled_not_items():
     pd.testing.assert_frame_equal(alone, copied)
 
 
+def test_groups_are_told_apart_to_the_last_character():
+    items = [item(group=name) for name in ("a", "a\0", "a", "b")]
+    table = preference_table(items, {None: log_probabilities(items, 0)}, "total", **FEW)
+    assert set(table.groups) == {3}
+
+
 def test_without_a_context_there_is_no_prior_and_without_an_answer_no_accuracy():
     read = log_probabilities([item(None)] * 5, 0)
     bare = LogProbabilities(read.own, read.own, read.tokens)

@@ -19,9 +19,11 @@ READ, PLANTED = 7, 4
 """The token that is read, and the one before it that the planted score depends on."""
 
 
-def readout(run: Run, layer: int = 2) -> tuple[EmbeddingScore, Tensor, Tensor]:
+def readout(
+    run: Run, layer: int = 2, location: str = "hook_resid_post"
+) -> tuple[EmbeddingScore, Tensor, Tensor]:
     """A curved score of one token's activation, in the middle of a text; embeddings and the baseline."""
-    name = f"blocks.{layer}.hook_resid_post"
+    name = f"blocks.{layer}.{location}"
     backend = run.backend_for([EMBEDDING, name])
     tokens = torch.from_numpy(run.corpus.tokens[:12].astype(np.int64))
     weights = torch.randn(run.config.lm.width, 3, generator=torch.Generator().manual_seed(0))
@@ -38,8 +40,10 @@ def test_embeddings_are_those_of_the_plain_module(tiny_run: Run):
     torch.testing.assert_close(neutral[0], table[max({*words}, key=words.count)])
 
 
-def test_integrated_gradients_add_up_to_the_difference_of_scores(tiny_run: Run):
-    score, embeddings, neutral = readout(tiny_run)
+@pytest.mark.parametrize("location", ["hook_resid_post", "attn.hook_q"])
+def test_integrated_gradients_add_up_to_the_difference_of_scores(tiny_run: Run, location: str):
+    """Also where a hook keeps heads apart."""
+    score, embeddings, neutral = readout(tiny_run, location=location)
     found = integrated_gradients(score, embeddings, neutral, 64)
     with torch.no_grad():
         text, nothing = score(torch.stack([embeddings, neutral]))

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ from random_lms import save_random_llama
 
 import probekit
 from probekit.config import Config
+from probekit.data.documents import Document
 from probekit.errors import ProbekitError
 from probekit.probing import compare as comparing
 from probekit.probing.compare import READINGS, compare, same_depth
@@ -276,6 +278,22 @@ def test_what_cannot_be_compared_is_refused(config, out, changed, second, messag
     with pytest.raises(ProbekitError, match=message) as caught:
         compared(config.override(changed), second, out)
     assert "\n" not in str(caught.value)
+
+
+def test_examples_that_both_lms_read_must_be_enough(config, out, monkeypatch):
+    monkeypatch.setattr(comparing, "MINIMUM_EXAMPLES", 10_000)
+    with pytest.raises(ProbekitError, match=r"examples \(probe\) only \d+ end at one character in both LMs"):
+        compared(config, {"lm.compress": "int8"}, out)
+    assert not (out / "similarity.parquet").exists()
+
+
+def test_chats_that_are_written_out_in_two_ways_are_refused():
+    corpora = [
+        SimpleNamespace(texts=[Document("A plan.", "0"), Document(text, "1")], facts={"chats": 2})
+        for text in ("[INST] Go on. [/INST]", "<|user|> Go on.")
+    ]
+    with pytest.raises(ProbekitError, match=r"the LMs' chat templates write out in different ways"):
+        comparing._shared_examples([SimpleNamespace(corpus=corpus) for corpus in corpora])
 
 
 def test_another_lm_has_its_own_revision_and_is_compressed_only_if_asked(config, monkeypatch):

@@ -10,11 +10,12 @@ import pytest
 
 import probekit
 from probekit.cli import main
+from probekit.config import Position
 from probekit.errors import ProbekitError
 from probekit.io import read_json, read_table, read_tensors, write_json, write_table, write_tensors
 from probekit.probing.activations import ActivationReader
 from probekit.probing.results import Cell, SavedProbes
-from probekit.probing.score import score
+from probekit.probing.score import _read_at, score
 from probekit.probing.targets import Examples
 
 CELL = "softmax|hook_resid_post|1|1|1"
@@ -83,6 +84,38 @@ def test_the_best_probe_of_a_layer(
         score(probed_run, texts, layer=9, quiet=True)
     with pytest.raises(ProbekitError, match=r"--layer is 0, and --cell 'softmax"):
         score(probed_run, texts, CELL, layer=0, quiet=True)
+
+
+def test_random_weights_are_never_read(probed_run: probekit.Run, texts: list[str], tmp_path: Path):
+    """Even where they have the better probes: they are the control."""
+    folder = shutil.copytree(probed_run.folder, tmp_path / "run")
+    path = folder / "probes" / "results.parquet"
+    table = read_table(path)
+    control = table[(table.reader == "probe") & (table.variant == "none")].assign(variant="random")
+    write_table(path, pd.concat([control.assign(validation_cross_entropy=0.0), table]))
+    for layer in (None, 1):
+        expected = score(probed_run, texts, layer=layer, quiet=True)
+        assert score(folder, texts, layer=layer, quiet=True).equals(expected)
+
+
+@pytest.mark.parametrize(
+    ("position", "read"), [(1, "last"), (4, "last"), (0, "first"), ("mean", "mean"), ("last-2", "last-2")]
+)
+def test_where_new_texts_are_read(position: Position, read: Position):
+    assert _read_at(Cell("hook_resid_post", 1, position)) == read
+    with pytest.raises(ProbekitError, match=r"\|-1\|.* is counted from the first one labelled"):
+        _read_at(Cell("hook_resid_post", 1, -1))
+
+
+def test_a_file_is_read_as_the_corpus_was(probed_run: probekit.Run, texts: list[str], tmp_path: Path):
+    folder = shutil.copytree(probed_run.folder, tmp_path / "run")
+    settings = read_json(folder / "probes" / "settings.json")
+    settings["corpus"]["reader"] = "lines"
+    write_json(folder / "probes" / "settings.json", settings)
+    (tmp_path / "texts.txt").write_text("\n".join(texts), "utf-8")
+    (tmp_path / "texts.csv").write_text(pd.DataFrame({"text": texts}).to_csv(index=False), "utf-8")
+    for name in ("texts.txt", "texts.csv"):
+        assert len(score(folder, tmp_path / name, CELL, quiet=True)) == len(texts)
 
 
 def test_a_file_has_an_encoding_of_its_own(
@@ -192,5 +225,7 @@ def test_texts_are_read_in_the_arithmetic_of_the_run(probed_run: probekit.Run, t
     (values,) = ActivationReader(low, "none", [("hook_resid_post", 1)], [1]).read(examples)
     probe = SavedProbes(low.folder / "probes", "none", low.config.seed)[Cell.of(CELL)]
     expected = probe.log_probabilities(values[0, 0]).exp().numpy()
-    own = found[[f"p({action})" for action in range(low.corpus.k)]].to_numpy()[:4]
+    every = found[[f"p({action})" for action in range(low.corpus.k)]].to_numpy()
+    np.testing.assert_allclose(every.sum(1), 1.0, atol=1e-5)  # probes themselves are read exactly
+    own = every[:4]
     np.testing.assert_allclose(own, expected, atol=0.03)

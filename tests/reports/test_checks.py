@@ -59,7 +59,10 @@ def write_probes(run: Run, table: pd.DataFrame, **settings) -> None:
     (run.folder / "probes").mkdir(exist_ok=True)
     table.to_parquet(run.folder / "probes" / "results.parquet")
     used = run.config.override(settings).model_dump(mode="json")
-    write_json(run.folder / "probes" / "settings.json", used | {"notes": [], "documents": {}})
+    write_json(
+        run.folder / "probes" / "settings.json",
+        used | {"notes": [], "documents": {}, "classes": ["a", "b"], "range": None},
+    )
 
 
 def others(run: Run) -> list[str]:
@@ -106,6 +109,14 @@ def test_few_documents_of_interventions_subnetworks_and_checkpoints(documents: i
         "Continuation",
     ]
     assert found == (few if documents < FEW_DOCUMENTS else [])
+
+
+@pytest.mark.parametrize(("classes", "warned"), [([], False), (["a", "b"], True)])
+def test_the_usual_solver_of_numbers_is_no_other_setting(classes: list[str], warned: bool, run: Run):
+    write_probes(run, sound_probes(), **{"probe.solvers": ["ridge"]})
+    path = run.folder / "probes" / "settings.json"
+    write_json(path, read_json(path) | {"classes": classes, "range": [0.0, 1.0]})
+    assert others(run) == ["Probed with other settings than the run's: probe.solvers ridge"] * warned
 
 
 def test_notes_on_the_labels_of_probes(run: Run):
