@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from probekit.cli.options import (
     ALL,
     READING,
     SHORTHANDS,
+    Parser,
     add_labels,
     add_sources,
     chosen_config,
@@ -71,6 +72,15 @@ def parse_probe(
     any_model = any(word.split("=")[0] == "--model" for word in words)
     sections = ALL if any_model else (*READING, "evaluation", "probe")
     parsed, given = parse(parser, words, sections, ANY_MODEL if any_model else None)
+    _check_together(parser, parsed, given)
+    if parsed.model is not None:
+        # No default of the parser: beside RUN it would count as given.
+        parsed.out = parsed.out or "runs/probed"
+    return parsed, given
+
+
+def _check_together(parser: Parser, parsed: argparse.Namespace, given: Mapping[str, Any]) -> None:
+    """Refuses options that say nothing, or contradict one another, together."""
     if (parsed.run is None) == (parsed.model is None):
         parser.error("give a run's folder, or --model with --corpus or --labels")
     if parsed.labels and not (parsed.target or "target" in given.get("probe", {})):
@@ -83,10 +93,6 @@ def parse_probe(
             parser.error(f"argument --{name}: does not go with --{other}")
     if parsed.stage and not parsed.checkpoints:
         parser.error("argument --stage: goes with --checkpoints")
-    if parsed.model is not None:
-        # No default of the parser: beside RUN it would count as given.
-        parsed.out = parsed.out or "runs/probed"
-    return parsed, given
 
 
 def probed_config(parsed: argparse.Namespace, given: dict[str, Any]) -> Config:

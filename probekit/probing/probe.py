@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -157,42 +157,16 @@ def probe(
             scored += sums
             beside.append(probes.tables(values.get(seed), resampling))
 
-    empty: list[Facts] = [
-        {"reader": "probe", "solver": solver, "variant": variant, "seed": seed, "location": location}
-        | {"layer": layer, "position": position, "horizon": horizon, "examples": count}
-        for (position, horizon), count in shared.empty.items()
-        for seed in grids
-        for variant in config.variants
-        for solver in config.solvers
-        for location, layer in points
-    ]
+    empty = _empty_cells(run, grids, points)
     table = table_of(scored, shared.tested(), empty, resampling).assign(target=target.name)
     documents_tested = len(np.unique(shared.examples[TESTED_ON].document))
     table["documents"] = table.documents.where(table.documents.isna(), documents_tested)
-    constant = {
-        f"constant activations, which hold no information: {known['location']}, layer {known['layer']}, "
-        f"position {known['position']} ({known['variant'] or known['reader']})"
-        for sums in scored
-        for known in sums.readers
-        if known.get("constant")
-    }
     of_values = dict.fromkeys(note for found in values.values() for note in found.notes)
-    notes = [*of_labels, *_grid_notes(grids), *_context_note(run, shared), *of_values, *sorted(constant)]
+    notes = [*of_labels, *_grid_notes(grids), *_context_note(run, shared), *of_values]
+    notes += _constant_notes(scored)
     tables = {name: pd.concat([own[name] for own in beside], ignore_index=True) for name in beside[0]}
     if distributed.is_first():
-        documents = {
-            seed: {split: len(np.unique(e.document)) for split, e in grid.examples.items()}
-            for seed, grid in grids.items()
-        }
-        with atomic_folder(results) as folder:
-            for file, tensors in weights.items():
-                if tensors:
-                    write_tensors(folder / file, tensors)
-            write_table(folder / "results.parquet", table)
-            for name, own in tables.items():
-                write_table(folder / name, own)
-            record = {"notes": notes, "of": origin(run), "documents": documents} | _label_facts(run, shared)
-            write_json(folder / SETTINGS, run.config.model_dump(mode="json") | record)
+        _write(results, run, grids, table, tables, weights, notes)
         finished.forget()
     distributed.wait()
     if meter.tokens:
@@ -201,6 +175,58 @@ def probe(
             f"a second; peak memory {_peak_memory(run.device)}"
         )
     return ProbeResults(table, results, notes, tables.get(TRANSFER), tables.get(GEOMETRY))
+
+
+def _empty_cells(run: Run, grids: Mapping[int, Grid], points: Sequence[HookPoint]) -> list[Facts]:
+    """The cells of which there are too few examples."""
+    config, shared = run.config.probe, next(iter(grids.values()))
+    return [
+        {"reader": "probe", "solver": solver, "variant": variant, "seed": seed, "location": location}
+        | {"layer": layer, "position": position, "horizon": horizon, "examples": count}
+        for (position, horizon), count in shared.empty.items()
+        for seed in grids
+        for variant in config.variants
+        for solver in config.solvers
+        for location, layer in points
+    ]
+
+
+def _constant_notes(scored: Iterable[DocumentSums]) -> list[str]:
+    """A note on each cell whose activations are all the same."""
+    constant = {
+        f"constant activations, which hold no information: {known['location']}, layer {known['layer']}, "
+        f"position {known['position']} ({known['variant'] or known['reader']})"
+        for sums in scored
+        for known in sums.readers
+        if known.get("constant")
+    }
+    return sorted(constant)
+
+
+def _write(
+    results: Path,
+    run: Run,
+    grids: Mapping[int, Grid],
+    table: pd.DataFrame,
+    tables: Mapping[str, pd.DataFrame],
+    weights: Mapping[Path, Mapping[str, Tensor]],
+    notes: Sequence[str],
+) -> None:
+    """Writes all tables, the weights of linear probes and the record, in place of an earlier folder."""
+    documents = {
+        seed: {split: len(np.unique(e.document)) for split, e in grid.examples.items()}
+        for seed, grid in grids.items()
+    }
+    with atomic_folder(results) as folder:
+        for file, tensors in weights.items():
+            if tensors:
+                write_tensors(folder / file, tensors)
+        write_table(folder / "results.parquet", table)
+        for name, own in tables.items():
+            write_table(folder / name, own)
+        record = {"notes": notes, "of": origin(run), "documents": documents}
+        record |= _label_facts(run, next(iter(grids.values())))
+        write_json(folder / SETTINGS, run.config.model_dump(mode="json") | record)
 
 
 def _label_facts(run: Run, grid: Grid) -> dict[str, Any]:
