@@ -44,7 +44,7 @@ def tiny_config() -> Config:
             "corpus.planted.documents": 160,
             "corpus.planted.actions": 8,
             "corpus.planted.vocabulary": 60,
-            "corpus.planted.seed": 1,  # with it the token before a sentence is a full stop, always
+            "corpus.planted.seed": 1,  # with this seed the token before a sentence is always a full stop
             "actions.k": 8,
             "actions.dimensions": 16,
             "lm.layers": 3,

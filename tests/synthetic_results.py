@@ -114,4 +114,5 @@ def write_over_training(run: Run, table: pd.DataFrame, **settings: Any) -> None:
 
 def _settings(run: Run, folder: str, note: str, settings: dict[str, Any]) -> None:
     used = run.config.override(settings).model_dump(mode="json")
-    write_json(run.folder / folder / "settings.json", used | {"notes": [note]})
+    facts = {"notes": [note], "cautions": [], "classes": ["a", "b"], "range": None}
+    write_json(run.folder / folder / "settings.json", used | facts)

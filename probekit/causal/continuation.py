@@ -221,10 +221,7 @@ def _drawn(run: Run) -> np.ndarray:
 
 
 def _donors(count: int, seed: int) -> Tensor:
-    """For each boundary another one, whose activation it is given: each gives once, one cycle through all.
-
-    Boundaries are sorted by document, and neighbours may be similar, such as two chapters of a book.
-    """
+    """For each boundary another one, whose activation it is given: each gives once, one cycle through all."""
     order = np.random.default_rng([seed, count]).permutation(count)
     donors = np.empty_like(order)
     donors[order] = np.roll(order, 1)

@@ -373,10 +373,10 @@ def _sites(lm: EditedLM, points: Sequence[HookPoint], grid: Grid, progress: Prog
 
 
 def _groups(run: Run, points: Sequence[HookPoint], grid: Grid) -> Iterator[list[HookPoint]]:
-    """Hook points whose sums, in float64, stay within `probe.memory`."""
+    """Hook points whose sums, in float64, stay within half of `probe.memory`: of two groups some are held."""
     widths = [run.locations[location] for location, _ in points]
     sizes = [8 * len(grid.positions) * width * (width + grid.target.classes) for width in widths]
-    return within_memory(points, sizes, run.config.probe.memory)
+    return within_memory(points, sizes, run.config.probe.memory / 2)
 
 
 def _distances(chosen: InterventionSettings) -> tuple[int, ...]:

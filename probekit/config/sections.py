@@ -500,7 +500,8 @@ class ProbeSettings(Settings):
     by half a window if that is less. Unset: 2,048, or what the LM reads, a new one what it was trained on."""
     memory: PositiveNumber = 2.0
     """Gigabytes of main memory for activations, in the LM's dtype; the rest goes into a temporary file in
-    the run's folder. Closed-form solvers alone hold sums, and read further hook points in further passes."""
+    the run's folder. Closed-form solvers alone hold sums, and so do causal tests: they read further hook
+    points in further passes."""
 
 
 class InterventionSettings(Settings):

@@ -185,7 +185,7 @@ def _write_actions(
     sample = _draw_sample(candidates, config.actions, config.corpus.seed)
     if (each := len(candidates) / config.actions.k) < FEW_OF_ACTION:
         progress.say(
-            f"{config.actions.k:,} actions of {len(candidates):,} training sentences are about {each:.0f} "
+            f"{config.actions.k:,} actions of {len(candidates):,} training sentences are {each:.1f} "
             "each, too few to learn what follows them; lower actions.k or give more text"
         )
     texts = _sentences(folder, documents, sample)

@@ -146,8 +146,8 @@ def _format_of(path: Path, settings: CorpusSettings) -> str:
 
 
 def reader_for(path: Path, reader: str) -> str:
-    """The reader for a file like those of a corpus: the corpus's own if its files end so, else `auto`."""
-    return reader if reader in FORMATS and _suffix(path) in FORMATS[reader][0] else "auto"
+    """The reader for a file like those of a corpus: `auto`, which tells all formats apart but for lines."""
+    return "lines" if reader == "lines" and (path.is_dir() or _suffix(path) == ".txt") else "auto"
 
 
 def _suffix(path: Path) -> str:

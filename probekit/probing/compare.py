@@ -248,9 +248,9 @@ def _shared_examples(runs: Sequence[Run]) -> tuple[Grid | None, list[dict[str, E
         rows = _spread(len(both)) if grid is None else np.arange(len(both))
         for own, part, column in zip(examples, every, ("index_x", "index_y"), strict=True):
             own[split] = part[split][both[column].to_numpy()[rows]]
-        if len(both) < MINIMUM_EXAMPLES:
+        if len(both) < min(MINIMUM_EXAMPLES, len(ends[0])):
             raise ProbekitError(
-                f"of {len(ends[0]):,} examples ({split}) only {len(both):,} end at one character in both "
+                f"of {len(ends[0]):,} examples ({split}) {len(both):,} end at the same character in both "
                 f"LMs, fewer than {MINIMUM_EXAMPLES}; give more texts, or LMs with more similar tokenizers"
             )
         if len(both) < len(ends[0]):

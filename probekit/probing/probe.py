@@ -162,11 +162,11 @@ def probe(
     documents_tested = len(np.unique(shared.examples[TESTED_ON].document))
     table["documents"] = table.documents.where(table.documents.isna(), documents_tested)
     of_values = dict.fromkeys(note for found in values.values() for note in found.notes)
-    notes = [*of_labels, *_grid_notes(grids), *_context_note(run, shared), *of_values]
-    notes += _constant_notes(scored)
+    cautions = _grid_notes(grids)
+    notes = [*of_labels, *cautions, *_context_note(run, shared), *of_values, *_constant_notes(scored)]
     tables = {name: pd.concat([own[name] for own in beside], ignore_index=True) for name in beside[0]}
     if distributed.is_first():
-        _write(results, run, grids, table, tables, weights, notes)
+        _write(results, run, grids, table, tables, weights, {"notes": notes, "cautions": cautions})
         finished.forget()
     distributed.wait()
     if meter.tokens:
@@ -210,7 +210,7 @@ def _write(
     table: pd.DataFrame,
     tables: Mapping[str, pd.DataFrame],
     weights: Mapping[Path, Mapping[str, Tensor]],
-    notes: Sequence[str],
+    said: Mapping[str, Sequence[str]],
 ) -> None:
     """Writes all tables, the weights of linear probes and the record, in place of an earlier folder."""
     documents = {
@@ -224,7 +224,7 @@ def _write(
         write_table(folder / "results.parquet", table)
         for name, own in tables.items():
             write_table(folder / name, own)
-        record = {"notes": notes, "of": origin(run), "documents": documents}
+        record = {**said, "of": origin(run), "documents": documents}
         record |= _label_facts(run, next(iter(grids.values())))
         write_json(folder / SETTINGS, run.config.model_dump(mode="json") | record)
 

@@ -587,6 +587,13 @@ class ProbeRecord:
     range: tuple[float, float] | None
 
 
+def kind_of(record: Mapping[str, Any]) -> str:
+    """The kind of target that a record, as it is written, is of."""
+    if record["classes"]:
+        return "classes"
+    return "vectors" if record["range"] is None else "numbers"
+
+
 def read_probe_record(run: Path) -> ProbeRecord:
     """Reads the record of the probes in a run's folder.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -92,7 +92,7 @@ def score(
     run = Run.at(run)
     record = read_probe_record(run.folder)
     run = run.with_settings({"probe.window": record.config.probe.window})
-    seed, chosen = _chosen(run, cell, layer)
+    seed, chosen = _chosen(run, cell, layer, tokens=tokens)
     probe = SavedProbes(run.folder / "probes", "none", seed)[chosen]
     if record.extent == "pairs":
         raise ProbekitError(
@@ -103,11 +103,11 @@ def score(
     begin = [] if _bos_rule(run, documents[0]) == "none" else [run.corpus.separator]
     encoded = encoded_texts(run.corpus.tokenizer, documents, probing_windows(run)[0] - len(begin))
     ids = [own for own, _ in encoded]
-    position = _read_at(chosen)
+    position: Position = "last"  # of each token's own range
     if tokens:
-        position = "last"  # of each token's own range
         ranges = [_every_token(run.corpus.tokenizer, own) for own in ids]
     else:
+        position = _read_at(chosen, record.config.probe.anchors)
         ranges = _read_ranges(documents, encoded, record.config.probe.roles, position)
     whose = [*range(len(documents))]
     if (closing := closing_id(run.corpus.tokenizer, run.frozen_lm().config)) is not None:
@@ -148,7 +148,7 @@ def score(
     return table
 
 
-def _chosen(run: Run, key: str | None, layer: int | None) -> tuple[int, Cell]:
+def _chosen(run: Run, key: str | None, layer: int | None, *, tokens: bool) -> tuple[int, Cell]:
     """The seed and the cell of the LM's own probe that was asked for, else of the best one (of a layer)."""
     rows = run.probes()
     rows = rows[(rows.reader == "probe") & (rows.variant == "none") & rows.solver.isin(LINEAR_SOLVERS)]
@@ -157,7 +157,8 @@ def _chosen(run: Run, key: str | None, layer: int | None) -> tuple[int, Cell]:
     known = [cell.key for cell in cells]
     if not known:
         raise ProbekitError(
-            f"{run.folder} keeps no linear probes of the LM itself (none); run `probekit probe {run.folder}`"
+            f"{run.folder} keeps no linear probes of the LM itself; run `probekit probe {run.folder} "
+            "--probe.variants none random`"
         )
     if key is not None and not (isinstance(key, str) and key in known):
         raise ProbekitError(f"--cell is {key!r}; the best of {len(known)} probes are {', '.join(known[:3])}")
@@ -165,7 +166,10 @@ def _chosen(run: Run, key: str | None, layer: int | None) -> tuple[int, Cell]:
     of_layer = [
         n
         for n, cell in enumerate(cells)
-        if key in (None, cell.key) and number and layer in (None, cell.layer)
+        if key in (None, cell.key)
+        and number
+        and layer in (None, cell.layer)
+        and (tokens or key is not None or not _behind_first(cell))
     ]
     if not of_layer:
         layers = ", ".join(map(str, sorted({cell.layer for cell in cells})))
@@ -175,16 +179,21 @@ def _chosen(run: Run, key: str | None, layer: int | None) -> tuple[int, Cell]:
     return int(rows.seed.iloc[row]), cells[row]
 
 
-def _read_at(cell: Cell) -> Position:
-    """Where a probe reads new texts; one before a sentence reads the last token."""
+def _behind_first(cell: Cell) -> bool:
+    """Whether a probe reads a token that is counted on from the first one of what is labelled."""
+    return isinstance(cell.position, int) and cell.position < 0
+
+
+def _read_at(cell: Cell, anchors: Literal["start", "token"]) -> Position:
+    """Where a probe reads new texts: at the last token, if its position is none of a whole text."""
     if isinstance(cell.position, str):
         return cell.position
-    if cell.position < 0:
+    if _behind_first(cell):
         raise ProbekitError(
             f"--cell {cell.key!r} reads a token that is counted from the first one labelled; give a probe at "
-            "first, last, last-1 and so on, mean, or before a sentence"
+            "first, last, last-1 and so on, mean, or before a sentence, or --tokens"
         )
-    return "first" if cell.position == 0 else "last"
+    return "first" if cell.position == 0 and anchors == "start" else "last"
 
 
 Part = tuple[int, int, dict[str, Any]]

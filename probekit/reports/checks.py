@@ -15,7 +15,7 @@ from probekit.evaluation.perplexity import evaluation_record
 from probekit.io import read_json
 from probekit.models.mixing import VARIANTS
 from probekit.probing.probe import defaults_of
-from probekit.probing.results import SETTINGS
+from probekit.probing.results import SETTINGS, kind_of
 from probekit.probing.transfer import TRANSFER
 from probekit.reports.display import described, number
 from probekit.reports.tables import (
@@ -130,9 +130,8 @@ def changed_settings(run: Run, file: str) -> dict[str, Any]:
         own |= {f"generation.{name}": value for name, value in generation.items()}
     else:
         made_with = Config.from_dict({k: v for k, v in record.items() if k in Config.model_fields})
-        if file == PROBE_SETTINGS and not record["classes"]:
-            kind = "vectors" if record["range"] is None else "numbers"
-            config = config.override(defaults_of(kind, config.probe))
+        if file.endswith(PROBE_SETTINGS):
+            config = config.override(defaults_of(kind_of(record), config.probe))
         used = {name: setting_value(made_with, name) for name in setting_names()}
         return {name: value for name, value in used.items() if value != setting_value(config, name)}
     used = record["settings"]
@@ -320,15 +319,16 @@ def unreliable_cells(run: Run) -> Iterator[str]:
         yield from (f"Probes: {line}" for line in unreliable_probes(probes))
 
 
-def questioned_probes(run: Run) -> Iterator[str]:
-    """What makes probes tell little: labels, examples, and baselines that read as much."""
+def doubtful_probes(run: Run) -> Iterator[str]:
+    """What makes probes say little: labels, few examples, and baselines that read as much."""
     if (probes := _probes(run)).empty:
         return
-    compared = probes[probes.gain_low.notna() & ~probes.injected]
+    compared = probes[probes.gain_low.notna() & ~probes.injected & (probes.variant != "random")]
+    lines: list[str] = []
     if len(compared) and not better_than_baselines(compared).any():
-        yield from probe_notes(compared)
-    yield from baseline_notes(run.probes())
-    yield from (f"Probes: {line}" for line in read_json(run.folder / PROBE_SETTINGS)["notes"])
+        lines += probe_notes(compared)
+    lines += [*baseline_notes(run.probes()), *read_json(run.folder / PROBE_SETTINGS)["cautions"]]
+    yield from (f"Probes: {line}" for line in lines)
 
 
 def injected_cells(run: Run) -> Iterator[str]:
@@ -377,7 +377,7 @@ CHECKS: tuple[Callable[[Run], Iterator[str]], ...] = (
     trained_later,
     other_settings,
     unreliable_cells,
-    questioned_probes,
+    doubtful_probes,
     injected_cells,
     few_prompts,
     other_versions,

@@ -60,7 +60,7 @@ class KeptProbes:
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the classes; none of numbers."""
-        return self.record.classes or ()
+        return self.record.classes
 
     @property
     def of_actions(self) -> bool:

@@ -259,7 +259,7 @@ def find_truth(
 def _examples(run: Run, cut: Text, record: ProbeRecord, horizon: int) -> tuple[Examples, str]:
     """The examples of a text, in tokens of it and in their order, and where their labels are from."""
     config, corpus, alone = record.config.probe, run.corpus, cut.corpus
-    classes, sentences = record.classes or (), len(cut.first_token)
+    classes, sentences = record.classes, len(cut.first_token)
     documents, shift = np.array([0]), 1
     split = "" if cut.document is None else SPLITS[corpus.split[cut.document]]
     own = f"The text is document {cut.document:,} of the corpus, of the split {split!r}" if split else ""

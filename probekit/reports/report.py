@@ -276,7 +276,7 @@ def probes(run: Run) -> Iterator[Section]:
         "hold for all cells together.",
         pictures=list(_probe_pictures(run, table)),
         tables=tables.probe_tables(table, ProbeResults(table, run.folder / "probes").best_cells()),
-        notes=list(tables.probe_notes(cells)),
+        notes=[*tables.probe_notes(cells), *_notes(run, "probes")],
     )
 
 

@@ -134,7 +134,7 @@ def _git_commit() -> str | None:
     return answer.stdout.strip() or None
 
 
-FORMAT = 2
+FORMAT = 3
 """Version of the folder's layout; other versions are refused."""
 
 FIRST_FILES = ("provenance.json", "config.yaml", "run.json")

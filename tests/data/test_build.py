@@ -427,7 +427,7 @@ def test_actions_of_few_sentences_are_warned_of(
     training = len(corpus.sentences(corpus.documents("train")))
     assert few == (training < 20 * 8)
     said = " ".join(capsys.readouterr().err.split())
-    warning = f"8 actions of {training} training sentences are about {training / 8:.0f} each"
+    warning = f"8 actions of {training} training sentences are {training / 8:.1f} each"
     assert (warning in said) == few
 
 

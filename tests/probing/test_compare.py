@@ -280,11 +280,22 @@ def test_what_cannot_be_compared_is_refused(config, out, changed, second, messag
     assert "\n" not in str(caught.value)
 
 
-def test_examples_that_both_lms_read_must_be_enough(config, out, monkeypatch):
-    monkeypatch.setattr(comparing, "MINIMUM_EXAMPLES", 10_000)
-    with pytest.raises(ProbekitError, match=r"examples \(probe\) only \d+ end at one character in both LMs"):
-        compared(config, {"lm.compress": "int8"}, out)
-    assert not (out / "similarity.parquet").exists()
+def test_examples_that_both_lms_read_must_be_enough(config, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparing, "MINIMUM_EXAMPLES", 100_000)
+    settings = {"probe.target": "action", "probe.anchors": "token", "probe.labels": None}
+    settings |= {"probe.text_column": None, "lm.name": str(folder / "other")}
+    with pytest.raises(ProbekitError, match=r"examples \(all\) [\d,]+ end at the same character in both LMs"):
+        compared(config.override(settings), {"lm.name": str(folder / "lm")}, tmp_path)
+    assert not (tmp_path / "similarity.parquet").exists()
+
+
+def test_what_fails_at_the_end_leaves_the_earlier_results(config, out, monkeypatch):
+    compared(config, {"lm.compress": "rank=2"}, out)
+    before = {path.name: path.read_bytes() for path in out.glob("*.*")}
+    monkeypatch.setattr(comparing, "_probes", lambda *given: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        compared(config.override({"seed": 5}), {"lm.compress": "rank=2"}, out)
+    assert {path.name: path.read_bytes() for path in out.glob("*.*")} == before
 
 
 def test_chats_that_are_written_out_in_two_ways_are_refused():

@@ -28,6 +28,7 @@ from probekit.probing.results import (
     Facts,
     SavedProbes,
     ScoredExamples,
+    kind_of,
     read_probe_record,
     row_slices,
     table_of,
@@ -384,11 +385,14 @@ def test_a_record_is_read_back(tmp_path: Path):
     config = Config().override({"probe.positions": [1, 5]})
     documents = {"3": {"probe": 4, "validation": 2, "test": 1}}
     record = {"notes": ["one"], "of": {"version": "0"}, "documents": documents}
-    write_json(tmp_path / "probes" / "settings.json", config.model_dump(mode="json") | record)
+    record |= {"classes": ["no", "yes"], "extent": "texts", "range": None}
+    path = tmp_path / "probes" / "settings.json"
+    write_json(path, config.model_dump(mode="json") | record)
     found = read_probe_record(tmp_path)
     assert (found.config, found.notes, found.documents) == (config, ["one"], documents)
-    assert (found.origin, found.classes) == ({"version": "0"}, None)
-    write_json(
-        tmp_path / "probes" / "settings.json", config.model_dump(mode="json") | record | {"classes": ["no"]}
-    )
-    assert read_probe_record(tmp_path).classes == ("no",)
+    assert (found.origin, found.classes, found.extent) == ({"version": "0"}, ("no", "yes"), "texts")
+    assert (found.range, kind_of(record)) == (None, "classes")
+    numbers = record | {"classes": [], "range": [0, 2]}
+    write_json(path, config.model_dump(mode="json") | numbers)
+    found = read_probe_record(tmp_path)
+    assert (found.classes, found.range, kind_of(numbers)) == ((), (0.0, 2.0), "numbers")

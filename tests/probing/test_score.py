@@ -1,8 +1,10 @@
 """`probekit score`: a run's own probes on the run's own texts, on the command line, and what is refused."""
 
 import json
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -99,12 +101,39 @@ def test_random_weights_are_never_read(probed_run: probekit.Run, texts: list[str
 
 
 @pytest.mark.parametrize(
-    ("position", "read"), [(1, "last"), (4, "last"), (0, "first"), ("mean", "mean"), ("last-2", "last-2")]
+    ("position", "anchors", "read"),
+    [
+        (1, "start", "last"),
+        (4, "start", "last"),
+        (0, "start", "first"),
+        (0, "token", "last"),
+        ("mean", "start", "mean"),
+        ("last-2", "start", "last-2"),
+    ],
 )
-def test_where_new_texts_are_read(position: Position, read: Position):
-    assert _read_at(Cell("hook_resid_post", 1, position)) == read
+def test_where_new_texts_are_read(position: Position, anchors: Any, read: Position):
+    assert _read_at(Cell("hook_resid_post", 1, position), anchors) == read
     with pytest.raises(ProbekitError, match=r"\|-1\|.* is counted from the first one labelled"):
-        _read_at(Cell("hook_resid_post", 1, -1))
+        _read_at(Cell("hook_resid_post", 1, -1), anchors)
+
+
+def test_a_probe_behind_the_first_token_is_chosen_for_every_token_alone(
+    probed_run: probekit.Run, texts: list[str], tmp_path: Path
+):
+    """It may be the best one, for it has read some of the sentence; in a new text it has no place."""
+    folder = shutil.copytree(probed_run.folder, tmp_path / "run")
+    table = read_table(folder / "probes" / "results.parquet")
+    inside = table[(table.reader == "probe") & (table.variant == "none") & (table.position == "1")]
+    inside = inside.assign(position="-1", validation_cross_entropy=0.0)
+    write_table(folder / "probes" / "results.parquet", pd.concat([inside, table]))
+    for path in (folder / "probes").glob("none-*.safetensors"):
+        old = read_tensors(path)
+        moved = {re.sub(r"\|1\|1\|(\w+)$", r"|-1|1|\1", name): own.clone() for name, own in old.items()}
+        write_tensors(path, old | {name: own for name, own in moved.items() if name not in old})
+    assert score(folder, texts, quiet=True).equals(score(probed_run, texts, quiet=True))
+    found = score(folder, texts, tokens=True, quiet=True)
+    key = next(f"softmax|hook_resid_post|{layer}|-1|1" for layer in inside.layer)
+    assert found.equals(score(folder, texts, key, tokens=True, quiet=True))
 
 
 def test_a_file_is_read_as_the_corpus_was(probed_run: probekit.Run, texts: list[str], tmp_path: Path):
@@ -116,6 +145,10 @@ def test_a_file_is_read_as_the_corpus_was(probed_run: probekit.Run, texts: list[
     (tmp_path / "texts.csv").write_text(pd.DataFrame({"text": texts}).to_csv(index=False), "utf-8")
     for name in ("texts.txt", "texts.csv"):
         assert len(score(folder, tmp_path / name, CELL, quiet=True)) == len(texts)
+    settings["corpus"]["reader"] = "wikitext"
+    write_json(folder / "probes" / "settings.json", settings)
+    (tmp_path / "texts.txt").write_text(texts[0], "utf-8")
+    assert len(score(folder, tmp_path / "texts.txt", CELL, quiet=True)) == 1
 
 
 def test_a_file_has_an_encoding_of_its_own(

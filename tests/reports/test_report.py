@@ -301,7 +301,7 @@ def test_a_label_that_is_markup_shows_as_text(copy: Run):
     table = probe_table(("none",), ("hook_resid_post",), horizons=(1,), solvers=("softmax",))
     table.assign(target=label, shortfall=0.1, shortfall_high=0.2).to_parquet(path)
     settings = read_json(copy.folder / "probes" / "settings.json")
-    write_json(copy.folder / "probes" / "settings.json", settings | {"notes": [f"# note of {label}"]})
+    write_json(copy.folder / "probes" / "settings.json", settings | {"cautions": [f"# note of {label}"]})
     html, markdown = report(copy)
     for page in (read_html(html.read_text("utf-8")), read_markdown(markdown.read_text("utf-8"))):
         assert f"Probes: # note of {label}" in page.items
