@@ -63,7 +63,7 @@ def draw(table: pd.DataFrame) -> Figure:
         part = table[(table.metric == metric) & (table.texts == texts)]
         part = part[part.length == part.length.max()]
         draw_intervals(axes, part, names)
-        length = f", {part.length.max():,} tokens" if len(part) and part.length.max() else ""
+        length = f", {int(part.length.max()):,} tokens" if len(part) and part.length.max() else ""
         axes.set_title(title + length, fontsize=10)
     return figure
 
