@@ -57,7 +57,7 @@ def random_corpus(
         embeddings=embeddings.astype(np.float32),
         actions=actions.astype(np.int32),
         codebook=Codebook(centroids.astype(np.float32)),
-        facts={},
+        facts={"bos": "document", "chats": 0},
     )
 
 

@@ -38,5 +38,5 @@ def bare_corpus(documents: Sequence[tuple[str, list[int]]], actions: int | None 
         embeddings=np.zeros((len(first), 1), dtype=np.float32),
         actions=(np.arange(len(first)) if actions is None else drawn).astype(np.int32),
         codebook=Codebook(np.zeros((k, 1), dtype=np.float32)),
-        facts={},
+        facts={"bos": "document", "chats": 0},
     )

@@ -142,7 +142,7 @@ def make_corpus() -> Callable[..., Corpus]:
             embeddings=generator.normal(size=(len(first), dimensions)).astype(np.float32),
             actions=generator.integers(actions, size=len(first)).astype(np.int32),
             codebook=Codebook(centroids),
-            facts={},
+            facts={"bos": "document", "chats": 0},
         )
 
     return make

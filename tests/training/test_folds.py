@@ -58,7 +58,7 @@ def make_documents() -> Callable[[list[list[int]]], Corpus]:
             group=np.arange(len(documents)),
             **dict.fromkeys(["document_sentences", "first_token", "spans", "embeddings", "actions"], nothing),
             codebook=Codebook(nothing),
-            facts={},
+            facts={"bos": "document", "chats": 0},
         )
 
     return make
