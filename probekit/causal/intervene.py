@@ -127,11 +127,10 @@ def intervene(
     distributed.check_alone("intervene")
     run = open_run(run, settings, "intervene")
     chosen, progress = run.config.intervene, Progress(quiet=quiet)
-    points = _points(run)
     window, _ = window_and_stride(run)
     documents, reach = run.corpus.documents("test"), max(chosen.distances)
     final = final_layer_probe(run, chosen.variant)
-    target = final[2]
+    points, target = _points(run), final[2]
     assert target.of_sentences is not None  # noqa: S101 - refused before
     drawn = chosen.boundaries, window, reach, run.config.seed
     boundaries = draw_boundaries(run.corpus, target.of_sentences, documents, *drawn)

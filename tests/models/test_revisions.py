@@ -120,7 +120,7 @@ def test_one_that_does_not_exist_is_refused_before_anything_is_built(
     capsys: Capture, own: Run, folders: list[Path], tmp_path: Path
 ):
     out = tmp_path / "run"
-    gone = folders[0].with_name("step-7")
+    gone = folders[0].with_name("step-7000")
     line = refused(capsys, *words_of(own, [gone, *folders], out), "--quiet")
     assert f"--revisions has '{gone}': no such folder" in line
     empty = tmp_path / "step5"

@@ -231,7 +231,7 @@ def test_resuming_keeps_settings_and_stages(copy: Run):
     [
         ("lm.layers", 5, "lm.layers was 3 and is now 5"),
         ("seed", 1, "seed was 0 and is now 1"),
-        ("corpus.planted.seed", 1, "corpus.planted.seed was 0 and is now 1"),
+        ("corpus.planted.seed", 2, "corpus.planted.seed was 1 and is now 2"),
         ("training.adapter.epochs", 3, "training.adapter.epochs was 1.0 and is now 3.0"),
         ("corpus.path", "x.txt", "corpus.path was None and is now 'x.txt'"),
     ],
@@ -508,7 +508,7 @@ def test_a_digest_tells_the_weights_of_a_variant(copy: Run):
 @pytest.fixture
 def prepared(tiny_run: Run, tiny_config: Config, tmp_path: Path) -> Run:
     """A run with a pre-trained LM and a corpus, and nothing trained."""
-    size = {"vocab_size": 400, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    size = {"vocab_size": 560, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
     size |= {"num_attention_heads": 2, "max_position_embeddings": 48}
     with torch.random.fork_rng():
         torch.manual_seed(0)
