@@ -484,7 +484,7 @@ def conditioned_run(
 
 
 SIZE = {
-    "vocab_size": 400, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3,
+    "vocab_size": 560, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3,
     "num_attention_heads": 2, "max_position_embeddings": 48, "initializer_range": 0.2,
 }  # fmt: skip
 

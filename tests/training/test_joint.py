@@ -55,8 +55,8 @@ def test_a_planner_that_is_frozen_to_a_step_takes_the_whole_schedule_after_it(ti
     # A rate that fell along with the adapter's would hardly move it in the last step.
     steps = {"training__adapter__epochs": 1}
     begun = flat(tiny_run.planner())
-    late, rows = trained(tiny_run, training__joint__planner_frozen=7, **steps)
-    assert max(row["step"] for row in rows) == 8
+    late, rows = trained(tiny_run, training__joint__planner_frozen=6, **steps)
+    assert max(row["step"] for row in rows) == 7
     moved = (flat(late.planner) - begun).abs().max().item()
     assert moved == pytest.approx(tiny_run.config.training.joint.planner_learning_rate, rel=0.01)
 
@@ -134,7 +134,7 @@ def test_the_loss_reaches_the_encoder_and_no_frozen_one(tiny_run: Run):
     for name, settings in {
         "lm": {"training__joint__planner_loss_weight": 0},  # through the mixing alone
         "both": {},
-        "late": {"training__joint__planner_frozen": 7},
+        "late": {"training__joint__planner_frozen": 6},
     }.items():
         model, _ = trained(tiny_run, **TRAINED, **settings)
         weights[name] = flat(model.encoder)

@@ -238,7 +238,7 @@ def pretrained(kind: str, tiny_run: Run, folder: Path) -> Path:
     """A small random LM of another architecture with its tokenizer, as a hub folder has them."""
     from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 
-    size = {"vocab_size": 400, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3}
+    size = {"vocab_size": 560, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3}
     size |= {"num_attention_heads": 2, "max_position_embeddings": 40}
     config = {"llama": LlamaConfig, "gpt-neox": GPTNeoXConfig}[kind](**size)
     with torch.random.fork_rng():
