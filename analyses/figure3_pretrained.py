@@ -42,7 +42,8 @@ from probekit.evaluation.baselines import planner_log_probabilities
 from probekit.probing.activations import ActivationReader
 from probekit.probing.baselines import BAG_PENALTIES, MOST_BAGS, bags_of_words, counted_examples
 from probekit.probing.grid import CHOSEN_ON, FITTED_ON, TESTED_ON, Grid, make_grid
-from probekit.probing.results import SavedProbes, cells_of, read_probe_record, validation_loss
+from probekit.probing.record import read_probe_record
+from probekit.probing.results import SavedProbes, cells_of, validation_loss
 from probekit.probing.solvers import RidgeProbes, SoftmaxProbes
 from probekit.probing.targets import Examples, find_target
 from probekit.reports.colours import colour_bar, colours_of_names

@@ -114,5 +114,13 @@ def write_over_training(run: Run, table: pd.DataFrame, **settings: Any) -> None:
 
 def _settings(run: Run, folder: str, note: str, settings: dict[str, Any]) -> None:
     used = run.config.override(settings).model_dump(mode="json")
-    facts = {"notes": [note], "cautions": [], "classes": ["a", "b"], "range": None}
+    facts = {
+        "notes": [note],
+        "cautions": [],
+        "classes": ["a", "b"],
+        "range": None,
+        "extent": "sentences",
+        "of": {},
+        "documents": {},
+    }
     write_json(run.folder / folder / "settings.json", used | facts)

@@ -35,7 +35,8 @@ from probekit.models.locations import at_layers, hook_name
 from probekit.models.planner import TrainableEncoder
 from probekit.planted.ceilings import has_ceiling, position_ceiling
 from probekit.probing.activations import ActivationReader
-from probekit.probing.results import Cell, SavedProbes, read_probe_record
+from probekit.probing.record import read_probe_record
+from probekit.probing.results import Cell, SavedProbes
 from probekit.probing.targets import NO_LABEL, TARGETS, find_examples
 from probekit.progress import Progress
 from probekit.run.run import Run

@@ -43,7 +43,8 @@ from probekit.models.locations import at_layers
 from probekit.models.mixing import VARIANTS
 from probekit.probing.activations import ActivationReader, HookPoint, within_memory
 from probekit.probing.grid import Grid, make_grid
-from probekit.probing.results import Cell, SavedProbes, read_probe_record
+from probekit.probing.record import read_probe_record
+from probekit.probing.results import Cell, SavedProbes
 from probekit.probing.solvers import Moments
 from probekit.probing.targets import Target
 from probekit.progress import Progress

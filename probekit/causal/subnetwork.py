@@ -33,7 +33,7 @@ from probekit.errors import ProbekitError
 from probekit.evaluation.action_metrics import prior_log_probabilities
 from probekit.evaluation.perplexity import window_and_stride
 from probekit.probing.grid import CHOSEN_ON, FITTED_ON, TESTED_ON
-from probekit.probing.results import read_probe_record
+from probekit.probing.record import read_probe_record
 from probekit.probing.targets import NO_LABEL
 from probekit.progress import Progress, Task
 from probekit.run.run import Run

@@ -21,7 +21,8 @@ from probekit.models.mixing import evaluation_mixing
 from probekit.probing.activations import HookPoint
 from probekit.probing.label_table import labels_digest
 from probekit.probing.labels import target_of
-from probekit.probing.results import Cell, LinearProbe, SavedProbes, read_probe_record
+from probekit.probing.record import read_probe_record
+from probekit.probing.results import Cell, LinearProbe, SavedProbes
 from probekit.probing.targets import Target
 from probekit.run.run import Run
 

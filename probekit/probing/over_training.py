@@ -14,7 +14,7 @@ from probekit.config import setting_names, setting_value
 from probekit.errors import ProbekitError
 from probekit.io import write_table
 from probekit.probing.probe import ProbeResults, defaults_of, origin, probe
-from probekit.probing.results import SETTINGS, kind_of, read_probe_record
+from probekit.probing.record import SETTINGS, read_probe_record
 from probekit.progress import Progress
 from probekit.run.run import Run
 from probekit.run.stages import stages_of
@@ -88,8 +88,7 @@ def _probed_checkpoint(run: Run) -> ProbeResults:
     """The results of a checkpoint; those that exist are used if they have the same settings and origin."""
     if (run.folder / "probes" / SETTINGS).exists():
         record = read_probe_record(run.folder)
-        kind = kind_of({"classes": record.classes, "range": record.range})
-        wanted = run.config.override(defaults_of(kind, run.config.probe))
+        wanted = run.config.override(defaults_of(record.kind, run.config.probe))
         if (record.config, record.origin) == (wanted, origin(run)):
             return ProbeResults(run.probes(), run.folder / "probes", record.notes)
     return probe(run, quiet=True)

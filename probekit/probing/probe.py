@@ -40,7 +40,8 @@ from probekit.probing.geometry import GEOMETRY, check_enough, layer_geometry
 from probekit.probing.grid import CHOSEN_ON, FITTED_ON, LENSES, TESTED_ON, Grid, make_grid
 from probekit.probing.labels import beyond_window, target_of
 from probekit.probing.memory import HeldActivations
-from probekit.probing.results import SETTINGS, DocumentSums, Facts, table_of, validation_loss, weights_file
+from probekit.probing.record import SETTINGS
+from probekit.probing.results import DocumentSums, Facts, table_of, validation_loss, weights_file
 from probekit.probing.resume import FinishedParts, Probed, origin
 from probekit.probing.store import Store, write_store
 from probekit.probing.targets import Target

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from probekit import distributed
-from probekit.config import Config, Position, as_position
+from probekit.config import Position, as_position
 from probekit.errors import ProbekitError
 from probekit.evaluation.action_metrics import METRICS, score_actions
 from probekit.evaluation.metrics import balanced_accuracies, rank_correlations, two_class_metrics
-from probekit.io import read_json, read_tensors
+from probekit.io import read_tensors
 from probekit.probing.targets import Target
 from probekit.probing.vectors import Candidates
 from probekit.statistics import (
@@ -38,9 +38,6 @@ SCORES = tuple(METRICS)
 
 ELEMENTS = 1 << 25
 """Log-probabilities scored at once; bounds the memory."""
-
-SETTINGS = "settings.json"
-"""The file in the folder of probes that says how they were made."""
 
 LINEAR_SOLVERS = ("softmax", "ridge", "lda", "l1", "mean-difference")
 """Solvers whose probes are linear; the weights of these are kept."""
@@ -562,55 +559,3 @@ class SavedProbes:
             torch.stack([probe.coef for probe in probes]),
             torch.stack([probe.intercept for probe in probes])[:, None],
         )
-
-
-@dataclass(frozen=True)
-class ProbeRecord:
-    """How a run's probes were made, as `probes/settings.json` records it.
-
-    Attributes:
-        config: All settings.
-        notes: What to know of all rows together.
-        documents: By seed and split the documents that examples were drawn from.
-        origin: What the results depend on beside settings and weights; see `resume.origin`.
-        classes: Names of the classes, none of numbers.
-        extent: What a label is of: sentences (or the tokens in them), texts, spans or pairs.
-        range: The least and the largest number that probes were fitted on; None for classes.
-    """
-
-    config: Config
-    notes: list[str]
-    documents: Mapping[str, Mapping[str, int]]
-    origin: Mapping[str, Any]
-    classes: tuple[str, ...]
-    extent: str
-    range: tuple[float, float] | None
-
-
-def kind_of(record: Mapping[str, Any]) -> str:
-    """The kind of target that a record, as it is written, is of."""
-    if record["classes"]:
-        return "classes"
-    return "vectors" if record["range"] is None else "numbers"
-
-
-def read_probe_record(run: Path) -> ProbeRecord:
-    """Reads the record of the probes in a run's folder.
-
-    Raises:
-        ProbekitError: There is none.
-    """
-    path = run / "probes" / SETTINGS
-    if not path.exists():
-        raise ProbekitError(f"{path} does not exist; run `probekit probe {run}`")
-    recorded = read_json(path)
-    settings = {name: value for name, value in recorded.items() if name in Config.model_fields}
-    return ProbeRecord(
-        Config.from_dict(settings),
-        recorded["notes"],
-        recorded["documents"],
-        recorded["of"],
-        tuple(recorded["classes"]),
-        recorded["extent"],
-        None if (ends := recorded["range"]) is None else (float(ends[0]), float(ends[1])),
-    )

@@ -24,14 +24,8 @@ from probekit.models.bidirectional import closing_id
 from probekit.models.locations import BEFORE, hook_name
 from probekit.probing.activations import probing_windows
 from probekit.probing.arrays import predictions
-from probekit.probing.results import (
-    LINEAR_SOLVERS,
-    Cell,
-    SavedProbes,
-    cells_of,
-    read_probe_record,
-    validation_loss,
-)
+from probekit.probing.record import read_probe_record
+from probekit.probing.results import LINEAR_SOLVERS, Cell, SavedProbes, cells_of, validation_loss
 from probekit.probing.texts import (
     Chat,
     activation_at,

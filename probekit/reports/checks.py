@@ -15,7 +15,7 @@ from probekit.evaluation.perplexity import evaluation_record
 from probekit.io import read_json
 from probekit.models.mixing import VARIANTS
 from probekit.probing.probe import defaults_of
-from probekit.probing.results import SETTINGS, kind_of
+from probekit.probing.record import SETTINGS, ProbeRecord
 from probekit.probing.transfer import TRANSFER
 from probekit.reports.display import described, number
 from probekit.reports.tables import (
@@ -131,7 +131,7 @@ def changed_settings(run: Run, file: str) -> dict[str, Any]:
     else:
         made_with = Config.from_dict({k: v for k, v in record.items() if k in Config.model_fields})
         if file.endswith(PROBE_SETTINGS):
-            config = config.override(defaults_of(kind_of(record), config.probe))
+            config = config.override(defaults_of(ProbeRecord.of(record).kind, config.probe))
         used = {name: setting_value(made_with, name) for name in setting_names()}
         return {name: value for name, value in used.items() if value != setting_value(config, name)}
     used = record["settings"]

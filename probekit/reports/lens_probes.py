@@ -11,14 +11,13 @@ from probekit.config import Position, ProbedName, as_position, reading_order
 from probekit.errors import ProbekitError
 from probekit.models.locations import BEFORE, per_layer
 from probekit.probing.activations import HookPoint
+from probekit.probing.record import ProbeRecord, read_probe_record
 from probekit.probing.results import (
     LINEAR_SOLVERS,
     Cell,
     LinearProbe,
-    ProbeRecord,
     SavedProbes,
     main_metric,
-    read_probe_record,
     validation_loss,
 )
 from probekit.run.run import Run

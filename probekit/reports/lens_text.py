@@ -14,7 +14,7 @@ from probekit.data.sentences import align, complete_spans, sentence_spans
 from probekit.errors import ProbekitError
 from probekit.probing.label_table import labels_digest
 from probekit.probing.labels import target_of
-from probekit.probing.results import ProbeRecord
+from probekit.probing.record import ProbeRecord
 from probekit.probing.targets import (
     LAST_POSITION,
     NO_LABEL,

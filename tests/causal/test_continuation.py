@@ -19,7 +19,7 @@ from probekit.models.decoding import new_decoder, window_start
 from probekit.models.locations import hook_name
 from probekit.planted.ceilings import position_ceiling
 from probekit.probing.probe import probe
-from probekit.probing.results import read_probe_record
+from probekit.probing.record import read_probe_record
 from probekit.probing.targets import NO_LABEL
 from probekit.run.run import Run
 

@@ -21,7 +21,7 @@ from probekit.io import read_json, read_tensors, write_json, write_tensors
 from probekit.models.mixing import VARIANTS, Oracle, Variant
 from probekit.probing.grid import make_grid
 from probekit.probing.probe import probe
-from probekit.probing.results import read_probe_record
+from probekit.probing.record import read_probe_record
 from probekit.probing.score import score
 from probekit.probing.targets import find_target
 from probekit.progress import Progress, without_bars_of_transformers

@@ -26,7 +26,8 @@ from probekit.generation.generate import write_texts
 from probekit.io import read_json
 from probekit.models.language_model import load_model
 from probekit.probing.activations import ActivationReader, probing_windows
-from probekit.probing.results import SETTINGS, Cell, SavedProbes
+from probekit.probing.record import SETTINGS
+from probekit.probing.results import Cell, SavedProbes
 from probekit.probing.score import score
 from probekit.probing.targets import Examples, find_examples, find_target
 from probekit.run.run import Run

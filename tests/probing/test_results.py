@@ -12,9 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from probekit.config import Config
 from probekit.errors import ProbekitError
-from probekit.io import write_json
 from probekit.probing import results
 from probekit.probing.activations import ActivationReader
 from probekit.probing.grid import TESTED_ON, make_grid
@@ -28,8 +26,6 @@ from probekit.probing.results import (
     Facts,
     SavedProbes,
     ScoredExamples,
-    kind_of,
-    read_probe_record,
     row_slices,
     table_of,
 )
@@ -376,23 +372,3 @@ def test_only_linear_probes_are_kept(probed: Run):
 def test_what_is_not_kept(variant: str, seed: int, cell: Cell | None, said: str, probed: Run):
     with pytest.raises(ProbekitError, match=said):
         SavedProbes(Path(probed.folder) / "probes", variant, seed)[cell or Cell("x", 0, 1)]
-
-
-# The record of settings
-
-
-def test_a_record_is_read_back(tmp_path: Path):
-    config = Config().override({"probe.positions": [1, 5]})
-    documents = {"3": {"probe": 4, "validation": 2, "test": 1}}
-    record = {"notes": ["one"], "of": {"version": "0"}, "documents": documents}
-    record |= {"classes": ["no", "yes"], "extent": "texts", "range": None}
-    path = tmp_path / "probes" / "settings.json"
-    write_json(path, config.model_dump(mode="json") | record)
-    found = read_probe_record(tmp_path)
-    assert (found.config, found.notes, found.documents) == (config, ["one"], documents)
-    assert (found.origin, found.classes, found.extent) == ({"version": "0"}, ("no", "yes"), "texts")
-    assert (found.range, kind_of(record)) == (None, "classes")
-    numbers = record | {"classes": [], "range": [0, 2]}
-    write_json(path, config.model_dump(mode="json") | numbers)
-    found = read_probe_record(tmp_path)
-    assert (found.classes, found.range, kind_of(numbers)) == ((), (0.0, 2.0), "numbers")

@@ -62,7 +62,16 @@ def write_probes(run: Run, table: pd.DataFrame, **settings) -> None:
     used = run.config.override(settings).model_dump(mode="json")
     write_json(
         run.folder / "probes" / "settings.json",
-        used | {"notes": [], "cautions": [], "documents": {}, "classes": ["a", "b"], "range": None},
+        used
+        | {
+            "notes": [],
+            "cautions": [],
+            "documents": {},
+            "classes": ["a", "b"],
+            "range": None,
+            "extent": "sentences",
+            "of": {},
+        },
     )
 
 

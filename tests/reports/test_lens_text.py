@@ -13,7 +13,7 @@ from probekit.config import Config
 from probekit.data.readers import VISIBLE
 from probekit.errors import ProbekitError
 from probekit.probing.label_table import labels_digest
-from probekit.probing.results import ProbeRecord
+from probekit.probing.record import ProbeRecord
 from probekit.reports.lens_text import Truth, cut_text, find_truth, given_text
 from probekit.run.run import Run
 
